@@ -1,0 +1,28 @@
+# The two commands of the README; each is its own set-up.  PYTHON=python3.12 make test  picks another interpreter.
+PYTHON ?= python3
+PY := .venv/bin/python
+# Two cores: one thread a process is the fastest (libgomp's threads spin at every barrier when a neighbour needs the core).
+export OMP_NUM_THREADS ?= 1
+IMAGES ?= ../shared/data/monster_toy
+
+.PHONY: demo demo-photos test lint
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch>=2.11"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: .venv/ready          ## pivotal tuning of the embedded model: runs/demo/before_after.png and the numbers
+	$(PY) -m toy.demo $(ARGS)
+
+demo-photos: .venv/ready   ## the same run on photographs: make demo-photos IMAGES=folder
+	$(PY) -m toy.demo --photos "$(IMAGES)" $(ARGS)
+
+test: .venv/ready          ## all tests that need no GPU
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy

@@ -1,0 +1,374 @@
+"""The one place where a default is written. Values come from here, then the TOML file, then the flags.
+
+Only the scripts read this module; everything below them takes plain values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+import cattrs
+import tomli_w
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from lora_core.errors import UserError
+
+Group = Literal["denoiser", "text_encoder", "tokens"]
+GROUPS: tuple[str, ...] = get_args(Group)
+
+
+def _pairs(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
+    def read(words: list[str]) -> dict[str, Any]:
+        if bad := [w for w in words if "=" not in w]:
+            raise ValueError(f"expected KEY=VALUE, got {bad[0]}")
+        return {key: parse(value) for key, value in (w.split("=", 1) for w in words)}
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda x: isinstance(x, dict),
+        str_from_instance=lambda x: [f"{k}={v}" for k, v in x.items()],
+    )
+
+
+def _value(text: str) -> Any:
+    """A number, a boolean or a list where TOML reads one, else the text itself."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+Numbers = Annotated[dict[str, float], _pairs(float, "KEY=NUMBER ...")]
+Arguments = Annotated[dict[str, Any], _pairs(_value, "KEY=VALUE ...")]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from."""
+
+    images: str = ""
+    """Folder with the training images (jpg, png, webp, bmp)."""
+    captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
+    """Where captions come from: NAME.txt, metadata.jsonl, the file names, --data.caption for all, or sentence templates. auto: the first that is there."""
+    caption: str = ""
+    """The one caption of all images, e.g. "a photo of TOK"."""
+    resolution: int = 512
+    """Side of the training square, pixels."""
+    crop: Literal["center", "random"] = "center"
+    zoom: float = 1.0
+    """A random crop is taken after scaling the short side to resolution x [1, zoom]."""
+    flip: bool = False
+    """Mirror half of the visits. Leave off for anything with a left and a right: faces, letters, logos."""
+    jitter: bool = False
+    """Brightness and contrast +-10 %."""
+    variants: int = 0
+    """Augmentation repeats after this many visits, so that latents can be cached; 0: always fresh (cached anyway when nothing is random)."""
+    repeats: int = 1
+    """Visits of each image in an epoch."""
+    masks: Literal["none", "file", "alpha"] = "none"
+    """Weigh the loss by NAME.mask.png or by the alpha channel."""
+    cache: str = ""
+    """Folder that keeps encoded latents between runs; empty: memory only."""
+    workers: int = 0
+    """Data-loading processes; any number gives the same bits."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Prior preservation (DreamBooth, arXiv 2208.12242)."""
+
+    prompt: str = ""
+    """Class prompt, e.g. "a photo of a dog". Empty: no prior preservation."""
+    images: str = ""
+    """Folder with class images; missing ones are drawn by the base model. Empty: OUT/class_images."""
+    count: int = 100
+    """How many class images."""
+    weight: float = 1.0
+    """Weight of the class images' loss."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank adapters of the denoiser and of the text encoder."""
+
+    kind: str = "lora"
+    """lora, dora, or my_adapter.py:Class."""
+    rank: int = 16
+    alpha: float = 0.0
+    """Update is alpha / rank * up @ down; 0: alpha = rank."""
+    targets: tuple[str, ...] = ("attention",)
+    """Presets of the family (attention, cloneofsimo, extended, kohya, all) or globs on module paths ("*.attn2.to_k", "mid_block.*")."""
+    text_targets: tuple[str, ...] = ("attention",)
+    """The same for the text encoder; used when a stage trains text_encoder."""
+    exclude: tuple[str, ...] = ()
+    """Globs that are left out again."""
+    rank_pattern: Numbers = field(default_factory=dict)
+    """Rank per glob, e.g. "*.attn2.*=4"."""
+    alpha_pattern: Numbers = field(default_factory=dict)
+    """Alpha per glob."""
+    dropout: float = 0.0
+    """Probability that an input element of an adapter is dropped, [0, 1)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or U(+-1 / sqrt(fan_in)) as kohya and peft."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Learned tokens (textual inversion, arXiv 2208.01618)."""
+
+    words: tuple[str, ...] = ("TOK",)
+    """Placeholder words in captions and prompts, one for each thing to learn."""
+    vectors: int = 2
+    """Learned vectors for each word."""
+    init: tuple[str, ...] = ("random",)
+    """For each word: random (the table's std), zero, or ordinary words: one word for all vectors or as many as there are vectors."""
+    norm: Literal["none", "pull", "rescale"] = "pull"
+    """After each step: pull every row's norm to the target (cloneofsimo), rescale all rows to the table's std (diffusers), or leave them alone."""
+    norm_target: float = 0.0
+    """Norm that pull aims at; 0: the mean norm of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How training images are noised."""
+
+    low: float = 0.0
+    """Lowest timestep trained on, as a fraction of the schedule."""
+    high: float = 1.0
+    """Highest timestep trained on, as a fraction of the schedule."""
+    offset: float = 0.0
+    """Noise offset: strength of one extra random constant per channel."""
+    multires_levels: int = 0
+    """Coarser octaves of noise that are added; 0: off."""
+    multires_discount: float = 0.3
+    """Strength of an octave relative to the finer one."""
+    perturbation: float = 0.0
+    """Extra noise on the network's input that the target does not know (arXiv 2301.11706)."""
+    prediction: Literal["model", "epsilon", "v_prediction", "sample"] = "model"
+    """What the network predicts; model: as its scheduler_config.json says."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last step is pure noise (arXiv 2305.08891)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimiser; a group each for denoiser, text_encoder and tokens."""
+
+    name: str = "adamw"
+    """adamw, prodigy, or the dotted path of any torch optimiser."""
+    lr: Numbers = field(default_factory=dict)
+    """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each."""
+    weight_decay: Numbers = field(default_factory=dict)
+    """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
+    betas: Annotated[dict[str, tuple[float, float]], _pairs(lambda s: tuple(map(float, s.split(","))), "GROUP=B1,B2 ...")] = field(default_factory=dict)
+    """Betas per group, e.g. "tokens=0.9,0.99"."""
+    args: Arguments = field(default_factory=dict)
+    """Further arguments of the optimiser's class, e.g. safeguard_warmup=true d_coef=2."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "constant"
+    """Learning rate over a stage."""
+    schedule_args: Arguments = field(default_factory=dict)
+    """Arguments of the schedule, e.g. cycles=3 or power=2."""
+    warmup: int = 0
+    """Steps of linear warm-up at the beginning of each stage."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: which groups step, for how long. What it leaves unset is as in [optimizer], [noise], [tokens]."""
+
+    steps: int = 1000
+    groups: tuple[Group, ...] = ("denoiser",)
+    """Groups that step; the others are frozen and keep their optimiser state."""
+    lr: Numbers = field(default_factory=dict)
+    """Learning rate per group in this stage."""
+    weight_decay: Numbers = field(default_factory=dict)
+    """Weight decay per group in this stage."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] | None = None
+    low: float | None = None
+    high: float | None = None
+    norm: Literal["none", "pull", "rescale"] | None = None
+    mask_temperature: float = 1.0
+    """The mask is raised to this power: above 1 the background counts less."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures on the way and at the end."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts with the placeholder word; empty: the training captions."""
+    every: int = 0
+    """Steps between sample grids; 0: only before/after."""
+    steps: int = 25
+    """Sampling steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale."""
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral or dpmpp_2m."""
+    negative: str = ""
+    """Negative prompt."""
+    base_word: str = ""
+    """Stands for the placeholder when the base model draws the "before" pictures; empty: the initialising words, or nothing."""
+    new_prompts: tuple[str, ...] = ()
+    """Prompts in new places, the last row of before_after.png."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss at fixed timesteps and fixed noise."""
+
+    images: str = ""
+    """Folder with held-out images; empty: the training images, centre-cropped."""
+    every: int = 0
+    """Steps between validations; 0: only before the first and after the last step."""
+    bins: int = 8
+    """Timesteps, the midpoints of as many equal bins."""
+    draws: int = 1
+    """Noise draws for each image and timestep."""
+    seed: int = 0
+    """Its own seed, so that runs with different training seeds can be compared."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tune a text-to-image model with LoRA, DoRA, learned tokens, or all of them in stages."""
+
+    model: str = ""
+    """Folder or hub id of the base model, in the diffusers layout."""
+    vae: str = ""
+    """Folder or hub id of another VAE."""
+    out: str = "runs/out"
+    """Folder for everything the run writes; its last part names the files."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Precision of the frozen base; adapters and tokens always train in fp32 or better."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    batch_size: int = 1
+    """Images in one forward pass."""
+    accumulation: int = 1
+    """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    loss: str = "mse"
+    """mse, l1, huber, smooth_l1, or my_loss.py:my_loss."""
+    loss_arg: Arguments = field(default_factory=dict)
+    """Arguments of the loss, e.g. delta=0.1."""
+    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2"] = "none"
+    """Weight over noise levels."""
+    weighting_arg: Arguments = field(default_factory=dict)
+    """Arguments of the weighting, e.g. gamma=5."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: none until the end."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl and updates of the progress bar."""
+    report: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also log there (install the extra of that name)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in OUT."""
+    overwrite: bool = False
+    """Move a run that is already in OUT to OUT.bak."""
+    data: Data = Data()
+    prior: Prior = Prior()
+    adapter: Adapter = field(default_factory=Adapter)
+    tokens: Tokens = Tokens()
+    noise: Noise = Noise()
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))
+    samples: Samples = Samples()
+    validation: Validation = Validation()
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def trains(self, group: str) -> bool:
+        return any(group in stage.groups for stage in self.stages)
+
+
+C = TypeVar("C")
+
+
+def _check_keys(table: dict[str, Any], cls: type, where: str) -> None:
+    """Raises UserError for a key that is no field, with the nearest name."""
+    hints = get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1, 0.4)
+            raise UserError(f"unknown key {where}{key}" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(hints)}"))
+        kind = hints[key]
+        if is_dataclass(kind) and isinstance(value, dict):
+            _check_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
+        for inner in filter(is_dataclass, get_args(kind)):
+            for i, row in enumerate(value):
+                _check_keys(row, inner, f"{where}{key}.{i}.")
+
+
+def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[assignment]
+    """The config that a parsed TOML table describes. Raises UserError for unknown keys and values of a wrong type."""
+    _check_keys(table, cls, "")
+    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
+    converter.register_structure_hook(bool, lambda v, _: v if isinstance(v, bool) else _refuse(v, "true or false"))
+    converter.register_structure_hook(int, lambda v, _: v if isinstance(v, int) and not isinstance(v, bool) else _refuse(v, "an integer"))
+    converter.register_structure_hook(float, lambda v, _: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else _refuse(v, "a number"))
+    converter.register_structure_hook(str, lambda v, _: v if isinstance(v, str) else _refuse(v, "a text in quotes"))
+    try:
+        return converter.structure(table, cls)
+    except cattrs.BaseValidationError as error:
+        raise UserError("; ".join(cattrs.transform_error(error))) from None
+
+
+def _refuse(value: Any, wanted: str) -> Any:
+    raise ValueError(f"got {value!r}, expected {wanted}")
+
+
+def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignment]
+    """The config in a TOML file. Raises UserError when it is missing, is no TOML, or has an unknown key."""
+    try:
+        return from_table(tomllib.loads(path.read_text()), cls)
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def to_table(config: Any) -> dict[str, Any]:
+    """A config as a tree of plain values; fields that are None are left out, as TOML has no None."""
+    if is_dataclass(config):
+        pairs = ((f.name, to_table(getattr(config, f.name))) for f in fields(config))
+        return {name: value for name, value in pairs if value is not None}
+    if isinstance(config, tuple | list):
+        return [to_table(item) for item in config]  # type: ignore[return-value]
+    return config
+
+
+def to_toml(config: Any) -> str:
+    """The config as TOML; `from_table(tomllib.loads(...))` gives it back."""
+    return tomli_w.dumps(to_table(config))
+
+
+def command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example: str) -> C:
+    """The config that a command line describes: an optional TOML file first, then flags. Ends with status 2 and the nearest flag on a wrong one."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    default = read_toml(Path(words.pop(0)), cls) if words and not words[0].startswith("-") else cls()
+    description = f"{cls.__doc__}\n\nusage: {prog} [CONFIG.toml] [flags]      flags win over the file\nexample: {example}"
+    return tyro.cli(cls, default=default, args=words, prog=prog, description=description)
