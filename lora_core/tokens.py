@@ -1,0 +1,271 @@
+"""Learned token rows beside a frozen vocabulary, and the words in captions that stand for them.
+
+Only the new rows are a parameter [n, d]; the table keeps no gradient and no optimiser state, so its bits cannot move (the public scripts train
+the whole table and put the old rows back after every step).
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_core.errors import UserError
+from lora_core.noise import generator
+
+
+@dataclass(frozen=True)
+class Abstraction:
+    """One concept: the word that stands for it in captions, the tokens that replace the word, and where their rows start from."""
+
+    word: str  # "TOK"
+    names: tuple[str, ...]  # ("<s0>", "<s1>")
+    init: str = "random"  # "random" (normal at the table's std), "zero", or words of the vocabulary
+
+
+class TokenReport(NamedTuple):
+    name: str
+    nearest: tuple[tuple[str, float], ...]  # (vocabulary entry, cosine), best first
+    norm: float
+    drift: float  # L2 distance from the row's start
+
+
+def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int = 2) -> tuple[Abstraction, ...]:
+    """One abstraction per word, `vectors` tokens each, named <s0> <s1> ... through all of them (numbering of the diffusers pivotal scripts).
+
+    `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
+    """
+    if isinstance(words, str):
+        words = (words,)
+    inits = dict(words) if isinstance(words, Mapping) else dict.fromkeys(words, "random")
+    if not inits or len(inits) != len(words):
+        raise UserError(f"expected one or more different placeholder words, got {list(words)}")
+    if vectors < 1:
+        raise UserError(f"an abstraction needs at least 1 token, got {vectors}")
+    for word in inits:
+        if not word or word != word.strip():
+            raise UserError(f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'")
+    return tuple(Abstraction(word, tuple(f"<s{i * vectors + j}>" for j in range(vectors)), init) for i, (word, init) in enumerate(inits.items()))
+
+
+def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
+    """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a photo of <s0><s1>".
+
+    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor a replacement is ever replaced (successive `str.replace`, as in the
+    public scripts, turns "TOK2" into "<s0><s1>2").
+    """
+    if not abstractions:
+        return caption
+    glued = {a.word: "".join(a.names) for a in abstractions}
+    return _pattern(tuple(glued)).sub(lambda match: glued[match.group()], caption)
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Whether `bind` would find the word in the caption."""
+    return _pattern((word,)).search(caption) is not None
+
+
+class LearnedEmbedding(nn.Module):
+    """A frozen embedding table and n learned rows for the ids first_id .. first_id + n - 1.
+
+    Stands where the table stood. Output has the table's dtype; the rows stay fp32 (cast a text encoder before `install`, not after). The ids may lie
+    beyond the table or, where the table is longer than the vocabulary, over its unused rows.
+    """
+
+    rows: nn.Parameter  # [n, d] fp32
+    initial: Tensor  # [n, d] where the rows started, for the report
+    table: Any  # the module that stood here
+    tokenizer_before: dict[str, Any]  # what `uninstall` gives back to the tokenizer
+    table_trained: bool  # and to the table
+
+    def __init__(self, table: nn.Module, rows: Tensor, names: Sequence[str], *, first_id: int) -> None:
+        super().__init__()
+        if rows.ndim != 2 or rows.shape[0] != len(names):
+            raise ValueError(f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names")
+        self.table = table
+        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.register_buffer("initial", self.rows.detach().clone(), persistent=False)
+        self.names = tuple(names)
+        self.first_id = first_id
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., d] of ids [...]; gradients reach `rows` only."""
+        offset = ids - self.first_id
+        learned = (offset >= 0) & (offset < len(self.names))
+        base = self.table(ids.masked_fill(learned, 0))
+        rows = F.embedding(offset.clamp(0, len(self.names) - 1), self.rows).to(base.dtype)
+        return torch.where(learned.unsqueeze(-1), rows, base)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table's weight [V, d], where library code looks for it."""
+        return self.table.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.weight.shape[1]
+
+
+def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstraction], *, seed: int) -> LearnedEmbedding:
+    """The embedding now standing in the text encoder, with one row per token of all abstractions in order; the tokenizer knows the tokens.
+
+    The table is never resized: ids follow the tokenizer's last one even where the table is longer. A further install stacks on the first.
+    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer whose tokens are neither one nor one per row.
+    """
+    names = [name for a in abstractions for name in a.names]
+    vocabulary = tokenizer.get_vocab()
+    for name in names:
+        if name in vocabulary:
+            raise UserError(f"the token {name} is already in the tokenizer's vocabulary (id {vocabulary[name]}); choose another name")
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"expected one or more different token names, got {names}")
+    table = text_encoder.get_input_embeddings()
+    rows = torch.cat([_initial_rows(a, table, tokenizer, seed=seed) for a in abstractions])
+    before = copy.deepcopy(vars(tokenizer), {id(tokenizer): tokenizer})
+    first_id = _add_tokens(tokenizer, names, before)
+    embedding = LearnedEmbedding(table, rows, names, first_id=first_id).to(table.weight.device)
+    embedding.tokenizer_before = before
+    embedding.table_trained = table.weight.requires_grad
+    table.weight.requires_grad_(False)
+    text_encoder.set_input_embeddings(embedding)
+    return embedding
+
+
+def uninstall(text_encoder: Any, tokenizer: Any) -> None:
+    """Undoes the latest `install`: the very same table stands again, and the tokenizer is as it was before (later additions to it go too).
+
+    Raises ValueError when nothing is installed.
+    """
+    embedding = text_encoder.get_input_embeddings()
+    if not isinstance(embedding, LearnedEmbedding):
+        raise ValueError(f"expected a text encoder with learned tokens, found {type(embedding).__name__}; install first")
+    embedding.weight.requires_grad_(embedding.table_trained)
+    text_encoder.set_input_embeddings(embedding.table)
+    _restore(tokenizer, embedding.tokenizer_before)
+
+
+def state(embedding: LearnedEmbedding) -> Tensor:
+    """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of `embedding.names`."""
+    return embedding.rows.detach().float().cpu().clone().contiguous()
+
+
+def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
+    """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold NaN or Inf."""
+    if rows.shape != embedding.rows.shape:
+        raise UserError(f"the token rows are {list(rows.shape)}, this text encoder takes {list(embedding.rows.shape)}; use the model they come from")
+    if not torch.isfinite(rows).all():
+        raise UserError(f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; the file is damaged or its training diverged")
+    with torch.no_grad():
+        embedding.rows.copy_(rows)
+
+
+@torch.no_grad()
+def pull_norms_(rows: Tensor, target: float = 0.4, *, rate: float) -> Tensor:
+    """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e| + rate (target - |e|)).
+
+    cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"the rate of the norm prior is a fraction in [0, 1], got {rate}")
+    norms = rows.norm(dim=-1, keepdim=True)
+    return rows.copy_(F.normalize(rows, dim=-1) * (norms + rate * (target - norms)))
+
+
+@torch.no_grad()
+def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) -> Tensor:
+    """The rows [n, d], in place, times (std / std(rows)) ** exponent: one factor for all rows, as in diffusers' pivotal scripts.
+
+    `std` is usually `table_std`. Rows without spread (all equal) stay.
+    """
+    spread = rows.std()
+    return rows.mul_(torch.where(spread > 0, (std / spread) ** exponent, torch.ones_like(spread)))
+
+
+def table_std(embedding: nn.Module) -> Tensor:
+    """The standard deviation of all entries of the frozen table, a 0-dim fp32 tensor.
+
+    diffusers measures it after the table was resized, new rows included; ours has the vocabulary's rows only.
+    """
+    return embedding.weight.detach().float().std()  # type: ignore[operator]
+
+
+def first_eos(ids: Tensor, eos_id: int) -> Tensor:
+    """The position [b] of the first end-of-text token in ids [b, s], where pooled embeddings are read.
+
+    transformers takes the largest id when a configuration says eos_token_id 2, which with added tokens is a placeholder.
+    Raises ValueError naming the rows without one.
+    """
+    found = ids == eos_id
+    missing = (~found.any(dim=-1)).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; truncate prompts so that it stays")
+    return found.int().argmax(dim=-1)
+
+
+@torch.no_grad()
+def report(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
+    """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
+    words = {index: word for word, index in tokenizer.get_vocab().items()}
+    known = [index for index in range(min(embedding.num_embeddings, embedding.first_id)) if index in words]
+    table = F.normalize(embedding.weight.float()[known], dim=-1)
+    cosines, places = (F.normalize(embedding.rows, dim=-1) @ table.T).topk(min(k, len(known)))
+    drifts = (embedding.rows - embedding.initial).norm(dim=-1)
+    return [
+        TokenReport(name, tuple((words[known[p]], c) for p, c in zip(places[i].tolist(), cosines[i].tolist(), strict=True)), norm, drift)
+        for i, (name, norm, drift) in enumerate(zip(embedding.names, embedding.rows.norm(dim=-1).tolist(), drifts.tolist(), strict=True))
+    ]
+
+
+def _pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Matches whole words, longest first. Boundaries are ASCII, so that "TOK" is found within Chinese or Japanese text."""
+    ordered = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(rf"{_edge(w[0], '<!')}{re.escape(w)}{_edge(w[-1], '!')}" for w in ordered), re.ASCII)
+
+
+def _edge(character: str, look: str) -> str:
+    return rf"(?{look}\w)" if re.match(r"\w", character, re.ASCII) else ""
+
+
+@torch.no_grad()
+def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int) -> Tensor:
+    """Rows [n, d] fp32. Random ones depend on (seed, token name) only, whatever else is installed."""
+    n, d = len(abstraction.names), table.weight.shape[1]
+    if abstraction.init == "zero":
+        return torch.zeros(n, d)
+    if abstraction.init == "random":
+        noise = torch.stack([torch.randn(d, generator=generator(seed, name, 0, f"token row {d}")) for name in abstraction.names])
+        return noise * table_std(table).cpu()
+    ids = tokenizer(abstraction.init, add_special_tokens=False).input_ids
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if not ids or (unknown is not None and unknown in ids):
+        raise UserError(f"the tokenizer does not know the initializer {abstraction.init!r} of {abstraction.word}; choose other words, random or zero")
+    if len(ids) not in (1, n):
+        raise UserError(
+            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, expected 1 or {n}, the number of its learned tokens"
+        )
+    index = torch.tensor(ids if len(ids) == n else ids * n, device=table.weight.device)
+    return table(index).float().cpu()
+
+
+def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int:
+    """The first id of the new tokens; puts the tokenizer back and raises UserError when it does not read them glued as one id each."""
+    tokenizer.add_tokens(names)
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    read = [i for i in tokenizer("".join(names), add_special_tokens=False).input_ids if i in set(ids)]
+    if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
+        _restore(tokenizer, before)
+        raise UserError(f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected consecutive ids; choose plainer names")
+    return ids[0]
+
+
+def _restore(tokenizer: Any, before: dict[str, Any]) -> None:
+    vars(tokenizer).clear()
+    vars(tokenizer).update(before)
