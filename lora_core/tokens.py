@@ -87,7 +87,7 @@ class LearnedEmbedding(nn.Module):
         if rows.ndim != 2 or rows.shape[0] != len(names):
             raise ValueError(f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names")
         self.table = table
-        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.rows = nn.Parameter(rows.detach().to(torch.promote_types(table.weight.dtype, torch.float32)).clone())
         self.register_buffer("initial", self.rows.detach().clone(), persistent=False)
         self.names = tuple(names)
         self.first_id = first_id
@@ -168,12 +168,12 @@ def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def pull_norms_(rows: Tensor, target: float = 0.4, *, rate: float) -> Tensor:
+def pull_norms_(rows: Tensor, target: float = 0.4, *, rate: float | Tensor) -> Tensor:
     """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e| + rate (target - |e|)).
 
     cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
     """
-    if not 0 <= rate <= 1:
+    if not isinstance(rate, Tensor) and not 0 <= rate <= 1:  # a tensor is not read: it may lie on a GPU
         raise ValueError(f"the rate of the norm prior is a fraction in [0, 1], got {rate}")
     norms = rows.norm(dim=-1, keepdim=True)
     return rows.copy_(F.normalize(rows, dim=-1) * (norms + rate * (target - norms)))
@@ -252,7 +252,7 @@ def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed:
             f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, expected 1 or {n}, the number of its learned tokens"
         )
     index = torch.tensor(ids if len(ids) == n else ids * n, device=table.weight.device)
-    return table(index).float().cpu()
+    return table(index).cpu()
 
 
 def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int:

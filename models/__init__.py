@@ -18,8 +18,12 @@ __all__ = ["FAMILIES", "Conditioning", "Family", "Layout", "load_family"]
 FAMILIES: dict[str, Callable[..., Any]] = {pipeline: sd.load for pipeline in sd.PIPELINES}  # `_class_name` of model_index.json -> loader
 
 
-def load_family(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", vae: str = "") -> Family:
+def load_family(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", vae: str = "", scheduler: dict[str, Any] | None = None
+) -> Family:
     """The model at `path`, a folder in the diffusers layout or a hub id, frozen and in eval mode.
+
+    `vae` names another VAE; `scheduler` replaces keys of the model's scheduler_config.json (prediction_type, rescale_betas_zero_snr ...).
 
     Raises UserError for a path that is not there, a single-file checkpoint, another family, a missing or broken part.
     """
@@ -31,4 +35,4 @@ def load_family(path: str, *, dtype: torch.dtype = torch.float32, device: torch.
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, 1, 0.0)
         raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; the nearest supported is {near[0]}")
-    return FAMILIES[name](path, dtype=dtype, device=device, vae=vae)
+    return FAMILIES[name](path, dtype=dtype, device=device, vae=vae, scheduler=scheduler or {})

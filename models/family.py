@@ -45,6 +45,9 @@ class Family(Protocol):
     layout: Layout
     schedule: Schedule
     prediction: str  # a row of PREDICTIONS
+    spacing: str  # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing, linspace
+    offset: int  # steps_offset of the leading spacing
+    device: torch.device
     latent_channels: int
     factor: int  # pixels for one latent, each way
     resolution: int  # pixels the model was made for

@@ -9,12 +9,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 from lora_core import noise
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
 from lora_core.noise import NoiseLevel
 from models.family import Conditioning, part, read_json
+
+logging.disable_progress_bar()  # a bar for a file that loads in a blink
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
@@ -41,23 +44,33 @@ class StableDiffusion:
     name = "sd"
     denoiser = "unet"
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]):
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]
+    ):
         self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
         self.tokenizers = {"text_encoder": tokenizer}
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule = noise.vp_from_config(scheduler)
         self.prediction = scheduler.get("prediction_type", "epsilon")
         self.latent_channels = vae.config.latent_channels
+        self.spacing = scheduler.get("timestep_spacing", "leading")
+        self.offset = scheduler.get("steps_offset", 0)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
         self.inpainting = unet.config.in_channels != self.latent_channels
         if self.inpainting and unet.config.in_channels != 2 * self.latent_channels + 1:
-            raise UserError(f"the UNet takes {unet.config.in_channels} channels; expected {self.latent_channels}, or {2 * self.latent_channels + 1} for inpainting")
+            raise UserError(
+                f"the UNet takes {unet.config.in_channels} channels; expected {self.latent_channels}, or {2 * self.latent_channels + 1} for inpainting"
+            )
         v2 = "_v2" if text_encoder.config.hidden_size == 1024 else "_v1"
         base = f"sd{v2}" + ("_v" if self.prediction == "v_prediction" else "")
         self.layout = layout_of({"unet": unet, "text_encoder": text_encoder}, family=self.name, base_model_version=base, presets=PRESETS)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the scaled latents [b, c, h / factor, w / factor] for pixels [b, 3, h, w] in [-1, 1]."""
@@ -102,9 +115,12 @@ class StableDiffusion:
         return maps
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device | str, vae: str = "") -> StableDiffusion:
-    """The model in a folder or on the hub, in the diffusers layout; `vae` names another VAE. Raises UserError for a missing or broken part."""
-    scheduler = read_json(path, "scheduler/scheduler_config.json")
+def load(path: str, *, dtype: torch.dtype, device: torch.device | str, vae: str, scheduler: dict[str, Any]) -> StableDiffusion:
+    """The model in a folder or on the hub, in the diffusers layout; `vae` names another VAE, `scheduler` replaces keys of its scheduler_config.json.
+
+    Raises UserError for a missing or broken part.
+    """
+    scheduler = read_json(path, "scheduler/scheduler_config.json") | scheduler
     exact = torch.promote_types(dtype, torch.float32)
     tokenizer = part(CLIPTokenizer.from_pretrained, path, "tokenizer")
     text_encoder = part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=dtype).to(device)

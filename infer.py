@@ -1,0 +1,351 @@
+"""Pictures from a base model and any number of LoRA files or run folders.
+
+python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK on a yellow background" --out toy.png --count 4
+python infer.py --model toy/model --lora runs/demo --prompt "a photo of TOK" --grid strength=0:1.2:0.3 --grid seed=0:4 --out grid.png
+python infer.py --from toy.png --seed 7 --out again.png                   # the recipe in a picture, with one thing changed
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import tyro
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_core import Patch, formats, patch, tokens
+from lora_core.config import command_line, from_table, to_table
+from lora_core.errors import UserError
+from lora_core.formats import embeddings
+from lora_core.generation import Recipe, generate
+from lora_core.images import read_picture, to_tensor
+from lora_core.pictures import Row, grid, save_png, to_images
+from models import Family, load_family
+
+EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'
+CHUNK = "lora_core"  # the PNG text chunk with the recipe
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Infer:
+    """Draw pictures with a text-to-image model and LoRA files."""
+
+    model: str = ""
+    """Folder or hub id of the base model, in the diffusers layout."""
+    vae: str = ""
+    """Folder or hub id of another VAE."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA file or run folder: PATH, PATH:0.8, or PATH:unet=0.6,text=0.9. Repeat the flag for several; tokens beside a LoRA come along."""
+    prompt: str = ""
+    """Text to draw; placeholder words of the LoRAs are understood."""
+    prompts: str = ""
+    """File with one prompt a line, instead of --prompt."""
+    negative: str = ""
+    """What guidance steers away from."""
+    out: str = "out.png"
+    """PNG to write; several pictures get _000, _001 ... before the ending."""
+    seed: int = 0
+    """Seed of the first picture; the next ones count up. Start noise is diffusers' for torch.Generator("cpu").manual_seed(seed)."""
+    count: int = 1
+    """Pictures for each prompt."""
+    batch: int = 4
+    """Pictures sampled together."""
+    steps: int = 25
+    """Sampling steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 turns it off."""
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral or dpmpp_2m."""
+    width: int = 0
+    """Pixels; 0: the model's own resolution."""
+    height: int = 0
+    """Pixels; 0: the model's own resolution."""
+    init_image: str = ""
+    """Picture to start from (with --strength), or to paint in (with --mask and an inpainting model)."""
+    strength: float = 1.0
+    """Image to image: how much of the sampling is run, (0, 1]; 1 keeps nothing of the picture."""
+    mask: str = ""
+    """Inpainting: picture that is white where it is to be painted."""
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One or two axes SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C. Settings: seed (stop excluded), strength, unet or text of all LoRAs, lora0.strength,
+    lora1.unet ..., guidance, steps."""
+    source: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """PNG made by this program, whose recipe is repeated; flags win over it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+
+
+class LoraArgument(NamedTuple):
+    path: str
+    strength: float | dict[str, float]
+
+
+class Axis(NamedTuple):
+    setting: str
+    values: list[float]
+
+
+def infer(config: Infer) -> list[Path]:
+    """Writes the pictures and returns their paths. Raises UserError before any file is written when something does not fit."""
+    prompts, axes = read_prompts(config), [parse_axis(text) for text in config.grid]
+    arguments = [parse_lora(text) for text in config.lora]
+    _check(config, axes, prompts, len(arguments))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    family = load_family(config.model, dtype=DTYPES[config.precision], device=device, vae=config.vae, scheduler=_trained_with(arguments))
+    with ExitStack() as stack:
+        patches = apply(family, arguments, stack)
+        draw = _drawer(config, family, patches)
+        if axes:
+            return [_draw_grid(config, axes, prompts[0], patches, arguments, draw)]
+        jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
+        images = [im for i in range(0, len(jobs), config.batch) for im in draw(jobs[i : i + config.batch], config)]
+    return [
+        _save(image, path, replace(config, prompt=p, prompts="", seed=seed, count=1))
+        for image, path, (p, seed) in zip(images, _paths(config, len(jobs)), jobs)
+    ]
+
+
+def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -> list[Patch]:
+    """Every LoRA on the model, in order, until the stack closes. Words and tokens that an earlier file has already taken are renamed and reported."""
+    modules = {**family.modules, **{name.replace("text_encoder", "tokenizer"): t for name, t in family.tokenizers.items()}}
+    modules.pop("vae")
+    patches: list[Patch] = []
+    for i, argument in enumerate(arguments):
+        state = formats.load(argument.path, family.layout)
+        taken = {name for p in patches for a in p.abstractions for name in (a.word, *a.names)}
+        rename = {name: _another(name, i + 1) for name in (*embeddings.words(state, argument.path), *state.token_names) if name in taken}
+        strength = argument.strength
+        if isinstance(strength, dict):
+            strength = _by_component(strength, state.components, argument.path)
+        patches.append(stack.enter_context(patch(modules, argument.path, strength, layout=family.layout, rename=rename)))
+        for sentence in patches[-1].report:
+            print(f"note: {sentence}", file=sys.stderr)
+    return patches
+
+
+def parse_lora(text: str) -> LoraArgument:
+    """PATH, PATH:0.8 or PATH:unet=0.6,text=0.9. Raises UserError for a strength that is no number."""
+    path, colon, tail = text.rpartition(":")
+    if not colon or "/" in tail or "\\" in tail or Path(text).exists():
+        return LoraArgument(text, 1.0)
+    try:
+        if "=" not in tail:
+            return LoraArgument(path, float(tail))
+        return LoraArgument(path, {name: float(value) for name, value in (pair.split("=") for pair in tail.split(","))})
+    except ValueError:
+        raise UserError(f"--lora {text}: cannot read the strength {tail!r}; write PATH:0.8 or PATH:unet=0.6,text=0.9") from None
+
+
+def parse_axis(text: str) -> Axis:
+    """SETTING=START:STOP:STEP or SETTING=A,B,C. Raises UserError for anything else."""
+    name, _, tail = text.partition("=")
+    if not re.fullmatch(r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)", name):
+        raise UserError(f"--grid {text}: unknown setting {name!r}; choose seed, strength, unet, text, lora0.strength ..., guidance or steps")
+    try:
+        if ":" not in tail:
+            return Axis(name, [float(value) for value in tail.split(",")])
+        start, stop, *rest = (float(value) for value in tail.split(":"))
+        step = rest[0] if rest else 1.0
+        count = int((stop - start) / step + 1e-9) + (name != "seed" or (stop - start) % step != 0)
+        values = [round(start + i * step, 9) for i in range(count)]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(f"--grid {text}: expected SETTING=START:STOP:STEP or SETTING=A,B,C, e.g. strength=0:1.2:0.3") from None
+    if not 0 < len(values) <= 64:
+        raise UserError(f"--grid {text} gives {len(values)} values; expected 1 to 64")
+    return Axis(name, values)
+
+
+def read_prompts(config: Infer) -> list[str]:
+    """The prompt, or the lines of the prompt file."""
+    if bool(config.prompt) == bool(config.prompts):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if config.prompt:
+        return [config.prompt]
+    try:
+        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt file {config.prompts}: {error}") from None
+    if not any(lines):
+        raise UserError(f"the prompt file {config.prompts} has no prompt")
+    return [line for line in lines if line]
+
+
+def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> None:
+    if len(axes) > 2 or (axes and (len(prompts) > 1 or config.count > 1)):
+        raise UserError("a grid has one or two axes and one prompt; use --grid seed=0:4 for several pictures")
+    if config.count < 1 or config.batch < 1:
+        raise UserError(f"--count and --batch must be at least 1, got {config.count} and {config.batch}")
+    if Path(config.out).suffix.lower() != ".png":
+        raise UserError(f"--out {config.out} must end in .png; the recipe is kept in the PNG's text")
+    for axis in axes:
+        number = re.match(r"lora(\d+)", axis.setting)
+        if re.search(r"strength|unet|text", axis.setting) and (int(number[1]) if number else 0) >= loras:
+            raise UserError(f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; {loras} given, counted from lora0")
+
+
+def _drawer(config: Infer, family: Family, patches: Sequence[Patch]) -> Callable[[Sequence[tuple[str, int]], Infer], list[Image.Image]]:
+    """A function from (prompt, seed) pairs and a config to pictures; start image and mask are read once."""
+    height, width = config.height or family.resolution, config.width or family.resolution
+    init = _read_image(config.init_image, height, width) if config.init_image else None
+    hole = _read_image(config.mask, height, width).mean(1, keepdim=True) > 0 if config.mask else None
+    abstractions = [a for p in patches for a in p.abstractions]
+
+    def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
+        recipe = Recipe(c.sampler, c.steps, c.guidance, tokens.bind(c.negative, abstractions), width, height, c.strength)
+        bound = [tokens.bind(prompt, abstractions) for prompt, _ in jobs]
+        return to_images(generate(family, bound, [seed for _, seed in jobs], recipe, init=init, mask=None if hole is None else hole.float()))
+
+    return draw
+
+
+def _draw_grid(
+    config: Infer, axes: list[Axis], prompt: str, patches: Sequence[Patch], arguments: Sequence[LoraArgument], draw: Callable[..., list[Image.Image]]
+) -> Path:
+    """One sheet: the last axis runs over the columns, the first of two over the rows."""
+    rows = []
+    *vertical, across = axes
+    for down in product(*(axis.values for axis in vertical)):
+        cells = []
+        for value in across.values:
+            settings = dict(zip((a.setting for a in vertical), down)) | {across.setting: value}
+            changed = {name: int(v) if name != "guidance" else v for name, v in settings.items() if name in ("seed", "steps", "guidance")}
+            _set_strengths(patches, arguments, settings)
+            cell = replace(config, **changed)  # type: ignore[arg-type]
+            cells += draw([(prompt, cell.seed)], cell)
+        label = ", ".join(f"{axis.setting} {value:g}" for axis, value in zip(vertical, down))
+        rows.append(Row(label, cells, [f"{across.setting} {value:g}" for value in across.values]))
+    return _save(grid(rows, title=prompt), Path(config.out), config)
+
+
+def _set_strengths(patches: Sequence[Patch], arguments: Sequence[LoraArgument], settings: dict[str, float]) -> None:
+    for i, (p, argument) in enumerate(zip(patches, arguments)):
+        given = argument.strength
+        strengths = dict.fromkeys(p.adapted, given) if isinstance(given, float) else _by_component(given, p.adapted, argument.path)
+        for name, value in settings.items():
+            which, _, part = name.rpartition(".")
+            if which in ("", f"lora{i}") and part in ("strength", "unet", "text"):
+                strengths |= (
+                    dict.fromkeys(p.adapted, value) if part == "strength" else _by_component({part: value}, p.adapted, argument.path, whole=False)
+                )
+        if p.adapted:
+            p.set_strength(strengths)  # type: ignore[arg-type]
+
+
+def _by_component(given: dict[str, float], components: Any, source: str, *, whole: bool = True) -> dict[str, float]:
+    """unet=..., text=... spelled out for the components of a file; a component that is not named keeps strength 1."""
+    out: dict[str, float] = dict.fromkeys(components, 1.0) if whole else {}
+    for name, value in given.items():
+        found = [c for c in components if c == name or (name == "unet" and c == "transformer") or (name == "text" and c.startswith("text_encoder"))]
+        if not found:
+            raise UserError(f"{source} adapts {', '.join(components) or 'no network'}, so the strength {name}={value:g} would have no effect")
+        out |= dict.fromkeys(found, value)
+    return out
+
+
+def _trained_with(arguments: Sequence[LoraArgument]) -> dict[str, Any]:
+    """Scheduler settings that a run changed for its training, from the header of its file; said, because they change the pictures."""
+    changes: dict[str, Any] = {}
+    for argument in arguments:
+        noise = tomllib.loads(_header(argument.path).get("lora_core.config", "")).get("noise", {})
+        if noise.get("prediction", "model") != "model":
+            changes["prediction_type"] = noise["prediction"]
+        if noise.get("zero_terminal_snr"):
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
+        print(f"note: sampling with {changes}, as the LoRA was trained", file=sys.stderr)
+    return changes
+
+
+def _header(path: str) -> dict[str, str]:
+    """The header entries of a LoRA file, or of all files of a run folder; nothing for a file that is none, which is refused later with its reason."""
+    found: dict[str, str] = {}
+    for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]:
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= opened.metadata() or {}
+        except (OSError, SafetensorError):
+            continue
+    return found
+
+
+def _another(name: str, number: int) -> str:
+    """<s0> -> <s0-2>, TOK -> TOK2."""
+    return f"{name[:-1]}-{number}>" if name.endswith(">") else f"{name}{number}"
+
+
+def _read_image(path: str, height: int, width: int) -> Tensor:
+    """[1, 3, h, w] in [-1, 1], scaled to cover and centre-cropped."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no picture {path}")
+    image = read_picture(Path(path)).image
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return to_tensor(image.crop((left, top, left + width, top + height))).mul(2).sub(1)[None]
+
+
+def _paths(config: Infer, count: int) -> list[Path]:
+    out = Path(config.out)
+    return [out] if count == 1 else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+
+
+def _save(image: Image.Image, path: Path, config: Infer) -> Path:
+    """Writes the PNG with its recipe, as JSON to repeat it and as the `parameters` text that other programs show."""
+    loras = ", ".join(config.lora)
+    shown = f"{config.prompt}\nSteps: {config.steps}, Sampler: {config.sampler}, CFG scale: {config.guidance:g}, Seed: {config.seed}, Model: {config.model}"
+    table = {name: value for name, value in to_table(config).items() if name not in ("source", "out", "batch", "device", "threads")}
+    save_png(image, path, {CHUNK: json.dumps(table), "parameters": shown + (f", Lora: {loras}" if loras else "")})
+    return path
+
+
+def read_recipe(path: str) -> Infer:
+    """The config in a picture's text chunk. Raises UserError when it has none."""
+    try:
+        text = Image.open(path).info.get(CHUNK)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"--from {path}: {error}") from None
+    if not text:
+        raise UserError(f"--from {path}: the picture has no recipe; was it made by infer.py and not saved again?")
+    return from_table(json.loads(text), Infer)
+
+
+def parse(argv: Sequence[str]) -> Infer:
+    """The config of a command line; with --from, what the picture says where no flag says otherwise."""
+    config = command_line(Infer, argv, prog="infer.py", example=EXAMPLE)
+    if not config.source:
+        return config
+    default = Infer()
+    given = {f.name: getattr(config, f.name) for f in fields(Infer) if getattr(config, f.name) != getattr(default, f.name)}
+    return replace(read_recipe(config.source), **given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains."""
+    try:
+        for path in infer(parse(list(sys.argv[1:] if argv is None else argv))):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""From prompts to pictures with any family: start noise, guidance, sampler, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core import sampling
+from lora_core.errors import UserError
+from lora_core.noise import Keys
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are sampled. Width and height in pixels; 0 is the model's own resolution."""
+
+    sampler: str = "ddim"
+    steps: int = 25
+    guidance: float = 5.0
+    negative: str = ""
+    width: int = 0
+    height: int = 0
+    strength: float = 1.0  # image to image: the share of the steps that is run
+
+
+def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """[b, *shape] unit noise, one CPU generator for each seed: what diffusers draws for `generator=[torch.Generator().manual_seed(s) ...]`."""
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def generate(
+    family: Any, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, *, init: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed). Prompts are given as the text encoder is to read them (placeholders bound).
+
+    `init` [1 or b, 3, h, w] starts from a picture (strength < 1) or, for an inpainting model, is the picture to paint in; `mask` [1 or b, 1, h, w]
+    is 1 where it is to be painted. Raises UserError for sizes that are no multiple of the latent factor, or an init or mask that does not fit.
+    """
+    height, width = recipe.height or family.resolution, recipe.width or family.resolution
+    if height % family.factor or width % family.factor:
+        raise UserError(f"{width} x {height} pixels is no multiple of {family.factor}, the pixels of one latent")
+    if init is None and (recipe.strength < 1 or family.inpainting):
+        raise UserError("strength below 1 and inpainting models need a picture to start from (--init-image)")
+    if (mask is not None) != family.inpainting:
+        raise UserError("an inpainting model needs a mask (--mask), and only such a model takes one")
+    cond = family.encode_prompts(prompts)
+    uncond = family.encode_prompts([recipe.negative] * len(prompts)) if recipe.guidance != 1 else None
+    inpaint = None if mask is None or init is None else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
+    path = sampling.levels(recipe.sampler, family.schedule, recipe.steps, spacing=family.spacing, offset=family.offset, strength=recipe.strength)
+    shape = (family.latent_channels, height // family.factor, width // family.factor)
+    eps = start_noise(seeds, shape).to(family.device)
+    x0 = family.encode_images(init)[0].expand(len(prompts), -1, -1, -1) if init is not None and recipe.strength < 1 else None
+
+    def network(x: Tensor, level: Any, rows: Any) -> Tensor:
+        return family.denoise(x, level, rows, None if inpaint is None else inpaint.repeat(len(x) // len(inpaint), 1, 1, 1))
+
+    sampler = sampling.SAMPLERS[recipe.sampler]
+    noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
+    denoise = sampling.guided(network, family.prediction, cond, uncond, recipe.guidance)
+    return family.decode(sampler.run(denoise, sampling.start(eps, path, x0), path, **noise)).float()
+
+
+def masked_latents(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
+    """[b, 1 + c, h, w] what an inpainting denoiser reads: the mask on the latent grid (nearest) and the latents of the picture with a grey hole."""
+    mask = mask.to(pixels)
+    latents = family.encode_images(pixels * (mask < 0.5))[0]
+    return torch.cat([F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents), latents], dim=1)
+
+
+def random_holes(keys: Keys, height: int, width: int) -> Tensor:
+    """[b, 1, h, w] masks for training an inpainting model, 1 = hole: 8 to 32 rectangles with sides of 1/32 to 1/4, or everything once in four times.
+
+    The distribution of cloneofsimo's lora_pti (16 to 128 of 512 pixels), keyed by example and visit.
+    """
+    shape = keys.uniform("holes", (33, 4))
+    masks = torch.zeros(len(shape), 1, height, width)
+    for mask, rows in zip(masks, shape.tolist()):
+        everything, count = rows[0][0] < 0.25, 8 + int(rows[0][1] * 25)
+        for y, x, h, w in [] if everything else rows[1 : 1 + count]:
+            tall, wide = (round(side * (1 / 32 + part * (1 / 4 - 1 / 32))) for side, part in ((height, h), (width, w)))
+            top, left = int(y * (height - tall + 1)), int(x * (width - wide + 1))
+            mask[:, top : top + tall, left : left + wide] = 1
+        if everything:
+            mask.fill_(1)
+    return masks
+
+
+def _step_noise(seeds: Sequence[int], shape: tuple[int, ...], device: Any) -> sampling.StepNoise:
+    """Noise of step i for each seed; a stream of its own, so that no step repeats the start noise."""
+    generators = [torch.Generator().manual_seed(seed + 2**31) for seed in seeds]
+    return lambda _step: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)

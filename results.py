@@ -1,0 +1,157 @@
+"""What a run shows: validation scores, sample grids, before_after.png, the files and summary.json. Functions of an open Session."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_core import adapters, generation, pictures, reports, tokens, validation
+from lora_core.data import collate
+from lora_core.formats import save_run
+from lora_core.generation import Recipe
+from lora_core.noise import NoiseLevel
+from lora_core.pictures import Row
+from lora_core.validation import Score
+
+if TYPE_CHECKING:
+    from session import Session
+
+COLUMNS = 5  # pictures in a row
+CHUNK = 16  # images in one forward pass of the validation
+
+
+def recipe(s: Session) -> Recipe:
+    samples, side = s.config.samples, s.config.data.resolution
+    return Recipe(samples.sampler, samples.steps, samples.guidance, samples.negative, side, side)
+
+
+def validate(s: Session, done: int) -> None:
+    """Scores the held-out images (the training images where there are none) after `done` steps; rows go to val.jsonl and metrics.jsonl."""
+    if done in s.scores:
+        return
+    with s.evaluating():
+        batch = collate([s.val_folder.example(i, 0) for i in range(len(s.val_folder))])
+        x0 = torch.cat([s.family.encode_images(row[None])[0] for row in batch.pixels])
+        cond = s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions])
+        inpaint = generation.masked_latents(s.family, batch.pixels, torch.ones_like(batch.pixels[:, :1])) if s.family.inpainting else None
+
+        def denoise(x_t: Tensor, level: NoiseLevel, rows: Tensor) -> Tensor:
+            pieces = [slice(i, i + CHUNK) for i in range(0, len(rows), CHUNK)]
+            parts = [s.family.denoise(x_t[p], level.rows(p), cond.rows(p), None if inpaint is None else inpaint[p]) for p in pieces]
+            return torch.cat(parts)
+
+        v = s.config.validation
+        s.scores[done] = validation.score(denoise, x0, batch.keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
+    for score in s.scores[done]:
+        s.run.log({"step": done, **score._asdict()}, to="val")
+    first, now = validation.mean(s.scores[min(s.scores)]), validation.mean(s.scores[done])
+    s.log_book.add(done, val_loss=now, val_change=now / first - 1)
+    s.log_book.flush()
+
+
+def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:
+    """One picture for each prompt, seeds 0, 1, 2 ...; of the base model, of the learned tokens alone, or of the model as it is."""
+    word = s.config.samples.base_word
+    bound = [_plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions) for prompt in prompts]
+    with s.evaluating(), _without_adapters(s) if base or only_tokens else ExitStack():
+        out: list[Image.Image] = []
+        for i, prompt in enumerate(bound):
+            out += pictures.to_images(generation.generate(s.family, [prompt], [i], recipe(s)))
+    return out
+
+
+def prompts(s: Session) -> list[str]:
+    """The prompts of the config, else the captions of the first training images."""
+    own = list(s.config.samples.prompts) or list(dict.fromkeys(r.captions[0] for r in s.folder.records))
+    return own[:COLUMNS]
+
+
+def sample(s: Session, done: int) -> None:
+    """OUT/samples/step_NNNNNN.png."""
+    chosen = prompts(s)
+    sheet = pictures.grid([Row("", draw(s, chosen), chosen)], title=f"after {done} steps")
+    pictures.save_png(sheet, s.run.folder / "samples" / f"step_{done:06d}.png")
+
+
+def before_after(s: Session) -> Image.Image:
+    """Reference images, base model, tokens alone, everything, and everything in new places: one row each."""
+    chosen, new = prompts(s), list(s.config.samples.new_prompts)[:COLUMNS]
+    references = list(dict.fromkeys(r.path for r in s.folder.records))[:COLUMNS]
+    rows = [
+        Row("what it learned from", [_square(path) for path in references]),
+        Row("before: the base model", draw(s, chosen, base=True), [_plain(s, p, s.config.samples.base_word) for p in chosen]),
+    ]
+    if s.abstractions and s.trained:
+        rows.append(Row("learned tokens alone", draw(s, chosen, only_tokens=True), chosen))
+    what = " + ".join([*(["tokens"] if s.abstractions else []), *([s.config.adapter.kind.split(":")[-1]] if s.trained else [])])
+    rows.append(Row(f"after: {what}", draw(s, chosen), chosen))
+    if new:
+        rows.append(Row("after: new places", draw(s, new), new))
+    return pictures.grid(rows, title=f"{s.run.folder.name}: before and after {s.config.steps} steps")
+
+
+def finish(s: Session) -> Path:
+    """Writes the run's files, pictures, plots and summary.json, prints what came of it, and returns the folder."""
+    done = s.config.steps
+    validate(s, done)
+    s.save_checkpoint(done)
+    state = s.adapter_state(done)
+    files = save_run(state, s.run.folder, layout=s.family.layout)
+    sheet = before_after(s)
+    pictures.save_png(sheet, s.run.folder / "before_after.png")
+    reports.plot_metrics(s.run.folder)
+    first, last = s.scores[min(s.scores)], s.scores[done]
+    summary = {
+        "seconds": round(time.perf_counter() - s.began, 2),
+        "steps": done,
+        "val_loss_before": validation.mean(first),
+        "val_loss_after": validation.mean(last),
+        "files": {file.name: file.stat().st_size for file in files},
+        "tokens": [report._asdict() for name, e in s.embeddings.items() for report in tokens.report(e, s.family.tokenizers[name])],
+    }
+    s.run.write("summary.json", json.dumps(summary, indent=1))
+    print(_table(first, last))
+    for entry in summary["tokens"]:  # type: ignore[attr-defined]
+        words = ", ".join(f"{word} {cosine:.2f}" for word, cosine in entry["nearest"])
+        print(f"{entry['name']}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
+    return s.run.folder
+
+
+def _table(first: Sequence[Score], last: Sequence[Score]) -> str:
+    lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   held-out loss at fixed timesteps and noise"]
+    pairs = [(f"{t:.0f}" if t > 1 else f"{t:.3f}", b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
+    for name, before, after in [*pairs, ("all", validation.mean(first), validation.mean(last))]:
+        lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
+    return "\n".join(lines)
+
+
+def _plain(s: Session, prompt: str, word: str) -> str:
+    """The prompt for a model that knows no placeholder: the word, else the initialising words, in its place."""
+    for a in s.abstractions:
+        ordinary = "" if a.init in ("random", "zero") else a.init
+        prompt = tokens.bind(prompt, [tokens.Abstraction(a.word, (word or ordinary,), "zero")])
+    return " ".join(prompt.split())
+
+
+def _square(path: Path) -> Image.Image:
+    """The picture, centre-cropped, small enough for a grid."""
+    image = Image.open(path).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+@contextmanager
+def _without_adapters(s: Session) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in s.trained.values():
+            stack.enter_context(adapters.disabled(module))
+        yield

@@ -1,0 +1,160 @@
+"""Fine-tune a text-to-image model with LoRA, DoRA, learned tokens, or all of them in stages.
+
+    python train.py configs/toy_pti.toml                                      # TOML, then flags: --optimizer.name adamw --stages.0.steps 200
+    python train.py --model MODEL --data.images photos --data.captions one --data.caption "a photo of TOK" --out runs/photos
+    python train.py --compare runs/a runs/b                                   # paired difference of two runs on the same images and noise
+
+`training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another loss, `train(config, step=fn)` a whole step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import results
+from lora_core import losses, noise, pictures, validation
+from lora_core.config import Config, Stage, command_line
+from lora_core.data import Batch
+from lora_core.errors import UserError
+from lora_core.losses import StepOutput
+from lora_core.noise import Keys
+from lora_core.prediction import PREDICTIONS
+from session import Session
+
+EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200 --out runs/adamw"
+Step = Callable[[Session, Batch, Stage, int], Tensor]
+
+
+def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
+    """[b] loss rows, weighed by noise level. Randomness is keyed by image and visit: a row does not depend on the batch around it."""
+    keys = Keys(s.config.seed, batch.keys, batch.visits)
+    x0, mask, inpaint = s.latents(batch, keys, stage)  # [b, c, h, w]; [b, 1, h, w] or None; [b, 1 + c, h, w] or None
+    level = noise.draw(s.family.schedule, keys, low=s.low(stage), high=s.high(stage)).to(s.device)
+    eps, eps_in = (e.to(x0) for e in noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise))
+    x_t = noise.add_noise(x0, eps_in, level)
+    cond = s.conditioning(batch.captions)
+    s.key_dropout(keys, step)
+    out = s.family.denoise(x_t, level, cond, inpaint)
+    target = PREDICTIONS[s.family.prediction].target(x0, eps, level)
+    lazy = s.lazy(x_t, level, cond, inpaint)
+    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, s.family.prediction, mask, batch.is_prior.to(s.device), step, lazy))
+    return rows * losses.weight(s.config.weighting, level, s.family.prediction, **s.config.weighting_arg)
+
+
+def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
+    """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
+    s = Session(config, loss)
+    start = s.restore()
+    if start == 0:
+        results.validate(s, 0)
+    with _CtrlC() as pressed, s.progress(start) as bar:
+        for stage, first, last in spans(config.stages):
+            if start >= last:
+                continue
+            s.enter(stage)
+            begin = max(first, start)
+            for done, batch in enumerate(s.batches(begin, last), begin + 1):
+                s.set_rates(stage, done - 1 - first)
+                s.optimizer.zero_grad(set_to_none=True)
+                total = torch.zeros((), device=s.device)
+                for micro in micro_batches(batch, config.accumulation):
+                    rows = step(s, micro, stage, done - 1)
+                    if done == begin + 1:
+                        losses.check_rows(rows, s.loss_name, len(micro.keys))
+                    part = losses.total(rows, micro.is_prior.to(s.device), prior_weight=config.prior.weight, instances=s.instances)
+                    s.backward(part)
+                    total += part.detach()
+                norm = s.update()
+                s.control_norms(stage)
+                s.log(done, stage, total, norm, bar)
+                if pressed or _due(done, config.save_every):
+                    s.save_checkpoint(done)
+                if pressed:
+                    raise KeyboardInterrupt
+                if _due(done, config.validation.every):
+                    results.validate(s, done)
+                if _due(done, config.samples.every):
+                    results.sample(s, done)
+    return results.finish(s)
+
+
+def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
+    """(stage, its first step, one after its last) in order."""
+    first = 0
+    for stage in stages:
+        yield stage, first, first + stage.steps
+        first += stage.steps
+
+
+def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch in `parts` strides, so that each has its share of instance and of prior rows."""
+    return (batch.rows(slice(i, None, parts)) for i in range(parts))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _CtrlC:
+    """Within it the first Ctrl-C only makes this true, so that the loop ends between two steps; a second one ends at once."""
+
+    def __enter__(self) -> _CtrlC:
+        self.pressed = False
+        self.before = signal.getsignal(signal.SIGINT)
+        try:
+            signal.signal(signal.SIGINT, self._press)
+        except ValueError:  # not in the main thread: Ctrl-C is not ours
+            self.before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, *_: object) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self) -> bool:
+        return self.pressed
+
+
+def compare(run_a: Path, run_b: Path) -> None:
+    """Prints the paired difference B - A of the last validations of two runs, and writes RUN_B/compare_RUN_A.png."""
+    rows = validation.compare(run_a, run_b)
+    print(validation.table(rows, (run_a.name, run_b.name)))
+    bins, out = rows[:-1], run_b / f"compare_{run_a.name}.png"
+    series = {f"{run_b.name} - {run_a.name}": ([r.t for r in bins], [r.mean for r in bins])}
+    errors = {name: [r.error for r in bins] for name in series}
+    pictures.plot(series, out, axes=("timestep", "loss difference (std. error)"), title="paired on the same images and noise", errors=errors)
+    print(f"plot: {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["--compare"]:
+            if len(words) != 3:
+                raise UserError("--compare takes two run folders: python train.py --compare runs/a runs/b")
+            compare(Path(words[1]), Path(words[2]))
+            return 0
+        config = command_line(Config, words, prog="train.py", example=EXAMPLE)
+        print(f"done: {train(config)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the run is saved, go on with: python train.py {config.out}/config.toml --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
