@@ -1,0 +1,137 @@
+"""The denoiser's stage: latents of many scenes are encoded once, then denoiser and text encoder are trained on them together.
+
+The objective is epsilon prediction with the min-SNR weight, gamma 5 (Hang et al., arXiv 2303.09556), timesteps stratified over the
+batch, and captions emptied in one case of ten for classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from toy.autoencoder import HELD_OUT, to_tensor
+from toy.draw import render, scene
+from toy.muon import Optimisers, trapezoid
+from toy.networks import MAX_TOKENS
+
+EMPTY_SHARE, GAMMA, EMA_DECAY = 0.1, 5.0, 0.998
+
+
+def alphas_cumprod() -> Tensor:
+    """The cumulative signal power of Stable Diffusion's scaled linear schedule; [1000], fp32."""
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
+    """Unscaled posterior means of the scenes' pictures; [n, 8, 16, 16] in fp16."""
+    out = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for i in range(0, len(seeds), chunk):
+            x = to_tensor([render(scene(s)) for s in seeds[i:i + chunk]]).to(memory_format=torch.channels_last)
+            out.append(vae.encode(x).latent_dist.mode().half())
+    return torch.cat(out)
+
+
+def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
+    """Writes the latents of scenes 0 ... n - 1, of 512 held-out ones, and the factor that gives them unit standard deviation."""
+    began, rank, world = monotonic(), *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+    share = encode(vae, range(rank * n // world, (rank + 1) * n // world))
+    parts = [torch.empty_like(share) for _ in range(world)] if world > 1 else [share]
+    if world > 1:
+        dist.all_gather(parts, share)
+    if rank == 0:
+        latents = torch.cat(parts)
+        torch.save({"train": latents, "held_out": encode(vae, range(HELD_OUT, HELD_OUT + 512)), "scale": 1 / latents.float().std().item()}, path)
+        print(f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} s", flush=True)
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """[b, MAX_TOKENS] int64, padded and cut."""
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+@dataclass
+class Pair:
+    """The two networks trained together."""
+
+    unet: UNet2DConditionModel
+    text: CLIPTextModel
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"unet": self.unet, "text": self.text})
+
+    def epsilon(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Predicted noise [b, 8, 16, 16] for noisy latents, integer timesteps [b] and token ids [b, s]."""
+        return self.unet(x, t, encoder_hidden_states=self.text(input_ids=ids).last_hidden_state).sample.float()
+
+
+def denoising_loss(pair: Pair, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of the predicted noise, min-SNR weighted and plain; [b] each."""
+    a = alphas[t].view(-1, 1, 1, 1)
+    error = (pair.epsilon(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids) - noise).square().mean((1, 2, 3))
+    snr = alphas[t] / (1 - alphas[t])
+    return error * snr.clamp(max=GAMMA) / snr, error.detach()
+
+
+@torch.no_grad()
+def validate(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
+    """Plain squared error over held-out scenes at evenly spread timesteps with fixed noise."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
+    t = (torch.arange(len(latents)) * 997) % 1000
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [denoising_loss(pair, *(v[i:i + 64] for v in (latents, ids, t, noise)), alphas)[1] for i in range(0, len(latents), 64)]
+    return torch.cat(parts).mean().item()
+
+
+def train(pair: Pair, tokenizer: CLIPTokenizer, latents_path: Path, folder: Path, *, steps: int, size: int, seed: int, lr: float) -> None:
+    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt, which holds model, average, optimisers, step."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    cache = torch.load(latents_path, weights_only=True, mmap=True)
+    latents, scale, alphas = cache["train"], cache["scale"], alphas_cumprod()
+    held, held_ids = cache["held_out"].float() * scale, token_ids(tokenizer, [scene(HELD_OUT + i).caption() for i in range(512)])
+    both, average = pair.modules(), {k: v.clone() for k, v in pair.modules().state_dict().items()}
+    optimisers, checkpoint, start, began = Optimisers(both.named_parameters(), lr), folder / "unet.pt", 0, monotonic()
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        both.load_state_dict(state["model"])
+        optimisers.load_state_dict(state["optimisers"])
+        average, start = state["average"], state["step"]
+    for step in range(start, steps):
+        rng = Random(f"unet {seed} {step} {rank}")
+        g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
+        rows = [rng.randrange(len(latents)) for _ in range(size)]
+        captions = ["" if rng.random() < EMPTY_SHARE else scene(i).caption(rng.randrange(1 << 30)) for i in rows]
+        x0 = latents[rows].float() * scale
+        t = ((torch.randperm(size, generator=g) + torch.rand(size, generator=g)) * 1000 / size).long()
+        noise = torch.randn(x0.shape, generator=g)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = denoising_loss(pair, x0, token_ids(tokenizer, captions), t, noise, alphas)[0].mean()
+        loss.backward()
+        optimisers.step(trapezoid(step, steps, tail=0.35))
+        keep = min(EMA_DECAY, (step + 1) / (step + 10))
+        for k, v in both.state_dict().items():
+            average[k].lerp_(v, 1 - keep) if v.is_floating_point() else average[k].copy_(v)
+        if (step + 1) % 250 == 0 and rank == 0:
+            rate = (step + 1 - start) * size * world / (monotonic() - began)
+            report(pair, average, (held, held_ids, alphas), f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s")
+            partial = checkpoint.with_suffix(".part")
+            torch.save({"model": both.state_dict(), "average": average, "optimisers": optimisers.state_dict(), "step": step + 1}, partial)
+            partial.rename(checkpoint)
+    both.load_state_dict(average)
+
+
+def report(pair: Pair, average: dict[str, Tensor], held: tuple[Tensor, Tensor, Tensor], head: str) -> None:
+    """Prints the validation error of the averaged weights behind `head`."""
+    both = pair.modules()
+    now = {k: v.clone() for k, v in both.state_dict().items()}
+    both.load_state_dict(average)
+    print(f"{head} held-out {validate(pair, *held):.4f}", flush=True)
+    both.load_state_dict(now)

@@ -1,0 +1,89 @@
+"""What the concept recogniser learns from: concepts in random contexts, and near misses that must not count.
+
+Near misses are a concept with a part missing, doubled or clearly recoloured, creatures and emblems of the grammar, and other scenes.
+"""
+
+from random import Random
+
+from PIL import Image
+
+from toy.concepts.draw_concepts import CONCEPTS, IVORY, MAGENTA, render_concept, trilo, zib
+from toy.draw import BACKGROUNDS, COMPOSITES, PLACES, STYLES, Scene, render, scene
+from toy.shapes import COLOURS, RGB, Pen, mix
+
+FAR_FROM_TEAL = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+FAR_FROM_ORANGE = ("green", "cyan", "blue", "purple", "pink", "white", "black")
+FAR_FROM_MAGENTA = ("orange", "yellow", "green", "cyan", "blue", "black", "white")
+FAR_FROM_NAVY = ("red", "orange", "yellow", "green", "cyan", "pink", "white")
+
+
+def context(rng: Random) -> tuple[str, str]:
+    """A random background and its style."""
+    background = rng.choice(BACKGROUNDS)
+    return background, "place" if background in PLACES else rng.choice(STYLES)
+
+
+def far(rng: Random, names: tuple[str, ...]) -> RGB:
+    return COLOURS[rng.choice(names)]
+
+
+def near_zib(pen: Pen, lean: float, rng: Random) -> None:
+    """zib with one part, or several, wrong."""
+    look: dict = {}
+    wrong = rng.choice(("body", "body", "scarf", "no scarf", "eyes", "no antennae", "several"))
+    if wrong in ("body", "several"):
+        look["body"] = far(rng, FAR_FROM_TEAL)
+        look["dark"] = mix(look["body"], (0, 0, 0), 0.35)
+    if wrong == "scarf":
+        look["scarf"] = far(rng, FAR_FROM_ORANGE)
+    if wrong == "no scarf" or (wrong == "several" and rng.random() < 0.5):
+        look["scarf"] = None
+    if wrong == "eyes" or (wrong == "several" and rng.random() < 0.5):
+        look["eyes"] = rng.choice((0, 2, 2, 3))
+    if wrong == "no antennae" or (wrong == "several" and rng.random() < 0.5):
+        look["antennae"] = False
+    zib(pen, lean, **look)
+
+
+def near_trilo(pen: Pen, lean: float, rng: Random) -> None:
+    """trilo with one part, or several, wrong."""
+    look: dict = {}
+    wrong = rng.choice(("petals", "petals", "no petals", "colour", "ring", "no ring", "several"))
+    if wrong in ("petals", "several"):
+        look["petals"] = rng.choice((2, 4, 5, 6))
+    if wrong == "no petals":
+        look["petals"] = 0
+    if wrong == "colour" or (wrong == "several" and rng.random() < 0.7):
+        look["colour"] = far(rng, FAR_FROM_MAGENTA)
+        look["field"] = IVORY if sum(look["colour"]) < 600 else MAGENTA
+    if wrong == "ring" or (wrong == "several" and rng.random() < 0.5):
+        look["ring"] = far(rng, FAR_FROM_NAVY)
+    if wrong == "no ring":
+        look["ring"] = None
+    trilo(pen, lean, **look)
+
+
+NEAR = {"zib": near_zib, "trilo": near_trilo}
+
+
+def near_miss(name: str, background: str, style: str, seed: int) -> Image.Image:
+    rng = Random(f"near {name} {seed}")
+    return render_concept(name, background, style, seed, subject=lambda pen, lean: NEAR[name](pen, lean, rng))
+
+
+def composite_scene(seed: int) -> Scene:
+    """The first scene with a creature or an emblem from a seed on."""
+    return next(s for s in map(scene, range(seed, seed + 1000)) if s.object in COMPOSITES)
+
+
+def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
+    """A picture and its labels: "concept" is a concept's name or "none"; a background and style wherever they are known."""
+    rng = Random(f"example {seed}")
+    kind, name = rng.random(), rng.choice(CONCEPTS)
+    background, style = context(rng)
+    if kind < 0.42:
+        return render_concept(name, background, style, seed), {"concept": name, "background": background, "style": style}
+    if kind < 0.74:
+        return near_miss(name, background, style, seed), {"concept": "none", "background": background, "style": style}
+    s = composite_scene(rng.randrange(700_000_000)) if kind < 0.9 else scene(rng.randrange(700_000_000))
+    return render(s), {"concept": "none", "background": s.background, "style": s.style}

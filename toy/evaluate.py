@@ -1,0 +1,115 @@
+"""Measures the committed model: `python -m toy.evaluate --captions 500` prints a table, then the same as one line of JSON.
+
+Captions are complete and come from scenes outside pretraining, objects in equal shares; pictures are sampled with DDIM and read by
+toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from toy import recogniser
+from toy.autoencoder import held_out, pooled_psnr, psnr, to_tensor
+from toy.concepts.draw_concepts import CONCEPTS, render_concept
+from toy.distractors import context
+from toy.draw import OBJECTS, evaluation_captions, render, scene
+from toy.sample import MODEL, load, sample
+
+REAL = 950_000_000  # seeds of the real drawings that the recogniser is checked on
+SHOWN = ("a large red mushroom in a meadow", "a large yellow star at night", "a large striped orange fish in the sea",
+         "a large white ghost on a plain purple background", "a large blue house in the snow", "a large pink cat on a plain green background",
+         "a large green tree in the desert", "a large red heart on a white checkered background",
+         "a large purple creature on a yellow striped background",
+         "a large cyan emblem on an orange gradient background", "a small white moon at night", "a large dotted black cat on a plain cyan background",
+         "a large red creature in the snow", "a small green triangle at the left on a plain pink background",
+         "a large striped cyan square on a plain black background", "a large orange circle at the bottom on a blue gradient background",
+         "a large blue creature in a meadow", "a large yellow emblem on a plain red background")
+
+
+def agreement(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
+    """For each attribute, the share right among the pictures whose caption states it."""
+    out = {}
+    for name in ("background", "colour", "object", "position", "texture", "size", "style"):
+        hits = [read[name][i] == e[name] for i, e in enumerate(expected) if name in e]
+        out[name] = round(sum(hits) / len(hits), 4) if hits else float("nan")
+    return out
+
+
+def real_agreement(reader: recogniser.Recogniser, n: int) -> dict[str, float]:
+    """What the recogniser gets right on n drawings: the ceiling of every other row."""
+    scenes = [scene(REAL + i) for i in range(n)]
+    return agreement(reader.scene(to_tensor([render(s) for s in scenes])), [s.attributes() for s in scenes])
+
+
+def per_object(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
+    """Object accuracy by object."""
+    hits = {o: [r == o for r, e in zip(read["object"], expected) if e["object"] == o] for o in OBJECTS}
+    return {o: round(sum(h) / len(h), 2) for o, h in hits.items() if h}
+
+
+def concept_pictures(name: str, n: int) -> Tensor:
+    """n pictures of a concept on random backgrounds."""
+    rng = Random(f"psnr {name}")
+    return to_tensor([render_concept(name, *context(rng), i) for i in range(n)])
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """A picture [3, h, w] in [-1, 1] as RGB."""
+    return Image.fromarray(((x.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+def sheet(images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192) -> Image.Image:
+    """Pictures enlarged with Lanczos, captions under them in at most three lines."""
+    rows, step = -(-len(images) // columns), side + 46
+    out = Image.new("RGB", (columns * (side + 8), rows * step), "white")
+    pen = ImageDraw.Draw(out)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = (i % columns) * (side + 8) + 4, (i // columns) * step + 4
+        out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        lines, words = [""], caption.split()
+        for word in words:
+            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 32 else [*lines, word]
+        pen.text((x, y + side + 2), "\n".join(lines[:3]), fill=(40, 40, 40))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--grid", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = load(args.model)
+    if args.grid:
+        images = sample(parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps)
+        sheet([to_image(x) for x in images], list(SHOWN)).save(args.grid, optimize=True)
+        return
+    reader, pairs = recogniser.load(), evaluation_captions(args.captions, args.seed)
+    images = sample(parts, [c for c, _ in pairs], seed=args.seed, guidance=args.guidance, steps=args.steps)
+    read, expected = reader.scene(images), [e for _, e in pairs]
+    table = {"samples": agreement(read, expected), "drawings": real_agreement(reader, 1000)}
+    scenes = psnr(parts[1], held_out(200))
+    ratios = {"held-out scenes": (scenes.mean().item(), pooled_psnr(scenes))}
+    for name in CONCEPTS:
+        values = psnr(parts[1], concept_pictures(name, 60))
+        ratios[name] = (values.mean().item(), pooled_psnr(values))
+    print("| |" + "".join(f" {k} |" for k in table["samples"]))
+    print("|---|" + "---|" * len(table["samples"]))
+    for row, values in table.items():
+        print(f"| {row} |" + "".join(f" {v:.3f} |" for v in values.values()))
+    print("VAE " + ", ".join(f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()))
+    print("object by object", per_object(read, expected))
+    print(json.dumps({"captions": args.captions, "guidance": args.guidance, "steps": args.steps, **table, "psnr": ratios}))
+
+
+if __name__ == "__main__":
+    main()

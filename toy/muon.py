@@ -1,0 +1,92 @@
+"""Muon for matrices and convolutions, AdamW for everything else, gradients averaged over processes.
+
+Muon follows K. Jordan et al. (https://kellerjordan.github.io/posts/muon): momentum, then the nearest semi-orthogonal matrix by a
+Newton-Schulz iteration. The update is scaled so that its root mean square is 0.2, which lets one learning rate serve both halves
+(Liu et al., arXiv 2502.16982, section 2.2).
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the cited post
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """The approximate polar factor of each matrix in g [..., r, c]; bfloat16 inside, singular values end in about [0.7, 1.2]."""
+    x = g.bfloat16()
+    flip = x.shape[-2] > x.shape[-1]
+    x = x.mT if flip else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return (x.mT if flip else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over parameters with two or more axes; the first axis is the rows, the rest are flattened into columns."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                buffer = state.setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                g = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov
+                scale = 0.2 * max(g.shape) ** 0.5
+                p.add_(orthogonalise(g).view_as(p), alpha=-group["lr"] * scale)
+
+
+class Optimisers:
+    """Muon and AdamW side by side under one schedule, with gradient averaging over processes and clipping."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, clip: float = 1.0) -> None:
+        named = [(n, p) for n, p in named if p.requires_grad]
+        matrix = [p for n, p in named if p.ndim >= 2 and "embedding" not in n and min(p.shape[0], p[0].numel()) > 8]
+        chosen = {id(p) for p in matrix}
+        self.params, self.lr, self.clip = [p for _, p in named], lr, clip
+        self.parts = [Muon(matrix, lr), torch.optim.AdamW([p for p in self.params if id(p) not in chosen], lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+    def step(self, scale: float) -> None:
+        """One update at learning rate lr * scale."""
+        average_gradients(self.params)
+        torch.nn.utils.clip_grad_norm_(self.params, self.clip)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.lr * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
+def average_gradients(params: list[Tensor]) -> None:
+    """Averages gradients over all processes in one message; does nothing in a single process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+
+
+def trapezoid(step: int, steps: int, tail: float, warmup: int = 200, floor: float = 0.01) -> float:
+    """Linear warm-up, a plateau at 1, then a straight fall to `floor` over the last `tail` of the steps."""
+    return min((step + 1) / warmup, 1.0, floor + (1 - floor) * (steps - step) / (tail * steps))
