@@ -1,0 +1,87 @@
+"""kohya's sd-scripts format, which A1111 and ComfyUI read: `lora_unet_{path_with_underscores}.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+The scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with one alpha for all modules.
+A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of W + delta W. Other readers differ: ComfyUI divides by
+the norm of W, A1111 by columns, and diffusers 0.42.1 leaves dora_scale out with a warning; give it the native file.
+A text encoder's names are read under its numbered prefix too (lora_te1, as diffusers exports it), and with or without the text_model level.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_core.algebra import AdapterState, LowRank
+from lora_core.errors import UserError
+from lora_core.formats.grammar import Grammar, decode, encode, sites
+from lora_core.formats.layout import Layout
+
+GRAMMAR = Grammar(
+    leaves={"down": ("lora_down.weight",), "up": ("lora_up.weight",), "alpha": ("alpha",), "magnitude": ("dora_scale",)},
+    separator="_",
+    heads=lambda name, component: component.prefixes,
+    names=lambda component, path: component.names.get(path, path),
+    scale="alpha",
+    magnitude=lambda out, ndim: (out,) + (1,) * (ndim - 1),
+)
+
+
+def detect(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any key is a factor of this grammar."""
+    return any(key.startswith("lora_") and key.endswith(GRAMMAR.leaves["down"] + GRAMMAR.leaves["up"]) for key in tensors)
+
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str) -> AdapterState:
+    """The file's state. Raises UserError, also without a layout: which underscores were dots is known from a model's paths only."""
+    if layout is None:
+        raise UserError(f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to")
+    return AdapterState(decode(tensors, GRAMMAR, sites(GRAMMAR, layout), layout, scales={}, source=source), metadata=dict(header))
+
+
+def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and kohya's header entries. Raises UserError without a layout."""
+    if layout is None:
+        raise UserError("writing kohya's names needs a model's layout; name the model the adapter belongs to")
+    state = _with_one_alpha(state)
+    return encode(state, GRAMMAR, layout), _header(state, layout, title)
+
+
+def _with_one_alpha(state: AdapterState) -> AdapterState:
+    """The same update with scale * rank equal in all modules: the most frequent alpha stays, other modules' `up` takes up the difference.
+
+    diffusers 0.42.1 does not find the alphas of attention layers that differ from the rest and takes the most frequent one for them.
+    """
+    counts = Counter(lr.scale * lr.rank for modules in state.components.values() for lr in modules.values() if lr.scale)
+    if not counts:
+        return state
+    alpha = counts.most_common(1)[0][0]
+
+    def moved(lr: LowRank) -> LowRank:
+        factor = lr.scale * lr.rank / alpha
+        up = lr.up if factor == 1 else (lr.up.to(torch.promote_types(lr.up.dtype, torch.float32)) * factor).to(lr.up.dtype)
+        return lr._replace(up=up, scale=alpha / lr.rank)
+
+    return replace(state, components={name: {path: moved(lr) for path, lr in modules.items()} for name, modules in state.components.items()})
+
+
+def _header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
+    """The six entries kohya keeps even in its shortest header, the output's name, and the model spec's. "Dynamic" is kohya's word for mixed ranks."""
+    factors = [lr for modules in state.components.values() for lr in modules.values()]
+    ranks = {lr.rank for lr in factors}
+    dora = any(lr.magnitude is not None for lr in factors)
+    header = {
+        "ss_v2": str("_v2" in layout.base_model_version),
+        "ss_base_model_version": layout.base_model_version,
+        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(factors[0].scale * factors[0].rank),
+        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"} if dora else {}),
+        "ss_output_name": title,
+        "modelspec.title": title,
+    }
+    return header | ({"modelspec.architecture": layout.architecture} if layout.architecture else {})

@@ -1,0 +1,110 @@
+"""The nouns of a family: which modules a file may name, how their names are published, and what shape their weights have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lora_core.errors import UserError
+
+PREFIXES: dict[str, tuple[str, ...]] = {  # component -> prefixes of its names in kohya files; the first is written, all are read
+    "unet": ("lora_unet",),
+    "transformer": ("lora_unet",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+    "text_encoder_3": ("lora_te3",),
+}
+NUMBERED = ("lora_te1", "lora_te")  # the first text encoder's, where there is a second one
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}  # component -> key of its token rows
+LEVELS = {"encoder.layers.": "text_model."}  # how a text encoder's modules begin -> published level that transformers 5 dropped (CLIPTextModel)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a family."""
+
+    prefixes: tuple[str, ...]  # kohya's; the first is written, all are read
+    shapes: Mapping[str, tuple[int, ...]]  # published path -> weight shape [out, in] or [out, in / groups, kh, kw]
+    module_prefix: str = ""  # the start of every published path that the installed module lacks, e.g. "text_model."
+    names: Mapping[str, str] = field(default_factory=dict)  # published path -> the dotted name kohya files build on, where it differs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family tells the file formats."""
+
+    family: str
+    base_model_version: str  # kohya's ss_base_model_version
+    components: Mapping[str, Component]
+    encoders: Mapping[str, str]  # component -> "clip_l" | "clip_g" | "t5"
+    presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)  # component -> preset -> target globs
+    architecture: str = ""  # modelspec.architecture; no such header entry where empty
+
+    def published(self, component: str, module_path: str) -> str:
+        """The path that files use for a module of the installed network. Raises UserError for a module that is no Linear or Conv2d of it."""
+        part = self.component(component)
+        return _known(part.module_prefix + module_path, part.shapes, component)
+
+    def module_path(self, component: str, published: str) -> str:
+        """The path within the installed network of a module that files name `published`. Raises UserError for an unknown one."""
+        part = self.component(component)
+        return _known(published, part.shapes, component).removeprefix(part.module_prefix)
+
+    def component(self, name: str) -> Component:
+        """Raises UserError for a component the family does not have."""
+        if name not in self.components:
+            raise UserError(f"there is no {name} here, only {', '.join(self.components) or 'nothing'}")
+        return self.components[name]
+
+
+def layout_of(
+    modules: Mapping[str, nn.Module],
+    *,
+    family: str = "unnamed",
+    base_model_version: str = "",
+    presets: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None,
+    encoders: Mapping[str, str] | None = None,
+    architecture: str = "",
+) -> Layout:
+    """The layout of live networks: all their Linear and Conv2d modules under published names. An adapted module counts as its base."""
+    encoders = ENCODERS if encoders is None else encoders
+    components = {}
+    for name, module in modules.items():
+        shapes = dict(weight_shapes(module))
+        level = missing_level(name, shapes)
+        prefixes = PREFIXES.get(name, (f"lora_{name}",))
+        if name == "text_encoder" and "text_encoder_2" in modules:
+            prefixes = NUMBERED
+        components[name] = Component(prefixes, {level + path: shape for path, shape in shapes.items()}, level)
+    own_encoders = {name: key for name, key in encoders.items() if name in modules}
+    return Layout(family, base_model_version, components, own_encoders, presets or {}, architecture)
+
+
+def weight_shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dotted path, weight shape) of every Linear and Conv2d. Does not look inside a wrapper, that is a module whose `base` is one of these."""
+    for name, child in module.named_children():
+        base = getattr(child, "base", child)
+        if isinstance(base, nn.Linear | nn.Conv2d):
+            yield path + name, tuple(base.weight.shape)
+        else:
+            yield from weight_shapes(child, f"{path}{name}.")
+
+
+def missing_level(component: str, paths: Collection[str]) -> str:
+    """The published level that all `paths` of a text encoder lack, or ""."""
+    starts = [start for start in LEVELS if all(path.startswith(start) for path in paths)]
+    return LEVELS[starts[0]] if component in ENCODERS and starts and paths else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like `name`, for error sentences; "" when nothing is known."""
+    return next(iter(difflib.get_close_matches(name, known, 1, 0.0)), "")
+
+
+def _known(path: str, shapes: Mapping[str, tuple[int, ...]], component: str) -> str:
+    if path not in shapes:
+        raise UserError(f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest(path, shapes) or 'nothing, it has none at all'}")
+    return path
