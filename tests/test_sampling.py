@@ -1,0 +1,282 @@
+"""Samplers: against diffusers' schedulers from the same noise with a fake network, against each other, and against exact answers."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core.errors import UserError
+from lora_core.noise import NoiseLevel, Schedule, edm, flow, vp_from_config
+from lora_core.prediction import PREDICTIONS
+from lora_core.sampling import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, flow_euler, guided, levels, start, timesteps
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+VP = vp_from_config(SD)
+SPACINGS = ["leading", "trailing", "linspace"]
+
+
+def network(x: Tensor, t: float) -> Tensor:
+    """A fake network: bounded, not linear in x, mixes pixels, and depends on t."""
+    return torch.tanh(0.8 * x + 0.1 * x.roll(1, -1) + math.sin(t / 300)) * (0.9 + 0.1 * math.cos(t / 100))
+
+
+def noise(i: int) -> Tensor:
+    return torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(100 + i))
+
+
+EPS = noise(-1)
+
+
+def ours(prediction: str) -> Callable[[Tensor, NoiseLevel], Tensor]:
+    return guided(lambda x, level, _: network(x, level.t[0].item()), prediction, None)
+
+
+def theirs(scheduler: Any, steps: int, x: Tensor, skip: int = 0, **step: Any) -> Tensor:
+    """diffusers' own loop, `x` already in its convention; `skip` steps are left out as its image-to-image pipelines do."""
+    scheduler.set_timesteps(steps)
+    if skip and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skip)
+    for t in scheduler.timesteps[skip:]:
+        x = scheduler.step(network(scheduler.scale_model_input(x, t), float(t)), t, x, **step).prev_sample
+    return x
+
+
+def build(name: str, **config: Any) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    return getattr(diffusers, name).from_config(SD | config)
+
+
+def settings(prediction: str, spacing: str) -> dict[str, Any]:
+    return {"prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": 1}
+
+
+# ---------------------------------------------------------------- against diffusers
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
+    scheduler = build("DDIMScheduler", **settings(prediction, spacing), clip_sample=False, set_alpha_to_one=False)
+    path = levels("ddim", VP, steps, spacing=spacing)
+    torch.testing.assert_close(ddim(ours(prediction), start(EPS, path), path), theirs(scheduler, steps, EPS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_is_diffusers_where_the_steps_do_not_divide_the_schedule(prediction: str) -> None:
+    scheduler = build("DDIMScheduler", **settings(prediction, "leading"), clip_sample=False, set_alpha_to_one=False)
+    path = levels("ddim", VP, 7)
+    torch.testing.assert_close(ddim(ours(prediction), EPS, path), theirs(scheduler, 7, EPS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_eta_is_diffusers(eta: float) -> None:
+    scheduler = build("DDIMScheduler", **settings("v_prediction", "leading"), clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(20)
+    x = EPS
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(network(x, float(t)), t, x, eta=eta, variance_noise=noise(i)).prev_sample
+    torch.testing.assert_close(ddim(ours("v_prediction"), EPS, levels("ddim", VP, 20), eta=eta, noise=noise), x, atol=1e-4, rtol=1e-4)
+
+
+def at_start(path: NoiseLevel) -> float:
+    """diffusers' Euler works with x / alpha."""
+    return 1 / path.alpha[0].item()
+
+
+@pytest.mark.parametrize("steps", [4, 7, 25])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_euler_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
+    scheduler = build("EulerDiscreteScheduler", **settings(prediction, spacing))
+    path = levels("euler", VP, steps, spacing=spacing)
+    if spacing == "leading":
+        scheduler.set_timesteps(steps)
+        assert scheduler.init_noise_sigma == pytest.approx(at_start(path), rel=1e-4)
+    expected = theirs(scheduler, steps, EPS * at_start(path))
+    torch.testing.assert_close(euler(ours(prediction), start(EPS, path), path), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 25])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_euler_ancestral_is_diffusers(prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build("EulerAncestralDiscreteScheduler", **settings(prediction, spacing))
+    count = iter(range(steps))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: noise(next(count)))
+    path = levels("euler_ancestral", VP, steps, spacing=spacing)
+    expected = theirs(scheduler, steps, EPS * at_start(path))
+    torch.testing.assert_close(euler_ancestral(ours(prediction), start(EPS, path), path, noise=noise), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 25])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_dpmpp_2m_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
+    scheduler = build("DPMSolverMultistepScheduler", **settings(prediction, spacing))
+    path = levels("dpmpp_2m", VP, steps, spacing=spacing)
+    torch.testing.assert_close(dpmpp_2m(ours(prediction), start(EPS, path), path), theirs(scheduler, steps, EPS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_zero_terminal_snr_from_pure_noise_is_diffusers(name: str) -> None:
+    config = settings("v_prediction", "trailing") | {"rescale_betas_zero_snr": True}
+    path = levels(name, vp_from_config(SD | config), 20, spacing="trailing")
+    assert path.alpha[0] == 0
+    scheduler = build({"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name], **config)
+    if name == "ddim":
+        scheduler = build("DDIMScheduler", **config, clip_sample=False, set_alpha_to_one=False)
+    x = EPS * 2**12 if name == "euler" else EPS  # diffusers' Euler divides by alpha = 2^-12 there
+    error = (SAMPLERS[name].run(ours("v_prediction"), start(EPS, path), path) - theirs(scheduler, 20, x)).abs().max()
+    assert error < (2e-3 if name == "euler" else 5e-4)  # its x / alpha near 4096 has steps of 2^-12, and alpha 2^-12 is not 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_euler_is_diffusers(shift: float) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10))
+    x = EPS
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, float(t) / 1000), t, x).prev_sample
+    path = levels("flow_euler", flow(shift=shift), 10)
+    torch.testing.assert_close(flow_euler(ours("flow"), start(EPS, path), path), x, atol=1e-4, rtol=1e-4)
+
+
+def test_edm_euler_is_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5)
+    path = levels("euler", edm(), 12)
+    x = start(EPS, path)
+    torch.testing.assert_close(x, EPS * (80.0**2 + 1) ** 0.5)
+    torch.testing.assert_close(euler(ours("edm"), x, path), theirs(scheduler, 12, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.77])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_image_to_image_is_diffusers(name: str, strength: float) -> None:
+    scheduler = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name]
+    config = settings("epsilon", "leading") | ({"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {})
+    other, image, steps = build(scheduler, **config), noise(50), 20
+    skip = steps - min(int(steps * strength), steps)
+    path = levels(name, VP, steps, strength=strength)
+    assert len(path.t) == steps - skip + 1
+    other.set_timesteps(steps)
+    if name != "ddim":
+        other.set_begin_index(skip)
+    x = other.add_noise(image, EPS, other.timesteps[skip : skip + 1])
+    expected = theirs(build(scheduler, **config), steps, x, skip)
+    torch.testing.assert_close(SAMPLERS[name].run(ours("epsilon"), start(EPS, path, image), path), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 20, 28, 50, 333, 999])  # one linspace step starts at t = 0 in diffusers and is refused here
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_are_diffusers(spacing: str, steps: int) -> None:
+    scheduler = build("EulerDiscreteScheduler", **settings("epsilon", spacing))
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(torch.tensor(timesteps(VP, steps, spacing=spacing)).float(), scheduler.timesteps, rtol=1e-6, atol=1e-4)
+
+
+# ---------------------------------------------------------------- laws
+
+
+def test_euler_is_ddim_without_eta_and_on_a_flow_is_flow_euler() -> None:
+    x64 = EPS.double()
+    for schedule, prediction in ((VP, "v_prediction"), (flow(shift=2.0), "flow")):
+        path = levels("euler", schedule, 9)
+        torch.testing.assert_close(euler(ours(prediction), x64, path), ddim(ours(prediction), x64, path), rtol=0, atol=1e-10)
+    torch.testing.assert_close(euler(ours("flow"), x64, path), flow_euler(ours("flow"), x64, path), rtol=0, atol=1e-10)
+
+
+def exact(mean: float, std: float) -> Callable[[Tensor, NoiseLevel], Tensor]:
+    """E[x0 | x_t] for x0 ~ N(mean, std^2), the perfect denoiser."""
+
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+        a, s = level.like(x).alpha, level.like(x).sigma
+        return mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
+
+    return denoise
+
+
+@pytest.mark.parametrize("schedule", [VP, flow(), edm()], ids=["vp", "flow", "edm"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(name: str, schedule: Schedule) -> None:
+    """The flow ODE keeps (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), exactly; more steps come closer, the second order closest."""
+    x, errors = start(EPS.double(), levels(name, schedule, 400, spacing="trailing")), []
+    for steps in (100, 400):
+        path = levels(name, schedule, steps, spacing="trailing")
+        norm = (path.alpha**2 * 0.6**2 + path.sigma**2).sqrt()
+        expected = path.alpha[-1] * 0.3 + norm[-1] * (x - path.alpha[0] * 0.3) / norm[0]
+        errors.append((SAMPLERS[name].run(exact(0.3, 0.6), x, path) - expected).abs().max())
+    assert errors[1] < errors[0] / 3 and errors[1] < (5e-3 if name == "dpmpp_2m" else 3e-2), errors
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_ancestral"])
+def test_stochastic_samplers_keep_the_mean_and_the_variance(name: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    path = levels(name, VP, 250, spacing="trailing")
+    x, more = torch.randn(1, 1, 100, 200, generator=g), {"eta": 1.0} if name == "ddim" else {}
+    out = SAMPLERS[name].run(exact(0.3, 0.6), x, path, noise=lambda i: torch.randn(1, 1, 100, 200, generator=g), **more)
+    assert abs(out.mean() - 0.3) < 0.03 and abs(out.std() - 0.6) < 0.03
+
+
+# ---------------------------------------------------------------- guidance
+
+
+class Cond(NamedTuple):
+    bias: Tensor
+
+    @staticmethod
+    def cat(parts: list["Cond"]) -> "Cond":
+        return Cond(torch.cat([p.bias for p in parts]))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
+    calls = []
+
+    def net(x: Tensor, level: NoiseLevel, cond: Cond) -> Tensor:
+        calls.append(len(x))
+        assert len(x) == len(level.t) == len(cond.bias)
+        return torch.tanh(x) * cond.bias + level.like(x).sigma
+
+    schedule = edm() if prediction == "edm" else VP
+    level = schedule.level(schedule.ts[[100, 900]])
+    cond, negative, x = Cond(torch.full((2, 1, 1, 1), 0.7)), Cond(torch.full((2, 1, 1, 1), -0.2)), noise(3)[:2]
+    row = PREDICTIONS[prediction]
+    x_in = x * row.c_in(level).reshape(-1, 1, 1, 1)
+    out_c, out_u = (torch.tanh(x_in) * c.bias + level.like(x).sigma for c in (cond, negative))
+    expected = row.x0(x, out_u + 7.5 * (out_c - out_u), level)
+    torch.testing.assert_close(guided(net, prediction, cond, negative, 7.5)(x, level), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    plain = row.x0(x, out_c, level)
+    torch.testing.assert_close(guided(net, prediction, cond)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(guided(net, prediction, cond, negative, 1.0)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert calls == [4, 2, 2]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: levels("eular", VP, 10), "'eular'.*nearest is 'euler'"),
+        (lambda: levels("ddim", VP, 0), "at least 1 step, got 0"),
+        (lambda: levels("ddim", VP, 1001, spacing="trailing"), "1001 steps"),
+        (lambda: levels("ddim", VP, 1000), "1000 steps with leading spacing and offset 1"),
+        (lambda: levels("euler", VP, 1, spacing="linspace"), "1 steps with linspace"),
+        (lambda: levels("euler", VP, 5, spacing="karras"), "'karras'; choose leading"),
+        (lambda: levels("euler", VP, 10, strength=0.05), "at least 0.1"),
+        (lambda: levels("euler", VP, 10, strength=1.5), "strength 1.5"),
+        (lambda: ddim(ours("epsilon"), EPS, levels("ddim", VP, 3), eta=0.5), "eta = 0.5.*noise"),
+        (lambda: flow_euler(ours("flow"), EPS, levels("euler", VP, 3)), "flow schedule"),
+        (lambda: guided(network, "epsilon", None, None, 7.5), "guidance scale 7.5"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_work(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
