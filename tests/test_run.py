@@ -1,0 +1,333 @@
+"""The run folder: atomic writes, refusals, logs, checkpoints; and a killed run that resumes ends bit-identical."""
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_core import run as run_module
+from lora_core.errors import UserError
+from lora_core.prodigy import Prodigy
+from lora_core.run import Run, atomic, flatten, unflatten
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def rows(run, name="metrics"):
+    return [json.loads(line) for line in (run.folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- atomic
+
+def test_atomic_writes_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.png"
+    with atomic(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".png"       # same file system; an image writer reads the suffix
+        temporary.write_text("one")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("tw")
+        raise RuntimeError
+    assert listing(path.parent) == {"a.png": b"one"}
+
+
+@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "disk is full.*untouched"), (errno.EROFS, "cannot be written"), (errno.EDQUOT, "full")])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, code, words):
+    path = tmp_path / "config.toml"
+    path.write_text("old")
+
+    def full(_):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=words) as caught, atomic(path) as temporary:
+        temporary.write_text("new")
+    assert "\n" not in str(caught.value) and listing(tmp_path) == {"config.toml": b"old"}
+
+
+# --- opening
+
+def test_another_run_is_refused_and_untouched(tmp_path):
+    out = tmp_path / "out"
+    Run.open(out).write("config.toml", "seed = 1")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
+        Run.open(out)
+    with pytest.raises(UserError, match="both"):
+        Run.open(out, resume=True, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_overwrite_moves_the_old_folder_and_every_older_backup_survives(tmp_path):
+    out = tmp_path / "out"
+    for number in range(4):
+        Run.open(f"{out}/", overwrite=True).write("n.txt", str(number))
+    names = {path.name: (path / "n.txt").read_text() for path in tmp_path.iterdir()}
+    assert names == {"out": "3", "out.bak": "2", "out.bak.1": "0", "out.bak.2": "1"}
+
+
+def test_an_empty_folder_is_free_and_a_file_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    Run.open(tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        Run.open(tmp_path / "file", overwrite=True)
+    with pytest.raises(UserError, match=r"no run.*to resume"):
+        Run.open(tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(UserError, match="at least 1"):
+        Run.open(tmp_path / "other", keep=0)
+
+
+def test_the_current_folder_is_not_moved_away(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("x")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(UserError, match="in which this command runs"):
+        Run.open(".", overwrite=True)
+    assert (tmp_path / "a" / "x").exists()
+
+
+# --- logs
+
+def test_rows_are_appended_and_cut_on_resume(tmp_path):
+    run = Run.open(tmp_path / "out")
+    for step in range(1, 8):
+        run.log({"step": step, "loss": 0.1 * step})
+        run.log({"step": step, "bin": 0}, to="val")
+        if step == 4:
+            run.save_checkpoint(4, {}, None)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')        # killed in the middle of a row
+    resumed = Run.open(tmp_path / "out", resume=True)
+    assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(resumed, "val")] == [1, 2, 3, 4]
+    assert rows(resumed)[2] == {"step": 3, "loss": 0.1 * 3}
+    resumed.log({"step": 5, "loss": 1.0})
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5]
+
+
+def test_without_a_checkpoint_a_resumed_run_begins_at_zero(tmp_path):
+    run = Run.open(tmp_path / "out")
+    run.log({"step": 0, "val": 1.0})
+    run.log({"step": 1})
+    resumed = Run.open(tmp_path / "out", resume=True)
+    assert resumed.load_checkpoint() is None and rows(resumed) == [{"step": 0, "val": 1.0}]
+
+
+@pytest.mark.parametrize("row", [{}, {"step": 1.0}, {"step": True}, {"step": None}])
+def test_a_row_without_a_step_is_refused(tmp_path, row):
+    with pytest.raises(ValueError, match="step"):
+        Run.open(tmp_path / "out").log(row)
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    run = Run.open(tmp_path / "out")
+    run.log({"step": 1})
+
+    class Short:        # a disk with room for five bytes
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            return self.file.write(data[:5])
+    monkeypatch.setattr(run_module, "open", lambda *a, **k: Short(open(*a, **k))  # noqa: SIM115
+                       , raising=False)
+    with pytest.raises(UserError, match="full"):
+        run.log({"step": 2})
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+# --- checkpoints
+
+def test_checkpoints_round_trip_and_the_last_n_stay(tmp_path):
+    run = Run.open(tmp_path / "out", keep=2)
+    tensors = {"half": torch.randn(3).half(), "brain": torch.randn(2, 2).bfloat16(), "scalar": torch.tensor(1 / 3, dtype=torch.float64),
+               "int": torch.tensor([7]), "bytes": torch.arange(9, dtype=torch.uint8), "bool": torch.tensor([True]), "empty": torch.zeros(0, 4),
+               "strided": torch.randn(3, 4).t()}
+    tensors |= {"alias": tensors["scalar"], "view": tensors["strided"][1:], "empty2": torch.zeros(0)}
+    for step in (5, 9, 10, 100):
+        run.save_checkpoint(step, tensors, {"lr": 0.1})
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["10", "100"]
+    loaded = run.load_checkpoint()
+    assert loaded.step == 100 and loaded.meta == {"lr": 0.1} and loaded.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor), name
+
+
+def test_a_step_saved_twice_is_replaced(tmp_path):
+    run = Run.open(tmp_path / "out")
+    run.save_checkpoint(3, {"a": torch.zeros(1)}, None)
+    run.save_checkpoint(3, {"a": torch.ones(1)}, None)
+    assert float(run.load_checkpoint().tensors["a"]) == 1.0 and len(list((run.folder / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no json", "half json", "swapped", "other step"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage):
+    run = Run.open(tmp_path / "out")
+    for step in (1, 2):
+        run.log({"step": step})
+        run.save_checkpoint(step, {"a": torch.full((64 * step,), float(step))}, {})
+    new = run.folder / "checkpoints" / "2"
+    if damage == "truncate":
+        os.truncate(new / "state.safetensors", 100)
+    elif damage == "no json":
+        (new / "state.json").unlink()
+    elif damage == "half json":
+        os.truncate(new / "state.json", 9)
+    elif damage == "swapped":
+        (new / "state.safetensors").write_bytes((new.with_name("1") / "state.safetensors").read_bytes())
+    else:
+        (new / "state.json").write_text((new / "state.json").read_text().replace('"step": 2', '"step": 1'))
+    resumed = Run.open(tmp_path / "out", resume=True)
+    assert str(new) in capsys.readouterr().out and not new.exists()
+    assert resumed.load_checkpoint().step == 1 and rows(resumed) == [{"step": 1}]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    run = Run.open(tmp_path / "out", keep=1)
+    run.save_checkpoint(1, {"a": torch.zeros(4)}, None)
+    before = listing(run.folder)
+
+    def full(*_):
+        raise run_module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(run_module, "save_file", full)
+    with pytest.raises(UserError, match=r"disk.*full"):
+        run.save_checkpoint(2, {"a": torch.ones(4)}, None)
+    assert listing(run.folder) == before
+
+
+# --- flatten
+
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+trees = st.recursive(scalars | st.integers(0, 9).map(lambda n: torch.arange(n)),
+                     lambda t: st.lists(t, max_size=3) | st.lists(t, max_size=3).map(tuple)
+                     | st.dictionaries(st.text(max_size=3) | st.integers(), t, max_size=3),
+                     max_leaves=12)
+
+
+def alike(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, float):
+        return a.hex() == b.hex()
+    return a == b
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees)
+def test_flatten_round_trips_every_tree(tree):
+    tensors, meta = flatten(tree)
+    assert alike(tree, unflatten(tensors, json.loads(json.dumps(meta, allow_nan=False))))
+
+
+def test_flatten_keeps_paths_that_collide_apart():
+    tree = {"a": {"b": torch.tensor(1)}, "a/b": torch.tensor(2), "$": (1, {"$": "tensor"}), 0: -0.0,
+            "0": random.Random(3).getstate(), "x": [math.inf, 1.0]}
+    tensors, meta = flatten(tree)
+    assert len(tensors) == 2 and alike(tree, unflatten(tensors, json.loads(json.dumps(meta))))
+
+
+@pytest.mark.parametrize("bad", [object(), b"x", {1, 2}, torch.float32])
+def test_flatten_refuses_by_place(bad):
+    with pytest.raises(TypeError, match="state/0/thing is a"):
+        flatten({"state": [{"thing": bad}]})
+
+
+# --- the whole law
+
+def train(out, *, steps=12, resume=False, die=None):
+    """A small run with two optimisers, a torch and a Python generator; `die(step, where)` may kill it at three places of a step."""
+    die = die or (lambda step, where: None)
+    run = Run.open(out, resume=resume, keep=2)
+    generator, python = torch.Generator().manual_seed(1), random.Random(2)
+    params = [torch.randn(4, 3, generator=generator), torch.zeros(3)]
+    params = [p.requires_grad_() for p in params]
+    optimizers = [Prodigy(params[:1], use_bias_correction=True), torch.optim.AdamW(params[1:], lr=0.01)]
+    total, start = 0.0, 0
+    if resume and (checkpoint := run.load_checkpoint()):
+        tree = unflatten(checkpoint.tensors, checkpoint.meta)
+        start, total = checkpoint.step, tree["total"]
+        for p, saved in zip(params, tree["params"]):
+            p.data.copy_(saved)
+        for optimizer, state in zip(optimizers, tree["optimizers"]):
+            optimizer.load_state_dict(state)
+        generator.set_state(tree["generator"])
+        python.setstate(tree["python"])
+    for step in range(start, steps):
+        x = torch.randn(8, 4, generator=generator)
+        loss = ((x @ params[0] + params[1] - python.random()) ** 2).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item() / 3
+        run.log({"step": step + 1, "loss": loss.item()})
+        die(step + 1, "logged")
+        if (step + 1) % 3 == 0:
+            tree = dict(params=params, optimizers=[o.state_dict() for o in optimizers], total=total, generator=generator.get_state(),
+                        python=python.getstate())
+            original = os.replace
+
+            def replace(a, b, step=step, original=original):
+                die(step + 1, "before rename")
+                original(a, b)
+            os.replace = replace
+            try:
+                run.save_checkpoint(step + 1, *flatten(tree))
+            finally:
+                os.replace = original
+            die(step + 1, "saved")
+    with atomic(run.folder / "weights.txt") as temporary:
+        temporary.write_text("\n".join(v.hex() for p in params for v in p.detach().flatten().double().tolist()) + f"\n{total.hex()}")
+
+
+def in_child(function):
+    """Runs a function in a forked process, so that it may be killed; returns the signal that ended it (0: none)."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+@pytest.mark.parametrize("kills", [[(2, "logged")], [(3, "before rename")], [(3, "saved")], [(5, "logged"), (8, "logged")],
+                                   [(6, "before rename"), (6, "logged")], [(12, "before rename")], [(12, "saved")],
+                                   [(4, "logged"), (9, "before rename"), (11, "logged")]])
+def test_a_killed_run_resumes_and_ends_bit_identical(tmp_path, kills):
+    train(tmp_path / "whole")
+    for number, kill in enumerate(kills):
+        def die(step, where, kill=kill):
+            if (step, where) == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+        assert in_child(lambda resume=number > 0, die=die: train(tmp_path / "killed", resume=resume, die=die)) == signal.SIGKILL
+    assert in_child(lambda: train(tmp_path / "killed", resume=True)) == 0
+    assert listing(tmp_path / "killed") == listing(tmp_path / "whole")
