@@ -1,0 +1,199 @@
+"""Learning-rate schedules, the choice of an optimiser, gradient clipping and fp16 loss scaling: what surrounds `optimizer.step()`."""
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import UserError
+from lora_core.prodigy import Prodigy
+
+
+def _warm(step: int, warmup: int) -> float | None:
+    return step / max(1, warmup) if step < warmup else None
+
+
+def _progress(step: int, total: int, warmup: int) -> float:
+    return (step - warmup) / max(1, total - warmup)
+
+
+def constant(step: int, total: int, warmup: int) -> float:
+    """1 after a linear warm-up."""
+    warm = _warm(step, warmup)
+    return 1.0 if warm is None else warm
+
+
+def linear(step: int, total: int, warmup: int) -> float:
+    """Falls from 1 to 0 on a straight line, after a linear warm-up."""
+    warm = _warm(step, warmup)
+    return max(0.0, (total - step) / max(1, total - warmup)) if warm is None else warm
+
+
+def cosine(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
+    """(1 + cos(2 pi cycles progress)) / 2 after a linear warm-up; half a cycle ends at 0 (arXiv 1608.03983 without restarts)."""
+    warm = _warm(step, warmup)
+    return max(0.0, 0.5 * (1 + math.cos(2 * math.pi * cycles * _progress(step, total, warmup)))) if warm is None else warm
+
+
+def cosine_restarts(step: int, total: int, warmup: int, *, cycles: int = 1) -> float:
+    """`cycles` half cosines from 1 to 0, each beginning anew at 1 (arXiv 1608.03983), after a linear warm-up."""
+    warm, progress = _warm(step, warmup), _progress(step, total, warmup)
+    if warm is not None:
+        return warm
+    return 0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1))))
+
+
+def polynomial(step: int, total: int, warmup: int, *, power: float = 1.0, end: float = 0.0) -> float:
+    """Falls from 1 to `end` as (1 - progress)^power after a linear warm-up; `end` is a fraction of the learning rate (diffusers: lr_end / lr)."""
+    warm = _warm(step, warmup)
+    if warm is not None:
+        return warm
+    return end if step > total else end + (1 - end) * (1 - _progress(step, total, warmup)) ** power
+
+
+# name -> fn(step, total, warmup, **args) -> multiplier of the learning rate; steps count from 0; formulas of diffusers.optimization
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": constant, "linear": linear, "cosine": cosine, "cosine_restarts": cosine_restarts, "polynomial": polynomial,
+}
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "prodigy": Prodigy}
+
+
+def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]:
+    """fn(step, total, warmup) -> multiplier, with the schedule's own arguments bound; UserError for an unknown name or argument."""
+    if name not in SCHEDULES:
+        raise UserError(f"schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}{_nearest(name, SCHEDULES)}")
+    check_arguments(SCHEDULES[name], args, f"schedule {name}", given=("step", "total", "warmup"))
+    return lambda step, total, warmup: SCHEDULES[name](step, total, warmup, **args)
+
+
+def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimiser class of a row of OPTIMIZERS or of a dotted path such as "torch.optim.Adagrad"; UserError if there is none."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    path, _, attribute = name.rpartition(".")
+    if not path:
+        raise UserError(f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)} or a dotted class path such as "
+                        f"torch.optim.Adagrad{_nearest(name, OPTIMIZERS)}")
+    try:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"optimizer {name!r}: module {path!r} cannot be imported ({error}); install it or mend the path") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise UserError(f"optimizer {name!r}: module {path!r} has no {attribute!r}; name a class in it{_nearest(attribute, dir(module))}")
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; name the class itself")
+    return found
+
+
+def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:
+    """Raises UserError naming the first of `args` that `fn` does not take, with the nearest that it does; `given` are the program's own."""
+    parameters = inspect.signature(fn).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [name for name in parameters if name not in given]
+    for name in args:
+        if name not in known:
+            raise UserError(f"{owner} has no argument {name!r}; expected {', '.join(known) or 'none'}{_nearest(name, known)}")
+
+
+@torch.no_grad()
+def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
+    """The global L2 norm of the gradients before clipping (0-dim fp64 tensor on their device), which are scaled to norm `max_norm` if it is larger.
+
+    torch's clip_grad_norm_ with the norm in float64 (its fp32 norm of a long tensor on the CPU is off by 3e-5); waits for nothing.
+    A norm that is not finite makes the gradients NaN, as there; unscale fp16 gradients first. UserError when no parameter has a gradient.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        raise UserError("there is no gradient to clip: no parameter of this stage took part in the loss")
+    if not max_norm > 0:
+        raise UserError(f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)")
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0]))))
+    if max_norm < math.inf:
+        _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))     # 1e-6: torch's
+    return norm
+
+
+class LossScaler:
+    """Dynamic loss scale for fp16 by torch.amp.GradScaler's rule (arXiv 1710.03740), in device tensors, on any device.
+
+    `scaler.scale(loss).backward(); scaler.unscale_(params); clip_(params, 1.0); scaler.step(optimizer); scaler.update()`.
+    A step that overflowed changes no parameter and no optimiser state. Prodigy and torch's fused optimisers (AdamW(fused=True)) take `found_inf` as a
+    tensor and never wait for the device; any other may count on the host, so it is skipped as GradScaler does it, by asking the device once.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu", init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5,
+                 interval: int = 2000) -> None:
+        if not (init > 0 and growth > 1 and 0 < backoff < 1 and interval >= 1):
+            raise UserError(f"loss scale got init {init}, growth {growth}, backoff {backoff}, interval {interval}; "
+                            "expected init > 0, growth > 1, backoff in (0, 1) and interval >= 1")
+        self.growth, self.backoff, self.interval = growth, backoff, interval
+        self.current = torch.full((), init, dtype=torch.float32, device=device)     # the scale
+        self.clean = torch.zeros((), dtype=torch.int32, device=device)              # steps in a row without overflow
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)        # 1 after an overflow since the last update
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """loss * scale, in fp32: a half-precision loss would overflow here already."""
+        return loss.float() * self.current
+
+    @torch.no_grad()
+    def unscale_(self, params: Iterable[Tensor]) -> Tensor:
+        """Divides the gradients by the scale, and returns found_inf (0-dim, 1.0 if any gradient is not finite); once before each step."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            raise UserError("there is no gradient to unscale: no parameter of this stage took part in the loss")
+        _scale_(grads, 1 / self.current.double())
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(grads, math.inf)])
+        self.found_inf = torch.maximum(self.found_inf, (~largest.isfinite().all()).float())
+        return self.found_inf
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """optimizer.step(), or nothing at all where unscale_ met an overflow."""
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, self.found_inf  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        elif not self.found_inf:        # the one host sync, see the class
+            optimizer.step()
+
+    def update(self) -> None:
+        """Backs off after an overflow, grows after `interval` clean steps in a row (never to infinity), and forgets the overflow."""
+        overflow = self.found_inf != 0
+        due = (self.clean + 1 >= self.interval) & ~overflow
+        grown = self.current * self.growth
+        self.current = torch.where(overflow, self.current * self.backoff, torch.where(due & grown.isfinite(), grown, self.current))
+        self.clean = torch.where(overflow | due, torch.zeros_like(self.clean), self.clean + 1)
+        self.found_inf = torch.zeros_like(self.found_inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scale and clean steps as tensors, and the settings."""
+        return {"current": self.current, "clean": self.clean, "growth": self.growth, "backoff": self.backoff, "interval": self.interval}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state bit for bit, on this scaler's device."""
+        device = self.current.device
+        self.current, self.clean = state["current"].to(device, copy=True), state["clean"].to(device, copy=True)
+        self.growth, self.backoff, self.interval = state["growth"], state["backoff"], state["interval"]
+
+
+def _scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """tensors *= factor, a 0-dim tensor, with fp32 factors for half-precision tensors."""
+    torch._foreach_mul_(tensors, factor.to(torch.promote_types(tensors[0].dtype, torch.float32)))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (nearest: {close[0]})" if close else ""
