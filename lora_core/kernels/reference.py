@@ -1,0 +1,104 @@
+"""The adapter operations in plain differentiable torch. These functions are the definition: every other twin is tested against them.
+
+Dtypes: adapter factors are fp32 (fp64 on an fp64 base). They are cast to x's dtype for the matrix products, so a bf16 base gives a bf16
+result, and autograd casts their gradients back to fp32. Under torch.autocast the products run in autocast's dtype, like the base layer's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK = 0xFFFFFFFF  # the hash works on uint32 values, held in int64 here
+GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, keeps the all-zero key away from the mixer's fixed point 0
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32: where adapters, norms and sums live, whatever the base is stored in (bf16, fp16, fp8, int8)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """x W^T + bias + scale x down^T up^T  [..., out] in x's dtype (arXiv 2106.09685); with weight None the last term alone.
+
+    x [..., in], weight [out, in], down [r, in], up [out, r].
+    """
+    update = scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return update if weight is None else F.linear(x, weight, bias) + update
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """conv(x, W) + bias + scale * conv1x1(conv(x, down), up)  [b, out, h', w'] in x's dtype; with weight None the last term alone.
+
+    x [b, in, h, w], weight [out, in / groups, kh, kw], down [r, in / groups, kh, kw] (the base's stride, padding, dilation and groups),
+    up [out, r / groups, 1, 1] (the base's groups): group by group the product has the base weight's shape, so folding is exact.
+    """
+    hidden = F.conv2d(x, down.to(x.dtype), None, stride, padding, dilation, groups)
+    update = scale * F.conv2d(hidden, up.to(x.dtype), groups=groups)
+    return update if weight is None else F.conv2d(x, weight, bias, stride, padding, dilation, groups) + update
+
+
+def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Norm of every output row of W + scale * up @ down  [out], fp32 or better, outside autocast (arXiv 2402.09353; rows as in peft).
+
+    Forms the dense update: one weight-sized matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
+    """
+    dtype = wide(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        out, per_group = up.shape[:2]
+        groups = down.shape[0] // per_group
+        dense = up.to(dtype).reshape(groups, out // groups, per_group) @ down.to(dtype).reshape(groups, per_group, -1)
+        return torch.linalg.vector_norm(weight.to(dtype).flatten(1) + scale * dense.reshape(out, -1), dim=1)
+
+
+def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0) -> Tensor:
+    """y0 + strength * ((gain - 1) (y0 - bias) + gain * lora)  in y0's dtype, computed in fp32 or better and rounded once.
+
+    y0 = base(x) with its bias, lora = scale * up(down(x)), gain = magnitude / norm; bias and gain are shaped to broadcast over y0 ([out] or
+    [out, 1, 1]). The bias is outside the norm. gain == 1 and lora == 0 return y0 exactly, in every dtype.
+    """
+    dtype = wide(y0.dtype)
+    product = y0.to(dtype) if bias is None else y0.to(dtype) - bias.to(dtype)
+    gain = gain.to(dtype)
+    return (y0.to(dtype) + strength * ((gain - 1) * product + gain * lora.to(dtype))).to(y0.dtype)
+
+
+def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> Tensor:
+    """x with each element zeroed with probability p and the rest divided by 1 - p; the choice is a hash, not a stream of random numbers.
+
+    Element e (row-major inside its row) of row i is decided by (seed, layer, step, rows[i], e) alone, so the mask does not depend on batch
+    size, accumulation or recomputation. x [b, ...], layer a uint32, step [] int64, rows [b] int64 (both on x's device: nothing syncs).
+    """
+    state = _absorb(_absorb(_absorb(0, seed), seed >> 32), layer)
+    key = _absorb(_absorb(_absorb(state, step), rows), rows >> 32)
+    element = torch.arange(x[0].numel(), device=x.device)
+    bits = _mix(_mix(element ^ key[:, None]) ^ _absorb(key, 1)[:, None])
+    keep = (bits >= int(p * 2**32)).reshape(x.shape)
+    return torch.where(keep, x / (1 - p), 0)
+
+
+def _absorb(state: Any, word: Any) -> Any:  # ints and int64 tensors alike
+    return _mix(((state ^ (word & MASK)) + GOLDEN) & MASK)
+
+
+def _mix(h: Any) -> Any:
+    """A bijection of uint32 with good avalanche: `lowbias32` of C. Wellons' hash-prospector. Written so that no int64 product overflows."""
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & MASK
+    h = h ^ (h >> 15)
+    h = (h * (0x846CA68B - 2**32)) & MASK
+    return h ^ (h >> 16)
