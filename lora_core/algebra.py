@@ -1,0 +1,76 @@
+"""Adapters as records, and the weight update that each stands for.
+
+delta W = scale * up @ down           (LoRA, arXiv 2106.09685; `scale` is alpha / rank, resolved when a file is read)
+delta W = m / n * (W + scale * up @ down) - W,   n = row norm of (W + scale * up @ down)           (DoRA, arXiv 2402.09353; rows as in peft)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """One layer's adapter. The number that multiplies up @ down is `scale`; alpha exists in files only."""
+
+    down: Tensor  # [r, in] or [r, in / groups, kh, kw]
+    up: Tensor  # [out, r] or [out, r, 1, 1]
+    scale: float
+    magnitude: Tensor | None = None  # [out], DoRA only
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass
+class AdapterState:
+    """What an adapter file holds, whatever its format."""
+
+    components: dict[str, dict[str, LowRank]] = field(default_factory=dict)  # "unet" | "text_encoder" ... -> published dotted path -> factors
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5" -> [n, d]
+    token_names: tuple[str, ...] = ()  # n names in row order
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def product(lr: LowRank) -> Tensor:
+    """scale * up @ down in fp32 or better, with the shape of the base weight: [out, in] or [out, in / groups, kh, kw].
+
+    The factors of a grouped convolution are grouped alike, down [r, in / groups, kh, kw] and up [out, r / groups, 1, 1], so the groups are
+    r / up.shape[1] and each contributes its own block of rows. (peft keeps down dense over all inputs there, [r, in, kh, kw]; such an
+    update has no weight of the base's shape, and peft cannot merge it.)
+
+    Raises ValueError when up does not fit down.
+    """
+    out, per_group = lr.up.shape[:2]
+    groups = lr.rank // per_group
+    if groups * per_group != lr.rank or out % groups:
+        expected = f"[out, {lr.rank} / groups] with out a multiple of groups"
+        raise ValueError(f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}")
+    dtype = torch.promote_types(lr.down.dtype, torch.float32)
+    blocks = lr.up.to(dtype).reshape(groups, out // groups, per_group) @ lr.down.to(dtype).reshape(groups, per_group, -1)
+    return lr.scale * blocks.reshape(out, *lr.down.shape[1:])
+
+
+def delta(lr: LowRank, weight: Tensor | None = None) -> Tensor:
+    """The weight-shaped update delta W in fp32 or better, such that W + t * delta W is the adapted weight at strength t.
+
+    DoRA needs the base weight, (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with P = product(lr); plain LoRA uses it for the shape check only.
+
+    Raises ValueError when the shapes do not fit, or when DoRA gets no weight.
+    """
+    update = product(lr)
+    if weight is not None and weight.shape != update.shape:
+        raise ValueError(f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; these factors belong to another layer")
+    if lr.magnitude is None:
+        return update
+    if weight is None:
+        raise ValueError("the update of a DoRA depends on the base weight; pass it")
+    dtype = torch.promote_types(weight.dtype, update.dtype)
+    base, update = weight.to(dtype), update.to(dtype)
+    norm = torch.linalg.vector_norm((base + update).flatten(1), dim=1)
+    gain = (lr.magnitude.to(dtype) / norm).view(-1, *[1] * (base.ndim - 1))
+    return (gain - 1) * base + gain * update
