@@ -1,0 +1,216 @@
+"""The kinds of adapter: LoRA and DoRA on one Linear or Conv2d, and what a kind of your own has to provide.
+
+A kind of adapter is a row of KINDS, or `--adapter.kind my_adapter.py:Class`. The class is an nn.Module that provides:
+    Class(base, layer: LayerSpec)           builds its parameters; its update is zero at first; `base` is a Linear or Conv2d, not to be kept
+    forward(base, x, strength) -> y         the layer with this adapter alone
+    update(base, x, y0, strength) -> dy     what it adds to y0 = base(x) when others are active too, in y0's dtype or fp32
+    delta_weight(base) -> dW                the same update as a matrix, shaped as base.weight, fp32 or better, detached (fold)
+    state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form
+`set_dropout` leaves the row keys and the step of the next forward in its attributes `rows` and `step`. Subclassing LoRA gives all of this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_core import algebra
+from lora_core.algebra import LowRank
+from lora_core.errors import UserError
+from lora_core.kernels import call
+from lora_core.kernels.reference import wide
+
+Base = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer's adapter is built from: an AdapterSpec resolved for its path."""
+
+    path: str
+    rank: int
+    scale: float  # delta W = scale * up @ down
+    dropout: float = 0.0
+    init: str = "gaussian"  # or "kaiming"; "zero" when the factors follow from a file
+    seed: int = 0
+
+
+class LoRA(nn.Module):
+    """delta W = scale * up @ down (arXiv 2106.09685); down is drawn from (seed, path), up is 0. Convolutions: LoCon's form, up is 1x1."""
+
+    def __init__(self, base: Base, layer: LayerSpec) -> None:
+        super().__init__()
+        self.layer, self.scale = layer, layer.scale
+        self.rows: Tensor | None = None  # set_dropout: [b] int64 and [] int64
+        self.step: Tensor | None = None
+        down, up = factor_shapes(base, layer.rank)
+        device, dtype = base.weight.device, wide(base.weight.dtype)
+        self.down = nn.Parameter(_draw(layer, down).to(device, dtype))
+        self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
+
+    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+        if self._drops() or not _is_plain(base):
+            y0 = base(x)
+            return y0 + self.update(base, x, y0, strength).to(y0.dtype)
+        return self._product(base, x, base.weight, base.bias, self.scale * strength)
+
+    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        return self._branch(base, x, self.scale * strength)
+
+    def delta_weight(self, base: Base) -> Tensor:
+        with torch.no_grad():
+            return algebra.delta(self.state(), base.weight)
+
+    def state(self) -> LowRank:
+        return LowRank(self.down.detach().clone(), self.up.detach().clone(), self.scale)
+
+    @torch.no_grad()
+    def load(self, lr: LowRank) -> None:
+        self.scale = float(lr.scale)
+        self.down.copy_(lr.down)
+        self.up.copy_(lr.up)
+
+    def _branch(self, base: Base, x: Tensor, scale: float) -> Tensor:
+        """scale * up(down(dropout(x)))"""
+        if self._drops():
+            if self.rows is None or self.step is None:
+                raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
+            if len(x) != len(self.rows):
+                raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
+            layer = zlib.crc32(self.layer.path.encode())
+            x = call("keyed_dropout", x, self.layer.dropout, self.layer.seed, layer, self.step, self.rows)
+        return self._product(base, x, None, None, scale)
+
+    def _product(self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+        if isinstance(base, nn.Linear):
+            return call("lora_linear", x, weight, bias, self.down, self.up, scale)
+        padding = base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), (0, 0)
+        return call("lora_conv", x, weight, bias, self.down, self.up, scale, base.stride, padding, base.dilation, base.groups)
+
+    def _drops(self) -> bool:
+        return self.training and self.layer.dropout > 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """model.half() or model.to(bfloat16) moves adapters but leaves them fp32: in bf16 an update of 1e-4 on 0.05 would round to nothing."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == wide(new.dtype) else tensor.to(new.device)
+
+        return super()._apply(keep_wide, recurse)
+
+
+class DoRA(LoRA):
+    """W' = m / n (W + scale * up @ down), n the row norms of the bracket, detached (arXiv 2402.09353, section 4.3; rows as in peft).
+
+    At init m = n by the op that computes n, so the layer is the base layer to the bit. Strength t means W + t (W' - W). Cast the base to its
+    dtype before injecting: afterwards n is that of the rounded weights. Dropout thins up @ down only (peft drops the base term's input too).
+    """
+
+    def __init__(self, base: Base, layer: LayerSpec) -> None:
+        super().__init__(base, layer)
+        norm = self._norm(base)
+        if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
+            row = int((~(norm > 0)).nonzero()[0])
+            raise UserError(f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude or kind lora")
+        self.magnitude = nn.Parameter(norm)
+
+    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+        return self._compose(base, x, base(x), strength)
+
+    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        y0 = y0.to(wide(y0.dtype))
+        return self._compose(base, x, y0, strength) - y0
+
+    def state(self) -> LowRank:
+        return super().state()._replace(magnitude=self.magnitude.detach().clone())
+
+    @torch.no_grad()
+    def load(self, lr: LowRank) -> None:
+        assert lr.magnitude is not None
+        super().load(lr)
+        self.magnitude.copy_(lr.magnitude)
+
+    def _compose(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        shape = (-1, *[1] * (base.weight.ndim - 2))
+        bias = None if base.bias is None else base.bias.view(shape)
+        gain = (self.magnitude / self._norm(base)).view(shape)
+        return call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength)
+
+    def _norm(self, base: Base) -> Tensor:
+        with torch.no_grad():
+            return call("dora_norm", base.weight, self.down, self.up, self.scale)
+
+
+KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA}
+
+
+def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
+    """The class that `kind` names: a row of KINDS, or Class in the Python file of "path/my_adapter.py:Class". Raises UserError otherwise."""
+    if spec in KINDS:
+        return KINDS[spec]
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py"):
+        close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
+        raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
+    if not Path(file).is_file():
+        raise UserError(f"adapter kind {spec!r}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise UserError(f"adapter kind {spec!r}: {file} defines no {name}")
+    return getattr(module, name)
+
+
+def factor_shapes(base: Base, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of down and up for a layer: [r, in / groups, kh, kw] and [out, r / groups, 1, 1], or [r, in] and [out, r]."""
+    weight = base.weight.shape
+    return (rank, *weight[1:]), (weight[0], rank // groups_of(base), *[1] * (len(weight) - 2))
+
+
+def groups_of(base: Base) -> int:
+    return base.groups if isinstance(base, nn.Conv2d) else 1
+
+
+def check_rank(base: Base, path: str, rank: int) -> None:
+    """Raises UserError, naming the layer, for a rank above that of a full update or one that the groups do not divide."""
+    groups, (out, *inner) = groups_of(base), base.weight.shape
+    if rank % groups:
+        raise UserError(f"rank {rank} is not divisible by the {groups} groups of {path}; choose a multiple of {groups} or use --adapter.exclude")
+    limit = groups * min(math.prod(inner), out // groups)
+    if rank > limit:
+        name = "min(in, out)" if isinstance(base, nn.Linear) else "min(in * kh * kw, out)"
+        name += f" summed over {groups} groups" if groups > 1 else ""
+        raise UserError(f"rank {rank} exceeds {name} = {limit} for {path}; lower --adapter.rank or narrow --adapter.targets")
+
+
+def _draw(layer: LayerSpec, shape: tuple[int, ...]) -> Tensor:
+    """The initial down, fp32 on CPU, a function of (seed, path, shape) only."""
+    if layer.init == "zero":
+        return torch.zeros(shape)
+    digest = hashlib.blake2b(f"{layer.seed}/{layer.path}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    if layer.init == "gaussian":
+        return torch.randn(shape, generator=generator) / layer.rank
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(math.prod(shape[1:]))
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """True when base(x) is just its weight and bias applied: no hooks, no patched or overridden forward that a fused op would skip."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return type(base) in (nn.Linear, nn.Conv2d) and not hooked and "forward" not in vars(base)

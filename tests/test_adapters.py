@@ -1,0 +1,656 @@
+"""Laws of injected adapters (identity at init, fold = forward, remove = the same modules), then peft with the same factors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_core import adapters
+from lora_core.adapters import Adapted, AdapterSpec, fold, inject, load_state, remove, set_strength, state, unfold
+from lora_core.algebra import LowRank, delta
+from lora_core.errors import UserError
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["lora", "dora"]
+
+
+class Net(nn.Module):
+    """Linear with and without bias, convolutions of several shapes, inside ModuleList and Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
+        self.mid = nn.ModuleList([nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0)), nn.Conv2d(12, 8, 1, bias=False)])
+        self.norm = nn.GroupNorm(2, 8)
+        self.to_q = nn.Linear(8, 8)
+        self.to_k = nn.Linear(8, 10, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(10, 6), nn.Identity())
+        self.recompute = False
+
+    def tail(self, x):
+        return self.to_out(torch.tanh(self.to_k(torch.nn.functional.silu(self.to_q(x)))))
+
+    def forward(self, x):
+        x = torch.nn.functional.silu(self.conv_in(x))
+        x = self.norm(self.mid[1](torch.tanh(self.mid[0](x)))).flatten(2).transpose(1, 2)
+        return checkpoint(self.tail, x, use_reentrant=False) if self.recompute else self.tail(x)
+
+
+TARGETS = ("conv_in", "mid.*", "to_q", "to_k", "to_out.0")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def net(dtype=torch.float64, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().to(dtype)
+
+
+def image(dtype=torch.float64, b=3, seed=1):
+    return torch.randn(b, 4, 6, 5, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def shake(model, name="default", size=0.3, seed=5):
+    """Moves every parameter of the adapter off its start, so that no branch is zero."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for p in adapters.parameters(model, name):
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * (p.abs().mean() if p.ndim == 1 else 1))
+
+
+def injected(kind="lora", dtype=torch.float64, **settings):
+    model = net(dtype)
+    inject(model, AdapterSpec(**{"kind": kind, "rank": 2, "alpha": 3.0, "targets": TARGETS} | settings))
+    return model
+
+
+# --- init, dtype, autocast ---
+
+
+@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, DTYPES))
+def test_injecting_changes_no_bit(kind, dtype):
+    model, base = injected(kind, dtype), net(dtype)
+    x = image(dtype)
+    assert torch.equal(model(x), base(x))
+    set_strength(model, "default", 0.7)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, DTYPES))
+def test_adapters_are_fp32_on_a_half_base_and_get_fp32_gradients(kind, dtype):
+    model = injected(kind, dtype)
+    shake(model)
+    out = model(image(dtype))
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for p in adapters.parameters(model):
+        assert p.dtype == p.grad.dtype == wanted
+        assert p.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_error_is_that_of_the_base(kind):
+    """Error model: at most twice the error of the same map as plain layers (weights folded) in the same dtype, both against float64."""
+    double, low = injected(kind, torch.float64), injected(kind, torch.bfloat16)
+    with torch.no_grad():
+        for a, b in zip(double.parameters(), low.parameters(), strict=True):
+            a.copy_(b)
+    shake(low, size=0.1)
+    with torch.no_grad():
+        for a, b in zip(adapters.parameters(double), adapters.parameters(low), strict=True):
+            a.copy_(b)
+    x = image(torch.bfloat16)
+    exact = double(x.double())
+    error = (low(x).double() - exact).norm()
+    fold(low)
+    assert error < 2 * (low(x).double() - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_over_an_fp32_base(kind):
+    model, base = injected(kind, torch.float32), net(torch.float32)
+    x = image(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), base(x))
+    shake(model, size=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+        low.float().sum().backward()
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), model(x), rtol=0.05, atol=0.05)
+    assert all(p.grad.dtype == torch.float32 for p in adapters.parameters(model))
+
+
+def test_casting_the_model_leaves_adapters_fp32():
+    model = injected("dora", torch.float32)
+    shake(model)
+    before = [p.detach().clone() for p in adapters.parameters(model)]
+    model.to(torch.bfloat16)
+    assert model.to_q.weight.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(model), strict=True))
+    assert model.double().to_q.adapter("default").down.dtype == torch.float64
+
+
+def test_down_depends_on_seed_and_path_only_and_has_the_documented_spread():
+    wide, narrow = injected(), injected(targets=("to_k",))
+    assert torch.equal(state(wide)["to_k"].down, state(narrow)["to_k"].down)
+    assert not torch.equal(state(wide)["to_k"].down, state(wide)["to_q"].down)
+    big = nn.Sequential(nn.Linear(1000, 1000))
+    inject(big, AdapterSpec(targets=("0",), rank=8), seed=1)
+    assert abs(state(big)["0"].down.std() * 8 - 1) < 0.05
+    inject(big, AdapterSpec(targets=("0",), rank=8, init="kaiming"), name="other", seed=1)
+    down = state(big, "other")["0"].down
+    assert down.abs().max() <= 1000**-0.5 and abs(down.std() * (3 * 1000) ** 0.5 - 1) < 0.05
+    assert not state(big)["0"].up.any()
+
+
+# --- fold, strength, several adapters ---
+
+
+@pytest.mark.parametrize(("kind", "strength"), itertools.product(KINDS, (1.0, 0.37, -1.5)))
+def test_fold_is_forward_and_unfold_restores_the_bits(kind, strength):
+    model = injected(kind)
+    shake(model)
+    set_strength(model, "default", strength)
+    before, out = copy.deepcopy(net().state_dict()), model(image())
+    fold(model, "default", strength)
+    torch.testing.assert_close(model(image()), out, rtol=1e-12, atol=1e-12)
+    unfold(model)
+    assert torch.equal(model(image()), out)
+    remove(model)
+    assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, [torch.bfloat16, torch.float16]))
+def test_fold_into_half_weights_rounds_once(kind, dtype):
+    model = injected(kind, dtype)
+    shake(model, size=0.05)
+    exact = {path: adapted.weight.double() + 0.8 * delta(state(model)[path], adapted.weight.double()) for path, adapted in adapted_layers(model)}
+    bits = {path: adapted.weight.clone() for path, adapted in adapted_layers(model)}
+    fold(model, "default", 0.8)
+    for path, adapted in adapted_layers(model):
+        folded = adapted.weight.detach()
+        ulp = 2.0 ** (torch.floor(torch.log2(exact[path].abs().clamp_min(1e-4))) - (7 if dtype == torch.bfloat16 else 10))
+        assert ((folded.double() - exact[path]).abs() <= 0.5001 * ulp).all()
+    unfold(model)
+    assert all(torch.equal(adapted.weight, bits[path]) for path, adapted in adapted_layers(model))
+
+
+def adapted_layers(model):
+    return [(path, layer) for path, layer in adapters.layers(model).items() if isinstance(layer, Adapted)]
+
+
+def test_folding_never_counts_twice():
+    model = injected()
+    shake(model)
+    fold(model)
+    weight = model.to_q.weight.clone()
+    for action in (fold, remove):
+        with pytest.raises(UserError, match="folded"):
+            action(model)
+    with pytest.raises(UserError, match="folded"):
+        set_strength(model, "default", 0.5)
+    with pytest.raises(UserError, match="folded"), adapters.disabled(model):
+        pass
+    with pytest.raises(UserError, match="folded"):
+        load_state(model, state(model))
+    with pytest.raises(UserError, match="folded"):
+        inject(model, AdapterSpec(kind="dora", targets=("to_q",), rank=2), name="second")
+    assert torch.equal(model.to_q.weight, weight)
+    unfold(model)
+    with pytest.raises(UserError, match="not folded"):
+        unfold(model)
+
+
+def two_adapters():
+    model = injected("lora")
+    inject(model, AdapterSpec(kind="dora", rank=3, targets=TARGETS), name="second")
+    shake(model)
+    shake(model, "second", seed=6)
+    set_strength(model, "default", 0.4)
+    set_strength(model, "second", -0.7)
+    return model
+
+
+def test_several_adapters_add_their_updates_of_the_base_weight():
+    model, expected = two_adapters(), net()
+    with torch.no_grad():
+        for path, layer in adapters.layers(expected).items():
+            w = layer.weight.clone()
+            layer.weight += 0.4 * delta(state(model)[path], w) - 0.7 * delta(state(model, "second")[path], w)
+    torch.testing.assert_close(model(image()), expected(image()), rtol=1e-11, atol=1e-11)
+    fold(model, "second", -0.7)
+    with pytest.raises(UserError, match="others are active"):
+        model(image())
+    fold(model, "default", 0.4)
+    torch.testing.assert_close(model.to_q.weight, expected.to_q.weight, rtol=1e-13, atol=1e-13)
+    unfold(model, "second")
+    remove(model, "second")
+    one = net()
+    torch.testing.assert_close(model.to_q.weight, one.to_q.weight + 0.4 * delta(state(model)["to_q"]), rtol=0, atol=1e-14)
+    unfold(model)
+    assert torch.equal(model.to_q.weight, one.to_q.weight)
+
+
+def test_dora_strength_interpolates_the_weight():
+    model = injected("dora")
+    shake(model)
+    set_strength(model, "default", 0.3)
+    x = torch.randn(2, 7, 8, generator=seeded(), dtype=torch.float64)
+    w, lr = model.to_q.weight, state(model)["to_q"]
+    bracket = w + lr.scale * lr.up @ lr.down
+    tuned = lr.magnitude[:, None] / bracket.norm(dim=1, keepdim=True) * bracket
+    torch.testing.assert_close(model.to_q(x), x @ (w + 0.3 * (tuned - w)).T + model.to_q.bias, rtol=0, atol=1e-13)
+
+
+def test_disabled_and_zero_strength_are_the_base_and_nest():
+    model, base = two_adapters(), net()
+    tuned = model(image())
+    with adapters.disabled(model):
+        with adapters.disabled(model):
+            pass
+        assert torch.equal(model(image()), base(image()))
+    assert torch.equal(model(image()), tuned)
+    for name in ("default", "second"):
+        set_strength(model, name, 0.0)
+    assert torch.equal(model(image()), base(image()))
+
+
+def test_fold_that_overflows_leaves_the_model_as_it_was():
+    model = injected("lora", torch.float16)
+    shake(model)
+    before = [layer.weight.clone() for _, layer in adapted_layers(model)]
+    with torch.no_grad():
+        model.to_out[0].adapter("default").up.fill_(60000.0)
+    with pytest.raises(UserError, match=r"to_out.0 overflows torch.float16"):
+        fold(model)
+    assert all(torch.equal(w, layer.weight) and not layer.folded for w, (_, layer) in zip(before, adapted_layers(model), strict=True))
+
+
+def test_a_shared_weight_is_not_folded():
+    model = net()
+    model.to_q.weight = nn.Parameter(torch.eye(8, dtype=torch.float64))
+    model.tied = nn.Linear(8, 8)
+    model.tied.weight = model.to_q.weight
+    inject(model, AdapterSpec(targets=("to_q",), rank=2))
+    with pytest.raises(UserError, match="to_q is shared"):
+        fold(model)
+
+
+# --- the wrapper ---
+
+
+def test_remove_gives_back_the_identical_modules():
+    model = net()
+    before = dict(model.named_modules())
+    for kind, name in (("lora", "a"), ("dora", "b")):
+        inject(model, AdapterSpec(kind=kind, rank=2, targets=TARGETS), name=name)
+    assert isinstance(model.mid[0], Adapted) and isinstance(model.to_out[0], Adapted)
+    remove(model, "a")
+    assert isinstance(model.mid[0], Adapted) and list(model.mid[0].adapters) == ["b"]
+    remove(model)
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
+    with pytest.raises(UserError, match="no adapter; it has none"):
+        remove(model)
+
+
+def test_the_base_stays_visible():
+    model, base = injected(), net()
+    assert model.to_q.in_features == 8 and model.mid[0].stride == (2, 1) and model.mid[0].kernel_size == (3, 2)
+    assert torch.equal(model.to_q.weight, base.to_q.weight) and torch.equal(model.to_q.bias, base.to_q.bias) and model.to_k.bias is None
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = model.to_q.no_such
+    twin = copy.deepcopy(model)
+    shake(model)
+    assert torch.equal(twin(image()), base(image()))
+
+
+def test_a_module_in_two_places_is_wrapped_once():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Sequential(shared))
+    assert inject(model, AdapterSpec(targets=("*",), rank=2)) == ["0"]
+    assert isinstance(model[0], Adapted) and model[0] is model[1][0]
+    remove(model)
+    assert model[0] is shared and model[1][0] is shared
+
+
+def test_hooks_and_own_forwards_of_the_base_still_run():
+    model, called = net(), []
+    model.to_q.register_forward_hook(lambda *args: called.append("hook"))
+    inject(model, AdapterSpec(targets=TARGETS, rank=2, alpha=3.0))
+    shake(model)
+    out = model(image())
+    assert called == ["hook"]
+    plain = injected()
+    shake(plain)
+    torch.testing.assert_close(out, plain(image()), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_convolutions_fold_exactly(kind):
+    layers = {
+        "grouped": nn.Conv2d(6, 9, 3, padding=2, dilation=2, groups=3),
+        "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+        "circular": nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"),
+        "same": nn.Conv2d(4, 5, (1, 3), padding="same"),
+        "large": nn.Conv2d(3, 5, 7, stride=4, padding=3),
+    }
+    model = nn.ModuleDict(layers).double()
+    inject(model, AdapterSpec(kind=kind, rank=3, rank_pattern={"depthwise": 4}, targets=("*",)))
+    shake(model)
+    with torch.no_grad():
+        x = {path: torch.randn(2, layer.in_channels, 9, 8, generator=seeded(), dtype=torch.float64) for path, layer in layers.items()}
+        before = {path: model[path](x[path]) for path in layers}
+        alone = {path: model[path](x[path][0]) for path in layers if path != "circular"}
+        fold(model)
+        for path in layers:
+            torch.testing.assert_close(model[path](x[path]), before[path], rtol=0, atol=1e-12)
+        for path, y in alone.items():
+            torch.testing.assert_close(y, before[path][0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_of_the_host(kind):
+    grads = []
+    for recompute in (False, True):
+        model = injected(kind, dropout=0.25)
+        shake(model)
+        model.train().recompute = recompute
+        adapters.set_dropout(model, torch.tensor([3, 1, 2]), 7)
+        model(image()).square().sum().backward()
+        grads.append([p.grad for p in adapters.parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# --- dropout ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_does_not_depend_on_the_batch_size(kind):
+    model = injected(kind, dropout=0.5)
+    shake(model)
+    model.train()
+    x, rows = image(b=4), torch.tensor([5, 6, -7, 8])
+    step = torch.tensor(11)
+    adapters.set_dropout(model, rows, step)
+    whole = model(x)
+    halves = []
+    for part in (slice(0, 2), slice(2, 4)):
+        adapters.set_dropout(model, rows[part], step)
+        halves.append(model(x[part]))
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-13, atol=1e-13)
+    adapters.set_dropout(model, rows, 12)
+    assert not torch.allclose(model(x), whole)
+    model.eval()
+    plain = injected(kind).eval()
+    shake(plain)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_dropout_differs_between_layers_and_seeds():
+    outs = []
+    for seed in (0, 1):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+        inject(model, AdapterSpec(targets=("*",), rank=64, alpha=64, dropout=0.5), seed=seed)
+        adapters.set_dropout(model, torch.tensor([3]), 0)
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.zero_()
+                layer.adapter("default").down.copy_(torch.eye(64))
+                layer.adapter("default").up.copy_(torch.eye(64))
+            outs += [layer(torch.ones(1, 64)) for layer in model]
+    assert all(set(out.unique().tolist()) == {0.0, 2.0} for out in outs)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(outs, 2))
+
+
+def test_dropout_is_unbiased_in_training():
+    model = nn.Sequential(nn.Linear(6, 6, dtype=torch.float64))
+    inject(model, AdapterSpec(targets=("0",), rank=2, dropout=0.3))
+    shake(model)
+    x = torch.randn(1, 6, generator=seeded(), dtype=torch.float64).expand(20_000, 6)
+    adapters.set_dropout(model, torch.arange(20_000), 0)
+    with torch.no_grad():
+        y = model(x)
+        exact = model.eval()(x[:1])
+    assert ((y.mean(0) - exact[0]).abs() < 5 * y.std(0) / 20_000**0.5).all()
+
+
+def test_dropout_refuses_missing_or_wrong_row_keys():
+    model = injected(dropout=0.5)
+    with pytest.raises(UserError, match=r"conv_in has dropout; call adapters.set_dropout"):
+        model(image())
+    adapters.set_dropout(model, torch.tensor([1, 2]), 0)
+    with pytest.raises(UserError, match="3 rows for 2 row keys"):
+        model(image())
+    with pytest.raises(ValueError, match=r"expected \[b\] int64"):
+        adapters.set_dropout(model, torch.zeros(2), 0)
+
+
+# --- spec, targets, bad input ---
+
+
+def test_rank_and_alpha_per_glob():
+    model = net()
+    inject(model, AdapterSpec(targets=TARGETS, rank=4, rank_pattern={"mid.*": 2, "mid.1": 3}, alpha_pattern={"to_q": 8.0}))
+    found = state(model)
+    assert {path: lr.rank for path, lr in found.items()} == {"conv_in": 4, "mid.0": 2, "mid.1": 3, "to_q": 4, "to_k": 4, "to_out.0": 4}
+    assert found["to_q"].scale == 2 and found["to_k"].scale == 1 and found["mid.1"].scale == 1
+    assert state(injected(rank=4, alpha=2.0, rslora=True))["to_q"].scale == 1.0
+    assert state(injected(rank=4, alpha=2.0))["to_q"].scale == 0.5
+    with pytest.raises(UserError, match=r"rank-pattern: 'nid.1' matches none.*mid.1"):
+        inject(net(), AdapterSpec(targets=TARGETS, rank_pattern={"nid.1": 3}))
+
+
+def test_globs_respect_the_dot_and_exclude():
+    model = nn.ModuleDict({f"{p}blocks": nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(2, 2), "proj": nn.Linear(2, 2)})]) for p in ("", "single_")})
+    assert adapters.targets(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
+    assert adapters.targets(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
+    assert adapters.targets(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
+    assert adapters.targets(model, ("single_blocks.*",)) == ["single_blocks.0.to_q", "single_blocks.0.proj"]
+    with pytest.raises(UserError, match=r"'q' matches none of the 4 layers.*to_q"):
+        adapters.targets(model, ("to_q", "q"))
+    with pytest.raises(UserError, match="exclude: 'proj' matches none of the 2"):
+        adapters.targets(model, ("to_q",), ("proj",))
+    with pytest.raises(UserError, match="removes all 2"):
+        adapters.targets(model, ("to_q",), ("*",))
+    with pytest.raises(UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"):
+        adapters.targets(model, ("blocks",))
+
+
+def refusals():
+    depthwise = nn.ModuleDict({"dw": nn.Conv2d(4, 4, 3, groups=4)})
+    yield net(), {"rank": 9, "targets": ("to_q",)}, r"rank 9 exceeds min\(in, out\) = 8 for to_q; lower --adapter.rank or narrow --adapter.targets"
+    yield net(), {"rank": 9, "targets": ("conv_in",)}, r"rank 9 exceeds min\(in \* kh \* kw, out\) = 8 for conv_in"
+    yield depthwise, {"rank": 6, "targets": ("dw",)}, "rank 6 is not divisible by the 4 groups of dw"
+    yield net(), {"targets": ("norm",)}, "'norm' matches none of the 6 layers"
+    yield net(), {"targets": ()}, "no target patterns"
+    yield net(), {"kind": "dorra", "rank": 1, "targets": ("to_q",)}, "unknown adapter kind 'dorra', did you mean dora"
+    yield net(), {"kind": "nowhere.py:X", "rank": 1, "targets": ("to_q",)}, "there is no file nowhere.py"
+    yield nn.MultiheadAttention(4, 2), {"rank": 1, "targets": ("out_proj",)}, "MultiheadAttention without being called"
+    zero = net()
+    nn.init.zeros_(zero.to_q.weight[3])
+    yield zero, {"kind": "dora", "rank": 1, "targets": ("*",)}, "row 3 of to_q's weight has norm 0.0"
+
+
+@pytest.mark.parametrize(("model", "settings", "message"), refusals())
+def test_bad_requests_are_refused_before_any_change(model, settings, message):
+    before = dict(model.named_modules())
+    with pytest.raises(UserError, match=message):
+        inject(model, AdapterSpec(**settings))
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rank": 0}, {"rank": 2.5}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"init": "normal"}, {"rank_pattern": {"a": 0}}],
+)
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(UserError):
+        AdapterSpec(targets=("to_q",), **settings)
+
+
+def test_names_are_checked():
+    model = injected()
+    with pytest.raises(UserError, match="'default' is already on 6 layers"):
+        inject(model, AdapterSpec(targets=("to_q",), rank=2))
+    for name in ("", "a.b", "keys"):
+        with pytest.raises(UserError, match="cannot be named"):
+            inject(model, AdapterSpec(targets=("to_q",), rank=2), name=name)
+    for action in (lambda: set_strength(model, "other", 1.0), lambda: fold(model, "other"), lambda: state(model, "other")):
+        with pytest.raises(UserError, match="no adapter 'other'; it has default"):
+            action()
+    with pytest.raises(UserError, match="strength is nan"):
+        set_strength(model, "default", float("nan"))
+
+
+def test_a_kind_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text("from lora_core.kinds import LoRA\nclass Twice(LoRA):\n    pass\n")
+    model, base = net(), net()
+    inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Twice", rank=2, targets=("to_q",)))
+    assert type(model.to_q.adapter("default")).__name__ == "Twice" and torch.equal(model(image()), base(image()))
+    with pytest.raises(UserError, match="defines no Thrice"):
+        inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Thrice", rank=2, targets=("to_q",)), name="b")
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_round_trip_into_a_fresh_and_into_the_same_model(kind):
+    model, fresh = injected(kind, rank_pattern={"to_q": 5}), net()
+    shake(model)
+    saved = state(model)
+    load_state(fresh, saved, "other", 1.0)
+    assert torch.equal(fresh(image()), model(image()))
+    trained = adapters.parameters(model)
+    out = model(image())
+    shake(model, seed=9)
+    load_state(model, saved)
+    assert torch.equal(model(image()), out) and all(a is b for a, b in zip(trained, adapters.parameters(model), strict=True))
+    saved["to_q"].down.zero_()
+    assert torch.equal(model(image()), out)
+
+
+def test_load_state_accepts_both_spellings_of_a_1x1_and_any_rank():
+    model = net()
+    lr = LowRank(torch.randn(20, 12, generator=seeded()), torch.randn(8, 20, generator=seeded(1)), 0.1)
+    load_state(model, {"mid.1": lr, "to_q": LowRank(torch.ones(1, 8, 1, 1), torch.ones(8, 1, 1, 1), 1.0)})
+    assert model.mid[1].adapter("default").down.shape == (20, 12, 1, 1) and model.to_q.adapter("default").up.shape == (8, 1)
+
+
+def test_load_state_refuses_what_does_not_fit_before_any_change():
+    good = state(injected())
+    wrong = LowRank(torch.zeros(2, 7), torch.zeros(8, 2), 1.0)
+    for factors, message in [
+        ({}, "no factors"),
+        (good | {"to_w": good["to_q"]}, "no layer 'to_w'; nearest: to_"),
+        (good | {"to_q": wrong}, r"factors of to_q do not fit its weight \[8, 8\]: got down \[2, 7\]"),
+        (good | {"to_q": good["to_q"]._replace(magnitude=torch.ones(7))}, r"magnitude \[7\]"),
+    ]:
+        model = net()
+        with pytest.raises(UserError, match=message):
+            load_state(model, factors)
+        assert not adapted_layers(model)
+    model = injected()
+    with pytest.raises(UserError, match=r"on 5 layers without factors, e.g. conv_in"):
+        load_state(model, {"to_q": good["to_q"]})
+    lora = "rank 2 lora and the factors are"
+    for other, told in ((injected(rank=1), f"{lora} rank 1 lora"), (injected("dora"), f"{lora} rank 2 dora")):
+        with pytest.raises(UserError, match=told):
+            load_state(model, state(other))
+
+
+def test_dense_up_of_a_grouped_convolution_is_refused():
+    """cloneofsimo's grouped form (up over all groups) has the shape of the base's update with groups = 1 and means another map."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
+    with pytest.raises(UserError, match=r"expected down \[2, 2, 3, 3\], up \[6, 1, 1, 1\]"):
+        load_state(model, {"conv": LowRank(torch.zeros(2, 2, 3, 3), torch.zeros(6, 2, 1, 1), 1.0)})
+
+
+# --- peft as the oracle ---
+
+
+def peft_twin(model, kind, dtype):
+    """The same base and the same factors in peft; returns the network and {our parameter: peft's} pairs."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    other = net(dtype)
+    config = LoraConfig(r=2, lora_alpha=3.0, use_dora=kind == "dora", target_modules=["conv_in", "mid.0", "mid.1", "to_q", "to_k", "to_out.0"])
+    inject_adapter_in_model(config, other)
+    pairs = []
+    for path, adapted in adapted_layers(model):
+        ours, theirs = adapted.adapter("default"), other.get_submodule(path)
+        pairs += [(ours.down, theirs.lora_A["default"].weight), (ours.up, theirs.lora_B["default"].weight)]
+        if kind == "dora":
+            pairs.append((ours.magnitude, theirs.lora_magnitude_vector["default"].weight))
+    if kind == "dora":
+        for ours, theirs in pairs[2::3]:
+            torch.testing.assert_close(ours, theirs.flatten(), rtol=1e-6, atol=0)
+    shake(model)
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(ours.view_as(theirs))
+    return other, pairs
+
+
+@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, [torch.float64, torch.float32]))
+def test_forward_gradients_and_folded_weights_equal_peft(kind, dtype):
+    model = injected(kind, dtype)
+    other, pairs = peft_twin(model, kind, dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    outs = []
+    for network in (model, other):
+        x = image(dtype).requires_grad_()
+        y = network(x)
+        (y - 1).square().mean().backward()
+        outs.append((y.detach(), x.grad))
+    for ours, theirs in zip(*outs, strict=True):
+        assert relative(ours, theirs) < tolerance
+    for ours, theirs in pairs:
+        assert relative(ours.grad, theirs.grad.view_as(ours)) < tolerance
+    fold(model)
+    for path, adapted in adapted_layers(model):
+        layer = other.get_submodule(path)
+        layer.merge()
+        assert relative(adapted.weight.detach(), layer.get_base_layer().weight.detach()) < tolerance
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_convolution_equals_pefts_with_a_block_down(kind):
+    """peft's down sees all inputs; with zeros outside each group's block its network is ours (LoRA; it cannot build the DoRA)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours, theirs = (nn.ModuleDict({"conv": nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)}).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    inject(ours, AdapterSpec(kind=kind, rank=4, alpha=2.0, targets=("conv",)))
+    shake(ours)
+    x = torch.randn(2, 6, 7, 5, generator=seeded(), dtype=torch.float64)
+    with torch.no_grad():
+        if kind == "dora":
+            lr, conv = state(ours)["conv"], ours["conv"]
+            tuned = conv.weight + delta(lr, conv.weight)
+            expected = torch.nn.functional.conv2d(x, tuned, conv.bias, 2, 1, groups=2)
+        else:
+            with pytest.warns(UserWarning, match="groups > 1"):
+                inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2.0, target_modules=["conv"]), theirs)
+            down = theirs["conv"].lora_A["default"].weight.zero_()
+            own = ours["conv"].adapter("default")
+            down[:2, :3], down[2:, 3:] = own.down[:2], own.down[2:]
+            theirs["conv"].lora_B["default"].weight.copy_(own.up)
+            expected = theirs["conv"](x)
+        torch.testing.assert_close(ours["conv"](x), expected, rtol=0, atol=1e-12)
