@@ -125,7 +125,7 @@ class DoRA(LoRA):
         norm = self._norm(base)
         if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
             row = int((~(norm > 0)).nonzero()[0])
-            raise UserError(f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude or kind lora")
+            raise UserError(f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude")
         self.magnitude = nn.Parameter(norm)
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
