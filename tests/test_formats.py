@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_distinct
@@ -17,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_core import adapters, formats
 from lora_core.algebra import AdapterState, LowRank, product
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE, Layout, embeddings, layout_of
+from lora_core.formats import NATIVE, Layout, embeddings, kohya, layout_of
+from lora_core.formats.grammar import sites
 
 DISNEY = "/work/shared/data/lora_disney.safetensors"
 
@@ -183,6 +185,19 @@ def test_layout_finds_published_names_in_both_clip_classes_and_back():
     assert [c.prefixes[0] for c in layout.components.values()] == ["lora_te1", "lora_te2"]
     with pytest.raises(UserError, match=r"no Linear or Conv2d named text_model.encoder.layers.0.mlp.fc3; the nearest is \S*mlp.fc"):
         layout.module_path("text_encoder", "text_model.encoder.layers.0.mlp.fc3")
+
+
+def test_the_real_architecture_has_kohyas_module_counts():
+    """SD 1.5 on the meta device: sd-scripts makes 192 UNet and 72 text encoder modules (86 more with conv_dim; it leaves conv_in and its kin alone)."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    layout = layout_of({"unet": unet, "text_encoder": text})
+    names = {key.split(".")[0] for key in sites(kohya.GRAMMAR, layout)}
+    unet_names = {name for name in names if name.startswith("lora_unet_")}
+    assert sum("_attentions_" in name for name in unet_names) == 192
+    assert sum("_resnets_" in name or "samplers_0_conv" in name for name in unet_names) == 86
+    assert sum(name.startswith("lora_te_text_model_encoder_") for name in names) == 72
 
 
 def test_a_family_may_spell_its_modules_otherwise_for_kohya(tmp_path):
