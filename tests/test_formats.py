@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_distinct
-from tiny_pipeline import outputs, pipeline, random_state
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,6 +19,7 @@ from lora_core.algebra import AdapterState, LowRank, product
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, Layout, embeddings, kohya, layout_of
 from lora_core.formats.grammar import sites
+from tests.tiny_pipeline import outputs, pipeline, random_state
 
 DISNEY = "/work/shared/data/lora_disney.safetensors"
 
@@ -188,7 +188,7 @@ def test_layout_finds_published_names_in_both_clip_classes_and_back():
 
 
 def test_the_real_architecture_has_kohyas_module_counts():
-    """SD 1.5 on the meta device: sd-scripts makes 192 UNet and 72 text encoder modules (86 more with conv_dim; it leaves conv_in and its kin alone)."""
+    """SD 1.5 on the meta device: sd-scripts makes 192 UNet and 72 text encoder modules, 86 more with conv_dim."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import outputs, pipeline, random_state
 from torch import nn
 
 import lora_core
@@ -15,6 +14,7 @@ from lora_core.adapters import Adapted
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
 from lora_core.tokens import LearnedEmbedding
+from tests.tiny_pipeline import outputs, pipeline, random_state
 
 TEXT = "a cat <s0><s1>"
 
