@@ -1,0 +1,12 @@
+"""A run's LoRA and tokens on live networks, from Python, and off again: python examples/patch_model.py"""
+
+from lora_core import patch
+from lora_core.generation import Recipe, generate
+from lora_core.pictures import to_images
+from models import load_family
+
+family = load_family("toy/model")
+modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
+with patch(modules, "runs/demo", {"unet": 0.8}) as p:  # denoiser, text encoder and tokens at once
+    pixels = generate(family, [p.bind("a photo of TOK in the desert")], [0], Recipe())
+to_images(pixels)[0].save("patched.png")  # the model is what it was before

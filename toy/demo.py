@@ -1,0 +1,208 @@
+"""`make demo`: pivotal tuning of the embedded model on five pictures of something it has never seen, with the numbers that show what came of it.
+
+The same train.py and configs/toy_pti.toml that a user edits; this file adds what only a drawn world can tell: whether a recogniser, trained apart,
+finds the concept and the background that the prompt names, and whether unrelated captions still come out as before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+import train
+from lora_core import patch
+from lora_core.config import Config, read_toml
+from lora_core.errors import UserError
+from lora_core.formats import NATIVE
+from lora_core.generation import Recipe, generate
+from models import Family, load_family
+from toy import recogniser
+from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
+from toy.draw import PLACES, background_phrase, evaluation_captions
+
+TEXT_ONLY = {  # what a user without fine-tuning would type; the best of them is what fine-tuning has to beat
+    "zib": ("a creature", "a green creature", "a cyan creature", "an orange creature"),
+    "trilo": ("an emblem", "a purple emblem", "a pink emblem", "a blue emblem"),
+}
+HELD_OUT = 16  # drawings of the concept that are not among the training pictures
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Pivotal tuning of the embedded model, and what came of it."""
+
+    concept: str = "zib"
+    """zib, a small character, or trilo, a logo."""
+    photos: str = ""
+    """Folder of your own pictures instead, to show the path on real files; the embedded model only knows drawings, so expect little likeness."""
+    seeds: tuple[int, ...] = (0,)
+    """One run for each training seed; several print their mean as well."""
+    samples: int = 48
+    """Pictures that are drawn and judged, each with a prompt that is not among the captions."""
+    short: bool = False
+    """A few steps and few samples: shows that everything runs, learns nothing."""
+    config: str = "configs/toy_pti.toml"
+    """The run's configuration."""
+    out: str = "runs/demo"
+    """Folder of the run."""
+
+
+def demo(options: Demo, seed: int) -> dict[str, float]:
+    """Trains, measures, prints the table; the figures, which are also added to OUT/summary.json."""
+    began = time.perf_counter()
+    out = options.out if len(options.seeds) == 1 else f"{options.out}_{seed}"
+    with TemporaryDirectory() as temporary:
+        config = configure(options, seed, out, Path(temporary))
+        run = train.train(config)
+    summary = json.loads((run / "summary.json").read_text())
+    figures = {key: summary[key] for key in ("steps", "val_loss_before", "val_loss_after")}
+    figures |= measure(config, run, options)
+    figures["seconds"] = time.perf_counter() - began
+    (run / "summary.json").write_text(json.dumps(summary | figures, indent=1))
+    report(run, figures, summary["files"], photos=bool(options.photos))
+    return figures
+
+
+def configure(options: Demo, seed: int, out: str, temporary: Path) -> Config:
+    """The run's config: the TOML file's, with the images, held-out drawings and prompts of this demo."""
+    base = replace(read_toml(Path(options.config)), seed=seed, out=out, overwrite=True)
+    if options.short:
+        base = replace(base, stages=tuple(replace(stage, steps=4) for stage in base.stages))
+    if options.photos:
+        captioned = any(Path(options.photos).glob("*.txt")) or (Path(options.photos) / "metadata.jsonl").is_file()
+        texts = (
+            replace(base.data, images=options.photos)
+            if captioned
+            else replace(base.data, images=options.photos, captions="one", caption="a photo of TOK")
+        )
+        return replace(base, data=texts, samples=replace(base.samples, base_word="creature"))
+    prompts = demo_prompts(5, seed=1, name=options.concept)
+    if options.concept != "zib":
+        base = replace(base, data=replace(base.data, images=f"toy/concepts/{options.concept}"), tokens=replace(base.tokens, init=("emblem",)))
+    draw_held_out(options.concept, temporary)
+    samples = replace(base.samples, base_word=base.tokens.init[0], new_prompts=tuple(text for text, _ in prompts))
+    return replace(base, samples=samples, validation=replace(base.validation, images=str(temporary)))
+
+
+def draw_held_out(name: str, folder: Path) -> None:
+    """Drawings of the concept on other backgrounds, with captions, as the validation set."""
+    for i, (caption, background) in enumerate(demo_prompts(HELD_OUT, seed=2, name=name)):
+        style = "place" if background in PLACES else next((s for s in ("striped", "gradient") if s in caption), "plain")
+        assert background_phrase(background, style) in caption
+        render_concept(name, background, style, 1000 + i, 128).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(caption)
+
+
+def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
+    """Fractions of 1: concept and background both right, background alone, unrelated captions, each before and after."""
+    count = 8 if options.short else options.samples
+    family, reader = load_family(config.model), recogniser.load()
+    recipe = Recipe(config.samples.sampler, config.samples.steps, config.samples.guidance)
+    modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
+    unrelated = [pair for pair in evaluation_captions(2 * count, seed=5) if pair[1]["object"] not in ("creature", "emblem")][:count]
+    figures: dict[str, float] = {}
+    for when in ("before", "after"):
+        with patch(modules, run) if when == "after" else nullcontext() as patched:
+            bind: Callable[[str], str] = patched.bind if patched else str
+            figures[f"unrelated_{when}"] = captions_right(
+                reader, draw(family, [bind(text) for text, _ in unrelated], recipe), [e for _, e in unrelated]
+            )
+            if options.photos:
+                continue
+            prompts = demo_prompts(count, seed=3, name=options.concept)
+            backgrounds = [background for _, background in prompts]
+            words = ["TOK"] if when == "after" else TEXT_ONLY[options.concept]
+            scores = {}
+            for word in words:
+                images = draw(family, [bind(text.replace("TOK", word).replace("of a a", "of a")) for text, _ in prompts], recipe)
+                scores[word] = concept_right(reader, images, options.concept, backgrounds)
+            figures |= {f"concept_{when}": max(score["concept"] for score in scores.values())}
+            if when == "after":
+                figures["background_kept"] = scores["TOK"]["background"]
+    return figures
+
+
+def draw(family: Family, prompts: Sequence[str], recipe: Recipe) -> Tensor:
+    """[n, 3, 64, 64] one picture for each prompt, seeds counting up from 1000."""
+    parts = [(i, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+    return torch.cat([generate(family, part, range(1000 + i, 1000 + i + len(part)), recipe) for i, part in parts])
+
+
+def concept_right(reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]) -> dict[str, float]:
+    """How often the concept is there on the right background, and how often the background is right at all."""
+    there = (reader.concept(images, name) > 0.5).tolist()
+    right = [found == wanted for found, wanted in zip(reader.scene(images)["background"], backgrounds)]
+    return {"concept": sum(a and b for a, b in zip(there, right)) / len(right), "background": sum(right) / len(right)}
+
+
+def captions_right(reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]) -> float:
+    """The share of object, colour and background, as the captions state them, that is found in the pictures."""
+    found = reader.scene(images)
+    hits = [found[name][i] == e[name] for i, e in enumerate(expected) for name in ("object", "colour", "background") if name in e]
+    return sum(hits) / len(hits)
+
+
+def report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool) -> None:
+    """The table on the terminal, and how to load the files."""
+    change = f["val_loss_after"] / f["val_loss_before"] - 1
+    rows = [
+        (
+            "held-out loss" if not photos else "training images' loss, fixed noise",
+            f"{f['val_loss_before']:.5f}",
+            f"{f['val_loss_after']:.5f}",
+            f"{change:+.1%}",
+        )
+    ]
+    if not photos:
+        rows.append(("concept and background right", f"{f['concept_before']:.0%}", f"{f['concept_after']:.0%}", "before: the best plain prompt"))
+        rows.append(("background right", "", f"{f['background_kept']:.0%}", ""))
+    rows.append(("unrelated captions right", f"{f['unrelated_before']:.0%}", f"{f['unrelated_after']:.0%}", "object, colour, background"))
+    print("\n" + f"{'':36}{'before':>9}{'after':>9}")
+    print("\n".join(f"{name:36}{before:>9}{after:>9}   {note}" for name, before, after, note in rows))
+    print(f"{f['steps']} steps, {f['seconds']:.0f} s in all; " + ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in files.items()))
+    print(snippets(run))
+
+
+def snippets(run: Path) -> str:
+    """How the three programs load the run's files."""
+    emb = f"{run.name}_emb.safetensors"
+    return f"""
+see {run / "before_after.png"}; load the files with
+  diffusers  pipe = StableDiffusionPipeline.from_pretrained("toy/model"); rows = safetensors.torch.load_file("{run / emb}")
+             pipe.load_lora_weights("{run}", weight_name="{NATIVE}"); pipe.load_textual_inversion(rows["clip_l"], token=["<s0>", "<s1>"])
+             pipe("a photo of <s0><s1>")
+  A1111      {run.name}.safetensors to models/Lora, {emb} to embeddings; prompt: a photo of {run.name}_emb <lora:{run.name}:1>
+  ComfyUI    {run.name}.safetensors to models/loras (LoraLoader), {emb} to models/embeddings; prompt: a photo of embedding:{run.name}_emb
+  here       python infer.py --model toy/model --lora {run} --prompt "a photo of TOK in the desert" --out desert.png"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = tyro.cli(Demo, args=argv, prog="python -m toy.demo", description=Demo.__doc__)
+    try:
+        if options.concept not in CONCEPTS:
+            raise UserError(f"--concept {options.concept} is unknown; choose {' or '.join(CONCEPTS)}")
+        every = [demo(options, seed) for seed in options.seeds]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(every) > 1:
+        print("\nmean over training seeds " + " ".join(map(str, options.seeds)))
+        print("\n".join(f"  {key:18} {sum(f[key] for f in every) / len(every):.4f}" for key in every[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
