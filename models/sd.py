@@ -62,9 +62,15 @@ class StableDiffusion:
             raise UserError(
                 f"the UNet takes {unet.config.in_channels} channels; expected {self.latent_channels}, or {2 * self.latent_channels + 1} for inpainting"
             )
-        v2 = "_v2" if text_encoder.config.hidden_size == 1024 else "_v1"
-        base = f"sd{v2}" + ("_v" if self.prediction == "v_prediction" else "")
-        self.layout = layout_of({"unet": unet, "text_encoder": text_encoder}, family=self.name, base_model_version=base, presets=PRESETS)
+        v = self.prediction == "v_prediction"
+        second = text_encoder.config.hidden_size == 1024  # SD 2.x has OpenCLIP's text encoder
+        self.layout = layout_of(
+            {"unet": unet, "text_encoder": text_encoder},
+            family=self.name,
+            base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
+            presets=PRESETS,
+            architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora" if second else "stable-diffusion-v1/lora",
+        )
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 

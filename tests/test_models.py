@@ -172,7 +172,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline"))
-    with pytest.raises(UserError, match="StableDiffusion3Pipeline.*nearest"):
+    with pytest.raises(UserError, match=r"StableDiffusion3Pipeline.*nearest"):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match="single file"):
         load_family("model.safetensors")

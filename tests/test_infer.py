@@ -1,0 +1,164 @@
+"""infer.py: what its words mean, that a picture's recipe redraws it, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infer
+from lora_core import formats, patch
+from lora_core.errors import UserError
+from lora_core.formats import embeddings
+from models import load_family
+from tests.test_models import saved
+from tests.tiny_pipeline import random_state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ and two run folders a/ and b/ with LoRA and tokens, strong enough to see."""
+    folder = tmp_path_factory.mktemp("infer")
+    pipe = saved(folder / "model")
+    family = load_family(str(folder / "model"))
+    for i, name in enumerate("ab"):
+        state = random_state(pipe, seed=i + 1)
+        state.tokens = {"clip_l": torch.randn(2, 16, generator=torch.Generator().manual_seed(i)) * 0.3}
+        state.token_names = ("<s0>", "<s1>")
+        state.metadata = embeddings.header({"TOK": ("<s0>", "<s1>")})
+        (folder / name).mkdir()
+        formats.save_run(state, folder / name, layout=family.layout)
+    return folder
+
+
+def draw(folder: Path, out: str, *words: str) -> bytes:
+    path = folder / out
+    assert infer.main(["--model", str(folder / "model"), "--steps", "3", "--out", str(path), *words]) == 0
+    return Image.open(path).tobytes()
+
+
+def test_recipe_in_the_picture_redraws_it(folder: Path) -> None:
+    first = draw(folder, "x.png", "--prompt", "TOK a", "--lora", f"{folder / 'a'}:unet=0.6,text=0.9", "--seed", "5", "--sampler", "euler")
+    assert infer.main(["--from", str(folder / "x.png"), "--out", str(folder / "y.png")]) == 0
+    assert Image.open(folder / "y.png").tobytes() == first
+    assert infer.main(["--from", str(folder / "x.png"), "--out", str(folder / "z.png"), "--seed", "6"]) == 0
+    assert Image.open(folder / "z.png").tobytes() != first
+    assert "TOK a" in Image.open(folder / "x.png").info["parameters"]
+
+
+def test_strength_zero_is_the_base_and_tokens_come_along(folder: Path) -> None:
+    base = draw(folder, "base.png", "--prompt", "a")
+    assert draw(folder, "zero.png", "--prompt", "a", "--lora", f"{folder / 'a'}:0") == base
+    assert draw(folder, "one.png", "--prompt", "a", "--lora", str(folder / "a")) != base
+    with_word = draw(folder, "word.png", "--prompt", "TOK", "--lora", f"{folder / 'a'}:0")
+    assert with_word == draw(folder, "names.png", "--prompt", "<s0><s1>", "--lora", f"{folder / 'a'}:0") != base
+
+
+def test_parts_have_their_own_strength(folder: Path) -> None:
+    pictures = {
+        draw(folder, f"{i}.png", "--prompt", "a", "--lora", f"{folder / 'a'}:{s}") for i, s in enumerate(("unet=1,text=0", "unet=0,text=1", "1", "0"))
+    }
+    assert len(pictures) == 4
+
+
+def test_two_runs_with_the_same_words_are_kept_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--lora", f"{folder / 'a'}:0", "--lora", f"{folder / 'b'}:0"]
+    alone = [draw(folder, f"alone_{n}.png", "--prompt", "TOK", "--lora", f"{folder / n}:0") for n in "ab"]
+    capsys.readouterr()
+    together = [draw(folder, f"both_{w}.png", "--prompt", w, *words) for w in ("TOK", "TOK2")]
+    assert together == alone
+    assert "TOK of" in (said := capsys.readouterr().err) and "is called TOK2 here" in said
+
+
+def test_batches_files_and_grids_show_the_same_pictures(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a\n\nb TOK\n")
+    words = ["--model", str(folder / "model"), "--lora", str(folder / "a"), "--prompts", str(folder / "prompts.txt"), "--steps", "3", "--count", "2"]
+    for batch in ("1", "3"):
+        assert infer.main([*words, "--batch", batch, "--out", str(folder / f"many{batch}.png")]) == 0
+    for i in range(4):
+        one, three = (Image.open(folder / f"many{batch}_{i:03d}.png").tobytes() for batch in "13")
+        assert max(abs(x - y) for x, y in zip(one, three)) <= 1
+    assert Image.open(folder / "many1_003.png").tobytes() == draw(folder, "b1.png", "--prompt", "b TOK", "--seed", "1", "--lora", str(folder / "a"))
+
+
+@pytest.mark.parametrize("axis", ["strength=0:1:0.5", "lora1.unet=0:1:1", "text=0,2", "guidance=1,3", "steps=2,4", "seed=0:2"])
+def test_each_axis_changes_the_picture(folder: Path, axis: str) -> None:
+    words = ["--lora", str(folder / "a"), "--lora", f"{folder / 'b'}:unet=0.5,text=0.5", "--prompt", "a TOK"]
+    draw(folder, "grid.png", *words, "--grid", axis)
+    sheet = Image.open(folder / "grid.png")
+    cells = [sheet.crop((14 + 202 * i, 48, 14 + 202 * i + 192, 240)).tobytes() for i in range(2)]
+    assert cells[0] != cells[1]
+    assert infer.main(["--from", str(folder / "grid.png"), "--out", str(folder / "again.png")]) == 0
+    assert Image.open(folder / "again.png").tobytes() == sheet.tobytes()
+
+
+def test_axes_and_loras_are_read_as_documented(tmp_path: Path) -> None:
+    assert infer.parse_axis("strength=0:1.2:0.3").values == [0, 0.3, 0.6, 0.9, 1.2]
+    assert infer.parse_axis("seed=0:4").values == [0, 1, 2, 3]
+    assert infer.parse_axis("lora1.text=1,0").values == [1, 0]
+    assert infer.parse_lora("runs/a:0.8") == ("runs/a", 0.8)
+    assert infer.parse_lora("runs/a:unet=0.6,text=0.9") == ("runs/a", {"unet": 0.6, "text": 0.9})
+    assert infer.parse_lora("C:/runs/a") == ("C:/runs/a", 1.0)
+    for bad in ("strength", "strength=1:0:0", "speed=0:1", "strength=a:b", "strength=0:1000:0.1"):
+        with pytest.raises(UserError, match="--grid"):
+            infer.parse_axis(bad)
+    with pytest.raises(UserError, match="--lora"):
+        infer.parse_lora("runs/a:strong")
+
+
+def test_a_start_picture_is_kept_at_low_strength(folder: Path) -> None:
+    family = load_family(str(folder / "model"))
+    Image.new("RGB", (40, 32), (200, 40, 40)).save(folder / "red.png")
+    near = draw(folder, "near.png", "--prompt", "a", "--init-image", str(folder / "red.png"), "--strength", "0.34")
+    far = draw(folder, "far.png", "--prompt", "a")
+    pixels = infer._read_image(str(folder / "red.png"), 32, 32)
+    kept = ((family.decode(family.encode_images(pixels)[0]) + 1) * 127.5).permute(0, 2, 3, 1).flatten().tolist()
+    distance = [sum(abs(a - b) for a, b in zip(image, kept)) for image in (near, far)]
+    assert distance[0] < distance[1]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "--prompt"),
+        (["--prompt", "a", "--prompts", "f"], "--prompt"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a", "--lora", "nowhere"], "nowhere"),
+        (["--prompt", "a", "--out", "x.jpg"], "png"),
+        (["--prompt", "a", "--sampler", "eulr"], "euler"),
+        (["--prompt", "a", "--width", "33"], "multiple of 4"),
+        (["--prompt", "a", "--strength", "0.5"], "--init-image"),
+        (["--prompt", "a", "--init-image", "nowhere.png", "--strength", "0.5"], "nowhere.png"),
+        (["--prompt", "a", "--mask", "nowhere.png"], "nowhere.png"),
+        (["--prompt", "a", "--grid", "strength=0:1:0.5"], "--lora"),
+        (["--prompt", "a", "--grid", "seed=0:2", "--count", "2"], "grid"),
+        (["--prompt", "a", "--count", "0"], "--count"),
+        (["--from", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = words if "--from" in words else ["--model", str(folder / "model"), "--steps", "3", *words]
+    assert infer.main(arguments if "--out" in words else [*arguments, "--out", str(tmp_path / "out.png")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and sentence in said[0], said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_without_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    assert infer.main(["--from", str(tmp_path / "plain.png")]) == 2
+    assert "no recipe" in capsys.readouterr().err
+
+
+def test_patching_from_python_is_undone(folder: Path) -> None:
+    family = load_family(str(folder / "model"))
+    modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
+    before = {name: module for name, module in family.unet.named_modules()}
+    with patch(modules, folder / "a", {"unet": 0.8, "text_encoder": 1.0}) as p:
+        assert p.bind("a TOK") == "a <s0><s1>"
+        rows = family.text_encoder.get_input_embeddings()(torch.tensor(modules["tokenizer"].convert_tokens_to_ids(["<s0>", "<s1>"])))
+        assert torch.equal(rows, load_file(folder / "a" / "a_emb.safetensors")["clip_l"])
+    after = dict(family.unet.named_modules())
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert "<s0>" not in modules["tokenizer"].get_vocab()
