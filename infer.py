@@ -245,7 +245,7 @@ def _set_strengths(patches: Sequence[Patch], arguments: Sequence[LoraArgument], 
                     dict.fromkeys(p.adapted, value) if part == "strength" else _by_component({part: value}, p.adapted, argument.path, whole=False)
                 )
         if p.adapted:
-            p.set_strength(strengths)  # type: ignore[arg-type]
+            p.set_strength(strengths)
 
 
 def _by_component(given: dict[str, float], components: Any, source: str, *, whole: bool = True) -> dict[str, float]:

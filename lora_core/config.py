@@ -58,7 +58,7 @@ class Data:
     images: str = ""
     """Folder with the training images (jpg, png, webp, bmp)."""
     captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
-    """Where captions come from: NAME.txt, metadata.jsonl, the file names, --data.caption for all, or sentence templates. auto: the first that is there."""
+    """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or sentence templates; auto: the first there is."""
     caption: str = ""
     """The one caption of all images, e.g. "a photo of TOK"."""
     resolution: int = 512
@@ -171,7 +171,9 @@ class Optimizer:
     """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each."""
     weight_decay: Numbers = field(default_factory=dict)
     """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
-    betas: Annotated[dict[str, tuple[float, float]], _pairs(lambda s: tuple(map(float, s.split(","))), "GROUP=B1,B2 ...")] = field(default_factory=dict)
+    betas: Annotated[dict[str, tuple[float, float]], _pairs(lambda s: tuple(map(float, s.split(","))), "GROUP=B1,B2 ...")] = field(
+        default_factory=dict
+    )
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: Arguments = field(default_factory=dict)
     """Further arguments of the optimiser's class, e.g. safeguard_warmup=true d_coef=2."""
@@ -306,33 +308,48 @@ class Config:
 C = TypeVar("C")
 
 
-def _check_keys(table: dict[str, Any], cls: type, where: str) -> None:
-    """Raises UserError for a key that is no field, with the nearest name."""
+def _check_keys(table: dict[str, Any], cls: type, where: str, every: dict[str, str]) -> None:
+    """Raises UserError for a key that is no field, with the nearest name. `every`: the last part of a dotted name -> the whole name."""
     hints = get_type_hints(cls)
     for key, value in table.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1, 0.4)
-            raise UserError(f"unknown key {where}{key}" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(hints)}"))
+            near = [where + n for n in difflib.get_close_matches(key, hints, 1, 0.7)] or [
+                every[n] for n in difflib.get_close_matches(key, every, 1, 0.6)
+            ]
+            raise UserError(f"unknown key {where}{key}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(hints)}"))
         kind = hints[key]
         if is_dataclass(kind) and isinstance(value, dict):
-            _check_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
+            _check_keys(value, kind, f"{where}{key}.", every)  # type: ignore[arg-type]
         for inner in filter(is_dataclass, get_args(kind)):
             for i, row in enumerate(value):
-                _check_keys(row, inner, f"{where}{key}.{i}.")
+                _check_keys(row, inner, f"{where}{key}.{i}.", every)  # type: ignore[arg-type]
+
+
+def _names(cls: type, where: str = "") -> dict[str, str]:
+    """Last part -> dotted name, of every field."""
+    found = {}
+    for name, kind in get_type_hints(cls).items():
+        found[name] = where + name
+        if is_dataclass(kind):
+            found |= _names(kind, f"{where}{name}.")  # type: ignore[arg-type]
+    return found
 
 
 def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[assignment]
     """The config that a parsed TOML table describes. Raises UserError for unknown keys and values of a wrong type."""
-    _check_keys(table, cls, "")
+    _check_keys(table, cls, "", _names(cls))
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
     converter.register_structure_hook(bool, lambda v, _: v if isinstance(v, bool) else _refuse(v, "true or false"))
     converter.register_structure_hook(int, lambda v, _: v if isinstance(v, int) and not isinstance(v, bool) else _refuse(v, "an integer"))
-    converter.register_structure_hook(float, lambda v, _: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else _refuse(v, "a number"))
+    converter.register_structure_hook(
+        float, lambda v, _: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else _refuse(v, "a number")
+    )
     converter.register_structure_hook(str, lambda v, _: v if isinstance(v, str) else _refuse(v, "a text in quotes"))
     try:
         return converter.structure(table, cls)
     except cattrs.BaseValidationError as error:
-        raise UserError("; ".join(cattrs.transform_error(error))) from None
+        lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
+        raise UserError("; ".join(f"{place.removeprefix('$.')}: {what}" for what, _, place in (line.partition(" @ ") for line in lines))) from None
 
 
 def _refuse(value: Any, wanted: str) -> Any:

@@ -251,7 +251,7 @@ class NoiseSettings:
             raise UserError(f"noise settings must be at least 0 and multires_discount in (0, 1], got {self}")
 
 
-def sample_noise(keys: Keys, shape: tuple[int, int, int], settings: NoiseSettings = NoiseSettings()) -> tuple[Tensor, Tensor]:
+def sample_noise(keys: Keys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()) -> tuple[Tensor, Tensor]:
     """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h, w), fp32 on the CPU.
 
     They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps (arXiv 2301.11706 algorithm 1).

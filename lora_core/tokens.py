@@ -87,7 +87,7 @@ class LearnedEmbedding(nn.Module):
         if rows.ndim != 2 or rows.shape[0] != len(names):
             raise ValueError(f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names")
         self.table = table
-        self.rows = nn.Parameter(rows.detach().to(torch.promote_types(table.weight.dtype, torch.float32)).clone())
+        self.rows = nn.Parameter(rows.detach().to(torch.promote_types(self.weight.dtype, torch.float32)).clone())
         self.register_buffer("initial", self.rows.detach().clone(), persistent=False)
         self.names = tuple(names)
         self.first_id = first_id

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.noise import NoiseLevel, Schedule
+from lora_core.sampling import Spacing
 
 __all__ = ["Conditioning", "Family", "Layout", "part", "read_json"]
 
@@ -45,7 +46,7 @@ class Family(Protocol):
     layout: Layout
     schedule: Schedule
     prediction: str  # a row of PREDICTIONS
-    spacing: str  # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing, linspace
+    spacing: Spacing  # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing, linspace
     offset: int  # steps_offset of the leading spacing
     device: torch.device
     latent_channels: int

@@ -1,0 +1,105 @@
+"""Defaults < TOML < flags; what a config says comes back from its own TOML; wrong names are refused with the nearest one."""
+
+import re
+import tomllib
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from infer import Infer
+from lora_core.config import Adapter, Config, Optimizer, Stage, command_line, from_table, read_toml, to_table, to_toml
+from lora_core.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*words: str) -> Config:
+    return command_line(Config, list(words), prog="train.py", example="python train.py")
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('seed = 3\nbatch_size = 2\n[data]\nresolution = 64\n[[stages]]\nsteps = 5\n[[stages]]\nsteps = 6\ngroups = ["tokens"]\n')
+    config = parse(str(file), "--batch-size", "4", "--stages.1.steps", "7", "--data.images", "here")
+    assert (config.seed, config.batch_size, config.data.resolution, config.data.images) == (3, 4, 64, "here")
+    assert [s.steps for s in config.stages] == [5, 7] and config.stages[1].groups == ("tokens",)
+    assert config.keep == Config().keep and config.steps == 12 and config.trains("tokens") and not config.trains("text_encoder")
+
+
+def test_key_value_flags() -> None:
+    config = parse("--optimizer.lr", "denoiser=1e-3", "tokens=2e-2", "--optimizer.betas", "tokens=0.9,0.95", "--loss-arg", "delta=0.1",
+                   "schedule=snr",
+                   "--optimizer.args", "safeguard_warmup=true", "d_coef=2", "--adapter.rank-pattern", "*.attn2.*=4")  # fmt: skip
+    assert config.optimizer.lr == {"denoiser": 1e-3, "tokens": 2e-2} and config.optimizer.betas == {"tokens": (0.9, 0.95)}
+    assert config.loss_arg == {"delta": 0.1, "schedule": "snr"} and config.optimizer.args == {"safeguard_warmup": True, "d_coef": 2}
+    assert config.adapter.rank_pattern == {"*.attn2.*": 4}
+
+
+def test_a_config_survives_its_own_toml() -> None:
+    stages = (Stage(steps=3, lr={"denoiser": 1e-4}, schedule="cosine", low=0.1), Stage(groups=("tokens", "denoiser")))
+    config = replace(
+        Config(), stages=stages, loss_arg={"delta": 0.5},
+        optimizer=Optimizer(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}), adapter=Adapter(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
+    )  # fmt: skip
+    assert from_table(tomllib.loads(to_toml(config))) == config
+    assert from_table({}) == Config() and from_table(to_table(Infer(lora=("a:1", "b"))), Infer) == Infer(lora=("a:1", "b"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_committed_configs_are_read(file: Path) -> None:
+    config = read_toml(file)
+    assert config.model and config.steps > 0
+    assert from_table(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("resoluton = 3", r"resoluton.*did you mean data\.resolution"),
+        ("xyzzy = 3", "xyzzy.*known are"),
+        ("[data]\nresoluton = 3", r"data\.resoluton.*data\.resolution"),
+        ("[[stages]]\nstep = 3", r"stages\.0\.step.*stages\.0\.steps"),
+        ("seed = 'x'", "seed|int"),
+        ("seed = 1.5", "1.5"),
+        ("[data]\nflip = 1", "true or false"),
+        ("[data]\ncrop = 'middle'", "middle"),
+        ("[[stages]]\ngroups = ['unet']", "unet"),
+        ("seed = ", "not a TOML"),
+    ],
+)
+def test_wrong_toml_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.toml") as error:
+        read_toml(tmp_path / "bad.toml")
+    assert re.search(sentence, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml"):
+        read_toml(tmp_path / "nowhere.toml")
+
+
+def test_wrong_flag_names_the_nearest_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--data.resoluton", "3")
+    assert end.value.code == 2
+    shown = capsys.readouterr()
+    assert "--data.resolution" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("cls", [Config, Infer])
+def test_help_explains_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line(cls, ["--help"], prog="x.py", example="python x.py --seed 3")
+    shown = capsys.readouterr().out
+    assert "python x.py --seed 3" in shown
+
+    def flags(kind: type, prefix: str) -> list[str]:
+        return [
+            name for f in fields(kind) for name in (flags(type(f.default), f"{prefix}{f.name}.") if is_dataclass(f.default) else [prefix + f.name])
+        ]
+
+    for name in flags(cls, ""):
+        if not name.startswith(("stages", "adapter", "optimizer", "source")):  # groups built by a factory; renamed
+            assert "--" + name.replace("_", "-") in shown, name
