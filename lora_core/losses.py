@@ -37,7 +37,7 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, rows of prior preservation
     step: int
-    lazy: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)  # base_out() and attention() for those members, decode(latents) for pixels
 
     @cached_property
     def x0_pred(self) -> Tensor:
@@ -56,13 +56,13 @@ class StepOutput:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """[b, 3, h, w] x0_pred, decoded."""
-        return self._call("pixels")
+        """[b, 3, h, w] x0_pred, decoded, in [-1, 1]; gradients pass."""
+        return self._call("decode", self.x0_pred)
 
-    def _call(self, name: str) -> Any:
+    def _call(self, name: str, *args: Tensor) -> Any:
         if name not in self.lazy:
             raise UserError(f"this loss reads step.{name}, which the caller does not offer; it offers {', '.join(self.lazy) or 'no lazy member'}")
-        return self.lazy[name]()
+        return self.lazy[name](*args)
 
 
 # ---------------------------------------------------------------- losses: StepOutput -> [b]

@@ -147,7 +147,7 @@ class Run:
         for left in [*self.folder.rglob(".*.tmp"), *self.folder.rglob(".*.tmp.*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         checkpoint = self.load_checkpoint()
-        step = checkpoint.step if checkpoint else 0
+        step = checkpoint.step if checkpoint else -1     # without one everything is done again, the validation before the first step too
         for damaged in [folder for folder in self._checkpoints() if int(folder.name) > step]:
             _drop(damaged)
         for path in self.folder.glob("*.jsonl"):

@@ -215,7 +215,7 @@ def report(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[Toke
     """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     known = [index for index in range(min(embedding.num_embeddings, embedding.first_id)) if index in words]
-    table = F.normalize(embedding.weight.float()[known], dim=-1)
+    table = F.normalize(embedding.weight[known].to(embedding.rows.dtype), dim=-1)
     cosines, places = (F.normalize(embedding.rows, dim=-1) @ table.T).topk(min(k, len(known)))
     drifts = (embedding.rows - embedding.initial).norm(dim=-1)
     return [

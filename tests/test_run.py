@@ -119,7 +119,7 @@ def test_without_a_checkpoint_a_resumed_run_begins_at_zero(tmp_path):
     run.log({"step": 0, "val": 1.0})
     run.log({"step": 1})
     resumed = Run.open(tmp_path / "out", resume=True)
-    assert resumed.load_checkpoint() is None and rows(resumed) == [{"step": 0, "val": 1.0}]
+    assert resumed.load_checkpoint() is None and rows(resumed) == []
 
 
 @pytest.mark.parametrize("row", [{}, {"step": 1.0}, {"step": True}, {"step": None}])
