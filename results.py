@@ -16,7 +16,6 @@ from torch import Tensor
 from lora_core import adapters, generation, pictures, reports, tokens, validation
 from lora_core.data import collate
 from lora_core.formats import save_run
-from lora_core.generation import Recipe
 from lora_core.noise import NoiseLevel
 from lora_core.pictures import Row
 from lora_core.validation import Score
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
 
 COLUMNS = 5  # pictures in a row
 CHUNK = 16  # images in one forward pass of the validation
-
-
-def recipe(s: Session) -> Recipe:
-    samples, side = s.config.samples, s.config.data.resolution
-    return Recipe(samples.sampler, samples.steps, samples.guidance, samples.negative, side, side)
 
 
 def validate(s: Session, done: int) -> None:
@@ -58,13 +52,16 @@ def validate(s: Session, done: int) -> None:
 
 
 def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:
-    """One picture for each prompt, seeds 0, 1, 2 ...; of the base model, of the learned tokens alone, or of the model as it is."""
+    """One picture for each prompt, seeds 0, 1, 2 ...; of the base model, of the learned tokens alone, or of the model as it is.
+
+    An inpainting model paints the middle of the training images anew.
+    """
     word = s.config.samples.base_word
     bound = [_plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions) for prompt in prompts]
     with s.evaluating(), _without_adapters(s) if base or only_tokens else ExitStack():
         out: list[Image.Image] = []
         for i, prompt in enumerate(bound):
-            out += pictures.to_images(generation.generate(s.family, [prompt], [i], recipe(s)))
+            out += pictures.to_images(generation.generate(s.family, [prompt], [i], s.recipe, **s.hole(i)))
     return out
 
 
@@ -74,15 +71,15 @@ def prompts(s: Session) -> list[str]:
     return own[:COLUMNS]
 
 
-def sample(s: Session, done: int) -> None:
-    """OUT/samples/step_NNNNNN.png."""
+def sample(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
+    """OUT/samples/step_NNNNNN.png; of `drawn`, where the pictures are there already."""
     chosen = prompts(s)
-    sheet = pictures.grid([Row("", draw(s, chosen), chosen)], title=f"after {done} steps")
+    sheet = pictures.grid([Row("", drawn or draw(s, chosen), chosen)], title=f"after {done} steps")
     pictures.save_png(sheet, s.run.folder / "samples" / f"step_{done:06d}.png")
 
 
-def before_after(s: Session) -> Image.Image:
-    """Reference images, base model, tokens alone, everything, and everything in new places: one row each."""
+def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
+    """Reference images, base model, tokens alone, everything (`drawn`), and everything in new places: one row each."""
     chosen, new = prompts(s), list(s.config.samples.new_prompts)[:COLUMNS]
     references = list(dict.fromkeys(r.path for r in s.folder.records))[:COLUMNS]
     rows = [
@@ -92,7 +89,7 @@ def before_after(s: Session) -> Image.Image:
     if s.abstractions and s.trained:
         rows.append(Row("learned tokens alone", draw(s, chosen, only_tokens=True), chosen))
     what = " + ".join([*(["tokens"] if s.abstractions else []), *([s.config.adapter.kind.split(":")[-1]] if s.trained else [])])
-    rows.append(Row(f"after: {what}", draw(s, chosen), chosen))
+    rows.append(Row(f"after: {what}", drawn, chosen))
     if new:
         rows.append(Row("after: new places", draw(s, new), new))
     return pictures.grid(rows, title=f"{s.run.folder.name}: before and after {s.config.steps} steps")
@@ -105,8 +102,9 @@ def finish(s: Session) -> Path:
     s.save_checkpoint(done)
     state = s.adapter_state(done)
     files = save_run(state, s.run.folder, layout=s.family.layout)
-    sheet = before_after(s)
-    pictures.save_png(sheet, s.run.folder / "before_after.png")
+    drawn = draw(s, prompts(s))
+    sample(s, done, drawn)
+    pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
     reports.plot_metrics(s.run.folder)
     first, last = s.scores[min(s.scores)], s.scores[done]
     summary = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_core import adapters, data, generation, losses, optim, reports, tokens, validation
+import checks
+from lora_core import adapters, data, generation, losses, optim, reports, sampling, tokens, validation
 from lora_core.adapters import AdapterSpec
 from lora_core.algebra import AdapterState
 from lora_core.cache import Cache
@@ -48,7 +51,7 @@ class Session:
     def __init__(self, config: Config, loss: Callable[[StepOutput], Tensor] | None = None) -> None:
         self.config = config
         self.began = time.perf_counter()
-        _check(config)
+        checks.config(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else torch.device(config.device)
@@ -56,27 +59,33 @@ class Session:
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
         self.noise = NoiseSettings(config.noise.offset, config.noise.multires_levels, config.noise.multires_discount, config.noise.perturbation)
         self.instances = config.batch_size * config.accumulation
+        side, look = config.data.resolution, config.samples
+        self.recipe = Recipe(look.sampler, look.steps, look.guidance, look.negative, side, side)
         self._open_data()
         self._open_model()
         self._open_optimizer()
-        self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
-        self.run.write("config.toml", to_toml(config))
+        self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)  # first here may the disk change
         self.log_book = reports.LogBook(self.run, config.report, to_table(config))
         self.prior = self._open_prior()
         self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
         self.latent_cache = Cache(_fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
         self.text_cache: dict[str, Conditioning] = {}
+        self.saved: int | None = None  # the step of the newest checkpoint
+        self.start = self._restore()
+        self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
 
     # ------------------------------------------------------------ opening
 
     def _open_data(self) -> None:
         d = self.config.data
-        self.abstractions = tokens.make_abstractions(_initializers(self.config), self.config.tokens.vectors) if self.config.trains("tokens") else ()
+        self.abstractions = (
+            tokens.make_abstractions(checks.initializers(self.config), self.config.tokens.vectors) if self.config.trains("tokens") else ()
+        )
         records = data.scan(d.images, captions=d.captions, caption=d.caption or None, repeats=d.repeats, masks=d.masks)
         self.folder = Folder(records, ImageSettings(d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed))
         for a in self.abstractions:
-            _check_word(records, a.word)
+            checks.placeholder(records, a.word)
         held_out = self.config.validation.images or d.images
         val = data.scan(held_out, captions=d.captions, caption=d.caption or None, masks="none")
         self.val_folder = Folder(val, ImageSettings(d.resolution))
@@ -88,6 +97,9 @@ class Session:
         self.family = load_family(c.model, dtype=DTYPES[c.precision], device=self.device, vae=c.vae, scheduler=changes)
         if c.data.resolution % self.family.factor:
             raise UserError(f"--data.resolution {c.data.resolution} is no multiple of {self.family.factor}, the pixels of one latent of this model")
+        if c.noise.zero_terminal_snr and self.family.prediction == "epsilon":
+            raise UserError("--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; add --noise.prediction v_prediction")
+        sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)
         self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
         self.denoiser = self.family.modules[self.family.denoiser]
         wanted = {self.family.denoiser: c.adapter.targets} if c.trains("denoiser") else {}
@@ -103,7 +115,7 @@ class Session:
         if c.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
             for encoder in self.encoders.values():
-                encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         text = [p for name in self.encoders if name in self.trained for p in adapters.parameters(self.encoders[name])]
         unet = adapters.parameters(self.denoiser) if self.family.denoiser in self.trained else []
         every = {"denoiser": unet, "text_encoder": text, "tokens": [e.rows for e in self.embeddings.values()]}
@@ -143,12 +155,15 @@ class Session:
         if o.betas and "betas" not in takes:
             raise UserError(f"{o.name} takes no betas; leave --optimizer.betas out")
         optim.check_arguments(cls, o.args, f"optimizer {o.name}", given=("params", "lr", "weight_decay", "betas"))
-        groups: list[dict[str, Any]] = []
-        for name, params in self.groups.items():
+        self.settings: dict[str, dict[str, Any]] = {}  # of each group, beside its parameters
+        for name in self.groups:
             decay = {"weight_decay": self.decays[name]} if "weight_decay" in takes else {}
             betas = {"betas": tuple(o.betas[name])} if name in o.betas else {}
-            groups.append({"params": params, "name": name, "lr": self.rates[name], **decay, **betas})
-        self.optimizer = cls(groups, **o.args)  # type: ignore[call-arg]
+            self.settings[name] = {"name": name, "lr": self.rates[name], **decay, **betas}
+        try:
+            self.optimizer = cls([{"params": params, **self.settings[name]} for name, params in self.groups.items()], **o.args)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{o.name} refuses its settings: {error}") from None
         self.scaler = optim.LossScaler(device=self.device) if self.config.precision == "fp16" else None
         names = {stage.schedule or o.schedule for stage in self.config.stages}
         self.schedules = {name: optim.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {})) for name in names}
@@ -160,13 +175,10 @@ class Session:
             return None
         folder = Path(p.images) if p.images else self.run.folder / "class_images"
         folder.mkdir(parents=True, exist_ok=True)
-        have = len(list_images(folder))
-        samples, side = self.config.samples, self.config.data.resolution
-        recipe = Recipe(samples.sampler, samples.steps, samples.guidance, samples.negative, side, side)
+        free = [(seed, file) for seed in range(p.count) if not (file := folder / f"{seed:05d}.png").exists()]
         with self.evaluating():
-            for i in tqdm(range(have, p.count), desc="class images", disable=not sys.stderr.isatty()):
-                pixels = generation.generate(self.family, [p.prompt], [i], recipe)
-                save_png(to_images(pixels)[0], folder / f"{i:05d}.png")
+            for seed, file in tqdm(free[: max(0, p.count - len(list_images(folder)))], desc="class images", disable=not sys.stderr.isatty()):
+                save_png(to_images(generation.generate(self.family, [p.prompt], [seed], self.recipe, **self.hole(seed)))[0], file)
         records = data.scan(folder, captions="one", caption=p.prompt, masks="none", is_prior=True)
         return Folder(records, self.folder.settings)
 
@@ -206,7 +218,7 @@ class Session:
         prompts = [tokens.bind(caption, self.abstractions) for caption in captions]
         if self.text_trains:
             return self.family.encode_prompts(prompts)
-        with torch.no_grad():
+        with self.evaluating():
             for prompt in prompts:
                 if prompt not in self.text_cache:
                     self.text_cache[prompt] = self.family.encode_prompts([prompt])
@@ -218,7 +230,7 @@ class Session:
             for module in self.trained.values():
                 adapters.set_dropout(module, rows, step)
 
-    def lazy(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> dict[str, Callable[[], Any]]:
+    def lazy(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> dict[str, Callable[..., Any]]:
         """Members of StepOutput that cost a forward pass, for losses that touch them."""
 
         @torch.no_grad()
@@ -263,6 +275,11 @@ class Session:
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def check_rows(self, rows: Tensor, name: str, b: int) -> None:
+        """Refuses what is not one finite number per example, in the first step of a stage: to look means to wait for the device."""
+        if not self.checked:
+            losses.check_rows(rows, name, b)
+
     def update(self) -> Tensor:
         """One optimiser step; the gradient's norm before clipping."""
         if not self.checked:
@@ -270,14 +287,14 @@ class Session:
                 if params[0].requires_grad and all(p.grad is None for p in params):
                     raise UserError(f"the group {name} gets no gradient from this loss; take it out of the stage")
             self.checked = True
-        if self.scaler is None:
-            norm = optim.clip_(self.active, self.config.optimizer.clip or math.inf)
-            self.optimizer.step()
-            return norm
-        self.scaler.unscale_(self.active)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.active)
         norm = optim.clip_(self.active, self.config.optimizer.clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         return norm
 
     def control_norms(self, stage: Stage) -> None:
@@ -286,7 +303,7 @@ class Session:
         if "tokens" not in stage.groups or how == "none":
             return
         group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
-        rate = torch.as_tensor(100 * group["lr"] * group.get("d", 1.0)).clamp(max=1.0)
+        rate = torch.as_tensor(100 * group["lr"] * group.get("d", 1.0), dtype=torch.float64).clamp(max=1.0)
         for name, embedding in self.embeddings.items():
             if how == "pull":
                 tokens.pull_norms_(embedding.rows, self.norm_targets[name], rate=rate)
@@ -297,57 +314,77 @@ class Session:
     def progress(self, start: int) -> Iterator[tqdm]:
         with tqdm(total=self.config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
             yield bar
-        self.log_book.flush()
+        self.flush()
 
     def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
-        """A row for each step; values are read from the device every --log-every steps. Raises UserError when the loss is no number any more."""
+        """A row for each step; values are read from the device every --log-every steps."""
         rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups if g["name"] in stage.groups}
         distances = {f"d_{g['name']}": g["d"] for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
         self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances)
         bar.update()
         if done % self.config.log_every == 0:
-            rows = self.log_book.flush()
-            mean = sum(row["loss"] for row in rows) / len(rows)
+            rows = self.flush()
             shown = {name: f"{value:.2e}" for name, value in rows[-1].items() if name.startswith("d_")}
-            bar.set_postfix(loss=f"{mean:.4f}", **shown)
-            if not math.isfinite(mean) and self.scaler is None:
-                bad = next(row["step"] for row in rows if not math.isfinite(row["loss"]))
-                raise UserError(f"the loss is {mean} since step {bad}; lower the learning rate (--optimizer.lr), the last checkpoint is from before")
+            bar.set_postfix(loss=f"{sum(row['loss'] for row in rows) / len(rows):.4f}", **shown)
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Writes and returns the waiting rows. Raises UserError when a loss is no number any more, before a checkpoint could hold the damage."""
+        rows = self.log_book.flush()
+        bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
+        if bad and self.scaler is None:
+            last = "there is no checkpoint" if self.saved is None else f"the last checkpoint, of step {self.saved}, is from before"
+            raise UserError(f"the loss is {bad['loss']} since step {bad['step']}; lower the learning rate (--optimizer.lr); {last}")
+        return rows
 
     # ------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, done: int) -> None:
-        self.log_book.flush()
-        seconds = time.perf_counter() - self.began
+        self.flush()
         tree = {
             "groups": self.groups,
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": self.config.optimizer.name,
             "scaler": self.scaler and self.scaler.state_dict(),
-            "seconds": seconds,
+            "seconds": time.perf_counter() - self.began,
         }
         folder = self.run.save_checkpoint(done, *flatten(tree))
+        self.saved = done
         save_run(self.adapter_state(done), folder, layout=self.family.layout)
 
-    def restore(self) -> int:
-        """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of other groups or shapes."""
+    def _restore(self) -> int:
+        """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of other groups, shapes or another optimiser."""
         found = self.run.load_checkpoint() if self.config.resume else None
         if found is None:
             return 0
-        tree = unflatten(found.tensors, found.meta)
+        tree, name = unflatten(found.tensors, found.meta), self.config.optimizer.name
         if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in self.groups.items()}:
             raise UserError(f"the checkpoint in {self.run.folder} has other adapters or tokens than this config; resume with the config of the run")
+        if tree["optimizer_name"] != name:
+            raise UserError(f"the checkpoint in {self.run.folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer")
+        if found.step > self.config.steps:
+            raise UserError(f"{self.run.folder} has done {found.step} steps, more than the {self.config.steps} of this config; give its stages more")
         with torch.no_grad():
-            for name, params in self.groups.items():
-                for p, saved in zip(params, tree["groups"][name]):
+            for group, params in self.groups.items():
+                for p, saved in zip(params, tree["groups"][group]):
                     p.copy_(saved)
         self.optimizer.load_state_dict(tree["optimizer"])
+        for state in self.optimizer.param_groups:  # as this config says, not as the saved state does
+            state.update(self.settings[state["name"]] | {k: v for k, v in self.config.optimizer.args.items() if k in state})
         if self.scaler is not None and tree["scaler"] is not None:
             self.scaler.load_state_dict(tree["scaler"])
         self.began -= tree["seconds"]
         if (self.run.folder / "val.jsonl").is_file():
             self.scores = validation.read(self.run.folder)
+        self.saved = found.step
         print(f"resumed after step {found.step}")
         return found.step
+
+    def way_back(self) -> str:
+        """How to go on with this run after an interruption."""
+        if self.saved is None:
+            return f"no step is saved; start again with --overwrite, which moves {self.run.folder.name} to {self.run.folder.name}.bak"
+        command = shlex.join(["python", "train.py", str(Path(self.config.out) / "config.toml"), "--resume"])
+        return f"the run is saved after step {self.saved}, go on with: {command}"
 
     def adapter_state(self, done: int) -> AdapterState:
         """What the run has learned so far, under published names."""
@@ -361,6 +398,15 @@ class Session:
         return AdapterState(components, rows, names, {"lora_core.config": to_toml(self.config), "lora_core.steps": str(done), **words})
 
     # ------------------------------------------------------------ looking at it
+
+    def hole(self, i: int) -> dict[str, Tensor]:
+        """What an inpainting model is sampled with: a training image [1, 3, h, w] and a mask [1, 1, h, w] of its middle; nothing for other models."""
+        if not self.family.inpainting:
+            return {}
+        pixels = self.val_folder.example(i % len(self.val_folder), 0).pixels[None].to(self.device)
+        mask, side = torch.zeros_like(pixels[:, :1]), self.recipe.width
+        mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
+        return {"init": pixels, "mask": mask}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -377,59 +423,6 @@ class Session:
                 module.train(training)
 
 
-# ---------------------------------------------------------------- checks before heavy work, and small choices
-
-
-def _check(c: Config) -> None:
-    """Raises UserError for what is wrong with the config alone."""
-    if not c.stages or any(stage.steps < 1 for stage in c.stages):
-        raise UserError("a run needs at least one stage, and every stage at least one step (--stages.0.steps)")
-    for i, stage in enumerate(c.stages):
-        if not stage.groups:
-            raise UserError(f"stage {i} trains nothing; name groups out of {', '.join(GROUPS)} (--stages.{i}.groups)")
-        for table, option in ((stage.lr, "lr"), (stage.weight_decay, "weight_decay")):
-            if unknown := set(table) - set(stage.groups):
-                raise UserError(
-                    f"stages.{i}.{option} names {', '.join(sorted(unknown))}, which this stage does not train ({', '.join(stage.groups)})"
-                )
-        if stage.mask_temperature != 1 and c.data.masks == "none":
-            raise UserError(f"stages.{i}.mask_temperature has no effect without masks (--data.masks file or alpha)")
-    o = c.optimizer
-    for table, option in ((o.lr, "lr"), (o.weight_decay, "weight-decay"), (o.betas, "betas")):
-        if unknown := set(table) - {g for g in GROUPS if c.trains(g)}:
-            raise UserError(f"--optimizer.{option} names {', '.join(sorted(unknown))}, which no stage trains")
-    if c.batch_size < 1 or c.accumulation < 1 or c.log_every < 1 or c.keep < 1:
-        raise UserError("batch_size, accumulation, log_every and keep must be at least 1")
-    losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
-    if not c.data.images:
-        raise UserError("no training images; name their folder with --data.images")
-    if (c.prior.images or c.prior.weight != 1.0) and not c.prior.prompt:
-        raise UserError("[prior] has no effect without --prior.prompt, the class prompt")
-    if c.device != "auto" and torch.device(c.device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {c.device}, but this torch sees no CUDA device; leave --device out to use the CPU")
-
-
-def _initializers(c: Config) -> dict[str, str]:
-    """Placeholder word -> its initializer."""
-    words, inits = c.tokens.words, c.tokens.init
-    if len(set(words)) != len(words):
-        raise UserError(f"--tokens.words has a word twice: {' '.join(words)}")
-    if len(inits) not in (1, len(words)):
-        raise UserError(f"--tokens.init has {len(inits)} entries for {len(words)} words; give one for all or one each")
-    return dict(zip(words, inits if len(inits) == len(words) else inits * len(words)))
-
-
-def _check_word(records: Sequence[data.Record], word: str) -> None:
-    """Raises UserError when no caption has the placeholder word; prints a warning with the count when some lack it."""
-    total, lacking = len({r.path for r in records}), data.missing_word(records, word)
-    if len(lacking) == total:
-        raise UserError(
-            f"no caption has the placeholder word {word}, so its tokens would learn nothing; write it into the captions or set --tokens.words"
-        )
-    if lacking:
-        print(f"warning: {len(lacking)} of {total} captions lack the placeholder word {word}, first {lacking[0].name}", file=sys.stderr)
-
-
 def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> float:
     """The norm that the prior pulls to: the mean norm of the vocabulary unless one is given (0.4 in lora_pti, which is SD 1.5's)."""
     return wanted or embedding.weight.detach().float().norm(dim=-1).mean().item()
@@ -444,5 +437,5 @@ def _fingerprint(vae: nn.Module) -> dict[str, str]:
 
 
 def _default_rate(cls: type[torch.optim.Optimizer]) -> float:
-    default = inspect.signature(cls).parameters["lr"].default
+    default = inspect.signature(cls).parameters["lr"].default if "lr" in inspect.signature(cls).parameters else None
     return float(default) if isinstance(default, int | float) else 1e-3

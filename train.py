@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,54 +35,54 @@ Step = Callable[[Session, Batch, Stage, int], Tensor]
 def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     """[b] loss rows, weighed by noise level. Randomness is keyed by image and visit: a row does not depend on the batch around it."""
     keys = Keys(s.config.seed, batch.keys, batch.visits)
+    s.key_dropout(keys, step)
     x0, mask, inpaint = s.latents(batch, keys, stage)  # [b, c, h, w]; [b, 1, h, w] or None; [b, 1 + c, h, w] or None
     level = noise.draw(s.family.schedule, keys, low=s.low(stage), high=s.high(stage)).to(s.device)
     eps, eps_in = (e.to(x0) for e in noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise))
     x_t = noise.add_noise(x0, eps_in, level)
     cond = s.conditioning(batch.captions)
-    s.key_dropout(keys, step)
     out = s.family.denoise(x_t, level, cond, inpaint)
     target = PREDICTIONS[s.family.prediction].target(x0, eps, level)
     lazy = s.lazy(x_t, level, cond, inpaint)
     rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, s.family.prediction, mask, batch.is_prior.to(s.device), step, lazy))
+    s.check_rows(rows, s.loss_name, len(keys.names))  # before weighing, which would spread a scalar over the rows
     return rows * losses.weight(s.config.weighting, level, s.family.prediction, **s.config.weighting_arg)
 
 
 def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
     """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
     s = Session(config, loss)
-    start = s.restore()
-    if start == 0:
-        results.validate(s, 0)
-    with _CtrlC() as pressed, s.progress(start) as bar:
-        for stage, first, last in spans(config.stages):
-            if start >= last:
-                continue
-            s.enter(stage)
-            begin = max(first, start)
-            for done, batch in enumerate(s.batches(begin, last), begin + 1):
-                s.set_rates(stage, done - 1 - first)
-                s.optimizer.zero_grad(set_to_none=True)
-                total = torch.zeros((), device=s.device)
-                for micro in micro_batches(batch, config.accumulation):
-                    rows = step(s, micro, stage, done - 1)
-                    if done == begin + 1:
-                        losses.check_rows(rows, s.loss_name, len(micro.keys))
-                    part = losses.total(rows, micro.is_prior.to(s.device), prior_weight=config.prior.weight, instances=s.instances)
-                    s.backward(part)
-                    total += part.detach()
-                norm = s.update()
-                s.control_norms(stage)
-                s.log(done, stage, total, norm, bar)
-                if pressed or _due(done, config.save_every):
-                    s.save_checkpoint(done)
-                if pressed:
-                    raise KeyboardInterrupt
-                if _due(done, config.validation.every):
-                    results.validate(s, done)
-                if _due(done, config.samples.every):
-                    results.sample(s, done)
-    return results.finish(s)
+    with _resumable(s):
+        if s.start == 0:
+            results.validate(s, 0)
+        with _CtrlC() as pressed, s.progress(s.start) as bar:
+            for stage, first, last in spans(config.stages):
+                if s.start >= last:
+                    continue
+                s.enter(stage)
+                begin = max(first, s.start)
+                for done, batch in enumerate(s.batches(begin, last), begin + 1):
+                    s.set_rates(stage, done - 1 - first)
+                    s.optimizer.zero_grad(set_to_none=True)
+                    total = torch.zeros((), device=s.device)
+                    for micro in micro_batches(batch, config.accumulation):
+                        rows = step(s, micro, stage, done - 1)
+                        s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
+                        part = losses.total(rows, micro.is_prior.to(s.device), prior_weight=config.prior.weight, instances=s.instances)
+                        s.backward(part)
+                        total = total + part.detach()
+                    norm = s.update()
+                    s.control_norms(stage)
+                    s.log(done, stage, total, norm, bar)
+                    if _due(done, config.validation.every):
+                        results.validate(s, done)
+                    if _due(done, config.samples.every):
+                        results.sample(s, done)
+                    if pressed or _due(done, config.save_every):  # last: a checkpoint says that all before it is done
+                        s.save_checkpoint(done)
+                    if pressed:
+                        raise KeyboardInterrupt
+        return results.finish(s)
 
 
 def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
@@ -99,6 +100,15 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@contextmanager
+def _resumable(s: Session) -> Iterator[None]:
+    """Says with an interruption how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(s.way_back()) from None
 
 
 class _CtrlC:
@@ -150,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; the run is saved, go on with: python train.py {config.out}/config.toml --resume", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
         return 130
     return 0
 
