@@ -1,0 +1,118 @@
+"""A tiny model and a few pictures on disk, and runs of two steps on them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lora_core.config import Adapter, Config, Data, Optimizer, Samples, Stage, Validation
+
+torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
+COLOURS = ["red", "green", "blue", "pink", "navy"]
+
+
+def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
+    """The random pipeline of tests/tiny_pipeline.py, with a VAE of factor 2, in the diffusers layout."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from tests.tiny_pipeline import pipeline
+
+    pipe = pipeline()
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    pipe.vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks)
+    if channels != pipe.unet.config.in_channels:
+        pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | {"in_channels": channels})
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_photos(folder: Path, captions: str = "a photo of TOK", *, side: int = 24, count: int = 5) -> Path:
+    """Pictures that differ in colour and in a rectangle, each with its caption and its mask."""
+    folder.mkdir(parents=True)
+    for i, colour in enumerate(COLOURS[:count]):
+        picture, mask = Image.new("RGB", (side + 4 * i, side), colour), Image.new("L", (side + 4 * i, side), 0)
+        picture.paste("white", (4, 4 + i, 12, 16 + i))
+        mask.paste(255, (4, 4 + i, 16, 20))
+        picture.save(folder / f"{i}.png")
+        mask.save(folder / f"{i}.mask.png")
+        (folder / f"{i}.txt").write_text(captions)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture
+def config(model: Path, photos: Path, tmp_path: Path) -> Config:
+    """Two steps of the denoiser's LoRA at 16 pixels, with as little around them as there can be."""
+    return Config(
+        model=str(model), out=str(tmp_path / "run"), device="cpu", batch_size=2, log_every=1, adapter=Adapter(rank=4),
+        data=Data(images=str(photos), resolution=16),
+        optimizer=Optimizer(lr={"denoiser": 1e-2}), stages=(Stage(steps=2),),
+        samples=Samples(steps=1, guidance=1.0, prompts=("a TOK",)), validation=Validation(bins=1),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without pictures and plots at their end."""
+    import results
+
+    monkeypatch.setattr(results, "before_after", lambda session, drawn: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts])
+    monkeypatch.setattr(results.reports, "plot_metrics", lambda folder: [])
+
+
+def rows(run: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+_FAMILIES: dict[str, object] = {}
+
+
+@pytest.fixture
+def quick(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like `plain`, and a model is read from the disk only once."""
+    import session
+
+    def load(*args: object, **settings: object) -> object:
+        key = repr((args, settings))
+        if key not in _FAMILIES:
+            _FAMILIES[key] = load_family(*args, **settings)
+        return copy.deepcopy(_FAMILIES[key])
+
+    load_family = session.load_family
+    monkeypatch.setattr(session, "load_family", load)
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    """The parameters and the optimiser state in the newest checkpoint of a run."""
+    return load_file(max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name)) / "state.safetensors")
+
+
+def learned(run: Path) -> dict[str, torch.Tensor]:
+    """Group and number -> parameter, of the newest checkpoint."""
+    return {name: tensor for name, tensor in final(run).items() if name.startswith("groups/")}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of two sets of tensors."""
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-30)).item() for k in a if a[k].is_floating_point())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether they agree to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

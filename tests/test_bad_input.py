@@ -1,0 +1,363 @@
+"""Mistakes end in one sentence on stderr and status 2, before any work and with nothing overwritten; Ctrl-C saves what was learned."""
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import checks
+import train
+from lora_core import run as run_module
+from lora_core.config import Config, Prior, Samples, Stage, read_toml, to_toml
+from lora_core.errors import UserError
+from session import Session
+from tests.conftest import final, learned, same, save_photos
+from tests.test_train import merged
+
+TOKENS = (Stage(2, ("tokens",)),)
+ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(config: Config, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The sentence of a run that is refused: status 2, one line, no traceback, nothing written."""
+    file = Path(config.out).parent / "given.toml"
+    file.write_text(to_toml(config))
+    before = snapshot(file.parent)
+    capsys.readouterr()
+    assert train.main([str(file), *flags]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    assert snapshot(file.parent) == before
+    return said[0]
+
+
+# ---------------------------------------------------------------- the config alone
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no images": ({"data": {"images": ""}}, "--data.images"),
+    "no folder": ({"data": {"images": "/no/such/folder"}}, "the image folder /no/such/folder does not exist"),
+    "no stage": ({"stages": ()}, "at least one stage"),
+    "no steps": ({"stages": (Stage(0),)}, "at least one step"),
+    "no groups": ({"stages": (Stage(1, ()),)}, "stages.0.groups"),
+    "batch": ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
+    "bins": ({"validation": {"bins": 0}}, "--validation.bins is 0"),
+    "workers": ({"data": {"workers": -1}}, "--data.workers is -1"),
+    "clip": ({"optimizer": {"clip": -1.0}}, "--optimizer.clip is -1.0"),
+    "dropout": ({"adapter": {"dropout": 1.0}}, "--adapter.dropout is 1"),
+    "negative lr": ({"optimizer": {"lr": {"denoiser": -1.0}}}, "--optimizer.lr denoiser=-1"),
+    "nan lr": ({"stages": (Stage(1, lr={"denoiser": float("nan")}),)}, "--stages.0.lr denoiser=nan"),
+    "lr of nobody": ({"optimizer": {"lr": {"text_encoder": 1.0}}}, "--optimizer.lr names text_encoder, which no stage trains"),
+    "stage lr of nobody": ({"stages": (Stage(1, lr={"tokens": 1.0}),)}, "--stages.0.lr names tokens, which this stage does not train"),
+    "low": ({"noise": {"low": 0.7, "high": 0.5}}, "timesteps 0.7 to 0.5"),
+    "offset": ({"noise": {"offset": -1.0}}, "noise settings must be at least 0"),
+    "zero snr of epsilon": ({"noise": {"zero_terminal_snr": True}}, "--noise.prediction v_prediction"),
+    "loss": ({"loss": "msse"}, "unknown name 'msse', the nearest is 'mse'"),
+    "loss file": ({"loss": "nothing.py:fn"}, "nothing.py:fn names no Python file"),
+    "loss argument": ({"loss_arg": {"delta": 1.0}}, "mse takes no argument 'delta'"),
+    "weighting argument": ({"weighting": "min_snr", "weighting_arg": {"gama": 1.0}}, "min_snr takes no argument 'gama'; it takes gamma"),
+    "optimizer": ({"optimizer": {"name": "adamv"}}, "optimizer 'adamv' is unknown.*nearest: adamw"),
+    "optimizer module": ({"optimizer": {"name": "torch.optmi.SGD"}}, "module 'torch.optmi' cannot be imported"),
+    "optimizer class": ({"optimizer": {"name": "torch.optim.SDG"}}, "nearest: SGD"),
+    "optimizer argument": ({"optimizer": {"args": {"epss": 1.0}}}, "no argument 'epss'.*nearest: eps"),
+    "optimizer value": ({"optimizer": {"args": {"eps": -1.0}}}, "adamw refuses its settings: Invalid epsilon value"),
+    "optimizer closure": ({"optimizer": {"name": "torch.optim.LBFGS"}, "stages": (Stage(1, ("denoiser", "tokens")),)}, "LBFGS"),
+    "decay of none": ({"optimizer": {"name": "torch.optim.Rprop", "weight_decay": {"denoiser": 0.1}}}, "takes no weight_decay"),
+    "betas of none": ({"optimizer": {"name": "torch.optim.SGD", "betas": {"denoiser": (0.9, 0.9)}}}, "takes no betas"),
+    "schedule argument": ({"optimizer": {"schedule_args": {"cycles": 2}}}, "schedule constant has no argument 'cycles'"),
+    "sampler": ({"samples": {"sampler": "eulerr"}}, "eulerr.*euler"),
+    "device": ({"device": "gpu"}, "--device gpu cannot be used"),
+    "rank": ({"adapter": {"rank": 64}}, r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+    "target": ({"adapter": {"targets": ("attn1.to_qq",)}}, "'attn1.to_qq' matches none of the .* nearest: .*attn1.to_q"),
+    "preset": ({"adapter": {"targets": ("atention",)}}, "'atention' matches none"),
+    "exclude": ({"adapter": {"exclude": ("ff.nett",)}}, "--adapter.exclude: 'ff.nett' matches none"),
+    "rank pattern": ({"adapter": {"rank_pattern": {"ff.net.0.proj": 2}}}, "--adapter.rank-pattern: 'ff.net.0.proj' matches none"),
+    "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
+    "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is no multiple of 2"),
+    "model": ({"model": ""}, "--model"),
+    "no model": ({"model": "/no/such/model"}, "--model /no/such/model is no folder here"),
+    "no placeholder": (
+        ONLY | {"data": {"captions": "one", "caption": "a photo"}},
+        "no caption has the placeholder word TOK",
+    ),
+    "word twice": (ONLY | {"tokens": {"words": ("TOK", "TOK")}}, "a word twice"),
+    "initializer": (
+        ONLY | {"tokens": {"vectors": 2, "init": ("c a t",)}},
+        "initializer 'c a t' of TOK is 3 tokens, expected 1 or 2",
+    ),
+    "initializers": (
+        ONLY | {"tokens": {"init": ("c", "d")}},
+        "--tokens.init has 2 entries for 1 words",
+    ),
+    "masks": ({"data": {"masks": "alpha"}}, "no alpha channel"),
+    "held out": ({"validation": {"images": "/no/held/out"}}, "/no/held/out does not exist"),
+    "vae": ({"vae": "/no/vae"}, "/no/vae"),
+    # options without effect
+    "mask temperature": ({"stages": (Stage(1, mask_temperature=2.0),)}, "mask-temperature has no effect without masks"),
+    "stage norm": ({"stages": (Stage(1, norm="pull"),)}, "--stages.0.norm has no effect"),
+    "tokens": ({"tokens": {"vectors": 3}}, "--tokens.vectors has no effect without a stage that trains tokens"),
+    "norm target": (
+        ONLY | {"tokens": {"norm": "none", "norm_target": 0.4}},
+        "--tokens.norm-target has no effect without --tokens.norm pull",
+    ),
+    "adapter": ({"stages": TOKENS, "optimizer": {"lr": {}}}, "--adapter.rank has no effect without a stage that trains denoiser or text_encoder"),
+    "text targets": ({"adapter": {"text_targets": ("kohya",)}}, "--adapter.text-targets has no effect without a stage that trains text_encoder"),
+    "prior": ({"prior": {"weight": 0.5}}, "--prior.weight has no effect without --prior.prompt"),
+    "prior count": ({"prior": {"count": 3}}, "--prior.count has no effect"),
+    "discount": ({"noise": {"multires_discount": 0.5}}, "--noise.multires-discount has no effect without --noise.multires-levels"),
+    "variants": ({"data": {"variants": 3}}, "--data.variants has no effect without a random crop"),
+    "cache": ({"data": {"cache": "cache", "flip": True}}, "--data.cache has no effect without --data.variants"),
+    "caption": ({"data": {"captions": "txt", "caption": "a cat"}}, "has no use"),
+    "base word": ({"samples": {"base_word": "cat"}}, "--samples.base-word has no effect"),
+    "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_wrong_config_is_one_sentence_and_moves_nothing(config: Config, quick: None, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    change, said = CONFIGS[name]
+    (Path(config.out) / "samples").mkdir(parents=True)
+    (Path(config.out) / "config.toml").write_text("the old run")
+    sentence = refused(merged(replace(config, overwrite=True), change), capsys)
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_sizes = 2", "unknown key batch_sizes; did you mean batch_size?"),
+        ("[optimizer]\nnane = 'adamw'", "unknown key optimizer.nane; did you mean optimizer.name?"),
+        ("[[stages]]\nstep = 3", "unknown key stages.0.step; did you mean stages.0.steps?"),
+        ("weighting = 'min_snrr'", "weighting"),
+        ("[optimizer]\nschedule = 'cosin'", "schedule"),
+        ("batch_size = 'two'", "batch_size"),
+        ("batch_size = ", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_toml_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    assert train.main([str(tmp_path / "a.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error and str(tmp_path / "a.toml") in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optimzer.name", "adamw"], "--optimizer.name"),
+        (["--weighting", "min_snrr"], "min_snr"),
+        (["--batch-size", "two"], "--batch-size"),
+        (["--optimizer.lr", "denoiser"], "KEY=VALUE"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and "Traceback" not in error
+
+
+def test_no_config_file_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert train.main([str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr().err == f"error: no config file {tmp_path}/none.toml\n"
+
+
+# ---------------------------------------------------------------- images and models
+
+
+def test_wrong_images_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def said(folder: Path) -> str:
+        return refused(merged(config, {"data": {"images": str(folder)}}), capsys)
+
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in said(tmp_path / "empty")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.png").write_text("no picture")
+    (tmp_path / "text" / "a.txt").write_text("TOK")
+    assert f"cannot read the image {tmp_path}/text/a.png" in said(tmp_path / "text")
+    cut = save_photos(tmp_path / "cut", side=64)
+    whole = (cut / "2.png").read_bytes()
+    (cut / "2.png").write_bytes(whole[: len(whole) // 2])
+    assert f"cannot read the image {cut}/2.png" in said(cut)
+    bare = save_photos(tmp_path / "bare")
+    (bare / "3.txt").unlink()
+    assert f"1 of 5 images lack a .txt file with a caption, first {bare}/3.png" in said(bare)
+
+
+def test_captions_without_the_placeholder_are_counted(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    some = save_photos(tmp_path / "some")
+    for name in ("1.txt", "4.txt"):
+        (some / name).write_text("a photo")
+    train.train(merged(config, {"data": {"images": str(some)}, "stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}))
+    assert "warning: 2 of 5 images have captions without the placeholder word TOK, first 1.png" in capsys.readouterr().err
+
+
+def test_wrong_models_are_named(config: Config, plain: None, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        return refused(replace(config, model=str(path)), capsys)
+
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler/scheduler_config.json", "model_index.json"):
+        broken = shutil.copytree(model, tmp_path / part.replace("/", "_"))
+        shutil.rmtree(broken / part) if (broken / part).is_dir() else (broken / part).unlink()
+        assert part in said(broken) and str(broken) in said(broken)
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"x")
+    assert "is a single file; give a folder" in said(single)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    assert "is a KandinskyPipeline, which is not supported; the nearest supported is StableDiffusion" in said(other)
+    cut = shutil.copytree(model, tmp_path / "cut")
+    weights = next((cut / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load unet/" in said(cut)
+
+
+def test_a_token_of_the_vocabulary_is_refused(config: Config, plain: None, model: Path, capsys: Any, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    known = shutil.copytree(model, tmp_path / "known")
+    tokenizer = CLIPTokenizer.from_pretrained(known / "tokenizer")
+    tokenizer.add_tokens(["<s0>"])
+    tokenizer.save_pretrained(known / "tokenizer")
+    wrong = merged(config, {"model": str(known), "stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}})
+    assert "the token <s0> is already in the tokenizer's vocabulary" in refused(wrong, capsys)
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def test_another_run_is_not_overwritten(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train.train(config)
+    first = final(run)
+    sentence = refused(replace(config, seed=1), capsys)
+    assert "--resume" in sentence and "--overwrite" in sentence and "run.bak" in sentence
+    assert "--resume and --overwrite" in refused(replace(config, seed=1), capsys, "--resume", "--overwrite")
+    train.train(replace(config, seed=1, overwrite=True))
+    assert same(final(run.with_name("run.bak")), first) and not same(final(run), first)
+    assert "overwrite = false" in (run / "config.toml").read_text()
+
+
+def test_there_must_be_something_to_resume(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no run in" in refused(config, capsys, "--resume")
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "log", "picture", "adapter"])
+def test_a_full_disk_is_one_sentence(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writers = {"checkpoint": (run_module, "save_file"), "picture": (Image.Image, "save"), "adapter": (Path, "write_bytes")}
+    if where == "log":
+        monkeypatch.setattr(run_module, "open", lambda *a, **k: Full(open(*a, **k)), raising=False)  # noqa: SIM115
+    else:
+        monkeypatch.setattr(*writers[where], full)
+    file = Path(config.out).parent / "given.toml"
+    file.write_text(to_toml(config))
+    assert train.main([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is full: ") and error.count("\n") == 1 and config.out in error
+    assert not [p for p in Path(config.out).rglob(".*")]
+
+
+class Full:
+    """A file on a full disk."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __enter__(self) -> "Full":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """SIGINT in the at-th call of a function."""
+    whole, calls = getattr(owner, name), [0]
+
+    def call(*args: Any, **settings: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            signal.raise_signal(signal.SIGINT)
+        return whole(*args, **settings)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, stages=(Stage(5),), out=str(Path(config.out).with_name("my run")), overwrite=True)
+    given = Path(config.out).parent / "given.toml"
+    given.write_text(to_toml(config))
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, Session, "latents", 3)
+        assert train.main([str(given)]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted: the run is saved after step 3, go on with: python train.py ") and error.count("\n") == 1
+    assert (Path(config.out) / "checkpoints/3").is_dir() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    command = shlex.split(error.split("go on with: ")[1])
+    assert train.main(command[2:]) == 0
+    whole = train.train(replace(config, out=config.out + "2"))
+    assert same(final(Path(config.out)), final(whole))
+
+
+def test_ctrl_c_before_the_first_step_claims_nothing(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Path(config.out).parent / "given.toml"
+    given.write_text(to_toml(config))
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, Session, "_open_model", 1)
+        assert train.main([str(given)]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was saved\n" and not Path(config.out).exists()
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, train.results, "validate", 1)
+        assert train.main([str(given)]) == 130
+    error = capsys.readouterr().err
+    assert "no step is saved" in error and "--resume" not in error
+    assert train.main([str(given), "--overwrite"]) == 0
+
+
+def test_ctrl_c_in_the_first_step_and_at_the_end(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name, at, step in ((Session, "latents", 1, 1), (train.results, "before_after", 1, 2)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"saved after step {step}, go on with"):
+            interrupt_in(patch, owner, name, at)
+            train.train(config)
+        run = train.train(replace(config, resume=True))
+        assert len(learned(run)) == 64
+        shutil.rmtree(run)
+
+
+def test_the_second_ctrl_c_ends_at_once(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_in(monkeypatch, Session, "latents", 2)
+    interrupt_in(monkeypatch, Session, "conditioning", 2)
+    with pytest.raises(KeyboardInterrupt, match="no step is saved"):
+        train.train(config)
+
+
+def test_the_committed_configs_pass_the_checks() -> None:
+    for file in (Path(__file__).parent.parent / "configs").glob("*.toml"):
+        found = read_toml(file)
+        checks.config(replace(found, data=replace(found.data, images=found.data.images or "photos")))
+    with pytest.raises(UserError, match="prior"):
+        checks.config(Config(data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()))

@@ -1,0 +1,170 @@
+"""A run killed with SIGKILL, at a random step or in the middle of writing, and resumed ends with the bits of the uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from lora_core.config import Config, Optimizer, Prior, Stage, Validation, to_toml
+from tests.conftest import final, rows, same
+
+STEPS, EVERY = (4, 5), 3
+
+# Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
+CHILD = """
+import json, os, signal, sys
+import session, train, lora_core.run
+from pathlib import Path
+from lora_core.config import read_toml
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_step(at):
+    def step(s, batch, stage, number):
+        if number == at:
+            die()
+        return train.training_step(s, batch, stage, number)
+    return step
+
+def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
+    whole = lora_core.run.save_file
+    def save(tensors, file):
+        whole(tensors, file)
+        if ".6." in str(file):
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+    lora_core.run.save_file = save
+
+def half_a_validation(at):
+    whole = lora_core.run.Run.log
+    def log(self, row, *, to="metrics"):
+        whole(self, row, to=to)
+        if to == "val" and row["step"] == at:
+            die()
+    lora_core.run.Run.log = log
+
+for config, how, at in json.loads(sys.stdin.read()):
+    child = os.fork()
+    if not child:
+        if how == "file":
+            half_a_file(at)
+        if how == "validation":
+            half_a_validation(at)
+        try:
+            train.train(read_toml(Path(config)), step=dying_step(at if how == "step" else None))
+        finally:
+            os._exit(1)
+    print("STATUS", -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Case:
+    name: str
+    config: Config
+    how: str  # step: while it computes, file: while it writes the checkpoint of step 6, validation: between its rows
+    at: int
+
+
+@pytest.fixture(scope="module")
+def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """The killed runs: one process imports, and each run is a fork of it."""
+    from lora_core.config import Adapter, Data, Samples
+
+    def draw() -> int:  # a step in the middle of which no checkpoint was just written
+        return random.SystemRandom().choice([step for step in range(sum(STEPS)) if step % EVERY])
+
+    base = Config(
+        model=str(model), device="cpu", threads=1, batch_size=2, save_every=EVERY, log_every=2,
+        samples=Samples(steps=1, guidance=1, prompts=("a TOK",)),
+        data=Data(images=str(photos), resolution=16, crop="random", flip=True), adapter=Adapter(rank=4, dropout=0.1),
+        validation=Validation(bins=2, every=EVERY),
+        stages=(Stage(STEPS[0], ("tokens",)), Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine")),
+    )  # fmt: skip
+    both = replace(base, stages=(base.stages[0], replace(base.stages[1], groups=("denoiser", "text_encoder", "tokens"))))
+    prodigy = Optimizer("prodigy", args={"d0": 1e-4, "safeguard_warmup": True})
+    first = replace(base, optimizer=prodigy, stages=(replace(base.stages[0], groups=("tokens", "text_encoder")), base.stages[1]), accumulation=2)
+    made = [
+        Case("adamw", replace(both, prior=Prior("a cat", count=2)), "step", draw()),
+        Case("prodigy", first, "step", draw()),
+        Case("half a checkpoint", base, "file", 6),
+        Case("half a validation", base, "validation", 6),
+        Case("half of the first validation", base, "validation", 0),
+    ]
+    jobs = []
+    for case in made:
+        folder = tmp_path_factory.mktemp("killed")
+        case.config = replace(case.config, out=str(folder / "run"))
+        (folder / "config.toml").write_text(to_toml(case.config))
+        jobs.append((str(folder / "config.toml"), case.how, case.at))
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(jobs), capture_output=True, text=True, cwd=root, env=dict(os.environ))
+    status = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("STATUS")]
+    assert status == [str(int(signal.SIGKILL))] * len(made), done.stdout + done.stderr
+    return {case.name: case for case in made}
+
+
+def meta(run: Path) -> dict:
+    """state.json of the newest checkpoint without the wall clock."""
+    newest = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    found = json.loads((newest / "state.json").read_text())
+    assert found["meta"].pop("seconds") > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "half a checkpoint", "half a validation", "half of the first validation"])
+def test_a_killed_run_resumes_and_ends_bit_identical(cases: dict[str, Case], tmp_path: Path, quick: None, name: str) -> None:
+    case, told = cases[name], f"killed at {cases[name].how} {cases[name].at}"
+    killed, whole = Path(case.config.out), train.train(replace(case.config, out=str(tmp_path / "run")))
+    for file in killed.rglob("*.safetensors"):  # what has its final name is whole
+        if not any(part.startswith(".") for part in file.parts[len(killed.parts) :]):
+            load_file(file)
+    done = [int(folder.name) for folder in (killed / "checkpoints").glob("[0-9]*")]
+    assert done == [step for step in done if step % EVERY == 0] and (not done or case.how != "step" or max(done) < case.at), told
+    train.train(replace(case.config, resume=True))
+    assert same(final(killed), final(whole)), told
+    assert meta(killed) == meta(whole), told
+    assert rows(killed) == rows(whole) and len(rows(whole)) == sum(STEPS) + 4, told
+    assert rows(killed, "val") == rows(whole, "val") and len(rows(whole, "val")) == 4 * 2 * 5, told
+    assert not [file for file in killed.rglob(".*")], told
+    files = sorted(file.name for file in whole.rglob("*") if file.is_file())
+    assert sorted(file.name for file in killed.rglob("*") if file.is_file()) == files
+
+
+def test_going_on_with_a_finished_run_changes_nothing(config: Config, quick: None) -> None:
+    run = train.train(config)
+    before = final(run), rows(run), rows(run, "val"), (run / "config.toml").read_text()
+    train.train(replace(config, resume=True))
+    assert same(final(run), before[0]) and (rows(run), rows(run, "val"), (run / "config.toml").read_text()) == before[1:]
+
+
+def test_a_longer_schedule_goes_on_from_the_checkpoint(config: Config, quick: None) -> None:
+    run = train.train(config)
+    train.train(replace(config, resume=True, stages=(Stage(steps=4),)))
+    other = train.train(replace(config, out=config.out + "4", stages=(Stage(steps=4),)))
+    assert same(final(run), final(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": Optimizer("prodigy")},
+        {"stages": (Stage(2, ("denoiser", "text_encoder")),)},
+        {"stages": (Stage(1),)},
+    ],
+    ids=["optimizer", "groups", "fewer steps"],
+)
+def test_resuming_with_another_config_is_refused_and_overwrites_nothing(config: Config, quick: None, change: dict) -> None:
+    run = train.train(config)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(train.UserError, match=r"checkpoint|steps"):
+        train.train(replace(config, resume=True, **change))
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
