@@ -20,7 +20,7 @@ demo-photos: .venv/ready   ## the same run on photographs: make demo-photos IMAG
 	$(PY) -m toy.demo --photos "$(IMAGES)" $(ARGS)
 
 test: .venv/ready          ## all tests that need no GPU
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -60,8 +60,10 @@ def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens:
     bound = [_plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions) for prompt in prompts]
     with s.evaluating(), _without_adapters(s) if base or only_tokens else ExitStack():
         out: list[Image.Image] = []
-        for i, prompt in enumerate(bound):
-            out += pictures.to_images(generation.generate(s.family, [prompt], [i], s.recipe, **s.hole(i)))
+        together = 1 if s.family.inpainting else s.config.batch_size  # what fits in training fits here
+        for i in range(0, len(bound), together):
+            part = bound[i : i + together]
+            out += pictures.to_images(generation.generate(s.family, part, range(i, i + len(part)), s.recipe, **s.hole(i)))
     return out
 
 

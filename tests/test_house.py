@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "lora_core").rglob("*.py"))
 MODELS = sorted((ROOT / "models").glob("*.py"))
-SCRIPTS = [ROOT / name for name in ("train.py", "session.py", "results.py", "infer.py")]
+SCRIPTS = [ROOT / name for name in ("train.py", "session.py", "checks.py", "results.py", "infer.py")]
 PRODUCT = [*CORE, *MODELS, *SCRIPTS]
-CONFIG_READERS = {"train.py", "session.py", "results.py", "infer.py"}
+CONFIG_READERS = {path.name for path in SCRIPTS}
 FAMILIES = re.compile(r"\b(sd|sd1|sd15|sdxl|sd3|flux)\b", re.IGNORECASE)
 
 
