@@ -79,8 +79,8 @@ class Infer:
     mask: str = ""
     """Inpainting: picture that is white where it is to be painted."""
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """One or two axes SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C. Settings: seed (stop excluded), strength, unet or text of all LoRAs, lora0.strength,
-    lora1.unet ..., guidance, steps."""
+    """One or two axes SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C. Settings: seed (stop excluded), guidance, steps,
+    strength, unet or text of all LoRAs, lora0.strength, lora1.unet ..."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
     """PNG made by this program, whose recipe is repeated; flags win over it."""
     device: str = "auto"
@@ -308,8 +308,8 @@ def _paths(config: Infer, count: int) -> list[Path]:
 
 def _save(image: Image.Image, path: Path, config: Infer) -> Path:
     """Writes the PNG with its recipe, as JSON to repeat it and as the `parameters` text that other programs show."""
-    loras = ", ".join(config.lora)
-    shown = f"{config.prompt}\nSteps: {config.steps}, Sampler: {config.sampler}, CFG scale: {config.guidance:g}, Seed: {config.seed}, Model: {config.model}"
+    c, loras = config, ", ".join(config.lora)
+    shown = f"{c.prompt}\nSteps: {c.steps}, Sampler: {c.sampler}, CFG scale: {c.guidance:g}, Seed: {c.seed}, Model: {c.model}"
     table = {name: value for name, value in to_table(config).items() if name not in ("source", "out", "batch", "device", "threads")}
     save_png(image, path, {CHUNK: json.dumps(table), "parameters": shown + (f", Lora: {loras}" if loras else "")})
     return path

@@ -127,7 +127,7 @@ def finish(s: Session) -> Path:
 
 def _table(first: Sequence[Score], last: Sequence[Score]) -> str:
     lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   held-out loss at fixed timesteps and noise"]
-    pairs = [(f"{t:.0f}" if t > 1 else f"{t:.3f}", b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
+    pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
     for name, before, after in [*pairs, ("all", validation.mean(first), validation.mean(last))]:
         lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from lora_core.noise import Keys
 from lora_core.prediction import PREDICTIONS
 from session import Session
 
-EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200 --out runs/adamw"
+EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\nor: python train.py --compare RUN_A RUN_B"
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
 

@@ -79,7 +79,7 @@ class Data:
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: int = 0
-    """Data-loading processes; any number gives the same bits."""
+    """Threads that load images ahead of the loop; any number gives the same bits."""
 
 
 @dataclass(frozen=True)
@@ -387,5 +387,5 @@ def command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example
     """The config that a command line describes: an optional TOML file first, then flags. Ends with status 2 and the nearest flag on a wrong one."""
     words = list(sys.argv[1:] if argv is None else argv)
     default = read_toml(Path(words.pop(0)), cls) if words and not words[0].startswith("-") else cls()
-    description = f"{cls.__doc__}\n\nusage: {prog} [CONFIG.toml] [flags]      flags win over the file\nexample: {example}"
+    description = f"{cls.__doc__}\n\nusage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\nexample: {example}"
     return tyro.cli(cls, default=default, args=words, prog=prog, description=description)

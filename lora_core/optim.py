@@ -58,7 +58,11 @@ def polynomial(step: int, total: int, warmup: int, *, power: float = 1.0, end: f
 
 # name -> fn(step, total, warmup, **args) -> multiplier of the learning rate; steps count from 0; formulas of diffusers.optimization
 SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant, "linear": linear, "cosine": cosine, "cosine_restarts": cosine_restarts, "polynomial": polynomial,
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_restarts": cosine_restarts,
+    "polynomial": polynomial,
 }
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "prodigy": Prodigy}
@@ -78,8 +82,10 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
         return OPTIMIZERS[name]
     path, _, attribute = name.rpartition(".")
     if not path:
-        raise UserError(f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)} or a dotted class path such as "
-                        f"torch.optim.Adagrad{_nearest(name, OPTIMIZERS)}")
+        raise UserError(
+            f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)} or a dotted class path such as "
+            f"torch.optim.Adagrad{_nearest(name, OPTIMIZERS)}"
+        )
     try:
         module = importlib.import_module(path)
     except (ImportError, ValueError) as error:
@@ -117,7 +123,7 @@ def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
         raise UserError(f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0]))))
     if max_norm < math.inf:
-        _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))     # 1e-6: torch's
+        _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # 1e-6: torch's
     return norm
 
 
@@ -129,15 +135,18 @@ class LossScaler:
     tensor and never wait for the device; any other may count on the host, so it is skipped as GradScaler does it, by asking the device once.
     """
 
-    def __init__(self, *, device: torch.device | str = "cpu", init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5,
-                 interval: int = 2000) -> None:
+    def __init__(
+        self, *, device: torch.device | str = "cpu", init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000
+    ) -> None:
         if not (init > 0 and growth > 1 and 0 < backoff < 1 and interval >= 1):
-            raise UserError(f"loss scale got init {init}, growth {growth}, backoff {backoff}, interval {interval}; "
-                            "expected init > 0, growth > 1, backoff in (0, 1) and interval >= 1")
+            raise UserError(
+                f"loss scale got init {init}, growth {growth}, backoff {backoff}, interval {interval}; "
+                "expected init > 0, growth > 1, backoff in (0, 1) and interval >= 1"
+            )
         self.growth, self.backoff, self.interval = growth, backoff, interval
-        self.current = torch.full((), init, dtype=torch.float32, device=device)     # the scale
-        self.clean = torch.zeros((), dtype=torch.int32, device=device)              # steps in a row without overflow
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)        # 1 after an overflow since the last update
+        self.current = torch.full((), init, dtype=torch.float32, device=device)  # the scale
+        self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row without overflow
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 after an overflow since the last update
 
     def scale(self, loss: Tensor) -> Tensor:
         """loss * scale, in fp32: a half-precision loss would overflow here already."""
@@ -162,7 +171,7 @@ class LossScaler:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        elif not self.found_inf:        # the one host sync, see the class
+        elif not self.found_inf:  # the one host sync, see the class
             optimizer.step()
 
     def update(self) -> None:

@@ -1,7 +1,7 @@
 """A LoRA file on live networks in one call, and off again.
 
-    with patch({"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}, "runs/dog", 0.8) as p:
-        prompt = p.bind("a photo of TOK")
+with patch({"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}, "runs/dog", 0.8) as p:
+    prompt = p.bind("a photo of TOK")
 """
 
 from __future__ import annotations
@@ -148,9 +148,7 @@ def _renamed(state: AdapterState, rename: Mapping[str, str], source: str) -> tup
         raise UserError(f"after renaming, {source} has the tokens {', '.join(names)} and words {', '.join(used)}; they must differ")
     spoken = {name for own in words.values() for name in own}
     free = {name: (name,) for name in state.token_names if name not in spoken}
-    return names, tuple(
-        Abstraction(rename.get(word, word), tuple(rename.get(name, name) for name in own)) for word, own in (words | free).items()
-    )
+    return names, tuple(Abstraction(rename.get(word, word), tuple(rename.get(name, name) for name in own)) for word, own in (words | free).items())
 
 
 def _encoders(state: AdapterState, modules: Mapping[str, Any], layout: Layout, names: tuple[str, ...], source: str) -> dict[str, Tensor]:

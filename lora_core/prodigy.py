@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 
 SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
-ONE_DISTANCE = ("d0", "d_coef", "growth_rate", "beta3")     # what one shared estimate can have only one of
+ONE_DISTANCE = ("d0", "d_coef", "growth_rate", "beta3")  # what one shared estimate can have only one of
 
 
 class Prodigy(torch.optim.Optimizer):
@@ -33,21 +33,51 @@ class Prodigy(torch.optim.Optimizer):
     Raises UserError for values out of range, and for groups that disagree on what one shared distance can have only once.
     """
 
-    _step_supports_amp_scaling = True       # read by torch.amp.GradScaler and optim.LossScaler
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler and optim.LossScaler
 
-    def __init__(self, params: Iterable[Any], lr: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), beta3: float | None = None,
-                 eps: float = 1e-8, weight_decay: float = 0, decouple: bool = True, use_bias_correction: bool = False,
-                 safeguard_warmup: bool = False, d0: float = 1e-6, d_coef: float = 1.0,
-                 growth_rate: float = math.inf, fsdp_in_use: bool = False, slice_p: int = 1, *,
-                 distance: Literal["shared", "group"] = "shared") -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta3: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decouple: bool = True,
+        use_bias_correction: bool = False,
+        safeguard_warmup: bool = False,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        growth_rate: float = math.inf,
+        fsdp_in_use: bool = False,
+        slice_p: int = 1,
+        *,
+        distance: Literal["shared", "group"] = "shared",
+    ) -> None:
         if distance not in ("shared", "group"):
             raise UserError(f"distance is {distance!r}; expected 'shared' (one d for all groups) or 'group' (one each)")
         if not lr > 0:
             raise UserError(f"lr is {lr}; Prodigy needs a default lr > 0, 1.0 as a rule (a single group may have lr = 0 and is frozen)")
         self.distance = distance
-        super().__init__(params, dict(lr=lr, betas=betas, beta3=beta3, eps=eps, weight_decay=weight_decay, decouple=decouple,
-                                      use_bias_correction=use_bias_correction, safeguard_warmup=safeguard_warmup, d0=d0, d_coef=d_coef,
-                                      growth_rate=growth_rate, fsdp_in_use=fsdp_in_use, slice_p=slice_p, distance=distance))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                beta3=beta3,
+                eps=eps,
+                weight_decay=weight_decay,
+                decouple=decouple,
+                use_bias_correction=use_bias_correction,
+                safeguard_warmup=safeguard_warmup,
+                d0=d0,
+                d_coef=d_coef,
+                growth_rate=growth_rate,
+                fsdp_in_use=fsdp_in_use,
+                slice_p=slice_p,
+                distance=distance,
+            ),
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; under a shared distance it starts from the d reached so far."""
@@ -101,7 +131,7 @@ class Prodigy(torch.optim.Optimizer):
             grads = torch._foreach_mul(grads, (1 / scale).reshape(()))
         if group["weight_decay"] and not group["decouple"]:
             grads = torch._foreach_add(grads, [p.to(_wide(p)) for p in params], alpha=group["weight_decay"])
-        if found_inf is not None:           # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
+        if found_inf is not None:  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
             grads = [torch.where(found_inf.reshape(()) != 0, torch.zeros_like(g), g) for g in grads]
         for p, g in zip(params, grads):
             if not self.state[p]:
@@ -114,7 +144,7 @@ class Prodigy(torch.optim.Optimizer):
         """One step of the groups that share a distance; `groups` holds the paused ones too, which learn of the new d and nothing else."""
         first, found_inf = moving[0].group, getattr(self, "found_inf", None)
         d, d_max = first["d"], first["d_max"]
-        sums = torch.stack([total for m in moving for total in m.accumulate(found_inf)])      # N's increments at even, D's at odd places
+        sums = torch.stack([total for m in moving for total in m.accumulate(found_inf)])  # N's increments at even, D's at odd places
         if any(m.sharded for m in moving):
             torch.distributed.all_reduce(sums)
         numerators = [m.group["d_numerator"] * _beta3(m.group) + gain for m, gain in zip(moving, sums[0::2])]
@@ -210,13 +240,20 @@ def _cuts(params: list[Tensor]) -> list[tuple[int, int]]:
 
 
 def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
-    ranges = {"lr": group["lr"] >= 0, "weight_decay": group["weight_decay"] >= 0, "betas": all(0 <= beta < 1 for beta in group["betas"]),
-              "beta3": 0 <= _beta3(group) <= 1, **{name: group[name] > 0 for name in ("eps", "d0", "d_coef", "growth_rate")},
-              "slice_p": isinstance(group["slice_p"], int) and group["slice_p"] >= 1}
+    ranges = {
+        "lr": group["lr"] >= 0,
+        "weight_decay": group["weight_decay"] >= 0,
+        "betas": all(0 <= beta < 1 for beta in group["betas"]),
+        "beta3": 0 <= _beta3(group) <= 1,
+        **{name: group[name] > 0 for name in ("eps", "d0", "d_coef", "growth_rate")},
+        "slice_p": isinstance(group["slice_p"], int) and group["slice_p"] >= 1,
+    }
     for name, ok in ranges.items():
         if not ok:
-            raise UserError(f"Prodigy got {name} = {group[name]}; expected lr, weight_decay >= 0, betas in [0, 1), beta3 in [0, 1], "
-                            "eps, d0, d_coef, growth_rate > 0 and a whole slice_p >= 1")
+            raise UserError(
+                f"Prodigy got {name} = {group[name]}; expected lr, weight_decay >= 0, betas in [0, 1), beta3 in [0, 1], "
+                "eps, d0, d_coef, growth_rate > 0 and a whole slice_p >= 1"
+            )
     devices = {str(p.device) for p in group["params"]} | ({str(first["params"][0].device)} if shared else set())
     if len(devices) > 1:
         raise UserError(f"the parameters lie on {sorted(devices)}; a distance is measured on one device, move them together or use distance='group'")

@@ -20,9 +20,9 @@ from lora_core.errors import UserError
 
 
 class Checkpoint(NamedTuple):
-    step: int                       # steps done
-    tensors: dict[str, Tensor]      # on the CPU
-    meta: Any                       # JSON
+    step: int  # steps done
+    tensors: dict[str, Tensor]  # on the CPU
+    meta: Any  # JSON
 
 
 @contextlib.contextmanager
@@ -70,8 +70,10 @@ class Run:
         if occupied and overwrite:
             _back_up(folder)
         elif occupied and not resume:
-            raise UserError(f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
-                            "or name another --out")
+            raise UserError(
+                f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
+                "or name another --out"
+            )
         run = cls(folder, keep=keep)
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +118,12 @@ class Run:
                 (temporary / "state.json").write_text(json.dumps({"step": step, "bytes": size, "meta": meta}), encoding="utf-8")
                 for path in (*temporary.iterdir(), temporary):
                     _sync(path)
-                _drop(folder)           # only a run that saves one step twice has it
+                _drop(folder)  # only a run that saves one step twice has it
                 os.replace(temporary, folder)
                 _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._checkpoints()[self.keep:] if self.keep else []:
+        for old in self._checkpoints()[self.keep :] if self.keep else []:
             _drop(old)
         return folder
 
@@ -147,7 +149,7 @@ class Run:
         for left in [*self.folder.rglob(".*.tmp"), *self.folder.rglob(".*.tmp.*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         checkpoint = self.load_checkpoint()
-        step = checkpoint.step if checkpoint else -1     # without one everything is done again, the validation before the first step too
+        step = checkpoint.step if checkpoint else -1  # without one everything is done again, the validation before the first step too
         for damaged in [folder for folder in self._checkpoints() if int(folder.name) > step]:
             _drop(damaged)
         for path in self.folder.glob("*.jsonl"):
@@ -170,7 +172,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
             return {"$": "tensor", "name": name}
         if node is None or isinstance(node, (bool, str)) or type(node) is int:
             return node
-        if isinstance(node, float):     # json writes the shortest text that reads back as the same double
+        if isinstance(node, float):  # json writes the shortest text that reads back as the same double
             return float(node) if math.isfinite(node) else {"$": "float", "text": repr(float(node))}
         if isinstance(node, (list, tuple)):
             items = [encode(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(node)]

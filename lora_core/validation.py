@@ -44,7 +44,7 @@ def midpoints(schedule: Schedule, bins: int) -> Tensor:
 def score(
     denoise: Denoise, x0: Tensor, names: Sequence[str], schedule: Schedule, prediction: str, *, bins: int, draws: int, seed: int
 ) -> list[Score]:
-    """One Score for every latent of x0 [n, c, h, w], draw and bin. `names` are the examples' keys; all rows of a bin and draw go in one forward pass."""
+    """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each bin and draw. `names` are the examples' keys."""
     scores = []
     for draw in range(draws):
         keys = Keys(seed, tuple(names), (draw,) * len(names))
@@ -122,8 +122,10 @@ def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> Difference:
 def table(rows: Sequence[Difference], names: tuple[str, str]) -> str:
     """The comparison as text."""
     head = f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
-    lines = [
-        f"{'all' if math.isnan(r.t) else f'{r.t:.0f}' if r.t > 1 else f'{r.t:.3f}':>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
-        for r in rows
-    ]
+    lines = [f"{timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}" for r in rows]
     return "\n".join([head, *lines])
+
+
+def timestep(t: float) -> str:
+    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, all for nan."""
+    return "all" if math.isnan(t) else f"{t:.0f}" if t > 1 else f"{t:.3f}"

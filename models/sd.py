@@ -59,9 +59,8 @@ class StableDiffusion:
         self.resolution = unet.config.sample_size * self.factor
         self.inpainting = unet.config.in_channels != self.latent_channels
         if self.inpainting and unet.config.in_channels != 2 * self.latent_channels + 1:
-            raise UserError(
-                f"the UNet takes {unet.config.in_channels} channels; expected {self.latent_channels}, or {2 * self.latent_channels + 1} for inpainting"
-            )
+            takes, c = unet.config.in_channels, self.latent_channels
+            raise UserError(f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting")
         v = self.prediction == "v_prediction"
         second = text_encoder.config.hidden_size == 1024  # SD 2.x has OpenCLIP's text encoder
         self.layout = layout_of(

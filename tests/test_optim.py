@@ -20,19 +20,25 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ROWS = [("constant", "constant_with_warmup", {}, {}), ("linear", "linear", {}, {}), ("cosine", "cosine", {}, {}),
-        ("cosine_restarts", "cosine_with_restarts", {}, {}), ("cosine_restarts", "cosine_with_restarts", dict(cycles=3), dict(num_cycles=3)),
-        ("polynomial", "polynomial", dict(end=1e-3), {}), ("polynomial", "polynomial", dict(end=1e-3, power=2.5), dict(power=2.5))]
+ROWS = [
+    ("constant", "constant_with_warmup", {}, {}),
+    ("linear", "linear", {}, {}),
+    ("cosine", "cosine", {}, {}),
+    ("cosine_restarts", "cosine_with_restarts", {}, {}),
+    ("cosine_restarts", "cosine_with_restarts", dict(cycles=3), dict(num_cycles=3)),
+    ("polynomial", "polynomial", dict(end=1e-3), {}),
+    ("polynomial", "polynomial", dict(end=1e-3, power=2.5), dict(power=2.5)),
+]
 
 
 @pytest.mark.parametrize("ours, theirs, args, their_args", ROWS)
 @pytest.mark.parametrize("total, warmup", [(37, 0), (37, 5), (10, 10), (1, 0), (4, 1)])
 def test_schedules_are_diffusers(ours, theirs, args, their_args, total, warmup):
-    lr = 1e-4       # diffusers' lr_end of 1e-7 is the fraction 1e-3 of it
+    lr = 1e-4  # diffusers' lr_end of 1e-7 is the fraction 1e-3 of it
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=total, **their_args)
     multiplier = resolve_schedule(ours, **args)
-    last = total - 1 if total == warmup else total + 4      # diffusers' polynomial divides by zero at the end of a run that is all warm-up
+    last = total - 1 if total == warmup else total + 4  # diffusers' polynomial divides by zero at the end of a run that is all warm-up
     for step in range(last):
         assert multiplier(step, total, warmup) == pytest.approx(scheduler.get_last_lr()[0] / lr, rel=1e-12, abs=1e-15), step
         optimizer.step()
@@ -63,10 +69,18 @@ def test_optimizers_by_name_and_by_path():
     assert resolve_optimizer("torch.optim.Adagrad") is torch.optim.Adagrad
 
 
-@pytest.mark.parametrize("name, words", [("adamv", "nearest: adamw"), ("torch.optim.Adagrda", "nearest: Adagrad"),
-                                         ("no_such_module.Adam", "no_such_module"), ("torch.nn.Linear", "not a torch.optim.Optimizer"),
-                                         ("torch.optim.lr_scheduler", "not a torch.optim.Optimizer"),
-                                         (".AdamW", "expected one of"), ("torch..AdamW", "torch.")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("adamv", "nearest: adamw"),
+        ("torch.optim.Adagrda", "nearest: Adagrad"),
+        ("no_such_module.Adam", "no_such_module"),
+        ("torch.nn.Linear", "not a torch.optim.Optimizer"),
+        ("torch.optim.lr_scheduler", "not a torch.optim.Optimizer"),
+        (".AdamW", "expected one of"),
+        ("torch..AdamW", "torch."),
+    ],
+)
 def test_wrong_optimizers_are_refused(name, words):
     with pytest.raises(UserError, match=words):
         resolve_optimizer(name)
@@ -171,6 +185,7 @@ def test_the_scale_moves_as_torchs(name):
 
 def test_prodigy_unscales_for_torchs_scaler():
     """GradScaler without unscale_ hands grad_scale to an optimiser of this protocol."""
+
     def run(scaler):
         params = with_grads((4,))
         optimizer = Prodigy(params, d0=1e-2)
@@ -184,6 +199,7 @@ def test_prodigy_unscales_for_torchs_scaler():
             else:
                 optimizer.step()
         return params[0]
+
     assert torch.equal(run(torch.amp.GradScaler("cpu", init_scale=64.0)), run(None))
 
 

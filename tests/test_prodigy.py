@@ -17,14 +17,28 @@ from lora_core.run import flatten, unflatten
 
 GOLDEN = [
     ({}, {1: 1.000000e-6, 2: 1.581532e-6, 3: 4.822397e-6, 5: 3.450963e-5, 10: 3.873623e-3, 20: 9.375613e-1}),
-    (dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01),
-     {1: 1e-6, 2: 1e-6, 3: 1e-6, 5: 1.193586e-6, 10: 4.168239e-6, 20: 5.063784e-5, 30: 8.121805e-4, 60: 6.364898e-1}),
+    (
+        dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01),
+        {1: 1e-6, 2: 1e-6, 3: 1e-6, 5: 1.193586e-6, 10: 4.168239e-6, 20: 5.063784e-5, 30: 8.121805e-4, 60: 6.364898e-1},
+    ),
     (dict(d_coef=2.0, growth_rate=1.02), {1: 1e-6, 2: 3.163064e-6, 3: 3.226326e-6, 5: 3.356669e-6, 10: 3.706034e-6, 20: 4.517635e-6}),
 ]
 OPTIONS = [
-    {}, dict(lr=0.5), dict(betas=(0.9, 0.99)), dict(betas=(0.0, 0.99)), dict(beta3=0.9), dict(eps=1e-4), dict(weight_decay=0.05),
-    dict(weight_decay=0.05, decouple=False), dict(use_bias_correction=True), dict(safeguard_warmup=True), dict(d0=1e-4), dict(d_coef=2.0),
-    dict(growth_rate=1.05), dict(slice_p=3), dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01, lr=0.7),
+    {},
+    dict(lr=0.5),
+    dict(betas=(0.9, 0.99)),
+    dict(betas=(0.0, 0.99)),
+    dict(beta3=0.9),
+    dict(eps=1e-4),
+    dict(weight_decay=0.05),
+    dict(weight_decay=0.05, decouple=False),
+    dict(use_bias_correction=True),
+    dict(safeguard_warmup=True),
+    dict(d0=1e-4),
+    dict(d_coef=2.0),
+    dict(growth_rate=1.05),
+    dict(slice_p=3),
+    dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01, lr=0.7),
     dict(betas=(0.0, 0.95), slice_p=2, decouple=False, weight_decay=0.1, growth_rate=1.5, d_coef=0.5, use_bias_correction=True),
 ]
 
@@ -52,15 +66,19 @@ def problem(seed=0, dtype=torch.float64):
     """A small least-squares net with two layers and a bias, one all zero, one non-contiguous; returns (params, function that sets gradients)."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(16, 5, generator=g, dtype=dtype), torch.randn(16, 3, generator=g, dtype=dtype)
-    params = [torch.randn(5, 7, generator=g, dtype=dtype).t().contiguous().t(), torch.zeros(7, 3, dtype=dtype),
-              torch.randn(3, generator=g, dtype=dtype)]
+    params = [
+        torch.randn(5, 7, generator=g, dtype=dtype).t().contiguous().t(),
+        torch.zeros(7, 3, dtype=dtype),
+        torch.randn(3, generator=g, dtype=dtype),
+    ]
     params = [p.requires_grad_() for p in params]
 
     def gradients(at=0):
-        w = 1 + 0.3 * math.sin(at)      # the gradients differ from step to step
+        w = 1 + 0.3 * math.sin(at)  # the gradients differ from step to step
         loss = (w * (torch.tanh(x @ params[0]) @ params[1] + params[2] - y) ** 2).mean()
         for p, grad in zip(params, torch.autograd.grad(loss, params)):
             p.grad = grad
+
     return params, gradients
 
 
@@ -70,14 +88,18 @@ def quadratic():
     g = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (7, 3), (3,)]
     goals = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
-    params = [torch.randn(5, 7, generator=g, dtype=torch.float64).t().contiguous().t(), torch.zeros(7, 3, dtype=torch.float64),
-              torch.randn(3, generator=g, dtype=torch.float64)]
+    params = [
+        torch.randn(5, 7, generator=g, dtype=torch.float64).t().contiguous().t(),
+        torch.zeros(7, 3, dtype=torch.float64),
+        torch.randn(3, generator=g, dtype=torch.float64),
+    ]
     bends = [0.5 + torch.rand(shape, generator=g, dtype=torch.float64) for shape in shapes]
     params = [p.requires_grad_() for p in params]
 
     def gradients(at):
         for i, (p, goal, bend) in enumerate(zip(params, goals, bends)):
             p.grad = bend * (p.detach() - goal) + 0.1 * math.sin(at + i)
+
     return params, gradients
 
 
@@ -90,7 +112,7 @@ def same(a, b):
 
 
 def oracle(params, **options):
-    with contextlib.redirect_stdout(io.StringIO()):     # it prints when decay is on
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints when decay is on
         return Oracle(params, **options)
 
 
@@ -111,7 +133,7 @@ def test_150_steps_are_prodigyopts(options):
     a, b = Prodigy(ours, **options), oracle(theirs, **options)
     for step in range(150):
         our_grads(step), their_grads(step)
-        if step % 40 == 39:             # a parameter of the group without a gradient for a step
+        if step % 40 == 39:  # a parameter of the group without a gradient for a step
             ours[2].grad = theirs[2].grad = None
         a.step(), b.step()
         for name in ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k"):
@@ -228,7 +250,7 @@ def test_no_host_sync_in_a_step(options, distance):
         gradients(step)
         with NoSync():
             optimizer.step()
-    with pytest.raises(RuntimeError, match="host sync"), NoSync():     # the test can fail
+    with pytest.raises(RuntimeError, match="host sync"), NoSync():  # the test can fail
         peer = oracle(params)
         peer.step()
 
@@ -237,6 +259,7 @@ def test_no_host_sync_in_a_step(options, distance):
 @pytest.mark.parametrize("options", [{}, dict(OPTIONS[-1], distance="group")], ids=["default", "many"])
 def test_state_round_trips_bit_for_bit(options, resume_at):
     """Through state_dict, the flat tensors and JSON of a checkpoint, and into a fresh optimiser, in the middle of a pause."""
+
     def run(stop, resume=None):
         params, gradients = problem(6, torch.float32)
         optimizer = Prodigy([{"params": params[:2]}, {"params": params[2:]}], **options)
@@ -345,11 +368,13 @@ def test_closure_is_evaluated_once_with_gradients():
         assert torch.is_grad_enabled()
         gradients()
         return 7.0
+
     assert optimizer.step(closure) == 7.0
 
 
 def _shard(rank, store, queue):
     import torch.distributed as dist
+
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     full, gradients = problem(13)
     shards = [p.detach().reshape(-1).chunk(2)[rank].clone().requires_grad_() for p in full]
@@ -388,10 +413,21 @@ def test_two_shards_reproduce_the_whole(tmp_path):
         torch.testing.assert_close(torch.tensor(a + b, dtype=p.dtype), p.detach().reshape(-1), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("options, word", [(dict(lr=0.0), "lr"), (dict(betas=(1.0, 0.9)), "betas"), (dict(eps=0.0), "eps"), (dict(d0=0.0), "d0"),
-                                           (dict(d_coef=0.0), "d_coef"), (dict(growth_rate=0.0), "growth_rate"), (dict(slice_p=0), "slice_p"),
-                                           (dict(weight_decay=-1.0), "weight_decay"), (dict(beta3=1.5), "beta3"),
-                                           (dict(distance="both"), "distance")])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(lr=0.0), "lr"),
+        (dict(betas=(1.0, 0.9)), "betas"),
+        (dict(eps=0.0), "eps"),
+        (dict(d0=0.0), "d0"),
+        (dict(d_coef=0.0), "d_coef"),
+        (dict(growth_rate=0.0), "growth_rate"),
+        (dict(slice_p=0), "slice_p"),
+        (dict(weight_decay=-1.0), "weight_decay"),
+        (dict(beta3=1.5), "beta3"),
+        (dict(distance="both"), "distance"),
+    ],
+)
 def test_values_out_of_range_are_refused(options, word):
     with pytest.raises(UserError, match=word):
         Prodigy(toy(), **options)
@@ -407,6 +443,7 @@ def test_groups_that_share_a_distance_must_agree_on_it(name, value):
 
 def test_names_order_and_defaults_are_prodigyopts():
     import inspect
+
     ours, theirs = (inspect.signature(cls).parameters for cls in (Prodigy, Oracle))
     assert list(ours)[:-1] == list(theirs) and list(ours)[-1] == "distance"
     assert all(ours[name].default == theirs[name].default for name in theirs)

@@ -155,11 +155,7 @@ def test_a_longer_schedule_goes_on_from_the_checkpoint(config: Config, quick: No
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"optimizer": Optimizer("prodigy")},
-        {"stages": (Stage(2, ("denoiser", "text_encoder")),)},
-        {"stages": (Stage(1),)},
-    ],
+    [{"optimizer": Optimizer("prodigy")}, {"stages": (Stage(2, ("denoiser", "text_encoder")),)}, {"stages": (Stage(1),)}],
     ids=["optimizer", "groups", "fewer steps"],
 )
 def test_resuming_with_another_config_is_refused_and_overwrites_nothing(config: Config, quick: None, change: dict) -> None:

@@ -28,10 +28,11 @@ def rows(run, name="metrics"):
 
 # --- atomic
 
+
 def test_atomic_writes_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.png"
     with atomic(path) as temporary:
-        assert temporary.parent == path.parent and temporary.suffix == ".png"       # same file system; an image writer reads the suffix
+        assert temporary.parent == path.parent and temporary.suffix == ".png"  # same file system; an image writer reads the suffix
         temporary.write_text("one")
         assert not path.exists()
     with pytest.raises(RuntimeError), atomic(path) as temporary:
@@ -47,6 +48,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
 
     def full(_):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=words) as caught, atomic(path) as temporary:
         temporary.write_text("new")
@@ -54,6 +56,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
 
 
 # --- opening
+
 
 def test_another_run_is_refused_and_untouched(tmp_path):
     out = tmp_path / "out"
@@ -98,6 +101,7 @@ def test_the_current_folder_is_not_moved_away(tmp_path, monkeypatch):
 
 # --- logs
 
+
 def test_rows_are_appended_and_cut_on_resume(tmp_path):
     run = Run.open(tmp_path / "out")
     for step in range(1, 8):
@@ -106,7 +110,7 @@ def test_rows_are_appended_and_cut_on_resume(tmp_path):
         if step == 4:
             run.save_checkpoint(4, {}, None)
     with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')        # killed in the middle of a row
+        file.write('{"step": 4, "lo')  # killed in the middle of a row
     resumed = Run.open(tmp_path / "out", resume=True)
     assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(resumed, "val")] == [1, 2, 3, 4]
     assert rows(resumed)[2] == {"step": 3, "loss": 0.1 * 3}
@@ -132,7 +136,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
     run = Run.open(tmp_path / "out")
     run.log({"step": 1})
 
-    class Short:        # a disk with room for five bytes
+    class Short:  # a disk with room for five bytes
         def __init__(self, file):
             self.file = file
 
@@ -147,8 +151,13 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
 
         def write(self, data):
             return self.file.write(data[:5])
-    monkeypatch.setattr(run_module, "open", lambda *a, **k: Short(open(*a, **k))  # noqa: SIM115
-                       , raising=False)
+
+    monkeypatch.setattr(
+        run_module,
+        "open",
+        lambda *a, **k: Short(open(*a, **k)),  # noqa: SIM115
+        raising=False,
+    )
     with pytest.raises(UserError, match="full"):
         run.log({"step": 2})
     assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -156,11 +165,19 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
 
 # --- checkpoints
 
+
 def test_checkpoints_round_trip_and_the_last_n_stay(tmp_path):
     run = Run.open(tmp_path / "out", keep=2)
-    tensors = {"half": torch.randn(3).half(), "brain": torch.randn(2, 2).bfloat16(), "scalar": torch.tensor(1 / 3, dtype=torch.float64),
-               "int": torch.tensor([7]), "bytes": torch.arange(9, dtype=torch.uint8), "bool": torch.tensor([True]), "empty": torch.zeros(0, 4),
-               "strided": torch.randn(3, 4).t()}
+    tensors = {
+        "half": torch.randn(3).half(),
+        "brain": torch.randn(2, 2).bfloat16(),
+        "scalar": torch.tensor(1 / 3, dtype=torch.float64),
+        "int": torch.tensor([7]),
+        "bytes": torch.arange(9, dtype=torch.uint8),
+        "bool": torch.tensor([True]),
+        "empty": torch.zeros(0, 4),
+        "strided": torch.randn(3, 4).t(),
+    }
     tensors |= {"alias": tensors["scalar"], "view": tensors["strided"][1:], "empty2": torch.zeros(0)}
     for step in (5, 9, 10, 100):
         run.save_checkpoint(step, tensors, {"lr": 0.1})
@@ -207,6 +224,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
     def full(*_):
         raise run_module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
     monkeypatch.setattr(run_module, "save_file", full)
     with pytest.raises(UserError, match=r"disk.*full"):
         run.save_checkpoint(2, {"a": torch.ones(4)}, None)
@@ -216,10 +234,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 # --- flatten
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
-trees = st.recursive(scalars | st.integers(0, 9).map(lambda n: torch.arange(n)),
-                     lambda t: st.lists(t, max_size=3) | st.lists(t, max_size=3).map(tuple)
-                     | st.dictionaries(st.text(max_size=3) | st.integers(), t, max_size=3),
-                     max_leaves=12)
+trees = st.recursive(
+    scalars | st.integers(0, 9).map(lambda n: torch.arange(n)),
+    lambda t: st.lists(t, max_size=3) | st.lists(t, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3) | st.integers(), t, max_size=3),
+    max_leaves=12,
+)
 
 
 def alike(a, b):
@@ -244,8 +263,14 @@ def test_flatten_round_trips_every_tree(tree):
 
 
 def test_flatten_keeps_paths_that_collide_apart():
-    tree = {"a": {"b": torch.tensor(1)}, "a/b": torch.tensor(2), "$": (1, {"$": "tensor"}), 0: -0.0,
-            "0": random.Random(3).getstate(), "x": [math.inf, 1.0]}
+    tree = {
+        "a": {"b": torch.tensor(1)},
+        "a/b": torch.tensor(2),
+        "$": (1, {"$": "tensor"}),
+        0: -0.0,
+        "0": random.Random(3).getstate(),
+        "x": [math.inf, 1.0],
+    }
     tensors, meta = flatten(tree)
     assert len(tensors) == 2 and alike(tree, unflatten(tensors, json.loads(json.dumps(meta))))
 
@@ -257,6 +282,7 @@ def test_flatten_refuses_by_place(bad):
 
 
 # --- the whole law
+
 
 def train(out, *, steps=12, resume=False, die=None):
     """A small run with two optimisers, a torch and a Python generator; `die(step, where)` may kill it at three places of a step."""
@@ -287,13 +313,15 @@ def train(out, *, steps=12, resume=False, die=None):
         run.log({"step": step + 1, "loss": loss.item()})
         die(step + 1, "logged")
         if (step + 1) % 3 == 0:
-            tree = dict(params=params, optimizers=[o.state_dict() for o in optimizers], total=total, generator=generator.get_state(),
-                        python=python.getstate())
+            tree = dict(
+                params=params, optimizers=[o.state_dict() for o in optimizers], total=total, generator=generator.get_state(), python=python.getstate()
+            )
             original = os.replace
 
             def replace(a, b, step=step, original=original):
                 die(step + 1, "before rename")
                 original(a, b)
+
             os.replace = replace
             try:
                 run.save_checkpoint(step + 1, *flatten(tree))
@@ -319,15 +347,27 @@ def in_child(function):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-@pytest.mark.parametrize("kills", [[(2, "logged")], [(3, "before rename")], [(3, "saved")], [(5, "logged"), (8, "logged")],
-                                   [(6, "before rename"), (6, "logged")], [(12, "before rename")], [(12, "saved")],
-                                   [(4, "logged"), (9, "before rename"), (11, "logged")]])
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(2, "logged")],
+        [(3, "before rename")],
+        [(3, "saved")],
+        [(5, "logged"), (8, "logged")],
+        [(6, "before rename"), (6, "logged")],
+        [(12, "before rename")],
+        [(12, "saved")],
+        [(4, "logged"), (9, "before rename"), (11, "logged")],
+    ],
+)
 def test_a_killed_run_resumes_and_ends_bit_identical(tmp_path, kills):
     train(tmp_path / "whole")
     for number, kill in enumerate(kills):
+
         def die(step, where, kill=kill):
             if (step, where) == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
+
         assert in_child(lambda resume=number > 0, die=die: train(tmp_path / "killed", resume=resume, die=die)) == signal.SIGKILL
     assert in_child(lambda: train(tmp_path / "killed", resume=True)) == 0
     assert listing(tmp_path / "killed") == listing(tmp_path / "whole")

@@ -92,7 +92,11 @@ def configure(options: Demo, seed: int, out: str, temporary: Path) -> Config:
     if options.concept != "zib":
         base = replace(base, data=replace(base.data, images=f"toy/concepts/{options.concept}"), tokens=replace(base.tokens, init=("emblem",)))
     draw_held_out(options.concept, temporary)
-    samples = replace(base.samples, base_word=f"a {base.tokens.init[0]}" if base.tokens.init[0][0] not in "aeiou" else f"an {base.tokens.init[0]}", new_prompts=tuple(text for text, _ in prompts))
+    samples = replace(
+        base.samples,
+        base_word=f"a {base.tokens.init[0]}" if base.tokens.init[0][0] not in "aeiou" else f"an {base.tokens.init[0]}",
+        new_prompts=tuple(text for text, _ in prompts),
+    )
     return replace(base, samples=samples, validation=replace(base.validation, images=str(temporary)))
 
 

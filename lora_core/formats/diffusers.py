@@ -58,9 +58,7 @@ def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[
 
 
 def _own_layout(state: AdapterState) -> Layout:
-    shapes = {
-        name: {path: (lr.up.shape[0], *lr.down.shape[1:]) for path, lr in modules.items()} for name, modules in state.components.items()
-    }
+    shapes = {name: {path: (lr.up.shape[0], *lr.down.shape[1:]) for path, lr in modules.items()} for name, modules in state.components.items()}
     return Layout("", "", {name: Component((), paths) for name, paths in shapes.items()}, {})
 
 
