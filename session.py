@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import shlex
 import sys
@@ -38,10 +37,6 @@ from lora_core.targets import matches, require_match
 from models import Conditioning, load_family
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
-    "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
-    "prodigy": dict.fromkeys(GROUPS, 1.0),
-}
 DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
 
 
@@ -145,25 +140,15 @@ class Session:
 
     def _open_optimizer(self) -> None:
         o = self.config.optimizer
-        cls = optim.resolve_optimizer(o.name)
-        rates = RATES.get(o.name, dict.fromkeys(GROUPS, _default_rate(cls))) | o.lr
-        self.rates = {name: rates[name] for name in self.groups}
+        self.rates = {name: rate for name, rate in (optim.default_rates(o.name, GROUPS) | o.lr).items() if name in self.groups}
         self.decays = {name: o.weight_decay.get(name, DECAYS[name]) for name in self.groups}
-        takes = inspect.signature(cls).parameters
-        if o.weight_decay and "weight_decay" not in takes:
-            raise UserError(f"{o.name} takes no weight_decay; leave --optimizer.weight-decay out")
-        if o.betas and "betas" not in takes:
-            raise UserError(f"{o.name} takes no betas; leave --optimizer.betas out")
-        optim.check_arguments(cls, o.args, f"optimizer {o.name}", given=("params", "lr", "weight_decay", "betas"))
+        decays = bool(o.weight_decay) or "weight_decay" in optim.arguments(o.name)  # ours are no reason to refuse a class without decay
         self.settings: dict[str, dict[str, Any]] = {}  # of each group, beside its parameters
         for name in self.groups:
-            decay = {"weight_decay": self.decays[name]} if "weight_decay" in takes else {}
-            betas = {"betas": tuple(o.betas[name])} if name in o.betas else {}
-            self.settings[name] = {"name": name, "lr": self.rates[name], **decay, **betas}
-        try:
-            self.optimizer = cls([{"params": params, **self.settings[name]} for name, params in self.groups.items()], **o.args)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{o.name} refuses its settings: {error}") from None
+            extra: dict[str, Any] = {"weight_decay": self.decays[name]} if decays else {}
+            extra |= {"betas": tuple(o.betas[name])} if name in o.betas else {}
+            self.settings[name] = {"name": name, "lr": self.rates[name], **extra}
+        self.optimizer = optim.build(o.name, [{"params": params, **self.settings[name]} for name, params in self.groups.items()], o.args)
         self.scaler = optim.LossScaler(device=self.device) if self.config.precision == "fp16" else None
         names = {stage.schedule or o.schedule for stage in self.config.stages}
         self.schedules = {name: optim.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {})) for name in names}
@@ -434,8 +419,3 @@ def _fingerprint(vae: nn.Module) -> dict[str, str]:
     for name, tensor in vae.state_dict().items():
         content.update(name.encode() + str(tensor.dtype).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {"vae": content.hexdigest()}
-
-
-def _default_rate(cls: type[torch.optim.Optimizer]) -> float:
-    default = inspect.signature(cls).parameters["lr"].default if "lr" in inspect.signature(cls).parameters else None
-    return float(default) if isinstance(default, int | float) else 1e-3

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "prodigy": Prodigy}
+RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
+    "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
+    "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
+}
 
 
 def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]:
@@ -96,6 +100,30 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; name the class itself")
     return found
+
+
+def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
+    """Learning rate of each group for an optimiser of RATES, else its class's own default."""
+    known = RATES.get(name, {})
+    own = arguments(name)["lr"].default if "lr" in arguments(name) else None
+    return {group: known.get(group, own if isinstance(own, float | int) else 1e-3) for group in groups}
+
+
+def arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """What the class of an optimiser takes."""
+    return inspect.signature(resolve_optimizer(name)).parameters
+
+
+def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses."""
+    for option in ("weight_decay", "betas"):
+        if option not in arguments(name) and any(option in group for group in groups):
+            raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
+    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=("params", "lr", "weight_decay", "betas"))
+    try:
+        return resolve_optimizer(name)(groups, **args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} refuses its settings: {error}") from None
 
 
 def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:
