@@ -408,9 +408,14 @@ class Session:
                 module.train(training)
 
 
-def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> float:
-    """The norm that the prior pulls to: the mean norm of the vocabulary unless one is given (0.4 in lora_pti, which is SD 1.5's)."""
-    return wanted or embedding.weight.detach().float().norm(dim=-1).mean().item()
+def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> Tensor:
+    """[n, 1] the norms that the prior pulls to: those the rows started with, unless one is given (0.4 in lora_pti: SD 1.5's usual norm).
+
+    Rows that start at zero take the vocabulary's mean norm.
+    """
+    start = embedding.initial.norm(dim=-1, keepdim=True)
+    usual = embedding.weight.detach().to(start).norm(dim=-1).mean()
+    return torch.full_like(start, wanted) if wanted else torch.where(start > 0, start, usual)
 
 
 def _fingerprint(vae: nn.Module) -> dict[str, str]:

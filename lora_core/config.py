@@ -136,7 +136,7 @@ class Tokens:
     norm: Literal["none", "pull", "rescale"] = "pull"
     """After each step: pull every row's norm to the target (cloneofsimo), rescale all rows to the table's std (diffusers), or leave them alone."""
     norm_target: float = 0.0
-    """Norm that pull aims at; 0: the mean norm of the vocabulary."""
+    """Norm that pull aims at; 0: the norm that each row started with."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def pull_norms_(rows: Tensor, target: float = 0.4, *, rate: float | Tensor) -> Tensor:
+def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Tensor) -> Tensor:
     """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e| + rate (target - |e|)).
 
     cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
