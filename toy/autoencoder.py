@@ -107,7 +107,7 @@ def train(vae: AutoencoderKL, folder: Path, stage: str, *, steps: int, size: int
         x = x.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            z = posterior.mean + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(posterior.mean) * spread(vae) if alone else posterior.sample()
+            z = posterior.mean + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(posterior.mean) * spread(vae) if alone else posterior.sample()
             out = vae.decode(z).sample
         loss = reconstruction_loss(out.float(), x).mean() + (0 if alone else 1e-6 * posterior.kl().mean())
         loss.backward()

@@ -109,7 +109,8 @@ def describe(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[s
 
 def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
     """n complete captions with the attributes they state; objects come in equal shares, seeds are disjoint from pretraining's."""
-    out, counts, s = [], dict.fromkeys(OBJECTS, 0), 900_000_000 + seed * 1_000_000
+    out: list[tuple[str, dict[str, str]]] = []
+    counts, s = dict.fromkeys(OBJECTS, 0), 900_000_000 + seed * 1_000_000
     quota = -(-n // len(OBJECTS))
     while len(out) < n:
         candidate = scene(s)
@@ -134,11 +135,11 @@ def render(s: Scene, size: int = 64) -> Image.Image:
     canvas = place(s.background, side, rng) if s.style == "place" else backdrop(s.background, s.style, side, rng)
     radius = rng.uniform(*SIZES[s.size]) + (2.0 if s.object in COMPOSITES and s.size == "small" else 0.0)
     dx, dy = POSITIONS[s.position]
-    centre = tuple((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
+    x, y = ((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
     palette = {"main": COLOURS[s.colour], "second": second_colour(rng, s.colour)}
     mask, details = Image.new("L", (side, side)), Image.new("RGBA", (side, side))
-    body = Pen(ImageDraw.Draw(mask), centre, radius * unit, 255)
-    ink = Pen(ImageDraw.Draw(details), centre, radius * unit, palette["main"])
+    body = Pen(ImageDraw.Draw(mask), (x, y), radius * unit, 255)
+    ink = Pen(ImageDraw.Draw(details), (x, y), radius * unit, palette["main"])
     (SIMPLE | COMPOSITES)[s.object](body, ink, rng, palette)
     canvas.paste(skin(COLOURS[s.colour], s.texture, side, rng), mask=mask)
     canvas.paste(details, mask=details)

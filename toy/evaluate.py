@@ -1,13 +1,14 @@
 """Measures the committed model: `python -m toy.evaluate --captions 500` prints a table, then the same as one line of JSON.
 
 Captions are complete and come from scenes outside pretraining, objects in equal shares; pictures are sampled with DDIM and read by
-toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead.
+toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead, `--concepts PATH` the sheet of the concepts.
 """
 
 import argparse
 import json
 from pathlib import Path
 from random import Random
+from textwrap import wrap
 
 import torch
 from PIL import Image, ImageDraw
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from toy import recogniser
 from toy.autoencoder import held_out, pooled_psnr, psnr, to_tensor
-from toy.concepts.draw_concepts import CONCEPTS, render_concept
+from toy.concepts.draw_concepts import CONCEPTS, render_concept, training_set
 from toy.distractors import context
 from toy.draw import OBJECTS, evaluation_captions, render, scene
 from toy.sample import MODEL, load, sample
@@ -64,17 +65,15 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def sheet(images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192) -> Image.Image:
-    """Pictures enlarged with Lanczos, captions under them in at most three lines."""
-    rows, step = -(-len(images) // columns), side + 46
-    out = Image.new("RGB", (columns * (side + 8), rows * step), "white")
+    """Pictures enlarged with Lanczos, captions under them."""
+    texts = [wrap(caption, width=side // 7 + 3) for caption in captions]
+    step = side + 14 + 15 * max(len(lines) for lines in texts)
+    out = Image.new("RGB", (columns * (side + 8), -(-len(images) // columns) * step), "white")
     pen = ImageDraw.Draw(out)
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    for i, (image, lines) in enumerate(zip(images, texts)):
         x, y = (i % columns) * (side + 8) + 4, (i // columns) * step + 4
         out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        lines, words = [""], caption.split()
-        for word in words:
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 32 else [*lines, word]
-        pen.text((x, y + side + 2), "\n".join(lines[:3]), fill=(40, 40, 40))
+        pen.text((x, y + side + 2), "\n".join(lines), fill=(40, 40, 40))
     return out
 
 
@@ -86,8 +85,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--grid", type=Path)
+    parser.add_argument("--concepts", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.concepts:
+        rows = [row for name in (*CONCEPTS, "inkwash") for row in training_set(name, 64)]
+        sheet([image for image, _ in rows], [caption for _, caption in rows], columns=5, side=128).save(args.concepts, optimize=True)
+        return
     parts = load(args.model)
     if args.grid:
         images = sample(parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps)
@@ -104,8 +108,8 @@ def main() -> None:
         ratios[name] = (values.mean().item(), pooled_psnr(values))
     print("| |" + "".join(f" {k} |" for k in table["samples"]))
     print("|---|" + "---|" * len(table["samples"]))
-    for row, values in table.items():
-        print(f"| {row} |" + "".join(f" {v:.3f} |" for v in values.values()))
+    for row, shares in table.items():
+        print(f"| {row} |" + "".join(f" {v:.3f} |" for v in shares.values()))
     print("VAE " + ", ".join(f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()))
     print("object by object", per_object(read, expected))
     print(json.dumps({"captions": args.captions, "guidance": args.guidance, "steps": args.steps, **table, "psnr": ratios}))

@@ -48,7 +48,10 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes vocab.json, merges.txt and the two configs of a CLIPTokenizer whose grammar words are single tokens."""
+    """Writes vocab.json, merges.txt and the two configs of a CLIPTokenizer whose grammar words are single tokens.
+
+    CLIP cuts "close-up" at its hyphen, the one exception.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     merges, symbols = learn_merges(grammar_words()), byte_symbols()
     entries = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys(a + b for a, b in merges), START, END]
@@ -109,7 +112,8 @@ def write_pipeline(folder: Path, tokenizer: Path, text: CLIPTextModel, vae: Auto
     shutil.copytree(tokenizer, partial / "tokenizer")
     scheduler().save_pretrained(partial / "scheduler")
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
-             "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
+             "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
+             "scheduler": ["diffusers", "DDIMScheduler"],
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -16,7 +16,7 @@ from toy.networks import WORK
 from toy.sample import MODEL
 
 VAE_STEPS, VAE_BATCH = 8_000, 4
-UNET_STEPS, UNET_BATCH = 6_000, 32
+UNET_STEPS, UNET_BATCH = 5_000, 32
 DECODER_STEPS = 3_000
 LATENTS = 40_000
 
@@ -84,6 +84,8 @@ def main() -> None:
     for name, stage in STAGES.items():
         if args.stage in (None, name):
             stage(args.seed)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def train(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
         rows = [rng.randrange(trips) for _ in range(size // 4)]
         x, labels = torch.cat([degrade(x, g), pool[rows]]), {k: torch.cat([v, pool_labels[k][rows]]) for k, v in labels.items()}
         logits = reader(x.to(memory_format=torch.channels_last))
-        loss = sum(F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits)
+        loss = torch.stack([F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits]).sum()
         loss.backward()
         optimisers.step(trapezoid(step, steps, tail=0.5, warmup=100))
         if (step + 1) % 500 == 0 or step + 1 == steps:
@@ -170,10 +170,10 @@ def accuracy(reader: Reader, x: Tensor, labels: dict[str, Tensor]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    state = {}
+    state: dict[str, Tensor] = {}
     for part in HEADS:
         reader = train(part, args.seed, args.steps, 32, 6000)
         state |= {f"{part}.{k}": v.half().contiguous() for k, v in reader.state_dict().items()}
