@@ -122,7 +122,7 @@ def train(pair: Pair, tokenizer: CLIPTokenizer, latents_path: Path, folder: Path
         keep = min(EMA_DECAY, (step + 1) / (step + 10))
         for k, v in both.state_dict().items():
             average[k].lerp_(v, 1 - keep) if v.is_floating_point() else average[k].copy_(v)
-        if (step + 1) % 250 == 0 and rank == 0:
+        if ((step + 1) % 250 == 0 or step + 1 == steps) and rank == 0:
             rate = (step + 1 - start) * size * world / (monotonic() - began)
             report(pair, average, (held, held_ids, alphas), f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s")
             partial = checkpoint.with_suffix(".part")

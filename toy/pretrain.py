@@ -22,7 +22,8 @@ LATENTS = 40_000
 
 
 def tokenizer_stage(seed: int) -> None:
-    networks.write_tokenizer(WORK / "tokenizer")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        networks.write_tokenizer(WORK / "tokenizer")
 
 
 def vae_stage(seed: int) -> None:
@@ -84,6 +85,8 @@ def main() -> None:
     for name, stage in STAGES.items():
         if args.stage in (None, name):
             stage(args.seed)
+        if dist.is_initialized():
+            dist.barrier()  # the first process writes what every process reads next
     if dist.is_initialized():
         dist.destroy_process_group()
 
