@@ -120,7 +120,7 @@ def finish(s: Session) -> Path:
     s.run.write("summary.json", json.dumps(summary, indent=1))
     print(_table(first, last))
     for entry in summary["tokens"]:  # type: ignore[attr-defined]
-        words = ", ".join(f"{word} {cosine:.2f}" for word, cosine in entry["nearest"])
+        words = ", ".join(f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"])
         print(f"{entry['name']}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
     return s.run.folder
 

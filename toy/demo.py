@@ -7,6 +7,7 @@ finds the concept and the background that the prompt names, and whether unrelate
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ import train
 from lora_core import patch
 from lora_core.config import Config, read_toml
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE
 from lora_core.generation import Recipe, generate
 from models import Family, load_family
 from toy import recogniser
@@ -49,7 +49,7 @@ class Demo:
     """Folder of your own pictures instead, to show the path on real files; the embedded model only knows drawings, so expect little likeness."""
     seeds: tuple[int, ...] = (0,)
     """One run for each training seed; several print their mean as well."""
-    samples: int = 48
+    samples: int = 24
     """Pictures that are drawn and judged, each with a prompt that is not among the captions."""
     short: bool = False
     """A few steps and few samples: shows that everything runs, learns nothing."""
@@ -181,12 +181,14 @@ def report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool)
 
 def snippets(run: Path) -> str:
     """How the three programs load the run's files."""
+    run = Path(os.path.relpath(run))
     emb = f"{run.name}_emb.safetensors"
     return f"""
 see {run / "before_after.png"}; load the files with
-  diffusers  pipe = StableDiffusionPipeline.from_pretrained("toy/model"); rows = safetensors.torch.load_file("{run / emb}")
-             pipe.load_lora_weights("{run}", weight_name="{NATIVE}"); pipe.load_textual_inversion(rows["clip_l"], token=["<s0>", "<s1>"])
-             pipe("a photo of <s0><s1>")
+  diffusers  pipe = StableDiffusionPipeline.from_pretrained("toy/model")
+             pipe.load_lora_weights("{run}")
+             pipe.load_textual_inversion(load_file("{run / emb}")["clip_l"], token=["<s0>", "<s1>"])
+             pipe("a photo of <s0><s1> in the desert")
   A1111      {run.name}.safetensors to models/Lora, {emb} to embeddings; prompt: a photo of {run.name}_emb <lora:{run.name}:1>
   ComfyUI    {run.name}.safetensors to models/loras (LoraLoader), {emb} to models/embeddings; prompt: a photo of embedding:{run.name}_emb
   here       python infer.py --model toy/model --lora {run} --prompt "a photo of TOK in the desert" --out desert.png"""

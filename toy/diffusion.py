@@ -27,7 +27,7 @@ EMPTY_SHARE, GAMMA, EMA_DECAY = 0.1, 5.0, 0.998
 
 def alphas_cumprod() -> Tensor:
     """The cumulative signal power of Stable Diffusion's scaled linear schedule; [1000], fp32."""
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float()
 
 
@@ -37,7 +37,7 @@ def encode(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
     out = []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(seeds), chunk):
-            x = to_tensor([render(scene(s)) for s in seeds[i:i + chunk]]).to(memory_format=torch.channels_last)
+            x = to_tensor([render(scene(s)) for s in seeds[i : i + chunk]]).to(memory_format=torch.channels_last)
             out.append(vae.encode(x).latent_dist.mode().half())
     return torch.cat(out)
 
@@ -89,7 +89,7 @@ def validate(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     t = (torch.arange(len(latents)) * 997) % 1000
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [denoising_loss(pair, *(v[i:i + 64] for v in (latents, ids, t, noise)), alphas)[1] for i in range(0, len(latents), 64)]
+        parts = [denoising_loss(pair, *(v[i : i + 64] for v in (latents, ids, t, noise)), alphas)[1] for i in range(0, len(latents), 64)]
     return torch.cat(parts).mean().item()
 
 

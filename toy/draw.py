@@ -19,12 +19,27 @@ POSITIONS: dict[str, tuple[float, float]] = {"center": (0, 0), "left": (-1, 0), 
 REACH = {"small": 12.0, "large": 9.0}  # pixels from the centre at a stated position
 STYLES = ("plain", "striped", "checkered", "gradient")
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {  # phrase, and the object colours that would drown in it
-    "meadow": ("in a meadow", ("green", "cyan")), "night": ("at night", ("black",)), "sea": ("in the sea", ("blue", "cyan")),
-    "desert": ("in the desert", ("yellow", "orange")), "snow": ("in the snow", ("white",)),
+    "meadow": ("in a meadow", ("green", "cyan")),
+    "night": ("at night", ("black",)),
+    "sea": ("in the sea", ("blue", "cyan")),
+    "desert": ("in the desert", ("yellow", "orange")),
+    "snow": ("in the snow", ("white",)),
 }
 BACKGROUNDS: tuple[str, ...] = (*COLOURS, *PLACES)
-TEMPLATES = ("a photo of {}", "a drawing of {}", "a picture of {}", "an image of {}", "an illustration of {}", "a rendering of {}",
-             "a good photo of {}", "a close-up of {}", "a cartoon of {}", "a nice picture of {}", "the photo of {}", "a painting of {}")
+TEMPLATES = (
+    "a photo of {}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an image of {}",
+    "an illustration of {}",
+    "a rendering of {}",
+    "a good photo of {}",
+    "a close-up of {}",
+    "a cartoon of {}",
+    "a nice picture of {}",
+    "the photo of {}",
+    "a painting of {}",
+)
 OVERSAMPLE = 3
 COMPOSITE_SHARE = {"creature": 0.22, "emblem": 0.13}
 
@@ -74,7 +89,7 @@ def article(words: str) -> str:
 
 
 def background_phrase(background: str, style: str | None) -> str:
-    """"on a red striped background", "at night", ...; no pattern is named where `style` is None."""
+    """ "on a red striped background", "at night", ...; no pattern is named where `style` is None."""
     if background in PLACES:
         return PLACES[background][0]
     return f"on {article(' '.join(w for w in ((background, style) if style != 'plain' else ('plain', background)) if w))} background"
@@ -82,6 +97,7 @@ def background_phrase(background: str, style: str | None) -> str:
 
 def describe(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
     """A caption and the attributes it states. A centred position and a plain texture may go unsaid even in a complete caption."""
+
     def told(chance: float) -> bool:
         return rng.random() < chance or complete
 
@@ -123,9 +139,16 @@ def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
 
 def unrelated_captions() -> list[str]:
     """Captions that name no creature and no emblem: what a fine-tuned model must still draw as before."""
-    return ["a large red house on a plain white background", "a yellow star at night", "a large blue fish on a plain pink background",
-            "a small purple cat at the left in the snow", "a large striped green heart on a plain black background",
-            "a white ghost in the desert", "a large orange mushroom in a meadow", "a pink moon on a blue gradient background"]
+    return [
+        "a large red house on a plain white background",
+        "a yellow star at night",
+        "a large blue fish on a plain pink background",
+        "a small purple cat at the left in the snow",
+        "a large striped green heart on a plain black background",
+        "a white ghost in the desert",
+        "a large orange mushroom in a meadow",
+        "a pink moon on a blue gradient background",
+    ]
 
 
 def render(s: Scene, size: int = 64) -> Image.Image:

@@ -22,14 +22,26 @@ from toy.draw import OBJECTS, evaluation_captions, render, scene
 from toy.sample import MODEL, load, sample
 
 REAL = 950_000_000  # seeds of the real drawings that the recogniser is checked on
-SHOWN = ("a large red mushroom in a meadow", "a large yellow star at night", "a large striped orange fish in the sea",
-         "a large white ghost on a plain purple background", "a large blue house in the snow", "a large pink cat on a plain green background",
-         "a large green tree in the desert", "a large red heart on a white checkered background",
-         "a large purple creature on a yellow striped background",
-         "a large cyan emblem on an orange gradient background", "a small white moon at night", "a large dotted black cat on a plain cyan background",
-         "a large red creature in the snow", "a small green triangle at the left on a plain pink background",
-         "a large striped cyan square on a plain black background", "a large orange circle at the bottom on a blue gradient background",
-         "a large blue creature in a meadow", "a large yellow emblem on a plain red background")
+SHOWN = (
+    "a large red mushroom in a meadow",
+    "a large yellow star at night",
+    "a large striped orange fish in the sea",
+    "a large white ghost on a plain purple background",
+    "a large blue house in the snow",
+    "a large pink cat on a plain green background",
+    "a large green tree in the desert",
+    "a large red heart on a white checkered background",
+    "a large purple creature on a yellow striped background",
+    "a large cyan emblem on an orange gradient background",
+    "a small white moon at night",
+    "a large dotted black cat on a plain cyan background",
+    "a large red creature in the snow",
+    "a small green triangle at the left on a plain pink background",
+    "a large striped cyan square on a plain black background",
+    "a large orange circle at the bottom on a blue gradient background",
+    "a large blue creature in a meadow",
+    "a large yellow emblem on a plain red background",
+)
 
 
 def agreement(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:

@@ -19,8 +19,17 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def grammar_words() -> list[str]:
     """Every word that a caption can hold, sorted, and a few that users' prompts bring along."""
-    phrases = [*OBJECTS, *COLOURS, *TEXTURES, *SIZES, *POSITIONS, *STYLES, *(p for p, _ in PLACES.values()), *TEMPLATES,
-               "a an the at in on of with and background style tok photo one two three eye eyes scarf antennae alien character logo"]
+    phrases = [
+        *OBJECTS,
+        *COLOURS,
+        *TEXTURES,
+        *SIZES,
+        *POSITIONS,
+        *STYLES,
+        *(p for p, _ in PLACES.values()),
+        *TEMPLATES,
+        "a an the at in on of with and background style tok photo one two three eye eyes scarf antennae alien character logo",
+    ]
     return sorted({w for phrase in phrases for w in phrase.replace("{}", "").split()})
 
 
@@ -43,7 +52,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
             if rank == len(merges):
                 ranks[(parts[0], parts[1])] = rank
                 merges.append((parts[0], parts[1]))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return merges
 
 
@@ -56,8 +65,15 @@ def write_tokenizer(folder: Path) -> None:
     merges, symbols = learn_merges(grammar_words()), byte_symbols()
     entries = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys(a + b for a, b in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True, "errors": "replace",
-              "add_prefix_space": False, "clean_up_tokenization_spaces": False, **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
     (folder / "vocab.json").write_text(json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
@@ -70,9 +86,18 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def autoencoder() -> AutoencoderKL:
     """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log variance -5)."""
-    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_num_groups=2, sample_size=64,
-                        mid_block_add_attention=False)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=2,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
     with torch.no_grad():
         vae.quant_conv.weight[8:] = 0
         vae.quant_conv.bias[8:] = -5
@@ -82,22 +107,50 @@ def autoencoder() -> AutoencoderKL:
 def denoiser() -> UNet2DConditionModel:
     """2.3 M parameters; attention to the text at 8 x 8 and in the middle only."""
     return UNet2DConditionModel(
-        sample_size=16, in_channels=8, out_channels=8, block_out_channels=(48, 96), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=4, norm_num_groups=8, cross_attention_dim=128)
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(48, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        cross_attention_dim=128,
+    )
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """0.4 M parameters, two layers 128 wide."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, projection_dim=128,
-        max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=128,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise levels (Rombach et al., arXiv 2112.10752): scaled linear, 1000 steps, epsilon prediction."""
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon", timestep_spacing="leading")
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+    )
 
 
 def write_pipeline(folder: Path, tokenizer: Path, text: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
@@ -109,13 +162,23 @@ def write_pipeline(folder: Path, tokenizer: Path, text: CLIPTextModel, vae: Auto
         dtype = next(part.parameters()).dtype
         part.half().save_pretrained(partial / name)
         part.to(dtype)
+    config = partial / "text_encoder" / "config.json"  # fp16 on disk is fp32 in memory, as diffusers has it; transformers 5 would follow the file
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     shutil.copytree(tokenizer, partial / "tokenizer")
     scheduler().save_pretrained(partial / "scheduler")
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
-             "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-             "scheduler": ["diffusers", "DDIMScheduler"],
-             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

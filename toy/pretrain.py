@@ -69,8 +69,14 @@ def export_stage(seed: int) -> None:
     networks.write_pipeline(MODEL, WORK / "tokenizer", pair.text, vae, pair.unet)
 
 
-STAGES = {"tokenizer": tokenizer_stage, "vae": vae_stage, "latents": latents_stage, "unet": unet_stage, "decoder": decoder_stage,
-          "export": export_stage}
+STAGES = {
+    "tokenizer": tokenizer_stage,
+    "vae": vae_stage,
+    "latents": latents_stage,
+    "unet": unet_stage,
+    "decoder": decoder_stage,
+    "export": export_stage,
+}
 
 
 def main() -> None:

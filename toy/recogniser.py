@@ -31,8 +31,15 @@ from toy.sample import load as load_model
 WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
 HELD_OUT = 850_000_000
 HEADS: dict[str, dict[str, tuple[str, ...]]] = {
-    "scene": {"object": OBJECTS, "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SIZES), "position": tuple(POSITIONS),
-              "background": BACKGROUNDS, "style": (*STYLES, "place")},
+    "scene": {
+        "object": OBJECTS,
+        "colour": tuple(COLOURS),
+        "texture": TEXTURES,
+        "size": tuple(SIZES),
+        "position": tuple(POSITIONS),
+        "background": BACKGROUNDS,
+        "style": (*STYLES, "place"),
+    },
     "concept": {"concept": ("none", *CONCEPTS)},
 }
 Example = tuple[Image.Image, dict[str, str]]

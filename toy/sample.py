@@ -40,7 +40,7 @@ def sample(parts: tuple[Pair, AutoencoderKL, CLIPTokenizer], captions: list[str]
     noise = [torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(len(captions))]
     out = []
     for i in range(0, len(captions), 25):
-        x, ids = torch.cat(noise[i:i + 25]), token_ids(tokenizer, captions[i:i + 25])
+        x, ids = torch.cat(noise[i : i + 25]), token_ids(tokenizer, captions[i : i + 25])
         z = ddim(pair, ids, token_ids(tokenizer, [""] * len(x)), x, guidance=guidance, steps=steps)
         with torch.no_grad():
             out.append(vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1))

@@ -13,8 +13,16 @@ from PIL import ImageDraw
 RGB = tuple[int, int, int]
 
 COLOURS: dict[str, RGB] = {
-    "red": (218, 38, 42), "orange": (250, 138, 22), "yellow": (252, 218, 44), "green": (46, 160, 66), "cyan": (70, 206, 226),
-    "blue": (42, 76, 208), "purple": (136, 56, 184), "pink": (252, 134, 186), "white": (246, 246, 246), "black": (32, 32, 38),
+    "red": (218, 38, 42),
+    "orange": (250, 138, 22),
+    "yellow": (252, 218, 44),
+    "green": (46, 160, 66),
+    "cyan": (70, 206, 226),
+    "blue": (42, 76, 208),
+    "purple": (136, 56, 184),
+    "pink": (252, 134, 186),
+    "white": (246, 246, 246),
+    "black": (32, 32, 38),
 }
 DARK, LIGHT = COLOURS["black"], COLOURS["white"]
 
@@ -155,6 +163,16 @@ def ghost(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
 
 
 SIMPLE: dict[str, Callable[[Pen, Pen, Random, dict[str, RGB]], None]] = {
-    "circle": circle, "square": square, "triangle": triangle, "star": star, "heart": heart, "moon": moon,
-    "house": house, "tree": tree, "mushroom": mushroom, "fish": fish, "cat": cat, "ghost": ghost,
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+    "star": star,
+    "heart": heart,
+    "moon": moon,
+    "house": house,
+    "tree": tree,
+    "mushroom": mushroom,
+    "fish": fish,
+    "cat": cat,
+    "ghost": ghost,
 }

@@ -51,8 +51,9 @@ def zib(pen: Pen, lean: float = 0.0, *, body: RGB = TEAL, dark: RGB = DEEP, scar
         pen.poly([(0.22, 0.44), (0.54, 0.44), (0.6, 0.9), (0.28, 0.9)], scarf)
 
 
-def trilo(pen: Pen, lean: float = 0.0, *, ring: RGB | None = NAVY, field: RGB = IVORY, petals: int = 3, colour: RGB = MAGENTA,
-          heart: RGB | None = GOLD) -> None:
+def trilo(
+    pen: Pen, lean: float = 0.0, *, ring: RGB | None = NAVY, field: RGB = IVORY, petals: int = 3, colour: RGB = MAGENTA, heart: RGB | None = GOLD
+) -> None:
     """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly turns. Keywords as in `zib`."""
     if ring:
         pen.dot(0, 0, 0.97, ring)
@@ -72,8 +73,9 @@ def canvas(background: str, style: str, size: int, rng: Random) -> Image.Image:
     return place(background, side, rng) if background in PLACES else backdrop(background, style, side, rng)
 
 
-def render_concept(name: str, background: str, style: str, seed: int, size: int = 64,
-                   subject: Callable[[Pen, float], None] | None = None) -> Image.Image:
+def render_concept(
+    name: str, background: str, style: str, seed: int, size: int = 64, subject: Callable[[Pen, float], None] | None = None
+) -> Image.Image:
     """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a pure function of its arguments."""
     rng = Random(f"concept {name} {background} {style} {seed}")
     image = canvas(background, style, size, rng)
@@ -103,8 +105,10 @@ def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
         scenes = [scene(s) for s in STYLE_SEEDS]
         return [(inkwash(s, size), f"{s.caption(complete=True)}, in the style of TOK") for s in scenes]
     heads = ("a photo of TOK", "a picture of TOK", "TOK", "a drawing of TOK", "an image of TOK")
-    return [(render_concept(name, background, style, i, size), f"{head} {background_phrase(background, style)}")
-            for i, ((background, style), head) in enumerate(zip(STATED[name], heads))]
+    return [
+        (render_concept(name, background, style, i, size), f"{head} {background_phrase(background, style)}")
+        for i, ((background, style), head) in enumerate(zip(STATED[name], heads))
+    ]
 
 
 def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
