@@ -123,11 +123,15 @@ def infer(config: Infer) -> list[Path]:
 
 
 def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -> list[Patch]:
-    """Every LoRA on the model, in order, until the stack closes. Words and tokens that an earlier file has already taken are renamed and reported."""
+    """Every LoRA on the model, in order, until the stack closes; then the tokens that lie beside LoRAs given as single files.
+
+    Words and tokens that an earlier file has already taken are renamed and reported.
+    """
     modules = {**family.modules, **{name.replace("text_encoder", "tokenizer"): t for name, t in family.tokenizers.items()}}
     modules.pop("vae")
+    beside = [LoraArgument(rows, 1.0) for argument in arguments if (rows := tokens_beside(argument.path))]
     patches: list[Patch] = []
-    for i, argument in enumerate(arguments):
+    for i, argument in enumerate([*arguments, *beside]):
         state = formats.load(argument.path, family.layout)
         taken = {name for p in patches for a in p.abstractions for name in (a.word, *a.names)}
         rename = {name: _another(name, i + 1) for name in (*embeddings.words(state, argument.path), *state.token_names) if name in taken}
@@ -135,9 +139,16 @@ def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -
         if isinstance(strength, dict):
             strength = _by_component(strength, state.components, argument.path)
         patches.append(stack.enter_context(patch(modules, argument.path, strength, layout=family.layout, rename=rename)))
-        for sentence in patches[-1].report:
+        for sentence in () if tokens_beside(argument.path) else patches[-1].report:  # a LoRA file is right that it lacks its tokens; they come later
             print(f"note: {sentence}", file=sys.stderr)
     return patches
+
+
+def tokens_beside(path: str) -> str:
+    """The token file in the folder of a LoRA file that was trained with tokens; "" where there is none, or more than one."""
+    found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
+    trained = Path(path).is_file() and path not in map(str, found) and embeddings.NAMES in _header(path)
+    return str(found[0]) if trained and len(found) == 1 else ""
 
 
 def parse_lora(text: str) -> LoraArgument:

@@ -55,6 +55,17 @@ def test_strength_zero_is_the_base_and_tokens_come_along(folder: Path) -> None:
     assert with_word == draw(folder, "names.png", "--prompt", "<s0><s1>", "--lora", f"{folder / 'a'}:0") != base
 
 
+def test_tokens_beside_a_single_file_come_along(folder: Path) -> None:
+    whole = draw(folder, "whole.png", "--prompt", "a TOK", "--lora", str(folder / "a"))
+    for name in ("pytorch_lora_weights.safetensors", "a.safetensors"):
+        single = draw(folder, "single.png", "--prompt", "a TOK", "--lora", str(folder / "a" / name))
+        assert max(abs(x - y) for x, y in zip(single, whole)) <= 1
+    both = ["--lora", str(folder / "a" / "a.safetensors"), "--lora", str(folder / "b" / "b.safetensors")]
+    files = draw(folder, "two.png", "--prompt", "TOK TOK2", *both)
+    folders = draw(folder, "runs.png", "--prompt", "TOK TOK2", "--lora", str(folder / "a"), "--lora", str(folder / "b"))
+    assert max(abs(x - y) for x, y in zip(files, folders)) <= 1
+
+
 def test_parts_have_their_own_strength(folder: Path) -> None:
     pictures = {
         draw(folder, f"{i}.png", "--prompt", "a", "--lora", f"{folder / 'a'}:{s}") for i, s in enumerate(("unet=1,text=0", "unet=0,text=1", "1", "0"))
