@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -131,10 +131,10 @@ def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -
     modules.pop("vae")
     beside = [LoraArgument(rows, 1.0) for argument in arguments if (rows := tokens_beside(argument.path))]
     patches: list[Patch] = []
-    for i, argument in enumerate([*arguments, *beside]):
+    for argument in (*arguments, *beside):
         state = formats.load(argument.path, family.layout)
         taken = {name for p in patches for a in p.abstractions for name in (a.word, *a.names)}
-        rename = {name: _another(name, i + 1) for name in (*embeddings.words(state, argument.path), *state.token_names) if name in taken}
+        rename = {name: _free(name, taken) for name in (*embeddings.words(state, argument.path), *state.token_names) if name in taken}
         strength = argument.strength
         if isinstance(strength, dict):
             strength = _by_component(strength, state.components, argument.path)
@@ -296,9 +296,10 @@ def _header(path: str) -> dict[str, str]:
     return found
 
 
-def _another(name: str, number: int) -> str:
-    """<s0> -> <s0-2>, TOK -> TOK2."""
-    return f"{name[:-1]}-{number}>" if name.endswith(">") else f"{name}{number}"
+def _free(name: str, taken: set[str]) -> str:
+    """The first of TOK2, TOK3 ..., or <s0-2>, <s0-3> ..., that is not taken."""
+    numbered = (f"{name[:-1]}-{n}>" if name.endswith(">") else f"{name}{n}" for n in count(2))
+    return next(other for other in numbered if other not in taken)
 
 
 def _read_image(path: str, height: int, width: int) -> Tensor:
