@@ -17,7 +17,7 @@ demo: .venv/ready          ## pivotal tuning of the embedded model: runs/demo/be
 	$(PY) -m toy.demo $(ARGS)
 
 demo-photos: .venv/ready   ## the same run on photographs: make demo-photos IMAGES=folder
-	$(PY) -m toy.demo --photos "$(IMAGES)" $(ARGS)
+	$(PY) -m toy.demo --photos "$(IMAGES)" --out runs/photos $(ARGS)
 
 test: .venv/ready          ## all tests that need no GPU
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from lora_core.generation import Recipe, generate
 from models import Family, load_family
 from toy import recogniser
 from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
-from toy.draw import PLACES, background_phrase, evaluation_captions
+from toy.draw import PLACES, article, background_phrase, evaluation_captions
 
 TEXT_ONLY = {  # what a user without fine-tuning would type; the best of them is what fine-tuning has to beat
     "zib": ("a creature", "a green creature", "a cyan creature", "an orange creature"),
@@ -63,9 +62,8 @@ def demo(options: Demo, seed: int) -> dict[str, float]:
     """Trains, measures, prints the table; the figures, which are also added to OUT/summary.json."""
     began = time.perf_counter()
     out = options.out if len(options.seeds) == 1 else f"{options.out}_{seed}"
-    with TemporaryDirectory() as temporary:
-        config = configure(options, seed, out, Path(temporary))
-        run = train.train(config)
+    config = configure(options, seed, out)
+    run = train.train(config)
     summary = json.loads((run / "summary.json").read_text())
     figures = {key: summary[key] for key in ("steps", "val_loss_before", "val_loss_after")}
     figures |= measure(config, run, options)
@@ -75,33 +73,28 @@ def demo(options: Demo, seed: int) -> dict[str, float]:
     return figures
 
 
-def configure(options: Demo, seed: int, out: str, temporary: Path) -> Config:
+def configure(options: Demo, seed: int, out: str) -> Config:
     """The run's config: the TOML file's, with the images, held-out drawings and prompts of this demo."""
     base = replace(read_toml(Path(options.config)), seed=seed, out=out, overwrite=True)
     if options.short:
         base = replace(base, stages=tuple(replace(stage, steps=4) for stage in base.stages))
     if options.photos:
-        captioned = any(Path(options.photos).glob("*.txt")) or (Path(options.photos) / "metadata.jsonl").is_file()
-        texts = (
-            replace(base.data, images=options.photos)
-            if captioned
-            else replace(base.data, images=options.photos, captions="one", caption="a photo of TOK")
-        )
-        return replace(base, data=texts, samples=replace(base.samples, base_word="creature"))
+        folder = Path(options.photos)
+        captioned = any(folder.glob("*.txt")) or (folder / "metadata.jsonl").is_file()
+        captions = {} if captioned else {"captions": "one", "caption": "a photo of TOK"}
+        return replace(base, data=replace(base.data, images=options.photos, **captions), samples=replace(base.samples, base_word="creature"))
     prompts = demo_prompts(5, seed=1, name=options.concept)
     if options.concept != "zib":
         base = replace(base, data=replace(base.data, images=f"toy/concepts/{options.concept}"), tokens=replace(base.tokens, init=("emblem",)))
-    draw_held_out(options.concept, temporary)
-    samples = replace(
-        base.samples,
-        base_word=f"a {base.tokens.init[0]}" if base.tokens.init[0][0] not in "aeiou" else f"an {base.tokens.init[0]}",
-        new_prompts=tuple(text for text, _ in prompts),
-    )
-    return replace(base, samples=samples, validation=replace(base.validation, images=str(temporary)))
+    held_out = Path(options.out).parent / "held_out" / options.concept
+    draw_held_out(options.concept, held_out)
+    samples = replace(base.samples, base_word=article(base.tokens.init[0]), new_prompts=tuple(text for text, _ in prompts))
+    return replace(base, samples=samples, validation=replace(base.validation, images=str(held_out)))
 
 
 def draw_held_out(name: str, folder: Path) -> None:
     """Drawings of the concept on other backgrounds, with captions, as the validation set."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i, (caption, background) in enumerate(demo_prompts(HELD_OUT, seed=2, name=name)):
         style = "place" if background in PLACES else next((s for s in ("striped", "gradient") if s in caption), "plain")
         assert background_phrase(background, style) in caption
