@@ -47,6 +47,7 @@ class Session:
         self.config = config
         self.began = time.perf_counter()
         checks.config(config)
+        Run.check(config.out, resume=config.resume, overwrite=config.overwrite)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else torch.device(config.device)

@@ -142,7 +142,13 @@ def compare(run_a: Path, run_b: Path) -> None:
     bins, out = rows[:-1], run_b / f"compare_{run_a.name}.png"
     series = {f"{run_b.name} - {run_a.name}": ([r.t for r in bins], [r.mean for r in bins])}
     errors = {name: [r.error for r in bins] for name in series}
-    pictures.plot(series, out, axes=("timestep", "loss difference (std. error)"), title="paired on the same images and noise", errors=errors)
+    pictures.plot(
+        series,
+        out,
+        axes=("timestep", "loss difference (std. error)"),
+        title=f"{run_b.name} - {run_a.name}, paired on the same images and noise",
+        errors=errors,
+    )
     print(f"plot: {out}")
 
 

@@ -57,29 +57,35 @@ class Run:
         A folder with anything in it is refused without `resume` or `overwrite`, which moves it to OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...).
         `resume` cuts the logs after the newest whole checkpoint and clears away what a killed process left half-written.
         """
-        folder = Path(os.path.abspath(out))
-        if resume and overwrite:
-            raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
         if keep is not None and keep < 1:
             raise UserError(f"the number of checkpoints to keep is {keep}; expected at least 1")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{out} is a file; name a folder for the run")
-        occupied = folder.exists() and any(folder.iterdir())
-        if resume and not occupied:
-            raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
+        folder, occupied = cls.check(out, resume=resume, overwrite=overwrite)
         if occupied and overwrite:
             _back_up(folder)
-        elif occupied and not resume:
-            raise UserError(
-                f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
-                "or name another --out"
-            )
         run = cls(folder, keep=keep)
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if resume:
                 run._rewind()
         return run
+
+    @staticmethod
+    def check(out: Path | str, *, resume: bool, overwrite: bool) -> tuple[Path, bool]:
+        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open` would refuse it."""
+        folder = Path(os.path.abspath(out))
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{out} is a file; name a folder for the run")
+        occupied = folder.exists() and any(folder.iterdir())
+        if resume and not occupied:
+            raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
+        if occupied and not resume and not overwrite:
+            raise UserError(
+                f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
+                "or name another --out"
+            )
+        return folder, occupied
 
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
