@@ -14,7 +14,7 @@ from lora_core import data
 from lora_core.data import Cache, Folder, ImageSettings, batches, missing_word, position, scan
 from lora_core.errors import UserError
 
-PHOTOS = Path("/work/shared/data")
+PHOTOS = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout, where there is one
 
 
 def noise_image(width, height, seed=0, mode="RGB"):
