@@ -29,7 +29,7 @@ from lora_core.config import command_line, from_table, to_table
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
-from lora_core.images import read_picture, to_tensor
+from lora_core.images import read_picture, to_pixels
 from lora_core.pictures import Row, grid, save_png, to_images
 from models import Family, load_family
 
@@ -310,7 +310,7 @@ def _read_image(path: str, height: int, width: int) -> Tensor:
     scale = max(width / image.width, height / image.height)
     image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return to_tensor(image.crop((left, top, left + width, top + height))).mul(2).sub(1)[None]
+    return to_pixels(image.crop((left, top, left + width, top + height)))[None]
 
 
 def _paths(config: Infer, count: int) -> list[Path]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_core.cache import Cache
 from lora_core.captions import TEMPLATES, CaptionMode, read_captions, read_metadata
 from lora_core.errors import UserError
-from lora_core.images import MASK_SUFFIX, Picture, RecentPictures, cut, flip, list_images, mask_path, read_picture, resize, tint, to_tensor
+from lora_core.images import MASK_SUFFIX, Picture, RecentPictures, cut, flip, list_images, mask_path, read_picture, resize, tint, to_pixels, to_tensor
 from lora_core.noise import generator
 from lora_core.tokens import has_word
 
@@ -180,7 +180,7 @@ class Folder:
             picture = tint(picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast")))
         mask = None if picture.mask is None else to_tensor(picture.mask).div(255)
         caption = record.captions[int(self._uniform(record, visit, "caption") * len(record.captions))]
-        pixels = to_tensor(picture.image).mul(2).sub(255).div(255)  # one rounding only
+        pixels = to_pixels(picture.image)
         return Example(pixels, mask, caption, picture.original_size, (top, left), record.key, visit, record.is_prior)
 
     def cache_key(self, record: Record, visit: int) -> str:

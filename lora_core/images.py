@@ -95,6 +95,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return flat.view(image.height, image.width, -1).permute(2, 0, 1).contiguous().float()
 
 
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as fp32 [3, h, w] in [-1, 1], rounded once."""
+    return to_tensor(image).mul(2).sub(255).div(255)
+
+
 class RecentPictures:
     """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data set is read from disk once. Safe with threads."""
 
