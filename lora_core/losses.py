@@ -198,7 +198,10 @@ def _from_file(path: str, name: str) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"{path}:{name} names no Python file; expected path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"{path} has no function {name!r}")
     return getattr(module, name)

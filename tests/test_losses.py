@@ -261,3 +261,9 @@ def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:
     torch.testing.assert_close(whole, rows[:4].mean() + 0.3 * rows[4:].mean())
     parts = [total(rows[i::3], prior[i::3], prior_weight=0.3, instances=4) for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
+    (tmp_path / "broken.py").write_text("def loss(step) return 1")
+    with pytest.raises(UserError, match=r"broken\.py cannot be run: SyntaxError"):
+        resolve(f"{tmp_path / 'broken.py'}:loss", LOSSES)
