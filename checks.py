@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
-import torch
-
 from lora_core import data, losses, noise, tokens
 from lora_core.config import GROUPS, Config, to_table
 from lora_core.errors import UserError
@@ -69,7 +67,6 @@ def config(c: Config) -> None:
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
-    _device(c.device)
 
 
 def _stages(c: Config) -> None:
@@ -111,15 +108,6 @@ def _effects(c: Config) -> None:
         if ours != theirs and not is_read(c):
             option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
             raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
-
-
-def _device(name: str) -> None:
-    if name == "auto":
-        return
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without it
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave --device out to take what there is") from None
 
 
 def initializers(c: Config) -> dict[str, str]:

@@ -31,11 +31,10 @@ from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
 from lora_core.images import read_picture, to_pixels
 from lora_core.pictures import Row, grid, save_png, to_images
-from models import Family, load_family
+from models import DTYPES, Family, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'
 CHUNK = "lora_core"  # the PNG text chunk with the recipe
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,9 @@ def infer(config: Infer) -> list[Path]:
     _check(config, axes, prompts, len(arguments))
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    family = load_family(config.model, dtype=DTYPES[config.precision], device=device, vae=config.vae, scheduler=_trained_with(arguments))
+    family = load_family(
+        config.model, dtype=DTYPES[config.precision], device=choose_device(config.device), vae=config.vae, scheduler=_trained_with(arguments)
+    )
     with ExitStack() as stack:
         patches = apply(family, arguments, stack)
         draw = _drawer(config, family, patches)

@@ -34,9 +34,8 @@ from lora_core.noise import Keys, NoiseLevel, NoiseSettings
 from lora_core.pictures import save_png, to_images
 from lora_core.run import Run, flatten, unflatten
 from lora_core.targets import matches, require_match
-from models import Conditioning, load_family
+from models import DTYPES, Conditioning, choose_device, load_family
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
 
 
@@ -50,7 +49,7 @@ class Session:
         Run.check(config.out, resume=config.resume, overwrite=config.overwrite)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else torch.device(config.device)
+        self.device = choose_device(config.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
         self.noise = NoiseSettings(config.noise.offset, config.noise.multires_levels, config.noise.multires_discount, config.noise.perturbation)

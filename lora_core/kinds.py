@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from lora_core.algebra import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import wide
+from lora_core.plugins import from_file
 
 Base = nn.Linear | nn.Conv2d
 
@@ -166,15 +165,7 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
     if not file.endswith(".py"):
         close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
         raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
-    if not Path(file).is_file():
-        raise UserError(f"adapter kind {spec!r}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"adapter kind {spec!r}: {file} defines no {name}")
-    return getattr(module, name)
+    return from_file(file, name, "class")
 
 
 def factor_shapes(base: Base, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,13 +6,11 @@ weight = W(snr) * |d x0 / d out|^2, with W the weighting of the squared error of
 """
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.noise import NoiseLevel
+from lora_core.plugins import from_file
 from lora_core.prediction import PREDICTIONS
 
 
@@ -176,7 +175,7 @@ def resolve(spec: str, table: Mapping[str, Callable[..., Any] | None], args: Map
     Raises UserError for an unknown name (naming the nearest), a missing file or function, and an argument the function does not take.
     """
     path, colon, name = spec.rpartition(":")
-    function = _from_file(path, name) if colon else _from_table(spec, table)
+    function = from_file(path, name, "function") if colon else _from_table(spec, table)
     if not args:
         return function
     known = list(inspect.signature(function).parameters)[1:] if function else []  # all but the StepOutput or the snr
@@ -191,20 +190,6 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Any:
         near = get_close_matches(name, table, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown name {name!r}, the nearest is {near!r}; choose {', '.join(table)} or path/to/file.py:function")
     return table[name]
-
-
-def _from_file(path: str, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path}:{name} names no Python file; expected path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{path} has no function {name!r}")
-    return getattr(module, name)
 
 
 def check_rows(rows: Tensor, name: str, b: int) -> None:

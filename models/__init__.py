@@ -13,8 +13,9 @@ from lora_core.errors import UserError
 from models import sd
 from models.family import Conditioning, Family, Layout, read_json
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "Layout", "load_family"]
+__all__ = ["DTYPES", "FAMILIES", "Conditioning", "Family", "Layout", "choose_device", "load_family"]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # --precision
 FAMILIES: dict[str, Callable[..., Any]] = {pipeline: sd.load for pipeline in sd.PIPELINES}  # `_class_name` of model_index.json -> loader
 
 
@@ -36,3 +37,13 @@ def load_family(
         near = difflib.get_close_matches(name, FAMILIES, 1, 0.0)
         raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; the nearest supported is {near[0]}")
     return FAMILIES[name](path, dtype=dtype, device=device, vae=vae, scheduler=scheduler or {})
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is CUDA where there is one. Raises UserError when it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without it
+        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave --device out to take what there is") from None

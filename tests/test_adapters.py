@@ -475,7 +475,7 @@ def refusals():
     yield net(), {"targets": ("norm",)}, "'norm' matches none of the 6 layers"
     yield net(), {"targets": ()}, "no target patterns"
     yield net(), {"kind": "dorra", "rank": 1, "targets": ("to_q",)}, "unknown adapter kind 'dorra', did you mean dora"
-    yield net(), {"kind": "nowhere.py:X", "rank": 1, "targets": ("to_q",)}, "there is no file nowhere.py"
+    yield net(), {"kind": "nowhere.py:X", "rank": 1, "targets": ("to_q",)}, "nowhere.py:X names no Python file"
     yield nn.MultiheadAttention(4, 2), {"rank": 1, "targets": ("out_proj",)}, "MultiheadAttention without being called"
     zero = net()
     nn.init.zeros_(zero.to_q.weight[3])
@@ -519,7 +519,7 @@ def test_a_kind_from_a_file(tmp_path):
     model, base = net(), net()
     inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Twice", rank=2, targets=("to_q",)))
     assert type(model.to_q.adapter("default")).__name__ == "Twice" and torch.equal(model(image()), base(image()))
-    with pytest.raises(UserError, match="defines no Thrice"):
+    with pytest.raises(UserError, match="has no class 'Thrice'"):
         inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Thrice", rank=2, targets=("to_q",)), name="b")
 
 

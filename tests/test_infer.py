@@ -163,6 +163,7 @@ def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
         (["--prompt", "a", "--grid", "strength=0:1:0.5"], "--lora"),
         (["--prompt", "a", "--grid", "seed=0:2", "--count", "2"], "grid"),
         (["--prompt", "a", "--count", "0"], "--count"),
+        (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
         (["--from", "nowhere.png"], "nowhere.png"),
     ],
 )
