@@ -4,11 +4,14 @@ Everything downstream speaks one law, x_t = alpha x0 + sigma eps, with one row (
 vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma, arXiv 2210.02747), edm (alpha = 1, arXiv 2206.00364).
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -213,25 +216,70 @@ DENSITIES: dict[str, Callable[..., Tensor]] = {  # u in [0, 1) -> fraction of th
     "uniform": lambda u: u,
     "logit_normal": lambda u, mean=0.0, std=1.0: torch.sigmoid(mean + std * torch.special.ndtri(u)),
     "mode": lambda u, scale=1.29: 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u),
+    "cosmap": lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),  # of density 2 / (pi - 2 pi f + 2 pi f^2)
 }
 
 
-def draw(schedule: Schedule, keys: Keys, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None) -> NoiseLevel:
+def density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
+    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b], 0 clean, 1 pure noise.
+
+    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the
+    opposite sign, because they look the fraction up in a table that descends; their +1 is our -1. The other densities are symmetric.
+    Raises UserError for an unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
+    """
+    if name not in DENSITIES:
+        near = get_close_matches(name, DENSITIES, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown density {name!r}, the nearest is {near!r}; choose {', '.join(DENSITIES)}")
+    known = list(inspect.signature(DENSITIES[name]).parameters)[1:]
+    for arg, value in args.items():
+        if arg not in known:
+            raise UserError(f"density {name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
+        if not isinstance(value, int | float):
+            raise UserError(f"argument {arg} of density {name} is {value!r}, expected a number")
+    bound = functools.partial(DENSITIES[name], **args)
+    fractions = bound(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
+    if not (fractions.min() >= 0 and fractions.max() <= 1):  # also where they are NaN
+        raise UserError(f"density {name} with {args} leaves the fractions 0..1 of the schedule; give values nearer to the default")
+    return bound
+
+
+def draw(
+    schedule: Schedule, keys: Keys, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None, shift: float = 1.0
+) -> NoiseLevel:
     """One row of the schedule's table per example, on the schedule's device.
 
     The fraction f = low + (high - low) density(u), u keyed and uniform, picks row floor(f T): by default every row of
     [low T, high T) is equally likely. The fractions count rows, so for a shifted flow they are taken before the shift.
-    A density is a row of DENSITIES or any such quantile function; towards 1 is towards noise (diffusers' flow scripts index a
-    descending table, so their logit_mean has the opposite sign).
-    Raises UserError for an empty or impossible range.
+    `density` is what the function of that name returns, or any quantile function; towards 1 is towards noise. `shift` (flow only)
+    moves the drawn sigma by `shifted`, on top of the table's own shift: the two multiply.
+    Raises UserError for an empty or impossible range, and for a shift of a schedule that is no flow.
     """
     # 1e-6 of a row: 0.29 * 1000 is not quite 290
     first, stop = math.floor(low * len(schedule) + 1e-6), math.ceil(high * len(schedule) - 1e-6)
     if not (0 <= low < high <= 1 and first < stop):
         raise UserError(f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high")
+    check_shift(schedule, shift)
     u = keys.uniform("timestep").double()
     row = (first + (u if density is None else density(u)) * (stop - first)).floor().long().clamp(first, stop - 1)
-    return schedule.level(schedule.ts[row.to(schedule.ts.device)].float())
+    t = schedule.ts[row.to(schedule.ts.device)]
+    return schedule.level((t if shift == 1 else shifted(t, shift)).float())
+
+
+def check_shift(schedule: Schedule, shift: float) -> None:
+    """Raises UserError for a shift that is not above 0, and for one other than 1 where the schedule is no flow."""
+    if not (shift > 0 and math.isfinite(shift)):
+        raise UserError(f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing")
+    if shift != 1 and schedule.kind != "flow":
+        raise UserError(f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; leave it at 1")
+
+
+def resolution_shift(tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base: float = 0.5, max: float = 1.15) -> float:
+    """The shift e^mu for images of `tokens` patches, mu on the line through (base_tokens, base) and (max_tokens, max), not cut off beyond.
+
+    What BFL's Flux and diffusers' `calculate_shift` with use_dynamic_shifting do: their time shift e^mu / (e^mu + 1 / sigma - 1) is
+    `shifted(sigma, e^mu)` (arXiv 2403.03206 eq. 23, where the shift is sqrt(tokens / base tokens)).
+    """
+    return math.exp(base + (max - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
 
 
 # ---------------------------------------------------------------- the noise itself

@@ -12,11 +12,13 @@ from lora_core.noise import (
     NoiseLevel,
     NoiseSettings,
     add_noise,
+    density,
     draw,
     edm,
     flow,
     generator,
     karras,
+    resolution_shift,
     sample_noise,
     shifted,
     vp,
@@ -176,6 +178,77 @@ def test_densities_are_the_papers() -> None:
     assert mode.min() >= 0 and mode.max() <= 1 and abs(mode.mean() - 0.5) < 1e-6
     level = draw(flow(), many(300), density=DENSITIES["logit_normal"])
     assert abs(level.sigma.mean() - 0.5) < 4 * level.sigma.std() / 300**0.5 and level.sigma.std() < 0.25
+
+
+PUBLISHED = {  # arXiv 2403.03206 section 3.1, equations 19 to 21
+    "uniform": lambda t: torch.ones_like(t),
+    "logit_normal": lambda t: torch.exp(-(torch.logit(t) ** 2) / 2) / ((2 * math.pi) ** 0.5 * t * (1 - t)),
+    "cosmap": lambda t: 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_quantile_function_has_the_published_density(name: str) -> None:
+    """d u / d t of t = Q(u) is the density of t."""
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
+    t = density(name)(u)
+    (slope,) = torch.autograd.grad(t.sum(), u)
+    torch.testing.assert_close(1 / slope, PUBLISHED[name](t), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_the_default_densities_are_symmetric(name: str) -> None:
+    u = (torch.arange(1, 64).double()) / 64
+    torch.testing.assert_close(density(name)(u), 1 - density(name)(1 - u), rtol=0, atol=1e-12)
+
+
+def test_a_positive_logit_mean_is_more_noise() -> None:
+    u = torch.tensor([0.5], dtype=torch.float64)
+    assert density("logit_normal", mean=1.0)(u) == torch.sigmoid(torch.ones(1).double())
+    assert draw(flow(), many(100), density=density("logit_normal", mean=1.0)).sigma.mean() > 0.6
+
+
+def test_arguments_of_a_density_are_checked() -> None:
+    assert density("mode", scale=0.5)(torch.tensor([0.0]).double()) == 1
+    for name, args, message in (
+        ("mdoe", {}, "nearest is 'mode'"),
+        ("logit_normal", {"mena": 1.0}, "'mena'.*mean, std"),
+        ("cosmap", {"scale": 1.0}, "takes none"),
+        ("mode", {"scale": "big"}, "'big', expected a number"),
+        ("mode", {"scale": -3.0}, "leaves the fractions"),
+        ("logit_normal", {"std": 0.0}, "leaves the fractions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            density(name, **args)
+
+
+def test_a_shift_moves_the_drawn_sigma_after_the_density() -> None:
+    for schedule in (flow(), flow(shift=3.0)):
+        plain, moved = (draw(schedule, many(50), density=DENSITIES["mode"], shift=shift) for shift in (1.0, 2.5))
+        torch.testing.assert_close(moved.sigma, shifted(plain.sigma, 2.5), rtol=1e-6, atol=0)
+        assert torch.equal(moved.t, moved.sigma) and (moved.sigma >= plain.sigma).all()
+    twice = draw(flow(shift=3.0), many(50), shift=2.0)
+    torch.testing.assert_close(twice.sigma, draw(flow(), many(50), shift=6.0).sigma, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [vp_from_config(SD), edm()], ids=["vp", "edm"])
+def test_a_shift_of_a_schedule_that_is_no_flow_is_refused(schedule) -> None:
+    with pytest.raises(UserError, match="needs a flow"):
+        draw(schedule, KEYS, shift=2.0)
+    with pytest.raises(UserError, match="above 0"):
+        draw(flow(), KEYS, shift=0.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 1024, 4096, 9000])
+def test_the_shift_of_a_resolution_is_diffusers(tokens: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.01]
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens))
+    ours = shifted(torch.tensor(sigmas, dtype=torch.float64), resolution_shift(tokens))
+    torch.testing.assert_close(ours, theirs.sigmas[:-1].double(), atol=2e-7, rtol=0)
 
 
 def test_add_noise_is_the_law_in_every_dtype() -> None:
