@@ -1,0 +1,274 @@
+"""Stable Diffusion XL: UNet2DConditionModel with sizes and pooled prompts as further conditioning, CLIP-L and OpenCLIP bigG, AutoencoderKL.
+
+Base, inpainting (9 channels), refiner (bigG alone, an aesthetic score in place of the target size), and Playground v2.5 style models (EDM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lora_core import noise
+from lora_core.errors import UserError
+from lora_core.formats.layout import Component, Layout, layout_of
+from lora_core.noise import NoiseLevel, Schedule
+from lora_core.prediction import SIGMA_DATA
+from lora_core.tokens import first_eos
+from models import sd
+from models.family import Conditioning, Loading, Sizes, config_of, part, read_json, tokenize
+from models.sd import StableDiffusion
+
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # a refiner has the second only
+SCORES = (6.0, 2.5)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
+PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text encoders 48 / 128 and 72 / 192
+    "unet": sd.PRESETS["unet"]
+    | {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
+        "b-lora-content": tuple(f"up_blocks.0.attentions.0.{glob}" for glob in sd.ATTENTION),
+        "b-lora-style": tuple(f"up_blocks.0.attentions.1.{glob}" for glob in sd.ATTENTION),
+    },
+    "text_encoder": sd.PRESETS["text_encoder"],
+    "text_encoder_2": sd.PRESETS["text_encoder"],
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of; components of one name in `encoders` and `tokenizers` belong together."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    encoders: dict[str, Any]
+    tokenizers: dict[str, Any]
+    index: dict[str, Any]  # model_index.json
+
+
+class StableDiffusionXL(StableDiffusion):
+    """See models.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after `inform`, time_ids [b, 6].
+
+    A refiner's rows also carry aesthetic_score [b, 1] until `inform` moves it into time_ids [b, 5].
+    """
+
+    name = "sdxl"
+
+    def __init__(self, parts: Parts, scheduler: Mapping[str, Any], how: Loading):
+        unet, vae, config = parts.unet, parts.vae, {**scheduler, **how.scheduler}
+        self.unet, self.vae, self.encoders, self.tokenizers = unet, vae, parts.encoders, parts.tokenizers
+        self.modules: dict[str, nn.Module] = {"unet": unet, **parts.encoders, "vae": vae}
+        self.pipeline, self.said = parts.index["_class_name"], set[str]()
+        self.clip_skip = sd.skipped(how.clip_skip, list(parts.encoders.values()))
+        self.zeros = parts.index.get("force_zeros_for_empty_prompt", True)
+        self.scored = parts.index.get("requires_aesthetics_score", False)
+        self.schedule, self.prediction = schedule_of(scheduler, how.scheduler)
+        self.spacing, self.offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
+        self.latent_channels = vae.config.latent_channels
+        self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.resolution = unet.config.sample_size * self.factor
+        self.inpainting = sd.reads_mask(unet, self.latent_channels)
+        self.layout = layout(unet, parts.encoders)
+        for module in self.modules.values():
+            module.requires_grad_(False).eval()
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The second last hidden states of the encoders side by side, without final norm, and bigG's projected last state at the first EOS.
+
+        clip_skip k takes the states k layers earlier; the pooled state stays. diffusers pools at the largest token id where the encoder's config
+        says eos_token_id 2, which is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
+        """
+        states, extra = [], {}
+        for name, encoder in self.encoders.items():
+            tokenizer = self.tokenizers[name]
+            ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said).to(encoder.device)
+            out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-(self.clip_skip + 2)])
+            if name == "text_encoder_2":
+                end = first_eos(ids, tokenizer.eos_token_id)
+                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[torch.arange(len(ids), device=ids.device), end])
+        return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts encoded; zeros for empty ones, where model_index.json says force_zeros_for_empty_prompt (as by default).
+
+        clip_skip holds here too; diffusers encodes negative prompts without it.
+        """
+        cond = self.encode_prompts(prompts)
+        if self.zeros:
+            kept = torch.tensor([[float(bool(prompt))] for prompt in prompts]).to(cond.prompt_embeds)
+            cond = Conditioning(cond.prompt_embeds * kept[..., None], {"text_embeds": cond.extra["text_embeds"] * kept})
+        return self._scored(cond, SCORES[1])
+
+    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+        """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
+        places = [(*original, *crop) for original, crop in zip(sizes.original, sizes.crop, strict=True)]
+        extra = dict(cond.extra)
+        told = torch.tensor(places, dtype=torch.float32, device=self.device)
+        last = extra.pop("aesthetic_score") if self.scored else told.new_tensor([sizes.target]).expand(len(told), -1)
+        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": torch.cat([told, last], dim=1)})
+
+    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
+        """As for Stable Diffusion; time_ids keep their precision (bf16 has no 1365)."""
+        if (inpaint is not None) != self.inpainting:
+            raise UserError("an inpainting UNet needs a mask and a masked image, and only such a UNet takes them")
+        x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
+        dtype = self.unet.dtype
+        out = self.unet(x.to(dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(dtype), added_cond_kwargs=cond.extra).sample
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def _scored(self, cond: Conditioning, score: float) -> Conditioning:
+        if not self.scored:
+            return cond
+        return cond.with_extra(aesthetic_score=torch.full((len(cond.prompt_embeds), 1), score, device=self.device))
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(path: str, how: Loading) -> StableDiffusionXL:
+    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part, and for parts that do not fit."""
+    if how.max_sequence_length:
+        raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
+    index, scheduler = read_json(path, "model_index.json"), read_json(path, "scheduler/scheduler_config.json")
+    schedule_of(scheduler, how.scheduler)
+    names = present(path, index)
+    vae = part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device)
+    tokenizers = {name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")) for name in names}
+    encoders = {name: part(ENCODERS[name].from_pretrained, path, name, dtype=how.dtype).to(how.device) for name in names}
+    unet = part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=how.dtype).to(how.device)
+    return StableDiffusionXL(Parts(unet, vae, encoders, tokenizers, index), scheduler, how)
+
+
+def outline(path: str) -> Layout:
+    """The layout of the model at `path`, from its configs alone: no weight is read."""
+    names = present(path, read_json(path, "model_index.json"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
+        encoders = {name: ENCODERS[name](config_of(path, name, CLIPTextConfig)) for name in names}
+    return layout(unet, encoders)
+
+
+def present(path: str, index: Mapping[str, Any]) -> list[str]:
+    """The text encoders that model_index.json lists. Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet."""
+    names = [name for name in ENCODERS if (index.get(name) or [None])[-1] is not None]
+    if "text_encoder_2" not in names:
+        raise UserError(f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; the copy is incomplete")
+    unet, encoders = read_json(path, "unet/config.json"), [config_of(path, name, CLIPTextConfig) for name in names]
+    numbers = 5 if index.get("requires_aesthetics_score", False) else 6
+    told = numbers * (unet.get("addition_time_embed_dim") or 0) + encoders[-1].projection_dim
+    expected = {  # key of the UNet's config.json -> what its neighbours make of it
+        "cross_attention_dim": sum(config.hidden_size for config in encoders),
+        "addition_embed_type": "text_time",
+        "projection_class_embeddings_input_dim": told,
+    }
+    for key, value in expected.items():
+        if unet.get(key) != value:
+            has = f"has {key} {unet.get(key)}, with {' and '.join(names)} beside it expected {value}"
+            raise UserError(f"the UNet of {path} {has}; take all parts from one model")
+    return names
+
+
+def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed; vp, or edm for the schedulers named so.
+
+    Their training tables are Karras' sigmas too; EDMEulerScheduler's has one row more between the same ends.
+    Raises UserError for a scheduler we do not have, and for changes that an edm scheduler has no use for.
+    """
+    name, merged = config.get("_class_name", ""), {**config, **changes}
+    if "Flow" in name:
+        raise UserError(f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only")
+    if "EDM" not in name:
+        return noise.vp_from_config(merged), merged.get("prediction_type", "epsilon")
+    known = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "num_train_timesteps": 1000}  # diffusers' defaults
+    for key in changes:
+        if key not in known:
+            raise UserError(f"the model's {name} takes no {key}; leave out --noise.prediction and --noise.zero-terminal-snr for EDM models")
+    for key, expected in (("prediction_type", "epsilon"), ("sigma_data", SIGMA_DATA), ("sigma_schedule", "karras")):
+        if config.get(key, expected) != expected:
+            raise UserError(f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only")
+    low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
+    return noise.edm(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
+
+
+# ---------------------------------------------------------------- names
+
+
+def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
+    """Names and presets of an SDXL model; kohya's files name the UNet's modules as Stability's code does."""
+    kind = "base" if "text_encoder" in encoders else "refiner"
+    found = layout_of(
+        {"unet": unet, **encoders},
+        family="sdxl",
+        base_model_version=f"sdxl_{kind}_v1-0",
+        presets={name: PRESETS[name] for name in ("unet", *encoders)},
+        architecture=f"stable-diffusion-xl-v1-{kind}/lora",
+    )
+    component: Component = found.components["unet"]
+    return replace(found, components={**found.components, "unet": replace(component, names=stability_names(unet, component.shapes))})
+
+
+RESNET = {  # a residual block's modules, ours -> Stability's
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+EDGES = {  # outside of the blocks
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_out": "out.2",
+}
+
+
+def stability_names(unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's own blocks; every path has a name of its own.
+
+    Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
+    upsampler is the last member of its block's last entry.
+    """
+    places = dict(_places(unet))
+    names = {}
+    for path in paths:
+        start = next((place for place in places if path == place or path.startswith(place + ".")), None)
+        if start is None:
+            names[path] = EDGES[path]
+            continue
+        rest = path[len(start) + 1 :]
+        inner = RESNET[rest] if ".resnets." in start else rest
+        names[path] = places[start] + (f".{inner}" if inner else "")
+    return names
+
+
+def _places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
+    entry = 1  # input_blocks.0 is conv_in
+    for i, block in enumerate(unet.down_blocks):
+        attentions = getattr(block, "attentions", [])
+        for j in range(len(block.resnets)):
+            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{entry}.0"
+            if attentions:
+                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{entry}.1"
+            entry += 1
+        if block.downsamplers:
+            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
+            entry += 1
+    for j in range(len(getattr(unet.mid_block, "resnets", []))):  # distilled models have no middle block
+        yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
+        yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
+    entry = 0
+    for i, block in enumerate(unet.up_blocks):
+        attentions = getattr(block, "attentions", [])
+        for j in range(len(block.resnets)):
+            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{entry}.0"
+            if attentions:
+                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
+            entry += 1
+        if block.upsamplers:
+            yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv"
