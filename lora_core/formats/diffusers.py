@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.grammar import Grammar, Site, decode, encode, sites
-from lora_core.formats.layout import ENCODERS, PREFIXES, Component, Layout, missing_level
+from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 ADAPTER_HEADER = "lora_adapter_metadata"  # peft's LoraConfig fields as JSON, "unet.r" and so on
 GRAMMAR = Grammar(
@@ -35,7 +35,7 @@ GRAMMAR = Grammar(
     magnitude=lambda out, ndim: (1, out, 1, 1) if ndim == 4 else (out,),
     written={(name, "magnitude"): "lora_magnitude_vector.weight" for name in ENCODERS},
 )
-FACTOR = re.compile(rf"({'|'.join(PREFIXES)})\..+\.({'|'.join(re.escape(leaf) for role in ('down', 'up') for leaf in GRAMMAR.leaves[role])})")
+FACTOR = re.compile(rf"({'|'.join(COMPONENTS)})\..+\.({'|'.join(re.escape(leaf) for role in ('down', 'up') for leaf in GRAMMAR.leaves[role])})")
 
 
 def detect(tensors: Mapping[str, Tensor]) -> bool:
@@ -66,7 +66,7 @@ def _sites(keys: Iterable[str]) -> dict[str, Site]:
     """The grammar alone, for files read without a layout. A text encoder's missing `text_model.` level is put back."""
     found: dict[str, Site] = {}
     leaves = {leaf: role for role, spellings in GRAMMAR.leaves.items() for leaf in spellings}
-    pattern = re.compile(rf"({'|'.join(PREFIXES)})\.(.+)\.({'|'.join(map(re.escape, sorted(leaves, key=len, reverse=True)))})")
+    pattern = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({'|'.join(map(re.escape, sorted(leaves, key=len, reverse=True)))})")
     for key in keys:
         if match := pattern.fullmatch(key):
             component, path, leaf = match.groups()
@@ -80,7 +80,7 @@ def _header_scales(header: Mapping[str, str], source: str) -> dict[str, float]:
         return {}
     try:
         fields: dict[str, Any] = json.loads(header[ADAPTER_HEADER])
-        components = [name for name in PREFIXES if f"{name}.r" in fields]
+        components = [name for name in COMPONENTS if f"{name}.r" in fields]
         for name in components:
             if fields.get(f"{name}.rank_pattern") or fields.get(f"{name}.alpha_pattern"):
                 raise UserError(f"{source} has {name} ranks or alphas by layer in its header {ADAPTER_HEADER}, not read; fold them into lora_B")

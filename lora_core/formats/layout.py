@@ -10,15 +10,20 @@ from torch import nn
 
 from lora_core.errors import UserError
 
-PREFIXES: dict[str, tuple[str, ...]] = {  # component -> prefixes of its names in kohya files; the first is written, all are read
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what pipelines call the networks that are adapted
+ENCODERS = {
+    "text_encoder": "clip_l",
+    "text_encoder_2": "clip_g",
+    "text_encoder_3": "t5",
+}  # component -> key of token rows, where a family says nothing else
+PREFIXES: dict[str, tuple[str, ...]] = {  # network, or key of an encoder's token rows -> prefixes in kohya files; the first is written, all are read
     "unet": ("lora_unet",),
     "transformer": ("lora_unet",),
-    "text_encoder": ("lora_te", "lora_te1"),
-    "text_encoder_2": ("lora_te2",),
-    "text_encoder_3": ("lora_te3",),
+    "clip_l": ("lora_te", "lora_te1"),
+    "clip_g": ("lora_te2",),
+    "t5": ("lora_te3",),
 }
 NUMBERED = ("lora_te1", "lora_te")  # the first text encoder's, where there is a second one
-ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}  # component -> key of its token rows
 LEVELS = {"encoder.layers.": "text_model."}  # how a text encoder's modules begin -> published level that transformers 5 dropped (CLIPTextModel)
 
 
@@ -30,6 +35,9 @@ class Component:
     shapes: Mapping[str, tuple[int, ...]]  # published path -> weight shape [out, in] or [out, in / groups, kh, kw]
     module_prefix: str = ""  # the start of every published path that the installed module lacks, e.g. "text_model."
     names: Mapping[str, str] = field(default_factory=dict)  # published path -> the dotted name kohya files build on, where it differs
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # such a name -> published paths whose outputs it stacks, in row order
+    swapped: frozenset[str] = frozenset()  # published paths whose halves of the output such files store the other way round
+    unscaled: frozenset[str] = frozenset()  # published paths whose alpha a reader of such files ignores: written with scale 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def layout_of(
     for name, module in modules.items():
         shapes = dict(weight_shapes(module))
         level = missing_level(name, shapes)
-        prefixes = PREFIXES.get(name, (f"lora_{name}",))
+        prefixes = PREFIXES.get(encoders.get(name, name), (f"lora_{name}",))
         if name == "text_encoder" and "text_encoder_2" in modules:
             prefixes = NUMBERED
         components[name] = Component(prefixes, {level + path: shape for path, shape in shapes.items()}, level)

@@ -1,0 +1,269 @@
+"""Flux.1 dev and schnell: FluxTransformer2DModel on packed latents, AutoencoderKL, CLIP-L for one pooled vector, T5 for the rest; rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging
+
+from lora_core import noise
+from lora_core.errors import UserError
+from lora_core.formats.layout import Layout, layout_of
+from lora_core.noise import NoiseLevel, Schedule
+from lora_core.sampling import Spacing
+from lora_core.tokens import first_eos
+from models import sd
+from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, part, read_json, tokenize
+
+logging.disable_progress_bar()
+
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
+ADAPTABLE = ("transformer", "text_encoder", "text_encoder_2")  # what files may name
+PATCH = 2  # latents for one token, each way
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+PRESETS = {  # component -> preset -> globs; the counts are those of 19 double and 38 single blocks
+    "transformer": {
+        "attention": ATTENTION,  # 190, four names
+        "fal": (*ATTENTION, *ADDED, *FEED_FORWARD),  # 342, diffusers' scripts
+        "ostris": (*ATTENTION, *ADDED, *FEED_FORWARD, "norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out"),  # 495
+        "kohya": ("transformer_blocks.*", "single_transformer_blocks.*"),  # 494, which are 304 of the original code's
+        "all-linear": ("*",),
+    },
+    "text_encoder": sd.PRESETS["text_encoder"],
+}
+SHIFTS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # what is read of a scheduler
+OTHER_STEPS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+LENGTHS = {True: 512, False: 256}  # tokens of a T5 prompt, with and without a guidance embedding (dev and schnell)
+LONGEST = 512  # what the pipelines allow
+
+
+class Flux:
+    """See models.family.Family. The VAE stays in fp32 or better; transformer and text encoders take the base precision."""
+
+    name = "flux"
+    denoiser = "transformer"
+    prediction = "flow"
+    inpainting = False
+    spacing: Spacing = "trailing"  # a flow has one layout of its steps; spacing and offset say nothing
+    offset = 0
+
+    def __init__(self, modules: dict[str, Any], tokenizers: dict[str, Any], scheduler: dict[str, Any], length: int):
+        self.modules: dict[str, nn.Module] = modules
+        self.tokenizers, self.scheduler, self.length = tokenizers, scheduler, length
+        self.transformer, self.vae, self.clip, self.t5 = (modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+        self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
+        self.schedule = noise.flow(shift=1.0 if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0))
+        self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
+        self.latent_channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.multiple = PATCH * self.factor
+        self.resolution = self.vae.config.sample_size
+        check_channels(self.transformer.config.in_channels, self.latent_channels)
+        self.layout = layout({name: modules[name] for name in ADAPTABLE})
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def schedule_at(self, height: int, width: int) -> Schedule:
+        """With use_dynamic_shifting the shift grows with the number of tokens, as the scheduler's config says; else it is the config's constant."""
+        c = self.scheduler
+        if not c.get("use_dynamic_shifting"):
+            return self.schedule
+        shift = noise.resolution_shift(
+            (height // PATCH) * (width // PATCH),
+            base_tokens=c.get("base_image_seq_len", 256),
+            max_tokens=c.get("max_image_seq_len", 4096),
+            base=c.get("base_shift", 0.5),
+            max=c.get("max_shift", 1.15),
+        )
+        return noise.flow(shift=shift)
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_pixels(self.vae, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode_latents(self.vae, latents)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector at the first end-of-text token.
+
+        transformers' pooler looks for the largest id where a config says eos_token_id 2, and finds a learned token there. Every encoder reads the
+        same string; one that has not learned the tokens reads their names as plain text, as in diffusers.
+        """
+        tokenizer = self.tokenizers["text_encoder"]
+        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"])
+        ends = first_eos(ids, tokenizer.eos_token_id).to(self.clip.device)
+        hidden = self.clip(ids.to(self.clip.device)).last_hidden_state
+        pooled = hidden[torch.arange(len(ends), device=ends.device), ends]
+        ids = tokenize(self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"])
+        return Conditioning(self.t5(ids.to(self.t5.device)).last_hidden_state, {"pooled_prompt_embeds": pooled})
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode_prompts(prompts)
+
+    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+        """With the guidance scale [b] fp32 where the transformer is told one."""
+        if not self.distilled_guidance:
+            return cond
+        embeds = cond.prompt_embeds
+        return cond.with_extra(guidance=torch.full((len(embeds),), guidance, dtype=torch.float32, device=embeds.device))
+
+    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
+        """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both to its own dtype."""
+        if inpaint is not None:
+            raise UserError("this model takes no mask and no masked image; leave them out or choose an inpainting model")
+        dtype, (height, width) = self.transformer.dtype, x_t.shape[-2:]
+        ids = {"img_ids": image_ids(height, width), "txt_ids": torch.zeros(cond.prompt_embeds.shape[1], 3)}
+        out = self.transformer(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=level.t,
+            guidance=cond.extra["guidance"] if self.distilled_guidance else None,
+            pooled_projections=cond.extra["pooled_prompt_embeds"].to(dtype),
+            encoder_hidden_states=cond.prompt_embeds.to(dtype),
+            **{name: rows.to(x_t.device) for name, rows in ids.items()},
+        ).sample
+        return unpack(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
+
+    def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
+        """softmax(q k^T / sqrt(d)) of the double blocks over all keys, text and image, of which the text's columns are returned: rows sum to less
+        than 1. One map [b, heads, tokens, s] a block, token (row, column) = one 2 x 2 patch of latents.
+
+        q and k are the outputs of the norms; image tokens are then rotated by their place, text tokens have place 0 and are not.
+        """
+        layers = {name: m for name, m in self.transformer.named_modules() if hasattr(m, "norm_added_k")}
+        seen: dict[tuple[str, str], Tensor] = {}
+        hooks = [
+            getattr(m, which).register_forward_hook(lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out))
+            for name, m in layers.items()
+            for which in ("norm_q", "norm_k", "norm_added_k")
+        ]
+        try:
+            self.denoise(x_t, level, cond, inpaint)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        cos, sin = self.transformer.pos_embed(image_ids(*x_t.shape[-2:]).to(x_t.device))  # [tokens, d]
+        maps = []
+        for name in layers:
+            q, k, text = (seen[name, which].transpose(1, 2).float() for which in ("norm_q", "norm_k", "norm_added_k"))  # [b, heads, s, d]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            scores = q @ torch.cat([text, k], dim=2).transpose(-1, -2) * q.shape[-1] ** -0.5
+            maps.append(scores.softmax(-1)[..., : text.shape[2]])
+        return maps
+
+
+# ---------------------------------------------------------------- packed latents
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w]: one for each 2 x 2 patch, channels outermost."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents [b, c, height, width]; undoes `pack`."""
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // PATCH, w=width // PATCH, ph=PATCH, pw=PATCH)
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """(0, row, column) of every token of latents [b, c, height, width]: [(h / 2) (w / 2), 3] fp32."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(height // PATCH).float(), torch.arange(width // PATCH).float())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864 eq. 34) of x [b, heads, s, d]: each pair of neighbours turns by its angle, cos and sin [s, d]."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(path: str, how: Loading) -> Flux:
+    """The model in a folder or on the hub, in the diffusers layout.
+
+    Raises UserError, before any weight is read, for settings that mean nothing to a flow or to a pooled vector, and for a transformer with further
+    input channels; then for a missing or broken part.
+    """
+    if how.clip_skip:
+        raise UserError(f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector is used; leave it out")
+    scheduler = _scheduler(path, how.scheduler)
+    config = read_json(path, "transformer/config.json")
+    check_channels(config.get("in_channels", 64), read_json(path, "vae/config.json").get("latent_channels", 4))
+    length = _length(how.max_sequence_length, bool(config.get("guidance_embeds")))
+    tokenizers = {
+        "text_encoder": part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
+        "text_encoder_2": part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
+    }
+    modules = {
+        "transformer": part(FluxTransformer2DModel.from_pretrained, path, "transformer", torch_dtype=how.dtype).to(how.device),
+        "text_encoder": part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=how.dtype).to(how.device),
+        "text_encoder_2": part(T5EncoderModel.from_pretrained, path, "text_encoder_2", dtype=how.dtype).to(how.device),
+        "vae": part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device),
+    }
+    family = Flux(modules, tokenizers, scheduler, length)
+    family.pipeline = read_json(path, "model_index.json")["_class_name"]
+    return family
+
+
+def outline(path: str) -> Layout:
+    """The layout of the model at `path`, from its configs alone: no weight is read."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(read_json(path, "transformer/config.json"))
+        clip = CLIPTextModel(config_of(path, "text_encoder", CLIPTextConfig))
+        t5 = T5EncoderModel(config_of(path, "text_encoder_2", T5Config))
+    return layout(dict(zip(ADAPTABLE, (transformer, clip, t5))))
+
+
+def check_channels(takes: int, latent_channels: int) -> None:
+    """Raises UserError for a transformer that reads more than packed latents, as those of Fill, Depth and Canny do."""
+    expected = PATCH * PATCH * latent_channels
+    if takes != expected:
+        raise UserError(f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported")
+
+
+def _scheduler(path: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for, and for a layout of levels that is not read."""
+    for key in changes:
+        if key not in SHIFTS:
+            raise UserError(f"{key} has no effect on {path}, which is a flow; it can change {', '.join(SHIFTS)}")
+    scheduler = read_json(path, "scheduler/scheduler_config.json") | changes
+    for key in OTHER_STEPS:
+        if scheduler.get(key):
+            raise UserError(f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow")
+    if scheduler.get("time_shift_type", "exponential") != "exponential":
+        raise UserError(f"the scheduler_config.json of {path} has time_shift_type {scheduler['time_shift_type']}; expected exponential")
+    return scheduler
+
+
+def _length(asked: int, guidance: bool) -> int:
+    if not 0 <= asked <= LONGEST:
+        raise UserError(f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the model's own {LENGTHS[guidance]}")
+    return asked or LENGTHS[guidance]
+
+
+# ---------------------------------------------------------------- names
+
+
+def layout(modules: Mapping[str, nn.Module]) -> Layout:
+    """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is adapted."""
+    guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
+    return layout_of(
+        modules,
+        family="flux",
+        base_model_version="flux1",
+        presets=PRESETS,
+        encoders={"text_encoder": "clip_l", "text_encoder_2": "t5"},
+        architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
+    )
