@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,34 @@ SHIFTS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_imag
 OTHER_STEPS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 LENGTHS = {True: 512, False: 256}  # tokens of a T5 prompt, with and without a guidance embedding (dev and schnell)
 LONGEST = 512  # what the pipelines allow
+
+NAMES = {  # our path -> the original code's, in which kohya's files speak
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    **{
+        f"time_text_embed.{ours}_embedder.linear_{i}": f"{theirs}.{layer}_layer"
+        for ours, theirs in (("timestep", "time_in"), ("guidance", "guidance_in"), ("text", "vector_in"))
+        for i, layer in ((1, "in"), (2, "out"))
+    },
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+SWAPPED = frozenset({"norm_out.linear"})  # scale and shift here, shift and scale there
+DOUBLE = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+}
+QKV, ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {  # our blocks -> theirs, names within, layers they compute in one
+    "transformer_blocks": ("double_blocks", DOUBLE, {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV}),
+    "single_transformer_blocks": ("single_blocks", {"proj_out": "linear2", "norm.linear": "modulation.lin"}, {"linear1": (*QKV, "proj_mlp")}),
+}
 
 
 class Flux:
@@ -259,7 +288,7 @@ def _length(asked: int, guidance: bool) -> int:
 def layout(modules: Mapping[str, nn.Module]) -> Layout:
     """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is adapted."""
     guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
-    return layout_of(
+    plain = layout_of(
         modules,
         family="flux",
         base_model_version="flux1",
@@ -267,3 +296,23 @@ def layout(modules: Mapping[str, nn.Module]) -> Layout:
         encoders={"text_encoder": "clip_l", "text_encoder_2": "t5"},
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
+    network = plain.components["transformer"]
+    components = {**plain.components, "transformer": replace(network, **_original(network.shapes), swapped=SWAPPED)}
+    return replace(plain, components=components, network_module="networks.lora_flux")
+
+
+def _original(paths: Iterable[str]) -> dict[str, Any]:
+    """The names and fused layers of the original code for the transformer's paths."""
+    names, fused = {}, {}
+    for path in paths:
+        kind, _, rest = path.partition(".")
+        index, _, inner = rest.partition(".")
+        if kind not in BLOCKS:
+            names[path] = NAMES[path]
+            continue
+        original, plain, stacks = BLOCKS[kind]
+        if inner in plain:
+            names[path] = f"{original}.{index}.{plain[inner]}"
+        for name, parts in stacks.items():
+            fused[f"{original}.{index}.{name}"] = tuple(f"{kind}.{index}.{part}" for part in parts)
+    return {"names": names, "fused": fused}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import diffusers, embeddings, kohya
+from lora_core.formats import diffusers, embeddings, fused, kohya
 from lora_core.formats.container import read_tensors, write_tensors
 from lora_core.formats.layout import Component, Layout, layout_of, nearest
 
@@ -98,14 +99,18 @@ def save_run(
 ) -> list[Path]:
     """The files a run ends with, those that the state has content for: NATIVE and <run>.safetensors (kohya's names), <run>_emb.safetensors.
 
-    <run> is the folder's name. Token rows stay fp32.
+    <run> is the folder's name. Token rows stay fp32. A state that kohya's names cannot hold is said in one line, and that file left out.
     """
     folder = Path(folder).resolve()
     written = []
     if any(state.components.values()):
-        written += [folder / NATIVE, folder / f"{folder.name}.safetensors"]
+        written.append(folder / NATIVE)
         save(state, written[0], format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
-        save(state, written[1], format="kohya", layout=layout, metadata=metadata, dtype=dtype)
+        if reason := fused.obstacle(state, layout):
+            print(f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}", file=sys.stderr)
+        else:
+            written.append(folder / f"{folder.name}.safetensors")
+            save(state, written[1], format="kohya", layout=layout, metadata=metadata, dtype=dtype)
     if state.tokens:
         written.append(folder / f"{folder.name}{EMBEDDINGS}")
         save(state, written[-1], format="embeddings", layout=layout, metadata=metadata)

@@ -1,6 +1,7 @@
 """kohya's sd-scripts format, which A1111 and ComfyUI read: `lora_unet_{path_with_underscores}.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-The scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with one alpha for all modules.
+The scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with one alpha for all modules, except where layers
+are fused: these files have the original code's names and an alpha of their own in every module (see `fused`).
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of W + delta W. Other readers differ: ComfyUI divides by
 the norm of W, A1111 by columns, and diffusers 0.42.1 leaves dora_scale out with a warning; give it the native file.
 A text encoder's names are read under its numbered prefix too (lora_te1, as diffusers exports it), and with or without the text_model level.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lora_core.algebra import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.formats import fused
 from lora_core.formats.grammar import Grammar, decode, encode, sites
 from lora_core.formats.layout import Layout
 
@@ -40,15 +42,18 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layou
     """The file's state. Raises UserError, also without a layout: which underscores were dots is known from a model's paths only."""
     if layout is None:
         raise UserError(f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to")
-    return AdapterState(decode(tensors, GRAMMAR, sites(GRAMMAR, layout), layout, scales={}, source=source), metadata=dict(header))
+    stored = fused.stored(layout)
+    components = decode(tensors, GRAMMAR, sites(GRAMMAR, stored), stored, scales={}, source=source)
+    return AdapterState(fused.split(components, layout, source), metadata=dict(header))
 
 
 def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and kohya's header entries. Raises UserError without a layout."""
+    """Tensors and kohya's header entries. Raises UserError without a layout, and for a DoRA of a part of a fused layer."""
     if layout is None:
         raise UserError("writing kohya's names needs a model's layout; name the model the adapter belongs to")
-    state = _with_one_alpha(state)
-    return encode(state, GRAMMAR, layout), _header(state, layout, title)
+    if not any(component.fused for component in layout.components.values()):
+        state = _with_one_alpha(state)
+    return encode(fused.fuse(state, layout), GRAMMAR, fused.stored(layout)), _header(state, layout, title)
 
 
 def _with_one_alpha(state: AdapterState) -> AdapterState:
@@ -70,16 +75,16 @@ def _with_one_alpha(state: AdapterState) -> AdapterState:
 
 
 def _header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
-    """The six entries kohya keeps even in its shortest header, the output's name, and the model spec's. "Dynamic" is kohya's word for mixed ranks."""
+    """The six entries kohya keeps even in its shortest header, the output's name, and the model spec's. "Dynamic" is kohya's word for mixed ones."""
     factors = [lr for modules in state.components.values() for lr in modules.values()]
-    ranks = {lr.rank for lr in factors}
+    ranks, alphas = {lr.rank for lr in factors}, {lr.scale * lr.rank for lr in factors}
     dora = any(lr.magnitude is not None for lr in factors)
     header = {
         "ss_v2": str("_v2" in layout.base_model_version),
         "ss_base_model_version": layout.base_model_version,
-        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if dora else layout.network_module,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(factors[0].scale * factors[0].rank),
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"} if dora else {}),
         "ss_output_name": title,
         "modelspec.title": title,

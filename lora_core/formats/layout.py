@@ -11,11 +11,8 @@ from torch import nn
 from lora_core.errors import UserError
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what pipelines call the networks that are adapted
-ENCODERS = {
-    "text_encoder": "clip_l",
-    "text_encoder_2": "clip_g",
-    "text_encoder_3": "t5",
-}  # component -> key of token rows, where a family says nothing else
+# component -> key of its token rows, where a family says nothing else
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 PREFIXES: dict[str, tuple[str, ...]] = {  # network, or key of an encoder's token rows -> prefixes in kohya files; the first is written, all are read
     "unet": ("lora_unet",),
     "transformer": ("lora_unet",),
@@ -37,7 +34,6 @@ class Component:
     names: Mapping[str, str] = field(default_factory=dict)  # published path -> the dotted name kohya files build on, where it differs
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # such a name -> published paths whose outputs it stacks, in row order
     swapped: frozenset[str] = frozenset()  # published paths whose halves of the output such files store the other way round
-    unscaled: frozenset[str] = frozenset()  # published paths whose alpha a reader of such files ignores: written with scale 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Layout:
     encoders: Mapping[str, str]  # component -> "clip_l" | "clip_g" | "t5"
     presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)  # component -> preset -> target globs
     architecture: str = ""  # modelspec.architecture; no such header entry where empty
+    network_module: str = "networks.lora"  # kohya's ss_network_module
 
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network. Raises UserError for a module that is no Linear or Conv2d of it."""
