@@ -7,6 +7,7 @@ weight = W(snr) * |d x0 / d out|^2, with W the weighting of the squared error of
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -19,7 +20,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.noise import NoiseLevel
 from lora_core.plugins import from_file
-from lora_core.prediction import PREDICTIONS
+from lora_core.prediction import PREDICTIONS, compared
 
 
 @dataclass
@@ -36,7 +37,9 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, rows of prior preservation
     step: int
-    lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)  # base_out() and attention() for those members, decode(latents) for pixels
+    lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)  # base_out(), preserved(), attention(), and decode(latents) for pixels
+    t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
+    network: str = ""  # the row of what base_out() and preserved() return, where `prediction` is not that row but "sample"
 
     @cached_property
     def x0_pred(self) -> Tensor:
@@ -45,8 +48,15 @@ class StepOutput:
 
     @cached_property
     def base_out(self) -> Tensor:
-        """[b, c, h, w] the output with all adapters off, without gradient."""
-        return self._call("base_out")
+        """[b, c, h, w] the output with all adapters off, without gradient; comparable to `out`."""
+        return self._comparable(self._call("base_out"))
+
+    @cached_property
+    def preserved(self) -> tuple[Tensor, Tensor]:
+        """The outputs [b, c, h, w] on the captions with the classes in place of the placeholders: with adapters, and the base model's without
+        gradient; comparable to `out`."""
+        now, before = self._call("preserved")
+        return self._comparable(now), self._comparable(before.detach())
 
     @cached_property
     def attention(self) -> Any:
@@ -57,6 +67,11 @@ class StepOutput:
     def pixels(self) -> Tensor:
         """[b, 3, h, w] x0_pred, decoded, in [-1, 1]; gradients pass."""
         return self._call("decode", self.x0_pred)
+
+    def _comparable(self, out: Tensor) -> Tensor:
+        """A network's raw output in the row of `out`."""
+        space = "model" if self.network in ("", self.prediction) else "edm"
+        return compared(self.network or self.prediction, space, out, self.x0, self.eps, self.level)[0]
 
     def _call(self, name: str, *args: Tensor) -> Any:
         if name not in self.lazy:
@@ -80,36 +95,54 @@ def l1(step: StepOutput) -> Tensor:
 DeltaSchedule = Literal["constant", "snr", "exponential"]
 
 
-def huber(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant", horizon: float = 1000.0) -> Tensor:
+def huber(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant") -> Tensor:
     """[b] pseudo-Huber loss 2c (sqrt(d^2 + c^2) - c): d^2 where d << c, 2c |d| where d >> c (arXiv 2403.16728, kohya's factor 2c)."""
-    c = huber_delta(step.level, delta=delta, schedule=schedule, horizon=horizon).reshape(-1, 1, 1, 1)
+    c = huber_delta(step.level, step.t_max, delta=delta, schedule=schedule).reshape(-1, 1, 1, 1)
     return masked_mean(2 * c * _above(_difference(step), c), step.mask)
 
 
-def smooth_l1(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant", horizon: float = 1000.0) -> Tensor:
+def smooth_l1(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant") -> Tensor:
     """[b] the same curve in units of l1, 2 (sqrt(d^2 + c^2) - c): d^2 / c where d << c, 2 |d| where d >> c (kohya)."""
-    c = huber_delta(step.level, delta=delta, schedule=schedule, horizon=horizon).reshape(-1, 1, 1, 1)
+    c = huber_delta(step.level, step.t_max, delta=delta, schedule=schedule).reshape(-1, 1, 1, 1)
     return masked_mean(2 * _above(_difference(step), c), step.mask)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1, "huber": huber, "smooth_l1": smooth_l1}
 
 
-def huber_delta(level: NoiseLevel, *, delta: float, schedule: str, horizon: float) -> Tensor:
+def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedule: str) -> Tensor:
     """[b] the c of each example, from its own noise level (kohya draws one timestep for a whole batch here; arXiv 2403.16728).
 
-    constant: delta.   exponential: delta^(t / horizon), from 1 down to delta; horizon is the t of pure noise, 1000 for vp and 1 for flow.
+    constant: delta.   exponential: delta^(t / t_max), from 1 down to delta; t_max is Schedule.t_max, the t of pure noise.
     snr: (1 - delta) / (1 + sigma / alpha)^2 + delta, from 1 down to delta.
     """
-    if delta <= 0 or horizon <= 0:
-        raise UserError(f"delta and horizon of a Huber loss must be above 0, got {delta:g} and {horizon:g}")
+    if delta <= 0:
+        raise UserError(f"delta of a Huber loss must be above 0, got {delta:g}")
     if schedule == "constant":
         return torch.full_like(level.t, delta)
     if schedule == "exponential":
-        return delta ** (level.t / horizon)
+        if t_max is None:
+            raise UserError("the exponential schedule of a Huber loss needs timesteps that count up from 0, which this model has not; choose snr")
+        return delta ** (level.t / t_max)
     if schedule == "snr":
         return (1 - delta) / (1 + level.sigma / level.alpha) ** 2 + delta
     raise UserError(f"unknown schedule {schedule!r} of a Huber loss; choose constant, snr or exponential")
+
+
+def preserving(loss: Callable[[StepOutput], Tensor], weight: float) -> Callable[[StepOutput], Tensor]:
+    """The loss plus `weight` times the mean squared difference [b] between the outputs with adapters and of the base model, both on the caption
+    with the class in place of the placeholder (differential output preservation, ai-toolkit).
+
+    The mask does not count here: what is to be preserved is everywhere. The sum is weighed by noise level like any loss. Costs two more
+    forward passes, one of them with gradient.
+    """
+
+    def preserving_loss(step: StepOutput) -> Tensor:
+        now, before = step.preserved
+        wide = torch.promote_types(now.dtype, torch.float32)
+        return loss(step) + weight * masked_mean((now.to(wide) - before.to(wide)) ** 2, None)
+
+    return preserving_loss
 
 
 def _above(d: Tensor, c: Tensor) -> Tensor:
@@ -145,6 +178,10 @@ WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
     "soft_min_snr": lambda snr, *, gamma=5.0: snr * gamma / (snr + gamma),  # arXiv 2401.11605 (there gamma = 4)
     "debiased": lambda snr: snr**0.5,  # arXiv 2310.08442: 1 / sqrt(snr) for epsilon
     "p2": lambda snr, *, k=1.0, gamma=1.0: snr / (k + snr) ** gamma,  # arXiv 2204.00227: 1 / (k + snr)^gamma for epsilon
+    "snr": lambda snr: snr,  # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training (arXiv 2206.00364: x / alpha)
+    # The next two are diffusers' --weighting_scheme: 1 / sigma^2 and 2 / (pi (1 - 2 sigma + 2 sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr)).
+    "sigma_sqrt": lambda snr: (1 + snr**0.5) ** 4,
+    "cosmap": lambda snr: 2 / math.pi * (1 + snr**0.5) ** 4 / (1 + snr),
 }
 
 # Where alpha or sigma is 0 the product W * jacobian^2 has a limit that 0 * inf would hide. 2^-12 is what diffusers puts for alpha at
@@ -152,18 +189,60 @@ WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
 LEVEL_FLOOR = 2.0**-12
 
 
-def weight(name: str, level: NoiseLevel, prediction: str, **args: float) -> Tensor:
-    """[b] weight of each row's squared output error: W(snr) |d x0 / d out|^2, finite at zero terminal SNR.
+def weight(name: str, level: NoiseLevel, prediction: str, *, space: str = "model", **args: float) -> Tensor:
+    """[b] weight of each row's squared error in a space of `compared`: W(snr) |d x0 / d out|^2, finite at zero terminal SNR.
 
     min_snr gives min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v (several public scripts take min(snr, g) / snr + 1, which
     is neither the paper nor this law) and min(snr, g) sigma^2 for flow. Instance rows and prior rows are weighted alike; diffusers' scripts leave the
     prior rows unweighted. kohya's debiased differs: it caps snr at 1000 and takes 1 / (snr + 1) for v, which is not this law.
+
+    In "edm" space the error is x0's own and its weight W(snr); none is snr there, diffusers' 1 / sigma^2, but for networks of the edm row,
+    which diffusers leaves unweighed. diffusers refuses min-SNR with EDM; here it is min(snr, g), the law it is in any space.
     """
     law = resolve(name, WEIGHTINGS, args)
+    if law is None and space == "edm" and prediction != "edm":
+        law = WEIGHTINGS["snr"]
     if law is None:
         return torch.ones_like(level.sigma)
-    floored = level._replace(alpha=level.alpha.clamp(min=LEVEL_FLOOR), sigma=level.sigma.clamp(min=LEVEL_FLOOR))
-    return law(floored.snr) * PREDICTIONS[prediction].jacobian(floored) ** 2
+    jacobian = PREDICTIONS["sample" if space == "edm" else prediction].jacobian
+    exact, floored = level, level._replace(alpha=level.alpha.clamp(min=LEVEL_FLOOR), sigma=level.sigma.clamp(min=LEVEL_FLOOR))
+    rows, limits = (law(at.snr) * jacobian(at) ** 2 for at in (exact, floored))
+    return torch.where(torch.isfinite(rows), rows, limits)
+
+
+_LAWS = {  # weighting -> W in words
+    "min_snr": "min(snr, {gamma:g})",
+    "soft_min_snr": "{gamma:g} snr / (snr + {gamma:g})",
+    "debiased": "sqrt(snr)",
+    "p2": "snr / ({k:g} + snr)^{gamma:g}",
+    "snr": "snr",
+    "sigma_sqrt": "(1 + sqrt(snr))^4",
+    "cosmap": "2/pi (1 + sqrt(snr))^4 / (1 + snr)",
+}
+_OUTPUTS = {  # row of PREDICTIONS -> the output's name, and the squared Jacobian on the schedule it was published for
+    "epsilon": ("epsilon", " / snr"),
+    "v_prediction": ("v", " / (snr + 1)"),
+    "sample": ("x0", ""),
+    "flow": ("the velocity eps - x0", " sigma^2"),
+    "edm": ("EDM's preconditioned output", " c_out^2"),
+}
+
+
+def meaning(weighting: str, prediction: str, space: str = "model", *, loss: str = "mse", **args: float) -> str:
+    """One line that says what a loss, a weighting and a space compute together, e.g. "loss: mse of x0, weighed by min(snr, 5)".
+
+    Raises UserError for what `resolve` refuses.
+    """
+    law = resolve(weighting, WEIGHTINGS, args)
+    output, jacobian = _OUTPUTS["sample" if space == "edm" else prediction]
+    words = "not weighed"
+    if law is not None:
+        values = {name: value.default for name, value in list(inspect.signature(law).parameters.items())[1:]}
+        words = f"weighed by {_LAWS[weighting].format(**values) if weighting in _LAWS else f'{weighting} of snr'}{jacobian}"
+    elif space == "edm" and prediction != "edm":
+        words = "weighed by snr = 1 / sigma^2"
+    read = f", read from {_OUTPUTS[prediction][0]}" if space == "edm" and prediction != "sample" else ""
+    return f"loss: {loss} of {output}{read}, {words}"
 
 
 # ---------------------------------------------------------------- finding, checking and adding up

@@ -63,6 +63,11 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.sigmas)
 
+    @property
+    def t_max(self) -> float | None:
+        """The t of pure noise where t counts noise up from 0: the number of rows for vp, 1 for flow; None for edm."""
+        return {"vp": float(len(self)), "flow": 1.0, "edm": None}[self.kind]
+
     def level(self, t: Tensor) -> NoiseLevel:
         """Levels at times t [b]; fp32, or float64 where t is float64.
 
@@ -246,12 +251,18 @@ def density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
 def draw(
     schedule: Schedule, keys: Keys, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None, shift: float = 1.0
 ) -> NoiseLevel:
-    """One row of the schedule's table per example, on the schedule's device.
+    """One level per example by `place` of keyed uniform numbers: by default every row of the schedule in [low T, high T) is equally likely."""
+    return place(schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift)
 
-    The fraction f = low + (high - low) density(u), u keyed and uniform, picks row floor(f T): by default every row of
-    [low T, high T) is equally likely. The fractions count rows, so for a shifted flow they are taken before the shift.
-    `density` is what the function of that name returns, or any quantile function; towards 1 is towards noise. `shift` (flow only)
-    moves the drawn sigma by `shifted`, on top of the table's own shift: the two multiply.
+
+def place(
+    schedule: Schedule, u: Tensor, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None, shift: float = 1.0
+) -> NoiseLevel:
+    """The levels that u [b] in [0, 1) stands for, on the schedule's device: row floor(f T) of its table, f = low + (high - low) density(u).
+
+    The fractions count rows, so for a shifted flow they are taken before the shift. `density` is what the function of that name returns, or
+    any quantile function; towards 1 is towards noise. `shift` (flow only) moves the sigma so found by `shifted`, on top of the table's own
+    shift: the two multiply.
     Raises UserError for an empty or impossible range, and for a shift of a schedule that is no flow.
     """
     # 1e-6 of a row: 0.29 * 1000 is not quite 290
@@ -259,7 +270,7 @@ def draw(
     if not (0 <= low < high <= 1 and first < stop):
         raise UserError(f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high")
     check_shift(schedule, shift)
-    u = keys.uniform("timestep").double()
+    u = u.double()
     row = (first + (u if density is None else density(u)) * (stop - first)).floor().long().clamp(first, stop - 1)
     t = schedule.ts[row.to(schedule.ts.device)]
     return schedule.level((t if shift == 1 else shifted(t, shift)).float())

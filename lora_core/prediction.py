@@ -12,12 +12,14 @@ for flow, alpha = 1 for edm); written out, every row holds on every schedule, an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_core.noise import NoiseLevel
+from lora_core.noise import NoiseLevel, add_noise
+
+Space = Literal["model", "edm"]  # where outputs are compared: as the network puts them, or as the x0 they stand for
 
 SIGMA_DATA = 0.5  # standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1)
 
@@ -129,3 +131,23 @@ def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
     """The noise that x_t holds if its clean image is x0: (x_t - alpha x0) / sigma, [b, c, h, w], fp32 or better."""
     x_t, x0, alpha, sigma = _wide(x_t, x0, level)
     return (x_t - alpha * x0) / sigma
+
+
+def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
+    """What the network is shown: c_in x_t, computed in fp32 or better, in x_t's dtype. x_t itself for rows without a c_in."""
+    c_in = PREDICTIONS[prediction].c_in
+    if c_in is _one:
+        return x_t
+    wide = torch.promote_types(x_t.dtype, torch.float32)
+    return (c_in(level.like(x_t)) * x_t.to(wide)).to(x_t.dtype)
+
+
+def compared(prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, str]:
+    """(out, target, row): what a loss compares, [b, c, h, w] each, and the row of PREDICTIONS that both are in.
+
+    "model": the network's output and its target. "edm": the x0 that the output stands for, and x0 (arXiv 2206.00364 eq. 2). Under input
+    perturbation the output is read as if x_t held eps alone: then an error in it is the same error in both spaces, times the Jacobian.
+    """
+    if space == "edm":
+        return PREDICTIONS[prediction].x0(add_noise(x0, eps, level), out, level), PREDICTIONS["sample"].target(x0, eps, level), "sample"
+    return out, PREDICTIONS[prediction].target(x0, eps, level), prediction

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.noise import NoiseLevel, Schedule, add_noise, karras, shifted
-from lora_core.prediction import PREDICTIONS, eps_from_x0
+from lora_core.prediction import PREDICTIONS, eps_from_x0, scale_input
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # (x_t [b, c, h, w], level [b]) -> x0 [b, c, h, w]
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], from a keyed source
@@ -39,7 +39,7 @@ def guided(network: Callable[[Tensor, NoiseLevel, Any], Tensor], prediction: str
     both = type(cond).cat([uncond, cond]) if scale != 1 else cond
 
     def denoise(x_t: Tensor, level: NoiseLevel) -> Tensor:
-        x_in = (row.c_in(level).reshape(-1, 1, 1, 1) * x_t).to(x_t.dtype)
+        x_in = scale_input(prediction, x_t, level)
         if scale == 1:
             return row.x0(x_t, network(x_in, level, both), level)
         twice = NoiseLevel(*(torch.cat([v, v]) for v in level))
@@ -204,6 +204,25 @@ def levels(sampler: str, schedule: Schedule, steps: int, *, spacing: Spacing = "
     if row.clean or not is_vp:
         first = first._replace(alpha=torch.ones_like(first.alpha), sigma=torch.zeros_like(first.sigma))
     return NoiseLevel(*(torch.cat(pair) for pair in zip(path, first, strict=True)))
+
+
+def split(levels: NoiseLevel, schedule: Schedule, start: float) -> tuple[NoiseLevel, NoiseLevel]:
+    """The path of a base model and that of its refiner, which takes over where the first ends, after the share `start` of the schedule.
+
+    The base model walks the steps whose t is at least round(T - start T) (flow: sigma that / T): diffusers' denoising_end and denoising_start.
+    Raises UserError for a share that leaves one of them no step, and for edm, whose t counts neither steps nor sigma.
+    """
+    if schedule.kind == "edm":
+        raise UserError("a refiner takes over at a share of the timesteps, which a model with an edm schedule does not count; leave it out")
+    count = len(schedule)
+    cutoff = round(count - start * count) / (count if schedule.kind == "flow" else 1)
+    steps = len(levels.t) - 1
+    mine = int((levels.t[:-1] >= cutoff - 1e-9).sum())
+    if not (0 < start < 1 and 0 < mine < steps):
+        raise UserError(
+            f"a refiner start of {start:g} leaves the base model {mine} of {steps} steps; choose one in (0, 1) that leaves both at least 1"
+        )
+    return levels.rows(slice(0, mine + 1)), levels.rows(slice(mine, None))
 
 
 def start(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> Tensor:

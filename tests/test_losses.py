@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.losses import LOSSES, WEIGHTINGS, StepOutput, check_rows, huber_delta, masked_mean, resolve, total, weight
-from lora_core.noise import NoiseLevel, Schedule, add_noise, flow, vp_from_config
-from lora_core.prediction import PREDICTIONS
+from lora_core.losses import LOSSES, WEIGHTINGS, StepOutput, check_rows, huber_delta, masked_mean, meaning, preserving, resolve, total, weight
+from lora_core.noise import NoiseLevel, Schedule, add_noise, edm, flow, vp_from_config
+from lora_core.prediction import PREDICTIONS, compared
 
 SD = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 ZERO = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True})
@@ -24,7 +24,7 @@ def make(prediction: str = "epsilon", mask: Tensor | None = None, schedule: Sche
     target = PREDICTIONS[prediction].target(x0, eps, level)
     out = target + error * torch.tensor([0.01, 0.1, 1.0, 10.0]).double().reshape(-1, 1, 1, 1)
     prior = torch.tensor([False, False, True, True])
-    return StepOutput(out, target, x0, eps, add_noise(x0, eps, level), level, prediction, mask, prior, 3, dict(lazy))
+    return StepOutput(out, target, x0, eps, add_noise(x0, eps, level), level, prediction, mask, prior, 3, dict(lazy), schedule.t_max)
 
 
 # ---------------------------------------------------------------- losses
@@ -63,12 +63,25 @@ def test_huber_is_mse_when_small_and_l1_when_large() -> None:
 def test_huber_delta_runs_from_one_to_delta() -> None:
     ends = NoiseLevel(torch.tensor([0.0, 1000.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     for schedule in ("exponential", "snr"):
-        torch.testing.assert_close(huber_delta(ends, delta=0.1, schedule=schedule, horizon=1000.0), torch.tensor([1.0, 0.1]))
+        torch.testing.assert_close(huber_delta(ends, SD.t_max, delta=0.1, schedule=schedule), torch.tensor([1.0, 0.1]))
     ends = flow().level(torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(huber_delta(ends, delta=0.1, schedule="exponential", horizon=1.0), torch.tensor([1.0, 0.1]))
+    torch.testing.assert_close(huber_delta(ends, flow(steps=7).t_max, delta=0.1, schedule="exponential"), torch.tensor([1.0, 0.1]))
 
 
-@pytest.mark.parametrize(("args", "message"), [({"schedule": "cosine"}, "cosine"), ({"delta": 0.0}, "delta"), ({"horizon": -1.0}, "horizon")])
+@pytest.mark.parametrize("name", ["huber", "smooth_l1"])
+def test_an_exponential_huber_schedule_fits_each_schedule_by_itself(name: str) -> None:
+    """kohya's exp(t ln c / 1000), whose t of a flow is 1000 sigma."""
+    for schedule, prediction, scale in ((SD, "epsilon", 1), (flow(), "flow", 1000)):
+        step = make(prediction, schedule=schedule)
+        d = step.out - step.target
+        c = torch.tensor([kohya_c(t * scale, 0.0, 0.2, "exponential") for t in step.level.t.tolist()], dtype=torch.float64).reshape(-1, 1, 1, 1)
+        expected = ((2 * c if name == "huber" else 2) * ((d**2 + c**2).sqrt() - c)).mean((1, 2, 3))
+        torch.testing.assert_close(LOSSES[name](step, delta=0.2, schedule="exponential"), expected, rtol=1e-9, atol=0)
+    with pytest.raises(UserError, match=r"exponential schedule.*choose snr"):
+        LOSSES[name](make("edm", schedule=edm()), schedule="exponential")
+
+
+@pytest.mark.parametrize(("args", "message"), [({"schedule": "cosine"}, "cosine"), ({"delta": 0.0}, "delta")])
 def test_impossible_huber_arguments_are_refused(args: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LOSSES["huber"](make(), **args)
@@ -224,7 +237,7 @@ def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> Non
         (f"{tmp_path}/none.py:cube", None, "none.py:cube names no Python file"),
         (f"{file}:square", None, "no function 'square'"),
         (f"{file}:number", None, "no function 'number'"),
-        ("huber", {"gamma": 1}, "'gamma'.*delta, schedule, horizon"),
+        ("huber", {"gamma": 1}, "'gamma'.*delta, schedule"),
         (f"{file}:cube", {"step": 1}, "'step'.*takes power"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -267,3 +280,109 @@ def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("def loss(step) return 1")
     with pytest.raises(UserError, match=r"broken\.py cannot be run: SyntaxError"):
         resolve(f"{tmp_path / 'broken.py'}:loss", LOSSES)
+
+
+# ---------------------------------------------------------------- spaces
+
+
+SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, from alpha^2 of vp or sigma of flow
+    "epsilon": lambda level: torch.ones_like(level.sigma),
+    "v_prediction": lambda level: level.alpha**2,
+    "sample": lambda level: level.snr,
+    "flow": lambda level: level.alpha**2,
+}
+
+
+@pytest.mark.parametrize("prediction", SNR_WEIGHTED)
+def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction: str) -> None:
+    """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2 times v's."""
+    schedule = flow(steps=1001) if prediction == "flow" else SD
+    level = schedule.level(schedule.ts[[0, 147, 500, 998]])
+    torch.testing.assert_close(weight("snr", level, prediction), SNR_WEIGHTED[prediction](level), rtol=1e-9, atol=0)
+    step = make(prediction, schedule=schedule)
+    out, target, row = compared(prediction, "edm", step.out, step.x0, step.eps, step.level)
+    there = (out - target).square().mean((1, 2, 3)) * weight("none", step.level, prediction, space="edm")
+    torch.testing.assert_close(there, LOSSES["mse"](step) * SNR_WEIGHTED[prediction](step.level), rtol=1e-6, atol=0)
+    assert row == "sample"
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", [n for n in WEIGHTINGS if n != "none"])
+def test_a_weighting_computes_the_same_in_both_spaces(name: str, prediction: str) -> None:
+    schedule = {"flow": flow(steps=1001), "edm": edm()}.get(prediction, SD)
+    step = make(prediction, schedule=schedule)
+    rows = []
+    for space in ("model", "edm"):
+        out, target, _ = compared(prediction, space, step.out, step.x0, step.eps, step.level)
+        rows.append((out - target).square().mean((1, 2, 3)) * weight(name, step.level, prediction, space=space))
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=0)
+
+
+def test_a_network_of_the_edm_row_is_not_weighed_in_edm_space() -> None:
+    level = edm().level(edm().ts[::100])
+    assert (weight("none", level, "edm", space="edm") == 1).all()
+    torch.testing.assert_close(weight("min_snr", level, "edm", space="edm"), level.snr.clamp(max=5))
+    torch.testing.assert_close(weight("none", level, "epsilon", space="edm"), level.sigma**-2)
+
+
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
+def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
+    training = pytest.importorskip("diffusers.training_utils")
+    level = flow().level(flow().ts)
+    theirs = training.compute_loss_weighting_for_sd3(scheme, sigmas=level.sigma).double()
+    torch.testing.assert_close(weight(scheme, level, "flow"), theirs, rtol=1e-6, atol=0)  # theirs is cast to fp32
+    assert weight(scheme, level, "flow")[-1].item() == {"sigma_sqrt": 1.0, "cosmap": pytest.approx(2 / math.pi)}[scheme]  # at pure noise too
+
+
+@pytest.mark.parametrize(
+    ("words", "args"),
+    [
+        ("loss: mse of epsilon, not weighed", ("none", "epsilon")),
+        ("loss: mse of v, weighed by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
+        ("loss: mse of x0, read from epsilon, weighed by snr = 1 / sigma^2", ("none", "epsilon", "edm")),
+        ("loss: mse of x0, read from EDM's preconditioned output, not weighed", ("none", "edm", "edm")),
+        ("loss: mse of x0, read from EDM's preconditioned output, weighed by min(snr, 5)", ("min_snr", "edm", "edm")),
+        ("loss: mse of the velocity eps - x0, weighed by snr / (1 + snr)^1 sigma^2", ("p2", "flow")),
+    ],
+)
+def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) -> None:
+    assert meaning(*args) == words
+
+
+def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
+    assert meaning("min_snr", "sample", gamma=3.0, loss="huber") == "loss: huber of x0, weighed by min(snr, 3)"
+    (tmp_path / "mine.py").write_text("def half(snr): return snr / 2")
+    assert meaning(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
+    with pytest.raises(UserError, match="min_sn"):
+        meaning("min_sn", "epsilon")
+    for name in WEIGHTINGS:
+        for prediction in PREDICTIONS:
+            assert "{" not in meaning(name, prediction) and meaning(name, prediction, "edm").startswith("loss: mse of x0")
+
+
+# ---------------------------------------------------------------- preserving the base model's output
+
+
+def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient() -> None:
+    now, before = torch.randn(4, 3, 5, 7, requires_grad=True), torch.randn(4, 3, 5, 7, requires_grad=True)
+    step = make(mask=torch.zeros(4, 1, 5, 7), preserved=lambda: (now, before))
+    rows = preserving(LOSSES["mse"], 0.3)(step)
+    torch.testing.assert_close(rows, 0.3 * (now - before).square().mean((1, 2, 3)).double(), check_dtype=False)  # the mask hides mse, not this
+    rows.sum().backward()
+    torch.testing.assert_close(now.grad, 0.3 * 2 * (now - before).detach() / 105)
+    assert before.grad is None
+    with pytest.raises(UserError, match=r"step\.preserved"):
+        preserving(LOSSES["mse"], 0.3)(make())
+
+
+def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
+    raw = make("v_prediction")
+    out, target, row = compared("v_prediction", "edm", raw.out, raw.x0, raw.eps, raw.level)
+    other = raw.out * 0.9
+    step = make(row, base_out=lambda: other, preserved=lambda: (raw.out, other))
+    step.out, step.target, step.network = out, target, "v_prediction"
+    expected = PREDICTIONS["v_prediction"].x0(raw.x_t, other, raw.level)
+    torch.testing.assert_close(step.base_out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(step.preserved, (out, expected), rtol=0, atol=0)
+    plain = make("v_prediction", base_out=lambda: other)
+    assert plain.base_out is other

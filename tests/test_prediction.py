@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_core.noise import NoiseLevel, add_noise, edm, flow, vp_from_config
-from lora_core.prediction import PREDICTIONS, SIGMA_DATA, eps_from_x0
+from lora_core.prediction import PREDICTIONS, SIGMA_DATA, compared, eps_from_x0, scale_input
 
 SCHEDULES = {
     "vp": vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
@@ -102,3 +102,40 @@ def test_half_precision_outputs_are_read_in_fp32(name: str) -> None:
     read = row.x0(x_t.bfloat16(), eps.bfloat16(), level)
     assert read.dtype == torch.float32
     torch.testing.assert_close(read, row.x0(x_t.bfloat16().float(), eps.bfloat16().float(), level), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- what the network is shown, and where it is compared
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_the_input_is_scaled_by_c_in_in_its_own_dtype(name: str) -> None:
+    _, _, level, x_t = batch("edm")
+    scaled = scale_input(name, x_t, level)
+    torch.testing.assert_close(scaled, PREDICTIONS[name].c_in(level).reshape(-1, 1, 1, 1) * x_t, rtol=1e-14, atol=0)
+    assert (scaled is x_t) == (name != "edm")
+    low = scale_input(name, x_t.bfloat16(), NoiseLevel(*(row.float() for row in level)))
+    assert low.dtype == torch.bfloat16
+    wide = PREDICTIONS[name].c_in(level).reshape(-1, 1, 1, 1) * x_t.bfloat16().double()
+    torch.testing.assert_close(low.double(), wide, rtol=2**-8, atol=0)  # one rounding
+
+
+def test_the_scaled_input_has_about_unit_variance_at_any_noise() -> None:
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 3, 64, 64, generator=g, dtype=torch.float64)
+    level = SCHEDULES["edm"].level(SCHEDULES["edm"].ts[ROWS])
+    shown = scale_input("edm", add_noise(x0 * SIGMA_DATA, eps, level), level)
+    torch.testing.assert_close(shown.var((1, 2, 3)), torch.ones(5).double(), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize("schedule", ["vp", "flow", "edm"])
+def test_an_error_in_edm_space_is_the_networks_error_times_the_jacobian(name: str, schedule: str) -> None:
+    """Also for a network that saw perturbed noise: the error does not know about it."""
+    x0, eps, level, _ = batch(schedule)
+    out = PREDICTIONS[name].target(x0, eps, level) + torch.cos(eps)
+    mine, target, row = compared(name, "model", out, x0, eps, level)
+    assert mine is out and row == name
+    read, clean, row = compared(name, "edm", out, x0, eps, level)
+    assert row == "sample" and torch.equal(clean, x0)
+    expected = (mine - target).abs() * PREDICTIONS[name].jacobian(level).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close((read - clean).abs(), expected, rtol=1e-6, atol=1e-9)
