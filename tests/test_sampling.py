@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.noise import NoiseLevel, Schedule, edm, flow, vp_from_config
 from lora_core.prediction import PREDICTIONS
-from lora_core.sampling import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, flow_euler, guided, levels, start, timesteps
+from lora_core.sampling import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, flow_euler, guided, levels, split, start, timesteps
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 VP = vp_from_config(SD)
@@ -147,13 +147,71 @@ def test_flow_euler_is_diffusers(shift: float) -> None:
     torch.testing.assert_close(flow_euler(ours("flow"), start(EPS, path), path), x, atol=1e-4, rtol=1e-4)
 
 
-def test_edm_euler_is_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5)
-    path = levels("euler", edm(), 12)
+EDM_SCHEDULERS = {"euler": "EDMEulerScheduler", "dpmpp_2m": "EDMDPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("name", EDM_SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 12, 30])
+@pytest.mark.parametrize("config", [{}, {"sigma_min": 0.05, "sigma_max": 20.0, "rho": 5.0}], ids=["playground", "other"])
+def test_the_steps_of_edm_are_diffusers(name: str, steps: int, config: dict[str, float]) -> None:
+    scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(**config)
+    scheduler.set_timesteps(steps)
+    path = levels(name, edm(**config), steps)
+    torch.testing.assert_close(path.sigma.float(), scheduler.sigmas, rtol=1e-5, atol=0)
+    torch.testing.assert_close(path.t[:-1].float(), scheduler.timesteps, rtol=1e-5, atol=1e-6)
+    assert path.sigma[-1] == 0 and (path.alpha == 1).all()
+    torch.testing.assert_close(start(EPS, path), EPS * scheduler.init_noise_sigma)
+
+
+@pytest.mark.parametrize("name", EDM_SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 12, 30])
+def test_edm_samplers_are_diffusers(name: str, steps: int) -> None:
+    scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5)
+    path = levels(name, edm(), steps)
     x = start(EPS, path)
-    torch.testing.assert_close(x, EPS * (80.0**2 + 1) ** 0.5)
-    torch.testing.assert_close(euler(ours("edm"), x, path), theirs(scheduler, 12, x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(SAMPLERS[name].run(ours("edm"), x, path), theirs(scheduler, steps, x), atol=1e-4, rtol=1e-4)
+
+
+def second(x: Tensor, t: float) -> Tensor:
+    """Another fake network, the refiner."""
+    return network(0.7 * x.flip(-1), 2 * t + 100)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.25, 0.333])
+@pytest.mark.parametrize("steps", [7, 20, 25])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, share: float) -> None:
+    """denoising_end of the pipeline of the base model, denoising_start of the image to image pipeline: one scheduler each."""
+    scheduler = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name]
+    config = settings("epsilon", "leading") | ({"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {})
+    path = levels(name, VP, steps)
+    first, rest = split(path, VP, share)
+    x, cutoff = EPS * (at_start(path) if name == "euler" else 1), round(1000 - share * 1000)
+    for part, net in enumerate((network, second)):
+        other = build(scheduler, **config)
+        other.set_timesteps(steps)
+        times = [t for t in other.timesteps if (t >= cutoff) == (part == 0)]
+        if part and hasattr(other, "set_begin_index"):
+            other.set_begin_index(steps - len(times))
+        assert len(times) == len((first, rest)[part].t) - 1
+        for t in times:
+            x = other.step(net(other.scale_model_input(x, t), float(t)), t, x).prev_sample
+    run = SAMPLERS[name].run
+    halfway = run(ours("epsilon"), start(EPS, path), first)
+    mine = run(guided(lambda x, level, _: second(x, level.t[0].item()), "epsilon", None), halfway, rest)
+    torch.testing.assert_close(mine, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [VP, flow(shift=3.0)], ids=["vp", "flow"])
+def test_a_split_path_is_the_path(schedule: Schedule) -> None:
+    path, prediction = levels("euler", schedule, 10), "flow" if schedule.kind == "flow" else "epsilon"
+    first, rest = split(path, schedule, 0.7)
+    assert all(torch.equal(torch.cat([a[:-1], b]), whole) for a, b, whole in zip(first, rest, path, strict=True))
+    assert all(a[-1] == b[0] for a, b in zip(first, rest, strict=True))
+    whole = euler(ours(prediction), EPS.double(), path)
+    torch.testing.assert_close(euler(ours(prediction), euler(ours(prediction), EPS.double(), first), rest), whole, rtol=0, atol=0)
+    share = first.t[:-1] / (1000 if schedule.kind == "vp" else 1)
+    assert (share >= 0.3 - 1e-6).all() and (rest.t / (1000 if schedule.kind == "vp" else 1) < 0.3).all()
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.77])
@@ -275,6 +333,10 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
         (lambda: ddim(ours("epsilon"), EPS, levels("ddim", VP, 3), eta=0.5), "eta = 0.5.*noise"),
         (lambda: flow_euler(ours("flow"), EPS, levels("euler", VP, 3)), "flow schedule"),
         (lambda: guided(network, "epsilon", None, None, 7.5), "guidance scale 7.5"),
+        (lambda: split(levels("euler", VP, 4), VP, 0.9999), "refiner start of 0.9999 leaves the base model 4 of 4"),
+        (lambda: split(levels("euler", VP, 4), VP, 0.01), "leaves the base model 0 of 4"),
+        (lambda: split(levels("euler", VP, 4), VP, 1.5), "refiner start of 1.5"),
+        (lambda: split(levels("euler", edm(), 4), edm(), 0.5), "edm schedule"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_work(call: Callable[[], Any], message: str) -> None:
