@@ -1,7 +1,9 @@
 """Captions of a folder of images: text files, a metadata table, file names, one for all, or templates."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +12,8 @@ from lora_core.images import is_image
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # of metadata.jsonl, first found
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, first found
+TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
@@ -50,17 +53,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str | None) -> dict[Path, tuple[str, ...]]:
+def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str | None, column: str | None = None) -> dict[Path, tuple[str, ...]]:
     """The captions of each image, one or more, in the images' order. `mode` is one of CAPTION_MODES.
 
     txt        every line of 001.txt beside 001.png that is not empty
-    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl; a text may be a list, a file may have several rows
+    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a head; `column` names another column than text,
+               caption or prompt; in JSON a text may be a list; a file may have several rows
     filename   the file's name up to its first dot (cloneofsimo)
     one        `caption`
     object, style    TEMPLATES with `caption` in place of {}
-    auto       metadata.jsonl if there is one, else .txt files if there are any, else `caption`, else file names
+    auto       the metadata table if there is one, else .txt files if there are any, else `caption`, else file names
 
-    Raises UserError for an image without a caption, an unknown mode, and a `caption` that is missing or would have no effect.
+    Raises UserError for an image without a caption, an unknown mode, and a `caption` or `column` that is missing or would have no effect.
     """
     if mode not in CAPTION_MODES:
         raise UserError(f"unknown caption mode {mode!r}, expected one of {', '.join(CAPTION_MODES)}")
@@ -70,6 +74,8 @@ def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str 
         raise UserError(f"captions {chosen!r} need the caption (for templates, the word to put in them), got {caption!r}")
     if not needs_caption and caption is not None:
         raise UserError(f"the caption {caption!r} has no use when {folder} is read with captions {chosen!r}; drop it or ask for captions 'one'")
+    if column and chosen != "metadata":
+        raise UserError(f"the caption column {column!r} has no use when {folder} is read with captions {chosen!r}; drop it or add metadata.jsonl")
     if chosen == "one":
         return dict.fromkeys(images, (str(caption),))
     if chosen in TEMPLATES:
@@ -77,28 +83,38 @@ def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str 
     if chosen == "filename":
         return _complete({p: (p.name.split(".")[0].strip(),) for p in images}, images, "a caption in its name")
     if chosen == "metadata":
-        return _complete(read_metadata(folder / "metadata.jsonl"), images, "a row in metadata.jsonl")
+        table = metadata_table(folder) or folder / TABLES[0]
+        return _complete(read_metadata(table, column), images, f"a row in {table.name}")
     return _complete({p: _read_lines(p.with_suffix(".txt")) for p in images}, images, "a .txt file with a caption")
 
 
-def read_metadata(path: Path) -> dict[Path, tuple[str, ...]]:
-    """The images that metadata.jsonl names, relative to its folder, with their captions; UserError for a bad row or a file that is not there."""
+def metadata_table(folder: Path) -> Path | None:
+    """The folder's metadata.jsonl or metadata.csv, None without either; UserError when there are both."""
+    found = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} has both {' and '.join(TABLES)}; keep one of them")
+    return found[0] if found else None
+
+
+def read_metadata(path: Path, column: str | None = None) -> dict[Path, tuple[str, ...]]:
+    """The images that metadata.jsonl or metadata.csv names, relative to its folder, with their captions.
+
+    Raises UserError for a bad row, a column that is not there and an image that is not there.
+    """
     if not path.is_file():
         raise UserError(f"captions 'metadata' need the file {path}, which is missing; write one JSON object per line with file_name and text")
     captions: dict[Path, tuple[str, ...]] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, texts = _read_row(line, f"{path}, line {number}")
+    for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
+        name, texts = _read_row(row, column, where)
         image = path.parent / name
         if not image.is_file() or not is_image(image):
-            raise UserError(f"{path}, line {number} names {name}, which is not an image in {path.parent}; correct file_name or add the image")
+            raise UserError(f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image")
         captions[image] = captions.get(image, ()) + texts
     return captions
 
 
 def _detect(folder: Path, caption: str | None) -> str:
-    if (folder / "metadata.jsonl").is_file():
+    if metadata_table(folder):
         return "metadata"
     if any(p.suffix == ".txt" for p in folder.iterdir()):
         return "txt"
@@ -126,18 +142,38 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def _read_row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-    """The file name and the captions of one row of metadata.jsonl."""
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row is, for errors, and the row."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON ({error.msg}); write one object per line with file_name and text") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The same; quoted texts may go over several lines, of which the last is named."""
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), restkey="(columns without a name)", strict=True)
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); write one object per line with file_name and text") from error
+        yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num} is not CSV ({error}); write a head with file_name and text, then a line per image"
+        ) from error
+
+
+def _read_row(row: Any, column: str | None, where: str) -> tuple[str, tuple[str, ...]]:
+    """The file name and the captions of one row of a metadata table."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise UserError(f'{where} has no "file_name"; write one object per line with file_name and text')
-    column = next((c for c in CAPTION_COLUMNS if c in row), None)
-    if column is None:
-        raise UserError(f"{where} has the columns {', '.join(row)}; expected the caption under one of {', '.join(CAPTION_COLUMNS)}")
-    texts = row[column] if isinstance(row[column], list) else [row[column]]
+        raise UserError(f'{where} has no "file_name"; each row needs file_name and a caption such as text')
+    expected = (column,) if column else CAPTION_COLUMNS
+    found = next((c for c in expected if c in row), None)
+    if found is None:
+        names = repr(column) if column else f"one of {', '.join(CAPTION_COLUMNS)}"
+        raise UserError(f"{where} has the columns {', '.join(row)}; expected the caption under {names}")
+    texts = row[found] if isinstance(row[found], list) else [row[found]]
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise UserError(f"{where} has the {column} {row[column]!r}, expected a caption or a list of captions")
+        raise UserError(f"{where} has the {found} {row[found]!r}, expected a caption or a list of captions")
     return row["file_name"], tuple(t.strip() for t in texts)

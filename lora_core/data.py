@@ -1,4 +1,4 @@
-"""A folder of images -> Record -> Example -> Batch, with every random choice keyed by the example (seed, key, visit, purpose).
+"""Record -> Example -> Batch, with every random choice keyed by the example (seed, key, visit, purpose).
 
 So an example looks the same for any batch size, worker count or resume point, and whatever is cached from it is keyed by its content.
 """
@@ -9,37 +9,26 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lora_core.buckets import Size, nearest, sizes
 from lora_core.cache import Cache
-from lora_core.captions import TEMPLATES, CaptionMode, read_captions, read_metadata
+from lora_core.captions import TEMPLATES
 from lora_core.errors import UserError
-from lora_core.images import MASK_SUFFIX, Picture, RecentPictures, cut, flip, list_images, mask_path, read_picture, resize, tint, to_pixels, to_tensor
+from lora_core.images import INTERPOLATIONS, Picture, RecentPictures, cut, flip, read_picture, resize, tint, to_pixels, to_tensor
 from lora_core.noise import generator
-from lora_core.tokens import has_word
+from lora_core.records import Record, missing_word, scan
+from lora_core.stream import Plan, position
 
 __all__ = [
-    "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position", "scan",
+    "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position",
+    "scaled_up", "scan",
 ]  # fmt: skip
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image on disk."""
-
-    path: Path
-    captions: tuple[str, ...]
-    mask_path: Path | None
-    use_alpha: bool
-    key: str  # hash of the image's bytes, its mask's, and whether alpha is the mask
-    is_prior: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +47,33 @@ class Example:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images become squares of `resolution` pixels."""
+    """How images become squares of `resolution` pixels, or with `buckets` rectangles of about that area."""
 
     resolution: int
     crop: Literal["center", "random"] = "center"
-    zoom: float = 1.0  # the short side is scaled to resolution * u, u uniform in [1, zoom], before the crop
+    zoom: float = 1.0  # the size that the image is scaled to cover is multiplied by u, uniform in [1, zoom], before the crop
     flip: bool = False  # mirrored in half the visits
     jitter: bool = False  # brightness and contrast within +-10 %
     variants: int = 0  # 0: fresh pixels at every visit; n: the pixels of visit mod n, so that latents can be cached
     seed: int = 0
+    buckets: bool = False  # each image is cut to the nearest of buckets.sizes(resolution, bucket_step)
+    bucket_step: int = 64
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
 
     def __post_init__(self) -> None:
         if self.resolution < 1 or self.zoom < 1 or self.variants < 0:
             raise UserError(f"expected resolution >= 1, zoom >= 1, variants >= 0, got {self.resolution}, {self.zoom}, {self.variants}")
         if self.crop not in ("center", "random"):
             raise UserError(f"unknown crop {self.crop!r}, expected center or random")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+        if self.buckets:
+            sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
+
+    def size(self, image: Size) -> Size:
+        """The (h, w) that an image of (h, w) is cut to."""
+        square = (self.resolution, self.resolution)
+        return nearest(image, sizes(self.resolution, self.bucket_step)) if self.buckets else square
 
     @property
     def is_random(self) -> bool:
@@ -102,49 +103,22 @@ class Batch:
         )  # fmt: skip
 
 
-def scan(
-    folder: Path | str,
-    *,
-    captions: CaptionMode = "auto",
-    caption: str | None = None,
-    repeats: int = 1,
-    masks: Literal["auto", "file", "alpha", "none"] = "auto",
-    is_prior: bool = False,
-) -> list[Record]:
-    """The images of a folder (with metadata.jsonl: also those it names below it) with their captions and masks, the list `repeats` times over.
-
-    Every file is decoded once here, so that a damaged one is refused before any work. Masks: "file" demands 001.mask.png for each image, "alpha"
-    demands an alpha channel, "auto" takes mask files where they are and ignores alpha, "none" ignores both. Caption modes: `read_captions`.
-    Raises UserError for what is missing or damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; check the path")
-    if repeats < 1:
-        raise UserError(f"repeats must be at least 1, got {repeats}")
-    if masks not in ("auto", "file", "alpha", "none"):
-        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha or none")
-    images = _images(folder, captions)
-    if not images:
-        raise UserError(f"no images in {folder}; put .jpg, .jpeg, .png, .webp or .bmp files there")
-    chosen = _masks(folder, images, masks)
-    texts = read_captions(folder, images, captions, caption)
-    return [_record(p, texts[p], chosen[p], use_alpha=masks == "alpha", is_prior=is_prior) for p in images] * repeats
-
-
-def missing_word(records: Sequence[Record], word: str) -> list[Path]:
-    """The images with a caption in which `tokens.bind` would not find the word, each once."""
-    return list(dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions)))
-
-
 class Folder:
-    """Records that can be drawn as examples. Decoded images stay in memory up to 512 MiB."""
+    """Records that can be drawn as examples. Decoded images stay in memory up to 512 MiB.
 
-    def __init__(self, records: Sequence[Record], settings: ImageSettings) -> None:
+    `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
+    classifier, arXiv 2207.12598); prior records keep theirs. Raises UserError for no records and a probability outside [0, 1).
+    """
+
+    def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0) -> None:
         if not records:
             raise UserError("no images to draw from; scan a folder that has some")
+        if not 0 <= caption_dropout < 1:
+            raise UserError(f"expected a caption dropout of at least 0 and below 1, got {caption_dropout}")
         self.records = list(records)
         self.settings = settings
+        self.caption_dropout = caption_dropout
+        self.sizes = [settings.size(r.size) for r in self.records]
         self._recent = RecentPictures()
         self._copies: Counter[str] = Counter()  # of each content
         self._copy: list[int] = []  # which of them a record is
@@ -155,48 +129,61 @@ class Folder:
     def __len__(self) -> int:
         return len(self.records)
 
-    def visit(self, index: int, epoch: int) -> int:
-        """Which visit to its content record `index` makes in an epoch: copies (repeats, identical files) take turns, so each draws its own noise."""
-        return epoch * self._copies[self.records[index].key] + self._copy[index]
+    def visit(self, index: int, times: int) -> int:
+        """Which visit to its content record `index` makes after `times` visits of its own (without buckets: one an epoch).
 
-    def example(self, index: int, visit: int) -> Example:
-        """One visit to a record. Pixels depend on (settings, key, visit), or visit mod variants; the caption always on the visit itself."""
+        Copies (repeats, identical files) take turns, so each draws its own noise.
+        """
+        return times * self._copies[self.records[index].key] + self._copy[index]
+
+    def example(self, index: int, visit: int, size: Size | None = None) -> Example:
+        """One visit to a record, cut to `size` (h, w) instead of its own if that is given.
+
+        Pixels depend on (settings, size, key, visit), or visit mod variants; the caption always on the visit itself.
+        """
         record, s = self.records[index], self.settings
+        height, width = size = size or self.sizes[index]
 
         def draw(purpose: str) -> float:
             return self._uniform(record, self._variant(visit), purpose)
 
-        side = round(s.resolution * (1 + (s.zoom - 1) * draw("zoom"))) if s.zoom > 1 else s.resolution
-        picture = resize(self._picture(record), side)
+        picture = self._picture(record, size)
+        if s.zoom > 1:
+            scale = 1 + (s.zoom - 1) * draw("zoom")
+            picture = resize(picture, (round(height * scale), round(width * scale)), s.interpolation)
         if s.flip and draw("flip") < 0.5:
             picture = flip(picture)
-        free = (picture.image.height - s.resolution, picture.image.width - s.resolution)
+        free = (picture.image.height - height, picture.image.width - width)
         if s.crop == "random":
             top, left = (int(draw(f"crop {axis}") * (room + 1)) for axis, room in zip(("top", "left"), free, strict=True))
         else:
             top, left = (round(room / 2) for room in free)
-        picture = cut(picture, top, left, s.resolution)
+        picture = cut(picture, (top, left), size)
         if s.jitter:
             picture = tint(picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast")))
         mask = None if picture.mask is None else to_tensor(picture.mask).div(255)
-        caption = record.captions[int(self._uniform(record, visit, "caption") * len(record.captions))]
         pixels = to_pixels(picture.image)
-        return Example(pixels, mask, caption, picture.original_size, (top, left), record.key, visit, record.is_prior)
+        return Example(pixels, mask, self._caption(record, visit), picture.original_size, (top, left), record.key, visit, record.is_prior)
 
-    def cache_key(self, record: Record, visit: int) -> str:
-        """A name for what is computed from the pixels of this visit: the content and every setting that changes pixels; captions do not enter.
+    def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
+        """A name for what is computed from the pixels of this visit, cut to `size` (None: the record's own).
 
-        Raises UserError when pixels are fresh at every visit, for then nothing would be read twice.
+        The content and every setting that changes pixels enter; captions do not. Raises UserError when pixels are fresh at every visit, for then
+        nothing would be read twice.
         """
-        settings = asdict(self.settings)
-        if not self.settings.is_random:
-            settings = {"resolution": self.settings.resolution}
-        elif not self.settings.variants:
+        s = self.settings
+        settings: dict[str, object] = {"size": tuple(size or s.size(record.size)), "interpolation": s.interpolation}
+        if s.is_random and not s.variants:
             raise UserError("random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off")
-        else:
-            del settings["variants"]
+        if s.is_random:
+            settings |= {name: value for name, value in asdict(s).items() if name in ("crop", "zoom", "flip", "jitter", "seed")}
             settings["variant"] = self._variant(visit)
         return hashlib.blake2b(json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def _caption(self, record: Record, visit: int) -> str:
+        if self.caption_dropout and not record.is_prior and self._uniform(record, visit, "caption dropout") < self.caption_dropout:
+            return ""
+        return record.captions[int(self._uniform(record, visit, "caption") * len(record.captions))]
 
     def _variant(self, visit: int) -> int:
         return visit % self.settings.variants if self.settings.variants else visit
@@ -204,20 +191,26 @@ class Folder:
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         return torch.rand((), generator=generator(self.settings.seed, record.key, visit, purpose), dtype=torch.float64).item()
 
-    def _picture(self, record: Record) -> Picture:
+    def _picture(self, record: Record, size: Size) -> Picture:
         """The decoded file, already resized where no zoom asks for the original."""
 
         def read() -> Picture:
             picture = read_picture(record.path, record.mask_path, use_alpha=record.use_alpha)
-            return picture if self.settings.zoom > 1 else resize(picture, self.settings.resolution)
+            return picture if self.settings.zoom > 1 else resize(picture, size, self.settings.interpolation)
 
-        return self._recent.get(record.key, read)
+        return self._recent.get((record.key, None if self.settings.zoom > 1 else size), read)
 
 
-def position(n: int, index: int, seed: int, *, stream: str = "instance") -> tuple[int, int]:
-    """(which of n records, epoch) of sample number `index` of the endless stream: every epoch is a permutation keyed by (seed, stream, epoch)."""
-    epoch, place = divmod(index, n)
-    return _permutation(n, epoch, seed, stream)[place], epoch
+def scaled_up(folder: Folder) -> str:
+    """One sentence that counts the images that are smaller than the size they are cut to, zoom left aside; empty when there are none."""
+    images = {r.path: (r.size, cut) for r, cut in zip(folder.records, folder.sizes, strict=True)}
+    small = [(path, h, w) for path, ((h, w), cut) in images.items() if h < cut[0] or w < cut[1]]
+    if not small:
+        return ""
+    path, h, w = small[0]
+    what = "their bucket" if folder.settings.buckets else f"{folder.settings.resolution} pixels"
+    verb = "is smaller than" if len(small) == 1 else "are smaller than"
+    return f"{len(small)} of {len(images)} images {verb} {what} and scaled up, first {path.name} ({w} x {h})"
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -233,25 +226,28 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def batches(folder: Folder, prior: Folder | None = None, *, batch: int, seed: int, start: int = 0, stop: int, workers: int = 0) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1: step k holds samples k * batch .. (k + 1) * batch - 1, then as many prior ones.
+    """The batches of steps start .. stop - 1: `batch` instance rows of one size, then as many prior ones, cut to that size.
 
-    A step is a function of its number, so threads ahead of the loop (`workers`; 0 makes each batch when it is asked for) change no bit.
+    Without buckets step k holds samples k * batch .. (k + 1) * batch - 1 of an endless stream of permutations, with buckets the rows of `Plan`. A
+    step is a function of its number, so threads ahead of the loop (`workers`; 0 makes each batch when it is asked for) change no bit.
     """
     if batch < 1 or workers < 0 or start < 0:
         raise UserError(f"expected batch >= 1, workers >= 0 and start >= 0, got {batch}, {workers} and {start}")
     if prior is not None and not all(r.is_prior for r in prior.records):
         raise ValueError("the prior folder holds records that are not marked as prior; scan it with is_prior=True")
-    sources = [(folder, "instance")] if prior is None else [(folder, "instance"), (prior, "prior")]
+    plan = Plan(folder.sizes, batch, seed) if folder.settings.buckets else None
 
     def make(step: int) -> Batch:
-        return collate([_sample(f, i, seed, stream) for f, stream in sources for i in range(step * batch, (step + 1) * batch)])
+        samples = range(step * batch, (step + 1) * batch)
+        rows = plan.rows(step) if plan else [position(len(folder), i, seed) for i in samples]
+        size = folder.sizes[rows[0][0]]
+        examples = [folder.example(record, folder.visit(record, times)) for record, times in rows]
+        if prior is not None:
+            rows = [position(len(prior), i, seed, stream="prior") for i in samples]
+            examples += [prior.example(record, prior.visit(record, times), size) for record, times in rows]
+        return collate(examples)
 
     return map(make, range(start, stop)) if workers == 0 else _ahead(make, range(start, stop), workers)
-
-
-def _sample(folder: Folder, index: int, seed: int, stream: str) -> Example:
-    record, epoch = position(len(folder), index, seed, stream=stream)
-    return folder.example(record, folder.visit(record, epoch))
 
 
 def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:
@@ -267,42 +263,3 @@ def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@lru_cache(maxsize=8)
-def _permutation(n: int, epoch: int, seed: int, stream: str) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, stream, epoch, "order")).tolist()
-
-
-def _images(folder: Path, captions: str) -> list[Path]:
-    """The folder's images, and those below it that metadata.jsonl names when captions come from there."""
-    found = list_images(folder)
-    table = folder / "metadata.jsonl"
-    if captions in ("auto", "metadata") and table.is_file():
-        found += sorted(set(read_metadata(table)) - set(found))
-    return found
-
-
-def _masks(folder: Path, images: list[Path], masks: str) -> dict[Path, Path | None]:
-    """The mask file of each image; UserError for a missing one that was demanded, or one that belongs to no image."""
-    if masks in ("alpha", "none"):
-        return dict.fromkeys(images)
-    chosen = {p: mask_path(p) if mask_path(p).is_file() else None for p in images}
-    stray = sorted(set(folder.glob("*" + MASK_SUFFIX)) - set(chosen.values()))
-    if stray:
-        raise UserError(f"the mask {stray[0]} belongs to no image; name it after its image or remove it")
-    without = [p for p, mask in chosen.items() if mask is None]
-    if masks == "file" and without:
-        first = mask_path(without[0]).name
-        raise UserError(f"{len(without)} of {len(images)} images lack a mask, first {without[0]}; add {first} or ask for masks 'auto'")
-    return chosen
-
-
-def _record(path: Path, captions: tuple[str, ...], mask: Path | None, *, use_alpha: bool, is_prior: bool) -> Record:
-    """The record of one file, which is decoded to see that it can be."""
-    read_picture(path, mask, use_alpha=use_alpha)
-    content = hashlib.blake2b(path.read_bytes(), digest_size=16)
-    content.update(b"alpha" if use_alpha else b"")
-    if mask is not None:
-        content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
-    return Record(path, captions, mask, use_alpha, content.hexdigest(), is_prior)

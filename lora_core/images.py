@@ -1,4 +1,4 @@
-"""Image and mask files: read, checked, cut to a square, turned into tensors. Pillow only, whose results are integers and the same everywhere."""
+"""Image and mask files: read, checked, scaled and cut, turned into tensors. Pillow only, whose results are integers and the same everywhere."""
 
 import struct
 from collections import OrderedDict
@@ -16,6 +16,7 @@ from lora_core.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_SUFFIX = ".mask.png"
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for damaged files
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
 class Picture(NamedTuple):
@@ -61,16 +62,22 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
     return Picture(_eight_bit(opened).convert("RGB"), _checked(grey, f"the mask {mask}"), size)
 
 
-def cover(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The (w, h) of an image scaled so that its short side is `side`; the long one is rounded down, as torchvision's Resize does."""
-    w, h = size
-    return (side, max(side, side * h // w)) if w <= h else (max(side, side * w // h), side)
+def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
+    (h, w), (height, width) = size, target
+    return (max(height, width * h // w), width) if width * h >= height * w else (height, max(width, height * w // h))
 
 
-def resize(picture: Picture, side: int) -> Picture:
-    """The picture with its short side at `side` pixels, bilinear with antialiasing (the public scripts' default)."""
-    size = cover(picture.image.size, side)
-    return picture if picture.image.size == size else _both(picture, lambda image: image.resize(size, Image.Resampling.BILINEAR))
+def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bilinear") -> Picture:
+    """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of INTERPOLATIONS; bilinear is the public scripts' default.
+
+    Masks are always bilinear: the other two overshoot at edges, and would give weight to what the mask leaves out.
+    """
+    height, width = cover((picture.image.height, picture.image.width), target)
+    if picture.image.size == (width, height):
+        return picture
+    mask = None if picture.mask is None else picture.mask.resize((width, height), Image.Resampling.BILINEAR)
+    return picture._replace(image=picture.image.resize((width, height), INTERPOLATIONS[interpolation]), mask=mask)
 
 
 def flip(picture: Picture) -> Picture:
@@ -78,9 +85,10 @@ def flip(picture: Picture) -> Picture:
     return _both(picture, ImageOps.mirror)
 
 
-def cut(picture: Picture, top: int, left: int, side: int) -> Picture:
-    """The square of `side` pixels at (top, left) of the picture and its mask."""
-    return _both(picture, lambda image: image.crop((left, top, left + side, top + side)))
+def cut(picture: Picture, corner: tuple[int, int], size: tuple[int, int]) -> Picture:
+    """The `size` (h, w) pixels at `corner` (top, left) of the picture and its mask."""
+    (top, left), (height, width) = corner, size
+    return _both(picture, lambda image: image.crop((left, top, left + width, top + height)))
 
 
 def tint(picture: Picture, brightness: float, contrast: float) -> Picture:

@@ -1,0 +1,59 @@
+"""Aspect-ratio buckets: the sizes images are cut to so that their proportions stay, and which size is nearest to an image."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+from lora_core.errors import UserError
+
+Size = tuple[int, int]  # h, w in pixels
+
+
+@lru_cache(maxsize=8)
+def sizes(resolution: int, step: int) -> tuple[Size, ...]:
+    """The bucket sizes (h, w) of about resolution^2 pixels, sorted: the square, and for each side the longest other side, both multiples of `step`.
+
+    No area exceeds resolution^2; sides lie between resolution / 2 (rounded to the step) and 2 resolution. At 512 and 64 these are the sizes of
+    kohya's sd-scripts (256 to 1024). Sizes that fit inside another of the same side are left out: they would only throw pixels away.
+    Raises UserError for a resolution below the step.
+    """
+    if step < 1 or resolution < step:
+        raise UserError(f"expected a bucket step of at least 1 and at most the resolution, got step {step} at resolution {resolution}")
+    square = resolution // step * step
+    low, high = max(step, (resolution // 2 + step // 2) // step * step), 2 * resolution // step * step
+    found = {(square, square)}
+    for side in range(low, high + 1, step):
+        other = min(high, resolution**2 // side // step * step)
+        if other >= low:
+            found |= {(side, other), (other, side)}
+    return tuple(sorted(found))
+
+
+def nearest(size: Size, choice: Sequence[Size]) -> Size:
+    """The size in `choice` with an image's aspect: its own size if that is there, else the one with the least |difference of log aspects|.
+
+    Ties go to the larger area, then to the first. Logarithms treat wide and tall images alike, where kohya's difference of w / h favours tall
+    buckets. They are compared as exact fractions, so that no rounding decides.
+    """
+    if size in choice:
+        return size
+
+    def distance(other: Size) -> tuple[Fraction, int]:
+        left, right = size[0] * other[1], size[1] * other[0]
+        return Fraction(max(left, right), min(left, right)), -math.prod(other)
+
+    return min(choice, key=distance)
+
+
+def report(cuts: Sequence[Size], batch: int) -> str:
+    """In words, how images cut to `cuts` (one each, repeats counted) fill the batches of an epoch: a line for each size; one line for one size."""
+    lines = []
+    for (h, w), count in sorted(Counter(cuts).items()):
+        more = -count % batch
+        filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
+        lines.append(f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} of the batches")
+    if len(lines) == 1:
+        return f"one bucket, {lines[0]}"
+    return "\n  ".join([f"{len(lines)} buckets (width x height), each visited whole in an epoch:", *lines])

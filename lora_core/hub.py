@@ -1,0 +1,132 @@
+"""Datasets of the hub, or anything else that `datasets.load_dataset` takes, written out once as a folder of images that `scan` reads."""
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import cached_assets_path
+from PIL import Image
+
+from lora_core.captions import CAPTION_COLUMNS, TABLES
+from lora_core.errors import UserError
+from lora_core.images import UNREADABLE
+
+MARK = "dataset.json"  # what the folder was made from; there once it is whole
+KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+
+
+def export(
+    name: str, folder: Path | str | None = None, *, split: str = "train", image_column: str = "image", caption_column: str = "", caption: str = ""
+) -> Path:
+    """The folder that holds the images of one split of a dataset, with metadata.jsonl if it has captions; an export that is there is not repeated.
+
+    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that is
+    stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, else, unless there is
+    one `caption` for all, the first of text, caption and prompt. The folder appears whole or not at all, and a dataset that has changed since is
+    exported anew. Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
+    """
+    if caption and caption_column:
+        raise UserError(f"the caption {caption!r} and the caption column {caption_column!r} exclude each other; drop one of them")
+    data, caption_column = _load(name, split, image_column, caption_column, one_for_all=bool(caption))
+    mark: dict[str, Any] = {"dataset": name, "split": split, "image_column": image_column, "caption_column": caption_column}
+    target = Path(folder) if folder is not None else _place(mark)
+    mark |= {"fingerprint": data._fingerprint, "images": len(data)}
+    if _is_whole(target, mark):
+        return target
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in _write_images(data, image_column, caption_column, partial)]
+        if caption_column:
+            (partial / TABLES[0]).write_text("".join(rows), encoding="utf-8")
+        (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)  # empty, or an older export of the same
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{len(data)} images of {name} ({split}) written to {target}")
+    return target
+
+
+def _load(name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool) -> tuple[Any, str]:
+    """The split with its images undecoded and no columns but the two; the caption column, "" when there is one caption for all."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"the dataset {name} needs the package datasets: pip install 'lora_core[datasets]'") from None
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version
+        raise UserError(
+            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; check its name, its split and the connection"
+        ) from None
+    columns = data.column_names
+    if not caption_column and not one_for_all:
+        caption_column = next((c for c in CAPTION_COLUMNS if c in columns), "")
+        if not caption_column:
+            none = f"the dataset {name} has the columns {', '.join(columns)}, none of {', '.join(CAPTION_COLUMNS)}"
+            raise UserError(f"{none}; name the caption column, or give one caption for all")
+    wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
+    for what, column in wanted.items():
+        if column not in columns:
+            raise UserError(f"the dataset {name} has no {what} column {column!r}; its columns are {', '.join(columns)}")
+    if not len(data):
+        raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
+    try:
+        return data.select_columns(list(wanted.values())).cast_column(image_column, datasets.Image(decode=False)), caption_column
+    except Exception as error:  # pyarrow's and datasets' own, by type of column
+        raise UserError(f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column") from None
+
+
+def _place(mark: Mapping[str, Any]) -> Path:
+    """A folder of this dataset's own in the hub's cache of assets."""
+    name = hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Path(cached_assets_path("lora_core", "datasets", Path(mark["dataset"]).name)) / name
+
+
+def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very export; UserError for a folder with anything else than an export of the same dataset."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds something else than an exported dataset; choose another folder") from None
+    changes = [key for key in mark if found.get(key) != mark[key]]
+    if other := [key for key in changes if key not in ("fingerprint", "images")]:
+        was, wanted = (", ".join(f"{key} {m.get(key)!r}" for key in other) for m in (found, mark))
+        raise UserError(f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it")
+    return not changes
+
+
+def _write_images(data: Any, image_column: str, caption_column: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Writes each row's image and yields its row of metadata.jsonl."""
+    for number, row in enumerate(data):
+        where = f"row {number} of the dataset"
+        cell = row[image_column] or {}
+        try:
+            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
+                if image.format in KEPT:
+                    file.write_bytes(content)
+                else:
+                    (image if image.mode in PNG_MODES else image.convert("RGB")).save(file, exif=image.getexif())
+        except (KeyError, TypeError, *UNREADABLE) as error:
+            raise UserError(f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column") from error
+        texts = row.get(caption_column)
+        if caption_column and not (isinstance(texts, str | list) and any(texts) and str(texts).strip()):
+            raise UserError(f"{where} has {texts!r} in {caption_column!r}, expected a caption; add it or choose another column")
+        yield {"file_name": file.name, caption_column: texts}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

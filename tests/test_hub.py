@@ -1,0 +1,148 @@
+"""hub: a dataset becomes a folder once, whole or not at all, and its files keep their bytes. Offline: every dataset here is a local folder."""
+
+import io
+import json
+import random
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_core import hub
+from lora_core.data import Folder, ImageSettings, scan
+from lora_core.errors import UserError
+from lora_core.hub import export
+
+datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "cached_assets_path", lambda *names: tmp_path.joinpath("assets", *names))
+    datasets.disable_progress_bars()
+
+
+def noise(width, height, seed):
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+
+
+def encoded(image, kind, **settings):
+    content = io.BytesIO()
+    image.save(content, kind, **settings)
+    return content.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An ImageFolder of a JPEG that lies on its side, a PNG and a BMP, with their texts."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {"a.jpg": encoded(noise(16, 8, 0), "JPEG", exif=turned), "b.png": encoded(noise(9, 9, 1), "PNG"), "c.bmp": encoded(noise(8, 8, 2), "BMP")}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    rows = [{"file_name": name, "text": f"a photo of {name[0]}", "tags": f"tag {name[0]}"} for name in files]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def parquet(folder, **columns):
+    """A dataset of one parquet file that holds encoded images, as most of the hub's do."""
+    folder.mkdir()
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def test_an_image_folder_keeps_its_bytes_and_reads_as_itself(photos, tmp_path):
+    out = export(str(photos), tmp_path / "out")
+    files = sorted(p.name for p in out.iterdir())
+    assert files == ["000000.jpg", "000001.png", "000002.bmp", "dataset.json", "metadata.jsonl"]
+    before, after = scan(photos), scan(out)
+    assert [(r.key, r.captions, r.size) for r in after] == [(r.key, r.captions, r.size) for r in before] and after[0].size == (16, 8)
+    settings = ImageSettings(8, crop="random", flip=True)
+    for i in range(3):
+        assert torch.equal(Folder(before, settings).example(i, 2).pixels, Folder(after, settings).example(i, 2).pixels)
+
+
+def test_parquet_with_encoded_images_other_formats_and_lists_of_captions(tmp_path):
+    images = [noise(8, 12, 3), noise(10, 8, 4)]
+    cells = [{"bytes": encoded(images[0], "WEBP", lossless=True), "path": None}, {"bytes": encoded(images[1], "TIFF"), "path": None}]
+    texts = [["one", "zwei\u2028drei"], ["two"]]
+    name = parquet(tmp_path / "data", picture=cells, words=texts, count=[1, 2])
+    out = export(name, tmp_path / "out", image_column="picture", caption_column="words")
+    assert (out / "000000.webp").read_bytes() == cells[0]["bytes"]
+    assert Image.open(out / "000001.png").tobytes() == images[1].tobytes()  # TIFF is not read by scan, so written as PNG
+    assert [r.captions for r in scan(out, caption_column="words")] == [tuple(t) for t in texts]
+
+
+def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_path):
+    assert [r.captions for r in scan(export(str(photos), tmp_path / "1"))] == [(f"a photo of {c}",) for c in "abc"]
+    named = export(str(photos), tmp_path / "2", caption_column="tags")
+    assert [r.captions for r in scan(named, caption_column="tags")] == [(f"tag {c}",) for c in "abc"]
+    one = export(str(photos), tmp_path / "3", caption="a TOK")
+    assert not (one / "metadata.jsonl").exists() and {r.captions for r in scan(one, caption="a TOK")} == {("a TOK",)}
+    with pytest.raises(UserError, match="'a TOK' and the caption column 'tags' exclude each other"):
+        export(str(photos), tmp_path / "4", caption="a TOK", caption_column="tags")
+
+
+def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
+    out = export(str(photos))
+    assert "3 images of" in capsys.readouterr().out and out.parent.name == "photos"
+    times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert export(str(photos)) == out and {p: p.stat().st_mtime_ns for p in out.iterdir()} == times and capsys.readouterr().out == ""
+    assert export(str(photos), caption="a TOK") != out  # other settings, another folder
+    (photos / "c.bmp").unlink()
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b.png", "text": "y"}\n')
+    assert export(str(photos)) == out and [r.captions for r in scan(out)] == [("x",), ("y",)]
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_broken_row_leaves_nothing_behind(tmp_path):
+    good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
+    for i, (cell, text, match) in enumerate([
+        ({"bytes": good["bytes"][:30], "path": None}, "a", "row 1 of the dataset has no readable image in 'image'"),
+        (None, "a", "row 1 of the dataset has no readable image"),
+        (good, "  ", "row 1 of the dataset has '  ' in 'text'"),
+        (good, None, "row 1 of the dataset has None in 'text'"),
+    ]):  # fmt: skip
+        name = parquet(tmp_path / f"data{i}", image=[good, cell], text=["a", text])
+        with pytest.raises(UserError, match=match):
+            export(name, tmp_path / "out")
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_folder_of_something_else_is_refused_and_an_empty_one_taken(photos, tmp_path):
+    with pytest.raises(UserError, match="something else than an exported dataset"):
+        export(str(photos), photos)
+    (tmp_path / "out").mkdir()
+    export(str(photos), tmp_path / "out")
+    with pytest.raises(UserError, match=r"another export \(caption_column 'text'; wanted caption_column 'tags'\)"):
+        export(str(photos), tmp_path / "out", caption_column="tags")
+
+
+def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
+    out, name = tmp_path / "out", str(photos)
+    with pytest.raises(UserError, match="cannot load split 'train' of the dataset nobody/nothing: "):
+        export("nobody/nothing", out)
+    with pytest.raises(UserError, match=r"cannot load split 'test' of the dataset .*; check its name"):
+        export(name, out, split="test")
+    with pytest.raises(UserError, match="no image column 'photo'; its columns are image, text, tags"):
+        export(name, out, image_column="photo")
+    with pytest.raises(UserError, match="no caption column 'label'; its columns are image, text, tags"):
+        export(name, out, caption_column="label")
+    with pytest.raises(UserError, match=r"holds no images|no readable image in 'tags'"):
+        export(name, out, image_column="tags")
+    bare = parquet(tmp_path / "bare", image=[{"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}], label=[3])
+    with pytest.raises(UserError, match="columns image, label, none of text, caption, prompt; name the caption column"):
+        export(bare, out)
+    with pytest.raises(UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"):
+        export(bare, out, caption_column="label")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'lora_core\[datasets\]'"):
+        export(name, out)
+    assert not out.exists()
