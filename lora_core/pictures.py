@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -72,29 +74,60 @@ def _wrap(text: str, width: float, advance: float) -> list[str]:
     return [part for line in text.split("\n") for part in textwrap.wrap(line, max(1, int(width / advance)))]
 
 
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
 def plot(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    path: Path,
-    *,
-    axes: tuple[str, str],
-    title: str = "",
-    log: bool = False,
-    errors: Mapping[str, Sequence[float]] | None = None,
+    series: Series, path: Path, *, axes: tuple[str, str], title: str = "", log: bool = False, errors: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """A line plot of named (x, y) series as PNG; with `errors` (one per point), error bars."""
+    with _figure(path) as axis:
+        for name, (x, y) in series.items():
+            axis.errorbar(x, y, yerr=(errors or {}).get(name), label=name, linewidth=1.4, capsize=3)
+        axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale="log" if log else "linear")
+        axis.grid(alpha=0.3)
+        if len(series) > 1:
+            axis.legend(frameon=False)
+
+
+def plot_over(filled: Series, series: Series, path: Path, *, axes: tuple[str, str, str], title: str = "", log: bool = False) -> None:
+    """As PNG: `filled` as steps on the left axis, from 0, and lines of `series` over it on the right axis, which `log` makes logarithmic.
+
+    `axes` names x, left and right. x are the middles of equal bins.
+    """
+    with _figure(path) as axis:
+        right, colours = axis.twinx(), iter(("#bcd5ea", "#1b4f8a", "#d95f0e"))
+        for i, (name, (x, y)) in enumerate(filled.items()):
+            half = (x[1] - x[0]) / 2
+            edges = [x[0] - half, *(v + half for v in x)]
+            axis.stairs(y, edges, label=name, fill=i == 0, color=next(colours), linewidth=1.6)
+            axis.set_xlim(edges[0], edges[-1])
+        for name, (x, y) in series.items():
+            right.plot(x, y, label=name, linewidth=1.6, color=next(colours))
+        axis.set(xlabel=axes[0], ylabel=axes[1])
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 1.25 * max(v for _, y in filled.values() for v in y))  # room for the legend
+        right.set(ylabel=axes[2], yscale="log" if log else "linear")
+        values = [v for _, y in series.values() for v in y]
+        right.set_ylim(min(values) if log else 0, 1.25 * max(values) if not log else max(values) * (max(values) / min(values)) ** 0.25)
+        handles = [h for part in (axis, right) for h in part.get_legend_handles_labels()[0]]
+        axis.legend(handles=handles, frameon=False, ncols=len(handles), loc="upper center", fontsize=9)
+        axis.grid(alpha=0.3)
+
+
+@contextmanager
+def _figure(path: Path) -> Iterator[Any]:
+    """Axes of a new figure that is written to `path` as PNG, whole or not at all, when what is drawn on them is complete."""
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, (x, y) in series.items():
-        axis.errorbar(x, y, yerr=(errors or {}).get(name), label=name, linewidth=1.4, capsize=3)
-    axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale="log" if log else "linear")
-    axis.grid(alpha=0.3)
-    if len(series) > 1:
-        axis.legend(frameon=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    try:
+        yield axis
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

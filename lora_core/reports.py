@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lora_core import pictures
+from lora_core import losses, noise, pictures, validation
 from lora_core.errors import UserError
+from lora_core.noise import NoiseLevel, Schedule
 from lora_core.run import Run
 
 
@@ -98,3 +101,80 @@ def plot_metrics(folder: Path) -> list[Path]:
         written.append(folder / "val.png")
         pictures.plot({"held out": columns["val_loss"]}, written[-1], axes=("step", "loss"), title="loss at fixed timesteps and noise")
     return written
+
+
+# ---------------------------------------------------------------- where on the schedule training happens
+
+BINS, DRAWS = 50, 100_000  # of the plot; 5 bins are one row of the table, and so many draws are exact to 1e-5 of all
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What decides how often a noise level is trained on and how much it counts."""
+
+    schedule: Schedule
+    prediction: str  # a row of PREDICTIONS
+    density: Callable[[Tensor], Tensor] | None = None  # as noise.density returns it; None: uniform
+    low: float = 0.0
+    high: float = 1.0
+    shift: float = 1.0
+    space: str = "model"  # of prediction.compared
+    loss: str = "mse"  # only named
+    weighting: str = "none"
+    args: Mapping[str, float] = field(default_factory=dict)  # of the weighting
+
+
+class Bins(NamedTuple):
+    """Equal stretches of the timesteps, from clean to pure noise; [n] each, float64."""
+
+    t: Tensor  # the middle
+    level: NoiseLevel  # at the middle
+    share: Tensor  # of the draws; sums to 1
+    weight: Tensor  # at the middle
+    product: Tensor  # share of the sum of the weights of all draws; sums to 1
+
+
+def bins(objective: Objective, count: int) -> Bins:
+    """How draws and weights are spread over `count` equal stretches of the timesteps; evenly spaced numbers stand for random ones."""
+    o, schedule = objective, objective.schedule.to("cpu")
+    low, high = (schedule.ts[0].item(), schedule.ts[-1].item()) if schedule.t_max is None else (0.0, schedule.t_max)
+    half = {"vp": 0.5, "flow": -0.5 / len(schedule), "edm": 0.0}[schedule.kind]  # row t stands for t ... t + 1; row sigma for what is just below
+    u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    drawn = noise.place(schedule, u, low=o.low, high=o.high, density=o.density, shift=o.shift)
+    place = ((drawn.t.double() + half - low) / (high - low) * count).long().clamp(0, count - 1)
+
+    def weigh(level: NoiseLevel) -> Tensor:
+        return losses.weight(o.weighting, level, o.prediction, space=o.space, **o.args).double()
+
+    middles = low + (torch.arange(count, dtype=torch.float64) + 0.5) / count * (high - low)
+    level = schedule.level(middles.clamp(max=schedule.ts[-1].item()))
+    product = torch.zeros(count, dtype=torch.float64).index_add(0, place, weigh(drawn))
+    share = torch.bincount(place, minlength=count).double() / DRAWS
+    return Bins(middles, level, share, weigh(level), product / product.sum())
+
+
+def preview_table(objective: Objective) -> str:
+    """Ten stretches of the timesteps with their noise level, the share of the draws, the weight, and the share of draws x weight."""
+    b = bins(objective, 10)
+    lines = [f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10} {'draws x weight':>15}   0 is clean"]
+    for t, sigma, snr, share, weight, product in zip(b.t, b.level.sigma, b.level.snr, b.share, b.weight, b.product):
+        shown = validation.timestep(t.item())
+        lines.append(f"{shown:>9} {sigma:8.4f} {snr.log():+8.2f} {share:7.1%} {weight:10.4g} {product:15.1%}")
+    return "\n".join(lines)
+
+
+def preview_density(objective: Objective, path: Path) -> Path:
+    """Prints `preview_table` and writes the same as a plot to `path`: draws, weight, and draws x weight over the timesteps. Returns `path`."""
+    b, o = bins(objective, BINS), objective
+    words, t, weights = losses.meaning(o.weighting, o.prediction, o.space, loss=o.loss, **o.args), b.t.tolist(), b.weight.tolist()
+    print(f"{words}\n{preview_table(o)}")
+    unit = {"vp": "timestep", "flow": "timestep = sigma", "edm": "timestep = ln(sigma) / 4"}[o.schedule.kind]
+    pictures.plot_over(
+        {"draws": (t, (b.share * BINS).tolist()), "draws x weight": (t, (b.product * BINS).tolist())},
+        {"weight": (t, weights)},
+        path,
+        axes=(f"clean   \N{LEFTWARDS ARROW}   {unit}   \N{RIGHTWARDS ARROW}   pure noise", "share of the steps (uniform = 1)", "weight"),
+        title=words,
+        log=max(weights) > 20 * min(weights) > 0,
+    )
+    return path

@@ -21,7 +21,7 @@ from lora_core.errors import UserError
 from lora_core.noise import Keys, NoiseLevel, Schedule
 from lora_core.prediction import PREDICTIONS
 
-Denoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]  # (x_t, level, rows of the examples [b]) -> raw output
+Denoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
 
 
 class Score(NamedTuple):
@@ -127,5 +127,5 @@ def table(rows: Sequence[Difference], names: tuple[str, str]) -> str:
 
 
 def timestep(t: float) -> str:
-    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, all for nan."""
-    return "all" if math.isnan(t) else f"{t:.0f}" if t > 1 else f"{t:.3f}"
+    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm (whose t ends near 1.1), all for nan."""
+    return "all" if math.isnan(t) else f"{t:.0f}" if t > 2 else f"{t:.3f}"
