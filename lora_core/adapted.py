@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class Adapted(nn.Module):
         self.folded: dict[str, float] = {}  # name -> the strength that is in base.weight now
         self.original: Tensor | None
         self.register_buffer("original", None, persistent=False)  # the weight before folding; a buffer so that it moves with the model
+        self.original_bias: Tensor | None
+        self.register_buffer("original_bias", None, persistent=False)
         self.enabled = True
         self.training = base.training
 
@@ -57,31 +60,49 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def refold(self, folded: dict[str, float], path: str) -> None:
-        """base.weight = original + sum of strength * delta in fp32 or better, rounded once; with nothing folded, the original's very bits.
+        """base.weight (and bias) = original + sum of strength * delta in fp32 or better, rounded once; with nothing folded, the original's very bits.
 
-        Raises UserError, with the weight as it was, when the weight is not floating point or the result overflows its dtype.
+        Raises UserError, with the layer as it was, when the weight is not floating point or the result overflows its dtype.
         """
-        weight = self.base.weight
-        if not weight.is_floating_point():
-            raise UserError(f"{path} stores its weight as {weight.dtype}, which cannot take an update; keep the adapter unfolded")
-        current = weight.detach().clone()
-        original = current if self.original is None else self.original
+        current = {name: p.detach().clone() for name, p in self.base.named_parameters()}
+        originals = current
+        if self.original is not None:
+            originals = {"weight": self.original} | ({} if self.original_bias is None else {"bias": self.original_bias})
         try:
-            weight.copy_(original)  # every delta is taken against the base weight
+            self._write(originals)  # every delta is taken against the base weight
             if folded:
-                weight.copy_(self._sum(original, folded, path))
+                self._write(self.merged(folded, path))
         except BaseException:
-            weight.copy_(current)
+            self._write(current)
             raise
-        self.folded, self.original = dict(folded), original if folded else None
+        self.folded = dict(folded)
+        self.original, self.original_bias = (originals["weight"], originals.get("bias")) if folded else (None, None)
 
-    def _sum(self, original: Tensor, folded: dict[str, float], path: str) -> Tensor:
-        total = original.to(wide(original.dtype))
-        for name, strength in folded.items():
-            total = total + strength * self.adapter(name).delta_weight(self.base)
-        rounded = total.to(original.dtype)
-        if not bool(rounded.isfinite().all()):
-            raise UserError(f"folding {', '.join(folded)} into {path} overflows {original.dtype}; lower the strength or load the model in float32")
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            getattr(self.base, name).copy_(value)
+
+    @torch.no_grad()
+    def merged(self, strengths: Mapping[str, float], path: str) -> dict[str, Tensor]:
+        """New "weight" (and "bias", where an adapter moves it): + strength * delta of each adapter, summed in fp32 or better, rounded once.
+
+        Raises UserError when the weight is not floating point or the result overflows its dtype.
+        """
+        totals = {name: p.to(wide(p.dtype)) for name, p in self.base.named_parameters()}
+        dtype = self.base.weight.dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"{path} stores its weight as {dtype}, which cannot take an update; keep the adapter unfolded")
+        moved = {"weight"}
+        for key, strength in strengths.items():
+            adapter = self.adapter(key)
+            totals["weight"] = totals["weight"] + strength * adapter.delta_weight(self.base)
+            shift = adapter.delta_bias(self.base) if hasattr(adapter, "delta_bias") else None
+            if shift is not None:
+                moved.add("bias")
+                totals["bias"] = totals["bias"] + strength * shift
+        rounded = {name: total.to(getattr(self.base, name).dtype) for name, total in totals.items() if name in moved}
+        if not all(bool(value.isfinite().all()) for value in rounded.values()):
+            raise UserError(f"folding {', '.join(strengths)} into {path} overflows {dtype}; lower the strength or load the model in float32")
         return rounded
 
 

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on Linear and Conv2d: inject, train, change strength, fold, remove.
+"""LoRA, DoRA and full updates of Linear and Conv2d: inject, train, change strength, fold, remove.
 
 An adapter replaces its layer by `Adapted`, which holds the very same layer as `.base` and any number of named adapters:
     inject(unet, AdapterSpec(targets=("to_q", "to_v"), rank=8));  parameters(unet);  state(unet);  remove(unet)
@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from lora_core.adapted import Adapted, layers, places
 from lora_core.algebra import LowRank
 from lora_core.errors import UserError
-from lora_core.kinds import KINDS, Base, DoRA, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, kind_class
+from lora_core.kinds import KINDS, Base, DoRA, Full, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, kind_class
 from lora_core.targets import lookup, nearest, require_match, select
 
 __all__ = [
-    "KINDS", "Adapted", "AdapterSpec", "DoRA", "LayerSpec", "LoRA", "disabled", "fold", "inject", "layers", "load_state",
-    "parameters", "remove", "set_dropout", "set_strength", "state", "targets", "unfold",
+    "KINDS", "Adapted", "AdapterSpec", "DoRA", "Full", "LayerSpec", "LoRA", "disabled", "fold", "inject", "layers", "load_state",
+    "merged", "parameters", "remove", "set_dropout", "set_strength", "state", "targets", "unfold", "up_parameters",
 ]  # fmt: skip
 
 
@@ -44,24 +44,39 @@ class AdapterSpec:
     dropout: float = 0.0  # of the adapter's input; the base layer sees x as it is
     rslora: bool = False  # scale = alpha / sqrt(rank) (arXiv 2312.03732)
     init: Literal["gaussian", "kaiming"] = "gaussian"  # down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or uniform(+-1 / sqrt(fan_in)) as kohya
+    rank_dropout: float = 0.0  # of whole ranks, for each example
+    module_dropout: float = 0.0  # of the whole adapter, for each example
 
     def __post_init__(self) -> None:
+        """Raises UserError for values out of range, and for any that have no part in the kind (a rank other than the default, for one)."""
         for rank in (self.rank, *self.rank_pattern.values()):
             if int(rank) != rank or rank < 1:
                 raise UserError(f"rank is {rank}; expected a whole number from 1 on")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
                 raise UserError(f"alpha is {alpha}; expected a positive number (leave it out for alpha = rank)")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter dropout is {self.dropout}; expected a probability in [0, 1)")
+        for option in ("dropout", "rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, option) < 1:
+                raise UserError(f"adapter {option.replace('_', ' ')} is {getattr(self, option)}; expected a probability in [0, 1)")
         if self.init not in ("gaussian", "kaiming"):
             raise UserError(f"adapter init is {self.init!r}; expected gaussian or kaiming")
+        if not getattr(KINDS.get(self.kind), "low_rank", True):
+            self.check_full()
+
+    def check_full(self) -> None:
+        """Raises UserError for any setting beside targets and exclude that is not the default: a full update has nothing to do with it."""
+        for setting in fields(self):
+            default = setting.default if setting.default is not MISSING else {}
+            if setting.name not in ("targets", "exclude", "kind") and getattr(self, setting.name) != default:
+                value, option = getattr(self, setting.name), setting.name.replace("_", "-")
+                raise UserError(f"--adapter.{option} is {value}, which has no part in --adapter.kind {self.kind}; leave it out")
 
     def layer(self, path: str, seed: int = 0) -> LayerSpec:
         """The settings of one layer."""
         rank = int(lookup(path, self.rank_pattern, None) or self.rank)
         alpha = lookup(path, self.alpha_pattern, self.alpha) or rank
-        return LayerSpec(path, rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, self.init, seed)
+        scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+        return LayerSpec(path, rank, scale, self.dropout, self.init, seed, self.rank_dropout, self.module_dropout)
 
 
 def targets(model: nn.Module, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list[str]:
@@ -84,8 +99,11 @@ def inject(model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: 
         require_match(pattern, paths, "--adapter.alpha-pattern")
     _check_name(name, found)
     bases = {path: _base(path, found[path]) for path in paths}
-    for path, base in bases.items():
-        check_rank(base, path, spec.layer(path).rank)
+    if getattr(kind, "low_rank", True):
+        for path, base in bases.items():
+            check_rank(base, path, spec.layer(path).rank)
+    else:
+        spec.check_full()
     _install(model, {path: kind(base, spec.layer(path, seed)) for path, base in bases.items()}, name, 1.0)
     return paths
 
@@ -106,19 +124,17 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 
 def fold(model: nn.Module, name: str = "default", strength: float = 1.0) -> None:
-    """Writes W + strength * delta W into the base weights (in place, one rounding) and stops the adapter's own forward.
+    """Writes W + strength * delta W (and the bias of a full update) into the base (in place, one rounding) and stops the adapter's own forward.
 
-    Each layer keeps a copy of its weight, so that `unfold` restores the bits; several folded adapters add up against that copy.
+    Each layer keeps a copy of its weight and bias, so that `unfold` restores the bits; several folded adapters add up against that copy.
     Raises UserError, with the model as it was, when the name is folded already, a weight is shared with another module, or the result overflows.
     """
     adapted = _adapted(model, name)
     _check_strength(strength)
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for path, layer in adapted.items():
+    for layer in adapted.values():
         if name in layer.folded:
             raise UserError(f"adapter {name!r} is folded already; unfold it before folding it at another strength")
-        if users[id(layer.base.weight)] > 1:
-            raise UserError(f"the weight of {path} is shared with another module, which would change too; keep the adapter unfolded")
+    _check_sharing(model, adapted, name)
     done: list[tuple[str, Adapted]] = []
     try:
         for path, layer in adapted.items():
@@ -136,6 +152,32 @@ def unfold(model: nn.Module, name: str = "default") -> None:
         if name not in layer.folded:
             raise UserError(f"adapter {name!r} is not folded; there is nothing to unfold")
         layer.refold({key: t for key, t in layer.folded.items() if key != name}, path)
+
+
+def merged(model: nn.Module, name: str = "default", strength: float = 1.0) -> dict[str, Tensor]:
+    """The model's state dict under the keys it has without adapters, with strength * this adapter folded in; the model stays as it is.
+
+    Adapted weights (and the biases of a full update) are new tensors in the base's dtype, rounded once, the very numbers that `fold` writes; all else
+    are the model's own tensors, not copies. Other adapters are left out. Norm layers and embeddings take no adapter and are the base's.
+    Raises UserError, as `fold` does, for a shared weight or an overflow, and while any adapter is folded.
+    """
+    chosen = _adapted(model, name)
+    _check_strength(strength)
+    _check_sharing(model, chosen, name)
+    wrapped = {f"{path}.": layer for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Adapted)}
+    for layer in wrapped.values():
+        if layer.folded:
+            raise UserError(f"adapter {', '.join(layer.folded)} is folded into the weights; unfold it before merging")
+    moved = {id(layer): layer.merged({name: strength}, path) for path, layer in chosen.items()}
+    found = {}
+    for key, value in model.state_dict().items():
+        prefix = next((key[: i + 1] for i, c in enumerate(key) if c == "." and key[: i + 1] in wrapped), "")
+        if not prefix:
+            found[key] = value
+        elif key.startswith(f"{prefix}base."):
+            own = key.removeprefix(f"{prefix}base.")  # weight or bias
+            found[prefix + own] = moved.get(id(wrapped[prefix]), {}).get(own, value)
+    return found
 
 
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
@@ -178,8 +220,22 @@ def set_dropout(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
 
 
 def parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """What trains: down, up (and magnitude) of every layer, in the model's order, fp32 or better."""
+    """What trains: down, up (and magnitude) of every layer, or its full update, in the model's order, fp32 or better."""
     return [p for layer in _adapted(model, name).values() for p in layer.adapter(name).parameters()]
+
+
+def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
+    """The up of every layer, in the model's order: what LoRA+ (arXiv 2402.12354) gives a higher learning rate; see optim.split.
+
+    The paper speaks of down and up only: a DoRA's magnitude stays at the plain rate here (peft moves it with up). Raises UserError for a full update.
+    """
+    found = []
+    for path, layer in _adapted(model, name).items():
+        up = getattr(layer.adapter(name), "up", None)
+        if not isinstance(up, nn.Parameter):
+            raise UserError(f"the adapter of {path} has no up and down, which LoRA+ tells apart; leave --optimizer.lora-plus out")
+        found.append(up)
+    return found
 
 
 def state(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
@@ -262,6 +318,15 @@ def _check_name(name: str, found: Mapping[str, Base | Adapted]) -> None:
 def _check_strength(strength: float) -> None:
     if not math.isfinite(strength):
         raise UserError(f"strength is {strength}; expected a finite number")
+
+
+def _check_sharing(model: nn.Module, adapted: Mapping[str, Adapted], name: str) -> None:
+    """UserError when a weight (or a bias that the adapter moves) is also another module's."""
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for path, layer in adapted.items():
+        bias = layer.base.bias if hasattr(layer.adapter(name), "delta_bias") else None
+        if users[id(layer.base.weight)] > 1 or users[id(bias)] > 1:
+            raise UserError(f"the weight of {path} is shared with another module, which would change too; keep the adapter unfolded")
 
 
 def _fit(path: str, base: Base, lr: LowRank) -> LowRank:

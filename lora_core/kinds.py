@@ -1,4 +1,4 @@
-"""The kinds of adapter: LoRA and DoRA on one Linear or Conv2d, and what a kind of your own has to provide.
+"""The kinds of adapter: LoRA, DoRA and a full update of one Linear or Conv2d, and what a kind of your own has to provide.
 
 A kind of adapter is a row of KINDS, or `--adapter.kind my_adapter.py:Class`. The class is an nn.Module that provides:
     Class(base, layer: LayerSpec)           builds its parameters; its update is zero at first; `base` is a Linear or Conv2d, not to be kept
@@ -6,6 +6,10 @@ A kind of adapter is a row of KINDS, or `--adapter.kind my_adapter.py:Class`. Th
     update(base, x, y0, strength) -> dy     what it adds to y0 = base(x) when others are active too, in y0's dtype or fp32
     delta_weight(base) -> dW                the same update as a matrix, shaped as base.weight, fp32 or better, detached (fold)
     state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form
+and, where it applies,
+    delta_bias(base) -> db                  its update of the bias, or None (fold)
+    up                                      the parameter that LoRA+ gives a learning rate of its own
+    low_rank = False                        on the class: rank, alpha, init and dropout have no part in it
 `set_dropout` leaves the row keys and the step of the next forward in its attributes `rows` and `step`. Subclassing LoRA gives all of this.
 """
 
@@ -43,10 +47,30 @@ class LayerSpec:
     dropout: float = 0.0
     init: str = "gaussian"  # or "kaiming"; "zero" when the factors follow from a file
     seed: int = 0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
 
 
-class LoRA(nn.Module):
-    """delta W = scale * up @ down (arXiv 2106.09685); down is drawn from (seed, path), up is 0. Convolutions: LoCon's form, up is 1x1."""
+class Wide(nn.Module):
+    """A module whose parameters stay fp32 or better whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """model.half() or model.to(bfloat16) moves adapters but leaves them fp32: in bf16 an update of 1e-4 on 0.05 would round to nothing."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == wide(new.dtype) else tensor.to(new.device)
+
+        return super()._apply(keep_wide, recurse)
+
+
+class LoRA(Wide):
+    """delta W = scale * up @ down (arXiv 2106.09685); down is drawn from (seed, path), up is 0. Convolutions: LoCon's form, up is 1x1.
+
+    Three dropouts, in training only, each decided per example by a counter hash of (seed, path, purpose, step, row key): `dropout` of the input's
+    elements (peft), `rank_dropout` of ranks between down and up, `module_dropout` of the whole adapter (both kohya's). The first two divide what is
+    kept by 1 - p, the third does not; kohya draws it once for a batch, which would make a result depend on how a batch is cut.
+    """
 
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__()
@@ -65,7 +89,8 @@ class LoRA(nn.Module):
         return self._product(base, x, base.weight, base.bias, self.scale * strength)
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
-        return self._branch(base, x, self.scale * strength)
+        update, kept = self._branch(base, x, self.scale * strength), self._kept(x)
+        return update if kept is None else torch.where(kept, update, 0)
 
     def delta_weight(self, base: Base) -> Tensor:
         with torch.no_grad():
@@ -81,15 +106,36 @@ class LoRA(nn.Module):
         self.up.copy_(lr.up)
 
     def _branch(self, base: Base, x: Tensor, scale: float) -> Tensor:
-        """scale * up(down(dropout(x)))"""
+        """scale * up(rank_dropout(down(dropout(x))))"""
         if self._drops():
-            if self.rows is None or self.step is None:
-                raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
-            if len(x) != len(self.rows):
-                raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
-            layer = zlib.crc32(self.layer.path.encode())
-            x = call("keyed_dropout", x, self.layer.dropout, self.layer.seed, layer, self.step, self.rows)
-        return self._product(base, x, None, None, scale)
+            self._check_rows(x)
+        if self.training and self.layer.dropout:
+            x = self._drop(x, self.layer.dropout, "")
+        if not (self.training and self.layer.rank_dropout):
+            return self._product(base, x, None, None, scale)
+        ones = torch.ones(len(x), len(self.down), dtype=wide(x.dtype), device=x.device)
+        mask = self._drop(ones, self.layer.rank_dropout, "/rank")  # [b, r] of 0 and 1 / (1 - p)
+        hidden = apply_as(base, x, self.down.to(x.dtype), None)  # [b, ..., r] or [b, r, h', w']
+        is_linear = isinstance(base, nn.Linear)
+        mask = mask.view(len(x), *[1] * (x.ndim - 2), -1) if is_linear else mask[..., None, None]
+        hidden, up = (hidden * mask).to(hidden.dtype), self.up.to(x.dtype)
+        return scale * (F.linear(hidden, up) if is_linear else F.conv2d(hidden, up, groups=groups_of(base)))
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """[b, 1, ...] bool, False for the examples whose adapter module dropout takes out; None without module dropout."""
+        if not (self.training and self.layer.module_dropout):
+            return None
+        ones = torch.ones(len(x), *[1] * (x.ndim - 1), device=x.device)
+        return self._drop(ones, self.layer.module_dropout, "/module") != 0
+
+    def _drop(self, x: Tensor, p: float, purpose: str) -> Tensor:
+        return call("keyed_dropout", x, p, self.layer.seed, zlib.crc32(f"{self.layer.path}{purpose}".encode()), self.step, self.rows)
+
+    def _check_rows(self, x: Tensor) -> None:
+        if self.rows is None or self.step is None:
+            raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
+        if len(x) != len(self.rows):
+            raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
 
     def _product(self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
         if isinstance(base, nn.Linear):
@@ -100,23 +146,15 @@ class LoRA(nn.Module):
         return call("lora_conv", x, weight, bias, self.down, self.up, scale, base.stride, padding, base.dilation, base.groups)
 
     def _drops(self) -> bool:
-        return self.training and self.layer.dropout > 0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """model.half() or model.to(bfloat16) moves adapters but leaves them fp32: in bf16 an update of 1e-4 on 0.05 would round to nothing."""
-
-        def keep_wide(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == wide(new.dtype) else tensor.to(new.device)
-
-        return super()._apply(keep_wide, recurse)
+        return self.training and (self.layer.dropout > 0 or self.layer.rank_dropout > 0 or self.layer.module_dropout > 0)
 
 
 class DoRA(LoRA):
     """W' = m / n (W + scale * up @ down), n the row norms of the bracket, detached (arXiv 2402.09353, section 4.3; rows as in peft).
 
     At init m = n by the op that computes n, so the layer is the base layer to the bit. Strength t means W + t (W' - W). Cast the base to its
-    dtype before injecting: afterwards n is that of the rounded weights. Dropout thins up @ down only (peft drops the base term's input too).
+    dtype before injecting: afterwards n is that of the rounded weights. Dropout and rank dropout thin up @ down only (peft drops the base term's
+    input too); module dropout leaves the base layer, magnitude and all.
     """
 
     def __init__(self, base: Base, layer: LayerSpec) -> None:
@@ -147,14 +185,64 @@ class DoRA(LoRA):
         shape = (-1, *[1] * (base.weight.ndim - 2))
         bias = None if base.bias is None else base.bias.view(shape)
         gain = (self.magnitude / self._norm(base)).view(shape)
-        return call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength)
+        tuned, kept = call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength), self._kept(x)
+        return tuned if kept is None else torch.where(kept, tuned, y0)
 
     def _norm(self, base: Base) -> Tensor:
         with torch.no_grad():
             return call("dora_norm", base.weight, self.down, self.up, self.scale)
 
 
-KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA}
+class Full(Wide):
+    """delta W and, where the layer has a bias, delta b themselves: full fine-tuning (DreamBooth, arXiv 2208.12242) as one more kind.
+
+    Both start at 0 and stay fp32 or better beside a base of any dtype, which is the fp32 master copy of mixed-precision training: W + delta W is
+    summed in fp32 and rounded to the base's dtype in each forward, so that forward = fold to the bit. Only Linear and Conv2d train: norm layers and
+    embeddings stay as they are.
+    """
+
+    low_rank = False
+
+    def __init__(self, base: Base, layer: LayerSpec) -> None:
+        super().__init__()
+        if not base.weight.is_floating_point():
+            raise UserError(f"{layer.path} stores its weight as {base.weight.dtype}, which cannot take an update; load the model in fp32 or bf16")
+        self.layer = layer
+        self.rows: Tensor | None = None  # set_dropout's; nothing here drops
+        self.step: Tensor | None = None
+        self.weight = nn.Parameter(torch.zeros_like(base.weight, dtype=wide(base.weight.dtype)))
+        self.bias = None if base.bias is None else nn.Parameter(torch.zeros_like(base.bias, dtype=wide(base.bias.dtype)))
+
+    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+        if not _is_plain(base):
+            y0 = base(x)
+            return y0 + self.update(base, x, y0, strength).to(y0.dtype)
+        bias = None if self.bias is None or base.bias is None else _moved(base.bias, self.bias, strength)
+        return apply_as(base, x, _moved(base.weight, self.weight, strength), bias)
+
+    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        bias = None if self.bias is None else (strength * self.bias).to(x.dtype)
+        return apply_as(base, x, (strength * self.weight).to(x.dtype), bias)
+
+    def delta_weight(self, base: Base) -> Tensor:
+        return self.weight.detach()
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        return None if self.bias is None else self.bias.detach()
+
+    def state(self) -> LowRank:
+        raise UserError(f"the full update of {self.layer.path} has no low-rank form; write the merged model, or distil it to a LoRA")
+
+    def load(self, lr: LowRank) -> None:
+        raise UserError(f"{self.layer.path} has a full update, which cannot take low-rank factors; load them under another name")
+
+
+def _moved(base: Tensor, delta: Tensor, strength: float) -> Tensor:
+    """base + strength * delta, summed in delta's dtype and rounded once to base's."""
+    return (base.to(delta.dtype) + strength * delta).to(base.dtype)
+
+
+KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": Full}
 
 
 def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
@@ -166,6 +254,11 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
         close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
         raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
     return from_file(file, name, "class")
+
+
+def apply_as(base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's operation (stride, padding mode, groups ...) with another weight and bias, without its hooks."""
+    return F.linear(x, weight, bias) if isinstance(base, nn.Linear) else base._conv_forward(x, weight, bias)
 
 
 def factor_shapes(base: Base, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from lora_core.errors import UserError
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a path that is a number
+LINES = 15  # at most, of a table
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -41,6 +45,86 @@ def require_match(pattern: str, paths: Sequence[str], option: str) -> None:
     if not any(matches(path, pattern) for path in paths):
         close = ", ".join(nearest(pattern, paths)) or "none"
         raise UserError(f"{option}: {pattern!r} matches none of the {len(paths)} layers it can choose from; nearest: {close}")
+
+
+def table(paths: Sequence[str]) -> str:
+    """What a choice of targets comes to, for people: one line for blocks that are alike, with the layers that each of them has.
+
+        495 layers
+        266 = 19 x 14  transformer_blocks.0-18: {norm1,norm1_context}.linear, attn.{to_q,to_k,...}, {ff,ff_context}.net.{0.proj,2}
+        228 = 38 x 6   single_transformer_blocks.0-37: norm.linear, proj_mlp, proj_out, attn.{to_q,to_k,to_v}
+          1            proj_out
+
+    A number that has one value belongs to the layer's name (to_out.0). Ranges hold the numbers that occur; of two in a path not each need meet each,
+    so the count is what to trust. Beyond 15 lines the smallest are summed in the last.
+    """
+    rows = _rows(paths)
+    largest = sorted(range(len(rows)), key=lambda i: -rows[i][0] * rows[i][1])[: len(rows) if len(rows) < LINES else LINES - 2]
+    kept = [rows[i] for i in sorted(largest)]
+    counts = [f"{blocks * layers:3}" + (f" = {blocks} x {layers}" if blocks > 1 else "") for blocks, layers, _ in kept]
+    width = max(map(len, counts), default=0)
+    lines = [f"{count:{width}}  {text}" for count, (_, _, text) in zip(counts, kept)]
+    missing = len(paths) - sum(blocks * layers for blocks, layers, _ in kept)
+    lines += [f"{missing:3} more, of {len(rows) - len(kept)} other kinds"] if missing else []
+    return "\n".join([f"{len(paths):3} layer{'' if len(paths) == 1 else 's'}", *lines])
+
+
+def _rows(paths: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(blocks, layers in each, "block: layers") for every kind of block, in the order of the paths."""
+    values: dict[str, list[set[int]]] = {}  # a path with * for its numbers -> the values of each
+    for path in paths:
+        found = values.setdefault(NUMBER.sub("*", path), [set() for _ in NUMBER.findall(path)])
+        for seen, number in zip(found, NUMBER.findall(path)):
+            seen.add(int(number))
+    occurs: dict[tuple[str, str], set[str]] = {}  # (block with ranges, layer in it) -> paths of the blocks that have it
+    for path in paths:
+        block, layer, place = _block(path, values[NUMBER.sub("*", path)])
+        occurs.setdefault((block, layer), set()).add(place)
+    alike: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for (block, layer), places in occurs.items():
+        alike.setdefault((block, frozenset(places)), []).append(layer)
+    return [(len(places), len(layers), ": ".join(filter(None, (block, ", ".join(_braces(layers)))))) for (block, places), layers in alike.items()]
+
+
+def _block(path: str, values: Sequence[set[int]]) -> tuple[str, str, str]:
+    """(the block, ranges for its numbers; the layer in it; the block's own path): a path is cut after the last number that varies."""
+    ranges, rest, cut = path.split("."), iter(values), 0
+    for i, part in enumerate(ranges):
+        seen = next(rest) if part.isdigit() else set()
+        if len(seen) > 1:
+            ranges[i], cut = _ranges(seen), i + 1
+    parts = path.split(".")
+    return ".".join(ranges[:cut]), ".".join(parts[cut:]), ".".join(parts[:cut])
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 5} -> "0-2,5" """
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _braces(names: Sequence[str]) -> list[str]:
+    """["attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "proj"] -> ["{attn1,attn2}.{to_q,to_k}", "proj"]"""
+    tails: dict[str, list[str]] = {}
+    for name in names:
+        head, _, tail = name.partition(".")
+        tails.setdefault(head, []).append(tail)
+    heads: dict[tuple[str, ...], list[str]] = {}
+    for head, inner in tails.items():
+        heads.setdefault(tuple(inner), []).append(head)
+    found = []
+    for below, alike in heads.items():
+        found += alike if below == ("",) else [f"{_either(alike)}.{_either(_braces(below))}"]
+    return found
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
 
 
 def lookup(path: str, table: Mapping[str, float], default: float | None) -> float | None:

@@ -14,6 +14,7 @@ from lora_core import adapters
 from lora_core.adapters import Adapted, AdapterSpec, fold, inject, load_state, remove, set_strength, state, unfold
 from lora_core.algebra import LowRank, delta
 from lora_core.errors import UserError
+from lora_core.targets import select, table
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["lora", "dora"]
@@ -286,6 +287,58 @@ def test_a_shared_weight_is_not_folded():
         fold(model)
 
 
+# --- merged ---
+
+
+@pytest.mark.parametrize(("kind", "dtype", "strength"), itertools.product([*KINDS, "full"], [torch.float64, torch.bfloat16], [1.0, -0.6]))
+def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dtype, strength):
+    model, plain = net(dtype), net(dtype)
+    inject(model, AdapterSpec(kind=kind, targets=TARGETS, **({} if kind == "full" else {"rank": 2})))
+    shake(model, size=0.1)
+    inject(model, AdapterSpec(targets=("to_q", "mid.0"), rank=1), name="other")
+    x, before = image(dtype), {key: value.clone() for key, value in model.state_dict().items()}
+    out = model(x)
+    found = adapters.merged(model, strength=strength)
+    assert list(found) == list(plain.state_dict()) and all(value.dtype == dtype and not value.requires_grad for value in found.values())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and torch.equal(model(x), out)
+    untouched = {key for key, value in found.items() if value.data_ptr() in {p.data_ptr() for p in model.parameters()}}
+    biases = {"conv_in.bias", "mid.0.bias", "to_q.bias", "to_out.0.bias"}
+    assert untouched == {"norm.weight", "norm.bias"} | (set() if kind == "full" else biases)
+    fold(model, strength=strength)
+    for path, layer in adapted_layers(model):
+        assert torch.equal(found[f"{path}.weight"], layer.weight) and (layer.bias is None or torch.equal(found[f"{path}.bias"], layer.bias))
+        assert not torch.equal(layer.weight, plain.get_submodule(path).weight)
+    with pytest.raises(UserError, match="folded into the weights; unfold it before merging"):
+        adapters.merged(model, "other")
+    plain.load_state_dict(found)
+    set_strength(model, "other", 0.0)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_merged_names_every_place_of_a_layer_and_refuses_what_fold_refuses():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"base": nn.Sequential(shared, nn.Sequential(shared))})
+    keys = list(model.state_dict())
+    inject(model, AdapterSpec(targets=("*",), rank=2))
+    shake(model)
+    found = adapters.merged(model)
+    assert list(found) == keys and found["base.0.weight"] is found["base.1.0.weight"]
+    with pytest.raises(UserError, match="no adapter 'x'; it has default"):
+        adapters.merged(model, "x")
+    with torch.no_grad():
+        model["base"][0].adapter("default").up.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"base\.0 overflows"):
+        adapters.merged(model)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].bias = tied[0].bias
+    inject(tied, AdapterSpec(targets=("0",), rank=2))
+    adapters.merged(tied)  # a LoRA leaves the bias alone
+    remove(tied)
+    inject(tied, AdapterSpec(kind="full", targets=("0",)))
+    with pytest.raises(UserError, match="0 is shared"):
+        adapters.merged(tied)
+
+
 # --- the wrapper ---
 
 
@@ -436,6 +489,17 @@ def test_dropout_refuses_missing_or_wrong_row_keys():
         adapters.set_dropout(model, torch.zeros(2), 0)
 
 
+# --- parameters ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ups_are_the_ups_among_the_parameters(kind):
+    model = injected(kind)
+    ups = adapters.up_parameters(model)
+    assert [id(p) for p in ups] == [id(layer.adapter("default").up) for _, layer in adapted_layers(model)]
+    assert {id(p) for p in ups} < {id(p) for p in adapters.parameters(model)} and not any(p.any() for p in ups)
+
+
 # --- spec, targets, bad input ---
 
 
@@ -465,6 +529,51 @@ def test_globs_respect_the_dot_and_exclude():
         adapters.targets(model, ("to_q",), ("*",))
     with pytest.raises(UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"):
         adapters.targets(model, ("blocks",))
+
+
+def test_trap_11_suffixes_respect_the_dot():
+    """Of the names that tell: endswith and substring search (the usual mistakes) hit single blocks, and "q" every to_q."""
+    blocks = [f"{prefix}transformer_blocks.{i}.attn.to_q" for prefix in ("", "single_") for i in (3, 13)]
+    paths = [*blocks, "proj_out", "single_transformer_blocks.3.proj_out", "transformer_blocks.3.ff.net.2", "transformer_blocks.3.ff.net.12"]
+    expected = {
+        "transformer_blocks.3.attn.to_q": ["transformer_blocks.3.attn.to_q"],
+        "attn.to_q": blocks,  # the published lists mean both kinds of block
+        "proj_out": ["proj_out", "single_transformer_blocks.3.proj_out"],  # and the head
+        "single_*.proj_out": ["single_transformer_blocks.3.proj_out"],
+        "ff.net.2": ["transformer_blocks.3.ff.net.2"],
+        "net.?": ["transformer_blocks.3.ff.net.2"],
+    }
+    for pattern, chosen in expected.items():
+        assert select(paths, [pattern]) == chosen
+    wrong = [path for path in paths if path.endswith("transformer_blocks.3.attn.to_q")]
+    assert wrong == ["transformer_blocks.3.attn.to_q", "single_transformer_blocks.3.attn.to_q"]
+    assert [path for path in paths if path.endswith("2")] == ["transformer_blocks.3.ff.net.2", "transformer_blocks.3.ff.net.12"]
+    with pytest.raises(UserError, match="'q' matches none of the 8"):
+        select(paths, ["q"])
+
+
+def test_the_table_of_targets_counts_every_layer_once():
+    """Every layer of a large transformer: the numbers of its published target lists, one line a kind of block."""
+    double = ["attn.to_q", "attn.to_k", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    paths = [f"transformer_blocks.{i}.{name}" for i in range(19) for name in double]
+    paths += [f"single_transformer_blocks.{i}.{name}" for i in range(38) for name in ("attn.to_q", "proj_out")] + ["proj_out"]
+    assert table(paths).splitlines() == [
+        "191 layers",
+        "114 = 19 x 6  transformer_blocks.0-18: attn.{to_q,to_k}, {ff,ff_context}.net.{0.proj,2}",
+        " 76 = 38 x 2  single_transformer_blocks.0-37: attn.to_q, proj_out",
+        "  1           proj_out",
+    ]
+    some = ["mid.0.attn1.to_out.0", "up.1.a.0.to_q", "up.2.a.0.to_q", "up.2.a.1.to_q", "up.4.a.0.to_q", "conv_in"]
+    assert table(some).splitlines() == ["  6 layers", "  2          mid.0.attn1.to_out.0, conv_in", "  4 = 4 x 1  up.1-2,4.a.0-1: to_q"]
+    assert table(["conv"]) == "  1 layer\n  1  conv"
+
+
+def test_a_long_table_sums_the_smallest_kinds():
+    kinds = [f"{letter}.{i}.{letter}x" for n, letter in enumerate("abcdefghijklmnopqrst") for i in range(2 + n)]
+    lines = table(kinds).splitlines()
+    assert len(lines) == 15 and lines[0].split() == [str(len(kinds)), "layers"]
+    assert sum(int(line.split()[0]) for line in lines[1:]) == len(kinds)
+    assert lines[-1] == f" {sum(range(2, 9))} more, of 7 other kinds" and lines[1] == "  9 = 9 x 1   h.0-8: hx"
 
 
 def refusals():

@@ -1,0 +1,366 @@
+"""Laws of a full update (forward = fold to the bit, a step on delta = a step on the weight) and of rank and module dropout (keyed, unbiased)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_core import adapters
+from lora_core.adapters import Adapted, AdapterSpec, fold, inject, load_state, remove, set_dropout, set_strength, state, unfold
+from lora_core.algebra import delta
+from lora_core.errors import UserError
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+KINDS = ["lora", "dora"]
+
+
+class Net(nn.Module):
+    """Convolutions with and without groups and bias, a norm, Linear layers on [b, n, d] and [b, d]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.norm = nn.GroupNorm(2, 8)
+        self.to_q = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 6, bias=False), nn.Linear(6, 5)])
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.grouped(torch.tanh(self.conv(x)))))
+        x = torch.tanh(self.to_q(x.flatten(2).transpose(1, 2)))
+        return self.blocks[1](torch.tanh(self.blocks[0](x)).mean(1))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=1, dtype=torch.float64):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def net(dtype=torch.float64):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net().to(dtype)
+
+
+def injected(kind="full", dtype=torch.float64, **settings):
+    model = net(dtype)
+    rank = {} if kind == "full" else {"rank": 2, "alpha": 3.0}
+    inject(model, AdapterSpec(**{"kind": kind, "targets": ("*",)} | rank | settings))
+    return model
+
+
+def shake(model, name="default", size=0.1, seed=5):
+    generator = seeded(seed)
+    with torch.no_grad():
+        for p in adapters.parameters(model, name):
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+def adapted_layers(model):
+    return [(path, layer) for path, layer in adapters.layers(model).items() if isinstance(layer, Adapted)]
+
+
+# --- full: the weights themselves ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_full_update_starts_as_the_base_and_gets_wide_gradients(dtype):
+    model, base, x = injected(dtype=dtype), net(dtype), noise(3, 4, 6, 5, dtype=dtype)
+    out = model(x)
+    assert torch.equal(out, base(x)) and out.dtype == dtype
+    out.float().square().sum().backward()
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    found = adapters.parameters(model)
+    assert [tuple(p.shape) for p in found] == [tuple(p.shape) for n, p in base.named_parameters() if "norm" not in n]
+    assert all(p.dtype == p.grad.dtype == wanted and p.grad.abs().max() > 0 for p in found)
+
+
+@pytest.mark.parametrize(("dtype", "strength"), itertools.product(DTYPES, (1.0, 0.37, -1.5)))
+def test_forward_is_fold_to_the_bit_and_unfold_restores_weights_and_biases(dtype, strength):
+    model, x = injected(dtype=dtype), noise(3, 4, 6, 5, dtype=dtype)
+    shake(model)
+    set_strength(model, "default", strength)
+    out, before = model(x), net(dtype).state_dict()
+    assert not torch.equal(out, net(dtype)(x))
+    fold(model, "default", strength)
+    assert torch.equal(model(x), out) and not torch.equal(model.to_q.bias, before["to_q.bias"])
+    unfold(model)
+    assert torch.equal(model(x), out)
+    remove(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
+    """Exactly, without weight decay; with it the delta shrinks towards the base, where a plain fine-tune shrinks towards 0."""
+    ours, plain, x = injected(), net(), noise(3, 4, 6, 5)
+    for layer in plain.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.requires_grad_(False)
+    optimizers = [
+        torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay) for ps in (adapters.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
+    ]
+    for _ in range(3):
+        for model, optimizer in zip((ours, plain), optimizers):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+    found = adapters.merged(ours)
+    same = all(torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items())
+    assert same == (decay == 0)
+
+
+def test_full_and_low_rank_updates_add():
+    model, expected, x = injected(), net(), noise(3, 4, 6, 5)
+    inject(model, AdapterSpec(kind="dora", rank=2, targets=("*",)), name="second")
+    shake(model)
+    shake(model, "second", seed=6)
+    set_strength(model, "default", 0.4)
+    with torch.no_grad():
+        for path, layer in adapters.layers(expected).items():
+            full = dict(adapted_layers(model))[path].adapter("default")
+            layer.weight += 0.4 * full.weight + delta(state(model, "second")[path], layer.weight.clone())
+            if layer.bias is not None:
+                layer.bias += 0.4 * full.bias
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
+    fold(model, "default", 0.4)
+    fold(model, "second")
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
+    unfold(model)
+    unfold(model, "second")
+    assert torch.equal(model.to_q.bias, net().to_q.bias)
+
+
+def test_hooks_of_the_base_still_run():
+    model, called, x = net(), [], noise(3, 4, 6, 5)
+    model.to_q.register_forward_hook(lambda *args: called.append("hook"))
+    inject(model, AdapterSpec(kind="full", targets=("*",)))
+    plain = injected()
+    shake(model)
+    shake(plain)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-14)
+    assert called == ["hook"]
+
+
+def test_a_full_update_has_no_factors():
+    model = injected()
+    factors = state(injected("lora"))
+    for action in (lambda: state(model), lambda: load_state(model, factors)):
+        with pytest.raises(UserError, match="no low-rank form; write the merged model, or distil it"):
+            action()
+    with pytest.raises(UserError, match=r"of conv has no up and down.*--optimizer.lora-plus"):
+        adapters.up_parameters(model)
+    with pytest.raises(UserError, match=r"as torch\.int8, which cannot take an update"):
+        whole = nn.Sequential(nn.Linear(2, 2))
+        whole[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+        inject(whole, AdapterSpec(kind="full", targets=("0",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"rank": 8}, "rank is 8"),
+        ({"alpha": 1.0}, "alpha is 1.0"),
+        ({"rank_pattern": {"to_q": 2}}, "rank-pattern is"),
+        ({"alpha_pattern": {"to_q": 2.0}}, "alpha-pattern is"),
+        ({"dropout": 0.1}, "dropout is 0.1"),
+        ({"rank_dropout": 0.1}, "rank-dropout is 0.1"),
+        ({"module_dropout": 0.1}, "module-dropout is 0.1"),
+        ({"rslora": True}, "rslora is True"),
+        ({"init": "kaiming"}, "init is kaiming"),
+    ],
+)
+def test_what_has_no_part_in_a_full_update_is_refused(settings, option):
+    with pytest.raises(UserError, match=f"--adapter.{option}.*no part in --adapter.kind full"):
+        AdapterSpec(targets=("*",), kind="full", **settings)
+
+
+def test_casting_the_model_leaves_a_full_update_fp32():
+    model = injected(dtype=torch.float32)
+    shake(model)
+    before = [p.detach().clone() for p in adapters.parameters(model)]
+    model.to(torch.bfloat16)
+    assert model.to_q.weight.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(model), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
+    """Half an ulp of bf16 at 0.05 is 1.2e-4: a parameter kept in bf16 (peft's, on a bf16 base) never moves at a learning rate of 1e-4."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
+    inject(model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2})))
+    ours = adapters.parameters(model)[0]
+    with torch.no_grad():
+        ours.fill_(0.05)
+    wrong = nn.Parameter(ours.detach().bfloat16())
+    start = (ours.detach().clone(), wrong.detach().clone())
+    optimizers = [torch.optim.AdamW([p], lr=1e-4, weight_decay=0.0) for p in (ours, wrong)]
+    for _ in range(20):
+        ours.grad, wrong.grad = torch.ones_like(ours), torch.ones_like(wrong)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(start[0] - ours, torch.full_like(ours, 20e-4), rtol=1e-3, atol=0)
+    assert torch.equal(wrong, start[1])
+    if kind == "full":  # and the base sees the sum of the small steps
+        moved = adapters.merged(model)["0.weight"].float() - model[0].base.weight.float()
+        torch.testing.assert_close(moved, ours.detach(), rtol=0, atol=2.0**-9)
+
+
+# --- rank and module dropout ---
+
+
+def masks(layer, settings, rows, step=3, seed=0, x=None):
+    """What an adapter of ones lets through: the identity as down and up, a base of zeros. Returns layer(ones) for these row keys."""
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    inject(model, AdapterSpec(targets=("0",), rank=16, **settings), seed=seed)
+    with torch.no_grad():
+        for p in model[0].base.parameters():
+            p.zero_()
+        for p in adapters.parameters(model):
+            p.copy_(torch.eye(16).view(p.shape))
+    set_dropout(model, rows, step)
+    return model(torch.ones(len(rows), *(x or (16,)), dtype=torch.float64))
+
+
+LINEAR, CONV = nn.Linear(16, 16), nn.Conv2d(16, 16, 1)
+ROWS = torch.arange(-1000, 1000) * 7919
+
+
+@pytest.mark.parametrize(("layer", "shape", "where"), [(LINEAR, (16,), ()), (LINEAR, (2, 3, 16), (0, 0)), (CONV, (16, 2, 3), None)])
+def test_rank_dropout_takes_out_ranks_of_an_example_wherever_they_act(layer, shape, where):
+    y = masks(layer, {"rank_dropout": 0.25}, ROWS[:50], x=shape)
+    ranks = y[:, *where] if where is not None else y[:, :, 0, 0]
+    assert set(ranks.unique().tolist()) == {0.0, 1 / 0.75}
+    spread = ranks[:, None, None] if shape == (2, 3, 16) else ranks[..., None, None] if where is None else ranks
+    assert torch.equal(y, spread.expand_as(y))
+    assert torch.equal(ranks, masks(LINEAR, {"rank_dropout": 0.25}, ROWS[:50]))
+    assert len(ranks.unique(dim=0)) > 40
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(LINEAR, (16,)), (LINEAR, (2, 3, 16)), (CONV, (16, 2, 3))])
+def test_module_dropout_takes_out_whole_examples_and_does_not_rescale(layer, shape):
+    y = masks(layer, {"module_dropout": 0.25}, ROWS, x=shape)
+    kept = y.flatten(1)[:, 0]
+    assert torch.equal(y, kept.view(-1, *[1] * len(shape)).expand_as(y)) and set(kept.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(kept.detach().mean()) - 0.75) < 5 * (0.75 * 0.25 / len(ROWS)) ** 0.5
+
+
+def test_every_dropout_has_its_own_stream():
+    """At p = 1/2 any two of the masks agree on half of the examples (within five standard errors), as do two seeds, steps and layers."""
+    found = [masks(LINEAR, {name: 0.5}, ROWS)[:, 0] != 0 for name in ("dropout", "rank_dropout", "module_dropout")]
+    found += [masks(LINEAR, {"rank_dropout": 0.5}, ROWS, **other)[:, 0] != 0 for other in ({"step": 4}, {"seed": 1})]
+    for a, b in itertools.combinations(found, 2):
+        assert abs(float((a == b).double().mean()) - 0.5) < 2.5 / len(ROWS) ** 0.5
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    inject(model, AdapterSpec(targets=("*",), rank=8, module_dropout=0.5))
+    with torch.no_grad():
+        for layer in model:
+            layer.adapter("default").up.fill_(1.0)
+    set_dropout(model, ROWS, 0)
+    first, second = (layer(torch.ones(len(ROWS), 8).double()) != layer.base(torch.ones(len(ROWS), 8).double()) for layer in model)
+    assert abs(float((first[:, 0] == second[:, 0]).double().mean()) - 0.5) < 2.5 / len(ROWS) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    itertools.product(KINDS, [{"rank_dropout": 0.4}, {"module_dropout": 0.4}, {"dropout": 0.2, "rank_dropout": 0.3, "module_dropout": 0.3}]),
+)
+def test_masks_do_not_depend_on_the_batch(kind, settings):
+    model = injected(kind, **settings).train()
+    shake(model, size=0.3)
+    x, rows = noise(6, 4, 6, 5), torch.tensor([5, 6, -7, 8, 9, 10])
+    set_dropout(model, rows, 11)
+    whole = model(x)
+    for part in ([3, 0], [5, 4, 1, 2], [2]):
+        set_dropout(model, rows[part], 11)
+        torch.testing.assert_close(model(x[part]), whole[part], rtol=0, atol=1e-12)
+    set_dropout(model, rows, 12)
+    assert not torch.allclose(model(x), whole)
+    plain = injected(kind).eval()
+    shake(plain, size=0.3)
+    assert torch.equal(model.eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_dropout_is_unbiased_and_module_dropout_keeps_its_share(kind):
+    for settings, share in (({"rank_dropout": 0.3}, 1.0), ({"module_dropout": 0.3}, 0.7)):
+        model = nn.Sequential(nn.Linear(6, 6, dtype=torch.float64))
+        with torch.no_grad():
+            model[0].weight.copy_(noise(6, 6, seed=3))
+        inject(model, AdapterSpec(targets=("0",), kind=kind, rank=3, **settings))
+        shake(model, size=0.3)
+        x, rows = noise(1, 6).expand(20_000, 6), torch.arange(20_000)
+        set_dropout(model, rows, 0)
+        with torch.no_grad():
+            y, base = model(x), model[0].base(x[:1])
+            exact = model.eval()(x[:1])
+        expected = base[0] + share * (exact - base)[0]
+        assert ((y.mean(0) - expected).abs() < 5 * y.std(0) / len(y) ** 0.5).all()
+
+
+def test_dropped_examples_are_the_base_to_the_bit_and_dropped_ranks_leave_doras_gain():
+    """For a DoRA: y0 + (g - 1)(y0 - bias) + g s up(mask * down x), with the mask measured on another adapter of the same path."""
+    x = noise(50, 16)
+    for name in ("module_dropout", "rank_dropout"):
+        model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))
+        inject(model, AdapterSpec(targets=("0",), kind="dora", rank=16, **{name: 0.5}))
+        shake(model, size=0.3)
+        set_dropout(model, ROWS[:50], 3)
+        lr, base, mask = state(model)["0"], model[0].base, masks(LINEAR, {name: 0.5}, ROWS[:50])
+        with torch.no_grad():
+            y, y0 = model(x), base(x)
+            if name == "module_dropout":
+                gone = mask[:, 0] == 0
+                assert 5 < gone.sum() < 45 and torch.equal(y[gone], y0[gone]) and torch.equal(y[~gone], model.eval()(x)[~gone])
+            else:
+                gain = lr.magnitude / (base.weight + lr.up @ lr.down).norm(dim=1)
+                expected = y0 + (gain - 1) * (y0 - base.bias) + gain * ((mask * (x @ lr.down.T)) @ lr.up.T)
+                torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+def test_grouped_convolutions_drop_ranks_within_their_groups():
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, padding=1, groups=2)}).double()
+    inject(model, AdapterSpec(targets=("conv",), rank=4, rank_dropout=0.5))
+    shake(model, size=0.3)
+    x, rows = noise(3, 4, 5, 4), torch.tensor([1, 2, 3])
+    set_dropout(model, rows, 0)
+    lr, base = state(model)["conv"], model["conv"].base
+    mask = (model["conv"](x) - base(x)).detach()
+    for i in range(3):
+        hidden = F.conv2d(x[i : i + 1], lr.down, padding=1, groups=2)
+        ranks = torch.cat([F.conv2d(hidden * (torch.arange(4) == k).view(1, 4, 1, 1), lr.up, groups=2).reshape(1, -1) for k in range(4)])
+        weights = torch.linalg.lstsq(ranks.T, mask[i].reshape(-1, 1)).solution.flatten()
+        assert all(min(abs(w), abs(w - 2)) < 1e-9 for w in weights.tolist()), weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_redraws_the_same_masks(kind):
+    grads = []
+    for recompute in (False, True):
+        model = injected(kind, rank_dropout=0.3, module_dropout=0.3).train()
+        shake(model)
+        set_dropout(model, torch.tensor([3, 1, 2]), 7)
+        x = noise(3, 4, 6, 5)
+        (checkpoint(model, x, use_reentrant=False) if recompute else model(x)).square().sum().backward()
+        grads.append([p.grad for p in adapters.parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
+def test_bad_dropouts_and_missing_row_keys_are_refused(name):
+    with pytest.raises(UserError, match=rf"adapter {name.replace('_', ' ')} is 1.0; expected a probability in \[0, 1\)"):
+        AdapterSpec(targets=("*",), **{name: 1.0})
+    model = injected("lora", **{name: 0.5})
+    with pytest.raises(UserError, match=r"conv has dropout; call adapters\.set_dropout"):
+        model(noise(3, 4, 6, 5))
