@@ -1,4 +1,4 @@
-"""data: what is read from disk, what is refused, and that every choice depends on the example alone."""
+"""data, records, captions, images: what is read from disk, what is refused, and that every choice depends on the example alone."""
 
 import json
 import random
@@ -81,6 +81,60 @@ def test_captions_without_the_word_are_listed_once_each(folder):
     assert missing_word(scan(folder), "TOK2") == [folder / f"{i}.png" for i in (0, 1, 3, 4)]
 
 
+def test_a_named_column_and_a_csv_table(folder):
+    rows = [{"file_name": f"{i}.png", "text": f"row {i}", "tags": [f"tag {i}", "zwei\u2028drei"]} for i in range(5)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert [r.captions for r in scan(folder, caption_column="tags")] == [(f"tag {i}", "zwei\u2028drei") for i in range(5)]
+    with pytest.raises(UserError, match="line 1 has the columns file_name, text, tags; expected the caption under 'label'"):
+        scan(folder, caption_column="label")
+    (folder / "metadata.csv").write_text('\ufefffile_name,text,note\r\n4.png,"a, ""quoted""\r\ntext",x\r\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"both metadata\.jsonl and metadata\.csv; keep one"):
+        scan(folder)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"4 of 5 images lack a row in metadata\.csv"):
+        scan(folder)
+    with open(folder / "metadata.csv", "a") as table:
+        table.write("".join(f"{i}.png,row {i},note {i}\n" for i in range(4)))
+    assert [r.captions for r in scan(folder)] == [*((f"row {i}",) for i in range(4)), ('a, "quoted"\ntext',)]
+    assert scan(folder, caption_column="note")[4].captions == ("x",)
+    for bad, match in (
+        ("0.png\n", "line 1 has the text None"),
+        ('0.png,"a', "line 1 is not CSV"),
+        (",a", "names , which is not"),
+        ("9.png,a", "names 9"),
+    ):
+        (folder / "metadata.csv").write_text("file_name,text\n" + bad)
+        with pytest.raises(UserError, match=match.replace("line 1", "line 2")):
+            scan(folder)
+    (folder / "metadata.csv").unlink()
+    with pytest.raises(UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"):
+        scan(folder, caption_column="note")
+
+
+def test_caption_dropout_is_drawn_by_the_example_alone(folder):
+    """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and cache keys stay, prior rows keep theirs."""
+    records = scan(folder)
+    plain, dropped = Folder(records, WILD), Folder(records, WILD, caption_dropout=0.3)
+    lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
+    assert abs(sum(lost) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
+    assert len({tuple(lost[i * 120 : i * 120 + 120]) for i in range(5)}) == 5  # each image its own draws
+    streams = []
+    for batch, workers in ((1, 0), (3, 0), (4, 2)):
+        made = batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
+        streams.append([(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)])
+    assert streams[0] == streams[1] == streams[2] and 0 < sum(c == "" for *_, c in streams[0]) < 20
+    for without, with_ in zip(batches(plain, batch=4, seed=0, stop=6), batches(dropped, batch=4, seed=0, stop=6), strict=True):
+        assert torch.equal(without.pixels, with_.pixels) and without.visits == with_.visits
+        assert all(b in (a, "") for a, b in zip(without.captions, with_.captions, strict=True))
+    still = ImageSettings(8)
+    assert Folder(records, still).cache_key(records[0], 0) == Folder(records, still, caption_dropout=0.3).cache_key(records[0], 0)
+    prior = Folder(scan(folder, captions="one", caption="a dog", is_prior=True), WILD, caption_dropout=0.9)
+    assert {prior.example(0, v).caption for v in range(50)} == {"a dog"}
+    for bad in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match="caption dropout"):
+            Folder(records, WILD, caption_dropout=bad)
+
+
 @pytest.mark.parametrize(
     "table, match",
     [
@@ -157,6 +211,29 @@ def test_pixels_are_the_centre_of_the_image_resized_to_cover(folder):
         example = Folder([record], ImageSettings(8)).example(0, 0)
         assert torch.equal(example.pixels, pixels_of(resized.crop((left, top, left + 8, top + 8)))), i
         assert example.crop == (top, left) and example.original_size == (image.height, image.width) and example.mask is None
+
+
+def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
+    image, mask = noise_image(20, 14), noise_image(20, 14, 1, "L")
+    save(image, tmp_path / "x.png")
+    save(mask, tmp_path / "x.mask.png")
+    records = scan(tmp_path, caption="TOK")
+    soft = mask.resize((11, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
+    seen = []
+    for name in ("bilinear", "bicubic", "lanczos"):
+        example = Folder(records, ImageSettings(8, interpolation=name)).example(0, 0)
+        whole = image.resize((11, 8), Image.Resampling[name.upper()])
+        assert example.crop == (0, 2) and torch.equal(example.pixels, pixels_of(whole.crop((2, 0, 10, 8))))
+        assert torch.equal(example.mask[0], torch.tensor(list(soft.tobytes())).view(8, 8) / 255)
+        seen.append((example.pixels, Folder(records, ImageSettings(8, interpolation=name)).cache_key(records[0], 0)))
+        wide = Folder(records, ImageSettings(8, zoom=1.5, interpolation=name)).example(0, 0)
+        assert wide.pixels.shape == (3, 8, 8)
+        seen[-1] += (wide.pixels,)
+    assert len({key for _, key, _ in seen}) == 3
+    for i in (0, 2):
+        assert not any(torch.equal(seen[a][i], seen[b][i]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(UserError, match="unknown interpolation 'box', expected one of bilinear, bicubic, lanczos"):
+        ImageSettings(8, interpolation="box")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (7, 3), (101, 100)])
@@ -408,9 +485,9 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
     record = scan(folder)[0]
     base = replace(WILD, variants=4)
     key = Folder([record], base).cache_key(record, 1)
-    changes = [{"resolution": 9}, {"crop": "center"}, {"zoom": 1.6}, {"flip": False}, {"jitter": False}, {"seed": 5}]
+    changes = [{"resolution": 9}, {"interpolation": "lanczos"}, {"crop": "center"}, {"zoom": 1.6}, {"flip": False}, {"jitter": False}, {"seed": 5}]
     keys = {key} | {Folder([record], replace(base, **change)).cache_key(record, 1) for change in changes}
-    assert len(keys) == 7
+    assert len(keys) == 8
     made = Folder([record], base)
     assert made.cache_key(record, 5) == key != made.cache_key(record, 2)
     (folder / "0.txt").write_text("another caption")
@@ -443,6 +520,54 @@ def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_p
             rows = cache.get(keys, compute)
             assert torch.equal(rows["mean"], batch.pixels.mean(dim=1)) and torch.equal(rows["std"], batch.pixels.std(dim=1))
         assert computed == len(cache) == 10  # five images, two variants
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
+def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide):
+    """Filled in one order, read in another batch size, seed and stage: each row meets the caption, crop and size of the pixels it was made from.
+
+    The public scripts read a list of batches by step number while the loader shuffles anew; on this stream that gives other rows.
+    """
+    made = Folder(scan(folder), replace(WILD, variants=2, buckets=wide, bucket_step=2))
+    records = {r.key: r for r in made.records}
+    captions = {r.key: r.captions[0] for r in made.records}
+    cache, by_step, wrong, sizes = Cache({}), [], 0, set()
+
+    def rows(batch):
+        size = tuple(batch.pixels.shape[-2:])
+        keys = [made.cache_key(records[k], v, size) for k, v in zip(batch.keys, batch.visits, strict=True)]
+        return cache.get(keys, lambda i: {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])})
+
+    for batch in batches(made, batch=2, seed=0, stop=10):
+        by_step.append(rows(batch)["pixels"])
+    for step, batch in enumerate(batches(made, batch=2, seed=1, stop=10)):
+        found = rows(batch)
+        assert torch.equal(found["pixels"], batch.pixels) and found["crop"].tolist() == [list(crop) for crop in batch.crops]
+        assert batch.captions == [captions[k] for k in batch.keys] and batch.original_sizes == [records[k].size for k in batch.keys]
+        wrong += by_step[step].shape != batch.pixels.shape or not torch.equal(by_step[step], batch.pixels)
+        sizes.add(tuple(batch.pixels.shape[-2:]))
+    assert wrong > 5 and len(cache) == 10 and (len(sizes) > 1) == wide
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
+def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
+    """Rows are i..i c..c in every member of a batch; the public scripts' captions i c i c would meet other pixels."""
+    for i in range(3):
+        save(noise_image(9, 9 + i, 20 + i), tmp_path / "class" / f"{i}.png")
+        (tmp_path / "class" / f"{i}.txt").write_text(f"a dog {i}")
+    how = replace(WILD, buckets=wide, bucket_step=2)
+    instance, prior = Folder(scan(folder), how), Folder(scan(tmp_path / "class", is_prior=True), how)
+    records = {r.key: r for r in (*instance.records, *prior.records)}
+    for b in (1, 2, 3):
+        for batch in batches(instance, prior, batch=b, seed=0, stop=8):
+            assert batch.is_prior.tolist() == [False] * b + [True] * b == [records[k].is_prior for k in batch.keys]
+            assert batch.captions == [records[k].captions[0] for k in batch.keys] and batch.original_sizes == [records[k].size for k in batch.keys]
+            interleaved = [caption for pair in zip(batch.captions[:b], batch.captions[b:], strict=True) for caption in pair]
+            assert (interleaved == batch.captions) == (b == 1)
+            for i, key in enumerate(batch.keys):
+                source = prior if batch.is_prior[i] else instance
+                again = source.example([r.key for r in source.records].index(key), batch.visits[i], tuple(batch.pixels.shape[-2:]))
+                assert torch.equal(again.pixels, batch.pixels[i]) and again.crop == batch.crops[i] and again.caption == batch.captions[i]
 
 
 def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):

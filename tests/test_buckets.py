@@ -1,0 +1,236 @@
+"""buckets and the plan of an epoch: sizes, the nearest one, every image in every epoch, and batches that are a function of their step."""
+
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from lora_core import buckets
+from lora_core.data import Folder, ImageSettings, batches, scaled_up, scan
+from lora_core.errors import UserError
+from lora_core.stream import Plan
+
+SHAPES = [(20, 20), (40, 20), (38, 20), (20, 41), (16, 16), (90, 10), (21, 20), (33, 16), (8, 12), (20, 19), (60, 61)]  # w, h
+WILD = ImageSettings(16, crop="random", zoom=1.4, flip=True, jitter=True, seed=4, buckets=True, bucket_step=4)
+
+
+def noise_image(width, height, seed=0, mode="RGB"):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    return Image.frombytes(mode, (width, height), random.Random(seed).randbytes(width * height * bands))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate(SHAPES):
+        noise_image(*size, seed=i).save(tmp_path / "images" / f"{i:02d}.png")
+        (tmp_path / "images" / f"{i:02d}.txt").write_text(f"image {i}")
+    return tmp_path / "images"
+
+
+def pixels_of(image):
+    values = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(image.height, image.width, 3)
+    return (2 * values - 255).permute(2, 0, 1) / 255
+
+
+def kohya_sizes(area, low, high, step):
+    """sd-scripts' rule, (w, h): the square, and for each width the longest height that fits, both ways round."""
+    found = {(math.isqrt(area) // step * step,) * 2}
+    for width in range(low, high + 1, step):
+        height = min(high, area // width // step * step)
+        found |= {(width, height), (height, width)} if height >= low else set()
+    return found
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_at_512_the_sizes_are_those_of_sd_scripts():
+    assert set(buckets.sizes(512, 64)) == kohya_sizes(512**2, 256, 1024, 64)
+    assert len(buckets.sizes(512, 64)) == len(set(buckets.sizes(512, 64))) and list(buckets.sizes(512, 64)) == sorted(buckets.sizes(512, 64))
+    assert (1024, 1024) in buckets.sizes(1024, 64) and (832, 1216) in buckets.sizes(1024, 64) and (768, 1344) in buckets.sizes(1024, 64)  # SDXL's own
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 700))
+def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
+    resolution = step + more
+    found = buckets.sizes(resolution, step)
+    low, high = max(step, round(resolution // 2 / step + 1e-9) * step), 2 * resolution // step * step
+    sides = range(step, high + 1, step)
+    every = {(h, w) for h in sides for w in sides if h * w <= resolution**2 and min(h, w) >= low} if len(sides) < 60 else set(found)
+    assert set(found) <= every | {(resolution // step * step,) * 2}
+    assert all((w, h) in found for h, w in found)
+    assert all(any(h <= H and w <= W for H, W in found) for h, w in every)
+
+
+def test_a_step_beyond_the_resolution_is_refused():
+    for resolution, step in ((63, 64), (64, 0)):
+        with pytest.raises(UserError, match="bucket step"):
+            ImageSettings(resolution, buckets=True, bucket_step=step)
+    ImageSettings(63, bucket_step=64)  # not used
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_nearest_is_the_least_difference_of_log_aspects_and_a_neighbour_of_kohyas_choice(h, w):
+    choice = buckets.sizes(512, 64)
+    chosen = buckets.nearest((h, w), choice)
+    gap = {size: abs(math.log(h / w) - math.log(size[0] / size[1])) for size in choice}
+    assert (h, w) in choice or gap[chosen] <= min(gap.values()) + 1e-12
+    kohya = min(choice, key=lambda size: abs(w / h - size[1] / size[0]))  # sd-scripts
+    order = sorted({Fraction(*size) for size in choice})
+    assert abs(order.index(Fraction(*chosen)) - order.index(Fraction(*kohya))) <= 1
+    assert buckets.nearest((w, h), choice) == chosen[::-1] or h == w
+
+
+def test_nearest_takes_the_exact_size_then_the_larger_area_then_the_first():
+    assert buckets.nearest((320, 704), buckets.sizes(512, 64)) == (320, 704)
+    assert buckets.nearest((100, 200), [(10, 20), (40, 80), (20, 40)]) == (40, 80)
+    assert buckets.nearest((10, 20), [(40, 80), (10, 20)]) == (10, 20)
+    assert buckets.nearest((7, 7), [(4, 6), (6, 4)]) == (4, 6) and buckets.nearest((7, 7), [(6, 4), (4, 6)]) == (6, 4)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=17), st.integers(1, 7), st.integers(0, 5))
+def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch, seed):
+    plan = Plan(groups, batch, seed)
+    assert plan.steps == sum(math.ceil(n / batch) for n in Counter(groups).values())
+    counts, fillers = Counter(), Counter()
+    for epoch in range(7):
+        steps = [plan.rows(step) for step in range(epoch * plan.steps, (epoch + 1) * plan.steps)]
+        assert all(len(rows) == batch and len({groups[record] for record, _ in rows}) == 1 for rows in steps)
+        inside = Counter(record for rows in steps for record, _ in rows)
+        assert set(inside) == set(range(len(groups)))
+        fillers.update(inside - Counter(range(len(groups))))
+        visits = sorted((record, times) for rows in steps for record, times in rows)
+        assert visits == sorted((record, counts[record] + i) for record, n in inside.items() for i in range(n))  # 0, 1, 2 ... over the whole run
+        counts.update(inside)
+    for group in set(groups):
+        filled = [fillers[record] for record, g in enumerate(groups) if g == group]
+        assert max(filled) - min(filled) <= 1  # in turn
+
+
+def test_a_step_is_a_function_of_its_number_and_epochs_differ():
+    groups = ["a"] * 9 + ["b"] * 4 + ["c"]
+    plan = Plan(groups, 3, 1)
+    forward = [plan.rows(step) for step in range(40)]
+    assert [Plan(groups, 3, 1).rows(step) for step in reversed(range(40))] == forward[::-1]
+    assert forward != [Plan(groups, 3, 2).rows(step) for step in range(40)]
+    order = ["".join(groups[forward[step][0][0]] for step in range(e * plan.steps, (e + 1) * plan.steps)) for e in range(6)]
+    assert len(set(order)) > 3 and {"".join(sorted(o)) for o in order} == {"aaabbc"}  # the groups are mixed, not one after another
+
+
+# ---------------------------------------------------------------- batches
+
+
+def everything(batch):
+    mask = None if batch.mask is None else batch.mask.tolist()
+    return batch.pixels.tolist(), mask, batch.captions, batch.keys, batch.visits, batch.is_prior.tolist(), batch.original_sizes, batch.crops
+
+
+@pytest.mark.parametrize("batch, repeats", [(1, 1), (2, 1), (3, 2), (5, 3)])
+def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(folder, batch, repeats):
+    (folder / "99.png").write_bytes((folder / "03.png").read_bytes())  # a copy
+    (folder / "99.txt").write_text("the same again")
+    made = Folder(scan(folder, repeats=repeats), WILD)
+    steps = Plan(made.sizes, batch, 0).steps
+    stream = list(batches(made, batch=batch, seed=0, stop=4 * steps))
+    seen = [(k, v) for b in stream for k, v in zip(b.keys, b.visits, strict=True)]
+    assert len(set(seen)) == len(seen) == 4 * steps * batch
+    assert all(set(b.keys) <= {r.key for r, size in zip(made.records, made.sizes, strict=True) if size == b.pixels.shape[-2:]} for b in stream)
+    least = Counter(r.key for r in made.records)
+    for epoch in range(4):
+        count = Counter(k for b in stream[epoch * steps : (epoch + 1) * steps] for k in b.keys)
+        assert all(count[key] >= n for key, n in least.items())
+
+
+def test_workers_and_resume_change_no_bit(folder):
+    noise_image(20, 20, 3, "L").save(folder / "00.mask.png")
+    prior = Folder(scan(folder, captions="one", caption="a photo", masks="none", is_prior=True), WILD)
+    serial = [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20)]
+    assert [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20, workers=3)] == serial
+    assert [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, start=13, stop=20, workers=1)] == serial[13:]
+
+
+def test_a_cut_is_the_resized_image_at_its_crop(folder):
+    """Scaled to cover the bucket, mirrored, then cut at `crop`: the corner is one of the mirrored image (diffusers' scripts, semantics 2.5)."""
+    mirrored = 0
+    for how in (ImageSettings(16, buckets=True, bucket_step=4), ImageSettings(16, crop="random", flip=True, buckets=True, bucket_step=4)):
+        made = Folder(scan(folder), how)
+        for i, record in enumerate(made.records):
+            image = Image.open(record.path)
+            height, width = made.sizes[i]
+            scale = max(Fraction(width, image.width), Fraction(height, image.height))
+            whole = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
+            assert whole.width == width or whole.height == height  # no more is lost than must be
+            for visit in range(6):
+                example = made.example(i, visit)
+                top, left = example.crop
+                cuts = [v.crop((left, top, left + width, top + height)) for v in (whole, ImageOps.mirror(whole))]
+                same = [torch.equal(example.pixels, pixels_of(c)) for c in cuts]
+                assert any(same), (record.path, visit)
+                mirrored += same[1] and not same[0]
+                assert example.pixels.shape == (3, height, width) and example.original_size == (image.height, image.width)
+                assert how.crop == "random" or example.crop == (round((whole.height - height) / 2), round((whole.width - width) / 2))
+    assert mirrored > 10
+
+
+def test_images_of_every_aspect_lose_little(folder):
+    made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
+    assert all(h * w <= 256 and h % 4 == w % 4 == 0 for h, w in made.sizes)
+    of = {r.path.stem: size for r, size in zip(made.records, made.sizes, strict=True)}
+    assert of["00"] == of["04"] == (16, 16) and of["01"] == of["02"] == (12, 20) and of["03"] == of["08"] == (20, 12)
+    assert of["05"] == (8, 32)  # more extreme than any bucket: the most extreme one, not left out
+
+
+def test_prior_rows_are_cut_to_the_size_of_the_batch(folder, tmp_path):
+    (tmp_path / "class").mkdir()
+    for i in range(3):
+        noise_image(19, 13, 50 + i).save(tmp_path / "class" / f"{i}.png")
+    instance = Folder(scan(folder), WILD)
+    prior = Folder(scan(tmp_path / "class", caption="a dog", is_prior=True), WILD)
+    sizes = set()
+    for alone, both in zip(batches(instance, batch=2, seed=0, stop=12), batches(instance, prior, batch=2, seed=0, stop=12), strict=True):
+        assert everything(both.rows(slice(0, 2))) == everything(alone) and both.is_prior.tolist() == [False, False, True, True]
+        sizes.add(tuple(both.pixels.shape[-2:]))
+    assert len(sizes) > 3
+    for size in sizes:
+        assert prior.example(0, 3, size).pixels.shape == (3, *size)
+
+
+def test_the_size_enters_the_cache_key(folder):
+    made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
+    record = made.records[1]
+    keys = {made.cache_key(record, 0, size) for size in buckets.sizes(16, 4)}
+    assert len(keys) == len(buckets.sizes(16, 4)) and made.cache_key(record, 0) == made.cache_key(record, 7, made.sizes[1]) in keys
+    squares = Folder(made.records, ImageSettings(16))
+    assert squares.cache_key(record, 0) == made.cache_key(record, 0, (16, 16))  # the same pixels
+    assert torch.equal(squares.example(1, 0).pixels, made.example(1, 0, (16, 16)).pixels)
+
+
+def test_the_report_counts_images_and_further_visits():
+    assert buckets.report([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 of the batches"
+    text = buckets.report([(16, 16)] * 3 + [(8, 28)], 4)
+    assert text.splitlines()[1:] == [
+        "  28 x 8: 1 image and 3 more visits in 1 of the batches",
+        "  16 x 16: 3 images and 1 more visit in 1 of the batches",
+    ]
+
+
+def test_images_that_are_scaled_up_are_counted(folder):
+    records = scan(folder, repeats=2)
+    assert scaled_up(Folder(records, ImageSettings(8))) == ""
+    assert scaled_up(Folder(records, ImageSettings(20))) == "5 of 11 images are smaller than 20 pixels and scaled up, first 04.png (16 x 16)"
+    assert scaled_up(Folder(records, ImageSettings(11))) == "2 of 11 images are smaller than 11 pixels and scaled up, first 05.png (90 x 10)"
+    assert scaled_up(Folder(records[8:9], ImageSettings(9))) == "1 of 1 images is smaller than 9 pixels and scaled up, first 08.png (8 x 12)"
+    assert "are smaller than their bucket and scaled up, first " in scaled_up(Folder(records, ImageSettings(24, buckets=True, bucket_step=4)))
