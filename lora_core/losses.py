@@ -292,4 +292,4 @@ def total(rows: Tensor, is_prior: Tensor, *, prior_weight: float, instances: int
     With as many prior rows as instances this is mean(instances) + prior_weight * mean(prior) (DreamBooth, arXiv 2208.12242 eq. 2).
     `instances` counts those of the whole step, so that the totals of its micro-batches add up to the step's own.
     """
-    return (rows * torch.where(is_prior, prior_weight, 1.0)).sum() / instances
+    return torch.where(is_prior, prior_weight * rows, rows).sum() / instances

@@ -156,7 +156,7 @@ def bins(objective: Objective, count: int) -> Bins:
 def preview_table(objective: Objective) -> str:
     """Ten stretches of the timesteps with their noise level, the share of the draws, the weight, and the share of draws x weight."""
     b = bins(objective, 10)
-    lines = [f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10} {'draws x weight':>15}   0 is clean"]
+    lines = [f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10} {'draws x weight':>15}   from clean to pure noise"]
     for t, sigma, snr, share, weight, product in zip(b.t, b.level.sigma, b.level.snr, b.share, b.weight, b.product):
         shown = validation.timestep(t.item())
         lines.append(f"{shown:>9} {sigma:8.4f} {snr.log():+8.2f} {share:7.1%} {weight:10.4g} {product:15.1%}")
