@@ -153,14 +153,14 @@ class Flux:
         if inpaint is not None:
             raise UserError("this model takes no mask and no masked image; leave them out or choose an inpainting model")
         dtype, (height, width) = self.transformer.dtype, x_t.shape[-2:]
-        ids = {"img_ids": image_ids(height, width), "txt_ids": torch.zeros(cond.prompt_embeds.shape[1], 3)}
         out = self.transformer(
             hidden_states=pack(x_t).to(dtype),
             timestep=level.t,
             guidance=cond.extra["guidance"] if self.distilled_guidance else None,
             pooled_projections=cond.extra["pooled_prompt_embeds"].to(dtype),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
-            **{name: rows.to(x_t.device) for name, rows in ids.items()},
+            img_ids=image_ids(height, width, x_t.device),
+            txt_ids=torch.zeros(cond.prompt_embeds.shape[1], 3, device=x_t.device),
         ).sample
         return unpack(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
 
@@ -182,7 +182,7 @@ class Flux:
         finally:
             for hook in hooks:
                 hook.remove()
-        cos, sin = self.transformer.pos_embed(image_ids(*x_t.shape[-2:]).to(x_t.device))  # [tokens, d]
+        cos, sin = self.transformer.pos_embed(image_ids(x_t.shape[-2], x_t.shape[-1], x_t.device))  # [tokens, d]
         maps = []
         for name in layers:
             q, k, text = (seen[name, which].transpose(1, 2).float() for which in ("norm_q", "norm_k", "norm_added_k"))  # [b, heads, s, d]
@@ -205,9 +205,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // PATCH, w=width // PATCH, ph=PATCH, pw=PATCH)
 
 
-def image_ids(height: int, width: int) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """(0, row, column) of every token of latents [b, c, height, width]: [(h / 2) (w / 2), 3] fp32."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(height // PATCH).float(), torch.arange(width // PATCH).float())
+    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=device) for n in (1, height // PATCH, width // PATCH)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """kohya's sd-scripts format, which A1111 and ComfyUI read: `lora_unet_{path_with_underscores}.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 The scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with one alpha for all modules, except where layers
-are fused: these files have the original code's names and an alpha of their own in every module (see `fused`).
+are fused: these files have the original code's names and an alpha of their own in every module (see `fused`). Of those, diffusers 0.42.1 reads the
+modules of the blocks only and drops the others (embedders, final layer) without a word; give it the native file.
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of W + delta W. Other readers differ: ComfyUI divides by
 the norm of W, A1111 by columns, and diffusers 0.42.1 leaves dora_scale out with a warning; give it the native file.
 A text encoder's names are read under its numbered prefix too (lora_te1, as diffusers exports it), and with or without the text_model level.

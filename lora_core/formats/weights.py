@@ -1,0 +1,151 @@
+"""Tensors of a model on the disk, read and written one at a time: a file larger than memory passes through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_core.errors import UserError
+from lora_core.formats.container import PICKLE, ZIP
+from lora_core.formats.ldm import Shape
+from lora_core.formats.pickles import read_pickle
+from lora_core.run import atomic
+
+CODES = {  # dtype -> safetensors' name of it
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+KINDS = {code: dtype for dtype, code in CODES.items()}
+PICKLED = (".ckpt", ".pt", ".bin", ".pth")
+
+
+class Info(NamedTuple):
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors that are there when they are asked for."""
+
+    source: str  # for error sentences
+    infos: Mapping[str, Info]
+    read: Callable[[str], Tensor]  # a tensor as `infos` says, on the CPU; not to be changed
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {key: info.shape for key, info in self.infos.items()}
+
+
+def weights_of(tensors: Mapping[str, Tensor], source: str) -> Weights:
+    """Tensors that are in memory, or mapped into it."""
+    return Weights(source, {key: Info(tuple(t.shape), t.dtype) for key, t in tensors.items()}, lambda key: tensors[key].detach().cpu())
+
+
+def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """The same with floating-point tensors in `dtype`. Reading raises UserError for a number that overflows it."""
+    if dtype is None:
+        return weights
+
+    def read(key: str) -> Tensor:
+        tensor = weights.read(key)
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        narrow = tensor.to(dtype)
+        if not torch.isfinite(narrow).all():
+            raise UserError(f"{key} of {weights.source} holds NaN or Inf as {dtype}; write it in a wider dtype or mend it")
+        return narrow
+
+    infos = {key: info._replace(dtype=dtype if info.dtype.is_floating_point else info.dtype) for key, info in weights.infos.items()}
+    return Weights(weights.source, infos, read)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The tensors of a .safetensors file, or of a pickle (`state_dict` inside it, where there is one), of which nothing is executed.
+
+    What in a pickle's dictionary is no tensor is left out. Raises UserError for a missing, empty, truncated or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there; give a .safetensors or .ckpt file")
+    with path.open("rb") as file:
+        start = file.read(len(ZIP))
+    if not start:
+        raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
+    if start == ZIP or path.suffix in PICKLED or (start[:1] == PICKLE and path.suffix != ".safetensors"):
+        return weights_of(_pickled(read_pickle(path), path), str(path))
+    try:
+        opened = safe_open(path, "pt")
+        infos = {}
+        for key in opened.keys():  # noqa: SIM118 - not a dictionary
+            part = opened.get_slice(key)
+            if part.get_dtype() not in KINDS:
+                raise UserError(f"{key} in {path} is {part.get_dtype()}, expected one of {', '.join(KINDS)}; quantised checkpoints are not read")
+            infos[key] = Info(tuple(part.get_shape()), KINDS[part.get_dtype()])
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch or write it again") from None
+    if not infos:
+        raise UserError(f"{path} holds no tensors; expected the weights of a model")
+    return Weights(str(path), infos, opened.get_tensor)
+
+
+def open_folder(folder: str | Path, stem: str) -> Weights:
+    """The weights of one network in the diffusers layout: whole or in shards, .safetensors before .bin, full before half precision.
+
+    `stem` is diffusion_pytorch_model or model. Raises UserError where there are none.
+    """
+    folder = Path(folder)
+    older = f"pytorch_{stem}" if stem == "model" else stem
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{older}.bin", f"{stem}.fp16.safetensors", f"{older}.fp16.bin"):
+        if (folder / name).is_file():
+            return _shards(folder / name) if name.endswith(".json") else open_weights(folder / name)
+    raise UserError(f"{folder} has no weights: expected {stem}.safetensors or {older}.bin; is it a folder in the diffusers layout?")
+
+
+def write_weights(path: Path, weights: Weights, header: Mapping[str, str]) -> None:
+    """A .safetensors file, whole or not at all, with one tensor in memory at a time; the same input gives the same bytes.
+
+    Wide dtypes come first so that every tensor is aligned, then keys in order. Raises UserError where the disk is full or not writable.
+    """
+    order = sorted(weights.infos, key=lambda key: (-weights.infos[key].dtype.itemsize, key))
+    text, end = {"__metadata__": dict(sorted(header.items()))} if header else {}, 0
+    for key in order:
+        shape, dtype = weights.infos[key]
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        text[key] = {"data_offsets": [start, end], "dtype": CODES[dtype], "shape": list(shape)}  # type: ignore[dict-item]
+    data = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode()
+    data += b" " * (-len(data) % 8)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for key in order:
+            tensor = weights.read(key)
+            if (tuple(tensor.shape), tensor.dtype) != weights.infos[key]:
+                raise ValueError(f"{key} of {weights.source} is {list(tensor.shape)} {tensor.dtype}, announced as {weights.infos[key]}")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _shards(index: Path) -> Weights:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: open_weights(index.parent / name) for name in sorted(set(places.values())) if Path(name).name == name}
+        infos = {key: files[name].infos[key] for key, name in places.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} does not fit the files beside it ({error}); fetch the folder again") from None
+    return Weights(str(index.parent), infos, lambda key: files[places[key]].read(key))
+
+
+def _pickled(tree: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, by name."""
+    found = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)} if isinstance(found, dict) else {}
+    if not tensors:
+        kind = f"a dictionary of {', '.join(map(str, list(found)[:3])) or 'nothing'}" if isinstance(found, dict) else f"{found!r:.80}"
+        raise UserError(f"{path} holds no named tensors but {kind}; expected a checkpoint")
+    return tensors
