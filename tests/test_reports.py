@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core import noise
+from lora_core import noise, validation
 from lora_core.noise import Keys
 from lora_core.reports import Objective, bins, preview_density, preview_table
 
@@ -75,3 +75,7 @@ def test_the_preview_is_a_picture_and_says_what_the_loss_is(weighting: str, tmp_
     with Image.open(file) as image:
         assert image.size == (960, 540) and len(set(image.convert("RGB").resize((96, 54)).tobytes())) > 20
     assert [p.name for p in tmp_path.iterdir()] == ["density.png"]
+
+
+def test_timesteps_are_written_as_their_schedule_counts_them() -> None:
+    assert [validation.timestep(t) for t in (625.0, 0.625, -1.55, 1.096, math.nan)] == ["625", "0.625", "-1.550", "1.096", "all"]
