@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "prodigy": Prodigy}
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a fused AdamW in torch 2.13, for any floating-point parameter
 RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
     "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
@@ -114,16 +115,49 @@ def arguments(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(resolve_optimizer(name)).parameters
 
 
+def split(groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float) -> list[dict[str, Any]]:
+    """The groups of a LoRA+ optimiser (arXiv 2402.12354): every group named in `ups` becomes two of its name, the rest and its `ups` at lr * ratio.
+
+    Each group has its factor in "ratio" (1.0 but for the ups), so that a schedule may set lr = rate * factor * group["ratio"] later; with ratio 1
+    nothing is split. `groups` have "name", "params" and "lr". Raises UserError for a ratio that is no positive number.
+    """
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise UserError(
+            f"--optimizer.lora-plus is {ratio}; expected a positive number (1: one learning rate for up and down, the paper's 16: up faster)"
+        )
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        chosen = {id(p) for p in ups.get(group["name"], ())} if ratio != 1 else set()
+        faster = [p for p in group["params"] if id(p) in chosen]
+        slower = [p for p in group["params"] if id(p) not in chosen]
+        if len(faster) != len(chosen):
+            raise ValueError(f"{len(chosen) - len(faster)} of the ups of {group['name']} are not among its parameters")
+        found += [
+            {**group, "params": params, "lr": group["lr"] * by, "ratio": by} for params, by in ((slower, 1.0), (faster, float(ratio))) if params
+        ]
+    return found
+
+
 def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses."""
+    """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses.
+
+    "adamw" is torch's fused one (one kernel for all tensors, no host sync under a LossScaler) unless `args` choose an implementation themselves.
+    """
     for option in ("weight_decay", "betas"):
         if option not in arguments(name) and any(option in group for group in groups):
             raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
     check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=("params", "lr", "weight_decay", "betas"))
     try:
-        return resolve_optimizer(name)(groups, **args)
+        return resolve_optimizer(name)(groups, **(_fused(name, groups, args) | dict(args)))
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} refuses its settings: {error}") from None
+
+
+def _fused(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> dict[str, bool]:
+    """{"fused": True} for an adamw that can be and whose arguments do not say how it is to be computed."""
+    params = [p for group in groups for p in group["params"]]
+    able = all(p.is_floating_point() and p.device.type in FUSED for p in params)
+    return {"fused": True} if name == "adamw" and able and not {"fused", "foreach", "differentiable"} & set(args) else {}
 
 
 def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:

@@ -8,7 +8,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup, get_schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.errors import UserError
-from lora_core.optim import OPTIMIZERS, SCHEDULES, LossScaler, check_arguments, clip_, resolve_optimizer, resolve_schedule
+from lora_core.optim import OPTIMIZERS, SCHEDULES, LossScaler, build, check_arguments, clip_, resolve_optimizer, resolve_schedule, split
 from lora_core.prodigy import Prodigy
 from lora_core.run import flatten, unflatten
 
@@ -130,7 +130,105 @@ def test_nothing_to_clip_or_unscale_is_an_error():
         clip_(with_grads((2,)), 0.0)
 
 
+# ---------------------------------------------------------------- building: fused AdamW, LoRA+
+
+
+def named(params, name="denoiser", lr=1e-2, **extra):
+    return {"params": params, "name": name, "lr": lr, "weight_decay": 0.1, **extra}
+
+
+def stepped(optimizer, params, steps=range(6)):
+    """Steps with gradients that depend on the step alone."""
+    for step in steps:
+        g = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_adamw_is_fused_and_equals_the_plain_one(dtype, tolerance):
+    found = {}
+    for args in ({}, {"foreach": False}):
+        params = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,), (1,), dtype=dtype)]
+        optimizer = build("adamw", [named(params)], args)
+        assert bool(optimizer.defaults["fused"]) is not bool(args)
+        found[bool(args)] = stepped(optimizer, params)
+    for ours, plain in zip(found[False], found[True]):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("args", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+def test_arguments_choose_the_implementation(args):
+    params = with_grads((3,))
+    assert not build("adamw", [named(params)], args).defaults["fused"]
+    assert build("torch.optim.AdamW", [named(params)], {}).defaults["fused"] is None  # a class by its path has its own defaults
+    assert build("adamw", [named(params)], {"fused": True, "eps": 1e-6}).defaults["eps"] == 1e-6
+    complex_one = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    assert build("adamw", [named([complex_one])], {}).defaults["fused"] is None
+
+
+def test_a_fused_adamw_resumes_bit_for_bit():
+    """N steps = k steps, a checkpoint through plain files, N - k steps; a group pauses on the way, lr 0 and without gradients."""
+    whole = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,))]
+    expected = stepped(build("adamw", [named(whole[:1]), named(whole[1:], "tokens")], {}), whole)
+    first = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,))]
+    optimizer = build("adamw", [named(first[:1]), named(first[1:], "tokens")], {})
+    stepped(optimizer, first, range(2))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in first:
+        p.grad = None
+    before = [p.detach().clone() for p in first]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(first, before))
+    saved = unflatten(*flatten(optimizer.state_dict()))
+    second = [p.detach().clone().requires_grad_() for p in first]
+    again = build("adamw", [named(second[:1]), named(second[1:], "tokens")], {})
+    again.load_state_dict(saved)
+    for group in again.param_groups:
+        group["lr"] = 1e-2
+    assert all(torch.equal(p, q) for p, q in zip(stepped(again, second, range(2, 6)), expected))
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "torch.optim.SGD"])
+def test_lora_plus_is_two_groups_by_hand(name):
+    """One step, and three: ups at 16 times the learning rate; other names, and what is no up, at the plain one."""
+    found = []
+    for by_hand in (False, True):
+        params = [p.detach().requires_grad_() for p in with_grads((4, 3), (3, 4), (4, 2), (2, 4), (5, 2))]
+        ups, rest, tokens = params[1:4:2], params[0:3:2], params[4:]
+        if by_hand:
+            groups = [named(rest), named(ups, lr=16e-2), named(tokens, "tokens", lr=0.5)]
+        else:
+            groups = split([named(params[:4]), named(tokens, "tokens", lr=0.5)], {"denoiser": ups}, 16)
+        optimizer = build(name, groups, {})
+        found.append(stepped(optimizer, params, range(1)) + stepped(optimizer, params, range(1, 3)))
+        if not by_hand:
+            assert [(g["name"], g["ratio"], g["lr"], len(g["params"])) for g in optimizer.param_groups] == [
+                ("denoiser", 1.0, 1e-2, 2), ("denoiser", 16.0, 16e-2, 2), ("tokens", 1.0, 0.5, 1),
+            ]  # fmt: skip
+            saved = unflatten(*flatten(optimizer.state_dict()))
+            assert [g["ratio"] for g in saved["param_groups"]] == [1.0, 16.0, 1.0]
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_ratio_of_one_splits_nothing_and_bad_ones_are_refused():
+    params = with_grads((4, 3), (3, 4))
+    (group,) = split([named(params)], {"denoiser": params[1:]}, 1.0)
+    assert group["params"] == params and group["ratio"] == 1.0 and group["lr"] == 1e-2
+    (group,) = split([named(params)], {"denoiser": params}, 2.0)  # all ups: no empty group
+    assert group["ratio"] == 2.0
+    for ratio in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(UserError, match=r"--optimizer\.lora-plus is"):
+            split([named(params)], {}, ratio)
+    with pytest.raises(ValueError, match="1 of the ups of denoiser"):
+        split([named(params[:1])], {"denoiser": params[1:]}, 2.0)
+
+
 FACTORIES = {
+    "built adamw": lambda params: build("adamw", [named(params)], {}),
     "prodigy": lambda params: Prodigy(params, d0=1e-2, weight_decay=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
     "fused adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
