@@ -66,7 +66,7 @@ def table(paths: Sequence[str]) -> str:
     lines = [f"{count:{width}}  {text}" for count, (_, _, text) in zip(counts, kept)]
     missing = len(paths) - sum(blocks * layers for blocks, layers, _ in kept)
     lines += [f"{missing:3} more, of {len(rows) - len(kept)} other kinds"] if missing else []
-    return "\n".join([f"{len(paths):3} layer{'' if len(paths) == 1 else 's'}", *lines])
+    return "\n".join([f"{len(paths)} layer{'' if len(paths) == 1 else 's'}", *lines])
 
 
 def _rows(paths: Sequence[str]) -> list[tuple[int, int, str]]:

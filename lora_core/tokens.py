@@ -5,8 +5,9 @@ the whole table and put the old rows back after every step).
 """
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class Abstraction:
 
     word: str  # "TOK"
     names: tuple[str, ...]  # ("<s0>", "<s1>")
-    init: str = "random"  # "random" (normal at the table's std), "zero", or words of the vocabulary
+    init: str = "random"  # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"), or words of the vocabulary
 
 
 class TokenReport(NamedTuple):
@@ -34,8 +35,8 @@ class TokenReport(NamedTuple):
     drift: float  # L2 distance from the row's start
 
 
-def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int = 2) -> tuple[Abstraction, ...]:
-    """One abstraction per word, `vectors` tokens each, named <s0> <s1> ... through all of them (numbering of the diffusers pivotal scripts).
+def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2) -> tuple[Abstraction, ...]:
+    """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ... through all of them (diffusers' numbering).
 
     `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
     """
@@ -44,12 +45,34 @@ def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int = 2
     inits = dict(words) if isinstance(words, Mapping) else dict.fromkeys(words, "random")
     if not inits or len(inits) != len(words):
         raise UserError(f"expected one or more different placeholder words, got {list(words)}")
-    if vectors < 1:
-        raise UserError(f"an abstraction needs at least 1 token, got {vectors}")
+    counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
+    if len(counts) != len(inits):
+        raise UserError(f"got {len(counts)} numbers of vectors for {len(inits)} words; give one for all or one each")
+    if min(counts) < 1:
+        raise UserError(f"an abstraction needs at least 1 token, got {min(counts)}")
     for word in inits:
         if not word or word != word.strip():
             raise UserError(f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'")
-    return tuple(Abstraction(word, tuple(f"<s{i * vectors + j}>" for j in range(vectors)), init) for i, (word, init) in enumerate(inits.items()))
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    names = [tuple(f"<s{first + j}>" for j in range(count)) for first, count in zip(firsts, counts)]
+    return tuple(Abstraction(word, own, init) for (word, init), own in zip(inits.items(), names))
+
+
+def count(init: str, tokenizers: Iterable[Any]) -> int:
+    """How many tokens the words of an initializer are, in the tokenizer that makes most of them: the rows that hold all of it.
+
+    Raises UserError for a random or zero start, which has no tokens, and for words that a tokenizer does not know.
+    """
+    if is_drawn(init):
+        raise UserError(
+            f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; give a number of vectors or initializing words"
+        )
+    return max(len(_words(init, tokenizer)) for tokenizer in tokenizers)
+
+
+def is_drawn(init: str) -> bool:
+    """Whether an initializer is random or zero, not words of the vocabulary; UserError for a random one without a usable spread."""
+    return _sigma(init) is not None
 
 
 def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
@@ -114,11 +137,13 @@ class LearnedEmbedding(nn.Module):
         return self.weight.shape[1]
 
 
-def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstraction], *, seed: int) -> LearnedEmbedding:
+def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstraction], *, seed: int, stream: str = "") -> LearnedEmbedding:
     """The embedding now standing in the text encoder, with one row per token of all abstractions in order; the tokenizer knows the tokens.
 
     The table is never resized: ids follow the tokenizer's last one even where the table is longer. A further install stacks on the first.
-    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer whose tokens are neither one nor one per row.
+    Row k starts from the initializer's token k, from the first again after its last (the row number modulo their number, as diffusers' Flux
+    script). `stream` names the encoder where two of one width are to start from different random rows.
+    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer of unknown words or more tokens than rows.
     """
     names = [name for a in abstractions for name in a.names]
     vocabulary = tokenizer.get_vocab()
@@ -128,7 +153,7 @@ def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstractio
     if not names or len(set(names)) != len(names):
         raise UserError(f"expected one or more different token names, got {names}")
     table = text_encoder.get_input_embeddings()
-    rows = torch.cat([_initial_rows(a, table, tokenizer, seed=seed) for a in abstractions])
+    rows = torch.cat([_initial_rows(a, table, tokenizer, seed=seed, stream=stream) for a in abstractions])
     before = copy.deepcopy(vars(tokenizer), {id(tokenizer): tokenizer})
     first_id = _add_tokens(tokenizer, names, before)
     embedding = LearnedEmbedding(table, rows, names, first_id=first_id).to(table.weight.device)
@@ -155,6 +180,18 @@ def uninstall(text_encoder: Any, tokenizer: Any) -> None:
 def state(embedding: LearnedEmbedding) -> Tensor:
     """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of `embedding.names`."""
     return embedding.rows.detach().float().cpu().clone().contiguous()
+
+
+def without_rows(state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module) -> dict[str, Tensor]:
+    """A state dict of the text encoder under the keys it has without learned tokens: the table's weight where it stood, no rows."""
+    prefixes = [f"{path}." for path, module in text_encoder.named_modules(remove_duplicate=False) if module is embedding]
+    found = {}
+    for key, value in state.items():
+        place = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        rest = re.sub(r"^(table\.)+", "", key.removeprefix(place)) if place else key  # installs stack
+        if not place or rest != "rows":
+            found[place + rest] = value
+    return found
 
 
 def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
@@ -235,24 +272,48 @@ def _edge(character: str, look: str) -> str:
 
 
 @torch.no_grad()
-def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int) -> Tensor:
-    """Rows [n, d] fp32. Random ones depend on (seed, token name) only, whatever else is installed."""
+def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int, stream: str) -> Tensor:
+    """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is installed."""
     n, d = len(abstraction.names), table.weight.shape[1]
-    if abstraction.init == "zero":
+    sigma = _sigma(abstraction.init)
+    if sigma == 0:
         return torch.zeros(n, d)
-    if abstraction.init == "random":
-        noise = torch.stack([torch.randn(d, generator=generator(seed, name, 0, f"token row {d}")) for name in abstraction.names])
-        return noise * table_std(table).cpu()
-    ids = tokenizer(abstraction.init, add_special_tokens=False).input_ids
+    if sigma is not None:
+        purpose = f"token row {d} {stream}".rstrip()
+        noise = torch.stack([torch.randn(d, generator=generator(seed, name, 0, purpose)) for name in abstraction.names])
+        return noise * (table_std(table).cpu() if math.isnan(sigma) else sigma)
+    ids = _words(abstraction.init, tokenizer)
+    if len(ids) > n:
+        raise UserError(
+            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, more than its {n} learned vectors; "
+            f"set --tokens.vectors {len(ids)} (or 0: as many as it has) or shorten it"
+        )
+    return table(torch.tensor([ids[k % len(ids)] for k in range(n)], device=table.weight.device)).cpu()
+
+
+def _sigma(init: str) -> float | None:
+    """The spread of a random start: its SIGMA, NaN for the table's own, 0 for zero; None for words. "<rand-SIGMA>", "<zero>": lora_pti's spelling."""
+    if init in ("random", "zero", "<zero>"):
+        return math.nan if init == "random" else 0.0
+    found = re.fullmatch(r"random:(.*)|<rand-?(.*)>", init)
+    if found is None:
+        return None
+    try:
+        sigma = float(found[found.lastindex or 1])
+    except ValueError:
+        sigma = math.nan
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise UserError(f"the initializer {init!r} has no spread that is a positive number; write random:0.017, or <rand-0.017>")
+    return sigma
+
+
+def _words(init: str, tokenizer: Any) -> list[int]:
+    """The ids of the initializer's tokens, without special ones; UserError when there are none or the tokenizer does not know one."""
+    ids = tokenizer(init, add_special_tokens=False).input_ids
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not ids or (unknown is not None and unknown in ids):
-        raise UserError(f"the tokenizer does not know the initializer {abstraction.init!r} of {abstraction.word}; choose other words, random or zero")
-    if len(ids) not in (1, n):
-        raise UserError(
-            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, expected 1 or {n}, the number of its learned tokens"
-        )
-    index = torch.tensor(ids if len(ids) == n else ids * n, device=table.weight.device)
-    return table(index).cpu()
+        raise UserError(f"the tokenizer does not know the initializer {init!r} (--tokens.init); choose other words, random or zero")
+    return ids
 
 
 def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int:

@@ -564,8 +564,8 @@ def test_the_table_of_targets_counts_every_layer_once():
         "  1           proj_out",
     ]
     some = ["mid.0.attn1.to_out.0", "up.1.a.0.to_q", "up.2.a.0.to_q", "up.2.a.1.to_q", "up.4.a.0.to_q", "conv_in"]
-    assert table(some).splitlines() == ["  6 layers", "  2          mid.0.attn1.to_out.0, conv_in", "  4 = 4 x 1  up.1-2,4.a.0-1: to_q"]
-    assert table(["conv"]) == "  1 layer\n  1  conv"
+    assert table(some).splitlines() == ["6 layers", "  2          mid.0.attn1.to_out.0, conv_in", "  4 = 4 x 1  up.1-2,4.a.0-1: to_q"]
+    assert table(["conv"]) == "1 layer\n  1  conv"
 
 
 def test_a_long_table_sums_the_smallest_kinds():

@@ -1,14 +1,16 @@
 """tokens: rows beside a frozen vocabulary, binding, norm control; one step of cloneofsimo's inversion written out here."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from lora_core import tokens
 from lora_core.errors import UserError
+from lora_core.noise import generator
 from lora_core.tokens import Abstraction, bind, install, make_abstractions, uninstall
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red"]
@@ -69,7 +71,15 @@ def test_bind_never_corrupts_an_undeclared_longer_word_and_replaces_once():
     assert bind("anything", ()) == "anything"
 
 
-@pytest.mark.parametrize("words, vectors", [([], 1), (["TOK", "TOK"], 1), ([""], 1), ([" TOK"], 1), (["TOK"], 0)])
+def test_each_word_may_have_its_own_number_of_vectors():
+    made = make_abstractions({"TOK": "dog", "B": "red cat", "C": "zero"}, vectors=[1, 3, 2])
+    assert [a.names for a in made] == [("<s0>",), ("<s1>", "<s2>", "<s3>"), ("<s4>", "<s5>")]
+    assert bind("TOK B C", made) == "<s0> <s1><s2><s3> <s4><s5>"
+
+
+@pytest.mark.parametrize(
+    "words, vectors", [([], 1), (["TOK", "TOK"], 1), ([""], 1), ([" TOK"], 1), (["TOK"], 0), (["TOK"], [1, 2]), (["TOK", "B"], [1, 0])]
+)
 def test_bad_abstractions_are_refused(words, vectors):
     with pytest.raises(UserError):
         make_abstractions(words, vectors=vectors)
@@ -187,14 +197,201 @@ def test_zero_and_word_rows(tokenizer):
     assert torch.equal(rows, expected)
 
 
+def test_row_k_starts_from_the_initializers_token_k_and_begins_again_after_its_last(tokenizer):
+    model = encoder(tokenizer)
+    table = model.get_input_embeddings().weight
+    rows = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), "red dog"),), seed=0).rows
+    red, dog = (table[tokenizer.convert_tokens_to_ids(word + "</w>")] for word in ("red", "dog"))
+    assert torch.equal(rows, torch.stack([red, dog, red]))
+
+
 @pytest.mark.parametrize(
-    "words, match", [("red dog", "is 2 tokens, expected 1 or 3"), ("a red cat dog", "is 4 tokens, expected 1 or 3"), ("", "does not know")]
+    "words, match", [("a red cat dog", r"is 4 tokens, more than its 3 learned vectors; set --tokens\.vectors 4"), ("", "does not know")]
 )
-def test_an_initializer_of_another_length_is_refused_with_both_numbers(tokenizer, words, match):
+def test_an_initializer_of_too_many_tokens_is_refused_with_the_number_to_set(tokenizer, words, match):
     model = encoder(tokenizer)
     with pytest.raises(UserError, match=match):
         install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), words),), seed=0)
     assert isinstance(model.get_input_embeddings(), nn.Embedding) and "<a>" not in tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("init, sigma", [("random:0.017", 0.017), ("<rand-0.017>", 0.017), ("random:2e-3", 2e-3)])
+def test_a_spread_of_ones_own_scales_the_noise_of_the_tables(tokenizer, init, sigma):
+    rows = {}
+    for how in (init, "random"):
+        model = encoder(tokenizer)
+        rows[how] = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), how),), seed=3).rows
+        uninstall(model, tokenizer)
+    torch.testing.assert_close(rows[init], rows["random"] / encoder(tokenizer).get_input_embeddings().weight.std() * sigma)
+    assert tokens.is_drawn(init) and tokens.is_drawn("<zero>") and not tokens.is_drawn("red dog")
+
+
+def test_zero_in_lora_ptis_spelling(tokenizer):
+    assert not install(encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), "<zero>"),), seed=3).rows.any()
+
+
+@pytest.mark.parametrize("init", ["random:", "random:wide", "random:0", "<rand-0>", "<rand-x>", "<rand-inf>", "random:-1"])
+def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
+    for action in (lambda: tokens.is_drawn(init), lambda: install(encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), init),), seed=0)):
+        with pytest.raises(UserError, match="no spread that is a positive number"):
+            action()
+
+
+# ---------------------------------------------------------------- several encoders, T5
+
+
+@pytest.fixture
+def sentencepiece():
+    """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before every word."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *[("\u2581" + w, -1.0) for w in WORDS if w != "red"]]
+    return T5Tokenizer(vocab=pieces + [(chr(c), -6.0) for c in range(ord("a"), ord("z") + 1)])
+
+
+def t5(tokenizer, extra_rows=28):
+    torch.manual_seed(1)
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer) + extra_rows, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def test_t5s_tied_table_and_marked_words(sentencepiece):
+    model = t5(sentencepiece)
+    table, length = model.get_input_embeddings(), len(sentencepiece)
+    (abstraction,) = made = make_abstractions({"TOK": "photo dog"}, vectors=3)
+    embedding = install(model, sentencepiece, made, seed=0)
+    assert model.shared is embedding and model.encoder.embed_tokens is embedding and embedding.first_id == length < embedding.num_embeddings
+    photo, dog = (table.weight[sentencepiece.convert_tokens_to_ids("\u2581" + word)] for word in ("photo", "dog"))
+    assert torch.equal(embedding.rows, torch.stack([photo, dog, photo]))
+    ids = sentencepiece(bind("a photo of TOK cat", made), return_tensors="pt").input_ids
+    words = ["\u2581a", "\u2581photo", "\u2581of", *abstraction.names, "\u2581cat", "</s>"]
+    assert sentencepiece.convert_ids_to_tokens(ids[0]) == words
+    model(ids).last_hidden_state.square().sum().backward()
+    assert embedding.rows.grad.abs().amin(dim=1).min() > 0 and embedding.weight.grad is None
+    grown = t5(sentencepiece, extra_rows=0)
+    grown.load_state_dict(tokens.without_rows(model.state_dict(), embedding, model) | _same_rows(model, embedding, len(grown.shared.weight)))
+    torch.testing.assert_close(model(ids).last_hidden_state, grown(ids).last_hidden_state)
+    uninstall(model, sentencepiece)
+    assert model.shared is table and model.encoder.embed_tokens is table and len(sentencepiece) == length
+
+
+def _same_rows(model, embedding, length):
+    """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's unused ones."""
+    table = torch.cat([embedding.weight[: embedding.first_id], embedding.rows])[:length].detach()
+    return dict.fromkeys(
+        (key for key in ("shared.weight", "encoder.embed_tokens.weight") if key.replace("weight", "rows") in model.state_dict()), table
+    )
+
+
+def test_vectors_are_counted_where_the_initializer_is_longest(tokenizer, sentencepiece):
+    assert tokens.count("red dog", [tokenizer]) == 2
+    assert tokens.count("red dog", [tokenizer, sentencepiece]) == tokens.count("red dog", [sentencepiece]) == 5  # mark, r, e, d, dog
+    assert tokens.count("dog", [tokenizer, sentencepiece]) == 1
+    for init in ("random", "zero", "<rand-0.1>", "random:0.1"):
+        with pytest.raises(UserError, match=r"--tokens\.vectors 0 counts"):
+            tokens.count(init, [tokenizer])
+    with pytest.raises(UserError, match="does not know the initializer '\u00df'"):
+        tokens.count("\u00df", [tokenizer, sentencepiece])
+
+
+def test_encoders_of_one_width_differ_by_stream_and_the_default_keeps_its_bits(tokenizer):
+    made, rows = make_abstractions(["TOK"], vectors=2), []
+    for stream in ("", "clip_g", "clip_l", ""):
+        model = encoder(tokenizer)
+        rows.append(install(model, tokenizer, made, seed=5, stream=stream).rows.detach())
+        uninstall(model, tokenizer)
+    assert torch.equal(rows[0], rows[3]) and not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+    expected = torch.randn(8, generator=generator(5, "<s1>", 0, "token row 8")) * tokens.table_std(model.get_input_embeddings())
+    assert torch.equal(rows[0][1], expected)
+
+
+def test_a_state_dict_without_rows_is_the_models_own(tokenizer):
+    model = encoder(tokenizer)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    install(model, tokenizer, make_abstractions(["TOK"]), seed=0)
+    embedding = install(model, tokenizer, (Abstraction("MORE", ("<m>",)),), seed=0)
+    after = tokens.without_rows(model.state_dict(), embedding, model)
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+# ---------------------------------------------------------------- traps of the public scripts
+
+
+def test_trap_14_replacing_words_one_after_the_other_corrupts_the_longer():
+    made = make_abstractions(["TOK", "TOK2"], vectors=2)
+    wrong = "TOK2 and TOK"
+    for a in made:
+        wrong = wrong.replace(a.word, "".join(a.names))
+    assert wrong == "<s0><s1>2 and <s0><s1>"
+    assert bind("TOK2 and TOK", made) == "<s2><s3> and <s0><s1>"
+
+
+def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
+    model = encoder(tokenizer)
+    table = model.get_input_embeddings().weight.detach()
+    fresh = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))  # what a resize appends: table.std() is 1 / 50 of it
+    with torch.no_grad():
+        table.mul_(0.02 / table.std())
+    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=50), seed=0)
+    wrong = torch.cat([table, fresh]).std()
+    assert tokens.table_std(embedding) == table.std() and wrong > 10 * table.std()
+    assert abs(embedding.rows.std() / table.std() - 1) < 5 / (2 * 400) ** 0.5
+
+
+def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
+    """Encoded with special tokens, as `tokenizer(text)` does, row 0 would start from the beginning-of-text token."""
+    model = encoder(tokenizer)
+    table = model.get_input_embeddings().weight
+    wrong = table[torch.tensor(tokenizer("red dog").input_ids[:2])]
+    rows = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), "red dog"),), seed=0).rows
+    assert not torch.equal(rows, wrong) and torch.equal(rows[0], wrong[1])
+
+
+@pytest.mark.parametrize("wrong", ["decay", "momentum"])
+def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
+    """Masking the gradient of the whole table is not enough: weight decay, or the moments of a step that came before, move the other rows."""
+    ours = encoder(tokenizer)
+    theirs = copy.deepcopy(ours)
+    decay = 0.5 if wrong == "decay" else 0.0
+    embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+    first = embedding.first_id
+    before = embedding.weight.detach().clone()
+    theirs.set_input_embeddings(nn.Embedding.from_pretrained(torch.cat([before, embedding.rows.detach()]), freeze=False))
+    table = theirs.get_input_embeddings().weight
+    optimisers = [torch.optim.AdamW([p], lr=0.1, weight_decay=decay) for p in (embedding.rows, table)]
+    ids = tokenizer("a photo of <s0> dog", return_tensors="pt").input_ids
+    for step in range(3):
+        for model, optimiser in zip((ours, theirs), optimisers):
+            optimiser.zero_grad()
+            model(ids)[0].square().sum().backward()
+            if model is theirs and (wrong == "decay" or step > 0):
+                table.grad[:first] = 0
+            optimiser.step()
+            if step == 0:
+                with torch.no_grad():
+                    table[:first] = before  # restored once, as before a pivot
+    assert torch.equal(embedding.weight, before) and embedding.rows.grad.any()
+    assert not torch.equal(table[:first], before)
+
+
+def test_trap_16_the_norm_controls_are_not_interchangeable():
+    """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows)) ** 0.1; cog does that twice a step; Mix-of-Show
+    stops a row at norm 0.55. From rows of norms 0.2, 0.4 and 0.9 no two of them agree."""
+    start = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    start = start * torch.tensor([[0.2], [0.4], [0.9]], dtype=torch.float64)
+    std = 0.05
+    pulled, scaled = tokens.pull_norms_(start.clone(), 0.4, rate=0.05), tokens.rescale_std_(start.clone(), std)
+    assert torch.allclose(pulled.norm(dim=-1), torch.tensor([0.21, 0.4, 0.875], dtype=torch.float64))
+    factor = (std / start.std()) ** 0.1
+    assert torch.allclose(scaled, start * factor) and abs(float(factor) - 1) > 0.01
+    stopped = torch.where(start.norm(dim=-1, keepdim=True) >= 0.55, start, start * 1.01)  # a step of growth that norm 0.55 ends
+    twice = start * (std / start.std()) ** 0.1 * (std / (start * (std / start.std()) ** 0.1).std()) ** 0.1
+    others = {
+        "pull": pulled,
+        "rescale": scaled,
+        "stop": stopped,
+        "cog": twice,
+        "rescale each row": start * (0.4 / start.norm(dim=-1, keepdim=True)) ** 0.1,
+    }
+    for one, two in itertools.combinations(others, 2):
+        assert (others[one] - others[two]).norm() > 1e-3, (one, two)
 
 
 # ---------------------------------------------------------------- training
