@@ -1,0 +1,1 @@
+"""What is timed against which peer, in one run; benchmarks/README.md has the figures."""

@@ -1,0 +1,314 @@
+"""Steps per second of our loop and of the SDXL-advanced script's, on the same tiny model, pictures, batch and threads.
+
+    python -m benchmarks.sdxl_loop [--steps 100] [--rounds 5] [--threads 1] [--json FILE] [--profile]
+
+`Peer` does in each step what train_dreambooth_lora_sdxl_advanced.py does (diffusers 0.4x), written anew from its behaviour: peft's LoRA,
+prodigyopt, DDPMScheduler.add_noise, both token tables trained whole and put back after each step, latents cached, text encoded in each step.
+accelerate's wrappers, which only cost, are left out. Ours is `train.train` on configs/sdxl_pivotal_prodigy.toml. Rounds alternate; figures are
+medians.
+Three phases: up to the pivot; after it, where the script goes on encoding and putting back; after it with a peer that caches text, as the
+script does not. Two vocabularies: the tiny model's 57 words, and the 49408 that CLIP has (at the tiny widths).
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import itertools
+import json
+import platform
+import pstats
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import prodigyopt
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import train
+from lora_core.config import read_toml
+from tests import tiny_sdxl
+
+CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"
+RANK, BATCH, SIDE, GAMMA, PICTURES = 8, 3, 16, 5.0, 24  # of the guide's command but for the side; its data set has two dozen pictures
+WARM = 10  # untimed steps of each phase: an epoch and a bit, so that all caches are full
+PHASES = ("to the pivot", "after it", "after it, cached text")
+TOKENS = ["<s0>", "<s1>"]
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+class Clock:
+    """Seconds between marks of one phase, the first WARM left out."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def tick(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def rate(self) -> float:
+        """Steps per second."""
+        return (len(self.marks) - 1 - WARM) / (self.marks[-1] - self.marks[WARM])
+
+
+# ---------------------------------------------------------------- what both are given
+
+
+def make_model(folder: Path, vocabulary: int) -> Path:
+    """A tiny SDXL; its tables are lengthened to `vocabulary` rows where that is more than they have."""
+    tiny_sdxl.save(folder, scheduler="ddim")
+    for name in ("text_encoder", "text_encoder_2") if vocabulary else ():
+        file, config = folder / name / "model.safetensors", folder / name / "config.json"
+        tensors = load_file(file)
+        (key,) = [key for key in tensors if key.endswith("token_embedding.weight")]
+        table = tensors[key]
+        more = torch.randn(vocabulary - len(table), table.shape[1], generator=torch.Generator().manual_seed(0)) * table.std()
+        save_file(tensors | {key: torch.cat([table, more])}, file, {"format": "pt"})
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": vocabulary}))
+    return folder
+
+
+def make_pictures(folder: Path) -> Path:
+    folder.mkdir()
+    rows = []
+    for i in range(PICTURES):
+        Image.new("RGB", (SIDE + 8, SIDE + 4), (10 * i, 255 - 10 * i, 7 * i)).save(folder / f"{i:02d}.png")
+        rows.append(json.dumps({"file_name": f"{i:02d}.png", "prompt": f"icon of TOK {'abcdef'[i % 6]}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+# ---------------------------------------------------------------- the script's loop
+
+
+class Peer:
+    """The state that the script's main() holds when its loop begins."""
+
+    def __init__(self, model: Path, pictures: Path) -> None:
+        torch.manual_seed(0)
+        pipe = StableDiffusionXLPipeline.from_pretrained(model)
+        self.unet, self.vae = pipe.unet, pipe.vae
+        self.encoders, self.tokenizers = [pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2]
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        for module in (self.unet, self.vae, *self.encoders):
+            module.requires_grad_(False)
+        self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+        self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
+        self._insert_tokens()
+        self.lora = [p for p in self.unet.parameters() if p.requires_grad]
+        weights = [table.weight.requires_grad_(True) for table in self.tables]
+        groups = [{"params": self.lora, "lr": 1.0}, *({"params": [w], "lr": 1.0, "weight_decay": 1e-4} for w in weights)]
+        settings = dict(betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, decouple=True, use_bias_correction=True, safeguard_warmup=True)
+        self.optimizer = prodigyopt.Prodigy(groups, **settings)
+        self.rates = get_scheduler("constant", optimizer=self.optimizer)
+        self.loader = DataLoader(list(self._examples(pictures)), batch_size=BATCH, shuffle=True, collate_fn=self._collate)
+        with torch.no_grad():
+            self.latents = [self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader]  # one a batch, in the order of one pass
+
+    def _insert_tokens(self) -> None:
+        """Two tokens in each tokenizer, random rows at the table's std, and what is put back: all the other rows."""
+        self.others, self.originals, self.stds = [], [], []
+        for i, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
+            tokenizer.add_tokens(TOKENS)
+            if len(tokenizer) > self.tables[i].num_embeddings:
+                encoder.resize_token_embeddings(len(tokenizer))
+                self.tables[i] = encoder.get_input_embeddings()
+            weight = self.tables[i].weight.data
+            ids = tokenizer.convert_tokens_to_ids(TOKENS)
+            self.stds.append(weight.std())
+            weight[ids] = torch.randn(len(ids), weight.shape[1]) * self.stds[-1]
+            self.originals.append(weight.clone())
+            self.others.append(torch.ones(len(weight), dtype=torch.bool).index_fill_(0, torch.tensor(ids), False))
+
+    @staticmethod
+    def _examples(folder: Path) -> Iterator[dict[str, Any]]:
+        """Pictures cut once, as tensors in memory, with prompt and sizes."""
+        for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
+            image = Image.open(folder / row["file_name"]).convert("RGB")
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)[:SIDE, :SIDE]
+            prompt = row["prompt"].replace("TOK", "".join(TOKENS))
+            yield {"pixels": pixels.permute(2, 0, 1) / 127.5 - 1, "prompt": prompt, "original": (image.height, image.width), "crop": (0, 0)}
+
+    @staticmethod
+    def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {key: [example[key] for example in examples] for key in examples[0]}
+        return batch | {"pixels": torch.stack(batch["pixels"]).contiguous().float()}
+
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt embeddings [b, s, d1 + d2] and the second encoder's pooled ones."""
+        embeds = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
+            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+            out = encoder(ids, output_hidden_states=True, return_dict=False)
+            embeds.append(out[-1][-2])
+        return torch.concat(embeds, dim=-1), out[0]
+
+    def step(self, position: int, batch: dict[str, Any], text: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The loss, after backward, clipping and the optimiser's step."""
+        x0 = self.latents[position].sample() * self.vae.config.scaling_factor
+        noise = torch.randn_like(x0)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),)).long()
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        sizes = torch.cat([torch.tensor([[*size, *corner, SIDE, SIDE]]) for size, corner in zip(batch["original"], batch["crop"])])
+        told = {"time_ids": sizes.to(x_t), "text_embeds": text[1]}
+        out = self.unet(x_t, t, text[0], added_cond_kwargs=told, return_dict=False)[0]
+        snr = compute_snr(self.scheduler, t)
+        weights = torch.stack([snr, GAMMA * torch.ones_like(t)], dim=1).min(dim=1)[0] / snr
+        loss = F.mse_loss(out.float(), noise.float(), reduction="none")
+        loss = (loss.mean(dim=list(range(1, loss.ndim))) * weights).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(itertools.chain(self.lora, (table.weight for table in self.tables)), 1.0)
+        self.optimizer.step()
+        self.rates.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def retract(self) -> None:
+        """Puts all old rows back and pulls the new ones to the table's std."""
+        for table, others, original, std in zip(self.tables, self.others, self.originals, self.stds):
+            table.weight.data[others] = original[others]
+            new = table.weight.data[~others]
+            table.weight.data[~others] = new * (std / new.std()) ** 0.1
+
+    def run(self, steps: int) -> list[Clock]:
+        """Clocks of PHASES, `steps` timed steps each."""
+        clocks = [Clock() for _ in PHASES]
+        cached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.unet.train()
+        for phase, clock in enumerate(clocks):
+            for encoder in self.encoders:
+                encoder.train(phase == 0)
+            for table in self.tables if phase == 2 else ():
+                table.weight.requires_grad_(False)
+            bar = tqdm(total=steps + WARM, file=StringIO())
+            while len(clock.marks) <= steps + WARM:
+                for position, batch in enumerate(self.loader):
+                    clock.tick()
+                    if len(clock.marks) > steps + WARM:
+                        break
+                    if phase:
+                        self.optimizer.param_groups[1]["lr"] = self.optimizer.param_groups[2]["lr"] = 0.0
+                    loss = self.step(position, batch, self._cached(batch["prompt"], cached) if phase == 2 else self.encode(batch["prompt"]))
+                    if phase < 2:
+                        self.retract()
+                    bar.update(1)
+                    bar.set_postfix(loss=loss.detach().item(), lr=self.rates.get_last_lr()[0])
+        return clocks
+
+    def _cached(self, prompts: list[str], cache: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        for prompt in prompts:
+            if prompt not in cache:
+                with torch.no_grad():
+                    cache[prompt] = self.encode([prompt])
+        rows = [cache[prompt] for prompt in prompts]
+        return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+
+
+# ---------------------------------------------------------------- ours
+
+
+def ours(model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None) -> list[Clock]:
+    """Clocks of the two stages of our config."""
+    c = read_toml(CONFIG)
+    stages = tuple(replace(stage, steps=steps + WARM + 1) for stage in c.stages)
+    c = replace(
+        c, model=str(model), vae="", out=str(out), device="cpu", precision="fp32", gradient_checkpointing=False, stages=stages,
+        data=replace(c.data, images=str(pictures), resolution=SIDE), samples=replace(c.samples, prompts=("TOK",), every=0, steps=1),
+        validation=replace(c.validation, bins=1),
+    )  # fmt: skip
+    clocks = [Clock() for _ in stages]
+
+    def timed(session: Any, batch: Any, stage: Any, step: int) -> torch.Tensor:
+        phase, within = divmod(step, steps + WARM + 1)
+        clocks[phase].tick()
+        if profile is not None and within in (WARM, steps + WARM):
+            (profile.enable if within == WARM else profile.disable)()
+        return train.training_step(session, batch, stage, step)
+
+    train.train(c, step=timed)
+    return clocks
+
+
+# ---------------------------------------------------------------- the table
+
+
+def quiet(work: Callable[[], list[Clock]]) -> list[float]:
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        return [clock.rate for clock in work()]
+
+
+def measure(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Medians of alternating rounds, steps per second, and ours / peer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, pictures = make_model(folder / "model", vocabulary), make_pictures(folder / "pictures")
+        mine, theirs = [], []
+        for i in range(rounds):
+            mine.append(quiet(lambda: ours(model, pictures, folder / f"run{i}", steps)))  # noqa: B023
+            theirs.append(quiet(lambda: Peer(model, pictures).run(steps)))
+    our, peer = ([statistics.median(column) for column in zip(*rows)] for rows in (mine, theirs))
+    pairs = [(our[0], peer[0]), (our[1], peer[1]), (our[1], peer[2])]
+    phases = {phase: {"ours": a, "peer": b, "ratio": a / b} for phase, (a, b) in zip(PHASES, pairs)}
+    whole = {"ours": 2 / (1 / our[0] + 1 / our[1]), "peer": 2 / (1 / peer[0] + 1 / peer[1])}
+    return {"phases": phases | {"whole run": whole | {"ratio": whole["ours"] / whole["peer"]}}, "rounds": {"ours": mine, "peer": theirs}}
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+
+
+def top(vocabulary: int, steps: int, rows: int = 25) -> str:
+    """Where our loop's time goes, both stages, by own time."""
+    profile, text = cProfile.Profile(), StringIO()
+    with tempfile.TemporaryDirectory() as name:
+        model, pictures = make_model(Path(name) / "model", vocabulary), make_pictures(Path(name) / "pictures")
+        quiet(lambda: ours(model, pictures, Path(name) / "run", steps, profile))
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
+    return text.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="timed steps of each phase")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, nargs="*", default=[0, 49408], help="rows of the token tables; 0: the tiny model's own")
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes, instead")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(machine())
+    if args.profile:
+        print(top(args.vocabulary[0], args.steps))
+        return
+    found = {}
+    for vocabulary in args.vocabulary:
+        found[str(vocabulary or "own")] = result = measure(vocabulary, args.steps, args.rounds)
+        print(f"\nvocabulary: {vocabulary or 'the model' + chr(39) + 's own'}; medians of {args.rounds} rounds of {args.steps} steps")
+        print(f"{'steps per second':<24} {'ours':>8} {'peer':>8} {'ratio':>7}")
+        for phase, row in result["phases"].items():
+            print(f"{phase:<24} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "steps": args.steps, "results": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
