@@ -89,7 +89,7 @@ class Flux:
         self.tokenizers, self.scheduler, self.length = tokenizers, scheduler, length
         self.transformer, self.vae, self.clip, self.t5 = (modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
         self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
-        self.schedule = noise.flow(shift=1.0 if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0))
+        self.schedule = schedule_of(scheduler)
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
         self.latent_channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -105,18 +105,7 @@ class Flux:
         return self.transformer.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
-        """With use_dynamic_shifting the shift grows with the number of tokens, as the scheduler's config says; else it is the config's constant."""
-        c = self.scheduler
-        if not c.get("use_dynamic_shifting"):
-            return self.schedule
-        shift = noise.resolution_shift(
-            (height // PATCH) * (width // PATCH),
-            base_tokens=c.get("base_image_seq_len", 256),
-            max_tokens=c.get("max_image_seq_len", 4096),
-            base=c.get("base_shift", 0.5),
-            max=c.get("max_shift", 1.15),
-        )
-        return noise.flow(shift=shift)
+        return schedule_of(self.scheduler, (height // PATCH) * (width // PATCH))
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encode_pixels(self.vae, pixels)
@@ -255,6 +244,23 @@ def outline(path: str) -> Layout:
     return layout(dict(zip(ADAPTABLE, (transformer, clip, t5))))
 
 
+def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution (pixels) in the shift for it."""
+    side = resolution // (PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1))
+    return schedule_of(_scheduler(path, changes), side * side), "flow"
+
+
+def schedule_of(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
+    """The flow of a scheduler_config.json. With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is constant."""
+    c = scheduler
+    if not c.get("use_dynamic_shifting"):
+        return noise.flow(shift=c.get("shift", 1.0))
+    if not tokens:
+        return noise.flow()
+    law = dict(base_tokens="base_image_seq_len", max_tokens="max_image_seq_len", base="base_shift", max="max_shift")  # ours -> diffusers' key
+    return noise.flow(shift=noise.resolution_shift(tokens, **{ours: c[key] for ours, key in law.items() if key in c}))
+
+
 def check_channels(takes: int, latent_channels: int) -> None:
     """Raises UserError for a transformer that reads more than packed latents, as those of Fill, Depth and Canny do."""
     expected = PATCH * PATCH * latent_channels
@@ -262,12 +268,12 @@ def check_channels(takes: int, latent_channels: int) -> None:
         raise UserError(f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported")
 
 
-def _scheduler(path: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for, and for a layout of levels that is not read."""
     for key in changes:
         if key not in SHIFTS:
             raise UserError(f"{key} has no effect on {path}, which is a flow; it can change {', '.join(SHIFTS)}")
-    scheduler = read_json(path, "scheduler/scheduler_config.json") | changes
+    scheduler = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
     for key in OTHER_STEPS:
         if scheduler.get(key):
             raise UserError(f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow")

@@ -16,7 +16,7 @@ from lora_core.algebra import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, fused
 from lora_core.generation import Recipe, generate
-from models import Loading, Sizes, flux, load_family, outline
+from models import Loading, Sizes, flux, load_family, noise_of, outline
 from tests import tiny_flux
 
 DEV, SCHNELL = {"guidance": True, "dynamic": True}, {"guidance": False, "dynamic": False}
@@ -179,7 +179,10 @@ def test_the_shift_follows_the_resolution_where_the_model_says_so(folders):
     other = load_family(folders["dev"][0], Loading(scheduler={"base_shift": 1.0, "max_shift": 1.0}))
     assert other.schedule_at(2, 2).shift == pytest.approx(2.718281828)
     fixed = load_family(folders["dev"][0], Loading(scheduler={"use_dynamic_shifting": False, "shift": 3.0}))
-    assert fixed.schedule_at(2, 2) is fixed.schedule and fixed.schedule.shift == 3
+    assert fixed.schedule_at(2, 2).shift == fixed.schedule.shift == 3
+    for resolution, shift in ((0, 1), (16, family.schedule_at(8, 8).shift)):
+        schedule, prediction = noise_of(folders["dev"][0], {}, resolution)
+        assert (schedule.shift, prediction) == (shift, "flow")
 
 
 # ---------------------------------------------------------------- attention
