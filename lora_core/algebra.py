@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core.errors import UserError
+
 
 class LowRank(NamedTuple):
     """One layer's adapter. The number that multiplies up @ down is `scale`; alpha exists in files only."""
@@ -45,14 +47,35 @@ def product(lr: LowRank) -> Tensor:
 
     Raises ValueError when up does not fit down.
     """
+    up, down = blocks(lr)
+    return lr.scale * (up @ down).reshape(lr.up.shape[0], *lr.down.shape[1:])
+
+
+def blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
+    """The factors as matrices, one pair a group, in fp32 or better: up [g, out / g, r / g] and down [g, r / g, in / g * kh * kw], without the scale.
+
+    Raises ValueError when up does not fit down.
+    """
     out, per_group = lr.up.shape[:2]
     groups = lr.rank // per_group
     if groups * per_group != lr.rank or out % groups:
         expected = f"[out, {lr.rank} / groups] with out a multiple of groups"
         raise ValueError(f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}")
-    dtype = torch.promote_types(lr.down.dtype, torch.float32)
-    blocks = lr.up.to(dtype).reshape(groups, out // groups, per_group) @ lr.down.to(dtype).reshape(groups, per_group, -1)
-    return lr.scale * blocks.reshape(out, *lr.down.shape[1:])
+    dtype = torch.promote_types(torch.promote_types(lr.down.dtype, lr.up.dtype), torch.float32)
+    return lr.up.to(dtype).reshape(groups, out // groups, per_group), lr.down.to(dtype).reshape(groups, per_group, -1)
+
+
+def assembled(up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float = 1.0) -> LowRank:
+    """The adapter of such blocks, up [g, out / g, k] and down [g, k, fan in]; `kernel` is (kh, kw) of a convolution, () of a linear layer."""
+    groups, per_group, fan_in = down.shape
+    fan = fan_in // torch.Size(kernel).numel()
+    return LowRank(down.reshape(groups * per_group, fan, *kernel), up.reshape(-1, per_group, *[1] * len(kernel)), scale)
+
+
+def require_plain(lr: LowRank) -> None:
+    """Raises UserError for a DoRA, whose update is not low rank and is known only beside its base weight."""
+    if lr.magnitude is not None:
+        raise UserError("a DoRA has no sum, product or rank of its own, its update depends on the base weight; give the base model or fold it")
 
 
 def delta(lr: LowRank, weight: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_core.algebra import LowRank, delta, product
+from lora_core.algebra import LowRank, assembled, blocks, delta, product
 
 
 def randn(*shape, seed=0):
@@ -52,3 +52,13 @@ def test_delta_checks_the_weight():
         delta(lr, randn(5, 8))
     with pytest.raises(ValueError, match="depends on the base weight"):
         delta(lr._replace(magnitude=randn(5)))
+
+
+@pytest.mark.parametrize("shape, groups", [((5, 7), 1), ((12, 4, 3, 2), 1), ((12, 2, 3, 2), 4)])
+def test_blocks_and_their_assembly(shape, groups):
+    ones = [1] * (len(shape) - 2)
+    lr = LowRank(randn(4, *shape[1:]), randn(shape[0], 4 // groups, *ones, seed=1), 0.5)
+    up, down = blocks(lr)
+    assert up.shape == (groups, shape[0] // groups, 4 // groups) and down.shape[:2] == (groups, 4 // groups)
+    again = assembled(up, down, tuple(shape[2:]), scale=0.5)
+    assert torch.equal(again.down, lr.down) and torch.equal(again.up, lr.up) and again.scale == 0.5

@@ -1,0 +1,67 @@
+"""Weights per block of a network: the lists of 12, 17, 20 or 26 numbers of kohya's and A1111's tools, and globs over paths.
+
+The 26 blocks are BASE (the text encoders), IN00 to IN11, MID and OUT00 to OUT11. Shorter lists name the blocks that hold layers: 17 and 12 those with
+attention, 26 and 20 all of a family. Which block a layer belongs to is the family's to say, as a function (component, path) -> index or None.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from lora_core.errors import UserError
+from lora_core.targets import lookup, require_match
+
+BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12)))
+LISTS: dict[int, tuple[int, ...]] = {  # length of a list -> the blocks it weighs (sd-scripts, networks/svd_merge_lora.py)
+    12: (0, 5, 6, 8, 9, 13, *range(14, 20)),
+    17: (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26)),
+    20: (0, *range(1, 10), 13, *range(14, 23)),
+    26: tuple(range(26)),
+}
+BlockOf = Callable[[str, str], int | None]  # (component, published path) -> index into BLOCKS
+Share = Callable[[str, str], float]  # (component, published path) -> factor of the weight
+
+
+def parse(text: str, lengths: Collection[int] = tuple(LISTS)) -> tuple[float, ...]:
+    """The 26 weights of "1,0,0,0.5,..." or "[1, 0, ...]", with or without a leading "NAME:"; blocks that a shorter list does not name weigh 1.
+
+    Raises UserError for anything that is not a number, or for a length that is not among `lengths`, the family's.
+    """
+    body = re.sub(r"^\s*[^\W\d]\w*\s*:", "", text).strip().removeprefix("[").removesuffix("]")
+    try:
+        values = [float(json.loads(part)) for part in body.split(",")]
+    except (ValueError, TypeError):
+        raise UserError(f"block weights are numbers with commas between them, got {text!r}") from None
+    if len(values) not in lengths or len(values) not in LISTS:
+        raise UserError(f"got {len(values)} block weights; this model takes a list of {' or '.join(map(str, sorted(lengths)))}")
+    weights = [1.0] * len(BLOCKS)
+    for index, value in zip(LISTS[len(values)], values):
+        weights[index] = value
+    return tuple(weights)
+
+
+def by_block(weights: Sequence[float], block_of: BlockOf) -> Share:
+    """The share of each layer by its block; a layer that belongs to no block has 1."""
+
+    def share(component: str, path: str) -> float:
+        index = block_of(component, path)
+        return 1.0 if index is None else weights[index]
+
+    return share
+
+
+def by_pattern(table: Mapping[str, float], keys: Collection[tuple[str, str]], default: float = 0.0) -> Share:
+    """The share of each layer by the last glob that matches "component.path" or its end from a dot on; `default` where none does.
+
+    `keys` are the (component, path) pairs of the files to merge. Raises UserError, with the nearest paths, for a glob that matches none of them.
+    """
+    names = [f"{component}.{path}" for component, path in keys]
+    for pattern in table:
+        require_match(pattern, names, "layer selection")
+
+    def share(component: str, path: str) -> float:
+        return lookup(f"{component}.{path}", table, default) or 0.0
+
+    return share
