@@ -184,7 +184,8 @@ def test_nothing_runs(tmp_path, container):
 @pytest.mark.parametrize("code", [
     b"cposix\nsystem\n(S'touch MARK'\ntR.", b"(S'touch MARK'\niposix\nsystem\n.", b"(cposix\nsystem\nS'touch MARK'\no.",
     b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt\x81.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0atouch MARK\x85R.",
-    b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt}\x92.", b"\x80\x02ccollections\nOrderedDict\nN}X\x03\x00\x00\x00popcposix\nsystem\ns\x86b.",
+    b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt}\x92.",
+    b"\x80\x02ccollections\nOrderedDict\nN}X\x03\x00\x00\x00popcposix\nsystem\ns\x86b.",
     b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__code__K\x01s\x86b.",
 ])  # fmt: skip
 def test_every_opcode_that_calls_lies_still(tmp_path, code):
