@@ -134,7 +134,7 @@ def load(path: str, how: Loading) -> StableDiffusionXL:
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     index, scheduler = read_json(path, "model_index.json"), read_json(path, "scheduler/scheduler_config.json")
-    schedule_of(scheduler, how.scheduler)
+    schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
     names = present(path, index)
     vae = part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device)
     tokenizers = {name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")) for name in names}
@@ -192,6 +192,11 @@ def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[
             raise UserError(f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only")
     low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
     return noise.edm(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
+
+
+def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    return schedule_of(read_json(path, "scheduler/scheduler_config.json"), changes)
 
 
 # ---------------------------------------------------------------- names
