@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import operator
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from lora_core import data, losses, noise, tokens
+from lora_core import data, losses, noise, targets, tokens
+from lora_core.adapters import AdapterSpec
 from lora_core.config import GROUPS, Config, to_table
 from lora_core.errors import UserError
+from lora_core.targets import matches, require_match
+from models import Family, Layout
 
 AT_LEAST: dict[int, tuple[str, ...]] = {
-    1: ("batch_size", "accumulation", "log_every", "keep", "data.resolution", "data.repeats", "adapter.rank", "tokens.vectors", "prior.count",
-        "samples.steps", "validation.bins", "validation.draws"),
-    0: ("save_every", "threads", "data.workers", "data.variants", "adapter.alpha", "adapter.dropout", "tokens.norm_target", "prior.weight",
-        "optimizer.warmup", "optimizer.clip", "samples.every", "validation.every"),
+    1: ("batch_size", "accumulation", "log_every", "keep", "data.resolution", "data.repeats", "adapter.rank", "prior.count",
+        "samples.steps", "validation.bins", "validation.draws", "data.bucket_step"),
+    0: ("save_every", "threads", "data.workers", "data.variants", "adapter.alpha", "tokens.norm_target", "prior.weight", "prior.swap_weight",
+        "optimizer.warmup", "optimizer.clip", "samples.every", "validation.every", "clip_skip", "max_sequence_length", "tokens.vectors"),
 }  # fmt: skip
+FRACTIONS = ("adapter.dropout", "adapter.rank_dropout", "adapter.module_dropout", "data.caption_dropout", "ema")  # [0, 1)
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 TRAINS_TOKENS = "a stage that trains tokens"
+CLASS_PROMPT = "--prior.prompt, the class prompt"
+DATASET = "--data.dataset"
 
 
 def _adapts(c: Config) -> bool:
@@ -40,7 +47,16 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "tokens.norm_target": (lambda c: any("tokens" in s.groups and (s.norm or c.tokens.norm) == "pull" for s in c.stages), "--tokens.norm pull"),
     "samples.base_word": (lambda c: c.trains("tokens"), TRAINS_TOKENS),
     "samples.negative": (lambda c: c.samples.guidance != 1, "a --samples.guidance other than 1"),
-    "prior": (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt"),
+    "prior.images": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
+    "prior.count": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
+    "prior.weight": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
+    "prior.swap_weight": (lambda c: bool(c.prior.swap), "--prior.swap"),
+    "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
+    "data.split": (lambda c: bool(c.data.dataset), DATASET),
+    "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
+    "data.caption_column": (lambda c: bool(c.data.dataset) or c.data.captions in ("auto", "metadata"), "captions from a dataset or metadata"),
+    "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
+    "optimizer.lora_plus": (_adapts, "a stage that trains denoiser or text_encoder"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (_random, RANDOM_PIXELS),
     "data.cache": (lambda c: c.data.variants > 0 or not _random(c), f"--data.variants when there is {RANDOM_PIXELS}"),
@@ -48,10 +64,10 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
 }
 
 
-def config(c: Config) -> None:
-    """Raises UserError for what is wrong with the config alone."""
-    if not c.data.images:
-        raise UserError("no training images; name their folder with --data.images")
+def config(c: Config, *, data: bool = True) -> None:
+    """Raises UserError for what is wrong with the config alone; without `data` it may lack images."""
+    if data and bool(c.data.images) == bool(c.data.dataset):
+        raise UserError("give either a folder with --data.images or a dataset with --data.dataset")
     if not c.stages or any(stage.steps < 1 for stage in c.stages):
         raise UserError("a run needs at least one stage, and every stage at least one step (--stages.0.steps)")
     for least, names in AT_LEAST.items():
@@ -59,8 +75,14 @@ def config(c: Config) -> None:
             value: Any = reduce(getattr, name.split("."), c)
             if value < least:
                 raise UserError(f"{_flag(name)} is {value}; expected at least {least}")
-    if c.adapter.dropout >= 1:
-        raise UserError(f"--adapter.dropout is {c.adapter.dropout:g}; expected a probability below 1")
+    for name in FRACTIONS:
+        value = reduce(getattr, name.split("."), c)
+        if not 0 <= value < 1:
+            raise UserError(f"{_flag(name)} is {value:g}; expected a number in [0, 1)")
+    if not c.optimizer.lora_plus > 0 or not c.noise.shift > 0:
+        raise UserError(f"--optimizer.lora-plus and --noise.shift are factors above 0, got {c.optimizer.lora_plus:g} and {c.noise.shift:g}")
+    if c.noise.dynamic_shift and c.noise.shift != 1:
+        raise UserError(f"--noise.dynamic-shift takes its shift from the model, --noise.shift {c.noise.shift:g} gives another; choose one of the two")
     _stages(c)
     _effects(c)
     losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
@@ -108,6 +130,69 @@ def _effects(c: Config) -> None:
         if ours != theirs and not is_read(c):
             option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
             raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
+
+
+def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
+    """Component -> its adapters, as far as the names of a model's layers tell; needs no weights.
+
+    A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
+    """
+    a, text = c.adapter, [name for name in layout.presets if name in layout.encoders]
+    wanted = dict.fromkeys([name for name in layout.presets if name not in text], a.targets) if c.trains("denoiser") else {}
+    wanted |= dict.fromkeys(text, a.text_targets) if c.trains("text_encoder") else {}
+    chosen = {component: _matched(layout, component, names) for component, names in wanted.items()}
+    everywhere = [path for _, paths in chosen.values() for path in paths]
+    for option, patterns in {"exclude": a.exclude, "rank-pattern": a.rank_pattern, "alpha-pattern": a.alpha_pattern}.items():
+        for pattern in patterns:
+            require_match(pattern, everywhere, f"--adapter.{option}")
+    specs = {}
+    for component, (globs, paths) in chosen.items():
+        here = [p for p in (*a.exclude, *a.rank_pattern, *a.alpha_pattern) if any(matches(path, p) for path in paths)]
+        specs[component] = AdapterSpec(
+            globs, exclude=tuple(p for p in a.exclude if p in here), kind=a.kind, rank=a.rank, alpha=a.alpha or None,
+            rank_pattern={p: int(rank) for p, rank in a.rank_pattern.items() if p in here},
+            alpha_pattern={p: alpha for p, alpha in a.alpha_pattern.items() if p in here},
+            dropout=a.dropout, rank_dropout=a.rank_dropout, module_dropout=a.module_dropout, rslora=a.rslora, init=a.init,
+        )  # fmt: skip
+    return specs
+
+
+def _matched(layout: Layout, component: str, names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """(globs, layers) that the targets mean in a component."""
+    presets, part = layout.presets[component], layout.component(component)
+    paths = [path.removeprefix(part.module_prefix) for path in part.shapes]
+    for name in names:
+        if name not in presets and re.fullmatch(r"[\w-]+", name) and not any(matches(path, name) for path in paths):
+            raise UserError(f"{name!r} is no layer of {component} and none of its presets, which are {', '.join(presets)}")
+    globs = tuple(glob for name in names for glob in presets.get(name, (name,)))
+    return globs, targets.select(paths, globs)
+
+
+def model(c: Config, family: Family) -> None:
+    """Raises UserError for what is wrong with the config for this model."""
+    if c.data.resolution % family.multiple or (c.data.buckets and c.data.bucket_step % family.multiple):
+        option = "resolution" if c.data.resolution % family.multiple else "bucket-step"
+        value = c.data.resolution if option == "resolution" else c.data.bucket_step
+        raise UserError(f"--data.{option} {value} is no multiple of {family.multiple}, which the sides of this model's images must be")
+    if c.noise.zero_terminal_snr and family.prediction == "epsilon":
+        raise UserError("--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; add --noise.prediction v_prediction")
+    if family.schedule.kind != "flow" and (c.noise.dynamic_shift or c.noise.shift != 1):
+        raise UserError("--noise.shift and --noise.dynamic-shift have no effect on this model, which is no flow model; leave them out")
+    if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
+        raise UserError("--noise.guidance has no effect on this model, which is told no guidance scale; leave it out")
+    if c.samples.negative and family.distilled_guidance:
+        raise UserError("--samples.negative has no effect on a guidance-distilled model; leave it out")
+
+
+def scheduler_changes(c: Config) -> dict[str, Any]:
+    """Keys of the model's scheduler_config.json that the config replaces."""
+    changes: dict[str, Any] = {} if c.noise.prediction == "model" else {"prediction_type": c.noise.prediction}
+    return changes | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if c.noise.zero_terminal_snr else {})
+
+
+def swapped(caption: str, swap: Mapping[str, str]) -> str:
+    """The caption with each placeholder word replaced by its class."""
+    return tokens.bind(caption, [tokens.Abstraction(word, (name,)) for word, name in swap.items()])
 
 
 def initializers(c: Config) -> dict[str, str]:

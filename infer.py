@@ -31,7 +31,7 @@ from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
 from lora_core.images import read_picture, to_pixels
 from lora_core.pictures import Row, grid, save_png, to_images
-from models import DTYPES, Family, choose_device, load_family
+from models import DTYPES, Family, Loading, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'
 CHUNK = "lora_core"  # the PNG text chunk with the recipe
@@ -64,9 +64,17 @@ class Infer:
     steps: int = 25
     """Sampling steps."""
     guidance: float = 5.0
-    """Classifier-free guidance scale; 1 turns it off."""
+    """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model (Flux dev) the scale it is told, 3.5 as a rule."""
     sampler: str = "ddim"
-    """ddim, euler, euler_ancestral or dpmpp_2m."""
+    """ddim, euler, euler_ancestral or dpmpp_2m; flow models: ddim and flow_euler are the same method."""
+    refiner: str = ""
+    """Folder or hub id of a refiner, which runs the last steps as image to image."""
+    refiner_start: float = 0.8
+    """Share of the steps after which the refiner takes over, (0, 1)."""
+    clip_skip: int = 0
+    """Last layers of the CLIP text encoders that are left out; as in training when a LoRA says so."""
+    max_sequence_length: int = 0
+    """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     width: int = 0
     """Pixels; 0: the model's own resolution."""
     height: int = 0
@@ -106,12 +114,15 @@ def infer(config: Infer) -> list[Path]:
     _check(config, axes, prompts, len(arguments))
     if config.threads:
         torch.set_num_threads(config.threads)
-    family = load_family(
-        config.model, dtype=DTYPES[config.precision], device=choose_device(config.device), vae=config.vae, scheduler=_trained_with(arguments)
-    )
+    family = load_family(config.model, _loading(config, arguments))
+    if config.negative and family.distilled_guidance:
+        raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
+    refiner = load_family(config.refiner, replace(_loading(config, []), clip_skip=0)) if config.refiner else None
+    if refiner and (refiner.latent_channels, refiner.factor, refiner.prediction) != (family.latent_channels, family.factor, family.prediction):
+        raise UserError(f"--refiner {config.refiner} works on other latents than {config.model}; give the refiner of that family")
     with ExitStack() as stack:
         patches = apply(family, arguments, stack)
-        draw = _drawer(config, family, patches)
+        draw = _drawer(config, family, patches, refiner)
         if axes:
             return [_draw_grid(config, axes, prompts[0], patches, arguments, draw)]
         jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
@@ -203,6 +214,12 @@ def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> N
         raise UserError("a grid has one or two axes and one prompt; use --grid seed=0:4 for several pictures")
     if config.count < 1 or config.batch < 1:
         raise UserError(f"--count and --batch must be at least 1, got {config.count} and {config.batch}")
+    if not 0 < config.refiner_start < 1:
+        raise UserError(f"--refiner-start is {config.refiner_start:g}; expected a share of the steps in (0, 1)")
+    if config.refiner_start != Infer().refiner_start and not config.refiner:
+        raise UserError("--refiner-start has no effect without --refiner")
+    if config.negative and config.guidance == 1 and not any(axis.setting == "guidance" for axis in axes):
+        raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
     if Path(config.out).suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png; the recipe is kept in the PNG's text")
     for axis in axes:
@@ -211,7 +228,9 @@ def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> N
             raise UserError(f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; {loras} given, counted from lora0")
 
 
-def _drawer(config: Infer, family: Family, patches: Sequence[Patch]) -> Callable[[Sequence[tuple[str, int]], Infer], list[Image.Image]]:
+def _drawer(
+    config: Infer, family: Family, patches: Sequence[Patch], refiner: Family | None
+) -> Callable[[Sequence[tuple[str, int]], Infer], list[Image.Image]]:
     """A function from (prompt, seed) pairs and a config to pictures; start image and mask are read once."""
     height, width = config.height or family.resolution, config.width or family.resolution
     init = _read_image(config.init_image, height, width) if config.init_image else None
@@ -219,9 +238,9 @@ def _drawer(config: Infer, family: Family, patches: Sequence[Patch]) -> Callable
     abstractions = [a for p in patches for a in p.abstractions]
 
     def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
-        recipe = Recipe(c.sampler, c.steps, c.guidance, tokens.bind(c.negative, abstractions), width, height, c.strength)
-        bound = [tokens.bind(prompt, abstractions) for prompt, _ in jobs]
-        return to_images(generate(family, bound, [seed for _, seed in jobs], recipe, init=init, mask=None if hole is None else hole.float()))
+        recipe = Recipe(c.sampler, c.steps, c.guidance, tokens.bind(c.negative, abstractions), width, height, c.strength, c.refiner_start)
+        bound, seeds = [tokens.bind(prompt, abstractions) for prompt, _ in jobs], [seed for _, seed in jobs]
+        return to_images(generate(family, bound, seeds, recipe, init=init, mask=None if hole is None else hole.float(), refiner=refiner))
 
     return draw
 
@@ -270,18 +289,22 @@ def _by_component(given: dict[str, float], components: Any, source: str, *, whol
     return out
 
 
-def _trained_with(arguments: Sequence[LoraArgument]) -> dict[str, Any]:
-    """Scheduler settings that a run changed for its training, from the header of its file; said, because they change the pictures."""
+def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
+    """How the model is opened: by the flags, else as the runs that made the LoRAs did; said, because it changes the pictures."""
+    scheduler: dict[str, Any] = {}
+    text = {"clip_skip": config.clip_skip, "max_sequence_length": config.max_sequence_length}
     changes: dict[str, Any] = {}
     for argument in arguments:
-        noise = tomllib.loads(_header(argument.path).get("lora_core.config", "")).get("noise", {})
+        trained = tomllib.loads(_header(argument.path).get("lora_core.config", ""))
+        noise = trained.get("noise", {})
         if noise.get("prediction", "model") != "model":
-            changes["prediction_type"] = noise["prediction"]
+            scheduler["prediction_type"] = noise["prediction"]
         if noise.get("zero_terminal_snr"):
-            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if changes:
-        print(f"note: sampling with {changes}, as the LoRA was trained", file=sys.stderr)
-    return changes
+            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        changes |= {name: trained[name] for name, given in text.items() if not given and trained.get(name)}
+    if scheduler or changes:
+        print(f"note: sampling with {scheduler | changes}, as the LoRA was trained", file=sys.stderr)
+    return Loading(DTYPES[config.precision], choose_device(config.device), config.vae, scheduler=scheduler, **(text | changes))
 
 
 def _header(path: str) -> dict[str, str]:

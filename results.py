@@ -13,12 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core import adapters, generation, pictures, reports, tokens, validation
+import checkpoints
+import checks
+from lora_core import adapters, generation, noise, pictures, reports, tokens, validation
+from lora_core.config import Config
 from lora_core.data import collate
 from lora_core.formats import save_run
 from lora_core.noise import NoiseLevel
 from lora_core.pictures import Row
 from lora_core.validation import Score
+from models import noise_of, save_family
 
 if TYPE_CHECKING:
     from session import Session
@@ -31,15 +35,15 @@ def validate(s: Session, done: int) -> None:
     """Scores the held-out images (the training images where there are none) after `done` steps; rows go to val.jsonl and metrics.jsonl."""
     if done in s.scores:
         return
-    with s.evaluating():
+    with s.evaluating(), s.averaged():
         batch = collate([s.val_folder.example(i, 0) for i in range(len(s.val_folder))])
         x0 = torch.cat([s.family.encode_images(row[None])[0] for row in batch.pixels])
-        cond = s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions])
+        cond = s.informed(s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions]), batch)
         inpaint = generation.masked_latents(s.family, batch.pixels, torch.ones_like(batch.pixels[:, :1])) if s.family.inpainting else None
 
         def denoise(x_t: Tensor, level: NoiseLevel, rows: Tensor) -> Tensor:
             pieces = [slice(i, i + CHUNK) for i in range(0, len(rows), CHUNK)]
-            parts = [s.family.denoise(x_t[p], level.rows(p), cond.rows(p), None if inpaint is None else inpaint[p]) for p in pieces]
+            parts = [s.denoise(x_t[p], level.rows(p), cond.rows(p), None if inpaint is None else inpaint[p]) for p in pieces]
             return torch.cat(parts)
 
         v = s.config.validation
@@ -58,7 +62,7 @@ def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens:
     """
     word = s.config.samples.base_word
     bound = [_plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions) for prompt in prompts]
-    with s.evaluating(), _without_adapters(s) if base or only_tokens else ExitStack():
+    with s.evaluating(), s.averaged(), _without_adapters(s) if base or only_tokens else ExitStack():
         out: list[Image.Image] = []
         together = 1 if s.family.inpainting else s.config.batch_size  # what fits in training fits here
         for i in range(0, len(bound), together):
@@ -101,9 +105,11 @@ def finish(s: Session) -> Path:
     """Writes the run's files, pictures, plots and summary.json, prints what came of it, and returns the folder."""
     done = s.config.steps
     validate(s, done)
-    s.save_checkpoint(done)
-    state = s.adapter_state(done)
-    files = save_run(state, s.run.folder, layout=s.family.layout)
+    checkpoints.save(s, done)
+    with s.averaged():
+        files = save_run(checkpoints.learned(s, done), s.run.folder, layout=s.family.layout)
+        if s.config.adapter.kind == "full":
+            save_model(s, s.run.folder / "model")
     drawn = draw(s, prompts(s))
     sample(s, done, drawn)
     pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
@@ -125,6 +131,35 @@ def finish(s: Session) -> Path:
     return s.run.folder
 
 
+def save_model(s: Session, folder: Path) -> None:
+    """The whole model in the diffusers layout, trained parts with what they have learned; token rows are in their own file."""
+    states = {name: adapters.merged(module) for name, module in s.trained.items()}
+    for name in states.keys() & s.embeddings.keys():
+        states[name] = tokens.without_rows(states[name], s.embeddings[name], s.encoders[name])
+    save_family(s.family, s.config.model, folder, states)
+
+
+def preview(config: Config) -> Path:
+    """Prints which noise levels a config trains on and how much they count; the plot beside its OUT. Reads the model's scheduler, no weights."""
+    checks.config(config, data=False)
+    n = config.noise
+    schedule, row = noise_of(config.model, checks.scheduler_changes(config), config.data.resolution if n.dynamic_shift else 0)
+    o = reports.Objective(
+        schedule,
+        row,
+        noise.density(n.density, **n.density_args),
+        n.low,
+        n.high,
+        n.shift,
+        n.space,
+        config.loss,
+        config.weighting,
+        config.weighting_arg,
+    )
+    out = Path(config.out)
+    return reports.preview_density(o, out.with_name(f"{out.name}_density.png"))
+
+
 def _table(first: Sequence[Score], last: Sequence[Score]) -> str:
     lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   held-out loss at fixed timesteps and noise"]
     pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
@@ -136,7 +171,7 @@ def _table(first: Sequence[Score], last: Sequence[Score]) -> str:
 def _plain(s: Session, prompt: str, word: str) -> str:
     """The prompt for a model that knows no placeholder: the word, else the initialising words, in its place."""
     for a in s.abstractions:
-        ordinary = "" if a.init in ("random", "zero") else a.init
+        ordinary = "" if tokens.is_drawn(a.init) else a.init
         prompt = tokens.bind(prompt, [tokens.Abstraction(a.word, (word or ordinary,), "zero")])
     return " ".join(prompt.split())
 

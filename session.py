@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import checks
-from lora_core import adapters, data, generation, losses, optim, reports, sampling, tokens, validation
-from lora_core.adapters import AdapterSpec
-from lora_core.algebra import AdapterState
+from lora_core import adapters, buckets, data, generation, hub, losses, noise, optim, prediction, reports, sampling, targets, tokens, validation
 from lora_core.cache import Cache
 from lora_core.config import GROUPS, Config, Stage, to_table, to_toml
 from lora_core.data import Batch, Folder, ImageSettings
+from lora_core.ema import Average
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, save_run
-from lora_core.generation import Recipe
+from lora_core.generation import Recipe, Sizes
 from lora_core.images import list_images
 from lora_core.losses import StepOutput
-from lora_core.noise import Keys, NoiseLevel, NoiseSettings
+from lora_core.noise import Keys, NoiseLevel, NoiseSettings, Schedule
 from lora_core.pictures import save_png, to_images
-from lora_core.run import Run, flatten, unflatten
-from lora_core.targets import matches, require_match
-from models import DTYPES, Conditioning, choose_device, load_family
+from lora_core.run import Run
+from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
 
 DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
 
@@ -52,8 +49,12 @@ class Session:
         self.device = choose_device(config.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
+        if config.prior.swap:
+            self.loss = losses.preserving(self.loss, config.prior.swap_weight)
+        self.density = noise.density(config.noise.density, **config.noise.density_args)
         self.noise = NoiseSettings(config.noise.offset, config.noise.multires_levels, config.noise.multires_discount, config.noise.perturbation)
         self.instances = config.batch_size * config.accumulation
+        self.drops = bool(config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout)
         side, look = config.data.resolution, config.samples
         self.recipe = Recipe(look.sampler, look.steps, look.guidance, look.negative, side, side)
         self._open_data()
@@ -66,47 +67,50 @@ class Session:
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
         self.latent_cache = Cache(_fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
         self.text_cache: dict[str, Conditioning] = {}
+        self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
         self.saved: int | None = None  # the step of the newest checkpoint
-        self.start = self._restore()
+        self.start = checkpoints.restore(self)
         self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
 
     # ------------------------------------------------------------ opening
 
     def _open_data(self) -> None:
-        d = self.config.data
-        self.abstractions = (
-            tokens.make_abstractions(checks.initializers(self.config), self.config.tokens.vectors) if self.config.trains("tokens") else ()
-        )
-        records = data.scan(d.images, captions=d.captions, caption=d.caption or None, repeats=d.repeats, masks=d.masks)
-        self.folder = Folder(records, ImageSettings(d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed))
-        for a in self.abstractions:
-            checks.placeholder(records, a.word)
-        held_out = self.config.validation.images or d.images
-        val = data.scan(held_out, captions=d.captions, caption=d.caption or None, masks="none")
-        self.val_folder = Folder(val, ImageSettings(d.resolution))
+        d, images = self.config.data, self.config.data.images
+        if d.dataset:
+            images = str(hub.export(d.dataset, split=d.split, image_column=d.image_column, caption_column=d.caption_column, caption=d.caption))
+        column = None if d.dataset else d.caption_column or None
+        how: dict[str, Any] = {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
+        records = data.scan(images, repeats=d.repeats, masks=d.masks, **how)
+        settings = ImageSettings(d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed)
+        settings = replace(settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation)
+        self.folder = Folder(records, settings, caption_dropout=d.caption_dropout)
+        if d.buckets:
+            print(buckets.report(self.folder.sizes, self.instances))
+        if sentence := data.scaled_up(self.folder):
+            print(f"warning: {sentence}", file=sys.stderr)
+        for word in checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
+            checks.placeholder(records, word)
+        val = data.scan(self.config.validation.images or images, masks="none", **how)
+        self.val_folder = Folder(val, ImageSettings(d.resolution, interpolation=d.interpolation))
 
     def _open_model(self) -> None:
         c = self.config
-        changes: dict[str, Any] = {} if c.noise.prediction == "model" else {"prediction_type": c.noise.prediction}
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if c.noise.zero_terminal_snr else {}
-        self.family = load_family(c.model, dtype=DTYPES[c.precision], device=self.device, vae=c.vae, scheduler=changes)
-        if c.data.resolution % self.family.factor:
-            raise UserError(f"--data.resolution {c.data.resolution} is no multiple of {self.family.factor}, the pixels of one latent of this model")
-        if c.noise.zero_terminal_snr and self.family.prediction == "epsilon":
-            raise UserError("--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; add --noise.prediction v_prediction")
+        plan = checks.plan(c, outline(c.model))
+        vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
+        how = Loading(DTYPES[c.precision], self.device, c.vae, vae_dtype, checks.scheduler_changes(c), c.clip_skip, c.max_sequence_length)
+        self.family = load_family(c.model, how)
+        checks.model(c, self.family)
         sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)
+        print(losses.meaning(c.weighting, self.family.prediction, c.noise.space, loss=self.loss_name, **c.weighting_arg))
         self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
         self.denoiser = self.family.modules[self.family.denoiser]
-        wanted = {self.family.denoiser: c.adapter.targets} if c.trains("denoiser") else {}
-        wanted |= dict.fromkeys(self.encoders, c.adapter.text_targets) if c.trains("text_encoder") else {}
-        self._inject(wanted)
-        self.trained = {name: self.family.modules[name] for name in wanted}  # the networks with adapters
-        self.embeddings = {
-            name: tokens.install(encoder, self.family.tokenizers[name], self.abstractions, seed=c.seed)
-            for name, encoder in (self.encoders.items() if self.abstractions else ())
-        }
-        self.norm_targets = {name: _norm_target(e, c.tokens.norm_target) for name, e in self.embeddings.items()}
-        self.table_stds = {name: tokens.table_std(e) for name, e in self.embeddings.items()}
+        for name, spec in plan.items():
+            module = self.family.modules[name]
+            paths = adapters.inject(module, spec, seed=c.seed)
+            count = sum(p.numel() for p in adapters.parameters(module))
+            print(f"{name}: {spec.kind}, rank {spec.rank}, {count:,} parameters on {targets.table(paths)}")
+        self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
+        self._install_tokens()
         if c.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
             for encoder in self.encoders.values():
@@ -115,28 +119,25 @@ class Session:
         unet = adapters.parameters(self.denoiser) if self.family.denoiser in self.trained else []
         every = {"denoiser": unet, "text_encoder": text, "tokens": [e.rows for e in self.embeddings.values()]}
         self.groups: dict[str, list[nn.Parameter]] = {name: params for name, params in every.items() if params}
+        self.average = Average([p for params in self.groups.values() for p in params], c.ema) if c.ema else None
 
-    def _inject(self, wanted: dict[str, tuple[str, ...]]) -> None:
-        """Adapters on the targets of each component. A pattern of [adapter] has to match in one of them, not in all."""
-        a, modules = self.config.adapter, self.family.modules
-        chosen = {}
-        for component, names in wanted.items():
-            presets = self.family.layout.presets.get(component, {})
-            globs = tuple(glob for name in names for glob in presets.get(name, (name,)))
-            chosen[component] = (globs, adapters.targets(modules[component], globs))
-        everywhere = [path for _, paths in chosen.values() for path in paths]
-        for option, patterns in {"exclude": a.exclude, "rank-pattern": a.rank_pattern, "alpha-pattern": a.alpha_pattern}.items():
-            for pattern in patterns:
-                require_match(pattern, everywhere, f"--adapter.{option}")
-        for component, (globs, paths) in chosen.items():
-            here = [p for p in (*a.exclude, *a.rank_pattern, *a.alpha_pattern) if any(matches(path, p) for path in paths)]
-            exclude = tuple(p for p in a.exclude if p in here)
-            ranks = {p: int(rank) for p, rank in a.rank_pattern.items() if p in here}
-            alphas = {p: alpha for p, alpha in a.alpha_pattern.items() if p in here}
-            spec = AdapterSpec(globs, exclude, a.kind, a.rank, a.alpha or None, ranks, alphas, a.dropout, a.rslora, a.init)
-            adapted = adapters.inject(modules[component], spec, seed=self.config.seed)
-            count = sum(p.numel() for p in adapters.parameters(modules[component]))
-            print(f"{component}: {len(adapted)} layers with {a.kind}, rank {a.rank}, {count:,} parameters")
+    def _install_tokens(self) -> None:
+        """The learned rows of the chosen text encoders; what each abstraction starts from needs the tokenizers."""
+        c, keys, self.embeddings = self.config, self.family.layout.encoders, {}
+        self.abstractions: tuple[tokens.Abstraction, ...] = ()
+        if not c.trains("tokens"):
+            return
+        chosen = [name for name in self.encoders if keys[name] in (c.tokens.encoders or ("clip_l", "clip_g"))]
+        if missing := set(c.tokens.encoders) - {keys[name] for name in chosen}:
+            raise UserError(f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}")
+        inits = checks.initializers(c)
+        vectors = [c.tokens.vectors or tokens.count(init, [self.family.tokenizers[name] for name in chosen]) for init in inits.values()]
+        self.abstractions = tokens.make_abstractions(inits, vectors)
+        for name in chosen:
+            stream = "" if name == "text_encoder" else keys[name]
+            self.embeddings[name] = tokens.install(self.encoders[name], self.family.tokenizers[name], self.abstractions, seed=c.seed, stream=stream)
+        self.norm_targets = {name: _norm_target(e, c.tokens.norm_target) for name, e in self.embeddings.items()}
+        self.table_stds = {name: tokens.table_std(e) for name, e in self.embeddings.items()}
 
     def _open_optimizer(self) -> None:
         o = self.config.optimizer
@@ -148,7 +149,11 @@ class Session:
             extra: dict[str, Any] = {"weight_decay": self.decays[name]} if decays else {}
             extra |= {"betas": tuple(o.betas[name])} if name in o.betas else {}
             self.settings[name] = {"name": name, "lr": self.rates[name], **extra}
-        self.optimizer = optim.build(o.name, [{"params": params, **self.settings[name]} for name, params in self.groups.items()], o.args)
+        groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
+        ups: dict[str, list[Tensor]] = {}  # of each group, where they have a learning rate of their own
+        for name, module in self.trained.items() if o.lora_plus != 1 else ():
+            ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(adapters.up_parameters(module))
+        self.optimizer = optim.build(o.name, optim.split(groups, ups, o.lora_plus), o.args)
         self.scaler = optim.LossScaler(device=self.device) if self.config.precision == "fp16" else None
         names = {stage.schedule or o.schedule for stage in self.config.stages}
         self.schedules = {name: optim.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {})) for name in names}
@@ -175,6 +180,10 @@ class Session:
     def high(self, stage: Stage) -> float:
         return self.config.noise.high if stage.high is None else stage.high
 
+    def schedule(self, x0: Tensor) -> Schedule:
+        """The noise schedule that latents x0 are trained on."""
+        return self.family.schedule_at(*x0.shape[-2:]) if self.config.noise.dynamic_shift else self.family.schedule
+
     def latents(self, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x0 [b, c, h, w] sampled from the VAE's posterior; the loss mask [b, 1, h, w] or None; the inpainting input [b, 1 + c, h, w] or None."""
         mean, std = (rows.to(self.device) for rows in self._posterior(batch))
@@ -191,39 +200,70 @@ class Session:
     def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and std of the latents; from the cache where an image's pixels come again."""
         if not self.folder.settings.is_random or self.folder.settings.variants:
-            names = [self.folder.cache_key(self.records[key], visit) for key, visit in zip(batch.keys, batch.visits)]
-            rows = self.latent_cache.get(
-                names, lambda i: dict(zip(("mean", "std"), (r[0] for r in self.family.encode_images(batch.pixels[i : i + 1]))))
-            )
+            size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+            names = [self.folder.cache_key(self.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
+            rows = self.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in self._encode(batch.pixels[i : i + 1])))))
             return rows["mean"], rows["std"]
-        return self.family.encode_images(batch.pixels)
+        return self._encode(batch.pixels)
 
-    def conditioning(self, captions: Sequence[str]) -> Conditioning:
-        """The prompts, placeholders bound; from the cache while nothing in the text encoders trains."""
-        prompts = [tokens.bind(caption, self.abstractions) for caption in captions]
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.family.encode_images(pixels)
+        if self.config.vae_precision == "fp16" and not bool(mean.isfinite().all() & std.isfinite().all()):
+            raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")
+        return mean, std
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """The prompts, placeholders bound, from the cache while nothing in the text encoders trains; the images' sizes; the guidance."""
+        prompts = [tokens.bind(caption, self.abstractions) for caption in batch.captions]
         if self.text_trains:
-            return self.family.encode_prompts(prompts)
-        with self.evaluating():
-            for prompt in prompts:
-                if prompt not in self.text_cache:
-                    self.text_cache[prompt] = self.family.encode_prompts([prompt])
-        return Conditioning.cat([self.text_cache[prompt] for prompt in prompts])
+            return self.informed(self.family.encode_prompts(prompts), batch)
+        return self.informed(self._cached(prompts, self.text_cache), batch)
+
+    def base_conditioning(self, batch: Batch) -> Conditioning:
+        """The same without adapters."""
+        with ExitStack() as stack:
+            for encoder in self.encoders.values():
+                stack.enter_context(adapters.disabled(encoder))
+            return self.informed(self._cached(batch.captions, self.base_text_cache), batch)
+
+    def _cached(self, prompts: Sequence[str], cache: dict[str, Conditioning]) -> Conditioning:
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in cache:
+                with self.evaluating():
+                    cache[prompt] = self.family.encode_prompts([prompt])
+        return Conditioning.cat([cache[prompt] for prompt in prompts])
+
+    def informed(self, cond: Conditioning, batch: Batch) -> Conditioning:
+        """With what the denoiser is told of the batch's images."""
+        height, width = batch.pixels.shape[-2:]
+        return self.family.inform(cond, Sizes(batch.original_sizes, batch.crops, (height, width)), self.config.noise.guidance)
+
+    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> Tensor:
+        """The network's raw output [b, c, h, w] for x_t."""
+        return self.family.denoise(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
 
     def key_dropout(self, keys: Keys, step: int) -> None:
-        if self.config.adapter.dropout:
+        if self.drops:
             rows = keys.hashes("dropout").to(self.device)
             for module in self.trained.values():
                 adapters.set_dropout(module, rows, step)
 
-    def lazy(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> dict[str, Callable[..., Any]]:
+    def lazy(self, batch: Batch, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> dict[str, Callable[..., Any]]:
         """Members of StepOutput that cost a forward pass, for losses that touch them."""
 
         @torch.no_grad()
-        def base_out() -> Tensor:
+        def base_out(told: Conditioning = cond) -> Tensor:
             with adapters.disabled(self.denoiser):
-                return self.family.denoise(x_t, level, cond, inpaint)
+                return self.denoise(x_t, level, told, inpaint)
 
-        return {"base_out": base_out, "attention": lambda: self.family.attention_maps(x_t, level, cond, inpaint), "decode": self.family.decode}
+        def preserved() -> tuple[Tensor, Tensor]:
+            swapped = replace(batch, captions=[checks.swapped(caption, self.config.prior.swap) for caption in batch.captions])
+            return self.denoise(x_t, level, self.conditioning(swapped), inpaint), base_out(self.base_conditioning(swapped))
+
+        def attention() -> list[Tensor]:
+            return self.family.attention_maps(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
+
+        return {"base_out": base_out, "attention": attention, "decode": self.family.decode, "preserved": preserved}
 
     # ------------------------------------------------------------ what the loop asks for
 
@@ -244,7 +284,7 @@ class Session:
                 group["weight_decay"] = stage.weight_decay.get(group["name"], self.decays[group["name"]])
         self.text_trains = bool({"text_encoder", "tokens"} & set(stage.groups))
         self.text_cache.clear()
-        training = bool(self.config.adapter.dropout or self.config.gradient_checkpointing)
+        training = self.drops or self.config.gradient_checkpointing
         for module in (self.denoiser, *self.encoders.values()):
             module.train(training)
         self.checked = False
@@ -255,7 +295,7 @@ class Session:
         factor = self.schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
         for group in self.optimizer.param_groups:
             name = group["name"]
-            group["lr"] = stage.lr.get(name, self.rates[name]) * factor if name in stage.groups else 0.0
+            group["lr"] = stage.lr.get(name, self.rates[name]) * factor * group["ratio"] if name in stage.groups else 0.0
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -282,8 +322,13 @@ class Session:
             self.scaler.update()
         return norm
 
-    def control_norms(self, stage: Stage) -> None:
-        """The norm prior of the token rows, after each step that moved them."""
+    def after_update(self, stage: Stage) -> None:
+        """What follows each step of the optimiser: the norm prior of the token rows, the moving average."""
+        self._control_norms(stage)
+        if self.average is not None:
+            self.average.update_()
+
+    def _control_norms(self, stage: Stage) -> None:
         how = stage.norm or self.config.tokens.norm
         if "tokens" not in stage.groups or how == "none":
             return
@@ -303,7 +348,7 @@ class Session:
 
     def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
         """A row for each step; values are read from the device every --log-every steps."""
-        rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups if g["name"] in stage.groups}
+        rates = {f"lr_{g['name']}": g["lr"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
         distances = {f"d_{g['name']}": g["d"] for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
         self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances)
         bar.update()
@@ -321,67 +366,6 @@ class Session:
             raise UserError(f"the loss is {bad['loss']} since step {bad['step']}; lower the learning rate (--optimizer.lr); {last}")
         return rows
 
-    # ------------------------------------------------------------ checkpoints
-
-    def save_checkpoint(self, done: int) -> None:
-        self.flush()
-        tree = {
-            "groups": self.groups,
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_name": self.config.optimizer.name,
-            "scaler": self.scaler and self.scaler.state_dict(),
-            "seconds": time.perf_counter() - self.began,
-        }
-        folder = self.run.save_checkpoint(done, *flatten(tree))
-        self.saved = done
-        save_run(self.adapter_state(done), folder, layout=self.family.layout)
-
-    def _restore(self) -> int:
-        """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of other groups, shapes or another optimiser."""
-        found = self.run.load_checkpoint() if self.config.resume else None
-        if found is None:
-            return 0
-        tree, name = unflatten(found.tensors, found.meta), self.config.optimizer.name
-        if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in self.groups.items()}:
-            raise UserError(f"the checkpoint in {self.run.folder} has other adapters or tokens than this config; resume with the config of the run")
-        if tree["optimizer_name"] != name:
-            raise UserError(f"the checkpoint in {self.run.folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer")
-        if found.step > self.config.steps:
-            raise UserError(f"{self.run.folder} has done {found.step} steps, more than the {self.config.steps} of this config; give its stages more")
-        with torch.no_grad():
-            for group, params in self.groups.items():
-                for p, saved in zip(params, tree["groups"][group]):
-                    p.copy_(saved)
-        self.optimizer.load_state_dict(tree["optimizer"])
-        for state in self.optimizer.param_groups:  # as this config says, not as the saved state does
-            state.update(self.settings[state["name"]] | {k: v for k, v in self.config.optimizer.args.items() if k in state})
-        if self.scaler is not None and tree["scaler"] is not None:
-            self.scaler.load_state_dict(tree["scaler"])
-        self.began -= tree["seconds"]
-        if (self.run.folder / "val.jsonl").is_file():
-            self.scores = validation.read(self.run.folder)
-        self.saved = found.step
-        print(f"resumed after step {found.step}")
-        return found.step
-
-    def way_back(self) -> str:
-        """How to go on with this run after an interruption."""
-        if self.saved is None:
-            return f"no step is saved; start again with --overwrite, which moves {self.run.folder.name} to {self.run.folder.name}.bak"
-        command = shlex.join(["python", "train.py", str(Path(self.config.out) / "config.toml"), "--resume"])
-        return f"the run is saved after step {self.saved}, go on with: {command}"
-
-    def adapter_state(self, done: int) -> AdapterState:
-        """What the run has learned so far, under published names."""
-        layout = self.family.layout
-        components = {
-            name: {layout.published(name, path): factors for path, factors in adapters.state(module).items()} for name, module in self.trained.items()
-        }
-        rows = {layout.encoders[name]: tokens.state(embedding) for name, embedding in self.embeddings.items()}
-        names = next((e.names for e in self.embeddings.values()), ())
-        words = embeddings.header({a.word: a.names for a in self.abstractions})
-        return AdapterState(components, rows, names, {"lora_core.config": to_toml(self.config), "lora_core.steps": str(done), **words})
-
     # ------------------------------------------------------------ looking at it
 
     def hole(self, i: int) -> dict[str, Tensor]:
@@ -392,6 +376,14 @@ class Session:
         mask, side = torch.zeros_like(pixels[:, :1]), self.recipe.width
         mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
         return {"init": pixels, "mask": mask}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in the parameters' place, where there is one."""
+        with ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.swapped())
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
     python train.py configs/toy_pti.toml                                      # TOML, then flags: --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images photos --data.captions one --data.caption "a photo of TOK" --out runs/photos
     python train.py --compare runs/a runs/b                                   # paired difference of two runs on the same images and noise
+    python train.py CONFIG.toml --preview-density                             # which noise levels a config trains on, as a table and a plot
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another loss, `train(config, step=fn)` a whole step.
 """
@@ -18,17 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import checkpoints
 import results
-from lora_core import losses, noise, pictures, validation
+from lora_core import losses, noise, pictures, prediction, validation
 from lora_core.config import Config, Stage, command_line
 from lora_core.data import Batch
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput
 from lora_core.noise import Keys
-from lora_core.prediction import PREDICTIONS
 from session import Session
 
 EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\nor: python train.py --compare RUN_A RUN_B"
+PREVIEW = "--preview-density"
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
 
@@ -37,16 +39,16 @@ def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     keys = Keys(s.config.seed, batch.keys, batch.visits)
     s.key_dropout(keys, step)
     x0, mask, inpaint = s.latents(batch, keys, stage)  # [b, c, h, w]; [b, 1, h, w] or None; [b, 1 + c, h, w] or None
-    level = noise.draw(s.family.schedule, keys, low=s.low(stage), high=s.high(stage)).to(s.device)
+    level = noise.draw(s.schedule(x0), keys, low=s.low(stage), high=s.high(stage), density=s.density, shift=s.config.noise.shift).to(s.device)
     eps, eps_in = (e.to(x0) for e in noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise))
     x_t = noise.add_noise(x0, eps_in, level)
-    cond = s.conditioning(batch.captions)
-    out = s.family.denoise(x_t, level, cond, inpaint)
-    target = PREDICTIONS[s.family.prediction].target(x0, eps, level)
-    lazy = s.lazy(x_t, level, cond, inpaint)
-    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, s.family.prediction, mask, batch.is_prior.to(s.device), step, lazy))
+    cond = s.conditioning(batch)
+    out = s.denoise(x_t, level, cond, inpaint)
+    out, target, row = prediction.compared(s.family.prediction, s.config.noise.space, out, x0, eps, level)
+    lazy = s.lazy(batch, x_t, level, cond, inpaint)
+    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, row, mask, batch.is_prior.to(s.device), step, lazy, s.family.schedule.t_max))
     s.check_rows(rows, s.loss_name, len(keys.names))  # before weighing, which would spread a scalar over the rows
-    return rows * losses.weight(s.config.weighting, level, s.family.prediction, **s.config.weighting_arg)
+    return rows * losses.weight(s.config.weighting, level, s.family.prediction, space=s.config.noise.space, **s.config.weighting_arg)
 
 
 def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
@@ -72,14 +74,14 @@ def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None,
                         s.backward(part)
                         total = total + part.detach()
                     norm = s.update()
-                    s.control_norms(stage)
+                    s.after_update(stage)
                     s.log(done, stage, total, norm, bar)
                     if _due(done, config.validation.every):
                         results.validate(s, done)
                     if _due(done, config.samples.every):
                         results.sample(s, done)
                     if pressed or _due(done, config.save_every):  # last: a checkpoint says that all before it is done
-                        s.save_checkpoint(done)
+                        checkpoints.save(s, done)
                     if pressed:
                         raise KeyboardInterrupt
         return results.finish(s)
@@ -108,7 +110,7 @@ def _resumable(s: Session) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(s.way_back()) from None
+        raise KeyboardInterrupt(checkpoints.way_back(s)) from None
 
 
 class _CtrlC:
@@ -161,7 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError("--compare takes two run folders: python train.py --compare runs/a runs/b")
             compare(Path(words[1]), Path(words[2]))
             return 0
-        config = command_line(Config, words, prog="train.py", example=EXAMPLE)
+        preview = PREVIEW in words
+        config = command_line(Config, [word for word in words if word != PREVIEW], prog="train.py", example=EXAMPLE)
+        if preview:
+            print(f"plot: {results.preview(config)}")
+            return 0
         print(f"done: {train(config)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -57,12 +57,28 @@ class Data:
 
     images: str = ""
     """Folder with the training images (jpg, png, webp, bmp)."""
+    dataset: str = ""
+    """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes (extra: datasets)."""
+    split: str = "train"
+    """Split of the dataset."""
+    image_column: str = "image"
+    """Column of the dataset with the images."""
+    caption_column: str = ""
+    """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or prompt."""
     captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
     """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or sentence templates; auto: the first there is."""
     caption: str = ""
     """The one caption of all images, e.g. "a photo of TOK"."""
+    caption_dropout: float = 0.0
+    """Probability that a visit has the empty caption, [0, 1)."""
     resolution: int = 512
-    """Side of the training square, pixels."""
+    """Side of the training square, pixels; with buckets the side of a square of the same area."""
+    buckets: bool = False
+    """Keep aspect ratios: each image is cut to the nearest of many sizes of about resolution^2 pixels, and a batch has one size."""
+    bucket_step: int = 64
+    """Sides of buckets are multiples of this, pixels."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    """How images are resized."""
     crop: Literal["center", "random"] = "center"
     zoom: float = 1.0
     """A random crop is taken after scaling the short side to resolution x [1, zoom]."""
@@ -94,6 +110,11 @@ class Prior:
     """How many class images."""
     weight: float = 1.0
     """Weight of the class images' loss."""
+    swap: Annotated[dict[str, str], _pairs(str, "WORD=CLASS ...")] = field(default_factory=dict)
+    """Differential output preservation: with each WORD of the captions replaced by its CLASS (TOK=dog), the model is held to what it says without
+    adapters; costs two more forward passes. Instead of class images, or next to them."""
+    swap_weight: float = 1.0
+    """Weight of that loss."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +122,12 @@ class Adapter:
     """The low-rank adapters of the denoiser and of the text encoder."""
 
     kind: str = "lora"
-    """lora, dora, or my_adapter.py:Class."""
+    """lora, dora, full (the weights themselves: rank and alpha have no part in it), or my_adapter.py:Class."""
     rank: int = 16
     alpha: float = 0.0
     """Update is alpha / rank * up @ down; 0: alpha = rank."""
     targets: tuple[str, ...] = ("attention",)
-    """Presets of the family (attention, cloneofsimo, extended, kohya, all) or globs on module paths ("*.attn2.to_k", "mid_block.*")."""
+    """Presets of the family (attention, kohya, all-linear ...) or globs on module paths ("*.attn2.to_k", "mid_block.*"); a wrong one lists them."""
     text_targets: tuple[str, ...] = ("attention",)
     """The same for the text encoder; used when a stage trains text_encoder."""
     exclude: tuple[str, ...] = ()
@@ -117,6 +138,10 @@ class Adapter:
     """Alpha per glob."""
     dropout: float = 0.0
     """Probability that an input element of an adapter is dropped, [0, 1)."""
+    rank_dropout: float = 0.0
+    """Probability that a rank of an adapter is dropped for an image, [0, 1)."""
+    module_dropout: float = 0.0
+    """Probability that a whole adapter is dropped for an image, [0, 1)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
@@ -129,10 +154,12 @@ class Tokens:
 
     words: tuple[str, ...] = ("TOK",)
     """Placeholder words in captions and prompts, one for each thing to learn."""
+    encoders: tuple[Literal["clip_l", "clip_g", "t5"], ...] = ()
+    """Text encoders that learn rows; empty: every CLIP encoder of the model. The others read the tokens' names as plain text."""
     vectors: int = 2
-    """Learned vectors for each word."""
+    """Learned vectors for each word; 0: as many as its initializer has tokens."""
     init: tuple[str, ...] = ("random",)
-    """For each word: random (the table's std), zero, or ordinary words: one word for all vectors or as many as there are vectors."""
+    """For each word: random (the table's std), random:SIGMA, zero, or ordinary words, whose tokens the vectors start from in order."""
     norm: Literal["none", "pull", "rescale"] = "pull"
     """After each step: pull every row's norm to the target (cloneofsimo), rescale all rows to the table's std (diffusers), or leave them alone."""
     norm_target: float = 0.0
@@ -147,6 +174,18 @@ class Noise:
     """Lowest timestep trained on, as a fraction of the schedule."""
     high: float = 1.0
     """Highest timestep trained on, as a fraction of the schedule."""
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
+    """How timesteps are drawn; towards 1 is towards noise, also for logit_normal's mean (arXiv 2403.03206)."""
+    density_args: Arguments = field(default_factory=dict)
+    """Arguments of the density, e.g. mean=0.5 std=1."""
+    shift: float = 1.0
+    """Flow models: sigma -> shift sigma / (1 + (shift - 1) sigma); above 1 is more noise."""
+    dynamic_shift: bool = False
+    """Flow models: the shift that the model's scheduler takes for this resolution, instead of --noise.shift."""
+    space: Literal["model", "edm"] = "model"
+    """Where the loss is taken: on the network's own output, or as in EDM on the x0 it stands for (weighed by 1 / sigma^2 if --weighting is none)."""
+    guidance: float = 3.5
+    """Guidance scale that a guidance-distilled model is told in training."""
     offset: float = 0.0
     """Noise offset: strength of one extra random constant per channel."""
     multires_levels: int = 0
@@ -183,6 +222,8 @@ class Optimizer:
     """Arguments of the schedule, e.g. cycles=3 or power=2."""
     warmup: int = 0
     """Steps of linear warm-up at the beginning of each stage."""
+    lora_plus: float = 1.0
+    """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
 
@@ -252,6 +293,12 @@ class Config:
     """Folder or hub id of the base model, in the diffusers layout."""
     vae: str = ""
     """Folder or hub id of another VAE."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the VAE; in fp16 SDXL's own overflows."""
+    clip_skip: int = 0
+    """Last layers of the CLIP text encoders that are left out."""
+    max_sequence_length: int = 0
+    """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     out: str = "runs/out"
     """Folder for everything the run writes; its last part names the files."""
     seed: int = 0
@@ -271,10 +318,12 @@ class Config:
     """mse, l1, huber, smooth_l1, or my_loss.py:my_loss."""
     loss_arg: Arguments = field(default_factory=dict)
     """Arguments of the loss, e.g. delta=0.1."""
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2"] = "none"
+    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap"] = "none"
     """Weight over noise levels."""
     weighting_arg: Arguments = field(default_factory=dict)
     """Arguments of the weighting, e.g. gamma=5."""
+    ema: float = 0.0
+    """Decay of a moving average of what trains, [0, 1); samples, validation and files then have the average. 0: none."""
     save_every: int = 0
     """Steps between checkpoints; 0: none until the end."""
     keep: int = 2
@@ -283,6 +332,8 @@ class Config:
     """Steps between rows of metrics.jsonl and updates of the progress bar."""
     report: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log there (install the extra of that name)."""
+    push_to_hub: str = ""
+    """Hub repository USER/NAME that the finished run is uploaded to."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     overwrite: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,31 @@ from lora_core.errors import UserError
 from lora_core.noise import Keys
 
 
+class Sizes(NamedTuple):
+    """Where the images of a batch come from, all (h, w) or (top, left) in pixels."""
+
+    original: Sequence[tuple[int, int]]  # of the files
+    crop: Sequence[tuple[int, int]]  # corner in the resized (and mirrored) image
+    target: tuple[int, int]  # of what the denoiser sees
+
+    @staticmethod
+    def whole(height: int, width: int, b: int) -> Sizes:
+        """Of b images that were neither scaled nor cut, as in sampling."""
+        return Sizes([(height, width)] * b, [(0, 0)] * b, (height, width))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How pictures are sampled. Width and height in pixels; 0 is the model's own resolution."""
 
     sampler: str = "ddim"
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = 5.0  # classifier-free guidance, or the scale that a guidance-distilled model is told
     negative: str = ""
     width: int = 0
     height: int = 0
     strength: float = 1.0  # image to image: the share of the steps that is run
+    refiner_start: float = 0.8  # the share of the steps after which a refiner takes over
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -35,35 +49,60 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    family: Any, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, *, init: Tensor | None = None, mask: Tensor | None = None
+    family: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    init: Tensor | None = None,
+    mask: Tensor | None = None,
+    refiner: Any = None,
 ) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed). Prompts are given as the text encoder is to read them (placeholders bound).
 
     `init` [1 or b, 3, h, w] starts from a picture (strength < 1) or, for an inpainting model, is the picture to paint in; `mask` [1 or b, 1, h, w]
-    is 1 where it is to be painted. Raises UserError for sizes that are no multiple of the latent factor, or an init or mask that does not fit.
+    is 1 where it is to be painted. `refiner` is a second family on the same latents, which runs the last steps (image to image without new noise).
+    Raises UserError for sizes the model does not take, or an init or mask that does not fit.
     """
     height, width = recipe.height or family.resolution, recipe.width or family.resolution
-    if height % family.factor or width % family.factor:
-        raise UserError(f"{width} x {height} pixels is no multiple of {family.factor}, the pixels of one latent")
-    if init is None and (recipe.strength < 1 or family.inpainting):
-        raise UserError("strength below 1 and inpainting models need a picture to start from (--init-image)")
-    if (mask is not None) != family.inpainting:
-        raise UserError("an inpainting model needs a mask (--mask), and only such a model takes one")
-    cond = family.encode_prompts(prompts)
-    uncond = family.encode_prompts([recipe.negative] * len(prompts)) if recipe.guidance != 1 else None
-    inpaint = None if mask is None or init is None else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
-    path = sampling.levels(recipe.sampler, family.schedule, recipe.steps, spacing=family.spacing, offset=family.offset, strength=recipe.strength)
+    _check(family, recipe, (height, width), init, mask)
+    schedule = family.schedule_at(height // family.factor, width // family.factor)
+    path = sampling.levels(recipe.sampler, schedule, recipe.steps, spacing=family.spacing, offset=family.offset, strength=recipe.strength)
+    paths = [path] if refiner is None else sampling.split(path, schedule, recipe.refiner_start)
     shape = (family.latent_channels, height // family.factor, width // family.factor)
     eps = start_noise(seeds, shape).to(family.device)
     x0 = family.encode_images(init)[0].expand(len(prompts), -1, -1, -1) if init is not None and recipe.strength < 1 else None
+    x = sampling.start(eps, path, x0)
+    inpaint = None if mask is None or init is None else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
+    sampler = sampling.SAMPLERS[recipe.sampler]
+    noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
+    for model, part in zip((family, refiner), paths):
+        x = sampler.run(_denoiser(model, prompts, recipe, (height, width), inpaint if model is family else None), x, part, **noise)
+    return family.decode(x).float()
+
+
+def _denoiser(family: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], inpaint: Tensor | None) -> sampling.Denoise:
+    """x_t and level -> x0, with guidance in the way the model takes it."""
+    sizes = Sizes.whole(*size, len(prompts))
+    cond = family.inform(family.encode_prompts(prompts), sizes, recipe.guidance)
+    scale = 1.0 if family.distilled_guidance else recipe.guidance
+    uncond = family.inform(family.encode_negative([recipe.negative] * len(prompts)), sizes, recipe.guidance) if scale != 1 else None
 
     def network(x: Tensor, level: Any, rows: Any) -> Tensor:
         return family.denoise(x, level, rows, None if inpaint is None else inpaint.repeat(len(x) // len(inpaint), 1, 1, 1))
 
-    sampler = sampling.SAMPLERS[recipe.sampler]
-    noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
-    denoise = sampling.guided(network, family.prediction, cond, uncond, recipe.guidance)
-    return family.decode(sampler.run(denoise, sampling.start(eps, path, x0), path, **noise)).float()
+    return sampling.guided(network, family.prediction, cond, uncond, scale)
+
+
+def _check(family: Any, recipe: Recipe, size: tuple[int, int], init: Tensor | None, mask: Tensor | None) -> None:
+    if size[0] % family.multiple or size[1] % family.multiple:
+        raise UserError(f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of this model's images must be")
+    if init is None and (recipe.strength < 1 or family.inpainting):
+        raise UserError("strength below 1 and inpainting models need a picture to start from (--init-image)")
+    if (mask is not None) != family.inpainting:
+        raise UserError("an inpainting model needs a mask (--mask), and only such a model takes one")
+    if recipe.negative and family.distilled_guidance:
+        raise UserError("a negative prompt has no effect on a guidance-distilled model; leave it out")
 
 
 def masked_latents(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:

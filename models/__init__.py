@@ -2,41 +2,81 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_download
 
 from lora_core.errors import UserError
-from models import sd
-from models.family import Conditioning, Family, Layout, read_json
+from lora_core.noise import Schedule
+from models import flux, sd, sdxl
+from models.family import Conditioning, Family, Layout, Loading, Sizes, read_json
 
-__all__ = ["DTYPES", "FAMILIES", "Conditioning", "Family", "Layout", "choose_device", "load_family"]
+__all__ = ["DTYPES", "FAMILIES", "Conditioning", "Family", "Layout", "Loading", "Sizes", "choose_device", "load_family", "outline", "save_family"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # --precision
-FAMILIES: dict[str, Callable[..., Any]] = {pipeline: sd.load for pipeline in sd.PIPELINES}  # `_class_name` of model_index.json -> loader
 
 
-def load_family(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", vae: str = "", scheduler: dict[str, Any] | None = None
-) -> Family:
+PLAIN = Loading()  # fp32 on the CPU
+
+
+class Row(NamedTuple):
+    load: Callable[[str, Loading], Family]
+    outline: Callable[[str], Layout]
+    noise_of: Callable[[str, Mapping[str, Any], int], tuple[Schedule, str]]
+
+
+FAMILIES: dict[str, Row] = {  # `_class_name` of model_index.json -> its family
+    **dict.fromkeys(sd.PIPELINES, Row(sd.load, sd.outline, sd.noise_of)),
+    **dict.fromkeys(sdxl.PIPELINES, Row(sdxl.load, sdxl.outline, sdxl.noise_of)),
+    **dict.fromkeys(flux.PIPELINES, Row(flux.load, flux.outline, flux.noise_of)),
+}
+
+
+def load_family(path: str, how: Loading = PLAIN) -> Family:
     """The model at `path`, a folder in the diffusers layout or a hub id, frozen and in eval mode.
-
-    `vae` names another VAE; `scheduler` replaces keys of the model's scheduler_config.json (prediction_type, rescale_betas_zero_snr ...).
 
     Raises UserError for a path that is not there, a single-file checkpoint, another family, a missing or broken part.
     """
+    return _row(path).load(path, how)
+
+
+def outline(path: str) -> Layout:
+    """What can be adapted in the model at `path`, and how files name it; reads its configs, not its weights. Raises UserError like `load_family`."""
+    return _row(path).outline(path)
+
+
+def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
+    scheduler takes for it. `changes` are those of `Loading.scheduler`. Raises UserError like `load_family`."""
+    return _row(path).noise_of(path, changes, resolution)
+
+
+def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
+    source = Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "model_index.json")).parent
+    index = read_json(path, "model_index.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "model_index.json", folder)
+    for name in index:
+        if name in states:
+            family.modules[name].save_pretrained(folder / name, state_dict=dict(states[name]))  # type: ignore[operator]
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+
+
+def _row(path: str) -> Row:
     if not path:
         raise UserError("no base model; name a folder or a hub id with --model")
     if Path(path).is_file() or Path(path).suffix in (".safetensors", ".ckpt", ".pt"):
         raise UserError(f"--model {path} is a single file; give a folder in the diffusers layout or a hub id")
     name = read_json(path, "model_index.json").get("_class_name", "")
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, 1, 0.0)
-        raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; the nearest supported is {near[0]}")
-    return FAMILIES[name](path, dtype=dtype, device=device, vae=vae, scheduler=scheduler or {})
+        raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def choose_device(name: str) -> torch.device:

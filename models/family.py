@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,29 @@ from torch import Tensor, nn
 
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
+from lora_core.generation import Sizes
 from lora_core.noise import NoiseLevel, Schedule
 from lora_core.sampling import Spacing
 
-__all__ = ["Conditioning", "Family", "Layout", "part", "read_json"]
+__all__ = ["Conditioning", "Family", "Layout", "Loading", "Sizes", "config_of", "decode_latents", "encode_pixels", "part", "read_json", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is opened."""
+
+    dtype: torch.dtype = torch.float32  # of the denoiser and the text encoders
+    device: torch.device | str = "cpu"
+    vae: str = ""  # folder or hub id of another VAE
+    vae_dtype: torch.dtype | None = None  # None: fp32, or better where dtype is
+    scheduler: dict[str, Any] = field(default_factory=dict)  # replaces keys of scheduler_config.json (prediction_type, rescale_betas_zero_snr ...)
+    clip_skip: int = 0  # last layers of the CLIP text encoders that are left out
+    max_sequence_length: int = 0  # tokens of a T5 prompt; 0: the model's own
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The VAE's precision."""
+        return self.vae_dtype or torch.promote_types(self.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -35,24 +55,37 @@ class Conditioning:
         embeds = torch.cat([p.prompt_embeds for p in parts])
         return Conditioning(embeds, {name: torch.cat([p.extra[name] for p in parts]) for name in parts[0].extra})
 
+    def with_extra(self, **rows: Tensor) -> Conditioning:
+        """The same with further rows."""
+        return Conditioning(self.prompt_embeds, {**self.extra, **rows})
+
 
 class Family(Protocol):
     """A loaded model. Images are [b, 3, h, w] in [-1, 1]; latents [b, c, h / factor, w / factor], shifted and scaled to about unit variance."""
 
     name: str
+    pipeline: str  # `_class_name` of its model_index.json
     modules: dict[str, nn.Module]  # "unet" or "transformer", "text_encoder", ..., "vae"
     denoiser: str  # the key in `modules` of the network that is trained
     tokenizers: dict[str, Any]  # text encoder's key in `modules` -> its tokenizer
-    layout: Layout
+    layout: Layout  # its presets name the components that can be adapted
     schedule: Schedule
     prediction: str  # a row of PREDICTIONS
     spacing: Spacing  # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing, linspace
     offset: int  # steps_offset of the leading spacing
-    device: torch.device
     latent_channels: int
     factor: int  # pixels for one latent, each way
+    multiple: int  # sides of images are multiples of this, pixels
     resolution: int  # pixels the model was made for
     inpainting: bool  # the denoiser reads a mask and a masked image beside x_t
+    distilled_guidance: bool  # the denoiser is told a guidance scale, so that sampling needs no second, unconditional call
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def schedule_at(self, height: int, width: int) -> Schedule:
+        """The schedule for latents [b, c, height, width]: its own, but for flow models whose shift depends on the resolution."""
+        ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the latents' posterior, fp32."""
@@ -60,8 +93,17 @@ class Family(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts as the unconditional rows of guidance; some models take zeros for the empty one."""
+        ...
+
+    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+        """The conditioning with what the denoiser is told beside the prompt: sizes, guidance scale, or nothing."""
+        ...
+
     def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
-        """The network's raw output, fp32 or better. `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the masked image's latents."""
+        """The network's raw output, fp32 or better, for x_t that is scaled by c_in. `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the
+        masked image's latents."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -69,8 +111,11 @@ class Family(Protocol):
         ...
 
     def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
-        """Cross-attention probabilities [b, heads, h w, s] of every layer, by one more forward pass."""
+        """Probabilities [b, heads, h w, s] with which every layer's latents look at the prompt's tokens, by one more forward pass."""
         ...
+
+
+# ---------------------------------------------------------------- reading a model's folder
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
@@ -91,11 +136,60 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 
 
 def part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
-    """One component of a model through its library class. Raises UserError that names the missing or broken part."""
-    if Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
+    """One component of a model through its library class; the model itself where `subfolder` is empty. Raises UserError naming what is wrong."""
+    if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
         raise UserError(f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout")
     try:
-        return load(path, subfolder=subfolder, **settings)
+        return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
     except Exception as error:  # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load {subfolder}/ of {path}: {reason}") from None
+        raise UserError(f"cannot load {subfolder + '/ of ' if subfolder else ''}{path}: {reason}") from None
+
+
+def config_of(path: str, component: str, config_class: Any) -> Any:
+    """A text encoder's configuration object, read without its weights."""
+    return config_class(**read_json(path, f"{component}/config.json"))
+
+
+# ---------------------------------------------------------------- what families share
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the posterior of pixels [b, 3, h, w] in the denoiser's units: (z - mean) / std * scaling where the VAE's config has
+    latents_mean and latents_std, else (z - shift) * scaling."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift, scale = _units(vae, posterior.mean)
+    exact = torch.promote_types(posterior.mean.dtype, torch.float32)
+    return (posterior.mean.to(exact) - shift) * scale, posterior.std.to(exact) * scale
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels [b, 3, h, w] in [-1, 1]; undoes the units of `encode_pixels`."""
+    shift, scale = _units(vae, latents)
+    return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
+
+
+def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale) such that the denoiser's latents are (z - shift) * scale, [1, c, 1, 1] or 0-dim."""
+    c = vae.config
+    mean, std = (getattr(c, name, None) for name in ("latents_mean", "latents_std"))
+    exact = torch.promote_types(like.dtype, torch.float32)
+    if mean is not None and std is not None:
+        shift, spread = (torch.tensor(values, dtype=exact, device=like.device).view(1, -1, 1, 1) for values in (mean, std))
+        return shift, c.scaling_factor / spread
+    return tuple(torch.tensor(v, dtype=exact, device=like.device) for v in (getattr(c, "shift_factor", None) or 0.0, c.scaling_factor))  # type: ignore[return-value]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]) -> Tensor:
+    """Token ids [b, length] with the special tokens, padded as the tokenizer pads. What does not fit is named once a prompt; `said` remembers."""
+    reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
+    for prompt in prompts:
+        if prompt not in said:
+            said.add(prompt)
+            ids = tokenizer(prompt, add_special_tokens=True).input_ids
+            if len(ids) > length:
+                special = len(ids) - len(tokenizer(prompt, add_special_tokens=False).input_ids)
+                inner = tokenizer(prompt, add_special_tokens=False).input_ids[length - special :]
+                lost = tokenizer.decode(inner, clean_up_tokenization_spaces=False).strip()
+                print(f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; cut off: {lost!r}", file=sys.stderr)
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
 from lora_core import noise
 from lora_core.errors import UserError
-from lora_core.formats.layout import layout_of
-from lora_core.noise import NoiseLevel
-from models.family import Conditioning, part, read_json
+from lora_core.formats.layout import Layout, layout_of
+from lora_core.noise import NoiseLevel, Schedule
+from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, part, read_json, tokenize
 
 logging.disable_progress_bar()  # a bar for a file that loads in a blink
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 RESNETS = ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.time_emb_proj")
-TRANSFORMER = (*ATTENTION, "*.ff.net.0.proj", "*.ff.net.2", "*.attentions.*.proj_in", "*.attentions.*.proj_out")
+FEED_FORWARD, PROJECTIONS = ("*.ff.net.0.proj", "*.ff.net.2"), ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
+TRANSFORMER = (*ATTENTION, *FEED_FORWARD, *PROJECTIONS)
 PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
@@ -34,6 +35,7 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "text_encoder": {
         "attention": ("*.self_attn.*_proj",),  # 48
         "kohya": ("*.self_attn.*_proj", "*.mlp.fc?"),  # 72
+        "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
 }
 
@@ -43,33 +45,23 @@ class StableDiffusion:
 
     name = "sd"
     denoiser = "unet"
+    distilled_guidance = False
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]
     ):
         self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
         self.tokenizers = {"text_encoder": tokenizer}
+        self.pipeline, self.clip_skip, self.said = PIPELINES[0], 0, set[str]()
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.schedule = noise.vp_from_config(scheduler)
-        self.prediction = scheduler.get("prediction_type", "epsilon")
+        self.schedule, self.prediction = noise.vp_from_config(scheduler), scheduler.get("prediction_type", "epsilon")
         self.latent_channels = vae.config.latent_channels
         self.spacing = scheduler.get("timestep_spacing", "leading")
         self.offset = scheduler.get("steps_offset", 0)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
-        self.inpainting = unet.config.in_channels != self.latent_channels
-        if self.inpainting and unet.config.in_channels != 2 * self.latent_channels + 1:
-            takes, c = unet.config.in_channels, self.latent_channels
-            raise UserError(f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting")
-        v = self.prediction == "v_prediction"
-        second = text_encoder.config.hidden_size == 1024  # SD 2.x has OpenCLIP's text encoder
-        self.layout = layout_of(
-            {"unet": unet, "text_encoder": text_encoder},
-            family=self.name,
-            base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
-            presets=PRESETS,
-            architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora" if second else "stable-diffusion-v1/lora",
-        )
+        self.inpainting = reads_mask(unet, self.latent_channels)
+        self.layout = layout(unet, text_encoder, scheduler)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 
@@ -77,26 +69,38 @@ class StableDiffusion:
     def device(self) -> torch.device:
         return self.unet.device
 
+    def schedule_at(self, height: int, width: int) -> Schedule:
+        return self.schedule
+
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the scaled latents [b, c, h / factor, w / factor] for pixels [b, 3, h, w] in [-1, 1]."""
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return posterior.mean * scale, posterior.std * scale
+        return encode_pixels(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        return decode_latents(self.vae, latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference."""
-        length = self.tokenizer.model_max_length
-        ids = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return Conditioning(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state)
+        """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference.
+
+        clip_skip k takes the state k layers earlier, through the same final norm.
+        """
+        ids = tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(self.text_encoder.device)
+        if not self.clip_skip:
+            return Conditioning(self.text_encoder(ids).last_hidden_state)
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        return Conditioning(final_norm(self.text_encoder)(states[-(self.clip_skip + 1)]))
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode_prompts(prompts)
+
+    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+        return cond
 
     def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
         if (inpaint is not None) != self.inpainting:
             raise UserError("an inpainting UNet needs a mask and a masked image, and only such a UNet takes them")
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
-        out = self.unet(x.to(self.unet.dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(self.unet.dtype)).sample
+        dtype = self.unet.dtype
+        out = self.unet(x.to(dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(dtype), added_cond_kwargs=cond.extra or None).sample
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
@@ -120,23 +124,68 @@ class StableDiffusion:
         return maps
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device | str, vae: str, scheduler: dict[str, Any]) -> StableDiffusion:
-    """The model in a folder or on the hub, in the diffusers layout; `vae` names another VAE, `scheduler` replaces keys of its scheduler_config.json.
-
-    Raises UserError for a missing or broken part.
-    """
-    scheduler = read_json(path, "scheduler/scheduler_config.json") | scheduler
-    exact = torch.promote_types(dtype, torch.float32)
+def load(path: str, how: Loading) -> StableDiffusion:
+    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part."""
+    if how.max_sequence_length:
+        raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
+    scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
     tokenizer = part(CLIPTokenizer.from_pretrained, path, "tokenizer")
-    text_encoder = part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=dtype).to(device)
-    autoencoder = (part(AutoencoderKL.from_pretrained, path, "vae", torch_dtype=exact) if not vae else load_vae(vae, exact)).to(device)
-    unet = part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=dtype).to(device)
-    return StableDiffusion(unet, autoencoder, text_encoder, tokenizer, scheduler)
+    text_encoder = part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=how.dtype).to(how.device)
+    vae = part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device)
+    unet = part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=how.dtype).to(how.device)
+    family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
+    family.pipeline, family.clip_skip = read_json(path, "model_index.json")["_class_name"], skipped(how.clip_skip, [text_encoder])
+    return family
 
 
-def load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
-    """A VAE of its own: a folder or hub id with config.json at its top. Raises UserError."""
-    try:
-        return AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
-    except Exception as error:
-        raise UserError(f"cannot load the VAE {path}: {(str(error).strip().splitlines() or ['?'])[0]}") from None
+def outline(path: str) -> Layout:
+    """The layout of the model at `path`, from its configs alone: no weight is read."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
+        text_encoder = CLIPTextModel(config_of(path, "text_encoder", CLIPTextConfig))
+    return layout(unet, text_encoder, read_json(path, "scheduler/scheduler_config.json"))
+
+
+def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    config = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
+    return noise.vp_from_config(config), config.get("prediction_type", "epsilon")
+
+
+def layout(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]) -> Layout:
+    """Names and presets of Stable Diffusion 1.x or 2.x (which has OpenCLIP's text encoder)."""
+    second, v = text_encoder.config.hidden_size == 1024, scheduler.get("prediction_type") == "v_prediction"
+    return layout_of(
+        {"unet": unet, "text_encoder": text_encoder},
+        family="sd",
+        base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
+        presets=PRESETS | {"unet": unet_presets(unet)},
+        architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora" if second else "stable-diffusion-v1/lora",
+    )
+
+
+def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
+    """The UNet's presets; around transformers Stable Diffusion 1.x has convolutions, later models have linear layers."""
+    around = PROJECTIONS if unet.config.use_linear_projection else ()
+    return {**PRESETS["unet"], "all-linear": (*ATTENTION, *FEED_FORWARD, *around, "*.time_emb_proj", "*_embedding.linear_?")}
+
+
+def reads_mask(unet: UNet2DConditionModel, latent_channels: int) -> bool:
+    """Whether the UNet is for inpainting. Raises UserError for a number of channels that is neither."""
+    takes, c = unet.config.in_channels, latent_channels
+    if takes not in (c, 2 * c + 1):
+        raise UserError(f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting")
+    return takes != c
+
+
+def final_norm(text_encoder: nn.Module) -> nn.Module:
+    """The last layer norm of a CLIP text encoder; transformers 5 dropped the level that holds it."""
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # type: ignore[return-value]
+
+
+def skipped(clip_skip: int, encoders: Sequence[Any]) -> int:
+    """clip_skip, if every encoder has so many layers to leave out. Raises UserError otherwise."""
+    layers = min(encoder.config.num_hidden_layers for encoder in encoders)
+    if not 0 <= clip_skip < layers:
+        raise UserError(f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers")
+    return clip_skip

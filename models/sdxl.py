@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_core import noise
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout, layout_of
-from lora_core.noise import NoiseLevel, Schedule
+from lora_core.noise import Schedule
 from lora_core.prediction import SIGMA_DATA
 from lora_core.tokens import first_eos
 from models import sd
@@ -28,8 +28,7 @@ PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "S
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # a refiner has the second only
 SCORES = (6.0, 2.5)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
 PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text encoders 48 / 128 and 72 / 192
-    "unet": sd.PRESETS["unet"]
-    | {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
+    "unet": {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
         "b-lora-content": tuple(f"up_blocks.0.attentions.0.{glob}" for glob in sd.ATTENTION),
         "b-lora-style": tuple(f"up_blocks.0.attentions.1.{glob}" for glob in sd.ATTENTION),
     },
@@ -110,15 +109,6 @@ class StableDiffusionXL(StableDiffusion):
         told = torch.tensor(places, dtype=torch.float32, device=self.device)
         last = extra.pop("aesthetic_score") if self.scored else told.new_tensor([sizes.target]).expand(len(told), -1)
         return Conditioning(cond.prompt_embeds, {**extra, "time_ids": torch.cat([told, last], dim=1)})
-
-    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
-        """As for Stable Diffusion; time_ids keep their precision (bf16 has no 1365)."""
-        if (inpaint is not None) != self.inpainting:
-            raise UserError("an inpainting UNet needs a mask and a masked image, and only such a UNet takes them")
-        x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
-        dtype = self.unet.dtype
-        out = self.unet(x.to(dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(dtype), added_cond_kwargs=cond.extra).sample
-        return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def _scored(self, cond: Conditioning, score: float) -> Conditioning:
         if not self.scored:
@@ -209,7 +199,7 @@ def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
         {"unet": unet, **encoders},
         family="sdxl",
         base_model_version=f"sdxl_{kind}_v1-0",
-        presets={name: PRESETS[name] for name in ("unet", *encoders)},
+        presets={"unet": sd.unet_presets(unet) | PRESETS["unet"], **{name: PRESETS[name] for name in encoders}},
         architecture=f"stable-diffusion-xl-v1-{kind}/lora",
     )
     component: Component = found.components["unet"]

@@ -81,7 +81,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "gpu"}, "--device gpu cannot be used"),
     "rank": ({"adapter": {"rank": 64}}, r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
     "target": ({"adapter": {"targets": ("attn1.to_qq",)}}, "'attn1.to_qq' matches none of the .* nearest: .*attn1.to_q"),
-    "preset": ({"adapter": {"targets": ("atention",)}}, "'atention' matches none"),
+    "preset": ({"adapter": {"targets": ("atention",)}}, "'atention' is no layer of unet and none of its presets, which are attention"),
     "exclude": ({"adapter": {"exclude": ("ff.nett",)}}, "--adapter.exclude: 'ff.nett' matches none"),
     "rank pattern": ({"adapter": {"rank_pattern": {"ff.net.0.proj": 2}}}, "--adapter.rank-pattern: 'ff.net.0.proj' matches none"),
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
@@ -90,7 +90,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": "/no/such/model"}, "--model /no/such/model is no folder here"),
     "no placeholder": (ONLY | {"data": {"captions": "one", "caption": "a photo"}}, "no caption has the placeholder word TOK"),
     "word twice": (ONLY | {"tokens": {"words": ("TOK", "TOK")}}, "a word twice"),
-    "initializer": (ONLY | {"tokens": {"vectors": 2, "init": ("c a t",)}}, "initializer 'c a t' of TOK is 3 tokens, expected 1 or 2"),
+    "initializer": (ONLY | {"tokens": {"vectors": 2, "init": ("c a t",)}}, "initializer 'c a t' of TOK is 3 tokens, more than its 2 learned vectors"),
     "initializers": (ONLY | {"tokens": {"init": ("c", "d")}}, "--tokens.init has 2 entries for 1 words"),
     "masks": ({"data": {"masks": "alpha"}}, "no alpha channel"),
     "held out": ({"validation": {"images": "/no/held/out"}}, "/no/held/out does not exist"),
@@ -206,7 +206,7 @@ def test_wrong_models_are_named(config: Config, plain: None, model: Path, capsys
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
-    assert "is a KandinskyPipeline, which is not supported; the nearest supported is StableDiffusion" in said(other)
+    assert "is a KandinskyPipeline, which is not supported; supported are StableDiffusion" in said(other)
     cut = shutil.copytree(model, tmp_path / "cut")
     weights = next((cut / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -21,8 +21,8 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
 from lora_core.generation import Recipe, generate, random_holes, start_noise
 from lora_core.noise import Keys
-from models import load_family
-from models.sd import PRESETS
+from models import Loading, load_family
+from models.sd import PRESETS, unet_presets
 from tests.tiny_pipeline import pipeline
 
 SCALED = dict(
@@ -142,9 +142,8 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
     torch.manual_seed(9)
     other = AutoencoderKL.from_config(pipe.vae.config)
     other.save_pretrained(tmp_path / "vae")
-    family = load_family(
-        str(tmp_path / "model"), vae=str(tmp_path / "vae"), scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    )
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    family = load_family(str(tmp_path / "model"), Loading(vae=str(tmp_path / "vae"), scheduler=changes))
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.allclose(family.encode_images(x)[0], other.encode(x).latent_dist.mean * 0.3)
     assert family.prediction == "v_prediction" and family.schedule.alphas[-1] == 0
@@ -152,7 +151,7 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
 
 def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
     saved(tmp_path)
-    family = load_family(str(tmp_path), dtype=torch.bfloat16)
+    family = load_family(str(tmp_path), Loading(torch.bfloat16))
     assert family.unet.dtype == family.text_encoder.dtype == torch.bfloat16 and family.vae.dtype == torch.float32
     cond = family.encode_prompts(["cat"])
     assert family.denoise(torch.randn(1, 4, 8, 8), family.schedule.level(torch.tensor([5.0])), cond).dtype == torch.float32
@@ -172,7 +171,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline"))
-    with pytest.raises(UserError, match=r"StableDiffusion3Pipeline.*nearest"):
+    with pytest.raises(UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match="single file"):
         load_family("model.safetensors")
@@ -206,8 +205,13 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    count = {name: len(adapters.targets(unet, globs)) for name, globs in PRESETS["unet"].items()}
-    assert count == {"attention": 128, "cloneofsimo": 144, "extended": 144 + 66 + 14, "kohya": 192, "all": 192 + 66 + 14}  # 22 resnets, 14 shortcuts
-    assert {name: len(adapters.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()} == {"attention": 48, "kohya": 72}
+    count = {name: len(adapters.targets(unet, globs)) for name, globs in unet_presets(unet).items()}
+    linear = sum(isinstance(m, torch.nn.Linear) for m in unet.modules())
+    resnets = 66 + 14  # 22 with three layers each, 14 with a shortcut
+    assert count == {
+        "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192, "all": 192 + resnets, "all-linear": linear,
+    }  # fmt: skip
+    count = {name: len(adapters.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()}
+    assert count == {"attention": 48, "kohya": 72, "all-linear": 72}
     layout = layout_of({"unet": unet, "text_encoder": text})
     assert "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes

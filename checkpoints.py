@@ -1,0 +1,90 @@
+"""What a run keeps: checkpoints that a killed run goes on from, and what it has learned as an AdapterState. Functions of an open Session."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_core import adapters, tokens, validation
+from lora_core.algebra import AdapterState
+from lora_core.config import to_toml
+from lora_core.errors import UserError
+from lora_core.formats import embeddings, save_run
+from lora_core.run import flatten, unflatten
+
+if TYPE_CHECKING:
+    from session import Session
+
+
+def save(s: Session, done: int) -> None:
+    """Writes checkpoints/<done>/: everything that `restore` needs, and beside it the files that can be used elsewhere."""
+    s.flush()
+    tree = {
+        "groups": s.groups,
+        "optimizer": s.optimizer.state_dict(),
+        "optimizer_name": s.config.optimizer.name,
+        "scaler": s.scaler and s.scaler.state_dict(),
+        "average": s.average and s.average.state_dict(),
+        "seconds": time.perf_counter() - s.began,
+    }
+    folder = s.run.save_checkpoint(done, *flatten(tree))
+    s.saved = done
+    with s.averaged():
+        save_run(learned(s, done), folder, layout=s.family.layout)
+
+
+def restore(s: Session) -> int:
+    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of other groups, shapes or another optimiser."""
+    found = s.run.load_checkpoint() if s.config.resume else None
+    if found is None:
+        return 0
+    tree, name = unflatten(found.tensors, found.meta), s.config.optimizer.name
+    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in s.groups.items()}:
+        raise UserError(f"the checkpoint in {s.run.folder} has other adapters or tokens than this config; resume with the config of the run")
+    if tree["optimizer_name"] != name:
+        raise UserError(f"the checkpoint in {s.run.folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer")
+    if found.step > s.config.steps:
+        raise UserError(f"{s.run.folder} has done {found.step} steps, more than the {s.config.steps} of this config; give its stages more")
+    if (tree["average"] is None) != (s.average is None):
+        raise UserError(f"the checkpoint in {s.run.folder} was written {'without' if s.average else 'with'} --ema; resume as the run began")
+    with torch.no_grad():
+        for group, params in s.groups.items():
+            for p, saved in zip(params, tree["groups"][group]):
+                p.copy_(saved)
+    s.optimizer.load_state_dict(tree["optimizer"])
+    for state in s.optimizer.param_groups:  # as this config says, not as the saved state does
+        state.update(s.settings[state["name"]] | {k: v for k, v in s.config.optimizer.args.items() if k in state})
+    if s.scaler is not None and tree["scaler"] is not None:
+        s.scaler.load_state_dict(tree["scaler"])
+    if s.average is not None:
+        s.average.load_state_dict(tree["average"])
+    s.began -= tree["seconds"]
+    if (s.run.folder / "val.jsonl").is_file():
+        s.scores = validation.read(s.run.folder)
+    s.saved = found.step
+    print(f"resumed after step {found.step}")
+    return found.step
+
+
+def way_back(s: Session) -> str:
+    """How to go on with this run after an interruption."""
+    if s.saved is None:
+        return f"no step is saved; start again with --overwrite, which moves {s.run.folder.name} to {s.run.folder.name}.bak"
+    command = shlex.join(["python", "train.py", str(Path(s.config.out) / "config.toml"), "--resume"])
+    return f"the run is saved after step {s.saved}, go on with: {command}"
+
+
+def learned(s: Session, done: int) -> AdapterState:
+    """What the run has learned after `done` steps, under published names; a full fine-tune has no factors (results.save_model writes it)."""
+    layout = s.family.layout
+    components: dict[str, dict[str, Any]] = {}
+    for name, module in {} if s.config.adapter.kind == "full" else s.trained.items():
+        components[name] = {layout.published(name, path): factors for path, factors in adapters.state(module).items()}
+    rows = {layout.encoders[name]: tokens.state(embedding) for name, embedding in s.embeddings.items()}
+    names = next((e.names for e in s.embeddings.values()), ())
+    words = embeddings.header({a.word: a.names for a in s.abstractions})
+    return AdapterState(components, rows, names, {"lora_core.config": to_toml(s.config), "lora_core.steps": str(done), **words})
