@@ -160,7 +160,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num} is not CSV ({error}); write a head with file_name and text, then a line per image"
+            f"{path} is not CSV ({error} after line {reader.line_num}); write a head with file_name and text, then a line per image"
         ) from error
 
 

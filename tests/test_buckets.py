@@ -204,8 +204,10 @@ def test_prior_rows_are_cut_to_the_size_of_the_batch(folder, tmp_path):
         assert everything(both.rows(slice(0, 2))) == everything(alone) and both.is_prior.tolist() == [False, False, True, True]
         sizes.add(tuple(both.pixels.shape[-2:]))
     assert len(sizes) > 3
+    still = Folder(prior.records, ImageSettings(16))
     for size in sizes:
         assert prior.example(0, 3, size).pixels.shape == (3, *size)
+        assert torch.equal(still.example(0, 0, size).pixels, Folder(prior.records, ImageSettings(16)).example(0, 0, size).pixels)
 
 
 def test_the_size_enters_the_cache_key(folder):
