@@ -223,6 +223,8 @@ def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path)
     assert set(load_file(path)) == set(tensors) and int.from_bytes(first[:8], "little") % 8 == 0
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"a": "ü", "b": "1"}
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert all(header[key]["data_offsets"][0] % tensor.element_size() == 0 for key, tensor in tensors.items())
     write_weights(path, weights_of(dict(reversed(tensors.items())), "here"), {"a": "ü", "b": "1"})
     assert path.read_bytes() == first
     opened = open_weights(path)
