@@ -53,7 +53,7 @@ def report(cuts: Sequence[Size], batch: int) -> str:
     for (h, w), count in sorted(Counter(cuts).items()):
         more = -count % batch
         filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
-        lines.append(f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} of the batches")
+        lines.append(f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} batch{'es' * (count > batch)}")
     if len(lines) == 1:
         return f"one bucket, {lines[0]}"
     return "\n  ".join([f"{len(lines)} buckets (width x height), each visited whole in an epoch:", *lines])

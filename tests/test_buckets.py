@@ -221,12 +221,9 @@ def test_the_size_enters_the_cache_key(folder):
 
 
 def test_the_report_counts_images_and_further_visits():
-    assert buckets.report([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 of the batches"
+    assert buckets.report([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 batches"
     text = buckets.report([(16, 16)] * 3 + [(8, 28)], 4)
-    assert text.splitlines()[1:] == [
-        "  28 x 8: 1 image and 3 more visits in 1 of the batches",
-        "  16 x 16: 3 images and 1 more visit in 1 of the batches",
-    ]
+    assert text.splitlines()[1:] == ["  28 x 8: 1 image and 3 more visits in 1 batch", "  16 x 16: 3 images and 1 more visit in 1 batch"]
 
 
 def test_images_that_are_scaled_up_are_counted(folder):
