@@ -25,7 +25,7 @@ PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 def export(
     name: str, folder: Path | str | None = None, *, split: str = "train", image_column: str = "image", caption_column: str = "", caption: str = ""
 ) -> Path:
-    """The folder that holds the images of one split of a dataset, with metadata.jsonl if it has captions; an export that is there is not repeated.
+    """The folder that holds the images of one split of a dataset, with metadata.jsonl (captions under text) if it has captions; an export that is there is not repeated.
 
     `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that is
     stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, else, unless there is
@@ -125,7 +125,7 @@ def _write_images(data: Any, image_column: str, caption_column: str, folder: Pat
         texts = row.get(caption_column)
         if caption_column and not (isinstance(texts, str | list) and any(texts) and str(texts).strip()):
             raise UserError(f"{where} has {texts!r} in {caption_column!r}, expected a caption; add it or choose another column")
-        yield {"file_name": file.name, caption_column: texts}
+        yield {"file_name": file.name, "text": texts}
 
 
 def _reason(error: Exception) -> str:

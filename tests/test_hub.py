@@ -77,13 +77,13 @@ def test_parquet_with_encoded_images_other_formats_and_lists_of_captions(tmp_pat
     out = export(name, tmp_path / "out", image_column="picture", caption_column="words")
     assert (out / "000000.webp").read_bytes() == cells[0]["bytes"]
     assert Image.open(out / "000001.png").tobytes() == images[1].tobytes()  # TIFF is not read by scan, so written as PNG
-    assert [r.captions for r in scan(out, caption_column="words")] == [tuple(t) for t in texts]
+    assert [r.captions for r in scan(out)] == [tuple(t) for t in texts]
 
 
 def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_path):
     assert [r.captions for r in scan(export(str(photos), tmp_path / "1"))] == [(f"a photo of {c}",) for c in "abc"]
     named = export(str(photos), tmp_path / "2", caption_column="tags")
-    assert [r.captions for r in scan(named, caption_column="tags")] == [(f"tag {c}",) for c in "abc"]
+    assert [r.captions for r in scan(named)] == [(f"tag {c}",) for c in "abc"]
     one = export(str(photos), tmp_path / "3", caption="a TOK")
     assert not (one / "metadata.jsonl").exists() and {r.captions for r in scan(one, caption="a TOK")} == {("a TOK",)}
     with pytest.raises(UserError, match="'a TOK' and the caption column 'tags' exclude each other"):
