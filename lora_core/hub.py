@@ -25,12 +25,13 @@ PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 def export(
     name: str, folder: Path | str | None = None, *, split: str = "train", image_column: str = "image", caption_column: str = "", caption: str = ""
 ) -> Path:
-    """The folder that holds the images of one split of a dataset, with metadata.jsonl (captions under text) if it has captions; an export that is there is not repeated.
+    """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has captions; what is there is not written again.
 
-    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that is
-    stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, else, unless there is
-    one `caption` for all, the first of text, caption and prompt. The folder appears whole or not at all, and a dataset that has changed since is
-    exported anew. Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
+    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that
+    is stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, else, unless
+    there is one `caption` for all, the first of text, caption and prompt; in metadata.jsonl they are always the text. The folder appears whole or
+    not at all, and a dataset that has changed since is exported anew. Raises UserError for a missing package, dataset, split or column, a row
+    without an image, and a folder of something else.
     """
     if caption and caption_column:
         raise UserError(f"the caption {caption!r} and the caption column {caption_column!r} exclude each other; drop one of them")
