@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -15,7 +15,8 @@ from torch import Tensor
 
 import checkpoints
 import checks
-from lora_core import adapters, generation, noise, pictures, reports, tokens, validation
+from lora_core import adapters, card, generation, losses, noise, pictures, reports, tokens, validation
+from lora_core.card import Card
 from lora_core.config import Config
 from lora_core.data import collate
 from lora_core.formats import save_run
@@ -121,14 +122,41 @@ def finish(s: Session) -> Path:
         "val_loss_before": validation.mean(first),
         "val_loss_after": validation.mean(last),
         "files": {file.name: file.stat().st_size for file in files},
-        "tokens": [report._asdict() for name, e in s.embeddings.items() for report in tokens.report(e, s.family.tokenizers[name])],
+        "tokens": [
+            {"encoder": s.family.layout.encoders[name], **report._asdict()}
+            for name, e in s.embeddings.items()
+            for report in tokens.report(e, s.family.tokenizers[name])
+        ],
     }
     s.run.write("summary.json", json.dumps(summary, indent=1))
     print(_table(first, last))
     for entry in summary["tokens"]:  # type: ignore[attr-defined]
         words = ", ".join(f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"])
-        print(f"{entry['name']}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
+        encoder = f" of {entry['encoder']}" if len(s.embeddings) > 1 else ""
+        print(f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
+    card.write(_card(s, first, last), s.run.folder)
+    if s.config.push_to_hub:
+        print(f"uploaded: {card.push(s.run.folder, s.config.push_to_hub)}")
     return s.run.folder
+
+
+def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
+    """What the run's README.md says."""
+    c, a = s.config, s.config.adapter
+    stages = "; ".join(f"{stage.steps} steps of {' + '.join(stage.groups)}" for stage in c.stages)
+    images = len({record.path for record in s.folder.records})
+    how = {"images": f"{images}, at {c.data.resolution} pixels", "stages": stages, "batch": s.instances, "optimizer": c.optimizer.name}
+    how |= {"learning rates": ", ".join(f"{name} {rate:g}" for name, rate in s.rates.items()), "precision": c.precision, "seed": c.seed}
+    how |= {"adapter": a.kind if a.kind == "full" else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"} if s.trained else {}
+    how |= {"loss": losses.meaning(c.weighting, s.family.prediction, c.noise.space, loss=s.loss_name, **c.weighting_arg).removeprefix("loss: ")}
+    pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
+    configs: dict[str, Any] = {name: encoder.config for name, encoder in s.encoders.items()}
+    legacy = [name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1]  # one encoder alone is not pooled
+    return Card(
+        c.model, s.family.pipeline, {name: s.family.layout.encoders[name] for name in s.embeddings},
+        {name: s.family.tokenizers[name].eos_token_id for name in legacy}, {a.word: a.names for a in s.abstractions}, prompts(s), s.folder.records[0].captions[0], sampling={"num_inference_steps": c.samples.steps, "guidance_scale": c.samples.guidance},
+        training=how, validation=[*pairs, ("all", validation.mean(first), validation.mean(last))], repo=c.push_to_hub,
+    )  # fmt: skip
 
 
 def save_model(s: Session, folder: Path) -> None:

@@ -113,8 +113,9 @@ class Session:
         self._install_tokens()
         if c.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-            for encoder in self.encoders.values():
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            for encoder in self.encoders.values():  # transformers 6 keeps the first name only
+                enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+                enable({"use_reentrant": False})  # type: ignore[operator]
         text = [p for name in self.encoders if name in self.trained for p in adapters.parameters(self.encoders[name])]
         unet = adapters.parameters(self.denoiser) if self.family.denoiser in self.trained else []
         every = {"denoiser": unet, "text_encoder": text, "tokens": [e.rows for e in self.embeddings.values()]}

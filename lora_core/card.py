@@ -28,6 +28,7 @@ class Card:
     base_model: str  # folder or hub id
     pipeline: str  # diffusers' class for the base model
     encoders: Mapping[str, str] = field(default_factory=dict)  # text encoder's attribute of the pipeline -> key of its token rows
+    ends: Mapping[str, int] = field(default_factory=dict)  # text encoders whose config hides the id of the end of a text -> that id
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)  # placeholder word -> its tokens, in the order of the rows
     prompts: Sequence[str] = ()  # the first one is the example
     instance_prompt: str = ""  # the caption that stands for the training images; empty: the first prompt
@@ -150,6 +151,7 @@ def _diffusers(card: Card, folder: Path) -> str:
     if rows:
         lines.append(f'rows = load_file(f"{{folder}}/{folder.name}{EMBEDDINGS}")')
         lines += [_load_rows(card, component, key) for component, key in card.encoders.items() if key in rows]
+        lines += [line for component, end in card.ends.items() for line in _mend_end(component, end)]
     arguments = "".join(f", {name}={value!r}" for name, value in card.sampling.items())
     lines += [f"image = pipe({json.dumps(_example(card), ensure_ascii=False)}{arguments}).images[0]", 'image.save("image.png")']
     return "\n".join(["## diffusers", "", "```python", *lines, "```"])
@@ -160,6 +162,15 @@ def _load_rows(card: Card, component: str, key: str) -> str:
     names = json.dumps([name for names in card.words.values() for name in names], ensure_ascii=False)
     tokenizer = component.replace(TEXT, TOKENIZER)
     return f'pipe.load_textual_inversion(rows["{key}"], token={names}, text_encoder=pipe.{component}, tokenizer=pipe.{tokenizer})'
+
+
+def _mend_end(component: str, end: int) -> list[str]:
+    """Lines for a config from before transformers #24773, which says eos_token_id 2: transformers then pools at the largest id, a learned token."""
+    return [
+        f"for part in pipe.{component}.modules():  # its config hides the end of a text, and the pooled state would be a learned token's",
+        '    if hasattr(part, "eos_token_id"):',
+        f"        part.eos_token_id = {end}",
+    ]
 
 
 def _elsewhere(card: Card, folder: Path) -> str:

@@ -186,10 +186,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]
     for prompt in prompts:
         if prompt not in said:
             said.add(prompt)
-            ids = tokenizer(prompt, add_special_tokens=True).input_ids
+            ids, inner = (tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids for special in (True, False))
             if len(ids) > length:
-                special = len(ids) - len(tokenizer(prompt, add_special_tokens=False).input_ids)
-                inner = tokenizer(prompt, add_special_tokens=False).input_ids[length - special :]
-                lost = tokenizer.decode(inner, clean_up_tokenization_spaces=False).strip()
+                lost = tokenizer.decode(inner[length - (len(ids) - len(inner)) :], clean_up_tokenization_spaces=False).strip()
                 print(f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; cut off: {lost!r}", file=sys.stderr)
     return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
