@@ -153,10 +153,18 @@ def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
     configs: dict[str, Any] = {name: encoder.config for name, encoder in s.encoders.items()}
     legacy = [name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1]  # one encoder alone is not pooled
     return Card(
-        c.model, s.family.pipeline, {name: s.family.layout.encoders[name] for name in s.embeddings},
-        {name: s.family.tokenizers[name].eos_token_id for name in legacy}, {a.word: a.names for a in s.abstractions}, prompts(s), s.folder.records[0].captions[0], sampling={"num_inference_steps": c.samples.steps, "guidance_scale": c.samples.guidance},
-        training=how, validation=[*pairs, ("all", validation.mean(first), validation.mean(last))], repo=c.push_to_hub,
-    )  # fmt: skip
+        c.model,
+        s.family.pipeline,
+        encoders={name: s.family.layout.encoders[name] for name in s.embeddings},
+        ends={name: s.family.tokenizers[name].eos_token_id for name in legacy},
+        words={a.word: a.names for a in s.abstractions},
+        prompts=prompts(s),
+        instance_prompt=s.folder.records[0].captions[0],
+        sampling={"num_inference_steps": c.samples.steps, "guidance_scale": c.samples.guidance},
+        training=how,
+        validation=[*pairs, ("all", validation.mean(first), validation.mean(last))],
+        repo=c.push_to_hub,
+    )
 
 
 def save_model(s: Session, folder: Path) -> None:

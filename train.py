@@ -46,7 +46,8 @@ def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     out = s.denoise(x_t, level, cond, inpaint)
     out, target, row = prediction.compared(s.family.prediction, s.config.noise.space, out, x0, eps, level)
     lazy = s.lazy(batch, x_t, level, cond, inpaint)
-    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, row, mask, batch.is_prior.to(s.device), step, lazy, s.family.schedule.t_max, s.family.prediction))
+    is_prior, t_max = batch.is_prior.to(s.device), s.family.schedule.t_max
+    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, row, mask, is_prior, step, lazy, t_max, s.family.prediction))
     s.check_rows(rows, s.loss_name, len(keys.names))  # before weighing, which would spread a scalar over the rows
     return rows * losses.weight(s.config.weighting, level, s.family.prediction, space=s.config.noise.space, **s.config.weighting_arg)
 
