@@ -63,7 +63,11 @@ def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Ma
     shutil.copy(source / "model_index.json", folder)
     for name in index:
         if name in states:
-            family.modules[name].save_pretrained(folder / name, state_dict=dict(states[name]))  # type: ignore[operator]
+            network: Any = family.modules[name]
+            with torch.device("meta"):
+                bare = type(network).from_config(network.config) if hasattr(network, "from_config") else type(network)(network.config)
+            bare.load_state_dict(dict(states[name]), assign=True)
+            bare.save_pretrained(folder / name)
         elif (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import infer
 import train
 from lora_core import validation
-from lora_core.config import Adapter, Config, Data, Optimizer, Prior, Samples, Stage, Tokens, Validation, from_table
+from lora_core.config import Adapter, Config, Data, Optimizer, Prior, Samples, Stage, Tokens, Validation, from_table, to_toml
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput, mse
 from session import Session
@@ -234,6 +236,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft_min_snr": {"weighting": "soft_min_snr"},
     "debiased": {"weighting": "debiased"},
     "p2": {"weighting": "p2"},
+    "snr": {"weighting": "snr"},
+    "sigma_sqrt": {"weighting": "sigma_sqrt"},
+    "cosmap": {"weighting": "cosmap"},
+    "edm space": {"noise": {"space": "edm", "prediction": "v_prediction"}},  # of an epsilon network it is the same loss
+    "edm space huber": {"noise": {"space": "edm"}, "loss": "huber"},
+    "edm space min_snr": {"noise": {"space": "edm"}, "weighting": "min_snr", "weighting_arg": {"gamma": 0.1}},
+    "logit_normal": {"noise": {"density": "logit_normal"}},
+    "logit_normal mean": {"noise": {"density": "logit_normal", "density_args": {"mean": 1.0}}},
+    "mode": {"noise": {"density": "mode"}},
+    "cosmap density": {"noise": {"density": "cosmap"}},
     "low": {"noise": {"low": 0.5}},
     "high": {"noise": {"high": 0.5}},
     "stage low": {"stages": (Stage(2, low=0.6),)},
@@ -256,6 +268,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repeats": {"data": {"repeats": 2}},
     "caption": {"data": {"captions": "one", "caption": "a cat"}},
     "templates": {"data": {"captions": "object", "caption": "cat"}},
+    "caption dropout": {"data": {"caption_dropout": 0.6}, "stages": (Stage(3),)},
+    "buckets": {"data": {"buckets": True, "bucket_step": 4}},
+    "bucket step": {"data": {"buckets": True, "bucket_step": 8}},
+    "interpolation": {"data": {"interpolation": "lanczos"}},
+    "clip skip": {"clip_skip": 1},
+    "vae precision": {"vae_precision": "bf16"},
     "resolution": {"data": {"resolution": 8}},
     "rank": {"adapter": {"rank": 2}},
     "alpha": {"adapter": {"alpha": 1.0}},
@@ -264,6 +282,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rank pattern": {"adapter": {"rank_pattern": {"*.attn2.*": 2}}},
     "alpha pattern": {"adapter": {"alpha_pattern": {"*.attn2.*": 2.0}}},
     "dropout": {"adapter": {"dropout": 0.3}, "stages": (Stage(3),)},
+    "rank dropout": {"adapter": {"rank_dropout": 0.3}, "stages": (Stage(3),)},
+    "module dropout": {"adapter": {"module_dropout": 0.3}, "stages": (Stage(3),)},
+    "full": {"adapter": {"kind": "full", "rank": 16}},
+    "lora plus": {"optimizer": {"lora_plus": 4.0}},
     "rslora": {"adapter": {"rslora": True}},
     "kaiming": {"adapter": {"init": "kaiming"}},
     "dora": {"adapter": {"kind": "dora"}},
@@ -289,11 +311,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prior": {"prior": {"prompt": "a cat", "count": 1}},
     "prior weight": {"prior": {"prompt": "a cat", "count": 1, "weight": 3.0}},
     "prior count": {"prior": {"prompt": "a cat", "count": 3}},
+    "swap": {"prior": {"swap": {"TOK": "cat"}}, "stages": (Stage(3),)},
+    "swap weight": {"prior": {"swap": {"TOK": "cat"}, "swap_weight": 9.0}, "stages": (Stage(3),)},
     "bf16": {"precision": "bf16"},
     "tokens": {"stages": (Stage(2, TOKENS),)},
     "vectors": {"stages": (Stage(2, TOKENS),), "tokens": {"vectors": 3}},
     "zero tokens": {"stages": (Stage(2, TOKENS),), "tokens": {"init": ("zero",)}},
     "word tokens": {"stages": (Stage(2, TOKENS),), "tokens": {"init": ("c",)}},
+    "drawn tokens": {"stages": (Stage(2, TOKENS),), "tokens": {"init": ("random:0.5",)}},
+    "all the initializer's tokens": {"stages": (Stage(2, TOKENS),), "tokens": {"init": ("a b c d",), "vectors": 0}},
     "norm none": {"stages": (Stage(2, TOKENS),), "tokens": {"norm": "none"}},
     "norm rescale": {"stages": (Stage(2, TOKENS),), "tokens": {"norm": "rescale"}},
     "stage norm": {"stages": (Stage(3, TOKENS, norm="none"),)},
@@ -344,6 +370,60 @@ def test_a_text_adapter_that_pauses_needs_no_row_keys(config: Config, quick: Non
     stages = (Stage(1, ("denoiser", "text_encoder")), Stage(2, ("denoiser",)))
     run = train.train(replace(config, stages=stages, adapter=replace(config.adapter, dropout=0.5)))
     assert all(bool(p.isfinite().all()) for p in learned(run).values())
+
+
+def test_the_moving_average_is_what_is_kept_and_shown(config: Config, quick: None) -> None:
+    config = replace(config, stages=(Stage(4),), optimizer=replace(config.optimizer, lr={"denoiser": 0.1}))
+    plain, mean = train.train(config), train.train(replace(config, out=config.out + "2", ema=0.5))
+    assert same(learned(plain), learned(mean))  # training itself does not see it
+    files = [load_file(run / "pytorch_lora_weights.safetensors") for run in (plain, mean)]
+    assert distance(*files) > 0.01 and rows(plain, "val")[-1]["loss"] != rows(mean, "val")[-1]["loss"]
+    # the average begins as the start, so that three updates at decays 1/5, 1/4, 1/3 ... are between the first and the last step
+    half = replace(config, out=config.out + "3", ema=0.5, stages=(Stage(2),))
+    train.train(half)
+    assert same(final(train.train(replace(half, stages=config.stages, resume=True))), final(mean))
+    with pytest.raises(UserError, match="was written with --ema; resume as the run began"):
+        train.train(replace(half, ema=0.0, stages=(Stage(5),), resume=True))
+
+
+def test_a_full_fine_tune_leaves_a_whole_model(config: Config, quick: None) -> None:
+    config = replace(config, adapter=Adapter(kind="full", targets=("all",)), stages=(Stage(2, ("denoiser", "tokens")),))
+    run = train.train(config)
+    before, after = (StableDiffusionPipeline.from_pretrained(path, safety_checker=None) for path in (config.model, run / "model"))
+    moved = [n for n, p in after.unet.state_dict().items() if not torch.equal(p, before.unet.state_dict()[n])]
+    assert len(moved) > 40 and all("norm" not in name for name in moved)
+    assert same(before.text_encoder.state_dict(), after.text_encoder.state_dict()) and len(after.tokenizer) == len(before.tokenizer)
+    assert not (run / "pytorch_lora_weights.safetensors").exists() and (run / "run_emb.safetensors").exists()
+    assert infer.main(["--model", str(run / "model"), "--prompt", "a b", "--steps", "2", "--out", str(run / "out.png")]) == 0
+
+
+def test_preservation_holds_the_class_to_the_base_model(config: Config, quick: None) -> None:
+    """With an overwhelming weight on it the adapter learns next to nothing that shows on the class caption."""
+
+    def shift(weight: float) -> float:
+        seen: list[float] = []
+        swap = Prior(swap={"TOK": "cat"}, swap_weight=weight)
+
+        def loss(step: StepOutput) -> Tensor:
+            now, base = step.preserved
+            seen.append((now - base).square().mean().item())
+            return mse(step) + weight * (now - base).square().flatten(1).mean(1)
+
+        c = replace(config, out=f"{config.out}{weight:g}", stages=(Stage(12),), prior=replace(swap, swap_weight=0.0))
+        train.train(c, loss=loss)
+        return sum(seen[-4:])
+
+    assert shift(300.0) < 0.3 * shift(0.0)
+
+
+def test_the_preview_needs_no_weights(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(to_toml(replace(config, noise=replace(config.noise, density="logit_normal"))))
+    (copy := tmp_path / "model").mkdir()
+    for file in Path(config.model).rglob("*.json"):
+        (copy / file.relative_to(config.model)).parent.mkdir(exist_ok=True)
+        (copy / file.relative_to(config.model)).write_text(file.read_text())
+    assert train.main([str(tmp_path / "c.toml"), "--model", str(copy), "--preview-density", "--out", str(tmp_path / "mine")]) == 0
+    assert "from clean to pure noise" in capsys.readouterr().out and (tmp_path / "mine_density.png").is_file() and not (tmp_path / "mine").exists()
 
 
 def test_half_precision_with_a_loss_scale_that_is_kept(config: Config, quick: None) -> None:
