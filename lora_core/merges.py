@@ -1,7 +1,8 @@
 """Merges of whole files, streamed layer by layer, and the allotment of a rank budget to layers.
 
 Nothing here holds more than one layer in fp32 besides what it hands out, so a caller that rounds and drops each Layer keeps memory flat.
-Layers that only some of the files hold are kept. Tokens and headers are the caller's.
+Layers that only some of the files hold are kept. Tokens and headers are the caller's. Work in factor space runs on one thread (see `one_thread`,
+which a caller puts around its own loop over the layers as well: casting a small tensor on two threads costs as much as merging the layer).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lora_core.dense import Merge
 from lora_core.errors import UserError
 from lora_core.grams import norm
 from lora_core.noise import generator
-from lora_core.spectra import Keep, Report, compress, distill, spectrum, steps_within
+from lora_core.spectra import Keep, Report, compress, distill, one_thread, spectrum, steps_within
 from lora_core.sums import Weighted, concat, lpl, slerp
 
 Key = tuple[str, str]  # component, published path
@@ -188,8 +189,9 @@ def steps_of(terms: Sequence[Term]) -> dict[Key, Steps]:
     """What the ranks of each layer of a weighted sum are worth and cost, for `allot`. Raises UserError for a DoRA."""
     found = {}
     for key, weighted in layers(terms):
-        lr = concat(weighted)
-        sigma = spectrum(lr)
+        with one_thread():
+            lr = concat(weighted)
+            sigma = spectrum(lr)
         found[key] = Steps(sigma.square().sum(0), len(sigma), len(sigma) * (lr.down[0].numel() + lr.up.shape[0] // len(sigma)))
     return found
 
@@ -239,11 +241,12 @@ def _merged(key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense)
             lr = weighted[0][1]
             return lr, Report(lr.rank, lr.rank, norm(lr._replace(magnitude=None)), 0.0)
         return _distilled(key, weighted, keep, dense)
-    lr = concat(weighted)
-    if isinstance(keep, Keep):
-        return compress(lr, keep)
-    size = norm(lr)
-    return (lr, Report(lr.rank, lr.rank, size, 0.0)) if keep is None else (None, Report(0, lr.rank, size, size))
+    with one_thread():
+        lr = concat(weighted)
+        if isinstance(keep, Keep):
+            return compress(lr, keep)
+        size = norm(lr)
+        return (lr, Report(lr.rank, lr.rank, size, 0.0)) if keep is None else (None, Report(0, lr.rank, size, size))
 
 
 def _distilled(key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense) -> tuple[LowRank, Report]:

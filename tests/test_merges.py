@@ -142,6 +142,9 @@ def test_dense_merges_depend_on_seed_and_layer_alone(name):
     if "dare" in name:
         other, _ = collected(mix_dense(terms, MERGES[name], Keep(rank=9), density=0.5, seed=5))
         assert not torch.equal(product(both.components["unet"]["b"]), product(other.components["unet"]["b"]))
+        lr = adapter((8, 6), 3)
+        twins, _ = collected(mix_dense([Term(AdapterState({"unet": {"x": lr, "y": lr}}))], MERGES[name], Keep(rank=6), density=0.5, seed=4))
+        assert not torch.equal(product(twins.components["unet"]["x"]), product(twins.components["unet"]["y"]))
 
 
 @pytest.mark.parametrize("name", ["dare", "magnitude"])

@@ -112,6 +112,21 @@ def test_groups_share_a_rank_evenly_or_not_at_all():
         compress(adapter((12, 4, 3, 2), 6, 3), Keep(rank=4))
 
 
+def test_decompositions_leave_the_thread_count_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compress(adapter((5, 4), 2), Keep(rank=1))
+        spectrum(adapter((5, 4), 2))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), spectra.one_thread():
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_dora_is_refused():
     lr = adapter((5, 4), 2)._replace(magnitude=torch.ones(5))
     for refused in (lambda: compress(lr, Keep(rank=1)), lambda: spectrum(lr)):
