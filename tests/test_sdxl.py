@@ -18,6 +18,7 @@ from lora_core.formats.layout import layout_of
 from lora_core.generation import Recipe, generate
 from lora_core.tokens import Abstraction, first_eos
 from models import Conditioning, Loading, Sizes, load_family, outline
+from models.sd import unet_presets
 from models.sdxl import PRESETS, layout, schedule_of, stability_names
 from tests import tiny_sdxl
 from tests.tiny_sdxl import FULL_UNET, save
@@ -340,10 +341,10 @@ def full() -> tuple:
 
 def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
     unet, first, second = full
-    count = {name: len(adapters.targets(unet, globs)) for name, globs in PRESETS["unet"].items()}
+    count = {name: len(adapters.targets(unet, globs)) for name, globs in (unet_presets(unet) | PRESETS["unet"]).items()}
     assert {name: count[name] for name in ("attention", "kohya", "cloneofsimo")} == {"attention": 560, "kohya": 722, "cloneofsimo": 630}
     assert count["extended"] == 630 + 3 * 17 + 11 and count["all"] == 722 + 3 * 17 + 11  # 17 resnets, 11 shortcuts
-    assert count["all-linear"] == len(dict(layout_of({"unet": unet}).components["unet"].shapes))
+    assert count["all-linear"] == sum(isinstance(module, torch.nn.Linear) for module in unet.modules()) == 743
     for preset, block in (("b-lora-content", 0), ("b-lora-style", 1)):
         found = adapters.targets(unet, PRESETS["unet"][preset])
         assert len(found) == 80 and all(path.startswith(f"up_blocks.0.attentions.{block}.") and ".attn" in path for path in found)
@@ -357,7 +358,7 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
     shape = layout(unet, {"text_encoder": first, "text_encoder_2": second})
     names = shape.components["unet"].names
     assert names.keys() == shape.components["unet"].shapes.keys() and len(set(names.values())) == len(names)
-    chosen = ["lora_unet_" + names[path].replace(".", "_") for path in adapters.targets(unet, PRESETS["unet"]["kohya"])]
+    chosen = ["lora_unet_" + names[path].replace(".", "_") for path in adapters.targets(unet, unet_presets(unet)["kohya"])]
     blocks = Counter("_".join(name.split("_")[2 : 5 if "middle" in name else 6]) for name in chosen)
     two, ten = (f"input_blocks_{i}_1" for i in (4, 5)), (f"input_blocks_{i}_1" for i in (7, 8))
     expected = dict.fromkeys([*two, *(f"output_blocks_{i}_1" for i in (3, 4, 5))], 22)
