@@ -15,10 +15,12 @@ import pytest
 from PIL import Image
 
 import checks
+import infer
 import train
 from lora_core import run as run_module
 from lora_core.config import Config, Prior, Samples, Stage, read_toml, to_toml
 from lora_core.errors import UserError
+from models import load_family
 from session import Session
 from tests.conftest import final, learned, same, save_photos
 from tests.test_train import merged
@@ -109,6 +111,25 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "cache": ({"data": {"cache": "cache", "flip": True}}, "--data.cache has no effect without --data.variants"),
     "caption": ({"data": {"captions": "txt", "caption": "a cat"}}, "has no use"),
     "base word": ({"samples": {"base_word": "cat"}}, "--samples.base-word has no effect"),
+    "images and dataset": ({"data": {"dataset": "user/name"}}, "either a folder with --data.images or a dataset"),
+    "two shifts": ({"noise": {"shift": 3.0, "dynamic_shift": True}}, "--noise.shift 3 gives another; choose one"),
+    "shift": ({"noise": {"shift": 3.0}}, "have no effect on this model, which is no flow model"),
+    "guidance": ({"noise": {"guidance": 1.0}}, "--noise.guidance has no effect on this model"),
+    "density": ({"noise": {"density": "logit_normal", "density_args": {"meen": 1.0}}}, "'meen'.*mean"),
+    "density args": ({"noise": {"density_args": {"mean": 1.0}}}, "--noise.density-args has no effect without --noise.density"),
+    "encoders": (ONLY | {"tokens": {"encoders": ("t5",)}}, "--tokens.encoders has t5; the text encoders of this model are clip_l"),
+    "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
+    "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
+    "lora plus of full": ({"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}}, "has no up and down, which LoRA+ tells apart"),
+    "ema": ({"ema": 1.0}, r"--ema is 1; expected a number in \[0, 1\)"),
+    "swap word": ({"prior": {"swap": {"FOO": "cat"}}}, "no caption has the placeholder word FOO"),
+    "swap weight": ({"prior": {"swap_weight": 2.0}}, "--prior.swap-weight has no effect without --prior.swap"),
+    "bucket step": ({"data": {"bucket_step": 8}}, "--data.bucket-step has no effect without --data.buckets"),
+    "odd buckets": ({"data": {"buckets": True, "bucket_step": 3}}, "--data.bucket-step 3 is no multiple of 2"),
+    "caption column": ({"data": {"caption_column": "words", "captions": "txt"}}, "--data.caption-column has no effect"),
+    "split": ({"data": {"split": "test"}}, "--data.split has no effect without --data.dataset"),
+    "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
+    "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
 }
 
@@ -349,3 +370,36 @@ def test_the_committed_configs_pass_the_checks() -> None:
         checks.config(replace(found, data=replace(found.data, images=found.data.images or "photos")))
     with pytest.raises(UserError, match="prior"):
         checks.config(Config(data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()))
+
+
+def test_targets_are_checked_before_any_weight_is_read(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for file in Path(config.model).rglob("*.json"):  # a model of configs only
+        (copy := tmp_path / "model" / file.relative_to(config.model)).parent.mkdir(exist_ok=True, parents=True)
+        copy.write_bytes(file.read_bytes())
+    config = replace(config, model=str(tmp_path / "model"))
+    assert "matches none of the" in refused(merged(config, {"adapter": {"targets": ("attn1.to_qq",)}}), capsys)
+    assert "cannot load" in refused(config, capsys)
+
+
+def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family = load_family(str(model))
+    for _ in range(2):
+        family.encode_prompts(["a b c d e f g h i j k l m n o p", "a b"])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "warning: the prompt is 18 tokens long and CLIP reads 16; cut off: 'o p'"
+
+
+def test_small_pictures_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(merged(config, {"data": {"resolution": 32}}))
+    assert "warning: 5 of 5 images are smaller than 32 pixels and scaled up, first " in capsys.readouterr().err
+
+
+def test_a_lora_of_another_family_is_refused(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from tests import tiny_sdxl
+
+    run = train.train(config)
+    tiny_sdxl.save(tmp_path / "xl")
+    capsys.readouterr()
+    assert infer.main(["--model", str(tmp_path / "xl"), "--lora", str(run), "--prompt", "a", "--out", str(tmp_path / "o.png")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "another model" in said[0] and not (tmp_path / "o.png").exists()

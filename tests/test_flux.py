@@ -315,7 +315,7 @@ def test_an_image_to_image_model_is_the_same_family(tmp_path):
     index.write_text(index.read_text().replace("FluxPipeline", "FluxImg2ImgPipeline"))
     assert load_family(str(tmp_path)).pipeline == "FluxImg2ImgPipeline"
     index.write_text(index.read_text().replace("FluxImg2ImgPipeline", "FluxFillPipeline"))
-    with pytest.raises(UserError, match="FluxFillPipeline, which is not supported; supported are .*FluxPipeline"):
+    with pytest.raises(UserError, match=r"FluxFillPipeline, which is not supported; supported are .*FluxPipeline"):
         load_family(str(tmp_path))
 
 
