@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train
-from lora_core.config import read_toml
+from lora_core.config import Config, read_toml
 from tests import tiny_sdxl
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"
@@ -120,7 +120,8 @@ class Peer:
         settings = dict(betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, decouple=True, use_bias_correction=True, safeguard_warmup=True)
         self.optimizer = prodigyopt.Prodigy(groups, **settings)
         self.rates = get_scheduler("constant", optimizer=self.optimizer)
-        self.loader = DataLoader(list(self._examples(pictures)), batch_size=BATCH, shuffle=True, collate_fn=self._collate)
+        examples: Any = list(self._examples(pictures))
+        self.loader = DataLoader(examples, batch_size=BATCH, shuffle=True, collate_fn=self._collate)
         with torch.no_grad():
             self.latents = [self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader]  # one a batch, in the order of one pass
 
@@ -228,7 +229,7 @@ class Peer:
 
 def ours(model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None) -> list[Clock]:
     """Clocks of the two stages of our config."""
-    c = read_toml(CONFIG)
+    c: Config = read_toml(CONFIG)
     stages = tuple(replace(stage, steps=steps + WARM + 1) for stage in c.stages)
     c = replace(
         c, model=str(model), vae="", out=str(out), device="cpu", precision="fp32", gradient_checkpointing=False, stages=stages,
