@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from lora_core import noise
 from lora_core.errors import UserError
-from lora_core.formats.layout import Layout, layout_of
+from lora_core.formats.layout import Layout, Numbering, layout_of
 from lora_core.noise import NoiseLevel, Schedule
 from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, part, read_json, tokenize
 
@@ -37,6 +38,23 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
         "kohya": ("*.self_attn.*_proj", "*.mlp.fc?"),  # 72
         "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
+}
+CLASSES = {  # of modules, under the names they had and have in diffusers and transformers -> the layers in one
+    "CrossAttention": ATTENTION,
+    "Attention": ATTENTION,
+    "GEGLU": ("*.ff.net.0.proj",),
+    "ResnetBlock2D": (*RESNETS, "*.conv_shortcut"),
+    "CLIPAttention": ("*.self_attn.*_proj",),
+}
+AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")  # the middle is registered last, attentions before residual blocks
+WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
+NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers between the attentions when its files were made, and now does after them
+    "unet": Numbering(
+        CLASSES,
+        targets=(("CrossAttention", "Attention", "GEGLU"), ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D")),
+        orders=((*AROUND, "attn1", "ff", "attn2", *WITHIN), (*AROUND, "attn1", "attn2", "ff", *WITHIN)),
+    ),
+    "text_encoder": Numbering(CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)),
 }
 
 
@@ -155,13 +173,27 @@ def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Sc
 def layout(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]) -> Layout:
     """Names and presets of Stable Diffusion 1.x or 2.x (which has OpenCLIP's text encoder)."""
     second, v = text_encoder.config.hidden_size == 1024, scheduler.get("prediction_type") == "v_prediction"
-    return layout_of(
+    found = layout_of(
         {"unet": unet, "text_encoder": text_encoder},
         family="sd",
         base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
         presets=PRESETS | {"unet": unet_presets(unet)},
         architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora" if second else "stable-diffusion-v1/lora",
     )
+    components = {name: replace(component, numbering=NUMBERINGS[name]) for name, component in found.components.items()}
+    components["unet"] = replace(components["unet"], blocks=blocks_of(unet, components["unet"].shapes))
+    return replace(found, components=components, block_lists=(17, 26))
+
+
+def blocks_of(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
+    """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down, 13 in the middle, from 14 on the way up."""
+    starts = {"input_blocks": 1, "middle_block": 13, "output_blocks": 14}
+    found = {"conv_in": 1}
+    for place, name in places(unet):
+        kind, number, *_ = name.split(".")
+        index = starts[kind] + (0 if kind == "middle_block" else int(number))
+        found |= {path: index for path in paths if path == place or path.startswith(place + ".")}
+    return found
 
 
 def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
@@ -189,3 +221,31 @@ def skipped(clip_skip: int, encoders: Sequence[Any]) -> int:
     if not 0 <= clip_skip < layers:
         raise UserError(f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers")
     return clip_skip
+
+
+def places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
+    entry = 1  # input_blocks.0 is conv_in
+    for i, block in enumerate(unet.down_blocks):
+        attentions = getattr(block, "attentions", [])
+        for j in range(len(block.resnets)):
+            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{entry}.0"
+            if attentions:
+                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{entry}.1"
+            entry += 1
+        if block.downsamplers:
+            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
+            entry += 1
+    for j in range(len(getattr(unet.mid_block, "resnets", []))):  # distilled models have no middle block
+        yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
+        yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
+    entry = 0
+    for i, block in enumerate(unet.up_blocks):
+        attentions = getattr(block, "attentions", [])
+        for j in range(len(block.resnets)):
+            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{entry}.0"
+            if attentions:
+                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
+            entry += 1
+        if block.upsamplers:
+            yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv"

@@ -5,7 +5,7 @@ Base, inpainting (9 channels), refiner (bigG alone, an aesthetic score in place 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +203,8 @@ def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
         architecture=f"stable-diffusion-xl-v1-{kind}/lora",
     )
     component: Component = found.components["unet"]
-    return replace(found, components={**found.components, "unet": replace(component, names=stability_names(unet, component.shapes))})
+    named = replace(component, names=stability_names(unet, component.shapes), blocks=sd.blocks_of(unet, component.shapes))
+    return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
 
 
 RESNET = {  # a residual block's modules, ours -> Stability's
@@ -228,7 +229,7 @@ def stability_names(unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[s
     Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
     upsampler is the last member of its block's last entry.
     """
-    places = dict(_places(unet))
+    places = dict(sd.places(unet))
     names = {}
     for path in paths:
         start = next((place for place in places if path == place or path.startswith(place + ".")), None)
@@ -239,31 +240,3 @@ def stability_names(unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[s
         inner = RESNET[rest] if ".resnets." in start else rest
         names[path] = places[start] + (f".{inner}" if inner else "")
     return names
-
-
-def _places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
-    entry = 1  # input_blocks.0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{entry}.0"
-            if attentions:
-                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{entry}.1"
-            entry += 1
-        if block.downsamplers:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
-            entry += 1
-    for j in range(len(getattr(unet.mid_block, "resnets", []))):  # distilled models have no middle block
-        yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
-        yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
-    entry = 0
-    for i, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{entry}.0"
-            if attentions:
-                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
-            entry += 1
-        if block.upsamplers:
-            yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv"

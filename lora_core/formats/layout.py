@@ -25,6 +25,15 @@ LEVELS = {"encoder.layers.": "text_model."}  # how a text encoder's modules begi
 
 
 @dataclass(frozen=True)
+class Numbering:
+    """How files number a network's layers where they do not name them: class by class, as a walk through its modules meets them."""
+
+    classes: Mapping[str, tuple[str, ...]]  # name of a class of modules -> globs of the layers in it
+    targets: tuple[tuple[str, ...], ...]  # sets of classes that files hold; each has all layers of the one before
+    orders: tuple[tuple[str, ...], ...]  # words of paths in the order they are met; the first is written, all are read
+
+
+@dataclass(frozen=True)
 class Component:
     """One network of a family."""
 
@@ -34,6 +43,9 @@ class Component:
     names: Mapping[str, str] = field(default_factory=dict)  # published path -> the dotted name kohya files build on, where it differs
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # such a name -> published paths whose outputs it stacks, in row order
     swapped: frozenset[str] = frozenset()  # published paths whose halves of the output such files store the other way round
+    numbering: Numbering | None = None  # none: no such file exists for this network
+    blocks: Mapping[str, int] = field(default_factory=dict)  # published path -> its block, an index into the 26 of `blocks.BLOCKS`
+    width: int = 0  # of an embedding table's rows; 0 where the network has none
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Layout:
     presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)  # component -> preset -> target globs
     architecture: str = ""  # modelspec.architecture; no such header entry where empty
     network_module: str = "networks.lora"  # kohya's ss_network_module
+    block_lists: tuple[int, ...] = ()  # lengths of the lists of block weights that people use with the family; none: it has no such blocks
 
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network. Raises UserError for a module that is no Linear or Conv2d of it."""
@@ -57,6 +70,10 @@ class Layout:
         """The path within the installed network of a module that files name `published`. Raises UserError for an unknown one."""
         part = self.component(component)
         return _known(published, part.shapes, component).removeprefix(part.module_prefix)
+
+    def block_of(self, component: str, path: str) -> int | None:
+        """The index into `blocks.BLOCKS` of a layer: 0, the base, in text encoders; None for a layer of no block."""
+        return 0 if component in self.encoders else self.component(component).blocks.get(path)
 
     def component(self, name: str) -> Component:
         """Raises UserError for a component the family does not have."""
@@ -83,7 +100,7 @@ def layout_of(
         prefixes = PREFIXES.get(encoders.get(name, name), (f"lora_{name}",))
         if name == "text_encoder" and "text_encoder_2" in modules:
             prefixes = NUMBERED
-        components[name] = Component(prefixes, {level + path: shape for path, shape in shapes.items()}, level)
+        components[name] = Component(prefixes, {level + path: shape for path, shape in shapes.items()}, level, width=_width(module))
     own_encoders = {name: key for name, key in encoders.items() if name in modules}
     return Layout(family, base_model_version, components, own_encoders, presets or {}, architecture)
 
@@ -113,3 +130,9 @@ def _known(path: str, shapes: Mapping[str, tuple[int, ...]], component: str) -> 
     if path not in shapes:
         raise UserError(f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest(path, shapes) or 'nothing, it has none at all'}")
     return path
+
+
+def _width(module: nn.Module) -> int:
+    """What one row of a network's embedding table holds; 0 without a table."""
+    table = getattr(module, "get_input_embeddings", lambda: None)()
+    return 0 if table is None else table.embedding_dim
