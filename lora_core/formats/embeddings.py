@@ -313,7 +313,7 @@ def _concepts(data: Mapping[Any, Any]) -> Any:
 def _refuse_layerwise(data: Mapping[Any, Any], source: str) -> None:
     if _concepts(data) is not None:
         raise UserError(f"{source} is an ED-LoRA of Mix-of-Show with {PLUS}")
-    if all(isinstance(key, str) and LAYERWISE.fullmatch(key) for key in data):
+    if data and all(isinstance(key, str) and LAYERWISE.fullmatch(key) for key in data):
         raise UserError(f"{source} has {PLUS}")
 
 

@@ -1,0 +1,266 @@
+"""embeddings: every kind of token file there is, read; what is written, in diffusers and through A1111's and ComfyUI's rules."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lora_core.algebra import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats import embeddings, layout_of
+from lora_core.formats.container import read_tensors, write_tensors
+from lora_core.formats.layout import Component, Layout
+from lora_core.formats.pickles import read_pickle
+from models import sd
+from tests.tiny_pipeline import pipeline
+
+
+def layout(**widths):
+    """Encoders with these widths: clip_l=4, clip_g=6."""
+    names = ("text_encoder", "text_encoder_2")[: len(widths)]
+    parts = {name: Component((), {}, width=width) for name, width in zip(names, widths.values())}
+    return Layout("f", "v1", parts, dict(zip(names, widths)))
+
+
+ONE, PAIR = layout(clip_l=4), layout(clip_l=4, clip_g=6)
+ROWS, WIDE = torch.randn(2, 4), torch.randn(2, 6)
+
+
+def parameters(rows):
+    return nn.ParameterDict({"*": nn.Parameter(rows)})
+
+
+A1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "dog", "step": 7, "sd_checkpoint": None, "sd_checkpoint_name": "x"}
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "tensors, encoder, names, words",
+    [
+        ({"emb_params": ROWS}, "clip_l", ("<cat>", "<cat>_1"), {"cat": ("<cat>", "<cat>_1")}),
+        ({"emb_params": WIDE[:1]}, "clip_g", ("<cat>",), {"cat": ("<cat>",)}),
+        ({"<dog>": ROWS[0]}, "clip_l", ("<dog>",), {}),
+        ({"<dog>": ROWS}, "clip_l", ("<dog>", "<dog>_1"), {"<dog>": ("<dog>", "<dog>_1")}),
+        ({"my dog": ROWS[:1]}, "clip_l", ("<my-dog>",), {"my dog": ("<my-dog>",)}),
+        ({"<s2>": ROWS[1], "<s1>": ROWS[0]}, "clip_l", ("<s1>", "<s2>"), {}),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_single_tensor_is_for_the_encoder_of_its_width(tmp_path, tensors, encoder, names, words, pickled):
+    file = tmp_path / ("cat.bin" if pickled else "cat.safetensors")
+    if pickled:
+        torch.save(tensors, file)
+        assert embeddings.detect_pt(read_pickle(file))
+        state = embeddings.read_pt(file, PAIR)
+    else:
+        write_tensors(file, tensors, {"seed": "1"})
+        assert embeddings.detect(load_file(file))
+        state = embeddings.read(*read_tensors(file), PAIR, str(file))
+        assert state.metadata["seed"] == "1"
+    rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in sorted(tensors.items())])
+    assert list(state.tokens) == [encoder] and torch.equal(state.tokens[encoder], rows)
+    assert state.token_names == names and embeddings.words(state) == words
+
+
+@pytest.mark.parametrize("change", [{}, {"string_to_param": parameters(ROWS)}, {"name": None}, {"name": ""}])
+@pytest.mark.parametrize("older", [False, True])
+def test_a1111_dictionaries(tmp_path, change, older):
+    torch.save(A1111 | change, tmp_path / "cat.pt", _use_new_zipfile_serialization=not older)
+    state = embeddings.read_pt(tmp_path / "cat.pt", ONE)
+    word = "dog" if "name" not in change else "cat"
+    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.words(state) == {word: (f"<{word}>", f"<{word}>_1")}
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"clip_l": ROWS, "clip_g": WIDE}, {"text_encoders_0": ROWS, "text_encoders_1": WIDE}, {"text_encoders_0": ROWS, "clip_g": WIDE}]
+)
+def test_pairs_of_encoders(tmp_path, tensors):
+    write_tensors(tmp_path / "e.pti", tensors, {})  # cog's .pti is a .safetensors
+    torch.save(tensors, tmp_path / "e.pt")
+    for state in (embeddings.read(*read_tensors(tmp_path / "e.pti"), PAIR, "e"), embeddings.read_pt(tmp_path / "e.pt", PAIR)):
+        assert torch.equal(state.tokens["clip_l"], ROWS) and torch.equal(state.tokens["clip_g"], WIDE) and state.token_names == ("<s0>", "<s1>")
+
+
+def test_without_a_layout_the_usual_widths_decide():
+    for width, encoder in ((768, "clip_l"), (1024, "clip_l"), (1280, "clip_g"), (4096, "t5")):
+        assert list(embeddings.read({"emb_params": torch.ones(1, width)}, {}, None, "x").tokens) == [encoder]
+    plain = layout_of({"text_encoder": nn.ModuleDict({"a": nn.Linear(2, 2)})})  # no table, no width: there is one choice
+    assert list(embeddings.read({"emb_params": ROWS}, {}, plain, "x").tokens) == ["clip_l"]
+
+
+def test_rows_bundled_in_a_lora_are_taken_out_of_it():
+    factor = torch.ones(1, 1)
+    lora = {"lora_unet_x.lora_down.weight": factor}
+    bundles = {"bundle_emb.b.clip_l": ROWS, "bundle_emb.b.clip_g": WIDE, "bundle_emb.a dog.clip_l": ROWS[:1], "bundle_emb.a dog.clip_g": WIDE[:1]}
+    rest, state = embeddings.unbundle(lora | bundles, PAIR, "x")
+    assert rest == lora and state.token_names == ("<a-dog>", "<b>", "<b>_1")
+    assert torch.equal(state.tokens["clip_g"], torch.cat([WIDE[:1], WIDE]))
+    assert embeddings.words(state) == {"a dog": ("<a-dog>",), "b": ("<b>", "<b>_1")}
+    merged = replace(state, metadata={"token_names": '["<old>"]', "placeholders": '{"TOK": ["<old>"]}'} | state.metadata)  # as a LoRA's header has it
+    assert embeddings.words(merged) == embeddings.words(state) and json.loads(merged.metadata["token_names"]) == list(state.token_names)
+    for key in ("string_to_param.*", "emb_params", "<a>"):
+        rest, state = embeddings.unbundle(lora | {f"bundle_emb.<a>.{key}": ROWS[0]}, ONE, "x")
+        assert torch.equal(state.tokens["clip_l"], ROWS[:1]) and state.token_names == ("<a>",) and embeddings.words(state) == {}
+    assert embeddings.unbundle(lora, ONE, "x") == (lora, None)
+    for more, expected in (
+        ({"bundle_emb.b.emb_params": ROWS, "bundle_emb.b.<x>": ROWS}, "the bundle b in x has 2 tensors"),
+        ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.clip_g": WIDE}, "rows for clip_g and for clip_l"),
+        ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.emb_params": WIDE}, "rows for clip_g and for clip_l"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            embeddings.unbundle(lora | more, PAIR, "x")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def a1111_reader(data):
+    """A1111's and ComfyUI's rule for a dictionary: string_to_param's first entry, else the only tensor."""
+    if "string_to_param" in data:
+        return next(iter(data["string_to_param"].values()))
+    assert len(data) == 1
+    return next(iter(data.values()))
+
+
+WORD = {"placeholders": '{"TOK": ["<s0>", "<s1>"]}'}
+
+
+@pytest.mark.parametrize("words", [{}, WORD])
+@pytest.mark.parametrize("writer", [embeddings.write_a1111, embeddings.write_learned, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words, writer, dtype):
+    state = AdapterState(tokens={"clip_l": ROWS.to(dtype)}, token_names=("<s0>", "<s1>"), metadata=dict(words))
+    file = tmp_path / "dog.pt"
+    if writer is None:
+        embeddings.write_pt(state, file)
+        first, read, raw = file.read_bytes(), embeddings.read_pt(file, ONE), torch.load(file, weights_only=True)
+        embeddings.write_pt(state, file)
+        assert file.read_bytes() == first and raw["name"] == "dog"
+    else:
+        tensors, own = writer(state, ONE, "dog")
+        header = state.metadata | own | {"token_names": json.dumps(state.token_names)}  # as formats.save does
+        write_tensors(file, tensors, header)
+        raw, read = tensors, embeddings.read(*read_tensors(file), ONE, str(file))
+        assert list(raw) == (["emb_params"] if writer is embeddings.write_a1111 else ["TOK" if words else "dog"])
+    assert torch.equal(a1111_reader(raw), state.tokens["clip_l"])
+    assert torch.equal(read.tokens["clip_l"], state.tokens["clip_l"]) and read.tokens["clip_l"].dtype == dtype
+    assert read.token_names == state.token_names and embeddings.words(read) == embeddings.words(state)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["a1111.pt", "emb_params", "learned", "learned.bin"])
+def test_diffusers_loads_what_is_written(tmp_path, kind, count):
+    pipe, rows = pipeline(), torch.randn(count, 16)
+    own = sd.layout(pipe.unet, pipe.text_encoder, {})
+    names = ("<dog>",) if count == 1 else ("<dog>", "<dog>_1", "<dog>_2")
+    state = AdapterState(tokens={"clip_l": rows}, token_names=names, metadata={} if count == 1 else embeddings.header({"<dog>": names}))
+    file = tmp_path / ("<dog>" + (".safetensors" if kind in ("emb_params", "learned") else ".pt"))
+    if kind == "a1111.pt":
+        embeddings.write_pt(state, file)
+    elif kind == "learned.bin":
+        torch.save(embeddings.write_learned(state, own, "x")[0], file)
+    else:
+        write_tensors(file, *(embeddings.write_a1111 if kind == "emb_params" else embeddings.write_learned)(state, own, "x"))
+    pipe.load_textual_inversion(str(file), token="<dog>" if kind == "emb_params" else None)
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt("<dog>", pipe.tokenizer), add_special_tokens=False).input_ids
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
+
+
+@pytest.mark.parametrize("write", [embeddings.write_a1111, embeddings.write_learned, lambda s, own, title: embeddings.write_pt(s, title, own)])
+def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
+    names = ("<s0>", "<s1>")
+    for state, expected in (
+        (
+            AdapterState(tokens={"clip_l": ROWS, "clip_g": WIDE}, token_names=names),
+            "rows of clip_l and clip_g, .* those of one; write the format embed",
+        ),
+        (AdapterState(tokens={"clip_l": ROWS}, token_names=names, metadata={"placeholders": '{"A": ["<s0>"], "B": ["<s1>"]}'}), "the words A, B"),
+        (AdapterState(tokens={"clip_l": ROWS}, token_names=names, metadata={"placeholders": '{"A": ["<s0>"]}'}), "the words A, <s1>"),
+        (AdapterState(), "rows of no encoder"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            write(state, PAIR, str(tmp_path / "x.pt"))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+class Danger:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"params": {"new_concept_embedding": {"<a1>": torch.ones(16, 4)}, "unet": {}}}, "ED-LoRA of Mix-of-Show with per-layer token rows"),
+        ({"IN01": ROWS, "MID": ROWS, "OUT03": ROWS}, "per-layer token rows"),
+        (A1111 | {"string_to_param": {}}, "holds 0 entries"),
+        (A1111 | {"string_to_param": {"*": ROWS, "+": ROWS}}, "holds 2 entries"),
+        (A1111 | {"string_to_param": Danger()}, "holds 0 entries"),
+        (A1111 | {"string_to_param": {"*": ROWS * float("nan")}}, "NaN or Inf"),
+        (A1111 | {"string_to_param": {"*": torch.ones(2, 2, 4)}}, r"shape \[2, 2, 4\]"),
+        (A1111 | {"string_to_param": {"*": torch.ones(2, 5)}}, r"width 5 and fit no encoder, their widths are 4 \(clip_l\), 6 \(clip_g\)"),
+        ({"<a>": Danger()}, "'<a>' in .* has type Inert"),
+        ({"<a>": torch.ones(2, 4).int()}, "torch.int32; expected an embedding"),
+        ({"<a>": ROWS, "<b>": WIDE}, "rows for clip_g and for clip_l"),
+        ({}, "no token rows"),
+        ({3: ROWS}, "3 in .* floating-point token rows"),
+        ([ROWS], "holds a list, no embedding"),
+        ({"a b": ROWS, "a-b": ROWS}, "different names"),
+    ],
+)
+def test_pickles_that_are_no_plain_rows_are_refused_unexecuted(tmp_path, content, expected):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=expected) as error:
+        embeddings.read_pt(tmp_path / "x.pt", PAIR)
+    assert "\n" not in str(error.value)
+
+
+def test_a_width_that_two_encoders_have_is_refused():
+    with pytest.raises(UserError, match="width 4 and may be for clip_l or clip_g; name the encoder"):
+        embeddings.read({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
+    with pytest.raises(UserError, match="width 4 and fit no encoder, their widths are 768"):
+        embeddings.read({"emb_params": ROWS}, {}, None, "x")
+    with pytest.raises(UserError, match="the key more beside emb_params"):
+        embeddings.read({"emb_params": ROWS, "more": ROWS}, {}, ONE, "x")
+
+
+def test_weights_of_networks_are_not_taken_for_tokens():
+    assert not embeddings.detect({"down_blocks.0.weight": ROWS}) and not embeddings.detect({"<a>": torch.ones(2, 2, 2)})
+    assert not embeddings.detect({"unet:0:up": ROWS}) and not embeddings.detect({"alpha": torch.ones(())})
+    assert not embeddings.detect_pt([ROWS]) and not embeddings.detect_pt({}) and not embeddings.detect_pt({"a.weight": ROWS, "b": 1})
+
+
+def test_mutated_files_are_read_or_refused_in_a_sentence():
+    files = [
+        ({"emb_params": ROWS}, {}), ({"<a>": ROWS[0], "<b>": ROWS[1]}, {}), ({"clip_l": ROWS, "clip_g": WIDE}, {"token_names": '["<x>", "<y>"]'}),
+        ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.string_to_param.*": ROWS}, WORD),
+    ]  # fmt: skip
+    dice, refused = random.Random(0), 0
+    for _ in range(400):
+        tensors, header = (dict(part) for part in dice.choice(files))
+        for _ in range(dice.randint(1, 2)):
+            key = dice.choice(list(tensors))
+            tensor = tensors.pop(key)
+            at = dice.randrange(len(key))
+            name = key[:at] + dice.choice(["", "<", ".", "ü", "clip_g"]) + key[at + 1 :]
+            tensors[dice.choice([key, name])] = dice.choice(
+                [tensor, tensor.reshape(-1)[:-1], tensor.sum(), tensor.reshape(-1)[:0], tensor[None], tensor * float("inf")]
+            )
+            if dice.random() < 0.3:
+                header[dice.choice(["token_names", "placeholders"])] = dice.choice(["", "[]", "null", "[" * 3000, '["<x>", "<y>"]', '{"A": 3}'])
+        try:
+            rest, bundled = embeddings.unbundle(tensors, PAIR, "x")
+            embeddings.words(embeddings.read(rest, header, PAIR, "x") if rest else bundled)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 200 < refused < 400
