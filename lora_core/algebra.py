@@ -2,11 +2,14 @@
 
 delta W = scale * up @ down           (LoRA, arXiv 2106.09685; `scale` is alpha / rank, resolved when a file is read)
 delta W = m / n * (W + scale * up @ down) - W,   n = row norm of (W + scale * up @ down)           (DoRA, arXiv 2402.09353; rows as in peft)
+
+The norm of the columns (older LyCORIS), and updates that are no product of two factors (LoHa, LoKr), can only be merged: see `Dense`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -21,11 +24,33 @@ class LowRank(NamedTuple):
     down: Tensor  # [r, in] or [r, in / groups, kh, kw]
     up: Tensor  # [out, r] or [out, r, 1, 1]
     scale: float
-    magnitude: Tensor | None = None  # [out], DoRA only
+    magnitude: Tensor | None = None  # DoRA only: [out]; by columns [1, in] or [1, in, 1, 1], which can only be merged into its weight
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One layer's update that a file keeps in another form than two factors. It can be merged into its weight, or distilled to factors."""
+
+    kind: str  # "LoHa", "LoKr" or "full"
+    shape: tuple[int, ...]  # of the base weight
+    build: Callable[[], Tensor]  # the update before any magnitude, fp32 or better, of that shape; computed anew in each call
+    magnitude: Tensor | None = None  # as in LowRank
+
+    def rows(self, start: int, stop: int) -> Dense:
+        """The update of some of the outputs. Raises ValueError for a magnitude by columns, whose norms need all rows."""
+        if self.magnitude is not None and self.magnitude.ndim > 1:
+            raise ValueError("the columns of a part have other norms than those of the whole")
+        part = None if self.magnitude is None else self.magnitude[start:stop]
+        return Dense(self.kind, (stop - start, *self.shape[1:]), lambda: self.build()[start:stop], part)
+
+    def rolled(self, shift: int) -> Dense:
+        """With the outputs moved on by `shift`, the last ones to the front."""
+        magnitude = self.magnitude if self.magnitude is None or self.magnitude.ndim > 1 else self.magnitude.roll(shift)
+        return replace(self, build=lambda: self.build().roll(shift, 0), magnitude=magnitude)
 
 
 @dataclass
@@ -36,9 +61,10 @@ class AdapterState:
     tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5" -> [n, d]
     token_names: tuple[str, ...] = ()  # n names in row order
     metadata: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, dict[str, Dense]] = field(default_factory=dict)  # like components; only in states that are read to be merged
 
 
-def product(lr: LowRank) -> Tensor:
+def product(lr: LowRank | Dense) -> Tensor:
     """scale * up @ down in fp32 or better, with the shape of the base weight: [out, in] or [out, in / groups, kh, kw].
 
     The factors of a grouped convolution are grouped alike, down [r, in / groups, kh, kw] and up [out, r / groups, 1, 1], so the groups are
@@ -47,6 +73,8 @@ def product(lr: LowRank) -> Tensor:
 
     Raises ValueError when up does not fit down.
     """
+    if isinstance(lr, Dense):
+        return lr.build()
     up, down = blocks(lr)
     return lr.scale * (up @ down).reshape(lr.up.shape[0], *lr.down.shape[1:])
 
@@ -78,10 +106,11 @@ def require_plain(lr: LowRank) -> None:
         raise UserError("a DoRA has no sum, product or rank of its own, its update depends on the base weight; give the base model or fold it")
 
 
-def delta(lr: LowRank, weight: Tensor | None = None) -> Tensor:
+def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
     """The weight-shaped update delta W in fp32 or better, such that W + t * delta W is the adapted weight at strength t.
 
     DoRA needs the base weight, (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with P = product(lr); plain LoRA uses it for the shape check only.
+    The norms n are those of W + P by rows, or by columns [1, in] where m is (LyCORIS adds an epsilon of the dtype to n, we do not).
 
     Raises ValueError when the shapes do not fit, or when DoRA gets no weight.
     """
@@ -94,6 +123,7 @@ def delta(lr: LowRank, weight: Tensor | None = None) -> Tensor:
         raise ValueError("the update of a DoRA depends on the base weight; pass it")
     dtype = torch.promote_types(weight.dtype, update.dtype)
     base, update = weight.to(dtype), update.to(dtype)
-    norm = torch.linalg.vector_norm((base + update).flatten(1), dim=1)
-    gain = (lr.magnitude.to(dtype) / norm).view(-1, *[1] * (base.ndim - 1))
+    axis = 0 if lr.magnitude.ndim == 1 else 1  # the one that keeps its own norms
+    norm = torch.linalg.vector_norm(base + update, dim=[d for d in range(base.ndim) if d != axis], keepdim=True)
+    gain = lr.magnitude.to(dtype).reshape(norm.shape) / norm
     return (gain - 1) * base + gain * update

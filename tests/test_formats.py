@@ -1,5 +1,6 @@
 """formats: decode(encode(x)) = x, refusals by name, and diffusers' own loaders on a tiny pipeline as the judge of what is written."""
 
+import hashlib
 import json
 import pickle
 import struct
@@ -147,7 +148,11 @@ def test_kohya_names_and_header_are_those_of_sd_scripts(pipe, layout, tmp_path):
     assert tensors["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"].shape == (3, 8, 1, 1)
     alpha = tensors["lora_te_text_model_encoder_layers_1_mlp_fc2.alpha"]
     assert alpha.is_floating_point() and alpha.shape == () and alpha == 1.5
+    body = (tmp_path / "dog.safetensors").read_bytes()
+    body = body[8 + struct.unpack("<Q", body[:8])[0] :]
     assert meta == {
+        "sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": hashlib.sha256().hexdigest()[:8],
+        "modelspec.sai_model_spec": "1.0.1",
         "ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora", "ss_network_dim": "3", "ss_network_alpha": "1.5",
         "ss_network_args": "{}", "ss_output_name": "dog", "modelspec.title": "dog", "modelspec.architecture": "arch/lora",
     }  # fmt: skip
@@ -194,7 +199,7 @@ def test_the_real_architecture_has_kohyas_module_counts():
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
     layout = layout_of({"unet": unet, "text_encoder": text})
-    names = {key.split(".")[0] for key in sites(kohya.GRAMMAR, layout)}
+    names = {key.split(".")[0] for key in sites(kohya.GRAMMAR, layout, {".alpha": "alpha"})}
     unet_names = {name for name in names if name.startswith("lora_unet_")}
     assert sum("_attentions_" in name for name in unet_names) == 192
     assert sum("_resnets_" in name or "samplers_0_conv" in name for name in unet_names) == 86
@@ -511,13 +516,14 @@ def bad_tensors(tensors):
         ("inf", tensors | {alpha: torch.tensor(float("inf"))}, f"{alpha} .* NaN or Inf"),
         ("two alphas", tensors | {alpha: torch.ones(2)}, "an alpha of shape"),
         ("quantised", tensors | {up: tensors[up].to(torch.int8)}, "int8, expected floating point"),
-        ("columns", tensors | {f"{name}.dora_scale": torch.ones(1, 16, 1, 1)}, "one number per output"),
+        ("columns", tensors | {f"{name}.dora_scale": torch.ones(1, 16, 1, 1)}, "is a DoRA by columns; merge.py fold"),
+        ("no axis", tensors | {f"{name}.dora_scale": torch.ones(2, 1)}, r"DoRA magnitude \[2, 1\], expected one number per output, \[16\]"),
         ("twice", tensors | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}, "two tensors for the alpha"),
-        ("LoHa", tensors | {f"{name}.hada_w1_a": torch.ones(2, 2)}, "LyCORIS"),
+        ("LoHa", tensors | {f"{name}.hada_w1_a": torch.ones(2, 2)}, "is a LoHa update with a (down|up)"),
     ]
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(14))
 def test_bad_tensors_are_refused_by_name(pipe, layout, tmp_path, case):
     _, tensors, expected = bad_tensors(good(tmp_path, pipe, layout))[case]
     save_file(tensors, tmp_path / "bad.safetensors")
@@ -526,17 +532,27 @@ def test_bad_tensors_are_refused_by_name(pipe, layout, tmp_path, case):
     assert "bad.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
+def twice(data):
+    """The file with the name of its first tensor on the second as well."""
+    size = struct.unpack("<Q", data[:8])[0]
+    names = [name for name in json.loads(data[8 : 8 + size]) if name.endswith("lora_down.weight")]
+    header = data[8 : 8 + size].replace(f'"{names[1]}"'.encode(), f'"{names[0]}"'.encode())
+    return struct.pack("<Q", len(header)) + header + data[8 + size :]
+
+
 def test_bad_files_are_refused(pipe, layout, tmp_path):
     good(tmp_path, pipe, layout)
     data = (tmp_path / "good.safetensors").read_bytes()
-    torch.save({"a": torch.ones(1)}, tmp_path / "zip.pt")
+    torch.save({"a": 1, "b": torch.ones(1, 1, 1)}, tmp_path / "none.pt")
     files = {
         "empty.safetensors": (b"", "is empty"),
         "cut.safetensors": (data[:-100], "truncated"),
         "stump.safetensors": (data[:5], "truncated"),
         "text.safetensors": (b"<html>404 not found</html>", "truncated, damaged or no safetensors"),
-        "zip.safetensors": ((tmp_path / "zip.pt").read_bytes(), "is a pickle"),
-        "old.pt": (pickle.dumps([1, 2]), "is a pickle"),
+        "none.pt": ((tmp_path / "none.pt").read_bytes(), "is a pickle with a int under 'a', expected tensors only; nothing in it was executed"),
+        "code.pt": (pickle.dumps({"a.lora_A.weight": Path("x")}), "is a pickle with an object of pathlib.* under 'a.lora_A.weight'"),
+        "void.safetensors": (struct.pack("<Q", 0), "truncated"),
+        "twice.safetensors": (twice(data), "has .*lora_down.weight twice in its header"),
         "old.safetensors": (pickle.dumps([1, 2]), "a pickle or damaged"),
     }
     for name, (content, expected) in files.items():
@@ -560,7 +576,9 @@ def test_bad_files_are_refused(pipe, layout, tmp_path):
 
 @pytest.mark.parametrize(
     "key, what",
-    [("base_model.model.to_q.lora_A.weight", "peft"), ("diffusion_model.x.lora_A.weight", "ComfyUI"), ("emb_params", "embedding"),
+    [("base_model.model.to_q.lora_A.weight", "does not say which network"), ("diffusion_model.x.lora_A.weight", "ComfyUI"),
+     ("lora_controlnet", "control LoRA"), ("double_blocks.0.img_attn.norm.key_norm.scale", "control LoRA"),
+     ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"), ("lora_unet_x.oft_blocks", "OFT"), ("emb_params", "embedding"),
      ("unet.down.attn1.processor.to_q_lora.down.weight", "old attention processors"), ("model.diffusion_model.out.2.weight", "checkpoint"),
      ("down_blocks.0.weight", "no adapter file")],
 )  # fmt: skip
@@ -582,7 +600,11 @@ def test_a_broken_or_doubled_strength_in_the_header_is_refused(pipe, layout, tmp
     for value, more, expected in (
         ("{", {}, "broken header"),
         (json.dumps({"unet.r": 0, "unet.lora_alpha": 1}), {}, "broken header"),
-        (json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.alpha_pattern": {"to_q": 2}}), {}, "by layer"),
+        (json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.alpha_pattern": {"to_(q": 2}}), {}, "to_.q.* no regular expression"),
+        (json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.rank_pattern": {"to_q": "a"}}), {}, "a rank of 'a'"),
+        (json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.rank_pattern": {"to_q": 2}}), {}, "to_q in .* of rank 3, its settings say r = 2"),
+        (json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.use_dora": True}), {}, "no magnitude for .* use_dora"),
+        ("[1]", {}, "expected a JSON object"),
         (json.dumps({"unet.r": 3, "unet.lora_alpha": 1}), {"unet.mid_block.attentions.0.proj_in.alpha": torch.ones(())}, "strength twice"),
     ):
         save_file(tensors | more, tmp_path / "a.safetensors", {"lora_adapter_metadata": value})

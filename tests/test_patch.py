@@ -223,7 +223,7 @@ def broken(run, tmp_path, kind):
         file.write_bytes(b"")
         return file, "empty"
     if kind == "pickle":
-        torch.save(tensors, tmp_path / "bad.pt")
+        torch.save({"unet.x.lora_A.weight": tmp_path}, tmp_path / "bad.pt")
         return tmp_path / "bad.pt", "pickle"
     changes = {
         "shape": ({key: torch.ones(17, 3)}, r"encoder.layers.1.self_attn.q_proj .*up \[17, 3\]"),

@@ -8,62 +8,82 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import diffusers, embeddings, fused, kohya
-from lora_core.formats.container import read_tensors, write_tensors
-from lora_core.formats.layout import Component, Layout, layout_of, nearest
+from lora_core.formats import cloneofsimo, comfy, diffusers, embeddings, fused, kohya, peft
+from lora_core.formats.container import is_pickle, pickled_tensors, read_tensors, write_tensors
+from lora_core.formats.grammar import Reading
+from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
+from lora_core.formats.pickles import read_pickle
 
 __all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "load", "save", "save_run"]
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
+DISTIL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
+
+
+Tensors = Mapping[str, Tensor]
+Written = tuple[dict[str, Tensor], dict[str, str]]
 
 
 class Format(NamedTuple):
-    detect: Callable[[Mapping[str, Tensor]], bool]  # looks at keys only; one matching key is enough, so that the reader can name the odd ones
-    read: Callable[[Mapping[str, Tensor], Mapping[str, str], Layout | None, str], AdapterState]
-    write: Callable[[AdapterState, Layout | None, str], tuple[dict[str, Tensor], dict[str, str]]]
+    detect: Callable[[Tensors], bool]  # looks at keys; one matching key is enough, so that the reader can name the odd ones
+    read: Callable[[Tensors, Mapping[str, str], Layout | None, str, Reading], AdapterState]
+    write: Callable[[AdapterState, Layout | None, str], Written] | None = None
+    hashes: bool = False  # whether the header gets kohya's hashes of the file
 
 
-FORMATS = {
+def _strict(read: Callable[[Tensors, Mapping[str, str], Layout | None, str], AdapterState]) -> Any:
+    """A reader that has no unknown keys to allow and no axes to ask for."""
+    return lambda tensors, header, layout, source, how: read(tensors, header, layout, source)
+
+
+FORMATS = {  # in the order in which they are tried
     "diffusers": Format(diffusers.detect, diffusers.read, diffusers.write),
-    "kohya": Format(kohya.detect, kohya.read, kohya.write),
-    "embeddings": Format(embeddings.detect, embeddings.read, embeddings.write),
+    "kohya": Format(kohya.detect, kohya.read, kohya.write, hashes=True),
+    "cloneofsimo": Format(cloneofsimo.detect, _strict(cloneofsimo.read), cloneofsimo.write),
+    "comfyui": Format(comfy.detect, comfy.read),
+    "xlabs": Format(comfy.detect_short, comfy.read_short),
+    "peft": Format(peft.detect, peft.read),
+    "embeddings": Format(embeddings.detect, _strict(embeddings.read), embeddings.write),
 }
 FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be refused by name
-    r"(unet|text_encoder):\d+:(up|down)": "a LoRA in cloneofsimo's index-keyed format",
-    r"base_model\.model\..*": "a LoRA of a peft folder",
-    r"(lora_|lycoris_|oft_).*\.(hada|lokr|oft|lora_mid|diff).*": "a LyCORIS adapter that is no plain LoRA",
-    r"(diffusion_model|text_encoders)\..*\.lora_.*": "a LoRA in ComfyUI's own names",
-    r".*\.processor\..*_lora(\d)?\..*": "a LoRA of old attention processors",
-    r"emb_params|string_to_param.*": "a textual-inversion embedding without an encoder's name",
-    r"(model\.diffusion_model|first_stage_model|cond_stage_model)\..*": "a whole checkpoint",
+    r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": "a control LoRA, which also changes norms and adds input channels",
+    r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
+    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": "an OFT adapter, which turns weights and has no update of its own",
+    r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a whole checkpoint",
 }
 STALE = re.compile(r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*")  # header entries that describe the file they were read from
 
 
-def load(path: str | Path, layout: Layout | None = None) -> AdapterState:
-    """What a .safetensors file holds, or a run's folder: its LoRA and the token rows beside it.
+def load(
+    path: str | Path, layout: Layout | None = None, *, allow_extra: bool = False, dora_axis: str = "", merging: bool = False
+) -> AdapterState:  # fmt: skip
+    """What an adapter's file holds, or a run's folder (its LoRA and the token rows beside it), or a folder of peft's. Nothing in it is executed.
+
+    allow_extra: leave out keys that mean nothing here, said in one line on stderr, instead of refusing the file.
+    dora_axis: "rows" or "columns", for the DoRA magnitudes of files in kohya's names whose shapes and header do not tell.
+    merging: also read what can only be merged into a model or distilled: LyCORIS' updates (`AdapterState.dense`) and DoRAs by columns.
 
     Raises UserError for anything but a whole, finite file whose every key is understood; with a layout, shapes must fit it too.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return _load_file(path, layout)
-    files = _run_files(path)
-    states = [_load_file(file, layout) for file in files]
+    if dora_axis not in ("", "rows", "columns"):
+        raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
+    path, how = Path(path), Reading(allow_extra, dora_axis)
+    files = _files(path)
+    states = [_load_file(file, layout, how) for file in files]
     merged = states[0]
-    for state in states[1:]:
-        trained = embeddings.names(merged.metadata, state.token_names, str(files[0]))
-        if trained != state.token_names:
-            raise UserError(f"{files[0]} was trained with the tokens {', '.join(trained)}, {files[-1]} has {', '.join(state.token_names)}")
-        merged = replace(merged, tokens=state.tokens, token_names=state.token_names, metadata=state.metadata | merged.metadata)
+    for file, state in zip(files[1:], states[1:], strict=True):
+        merged = _joined(merged, state, str(files[0]), str(file))
+    if not merging:
+        _refuse_merge_only(merged, str(path))
     return merged
 
 
@@ -82,16 +102,20 @@ def save(
     Factors and rows are cast to `dtype` where given; magnitudes are not, because a DoRA lives off the small difference to a norm.
     Raises UserError when the state has nothing for this format, the layout lacks a module, or a number overflows `dtype`.
     """
-    if format not in FORMATS:
-        raise UserError(f"there is no format {format}; the nearest is {nearest(format, FORMATS)}")
+    writers = {name: row.write for name, row in FORMATS.items() if row.write}
+    if format not in writers:
+        what = f"{format} is only read" if format in FORMATS else f"there is no format {format}"
+        raise UserError(f"{what}; the nearest is {nearest(format, writers)}")
+    if any(state.dense.values()):
+        raise UserError(f"{path} cannot be written: {_first_dense(state)}; {DISTIL}")
     if not (state.tokens if format == "embeddings" else any(state.components.values())):
         raise UserError(f"there is nothing to write to {path}: the state has no {'token rows' if format == 'embeddings' else 'adapted modules'}")
     path = Path(path)
-    tensors, own = FORMATS[format].write(_cast(state, dtype), layout, path.stem)
+    tensors, own = writers[format](_cast(state, dtype), layout, path.stem)
     header = {key: value for key, value in state.metadata.items() if not STALE.fullmatch(key)} | dict(metadata or {}) | own
     if state.token_names:
         header[embeddings.NAMES] = json.dumps(list(state.token_names), ensure_ascii=False)
-    write_tensors(path, tensors, header)
+    write_tensors(path, tensors, header, hashes=FORMATS[format].hashes)
 
 
 def save_run(
@@ -117,17 +141,78 @@ def save_run(
     return written
 
 
-def _load_file(path: Path, layout: Layout | None) -> AdapterState:
-    tensors, header = read_tensors(path)
+def _load_file(path: Path, layout: Layout | None, how: Reading) -> AdapterState:
+    if not is_pickle(path):
+        tensors, header = read_tensors(path)
+        return _read(tensors, header, layout, str(path), how)
+    data = read_pickle(path)
+    if cloneofsimo.detect_pt(data):
+        return cloneofsimo.read_pt(path, layout)
+    if embeddings.detect_pt(data):
+        return embeddings.read_pt(path, layout)
+    return _read(pickled_tensors(data, str(path)), {}, layout, str(path), how)
+
+
+def _read(tensors: Tensors, header: Mapping[str, str], layout: Layout | None, source: str, how: Reading) -> AdapterState:
     for pattern, what in FOREIGN.items():
         for key in tensors:
             if re.fullmatch(pattern, key):
-                raise UserError(f"{path} is {what} (key {key}), which is not read; the formats are {', '.join(FORMATS)}")
+                raise UserError(f"{source} is {what} (key {key}), which is not read; the formats are {', '.join(FORMATS)}")
+    rest, bundled = embeddings.unbundle(tensors, layout, source)
+    if bundled and not rest:
+        return bundled
     for row in FORMATS.values():
-        if row.detect(tensors):
-            return row.read(tensors, header, layout, str(path))
+        if row.detect(rest):
+            state = row.read(rest, header, layout, source, how)
+            return _with_bundle(state, bundled, source) if bundled else state
     keys = list(tensors)
-    raise UserError(f"{path} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}")
+    raise UserError(f"{source} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}")
+
+
+def _with_bundle(state: AdapterState, rows: AdapterState, source: str) -> AdapterState:
+    """The state of a file with the token rows that it bundles."""
+    if state.tokens:
+        raise UserError(f"{source} has token rows ({', '.join(state.token_names)}) beside bundled ones ({', '.join(rows.token_names)}); expected one")
+    return replace(state, tokens=rows.tokens, token_names=rows.token_names, metadata=state.metadata | rows.metadata)
+
+
+def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
+    """The networks of both files and the tokens of one. Raises UserError for a network in both, and for tokens of another training."""
+    for name in (*second.components, *second.dense):
+        if first.components.get(name) or first.dense.get(name):
+            raise UserError(f"{one} and {other} both adapt {name}; expected one of them")
+    joined = replace(first, components=first.components | second.components, dense=first.dense | second.dense)
+    joined.metadata = second.metadata | first.metadata
+    if second.tokens:
+        trained = embeddings.names(first.metadata, second.token_names, one)
+        if trained != second.token_names:
+            raise UserError(f"{one} was trained with the tokens {', '.join(trained)}, {other} has {', '.join(second.token_names)}")
+        joined.tokens, joined.token_names = second.tokens, second.token_names
+    return joined
+
+
+def _refuse_merge_only(state: AdapterState, source: str) -> None:
+    if any(state.dense.values()):
+        raise UserError(f"{source} cannot be put on a model as it is: {_first_dense(state)}; {DISTIL}")
+    for name, modules in state.components.items():
+        for path, lr in modules.items():
+            if lr.magnitude is not None and lr.magnitude.ndim > 1:
+                raise UserError(f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by columns; merge.py fold puts it into a model")
+
+
+def _first_dense(state: AdapterState) -> str:
+    name, path, update = next((name, path, update) for name, modules in state.dense.items() for path, update in modules.items())
+    return f"{name}.{path} is a {update.kind} update, no product of two factors"
+
+
+def _files(path: Path) -> list[Path]:
+    """The files to read: the one given, peft's in a folder or in folders called like components, or a run's. Raises UserError."""
+    if not path.is_dir():
+        return [path]
+    if peft.is_folder(path):
+        return [peft.weights(path)]
+    parts = [path / name for name in COMPONENTS if peft.is_folder(path / name)]
+    return [peft.weights(part) for part in parts] or _run_files(path)
 
 
 def _run_files(folder: Path) -> list[Path]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,57 +15,126 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.formats.pickles import Inert
 from lora_core.run import atomic
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles
+LONGEST = 100_000_000  # bytes of a header that safetensors reads
+READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
+LEGACY = slice(0x100000, 0x110000)  # the bytes of a file that sd-webui-additional-networks once hashed
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors on the CPU and the header. Nothing in the file is executed.
-
-    Raises UserError for a missing, empty, truncated or foreign file, a pickle, a file without tensors, a tensor that is not floating point
-    (an alpha may be an integer), NaN or Inf.
-    """
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save's do. Raises UserError for a missing or empty file."""
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a .safetensors file or a run's folder")
+        raise UserError(f"{path} is not there; give an adapter's file or a run's folder")
     with path.open("rb") as file:
         start = file.read(len(ZIP))
     if not start:
         raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
-    if start == ZIP or (start[:1] == PICKLE and path.suffix != ".safetensors"):  # 0x80 may also be the low byte of a header's size
-        raise UserError(f"{path} is a pickle, which could run code and is never opened; convert it to .safetensors where you trust it")
+    return start == ZIP or (start[:1] == PICKLE and path.suffix != ".safetensors")  # 0x80 may also be the low byte of a header's size
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors on the CPU and the header, of a .safetensors file.
+
+    Raises UserError for a truncated or foreign file, a name that stands twice in the header, a file without tensors, and as `checked` does.
+    """
+    _refuse_twice(path)
     try:
         with safe_open(path, "pt") as opened:
-            keys = opened.keys()
-            tensors = {key: opened.get_tensor(key) for key in keys}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
             header = dict(opened.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError) as error:
-        kind = "a pickle or damaged" if start[:1] == PICKLE else "truncated, damaged or no safetensors file"
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        with path.open("rb") as file:
+            kind = "a pickle or damaged" if file.read(1) == PICKLE else "truncated, damaged or no safetensors file"
         raise UserError(f"{path} cannot be read, it is {kind} ({error}); fetch or write it again") from None
+    return checked(tensors, str(path)), header
+
+
+def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch.save wrote, from what `read_pickle` found. Raises UserError for anything else in it."""
+    if isinstance(data, dict) and set(data) == {"state_dict"}:
+        data = data["state_dict"]
+    if not isinstance(data, dict):
+        raise UserError(f"{source} is a pickle of {_what(data)}, expected a dictionary of tensors; nothing in it was executed")
+    for key, value in data.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{source} is a pickle with {_what(value)} under {key!r:.80}, expected tensors only; nothing in it was executed")
+    return checked(dict(data), source)
+
+
+def checked(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors, 8-bit floats widened to fp16, which holds them exactly. Raises UserError for none, NaN, Inf, and a tensor that is not floating
+    point (an alpha may be an integer).
+    """
     if not tensors:
-        raise UserError(f"{path} holds no tensors; expected the factors of an adapter or token rows")
+        raise UserError(f"{source} holds no tensors; expected the factors of an adapter or token rows")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() and tensor.numel() != 1:
-            raise UserError(f"{key} in {path} is {tensor.dtype}, expected floating point; quantised adapters are not read")
-    check_finite(tensors, str(path))
-    return tensors, header
+        if tensor.dtype in NARROW:
+            tensors[key] = tensor.half()
+        elif tensor.dtype not in READABLE and (tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex()):
+            raise UserError(f"{key} in {source} is {tensor.dtype}, expected floating point; quantised adapters are not read")
+    check_finite(tensors, source)
+    return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, hashes: bool = False) -> None:
     """Writes the file whole or not at all. The same input gives the same bytes: safetensors 0.8.0 shuffles the header, so it is sorted here.
 
-    Raises UserError for NaN or Inf (an overflow in a narrow dtype), ValueError for a header value that is not a string.
+    With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for NaN or Inf (an overflow in a narrow dtype),
+    ValueError for a header value that is not a string.
     """
     for key, value in header.items():
         if not isinstance(value, str):
             raise ValueError(f"header entry {key} is a {type(value).__name__}; safetensors headers hold strings only")
     check_finite(tensors, f"what should become {path}")
-    data = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, dict(header))
-    size = int.from_bytes(data[:8], "little")
-    text = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    data = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
+    size = 8 + int.from_bytes(data[:8], "little")
+    entries, body = json.loads(data[8:size]), memoryview(data)[size:]
+    if hashes:
+        header = {**header, **_hashes(entries, {key: value for key, value in header.items() if key.startswith("ss_")}, body)}
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(_head(entries, header))
+        file.write(body)
+
+
+def _head(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
+    """The file up to its tensors: the length of the JSON, then the JSON, padded so that the tensors are aligned."""
+    every = {**entries, "__metadata__": dict(header)} if header else entries
+    text = json.dumps(every, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic(path) as temporary:
-        temporary.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    return len(text).to_bytes(8, "little") + text
+
+
+def _hashes(entries: Mapping[str, Any], training: Mapping[str, str], body: memoryview) -> dict[str, str]:
+    """kohya's hashes: of the tensors' bytes, and 8 digits of that of a stretch of the file as it were with the ss_ entries alone in its header."""
+    head = _head(entries, training)
+    start, stop = (max(0, edge - len(head)) for edge in (LEGACY.start, LEGACY.stop))
+    legacy = hashlib.sha256(head[LEGACY])
+    legacy.update(body[start:stop])
+    return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+
+
+def _refuse_twice(path: Path) -> None:
+    """Raises UserError for a name that stands twice in the header, of which safetensors takes one. Whatever else is wrong is left to it."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise UserError(f"{path} has {key} twice in its header, so what it means is open; fetch or write it again")
+        return found
+
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= LONGEST else b""
+    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        json.loads(text, object_pairs_hook=unique)
+
+
+def _what(value: Any) -> str:
+    return f"an object of {value.name}" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -13,15 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.algebra import AdapterState, Dense, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout
 
 Modules = Mapping[str, LowRank]  # path -> factors
+Update = LowRank | Dense
 
 
 def stored(layout: Layout) -> Layout:
-    """The layout of what files hold: with every fused layer under its own name, beside its parts (which some files name apart)."""
+    """The layout of what files hold: with every fused or turned layer under its own name, beside our own (which some files have)."""
     return replace(layout, components={name: _stored(component) for name, component in layout.components.items()})
 
 
@@ -30,6 +31,8 @@ def obstacle(state: AdapterState, layout: Layout) -> str:
     for name, modules in state.components.items():
         for fused, parts in layout.component(name).fused.items():
             doras = [path for path in parts if path in modules and modules[path].magnitude is not None]
+            if columns := [path for path in doras if _by_columns(modules[path])]:
+                return f"{name}.{columns[0]} is a DoRA by columns, but such files store it in one layer, {fused}, whose columns have other norms"
             if doras and len(doras) < len(parts):
                 other = next(path for path in parts if path not in doras)
                 return f"{name}.{doras[0]} is a DoRA and {other} is not, but such files store both in one layer, {fused}; adapt all of it or none"
@@ -46,10 +49,9 @@ def fuse(state: AdapterState, layout: Layout) -> AdapterState:
     return replace(state, components={name: _fused(modules, layout.component(name)) for name, modules in state.components.items()})
 
 
-def split(components: Mapping[str, Modules], layout: Layout, source: str) -> dict[str, dict[str, LowRank]]:
-    """Undoes `fuse`: bit for bit where the scales agreed. Raises UserError for a file that has a layer whole and in parts.
-
-    A part that has no column of a block-diagonal `up` for itself was not adapted, and is left out.
+def split(components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str) -> dict[str, dict[str, Update]]:
+    """Undoes `fuse`: bit for bit where the scales agreed. A part that has no column of a block-diagonal `up` for itself was not adapted, and is left
+    out. Raises UserError for a file that has a layer whole and in parts, and for a DoRA by columns of a fused layer.
     """
     return {name: _parts(modules, layout.component(name), f"{name} of {source}") for name, modules in components.items()}
 
@@ -58,35 +60,54 @@ def _stored(component: Component) -> Component:
     shapes = dict(component.shapes)
     for fused, parts in component.fused.items():
         shapes[fused] = (sum(component.shapes[path][0] for path in parts), *component.shapes[parts[0]][1:])
-    return replace(component, shapes=shapes)
+    for path, name in _turned_names(component).items():
+        shapes[name] = component.shapes[path]
+    return replace(component, shapes=shapes, names={path: name for path, name in component.names.items() if path not in component.swapped})
+
+
+def _turned_names(component: Component) -> dict[str, str]:
+    """Path -> the name under which files have it turned; a layer that only has our name is turned under that."""
+    return {path: component.names.get(path, path) for path in component.swapped if path in component.shapes}
 
 
 def _fused(modules: Modules, component: Component) -> dict[str, LowRank]:
-    turned = {path: _turned(lr) if path in component.swapped else lr for path, lr in modules.items()}
+    names = _turned_names(component)
+    stored = {names.get(path, path): _turned(lr) if path in names else lr for path, lr in modules.items()}
     for fused, parts in component.fused.items():
-        if any(path in turned for path in parts):
-            turned[fused] = _stack([turned.pop(path, None) for path in parts], [component.shapes[path][0] for path in parts])
-    return turned
+        if any(path in stored for path in parts):
+            stored[fused] = _stack([stored.pop(path, None) for path in parts], [component.shapes[path][0] for path in parts])
+    return stored
 
 
-def _parts(modules: Modules, component: Component, where: str) -> dict[str, LowRank]:
+def _parts(modules: Mapping[str, Update], component: Component, where: str) -> dict[str, Update]:
     found = dict(modules)
+    pieces: list[tuple[str, str, Update | None]] = []  # stored name, path, update
     for fused, parts in component.fused.items():
         if fused in found:
-            pieces = _unstack(found.pop(fused), [component.shapes[path][0] for path in parts])
-            for path, piece in zip(parts, pieces, strict=True):
-                if piece is not None and path in found:
-                    raise UserError(f"{where} has {path} twice, alone and in {fused}; expected one")
-                if piece is not None:
-                    found[path] = piece
-    return {path: _turned(lr) if path in component.swapped else lr for path, lr in sorted(found.items())}
+            apart = _unstack(found.pop(fused), [component.shapes[path][0] for path in parts], f"{fused} of {where}")
+            pieces += [(fused, path, piece) for path, piece in zip(parts, apart, strict=True)]
+    pieces += [(name, path, _turned_any(found.pop(name))) for path, name in _turned_names(component).items() if name in found]
+    for name, path, piece in pieces:
+        if piece is not None and path in found:
+            raise UserError(f"{where} has {path} twice, alone and in {name}; expected one")
+        if piece is not None:
+            found[path] = piece
+    return dict(sorted(found.items()))
+
+
+def _by_columns(update: Update) -> bool:
+    return update.magnitude is not None and update.magnitude.ndim > 1
 
 
 def _turned(lr: LowRank) -> LowRank:
     """With the halves of the output in the other order."""
     half = lr.up.shape[0] // 2
-    magnitude = None if lr.magnitude is None else lr.magnitude.roll(half)
+    magnitude = lr.magnitude if lr.magnitude is None or _by_columns(lr) else lr.magnitude.roll(half)
     return lr._replace(up=lr.up.roll(half, 0), magnitude=magnitude)
+
+
+def _turned_any(update: Update) -> Update:
+    return update.rolled(update.shape[0] // 2) if isinstance(update, Dense) else _turned(update)
 
 
 def _stack(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
@@ -108,8 +129,13 @@ def _times(up: Tensor, factor: float) -> Tensor:
     return up.to(torch.promote_types(up.dtype, torch.float32)) * factor
 
 
-def _unstack(lr: LowRank, outs: list[int]) -> list[LowRank | None]:
+def _unstack(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]:
     """The layer's parts; None for one that is not adapted."""
+    if _by_columns(lr):
+        raise UserError(f"{where} is a DoRA by columns, whose parts have other norms than the whole; it cannot be read apart")
+    if isinstance(lr, Dense):
+        starts = [sum(outs[:i]) for i in range(len(outs))]
+        return [lr.rows(start, start + out) for start, out in zip(starts, outs, strict=True)]
     blocks = lr.up.split(outs)
     columns = _columns(blocks)
     magnitudes: Sequence[Tensor | None] = [None] * len(outs) if lr.magnitude is None else lr.magnitude.split(outs)
