@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.algebra import AdapterState, LowRank, product
+from lora_core.algebra import AdapterState, Dense, LowRank, product
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, diffusers, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
@@ -285,6 +285,7 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}), "fc1 has no number .* holds layers of CLIPAttention only"),
         (AdapterState({"unet": one("nowhere")}), "no Linear or Conv2d named nowhere"),
         (AdapterState({"unet": one(TO_Q, dora=True)}), "to_q is a DoRA"),
+        (AdapterState(dense={"unet": {TO_Q: Dense("LoHa", (8, 8), lambda: torch.ones(8, 8))}}), "to_q is a LoHa update"),
         (AdapterState({"unet": one(TO_Q, rank=9)}), "to_q has rank 9, cloneofsimo's reader takes 8 at most"),
         (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)), "token a:b reads like a factor .* <a-b>"),
         (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)), "token unety reads like a factor"),

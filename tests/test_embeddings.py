@@ -94,6 +94,14 @@ def test_without_a_layout_the_usual_widths_decide():
     assert list(embeddings.read({"emb_params": ROWS}, {}, plain, "x").tokens) == ["clip_l"]
 
 
+def test_the_headers_order_of_tokens_is_kept():
+    tensors = {"<s2>": ROWS[1], "<s10>": ROWS[0]}
+    state = embeddings.read(tensors, {"token_names": '["<s2>", "<s10>"]'}, ONE, "x")
+    assert state.token_names == ("<s2>", "<s10>") and torch.equal(state.tokens["clip_l"], ROWS[[1, 0]])
+    with pytest.raises(UserError, match="2 rows of clip_l for 1 tokens"):
+        embeddings.read(tensors, {"token_names": '["<s2>"]'}, ONE, "x")
+
+
 def test_rows_bundled_in_a_lora_are_taken_out_of_it():
     factor = torch.ones(1, 1)
     lora = {"lora_unet_x.lora_down.weight": factor}

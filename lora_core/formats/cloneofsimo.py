@@ -236,6 +236,9 @@ def _fits(pair: Pair, shape: tuple[int, ...]) -> bool:
 
 
 def _filled(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
+    for component, updates in state.dense.items():
+        for path, update in updates.items():
+            raise UserError(f"{component}.{path} is a {update.kind} update, for which cloneofsimo's format has no place; distill it to factors first")
     return [(component, modules) for component, modules in state.components.items() if modules]
 
 

@@ -187,11 +187,12 @@ def write_a1111(state: AdapterState, layout: Layout | None, title: str) -> tuple
 
 
 def write_learned(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """diffusers' learned_embeds: one tensor under its word, [n, d], or [d] for one row; the word is the title where the state has several tokens
-    without one. Raises UserError for several encoders or words.
+    """diffusers' learned_embeds: one tensor [n, d] under its word, which is the title where the state has several tokens and no word for them.
+
+    Raises UserError for several encoders or words.
     """
     word, rows = _one(state, title)
-    return {word: rows[0] if len(rows) == 1 else rows}, {}
+    return {word: rows}, {}
 
 
 def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None) -> None:
