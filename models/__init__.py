@@ -12,10 +12,31 @@ from huggingface_hub import hf_hub_download
 
 from lora_core.errors import UserError
 from lora_core.noise import Schedule
-from models import flux, sd, sdxl
+from models import flux, sd, sdxl, single
 from models.family import Conditioning, Family, Layout, Loading, Sizes, read_json
+from models.known import recognise, recognise_path
+from models.single import is_single, save_single, single_rows, to_folder
 
-__all__ = ["DTYPES", "FAMILIES", "Conditioning", "Family", "Layout", "Loading", "Sizes", "choose_device", "load_family", "outline", "save_family"]
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "Conditioning",
+    "Family",
+    "Layout",
+    "Loading",
+    "Sizes",
+    "choose_device",
+    "is_single",
+    "load_family",
+    "noise_of",
+    "outline",
+    "recognise",
+    "recognise_path",
+    "save_family",
+    "save_single",
+    "single_rows",
+    "to_folder",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # --precision
 
@@ -37,46 +58,62 @@ FAMILIES: dict[str, Row] = {  # `_class_name` of model_index.json -> its family
 
 
 def load_family(path: str, how: Loading = PLAIN) -> Family:
-    """The model at `path`, a folder in the diffusers layout or a hub id, frozen and in eval mode.
+    """The model at `path`, a folder in the diffusers layout, a hub id, or a single file, frozen and in eval mode.
 
-    Raises UserError for a path that is not there, a single-file checkpoint, another family, a missing or broken part.
+    Raises UserError for a path that is not there, another family, a missing or broken part, and configs for what has its own.
     """
+    if is_single(path):
+        return single.load(path, how)
+    _refuse_config(path, how.config)
     return _row(path).load(path, how)
 
 
-def outline(path: str) -> Layout:
-    """What can be adapted in the model at `path`, and how files name it; reads its configs, not its weights. Raises UserError like `load_family`."""
+def outline(path: str, config: str = "") -> Layout:
+    """What can be adapted in the model at `path`, and how files name it; reads its configs, not its weights. `config` is that of `Loading`.
+
+    Raises UserError like `load_family`.
+    """
+    if is_single(path):
+        return single.outline(path, config)
+    _refuse_config(path, config)
     return _row(path).outline(path)
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0) -> tuple[Schedule, str]:
+def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = "") -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
-    scheduler takes for it. `changes` are those of `Loading.scheduler`. Raises UserError like `load_family`."""
+    scheduler takes for it. `changes` and `config` are those of `Loading`. Raises UserError like `load_family`."""
+    if is_single(path):
+        return single.noise_of(path, changes, resolution, config)
+    _refuse_config(path, config)
     return _row(path).noise_of(path, changes, resolution)
 
 
-def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]], config: str = "") -> None:
     """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
+    if is_single(path):
+        single.to_folder(path, folder, config, overwrite=True)
+        for name, state in states.items():
+            family.modules[name].save_pretrained(folder / name, state_dict=dict(state))  # type: ignore[operator]
+        return
     source = Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "model_index.json")).parent
     index = read_json(path, "model_index.json")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "model_index.json", folder)
     for name in index:
         if name in states:
-            network: Any = family.modules[name]
-            with torch.device("meta"):
-                bare = type(network).from_config(network.config) if hasattr(network, "from_config") else type(network)(network.config)
-            bare.load_state_dict(dict(states[name]), assign=True)
-            bare.save_pretrained(folder / name)
+            family.modules[name].save_pretrained(folder / name, state_dict=dict(states[name]))  # type: ignore[operator]
         elif (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 
+def _refuse_config(path: str, config: str) -> None:
+    if path and config:
+        raise UserError(f"--model-config {config} has no effect: {path} has configs of its own; it is for models in a single file")
+
+
 def _row(path: str) -> Row:
     if not path:
-        raise UserError("no base model; name a folder or a hub id with --model")
-    if Path(path).is_file() or Path(path).suffix in (".safetensors", ".ckpt", ".pt"):
-        raise UserError(f"--model {path} is a single file; give a folder in the diffusers layout or a hub id")
+        raise UserError("no base model; name a folder, a file or a hub id with --model")
     name = read_json(path, "model_index.json").get("_class_name", "")
     if name not in FAMILIES:
         raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; supported are {', '.join(FAMILIES)}")

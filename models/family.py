@@ -33,6 +33,7 @@ class Loading:
     scheduler: dict[str, Any] = field(default_factory=dict)  # replaces keys of scheduler_config.json (prediction_type, rescale_betas_zero_snr ...)
     clip_skip: int = 0  # last layers of the CLIP text encoders that are left out
     max_sequence_length: int = 0  # tokens of a T5 prompt; 0: the model's own
+    config: str = ""  # folder or hub id with the configs and tokenizers of a single-file model
 
     @property
     def exact(self) -> torch.dtype:

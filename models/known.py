@@ -1,0 +1,253 @@
+"""Which published model a file belongs to, told by its own keys and shapes: a single-file checkpoint, or an adapter of any format."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from lora_core.errors import UserError
+from lora_core.formats import cloneofsimo, embeddings, fused, kohya
+from lora_core.formats.checkpoint import Facts
+from lora_core.formats.container import is_pickle, pickled_tensors
+from lora_core.formats.layout import COMPONENTS, Layout
+from lora_core.formats.pickles import read_pickle
+from lora_core.formats.weights import open_weights
+from models.published import KINDS, folder
+
+Shape = tuple[int, ...]
+
+
+@cache
+def layout(kind: str) -> Layout:
+    """The layout of a row of KINDS, from networks on the meta device (0.1 s)."""
+    return KINDS[kind].outline(str(folder(kind)))
+
+
+def layouts() -> dict[str, Layout]:
+    """The layout of every kind."""
+    return {kind: layout(kind) for kind in KINDS}
+
+
+def of_checkpoint(facts: Facts, source: str, *, v: bool = False) -> str:
+    """The kind that a single-file checkpoint is of; `v` tells one of Stable Diffusion 2's that its keys do not. Raises UserError for another one."""
+    unets = {kind: row.files["unet/config.json"] for kind, row in KINDS.items() if "unet/config.json" in row.files}
+    for kind, unet in unets.items():
+        told = unet["in_channels"], unet["cross_attention_dim"], unet.get("projection_class_embeddings_input_dim")
+        if told == (facts.channels, facts.context, facts.label):
+            return "sd2-v" if v and kind == "sd2" else kind
+    titles = ", ".join(KINDS[kind].title for kind in unets)
+    raise UserError(f"{source} has {facts}, which is none of {titles}; give a folder with its configs as --model-config")
+
+
+# ---------------------------------------------------------------- whose adapter a file holds
+
+LEAF = re.compile(  # name of a layer, then that of a tensor in it; the attention processors of old files stand between
+    r"(?P<name>.+?)(?:[._]lora(?:_linear_layer)?\d?)?[._](?P<role>lora_(?:down|up|mid|A|B)|down|up|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|diff)"
+    r"(?:\.\w+)?(?:\.weight)?"
+)
+NUMBERED = re.compile(r"([^:.]+):\d+:(up|down)")  # cloneofsimo's: component, place in a walk through the network
+HALVES = {"A": "down", "B": "up"}
+COMFY = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # ComfyUI's names of encoders
+ANY = ("base_model_model", "lycoris", "")  # heads that tell no component: peft's, LyCORIS', none
+HEADER = {"ss_base_model_version": "base_model_version", "modelspec.architecture": "architecture"}  # entry -> field of a Layout
+
+
+class Layer(NamedTuple):
+    """What a file tells of an adapted weight."""
+
+    name: str  # dots as underscores
+    out: int | None  # None where the file does not tell
+    fan: int | None  # in, times the kernel's sides
+    axes: int  # of the down factor; 0 where there is none
+
+    def fits(self, shape: Shape) -> bool:
+        return self.out in (None, shape[0]) and self.fan in (None, prod(shape[1:]))
+
+
+def recognise(tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file") -> Layout:
+    """The layout of the published model that an adapter file of any format was made for, from its keys and shapes.
+
+    `tensors` holds tensors or shapes. Layers that several models have are told apart by what else the file says: its header, whether its projections
+    are convolutions, the prefix of its text encoder's keys. Raises UserError when no model or more than one fits.
+    """
+    return layout(kind_of(tensors, header, source))
+
+
+def kind_of(tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file") -> str:
+    """The row of KINDS behind `recognise`."""
+    shapes = {key: tuple(getattr(value, "shape", value)) for key, value in tensors.items()}
+    tests: list[Callable[[str], bool]] = [lambda kind: _says(kind, header or {})]  # each narrows the choice, unless nothing would be left
+    if layers := _layers(shapes):
+        found = {kind: _found(kind, layers) for kind in KINDS}
+        named = [layer for layer in layers if any(layer.name in own for own in found.values())]
+        fitting = [
+            kind for kind, own in found.items() if named and all(any(layer.fits(shape) for shape in own.get(layer.name, ())) for layer in named)
+        ]
+        tests += [
+            lambda kind: all(layer.axes in (0, *map(len, found[kind][layer.name])) for layer in named),  # a projection, or a 1x1 convolution
+            lambda kind: _spells(kind, named),
+        ]
+    elif numbered := _numbered(shapes):
+        fitting = [kind for kind in KINDS if _holds(kind, numbered)]
+    else:
+        rows = {key: shape[-1] for key, shape in shapes.items() if shape}
+        fitting = [kind for kind in KINDS if _reads(kind, rows)]
+        encoders = len({embeddings.SPELLINGS.get(key) for key in rows})
+        tests.append(lambda kind: len(layout(kind).encoders) == encoders)
+    for test in tests:
+        fitting = [kind for kind in fitting if test(kind)] or fitting
+    originals = dict.fromkeys(KINDS[kind].like or kind for kind in fitting)
+    if len(originals) == 1:
+        return fitting[0]
+    raise UserError(_undecided(source, list(shapes), [KINDS[kind].title for kind in originals]))
+
+
+def _undecided(source: str, keys: list[str], titles: list[str]) -> str:
+    shown = ", ".join(keys[:2])
+    if titles:
+        return f"{source} ({len(keys)} tensors: {shown} ...) fits {' and '.join(titles)} alike; name the model it was made for with --model"
+    every = ", ".join(row.title for row in KINDS.values() if not row.like)
+    return f"{source} ({len(keys)} tensors: {shown} ...) fits none of {every}; name the model it was made for with --model"
+
+
+def _layers(shapes: Mapping[str, Shape]) -> list[Layer]:
+    parts: dict[str, dict[str, Shape]] = {}
+    for key, shape in shapes.items():
+        if (match := LEAF.fullmatch(key)) and shape:
+            role = match["role"].removeprefix("lora_")
+            parts.setdefault(match["name"].removesuffix(".processor").replace(".processor.", ".").replace(".", "_"), {})[HALVES.get(role, role)] = (
+                shape
+            )
+    return [Layer(name, *_weight(own), len(own.get("down", ()))) for name, own in parts.items()]
+
+
+def _weight(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
+    """(out, in times the kernel's sides) of the weight that factors make: LoRA with or without a middle, LoHa, LoKr, a whole difference."""
+
+    def product(name: str) -> tuple[int | None, int | None]:
+        if whole := parts.get(name):
+            return whole[0], prod(whole[1:])
+        a, b, core = parts.get(f"{name}_a"), parts.get(f"{name}_b"), parts.get(name.replace("w", "t"), ())
+        return (a[1 if core else 0] if a else None), (b[1] * prod(core[2:]) if b else None)  # beside a core, factors are [r, out] and [r, in]
+
+    if any(role.startswith("lokr") for role in parts):
+        (a, b), (c, d) = product("lokr_w1"), product("lokr_w2")
+        return (a * c if a and c else None), (b * d if b and d else None)
+    if any(role.startswith("hada") for role in parts):
+        return product("hada_w1")
+    if "diff" in parts:
+        return product("diff")
+    up, down = parts.get("up"), parts.get("down")
+    return (up[0] if up else None), (prod(down[1:]) * prod(parts.get("mid", ())[2:]) if down else None)
+
+
+@cache
+def _names(kind: str) -> list[tuple[tuple[str, ...], dict[str, Shape]]]:
+    """A row a component: how its keys may begin, and its layers under every name that files have for them."""
+    rows = []
+    for name, component in fused.stored(layout(kind)).components.items():
+        encoder = layout(kind).encoders.get(name)
+        heads = (*component.prefixes, name, f"lora_{name}", f"text_encoders_{COMFY[encoder]}_transformer" if encoder else "diffusion_model", *ANY)
+        originals, names = kohya.originals(component), dict[str, Shape]()
+        for path, shape in component.shapes.items():
+            for spelling in (path, path.removeprefix(component.module_prefix), originals.get(path, path)):
+                plain = spelling.replace(".", "_")
+                names |= {plain: shape, plain.removesuffix("_0") if plain.endswith("to_out_0") else plain: shape}
+        for theirs, (q, k, v, *_) in component.fused.items():  # XLabs' processors: one of these layers a block, without the way into an MLP
+            out = sum(component.shapes[path][0] for path in (q, k, v))
+            names["_".join(theirs.split(".")[:2]) + "_qkv"] = (out, *component.shapes[q][1:])
+        rows.append((heads, names))
+    return rows
+
+
+def _found(kind: str, layers: Iterable[Layer]) -> dict[str, list[Shape]]:
+    """The layers that a kind knows by name -> the shapes of its modules of that name."""
+    found: dict[str, list[Shape]] = {}
+    for layer in layers:
+        for heads, names in _names(kind):
+            for head in heads:
+                start = f"{head}_" if head else ""
+                if layer.name.startswith(start) and (shape := names.get(layer.name[len(start) :])):
+                    found.setdefault(layer.name, []).append(shape)
+    return found
+
+
+def _spells(kind: str, layers: Iterable[Layer]) -> bool:
+    """Whether kohya's prefixes of text encoders are those that are written for this kind, not some that are only read."""
+    written = tuple(f"{heads[0]}_" for heads, _ in _names(kind))
+    return all(layer.name.startswith(written) for layer in layers if layer.name.startswith("lora_te"))
+
+
+def _says(kind: str, header: Mapping[str, str]) -> bool:
+    return any(header.get(entry) == getattr(layout(kind), field) for entry, field in HEADER.items())
+
+
+def _numbered(shapes: Mapping[str, Shape]) -> dict[str, list[Shape]]:
+    """Component -> (out, in times the kernel's sides) of each layer of a file without names."""
+    parts: dict[str, dict[str, Shape]] = {}
+    for key, shape in shapes.items():
+        if match := NUMBERED.fullmatch(key):
+            parts.setdefault(match[1], {})[match[2]] = shape
+    found: dict[str, list[Shape]] = {}
+    for name, own in parts.items():
+        out, fan = _weight(own)
+        found.setdefault(name.partition(":")[0], []).append((out or 0, fan or 0))
+    return found
+
+
+def _holds(kind: str, numbered: Mapping[str, list[Shape]]) -> bool:
+    """Whether the networks of a kind have so many layers of these shapes, and such files exist for them."""
+    parts = layout(kind).components
+    return all(
+        name in parts and parts[name].numbering and Counter(sizes) <= Counter((shape[0], prod(shape[1:])) for shape in parts[name].shapes.values())
+        for name, sizes in numbered.items()
+    )
+
+
+def _reads(kind: str, rows: Mapping[str, int]) -> bool:
+    """Whether a kind has the encoders that token rows are for, by name where they are named, else by their width."""
+    found = layout(kind)
+    widths = {key: found.components[name].width for name, key in found.encoders.items()}
+    return bool(rows) and all(
+        widths.get(embeddings.SPELLINGS[key]) == width if key in embeddings.SPELLINGS else width in widths.values() for key, width in rows.items()
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def recognise_path(path: str | Path) -> Layout:
+    """`recognise` for a file, pickles included, or for a folder of a run or of peft's. Of .safetensors files only the keys and shapes are read."""
+    path = Path(path)
+    files = sorted(file for place in (path, *(path / name for name in COMPONENTS)) for file in place.glob("[!.]*.safetensors"))
+    files = files if path.is_dir() else [path]
+    shapes: dict[str, Shape] = {}
+    header: dict[str, str] = {}
+    for file in files:
+        found, own = _shapes(file)
+        shapes, header = shapes | found, header | own
+    if not shapes:
+        raise UserError(f"{path} has no .safetensors file; give an adapter's file, or the folder of a run")
+    return recognise(shapes, header, str(path))
+
+
+def _shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    """(shapes, header) of one file."""
+    if file.is_file() and not is_pickle(file):
+        shapes = open_weights(file).shapes
+        with safe_open(file, "pt") as opened:
+            return shapes, dict(opened.metadata() or {})
+    data = read_pickle(file)
+    if cloneofsimo.detect_pt(data):
+        name = "text_encoder" if file.name.endswith(".text_encoder.pt") else "unet"
+        factors = (tuple(getattr(factor, "shape", ())) for factor in data)
+        return {f"{name}:{i // 2}:{('up', 'down')[i % 2]}": shape for i, shape in enumerate(factors)}, {}
+    tensors = embeddings.read_pt(file).tokens if embeddings.detect_pt(data) else pickled_tensors(data, str(file))
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {}

@@ -1,0 +1,246 @@
+"""Every published model's files are recognised as its own, whatever their format, and so are files with few layers as far as shapes tell."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_core import formats
+from lora_core.algebra import AdapterState, LowRank
+from lora_core.errors import UserError
+from lora_core.formats.checkpoint import Facts
+from models import known, outline
+from models.published import KINDS, folder
+from tests import tiny_pipeline, tiny_sdxl
+
+DISNEY = Path("/work/shared/data/lora_disney.safetensors")
+ORIGINALS = [kind for kind, row in KINDS.items() if not row.like]
+WRITTEN = [name for name, row in formats.FORMATS.items() if row.write and name != "embeddings"]
+
+
+def factors(shape, rank=2):
+    out, *inner = shape
+    return LowRank(torch.ones(1).expand(rank, *inner), torch.ones(1).expand(out, rank, *[1] * (len(inner) - 1)), 1.0)
+
+
+def state_of(kind, component="", pattern=""):
+    """An adapter of a kind; of one component and the layers that match a pattern, where they are given. No memory is used for its factors."""
+    layout = known.layout(kind)
+    components = {
+        name: {path: factors(shape) for path, shape in part.shapes.items() if re.search(pattern, path)}
+        for name, part in layout.components.items()
+        if component in ("", name) and layout.encoders.get(name) != "t5"
+    }
+    return AdapterState({name: modules for name, modules in components.items() if modules})
+
+
+def written(state, format, layout):
+    tensors, header = formats.FORMATS[format].write(state, layout, "a")
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}, header
+
+
+def sentence(function, *args):
+    with pytest.raises(UserError) as info:
+        function(*args)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
+
+
+@pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
+@pytest.mark.parametrize("format", WRITTEN)
+def test_every_format_is_recognised_as_its_own_family(kind, format):
+    layout = known.layout(kind)
+    if format == "cloneofsimo" and not layout.components.get("unet", layout.components.get("transformer")).numbering:
+        pytest.skip("no such files exist")
+    cloneofsimo = r"attn\d\.|self_attn|ff\.net\.0"
+    shapes, _ = written(state_of(kind, pattern=cloneofsimo if format == "cloneofsimo" else ATTENTION), format, layout)
+    assert known.kind_of(shapes) == kind
+    assert known.recognise({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}) is layout
+
+
+@pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
+def test_whole_networks_are_recognised(kind):
+    shapes, header = written(state_of(kind), "diffusers", known.layout(kind))
+    assert known.kind_of(shapes, header) == kind
+    shapes, header = written(state_of(kind), "kohya", known.layout(kind))
+    assert known.kind_of(shapes) == known.kind_of(shapes, header) == kind
+
+
+@pytest.mark.parametrize(("kind", "component", "pattern", "format"), [
+    ("sd1", "unet", r"mid_block.*attn2\.to_k", "diffusers"),
+    ("sd2", "unet", r"mid_block.*attn2\.to_v", "kohya"),
+    ("sdxl", "unet", r"mid_block.*attn1\.to_q", "diffusers"),  # no such block, of this depth, in the others
+    ("sdxl", "unet", r"attentions\.1\.transformer_blocks\.9\.attn1\.to_q", "kohya"),
+    ("sdxl", "text_encoder_2", "", "kohya"),
+    ("sd1", "text_encoder", "", "kohya"),  # lora_te: with a second encoder it is written lora_te1
+    ("sd2", "text_encoder", "", "kohya"),
+    ("sd2", "text_encoder", "layers.0.self_attn.q_proj", "diffusers"),
+    ("sd1", "unet", "proj_in", "kohya"),  # a 1x1 convolution
+    ("sd2", "unet", "proj_in", "kohya"),
+    ("sdxl-refiner", "unet", r"mid_block.*attn1\.to_q", "diffusers"),
+    ("flux-dev", "transformer", r"^transformer_blocks\.3\.attn\.to_q", "kohya"),
+    ("flux-dev", "transformer", r"single_transformer_blocks\.3\.proj_out", "diffusers"),
+    ("flux-schnell", "transformer", "guidance", "diffusers"),
+    ("sd1-inpainting", "unet", r"conv_in|mid_block.*attn2\.to_k", "diffusers"),
+])  # fmt: skip
+def test_files_with_few_layers(kind, component, pattern, format):
+    state = state_of(kind, component, pattern)
+    if kind == "flux-schnell":
+        assert not state.components  # it has no guidance, all else is as in dev
+        return
+    shapes, _ = written(state, format, known.layout(kind))
+    assert known.kind_of(shapes) == kind
+
+
+def test_what_shapes_do_not_tell_a_header_does_or_the_user():
+    middle = written(state_of("sd1", "unet", r"mid_block.*attn1\.to_q"), "diffusers", known.layout("sd1"))[0]
+    assert "1.x and Stable Diffusion 2.x and Stable Diffusion XL alike" in sentence(known.recognise, middle)  # 1280 wide in all of them
+    layer = written(state_of("sd1", "unet", r"up_blocks\.3.*attn1\.to_q"), "diffusers", known.layout("sd1"))[0]
+    text = sentence(known.recognise, layer, {}, "a.safetensors")
+    assert "Stable Diffusion 1.x and Stable Diffusion 2.x alike" in text and "--model" in text and "a.safetensors" in text and "up_blocks.3" in text
+    assert "Flux" not in text and "XL" not in text
+    for version, kind in (("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sd_v2_v", "sd2-v")):
+        assert known.kind_of(layer, {"ss_base_model_version": version}) == kind
+    assert known.kind_of(layer, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}) == "sd2-v"
+    encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.layout("sdxl"))[0]
+    assert "Stable Diffusion XL and Flux" in sentence(known.recognise, encoder)
+    assert known.kind_of(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
+    context = written(state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.layout("sd1"))[0]
+    assert known.kind_of(context, {"ss_base_model_version": "sd_v2"}) == "sd1"  # shapes before headers
+    schnell = written(state_of("flux-schnell"), "kohya", known.layout("flux-schnell"))
+    assert known.kind_of(*schnell) == "flux-schnell" and known.kind_of(schnell[0]) == "flux-dev"
+
+
+def test_files_of_other_models_are_refused():
+    pipe = tiny_pipeline.pipeline()
+    state = tiny_pipeline.random_state(pipe)
+    shapes, _ = written(state, "kohya", formats.layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+    text = sentence(known.recognise, shapes, None, "tiny.safetensors")
+    assert "tiny.safetensors" in text and "fits none of Stable Diffusion 1.x" in text and "Flux.1 dev" in text and "--model" in text
+    for odd in ({}, {"a.weight": (3, 3)}, {"unet.nowhere.lora_A.weight": (4, 320), "unet.nowhere.lora_B.weight": (320, 4)}, {"step": ()}):
+        assert "fits none" in sentence(known.recognise, odd)
+    one, _ = written(state_of("sd1", pattern=r"attn2\.to_k"), "diffusers", known.layout("sd1"))
+    other, _ = written(state_of("sdxl", pattern=r"attn2\.to_k"), "diffusers", known.layout("sdxl"))
+    assert "fits none" in sentence(known.recognise, one | other)
+
+
+K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+CONV, QKV = "down_blocks_0_resnets_0_conv1", "double_blocks.0.img_attn.qkv"
+DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize(("kind", "tensors"), [
+    ("sd1", {f"lora_unet_{K}.lora_down.weight": (4, 768)}),
+    ("sd2", {f"lora_unet_{K}.hada_w1_a": (640, 4), f"lora_unet_{K}.hada_w1_b": (4, 1024), f"lora_unet_{K}.alpha": ()}),
+    ("sd1", {f"lycoris_{K}.lokr_w1": (8, 8), f"lycoris_{K}.lokr_w2_a": (80, 4), f"lycoris_{K}.lokr_w2_b": (4, 96)}),
+    ("sd2", {f"lora_unet_{K}.lokr_w1_a": (8, 2), f"lora_unet_{K}.lokr_w1_b": (2, 8), f"lora_unet_{K}.lokr_w2": (80, 128)}),
+    ("sd2", {f"lora_unet_{K}.diff": (640, 1024)}),
+    ("sdxl", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 2048)}),
+    ("sdxl", {f"lora_unet_{K}.lora_down.weight": (4, 2048)}),  # diffusers' names under kohya's prefix
+    ("sd1", {"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}),
+    ("sd1", {f"{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
+    ("sd1", {f"unet.{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
+    ("sd2", {f"unet.{DOTTED}.lora.down.weight": (4, 1024)}),
+    ("sd1", {f"base_model.model.{DOTTED}.lora_A.default.weight": (4, 768)}),
+    ("sd1", {f"base_model.model.{DOTTED}.lora_A.weight": (4, 768), f"base_model.model.{DOTTED}.lora_magnitude_vector": (640,)}),
+    ("flux-dev", {f"diffusion_model.{QKV}.lora_A.weight": (4, 3072), f"diffusion_model.{QKV}.lora_B.weight": (9216, 4)}),
+    ("flux-dev", {"double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072), "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16)}),
+    ("flux-dev", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}),
+    ("flux-dev", {"lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight": (4, 3072)}),
+    ("sd1", {f"lora_unet_{CONV}.lora_down.weight": (4, 320, 1, 1), f"lora_unet_{CONV}.lora_mid.weight": (4, 4, 3, 3),
+             f"lora_unet_{K}.lora_down.weight": (4, 768)}),
+    ("sd2", {f"lora_unet_{CONV}.hada_w1_a": (4, 320), f"lora_unet_{CONV}.hada_w1_b": (4, 320), f"lora_unet_{CONV}.hada_t1": (4, 4, 3, 3),
+             f"lora_unet_{K}.hada_w1_b": (4, 1024)}),
+    ("sd2", {f"lora_te_text_model_encoder_layers_3_{end}": shape for end, shape in (("mlp_fc1.hada_w1_a", (4096, 4)), ("mlp_fc1.hada_w1_b", (4, 1024)))}),
+    ("sd1", {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (4, 768),
+             f"unet.{DOTTED}.lora.down.weight": (4, 768)}),
+    ("sd1", {"<s1>": (768,), "<s2>": (768,)}),
+    ("sd2", {"emb_params": (3, 1024)}),
+    ("sd1", {"clip_l": (2, 768)}),
+    ("sdxl", {"clip_l": (2, 768), "clip_g": (2, 1280)}),
+    ("sdxl", {"text_encoders_0": (2, 768), "text_encoders_1": (2, 1280)}),
+    ("flux-dev", {"clip_l": (2, 768), "t5": (2, 4096), "t5xxl": (2, 4096)}),
+])  # fmt: skip
+def test_spellings_from_elsewhere(kind, tensors):
+    assert known.kind_of(tensors) == kind
+
+
+@pytest.mark.skipif(not DISNEY.is_file(), reason="the published file is not here")
+def test_a_published_file():
+    layout = known.recognise_path(DISNEY)
+    assert (layout.family, layout.base_model_version) == ("sd", "sd_v1")
+    state = formats.load(DISNEY, layout)
+    assert {name: len(modules) for name, modules in state.components.items()} == {"unet": 144, "text_encoder": 48}
+
+
+def test_files_folders_and_pickles(tmp_path):
+    def small(kind, pattern):
+        parts = state_of(kind, pattern=pattern).components
+        own = {n: {p: lr._replace(down=lr.down.clone(), up=lr.up.clone()) for p, lr in modules.items()} for n, modules in parts.items()}
+        return AdapterState(own, {"clip_l": torch.ones(1, 768)} if kind == "sd1" else {}, ("<s0>",) if kind == "sd1" else ())
+
+    run = tmp_path / "run"
+    run.mkdir()
+    formats.save_run(small("sd1", "attn2.to_k"), run, layout=known.layout("sd1"))
+    assert len(list(run.iterdir())) == 3 and known.recognise_path(run) is known.layout("sd1")
+    formats.save(small("sdxl", "attn2.to_k"), tmp_path / "xl.safetensors", format="kohya", layout=known.layout("sdxl"))
+    assert known.recognise_path(tmp_path / "xl.safetensors") is known.layout("sdxl")
+    peft = tmp_path / "peft" / "unet"
+    peft.mkdir(parents=True)
+    save_file({f"base_model.model.{DOTTED}.lora_A.weight": torch.ones(2, 1024)}, peft / "adapter_model.safetensors")
+    assert known.recognise_path(tmp_path / "peft") is known.layout("sd2")
+    torch.save([torch.ones(320, 1), torch.ones(1, 320), torch.ones(320, 1), torch.ones(1, 1024)], tmp_path / "lora.pt")
+    assert known.recognise_path(tmp_path / "lora.pt") is known.layout("sd2")
+    torch.save([torch.ones(768, 1), torch.ones(1, 768)], tmp_path / "lora.text_encoder.pt")
+    assert known.recognise_path(tmp_path / "lora.text_encoder.pt") is known.layout("sd1")
+    torch.save({"string_to_param": {"*": torch.ones(2, 1024)}, "name": "TOK"}, tmp_path / "emb.pt")
+    assert known.recognise_path(tmp_path / "emb.pt") is known.layout("sd2")
+    torch.save({f"lora_unet_{K}.lora_down.weight": torch.ones(4, 768)}, tmp_path / "k.pt")
+    assert known.recognise_path(tmp_path / "k.pt") is known.layout("sd1")
+    (tmp_path / "none").mkdir()
+    assert "no .safetensors file" in sentence(known.recognise_path, tmp_path / "none")
+    assert "not there" in sentence(known.recognise_path, tmp_path / "nowhere.safetensors")
+    data = (tmp_path / "xl.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-9])
+    assert "cut.safetensors" in sentence(known.recognise_path, tmp_path / "cut.safetensors")
+
+
+def test_configs_are_those_of_the_published_models():
+    """The numbers of modules that public trainers adapt (semantics.md 4.2) and the full-size networks of the other tests."""
+    layouts = known.layouts()
+    unet, clip, big = tiny_sdxl.full_size()
+    expected = formats.layout_of({"text_encoder": clip, "text_encoder_2": big, "unet": unet}).components
+    assert {name: part.shapes for name, part in layouts["sdxl"].components.items()} == {name: part.shapes for name, part in expected.items()}
+    count = {
+        kind: sum(bool(re.search(r"transformer_blocks|proj_in|proj_out", path)) for path in found.components["unet"].shapes)
+        for kind, found in layouts.items()
+        if "unet" in found.components
+    }
+    assert count["sd1"] == count["sd2"] == 192 and count["sdxl"] == 722
+    assert {kind: found.base_model_version for kind, found in layouts.items()} == {
+        "sd1": "sd_v1", "sd1-inpainting": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2_v", "sd2-inpainting": "sd_v2", "sdxl": "sdxl_base_v1-0",
+        "sdxl-inpainting": "sdxl_base_v1-0", "sdxl-refiner": "sdxl_refiner_v1-0", "flux-dev": "flux1", "flux-schnell": "flux1",
+    }  # fmt: skip
+    assert layouts["sd2"].components["text_encoder"].width == 1024
+    for kind in KINDS:
+        assert outline(str(folder(kind))).components == layouts[kind].components
+
+
+def test_checkpoints_are_told_by_their_widths():
+    def facts(channels, context, label=None):
+        return Facts(channels, context, label, True, {}, True, ())
+
+    expected = {
+        (4, 768, None): "sd1", (9, 768, None): "sd1-inpainting", (4, 1024, None): "sd2", (9, 1024, None): "sd2-inpainting",
+        (4, 2048, 2816): "sdxl", (9, 2048, 2816): "sdxl-inpainting", (4, 1280, 2560): "sdxl-refiner",
+    }  # fmt: skip
+    assert {key: known.of_checkpoint(facts(*key), "a") for key in expected} == expected
+    assert known.of_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v" and known.of_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+    for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
+        text = sentence(known.of_checkpoint, facts(*key), "a.ckpt")
+        assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text
