@@ -8,6 +8,8 @@ A readable reference with prodigyopt's names, order and defaults; with one group
 - `distance="group"` gives every group its own d, for text encoders that one shared d over-trains (konstmish/prodigy#20, #34);
 - d, d_max, k and the sums are 0-dim float64 tensors on the parameters' device: nothing in a step waits for the device;
 - coupled weight decay leaves `.grad` alone; p0 is always a whole copy (prodigyopt asks whether a parameter is zero); state is fp32 or better.
+
+The state of a group lies in a few flat tensors, of which `state[p]` holds views: a step is some twenty operations, however many parameters there are.
 """
 
 import math
@@ -101,6 +103,7 @@ class Prodigy(torch.optim.Optimizer):
         if saved != {self.distance}:
             raise UserError(f"the saved Prodigy has distance {sorted(map(str, saved))}, this run {self.distance!r}; resume with the saved one")
         super().load_state_dict(state_dict)
+        self._rows.clear()
         for group, old in zip(self.param_groups, state_dict["param_groups"]):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
@@ -120,25 +123,47 @@ class Prodigy(torch.optim.Optimizer):
                 self._update(groups, moving)
         return loss
 
+    @property
+    def _rows(self) -> dict[int, tuple["Rows", ...]]:
+        """id of a group's parameter list -> the flat state it had in its last step; rebuilt from `state` wherever it does not fit."""
+        return self.__dict__.setdefault("_flat", {})  # copying an optimizer leaves this behind
+
     def _gather(self, group: dict[str, Any]) -> "Moving":
         """The parameters of a group with a gradient, the gradients (fp32 or better, decay added if coupled) and the state, made on first sight."""
         params = [p for p in group["params"] if p.grad is not None]
         if any(p.grad.is_sparse for p in params):
             raise UserError("Prodigy got a sparse gradient; build the embedding with sparse=False")
-        grads: Any = [p.grad.to(_wide(p)) for p in params]
+        rows = self._rows.get(id(group["params"]), ())
+        if {id(p) for row in rows for p in row.params} != {id(p) for p in params}:
+            rows = self._rows[id(group["params"])] = tuple(self._flatten(group, part) for part in _by_dtype(params))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:
-            grads = torch._foreach_mul(grads, (1 / scale).reshape(()))
-        if group["weight_decay"] and not group["decouple"]:
-            grads = torch._foreach_add(grads, [p.to(_wide(p)) for p in params], alpha=group["weight_decay"])
-        if found_inf is not None:  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
-            grads = [torch.where(found_inf.reshape(()) != 0, torch.zeros_like(g), g) for g in grads]
-        for p, g in zip(params, grads):
+        parts = []
+        for row in rows:
+            g = torch.cat([p.grad.reshape(-1) for p in row.params if p.grad is not None]).to(row.dtype)
+            p = torch.cat([p.reshape(-1) for p in row.params]).to(row.dtype)
+            if scale is not None:
+                g = g * (1 / scale).reshape(())
+            if group["weight_decay"] and not group["decouple"]:
+                g = g.add(p, alpha=group["weight_decay"])
+            if found_inf is not None:  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
+                g = torch.where(found_inf.reshape(()) != 0, torch.zeros_like(g), g)
+            parts.append(Part(row, g, p))
+        return Moving(group, parts)
+
+    def _flatten(self, group: dict[str, Any], params: list[Tensor]) -> "Rows":
+        """Flat state of parameters of one dtype, new or from `state`, which holds views of it from now on."""
+        dtype, flat = _wide(params[0]), {}
+        for p in params:
             if not self.state[p]:
-                p0 = _sliced(p, group).to(g.dtype, copy=True)
-                moments = {"exp_avg": torch.zeros_like(g)} if group["betas"][0] > 0 else {}
-                self.state[p] = {"p0": p0, "s": torch.zeros_like(p0), **moments, "exp_avg_sq": torch.zeros_like(g)}
-        return Moving(group, params, grads, [self.state[p] for p in params])
+                p0 = _sliced(p, group).to(dtype, copy=True)
+                moments = {"exp_avg": torch.zeros_like(p, dtype=dtype)} if group["betas"][0] > 0 else {}
+                self.state[p] = {"p0": p0, "s": torch.zeros_like(p0), **moments, "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
+        for name in self.state[params[0]]:
+            old = [self.state[p][name] for p in params]
+            flat[name] = torch.cat([x.reshape(-1) for x in old])
+            for p, view, shape in zip(params, flat[name].split([x.numel() for x in old]), [x.shape for x in old]):
+                self.state[p][name] = view.view(shape)
+        return Rows(params, dtype, flat)
 
     def _update(self, groups: list[dict[str, Any]], moving: list["Moving"]) -> None:
         """One step of the groups that share a distance; `groups` holds the paused ones too, which learn of the new d and nothing else."""
@@ -166,20 +191,27 @@ class Prodigy(torch.optim.Optimizer):
             group.update(d=new_d, d_max=d_max, d_hat=d_hat, d_denom=denominator)
 
 
-class Part(NamedTuple):
+class Rows(NamedTuple):
+    """Parameters of one dtype and their state, end to end."""
+
     params: list[Tensor]
-    grads: list[Tensor]
-    state: dict[str, list[Tensor]]
+    dtype: torch.dtype
+    state: dict[str, Tensor]  # name -> [n]; s and p0 [n / slice_p]
+
+
+class Part(NamedTuple):
+    rows: Rows
+    grad: Tensor  # [n], ours to overwrite
+    param: Tensor  # [n] copies
 
 
 class Moving:
     """A group in one step: what moves in it, and its learning rate dlr = d * lr * bias correction (old d)."""
 
-    def __init__(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        self.group = group
-        self.parts = [Part(params[i:j], grads[i:j], {name: [state[name] for state in states[i:j]] for name in states[0]}) for i, j in _cuts(params)]
-        self.dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-        self.sharded = group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for p in params)
+    def __init__(self, group: dict[str, Any], parts: list[Part]) -> None:
+        self.group, self.parts = group, parts
+        self.dtype = torch.float64 if any(part.grad.dtype == torch.float64 for part in parts) else torch.float32
+        self.sharded = group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for part in parts for p in part.rows.params)
         (beta1, beta2), k = group["betas"], group["k"] + 1
         self.dlr = group["d"] * group["lr"]
         if group["use_bias_correction"]:
@@ -194,20 +226,18 @@ class Moving:
         decay1, decay2, decay3 = (_decay(beta, found_inf, d) for beta in (beta1, beta2, _beta3(group)))
         weight = (d / group["d0"] * (d if group["safeguard_warmup"] else self.dlr)).to(self.dtype)
         small_d, inner, size = d.to(self.dtype), [], []
-        for params, grads, state in self.parts:
-            sliced = [_sliced(g, group) for g in grads]
-            gone = torch._foreach_sub(state["p0"], [_sliced(p, group) for p in params])
-            inner += [x.sum() for x in torch._foreach_mul(sliced, gone)]
-            scaled = torch._foreach_mul(grads, small_d)
-            if beta1 > 0:
-                torch._foreach_mul_(state["exp_avg"], decay1)
-                torch._foreach_add_(state["exp_avg"], scaled, alpha=1 - beta1)
-            torch._foreach_mul_(state["exp_avg_sq"], decay2)
-            torch._foreach_addcmul_(state["exp_avg_sq"], scaled, scaled, value=1 - beta2)
-            torch._foreach_mul_(state["s"], decay3)
-            torch._foreach_add_(state["s"], torch._foreach_mul(sliced, weight))
-            size += [x.sum() for x in torch._foreach_abs(state["s"])]
-        return d / group["d0"] * self.dlr * _total(inner), _total(size)
+        for rows, grad, param in self.parts:
+            seen, before = (grad, param) if group["slice_p"] == 1 else (_picked(grad, rows, group), _picked(param, rows, group))
+            for g, p, p0, s in zip(*(_pieces(x) for x in (seen, before, rows.state["p0"], rows.state["s"]))):
+                inner.append(_sum(g * (p0 - p)))
+                size.append(_sum(s.mul_(decay3).add_(g * weight).abs()))
+            moments = rows.state.get("exp_avg", grad)  # beta1 = 0 has none
+            for g, m, v in zip(*(_pieces(x) for x in (grad, moments, rows.state["exp_avg_sq"]))):
+                scaled = g * small_d
+                if beta1 > 0:
+                    m.mul_(decay1).add_(scaled, alpha=1 - beta1)
+                v.mul_(decay2).addcmul_(scaled, scaled, value=1 - beta2)
+        return d / group["d0"] * self.dlr * torch.stack(inner).sum(), torch.stack(size).sum()
 
     def apply_(self, new_d: Tensor, moves: Tensor) -> None:
         """p <- p - dlr decay p - dlr m / (sqrt(v) + d eps): dlr holds the old d, eps is multiplied by the new one; bit for bit p unless `moves`."""
@@ -215,28 +245,32 @@ class Moving:
         by_d = (1 / new_d).to(self.dtype)
         back = -torch.where(moves, self.dlr, torch.zeros_like(self.dlr))
         decay, rate = (back * group["weight_decay"]).to(self.dtype), (back / new_d if adam else back).to(self.dtype)
-        for params, grads, state in self.parts:
-            if group["weight_decay"] and group["decouple"]:
-                torch._foreach_add_(params, torch._foreach_mul(params, decay))
-            # both sides divided by d: eps stays a number (adding a device tensor to a list of tensors would ask for its value)
-            denominator = torch._foreach_sqrt(state["exp_avg_sq"])
-            torch._foreach_mul_(denominator, by_d)
-            torch._foreach_add_(denominator, group["eps"])
-            change = torch._foreach_div(state["exp_avg"] if adam else grads, denominator)
-            torch._foreach_mul_(change, rate)
-            torch._foreach_add_(params, change)
+        for rows, grad, param in self.parts:
+            first = rows.state["exp_avg"] if adam else grad
+            for change, m, v, p in zip(*(_pieces(x) for x in (grad, first, rows.state["exp_avg_sq"], param))):
+                # both sides divided by d: eps stays a number
+                torch.div(m, v.sqrt().mul_(by_d).add_(group["eps"]), out=change).mul_(rate)
+                if group["weight_decay"] and group["decouple"]:
+                    change.add_(p.mul_(decay))
+            changes = [x.view(p.shape) for x, p in zip(grad.split([p.numel() for p in rows.params]), rows.params)]
+            torch._foreach_add_(rows.params, changes)
 
 
-def _cuts(params: list[Tensor]) -> list[tuple[int, int]]:
-    """Where to cut a list: nowhere on an accelerator (fewest launches); on a CPU into runs that stay in its cache (3.3 M parameters in 256 tensors,
-    one x86 thread: 23 ms instead of 29; prodigyopt 18)."""
-    cuts, elements = [0], 0
-    for i, p in enumerate(params):
-        if i and p.device.type == "cpu" and elements + p.numel() > 32768:
-            cuts.append(i)
-            elements = 0
-        elements += p.numel()
-    return list(zip(cuts, [*cuts[1:], len(params)]))
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """The whole on an accelerator (fewest launches); on a CPU pieces that stay in its cache."""
+    return x.split(32768) if x.device.type == "cpu" else (x,)
+
+
+def _picked(flat: Tensor, rows: Rows, group: dict[str, Any]) -> Tensor:
+    """Every slice_p-th element of each parameter."""
+    return torch.cat([x[:: group["slice_p"]] for x in flat.split([p.numel() for p in rows.params])])
+
+
+def _by_dtype(params: list[Tensor]) -> list[list[Tensor]]:
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for p in params:
+        found.setdefault(p.dtype, []).append(p)
+    return list(found.values())
 
 
 def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
@@ -276,9 +310,9 @@ def _sliced(x: Tensor, group: dict[str, Any]) -> Tensor:
     return x.reshape(-1)[:: group["slice_p"]]
 
 
-def _total(sums: list[Tensor]) -> Tensor:
-    """float64 sum of 0-dim sums: fp32 inside a tensor (torch sums pairwise), double across tensors, as prodigyopt's Python floats."""
-    return torch.stack(sums).to(torch.float32 if sums[0].device.type == "mps" else torch.float64).sum()
+def _sum(x: Tensor) -> Tensor:
+    """The sum in float64: fp32 within a piece (torch sums pairwise), double across pieces."""
+    return x.sum().to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -102,7 +102,7 @@ class Flux:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return self.transformer.x_embedder.weight.device  # diffusers' own property looks at every module
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return schedule_of(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -141,7 +141,7 @@ class Flux:
         """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both to its own dtype."""
         if inpaint is not None:
             raise UserError("this model takes no mask and no masked image; leave them out or choose an inpainting model")
-        dtype, (height, width) = self.transformer.dtype, x_t.shape[-2:]
+        dtype, (height, width) = self.transformer.x_embedder.weight.dtype, x_t.shape[-2:]
         out = self.transformer(
             hidden_states=pack(x_t).to(dtype),
             timestep=level.t,

@@ -85,7 +85,7 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # diffusers' own property looks at every module
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return self.schedule
@@ -117,7 +117,7 @@ class StableDiffusion:
         if (inpaint is not None) != self.inpainting:
             raise UserError("an inpainting UNet needs a mask and a masked image, and only such a UNet takes them")
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
-        dtype = self.unet.dtype
+        dtype = self.unet.conv_in.weight.dtype
         out = self.unet(x.to(dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(dtype), added_cond_kwargs=cond.extra or None).sample
         return out.to(torch.promote_types(out.dtype, torch.float32))
 

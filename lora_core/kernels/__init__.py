@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import reference
+from lora_core.kernels import fused, reference
 
 MODES = ("auto", "reference", "fused", "triton")
 
@@ -70,8 +70,8 @@ def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: 
 
 
 OPS: dict[str, Op] = {
-    "lora_linear": Op(reference.lora_linear, _linear_example),
-    "lora_conv": Op(reference.lora_conv, _conv_example),
+    "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear),
+    "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
     "dora_norm": Op(reference.dora_norm, _norm_example),
     "dora_compose": Op(reference.dora_compose, _compose_example),
     "keyed_dropout": Op(reference.keyed_dropout, _dropout_example),
