@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,8 @@ def recognise(tensors: Mapping[str, Any], header: Mapping[str, str] | None = Non
 def kind_of(tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file") -> str:
     """The row of KINDS behind `recognise`."""
     shapes = {key: tuple(getattr(value, "shape", value)) for key, value in tensors.items()}
-    tests: list[Callable[[str], bool]] = [lambda kind: _says(kind, header or {})]  # each narrows the choice, unless nothing would be left
+    told = {field: header[entry] for entry, field in HEADER.items() if header and entry in header}
+    tests: list[Callable[[str], bool]] = [partial(_is, field, value) for field, value in told.items()]  # each narrows the choice, unless to nothing
     if layers := _layers(shapes):
         found = {kind: _found(kind, layers) for kind in KINDS}
         named = [layer for layer in layers if any(layer.name in own for own in found.values())]
@@ -185,8 +186,8 @@ def _spells(kind: str, layers: Iterable[Layer]) -> bool:
     return all(layer.name.startswith(written) for layer in layers if layer.name.startswith("lora_te"))
 
 
-def _says(kind: str, header: Mapping[str, str]) -> bool:
-    return any(header.get(entry) == getattr(layout(kind), field) for entry, field in HEADER.items())
+def _is(field: str, value: str, kind: str) -> bool:
+    return getattr(layout(kind), field) == value
 
 
 def _numbered(shapes: Mapping[str, Shape]) -> dict[str, list[Shape]]:

@@ -130,7 +130,7 @@ def test_files_of_other_models_are_refused():
 
 
 K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-CONV, QKV = "down_blocks_0_resnets_0_conv1", "double_blocks.0.img_attn.qkv"
+CONV, FC, QKV = "down_blocks_0_resnets_0_conv1", "text_model_encoder_layers_3_mlp_fc1", "double_blocks.0.img_attn.qkv"
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -156,7 +156,7 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
              f"lora_unet_{K}.lora_down.weight": (4, 768)}),
     ("sd2", {f"lora_unet_{CONV}.hada_w1_a": (4, 320), f"lora_unet_{CONV}.hada_w1_b": (4, 320), f"lora_unet_{CONV}.hada_t1": (4, 4, 3, 3),
              f"lora_unet_{K}.hada_w1_b": (4, 1024)}),
-    ("sd2", {f"lora_te_text_model_encoder_layers_3_{end}": shape for end, shape in (("mlp_fc1.hada_w1_a", (4096, 4)), ("mlp_fc1.hada_w1_b", (4, 1024)))}),
+    ("sd2", {f"lora_te_{FC}.hada_w1_a": (4096, 4), f"lora_te_{FC}.hada_w1_b": (4, 1024)}),
     ("sd1", {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (4, 768),
              f"unet.{DOTTED}.lora.down.weight": (4, 768)}),
     ("sd1", {"<s1>": (768,), "<s2>": (768,)}),
