@@ -42,7 +42,9 @@ class Infer:
     """Draw pictures with a text-to-image model and LoRA files."""
 
     model: str = ""
-    """Folder or hub id of the base model, in the diffusers layout."""
+    """The base model: a folder or hub id in the diffusers layout, or a single file (.safetensors, .ckpt) of SD 1.x, 2.x or SDXL."""
+    model_config: str = ""
+    """Folder or hub id with the configs and tokenizers of a single-file model; empty: those it was published with."""
     vae: str = ""
     """Folder or hub id of another VAE."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -117,7 +119,7 @@ def infer(config: Infer) -> list[Path]:
     family = load_family(config.model, _loading(config, arguments))
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
-    refiner = load_family(config.refiner, replace(_loading(config, []), clip_skip=0)) if config.refiner else None
+    refiner = load_family(config.refiner, replace(_loading(config, []), clip_skip=0, config="")) if config.refiner else None
     if refiner and (refiner.latent_channels, refiner.factor, refiner.prediction) != (family.latent_channels, family.factor, family.prediction):
         raise UserError(f"--refiner {config.refiner} works on other latents than {config.model}; give the refiner of that family")
     with ExitStack() as stack:
@@ -304,7 +306,9 @@ def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
         changes |= {name: trained[name] for name, given in text.items() if not given and trained.get(name)}
     if scheduler or changes:
         print(f"note: sampling with {scheduler | changes}, as the LoRA was trained", file=sys.stderr)
-    return Loading(DTYPES[config.precision], choose_device(config.device), config.vae, scheduler=scheduler, **(text | changes))
+    return Loading(
+        DTYPES[config.precision], choose_device(config.device), config.vae, scheduler=scheduler, config=config.model_config, **(text | changes)
+    )
 
 
 def _header(path: str) -> dict[str, str]:

@@ -172,14 +172,14 @@ def save_model(s: Session, folder: Path) -> None:
     states = {name: adapters.merged(module) for name, module in s.trained.items()}
     for name in states.keys() & s.embeddings.keys():
         states[name] = tokens.without_rows(states[name], s.embeddings[name], s.encoders[name])
-    save_family(s.family, s.config.model, folder, states)
+    save_family(s.family, s.config.model, folder, states, s.config.model_config)
 
 
 def preview(config: Config) -> Path:
     """Prints which noise levels a config trains on and how much they count; the plot beside its OUT. Reads the model's scheduler, no weights."""
     checks.config(config, data=False)
     n = config.noise
-    schedule, row = noise_of(config.model, checks.scheduler_changes(config), config.data.resolution if n.dynamic_shift else 0)
+    schedule, row = noise_of(config.model, checks.scheduler_changes(config), config.data.resolution if n.dynamic_shift else 0, config.model_config)
     o = reports.Objective(
         schedule,
         row,

@@ -95,9 +95,11 @@ class Session:
 
     def _open_model(self) -> None:
         c = self.config
-        plan = checks.plan(c, outline(c.model))
+        plan = checks.plan(c, outline(c.model, c.model_config))
         vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
-        how = Loading(DTYPES[c.precision], self.device, c.vae, vae_dtype, checks.scheduler_changes(c), c.clip_skip, c.max_sequence_length)
+        how = Loading(
+            DTYPES[c.precision], self.device, c.vae, vae_dtype, checks.scheduler_changes(c), c.clip_skip, c.max_sequence_length, c.model_config
+        )
         self.family = load_family(c.model, how)
         checks.model(c, self.family)
         sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)

@@ -290,7 +290,9 @@ class Config:
     """Fine-tune a text-to-image model with LoRA, DoRA, learned tokens, or all of them in stages."""
 
     model: str = ""
-    """Folder or hub id of the base model, in the diffusers layout."""
+    """The base model: a folder or hub id in the diffusers layout, or a single file (.safetensors, .ckpt) of SD 1.x, 2.x or SDXL."""
+    model_config: str = ""
+    """Folder or hub id with the configs and tokenizers of a single-file model; empty: those it was published with."""
     vae: str = ""
     """Folder or hub id of another VAE."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -93,7 +93,7 @@ def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Ma
     if is_single(path):
         single.to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
-            family.modules[name].save_pretrained(folder / name, state_dict=dict(state))  # type: ignore[operator]
+            _save(family.modules[name], state, folder / name)
         return
     source = Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "model_index.json")).parent
     index = read_json(path, "model_index.json")
@@ -101,9 +101,17 @@ def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Ma
     shutil.copy(source / "model_index.json", folder)
     for name in index:
         if name in states:
-            family.modules[name].save_pretrained(folder / name, state_dict=dict(states[name]))  # type: ignore[operator]
+            _save(family.modules[name], states[name], folder / name)
         elif (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+
+
+def _save(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """A network of that kind with other weights, in its library's layout. save_pretrained of diffusers takes no state dict."""
+    with torch.device("meta"):
+        bare = type(network).from_config(network.config) if hasattr(network, "from_config") else type(network)(network.config)
+    bare.load_state_dict(dict(state), assign=True)
+    bare.save_pretrained(folder)
 
 
 def _refuse_config(path: str, config: str) -> None:
