@@ -120,7 +120,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "encoders": (ONLY | {"tokens": {"encoders": ("t5",)}}, "--tokens.encoders has t5; the text encoders of this model are clip_l"),
     "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
-    "lora plus of full": ({"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}}, r"has no up and down, which LoRA\+ tells apart"),
+    "lora plus of full": ({"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}}, r"has no up and down, which LoRA\+ tells"),
     "ema": ({"ema": 1.0}, r"--ema is 1; expected a number in \[0, 1\)"),
     "swap word": ({"prior": {"swap": {"FOO": "cat"}}}, "no caption has the placeholder word FOO"),
     "swap weight": ({"prior": {"swap_weight": 2.0}}, "--prior.swap-weight has no effect without --prior.swap"),
