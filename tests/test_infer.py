@@ -192,3 +192,21 @@ def test_patching_from_python_is_undone(folder: Path) -> None:
     after = dict(family.unet.named_modules())
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     assert "<s0>" not in modules["tokenizer"].get_vocab()
+
+
+def test_a_refiner_draws_the_last_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests import tiny_sdxl
+
+    tiny_sdxl.save(tmp_path / "base")
+    tiny_sdxl.save(tmp_path / "refiner", refiner=True)
+    words = ["--model", str(tmp_path / "base"), "--prompt", "a cat", "--steps", "5", "--sampler", "euler"]
+    refined = ["--refiner", str(tmp_path / "refiner")]
+    runs = {"base": [], "late": [*refined, "--refiner-start", "0.8"], "early": [*refined, "--refiner-start", "0.2"]}
+    for name, flags in runs.items():
+        assert infer.main([*words, *flags, "--out", str(tmp_path / f"{name}.png")]) == 0
+    pictures = {Image.open(tmp_path / f"{name}.png").tobytes() for name in runs}
+    assert len(pictures) == 3
+    assert infer.main([*words, "--refiner-start", "0.5", "--out", str(tmp_path / "x.png")]) == 2
+    assert "--refiner-start has no effect without --refiner" in capsys.readouterr().err
+    assert infer.main([*words, *refined, "--from", str(tmp_path / "late.png"), "--out", str(tmp_path / "again.png")]) == 0
+    assert Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "late.png").tobytes()
