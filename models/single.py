@@ -45,7 +45,7 @@ MARKS: dict[str, dict[str, Any]] = {  # empty tensor that ComfyUI looks for -> k
     "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # CLIP and OpenCLIP have one vocabulary
-PADS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # activation of OpenAI's encoders, and of OpenCLIP's -> the token they pad with
+PADS = {"clip": "<|endoftext|>", "open_clip": "!"}  # what they pad with
 CONFIGS = ("*.json", "*.txt", "*.model")  # of a model on the hub, without its weights
 WEIGHTS = ("*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
 
@@ -224,13 +224,13 @@ def split_single(opened: Opened, rows: tuple[SingleFile, ...], modules: Mapping[
 def tokenizers(folder: Path, rows: tuple[SingleFile, ...], path: str) -> dict[str, CLIPTokenizer]:
     """Text encoder -> its tokenizer: the folder's, else CLIP's from the hub's cache, else from the hub. Raises UserError where none is to be had."""
     found = {}
-    for name in (row.component for row in rows if row.component in sdxl.ENCODERS):
-        own = name.replace("text_encoder", "tokenizer")
-        if (folder / own).is_dir():
-            found[name] = part(CLIPTokenizer.from_pretrained, str(folder), own)
-        else:
-            config = config_of(str(folder), name, CLIPTextConfig)
-            found[name] = _published_tokenizer(PADS.get(config.hidden_act, "<|endoftext|>"), config.max_position_embeddings, path)
+    for row in rows:
+        own = row.component.replace("text_encoder", "tokenizer")
+        if row.component in sdxl.ENCODERS and (folder / own).is_dir():
+            found[row.component] = part(CLIPTokenizer.from_pretrained, str(folder), own)
+        elif row.component in sdxl.ENCODERS:
+            length = config_of(str(folder), row.component, CLIPTextConfig).max_position_embeddings
+            found[row.component] = _published_tokenizer(PADS[row.grammar], length, path)
     return found
 
 
