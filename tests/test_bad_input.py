@@ -268,11 +268,16 @@ def test_a_full_disk_is_one_sentence(config: Config, quick: None, capsys: Any, m
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    writers = {"checkpoint": (run_module, "save_file"), "picture": (Image.Image, "save"), "adapter": (Path, "write_bytes")}
+    def full_for_bytes(path: Path, mode: str = "r", *args: Any, **given: Any) -> Any:
+        return full() if mode == "wb" else open(path, mode, *args, **given)
+
+    writers: dict[str, tuple[Any, str, Any]] = {
+        "checkpoint": (run_module, "save_file", full), "picture": (Image.Image, "save", full), "adapter": (Path, "open", full_for_bytes),
+    }  # fmt: skip
     if where == "log":
         monkeypatch.setattr(run_module, "open", lambda *a, **k: Full(open(*a, **k)), raising=False)  # noqa: SIM115
     else:
-        monkeypatch.setattr(*writers[where], full)
+        monkeypatch.setattr(*writers[where])
     file = Path(config.out).parent / "given.toml"
     file.write_text(to_toml(config))
     assert train.main([str(file)]) == 2
