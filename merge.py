@@ -8,6 +8,7 @@ python merge.py COMMAND --help                                              # ev
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from lora_core.dense import MERGES
 from lora_core.errors import UserError
-from lora_core.recipe import parse, render
+from lora_core.recipe import Entry, parse, render
 from merging import adapters, flags, inspection, models, redoing, seed
 from merging.adapters import Amount, Method
 from merging.inputs import Reading, digest, is_model
@@ -38,7 +39,7 @@ class Command(NamedTuple):
 
 
 def run_mix(args: argparse.Namespace) -> None:
-    entries = parse(args.sum)
+    entries = _entries(args.sum)
     amount, method = _amount(args), Method(args.method, args.density, args.seed, args.svd)
     if not args.out:
         raise UserError("no output; name a file with --out")
@@ -60,12 +61,12 @@ def run_mix(args: argparse.Namespace) -> None:
 
 
 def run_fold(args: argparse.Namespace) -> None:
-    entries = parse(args.sum)
+    entries = _entries(args.sum)
     if not is_model(args.base):
         raise UserError(f"{args.base} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id first")
     if wrong := [entry.path for entry in entries if is_model(entry.path)]:
         raise UserError(f'{wrong[0]} is a whole model, fold adds adapters to {args.base}; mix adds models: mix "0.6*A + 0.4*B" --out C')
-    entries = [adapters.Entry(1.0, args.base), *entries]
+    entries = [Entry(1.0, args.base), *entries]
     output = _output(args, [entry.path for entry in entries])
     models.add_models(entries, output, _reading(args), models.Folding(args.residual, args.residual_rank))
 
@@ -87,7 +88,7 @@ def run_convert(args: argparse.Namespace) -> None:
         return
     if args.to:
         raise UserError(f"{args.file} is a whole model, whose form the output's ending says; drop --to {args.to}")
-    models.add_models([adapters.Entry(1.0, args.file)], output, _reading(args))
+    models.add_models([Entry(1.0, args.file)], output, _reading(args))
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -121,6 +122,11 @@ def run_add(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def _entries(text: str) -> list[Entry]:
+    """The files of a sum; ~ at the start of a path is the home folder, which no shell expands inside quotes."""
+    return [replace(entry, path=os.path.expanduser(entry.path)) for entry in parse(text)]
 
 
 def _reading(args: argparse.Namespace) -> Reading:
@@ -157,7 +163,10 @@ def _again(recipe: dict[str, object], out: str) -> None:
     if unknown := [name for name in options if not hasattr(args, name) or name in HIDDEN]:
         raise UserError(f"the recipe has the option {unknown[0]}, which {command} does not know; was it made by another version?")
     vars(args).update(options, out=out, overwrite=False, dry_run=False, command=command)
-    COMMANDS[str(command)].run(args)
+    try:
+        COMMANDS[str(command)].run(args)
+    except (TypeError, AttributeError) as error:  # values that no command line gives
+        raise UserError(f"the recipe is broken ({error}); make the file anew by hand") from None
 
 
 def _number(text: str) -> float:

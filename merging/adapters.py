@@ -252,7 +252,7 @@ def convert(path: str, output: Output, reading: Reading) -> None:
     for component, rows in state.components.items():
         for name, lr in rows.items():
             size = norm(lr._replace(magnitude=None))
-            _, reports[component, name] = rounded(lr, Report(lr.rank, lr.rank, size, 0.0), output.dtype)
+            rows[name], reports[component, name] = rounded(lr, Report(lr.rank, lr.rank, size, 0.0), output.dtype)
     if reports:
         print(table(reports))
     say_written(write_adapter(state, output, layout), output)

@@ -130,7 +130,9 @@ def _declare_files(parser: argparse.ArgumentParser, *, format: bool = False, mod
 def _declare_reading(parser: argparse.ArgumentParser, *, model: bool = True) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("files")
     if model:
-        group.add_argument("--model", metavar="M", default="", help="model that adapters belong to (told by their keys)")
+        group.add_argument(
+            "--model", metavar="M", default="", help="whose adapters they are: a model, or sd1, sd2, sdxl, flux-dev (told by their keys)"
+        )
     group.add_argument("--model-config", metavar="DIR", default="", help="folder or hub id with the configs of a single-file model")
     group.add_argument("--dora-axis", metavar="A", choices=("rows", "columns"), default="", help="rows or columns, for kohya DoRAs that do not tell")
     group.add_argument("--allow-extra", action="store_true", help="pass over keys that mean nothing, in one line")

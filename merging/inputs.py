@@ -30,6 +30,7 @@ from lora_core.formats.pickles import read_pickle
 from lora_core.formats.weights import Weights
 from lora_core.patch import TOKENIZERS
 from models import Layout, is_single, known, outline, single, single_rows
+from models.published import KINDS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODELS = (
@@ -50,7 +51,7 @@ CHUNK = 1 << 22  # bytes hashed at a time
 class Reading:
     """How files are opened."""
 
-    model: str = ""  # folder, single file or hub id of the model that adapters belong to; empty: told by their keys
+    model: str = ""  # folder, single file, hub id or published name of the model that adapters belong to; empty: told by their keys
     model_config: str = ""  # folder or hub id with the configs of single files
     allow_extra: bool = False  # keys that mean nothing are named in a line, not refused
     dora_axis: str = ""  # rows or columns, of DoRA magnitudes that do not tell
@@ -107,7 +108,9 @@ def layout_for(paths: Sequence[str], reading: Reading) -> Layout | None:
 
 
 def open_layout(path: str, reading: Reading) -> Layout:
-    """What can be adapted in a model, from its configs or the keys of a single file; no weight is read."""
+    """What can be adapted in a model, from its configs or the keys of a single file; no weight is read. Published models have names, such as sdxl."""
+    if path in KINDS and not Path(path).exists():
+        return known.layout(path)
     return outline(path, reading.model_config if is_single(path) else "")
 
 
@@ -230,6 +233,8 @@ def watched(model: Model, title: str) -> dict[str, Weights]:
     def watch(weights: Weights) -> Weights:
         def read(key: str) -> Tensor:
             bar.update()
+            if bar.n == bar.total:
+                bar.close()
             return weights.read(key)
 
         return Weights(weights.source, weights.infos, read)

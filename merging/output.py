@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,19 @@ def tokens_path(path: str | Path) -> Path:
     return path.with_name(path.stem + EMBEDDINGS)
 
 
-def check_adapter(output: Output, state: AdapterState | None = None, *, tokens: bool = False) -> None:
-    """`check` of an adapter's file, and of its tokens' where it has some."""
+def check_adapter(output: Output, *, tokens: bool = False) -> None:
+    """`check` of an adapter's file, and of its tokens' where it has some; of all three of cloneofsimo's .pt files."""
     if not output.path:
         raise UserError("no output; name a file")
+    path = Path(output.path)
     check(output)
-    if Path(output.path).suffix not in (".safetensors", ".pt"):
-        raise UserError(f"the output {output.path} should end in .safetensors, or in .pt for cloneofsimo's lists")
-    if tokens and output.format not in INSIDE:
-        check(Output(str(tokens_path(output.path)), output.overwrite, output.dry_run))
+    if path.suffix not in (".safetensors", ".pt"):
+        raise UserError(f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists")
+    if path.suffix == ".pt":
+        for end in (".text_encoder.pt", ".ti.pt"):
+            check(replace(output, path=str(path.with_suffix(end))))
+    elif tokens and output.format not in INSIDE:
+        check(replace(output, path=str(tokens_path(path))))
 
 
 def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:

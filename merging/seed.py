@@ -26,7 +26,7 @@ from lora_core.run import atomic
 from lora_core.spectra import Report
 from lora_core.sums import LPL_WARNING, concat, lpl
 from merging.adapters import Amount, Method, join_tokens, merged
-from merging.inputs import Reading, is_model, layout_for, open_adapter, open_layout, written_like
+from merging.inputs import Reading, is_model, layout_for, open_adapter, open_base, written_like
 from merging.models import Folding, add_models
 from merging.output import Output, check, check_adapter, note, rounded, say_written, table, warn, write_adapter
 
@@ -220,7 +220,7 @@ def _into_model(job: Addition, output: Output, reading: Reading) -> None:
         return
     if Path(output.path).suffix != ".ckpt":
         raise UserError(f"upl-ckpt-v2 writes a CompVis checkpoint; the output {output.path} should end in .ckpt")
-    state = open_adapter(job.path_2, open_layout(job.path_1, reading), reading)
+    state = open_adapter(job.path_2, open_base(job.path_1, reading).layout, reading)
     embedding = Path(output.path).with_suffix(".pt") if len(state.tokens) == 1 else None  # A1111's has one encoder's rows
     if embedding:
         check(replace(output, path=str(embedding)))
