@@ -48,8 +48,8 @@ FORMATS = {  # in the order in which they are tried
     "diffusers": Format(diffusers.detect, diffusers.read, diffusers.write),
     "kohya": Format(kohya.detect, kohya.read, kohya.write, hashes=True),
     "cloneofsimo": Format(cloneofsimo.detect, _strict(cloneofsimo.read), cloneofsimo.write),
-    "comfyui": Format(comfy.detect, comfy.read),
     "xlabs": Format(comfy.detect_short, comfy.read_short),
+    "comfyui": Format(comfy.detect, comfy.read),
     "peft": Format(peft.detect, peft.read),
     "embeddings": Format(embeddings.detect, _strict(embeddings.read), embeddings.write),
 }
