@@ -26,7 +26,7 @@ def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     pipe.vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks)
     if channels != pipe.unet.config.in_channels:
-        pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | {"in_channels": channels})
+        pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | {"in_channels": channels, "_use_default_values": []})
     pipe.save_pretrained(folder)
     return folder
 
