@@ -1,5 +1,6 @@
 """formats: adapters as other programs write them, judged by peft, by diffusers' loaders, and by the architecture at full size."""
 
+import hashlib
 import json
 from dataclasses import replace
 from functools import cache
@@ -22,6 +23,7 @@ from lora_core.errors import UserError
 from lora_core.formats import layout_of
 from models import flux, sd, sdxl
 from tests import tiny_flux, tiny_sdxl
+from tests.test_formats import apply, disagreement
 from tests.tiny_pipeline import outputs, pipeline, random_state
 
 ATTENTION = {"unet": ("*attn?.to_*",), "text": ("*self_attn*proj",)}
@@ -130,8 +132,6 @@ def test_diffusers_reads_these_spellings_alike(layout, tmp_path, style):
     file = save_file(tensors, tmp_path / "a.safetensors")
     theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
     read = formats.load(file, layout)
-    from tests.test_formats import apply, disagreement
-
     apply(mine, read, layout)
     assert disagreement(outputs(mine), outputs(theirs), base) < 1e-5
 
@@ -235,8 +235,6 @@ def test_the_header_of_diffusers_tells_ranks_and_alphas_by_layer(layout, tmp_pat
     layers = {f"{name}_lora_layers": peft.get_peft_model_state_dict(getattr(theirs, name)) for name in ("unet", "text_encoder")}
     told = {f"{n}_lora_adapter_metadata": getattr(theirs, n).peft_config["default"].to_dict() for n in ("unet", "text_encoder")}
     theirs.save_lora_weights(str(tmp_path), **layers, **told)
-    from tests.test_formats import apply, disagreement
-
     apply(mine, formats.load(tmp_path / formats.NATIVE, layout), layout)
     assert disagreement(outputs(mine), outputs(theirs), base) < 1e-5
 
@@ -550,8 +548,6 @@ def test_a_single_integer_is_an_alpha_but_no_factor(tmp_path):
 
 def test_hashes_are_those_that_kohya_computes(tmp_path):
     """sd-scripts serialises tensors and ss_ entries, hashes what follows the header, and 64 KB from 1 MB on."""
-    import hashlib
-
     layout = layout_of({"unet": nn.ModuleDict({f"l{i}": nn.Linear(900, 700) for i in range(9)})}, base_model_version="v")
     state = AdapterState({"unet": {f"l{i}": LowRank(torch.randn(40, 900), torch.randn(700, 40).half(), 0.5) for i in range(9)}})
     formats.save(state, tmp_path / "a.safetensors", format="kohya", layout=layout, metadata={"config": "x" * 999, "ss_steps": "7 ü"})

@@ -111,7 +111,7 @@ def _kron(parts: Parts) -> Tensor:
     w2 = parts["lokr_w2"] if "lokr_w2" in parts else _product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
     if w1.ndim != 2 or w2.ndim < 2:
         raise ValueError("a Kronecker factor is a matrix")
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # torch 2.13 wants a view of it
 
 
 def _full(parts: Parts) -> Tensor:
