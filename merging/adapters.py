@@ -24,7 +24,7 @@ from lora_core.recipe import Entry
 from lora_core.selection import product, share
 from lora_core.spectra import Keep, Report, distill, one_thread
 from lora_core.sums import Weighted
-from merging.inputs import Reading, base_weight, dtype_of, layout_for, open_adapter, open_base, written_like
+from merging.inputs import Reading, base_weight, layout_for, open_adapter, open_base, widest, written_like
 from merging.output import Output, check_adapter, note, rounded, say_written, table, write_adapter
 
 METHODS = ("sum", "slerp", *MERGES)
@@ -88,19 +88,30 @@ def mix(entries: Sequence[Entry], output: Output, reading: Reading, *, amount: A
     check_adapter(output)
     paths = [entry.path for entry in entries]
     layout = layout_for(paths, reading)
-    states = [open_adapter(path, layout, reading, merging=True) for path in paths]
-    terms = [Term(state, entry.weight, choice(entry, state, layout)) for entry, state in zip(entries, states)]
     output = replace(output, format=output.format or written_like(paths))
-    state, reports = merged(terms, amount, method, output, dense_for(terms, reading, method, amount))
-    joined, report = join_tokens(states, paths)
-    state.tokens, state.token_names = joined.tokens, joined.token_names
-    state.metadata = states[0].metadata | joined.metadata if len(states) == 1 else joined.metadata
+    state, reports, said = _sum(entries, layout, output, reading, amount=amount, method=method)
     check_adapter(output, tokens=bool(state.tokens))
-    for line in report:
+    for line in said:
         note(line)
     if reports:
         print(table(reports))
     say_written(write_adapter(state, output, layout), output)
+
+
+def _sum(
+    entries: Sequence[Entry], layout: Layout | None, output: Output, reading: Reading, *, amount: Amount, method: Method
+) -> tuple[AdapterState, dict[Key, Report], list[str]]:
+    """The sum, its reports by layer, and sentences about its tokens. The inputs' memory is free when it is there."""
+    paths = [entry.path for entry in entries]
+    states = [open_adapter(path, layout, reading, merging=True) for path in paths]
+    terms = [Term(state, entry.weight, choice(entry, state, layout)) for entry, state in zip(entries, states)]
+    if amount and output.dtype is None:  # what is cut anyway is not written wider than it was
+        output = replace(output, dtype=widest(states))
+    state, reports = merged(terms, amount, method, output, dense_for(terms, reading, method, amount))
+    joined, said = join_tokens(states, paths)
+    state.tokens, state.token_names = joined.tokens, joined.token_names
+    state.metadata = states[0].metadata | joined.metadata if len(states) == 1 else joined.metadata
+    return state, reports, said
 
 
 def choice(entry: Entry, state: AdapterState, layout: Layout | None) -> merges.Share:
@@ -234,11 +245,9 @@ def _rounded(layer: Layer, dtype: torch.dtype | None) -> Layer:
 
 
 def resize(path: str, output: Output, reading: Reading, *, amount: Amount, method: Method) -> None:
-    """Writes the nearest adapter with as much as `amount` says, in the input's dtype unless another is given; tokens and header stay."""
+    """Writes the nearest adapter with as much as `amount` says; tokens and header stay."""
     if not amount:
         raise UserError("say how much to keep: --rank 16, --max-error 0.05, --energy 0.99 or --budget 20MB")
-    if output.dtype is None:
-        output = replace(output, dtype=dtype_of(open_adapter(path, layout_for([path], reading), reading, merging=True)))
     mix([Entry(1.0, path)], output, reading, amount=amount, method=method)
 
 

@@ -24,7 +24,7 @@ def mix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", metavar="D", type=float, default=0.5, help="share of entries that ties, dare, magnitude keep (%(default)s)")
     _declare_svd(parser)
     parser.add_argument("--residual", metavar="FILE", default="", help="for whole models: what rounding lost, as a LoRA")
-    _declare_files(parser, format=True)
+    _declare_files(parser, "fp32, the inputs' where ranks are cut", format=True)
 
 
 def fold(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def fold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="a folder, or a single file by its ending .safetensors or .ckpt")
     parser.add_argument("--residual", metavar="FILE", default="", help="what rounding lost, as a LoRA")
     parser.add_argument("--residual-rank", metavar="N", type=int, default=0, help="its rank (that of the folded updates)")
-    _declare_files(parser)
+    _declare_files(parser, "the model's")
 
 
 def distill(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def distill(parser: argparse.ArgumentParser) -> None:
     _declare_amount(parser, budget=False)
     parser.add_argument("--layers", metavar="CHOICE", default="", help="which layers, as after @ in mix: attn, unet, ~conv, a glob (all)")
     _declare_svd(parser)
-    _declare_files(parser, format=True, model=False)
+    _declare_files(parser, "fp32", format=True, model=False)
 
 
 def resize(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +51,14 @@ def resize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="the smaller one")
     _declare_amount(parser)
     _declare_svd(parser)
-    _declare_files(parser, format=True)
+    _declare_files(parser, "the input's", format=True)
 
 
 def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="an adapter file or run folder, or a whole model")
     parser.add_argument("out", help="for a whole model: a folder, or a file that ends in .safetensors or .ckpt")
     parser.add_argument("--to", metavar="FORMAT", choices=WRITTEN, default="", help=f"of an adapter: {', '.join(WRITTEN)}")
-    _declare_files(parser)
+    _declare_files(parser, "the input's")
 
 
 def info(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     truth: dict[str, Any] = {"type": _truth, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     parser.add_argument("--with-text-lora", help="merge x.text_encoder.pt too (.pt lists only)", **truth)
     parser.add_argument("--residual", metavar="FILE", default="", help="of upl: what rounding lost, as a LoRA")
-    _declare_files(parser, format=True)
+    _declare_files(parser, "fp32, or the model's", format=True)
 
 
 def _declare_amount(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
@@ -118,11 +118,16 @@ def _declare_svd(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn at random")
 
 
-def _declare_files(parser: argparse.ArgumentParser, *, format: bool = False, model: bool = True) -> None:
+def _declare_files(parser: argparse.ArgumentParser, dtype: str, *, format: bool = False, model: bool = True) -> None:
     group = _declare_reading(parser, model=model)
     if format:
         group.add_argument("--format", metavar="F", choices=WRITTEN, default="", help=f"of the result: {', '.join(WRITTEN)} (the first input's)")
-    group.add_argument("--dtype", metavar="D", choices=list(DTYPES), help=f"of the result: {', '.join(DTYPES)}")
+    group.add_argument(
+        "--dtype",
+        metavar="D",
+        choices=list(DTYPES),
+        help=f"of the result: {', '.join(DTYPES)}; else fp32, or the inputs' for models and where ranks are cut",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     group.add_argument("--dry-run", action="store_true", help="compute and report, write nothing")
 

@@ -252,8 +252,8 @@ def _weights_of(folder: str, files: Sequence[str]) -> list[str]:
     return []
 
 
-def dtype_of(state: AdapterState) -> torch.dtype | None:
-    """The widest dtype of an adapter's factors or, without any, of its token rows."""
-    factors = [lr for rows in state.components.values() for lr in rows.values() if isinstance(lr, LowRank)]
-    found = [lr.down.dtype for lr in factors] or [rows.dtype for rows in state.tokens.values()]
+def widest(states: Sequence[AdapterState]) -> torch.dtype | None:
+    """The widest dtype of the factors in some adapters or, without any, of their token rows."""
+    factors = [lr for state in states for rows in state.components.values() for lr in rows.values() if isinstance(lr, LowRank)]
+    found = [lr.down.dtype for lr in factors] or [rows.dtype for state in states for rows in state.tokens.values()]
     return functools.reduce(torch.promote_types, found) if found else None

@@ -21,7 +21,7 @@ from lora_core.formats.weights import open_weights
 from lora_core.grams import Sums, cosine, fit, principal_angles, sums
 from lora_core.merges import Key
 from lora_core.spectra import one_thread, spectrum
-from merging.inputs import Reading, base_weight, dtype_of, format_of, is_model, layout_for, open_adapter, open_base
+from merging.inputs import Reading, base_weight, format_of, is_model, layout_for, open_adapter, open_base, widest
 from merging.output import RECIPE, Output, aligned, check, note
 from merging.redoing import described, parsed
 
@@ -70,7 +70,8 @@ def info(path: str, reading: Reading, *, top: int = TOP, plot: str = "", overwri
         check(Output(plot, overwrite))
     layout = layout_for([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
-    kind = NAMES.get(dtype_of(state) or torch.float32, str(dtype_of(state)))
+    dtype = widest([state])
+    kind = NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else "dense"
     family = (
         f"{layout.family} ({layout.base_model_version})" if layout and layout.base_model_version else layout.family if layout else "family unknown"
     )

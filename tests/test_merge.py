@@ -417,6 +417,9 @@ def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
     small = formats.load("small.safetensors", layout)
     assert all(lr.rank == 1 and lr.down.dtype == torch.float16 for rows in small.components.values() for lr in rows.values())
     assert formats.load("small_emb.safetensors", layout).token_names == ("<s1>", "<s2>")
+    call("resize", "small.safetensors", "one.safetensors", "--energy", "1", "--model", "base")
+    call("mix", "small.safetensors", "--out", "wide.safetensors", "--model", "base")
+    assert load_file("one.safetensors").popitem()[1].dtype == torch.float16 and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
     call("resize", "run", "x.safetensors", "--model", "base", status=2)
     assert "say how much" in capsys.readouterr().err
 
