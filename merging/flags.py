@@ -122,12 +122,7 @@ def _declare_files(parser: argparse.ArgumentParser, dtype: str, *, format: bool 
     group = _declare_reading(parser, model=model)
     if format:
         group.add_argument("--format", metavar="F", choices=WRITTEN, default="", help=f"of the result: {', '.join(WRITTEN)} (the first input's)")
-    group.add_argument(
-        "--dtype",
-        metavar="D",
-        choices=list(DTYPES),
-        help=f"of the result: {', '.join(DTYPES)}; else fp32, or the inputs' for models and where ranks are cut",
-    )
+    group.add_argument("--dtype", metavar="D", choices=list(DTYPES), help=f"of the result: {', '.join(DTYPES)} ({dtype})")
     group.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     group.add_argument("--dry-run", action="store_true", help="compute and report, write nothing")
 

@@ -170,6 +170,10 @@ def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
     assert state.token_names == ("<s1>", "<s2>", "<s1-2>", "<s2-2>")
     assert torch.equal(state.tokens["clip_l"], torch.cat([made[1]["a"].tokens["clip_l"], made[1]["c"].tokens["clip_l"]]))
     assert embeddings.words(state) == {"TOK": ("<s1>", "<s2>")}
+    shutil.copytree("run", "run2")
+    call("mix", "run + run2", "--out", "w.safetensors", "--model", "base")
+    assert embeddings.words(formats.load("w_emb.safetensors", layout)) == {"TOK": ("<s1>", "<s2>"), "TOK2": ("<s1-2>", "<s2-2>")}
+    assert "TOK of run2 is called TOK2" in capsys.readouterr().err
     call("mix", "run@cross + c.safetensors@cross", "--out", "i.safetensors", "--model", "base", "--format", "cloneofsimo")
     assert formats.load("i.safetensors", layout).token_names == state.token_names and not Path("i_emb.safetensors").exists()
 
