@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lora_core.dense import MERGES
 from lora_core.errors import UserError
+from lora_core.formats.layout import nearest
 from lora_core.recipe import Entry, parse, render
 from merging import adapters, flags, inspection, models, redoing, seed
 from merging.adapters import Amount, Method
@@ -33,6 +35,15 @@ class Command(NamedTuple):
     example: str
     declare: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence for a mistake, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = nearest(found[1], [flag for action in self._actions for flag in action.option_strings]) if found else ""
+        raise UserError(f"{message}{f'; the nearest flag is {near}' if near else ''}; see {self.prog} --help")
 
 
 # ---------------------------------------------------------------- what the commands do
@@ -74,7 +85,7 @@ def run_fold(args: argparse.Namespace) -> None:
 def run_distill(args: argparse.Namespace) -> None:
     output = _output(args, [args.base, args.tuned])
     method = Method(seed=args.seed, svd=args.svd)
-    models.distil(args.base, args.tuned, output, _reading(args), amount=_amount(args), method=method, layers=args.layers)
+    models.distil(models.Difference(args.base, args.tuned, args.layers), output, _reading(args), amount=_amount(args), method=method)
 
 
 def run_resize(args: argparse.Namespace) -> None:
@@ -211,7 +222,7 @@ def _parser(command: str, prog: str = "") -> argparse.ArgumentParser:
     prog = prog or f"merge.py {command}"
     texts = {"usage": f"{prog} {row.usage} [flags]", "description": row.summary, "epilog": f"example: {prog} {row.example}"}
     layout = partial(argparse.HelpFormatter, width=WIDTH, max_help_position=22)
-    parser = argparse.ArgumentParser(prog=prog, **texts, allow_abbrev=False, add_help=False, formatter_class=layout)  # type: ignore[arg-type]
+    parser = Parser(prog=prog, **texts, allow_abbrev=False, add_help=False, formatter_class=layout)  # type: ignore[arg-type]
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     row.declare(parser)
     return parser
@@ -227,11 +238,10 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
     """The exit status of a command line: 0 done, 2 a mistake that the printed sentence explains, 130 interrupted."""
     try:
         args = _parser(command, prog).parse_intermixed_args(_words(words))
-    except SystemExit as end:  # argparse has said what is wrong, or printed the help
-        return int(end.code or 0)
-    try:
         args.command = command
         COMMANDS[command].run(args)
+    except SystemExit:  # argparse has printed the help
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

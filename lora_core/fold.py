@@ -54,7 +54,7 @@ class Ledger:
     residual: AdapterState = field(default_factory=AdapterState)
     residual_reports: dict[Key, Report] = field(default_factory=dict)
 
-    def add(self, key: Key, base: Tensor, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted) -> None:
+    def add(self, key: Key, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted) -> None:
         """Of one layer, however often it is read."""
         if key in self.roundings:
             return
@@ -213,7 +213,7 @@ def _folded(parts: Sequence[tuple[float, Weights]], places: Mapping[str, tuple[K
             except ValueError as error:
                 raise UserError(f"{'.'.join(layer)}: {error}") from None
             result, rounding = rounded(base, exact, to[key])
-            ledger.add(layer, base, exact, result, rounding, weighted)
+            ledger.add(layer, exact, result, rounding, weighted)
         if not torch.isfinite(result).all():
             raise UserError(f"{key} of {source} holds NaN or Inf as {to[key]}; choose a wider --dtype, or mend the input")
         return result

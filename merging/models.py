@@ -151,17 +151,26 @@ def with_tokens(model: Model, folder: Path, tokens: AdapterState, layout: Layout
     return grown, places
 
 
-def distil(base_path: str, tuned_path: str, output: Output, reading: Reading, *, amount: Amount, method: Method, layers: str = "") -> None:
+@dataclass(frozen=True)
+class Difference:
+    """Of two models, in some or all of their layers."""
+
+    base: str
+    tuned: str
+    layers: str = ""  # as after the @ of a sum; empty: all
+
+
+def distil(difference: Difference, output: Output, reading: Reading, *, amount: Amount, method: Method) -> None:
     """Writes the adapter nearest to tuned - base, of every linear and convolutional layer that differs. Raises UserError before writing."""
     check_adapter(output)
     keep = amount.keep()
     if keep is None:
         raise UserError("say how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95")
-    base, tuned = open_base(base_path, reading), open_base(tuned_path, reading)
+    base, tuned = open_base(difference.base, reading), open_base(difference.tuned, reading)
     if set(base.model) != set(tuned.model) or base.layout.components.keys() != tuned.layout.components.keys():
-        raise UserError(f"{base_path} has {', '.join(base.model)}, {tuned_path} has {', '.join(tuned.model)}; give two models of one kind")
+        raise UserError(f"{base.path} has {', '.join(base.model)}, {tuned.path} has {', '.join(tuned.model)}; give two models of one kind")
     keys = [(component, path) for component, part in base.layout.components.items() for path in part.shapes]
-    chosen = share(layers, keys, base.layout) if layers else merges.everywhere
+    chosen = share(difference.layers, keys, base.layout) if difference.layers else merges.everywhere
     keys = [key for key in keys if chosen(*key)]
     before, after = base_weight(base), base_weight(tuned)
     state, reports = AdapterState(), {}
@@ -172,7 +181,7 @@ def distil(base_path: str, tuned_path: str, output: Output, reading: Reading, *,
                 adapter, reports[key] = rounded(layer.adapter, layer.report, output.dtype)
                 state.components.setdefault(key[0], {})[key[1]] = adapter
     if not reports:
-        raise UserError(f"{tuned_path} and {base_path} do not differ in any of {len(keys)} layers; there is nothing to distil")
+        raise UserError(f"{tuned.path} and {base.path} do not differ in any of {len(keys)} layers; there is nothing to distil")
     print(table(reports))
     _say_elsewhere(base, tuned, set(reports))
     say_written(write_adapter(state, replace(output, format=output.format or "diffusers"), base.layout), output)

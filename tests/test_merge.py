@@ -516,7 +516,8 @@ BAD = [
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
     (("add", "base", "a.safetensors", "o.safetensors"), "choose --mode upl"),
-    (("mix",), "required"), (("mix", "a", "--rank", "x"), "invalid int"), (("nothing",), "there is no command"), (("mix", "a", "--typo"), "--typo"),
+    (("mix",), "required"), (("mix", "a", "--rank", "x"), "invalid int"), (("nothing",), "there is no command"),
+    (("mix", "a", "--outt", "b"), "nearest flag is --out;"),
 ]  # fmt: skip
 
 
