@@ -23,7 +23,7 @@ from lora_core.recipe import Entry, parse, render
 from merging import adapters, flags, inspection, models, redoing, seed
 from merging.adapters import Amount, Method
 from merging.inputs import Reading, digest, is_model
-from merging.output import Output
+from merging.output import Output, check
 from merging.seed import Addition
 
 HIDDEN = {"command", "out", "overwrite", "dry_run", "residual", "words"}  # arguments that a recipe does not keep
@@ -155,6 +155,8 @@ def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
         is_model(path)  # refuses a path that is not there
     if args.dry_run:
         return output
+    if os.path.isfile(args.out):
+        check(output)  # before gigabytes are hashed
     default = vars(_parser(args.command).parse_intermixed_args(_least(args.command)))
     options = {name: value for name, value in vars(args).items() if name not in HIDDEN and value != default.get(name)}
     return replace(output, recipe={"command": args.command, "options": options, "inputs": {path: digest(path) for path in inputs}})
