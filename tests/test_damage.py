@@ -110,7 +110,7 @@ def resized(data, rng):
     """Another length of the header."""
     size = struct.unpack("<Q", data[:HEAD])[0]
     other = rng.choice([0, 1, 2, size - 1, size + 1, size + 8, len(data), 2**31, 2**40, 2**63 - 1, 2**64 - 1])
-    return struct.pack("<Q", other) + data[HEAD:]
+    return struct.pack("<Q", other % 2**64) + data[HEAD:]
 
 
 def renamed(header, key, rng):

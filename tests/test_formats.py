@@ -588,7 +588,7 @@ def test_foreign_files_are_refused_by_their_name(tmp_path, key, what):
         formats.load(tmp_path / "a.safetensors")
 
 
-def test_the_real_cloneofsimo_file_is_refused_saying_what_it_is(layout):
+def test_the_real_cloneofsimo_file_is_refused_for_a_model_without_its_numbers(layout):
     if not DISNEY.exists():
         pytest.skip(f"{DISNEY} is not on this machine")
     with pytest.raises(UserError, match="cloneofsimo's index-keyed format"):

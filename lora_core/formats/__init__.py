@@ -52,7 +52,10 @@ FORMATS = {  # in the order in which they are tried
     "comfyui": Format(comfy.detect, comfy.read),
     "peft": Format(peft.detect, peft.read),
     "embeddings": Format(embeddings.detect, _strict(embeddings.read), embeddings.write),
+    "a1111": Format(embeddings.detect, _strict(embeddings.read), embeddings.write_a1111),
+    "textual_inversion": Format(embeddings.detect, _strict(embeddings.read), embeddings.write_learned),
 }
+ROWS = ("embeddings", "a1111", "textual_inversion")  # the formats of token rows
 FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be refused by name
     r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": "a control LoRA, which also changes norms and adds input channels",
     r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
@@ -108,8 +111,8 @@ def save(
         raise UserError(f"{what}; the nearest is {nearest(format, writers)}")
     if any(state.dense.values()):
         raise UserError(f"{path} cannot be written: {_first_dense(state)}; {DISTIL}")
-    if not (state.tokens if format == "embeddings" else any(state.components.values())):
-        raise UserError(f"there is nothing to write to {path}: the state has no {'token rows' if format == 'embeddings' else 'adapted modules'}")
+    if not (state.tokens if format in ROWS else any(state.components.values())):
+        raise UserError(f"there is nothing to write to {path}: the state has no {'token rows' if format in ROWS else 'adapted modules'}")
     path = Path(path)
     tensors, own = writers[format](_cast(state, dtype), layout, path.stem)
     header = {key: value for key, value in state.metadata.items() if not STALE.fullmatch(key)} | dict(metadata or {}) | own
