@@ -171,6 +171,9 @@ def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, 
             raise UserError(f"{owner} has no argument {name!r}; expected {', '.join(known) or 'none'}{_nearest(name, known)}")
 
 
+SMALL = 2**18  # elements whose copy end to end is cheaper on a CPU than a norm of each tensor
+
+
 @torch.no_grad()
 def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """The global L2 norm of the gradients before clipping (0-dim fp64 tensor on their device), which are scaled to norm `max_norm` if it is larger.
@@ -183,7 +186,10 @@ def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
         raise UserError("there is no gradient to clip: no parameter of this stage took part in the loss")
     if not max_norm > 0:
         raise UserError(f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)")
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0]))))
+    if grads[0].device.type == "cpu" and sum(g.numel() for g in grads) < SMALL:
+        norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in grads]), dtype=torch.float64)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0]))))
     if max_norm < math.inf:
         _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # 1e-6: torch's
     return norm

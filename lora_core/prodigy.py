@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lora_core.errors import UserError
 
@@ -139,8 +140,8 @@ class Prodigy(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         parts = []
         for row in rows:
-            g = torch.cat([p.grad.reshape(-1) for p in row.params if p.grad is not None]).to(row.dtype)
-            p = torch.cat([p.reshape(-1) for p in row.params]).to(row.dtype)
+            g = _flatten_dense_tensors([p.grad for p in row.params]).to(row.dtype)
+            p = _flatten_dense_tensors(row.params).to(row.dtype)
             if scale is not None:
                 g = g * (1 / scale).reshape(())
             if group["weight_decay"] and not group["decouple"]:
@@ -252,8 +253,7 @@ class Moving:
                 torch.div(m, v.sqrt().mul_(by_d).add_(group["eps"]), out=change).mul_(rate)
                 if group["weight_decay"] and group["decouple"]:
                     change.add_(p.mul_(decay))
-            changes = [x.view(p.shape) for x, p in zip(grad.split([p.numel() for p in rows.params]), rows.params)]
-            torch._foreach_add_(rows.params, changes)
+            torch._foreach_add_(rows.params, _unflatten_dense_tensors(grad, rows.params))
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
