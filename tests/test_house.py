@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "lora_core").rglob("*.py"))
 MODELS = sorted((ROOT / "models").glob("*.py"))
 SCRIPTS = [ROOT / name for name in ("train.py", "session.py", "checks.py", "checkpoints.py", "results.py", "infer.py")]
-PRODUCT = [*CORE, *MODELS, *SCRIPTS]
+MERGE = [ROOT / "merge.py", *sorted((ROOT / "merging").glob("*.py"))]
+PRODUCT = [*CORE, *MODELS, *SCRIPTS, *MERGE]
 CONFIG_READERS = {path.name for path in SCRIPTS}
 FAMILIES = re.compile(r"\b(sd|sd1|sd15|sdxl|sd3|flux)\b", re.IGNORECASE)
 
@@ -44,7 +45,7 @@ def code_strings(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_core_knows_no_family_and_no_model_library(path: Path) -> None:
     roots = {name.split(".")[0] for name, _ in imports(path)}
-    assert not roots & {"models", "diffusers", "transformers", "train", "infer", "merge", "session", "checks", "checkpoints", "results", "toy"}
+    assert not roots & {"models", "diffusers", "transformers", "train", "infer", "merge", "session", "checks", "checkpoints", "results", "merging", "toy"}
     if path.name != "config.py":  # its help texts give examples
         assert not [text for text in code_strings(path) if FAMILIES.search(text)]
 
