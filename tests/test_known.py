@@ -17,7 +17,7 @@ from tests import tiny_pipeline, tiny_sdxl
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
 ORIGINALS = [kind for kind, row in KINDS.items() if not row.like]
-WRITTEN = [name for name, row in formats.FORMATS.items() if row.write and name != "embeddings"]
+WRITTEN = ["diffusers", "kohya", "cloneofsimo"]  # the formats of adapters; those of token rows alone cannot tell families of one width apart
 
 
 def factors(shape, rank=2):
