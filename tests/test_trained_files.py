@@ -1,0 +1,143 @@
+"""What a few steps of training on the embedded model leave in a file of any format is what others draw with: same UNet output, same update.
+
+diffusers' own pipeline is the judge of native and kohya's files; cloneofsimo's, which nothing else reads today, is read back.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch.nn import functional as F
+
+from lora_core import adapters, formats, patch
+from lora_core.adapters import AdapterSpec
+from lora_core.algebra import AdapterState, product
+from lora_core.errors import UserError
+from models import outline
+
+MODEL = Path(__file__).parent.parent / "toy" / "model"
+EVERYWHERE = ("attentions.*.to_*", "attentions.*.proj*", "attentions.*.net.*", "resnets.*.conv*", "time_emb_proj")
+PLACES = {  # format -> layers that it can hold in files that others read, for a LoRA
+    "diffusers": EVERYWHERE,
+    "kohya": EVERYWHERE,
+    "cloneofsimo": ("attentions.*.to_*", "attentions.*.net.0.proj"),
+}
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
+STEPS, RATE = 8, 2e-2
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def layout():
+    return outline(str(MODEL))
+
+
+def modules(pipe):
+    return {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+
+
+def batch(pipe):
+    """Latents, noise levels and what the encoder says to two captions, always the same."""
+    size, generator = pipe.unet.config.sample_size, torch.Generator().manual_seed(5)
+    latents = torch.randn(2, pipe.unet.config.in_channels, size, size, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    levels = torch.tensor([200, 700])
+    ids = pipe.tokenizer(["a red cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return latents, noise, levels, ids
+
+
+def output(pipe):
+    latents, noise, levels, ids = batch(pipe)
+    with torch.no_grad():
+        return pipe.unet(pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]).sample
+
+
+def trained(pipe, layout, kind, places):
+    """A state after a few steps of denoising the batch, of the U-Net and its text encoder."""
+    found = {"unet": places, "text_encoder": TEXT}
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    try:
+        for i, (name, net) in enumerate(networks.items()):
+            adapters.inject(net.requires_grad_(False), AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0), seed=i)
+        wanted = [p for net in networks.values() for p in adapters.parameters(net)]
+        optimizer = torch.optim.AdamW(wanted, lr=RATE)
+        latents, noise, levels, ids = batch(pipe)
+        for _ in range(STEPS):
+            prediction = pipe.unet(pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]).sample
+            F.mse_loss(prediction, noise.roll(1, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        names = {name: {path: layout.published(name, path) for path in adapters.state(net)} for name, net in networks.items()}
+        components = {name: {names[name][path]: lr for path, lr in adapters.state(net).items()} for name, net in networks.items()}
+        return AdapterState(components)
+    finally:
+        for net in networks.values():
+            adapters.remove(net)
+
+
+@pytest.fixture(scope="module")
+def states(pipe, layout):
+    return {
+        "diffusers": trained(pipe, layout, "lora", PLACES["diffusers"]),
+        "kohya": trained(pipe, layout, "lora", PLACES["kohya"]),
+        "cloneofsimo": trained(pipe, layout, "lora", PLACES["cloneofsimo"]),
+        "dora": trained(pipe, layout, "dora", PLACES["diffusers"]),
+    }
+
+
+def ours(pipe, layout, file):
+    """Our output with a file, and how far it is from the model's own."""
+    plain = output(pipe)
+    with patch(modules(pipe), file, layout=layout):
+        patched = output(pipe)
+    assert torch.equal(output(pipe), plain)
+    assert (patched - plain).abs().max() > 0.1  # training has moved the model
+    return patched
+
+
+def theirs(pipe, file):
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    try:
+        return output(pipe)
+    finally:
+        pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize(("kind", "format"), [("diffusers", "diffusers"), ("kohya", "kohya"), ("dora", "diffusers")])
+def test_diffusers_computes_what_we_compute(pipe, layout, states, tmp_path, kind, format):
+    file = tmp_path / "trained.safetensors"
+    formats.save(states[kind], file, format=format, layout=layout)
+    assert (theirs(pipe, file) - ours(pipe, layout, file)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "cloneofsimo"])
+def test_every_format_has_the_same_update(layout, states, tmp_path, format):
+    state, file = states["cloneofsimo"], tmp_path / "trained.safetensors"
+    formats.save(state, file, format=format, layout=layout)
+    read = formats.load(file, layout)
+    assert {name: set(part) for name, part in read.components.items()} == {name: set(part) for name, part in state.components.items()}
+    for name, part in state.components.items():
+        for path, lr in part.items():
+            assert (product(read.components[name][path]) - product(lr)).abs().max() <= 1e-6, path
+
+
+def test_cloneofsimos_file_computes_the_same(pipe, layout, states, tmp_path):
+    files = [tmp_path / f"{format}.safetensors" for format in PLACES]
+    for format, file in zip(PLACES, files, strict=True):
+        formats.save(states["cloneofsimo"], file, format=format, layout=layout)
+    native, *others = (ours(pipe, layout, file) for file in files)
+    assert all((other - native).abs().max() <= 1e-5 for other in others)
+    assert (theirs(pipe, files[0]) - native).abs().max() <= 1e-5
+
+
+def test_a_dora_is_no_cloneofsimo_file(layout, states, tmp_path):
+    with pytest.raises(UserError, match="DoRA"):
+        formats.save(states["dora"], tmp_path / "trained.safetensors", format="cloneofsimo", layout=layout)
+    assert not any(tmp_path.iterdir())
