@@ -83,7 +83,7 @@ def is_model(path: str) -> bool:
     if place.suffix == ".ckpt":
         return True
     try:
-        with safe_open(place, "pt") as opened:
+        with safe_open(place, "np") as opened:
             return any(key.startswith(MODELS) and ".lora" not in key for key in opened.keys())  # noqa: SIM118 - not a dictionary
     except (SafetensorError, OSError, RuntimeError):
         return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
@@ -169,7 +169,7 @@ def format_of(path: str) -> str:
     if place.is_file() and is_pickle(place):
         return "cloneofsimo" if cloneofsimo.detect_pt(read_pickle(place)) else "embeddings"
     try:
-        with safe_open(place, "pt") as opened:
+        with safe_open(place, "np") as opened:
             keys = dict.fromkeys(opened.keys(), torch.empty(0))
     except (SafetensorError, OSError, RuntimeError):
         return "diffusers"

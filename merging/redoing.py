@@ -31,7 +31,7 @@ def recipe_of(path: str) -> dict[str, Any]:
         if place.is_dir():
             text = (place / SIDECAR).read_text(encoding="utf-8") if (place / SIDECAR).is_file() else ""
         else:
-            with safe_open(place, "pt") as opened:
+            with safe_open(place, "np") as opened:
                 text = (opened.metadata() or {}).get(RECIPE, "")
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"the recipe of {path} cannot be read ({str(error).splitlines()[0]}); is the file damaged?") from None
