@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_core import adapters, formats, tokens
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import embeddings
+from lora_core.formats import embeddings, mixofshow
 from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import Abstraction
 
@@ -174,6 +174,9 @@ def _report(state: AdapterState, rename: Mapping[str, str], source: str) -> tupl
     said = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
     if state.tokens and embeddings.NAMES not in state.metadata:
         said.append(f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, or as renamed")
+    if mixofshow.PER_LAYER in state.metadata:
+        shown = ", ".join(state.token_names[:3])
+        said.append(f"{source} has rows, one for each cross-attention layer (P+), which are tokens of their own here: {shown} ...")
     if not state.tokens and embeddings.NAMES in state.metadata:
         said.append(f"{source} was trained with the tokens {state.metadata[embeddings.NAMES]}, whose rows it does not hold; give the run's folder")
     return tuple(said)

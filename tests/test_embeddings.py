@@ -208,7 +208,6 @@ class Danger:
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"params": {"new_concept_embedding": {"<a1>": torch.ones(16, 4)}, "unet": {}}}, "ED-LoRA of Mix-of-Show with per-layer token rows"),
         ({"IN01": ROWS, "MID": ROWS, "OUT03": ROWS}, "per-layer token rows"),
         (A1111 | {"string_to_param": {}}, "holds 0 entries"),
         (A1111 | {"string_to_param": {"*": ROWS, "+": ROWS}}, "holds 2 entries"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import cloneofsimo, comfy, diffusers, embeddings, fused, kohya, peft
+from lora_core.formats import cloneofsimo, comfy, diffusers, embeddings, fused, kohya, mixofshow, peft
 from lora_core.formats.container import is_pickle, pickled_tensors, read_tensors, write_tensors
 from lora_core.formats.grammar import Reading
 from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
@@ -151,6 +151,8 @@ def _load_file(path: Path, layout: Layout | None, how: Reading) -> AdapterState:
     data = read_pickle(path)
     if cloneofsimo.detect_pt(data):
         return cloneofsimo.read_pt(path, layout)
+    if mixofshow.detect_pt(data):
+        return mixofshow.read_pt(data, layout, str(path))
     if embeddings.detect_pt(data):
         return embeddings.read_pt(path, layout)
     return _read(pickled_tensors(data, str(path)), {}, layout, str(path), how)

@@ -124,7 +124,7 @@ def detect_pt(data: Any) -> bool:
     """Whether what `read_pickle` found is a dictionary of token rows."""
     if not isinstance(data, dict) or not data:
         return False
-    return PARAM in data or _concepts(data) is not None or all(isinstance(t, Tensor) and t.ndim < 3 and "." not in str(k) for k, t in data.items())
+    return PARAM in data or all(isinstance(t, Tensor) and t.ndim < 3 and "." not in str(k) for k, t in data.items())
 
 
 def token_rows(data: Any, source: str) -> dict[str, Tensor]:
@@ -305,15 +305,7 @@ def _parameter(value: Any, source: str) -> Tensor:
     return tensors[0]
 
 
-def _concepts(data: Mapping[Any, Any]) -> Any:
-    """What Mix-of-Show (ED-LoRA) has for rows, or None."""
-    params = data.get("params")
-    return params.get("new_concept_embedding") if isinstance(params, dict) else None
-
-
 def _refuse_layerwise(data: Mapping[Any, Any], source: str) -> None:
-    if _concepts(data) is not None:
-        raise UserError(f"{source} is an ED-LoRA of Mix-of-Show with {PLUS}")
     if data and all(isinstance(key, str) and LAYERWISE.fullmatch(key) for key in data):
         raise UserError(f"{source} has {PLUS}")
 
