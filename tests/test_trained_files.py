@@ -24,7 +24,7 @@ PLACES = {  # format -> layers that it can hold in files that others read, for a
     "cloneofsimo": ("attentions.*.to_*", "attentions.*.net.0.proj"),
 }
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
-STEPS, RATE = 8, 2e-2
+STEPS, RATE = 8, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def output(pipe):
 
 
 def trained(pipe, layout, kind, places):
-    """A state after a few steps of denoising the batch, of the U-Net and its text encoder."""
+    """A state after a few steps towards the opposite of the noise, which keep the output large: of the U-Net and its text encoder."""
     found = {"unet": places, "text_encoder": TEXT}
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     try:
@@ -71,7 +71,7 @@ def trained(pipe, layout, kind, places):
         latents, noise, levels, ids = batch(pipe)
         for _ in range(STEPS):
             prediction = pipe.unet(pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]).sample
-            F.mse_loss(prediction, noise.roll(1, 0)).backward()
+            F.mse_loss(prediction, -noise).backward()
             optimizer.step()
             optimizer.zero_grad()
         names = {name: {path: layout.published(name, path) for path in adapters.state(net)} for name, net in networks.items()}
