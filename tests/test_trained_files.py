@@ -60,7 +60,7 @@ def output(pipe):
 
 
 def trained(pipe, layout, kind, places):
-    """A state after a few steps towards the opposite of the noise, which keep the output large: of the U-Net and its text encoder."""
+    """A state after a few steps towards the opposite of the noise, of the U-Net and its text encoder."""
     found = {"unet": places, "text_encoder": TEXT}
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     try:
