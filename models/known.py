@@ -243,7 +243,7 @@ def _shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     """(shapes, header) of one file."""
     if file.is_file() and not is_pickle(file):
         shapes = open_weights(file).shapes
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "np") as opened:
             return shapes, dict(opened.metadata() or {})
     data = read_pickle(file)
     if cloneofsimo.detect_pt(data):

@@ -403,3 +403,21 @@ def test_inpainting_is_seen_in_the_shapes(models):
     assert dict(facts.encoders) == {"conditioner.embedders.0.transformer.": ("clip", 16), "conditioner.embedders.1.model.": ("open_clip", 24)}
     refiner = joined(open_model(Path(models["refiner"][1]), REFINER), REFINER)
     assert dict(detect(refiner.shapes).encoders) == {"conditioner.embedders.0.model.": ("open_clip", 24)}
+
+
+def test_a_file_larger_than_memory_is_read(tmp_path):
+    """A terabyte that takes no place on disk: its tensors are read one by one, and what was read is not a view of the file."""
+    path, names, size = tmp_path / "large.safetensors", [f"t{i}" for i in range(1024)], 2**30
+    text = {name: {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]} for i, name in enumerate(names)}
+    last = 1024 * size
+    text["end"] = {"dtype": "BF16", "shape": [2, 1], "data_offsets": [last, last + 4]}
+    header = json.dumps(text).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + last + 4)
+        file.seek(8 + len(header) + last)
+        file.write(torch.tensor([1.5, -2.0], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    opened = open_weights(path)
+    found = opened.read("end")
+    path.unlink()
+    assert len(opened.infos) == 1025 and found.dtype == torch.bfloat16 and found.tolist() == [[1.5], [-2.0]]

@@ -23,6 +23,7 @@ CODES = {  # dtype -> safetensors' name of it
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 KINDS = {code: dtype for dtype, code in CODES.items()}
+HEAD = 8  # bytes of the length in front of the header
 PICKLED = (".ckpt", ".pt", ".bin", ".pth")
 
 
@@ -82,7 +83,7 @@ def open_weights(path: str | Path) -> Weights:
     if start == ZIP or path.suffix in PICKLED or (start[:1] == PICKLE and path.suffix != ".safetensors"):
         return weights_of(_pickled(read_pickle(path), path), str(path))
     try:
-        opened = safe_open(path, "pt")
+        opened = safe_open(path, "np")  # of the header alone; "pt" maps the file writable, which a system refuses for more than its memory
         infos = {}
         for key in opened.keys():  # noqa: SIM118 - not a dictionary
             part = opened.get_slice(key)
@@ -93,7 +94,25 @@ def open_weights(path: str | Path) -> Weights:
         raise UserError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch or write it again") from None
     if not infos:
         raise UserError(f"{path} holds no tensors; expected the weights of a model")
-    return Weights(str(path), infos, opened.get_tensor)
+    return Weights(str(path), infos, _reader(path, infos))
+
+
+def _reader(path: Path, infos: Mapping[str, Info]) -> Callable[[str], Tensor]:
+    """Reads a tensor of a valid .safetensors file into memory of its own: a mapped file would count as resident, all of it in the end."""
+    file = path.open("rb")
+    size = int.from_bytes(file.read(HEAD), "little")
+    header = json.loads(file.read(size))
+
+    def read(key: str) -> Tensor:
+        start, end = header[key]["data_offsets"]
+        data = bytearray(end - start)
+        file.seek(HEAD + size + start)
+        if file.readinto(data) != len(data):
+            raise UserError(f"{path} has become shorter while it was read; fetch or write it again")
+        shape, dtype = infos[key]
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+    return read
 
 
 def open_folder(folder: str | Path, stem: str) -> Weights:
