@@ -86,8 +86,10 @@ def plot(
             axis.errorbar(x, y, yerr=(errors or {}).get(name), label=name, linewidth=1.4, capsize=3)
         axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale="log" if log else "linear")
         axis.grid(alpha=0.3)
+        if all(float(value).is_integer() for x, _ in series.values() for value in x):
+            axis.locator_params(axis="x", integer=True)
         if len(series) > 1:
-            axis.legend(frameon=False)
+            axis.legend(edgecolor="white")
 
 
 def plot_over(filled: Series, series: Series, path: Path, *, axes: tuple[str, str, str], title: str = "", log: bool = False) -> None:
