@@ -1,4 +1,4 @@
-"""Weights per block of a network: the lists of 12, 17, 20 or 26 numbers of kohya's and A1111's tools, and globs over paths.
+"""Weights per block of a network: the lists of 12, 17, 20 or 26 numbers of kohya's and A1111's tools.
 
 The 26 blocks are BASE (the text encoders), IN00 to IN11, MID and OUT00 to OUT11. Shorter lists name the blocks that hold layers: 17 and 12 those with
 attention, 26 and 20 all of a family. Which block a layer belongs to is the family's to say, as a function (component, path) -> index or None.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lora_core.errors import UserError
-from lora_core.targets import lookup, require_match
 
 BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12)))
 LISTS: dict[int, tuple[int, ...]] = {  # length of a list -> the blocks it weighs (sd-scripts, networks/svd_merge_lora.py)
@@ -48,20 +47,5 @@ def by_block(weights: Sequence[float], block_of: BlockOf) -> Share:
     def share(component: str, path: str) -> float:
         index = block_of(component, path)
         return 1.0 if index is None else weights[index]
-
-    return share
-
-
-def by_pattern(table: Mapping[str, float], keys: Collection[tuple[str, str]], default: float = 0.0) -> Share:
-    """The share of each layer by the last glob that matches "component.path" or its end from a dot on; `default` where none does.
-
-    `keys` are the (component, path) pairs of the files to merge. Raises UserError, with the nearest paths, for a glob that matches none of them.
-    """
-    names = [f"{component}.{path}" for component, path in keys]
-    for pattern in table:
-        require_match(pattern, names, "layer selection")
-
-    def share(component: str, path: str) -> float:
-        return lookup(f"{component}.{path}", table, default) or 0.0
 
     return share

@@ -83,12 +83,12 @@ class StableDiffusionXL(StableDiffusion):
         states, extra = [], {}
         for name, encoder in self.encoders.items():
             tokenizer = self.tokenizers[name]
-            ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said).to(encoder.device)
-            out = encoder(ids, output_hidden_states=True)
+            ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said)
+            out = encoder(ids.to(encoder.device), output_hidden_states=True)
             states.append(out.hidden_states[-(self.clip_skip + 2)])
             if name == "text_encoder_2":
-                end = first_eos(ids, tokenizer.eos_token_id)
-                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[torch.arange(len(ids), device=ids.device), end])
+                end = first_eos(ids, tokenizer.eos_token_id).to(encoder.device)  # looked for on the CPU: nothing waits for the device
+                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[torch.arange(len(end), device=end.device), end])
         return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_core.blocks import BLOCKS, LISTS, by_block, by_pattern, parse
+from lora_core.blocks import BLOCKS, LISTS, by_block, parse
 from lora_core.errors import UserError
 
 NAMES = {  # semantics of sd-scripts
@@ -46,12 +46,3 @@ def test_shares_by_block():
     table = {"mid.0": 13, "down.1": 2, "time": None}
     share = by_block(weights, lambda component, path: 0 if component == "text_encoder" else table[path])
     assert share("text_encoder", "x") == 0 and share("unet", "mid.0") == 7 and share("unet", "down.1") == 1 and share("unet", "time") == 1
-
-
-def test_shares_by_pattern():
-    keys = [("unet", "down.attn1.to_q"), ("unet", "down.attn2.to_q"), ("text_encoder", "layers.0.q_proj")]
-    share = by_pattern({"unet.*": 0.5, "attn2.*": 2.0}, keys)
-    assert [share(*key) for key in keys] == [0.5, 2.0, 0.0]
-    assert by_pattern({"attn2.*": 0.0}, keys, default=1.0)(*keys[1]) == 0.0
-    with pytest.raises(UserError, match=r"'attn3\.\*' matches none"):
-        by_pattern({"attn3.*": 1.0}, keys)

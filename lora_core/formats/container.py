@@ -28,7 +28,7 @@ LEGACY = slice(0x100000, 0x110000)  # the bytes of a file that sd-webui-addition
 def is_pickle(path: Path) -> bool:
     """Whether a file begins as torch.save's do. Raises UserError for a missing or empty file."""
     if not path.is_file():
-        raise UserError(f"{path} is not there; give an adapter's file or a run's folder")
+        raise UserError(f"{path} is not there; give a file or a run's folder")
     with path.open("rb") as file:
         start = file.read(len(ZIP))
     if not start:

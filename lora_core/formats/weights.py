@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.formats.container import PICKLE, ZIP
+from lora_core.formats.container import is_pickle
 from lora_core.formats.ldm import Shape
 from lora_core.formats.pickles import read_pickle
 from lora_core.run import atomic
@@ -74,13 +74,7 @@ def open_weights(path: str | Path) -> Weights:
     What in a pickle's dictionary is no tensor is left out. Raises UserError for a missing, empty, truncated or foreign file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not there; give a .safetensors or .ckpt file")
-    with path.open("rb") as file:
-        start = file.read(len(ZIP))
-    if not start:
-        raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
-    if start == ZIP or path.suffix in PICKLED or (start[:1] == PICKLE and path.suffix != ".safetensors"):
+    if is_pickle(path) or path.suffix in PICKLED:
         return weights_of(_pickled(read_pickle(path), path), str(path))
     try:
         opened = safe_open(path, "np")  # of the header alone; "pt" maps the file writable, which a system refuses for more than its memory
