@@ -29,7 +29,7 @@ from lora_core.losses import StepOutput
 from lora_core.noise import Keys
 from session import Session
 
-EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\nor: python train.py --compare RUN_A RUN_B"
+EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\nor: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 PREVIEW = "--preview-density"
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
