@@ -29,7 +29,10 @@ from lora_core.losses import StepOutput
 from lora_core.noise import Keys
 from session import Session
 
-EXAMPLE = "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\nor: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
+EXAMPLE = (
+    "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
+    "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
+)
 PREVIEW = "--preview-density"
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
