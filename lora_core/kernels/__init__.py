@@ -1,12 +1,13 @@
 """OPS: every adapter operation and its twins, and `call`, the one place that chooses between them.
 
-An op's `reference` is its definition; `fused` and `triton` are faster twins that must equal it. Edit one row to try a kernel:
+An op's `reference` is its definition; `fused` (torch, for any device) and `triton` are faster twins that must equal it. Edit one row to try a kernel:
     OPS["lora_linear"] = replace(OPS["lora_linear"], triton=my_kernel, supports=my_supports)
 Mode: LORA_KERNELS=auto|reference|fused|triton in the environment, or `with using("reference"):`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import fused, reference
+from lora_core.kernels import fused, reference, winners
+from lora_core.kernels.reference import Member
 
 MODES = ("auto", "reference", "fused", "triton")
 
@@ -28,18 +30,32 @@ class Cost(NamedTuple):
 
     launches: int
     bytes: int  # read and written
+    product: bool = False  # a matrix product, not an elementwise pass
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. The twins, `supports` and `cost` take the reference's arguments."""
+    """One operation. The twins, `supports` and `shape_class` take the reference's arguments."""
 
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     example: Callable[..., tuple[Any, ...]]  # (seed, dtype, device) -> arguments, for tests and benchmarks
-    fused: Callable[..., Tensor] | None = None
-    triton: Callable[..., Tensor] | None = None
-    supports: Callable[..., str | None] | None = None  # why the triton kernel refuses these arguments, or None
-    cost: Callable[..., Cost] | None = None  # of the triton kernel
+    fused: Callable[..., Any] | None = None
+    triton: Callable[..., Any] | None = None
+    supports: Callable[..., str | None] | None = None  # why the triton twin refuses these arguments, or None
+    shape_class: Callable[..., str] | None = None  # what the table of winners tells apart
+
+
+COSTS: dict[str, Callable[..., Cost]] = {}  # torch op, "lora_core::shrink" -> its cost from its own arguments; filled beside each kernel
+
+
+def in_module(module: str, name: str) -> Callable[..., Any]:
+    """lora_core.kernels.<module>.<name>, imported at the first call: Triton need not be there before."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"lora_core.kernels.{module}"), name)(*args)
+
+    run.__name__ = f"triton {name}"
+    return run
 
 
 def _random(seed: int, dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -49,6 +65,11 @@ def _random(seed: int, dtype: torch.dtype, device: str, *shapes: tuple[int, ...]
 
 def _linear_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
     return *_random(seed, dtype, device, (2, 5, 7), (11, 7), (11,), (3, 7), (11, 3)), 0.5
+
+
+def _grouped_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+    x, w1, b1, d1, u1, w2, d2, u2 = _random(seed, dtype, device, (2, 5, 7), (11, 7), (11,), (3, 7), (11, 3), (6, 7), (2, 7), (6, 2))
+    return x, (Member(w1, b1, d1, u1, 0.5), Member(w2, None, d2, u2, 2.0))
 
 
 def _conv_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
@@ -71,6 +92,7 @@ def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: 
 
 OPS: dict[str, Op] = {
     "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear),
+    "lora_grouped": Op(reference.lora_grouped, _grouped_example),
     "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
     "dora_norm": Op(reference.dora_norm, _norm_example),
     "dora_compose": Op(reference.dora_compose, _compose_example),
@@ -101,35 +123,30 @@ def mode() -> str:
     return named
 
 
-def call(name: str, *args: Any) -> Tensor:
+def call(name: str, *args: Any) -> Any:
     """The op's result, by the twin that the mode asks for.
 
-    auto takes triton for CUDA arguments that it supports, else fused, else the reference; a refusal is said once. A forced mode never
-    falls back: UserError when the op has no such twin or it refuses the arguments.
+    auto takes the winner of the table for these arguments (winners.choose); where its triton twin refuses them the fused one, said once. A forced
+    mode takes its twin, and the next plainer one where the op has none (fused: reference; triton: fused) or, for triton, where it refuses: said once.
     """
     op, chosen = OPS[name], mode()
+    if chosen == "reference":
+        return op.reference(*args)
+    plain = op.fused or op.reference
+    if chosen == "fused":
+        return plain(*args)
     if chosen == "auto":
-        return _fastest(name, op, args)(*args)
-    twin = getattr(op, chosen)
-    if twin is None:
-        raise UserError(f"op {name} has no {chosen} twin; use LORA_KERNELS=auto or LORA_KERNELS=reference")
-    reason = op.supports(*args) if chosen == "triton" and op.supports else None
-    if reason:
-        raise UserError(f"the triton kernel of op {name} refuses: {reason}; use LORA_KERNELS=auto or LORA_KERNELS=reference")
-    return twin(*args)
-
-
-def _fastest(name: str, op: Op, args: tuple[Any, ...]) -> Callable[..., Tensor]:
-    other = op.fused or op.reference
-    if op.triton is None or not next(a for a in args if isinstance(a, Tensor)).is_cuda:
-        return other
-    reason = op.supports(*args) if op.supports else None
+        chosen = winners.choose(name, op, args)
+        if chosen != "triton":
+            return (op.reference if chosen == "reference" else plain)(*args)
+    reason = "there is none" if op.triton is None else op.supports(*args) if op.supports else None
     if reason is None:
-        return op.triton
+        assert op.triton is not None
+        return op.triton(*args)
     if f"{name}: {reason}" not in _said:
         _said.add(f"{name}: {reason}")
-        warnings.warn(f"op {name} runs as {other.__name__}, its triton kernel refuses: {reason}", stacklevel=3)
-    return other
+        warnings.warn(f"op {name} runs without its triton kernel: {reason}", stacklevel=2)
+    return plain(*args)
 
 
 def _check(mode: str, source: str) -> None:

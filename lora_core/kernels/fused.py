@@ -13,10 +13,20 @@ from lora_core.kernels import reference
 MERGED = 128 * 128
 
 
-def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    drop: reference.Drop | None = None,
+) -> Tensor:
     """reference.lora_linear by one product with W + scale up down where that matrix is small, else with the update added in its own product."""
-    if weight is None or not _one_dtype(x, weight, down):
-        return reference.lora_linear(x, weight, bias, down, up, scale)
+    if weight is None or magnitude is not None or drop is not None or not _one_dtype(x, weight, down):
+        return reference.lora_linear(x, weight, bias, down, up, scale, magnitude, norm, drop)
     if weight.numel() <= MERGED:
         return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
     y, hidden = F.linear(x, weight, bias), F.linear(x, down)

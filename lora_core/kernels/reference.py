@@ -6,7 +6,7 @@ result, and autograd casts their gradients back to fp32. Under torch.autocast th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,58 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """x W^T + bias + scale x down^T up^T  [..., out] in x's dtype (arXiv 2106.09685); with weight None the last term alone.
+class Drop(NamedTuple):
+    """Dropout of an adapter's input, decided by the hash of `keyed_dropout`; the base layer sees x as it is."""
 
-    x [..., in], weight [out, in], down [r, in], up [out, r].
+    p: float
+    seed: int
+    layer: int  # uint32
+    step: Tensor  # [] int64
+    rows: Tensor  # [b] int64, one key for each x[i]
+
+
+class Member(NamedTuple):
+    """A frozen linear layer and its LoRA, or with `magnitude` and `norm` [out] its DoRA."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    down: Tensor  # [r, in]
+    up: Tensor  # [out, r]
+    scale: float
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None  # what dora_norm gives for these factors; its gradient is returned where it asks for one
+    drop: Drop | None = None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    drop: Drop | None = None,
+) -> Tensor:
+    """x W^T + bias + scale x' down^T up^T  [..., out] in x's dtype (arXiv 2106.09685); with weight None the last term alone; x' is x after `drop`.
+
+    With magnitude and norm the sum without the bias is multiplied by magnitude / norm in fp32 or better and rounded once (arXiv 2402.09353).
+    x [..., in], weight [out, in], down [r, in], up [out, r], magnitude and norm [out].
     """
-    update = scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-    return update if weight is None else F.linear(x, weight, bias) + update
+    dropped = x if drop is None else keyed_dropout(x, *drop)
+    update = scale * F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype))
+    if weight is None:
+        return update
+    y = F.linear(x, weight, bias)
+    if magnitude is None or norm is None:
+        return y + update
+    return dora_compose(y, bias, update, magnitude / norm)
+
+
+def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
+    """lora_linear of every member on the same x."""
+    return tuple(lora_linear(x, *member) for member in members)
 
 
 def lora_conv(
