@@ -1,0 +1,25 @@
+"""Where Triton kernels can run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """True when kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before the first one was imported."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why no Triton kernel can run on x, or None. The meta device takes every kernel: nothing runs there."""
+    if find_spec("triton") is None:
+        return "triton is not installed (it exists for Linux)"
+    if x.is_cuda or x.is_meta:
+        return None
+    if x.device.type == "cpu":
+        return None if interpreted() else "the tensors are on the CPU; TRITON_INTERPRET=1 runs kernels there, slowly, to test them"
+    return f"the tensors are on {x.device.type}"
