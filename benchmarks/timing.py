@@ -1,0 +1,213 @@
+"""Times of contenders that take turns in one process, and what a benchmark prints and stores beside them.
+
+    times = alternate({"ours": ours, "peft": peft}, 9)
+    print(table(["", "ms", "to peft"], [[name, 1e3 * median(times, name), ratio(times, name, "peft")] for name in times]))
+
+A figure on the CPU is the median of rounds in processor seconds of this process, which a busy neighbour changes least; the clock's are kept too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice takes milliseconds
+WARM = 2  # untimed calls: memory, caches of kernels, autotuning
+LEAST = 3  # rounds that a limit of time leaves
+FLUSH = 256 * 2**20  # bytes written between repeats where the device does not say how large its L2 is; the largest known, B200's, has 126 MB
+
+
+class Times(dict[str, list[float]]):
+    """Name -> seconds of one call in each round, all of one length; by the clock on the CPU, between CUDA events on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor: dict[str, list[float]] = {}  # the same in processor seconds of this process and its threads; empty on a GPU
+        self.left_out: dict[str, str] = {}  # name -> why a contender could not be captured as a CUDA graph
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    *,
+    device: str | torch.device = "cpu",
+    graph: bool = False,
+    floor: float = FLOOR,
+    limit: float = math.inf,
+) -> Times:
+    """Seconds of one call of each contender, `rounds` times: every round runs all of them, and each round another one goes first.
+
+    A round calls a contender as often as fills `floor` seconds. After `limit` seconds no further round starts, once there are three.
+    On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so that the host's launches count, as in a training loop
+    at batch 1; with `graph` each contender is captured and replayed, and only the GPU's time counts. What cannot be captured is in `left_out`.
+    """
+    times, device = Times(), torch.device(device)
+    start, ready = time.perf_counter(), dict(contenders)
+    for name in contenders:
+        try:
+            ready[name] = _warm(contenders[name], device, graph)
+        except RuntimeError as error:
+            if not graph:
+                raise
+            del ready[name]
+            times.left_out[name] = str(error).splitlines()[0]
+    run = _events(device) if device.type == "cuda" else _clocks
+    calls = {name: max(1, math.ceil(floor / run(call, 1)[0])) for name, call in ready.items()}
+    order = list(ready)
+    for done in range(rounds):
+        if done >= LEAST and time.perf_counter() - start > limit:
+            break
+        first = done % max(1, len(order))
+        for name in order[first:] + order[:first]:
+            clock, processor = run(ready[name], calls[name])
+            times.setdefault(name, []).append(clock)
+            if device.type != "cuda":
+                times.processor.setdefault(name, []).append(processor)
+    return times
+
+
+def _warm(call: Callable[[], object], device: torch.device, graph: bool) -> Callable[[], object]:
+    for _ in range(WARM):
+        call()
+    return captured(call) if graph and device.type == "cuda" else call
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays the CUDA graph of one call, which has to read and write the same tensors each time; RuntimeError where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch.cuda.graph's documentation asks: libraries make their workspaces before the capture
+        for _ in range(WARM):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> None:
+        _ = kept  # its memory belongs to the graph as long as it is replayed
+        graph.replay()
+
+    return replay
+
+
+def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
+    """(clock, processor) seconds of one call, without garbage collection."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        clock, processor = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            call()
+        end, spent = time.perf_counter(), time.process_time()
+    finally:
+        if collects:
+            gc.enable()
+    return (end - clock) / calls, (spent - processor) / calls
+
+
+def _events(device: torch.device) -> Callable[[Callable[[], object], int], tuple[float, float]]:
+    """What _clocks is, for a GPU."""
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    buffer = torch.empty(2 * size or FLUSH, dtype=torch.uint8, device=device)
+
+    def run(call: Callable[[], object], calls: int) -> tuple[float, float]:
+        total = 0.0
+        for _ in range(calls):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            buffer.zero_()
+            torch.cuda.synchronize(device)
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(device)
+            total += begin.elapsed_time(end) / 1e3
+        return total / calls, 0.0
+
+    return run
+
+
+def median(times: Times, name: str) -> float:
+    """Seconds of one call: the median of rounds, in processor seconds on the CPU."""
+    return statistics.median((times.processor or times)[name])
+
+
+def ratio(times: Times, name: str, other: str, *, clock: bool = False) -> float:
+    """Median over the rounds of name / other in the same round; in processor seconds on the CPU unless the clock's are asked for."""
+    rows = times if clock or not times.processor else times.processor
+    return statistics.median(a / b for a, b in zip(rows[name], rows[other], strict=True))
+
+
+def spread(times: Times, name: str, other: str) -> tuple[float, float]:
+    """The middle half of the rounds' name / other, where `ratio` is their median: (first quartile, third)."""
+    rows = times.processor or times
+    low, _, high = statistics.quantiles((a / b for a, b in zip(rows[name], rows[other], strict=True)), n=4, method="inclusive")
+    return low, high
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm; values above 0."""
+    return statistics.geometric_mean(values)
+
+
+def machine(device: str | torch.device = "cpu") -> str:
+    """Where the figures come from, in one line: processor or GPU, torch, triton, threads, and how busy other programs keep the machine."""
+    name = _processor()
+    if torch.device(device).type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda}), {name}"
+    try:
+        triton = f"triton {metadata.version('triton')}"
+    except metadata.PackageNotFoundError:
+        triton = "no triton"
+    threads = torch.get_num_threads()
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{name}, {os.cpu_count()} cores{load}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {triton}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns: text to the left, numbers to the right with three digits, None as a dash."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
+    left = [bool(cells) and not any(row[i][:1].isdigit() or row[i][:1] in "-.<" for row in cells) for i in range(len(heads))]
+    lines = ["  ".join(c.ljust(w) if at else c.rjust(w) for c, w, at in zip(row, widths, left)).rstrip() for row in [list(heads), *cells]]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+    return str(value)
+
+
+def write_json(path: Path | str, results: Mapping[str, Any]) -> None:
+    """The results with the command and the date that they come from; a number that is not finite is refused with ValueError."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    origin = {"command": " ".join([program, *sys.argv[1:]]), "date": date.today().isoformat()}
+    Path(path).write_text(json.dumps(origin | dict(results), indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    print(machine("cuda" if torch.cuda.is_available() else "cpu"))
