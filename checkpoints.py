@@ -11,10 +11,10 @@ import torch
 
 from lora_core import adapters, tokens, validation
 from lora_core.algebra import AdapterState
-from lora_core.config import to_toml
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, save_run
 from lora_core.run import flatten, unflatten
+from lora_core.toml import to_toml
 
 if TYPE_CHECKING:
     from session import Session

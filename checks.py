@@ -12,9 +12,10 @@ from typing import Any
 
 from lora_core import data, losses, noise, targets, tokens
 from lora_core.adapters import AdapterSpec
-from lora_core.config import GROUPS, Config, to_table
+from lora_core.config import GROUPS, Config
 from lora_core.errors import UserError
 from lora_core.targets import matches, require_match
+from lora_core.toml import to_table
 from models import Family, Layout
 
 AT_LEAST: dict[int, tuple[str, ...]] = {

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core import Patch, formats, patch, tokens
-from lora_core.config import command_line, from_table, to_table
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
 from lora_core.images import read_picture, to_pixels
 from lora_core.pictures import Row, grid, save_png, to_images
+from lora_core.toml import command_line, from_table, to_table
 from models import DTYPES, Family, Loading, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'

@@ -21,7 +21,7 @@ import checkpoints
 import checks
 from lora_core import adapters, buckets, data, generation, hub, losses, noise, optim, prediction, reports, sampling, targets, tokens, validation
 from lora_core.cache import Cache
-from lora_core.config import GROUPS, Config, Stage, to_table, to_toml
+from lora_core.config import GROUPS, Config, Stage
 from lora_core.data import Batch, Folder, ImageSettings
 from lora_core.ema import Average
 from lora_core.errors import UserError
@@ -31,6 +31,7 @@ from lora_core.losses import StepOutput
 from lora_core.noise import Keys, NoiseLevel, NoiseSettings, Schedule
 from lora_core.pictures import save_png, to_images
 from lora_core.run import Run
+from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
 
 DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}

@@ -22,11 +22,12 @@ from torch import Tensor
 import checkpoints
 import results
 from lora_core import losses, noise, pictures, prediction, validation
-from lora_core.config import Config, Stage, command_line
+from lora_core.config import Config, Stage
 from lora_core.data import Batch
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput
 from lora_core.noise import Keys
+from lora_core.toml import command_line
 from session import Session
 
 EXAMPLE = (

@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train
-from lora_core.config import Config, read_toml
+from lora_core.config import Config
+from lora_core.toml import read_toml
 from tests import tiny_sdxl
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"

@@ -18,8 +18,9 @@ import checks
 import infer
 import train
 from lora_core import run as run_module
-from lora_core.config import Config, Prior, Samples, Stage, read_toml, to_toml
+from lora_core.config import Config, Prior, Samples, Stage
 from lora_core.errors import UserError
+from lora_core.toml import read_toml, to_toml
 from models import load_family
 from session import Session
 from tests.conftest import final, learned, same, save_photos

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from infer import Infer
-from lora_core.config import Adapter, Config, Optimizer, Stage, command_line, from_table, read_toml, to_table, to_toml
+from lora_core.config import Adapter, Config, Optimizer, Stage
 from lora_core.errors import UserError
+from lora_core.toml import command_line, from_table, read_toml, to_table, to_toml
 
 ROOT = Path(__file__).parent.parent
 

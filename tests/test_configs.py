@@ -17,7 +17,8 @@ import checks
 import results
 import train
 from lora_core import captions
-from lora_core.config import Config, command_line, read_toml
+from lora_core.config import Config
+from lora_core.toml import command_line, read_toml
 from session import Session
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from lora_core.config import read_toml
+from lora_core.toml import read_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from lora_core.config import Config, Optimizer, Prior, Stage, Validation, to_toml
+from lora_core.config import Config, Optimizer, Prior, Stage, Validation
+from lora_core.toml import to_toml
 from tests.conftest import final, rows, same
 
 STEPS, EVERY = (4, 5), 3
@@ -23,7 +24,7 @@ CHILD = """
 import json, os, signal, sys
 import session, train, lora_core.run
 from pathlib import Path
-from lora_core.config import read_toml
+from lora_core.toml import read_toml
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import train
 from lora_core import patch
-from lora_core.config import Config, read_toml
+from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.generation import Recipe, generate
+from lora_core.toml import read_toml
 from models import Family, load_family
 from toy import recogniser
 from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
