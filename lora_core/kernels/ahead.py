@@ -28,7 +28,7 @@ MODULES = ("linear", "dora", "loss", "dropout", "optimizers")
 # Bytes of shared memory that one block may ask for (CUDA C++ programming guide, table of compute capabilities).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-# What a matrix instruction is called in PTX, by kind. mma is what sm_80 has; sm_90 adds wgmma, sm_100 tcgen05, and both still take mma for small tiles.
+# What instructions are called in PTX. Matrix products: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100; small tiles take mma there too.
 KINDS = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"(?<![\w.])mma\.sync", "cp.async": r"\bcp\.async\."}
 TENSOR_CORES = ("wgmma", "tcgen05", "mma")
 
@@ -127,9 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({"kernel": name, "arch": arch, "warps": build.warps, "stages": build.stages, **resources._asdict(), "fault": wrong})
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    wrong = sum(bool(row["fault"]) for row in rows)
-    print(f"{len(rows)} kernels compiled, {wrong} refused")
-    return 1 if wrong else 0
+    refused = sum(bool(row["fault"]) for row in rows)
+    print(f"{len(rows)} kernels compiled, {refused} refused")
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":
