@@ -31,7 +31,7 @@ from lora_core import algebra
 from lora_core.algebra import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
-from lora_core.kernels.reference import wide
+from lora_core.kernels.reference import Drop, Member, wide
 from lora_core.plugins import from_file
 
 Base = nn.Linear | nn.Conv2d
@@ -49,6 +49,7 @@ class LayerSpec:
     seed: int = 0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    norm_grad: str = "detach"  # or "full": a DoRA's gradient flows through its row norms too
 
 
 class Wide(nn.Module):
@@ -83,10 +84,19 @@ class LoRA(Wide):
         self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+        member = self.member(base, x, strength)
+        if member is not None:
+            return call("lora_linear", x, *member)
         if self._drops() or not _is_plain(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         return self._product(base, x, base.weight, base.bias, self.scale * strength)
+
+    def member(self, base: Base, x: Tensor, strength: float) -> Member | None:
+        """The arguments, after x, of the one lora_linear that this layer is; None where it takes more (hooks, a convolution, dropout of ranks)."""
+        if not _is_plain(base) or not isinstance(base, nn.Linear) or (self.training and (self.layer.rank_dropout or self.layer.module_dropout)):
+            return None
+        return Member(base.weight, base.bias, self.down, self.up, self.scale * strength, drop=self._dropout(x))
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         update, kept = self._branch(base, x, self.scale * strength), self._kept(x)
@@ -107,14 +117,13 @@ class LoRA(Wide):
 
     def _branch(self, base: Base, x: Tensor, scale: float) -> Tensor:
         """scale * up(rank_dropout(down(dropout(x))))"""
-        if self._drops():
-            self._check_rows(x)
-        if self.training and self.layer.dropout:
-            x = self._drop(x, self.layer.dropout, "")
+        drop = self._dropout(x)
+        if drop is not None:
+            x = call("keyed_dropout", x, *drop)
         if not (self.training and self.layer.rank_dropout):
             return self._product(base, x, None, None, scale)
         ones = torch.ones(len(x), len(self.down), dtype=wide(x.dtype), device=x.device)
-        mask = self._drop(ones, self.layer.rank_dropout, "/rank")  # [b, r] of 0 and 1 / (1 - p)
+        mask = call("keyed_dropout", ones, *self._drop(x, self.layer.rank_dropout, "/rank"))  # [b, r] of 0 and 1 / (1 - p)
         hidden = apply_as(base, x, self.down.to(x.dtype), None)  # [b, ..., r] or [b, r, h', w']
         is_linear = isinstance(base, nn.Linear)
         mask = mask.view(len(x), *[1] * (x.ndim - 2), -1) if is_linear else mask[..., None, None]
@@ -126,16 +135,18 @@ class LoRA(Wide):
         if not (self.training and self.layer.module_dropout):
             return None
         ones = torch.ones(len(x), *[1] * (x.ndim - 1), device=x.device)
-        return self._drop(ones, self.layer.module_dropout, "/module") != 0
+        return call("keyed_dropout", ones, *self._drop(x, self.layer.module_dropout, "/module")) != 0
 
-    def _drop(self, x: Tensor, p: float, purpose: str) -> Tensor:
-        return call("keyed_dropout", x, p, self.layer.seed, zlib.crc32(f"{self.layer.path}{purpose}".encode()), self.step, self.rows)
+    def _dropout(self, x: Tensor) -> Drop | None:
+        """Dropout of the input, in training."""
+        return self._drop(x, self.layer.dropout, "") if self.training and self.layer.dropout else None
 
-    def _check_rows(self, x: Tensor) -> None:
+    def _drop(self, x: Tensor, p: float, purpose: str) -> Drop:
         if self.rows is None or self.step is None:
             raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
         if len(x) != len(self.rows):
             raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
+        return Drop(p, self.layer.seed, zlib.crc32(f"{self.layer.path}{purpose}".encode()), self.step, self.rows)
 
     def _product(self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
         if isinstance(base, nn.Linear):
@@ -150,8 +161,9 @@ class LoRA(Wide):
 
 
 class DoRA(LoRA):
-    """W' = m / n (W + scale * up @ down), n the row norms of the bracket, detached (arXiv 2402.09353, section 4.3; rows as in peft).
+    """W' = m / n (W + scale * up @ down), n the row norms of the bracket (arXiv 2402.09353; rows as in peft).
 
+    norm_grad "detach" takes n for a constant in the gradient, as the paper's section 4.3 and peft do; "full" differentiates it, as LyCORIS does.
     At init m = n by the op that computes n, so the layer is the base layer to the bit. Strength t means W + t (W' - W). Cast the base to its
     dtype before injecting: afterwards n is that of the rounded weights. Dropout and rank dropout thin up @ down only (peft drops the base term's
     input too); module dropout leaves the base layer, magnitude and all.
@@ -159,14 +171,27 @@ class DoRA(LoRA):
 
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__(base, layer)
-        norm = self._norm(base)
+        self.steady: Tensor | None = None  # the row norms while adapters.steady holds them
+        norm = self.norm(base).detach()
         if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
             row = int((~(norm > 0)).nonzero()[0])
             raise UserError(f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude")
         self.magnitude = nn.Parameter(norm)
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
-        return self._compose(base, x, base(x), strength)
+        member = self.member(base, x, strength)
+        return self._compose(base, x, base(x), strength) if member is None else call("lora_linear", x, *member)
+
+    def member(self, base: Base, x: Tensor, strength: float) -> Member | None:
+        member = super().member(base, x, strength) if strength == 1 else None
+        return None if member is None else member._replace(magnitude=self.magnitude, norm=self.norm(base))
+
+    def norm(self, base: Base) -> Tensor:
+        """[out] n, with its graph for norm_grad "full"."""
+        if self.steady is not None:
+            return self.steady
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.layer.norm_grad == "full"):
+            return call("dora_norm", base.weight, self.down, self.up, self.scale)
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         y0 = y0.to(wide(y0.dtype))
@@ -180,17 +205,18 @@ class DoRA(LoRA):
         assert lr.magnitude is not None
         super().load(lr)
         self.magnitude.copy_(lr.magnitude)
+        self.steady = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.steady = None  # of the base in its old dtype, on its old device
+        return super()._apply(fn, recurse)
 
     def _compose(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         shape = (-1, *[1] * (base.weight.ndim - 2))
         bias = None if base.bias is None else base.bias.view(shape)
-        gain = (self.magnitude / self._norm(base)).view(shape)
+        gain = (self.magnitude / self.norm(base)).view(shape)
         tuned, kept = call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength), self._kept(x)
         return tuned if kept is None else torch.where(kept, tuned, y0)
-
-    def _norm(self, base: Base) -> Tensor:
-        with torch.no_grad():
-            return call("dora_norm", base.weight, self.down, self.up, self.scale)
 
 
 class Full(Wide):

@@ -322,7 +322,8 @@ def test_dropped_examples_are_the_base_to_the_bit_and_dropped_ranks_leave_doras_
             y, y0 = model(x), base(x)
             if name == "module_dropout":
                 gone = mask[:, 0] == 0
-                assert 5 < gone.sum() < 45 and torch.equal(y[gone], y0[gone]) and torch.equal(y[~gone], model.eval()(x)[~gone])
+                assert 5 < gone.sum() < 45 and torch.equal(y[gone], y0[gone])
+                torch.testing.assert_close(y[~gone], model.eval()(x)[~gone], rtol=0, atol=1e-13)
             else:
                 gain = lr.magnitude / (base.weight + lr.up @ lr.down).norm(dim=1)
                 expected = y0 + (gain - 1) * (y0 - base.bias) + gain * ((mask * (x @ lr.down.T)) @ lr.up.T)

@@ -92,10 +92,10 @@ def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: 
 
 OPS: dict[str, Op] = {
     "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear),
-    "lora_grouped": Op(reference.lora_grouped, _grouped_example),
+    "lora_grouped": Op(reference.lora_grouped, _grouped_example, fused.lora_grouped),
     "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
     "dora_norm": Op(reference.dora_norm, _norm_example),
-    "dora_compose": Op(reference.dora_compose, _compose_example),
+    "dora_compose": Op(reference.dora_compose, _compose_example, fused.dora_compose),
     "keyed_dropout": Op(reference.keyed_dropout, _dropout_example),
 }
 
