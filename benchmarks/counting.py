@@ -1,0 +1,262 @@
+"""What a computation issues, moves and keeps, exactly and without a GPU: its aten calls, the bytes they read and write, what autograd saves.
+
+    with Counter() as counter, saved(list(model.parameters())) as kept, as_cuda():
+        out = model(x)
+    kept.bytes; counter.tally.ops; counter.tally.elementwise
+
+The convention, for tensors on any device (on "meta" nothing is computed):
+- An op is one call of an aten operator, as autograd and Python issue them. Some are several kernels on a GPU (group norm, split-K products); they
+  are one here, for every contender alike. A custom op `lora_core::*` counts the launches and bytes that `kernels.COSTS` declares for its arguments;
+  one that declares nothing is an error.
+- Not counted: views (operators whose results alias an argument), FREE (allocations without a fill and metadata) and calls whose tensors are all
+  empty. Zeros, fills, casts and copies are counted.
+- Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted apart and are no ops. A tensor without memory answers 1.
+- Bytes: every distinct tensor argument once for the read, every result and every argument that is written once for the write; elements that
+  broadcasting repeats (stride 0) once. OVERWRITES do not read what they write. Nothing is known of caches.
+- A class by operator: product, convolution, attention; all else is elementwise, normalisations and reductions too.
+- Saved: the distinct storages that autograd keeps for backward, custom Functions included, without parameters and inputs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_core import kernels
+
+FREE = frozenset(
+    ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+    + ("_unsafe_view", "set_", "resize_", "sym_size", "sym_numel", "sym_stride", "is_same_size", "_has_same_storage_numel")
+)
+SYNCS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"})
+OVERWRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"})
+PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "_addmm_activation", "_scaled_mm", "linear"})
+CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_convolution", "conv2d"})
+
+
+@dataclass
+class Row:
+    """One operator's share."""
+
+    ops: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Tally:
+    """Sums by class and by operator."""
+
+    classes: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))  # product, convolution, attention, elementwise
+    operators: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))
+    syncs: int = 0
+
+    @property
+    def ops(self) -> int:
+        return sum(row.ops for row in self.classes.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.classes.values())
+
+    @property
+    def elementwise(self) -> int:
+        """Bytes of all that is no matrix product, convolution or attention."""
+        return self.classes["elementwise"].bytes
+
+    def add(self, name: str, kind: str, ops: int, size: int) -> None:
+        for row in (self.classes[kind], self.operators[name]):
+            row.ops += ops
+            row.bytes += size
+
+
+class Counter(TorchDispatchMode):
+    """Counts what runs inside the block (and adds to it in a second block). Calls inside a custom op are that op's, and declared by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        asks = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
+        out = 1.0 if asks else func(*args, **kwargs)
+        self.count(func, args, kwargs, out)
+        return out
+
+    def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        space, _, name = func._schema.name.partition("::")
+        if space == "lora_core":
+            cost = kernels.COSTS.get(func._schema.name)
+            if cost is None:
+                raise LookupError(f"{func._schema.name} declares no cost; add a row to kernels.COSTS beside its kernel")
+            launches, size, product = cost(*args, **kwargs)
+            self.tally.add(func._schema.name, "product" if product else "elementwise", launches, size)
+        elif name in SYNCS:
+            self.tally.syncs += any(t.device.type != "cpu" for t in _tensors(args))
+        elif name not in FREE and not is_view(func) and any(t.numel() for t in _tensors((args, kwargs, out))):
+            self.tally.add(name, class_of(name), 1, traffic(func, args, kwargs, out))
+
+
+def is_view(func: Any) -> bool:
+    """Whether every result aliases an argument that the call does not write."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def class_of(name: str) -> str:
+    if name in PRODUCTS:
+        return "product"
+    if name in CONVOLUTIONS:
+        return "convolution"
+    return "attention" if name.startswith("_scaled_dot_product") else "elementwise"
+
+
+def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that one call reads and writes."""
+    read: dict[Any, int] = {}
+    written: dict[Any, int] = {}
+    name = func._schema.name.partition("::")[2]
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value):
+            if writes:
+                written[_place(tensor)] = touched(tensor)
+            if not writes or not (argument.is_out or name in OVERWRITES):
+                read[_place(tensor)] = touched(tensor)
+    for tensor in _tensors(out):
+        written[_place(tensor)] = touched(tensor)
+    return sum(read.values()) + sum(written.values())
+
+
+def touched(tensor: Tensor) -> int:
+    """Bytes of a tensor without the elements that an expanded axis repeats."""
+    size = tensor.element_size()
+    for n, stride in zip(tensor.shape, tensor.stride()):
+        size *= 1 if stride == 0 and n else n
+    return size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+# ---------------------------------------------------------------- what autograd keeps
+
+
+class _Held:
+    """A saved tensor; autograd's node owns it, so that it goes when the node does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@dataclass
+class Kept:
+    """The distinct storages that autograd still held at the end of the block, each by one of its tensors."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+
+@contextmanager
+def saved(*excluded: Any) -> Iterator[Kept]:
+    """What autograd saved inside the block and still holds at its end, but for the storages of `excluded`: parameters, inputs."""
+    kept, held = Kept(), weakref.WeakSet[_Held]()
+
+    def pack(tensor: Tensor) -> _Held:
+        one = _Held(tensor)
+        held.add(one)
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        yield kept
+    found = {one.tensor.untyped_storage()._cdata: one.tensor for one in held}
+    known = {tensor.untyped_storage()._cdata for tensor in _tensors(excluded)}
+    kept.tensors = [tensor for key, tensor in found.items() if key not in known]
+
+
+# ---------------------------------------------------------------- composite operators as a GPU has them
+
+
+@contextmanager
+def as_cuda() -> Iterator[None]:
+    """Attention and RMS norm as one op forward and one backward, as on CUDA, where the CPU and the meta device take them apart.
+
+    Attention is flash attention (memory-efficient for fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors.
+    """
+    with _AsCuda():
+        yield
+
+
+class _AsCuda(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func in (F.rms_norm, torch.rms_norm):
+            return _rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    assert not enable_gqa
+    if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    assert weight is not None and len(normalized_shape) == 1 and not weight.requires_grad
+    return _RMSNorm.apply(x, weight, eps or torch.finfo(x.dtype).eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """aten._fused_rms_norm and its backward, which exist on CUDA alone, with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = torch.ops.benchmarks.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.benchmarks.rms_norm_backward(dy, *ctx.saved_tensors), None, None
+
+
+@torch.library.custom_op("benchmarks::rms_norm", mutates_args=())
+def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+    return (x.float() * rstd * weight.float()).to(x.dtype), rstd
+
+
+@torch.library.custom_op("benchmarks::rms_norm_backward", mutates_args=())
+def _rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    normal, slope = x.float() * rstd, dy.float() * weight.float()
+    return ((slope - normal * (slope * normal).mean(-1, keepdim=True)) * rstd).to(x.dtype)
+
+
+_rms_forward.register_fake(lambda x, weight, eps: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
+_rms_backward.register_fake(lambda dy, x, weight, rstd: torch.empty_like(x))

@@ -1,0 +1,191 @@
+"""What adapters add to one training step: ops launched, bytes moved, activations saved, of the denoiser's forward and backward.
+
+    python -m benchmarks.step_cost [--model sd15 sdxl flux] [--batch 1] [--rank 16] [--json FILE]
+
+Counted on the meta device: no GPU, no noise, exact (how: benchmarks/counting.py). SD1.5 at 512 pixels, SDXL and Flux at 1024, bf16, fp32 adapters on
+every attention linear, no autocast, no checkpointing, attention and RMS norm as CUDA has them.
+    frozen        no adapter; the gradient flows back to the input of the first layer that the others adapt
+    peft          peft's LoRA and DoRA, adapters fp32 as its autocast_adapter_dtype makes them
+    ours          lora_core's, linears that share an input grouped; `triton` with the declared cost of each kernel, `fused` with the torch twins
+DoRA's norms are taken once in the step, which is once per optimiser step, and counted. Gradients are `None` before backward, the loss is left out.
+The optimiser's own step follows in a table of its own: calls into torch (a multi-tensor call is one) and waits of the host for the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import prodigyopt
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from benchmarks import networks
+from benchmarks.counting import Counter, Tally, as_cuda, saved
+from lora_core import adapters, kernels
+from lora_core.adapters import AdapterSpec
+
+GB = 1e9
+VARIANTS = ("frozen", "peft lora", "peft dora", "fused lora", "fused dora", "triton lora", "triton dora")
+
+
+class Figures(NamedTuple):
+    """One variant of one model, forward and backward."""
+
+    ops: int
+    elementwise: int  # bytes of all that is no matrix product, convolution or attention
+    bytes: int
+    saved: int  # bytes
+    operators: dict[str, int]  # ops by operator
+
+
+class Step(NamedTuple):
+    """A denoiser, its inputs and the paths to adapt: what `figures` measures."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    paths: tuple[str, ...]
+
+
+def network(name: str, batch: int = 1) -> Step:
+    return Step(networks.network(name), networks.inputs(name, batch), networks.layers(name))
+
+
+def figures(step: Step, variant: str, rank: int = 16) -> Figures:
+    """The cost of one step after turning the frozen model (any device) into the variant; the model is not to be used again."""
+    model, kwargs, paths = step
+    mode, around = nullcontext(), nullcontext  # type: Any, Any
+    side, _, kind = variant.partition(" ")
+    if side == "frozen":
+        first = model.get_submodule(paths[0])
+        first.register_forward_pre_hook(_asks_for_gradient)
+    elif side == "peft":
+        _peft(model, paths, rank, kind)
+    else:
+        with torch.device("cpu"):
+            adapters.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
+        mode, around = kernels.using(side), _steady(model)
+    constant = [*model.parameters(), kwargs]
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        counter = stack.enter_context(Counter())
+        stack.enter_context(as_cuda())
+        stack.enter_context(around())
+        with saved(constant) as kept:
+            out = model(**kwargs)[0]
+        out.backward(torch.empty_like(out))
+    tally = counter.tally
+    return Figures(tally.ops, tally.elementwise, tally.bytes, kept.bytes, {name: row.ops for name, row in tally.operators.items()})
+
+
+def _asks_for_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if not args[0].requires_grad:
+        args[0].requires_grad_()
+
+
+def _steady(model: nn.Module) -> Callable[[], Any]:
+    return (lambda: adapters.steady(model)) if hasattr(adapters, "steady") else nullcontext
+
+
+def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> None:
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths), use_dora=kind == "dora")
+    device = next(model.parameters()).device
+    with torch.device(device):
+        inject_adapter_in_model(config, model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(device, torch.float32)
+
+
+# ---------------------------------------------------------------- the optimiser
+
+
+def optimizers(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
+    """Name -> tally of one step over fp32 tensors of these shapes, after a first one that makes its state."""
+    made: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
+        "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
+        "torch AdamW foreach": ("meta", lambda ps: torch.optim.AdamW(ps, foreach=True)),
+        "torch AdamW fused": ("cpu", lambda ps: torch.optim.AdamW(ps, fused=True)),  # has no meta form
+    }
+    return {
+        name: _optimizer_step(make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]) for name, (device, make) in made.items()
+    }
+
+
+def _optimizer_step(make: Callable[[list[nn.Parameter]], Any], tensors: list[nn.Parameter]) -> Tally:
+    optimizer = make(tensors)
+    for _ in range(2):
+        for p in tensors:
+            p.grad = torch.ones_like(p)
+        with Counter() as counter:
+            optimizer.step()
+    return counter.tally
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(name: str, count: int, found: dict[str, Figures]) -> str:
+    """One model's rows; count is its number of adapted linears, x the ratio to the frozen model."""
+    base = found["frozen"]
+    lines = [
+        f"{name}: {count} adapted linears",
+        f"{'':<12} {'ops':>7} {'x':>5} {'extra/linear':>13} {'elementwise GB':>15} {'x':>5} {'all GB':>7} {'x':>5} {'saved GB':>9} {'x':>5}",
+    ]
+    for variant, f in found.items():
+        sizes = [f"{size / GB:{width}.2f} {size / own:5.2f}" for size, own, width in _pairs(f, base)]
+        lines.append(f"{variant:<12} {f.ops:7,} {f.ops / base.ops:5.2f} {(f.ops - base.ops) / count:13.2f} {' '.join(sizes)}")
+    return "\n".join(lines)
+
+
+def _pairs(f: Figures, base: Figures) -> list[tuple[int, int, int]]:
+    return [(f.elementwise, base.elementwise, 15), (f.bytes, base.bytes, 7), (f.saved, base.saved, 9)]
+
+
+def summary(name: str, found: dict[str, Figures]) -> str:
+    """The cost of all adapters over the frozen model, one line."""
+    base = found["frozen"]
+    rows = [
+        f"{variant} {(f.ops - base.ops):+,} ops {(f.bytes - base.bytes) / GB:+.1f} GB moved {(f.saved - base.saved) / GB:+.2f} GB saved"
+        for variant, f in found.items()
+        if variant != "frozen"
+    ]
+    return f"cost of all adapters over the frozen {name}: " + "; ".join(rows)
+
+
+def optimizer_table(name: str, found: dict[str, Tally]) -> str:
+    lines = [f"{name}: the optimiser's step", f"{'':<20} {'calls':>7} {'syncs':>6} {'GB':>6}"]
+    lines += [f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {tally.bytes / GB:6.2f}" for title, tally in found.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=networks.NAMES, default=list(networks.NAMES))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    args = parser.parse_args()
+    variants = [variant for variant in VARIANTS if variant == "frozen" or variant in args.variant]
+    report: dict[str, Any] = {"torch": torch.__version__, "batch": args.batch, "rank": args.rank, "models": {}}
+    for name in args.model:
+        found = {variant: figures(network(name, args.batch), variant, args.rank) for variant in variants}
+        steps = optimizers(networks.tensor_shapes(name, args.rank))
+        print(table(name, len(networks.layers(name)), found), summary(name, found), optimizer_table(name, steps), sep="\n", end="\n\n")
+        report["models"][name] = {
+            "linears": len(networks.layers(name)),
+            "step": {variant: f._asdict() for variant, f in found.items()},
+            "optimizer": {title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes} for title, tally in steps.items()},
+        }
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
