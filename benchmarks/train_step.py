@@ -1,0 +1,207 @@
+"""Steps per second and peak memory of training, ours against peft in the loop of diffusers' scripts, on one network's very weights.
+
+    python -m benchmarks.train_step [--device cpu] [--model toy sd15] [--batch 1] [--rounds 15] [--json FILE]
+    python -m benchmarks.train_step --model sd15 --contenders frozen "ours lora" "ours lora reference" --profile
+
+A contender is a name and words: frozen; ours or peft, lora or dora; then reference, fused or triton (kernels, else auto), compile (regional), graph
+(CUDA, ours), last (channels_last, what ours has on a GPU), and for peft bf16 (adapters) and adamw (torch's fused one). What a step is, and what the
+peer does in it, is in benchmarks/contenders.py. Contenders take turns: "over frozen" is the median over rounds of the ratio within a round, in
+processor seconds on the CPU (and by the clock beside it, which a busy neighbour changes more). Memory is the peak of one step over what is held
+between steps: on the CPU resident memory, on a GPU that of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import contenders, timing
+from benchmarks.contenders import Frozen, Ours, Peer, Problem
+from lora_core import graphs
+
+SIDES = {"sd15": 256}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
+MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
+BATCHES = {("cuda", "sdxl"): (1, 4)}  # others: 1
+EAGER = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
+CONTENDERS = {"cpu": EAGER, "cuda": (*EAGER, "frozen graph", "ours lora graph", "ours dora graph")}
+KERNELS = ("reference", "fused", "triton")
+WORDS = (*KERNELS, "compile", "graph", "last", "bf16", "adamw")
+STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 5}  # in a round of each contender; others: 1
+MB = 2**20
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
+def build(problem: Problem, name: str) -> Callable[[], object]:
+    """A contender by its name. Raises ValueError for a word that it does not know."""
+    who, *words = name.split()
+    kind = words.pop(0) if who in ("ours", "peft") and words else ""
+    if who not in ("frozen", "ours", "peft") or (who != "frozen" and kind not in ("lora", "dora")) or set(words) - set(WORDS):
+        raise ValueError(f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}")
+    cuda = problem.mean.device.type == "cuda"
+    network = contenders.twin(problem.network, channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow))
+    mode, graph = next((word for word in words if word in KERNELS), "auto"), "graph" in words
+    step: Callable[[], object]
+    if who == "peft":
+        step = Peer(problem, kind, network, bf16="bf16" in words, fused="adamw" in words)
+    elif who == "ours":
+        step = Ours(problem, kind, network, mode=mode, graph=graph)
+    else:
+        step = Frozen(problem, network, graph=graph)
+    if "compile" in words:
+        graphs.compile_blocks(network)
+    return step
+
+
+def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -> dict[str, Any]:
+    """Everything about one model: seconds of each round, memory, ratios."""
+    device = problem.mean.device
+    steps = {name: build(problem, name) for name in names}
+    many = STEPS.get((device.type, problem.name), 1)
+    memory = {name: peak(step, device) for name, step in steps.items()}
+    times = timing.alternate({name: _repeat(step, many) for name, step in steps.items()}, rounds, device=device, floor=0, limit=limit)
+    found = {}
+    for name in names:
+        base = frozen_of(name, names)
+        row: dict[str, Any] = {
+            "clock": [s / many for s in times[name]],
+            "processor": [s / many for s in times.processor.get(name, [])],
+            "steps_per_second": many / statistics.median(times[name]),
+            "peak_bytes": memory[name],
+        }
+        if base and base != name:
+            row |= {"over": base, "ratio": timing.ratio(times, name, base), "spread": timing.spread(times, name, base)}
+            row |= {"clock_ratio": timing.ratio(times, name, base, clock=True)}
+        if name.startswith("ours") and (peer := f"peft {name.split()[1]}") in names:
+            row |= {"peer": peer, "to_peer": timing.ratio(times, name, peer)}
+        found[name] = row
+    side = problem.mean.shape[-1]
+    return {"model": problem.name, "batch": len(problem.mean), "latents": side, "rounds": len(times[names[0]]), "contenders": found}
+
+
+def _repeat(step: Callable[[], object], many: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(many):
+            step()
+
+    return run
+
+
+def frozen_of(name: str, names: Sequence[str]) -> str:
+    """The frozen contender that `name` is measured over: of its own words, else the plain one, if it is there."""
+    words = name.split()[0 if name.startswith("frozen") else 2 :]
+    own = " ".join(["frozen", *(word for word in words if word in ("compile", "graph"))])
+    return own if own in names else "frozen" if "frozen" in names else ""
+
+
+def peak(step: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes in use during a contender's second step beyond those before it. On the CPU from Linux's resident memory; None where that cannot be
+    asked. A CUDA graph is not captured yet in its second step; it will hold as much all the time."""
+    step()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(MMAP_THRESHOLD, 2**16)  # a tensor's memory goes back when it is freed, else a pool of free pages hides what is in use
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now (proc(5))
+        before = _resident("VmRSS")
+        step()
+        used = _resident("VmHWM") - before
+        libc.mallopt(MMAP_THRESHOLD, 2**25)  # where glibc's own threshold ends up in such a process
+        return used
+    return None
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The table of one model."""
+    rows = []
+    for name, row in result["contenders"].items():
+        ms = 1e3 * statistics.median(row["processor"] or row["clock"])
+        spread = "-".join(f"{value:.3f}" for value in row["spread"]) if "spread" in row else None
+        ratios = [f"{row[key]:.3f}" if key in row else None for key in ("ratio", "clock_ratio", "to_peer")]
+        memory = None if row["peak_bytes"] is None else f"{row['peak_bytes'] / MB:.0f}"
+        rows.append([name, f"{row['steps_per_second']:.3g}", f"{ms:.4g}", ratios[0], spread, *ratios[1:], memory])
+    heads = ["", "steps/s", "ms", "over frozen", "middle half", "by the clock", "to peft", "peak MB"]
+    title = f"{result['model']}, batch {result['batch']}, latents {result['latents']}, medians of {result['rounds']} rounds"
+    return f"{title}\n{timing.table(heads, rows)}"
+
+
+def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14) -> str:
+    """Where the time beyond the first contender goes: the operations called more often, ms a step; the others together, which are noise."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in names:
+        step = build(problem, name)
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(steps):
+                step()
+        found[name] = {event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in seen.key_averages()}
+    base, lines = found[names[0]], []
+    for name in names[1:]:
+        keys, own = {*found[name], *base}, found[name]
+        more = {key: tuple(a - b for a, b in zip(own.get(key, (0.0, 0.0)), base.get(key, (0.0, 0.0)))) for key in keys}
+        new = sorted((key for key in more if more[key][1]), key=lambda key: -more[key][0])
+        rest = sum(ms for ms, calls in more.values() if not calls)
+        lines.append(
+            f"\n{name} beyond {names[0]}: {sum(more[key][0] for key in new):.1f} ms a step; operations called as often: {rest:+.1f} ms, noise"
+        )
+        lines += [f"  {key[:56]:58}{more[key][0]:+8.2f} ms{more[key][1]:+8.0f} calls" for key in new[:rows]]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Prints the tables; returns what --json keeps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", nargs="+", choices=("toy", "sd15", "sdxl", "flux"), help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU")
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 1, on a GPU also 4 for sdxl")
+    parser.add_argument("--side", type=int, default=0, help="pixels; default: 256 for sd15 on the CPU, else the model's own")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a model gets no further round, once it has three")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--contenders", nargs="+", help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}")
+    parser.add_argument("--profile", action="store_true", help="print instead which operations cost more than in the first contender")
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    print(timing.machine(args.device))
+    names, results = args.contenders or CONTENDERS[args.device], []
+    for model in args.model or MODELS[args.device]:
+        for batch in args.batch or BATCHES.get((args.device, model), (1,)):
+            side = args.side or (SIDES.get(model, 0) if args.device == "cpu" else 0)
+            problem = contenders.make(model, batch=batch, side=side, device=args.device)
+            if args.profile:
+                print(where(problem, names))
+                continue
+            results.append(measure(problem, names, args.rounds, args.limit))
+            print(f"\n{show(results[-1])}", flush=True)
+    found = {"machine": timing.machine(args.device), "device": args.device, "results": results}
+    if args.json:
+        timing.write_json(args.json, found)
+    return found
+
+
+if __name__ == "__main__":
+    main()
