@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import operator
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
+
+import torch
 
 from lora_core import data, losses, noise, targets, tokens
 from lora_core.adapters import AdapterSpec
@@ -52,6 +55,8 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prior.count": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.weight": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.swap_weight": (lambda c: bool(c.prior.swap), "--prior.swap"),
+    "adapter.norm_grad": (lambda c: c.adapter.kind == "dora", "--adapter.kind dora"),
+    "autocast": (lambda c: c.precision == "fp32", "--precision fp32, weights that are not in bf16 already"),
     "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
@@ -90,6 +95,30 @@ def config(c: Config, *, data: bool = True) -> None:
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
+
+
+def machine(c: Config, device: torch.device) -> None:
+    """Raises UserError for what this machine cannot do; prints on what the run computes."""
+    if c.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda-graph needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+    if c.cuda_graph and c.optimizer.name not in ("adamw", "prodigy"):
+        raise UserError(f"--cuda-graph captures the optimizers adamw and prodigy, not {c.optimizer.name}; choose one of them or leave it out")
+    if c.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError("--compile on a CPU needs a C++ compiler (g++ or clang++); install one or leave it out")
+    threads = f", {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}" if device.type == "cpu" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"device: {name}{threads}, weights in {c.precision}{', products in bf16' if c.autocast else ''}")
+
+
+def capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | None) -> None:
+    """Raises UserError where a CUDA graph would repeat what the loss or the step did once. `step` is the caller's own, if it has one."""
+    if not losses.capturable(loss):
+        raise UserError(
+            f"--cuda-graph replays what the loss {name} did at the capture; if it does the same in each step and reads nothing back, "
+            f"say so: {name}.capturable = True"
+        )
+    if step is not None and not getattr(step, "capturable", False):
+        raise UserError("--cuda-graph replays what the step did at the capture; if it does the same in each step, say so: step.capturable = True")
 
 
 def _stages(c: Config) -> None:

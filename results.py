@@ -15,6 +15,7 @@ from torch import Tensor
 
 import checkpoints
 import checks
+import inputs
 from lora_core import adapters, card, generation, losses, noise, pictures, reports, tokens, validation
 from lora_core.card import Card
 from lora_core.config import Config
@@ -39,7 +40,7 @@ def validate(s: Session, done: int) -> None:
     with s.evaluating(), s.averaged():
         batch = collate([s.val_folder.example(i, 0) for i in range(len(s.val_folder))])
         x0 = torch.cat([s.family.encode_images(row[None])[0] for row in batch.pixels])
-        cond = s.informed(s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions]), batch)
+        cond = inputs.informed(s, s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions]), batch)
         inpaint = generation.masked_latents(s.family, batch.pixels, torch.ones_like(batch.pixels[:, :1])) if s.family.inpainting else None
 
         def denoise(x_t: Tensor, level: NoiseLevel, rows: Tensor) -> Tensor:

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
 import checks
-from lora_core import adapters, buckets, data, generation, hub, losses, noise, optim, prediction, reports, sampling, targets, tokens, validation
+import inputs
+from inputs import Inputs, Text
+from lora_core import adapters, buckets, data, generation, graphs, hub, losses, noise, optim, prediction, reports, sampling, tokens, validation
 from lora_core.cache import Cache
 from lora_core.config import GROUPS, Config, Stage
-from lora_core.data import Batch, Folder, ImageSettings
+from lora_core.data import Batch, Folder, ImageSettings, micro_batches
 from lora_core.ema import Average
 from lora_core.errors import UserError
 from lora_core.generation import Recipe, Sizes
 from lora_core.images import list_images
 from lora_core.losses import StepOutput
-from lora_core.noise import Keys, NoiseLevel, NoiseSettings, Schedule
+from lora_core.noise import NoiseLevel, NoiseSettings
 from lora_core.pictures import save_png, to_images
 from lora_core.run import Run
+from lora_core.targets import table as target_table
 from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
 
@@ -40,7 +43,7 @@ DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
 class Session:
     """Opened by `train`; `training_step` asks it for latents and conditioning, the loop for everything else."""
 
-    def __init__(self, config: Config, loss: Callable[[StepOutput], Tensor] | None = None) -> None:
+    def __init__(self, config: Config, loss: Callable[[StepOutput], Tensor] | None = None, step: Callable[..., Tensor] | None = None) -> None:
         self.config = config
         self.began = time.perf_counter()
         checks.config(config)
@@ -48,10 +51,14 @@ class Session:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
+        checks.machine(config, self.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
         if config.prior.swap:
             self.loss = losses.preserving(self.loss, config.prior.swap_weight)
+        self.replayed = graphs.Replayed() if config.cuda_graph else None
+        if config.cuda_graph:
+            checks.capturable(self.loss, self.loss_name, step)
         self.density = noise.density(config.noise.density, **config.noise.density_args)
         self.noise = NoiseSettings(config.noise.offset, config.noise.multires_levels, config.noise.multires_discount, config.noise.perturbation)
         self.instances = config.batch_size * config.accumulation
@@ -66,11 +73,15 @@ class Session:
         self.prior = self._open_prior()
         self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
-        self.latent_cache = Cache(_fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
+        self.latent_cache = Cache(inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
         self.text_cache: dict[str, Conditioning] = {}
         self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
+        self.drawn: dict[Hashable, Inputs] = {}  # what `prepare` drew
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.saved: int | None = None  # the step of the newest checkpoint
         self.start = checkpoints.restore(self)
+        for group in self.optimizer.param_groups if config.cuda_graph else ():
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
         self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
 
     # ------------------------------------------------------------ opening
@@ -111,14 +122,22 @@ class Session:
             module = self.family.modules[name]
             paths = adapters.inject(module, spec, seed=c.seed)
             count = sum(p.numel() for p in adapters.parameters(module))
-            print(f"{name}: {spec.kind}, rank {spec.rank}, {count:,} parameters on {targets.table(paths)}")
+            print(f"{name}: {spec.kind}, rank {spec.rank}, {count:,} parameters on {target_table(paths)}")
         self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
         self._install_tokens()
         if c.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+            again = {
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+            }  # no layer here draws from the device's generator, and a graph cannot read it
+            self.denoiser.enable_gradient_checkpointing(functools.partial(checkpoint, **again))  # type: ignore[operator]
             for encoder in self.encoders.values():  # transformers 6 keeps the first name only
                 enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-                enable({"use_reentrant": False})  # type: ignore[operator]
+                enable(again)  # type: ignore[operator]
+        if self.device.type == "cuda":
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 4-d weights: cuDNN's half-precision kernels are NHWC
+        if c.compile:
+            graphs.compile_blocks(self.denoiser)
         text = [p for name in self.encoders if name in self.trained for p in adapters.parameters(self.encoders[name])]
         unet = adapters.parameters(self.denoiser) if self.family.denoiser in self.trained else []
         every = {"denoiser": unet, "text_encoder": text, "tokens": [e.rows for e in self.embeddings.values()]}
@@ -178,94 +197,69 @@ class Session:
 
     # ------------------------------------------------------------ what training_step asks for
 
-    def low(self, stage: Stage) -> float:
-        return self.config.noise.low if stage.low is None else stage.low
+    def prepare(self, batch: Batch, stage: Stage, step: int) -> None:
+        """Draws the inputs of a batch's micro-batches; on a GPU on a stream of its own, beside the steps that were asked for and are not done."""
+        with self.beside():
+            self.drawn = {self._name(micro, step): inputs.draw(self, micro, stage, step) for micro in micro_batches(batch, self.config.accumulation)}
 
-    def high(self, stage: Stage) -> float:
-        return self.config.noise.high if stage.high is None else stage.high
+    def inputs(self, batch: Batch, stage: Stage, step: int) -> Inputs:
+        """What `prepare` drew for this batch, else drawn now."""
+        name = self._name(batch, step)
+        if name not in self.drawn:
+            self.drawn[name] = inputs.draw(self, batch, stage, step)
+        return self.drawn[name]
 
-    def schedule(self, x0: Tensor) -> Schedule:
-        """The noise schedule that latents x0 are trained on."""
-        return self.family.schedule_at(*x0.shape[-2:]) if self.config.noise.dynamic_shift else self.family.schedule
+    def _name(self, batch: Batch, step: int) -> Hashable:
+        return batch.keys, batch.visits, step
 
-    def latents(self, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x0 [b, c, h, w] sampled from the VAE's posterior; the loss mask [b, 1, h, w] or None; the inpainting input [b, 1 + c, h, w] or None."""
-        mean, std = (rows.to(self.device) for rows in self._posterior(batch))
-        x0 = mean + std * keys.normal("posterior", tuple(mean.shape[1:])).to(mean)
-        mask = None if batch.mask is None else F.interpolate(batch.mask, x0.shape[-2:], mode="area").to(x0) ** stage.mask_temperature
-        inpaint = None
-        if self.family.inpainting:
-            holes = generation.random_holes(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
-            with torch.no_grad():
-                inpaint = generation.masked_latents(self.family, batch.pixels.to(self.device), holes.to(self.device))
-        return x0, mask, inpaint
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A GPU's side stream; the main one waits for what was asked for in it. Nothing on a CPU."""
+        if self.side is None:
+            yield
+            return
+        main = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.side):
+            yield
+        main.wait_stream(self.side)
+        for tensor in graphs.tensors(self.drawn):
+            tensor.record_stream(main)
 
-    @torch.no_grad()
-    def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and std of the latents; from the cache where an image's pixels come again."""
-        if not self.folder.settings.is_random or self.folder.settings.variants:
-            size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
-            names = [self.folder.cache_key(self.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
-            rows = self.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in self._encode(batch.pixels[i : i + 1])))))
-            return rows["mean"], rows["std"]
-        return self._encode(batch.pixels)
-
-    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = self.family.encode_images(pixels)
-        if self.config.vae_precision == "fp16" and not bool(mean.isfinite().all() & std.isfinite().all()):
-            raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")
-        return mean, std
-
-    def conditioning(self, batch: Batch) -> Conditioning:
-        """The prompts, placeholders bound, from the cache while nothing in the text encoders trains; the images' sizes; the guidance."""
-        prompts = [tokens.bind(caption, self.abstractions) for caption in batch.captions]
-        if self.text_trains:
-            return self.informed(self.family.encode_prompts(prompts), batch)
-        return self.informed(self._cached(prompts, self.text_cache), batch)
-
-    def base_conditioning(self, batch: Batch) -> Conditioning:
-        """The same without adapters."""
-        with ExitStack() as stack:
-            for encoder in self.encoders.values():
-                stack.enter_context(adapters.disabled(encoder))
-            return self.informed(self._cached(batch.captions, self.base_text_cache), batch)
-
-    def _cached(self, prompts: Sequence[str], cache: dict[str, Conditioning]) -> Conditioning:
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in cache:
-                with self.evaluating():
-                    cache[prompt] = self.family.encode_prompts([prompt])
-        return Conditioning.cat([cache[prompt] for prompt in prompts])
-
-    def informed(self, cond: Conditioning, batch: Batch) -> Conditioning:
-        """With what the denoiser is told of the batch's images."""
-        height, width = batch.pixels.shape[-2:]
-        return self.family.inform(cond, Sizes(batch.original_sizes, batch.crops, (height, width)), self.config.noise.guidance)
+    def conditioning(self, text: Text, sizes: Sizes) -> Conditioning:
+        """The prompts encoded, where they are not yet, and what the denoiser is told of the images."""
+        with self.autocast():
+            cond = text if isinstance(text, Conditioning) else self.family.encode(text)
+        return self.family.inform(cond, sizes, self.config.noise.guidance)
 
     def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> Tensor:
         """The network's raw output [b, c, h, w] for x_t."""
-        return self.family.denoise(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
+        with self.autocast():
+            return self.family.denoise(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
 
-    def key_dropout(self, keys: Keys, step: int) -> None:
-        if self.drops:
-            rows = keys.hashes("dropout").to(self.device)
-            for module in self.trained.values():
-                adapters.set_dropout(module, rows, step)
+    def autocast(self) -> torch.autocast:
+        # a graph replays addresses: no copies of weights may be kept from one step to the next
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast, cache_enabled=not self.config.cuda_graph)
 
-    def lazy(self, batch: Batch, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> dict[str, Callable[..., Any]]:
+    def key_dropout(self, x: Inputs) -> None:
+        for module in self.trained.values() if x.rows is not None else ():
+            adapters.set_dropout(module, x.rows, x.step)  # type: ignore[arg-type]
+
+    def lazy(self, x: Inputs, x_t: Tensor, cond: Conditioning) -> dict[str, Callable[..., Any]]:
         """Members of StepOutput that cost a forward pass, for losses that touch them."""
 
         @torch.no_grad()
         def base_out(told: Conditioning = cond) -> Tensor:
             with adapters.disabled(self.denoiser):
-                return self.denoise(x_t, level, told, inpaint)
+                return self.denoise(x_t, x.level, told, x.inpaint)
 
         def preserved() -> tuple[Tensor, Tensor]:
-            swapped = replace(batch, captions=[checks.swapped(caption, self.config.prior.swap) for caption in batch.captions])
-            return self.denoise(x_t, level, self.conditioning(swapped), inpaint), base_out(self.base_conditioning(swapped))
+            assert x.swapped is not None
+            now, before = (self.conditioning(text, x.sizes) for text in x.swapped)
+            return self.denoise(x_t, x.level, now, x.inpaint), base_out(before)
 
         def attention() -> list[Tensor]:
-            return self.family.attention_maps(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
+            with torch.compiler.set_stance("force_eager"):  # a compiled block does not see the hooks that look at its layers
+                return self.family.attention_maps(prediction.scale_input(self.family.prediction, x_t, x.level), x.level, cond, x.inpaint)
 
         return {"base_out": base_out, "attention": attention, "decode": self.family.decode, "preserved": preserved}
 
@@ -291,6 +285,8 @@ class Session:
         training = self.drops or self.config.gradient_checkpointing
         for module in (self.denoiser, *self.encoders.values()):
             module.train(training)
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))  # what trained so far encodes the texts of this stage
         self.checked = False
 
     def set_rates(self, stage: Stage, step: int) -> None:
@@ -299,7 +295,11 @@ class Session:
         factor = self.schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
         for group in self.optimizer.param_groups:
             name = group["name"]
-            group["lr"] = stage.lr.get(name, self.rates[name]) * factor * group["ratio"] if name in stage.groups else 0.0
+            group["rate"] = stage.lr.get(name, self.rates[name]) * factor * group["ratio"] if name in stage.groups else 0.0
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads it there
+                group["lr"].fill_(group["rate"])
+            else:
+                group["lr"] = group["rate"]
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -308,6 +308,25 @@ class Session:
         """Refuses what is not one finite number per example, in the first step of a stage: to look means to wait for the device."""
         if not self.checked:
             losses.check_rows(rows, name, b)
+
+    def replay(self, advance: Callable[[], tuple[Tensor, ...]], stage: Stage) -> tuple[Tensor, ...]:
+        """advance(), or with --cuda-graph its replay on the inputs that were drawn."""
+        if self.replayed is None:
+            return advance()
+
+        def on(given: list[Inputs]) -> tuple[Tensor, ...]:
+            self.drawn = dict(zip(self.drawn, given, strict=True))
+            return advance()
+
+        return self.replayed(on, list(self.drawn.values()), key=self.config.stages.index(stage))
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within it no adapter changes, so that what depends on factors alone is computed once."""
+        with ExitStack() as stack:
+            for module in self.trained.values():
+                stack.enter_context(adapters.steady(module))
+            yield
 
     def update(self) -> Tensor:
         """One optimiser step; the gradient's norm before clipping."""
@@ -326,13 +345,13 @@ class Session:
             self.scaler.update()
         return norm
 
-    def after_update(self, stage: Stage) -> None:
-        """What follows each step of the optimiser: the norm prior of the token rows, the moving average."""
-        self._control_norms(stage)
+    def average_(self) -> None:
+        """Brings the moving average up to date, where there is one."""
         if self.average is not None:
             self.average.update_()
 
-    def _control_norms(self, stage: Stage) -> None:
+    def control_norms(self, stage: Stage) -> None:
+        """The norm prior of the token rows, after each step of the optimiser."""
         how = stage.norm or self.config.tokens.norm
         if "tokens" not in stage.groups or how == "none":
             return
@@ -352,8 +371,8 @@ class Session:
 
     def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
         """A row for each step; values are read from the device every --log-every steps."""
-        rates = {f"lr_{g['name']}": g["lr"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
-        distances = {f"d_{g['name']}": g["d"] for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
+        rates = {f"lr_{g['name']}": g["rate"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
+        distances = {f"d_{g['name']}": g["d"].clone() for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
         self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances)
         bar.update()
         if done % self.config.log_every == 0:
@@ -412,11 +431,3 @@ def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> Tensor:
     start = embedding.initial.norm(dim=-1, keepdim=True)
     usual = embedding.weight.detach().to(start).norm(dim=-1).mean()
     return torch.full_like(start, wanted) if wanted else torch.where(start > 0, start, usual)
-
-
-def _fingerprint(vae: nn.Module) -> dict[str, str]:
-    """What a cache on disk is keyed by: the very weights that encode, so that a retrained VAE at the same path does not get old latents."""
-    content = hashlib.blake2b(digest_size=16)
-    for name, tensor in vae.state_dict().items():
-        content.update(name.encode() + str(tensor.dtype).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return {"vae": content.hexdigest()}

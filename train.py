@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,9 @@ import checkpoints
 import results
 from lora_core import losses, noise, pictures, prediction, validation
 from lora_core.config import Config, Stage
-from lora_core.data import Batch
+from lora_core.data import Batch, micro_batches
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput
-from lora_core.noise import Keys
 from lora_core.toml import command_line
 from session import Session
 
@@ -39,26 +39,39 @@ Step = Callable[[Session, Batch, Stage, int], Tensor]
 
 
 def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
-    """[b] loss rows, weighed by noise level. Randomness is keyed by image and visit: a row does not depend on the batch around it."""
-    keys = Keys(s.config.seed, batch.keys, batch.visits)
-    s.key_dropout(keys, step)
-    x0, mask, inpaint = s.latents(batch, keys, stage)  # [b, c, h, w]; [b, 1, h, w] or None; [b, 1 + c, h, w] or None
-    level = noise.draw(s.schedule(x0), keys, low=s.low(stage), high=s.high(stage), density=s.density, shift=s.config.noise.shift).to(s.device)
-    eps, eps_in = (e.to(x0) for e in noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise))
-    x_t = noise.add_noise(x0, eps_in, level)
-    cond = s.conditioning(batch)
-    out = s.denoise(x_t, level, cond, inpaint)
-    out, target, row = prediction.compared(s.family.prediction, s.config.noise.space, out, x0, eps, level)
-    lazy = s.lazy(batch, x_t, level, cond, inpaint)
-    is_prior, t_max = batch.is_prior.to(s.device), s.family.schedule.t_max
-    rows = s.loss(StepOutput(out, target, x0, eps, x_t, level, row, mask, is_prior, step, lazy, t_max, s.family.prediction))
-    s.check_rows(rows, s.loss_name, len(keys.names))  # before weighing, which would spread a scalar over the rows
-    return rows * losses.weight(s.config.weighting, level, s.family.prediction, space=s.config.noise.space, **s.config.weighting_arg)
+    """[b] loss rows, weighed by noise level. All on the device, nothing read back: the step can be captured as a CUDA graph."""
+    x = s.inputs(batch, stage, step)  # latents, noise and its level, text, sizes, keyed by image and visit: inputs.draw
+    s.key_dropout(x)
+    x_t = noise.add_noise(x.x0, x.eps_in, x.level)
+    cond = s.conditioning(x.text, x.sizes)
+    out = s.denoise(x_t, x.level, cond, x.inpaint)
+    out, target, row = prediction.compared(s.family.prediction, s.config.noise.space, out, x.x0, x.eps, x.level)
+    lazy, t_max = s.lazy(x, x_t, cond), s.family.schedule.t_max
+    rows = s.loss(StepOutput(out, target, x.x0, x.eps, x_t, x.level, row, x.mask, x.is_prior, step, lazy, t_max, s.family.prediction))
+    s.check_rows(rows, s.loss_name, len(batch.keys))  # before weighing, which would spread a scalar over the rows
+    return rows * losses.weight(s.config.weighting, x.level, s.family.prediction, space=s.config.noise.space, **s.config.weighting_arg)
+
+
+def advance(s: Session, batch: Batch, stage: Stage, number: int, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss, norm of the gradient) of one step of the optimiser on a batch, cut into micro-batches. This is what a CUDA graph captures."""
+    s.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=s.device)
+    with s.steady():
+        for micro in micro_batches(batch, s.config.accumulation):
+            rows = step(s, micro, stage, number)
+            s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
+            is_prior = s.inputs(micro, stage, number).is_prior
+            part = losses.total(rows, is_prior, prior_weight=s.config.prior.weight, instances=s.instances)
+            s.backward(part)
+            total = total + part.detach()
+    norm = s.update()
+    s.control_norms(stage)
+    return total, norm
 
 
 def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
     """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
-    s = Session(config, loss)
+    s = Session(config, loss, None if step is training_step else step)
     with _resumable(s):
         if s.start == 0:
             results.validate(s, 0)
@@ -70,16 +83,9 @@ def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None,
                 begin = max(first, s.start)
                 for done, batch in enumerate(s.batches(begin, last), begin + 1):
                     s.set_rates(stage, done - 1 - first)
-                    s.optimizer.zero_grad(set_to_none=True)
-                    total = torch.zeros((), device=s.device)
-                    for micro in micro_batches(batch, config.accumulation):
-                        rows = step(s, micro, stage, done - 1)
-                        s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
-                        part = losses.total(rows, micro.is_prior.to(s.device), prior_weight=config.prior.weight, instances=s.instances)
-                        s.backward(part)
-                        total = total + part.detach()
-                    norm = s.update()
-                    s.after_update(stage)
+                    s.prepare(batch, stage, done - 1)
+                    total, norm = s.replay(functools.partial(advance, s, batch, stage, done - 1, step), stage)
+                    s.average_()
                     s.log(done, stage, total, norm, bar)
                     if _due(done, config.validation.every):
                         results.validate(s, done)
@@ -98,11 +104,6 @@ def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
     for stage in stages:
         yield stage, first, first + stage.steps
         first += stage.steps
-
-
-def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch in `parts` strides, so that each has its share of instance and of prior rows."""
-    return (batch.rows(slice(i, None, parts)) for i in range(parts))
 
 
 def _due(step: int, every: int) -> bool:

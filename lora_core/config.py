@@ -136,6 +136,8 @@ class Adapter:
     """Probability that a whole adapter is dropped for an image, [0, 1)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    norm_grad: Literal["detach", "full"] = "detach"
+    """Of dora: whether the norm counts as a constant in the backward pass (the paper's section 4.3) or is differentiated through."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or U(+-1 / sqrt(fan_in)) as kohya and peft."""
 
@@ -306,6 +308,12 @@ class Config:
     """Images in one forward pass."""
     accumulation: int = 1
     """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
+    autocast: bool = False
+    """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
+    compile: bool = False
+    """torch.compile the repeated blocks of the denoiser: faster steps after a first one that takes a minute."""
+    cuda_graph: bool = False
+    """Replay forward, backward, clipping and optimiser as one CUDA graph, captured once for each stage and image size: no launch costs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: str = "mse"

@@ -250,6 +250,11 @@ def batches(folder: Folder, prior: Folder | None = None, *, batch: int, seed: in
     return map(make, range(start, stop)) if workers == 0 else _ahead(make, range(start, stop), workers)
 
 
+def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch in `parts` strides, so that each has its share of instance and of prior rows."""
+    return (batch.rows(slice(i, None, parts)) for i in range(parts))
+
+
 def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:
     """make(step) in order, up to 2 * workers of them under way in threads (Pillow decodes and resizes outside the interpreter lock)."""
     pending: deque[Future[Batch]] = deque()

@@ -21,6 +21,14 @@ class Sizes(NamedTuple):
     original: Sequence[tuple[int, int]]  # of the files
     crop: Sequence[tuple[int, int]]  # corner in the resized (and mirrored) image
     target: tuple[int, int]  # of what the denoiser sees
+    places: Tensor | None = None  # what `on` gave
+
+    def on(self, device: torch.device | str) -> Tensor:
+        """[b, 6] fp32: original height and width, top and left of the crop, target height and width."""
+        if self.places is not None:
+            return self.places
+        rows = [(*original, *crop, *self.target) for original, crop in zip(self.original, self.crop, strict=True)]
+        return torch.tensor(rows, dtype=torch.float32, device=device)
 
     @staticmethod
     def whole(height: int, width: int, b: int) -> Sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,7 +92,17 @@ class Family(Protocol):
         """Mean and std of the latents' posterior, fp32."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """encode(tokenize(prompts))"""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders read, one row for each prompt, on their device."""
+        ...
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
+        """The conditioning by the text encoders, on the device alone: a CUDA graph can hold it."""
+        ...
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts as the unconditional rows of guidance; some models take zeros for the empty one."""

@@ -114,18 +114,25 @@ class Flux:
         return decode_latents(self.vae, latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode(self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for on the CPU."""
+        tokenizer = self.tokenizers["text_encoder"]
+        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"])
+        t5 = tokenize(self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"])
+        end = first_eos(ids, tokenizer.eos_token_id)
+        return {"clip": ids.to(self.clip.device), "end": end.to(self.clip.device), "t5": t5.to(self.t5.device)}
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector at the first end-of-text token.
 
         transformers' pooler looks for the largest id where a config says eos_token_id 2, and finds a learned token there. Every encoder reads the
         same string; one that has not learned the tokens reads their names as plain text, as in diffusers.
         """
-        tokenizer = self.tokenizers["text_encoder"]
-        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"])
-        ends = first_eos(ids, tokenizer.eos_token_id).to(self.clip.device)
-        hidden = self.clip(ids.to(self.clip.device)).last_hidden_state
-        pooled = hidden[torch.arange(len(ends), device=ends.device), ends]
-        ids = tokenize(self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"])
-        return Conditioning(self.t5(ids.to(self.t5.device)).last_hidden_state, {"pooled_prompt_embeds": pooled})
+        hidden, end = self.clip(tokens["clip"]).last_hidden_state, tokens["end"]
+        pooled = hidden[torch.arange(len(end), device=end.device), end]
+        return Conditioning(self.t5(tokens["t5"]).last_hidden_state, {"pooled_prompt_embeds": pooled})
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)

@@ -97,11 +97,17 @@ class StableDiffusion:
         return decode_latents(self.vae, latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode(self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"ids": tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(self.text_encoder.device)}
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference.
 
         clip_skip k takes the state k layers earlier, through the same final norm.
         """
-        ids = tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(self.text_encoder.device)
+        ids = tokens["ids"]
         if not self.clip_skip:
             return Conditioning(self.text_encoder(ids).last_hidden_state)
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states

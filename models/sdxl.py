@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_core import noise
@@ -75,6 +75,15 @@ class StableDiffusionXL(StableDiffusion):
             module.requires_grad_(False).eval()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode(self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on the CPU, so that nothing waits for the device."""
+        found = {name: tokenize(t, prompts, t.model_max_length, self.said) for name, t in self.tokenizers.items()}
+        found["end"] = first_eos(found["text_encoder_2"], self.tokenizers["text_encoder_2"].eos_token_id)
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """The second last hidden states of the encoders side by side, without final norm, and bigG's projected last state at the first EOS.
 
         clip_skip k takes the states k layers earlier; the pooled state stays. diffusers pools at the largest token id where the encoder's config
@@ -82,12 +91,10 @@ class StableDiffusionXL(StableDiffusion):
         """
         states, extra = [], {}
         for name, encoder in self.encoders.items():
-            tokenizer = self.tokenizers[name]
-            ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said)
-            out = encoder(ids.to(encoder.device), output_hidden_states=True)
+            out = encoder(tokens[name], output_hidden_states=True)
             states.append(out.hidden_states[-(self.clip_skip + 2)])
             if name == "text_encoder_2":
-                end = first_eos(ids, tokenizer.eos_token_id).to(encoder.device)  # looked for on the CPU: nothing waits for the device
+                end = tokens["end"]
                 extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[torch.arange(len(end), device=end.device), end])
         return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
@@ -104,11 +111,9 @@ class StableDiffusionXL(StableDiffusion):
 
     def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
         """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
-        places = [(*original, *crop) for original, crop in zip(sizes.original, sizes.crop, strict=True)]
-        extra = dict(cond.extra)
-        told = torch.tensor(places, dtype=torch.float32, device=self.device)
-        last = extra.pop("aesthetic_score") if self.scored else told.new_tensor([sizes.target]).expand(len(told), -1)
-        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": torch.cat([told, last], dim=1)})
+        extra, places = dict(cond.extra), sizes.on(self.device)
+        told = torch.cat([places[:, :4], extra.pop("aesthetic_score")], dim=1) if self.scored else places
+        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": told})
 
     def _scored(self, cond: Conditioning, score: float) -> Conditioning:
         if not self.scored:

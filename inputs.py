@@ -1,0 +1,153 @@
+"""What a training step is given: latents, noise and its level, text, sizes. Drawn on the host, keyed by image and visit, and brought to the device
+ahead of the step, which then works on the device alone. Functions of an open Session."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checks
+from lora_core import adapters, generation, noise, tokens
+from lora_core.config import Stage
+from lora_core.data import Batch
+from lora_core.errors import UserError
+from lora_core.generation import Sizes
+from lora_core.noise import Keys, NoiseLevel
+from models import Conditioning
+
+if TYPE_CHECKING:
+    from session import Session
+
+Text = Conditioning | dict[str, Tensor]  # encoded, or token ids where something in the text encoders trains
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of one micro-batch, all on the device."""
+
+    x0: Tensor  # [b, c, h, w] sampled from the VAE's posterior
+    eps: Tensor  # [b, c, h, w] the noise that the target is made of
+    eps_in: Tensor  # [b, c, h, w] the noise that x_t is made with
+    level: NoiseLevel  # rows [b]
+    mask: Tensor | None  # [b, 1, h, w] in [0, 1]
+    inpaint: Tensor | None  # [b, 1 + c, h, w] what an inpainting model sees beside x_t
+    text: Text
+    sizes: Sizes  # with `places`
+    is_prior: Tensor  # [b] bool
+    rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
+    step: Tensor  # [] int64
+    swapped: tuple[Text, Conditioning] | None  # prior.swap: text with the classes in place of the words, and the base model's conditioning for it
+
+
+def draw(s: Session, batch: Batch, stage: Stage, step: int) -> Inputs:
+    """Randomness is keyed by image and visit: a row does not depend on the batch around it."""
+    keys, n = Keys(s.config.seed, batch.keys, batch.visits), s.config.noise
+    x0, mask, inpaint = _latents(s, batch, keys, stage)
+    low, high = n.low if stage.low is None else stage.low, n.high if stage.high is None else stage.high
+    schedule = s.family.schedule_at(*x0.shape[-2:]) if n.dynamic_shift else s.family.schedule
+    level = noise.draw(schedule, keys, low=low, high=high, density=s.density, shift=n.shift)
+    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise)
+    swapped = None
+    if s.config.prior.swap:
+        other = replace(batch, captions=[checks.swapped(caption, s.config.prior.swap) for caption in batch.captions])
+        swapped = (_text(s, other), _base_text(s, other))
+    eps = _put(eps, s.device, x0.dtype)
+    return Inputs(
+        x0=x0,
+        eps=eps,
+        eps_in=_put(eps_in, s.device, x0.dtype) if s.noise.perturbation else eps,
+        level=NoiseLevel(*(_put(row, s.device) for row in level)),
+        mask=mask,
+        inpaint=inpaint,
+        text=_text(s, batch),
+        sizes=_sizes(batch)._replace(places=_put(_sizes(batch).on("cpu"), s.device)),
+        is_prior=_put(batch.is_prior, s.device),
+        rows=_put(keys.hashes("dropout"), s.device) if s.drops else None,
+        step=torch.full((), step, dtype=torch.int64, device=s.device),
+        swapped=swapped,
+    )
+
+
+def informed(s: Session, cond: Conditioning, batch: Batch) -> Conditioning:
+    """With what the denoiser is told of the batch's images."""
+    return s.family.inform(cond, _sizes(batch), s.config.noise.guidance)
+
+
+def _put(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """x on the device; from pinned memory to a GPU, so that the host need not wait."""
+    x = x if dtype is None else x.to(dtype)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+
+
+def _sizes(batch: Batch) -> Sizes:
+    return Sizes(batch.original_sizes, batch.crops, (batch.pixels.shape[-2], batch.pixels.shape[-1]))
+
+
+def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x0, the loss mask and the inpainting input; see Inputs."""
+    mean, std = (_put(rows, s.device) for rows in _posterior(s, batch))
+    x0 = mean + std * _put(keys.normal("posterior", tuple(mean.shape[1:])), s.device, mean.dtype)
+    mask = None
+    if batch.mask is not None:
+        mask = _put(F.interpolate(batch.mask, x0.shape[-2:], mode="area"), s.device, x0.dtype) ** stage.mask_temperature
+    inpaint = None
+    if s.family.inpainting:
+        holes = generation.random_holes(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
+        with torch.no_grad():
+            inpaint = generation.masked_latents(s.family, batch.pixels.to(s.device), holes.to(s.device))
+    return x0, mask, inpaint
+
+
+@torch.no_grad()
+def _posterior(s: Session, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean and std of the latents; from the cache where an image's pixels come again."""
+    if not s.folder.settings.is_random or s.folder.settings.variants:
+        size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+        names = [s.folder.cache_key(s.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
+        rows = s.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in _encode(s, batch.pixels[i : i + 1])))))
+        return rows["mean"], rows["std"]
+    return _encode(s, batch.pixels)
+
+
+def _encode(s: Session, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = s.family.encode_images(pixels)
+    if s.config.vae_precision == "fp16" and not bool(mean.isfinite().all() & std.isfinite().all()):
+        raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")
+    return mean, std
+
+
+def _text(s: Session, batch: Batch) -> Text:
+    """The prompts, placeholders bound: encoded, from a cache, while nothing in the text encoders trains."""
+    prompts = [tokens.bind(caption, s.abstractions) for caption in batch.captions]
+    return s.family.tokenize(prompts) if s.text_trains else _cached(s, prompts, s.text_cache)
+
+
+def _base_text(s: Session, batch: Batch) -> Conditioning:
+    """The conditioning without adapters."""
+    with ExitStack() as stack:
+        for encoder in s.encoders.values():
+            stack.enter_context(adapters.disabled(encoder))
+        return _cached(s, batch.captions, s.base_text_cache)
+
+
+def _cached(s: Session, prompts: Sequence[str], cache: dict[str, Conditioning]) -> Conditioning:
+    for prompt in dict.fromkeys(prompts):
+        if prompt not in cache:
+            with s.evaluating():
+                cache[prompt] = s.family.encode_prompts([prompt])
+    return Conditioning.cat([cache[prompt] for prompt in prompts])
+
+
+def fingerprint(vae: nn.Module) -> Mapping[str, str]:
+    """What a cache on disk is keyed by: the very weights that encode, so that a retrained VAE at the same path does not get old latents."""
+    content = hashlib.blake2b(digest_size=16)
+    for name, tensor in vae.state_dict().items():
+        content.update(name.encode() + str(tensor.dtype).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"vae": content.hexdigest()}

@@ -1,0 +1,161 @@
+"""A step that is replayed gives the numbers of a step that is run. CUDA graphs need a GPU; here a tape of aten calls stands in for one.
+
+Like a graph, the tape repeats the same calls on the same addresses and knows nothing of Python in between, so what a replay gets wrong on a GPU
+(a value baked in at the capture, a tensor rebound, an input left on the host) it gets wrong here; and what a capture refuses (reading a value
+back, copying from the host) it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import checks
+import train
+from lora_core import graphs
+from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
+from lora_core.errors import UserError
+from lora_core.graphs import Replayed
+from tests.conftest import distance, final, rows
+
+READ_BACK = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")  # wait for the device
+FROM_HOST = ("lift_fresh", "lift_fresh_copy")  # torch.tensor([...]): pageable memory, which a capture refuses
+
+
+class Tape:
+    """A graphs.Recording on the CPU. A capture does not run what it records; the tape does, so its first replay has happened already."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Tape.made += 1
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self.done = False
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        tape = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = func._schema.name.split("::")[1]
+                if name in READ_BACK or name in FROM_HOST:
+                    raise RuntimeError(f"a capture refuses {name}")
+                out = func(*args, **(kwargs or {}))
+                tape.calls.append((func, args, kwargs or {}, [t for t in tree_leaves(out) if isinstance(t, Tensor)]))
+                return out
+
+        with Mode():
+            yield
+        self.done = True
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        if self.done:
+            self.done = False
+            return
+        for func, args, kwargs, outputs in self.calls:
+            again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+            for old, new in zip(outputs, again, strict=True):
+                if old.numel() and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CudaGraph", Tape)
+    monkeypatch.setattr(checks, "machine", lambda *_: None)
+    Tape.made = 0
+
+
+def test_a_replay_copies_new_inputs_in_and_results_out(taped: None) -> None:
+    state, replayed = torch.zeros(3), Replayed()
+
+    def fn(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        state.add_(inputs["x"] * inputs["n"].more)
+        return (state.sum(),)
+
+    results = []
+    for i in range(7):
+        size = torch.full((3,), float(i))
+        results.append(replayed(fn, {"x": size, "n": type("Empty", (), {"more": 2.0})()})[0])
+    assert [float(r) for r in results] == [6.0 * sum(range(i + 1)) for i in range(7)]
+    assert Tape.made == 1
+
+
+def test_each_shape_and_key_has_its_own_graph(taped: None) -> None:
+    replayed = Replayed()
+    for _ in range(5):
+        for key, n in (("a", 2), ("a", 3), ("b", 2)):
+            (out,) = replayed(lambda x: (x * 2,), torch.ones(n), key)
+            assert out.tolist() == [2.0] * n
+    assert Tape.made == 3
+
+
+def test_the_tape_refuses_what_a_capture_refuses(taped: None) -> None:
+    for fn in (lambda x: (x * float(x.sum()),), lambda x: (x + torch.tensor([1.0, 2.0]),)):
+        replayed = Replayed()
+        with pytest.raises(RuntimeError, match="a capture refuses"):
+            for _ in range(4):
+                replayed(fn, torch.ones(2))
+
+
+ALL = ("denoiser", "text_encoder", "tokens")
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora, accumulated, warm-up": {
+        "adapter": Adapter(rank=2, kind="dora"), "accumulation": 2, "batch_size": 1, "optimizer": Optimizer(warmup=3, schedule="cosine"),
+    },
+    "dora through the norm": {"adapter": Adapter(rank=2, kind="dora", norm_grad="full")},
+    "dropout": {"adapter": Adapter(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)},
+    "everything, prodigy": {"stages": (Stage(6, ALL),), "optimizer": Optimizer(name="prodigy")},
+    "two stages, adamw, average": {"stages": (Stage(5, ("tokens",)), Stage(5, ("denoiser", "text_encoder"))), "ema": 0.9},
+    "prodigy, a distance each, warm-up": {
+        "stages": (Stage(7, ALL),), "optimizer": Optimizer(name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2),
+    },
+    "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
+    "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
+    "l1": {"loss": "l1"},
+    "preservation": {"stages": (Stage(6, ALL),), "prior": Prior(swap={"TOK": "cat"})},
+    "checkpointing": {"gradient_checkpointing": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_run_is_the_run(config: Config, quick: None, taped: None, case: str) -> None:
+    plain = replace(config, **{"stages": (Stage(6, ("denoiser",)), ), **CASES[case]}, log_every=1)  # fmt: skip
+    eager = train.train(plain)
+    replayed = train.train(replace(plain, cuda_graph=True, out=plain.out + "_graph"))
+    assert Tape.made == len(plain.stages)
+    ours, theirs = ([row for row in rows(run) if "loss" in row] for run in (replayed, eager))
+    assert len(ours) == len(theirs) == plain.steps
+    for a, b in zip(ours, theirs):
+        assert {k for k in a if a[k] != pytest.approx(b[k], rel=1e-5)} <= {"time"}, (a, b)
+    states = [{k: v for k, v in final(run).items() if not k.endswith("/lr")} for run in (replayed, eager)]
+    assert distance(*states) < 1e-5
+
+
+def test_a_graph_needs_a_gpu_and_a_loss_that_is_the_same_each_step(
+    config: Config, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--cuda-graph needs an NVIDIA GPU"):
+        train.train(replace(config, cuda_graph=True, device="cpu"))
+    monkeypatch.setattr(checks, "machine", lambda *_: None)
+
+    def fickle(step: Any) -> Tensor:
+        return (step.out - step.target).square().mean((1, 2, 3))
+
+    with pytest.raises(UserError, match=r"fickle\.capturable = True"):
+        train.train(replace(config, cuda_graph=True), loss=fickle)
+    with pytest.raises(UserError, match=r"step\.capturable = True"):
+        train.train(replace(config, cuda_graph=True), step=lambda *a: train.training_step(*a))
+    assert not Path(config.out).exists()

@@ -1,0 +1,101 @@
+"""What is around a training step: inputs drawn ahead of it, autocast, compiled blocks, the machine's own line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import checks
+import train
+from lora_core import graphs
+from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
+from lora_core.errors import UserError
+from session import Session
+from tests.conftest import distance, learned, rows
+
+ALL = ("denoiser", "text_encoder", "tokens")
+
+
+def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: None) -> None:
+    config = replace(
+        config, accumulation=2, batch_size=1, stages=(Stage(1, ALL),), prior=Prior(swap={"TOK": "cat"}), adapter=Adapter(rank=2, dropout=0.1)
+    )
+    s = Session(config)
+    stage = config.stages[0]
+    s.enter(stage)
+    batch = next(iter(s.batches(0, 1)))
+    s.prepare(batch, stage, 0)
+    ahead = list(s.drawn.values())
+    assert len(ahead) == 2
+    parts = list(train.micro_batches(batch, 2))
+    assert all(s.inputs(part, stage, 0) is given for part, given in zip(parts, ahead))
+    s.drawn = {}
+    for part, given in zip(parts, ahead):
+        on_the_spot = s.inputs(part, stage, 0)
+        assert all(torch.equal(a, b) for a, b in zip(graphs.tensors(on_the_spot), graphs.tensors(given), strict=True))
+    assert s.inputs(parts[0], stage, 1000) is not ahead[0]  # a step of one's own may ask for another draw
+    x = ahead[0]
+    assert isinstance(x.text, dict) and x.swapped is not None and x.rows is not None and x.step.item() == 0
+    assert len(graphs.tensors(x)) >= 12
+
+
+def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(config: Config, quick: None) -> None:
+    seen: dict[str, set[torch.dtype]] = {"weight": set(), "out": set()}
+
+    def watched(s: Session, *rest: object) -> Tensor:
+        def look(m: torch.nn.Module, _: object, out: Tensor) -> None:
+            seen["weight"].add(m.weight.dtype)  # type: ignore[union-attr, arg-type]
+            seen["out"].add(out.dtype)
+
+        handle = next(m for m in s.denoiser.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(look)
+        try:
+            return train.training_step(s, *rest)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+
+    exact, cast = train.train(config), train.train(replace(config, autocast=True, out=config.out + "_cast"), step=watched)
+    assert seen == {"weight": {torch.float32}, "out": {torch.bfloat16}}
+    a, b = (rows(run)[1]["loss"] for run in (exact, cast))
+    assert a != b and a == pytest.approx(b, rel=0.03)
+    assert all(value.dtype == torch.float32 for value in learned(cast).values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_compiled_blocks_are_one_graph_each_and_train_alike(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the graph, which a foreign adapter makes."""
+    compiled: list[object] = []
+    in_place = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module, **settings: object) -> None:
+        assert settings == {"fullgraph": True}
+        compiled.append(module)
+        in_place(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    config = replace(config, adapter=Adapter(rank=2, kind=kind, dropout=0.1), optimizer=Optimizer(lr={"denoiser": 1e-2}))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = train.train(replace(config, compile=True))
+    stats = torch._dynamo.utils.counters["stats"]
+    assert len(compiled) == 4  # the tiny UNet's transformer blocks
+    assert 0 < stats["unique_graphs"] <= 4 * len(compiled) and not torch._dynamo.utils.counters["graph_break"]
+    assert distance(learned(train.train(replace(config, out=config.out + "_eager"))), learned(run)) < 1e-4
+
+
+def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks.machine(replace(config, autocast=True), torch.device("cpu"))
+    assert "device: cpu, 1 thread, weights in fp32, products in bf16" in capsys.readouterr().out
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        checks.machine(replace(config, compile=True), torch.device("cpu"))
+    with pytest.raises(UserError, match="--autocast has no effect"):
+        checks.config(replace(config, autocast=True, precision="bf16"))
+    with pytest.raises(UserError, match="--adapter.norm-grad has no effect"):
+        checks.config(replace(config, adapter=Adapter(norm_grad="full")))
+    with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
+        graphs.compile_blocks(torch.nn.Linear(2, 2))
