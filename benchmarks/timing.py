@@ -65,7 +65,7 @@ def alternate(
             del ready[name]
             times.left_out[name] = str(error).splitlines()[0]
     run = _events(device) if device.type == "cuda" else _clocks
-    calls = {name: max(1, math.ceil(floor / run(call, 1)[0])) for name, call in ready.items()}
+    calls = {name: max(1, math.ceil(floor / min(run(call, 1)[0], run(call, 1)[0]))) for name, call in ready.items()}
     order = list(ready)
     for done in range(rounds):
         if done >= LEAST and time.perf_counter() - start > limit:

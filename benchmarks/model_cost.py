@@ -1,0 +1,86 @@
+"""What the adapters of a whole model cost over the frozen model: times of layers multiplied by their counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import laws, timing
+from benchmarks.cases import LAYERS, Drawn, Setting
+
+ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one term of a sum
+
+
+def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting) -> dict[str, Any]:
+    """Seconds of all adapters (ours, peft), of the frozen layers under them and of the frozen rest; printed, with the ratio of the sums.
+
+    The rest is linear layers, convolutions and attention, forward and backward for their inputs (the layers of one row forward alone: nothing that is
+    trained lies before them). Norms, activations and additions are left out, which makes the ratio larger than a whole step's.
+    """
+    linears = [row for row in rows if row["op"] == "lora_linear"]
+    cost: dict[str, Any] = {}
+    rest = frozen_rest(model, setting) if linears else 0.0
+    for kind in ("LoRA", "DoRA"):
+        group = [row for row in linears if row["case"].startswith(kind)]
+        names = set.intersection(*(set(row["contenders"]) for row in group)) if group else set()
+        if not {"frozen", "ours", "peft"} <= names:
+            continue
+        sums = {name: sum(row["count"] * seconds(row["contenders"][name]) for row in group) for name in ("frozen", "ours", "peft")}
+        whole = rest + sums["frozen"]
+        cost[kind] = {"layers": sum(row["count"] for row in group), "rest": rest} | sums
+        cost[kind] |= {f"{name} over frozen": (rest + sums[name]) / whole for name in ("ours", "peft")}
+        print(
+            f"{model} {kind}: {cost[kind]['layers']} adapters add {1e3 * (sums['ours'] - sums['frozen']):.3g} ms to the {1e3 * whole:.4g} ms of the "
+            f"frozen products, forward and backward: {cost[kind]['ours over frozen']:.3f}x (peft {cost[kind]['peft over frozen']:.3f}x)"
+        )
+    return cost
+
+
+def seconds(row: dict[str, Any]) -> float:
+    return row["forward"] + row["backward"]
+
+
+def frozen_rest(model: str, setting: Setting) -> float:
+    """Seconds of everything but the adapted layers."""
+    layers, total = LAYERS[model], 0.0
+    made = [(linear, layers["linears"]), (convolution, layers["convolutions"]), (attention, layers["attention"])]
+    for make, shapes in made:
+        for *shape, count in shapes:
+            call = make(shape, setting)
+            times = timing.alternate({"it": call}, ROUNDS, device=setting.device, limit=LIMIT)
+            total += count * timing.median(times, "it")
+    return total
+
+
+def linear(shape: list[int], setting: Setting) -> Callable[[], object]:
+    rows, fan_in, out = shape
+    drawn = Drawn(setting)
+    x, weight = drawn.base(rows, fan_in).requires_grad_(rows > 1), drawn.base(out, fan_in, size=fan_in**-0.5)
+    return step(lambda: F.linear(x, weight), [x] if rows > 1 else [])
+
+
+def convolution(shape: list[int], setting: Setting) -> Callable[[], object]:
+    pixels, fan_in, kernel, stride, out = shape
+    drawn, side = Drawn(setting), math.isqrt(pixels) * stride
+    x = drawn.base(1, fan_in, side, side).requires_grad_()
+    weight = drawn.base(out, fan_in, kernel, kernel, size=(fan_in * kernel * kernel) ** -0.5)
+    return step(lambda: F.conv2d(x, weight, None, stride, kernel // 2), [x])
+
+
+def attention(shape: list[int], setting: Setting) -> Callable[[], object]:
+    heads, queries, keys, width = shape
+    drawn = Drawn(setting)
+    q, k, v = (drawn.base(1, heads, n, width).requires_grad_() for n in (queries, keys, keys))
+    return step(lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
+
+
+def step(call: Callable[[], torch.Tensor], trains: list[torch.Tensor]) -> Callable[[], object]:
+    """Forward and backward."""
+    if not trains:
+        return call
+    slope = laws.slope(call())
+    return lambda: torch.autograd.grad(call(), trains, slope)
