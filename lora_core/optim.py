@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.adamw import AdamW
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 
@@ -65,8 +66,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "polynomial": polynomial,
 }
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "prodigy": Prodigy}
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a fused AdamW in torch 2.13, for any floating-point parameter
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "prodigy": Prodigy}
 RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
     "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
@@ -139,25 +139,15 @@ def split(groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor
 
 
 def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses.
-
-    "adamw" is torch's fused one (one kernel for all tensors, no host sync under a LossScaler) unless `args` choose an implementation themselves.
-    """
+    """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses."""
     for option in ("weight_decay", "betas"):
         if option not in arguments(name) and any(option in group for group in groups):
             raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
     check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=("params", "lr", "weight_decay", "betas"))
     try:
-        return resolve_optimizer(name)(groups, **(_fused(name, groups, args) | dict(args)))
+        return resolve_optimizer(name)(groups, **args)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} refuses its settings: {error}") from None
-
-
-def _fused(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> dict[str, bool]:
-    """{"fused": True} for an adamw that can be and whose arguments do not say how it is to be computed."""
-    params = [p for group in groups for p in group["params"]]
-    able = all(p.is_floating_point() and p.device.type in FUSED for p in params)
-    return {"fused": True} if name == "adamw" and able and not {"fused", "foreach", "differentiable"} & set(args) else {}
 
 
 def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:
@@ -196,11 +186,12 @@ def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 class LossScaler:
-    """Dynamic loss scale for fp16 by torch.amp.GradScaler's rule (arXiv 1710.03740), in device tensors, on any device.
+    """Dynamic loss scale for fp16 by torch.amp.GradScaler's rule (arXiv 1710.03740), in device tensors, on any device, which stay where they
+    are in memory, so that a CUDA graph may hold a whole step.
 
     `scaler.scale(loss).backward(); scaler.unscale_(params); clip_(params, 1.0); scaler.step(optimizer); scaler.update()`.
-    A step that overflowed changes no parameter and no optimiser state. Prodigy and torch's fused optimisers (AdamW(fused=True)) take `found_inf` as a
-    tensor and never wait for the device; any other may count on the host, so it is skipped as GradScaler does it, by asking the device once.
+    A step that overflowed changes no parameter and no optimiser state. Our optimisers and torch's fused ones take `found_inf` as a tensor and never
+    wait for the device; any other may count on the host, so it is skipped as GradScaler does it, by asking the device once.
     """
 
     def __init__(
@@ -228,8 +219,7 @@ class LossScaler:
             raise UserError("there is no gradient to unscale: no parameter of this stage took part in the loss")
         _scale_(grads, 1 / self.current.double())
         largest = torch.stack([norm.float() for norm in torch._foreach_norm(grads, math.inf)])
-        self.found_inf = torch.maximum(self.found_inf, (~largest.isfinite().all()).float())
-        return self.found_inf
+        return self.found_inf.copy_(torch.maximum(self.found_inf, (~largest.isfinite().all()).float()))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """optimizer.step(), or nothing at all where unscale_ met an overflow."""
@@ -247,9 +237,9 @@ class LossScaler:
         overflow = self.found_inf != 0
         due = (self.clean + 1 >= self.interval) & ~overflow
         grown = self.current * self.growth
-        self.current = torch.where(overflow, self.current * self.backoff, torch.where(due & grown.isfinite(), grown, self.current))
-        self.clean = torch.where(overflow | due, torch.zeros_like(self.clean), self.clean + 1)
-        self.found_inf = torch.zeros_like(self.found_inf)
+        self.current.copy_(torch.where(overflow, self.current * self.backoff, torch.where(due & grown.isfinite(), grown, self.current)))
+        self.clean.copy_(torch.where(overflow | due, torch.zeros_like(self.clean), self.clean + 1))
+        self.found_inf.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Scale and clean steps as tensors, and the settings."""
@@ -257,8 +247,8 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state bit for bit, on this scaler's device."""
-        device = self.current.device
-        self.current, self.clean = state["current"].to(device, copy=True), state["clean"].to(device, copy=True)
+        self.current.copy_(state["current"])
+        self.clean.copy_(state["clean"])
         self.growth, self.backoff, self.interval = state["growth"], state["backoff"], state["interval"]
 
 

@@ -9,27 +9,31 @@ A readable reference with prodigyopt's names, order and defaults; with one group
 - d, d_max, k and the sums are 0-dim float64 tensors on the parameters' device: nothing in a step waits for the device;
 - coupled weight decay leaves `.grad` alone; p0 is always a whole copy (prodigyopt asks whether a parameter is zero); state is fp32 or better.
 
-The state of a group lies in a few flat tensors, of which `state[p]` holds views: a step is some twenty operations, however many parameters there are.
+Parameters and state of a group lie in a few flat tensors (lora_core/flat.py), of which p.data and `state[p]` hold views, and d and the other scalars
+are updated in place: a step is two kernels (the op prodigy_step), and a CUDA graph may hold it. Read `group["d"]` with .clone() to keep a value.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from lora_core import kernels
 from lora_core.errors import UserError
+from lora_core.flat import forget, lay_out, wide
+from lora_core.kernels.steps import Recipe, Rows
 
-SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
+SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")  # in the order of the columns of kernels.steps
 ONE_DISTANCE = ("d0", "d_coef", "growth_rate", "beta3")  # what one shared estimate can have only one of
 
 
 class Prodigy(torch.optim.Optimizer):
     """Prodigy; `param_groups[i]["d"]` is the estimate of a group (0-dim tensor), and d * lr the learning rate worth logging.
 
-    `lr` multiplies d (leave it at 1; a group's own lr is its share of the common step); `slice_p` estimates on every p-th element only;
+    `lr` multiplies d (leave it at 1; a group's own lr is its share of the common step; a 0-dim tensor may change within a CUDA graph);
+    `slice_p` estimates on every p-th element only;
     `growth_rate` bounds the growth of d a step, but not its first jump away from d0, as in prodigyopt (1.0 stops d where it is).
     `fsdp_in_use` sums the estimate over the ranks of torch.distributed, each of which holds a shard; a group pauses on all ranks or on none.
     Follows torch's protocol for loss scalers (attributes `found_inf`, `grad_scale`): a step with found_inf = 1 changes nothing.
@@ -99,17 +103,21 @@ class Prodigy(torch.optim.Optimizer):
             group.update({name: self.param_groups[0][name].clone() for name in ("d", "d_max", "d_hat", "d_denom")})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state bit for bit (torch's own method would cast fp32 state to the dtype of a half-precision parameter)."""
+        """Takes over a state bit for bit (torch's own method would cast fp32 state to the dtype of a half-precision parameter).
+
+        d and the other scalars stay where they are in memory; the flat state is laid out anew.
+        """
         saved = {group.get("distance") for group in state_dict["param_groups"]}
         if saved != {self.distance}:
             raise UserError(f"the saved Prodigy has distance {sorted(map(str, saved))}, this run {self.distance!r}; resume with the saved one")
+        places = [{name: group[name] for name in SCALARS} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        self._rows.clear()
-        for group, old in zip(self.param_groups, state_dict["param_groups"]):
+        forget(self)
+        for group, old, place in zip(self.param_groups, state_dict["param_groups"], places):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
                     self.state[p] = {name: value.to(p.device, copy=True) for name, value in state_dict["state"][index].items()}
-            group.update({name: group[name].to(group["params"][0].device, copy=True) for name in SCALARS})
+            group.update({name: place[name].copy_(group[name]) for name in SCALARS})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -118,159 +126,48 @@ class Prodigy(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for groups in [self.param_groups] if self.distance == "shared" else [[group] for group in self.param_groups]:
-            moving = [self._gather(group) for group in groups if group["lr"] > 0 and any(p.grad is not None for p in group["params"])]
-            if moving:
-                self._update(groups, moving)
+            rows = [row for i, group in enumerate(groups) for row in self._rows(i, group)]
+            if rows:
+                kernels.call("prodigy_step", self._scalars(groups), found_inf, grad_scale, tuple(rows))
+                for row in rows:
+                    row.flat.finish(row.grads)
         return loss
 
-    @property
-    def _rows(self) -> dict[int, tuple["Rows", ...]]:
-        """id of a group's parameter list -> the flat state it had in its last step; rebuilt from `state` wherever it does not fit."""
-        return self.__dict__.setdefault("_flat", {})  # copying an optimizer leaves this behind
+    def _rows(self, index: int, group: dict[str, Any]) -> list[Rows]:
+        """What moves in a group: nothing where its lr is the number 0 or no parameter has a gradient."""
+        lr = group["lr"]
+        if not (isinstance(lr, Tensor) or lr > 0) or all(p.grad is None for p in group["params"]):
+            return []
+        recipe = Recipe(
+            lr, group["betas"][0], group["betas"][1], _beta3(group), group["eps"], group["weight_decay"], group["d0"], group["d_coef"],
+            group["growth_rate"], group["decouple"], group["use_bias_correction"], group["safeguard_warmup"], group["slice_p"],
+            sharded=group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for p in group["params"]),
+        )  # fmt: skip
+        flats = [(flat, flat.gradients()) for flat in lay_out(self, group, lambda p: _fresh(p, group), group["slice_p"])]
+        return [Rows(index, recipe, flat, grads) for flat, grads in flats if any(g is not None for g in grads)]
 
-    def _gather(self, group: dict[str, Any]) -> "Moving":
-        """The parameters of a group with a gradient, the gradients (fp32 or better, decay added if coupled) and the state, made on first sight."""
-        params = [p for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in params):
-            raise UserError("Prodigy got a sparse gradient; build the embedding with sparse=False")
-        rows = self._rows.get(id(group["params"]), ())
-        if {id(p) for row in rows for p in row.params} != {id(p) for p in params}:
-            rows = self._rows[id(group["params"])] = tuple(self._flatten(group, part) for part in _by_dtype(params))
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        parts = []
-        for row in rows:
-            g = _flatten_dense_tensors([p.grad for p in row.params]).to(row.dtype)
-            p = _flatten_dense_tensors(row.params).to(row.dtype)
-            if scale is not None:
-                g = g * (1 / scale).reshape(())
-            if group["weight_decay"] and not group["decouple"]:
-                g = g.add(p, alpha=group["weight_decay"])
-            if found_inf is not None:  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
-                g = torch.where(found_inf.reshape(()) != 0, torch.zeros_like(g), g)
-            parts.append(Part(row, g, p))
-        return Moving(group, parts)
-
-    def _flatten(self, group: dict[str, Any], params: list[Tensor]) -> "Rows":
-        """Flat state of parameters of one dtype, new or from `state`, which holds views of it from now on."""
-        dtype, flat = _wide(params[0]), {}
-        for p in params:
-            if not self.state[p]:
-                p0 = _sliced(p, group).to(dtype, copy=True)
-                moments = {"exp_avg": torch.zeros_like(p, dtype=dtype)} if group["betas"][0] > 0 else {}
-                self.state[p] = {"p0": p0, "s": torch.zeros_like(p0), **moments, "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
-        for name in self.state[params[0]]:
-            old = [self.state[p][name] for p in params]
-            flat[name] = torch.cat([x.reshape(-1) for x in old])
-            for p, view, shape in zip(params, flat[name].split([x.numel() for x in old]), [x.shape for x in old]):
-                self.state[p][name] = view.view(shape)
-        return Rows(params, dtype, flat)
-
-    def _update(self, groups: list[dict[str, Any]], moving: list["Moving"]) -> None:
-        """One step of the groups that share a distance; `groups` holds the paused ones too, which learn of the new d and nothing else."""
-        first, found_inf = moving[0].group, getattr(self, "found_inf", None)
-        d, d_max = first["d"], first["d_max"]
-        sums = torch.stack([total for m in moving for total in m.accumulate(found_inf)])  # N's increments at even, D's at odd places
-        if any(m.sharded for m in moving):
-            torch.distributed.all_reduce(sums)
-        numerators = [m.group["d_numerator"] * _beta3(m.group) + gain for m, gain in zip(moving, sums[0::2])]
-        numerator, denominator = torch.stack(numerators).sum(), sums[1::2].sum()
-
-        # prodigyopt returns here if D = 0; where() keeps the same values without asking the device. NaN != 0, so a NaN still shows in the weights.
-        moves = denominator != 0
-        if found_inf is not None:
-            moves = moves & (found_inf.reshape(()) == 0)
-        d_hat = torch.where(moves, first["d_coef"] * numerator / denominator, first["d_hat"])
-        grown = torch.where(d == first["d0"], torch.fmax(d, d_hat), d)
-        d_max = torch.where(moves, torch.fmax(d_max, d_hat), d_max)
-        new_d = torch.where(moves, torch.fmin(d_max, grown * first["growth_rate"]), d)
-        for m, decayed in zip(moving, numerators):
-            m.apply_(new_d, moves)
-            m.group.update(d_numerator=torch.where(moves, decayed, m.group["d_numerator"]), k=m.group["k"] + moves)
-        denominator = torch.where(moves, denominator, first["d_denom"])
-        for group in groups:
-            group.update(d=new_d, d_max=d_max, d_hat=d_hat, d_denom=denominator)
+    def _scalars(self, groups: list[dict[str, Any]]) -> Tensor:
+        """[groups, 6] SCALARS of groups that share a distance, of which group["d"] and the others are views, written in place from now on."""
+        blocks = self.__dict__.setdefault("_blocks", {})  # copying an optimizer leaves this behind
+        block, views = blocks.get(id(groups[0]["params"]), (None, []))
+        now = [group[name] for group in groups for name in SCALARS]
+        if len(now) != len(views) or any(a is not b for a, b in zip(now, views)):
+            block = torch.stack([value.to(groups[0]["params"][0].device) for value in now]).view(len(groups), len(SCALARS))
+            views = list(block.view(-1).unbind())
+            for i, group in enumerate(groups):
+                group.update(zip(SCALARS, views[i * len(SCALARS) :]))
+            blocks[id(groups[0]["params"])] = block, views
+        return block
 
 
-class Rows(NamedTuple):
-    """Parameters of one dtype and their state, end to end."""
-
-    params: list[Tensor]
-    dtype: torch.dtype
-    state: dict[str, Tensor]  # name -> [n]; s and p0 [n / slice_p]
-
-
-class Part(NamedTuple):
-    rows: Rows
-    grad: Tensor  # [n], ours to overwrite
-    param: Tensor  # [n] copies
-
-
-class Moving:
-    """A group in one step: what moves in it, and its learning rate dlr = d * lr * bias correction (old d)."""
-
-    def __init__(self, group: dict[str, Any], parts: list[Part]) -> None:
-        self.group, self.parts = group, parts
-        self.dtype = torch.float64 if any(part.grad.dtype == torch.float64 for part in parts) else torch.float32
-        self.sharded = group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for part in parts for p in part.rows.params)
-        (beta1, beta2), k = group["betas"], group["k"] + 1
-        self.dlr = group["d"] * group["lr"]
-        if group["use_bias_correction"]:
-            self.dlr = self.dlr * (1 - beta2**k) ** 0.5 / (1 - beta1**k)
-
-    def accumulate(self, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(this step's gain of N, the new D = |s|_1), float64, after bringing m, v and s up to date.
-
-        m and v carry one and two powers of d, so that m / sqrt(v) is of order 1; s and N are decayed sums without a (1 - beta3).
-        """
-        group, d, (beta1, beta2) = self.group, self.group["d"], self.group["betas"]
-        decay1, decay2, decay3 = (_decay(beta, found_inf, d) for beta in (beta1, beta2, _beta3(group)))
-        weight = (d / group["d0"] * (d if group["safeguard_warmup"] else self.dlr)).to(self.dtype)
-        small_d, inner, size = d.to(self.dtype), [], []
-        for rows, grad, param in self.parts:
-            seen, before = (grad, param) if group["slice_p"] == 1 else (_picked(grad, rows, group), _picked(param, rows, group))
-            for g, p, p0, s in zip(*(_pieces(x) for x in (seen, before, rows.state["p0"], rows.state["s"]))):
-                inner.append(_sum(g * (p0 - p)))
-                size.append(_sum(s.mul_(decay3).add_(g * weight).abs()))
-            moments = rows.state.get("exp_avg", grad)  # beta1 = 0 has none
-            for g, m, v in zip(*(_pieces(x) for x in (grad, moments, rows.state["exp_avg_sq"]))):
-                scaled = g * small_d
-                if beta1 > 0:
-                    m.mul_(decay1).add_(scaled, alpha=1 - beta1)
-                v.mul_(decay2).addcmul_(scaled, scaled, value=1 - beta2)
-        return d / group["d0"] * self.dlr * torch.stack(inner).sum(), torch.stack(size).sum()
-
-    def apply_(self, new_d: Tensor, moves: Tensor) -> None:
-        """p <- p - dlr decay p - dlr m / (sqrt(v) + d eps): dlr holds the old d, eps is multiplied by the new one; bit for bit p unless `moves`."""
-        group, adam = self.group, self.group["betas"][0] > 0
-        by_d = (1 / new_d).to(self.dtype)
-        back = -torch.where(moves, self.dlr, torch.zeros_like(self.dlr))
-        decay, rate = (back * group["weight_decay"]).to(self.dtype), (back / new_d if adam else back).to(self.dtype)
-        for rows, grad, param in self.parts:
-            first = rows.state["exp_avg"] if adam else grad
-            for change, m, v, p in zip(*(_pieces(x) for x in (grad, first, rows.state["exp_avg_sq"], param))):
-                # both sides divided by d: eps stays a number
-                torch.div(m, v.sqrt().mul_(by_d).add_(group["eps"]), out=change).mul_(rate)
-                if group["weight_decay"] and group["decouple"]:
-                    change.add_(p.mul_(decay))
-            torch._foreach_add_(rows.params, _unflatten_dense_tensors(grad, rows.params))
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """The whole on an accelerator (fewest launches); on a CPU pieces that stay in its cache."""
-    return x.split(32768) if x.device.type == "cpu" else (x,)
-
-
-def _picked(flat: Tensor, rows: Rows, group: dict[str, Any]) -> Tensor:
-    """Every slice_p-th element of each parameter."""
-    return torch.cat([x[:: group["slice_p"]] for x in flat.split([p.numel() for p in rows.params])])
-
-
-def _by_dtype(params: list[Tensor]) -> list[list[Tensor]]:
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for p in params:
-        found.setdefault(p.dtype, []).append(p)
-    return list(found.values())
+def _fresh(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter at its first gradient."""
+    dtype = wide(p)
+    p0 = p.detach().reshape(-1)[:: group["slice_p"]].to(dtype, copy=True)
+    moments = {"exp_avg": torch.zeros(p.shape, dtype=dtype, device=p.device)} if group["betas"][0] > 0 else {}
+    return {"p0": p0, "s": torch.zeros_like(p0), **moments, "exp_avg_sq": torch.zeros(p.shape, dtype=dtype, device=p.device)}
 
 
 def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
@@ -299,21 +196,3 @@ def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> Non
 
 def _beta3(group: dict[str, Any]) -> float:
     return math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
-
-
-def _decay(beta: float, found_inf: Tensor | None, like: Tensor) -> Any:
-    """beta, or exactly 1 (a 0-dim tensor) in a step that overflowed."""
-    return beta if found_inf is None else torch.where(found_inf.reshape(()) != 0, torch.ones_like(like), torch.full_like(like, beta))
-
-
-def _sliced(x: Tensor, group: dict[str, Any]) -> Tensor:
-    return x.reshape(-1)[:: group["slice_p"]]
-
-
-def _sum(x: Tensor) -> Tensor:
-    """The sum in float64: fp32 within a piece (torch sums pairwise), double across pieces."""
-    return x.sum().to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def _wide(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)

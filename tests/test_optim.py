@@ -7,6 +7,7 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_core.adamw import AdamW
 from lora_core.errors import UserError
 from lora_core.optim import OPTIMIZERS, SCHEDULES, LossScaler, build, check_arguments, clip_, resolve_optimizer, resolve_schedule, split
 from lora_core.prodigy import Prodigy
@@ -64,7 +65,8 @@ def test_wrong_schedules_name_the_nearest():
 
 
 def test_optimizers_by_name_and_by_path():
-    assert resolve_optimizer("adamw") is torch.optim.AdamW is OPTIMIZERS["adamw"]
+    assert resolve_optimizer("adamw") is AdamW is OPTIMIZERS["adamw"]
+    assert resolve_optimizer("torch.optim.AdamW") is torch.optim.AdamW
     assert resolve_optimizer("prodigy") is Prodigy
     assert resolve_optimizer("torch.optim.Adagrad") is torch.optim.Adagrad
 
@@ -130,7 +132,7 @@ def test_nothing_to_clip_or_unscale_is_an_error():
         clip_(with_grads((2,)), 0.0)
 
 
-# ---------------------------------------------------------------- building: fused AdamW, LoRA+
+# ---------------------------------------------------------------- building: AdamW, LoRA+
 
 
 def named(params, name="denoiser", lr=1e-2, **extra):
@@ -147,29 +149,17 @@ def stepped(optimizer, params, steps=range(6)):
     return [p.detach().clone() for p in params]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_adamw_is_fused_and_equals_the_plain_one(dtype, tolerance):
-    found = {}
-    for args in ({}, {"foreach": False}):
-        params = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,), (1,), dtype=dtype)]
-        optimizer = build("adamw", [named(params)], args)
-        assert bool(optimizer.defaults["fused"]) is not bool(args)
-        found[bool(args)] = stepped(optimizer, params)
-    for ours, plain in zip(found[False], found[True]):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("args", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
-def test_arguments_choose_the_implementation(args):
+def test_arguments_go_to_the_class():
     params = with_grads((3,))
-    assert not build("adamw", [named(params)], args).defaults["fused"]
-    assert build("torch.optim.AdamW", [named(params)], {}).defaults["fused"] is None  # a class by its path has its own defaults
-    assert build("adamw", [named(params)], {"fused": True, "eps": 1e-6}).defaults["eps"] == 1e-6
-    complex_one = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
-    assert build("adamw", [named([complex_one])], {}).defaults["fused"] is None
+    assert build("adamw", [named(params)], {"eps": 1e-6}).defaults["eps"] == 1e-6
+    assert build("torch.optim.AdamW", [named(params)], {"amsgrad": True}).defaults["amsgrad"]
+    with pytest.raises(UserError, match="optimizer adamw has no argument 'amsgrad'; expected eps"):
+        build("adamw", [named(params)], {"amsgrad": True})
+    with pytest.raises(UserError, match=r"adamw refuses its settings.*|floating point"):
+        build("adamw", [named([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])], {})
 
 
-def test_a_fused_adamw_resumes_bit_for_bit():
+def test_an_adamw_resumes_bit_for_bit():
     """N steps = k steps, a checkpoint through plain files, N - k steps; a group pauses on the way, lr 0 and without gradients."""
     whole = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,))]
     expected = stepped(build("adamw", [named(whole[:1]), named(whole[1:], "tokens")], {}), whole)
@@ -306,6 +296,17 @@ def test_the_scale_never_grows_to_infinity():
     for _ in range(3):
         scaler.update()
     assert float(scaler.current) == 2.0**127
+
+
+def test_the_scaler_stays_where_it_is_in_memory():
+    """A CUDA graph replays addresses."""
+    scaler, (p,) = LossScaler(init=1024.0, interval=1), with_grads((4,))
+    places = [t.data_ptr() for t in (scaler.current, scaler.clean, scaler.found_inf)]
+    for grad in (1.0, math.inf):
+        p.grad = torch.full_like(p, grad)
+        scaler.unscale_([p]), scaler.update()
+    scaler.load_state_dict(scaler.state_dict())
+    assert places == [t.data_ptr() for t in (scaler.current, scaler.clean, scaler.found_inf)] and float(scaler.current) == 1024.0
 
 
 @pytest.mark.parametrize("make", [FACTORIES["prodigy"]])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import fused, reference, winners
+from lora_core.kernels import fused, loops, reference, steps, winners
 from lora_core.kernels.reference import Member
 
 MODES = ("auto", "reference", "fused", "triton")
@@ -91,12 +91,14 @@ def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: 
 
 
 OPS: dict[str, Op] = {
-    "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear),
-    "lora_grouped": Op(reference.lora_grouped, _grouped_example, fused.lora_grouped),
+    "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear, shape_class=winners.linear_class),
+    "lora_grouped": Op(reference.lora_grouped, _grouped_example, fused.lora_grouped, shape_class=winners.grouped_class),
     "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
     "dora_norm": Op(reference.dora_norm, _norm_example),
     "dora_compose": Op(reference.dora_compose, _compose_example, fused.dora_compose),
     "keyed_dropout": Op(reference.keyed_dropout, _dropout_example),
+    "prodigy_step": Op(steps.prodigy_step, steps.prodigy_example, loops.prodigy_step),
+    "adamw_step": Op(steps.adamw_step, steps.adamw_example, loops.adamw_step),
 }
 
 _forced: list[str] = []  # a plain list: a context variable would not reach autograd's threads, where checkpointing recomputes
