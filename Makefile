@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: demo demo-photos test lint
+.PHONY: demo demo-photos test test-all lint
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ demo-photos: .venv/ready   ## the same run on photographs: make demo-photos IMAG
 
 test: .venv/ready          ## all tests that need no GPU
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: .venv/ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
+	$(PY) -m pytest -n 2 --dist loadfile -m "full or not full" $(ARGS)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

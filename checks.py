@@ -183,6 +183,7 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
             rank_pattern={p: int(rank) for p, rank in a.rank_pattern.items() if p in here},
             alpha_pattern={p: alpha for p, alpha in a.alpha_pattern.items() if p in here},
             dropout=a.dropout, rank_dropout=a.rank_dropout, module_dropout=a.module_dropout, rslora=a.rslora, init=a.init,
+            norm_grad=a.norm_grad,
         )  # fmt: skip
     return specs
 

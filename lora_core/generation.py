@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import sampling
+from lora_core import adapters, sampling
 from lora_core.errors import UserError
 from lora_core.noise import Keys
 
@@ -85,7 +85,9 @@ def generate(
     sampler = sampling.SAMPLERS[recipe.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
     for model, part in zip((family, refiner), paths):
-        x = sampler.run(_denoiser(model, prompts, recipe, (height, width), inpaint if model is family else None), x, part, **noise)
+        denoise = _denoiser(model, prompts, recipe, (height, width), inpaint if model is family else None)
+        with adapters.steady(model.modules[model.denoiser]):
+            x = sampler.run(denoise, x, part, **noise)
     return family.decode(x).float()
 
 

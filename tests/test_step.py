@@ -95,7 +95,7 @@ def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
         checks.machine(replace(config, compile=True), torch.device("cpu"))
     with pytest.raises(UserError, match="--autocast has no effect"):
         checks.config(replace(config, autocast=True, precision="bf16"))
-    with pytest.raises(UserError, match="--adapter.norm-grad has no effect"):
+    with pytest.raises(UserError, match=r"--adapter\.norm-grad has no effect"):
         checks.config(replace(config, adapter=Adapter(norm_grad="full")))
     with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
         graphs.compile_blocks(torch.nn.Linear(2, 2))
