@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide
 from lora_core.kinds import Base
+
+if TYPE_CHECKING:
+    from lora_core.groups import Group
 
 
 class Adapted(nn.Module):
@@ -27,6 +30,8 @@ class Adapted(nn.Module):
         self.original_bias: Tensor | None
         self.register_buffer("original_bias", None, persistent=False)
         self.enabled = True
+        self.group: Group | None = None  # the layers that see the same x, and which of them this is
+        self.seat = 0
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
@@ -43,8 +48,15 @@ class Adapted(nn.Module):
         """The module of that name; what it offers is in kinds.py."""
         return self.adapters[name]
 
+    def active(self) -> list[tuple[Any, float]]:
+        """The adapters that act now, each with its strength."""
+        return [(self.adapter(name), t) for name, t in self.strengths.items() if self.enabled and t != 0 and name not in self.folded]
+
     def forward(self, x: Tensor) -> Tensor:
-        active = [(self.adapter(name), t) for name, t in self.strengths.items() if self.enabled and t != 0 and name not in self.folded]
+        together = None if self.group is None else self.group.take(self.seat, x)
+        if together is not None:
+            return together
+        active = self.active()
         if not active:
             return self.base(x)
         if self.folded:

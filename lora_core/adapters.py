@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from lora_core.adapted import Adapted, layers, places
 from lora_core.algebra import LowRank
 from lora_core.errors import UserError
+from lora_core.groups import leave, regroup
 from lora_core.kinds import KINDS, Base, DoRA, Full, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, kind_class
 from lora_core.targets import lookup, nearest, require_match, select
 
 __all__ = [
     "KINDS", "Adapted", "AdapterSpec", "DoRA", "Full", "LayerSpec", "LoRA", "disabled", "fold", "inject", "layers", "load_state",
-    "merged", "parameters", "remove", "set_dropout", "set_strength", "state", "targets", "unfold", "up_parameters",
+    "merged", "parameters", "remove", "set_dropout", "set_strength", "state", "steady", "targets", "unfold", "up_parameters",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class AdapterSpec:
     init: Literal["gaussian", "kaiming"] = "gaussian"  # down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or uniform(+-1 / sqrt(fan_in)) as kohya
     rank_dropout: float = 0.0  # of whole ranks, for each example
     module_dropout: float = 0.0  # of the whole adapter, for each example
+    norm_grad: Literal["detach", "full"] = "detach"  # of a DoRA's row norms: constants in the gradient, as in peft, or differentiated, as in LyCORIS
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range, and for any that have no part in the kind (a rank other than the default, for one)."""
@@ -60,6 +62,12 @@ class AdapterSpec:
                 raise UserError(f"adapter {option.replace('_', ' ')} is {getattr(self, option)}; expected a probability in [0, 1)")
         if self.init not in ("gaussian", "kaiming"):
             raise UserError(f"adapter init is {self.init!r}; expected gaussian or kaiming")
+        if self.norm_grad not in ("detach", "full"):
+            raise UserError(f"adapter norm_grad is {self.norm_grad!r}; expected detach or full")
+        if self.norm_grad != "detach" and self.kind == "lora":
+            raise UserError(
+                f"--adapter.norm-grad is {self.norm_grad}, which has no part in --adapter.kind lora; leave it out, or use --adapter.kind dora"
+            )
         if not getattr(KINDS.get(self.kind), "low_rank", True):
             self.check_full()
 
@@ -76,7 +84,7 @@ class AdapterSpec:
         rank = int(lookup(path, self.rank_pattern, None) or self.rank)
         alpha = lookup(path, self.alpha_pattern, self.alpha) or rank
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LayerSpec(path, rank, scale, self.dropout, self.init, seed, self.rank_dropout, self.module_dropout)
+        return LayerSpec(path, rank, scale, self.dropout, self.init, seed, self.rank_dropout, self.module_dropout, self.norm_grad)
 
 
 def targets(model: nn.Module, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list[str]:
@@ -119,8 +127,10 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         for key in list(layer.adapters) if name is None else [name]:
             del layer.adapters[key], layer.strengths[key]
         if not layer.adapters:
+            leave(layer)
             for parent, attribute in held_by[id(layer)]:
                 parent._modules[attribute] = layer.base
+    regroup(model)
 
 
 def fold(model: nn.Module, name: str = "default", strength: float = 1.0) -> None:
@@ -209,6 +219,27 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Inside, factors and base weights do not change: the row norms of every DoRA are computed once, on entry, and not in each forward.
+
+    A training step's forwards and backwards belong inside, with whatever checkpointing recomputes; the optimiser's step does not. Inside a block
+    the same block does nothing more; at the end of the outermost one, also by an exception, every norm is forgotten. DoRAs with norm_grad "full"
+    (which need the norms' graph), folded ones, and those injected, loaded into or moved to another dtype or device inside compute theirs as ever.
+    """
+    adapted = [layer for layer in layers(model).values() if isinstance(layer, Adapted) and not layer.folded]
+    found = [(layer.base, adapter) for layer in adapted for adapter in layer.adapters.values() if isinstance(adapter, DoRA)]
+    held = [(base, dora) for base, dora in found if dora.steady is None and dora.layer.norm_grad == "detach"]
+    try:
+        with torch.no_grad():
+            for base, dora in held:
+                dora.steady = dora.norm(base)
+        yield
+    finally:
+        for _, dora in held:
+            dora.steady = None
+
+
 def set_dropout(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
     """Names the rows of the next forward for adapter dropout: rows [b] int64 (noise.Keys.hashes) on the model's device, and the step."""
     if rows.ndim != 1 or rows.dtype != torch.int64:
@@ -295,6 +326,7 @@ def _install(model: nn.Module, built: Mapping[str, nn.Module], name: str, streng
             for parent, attribute in held_by[id(layer.base)]:
                 parent._modules[attribute] = layer
         layer.add(name, adapter, strength)
+    regroup(model)
 
 
 def _base(path: str, layer: Base | Adapted) -> Base:

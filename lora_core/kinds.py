@@ -76,6 +76,7 @@ class LoRA(Wide):
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__()
         self.layer, self.scale = layer, layer.scale
+        self.streams = {purpose: zlib.crc32(f"{layer.path}{purpose}".encode()) for purpose in ("", "/rank", "/module")}  # of dropout
         self.rows: Tensor | None = None  # set_dropout: [b] int64 and [] int64
         self.step: Tensor | None = None
         down, up = factor_shapes(base, layer.rank)
@@ -84,18 +85,19 @@ class LoRA(Wide):
         self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
-        member = self.member(base, x, strength)
-        if member is not None:
-            return call("lora_linear", x, *member)
+        if self.is_one_linear(base, strength):
+            return call("lora_linear", x, *self.member(base, x, strength))
         if self._drops() or not _is_plain(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         return self._product(base, x, base.weight, base.bias, self.scale * strength)
 
-    def member(self, base: Base, x: Tensor, strength: float) -> Member | None:
-        """The arguments, after x, of the one lora_linear that this layer is; None where it takes more (hooks, a convolution, dropout of ranks)."""
-        if not _is_plain(base) or not isinstance(base, nn.Linear) or (self.training and (self.layer.rank_dropout or self.layer.module_dropout)):
-            return None
+    def is_one_linear(self, base: Base, strength: float) -> bool:
+        """Whether this layer is one lora_linear of `member`'s arguments: no convolution, hooks or dropout of ranks or whole adapters."""
+        return isinstance(base, nn.Linear) and _is_plain(base) and not (self.training and (self.layer.rank_dropout or self.layer.module_dropout))
+
+    def member(self, base: Base, x: Tensor, strength: float) -> Member:
+        """The arguments of that lora_linear after x, without the norm, which costs."""
         return Member(base.weight, base.bias, self.down, self.up, self.scale * strength, drop=self._dropout(x))
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
@@ -146,7 +148,7 @@ class LoRA(Wide):
             raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
         if len(x) != len(self.rows):
             raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
-        return Drop(p, self.layer.seed, zlib.crc32(f"{self.layer.path}{purpose}".encode()), self.step, self.rows)
+        return Drop(p, self.layer.seed, self.streams[purpose], self.step, self.rows)
 
     def _product(self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
         if isinstance(base, nn.Linear):
@@ -171,7 +173,7 @@ class DoRA(LoRA):
 
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__(base, layer)
-        self.steady: Tensor | None = None  # the row norms while adapters.steady holds them
+        self.steady: Tensor | None = None  # n, while adapters.steady holds it
         norm = self.norm(base).detach()
         if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
             row = int((~(norm > 0)).nonzero()[0])
@@ -179,12 +181,15 @@ class DoRA(LoRA):
         self.magnitude = nn.Parameter(norm)
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
-        member = self.member(base, x, strength)
-        return self._compose(base, x, base(x), strength) if member is None else call("lora_linear", x, *member)
+        if self.is_one_linear(base, strength):
+            return call("lora_linear", x, *self.member(base, x, strength)._replace(norm=self.norm(base)))
+        return self._compose(base, x, base(x), strength)
 
-    def member(self, base: Base, x: Tensor, strength: float) -> Member | None:
-        member = super().member(base, x, strength) if strength == 1 else None
-        return None if member is None else member._replace(magnitude=self.magnitude, norm=self.norm(base))
+    def is_one_linear(self, base: Base, strength: float) -> bool:
+        return strength == 1 and super().is_one_linear(base, strength)
+
+    def member(self, base: Base, x: Tensor, strength: float) -> Member:
+        return super().member(base, x, strength)._replace(magnitude=self.magnitude)
 
     def norm(self, base: Base) -> Tensor:
         """[out] n, with its graph for norm_grad "full"."""

@@ -189,16 +189,16 @@ class _Conv(torch.autograd.Function):
             return (None,) * 9
         x, weight, down, up, hidden = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, *_ = ctx.needs_input_grad
-        d_x = d_weight = d_bias = d_down = None
+        d_x = d_weight = d_bias = d_down = d_up = None
         with torch.autocast(dy.device.type, enabled=False):
             if weight is not None and (wants_x or wants_weight or wants_bias):
                 d_x, d_weight, d_bias = _convolution_backward(dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias])
             back, d_up, _ = _convolution_backward(dy, hidden, up, None, ((1, 1), (0, 0), (1, 1)), [wants_x or wants_down, wants_up, False])
             if wants_x or wants_down:
                 through, d_down, _ = _convolution_backward(back, x, down, None, ctx.window, [wants_x, wants_down, False])
+                d_down = _scaled(d_down, ctx.dtype, ctx.scale) if wants_down else None
                 if wants_x:
                     d_x = through.mul_(ctx.scale) if d_x is None else d_x.add_(through, alpha=ctx.scale)
-            d_down = _scaled(d_down, ctx.dtype, ctx.scale) if wants_down else None
             d_up = _scaled(d_up, ctx.dtype, ctx.scale) if wants_up else None
         return d_x, d_weight, d_bias, d_down, d_up, None, None, None, None
 
