@@ -1,6 +1,7 @@
 """Losses and their weightings: a loss is a pure function of one StepOutput and returns [b], one number per example, unreduced.
 
-Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with `--loss my_loss.py:my_loss`; `mse` below is an example.
+Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with `--loss my_loss.py:my_loss`; `mse` below is an example. One that does the
+same operations every step and reads nothing back to the host may say `my_loss.capturable = True`: then a CUDA graph can hold its step.
 Weightings are one law: an error e in the network's output is an error |d x0 / d out| e in x0, so whatever the network predicts,
 weight = W(snr) * |d x0 / d out|^2, with W the weighting of the squared error of x0. A published weighting is one W.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.kernels import call
+from lora_core.kernels.reference import masked_mean, wide
 from lora_core.noise import NoiseLevel
 from lora_core.plugins import from_file
 from lora_core.prediction import PREDICTIONS, compared
@@ -84,7 +87,8 @@ class StepOutput:
 
 def mse(step: StepOutput) -> Tensor:
     """[b] mean squared error of the output (arXiv 2006.11239 eq. 14)."""
-    return masked_mean(_difference(step) ** 2, step.mask)
+    _check_shapes(step)
+    return call("snr_weighted_mse", step.out, step.target, step.mask, None)
 
 
 def l1(step: StepOutput) -> Tensor:
@@ -108,6 +112,14 @@ def smooth_l1(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule =
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1, "huber": huber, "smooth_l1": smooth_l1}
+
+
+def capturable(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss does the same operations every step and reads nothing back to the host, so that a CUDA graph can hold it: the rows of LOSSES do,
+    and functions with the attribute `capturable = True`; with arguments bound to them or without."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss in LOSSES.values() or getattr(loss, "capturable", False) is True
 
 
 def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedule: str) -> Tensor:
@@ -139,9 +151,9 @@ def preserving(loss: Callable[[StepOutput], Tensor], weight: float) -> Callable[
 
     def preserving_loss(step: StepOutput) -> Tensor:
         now, before = step.preserved
-        wide = torch.promote_types(now.dtype, torch.float32)
-        return loss(step) + weight * masked_mean((now.to(wide) - before.to(wide)) ** 2, None)
+        return loss(step) + weight * call("snr_weighted_mse", now, before, None, None)
 
+    preserving_loss.capturable = capturable(loss)  # type: ignore[attr-defined]
     return preserving_loss
 
 
@@ -151,23 +163,14 @@ def _above(d: Tensor, c: Tensor) -> Tensor:
 
 
 def _difference(step: StepOutput) -> Tensor:
+    _check_shapes(step)
+    dtype = wide(step.out.dtype)
+    return step.out.to(dtype) - step.target.to(dtype)
+
+
+def _check_shapes(step: StepOutput) -> None:
     if step.out.shape != step.target.shape:
         raise ValueError(f"the network returned {list(step.out.shape)} where the target is {list(step.target.shape)}")
-    wide = torch.promote_types(step.out.dtype, torch.float32)
-    return step.out.to(wide) - step.target.to(wide)
-
-
-def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """[b] the mean over c, h, w of error [b, c, h, w]; with a mask m [b, 1, h, w] it is sum(m e) / (c sum(m)).
-
-    So a small mask weighs as much as a big one (kohya divides by the whole area; cloneofsimo weighs with m^2). An empty mask gives 0.
-    """
-    if mask is None:
-        return error.flatten(1).mean(1)
-    if mask.shape != (len(error), 1, *error.shape[2:]):
-        raise ValueError(f"the mask is {list(mask.shape)}, expected {[len(error), 1, *error.shape[2:]]}; resize it to the latents")
-    area = mask.to(error.dtype).sum((1, 2, 3)) * error.shape[1]
-    return (mask * error).sum((1, 2, 3)) / area.clamp(min=torch.finfo(error.dtype).tiny)
 
 
 # ---------------------------------------------------------------- weightings: W(snr), the weight of the squared error of x0

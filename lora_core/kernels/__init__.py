@@ -81,6 +81,11 @@ def _norm_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str
     return *_random(seed, dtype, device, (11, 7), (3, 7), (11, 3)), 0.5
 
 
+def _norms_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+    w, d, u = _random(seed + 1, dtype, device, (4, 3, 3, 2), (6, 3, 3, 2), (4, 6, 1, 1))
+    return ((_norm_example(seed, dtype, device), (w, d, u, 2.0)),)
+
+
 def _compose_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
     return *_random(seed, dtype, device, (2, 5, 11), (11,), (2, 5, 11)), *_random(seed + 1, torch.float32, device, (11,))
 
@@ -90,15 +95,52 @@ def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: 
     return *_random(seed, dtype, device, (2, 5, 7)), 0.25, seed, 12345, step, rows
 
 
+def _mse_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+    out, target, mask, weight = _random(seed, dtype, device, (3, 4, 5, 7), (3, 4, 5, 7), (3, 1, 5, 7), (3,))
+    return out, target, (mask > 0).to(dtype), weight.abs().to(reference.wide(dtype))
+
+
 OPS: dict[str, Op] = {
     "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear, shape_class=winners.linear_class),
     "lora_grouped": Op(reference.lora_grouped, _grouped_example, fused.lora_grouped, shape_class=winners.grouped_class),
     "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
-    "dora_norm": Op(reference.dora_norm, _norm_example),
-    "dora_compose": Op(reference.dora_compose, _compose_example, fused.dora_compose),
-    "keyed_dropout": Op(reference.keyed_dropout, _dropout_example),
-    "prodigy_step": Op(steps.prodigy_step, steps.prodigy_example, loops.prodigy_step),
-    "adamw_step": Op(steps.adamw_step, steps.adamw_example, loops.adamw_step),
+    "dora_norm": Op(
+        reference.dora_norm,
+        _norm_example,
+        in_module("norms", "dora_norm_factored"),
+        in_module("dora", "dora_norm"),
+        in_module("dora", "norm_refusal"),
+    ),
+    "dora_norms": Op(
+        reference.dora_norms,
+        _norms_example,
+        in_module("norms", "dora_norms_factored"),
+        in_module("dora", "dora_norms"),
+        in_module("dora", "norms_refusal"),
+    ),
+    "dora_compose": Op(
+        reference.dora_compose, _compose_example, fused.dora_compose, in_module("compose", "dora_compose"), in_module("compose", "compose_refusal")
+    ),
+    "keyed_dropout": Op(
+        reference.keyed_dropout, _dropout_example, None, in_module("dropout", "keyed_dropout"), in_module("dropout", "dropout_refusal")
+    ),
+    "snr_weighted_mse": Op(
+        reference.snr_weighted_mse,
+        _mse_example,
+        in_module("squares", "snr_weighted_mse"),
+        in_module("loss", "snr_weighted_mse"),
+        in_module("loss", "mse_refusal"),
+    ),
+    "prodigy_step": Op(
+        steps.prodigy_step,
+        steps.prodigy_example,
+        loops.prodigy_step,
+        in_module("optimizers", "prodigy_step"),
+        in_module("optimizers", "prodigy_refusal"),
+    ),
+    "adamw_step": Op(
+        steps.adamw_step, steps.adamw_example, loops.adamw_step, in_module("optimizers", "adamw_step"), in_module("optimizers", "adamw_refusal")
+    ),
 }
 
 _forced: list[str] = []  # a plain list: a context variable would not reach autograd's threads, where checkpointing recomputes

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from lora_core.errors import UserError
 
-MODULES = ("linear", "dora", "loss", "dropout", "optimizers")
+MODULES = ("linear", "dora", "compose", "loss", "dropout", "optimizers")
 
 # Bytes of shared memory that one block may ask for (CUDA C++ programming guide, table of compute capabilities).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -110,6 +110,11 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         return torch.linalg.vector_norm(weight.to(dtype).flatten(1) + scale * dense.reshape(out, -1), dim=1)
 
 
+def dora_norms(layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]) -> tuple[Tensor, ...]:
+    """dora_norm of every layer (weight, down, up, scale)."""
+    return tuple(dora_norm(*layer) for layer in layers)
+
+
 def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0) -> Tensor:
     """y0 + strength * ((gain - 1) (y0 - bias) + gain * lora)  in y0's dtype, computed in fp32 or better and rounded once.
 
@@ -120,6 +125,29 @@ def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, st
     product = y0.to(dtype) if bias is None else y0.to(dtype) - bias.to(dtype)
     gain = gain.to(dtype)
     return (y0.to(dtype) + strength * ((gain - 1) * product + gain * lora.to(dtype))).to(y0.dtype)
+
+
+def snr_weighted_mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+    """weight times the masked mean of (out - target)^2  [b], in fp32 or better; out and target [b, c, h, w], mask as in masked_mean, weight [b]."""
+    dtype = wide(out.dtype)
+    rows = masked_mean((out.to(dtype) - target.to(dtype)) ** 2, mask)
+    return rows if weight is None else rows * weight
+
+
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """[b] the mean over c, h, w of error [b, c, h, w]; with a mask m [b, 1, h, w] it is sum(m e) / (c sum(m)).
+
+    So a small mask weighs as much as a big one (kohya divides by the whole area; cloneofsimo weighs with m^2). An empty mask gives 0.
+    """
+    return error.flatten(1).mean(1) if mask is None else (mask * error).sum((1, 2, 3)) / masked_area(error, mask)
+
+
+def masked_area(error: Tensor, mask: Tensor) -> Tensor:
+    """[b] c sum(m), and not 0. Raises ValueError for a mask of another shape than [b, 1, h, w]."""
+    if mask.shape != (len(error), 1, *error.shape[2:]):
+        raise ValueError(f"the mask is {list(mask.shape)}, expected {[len(error), 1, *error.shape[2:]]}; resize it to the latents")
+    area = mask.to(error.dtype).sum((1, 2, 3)) * error.shape[1]
+    return area.clamp(min=torch.finfo(error.dtype).tiny)
 
 
 def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> Tensor:
