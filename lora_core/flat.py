@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -92,9 +93,7 @@ class Words:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self.sent == (whole, numbers) and not capturing:
             return self.tensor
-        host = torch.tensor(whole, dtype=torch.int64)
-        if numbers:
-            host = torch.cat([host, torch.tensor(numbers, dtype=torch.float64).view(torch.int64)])
+        host = torch.frombuffer(bytearray(struct.pack(f"={len(whole)}q{len(numbers)}d", *whole, *numbers)), dtype=torch.int64)
         if capturing:
             return self._captured(host)
         if self.tensor.shape != host.shape:

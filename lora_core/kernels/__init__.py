@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import fused, loops, reference, steps, winners
+from lora_core.kernels import fused, linear_shapes, loops, reference, steps, winners
 from lora_core.kernels.reference import Member
 
 MODES = ("auto", "reference", "fused", "triton")
@@ -101,9 +101,30 @@ def _mse_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str 
 
 
 OPS: dict[str, Op] = {
-    "lora_linear": Op(reference.lora_linear, _linear_example, fused.lora_linear, shape_class=winners.linear_class),
-    "lora_grouped": Op(reference.lora_grouped, _grouped_example, fused.lora_grouped, shape_class=winners.grouped_class),
-    "lora_conv": Op(reference.lora_conv, _conv_example, fused.lora_conv),
+    "lora_linear": Op(
+        reference.lora_linear,
+        _linear_example,
+        fused.lora_linear,
+        in_module("linear", "lora_linear"),
+        linear_shapes.linear_supports,
+        winners.linear_class,
+    ),
+    "lora_grouped": Op(
+        reference.lora_grouped,
+        _grouped_example,
+        fused.lora_grouped,
+        in_module("linear", "lora_grouped"),
+        linear_shapes.grouped_supports,
+        winners.grouped_class,
+    ),
+    "lora_conv": Op(
+        reference.lora_conv,
+        _conv_example,
+        fused.lora_conv,
+        in_module("linear", "lora_conv"),
+        linear_shapes.conv_supports,
+        linear_shapes.conv_class,
+    ),
     "dora_norm": Op(
         reference.dora_norm,
         _norm_example,
