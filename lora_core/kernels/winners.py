@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
     A class that was not measured takes the winner over all that were; an op or dtype that was not takes the device type's estimate. "triton" only
     for an op that has it. Under torch.compile the answer is a constant of the graph.
     """
-    x = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
+    x = args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
     if torch.compiler.is_compiling():
         return _constant(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None, shape_class(op, args))
     key = (name, x.device, x.dtype)
@@ -171,6 +172,14 @@ def _estimate(kind: str) -> str:
 def _constant(name: str, kind: str, index: int | None, dtype: str, has_triton: bool, group: str) -> str:
     rows = _rows(name, kind, index, dtype, has_triton)
     return rows.get(group, rows[ANY])
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
