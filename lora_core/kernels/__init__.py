@@ -118,12 +118,7 @@ OPS: dict[str, Op] = {
         winners.grouped_class,
     ),
     "lora_conv": Op(
-        reference.lora_conv,
-        _conv_example,
-        fused.lora_conv,
-        in_module("linear", "lora_conv"),
-        linear_shapes.conv_supports,
-        linear_shapes.conv_class,
+        reference.lora_conv, _conv_example, fused.lora_conv, in_module("linear", "lora_conv"), linear_shapes.conv_supports, linear_shapes.conv_class
     ),
     "dora_norm": Op(
         reference.dora_norm,
