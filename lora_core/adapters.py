@@ -230,10 +230,11 @@ def steady(model: nn.Module) -> Iterator[None]:
     adapted = [layer for layer in layers(model).values() if isinstance(layer, Adapted) and not layer.folded]
     found = [(layer.base, adapter) for layer in adapted for adapter in layer.adapters.values() if isinstance(adapter, DoRA)]
     held = [(base, dora) for base, dora in found if dora.steady is None and dora.layer.norm_grad == "detach"]
+    with torch.no_grad():
+        norms = [dora.norm(base) for base, dora in held]
     try:
-        with torch.no_grad():
-            for base, dora in held:
-                dora.steady = dora.norm(base)
+        for (_, dora), norm in zip(held, norms, strict=True):
+            dora.steady = norm
         yield
     finally:
         for _, dora in held:

@@ -30,7 +30,7 @@ def test_reference_runs_its_example_and_keeps_the_dtype(name):
         out = call(name, *args)
         for y in out if isinstance(out, tuple) else (out,):
             assert torch.isfinite(y).all()
-            assert y.dtype == (reference.wide(dtype) if name == "dora_norm" else dtype)
+            assert y.dtype == (reference.wide(dtype) if name in ("dora_norm", "dora_norms", "snr_weighted_mse") else dtype)
 
 
 def test_lora_linear_is_the_dense_layer():

@@ -6,6 +6,7 @@ thread: 0.6-0.9 of the time of the products in the order in which the reference 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, down, up, hidden, z, gain, norm, step, rows = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, _, wants_magnitude, wants_norm, *_ = ctx.needs_input_grad
         d_x = d_weight = d_bias = d_down = d_up = d_magnitude = d_norm = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _exactly(dy):
             dy = _flat(dy)
             if wants_bias:
                 d_bias = dy.sum(0)
@@ -190,7 +191,7 @@ class _Conv(torch.autograd.Function):
         x, weight, down, up, hidden = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, *_ = ctx.needs_input_grad
         d_x = d_weight = d_bias = d_down = d_up = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _exactly(dy):
             if weight is not None and (wants_x or wants_weight or wants_bias):
                 d_x, d_weight, d_bias = _convolution_backward(dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias])
             back, d_up, _ = _convolution_backward(dy, hidden, up, None, ((1, 1), (0, 0), (1, 1)), [wants_x or wants_down, wants_up, False])
@@ -250,6 +251,8 @@ def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
 
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
     """sum of rows * (z - mean) over all but the channels (dimension 1), in one pass: the weight's gradient of the same normalisation."""
+    if not rows.numel():  # which torch divides by there
+        return torch.zeros_like(like)
     ones = torch.ones_like(like)
     centre = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
     z = z.to(rows.dtype)
@@ -294,11 +297,20 @@ def _flat(t: Tensor) -> Tensor:
 
 def _autocast(t: Any) -> Any:
     """t in the dtype that a product under torch.autocast takes it in; fp64 is left alone there."""
-    if t is None or t.dtype == torch.float64 or not torch.is_autocast_enabled(t.device.type):
+    if t is None or t.dtype == torch.float64 or not _autocasts(t):
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
 
 
+def _autocasts(t: Tensor) -> bool:
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)  # torch knows no autocast on the meta device
+
+
+def _exactly(t: Tensor) -> Any:
+    """No autocast inside: in a backward inside torch.autocast the forward's dtypes hold."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
+
+
 def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
     """Whether nothing is cast: in a half-precision weight the sum would lose a small update."""
-    return x.dtype == weight.dtype == down.dtype == wide(x.dtype) and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype == down.dtype == wide(x.dtype) and not _autocasts(x)
