@@ -31,7 +31,8 @@ from models.family import read_json
 from models.published import KINDS
 
 TOY = Path(__file__).parent.parent / "toy" / "model"
-RANK, RATE, DECAY, CLIP = 16, 1e-4, 1e-2, 1.0  # the last three are defaults of the scripts and ours
+RANK = 16
+RATE, DECAY, CLIP = 1e-4, 1e-2, 1.0  # defaults of the scripts; clipping and decay are ours too
 SPREAD = 0.1  # std of the cached posteriors beside latents of std 1
 
 
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     mean: Tensor  # [b, c, h, w] fp32, of the cached latents
     scheduler: dict[str, Any]  # scheduler_config.json
     targets: tuple[str, ...]  # patterns of the adapted layers
+    rank: int
 
     @property
     def is_flow(self) -> bool:
@@ -65,7 +67,7 @@ class Problem(NamedTuple):
         return flux.unpack(network(hidden_states=flux.pack(x_t), timestep=t, **self.told)[0], *x_t.shape[-2:])
 
 
-def make(name: str, *, batch: int, side: int = 0, device: str = "cpu") -> Problem:
+def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK) -> Problem:
     """The embedded model in fp32 at its own size ("toy"), or a random network of benchmarks.networks in bf16 for side x side pixels (0: its own)."""
     if name == "toy":
         family = load_family(str(TOY))
@@ -73,18 +75,20 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu") -> Proble
         text = family.encode_prompts(["a photo of a cat"] * batch).prompt_embeds.detach().to(device)
         mean = torch.randn(batch, family.latent_channels, side // family.factor, side // family.factor, generator=torch.Generator().manual_seed(0))
         scheduler = read_json(str(TOY), "scheduler/scheduler_config.json")
-        return problem(name, network, {"encoder_hidden_states": text}, mean.to(device), scheduler, sd.ATTENTION)
+        return problem(name, network, {"encoder_hidden_states": text}, mean.to(device), scheduler, sd.ATTENTION, rank)
     told = networks.inputs(name, batch, side, device)
     pixels, latents = side or networks.SIDES[name], told.pop("hidden_states" if name == "flux" else "sample").float()
     mean = flux.unpack(latents, pixels // 8, pixels // 8) if name == "flux" else latents
     scheduler = KINDS[networks.CLASSES[name][1]].files["scheduler/scheduler_config.json"]
-    return problem(name, networks.network(name, device), told, mean, scheduler, networks.TARGETS[name])
+    return problem(name, networks.network(name, device), told, mean, scheduler, networks.TARGETS[name], rank)
 
 
-def problem(name: str, network: nn.Module, told: dict[str, Any], mean: Tensor, scheduler: dict[str, Any], targets: tuple[str, ...]) -> Problem:
+def problem(
+    name: str, network: nn.Module, told: dict[str, Any], mean: Tensor, scheduler: dict[str, Any], targets: tuple[str, ...], rank: int = RANK
+) -> Problem:
     """A problem on any UNet2DConditionModel or FluxTransformer2DModel, which is frozen by it; `told` may hold a timestep, which is dropped."""
     kept = {key: value for key, value in told.items() if key != "timestep"} | {"return_dict": False}
-    return Problem(name, network.requires_grad_(False).train(), kept, mean, dict(scheduler), targets)
+    return Problem(name, network.requires_grad_(False).train(), kept, mean, dict(scheduler), targets, rank)
 
 
 def twin(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
@@ -147,9 +151,9 @@ class Loop:
 class Ours(Loop):
     """Adapters of lora_core on every target, clipping and AdamW as the training loop has them; `mode` of the kernels."""
 
-    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, rank: int = RANK, mode: str = "auto", graph: bool = False) -> None:
+    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, mode: str = "auto", graph: bool = False) -> None:
         super().__init__(problem, network, graph=graph)
-        adapters.inject(network, AdapterSpec(problem.targets, kind=kind, rank=rank))
+        adapters.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
         self.parameters, self.mode = adapters.parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
         self.optimizer = optim.build("adamw", [group], {})
@@ -203,9 +207,11 @@ class Peer:
     bf16 base, and what the scripts then train. AdamW is torch's as the scripts call it, or fused.
     """
 
-    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, rank: int = RANK, bf16: bool = False, fused: bool = False) -> None:
+    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, bf16: bool = False, fused: bool = False) -> None:
         self.problem, self.network, device = problem, network, problem.mean.device
-        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=problem.paths, use_dora=kind == "dora")
+        config = LoraConfig(
+            r=problem.rank, lora_alpha=problem.rank, init_lora_weights="gaussian", target_modules=problem.paths, use_dora=kind == "dora"
+        )
         network.add_adapter(config)  # type: ignore[operator]
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         for p in self.parameters:

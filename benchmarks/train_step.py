@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import contenders, timing
 from benchmarks.contenders import Frozen, Ours, Peer, Problem
 from lora_core import graphs
+from lora_core.errors import UserError
 
 SIDES = {"sd15": 256}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
 MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
@@ -41,12 +43,20 @@ MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
-def build(problem: Problem, name: str) -> Callable[[], object]:
-    """A contender by its name. Raises ValueError for a word that it does not know."""
+def words_of(name: str) -> tuple[str, str, set[str]]:
+    """(frozen, ours or peft; lora, dora or ""; the other words) of a contender. Raises UserError for one that there is not."""
     who, *words = name.split()
     kind = words.pop(0) if who in ("ours", "peft") and words else ""
     if who not in ("frozen", "ours", "peft") or (who != "frozen" and kind not in ("lora", "dora")) or set(words) - set(WORDS):
-        raise ValueError(f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}")
+        raise UserError(f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}")
+    if "graph" in words and (who == "peft" or not torch.cuda.is_available()):
+        raise UserError(f"contender {name!r} cannot be captured: {'its loop reads the loss back' if who == 'peft' else 'there is no CUDA device'}")
+    return who, kind, set(words)
+
+
+def build(problem: Problem, name: str) -> Callable[[], object]:
+    """A contender by its name. Raises UserError as words_of does."""
+    who, kind, words = words_of(name)
     cuda = problem.mean.device.type == "cuda"
     network = contenders.twin(problem.network, channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow))
     mode, graph = next((word for word in words if word in KERNELS), "auto"), "graph" in words
@@ -85,7 +95,14 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
             row |= {"peer": peer, "to_peer": timing.ratio(times, name, peer)}
         found[name] = row
     side = problem.mean.shape[-1]
-    return {"model": problem.name, "batch": len(problem.mean), "latents": side, "rounds": len(times[names[0]]), "contenders": found}
+    return {
+        "model": problem.name,
+        "batch": len(problem.mean),
+        "latents": side,
+        "rank": problem.rank,
+        "rounds": len(times[names[0]]),
+        "contenders": found,
+    }
 
 
 def _repeat(step: Callable[[], object], many: int) -> Callable[[], None]:
@@ -170,38 +187,47 @@ def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Prints the tables; returns what --json keeps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", nargs="+", choices=("toy", "sd15", "sdxl", "flux"), help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU")
-    parser.add_argument("--batch", nargs="+", type=int, help="default: 1, on a GPU also 4 for sdxl")
-    parser.add_argument("--side", type=int, default=0, help="pixels; default: 256 for sd15 on the CPU, else the model's own")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--limit", type=float, default=600, help="seconds after which a model gets no further round, once it has three")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--contenders", nargs="+", help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}")
-    parser.add_argument("--profile", action="store_true", help="print instead which operations cost more than in the first contender")
-    parser.add_argument("--json", type=Path, help="file for all the numbers")
-    args = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    new = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    new.add_argument("--model", nargs="+", choices=("toy", "sd15", "sdxl", "flux"), help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU")
+    new.add_argument("--batch", nargs="+", type=int, help="default: 1, on a GPU also 4 for sdxl")
+    new.add_argument("--side", type=int, default=0, help="pixels; default: 256 for sd15 on the CPU, else the model's own")
+    new.add_argument("--rank", type=int, default=contenders.RANK)
+    new.add_argument("--rounds", type=int, default=15)
+    new.add_argument("--limit", type=float, default=600, help="seconds after which a model gets no further round, once it has three")
+    new.add_argument("--threads", type=int, default=1)
+    new.add_argument("--contenders", nargs="+", help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}")
+    new.add_argument("--profile", action="store_true", help="print instead which operations cost more than in the first contender")
+    new.add_argument("--json", type=Path, help="file for all the numbers")
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    print(timing.machine(args.device))
     names, results = args.contenders or CONTENDERS[args.device], []
-    for model in args.model or MODELS[args.device]:
-        for batch in args.batch or BATCHES.get((args.device, model), (1,)):
-            side = args.side or (SIDES.get(model, 0) if args.device == "cpu" else 0)
-            problem = contenders.make(model, batch=batch, side=side, device=args.device)
-            if args.profile:
-                print(where(problem, names))
-                continue
-            results.append(measure(problem, names, args.rounds, args.limit))
-            print(f"\n{show(results[-1])}", flush=True)
-    found = {"machine": timing.machine(args.device), "device": args.device, "results": results}
+    try:
+        for name in names:
+            words_of(name)
+        print(timing.machine(args.device))
+        for model in args.model or MODELS[args.device]:
+            for batch in args.batch or BATCHES.get((args.device, model), (1,)):
+                side = args.side or (SIDES.get(model, 0) if args.device == "cpu" else 0)
+                problem = contenders.make(model, batch=batch, side=side, device=args.device, rank=args.rank)
+                if args.profile:
+                    print(where(problem, names))
+                    continue
+                results.append(measure(problem, names, args.rounds, args.limit))
+                print(f"\n{show(results[-1])}", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.json:
-        timing.write_json(args.json, found)
-    return found
+        timing.write_json(args.json, {"machine": timing.machine(args.device), "device": args.device, "results": results})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Every benchmark in a process of its own, and one file with all their numbers, the machine, the versions, the commit and the commands.
+
+    python -m benchmarks.all [--out benchmarks/results/MACHINE.json] [--device cpu|cuda] [--quick] [--only PART ...]
+    python -m benchmarks.plot benchmarks/results/MACHINE.json --out docs/benchmarks.png
+
+Each part has its time; what fails or runs over is in the file with its error, and the exit status is 1. On a GPU the times add up to nine minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import timing
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "prodigyopt")
+
+
+class Part(NamedTuple):
+    """One benchmark: python -m benchmarks.`words`, which has `seconds` and is given --json."""
+
+    words: str
+    seconds: int
+
+
+PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seconds is 9 minutes
+    "cpu": {
+        "step cost": Part("step_cost", 600),
+        "kernels": Part("kernels --device cpu", 900),
+        "optimizer": Part("optimizer --device cpu", 600),
+        "train step": Part("train_step --device cpu --limit 600", 1500),
+        "merge": Part("merge --quick --threads 1", 300),
+    },
+    "cuda": {
+        "kernels": Part("kernels --device cuda --rounds 5", 90),
+        "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
+        "optimizer": Part("optimizer --device cuda", 40),
+        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 50),
+        "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 7 --limit 40", 120),
+        "train step flux": Part("train_step --device cuda --model flux --rounds 5 --limit 40", 100),
+        "step cost": Part("step_cost --model sdxl", 50),
+        "merge": Part("merge --quick --threads 1", 30),
+    },
+}
+QUICK: dict[str, dict[str, Part]] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU
+    "cpu": {
+        "step cost": Part("step_cost --model sd15", 200),
+        "kernels": Part("kernels --device cpu --quick", 300),
+        "optimizer": Part("optimizer --device cpu", 300),
+        "train step": Part("train_step --device cpu --model toy --rounds 5 --limit 60", 120),
+        "merge": Part("merge --quick --threads 1", 200),
+    },
+    "cuda": {
+        "kernels": Part("kernels --device cuda --quick", 60),
+        "train step": Part("train_step --device cuda --model sd15 --rounds 3 --limit 20", 90),
+    },
+}
+
+
+def run(part: Part, file: Path) -> dict[str, Any]:
+    """The part's command, seconds, and "results" or "error"; what it prints passes through."""
+    module, *words = part.words.split()
+    command = [sys.executable, "-m", f"benchmarks.{module}", *words, "--json", str(file)]
+    begin, said = time.perf_counter(), f"python -m benchmarks.{part.words}"
+    print(f"\n== {said}", flush=True)
+    record: dict[str, Any] = {"command": said}
+    try:
+        done = subprocess.run(command, cwd=HERE.parent, timeout=part.seconds, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            record["error"] = f"exit status {done.returncode}: {_last(done.stderr)}"
+    except subprocess.TimeoutExpired:
+        record["error"] = f"not done after {part.seconds} s"
+    record["seconds"] = round(time.perf_counter() - begin, 1)
+    if "error" not in record:
+        try:
+            record["results"] = json.loads(file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            record["error"] = f"it left no numbers: {error}"
+    if "error" in record:
+        print(f"failed: {record['error']}", flush=True)
+    return record
+
+
+def _last(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, with "+" where files differ from it; empty outside of a repository."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def default_out(device: str) -> Path:
+    """results/<the processor's or the GPU's name>.json"""
+    name = timing.machine(device).split(",")[0]
+    return HERE / "results" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def collect(device: str, parts: dict[str, Part], out: Path) -> int:
+    """Runs the parts one after another and writes `out` after each, so that an interruption leaves what was measured; how many failed."""
+    began, head = datetime.now(UTC).isoformat(timespec="seconds"), commit()
+    report: dict[str, Any] = {
+        "machine": timing.machine(device),
+        "device": device,
+        "began": began,
+        "commit": head,
+        "versions": versions(),
+        "parts": {},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (name, part) in enumerate(parts.items()):
+            report["parts"][name] = run(part, Path(folder) / f"{i}.json")
+            timing.write_json(out, report)
+    failed = [name for name, record in report["parts"].items() if "error" in record]
+    seconds = sum(record["seconds"] for record in report["parts"].values())
+    print(f"\n{out}: {len(parts) - len(failed)} of {len(parts)} parts in {seconds:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return len(failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", "--json", type=Path, help="default: benchmarks/results/ and the machine's name")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer models and rounds")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of " + ", ".join({name for parts in PARTS.values() for name in parts}))
+    args = parser.parse_args(argv)
+    parts = (QUICK if args.quick else PARTS)[args.device]
+    if unknown := set(args.only or ()) - set(parts):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; expected {', '.join(parts)}")
+    chosen = {name: part for name, part in parts.items() if not args.only or name in args.only}
+    return 1 if collect(args.device, chosen, args.out or default_out(args.device)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
