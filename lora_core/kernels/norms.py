@@ -3,11 +3,12 @@
 Two ways to ||W_j + s B_j A||, both in fp32, and neither ever writes B A:
     factored  n^2 = ||W||^2 + 2 s <U, B> + s^2 <B G, B>, U = W A^T, G = A A^T: no weight-sized matrix, but the terms cancel
     tiled     the sum of squares of W + s B A, formed tile by tile in registers: reads W once and cancels nothing
-Largest relative error of a row, 64 x 1280 at rank 16, fp32 W, residual norm ||W + s B A|| / ||W|| (one x86 thread; tests/test_triton_dora.py):
-    residual            1        0.1      0.01     0.001
-    factored            {F}
-    with the fall-back  {B}
-    tiled (= dense)     {T}
+Largest relative error of a row by ||W + s B A|| / ||W||, 64 x 1280 at rank 16, fp32 W (`cancelling` of tests/test_triton_dora.py, one x86 thread):
+    residual            1.4     0.1     0.01    0.001
+    factored            1.4e-7  1.9e-5  1.6e-3  1.8e-1
+    with the fall-back  1.4e-7  1.4e-7  4.8e-7  4.6e-6
+    tiled               8.4e-8  1.0e-7  5.7e-7  5.4e-6
+    dense               1.2e-7  1.4e-7  4.8e-7  4.6e-6
 So the CPU takes the factored form and recomputes densely the rows whose n^2 came out under 0.05 ||W||^2. A GPU takes the tiled one: there the
 published factored norm is slower than the dense one (arXiv 2603.22276's own files: 0.256 against 0.096 ms at 4096 x 4096 on an H200).
 ||W||^2 is not cached: a frozen weight can still be moved, cast or folded into in place.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost, reference
-from lora_core.kernels.reference import wide
+from lora_core.kernels.reference import wide, without_autocast
 
 BLOCK = 400_000  # elements of W that are fp32 at once on the CPU: 320 of 1280 columns, 1.6 MB, took 1.07 ms of 1280 x 1280; 32 rows 1.8, all rows 4.1
 CANCELLED = 0.05  # of ||W||^2, below which the factored form has lost more than a digit to the tiled one
@@ -45,7 +46,7 @@ def dora_norms_factored(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
 @torch.library.custom_op("lora_core::dora_norm_factored", mutates_args=())
 def _factored(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     dtype = wide(weight.dtype)
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(weight):
         w, a, b = weight.flatten(1), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
         (rows, columns), at = w.shape, a.t()
         step = _block(rows, columns)
@@ -85,16 +86,17 @@ def _norm_backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
 
 
 def norm_gradients(weight: Tensor, down: Tensor, up: Tensor, scale: float, norm: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of down and up for the gradient g [out] of the norms: with c = g / n and V = W + s B A, d n_j = <V_j, s (dB_j A + B_j dA)> / n_j, so
-    dB = s c (U + s B G) and dA = s ((c B)^T W + s ((c B)^T B) A), without V. Two products with W; a row of norm 0 gets none, as in torch.
+    """Gradients of down and up for the gradient g [out] of the norms: with V = W + s B A and c = s g / n, dB = c V A^T and dA = (c B)^T V.
+
+    V is formed: a base in half precision needs the fp32 copy anyway, and V's products from W's and G's cancel as the norm's terms do. A row of norm 0
+    gets no gradient, as in torch.
     """
     dtype = wide(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         w, a, b = weight.flatten(1).to(dtype), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
+        v = torch.addmm(w, b, a, alpha=scale)
         c = torch.where(norm > 0, scale * g / norm, 0).to(dtype)[:, None]
-        d_up = c * torch.addmm(w @ a.t(), b, a @ a.t(), alpha=scale)
-        cb = (c * b).t()
-        d_down = torch.addmm(cb @ w, cb @ b, a, alpha=scale)
+        d_up, d_down = c * (v @ a.t()), (c * b).t() @ v
     return d_down.view(down.shape).to(down.dtype), d_up.view(up.shape).to(up.dtype)
 
 

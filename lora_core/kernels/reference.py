@@ -6,6 +6,7 @@ result, and autograd casts their gradients back to fp32. Under torch.autocast th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, keeps the all-zero key away from the
 def wide(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: where adapters, norms and sums live, whatever the base is stored in (bf16, fp16, fp8, int8)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Outside autocast of x's device; the meta device has none, and torch 2.13 raises when asked."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Drop(NamedTuple):
@@ -103,7 +109,7 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     Forms the dense update: one weight-sized matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
     """
     dtype = wide(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         out, per_group = up.shape[:2]
         groups = down.shape[0] // per_group
         dense = up.to(dtype).reshape(groups, out // groups, per_group) @ down.to(dtype).reshape(groups, per_group, -1)
