@@ -28,7 +28,9 @@ from lora_core.kernels.reference import wide
 LAYERS: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("layers.json").read_text())
 SIX = ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280))  # issue 5's: of SD 1.5 and SDXL
 FROZEN = frozenset({"weight", "bias", "norm", "target", "mask", "weights", "snr"})  # arguments that no gradient is asked for, by their name
+LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128)}  # of a picture of the model's own size
 SCALE = 0.5
+SEVERAL = 8  # layers of a shape in one call: beyond the caches, and SDXL's 560 in float64 would be 8 GB
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,13 @@ def cases(op: str, setting: Setting, model: str | None, shapes: Sequence[tuple[i
         return [convolution(tuple(row), setting) for row in convolutions(model, shapes)]
     if op == "dora_norm":
         return [norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))]
+    if op == "dora_norms":
+        return [all_norms([norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))])]
     if op in ("dora_compose", "keyed_dropout"):
         make = composed if op == "dora_compose" else dropped
         return [make(rows, width, count, setting) for rows, width, count in merged(linears, (0, 2) if op == "dora_compose" else (0, 1))]
+    if op == "snr_weighted_mse":
+        return [squared(name, setting) for name in ([model] if model else LATENTS)]
     example = kernels.OPS[op].example
     args = example(0, setting.dtype, setting.device)
     if is_plain(args):
@@ -255,6 +261,14 @@ def norms(fan_in: int, out: int, count: int, setting: Setting) -> Case:
     return Case("dora_norm", f"{out} x {fan_in}", (weight, down, up, SCALE), count, {"peft": (peft, [])})
 
 
+def all_norms(layers: list[Case]) -> Case:
+    """dora_norms of SEVERAL layers of each shape, or as many as there are, in one call; "peft" computes them one by one."""
+    counts = [min(layer.count, SEVERAL) for layer in layers]
+    args = tuple(copied(layer.args) for layer, count in zip(layers, counts) for _ in range(count))
+    calls = [layer.others["peft"][0] for layer, count in zip(layers, counts) for _ in range(count)]
+    return Case("dora_norms", f"{sum(counts)} layers", (args,), others={"peft": (lambda: [call() for call in calls], [])})
+
+
 def composed(rows: int, out: int, count: int, setting: Setting) -> Case:
     """dora_compose with a bias."""
     drawn = Drawn(setting)
@@ -274,6 +288,14 @@ def dropped(rows: int, fan_in: int, count: int, setting: Setting) -> Case:
 def is_plain(args: Any) -> bool:
     """Whether the arguments are tensors, numbers and names, in tuples, and no objects of an op's own (an optimiser's flat parameters)."""
     return all(leaf is None or isinstance(leaf, Tensor | float | int | str | torch.dtype) for leaf in tree_leaves(args))
+
+
+def squared(model: str, setting: Setting) -> Case:
+    """snr_weighted_mse of one latent picture with a mask and a weight."""
+    drawn, shape = Drawn(setting), LATENTS[model]
+    out, target, mask = drawn.base(1, *shape), drawn.base(1, *shape), drawn.base(1, 1, *shape[1:]) > 0
+    args = trained(kernels.reference.snr_weighted_mse, (out, target, mask.to(out.dtype), drawn.adapter(1).abs()))
+    return Case("snr_weighted_mse", f"{model} {'x'.join(map(str, shape))}", args)
 
 
 def copied(args: Any, dtype: torch.dtype | None = None) -> Any:

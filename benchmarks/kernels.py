@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     new.add_argument("--rank", type=int, default=16)
     new.add_argument("--dtype", choices=list(DTYPES), help="of base and activations; default bf16, and for --tune bf16 and fp32")
+    new.add_argument("--threads", type=int, default=1, help="of the CPU; a second one waits at every barrier for a core that a neighbour has")
     new.add_argument("--rounds", type=int, default=9)
     new.add_argument("--quick", action="store_true", help="only ours, peft and the frozen layer, three rounds")
     new.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the reference too; default on CUDA")
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     plan = plan_of(args)
+    torch.set_num_threads(args.threads)
     shapes: list[tuple[int, ...]] = [shape_of(text) for text in args.shape] if args.shape else list(SIX)
     names = args.op or (["lora_linear"] if args.candidate else list(QUICK) if args.quick else list(OPS))
     print(timing.machine(args.device), flush=True)
@@ -96,8 +98,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
     if args.graph and args.device == "cpu":
         raise UserError("--graph is given with --device cpu; CUDA graphs need a GPU, leave it out")
-    if args.rank < 1 or args.rounds < 1:
-        raise UserError(f"--rank is {args.rank} and --rounds {args.rounds}; expected numbers from 1 on")
+    for option in ("rank", "rounds", "threads"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} is {getattr(args, option)}; expected a number from 1 on")
     if args.shape and args.model:
         raise UserError("--shape and --model are both given; they choose the same thing, leave one out")
     candidate = None

@@ -45,16 +45,16 @@ def alternate(
     *,
     device: str | torch.device = "cpu",
     graph: bool = False,
-    floor: float = FLOOR,
+    floor: float | None = None,
     limit: float = math.inf,
 ) -> Times:
     """Seconds of one call of each contender, `rounds` times: every round runs all of them, and each round another one goes first.
 
-    A round calls a contender as often as fills `floor` seconds. After `limit` seconds no further round starts, once there are three.
+    A round calls a contender as often as fills `floor` (None: FLOOR) seconds. After `limit` seconds no further round starts, once there are three.
     On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so that the host's launches count, as in a training loop
     at batch 1; with `graph` each contender is captured and replayed, and only the GPU's time counts. What cannot be captured is in `left_out`.
     """
-    times, device = Times(), torch.device(device)
+    times, device, floor = Times(), torch.device(device), FLOOR if floor is None else floor
     start, ready = time.perf_counter(), dict(contenders)
     for name in contenders:
         try:

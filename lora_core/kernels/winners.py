@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ def store(path: Path, device: str, part: dict[str, Any]) -> None:
     rows = {(row["op"], row["dtype"], row["class"]): row for row in [*devices.get(device, {}).get("rows", []), *part["rows"]]}
     devices[device] = part | {"rows": list(rows.values())}
     scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"format": FORMAT, "devices": devices}, indent=1) + "\n")
+    scratch.write_text(_written(devices))
     scratch.replace(path)
     reload()
 
@@ -142,6 +142,16 @@ def reload() -> None:
             _tables.insert(0, read(path))
         except ValueError as error:
             warnings.warn(f"{error}; it is ignored: delete it, or measure again with {COMMAND}", stacklevel=2)
+
+
+def _written(devices: dict[str, Any]) -> str:
+    """The table as JSON with a row on a line, so that a diff of it can be read."""
+    parts = []
+    for device, part in devices.items():
+        rows = ",\n   ".join(json.dumps(row) for row in part["rows"])
+        origin = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n   " for key, value in part.items() if key != "rows")
+        parts.append(f' {json.dumps(device)}: {{\n   {origin}"rows": [\n   {rows}\n  ]}}')
+    return f'{{"format": {json.dumps(FORMAT)}, "devices": {{\n' + ",\n".join(parts) + "\n}}\n"
 
 
 def _rows(name: str, kind: str, index: int | None, dtype: str, has_triton: bool) -> dict[str, str]:
@@ -182,8 +192,8 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([a.shape if isinstance(a, Tensor) else _shapes(a) if isinstance(a, tuple) else a is None for a in args])
+def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([a.shape if isinstance(a, Tensor) else _shapes(a) if isinstance(a, tuple | list) else a is None for a in args])
 
 
 def _rounded(value: Any) -> str:
