@@ -65,7 +65,6 @@ class Prodigy(torch.optim.Optimizer):
             raise UserError(f"distance is {distance!r}; expected 'shared' (one d for all groups) or 'group' (one each)")
         if not lr > 0:
             raise UserError(f"lr is {lr}; Prodigy needs a default lr > 0, 1.0 as a rule (a single group may have lr = 0 and is frozen)")
-        self.distance = distance
         super().__init__(
             params,
             dict(
@@ -85,6 +84,11 @@ class Prodigy(torch.optim.Optimizer):
                 distance=distance,
             ),
         )
+
+    @property
+    def distance(self) -> str:
+        """Shared by all groups, or one each."""
+        return str(self.defaults["distance"])  # copies and pickles of an optimizer hold its defaults, and no other attribute
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; under a shared distance it starts from the d reached so far."""

@@ -94,13 +94,13 @@ def _adamw_by_torch(
     """By torch._fused_adamw_, which wants state in the parameters' dtype; a grad_scale is divided out of the gradients themselves there."""
     if flat.param.dtype != flat.state["exp_avg"].dtype or flat.param.device.type not in ("cpu", "cuda", "mps", "xpu"):
         return steps.adamw_step(flat.param, found_inf, grad_scale, flat, grads, recipe)
-    with_grad = [i for i, g in enumerate(grads) if g is not None]
-    sizes = [count for _, count, _ in flat.bounds]
-    params, m, v = ([x.split(sizes)[i] for i in with_grad] for x in (flat.param, flat.state["exp_avg"], flat.state["exp_avg_sq"]))
-    counts, flat_grads = [flat.state["step"].unbind()[i] for i in with_grad], [g.reshape(-1) for g in grads if g is not None]
+    moving = [(start, start + count, g) for (start, count, _), g in zip(flat.bounds, grads) if g is not None]
+    params, m, v = ([x[start:end] for start, end, _ in moving] for x in (flat.param, flat.state["exp_avg"], flat.state["exp_avg_sq"]))
+    counts = [step for step, g in zip(flat.state["step"].unbind(), grads) if g is not None]
     torch._foreach_add_(counts, 1)
     torch._fused_adamw_(
-        params, flat_grads, m, v, [], counts, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, weight_decay=recipe.weight_decay, eps=recipe.eps,
+        params, [g.reshape(-1) for _, _, g in moving], m, v, [], counts,
+        lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, weight_decay=recipe.weight_decay, eps=recipe.eps,
         amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=None if found_inf is None else found_inf.reshape(()),
     )  # fmt: skip
     if found_inf is not None:

@@ -205,8 +205,9 @@ def adamw_step(
         k = (step + 1).double() if step.device.type != "mps" else step + 1
         new_m = m + (g - m) * (1 - recipe.beta1)
         new_v = v * recipe.beta2 + g * g * (1 - recipe.beta2)
-        rate, root = recipe.lr / (1 - recipe.beta1**k), (1 - recipe.beta2**k) ** 0.5
-        new_p = wide * (1 - recipe.lr * recipe.weight_decay) - rate.to(m.dtype) * (new_m / (new_v.sqrt() / root.to(m.dtype) + recipe.eps))
+        lr = recipe.lr.to(k) if isinstance(recipe.lr, Tensor) else recipe.lr
+        rate, root = lr / (1 - recipe.beta1**k), (1 - recipe.beta2**k) ** 0.5
+        new_p = wide * (1 - lr * recipe.weight_decay) - rate.to(m.dtype) * (new_m / (new_v.sqrt() / root.to(m.dtype) + recipe.eps))
         for old, new in ((m, new_m), (v, new_v), (p, new_p.to(p.dtype)), (step, step + 1)):
             old.copy_(new if still is None else torch.where(still, old, new))
     return (flat.param,)
@@ -218,7 +219,8 @@ def prodigy_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: s
     for group, recipe in enumerate((Recipe(1.0, 0.9, 0.999, 0.999**0.5, 1e-8, 0.01, 1e-6, 1.0, math.inf, True, True, False, 1, False),) * 2):
         params, states, grads = _random(generator, dtype, device)
         for p, state in zip(params, states):
-            state |= {"p0": p.reshape(-1).to(_wide(dtype)) + 0.1, "s": torch.zeros(p.numel(), dtype=_wide(dtype), device=device)}
+            p0 = torch.randn(p.numel(), generator=generator).to(device, _wide(dtype))
+            state |= {"p0": p0, "s": torch.zeros_like(p0)}
         rows.append(Rows(group, recipe, Flat(params, states), grads))
     scalars = torch.tensor([[2e-6, 2e-6, 1e-9, 1.0, 2e-6, 3.0]] * 2, dtype=torch.float64, device=device)
     return scalars, None, None, tuple(rows)
@@ -234,14 +236,14 @@ def adamw_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str
 
 
 def _random(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor | None]]:
-    """Parameters, their moments, and their gradients."""
-    shapes = (3, 7), (5,), (11, 129)
+    """Parameters, their moments, and their gradients: in fp64 the very numbers of fp32."""
+    shapes = (3, 7), (5,), (11, 97)
 
     def draw(wanted: torch.dtype) -> list[Tensor]:
         return [torch.randn(shape, generator=generator).to(device, wanted) for shape in shapes]
 
     m, v, (first, _, last) = draw(_wide(dtype)), draw(_wide(dtype)), draw(dtype)
-    return draw(dtype), [{"exp_avg": 1e-6 * a, "exp_avg_sq": 1e-12 * b * b} for a, b in zip(m, v)], [first, None, last]
+    return draw(dtype), [{"exp_avg": 2**-20 * a, "exp_avg_sq": 2**-40 * b.abs()} for a, b in zip(m, v)], [first, None, last]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
