@@ -22,6 +22,7 @@ from lora_core.adapted import Adapted, layers, places
 from lora_core.algebra import LowRank
 from lora_core.errors import UserError
 from lora_core.groups import leave, regroup
+from lora_core.kernels import call
 from lora_core.kinds import KINDS, Base, DoRA, Full, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, kind_class
 from lora_core.targets import lookup, nearest, require_match, select
 
@@ -231,7 +232,7 @@ def steady(model: nn.Module) -> Iterator[None]:
     found = [(layer.base, adapter) for layer in adapted for adapter in layer.adapters.values() if isinstance(adapter, DoRA)]
     held = [(base, dora) for base, dora in found if dora.steady is None and dora.layer.norm_grad == "detach"]
     with torch.no_grad():
-        norms = [dora.norm(base) for base, dora in held]
+        norms = call("dora_norms", tuple([(base.weight, dora.down, dora.up, dora.scale) for base, dora in held])) if held else ()
     try:
         for (_, dora), norm in zip(held, norms, strict=True):
             dora.steady = norm
