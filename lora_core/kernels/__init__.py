@@ -123,14 +123,14 @@ OPS: dict[str, Op] = {
     "dora_norm": Op(
         reference.dora_norm,
         _norm_example,
-        in_module("norms", "dora_norm_factored"),
+        in_module("norms", "dora_norm"),
         in_module("dora", "dora_norm"),
         in_module("dora", "norm_refusal"),
     ),
     "dora_norms": Op(
         reference.dora_norms,
         _norms_example,
-        in_module("norms", "dora_norms_factored"),
+        in_module("norms", "dora_norms"),
         in_module("dora", "dora_norms"),
         in_module("dora", "norms_refusal"),
     ),

@@ -22,7 +22,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
 from lora_core.kernels.device import refusal
-from lora_core.kernels.norms import Layer, groups_of, norm_gradients
+from lora_core.kernels.norms import Layer, groups_of, keep_norm, norm_backward, norm_gradients
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 12  # int64 numbers of a layer in the table
@@ -228,16 +228,6 @@ def _(weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: lis
     return weights[0].new_empty(sum(map(len, weights)), dtype=torch.float32)
 
 
-def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, down, up, ctx.scale = inputs
-    ctx.save_for_backward(weight, down, up, output)
-
-
-def _norm_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    weight, down, up, norm = ctx.saved_tensors
-    return None, *norm_gradients(weight, down, up, ctx.scale, norm, g), None
-
-
 def _keep_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, downs, ups, ctx.scales, *_ = inputs
     ctx.count = len(weights)
@@ -253,7 +243,7 @@ def _norms_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return [None] * ctx.count, [d for d, _ in gradients], [u for _, u in gradients], None, None, None, None
 
 
-_norm.register_autograd(_norm_backward, setup_context=_keep_norm)
+_norm.register_autograd(norm_backward, setup_context=keep_norm)
 _norms.register_autograd(_norms_backward, setup_context=_keep_norms)
 
 

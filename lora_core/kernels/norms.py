@@ -1,17 +1,24 @@
-"""DoRA's row norms by the factored form, in torch, and their gradients.
+"""DoRA's row norms in torch, a block of rows at a time, and their gradients.
 
-Two ways to ||W_j + s B_j A||, both in fp32, and neither ever writes B A:
-    factored  n^2 = ||W||^2 + 2 s <U, B> + s^2 <B G, B>, U = W A^T, G = A A^T: no weight-sized matrix, but the terms cancel
-    tiled     the sum of squares of W + s B A, formed tile by tile in registers: reads W once and cancels nothing
-Largest relative error of a row by ||W + s B A|| / ||W||, 64 x 1280 at rank 16, fp32 W (`cancelling` of tests/test_triton_dora.py, one x86 thread):
-    residual            1.4     0.1     0.01    0.001
-    factored            1.4e-7  1.9e-5  1.6e-3  1.8e-1
-    with the fall-back  1.4e-7  1.4e-7  4.8e-7  4.6e-6
-    tiled               8.4e-8  1.0e-7  5.7e-7  5.4e-6
-    dense               1.2e-7  1.4e-7  4.8e-7  4.6e-6
-So the CPU takes the factored form and recomputes densely the rows whose n^2 came out under 0.05 ||W||^2. A GPU takes the tiled one: there the
-published factored norm is slower than the dense one (arXiv 2603.22276's own files: 0.256 against 0.096 ms at 4096 x 4096 on an H200).
-||W||^2 is not cached: a frozen weight can still be moved, cast or folded into in place.
+Three ways to ||W_j + s B_j A|| in fp32:
+    dense     the reference: two matrices of W's size
+    tiled     the same sum of squares tile by tile: W is read once, nothing of its size is written. Here by blocks of rows that stay in the cache
+              (CPU), in dora.py by tiles that stay in registers (Triton)
+    factored  n^2 = ||W||^2 + 2 s <U, B> + s^2 <B G, B>, U = W A^T, G = A A^T (arXiv 2603.22276, and peft's pull request 3387): its terms cancel
+Largest relative error of a row by ||W + s B A|| / ||W||, 64 x 1280 at rank 16, fp32 W (`cancelling` of tests/test_triton_dora.py):
+    residual                                            1.4     0.1     0.01    0.001
+    dense                                               1.2e-7  1.4e-7  4.8e-7  4.6e-6
+    tiled, Triton                                       8.4e-8  1.0e-7  5.7e-7  5.4e-6
+    factored                                            1.4e-7  1.9e-5  1.6e-3  1.8e-1
+    factored, rows under n^2 = 0.05 ||W||^2 dense       1.4e-7  1.4e-7  4.8e-7  4.6e-6
+Milliseconds for a bf16 W, fp32 factors, one x86 thread of a busy machine, medians of 15 taken in turns:
+    rows, columns, rank   320, 320, 16   640, 640, 16   1280, 1280, 16   640, 2048, 16   10240, 1280, 16   3072, 3072, 128
+    dense                         0.26           2.04            14.87            2.23            112.90            106.05
+    factored with dense rows      0.49           1.13             2.55            1.66              9.93             35.46
+    tiled                         0.10           0.56             1.26            0.91              7.71             32.49
+So the tiled form, exact and without a branch on what the numbers are, is taken everywhere. Both cast W by blocks; U costs what B A does. On GPUs the
+factored form lost already where it was published (0.256 against the dense form's 0.096 ms at 4096 x 4096 on an H200, from that paper's files).
+||W||^2 is never cached: a frozen weight can still be moved, cast or folded into in place.
 """
 
 from __future__ import annotations
@@ -24,65 +31,46 @@ from torch import Tensor
 from lora_core.kernels import COSTS, Cost, reference
 from lora_core.kernels.reference import wide, without_autocast
 
-BLOCK = 400_000  # elements of W that are fp32 at once on the CPU: 320 of 1280 columns, 1.6 MB, took 1.07 ms of 1280 x 1280; 32 rows 1.8, all rows 4.1
-CANCELLED = 0.05  # of ||W||^2, below which the factored form has lost more than a digit to the tiled one
+BLOCK = 400_000  # elements of W that are fp32 at once, 1.6 MB; 1280 x 1280 takes 1.84 ms with 50,000, 1.53 with 100,000, 1.21 with 200,000
 
 Layer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
 
 
-def dora_norm_factored(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """reference.dora_norm by the factored form on the CPU, differentiable in down and up; the reference itself elsewhere, for groups and for a weight
+def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """reference.dora_norm by blocks of rows on the CPU, differentiable in down and up; the reference itself elsewhere, for groups and for a weight
     that wants a gradient."""
-    if weight.device.type != "cpu" or groups_of(down, up) != 1 or weight.requires_grad or not weight.is_floating_point() or not len(weight):
+    if weight.device.type != "cpu" or groups_of(down, up) != 1 or weight.requires_grad or not weight.numel():
         return reference.dora_norm(weight, down, up, scale)
-    return _factored(weight, down, up, float(scale))
+    return _tiled(weight, down, up, float(scale))
 
 
-def dora_norms_factored(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
-    """dora_norm_factored of every layer."""
-    return tuple(dora_norm_factored(*layer) for layer in layers)
+def dora_norms(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
+    """dora_norm of every layer."""
+    return tuple(dora_norm(*layer) for layer in layers)
 
 
-@torch.library.custom_op("lora_core::dora_norm_factored", mutates_args=())
-def _factored(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("lora_core::dora_norm_blocks", mutates_args=())
+def _tiled(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     dtype = wide(weight.dtype)
     with without_autocast(weight):
         w, a, b = weight.flatten(1), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
-        (rows, columns), at = w.shape, a.t()
+        rows, columns = w.shape
         step = _block(rows, columns)
-        wide_rows, squares, u = w.new_empty(step, columns, dtype=dtype), w.new_empty(rows, dtype=dtype), w.new_empty(b.shape, dtype=dtype)
+        tile, norms = w.new_empty(step, columns, dtype=dtype), w.new_empty(rows, dtype=dtype)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            block = wide_rows[: stop - start].copy_(w[start:stop])
-            torch.mm(block, at, out=u[start:stop])
-            torch.linalg.vector_norm(block, dim=1, out=squares[start:stop])
-        squares.square_()
-        norms = torch.addmm(u, b, a @ at, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(squares)
-        lost = torch.nonzero(norms < CANCELLED * squares).flatten()
-        norms.clamp_(min=0).sqrt_()
-        if len(lost):
-            norms[lost] = torch.linalg.vector_norm(torch.addmm(w[lost].to(dtype), b[lost], a, alpha=scale), dim=1)
+            block = tile[: stop - start].copy_(w[start:stop]).addmm_(b[start:stop], a, alpha=scale)
+            torch.linalg.vector_norm(block, dim=1, out=norms[start:stop])
         return norms
 
 
-@_factored.register_fake
+@_tiled.register_fake
 def _(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return weight.new_empty(len(weight), dtype=wide(weight.dtype))
 
 
 def _block(rows: int, columns: int) -> int:
     return max(1, min(rows, BLOCK // max(1, columns)))
-
-
-def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, down, up, ctx.scale = inputs
-    ctx.save_for_backward(weight, down, up, output)
-
-
-def _norm_backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
-    weight, down, up, norm = ctx.saved_tensors
-    d_down, d_up = norm_gradients(weight, down, up, ctx.scale, norm, g)
-    return None, d_down, d_up, None
 
 
 def norm_gradients(weight: Tensor, down: Tensor, up: Tensor, scale: float, norm: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,17 +88,27 @@ def norm_gradients(weight: Tensor, down: Tensor, up: Tensor, scale: float, norm:
     return d_down.view(down.shape).to(down.dtype), d_up.view(up.shape).to(up.dtype)
 
 
-_factored.register_autograd(_norm_backward, setup_context=_keep_norm)
+def keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What `norm_backward` needs; both serve any op (weight, down, up, scale) -> norm."""
+    weight, down, up, ctx.scale = inputs
+    ctx.save_for_backward(weight, down, up, output)
 
 
-def _factored_cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
-    """Three calls a block and seven at the end, without the rows that are recomputed."""
-    rows, columns = len(weight), weight[0].numel()
-    blocks = -(-rows // _block(rows, columns))
-    return Cost(3 * blocks + 7, weight.nbytes + 3 * 4 * weight.numel() + down.nbytes + 4 * up.nbytes, True)
+def norm_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    weight, down, up, norm = ctx.saved_tensors
+    return None, *norm_gradients(weight, down, up, ctx.scale, norm, g), None
 
 
-COSTS["lora_core::dora_norm_factored"] = _factored_cost
+_tiled.register_autograd(norm_backward, setup_context=keep_norm)
+
+
+def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
+    """Three calls a block; its fp32 elements are written twice and read twice."""
+    blocks = -(-len(weight) // _block(len(weight), weight[0].numel()))
+    return Cost(3 * blocks, weight.nbytes + 4 * 4 * weight.numel() + down.nbytes * blocks + up.nbytes, True)
+
+
+COSTS["lora_core::dora_norm_blocks"] = _cost
 
 
 def groups_of(down: Tensor, up: Tensor) -> int:
