@@ -12,7 +12,7 @@ The convention, for tensors on any device (on "meta" nothing is computed):
   empty. Zeros, fills, casts and copies are counted.
 - Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted apart and are no ops. A tensor without memory answers 1.
 - Bytes: every distinct tensor argument once for the read, every result and every argument that is written once for the write; elements that
-  broadcasting repeats (stride 0) once. OVERWRITES do not read what they write. Nothing is known of caches.
+  broadcasting repeats (stride 0) once. OVERWRITES and SHAPED do not read what they write or are shaped after. Nothing is known of caches.
 - A class by operator: product, convolution, attention; all else is elementwise, normalisations and reductions too.
 - Saved: the distinct storages that autograd keeps for backward, custom Functions included, without parameters and inputs.
 """
@@ -22,9 +22,10 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ FREE = frozenset(
 )
 SYNCS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"})
 OVERWRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"})
+SHAPED = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full"})  # read a shape alone
 PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "_addmm_activation", "_scaled_mm", "linear"})
 CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_convolution", "conv2d"})
 
@@ -133,7 +135,7 @@ def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         for tensor in _tensors(value):
             if writes:
                 written[_place(tensor)] = touched(tensor)
-            if not writes or not (argument.is_out or name in OVERWRITES):
+            if name not in SHAPED and not (writes and (argument.is_out or name in OVERWRITES)):
                 read[_place(tensor)] = touched(tensor)
     for tensor in _tensors(out):
         written[_place(tensor)] = touched(tensor)
@@ -202,8 +204,17 @@ def as_cuda() -> Iterator[None]:
     """Attention and RMS norm as one op forward and one backward, as on CUDA, where the CPU and the meta device take them apart.
 
     Attention is flash attention (memory-efficient for fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors.
+    torch knows no autocast on the meta device and raises where CUDA would say "off": here that device says so too.
     """
-    with _AsCuda():
+    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+
+    def off(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" and kwargs.get("enabled") is False else autocast(device_type, *args, **kwargs)
+
+    def asked(*device_type: str) -> bool:
+        return device_type != ("meta",) and enabled(*device_type)
+
+    with _AsCuda(), patch.object(torch, "autocast", off), patch.object(torch, "is_autocast_enabled", asked):
         yield
 
 

@@ -8,7 +8,8 @@ every attention linear, no autocast, no checkpointing, attention and RMS norm as
     peft          peft's LoRA and DoRA, adapters fp32 as its autocast_adapter_dtype makes them
     ours          lora_core's, linears that share an input grouped; `triton` with the declared cost of each kernel, `fused` with the torch twins
 DoRA's norms are taken once in the step, which is once per optimiser step, and counted. Gradients are `None` before backward, the loss is left out.
-The optimiser's own step follows in a table of its own: calls into torch (a multi-tensor call is one) and waits of the host for the device.
+The optimiser's own step follows in a table of its own: calls (a multi-tensor call of torch, which is several launches, is one) and waits of the host
+for the device. Not in it: the copy of a table of addresses that our kernels read, when gradients have moved.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from benchmarks import networks
 from benchmarks.counting import Counter, Tally, as_cuda, saved
 from lora_core import adapters, kernels
+from lora_core.adamw import AdamW
 from lora_core.adapters import AdapterSpec
+from lora_core.prodigy import Prodigy
 
 GB = 1e9
 VARIANTS = ("frozen", "peft lora", "peft dora", "fused lora", "fused dora", "triton lora", "triton dora")
@@ -59,24 +62,20 @@ def network(name: str, batch: int = 1) -> Step:
 def figures(step: Step, variant: str, rank: int = 16) -> Figures:
     """The cost of one step after turning the frozen model (any device) into the variant; the model is not to be used again."""
     model, kwargs, paths = step
-    mode, around = nullcontext(), nullcontext  # type: Any, Any
     side, _, kind = variant.partition(" ")
-    if side == "frozen":
-        first = model.get_submodule(paths[0])
-        first.register_forward_pre_hook(_asks_for_gradient)
-    elif side == "peft":
-        _peft(model, paths, rank, kind)
-    else:
-        with torch.device("cpu"):
-            adapters.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
-        mode, around = kernels.using(side), _steady(model)
-    constant = [*model.parameters(), kwargs]
     with ExitStack() as stack:
-        stack.enter_context(mode)
-        counter = stack.enter_context(Counter())
         stack.enter_context(as_cuda())
-        stack.enter_context(around())
-        with saved(constant) as kept:
+        if side == "frozen":
+            model.get_submodule(paths[0]).register_forward_pre_hook(_asks_for_gradient)
+        elif side == "peft":
+            _peft(model, paths, rank, kind)
+        else:
+            adapters.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
+            stack.enter_context(kernels.using(side))
+        counter = stack.enter_context(Counter())
+        if side in ("fused", "triton"):
+            stack.enter_context(adapters.steady(model))
+        with saved([*model.parameters(), kwargs]) as kept:
             out = model(**kwargs)[0]
         out.backward(torch.empty_like(out))
     tally = counter.tally
@@ -86,10 +85,6 @@ def figures(step: Step, variant: str, rank: int = 16) -> Figures:
 def _asks_for_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not args[0].requires_grad:
         args[0].requires_grad_()
-
-
-def _steady(model: nn.Module) -> Callable[[], Any]:
-    return (lambda: adapters.steady(model)) if hasattr(adapters, "steady") else nullcontext
 
 
 def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> None:
@@ -109,12 +104,15 @@ def optimizers(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
     """Name -> tally of one step over fp32 tensors of these shapes, after a first one that makes its state."""
     made: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
         "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
+        "ours Prodigy triton": ("meta", lambda ps: Prodigy(ps, lr=1.0)),
         "torch AdamW foreach": ("meta", lambda ps: torch.optim.AdamW(ps, foreach=True)),
         "torch AdamW fused": ("cpu", lambda ps: torch.optim.AdamW(ps, fused=True)),  # has no meta form
+        "ours AdamW triton": ("meta", lambda ps: AdamW(ps)),
     }
-    return {
-        name: _optimizer_step(make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]) for name, (device, make) in made.items()
-    }
+    found = {}
+    for name, (device, make) in made.items():
+        found[name] = _optimizer_step(make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes])
+    return found
 
 
 def _optimizer_step(make: Callable[[list[nn.Parameter]], Any], tensors: list[nn.Parameter]) -> Tally:
@@ -122,7 +120,7 @@ def _optimizer_step(make: Callable[[list[nn.Parameter]], Any], tensors: list[nn.
     for _ in range(2):
         for p in tensors:
             p.grad = torch.ones_like(p)
-        with Counter() as counter:
+        with Counter() as counter, kernels.using("triton"):
             optimizer.step()
     return counter.tally
 
