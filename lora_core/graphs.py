@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from lora_core import kernels
 from lora_core.errors import UserError
 
 WARM = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
@@ -119,5 +120,6 @@ def compile_blocks(network: nn.Module) -> None:
     if not blocks:
         raise UserError(f"--compile finds no repeated blocks in {type(network).__name__}; leave it out")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # widths x resolutions x training or not
+    kernels.load()
     for block in blocks:
         block.compile(fullgraph=True)

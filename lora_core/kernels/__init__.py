@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +50,32 @@ COSTS: dict[str, Callable[..., Cost]] = {}  # torch op, "lora_core::shrink" -> i
 
 
 def in_module(module: str, name: str) -> Callable[..., Any]:
-    """lora_core.kernels.<module>.<name>, imported at the first call: Triton need not be there before."""
+    """lora_core.kernels.<module>.<name>, imported at the first call or by `load`: Triton need not be there before."""
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"lora_core.kernels.{module}"), name)(*args)
+        found = _loaded.get((module, name))
+        return (_load(module, name) if found is None else found)(*args)
 
-    run.__name__ = f"triton {name}"
+    run.__name__ = name
+    _loaded[module, name] = None
     return run
+
+
+def load() -> None:
+    """Imports every twin that can be: torch.compile cannot trace an import."""
+    for module, name in _loaded:
+        if find_spec("triton") is not None or module in PLAIN:
+            _load(module, name)
+
+
+def _load(module: str, name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(f"lora_core.kernels.{module}"), name)
+    _loaded[module, name] = found
+    return found
+
+
+_loaded: dict[tuple[str, str], Callable[..., Any] | None] = {}
+PLAIN = ("norms", "squares")  # modules that need no Triton
 
 
 def _random(seed: int, dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
