@@ -45,7 +45,8 @@ def lora_linear(
         if magnitude is not None and norm is not None:
             merged = merged * (magnitude / norm)[:, None]
         return F.linear(x, merged, bias)
-    x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+    if _autocasts(x):
+        x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     p, seed, layer, step, rows = (0.0, 0, 0, None, None) if drop is None else drop
     return _Linear.apply(x, weight, bias, down, up, scale, magnitude, norm, p, seed, layer, step, rows)
 
@@ -73,7 +74,8 @@ def lora_conv(
     if weight is not None and weight.numel() <= MERGED and _one_dtype(x, weight, down):
         merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
         return F.conv2d(x, merged, bias, stride, padding, dilation)
-    x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+    if _autocasts(x):
+        x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     return _Conv.apply(x, weight, bias, down, up, scale, stride, padding, dilation)
 
 
@@ -260,8 +262,9 @@ def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tenso
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """scale * gradient, contiguous, in dtype."""
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+    """scale * gradient, contiguous, in dtype; in place where it is that already."""
+    done = gradient.dtype == dtype and gradient.is_contiguous()
+    out = gradient if done else torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
     return out if scale == 1 else out.mul_(scale)
 
 
@@ -297,9 +300,7 @@ def _flat(t: Tensor) -> Tensor:
 
 def _autocast(t: Any) -> Any:
     """t in the dtype that a product under torch.autocast takes it in; fp64 is left alone there."""
-    if t is None or t.dtype == torch.float64 or not _autocasts(t):
-        return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
+    return t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _autocasts(t: Tensor) -> bool:
@@ -308,7 +309,7 @@ def _autocasts(t: Tensor) -> bool:
 
 def _exactly(t: Tensor) -> Any:
     """No autocast inside: in a backward inside torch.autocast the forward's dtypes hold."""
-    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
+    return torch.autocast(t.device.type, enabled=False) if _autocasts(t) else nullcontext()
 
 
 def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
