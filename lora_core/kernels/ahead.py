@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.errors import UserError
+from lora_core.kernels.device import interpreted
 
 MODULES = ("linear", "dora", "compose", "loss", "dropout", "optimizers")
 
@@ -114,6 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="configurations whose module.name holds this")
     parser.add_argument("--json", type=Path, help="write the table there")
     given = parser.parse_args(arguments)
+    if interpreted():
+        raise UserError("TRITON_INTERPRET is set, so that there is nothing to compile; unset it")
     rows, found = [], builds(given.full, given.only)
     if not found:
         raise UserError(f"no kernel configuration matches --only {given.only!r}; there are modules {', '.join(MODULES)}")

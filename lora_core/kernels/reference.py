@@ -145,7 +145,10 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 
     So a small mask weighs as much as a big one (kohya divides by the whole area; cloneofsimo weighs with m^2). An empty mask gives 0.
     """
-    return error.flatten(1).mean(1) if mask is None else (mask * error).sum((1, 2, 3)) / masked_area(error, mask)
+    if mask is None:
+        return error.flatten(1).mean(1)
+    area = masked_area(error, mask)
+    return (mask * error).sum((1, 2, 3)) / area
 
 
 def masked_area(error: Tensor, mask: Tensor) -> Tensor:

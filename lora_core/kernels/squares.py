@@ -22,8 +22,12 @@ class _Mse(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
         dtype = reference.wide(out.dtype)
         difference = out.to(dtype) - target.to(dtype)
-        rows = reference.masked_mean(difference * difference, mask)
-        factor = torch.full_like(rows, 2 / max(1, difference[0].numel())) if mask is None else 2 / reference.masked_area(difference, mask)
+        if mask is None:
+            rows = (difference * difference).flatten(1).mean(1)
+            factor = torch.full_like(rows, 2 / max(1, out[0].numel()))
+        else:
+            area = reference.masked_area(difference, mask)
+            rows, factor = (mask * (difference * difference)).sum((1, 2, 3)) / area, 2 / area
         ctx.save_for_backward(difference, mask, factor if weight is None else factor * weight)
         ctx.dtypes = out.dtype, target.dtype
         return rows if weight is None else rows * weight

@@ -1,0 +1,102 @@
+"""Every kernel compiles for every chip without a GPU: no spills, shared memory within the chip's, tensor cores where they belong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_core.kernels.ahead import SHARED, TENSOR_CORES
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+
+# A tile of 128 x 128 sums takes 512 registers of each of a warp's threads: 255 are there. The other has no product at all.
+BAD = """
+import triton
+import triton.language as tl
+
+from lora_core.kernels.ahead import Build, check, fault
+
+
+@triton.jit
+def greedy_kernel(x, y, n, B: tl.constexpr):
+    o = tl.arange(0, B)
+    total = tl.zeros((B, B), tl.float32)
+    for i in range(n):
+        tile = tl.load(x + o[:, None] * B + o[None, :] + i)
+        total = tl.dot(tile, tile, total)
+    tl.store(y + o[:, None] * B + o[None, :], total)
+
+
+@triton.jit
+def copy_kernel(x, y, n, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(y + o, tl.load(x + o))
+
+
+signature = {"x": "*bf16", "y": "*fp32", "n": "i32", "B": "constexpr"}
+for kernel, warps in ((greedy_kernel, 1), (copy_kernel, 4)):
+    build = Build(kernel, signature, {"B": 128}, warps, 2, True)
+    print(fault(build, 80, check(build, 80)))
+spilling = check(build, 80)._replace(shared=100 * 1024, kinds=("mma",))
+print(fault(build, 89, spilling) or "fits", "/", fault(build, 90, spilling) or "fits")
+"""
+
+
+def run(arguments: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def compiled(folder: Path, *arguments: str) -> list[dict]:
+    table = folder / "table.json"
+    done = run(["-m", "lora_core.kernels.ahead", *arguments, "--json", str(table)], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(table.read_text())
+
+
+def judge(rows: list[dict]) -> None:
+    """Asserts what `fault` asserts, from the figures themselves."""
+    assert rows
+    for row in rows:
+        assert not row["fault"] and row["spills"] == 0, row
+        assert row["shared"] <= SHARED[row["arch"]] and 0 < row["registers"] <= 255, row
+
+
+def test_the_kernels_fit_their_chips(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--arch", "89", "90")  # sm_89 has sm_80's instructions and less memory; the other two are in the full matrix
+    judge(rows)
+    modules = {row["kernel"].split(".")[0] for row in rows}
+    assert {"dora", "compose", "loss", "dropout"} <= modules
+    norms = [row for row in rows if row["kernel"].startswith("dora.norm")]
+    assert norms and all(set(row["kinds"]) & set(TENSOR_CORES) for row in norms)
+
+
+@pytest.mark.full
+def test_every_configuration_fits_its_chips(tmp_path: Path) -> None:
+    judge(compiled(tmp_path, "--arch", "80", "89", "90", "100", "--full"))
+
+
+def test_spills_missing_tensor_cores_and_too_much_memory_are_found(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    done = run([str(tmp_path / "bad.py")], tmp_path)
+    spills, cores, memory = done.stdout.splitlines()
+    assert spills.startswith("spills ") and int(spills.split()[1]) > 100
+    assert cores == "has no tensor core instruction"
+    assert memory == f"asks for {100 * 1024} bytes of shared memory, {99 * 1024} are there / fits"
+
+
+def test_under_the_interpreter_it_says_what_to_unset(tmp_path: Path) -> None:
+    done = run(["-m", "lora_core.kernels.ahead", "--arch", "90", "--only", "dropout"], tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_only_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    done = run(["-m", "lora_core.kernels.ahead", "--only", "nothing"], tmp_path)
+    assert done.returncode != 0 and "'nothing'" in done.stderr
