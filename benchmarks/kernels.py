@@ -188,7 +188,7 @@ def tuned(name: str, found: list[Case], plan: Plan) -> list[dict[str, Any]]:
     """The rows of one op in one dtype; that of winners.ANY is the fastest over all its cases and their counts."""
     op, rows = OPS[name], []
     sums: dict[str, list[float]] = {}
-    dtype = str(plan.setting.dtype).removeprefix("torch.")
+    dtype = str(winners.first_tensor(found[0].args).dtype).removeprefix("torch.")
     for case in found:
         functions = twins(case, plan)
         wrong = check(case, functions)[1]
@@ -199,7 +199,15 @@ def tuned(name: str, found: list[Case], plan: Plan) -> list[dict[str, Any]]:
             sums.setdefault(key, []).append(value * case.count)
         ratios = {key: timing.ratio(times, key, "fused") if "fused" in times else 1.0 for key in times}
         group = winners.shape_class(op, case.args)
-        rows.append({"op": name, "dtype": dtype, "class": group, "winner": best(ratios), "seconds": seconds})
+        rows.append(
+            {
+                "op": name,
+                "dtype": dtype,
+                "class": group,
+                "winner": best(ratios),
+                "seconds": {key: float(f"{value:.4g}") for key, value in seconds.items()},
+            }
+        )
         took = ", ".join(f"{key} {1e3 * value:.3g} ms" for key, value in seconds.items())
         print(f"{name} {dtype} {case.label}: {best(ratios)}; {took}", flush=True)
     totals = {key: sum(values) for key, values in sums.items() if len(values) == len(found)}

@@ -50,7 +50,7 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
     A class that was not measured takes the winner over all that were; an op or dtype that was not takes the device type's estimate. "triton" only
     for an op that has it. Under torch.compile the answer is a constant of the graph.
     """
-    x = args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
+    x = first_tensor(args)
     if torch.compiler.is_compiling():
         return _constant(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None, shape_class(op, args))
     key = (name, x.device, x.dtype)
@@ -66,6 +66,11 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
             known.by_shapes.clear()
         winner = known.by_shapes[shapes] = known.rows.get(shape_class(op, args), known.rows[ANY])
     return winner
+
+
+def first_tensor(args: tuple[Any, ...]) -> Tensor:
+    """The one whose device and dtype are the row's."""
+    return args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
 
 
 def shape_class(op: Any, args: tuple[Any, ...]) -> str:
