@@ -1,0 +1,157 @@
+"""The optimiser's step on the adapters of SD1.5 (256 tensors) and SDXL (1,120): our Prodigy and AdamW beside prodigyopt and torch's AdamW.
+
+    python -m benchmarks.optimizer [--networks sd15 sdxl] [--rank 16] [--rounds 9] [--threads 1] [--device cpu|cuda] [--json FILE]
+
+prints, for each, the time of a step (contenders take turns in one process), its ratio to the peer's, the launches and waits for the device of a step
+on a GPU, and how far d and the parameters are from the peer's own float64 run after five steps. Launches are aten calls that are no views, and the
+declared ones of our kernels, counted on the meta device; a wait is a value that travels to the host (.item()).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prodigyopt import Prodigy as Prodigyopt
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import timing
+from benchmarks.networks import tensor_shapes
+from lora_core import kernels
+from lora_core.adamw import AdamW
+from lora_core.prodigy import Prodigy
+
+STEPS = 5  # of the comparison with float64
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second one is the peer
+    "prodigy": {"ours": Prodigy, "prodigyopt": Prodigyopt},
+    "adamw": {
+        "ours": AdamW,
+        "torch, fused": lambda params: torch.optim.AdamW(params, fused=True),
+        "torch, foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    },
+}
+
+
+class Issued(TorchDispatchMode):
+    """Counts what a step issues."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name, results = func._schema.name, func._schema.returns
+        if name == "aten::_local_scalar_dense":
+            self.waits += args[0].device.type != "cpu"  # torch's AdamW keeps its counts there
+            if args[0].is_meta:
+                return 1
+        elif name in kernels.COSTS:
+            self.launches += kernels.COSTS[name](*args).launches
+        elif name.startswith("aten::") and not any(r.alias_info and not r.alias_info.is_write for r in results):
+            self.launches += 1
+        return func(*args, **(kwargs or {}))
+
+
+def parameters(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """As an adapter starts: down random, up zero."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(s, generator=generator) / s[-1] if i % 2 == 0 else torch.zeros(s) for i, s in enumerate(shapes)]
+    return [p.to(device, dtype).requires_grad_() for p in made]
+
+
+def set_gradients(params: list[Tensor], step: int) -> None:
+    """Of a noisy parabola around a point that is the same for every dtype: Prodigy's d grows on it from the second step on."""
+    generator, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2 + step)
+    for p in params:
+        goal = 0.01 * torch.randn(p.shape, generator=generator)
+        p.grad = p.detach() - goal.to(p) + 1e-3 * torch.randn(p.shape, generator=noise).to(p)
+
+
+def made(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):  # prodigyopt prints
+        return make(params)
+
+
+def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Issued:
+    """A step that is not the first, on the meta device, but for torch's fused kernel, which refuses it and issues the same calls on the CPU."""
+    params = parameters(shapes, "cpu" if contender == "torch, fused" else "meta")
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = made(make, params)
+    with kernels.using("triton" if contender == "ours" else kernels.mode()):
+        with Issued():
+            optimizer.step()
+        with Issued() as counted:
+            optimizer.step()
+    return counted
+
+
+def trajectory(make: Make, shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+    """(all parameters end to end, d or None) after STEPS steps."""
+    params = parameters(shapes, device, dtype)
+    optimizer = made(make, params)
+    for step in range(STEPS):
+        set_gradients(params, step)
+        optimizer.step()
+    d = optimizer.param_groups[0].get("d")
+    return torch.cat([p.detach().reshape(-1) for p in params]), None if d is None else float(d)
+
+
+def measure(network: str, name: str, rank: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """A row for each contender."""
+    shapes, contenders = tensor_shapes(network, rank), CONTENDERS[name]
+    peer = list(contenders)[1]
+    exact, exact_d = trajectory(contenders[peer], shapes, device, torch.float64)
+    moved = (exact - torch.cat([p.detach().reshape(-1) for p in parameters(shapes, device, torch.float64)])).norm()
+    rows, steps = [], {}
+    for contender, make in contenders.items():
+        found, d = trajectory(make, shapes, device, torch.float32)
+        counted = issued(make, shapes, contender)
+        rows.append({
+            "network": network, "tensors": len(shapes), "parameters": exact.numel(), "optimiser": name, "contender": contender,
+            "launches": counted.launches, "waits": counted.waits, "error": ((found.double() - exact).norm() / moved).item(),
+            "error of d": None if d is None or exact_d is None else abs(d / exact_d - 1),
+        })  # fmt: skip
+        params = parameters(shapes, device)
+        set_gradients(params, 0)
+        optimizer = made(make, params)
+        for group in optimizer.param_groups:  # the same gradient at every step would let d grow without end
+            group |= {"d_coef": 1e-12} if name == "prodigy" else {}
+        steps[contender] = optimizer.step
+    times = timing.alternate(steps, rounds, device=device)
+    for row in rows:
+        row |= {"ms": 1e3 * timing.median(times, row["contender"]), "ratio": timing.ratio(times, row["contender"], peer), "peer": peer}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl", "flux"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    print(timing.machine(given.device))
+    rows = []
+    for network in given.networks:
+        for name in CONTENDERS:
+            rows += measure(network, name, given.rank, given.rounds, given.device)
+    heads = ["network", "tensors", "optimiser", "contender", "ms", "ratio", "launches", "waits", "error", "error of d"]
+    print(timing.table(heads, [[row[head] for head in heads] for row in rows]))
+    print(f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps")
+    if given.json:
+        timing.write_json(given.json, {"machine": timing.machine(given.device), "threads": given.threads, "rank": given.rank, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
