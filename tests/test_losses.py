@@ -1,5 +1,6 @@
 """Losses and weightings against the papers' formulas in float64; masks; what is refused, and by what name."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,21 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.losses import LOSSES, WEIGHTINGS, StepOutput, check_rows, huber_delta, masked_mean, meaning, preserving, resolve, total, weight
+from lora_core.kernels import using
+from lora_core.losses import (
+    LOSSES,
+    WEIGHTINGS,
+    StepOutput,
+    capturable,
+    check_rows,
+    huber_delta,
+    masked_mean,
+    meaning,
+    preserving,
+    resolve,
+    total,
+    weight,
+)
 from lora_core.noise import NoiseLevel, Schedule, add_noise, edm, flow, vp_from_config
 from lora_core.prediction import PREDICTIONS, compared
 
@@ -386,3 +401,31 @@ def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
     torch.testing.assert_close(step.preserved, (out, expected), rtol=0, atol=0)
     plain = make("v_prediction", base_out=lambda: other)
     assert plain.base_out is other
+
+
+# ---------------------------------------------------------------- what a CUDA graph can hold
+
+
+def test_built_in_losses_are_capturable_and_a_users_where_it_says_so() -> None:
+    assert all(capturable(loss) for loss in LOSSES.values())
+    assert capturable(resolve("huber", LOSSES, {"delta": 0.5})) and capturable(preserving(LOSSES["mse"], 0.5))
+
+    def mine(step: StepOutput, *, k: float = 1.0) -> Tensor:
+        return k * LOSSES["l1"](step)
+
+    assert not capturable(mine) and not capturable(preserving(mine, 1.0))
+    mine.capturable = True  # type: ignore[attr-defined]
+    assert capturable(mine) and capturable(functools.partial(mine, k=2.0)) and capturable(preserving(functools.partial(mine, k=2.0), 1.0))
+
+
+@pytest.mark.parametrize("mode", ["reference", "fused"])
+def test_mse_is_one_op_in_every_mode_with_the_same_errors(mode: str) -> None:
+    step = make(mask=(torch.rand(4, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4).double())
+    with using(mode):
+        torch.testing.assert_close(LOSSES["mse"](step), masked_mean((step.out - step.target) ** 2, step.mask))
+        step.mask = torch.ones(4, 1, 2, 2)
+        with pytest.raises(ValueError, match="resize it to the latents"):
+            LOSSES["mse"](step)
+        step.target = step.target[:, :, 1:]
+        with pytest.raises(ValueError, match="the network returned"):
+            LOSSES["mse"](step)
