@@ -38,7 +38,7 @@ EAGER = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
 CONTENDERS = {"cpu": EAGER, "cuda": (*EAGER, "frozen graph", "ours lora graph", "ours dora graph")}
 KERNELS = ("reference", "fused", "triton")
 WORDS = (*KERNELS, "compile", "graph", "last", "bf16", "adamw")
-STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 5}  # in a round of each contender; others: 1
+STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 3}  # in a round of each contender; others: 1
 MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
