@@ -104,7 +104,7 @@ def _last(counter, parts):
 @triton.jit
 def _add_parts(at, stride, parts, mask, A: tl.constexpr, B: tl.constexpr):
     """The sum of the parts in their order  [A, B]. They are read from the L2 cache, where other programs have put them."""
-    total = tl.zeros((A, B), tl.float32)
+    total = tl.full((A, B), 0.0, tl.float32)
     for i in range(parts):
         total += tl.load(at + i * stride, mask=mask, other=0.0, cache_modifier=".cg")
     return total
@@ -141,14 +141,14 @@ def _begin(member, r0, r1, r2, MEMBERS: tl.constexpr):
 def _column_tile(tile, n0, n1, n2, BN: tl.constexpr, MEMBERS: tl.constexpr):
     """(member, first column) of a tile of BN columns, the members' tiles counted one after the other."""
     member, start = tile * 0, tile * 0
-    end = tl.cdiv(n0, BN)
+    end = (n0 + BN - 1) // BN
     if MEMBERS > 1:
         member, start = tl.where(tile < end, member, 1), tl.where(tile < end, start, end)
     if MEMBERS > 2:
-        end += tl.cdiv(n1, BN)
+        end += (n1 + BN - 1) // BN
         member, start = tl.where(tile < end, member, 2), tl.where(tile < end, start, end)
     if MEMBERS > 3:
-        end += tl.cdiv(n2, BN)
+        end += (n2 + BN - 1) // BN
         member, start = tl.where(tile < end, member, 3), tl.where(tile < end, start, end)
     return member, (tile - start) * BN
 
@@ -172,7 +172,7 @@ def _absorb(state, word):
 def _keys(state, step, rows, m, mask, LENGTH):
     """(key, second key) of the examples that rows m belong to; state is the hash of seed and layer, an example has LENGTH rows."""
     row = tl.load(rows + m // LENGTH, mask=mask, other=0)
-    key = _absorb(tl.zeros_like(row).to(tl.uint32) + state.to(tl.uint32), tl.load(step).to(tl.uint32))
+    key = _absorb((row * 0).to(tl.uint32) + state.to(tl.uint32), tl.load(step).to(tl.uint32))
     key = _absorb(_absorb(key, row.to(tl.uint32)), (row >> 32).to(tl.uint32))
     return key, _absorb(key, 1)
 
@@ -203,7 +203,7 @@ def shrink_kernel(
     if DROP:
         threshold, kept = _pick(member, h0, h1, h2, h3, MEMBERS), _pick(member, q0, q1, q2, q3, MEMBERS)
         key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
-    total = tl.zeros((BM, BR), tl.float32)
+    total = tl.full((BM, BR), 0.0, tl.float32)
     stop = tl.minimum(K, (piece + 1) * CHUNK)
     for k0 in range(piece * CHUNK, stop, BN):
         k = k0 + tl.arange(0, BN)
@@ -232,7 +232,7 @@ def expand_kernel(
     inside, wanted = m < M, n < n_end
     up = _pick(member, u0, u1, u2, u3, MEMBERS)
     at = t + _place(m, AREA, tb, tm, SPATIAL)
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.full((BM, BN), 0.0, tl.float32)
     for c0 in range(0, r_end, BR):
         c = c0 + tl.arange(0, BR)
         a = tl.load(at[:, None] + (begin + c)[None, :] * tk, mask=inside[:, None] & (c < r_end)[None, :], other=0.0)
@@ -258,7 +258,7 @@ def _contract_up(
     GAIN: tl.constexpr, DZ: tl.constexpr, CUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A tile of dS = scale dz up, or of its part over the features from start to stop, and with DZ dz itself; dy, dz: pointers to rows."""
-    total = tl.zeros((BM, BR), tl.float32)
+    total = tl.full((BM, BR), 0.0, tl.float32)
     wanted = c < rank
     for k0 in range(start, stop, BN):
         k = k0 + tl.arange(0, BN)
@@ -282,7 +282,7 @@ def _gather_up(
 ):  # fmt: skip
     """A tile of d_up = scale dz^T t, or of its part over the rows of a group, and of d_magnitude and d_norm, which the first block of ranks takes."""
     wanted, ranked, plain = n < width, c < rank, n < tl.where(block == 0, width, 0)
-    total, dot = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32)
+    total, dot = tl.full((BN, BR), 0.0, tl.float32), tl.full((BN,), 0.0, tl.float32)
     stop = tl.minimum(M, (group + 1) * ROWS)
     for m0 in range(group * ROWS, stop, BM):
         m = m0 + tl.arange(0, BM)
@@ -308,7 +308,7 @@ def _gather_up(
     if GAIN:  # noqa: SIM102 (GAIN is known when this is compiled, mine is not)
         if mine:
             if SPLIT:
-                dot = tl.zeros((BN,), tl.float32)
+                dot = tl.full((BN,), 0.0, tl.float32)
                 for i in range(PARTS):
                     dot += tl.load(pile_row + i * stack + n, mask=plain, other=0.0, cache_modifier=".cg")
             known = tl.abs(gain) > guard
@@ -369,7 +369,7 @@ def _spread_down(
 ):  # fmt: skip
     """A tile of dx + dS downs, masked as x' was, or with FRESH of dS downs alone; dx: pointers to rows."""
     inside, wanted = m < M, k < K
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.full((BM, BN), 0.0, tl.float32)
     for block in range(BLOCKS):
         member, first, end = _span(block, e0, e1, e2, R, PER, DROP, MEMBERS, BR)
         c = first + tl.arange(0, BR)
@@ -379,7 +379,7 @@ def _spread_down(
         if DROP:
             key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
             kept = _keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS))
-            more = _dot(a, f, tl.zeros((BM, BN), tl.float32)) / _pick(member, q0, q1, q2, q3, MEMBERS)
+            more = _dot(a, f, tl.full((BM, BN), 0.0, tl.float32)) / _pick(member, q0, q1, q2, q3, MEMBERS)
             total += tl.where(kept, more, 0.0)
         else:
             total = _dot(a, f, total)
@@ -403,10 +403,10 @@ def back_down_kernel(
     group, local = tl.program_id(0) // EACH, tl.program_id(0) % EACH
     if local < FIRST:
         if DX:
-            row = (group * TILES + local // tl.cdiv(K, BN)) * BM + tl.arange(0, BM)
+            row = (group * TILES + local // ((K + BN - 1) // BN)) * BM + tl.arange(0, BM)
             _spread_down(
                 dx + _place(row, AREA, gb, gm, SPATIAL), ds, d0, d1, d2, d3, step, rows, w0, w1, w2, w3, h0, h1, h2, h3, q0, q1, q2, q3,
-                row, (local % tl.cdiv(K, BN)) * BN + tl.arange(0, BN), M, K, R, e0, e1, e2, gk, LENGTH, PER, BLOCKS,
+                row, (local % ((K + BN - 1) // BN)) * BN + tl.arange(0, BN), M, K, R, e0, e1, e2, gk, LENGTH, PER, BLOCKS,
                 MEMBERS, DROP, FRESH, BM, BN, BR,
             )  # fmt: skip
     else:
@@ -414,7 +414,7 @@ def back_down_kernel(
         member, first, end = _span(block, e0, e1, e2, R, PER, DROP, MEMBERS, BR)
         k, c = tile * BN + tl.arange(0, BN), first + tl.arange(0, BR)
         wanted, ranked = k < K, c < end
-        total = tl.zeros((BN, BR), tl.float32)
+        total = tl.full((BN, BR), 0.0, tl.float32)
         stop = tl.minimum(M, (group + 1) * ROWS)
         for m0 in range(group * ROWS, stop, BM):
             m = m0 + tl.arange(0, BM)
