@@ -145,6 +145,11 @@ def _rank_block(rank: int) -> tuple[int, bool]:
     return min(32, max(16, triton.next_power_of_2(rank))), rank <= 32
 
 
+def _width(once: bool) -> int:
+    """BK: a second block of ranks takes registers that 128 columns have not left (200 bytes spilled on sm_90)."""
+    return COLUMNS if once else COLUMNS // 2
+
+
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """reference.dora_norm in one launch, differentiable in down and up."""
     return _norm(weight, down, up, float(scale))
@@ -183,7 +188,9 @@ def _norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     (rows, rank), columns = up.shape[:2], weight[0].numel()
     out, at, (block, once) = weight.new_empty(rows, dtype=torch.float32), _addressing(weight, down), _rank_block(rank)
     grid = (triton.cdiv(rows, ROWS),)
-    norm_kernel[grid](weight, down, up, out, rows, columns, rank, scale, *at[1:], at.plain, ROWS, COLUMNS, block, once, num_warps=4, num_stages=3)
+    norm_kernel[grid](
+        weight, down, up, out, rows, columns, rank, scale, *at[1:], at.plain, ROWS, _width(once), block, once, num_warps=4, num_stages=3
+    )
     return out
 
 
@@ -194,7 +201,7 @@ def _norms(weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales
     aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (*weights, *downs))
     block = max(_rank_block(up.shape[1])[0] for up in ups)
     kind = TYPES[weights[0].dtype], aligned, plain
-    norms_kernel[(len(tiles),)](table, tiles, out, *kind, ROWS, COLUMNS, block, once, FIELDS, num_warps=4, num_stages=3)
+    norms_kernel[(len(tiles),)](table, tiles, out, *kind, ROWS, _width(once), block, once, FIELDS, num_warps=4, num_stages=3)
     return out
 
 
@@ -275,7 +282,7 @@ def builds(full: bool) -> list[Build]:
 
 def _blocks(rank: int, plain: bool) -> dict[str, Any]:
     block, once = _rank_block(rank)
-    return {"PLAIN": plain, "BN": ROWS, "BK": COLUMNS, "BR": block, "ONCE": once}
+    return {"PLAIN": plain, "BN": ROWS, "BK": _width(once), "BR": block, "ONCE": once}
 
 
 def _norm_build(dtype: str, rank: int, plain: bool) -> Build:
