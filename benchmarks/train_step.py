@@ -165,7 +165,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14) -> str:
-    """Where the time beyond the first contender goes: the operations called more often, ms a step; the others together, which are noise."""
+    """Operations called more often than in the first contender, ms a step by the clock; the time of all others together, which is noise."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in names:
         step = build(problem, name)
