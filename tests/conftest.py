@@ -3,17 +3,20 @@
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 from PIL import Image
 from safetensors.torch import load_file
 
 from lora_core.config import Adapter, Config, Data, Optimizer, Samples, Stage, Validation
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora_core_cache_")  # a developer's own measurements are not what is tested
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
 

@@ -72,6 +72,7 @@ class Tape:
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "reference")  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
     monkeypatch.setattr(graphs, "CudaGraph", Tape)
     monkeypatch.setattr(checks, "machine", lambda *_: None)
     Tape.made = 0

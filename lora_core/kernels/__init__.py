@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.kernels import fused, linear_shapes, loops, reference, steps, winners
+from lora_core.kernels.device import HAS_TRITON
 from lora_core.kernels.reference import Member
 
 MODES = ("auto", "reference", "fused", "triton")
@@ -64,7 +64,7 @@ def in_module(module: str, name: str) -> Callable[..., Any]:
 def load() -> None:
     """Imports every twin that can be: torch.compile cannot trace an import."""
     for module, name in _loaded:
-        if find_spec("triton") is not None or module in PLAIN:
+        if HAS_TRITON or module in PLAIN:
             _load(module, name)
 
 
@@ -141,18 +141,10 @@ OPS: dict[str, Op] = {
         reference.lora_conv, _conv_example, fused.lora_conv, in_module("linear", "lora_conv"), linear_shapes.conv_supports, linear_shapes.conv_class
     ),
     "dora_norm": Op(
-        reference.dora_norm,
-        _norm_example,
-        in_module("norms", "dora_norm"),
-        in_module("dora", "dora_norm"),
-        in_module("dora", "norm_refusal"),
+        reference.dora_norm, _norm_example, in_module("norms", "dora_norm"), in_module("dora", "dora_norm"), in_module("dora", "norm_refusal")
     ),
     "dora_norms": Op(
-        reference.dora_norms,
-        _norms_example,
-        in_module("norms", "dora_norms"),
-        in_module("dora", "dora_norms"),
-        in_module("dora", "norms_refusal"),
+        reference.dora_norms, _norms_example, in_module("norms", "dora_norms"), in_module("dora", "dora_norms"), in_module("dora", "norms_refusal")
     ),
     "dora_compose": Op(
         reference.dora_compose, _compose_example, fused.dora_compose, in_module("compose", "dora_compose"), in_module("compose", "compose_refusal")
@@ -219,7 +211,10 @@ def call(name: str, *args: Any) -> Any:
         chosen = winners.choose(name, op, args)
         if chosen != "triton":
             return (op.reference if chosen == "reference" else plain)(*args)
-    reason = "there is none" if op.triton is None else op.supports(*args) if op.supports else None
+    if op.triton is None or not HAS_TRITON:
+        reason: str | None = "there is none" if op.triton is None else "triton is not installed (it exists for Linux)"
+    else:
+        reason = op.supports(*args) if op.supports else None
     if reason is None:
         assert op.triton is not None
         return op.triton(*args)

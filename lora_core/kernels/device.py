@@ -7,6 +7,9 @@ from importlib.util import find_spec
 from torch import Tensor
 
 
+HAS_TRITON = find_spec("triton") is not None
+
+
 def interpreted() -> bool:
     """True when kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before the first one was imported."""
     from triton import knobs
@@ -14,9 +17,12 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result does, after an import of 3 s
+
+
 def refusal(x: Tensor) -> str | None:
     """Why no Triton kernel can run on x, or None. The meta device takes every kernel: nothing runs there."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed (it exists for Linux)"
     if x.is_cuda or x.is_meta:
         return None

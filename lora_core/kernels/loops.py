@@ -1,7 +1,7 @@
 """prodigy_step and adamw_step with one pass over the memory each, on the CPU: loops.c, compiled when the first step asks for it.
 
 Torch operations read and write the state some twelve times a step, whatever the size of their pieces; the two loops do it twice. On one Zen 4 thread
-and SDXL's 23.2 M parameters at rank 16 that is 28 ms a step to prodigyopt's 89 and 103 in torch operations (benchmarks/optimizer.py).
+and SDXL's 23.2 M parameters at rank 16 that is 32 ms a step to prodigyopt's 100 (benchmarks/optimizer.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
             loaded = ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-        print(f"optimiser: no compiled loops ({reason}); steps on the CPU run in torch operations, 2 to 4 times slower", file=sys.stderr)
+        print(f"optimiser: no compiled loops ({reason}); steps on the CPU run in torch operations, which is slower", file=sys.stderr)
         return None
     print(f"optimiser: loops for this CPU compiled with {compiler} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return loaded

@@ -167,7 +167,7 @@ def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows
     """
     state = _absorb(_absorb(_absorb(0, seed), seed >> 32), layer)
     key = _absorb(_absorb(_absorb(state, step), rows), rows >> 32)
-    element = torch.arange(x[0].numel(), device=x.device)
+    element = torch.arange(x.shape[1:].numel(), device=x.device)
     bits = _mix(_mix(element ^ key[:, None]) ^ _absorb(key, 1)[:, None])
     keep = (bits >= int(p * 2**32)).reshape(x.shape)
     return torch.where(keep, x / (1 - p), 0)

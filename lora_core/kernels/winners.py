@@ -183,10 +183,12 @@ def _estimate(kind: str) -> str:
     return rows.get(ANY, "fused")
 
 
-@torch.compiler.assume_constant_result
 def _constant(name: str, kind: str, index: int | None, dtype: str, has_triton: bool, group: str) -> str:
     rows = _rows(name, kind, index, dtype, has_triton)
     return rows.get(group, rows[ANY])
+
+
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # all that torch.compiler.assume_constant_result does, after an import of 3 s
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
