@@ -213,7 +213,7 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
     if not isinstance(rate, Tensor) and not 0 <= rate <= 1:  # a tensor is not read: it may lie on a GPU
         raise ValueError(f"the rate of the norm prior is a fraction in [0, 1], got {rate}")
     norms = rows.norm(dim=-1, keepdim=True)
-    return rows.copy_(F.normalize(rows, dim=-1) * (norms + rate * (target - norms)))
+    return rows.mul_(torch.where(norms > 0, 1 + rate * (target / norms - 1), torch.ones_like(norms)))  # rate 0: the very bits
 
 
 @torch.no_grad()
