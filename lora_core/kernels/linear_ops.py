@@ -69,7 +69,7 @@ def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 32, min(wide, 32), warps, 3)
     if rows <= 1024:
         return Tile(32, 64, wide, warps, 3)
-    return Tile(64, 64, wide, 4, 3)
+    return Tile(32 if kernel == "back_up" and wide > 32 else 64, 64, wide, warps, 3)  # for the same reason
 
 
 def plane(x: Tensor) -> Plane:
@@ -135,7 +135,9 @@ def _parts(length: int, least: int, step: int, programs: int, wanted: int) -> tu
 def counters(x: Tensor) -> Tensor:
     """Zeros that kernels count arrivals in and leave at zero: one set a stream, and one for captured graphs, of which one replays at a time."""
     if not x.is_cuda:
-        return _counters.setdefault((x.device, 0), torch.zeros(COUNTERS, dtype=torch.int32, device=x.device))
+        if (x.device, 0) not in _counters:
+            _counters[x.device, 0] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+        return _counters[x.device, 0]
     capturing = torch.cuda.is_current_stream_capturing()
     key = (x.device, None if capturing else torch.cuda.current_stream(x.device).cuda_stream)
     if key not in _counters:
