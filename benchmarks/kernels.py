@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.cases import LAYERS, SIX, Case, Setting, cases, leaves
-from benchmarks.measure import Plan, both, check, measured_rates, report, twins
+from benchmarks.measure import Plan, Rates, both, check, measured_rates, report, twins
 from benchmarks.model_cost import model_cost
 from lora_core import kernels
 from lora_core.errors import UserError
@@ -49,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--shape", nargs="+", metavar="ROWS,IN,OUT", help="layers to measure instead of the six")
     new.add_argument("--op", nargs="+", choices=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}; default all")
     new.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    new.add_argument("--rank", type=int, default=16)
+    new.add_argument("--rank", type=int, default=16, help="of the adapters; default 16")
     new.add_argument("--dtype", choices=list(DTYPES), help="of base and activations; default bf16, and for --tune bf16 and fp32")
     new.add_argument("--threads", type=int, default=1, help="of the CPU; a second one waits at every barrier for a core that a neighbour has")
-    new.add_argument("--rounds", type=int, default=9)
+    new.add_argument("--rounds", type=int, default=9, help="of which the median is taken; default 9")
     new.add_argument("--quick", action="store_true", help="only ours, peft and the frozen layer, three rounds")
     new.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the reference too; default on CUDA")
     new.add_argument("--graph", action="store_true", help="CUDA: time replays of CUDA graphs, without the host's launches")
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--profile", action="store_true", help="torch.profiler's table of the first case instead of times")
     new.add_argument("--tune", action="store_true", help="measure reference, fused and triton and store the winners")
     new.add_argument("--winners", type=Path, help="the table that --tune writes; default the user's, which precedes the one of the repository")
-    new.add_argument("--json", type=Path)
+    new.add_argument("--json", type=Path, help="file for all the numbers")
     return new
 
 
@@ -85,22 +85,26 @@ def run(args: argparse.Namespace) -> int:
     for case in found:
         rows.append(report(case, plan, rates))
         show(rows[-1])
-    summary = summarise(rows, args.model, plan)
-    if args.json:
-        where = {"machine": timing.machine(args.device), "device": args.device, "dtype": str(plan.setting.dtype), "rank": args.rank}
-        timing.write_json(args.json, where | {"graph": args.graph, "rates": rates._asdict(), "cases": rows, "summary": summary})
+        store(args, rates, rows, {})  # what an interruption leaves
+    store(args, rates, rows, summarise(rows, args.model, plan))
     return 1 if any(row["broken"] for row in rows) else 0
+
+
+def store(args: argparse.Namespace, rates: Rates, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    if args.json:
+        where = {"machine": timing.machine(args.device), "device": args.device, "dtype": args.dtype or "bf16", "rank": args.rank, "graph": args.graph}
+        timing.write_json(args.json, where | {"rates": rates._asdict(), "cases": rows, "summary": summary})
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """Raises UserError for what does not go together."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
+    timing.check(args, "rank", "rounds", "threads")
     if args.graph and args.device == "cpu":
         raise UserError("--graph is given with --device cpu; CUDA graphs need a GPU, leave it out")
-    for option in ("rank", "rounds", "threads"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} is {getattr(args, option)}; expected a number from 1 on")
+    mode, idle = ("--tune", ("json", "profile", "candidate", "compile")) if args.tune else ("--profile", ("json", "winners", "compile", "graph"))
+    for option in idle if args.tune or args.profile else ("winners",):
+        if getattr(args, option):
+            raise UserError(f"--{option} has no effect {f'with {mode}' if args.tune or args.profile else 'without --tune'}; leave it out")
     if args.shape and args.model:
         raise UserError("--shape and --model are both given; they choose the same thing, leave one out")
     candidate = None
@@ -145,7 +149,7 @@ def summarise(rows: list[dict[str, Any]], model: str | None, plan: Plan) -> dict
         group = [row for row in rows if row["op"] == key[0] and (not key[1] or row["case"].startswith(key[1])) and "ours" in row["contenders"]]
         means = {
             f"ours / {other}{clock}": timing.geometric_mean(row[f"to {other}{clock}"]["ours"] for row in group)
-            for other in ("peft", "torch", "frozen")
+            for other in ("peft", "compile", "torch", "frozen")
             for clock in ("", ", clock")
             if group and all(f"to {other}" in row for row in group)
         }
@@ -160,7 +164,7 @@ def summarise(rows: list[dict[str, Any]], model: str | None, plan: Plan) -> dict
             summary["dora_norm 1280 x 1280"] = {"times as fast as peft": faster, "error": error}
             print(f"dora_norm 1280 x 1280: {faster:.2f} times as fast as peft's" + ("" if error is None else f", error to float64 {error:.1e}"))
     if model:
-        summary["model"] = model_cost(model, rows, plan.setting)
+        summary["model"] = model_cost(model, rows, plan.setting, graph=plan.graph)
     return summary
 
 

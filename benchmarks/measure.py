@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +57,7 @@ def twins(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
         else:
             print(f"{case.op} {case.label}: triton refuses: {refused}")
     if plan.compiled:
+        torch._dynamo.reset()  # else the ninth shape of a function is refused
         found["compile"] = torch.compile(op.reference, fullgraph=True, dynamic=False)
     if plan.candidate:
         found["candidate"] = plan.candidate
@@ -66,6 +68,9 @@ def report(case: Case, plan: Plan, rates: Rates) -> dict[str, Any]:
     """The row of one case. Raises UserError for a candidate that breaks the law."""
     functions = twins(case, plan)
     checked, broken = check(case, functions)
+    if "compile" in functions and (why := untraceable(case, functions["compile"])):
+        print(f"{case.op} {case.label}: torch.compile of the reference is left out, it {why}")
+        del functions["compile"]
     calls: dict[str, Call] = {name: (lambda f=f: f(*case.args), leaves(case.args)) for name, f in functions.items()}  # type: ignore[misc]
     calls |= {"ours": (lambda: kernels.call(case.op, *case.args), leaves(case.args))} | case.others
     if plan.quick:
@@ -79,12 +84,21 @@ def report(case: Case, plan: Plan, rates: Rates) -> dict[str, Any]:
         row["roofline"] = 100 * floor["seconds"] / (row["forward"] + row["backward"]) if bounded else None
         row["over minimum"] = row["bytes"] / floor["bytes"] if bounded and row["bytes"] is not None else None
     row = {"op": case.op, "case": case.label, "count": case.count, "contenders": contenders, "minimum": floor, "broken": broken}
-    for other in ("frozen", "peft", "torch"):
+    for other in ("frozen", "peft", "torch", "compile"):
         if other in times:
             row[f"to {other}"] = {name: timing.ratio(times, name, other) for name in contenders}
             row[f"to {other}, clock"] = {name: timing.ratio(times, name, other, clock=True) for name in contenders}
     row["rounds"] = len(times[next(iter(contenders))])
     return row
+
+
+def untraceable(case: Case, compiled: Callable[..., Any]) -> str:
+    """Why torch.compile cannot have the op; empty where it can."""
+    try:
+        compiled(*case.args)
+    except Exception as error:  # of dynamo, inductor or the compiler that it calls
+        return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
 
 
 def check(case: Case, functions: dict[str, Callable[..., Any]]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
@@ -101,6 +115,8 @@ def check(case: Case, functions: dict[str, Callable[..., Any]]) -> tuple[dict[st
             got = eager if name == "reference" else laws.outcome(function, reference, case.args)
             said = laws.broken(got, truth, own)
         except Exception as error:  # whatever a user's file raises
+            if name == "compile":  # `untraceable` says so
+                continue
             if name != "candidate":
                 raise
             said = f"raises {type(error).__name__}: {error}"
@@ -111,6 +127,8 @@ def check(case: Case, functions: dict[str, Callable[..., Any]]) -> tuple[dict[st
             rows[name] |= {"gradient error": max(gradients)} if gradients else {}
         elif name == "candidate":
             raise UserError(f"the candidate is refused: at {case.op} {case.label} it {said}; make it equal lora_core.kernels.reference.{case.op}")
+        elif name == "compile":
+            print(f"{case.op} {case.label}: what torch.compile makes of the reference {said}")
         else:
             broken[name] = said
             print(f"{case.op} {case.label}: THE {name} TWIN IS WRONG, it {said}")

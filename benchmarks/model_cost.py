@@ -15,7 +15,7 @@ from benchmarks.cases import LAYERS, Drawn, Setting
 ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one term of a sum
 
 
-def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting) -> dict[str, Any]:
+def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting, *, graph: bool = False) -> dict[str, Any]:
     """Seconds of all adapters (ours, peft), of the frozen layers under them and of the frozen rest; printed, with the ratio of the sums.
 
     The rest is linear layers, convolutions and attention, forward and backward for their inputs (the layers of one row forward alone: nothing that is
@@ -23,7 +23,7 @@ def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting) -> dict
     """
     linears = [row for row in rows if row["op"] == "lora_linear"]
     cost: dict[str, Any] = {}
-    rest = frozen_rest(model, setting) if linears else 0.0
+    rest = frozen_rest(model, setting, graph=graph) if linears else 0.0
     for kind in ("LoRA", "DoRA"):
         group = [row for row in linears if row["case"].startswith(kind)]
         names = set.intersection(*(set(row["contenders"]) for row in group)) if group else set()
@@ -44,14 +44,14 @@ def seconds(row: dict[str, Any]) -> float:
     return row["forward"] + row["backward"]
 
 
-def frozen_rest(model: str, setting: Setting) -> float:
+def frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
     """Seconds of everything but the adapted layers."""
     layers, total = LAYERS[model], 0.0
     made = [(linear, layers["linears"]), (convolution, layers["convolutions"]), (attention, layers["attention"])]
     for make, shapes in made:
         for *shape, count in shapes:
             call = make(shape, setting)
-            times = timing.alternate({"it": call}, ROUNDS, device=setting.device, limit=LIMIT)
+            times = timing.alternate({"it": call}, ROUNDS, device=setting.device, graph=graph, limit=LIMIT)
             total += count * timing.median(times, "it")
     return total
 

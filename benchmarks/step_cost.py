@@ -15,7 +15,6 @@ for the device. Not in it: the copy of a table of addresses that our kernels rea
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from benchmarks import networks
+from benchmarks import networks, timing
 from benchmarks.counting import Counter, Tally, as_cuda, saved
 from lora_core import adapters, kernels
 from lora_core.adamw import AdamW
@@ -163,7 +162,7 @@ def optimizer_table(name: str, found: dict[str, Tally]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=networks.NAMES, default=list(networks.NAMES))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=1)
@@ -171,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all the numbers")
     args = parser.parse_args()
     variants = [variant for variant in VARIANTS if variant == "frozen" or variant in args.variant]
-    report: dict[str, Any] = {"torch": torch.__version__, "batch": args.batch, "rank": args.rank, "models": {}}
+    report: dict[str, Any] = {"machine": timing.machine(), "batch": args.batch, "rank": args.rank, "models": {}}
     for name in args.model:
         found = {variant: figures(network(name, args.batch), variant, args.rank) for variant in variants}
         steps = optimizers(networks.tensor_shapes(name, args.rank))
@@ -182,7 +181,7 @@ def main() -> None:
             "optimizer": {title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes} for title, tally in steps.items()},
         }
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+        timing.write_json(args.json, report)
 
 
 if __name__ == "__main__":

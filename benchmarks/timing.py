@@ -8,6 +8,7 @@ A figure on the CPU is the median of rounds in processor seconds of this process
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -24,9 +25,12 @@ from typing import Any
 
 import torch
 
+from lora_core.errors import UserError
+
 FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice takes milliseconds
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
 LEAST = 3  # rounds that a limit of time leaves
+HIDING = 2**30  # the same where its time has to cover the launch of a graph, some 10 us: above 100 us on any GPU known
 FLUSH = 256 * 2**20  # bytes written between repeats where the device does not say how large its L2 is; the largest known, B200's, has 126 MB
 
 
@@ -52,7 +56,8 @@ def alternate(
 
     A round calls a contender as often as fills `floor` (None: FLOOR) seconds. After `limit` seconds no further round starts, once there are three.
     On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so that the host's launches count, as in a training loop
-    at batch 1; with `graph` each contender is captured and replayed, and only the GPU's time counts. What cannot be captured is in `left_out`.
+    at batch 1; with `graph` each contender is captured, and its replay waits in the queue while the L2 is overwritten, so that only the GPU's time
+    counts. What cannot be captured is in `left_out`.
     """
     times, device, floor = Times(), torch.device(device), FLOOR if floor is None else floor
     start, ready = time.perf_counter(), dict(contenders)
@@ -64,7 +69,7 @@ def alternate(
                 raise
             del ready[name]
             times.left_out[name] = str(error).splitlines()[0]
-    run = _events(device) if device.type == "cuda" else _clocks
+    run = _events(device, queued=graph) if device.type == "cuda" else _clocks
     calls = {name: max(1, math.ceil(floor / min(run(call, 1)[0], run(call, 1)[0]))) for name, call in ready.items()}
     order = list(ready)
     for done in range(rounds):
@@ -119,17 +124,18 @@ def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
     return (end - clock) / calls, (spent - processor) / calls
 
 
-def _events(device: torch.device) -> Callable[[Callable[[], object], int], tuple[float, float]]:
-    """What _clocks is, for a GPU."""
+def _events(device: torch.device, *, queued: bool) -> Callable[[Callable[[], object], int], tuple[float, float]]:
+    """What _clocks is, for a GPU. `queued`: the call is asked for while the GPU still overwrites its L2, which hides what a graph's launch takes."""
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    buffer = torch.empty(2 * size or FLUSH, dtype=torch.uint8, device=device)
+    buffer = torch.empty(HIDING if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
 
     def run(call: Callable[[], object], calls: int) -> tuple[float, float]:
         total = 0.0
         for _ in range(calls):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             buffer.zero_()
-            torch.cuda.synchronize(device)
+            if not queued:
+                torch.cuda.synchronize(device)
             begin.record()
             call()
             end.record()
@@ -161,6 +167,16 @@ def spread(times: Times, name: str, other: str) -> tuple[float, float]:
 def geometric_mean(values: Iterable[float]) -> float:
     """exp of the mean logarithm; values above 0."""
     return statistics.geometric_mean(values)
+
+
+def check(args: argparse.Namespace, *counts: str) -> None:
+    """Raises UserError for an option among `counts` that is below 1, and for a GPU that there is not."""
+    for name in counts:
+        given = getattr(args, name)
+        if any(value < 1 for value in (given if isinstance(given, list) else [given]) if value is not None):
+            raise UserError(f"--{name} is {given if not isinstance(given, list) else ' '.join(map(str, given))}; expected a number from 1 on")
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
 
 
 def machine(device: str | torch.device = "cpu") -> str:

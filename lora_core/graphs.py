@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from lora_core import kernels
+from lora_core import groups, kernels
 from lora_core.errors import UserError
 
 WARM = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
@@ -119,7 +119,9 @@ def compile_blocks(network: nn.Module) -> None:
     blocks = [m for m in network.modules() if type(m).__name__ in names]
     if not blocks:
         raise UserError(f"--compile finds no repeated blocks in {type(network).__name__}; leave it out")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # widths x resolutions x training or not
+    # A block is compiled anew for each width, resolution and gradient mode, and one with adapter dropout for each block: its number is in the hash.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64, 4 * len(blocks))
     kernels.load()
+    groups.stay_open(network)
     for block in blocks:
         block.compile(fullgraph=True)

@@ -56,6 +56,12 @@ class Group:
     def leave(self, *_: Any) -> None:
         self.open, self.waiting = False, None
 
+    def stay_open(self) -> None:
+        """Without hooks, whose numbers differ from one module to the next: torch.compile would compile every module apart."""
+        self.open = True
+        for handle in self.handles:
+            handle.remove()
+
     def dissolve(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -118,6 +124,13 @@ def regroup(model: nn.Module) -> None:
             members = _members(parent, names)
             if len(members) > 1:
                 Group(parent, members)
+
+
+def stay_open(model: nn.Module) -> None:
+    """For compiled modules: their groups act without hooks. A traced forward calls all members of a group, so that nothing keeps waiting."""
+    for module in model.modules():
+        if isinstance(module, Adapted) and module.group is not None:
+            module.group.stay_open()
 
 
 def leave(layer: Adapted) -> None:

@@ -169,6 +169,18 @@ def test_any_strides_of_x_and_of_its_outputs_gradient() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_member_of_one_feature_whose_gradient_has_odd_strides() -> None:
+    x, m = one()
+    members = (m._replace(weight=m.weight[:1], bias=None, up=m.up[:1].detach().requires_grad_()), m)
+    results = []
+    for op in (reference.lora_grouped, linear.lora_grouped):
+        narrow, broad = op(leaf := x.detach().requires_grad_(), members)
+        dys = torch.linspace(-1, 1, narrow.numel()).view(1, -1).t(), broad.detach().cos()  # strides 1 and the number of rows
+        results.append(torch.autograd.grad((narrow, broad), [leaf, m.down, *(member.up for member in members)], dys))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("gain", ["", "full"])
 def test_empty_batch_gives_zeros(gain: str) -> None:
     case = Case((0, 4, 33), ((20, 5), (7, 3)), gain)
@@ -362,6 +374,7 @@ class Convolution(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     last: bool = False  # channels_last
     frozen: bool = True
+    size: tuple[int, int] = (9, 8)
 
 
 CONVOLUTIONS = {
@@ -369,6 +382,8 @@ CONVOLUTIONS = {
     "1x1 channels last": Convolution((1, 1), last=True),
     "1x1 alone": Convolution((1, 1), frozen=False),
     "1x1 stride 2": Convolution((1, 1), stride=(2, 2)),
+    "1x1 of one pixel": Convolution((1, 1), size=(1, 1)),
+    "3x3 of one pixel": Convolution((3, 3), padding=(1, 1), size=(1, 1)),
     "3x3": Convolution((3, 3), (2, 1), (1, 0), (1, 2)),
     "3x3 channels last": Convolution((3, 3), padding="same", last=True),
     "3x2 alone": Convolution((3, 2), frozen=False),
@@ -376,9 +391,9 @@ CONVOLUTIONS = {
 
 
 def hold_conv(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    """As `hold`, of a convolution of two images [7, 9, 8] with rank 5."""
+    """As `hold`, of a convolution of two images of 7 channels with rank 5."""
     c, make = CONVOLUTIONS[name], torch.Generator().manual_seed(3)
-    shapes = (2, 7, 9, 8), (12, 7, *c.kernel), (12,), (5, 7, *c.kernel), (12, 5, 1, 1)
+    shapes = (2, 7, *c.size), (12, 7, *c.kernel), (12,), (5, 7, *c.kernel), (12, 5, 1, 1)
     x, weight, bias, down, up = (torch.randn(s, generator=make, dtype=torch.float64).to(device) * (0.3 if i else 1) for i, s in enumerate(shapes))
     x, weight, bias, down, up = x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double(), down.float().double(), up.float().double()
 
@@ -421,6 +436,10 @@ def test_dispatch_takes_them_and_refusals_say_why() -> None:
     assert supports is not None and supports(x, *m) is None
     assert "float64" in str(supports(x.double(), *m))
     assert "bfloat16" in str(supports(x, m.weight.bfloat16(), *m[1:]))
+    trained = m.weight.detach().requires_grad_()
+    assert "gradient itself" in str(supports(x, trained, *m[1:]))
+    with torch.no_grad():
+        assert supports(x, trained, *m[1:]) is None
     assert "factor is bfloat16" in str(supports(x, *m[:2], m.down.bfloat16(), *m[3:]))
     assert "p = 1.0" in str(supports(x, *m[:-1], Drop(1.0, 1, 2, torch.tensor(3), torch.arange(12))))
     with torch.autocast("cpu", torch.bfloat16):

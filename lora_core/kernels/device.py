@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-
 HAS_TRITON = find_spec("triton") is not None
 
 

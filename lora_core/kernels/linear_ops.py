@@ -77,7 +77,7 @@ def plane(x: Tensor) -> Plane:
     if x.ndim == 2:
         return Plane(x.shape[0], x.shape[1], 1, 0, x.stride(0), x.stride(1))
     b, c, h, w = x.shape
-    row = x.stride(2) if w == 1 else x.stride(3)
+    row = x.stride(0) if h * w == 1 else x.stride(2) if w == 1 else x.stride(3)
     if b == 1 or x.stride(0) == h * w * row:
         return Plane(b * h * w, c, 1, 0, row, x.stride(1))
     return Plane(b * h * w, c, h * w, x.stride(0), row, x.stride(1))
@@ -199,7 +199,7 @@ def _back_up(
 ) -> list[Tensor]:  # fmt: skip
     found = _back_up_outputs(dys, t, starts, ups, scales, ys, magnitudes, norms, biases, guard, need_dz)
     ds, d_ups, dzs, gains = _cut(found, [1, len(ups), len(ups) if norms and need_dz else 0, len(norms)])
-    at, hidden = plane(dys[0]), plane(t)
+    at, hidden = plane(max(dys, key=lambda dy: dy.shape[1])), plane(t)  # the one feature of a narrow dy may lie at any stride
     if not at.rows:
         return [out.zero_() for out in found]
     ranks, widths = [up.shape[1] for up in ups], [len(up) for up in ups]

@@ -79,6 +79,8 @@ def _refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: list[T
     for tensor in (weight, bias):
         if tensor is not None and tensor.dtype != x.dtype:
             return f"x is {_name(x)} and the frozen layer {_name(tensor)}"
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            return "the layer wants a gradient itself; the kernels know frozen ones"
     return next((f"an adapter's factor is {_name(factor)}; the kernels read float32" for factor in wide if factor.dtype != torch.float32), None)
 
 

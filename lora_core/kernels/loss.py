@@ -156,7 +156,7 @@ def builds(full: bool) -> list[Build]:
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):
         for kernel in (forward_kernel, backward_kernel):
             for mask in (True, False):
-                constants: dict[str, Any] = {"BLOCK": ROW if kernel is forward_kernel else BLOCK} | ({"TINY": TINY} if kernel is forward_kernel else {})
+                constants: dict[str, Any] = {"BLOCK": ROW, "TINY": TINY} if kernel is forward_kernel else {"BLOCK": BLOCK}
                 constants |= {} if mask else {"mask": None, "weight": None, "d_target": None}
                 types = {"out": f"*{dtype}", "d_out": f"*{dtype}", "size": "i32", "plane": "i32"}
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
