@@ -63,12 +63,13 @@ def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
     Few rows make few tiles, so these are low and deep. fp32 has no IEEE tensor cores: small tiles keep the operands of its FMAs in registers.
     """
     wide = min(max(16, 1 << max(ranks - 1, 0).bit_length()), 64)
-    warps = 8 if kernel == "back_up" else 4  # with 4, ptxas spills 8 to 16 bytes in some of its fp16 and fp32 configurations on sm_80 to sm_90
+    # Otherwise ptxas parks 8 or 16 bytes in local memory in some configurations: back_up with 4 warps or 3 stages, shrink and back_down with 4 warps.
+    warps, stages = (8, 2) if kernel == "back_up" else (4, 3)
     if dtype == torch.float32:
-        return Tile(32, 32, min(wide, 32), warps, 3)
+        return Tile(32, 32, min(wide, 32), warps, stages)
     if rows <= 1024:
-        return Tile(32, 64, wide, warps, 3)
-    return Tile(32 if kernel == "back_up" and wide > 32 else 64, 64, wide, warps, 3)  # for the same reason
+        return Tile(32, 64, wide, warps, stages)
+    return Tile(32 if kernel == "back_up" and wide > 32 else 64, 64, wide, 4 if kernel == "expand" else 8, stages)
 
 
 def plane(x: Tensor) -> Plane:
