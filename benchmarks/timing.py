@@ -30,8 +30,8 @@ from lora_core.errors import UserError
 FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice takes milliseconds
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
 LEAST = 3  # rounds that a limit of time leaves
-HIDING = 2**30  # the same where its time has to cover the launch of a graph, some 10 us: above 100 us on any GPU known
-FLUSH = 256 * 2**20  # bytes written between repeats where the device does not say how large its L2 is; the largest known, B200's, has 126 MB
+# A graph's launch takes some 10 us, and hides behind the time that these take: by their memory's bandwidth 60 us on an H200, 32 on a B200.
+FLUSH = 256 * 2**20  # bytes written between repeats where the device does not say how large its L2 is; B200's has 126 MB
 
 
 class Times(dict[str, list[float]]):
@@ -54,12 +54,14 @@ def alternate(
 ) -> Times:
     """Seconds of one call of each contender, `rounds` times: every round runs all of them, and each round another one goes first.
 
-    A round calls a contender as often as fills `floor` (None: FLOOR) seconds. After `limit` seconds no further round starts, once there are three.
+    A round calls a contender as often as fills `floor` seconds (None: FLOOR, on a GPU a fifth). After `limit` seconds no further round starts, once
+    there are three.
     On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so that the host's launches count, as in a training loop
     at batch 1; with `graph` each contender is captured, and its replay waits in the queue while the L2 is overwritten, so that only the GPU's time
     counts. What cannot be captured is in `left_out`.
     """
-    times, device, floor = Times(), torch.device(device), FLOOR if floor is None else floor
+    times, device = Times(), torch.device(device)
+    floor = floor if floor is not None else FLOOR if device.type == "cpu" else FLOOR / 5  # events tick in half microseconds
     start, ready = time.perf_counter(), dict(contenders)
     for name in contenders:
         try:
@@ -127,7 +129,7 @@ def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
 def _events(device: torch.device, *, queued: bool) -> Callable[[Callable[[], object], int], tuple[float, float]]:
     """What _clocks is, for a GPU. `queued`: the call is asked for while the GPU still overwrites its L2, which hides what a graph's launch takes."""
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    buffer = torch.empty(HIDING if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
+    buffer = torch.empty(FLUSH if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
 
     def run(call: Callable[[], object], calls: int) -> tuple[float, float]:
         total = 0.0
