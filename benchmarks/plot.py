@@ -128,9 +128,9 @@ def _ticks(room: float) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="a file of benchmarks.all")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.png"), help="the picture; default docs/benchmarks.png")
     args = parser.parse_args(argv)
     try:
         report = json.loads(args.result.read_text())

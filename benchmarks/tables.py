@@ -53,13 +53,13 @@ def step_cost(report: Report) -> str:
 
 def layers(report: Report) -> str:
     """Geometric means over the six shapes."""
-    rows = []
+    rows, others = [], ("ours / peft", "ours / compile", "ours / torch", "ours / frozen")
     for found in results(report, "kernels"):
         for name, row in found["summary"].items():
             if isinstance(row, Mapping) and any(key.startswith("ours / ") for key in row):
-                cells = [f"{row[key]:.3f}" if key in row else "" for key in ("ours / peft", "ours / torch", "ours / frozen")]
+                cells = [f"{row[key]:.3f}" if key in row else "" for key in others]
                 rows.append([f"{name}{', graph' if found['graph'] else ''}", *cells])
-    return markdown(["", "ours / peft", "ours / torch", "ours / frozen"], rows) if rows else NOT_RUN
+    return markdown(["", *others], rows) if rows else NOT_RUN
 
 
 def optimizer(report: Report) -> str:
@@ -173,8 +173,9 @@ def _cpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]], sid
 
 def _gpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     """The rows that need an H200."""
-    on = steps if report["device"] == "cuda" else {}
-    graphs = [r["summary"] for r in results(report, "kernels") if r["graph"] and report["device"] == "cuda"]
+    here = report["device"] == "cuda" and "H200" in report["machine"]
+    on = steps if here else {}
+    graphs = [r["summary"] for r in results(report, "kernels") if r["graph"] and here]
     means = [next((g[f"lora_linear {kind}"]["ours / peft"] for g in graphs if f"lora_linear {kind}" in g), None) for kind in ("LoRA", "DoRA")]
 
     def faster(model: str) -> str:
@@ -219,7 +220,7 @@ def written(text: str, report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="a file of benchmarks.all")
     parser.add_argument("--write", type=Path, help="the file with the marks")
     args = parser.parse_args(argv)

@@ -188,15 +188,15 @@ def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
 
 
 def parser() -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     new.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     new.add_argument("--model", nargs="+", choices=("toy", "sd15", "sdxl", "flux"), help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU")
     new.add_argument("--batch", nargs="+", type=int, help="default: 1, on a GPU also 4 for sdxl")
     new.add_argument("--side", type=int, default=0, help="pixels; default: 256 for sd15 on the CPU, else the model's own")
-    new.add_argument("--rank", type=int, default=contenders.RANK)
-    new.add_argument("--rounds", type=int, default=15)
+    new.add_argument("--rank", type=int, default=contenders.RANK, help="of the adapters; default 16")
+    new.add_argument("--rounds", type=int, default=15, help="of which medians are taken; default 15")
     new.add_argument("--limit", type=float, default=600, help="seconds after which a model gets no further round, once it has three")
-    new.add_argument("--threads", type=int, default=1)
+    new.add_argument("--threads", type=int, default=1, help="of the CPU; default 1")
     new.add_argument("--contenders", nargs="+", help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}")
     new.add_argument("--profile", action="store_true", help="print instead which operations cost more than in the first contender")
     new.add_argument("--json", type=Path, help="file for all the numbers")
@@ -205,10 +205,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     names, results = args.contenders or CONTENDERS[args.device], []
     try:
+        timing.check(args, "batch", "rank", "rounds", "threads")
+        if args.json and args.profile:
+            raise UserError("--json has no effect with --profile; leave it out")
+        torch.set_num_threads(args.threads)
         for name in names:
             words_of(name)
         print(timing.machine(args.device))
@@ -221,11 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 results.append(measure(problem, names, args.rounds, args.limit))
                 print(f"\n{show(results[-1])}", flush=True)
+                if args.json:  # what an interruption leaves
+                    timing.write_json(args.json, {"machine": timing.machine(args.device), "device": args.device, "results": results})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        timing.write_json(args.json, {"machine": timing.machine(args.device), "device": args.device, "results": results})
     return 0
 
 

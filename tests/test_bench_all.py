@@ -150,6 +150,16 @@ def test_unknown_contenders_are_refused(capsys):
 # ---------------------------------------------------------------- the figures
 
 
+def test_numbers_below_one_and_idle_options_are_refused(capsys):
+    for argv, said in (
+        (["--batch", "0"], "--batch is 0"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--profile", "--json", "x"], "--json has no effect"),
+    ):
+        assert train_step.main(["--device", "cpu", "--model", "toy", *argv]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_memory_is_that_of_the_step():
     held = []
 
@@ -208,7 +218,7 @@ def folder(tmp_path, monkeypatch):
     (package / "good.py").write_text("import json, sys\njson.dump(sys.argv[1:-2], open(sys.argv[-1], 'w'))\nprint('a table')\n")
     (package / "bad.py").write_text("raise ValueError('no such layer')\n")
     (package / "mute.py").touch()
-    (package / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    (package / "slow.py").write_text("import sys, time\nopen(sys.argv[-1], 'w').write('[1]')\ntime.sleep(60)\n")
     monkeypatch.setattr(every, "HERE", package)
     return package
 
@@ -222,6 +232,7 @@ def test_all_collects_what_works_and_records_what_does_not(folder, monkeypatch, 
     assert report["parts"]["one"]["error"] == "exit status 1: ValueError: no such layer"
     assert "no numbers" in report["parts"]["two"]["error"]
     assert report["parts"]["three"]["error"] == "not done after 1 s"
+    assert report["parts"]["three"]["results"] == [1], "what it had by then"
     assert report["parts"]["three"]["seconds"] < 30
     assert report["parts"]["four"]["results"] == ["--model", "x"]
     assert report["parts"]["four"]["command"] == "python -m benchmarks.good --model x"
@@ -368,6 +379,16 @@ def test_the_figures_to_reach():
     assert lines["DoRA norm 1280 x 1280, one CPU thread: times as fast, error"][-1] == "4.2, 2e-07 |"
     assert lines["SD1.5 256 px bf16 on the CPU, over frozen: LoRA / DoRA"] == ["not run", "1.05 / 1.12", "1.030 |"]
     assert all(cells[-1] == "not run |" for name, cells in lines.items() if name.startswith("H200"))
+    graphs = {
+        "graph": {
+            "command": "python -m benchmarks.kernels --graph",
+            "results": {"graph": True, "summary": {"lora_linear LoRA": {"ours / peft": 0.6}}},
+        }
+    }
+    for machine, found in (("NVIDIA H200 (CUDA 13), a CPU", "0.60"), ("NVIDIA L40S (CUDA 13), a CPU", "not run")):
+        assert f"ours / peft: LoRA / DoRA | 1 / 1 | 0.65 / 0.35 | {found} |" in tables.targets(
+            full_report() | {"device": "cuda", "machine": machine, "parts": graphs}
+        )
     gpu = tables.targets(full_report() | {"device": "cuda"})
     assert "1.030" not in gpu, "a CPU's figure in the CPU's row only"
 
