@@ -105,6 +105,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for option in idle if args.tune or args.profile else ("winners",):
         if getattr(args, option):
             raise UserError(f"--{option} has no effect {f'with {mode}' if args.tune or args.profile else 'without --tune'}; leave it out")
+    if args.quick and args.compile:
+        raise UserError("--quick leaves torch.compile out, and --compile asks for it; choose one of the two")
     if args.shape and args.model:
         raise UserError("--shape and --model are both given; they choose the same thing, leave one out")
     candidate = None

@@ -115,6 +115,21 @@ def test_a_right_candidate_is_timed_beside_the_twins(main, tmp_path):
     assert out.count("\ncandidate ") == 2
 
 
+def test_more_shapes_than_dynamo_keeps_are_compiled_and_what_it_cannot_trace_is_left_out(main, monkeypatch, tmp_path):
+    """backend="eager": what dynamo traces, run as it is."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, backend="eager", **how))
+    shapes = [f"{rows},8,8" for rows in range(2, 3 + torch._dynamo.config.recompile_limit)]
+    file = tmp_path / "compiled.json"
+    status, out, err = main(
+        "--compile", "--json", str(file), "--shape", *shapes, "--rank", "2", "--rounds", "1", "--op", "keyed_dropout", "prodigy_step"
+    )
+    assert status == 0, out + err
+    stored = json.loads(file.read_text())
+    assert ["compile" in row["contenders"] for row in stored["cases"]] == [True] * len(shapes) + [False]
+    assert "prodigy_step its example: torch.compile of the reference is left out, it raises" in out
+
+
 def test_tuning_writes_the_rows_that_choose_reads(main, tmp_path):
     status, _, err = main(*TINY, "--tune", "--op", "lora_linear", "--dtype", "bf16")
     assert status == 0, err
@@ -136,7 +151,8 @@ def test_mistakes_are_told(main):
     for argv, said in (
         (("--shape", "16,24"), "expected rows,in,out"), (("--rank", "0"), "--rank is 0"), (("--graph", "--device", "cpu"), "--graph"),
         (("--shape", "1,2,3", "--model", "sd15"), "leave one out"), (("--candidate", "no.py:f"), "no.py:f"),
-        (("--op", "lora_conv", "dora_norm", "--candidate", "no.py:f"), "name one"),
+        (("--op", "lora_conv", "dora_norm", "--candidate", "no.py:f"), "name one"), (("--tune", "--json", "x"), "--json has no effect with --tune"),
+        (("--profile", "--json", "x"), "with --profile"), (("--winners", "x"), "without --tune"), (("--quick", "--compile"), "choose one"),
     ):  # fmt: skip
         status, _, err = main("--device", "cpu", *argv)
         assert status == 2 and said in err, (argv, err)
