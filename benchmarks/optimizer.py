@@ -3,8 +3,9 @@
     python -m benchmarks.optimizer [--networks sd15 sdxl] [--rank 16] [--rounds 9] [--threads 1] [--device cpu|cuda] [--json FILE]
 
 prints, for each, the time of a step (contenders take turns in one process), its ratio to the peer's, the launches and waits for the device of a step
-on a GPU, and how far d and the parameters are from the peer's own float64 run after five steps. Launches are aten calls that are no views, and the
-declared ones of our kernels, counted on the meta device; a wait is a value that travels to the host (.item()).
+on a GPU, and how far d and the parameters are from the peer's own float64 run after five steps. Launches are torch calls that are no views (one that
+takes many tensors is several on a GPU) and the declared ones of our kernels, counted on the meta device as benchmarks/counting.py says; a wait is a
+value that travels to the host (.item()).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from typing import Any
 import torch
 from prodigyopt import Prodigy as Prodigyopt
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import timing
+from benchmarks.counting import Counter, Tally
 from benchmarks.networks import tensor_shapes
 from lora_core import kernels
 from lora_core.adamw import AdamW
+from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 
 STEPS = 5  # of the comparison with float64
@@ -37,26 +40,6 @@ CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second
         "torch, foreach": lambda params: torch.optim.AdamW(params, foreach=True),
     },
 }
-
-
-class Issued(TorchDispatchMode):
-    """Counts what a step issues."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        name, results = func._schema.name, func._schema.returns
-        if name == "aten::_local_scalar_dense":
-            self.waits += args[0].device.type != "cpu"  # torch's AdamW keeps its counts there
-            if args[0].is_meta:
-                return 1
-        elif name in kernels.COSTS:
-            self.launches += kernels.COSTS[name](*args).launches
-        elif name.startswith("aten::") and not any(r.alias_info and not r.alias_info.is_write for r in results):
-            self.launches += 1
-        return func(*args, **(kwargs or {}))
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -79,18 +62,18 @@ def made(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
         return make(params)
 
 
-def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Issued:
+def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tally:
     """A step that is not the first, on the meta device, but for torch's fused kernel, which refuses it and issues the same calls on the CPU."""
     params = parameters(shapes, "cpu" if contender == "torch, fused" else "meta")
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer = made(make, params)
     with kernels.using("triton" if contender == "ours" else kernels.mode()):
-        with Issued():
+        with Counter():
             optimizer.step()
-        with Issued() as counted:
+        with Counter() as counted:
             optimizer.step()
-    return counted
+    return counted.tally
 
 
 def trajectory(make: Make, shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> tuple[Tensor, float | None]:
@@ -116,7 +99,7 @@ def measure(network: str, name: str, rank: int, rounds: int, device: str) -> lis
         counted = issued(make, shapes, contender)
         rows.append({
             "network": network, "tensors": len(shapes), "parameters": exact.numel(), "optimiser": name, "contender": contender,
-            "launches": counted.launches, "waits": counted.waits, "error": ((found.double() - exact).norm() / moved).item(),
+            "launches": counted.ops, "waits": counted.syncs, "error": ((found.double() - exact).norm() / moved).item(),
             "error of d": None if d is None or exact_d is None else abs(d / exact_d - 1),
         })  # fmt: skip
         params = parameters(shapes, device)
@@ -131,15 +114,20 @@ def measure(network: str, name: str, rank: int, rounds: int, device: str) -> lis
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl", "flux"])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters; default 16")
+    parser.add_argument("--rounds", type=int, default=9, help="of which the median is taken; default 9")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; default 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the rows there")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    try:
+        timing.check(given, "rank", "rounds", "threads")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(given.threads)
     print(timing.machine(given.device))
     rows = []
@@ -151,7 +139,8 @@ def main() -> None:
     print(f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps")
     if given.json:
         timing.write_json(given.json, {"machine": timing.machine(given.device), "threads": given.threads, "rank": given.rank, "rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,8 @@ for the device. Not in it: the copy of a table of addresses that our kernels rea
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from benchmarks.counting import Counter, Tally, as_cuda, saved
 from lora_core import adapters, kernels
 from lora_core.adamw import AdamW
 from lora_core.adapters import AdapterSpec
+from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 
 GB = 1e9
@@ -161,14 +163,19 @@ def optimizer_table(name: str, found: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=networks.NAMES, default=list(networks.NAMES))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--json", type=Path, help="file for all the numbers")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        timing.check(args, "batch", "rank")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     variants = [variant for variant in VARIANTS if variant == "frozen" or variant in args.variant]
     report: dict[str, Any] = {"machine": timing.machine(), "batch": args.batch, "rank": args.rank, "models": {}}
     for name in args.model:
@@ -182,7 +189,8 @@ def main() -> None:
         }
     if args.json:
         timing.write_json(args.json, report)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,6 @@
 """The benchmark of the optimisers, on three small layers."""
 
 import json
-import sys
 
 import pytest
 
@@ -10,8 +9,7 @@ from benchmarks import optimizer
 
 def test_rows_say_what_a_step_costs_and_how_far_it_is_off(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(optimizer, "tensor_shapes", lambda network, rank: [(rank, 7), (5, rank)] * 3)
-    monkeypatch.setattr(sys, "argv", ["optimizer", "--networks", "sd15", "--rank", "2", "--rounds", "3", "--json", str(tmp_path / "rows.json")])
-    optimizer.main()
+    assert optimizer.main(["--networks", "sd15", "--rank", "2", "--rounds", "3", "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
     written = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["optimiser"], row["contender"]): row for row in written["rows"]}
     assert len(rows) == 5 and written["threads"] == 1 and "torch" in written["machine"]
@@ -22,3 +20,8 @@ def test_rows_say_what_a_step_costs_and_how_far_it_is_off(tmp_path, monkeypatch:
         assert ours["error"] <= 2 * peer["error"] + 1e-6 and (ours["error of d"] or 0) <= 2 * (peer["error of d"] or 0) + 1e-6
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values()) and rows["adamw", "torch, fused"]["ratio"] == 1
     assert "sd15" in capsys.readouterr().out
+
+
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert optimizer.main(["--rounds", "0", "--device", "cpu"]) == 2
+    assert "--rounds is 0; expected a number from 1 on" in capsys.readouterr().err
