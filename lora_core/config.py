@@ -311,9 +311,10 @@ class Config:
     autocast: bool = False
     """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
     compile: bool = False
-    """torch.compile the repeated blocks of the denoiser: faster steps after a first one that takes a minute."""
+    """torch.compile the blocks that the denoiser repeats: faster steps, after a first one in which each kind of block is compiled."""
     cuda_graph: bool = False
-    """Replay forward, backward, clipping and optimiser as one CUDA graph, captured once for each stage and image size: no launch costs."""
+    """On an NVIDIA GPU replay forward, backward, clipping and optimiser as one CUDA graph, captured once for each stage and image size: no launch
+    costs. With adamw or prodigy, and losses that do the same in each step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: str = "mse"
