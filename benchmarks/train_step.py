@@ -124,6 +124,8 @@ def peak(step: Callable[[], object], device: torch.device) -> int | None:
     """Most bytes in use during a contender's second step beyond those before it. On the CPU from Linux's resident memory; None where that cannot be
     asked. A CUDA graph is not captured yet in its second step; it will hold as much all the time."""
     step()
+    for p in getattr(step, "parameters", ()):
+        p.grad = None  # our loop frees the last step's gradients at the start of a step, the scripts at its end: neither side is credited with them
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -174,6 +174,21 @@ def test_memory_is_that_of_the_step():
         assert small < 16e6
 
 
+def test_gradients_that_a_loop_leaves_are_not_taken_off_its_peak():
+    weight, found = torch.zeros(3, requires_grad=True), []
+
+    class Step:
+        def __init__(self):
+            self.parameters = [weight]
+
+        def __call__(self):
+            found.append(weight.grad)
+            weight.grad = torch.ones(3)
+
+    train_step.peak(Step(), torch.device("cpu"))
+    assert found == [None, None]
+
+
 def test_each_contender_is_measured_over_the_frozen_one_of_its_words():
     assert train_step.frozen_of("ours lora", NAMES) == "frozen"
     assert train_step.frozen_of("ours lora graph", (*NAMES, "frozen graph")) == "frozen graph"
