@@ -96,10 +96,10 @@ class Grouped(torch.autograd.Function):
         weights, biases, downs, ups, magnitudes, norms = _columns(given)
         x2 = x.reshape(-1, x.shape[-1])
         drop = [] if step is None or rows is None else [step, rows]
-        t = ops.shrink(x2, downs, drop, list(static.words), list(static.kept))
+        t = ops.run(ops.shrink, x2, x2, downs, drop, list(static.words), list(static.kept))
         ys = [_base(x2, weight, None if static.gain else bias, len(up)) for weight, bias, up in zip(weights, biases, ups)]
         gain = (magnitudes, norms, [b for b in biases if b is not None]) if static.gain else ([], [], [])
-        ops.expand_(ys, t, ups, list(static.scales), *gain, weights[0] is None)
+        ops.run(ops.expand_, x2, ys, t, ups, list(static.scales), *gain, weights[0] is None)
         ctx.static, ctx.shape = static, x.shape
         ctx.set_materialize_grads(False)
         kept = [tensor for member in zip(weights, biases if static.gain else [None] * len(ups), downs, ups, magnitudes, norms) for tensor in member]
@@ -121,7 +121,7 @@ class Grouped(torch.autograd.Function):
         gain: tuple[list[Tensor], ...] = ([], [], [], [])
         if static.gain:
             gain = [saved[EACH * len(dys) + i] for i in active], magnitudes, norms, [b for b in biases if b is not None]
-        found = ops.back_up(outs, t, [sum(ranks[:i]) for i in active], ups, scales, *gain, _guard(x.dtype, gain), needs[1])
+        found = ops.run(ops.back_up, x, outs, t, [sum(ranks[:i]) for i in active], ups, scales, *gain, _guard(x.dtype, gain), needs[1])
         ds, d_ups, found = found[0], found[1 : 1 + len(active)], found[1 + len(active) :]
         if static.gain and needs[1]:
             outs, found = found[: len(active)], found[len(active) :]
@@ -129,7 +129,7 @@ class Grouped(torch.autograd.Function):
         drop, words = ([step, rows], [w for i in active for w in static.words[2 * i : 2 * i + 2]]) if static.words else ([], [])
         if needs[1] or any(needs[4 + EACH * i + 2] for i in active):
             d_downs, kept = [torch.empty_like(down) for down in downs], [static.kept[i] for i in active] if drop else []
-            ops.back_down_(dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None)
+            ops.run(ops.back_down_, x, dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None)
             for i, d_down in zip(active, d_downs):
                 given[4 + EACH * i + 2] = d_down
         for place, i in enumerate(active):
@@ -211,14 +211,14 @@ class Conv(torch.autograd.Function):
     def forward(ctx: Any, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
         x, down2, up2 = _pixels(x), down.flatten(1).contiguous(), up.flatten(1).contiguous()
         if g.pointwise(down):
-            cast, hidden, size = None, ops.shrink(x, [down2], [], [], []), x.shape[2:]
+            cast, hidden, size = None, ops.run(ops.shrink, x, x, [down2], [], [], []), x.shape[2:]
         else:
             cast = down.to(x.dtype)
             hidden = F.conv2d(x, cast, None, g.stride, g.padding, g.dilation)
             size = hidden.shape[2:]
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         y = F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation) if weight is not None else _room(x, (len(x), len(up), *size), layout)
-        ops.expand_([y], hidden, [up2], [g.scale], [], [], [], weight is None)
+        ops.run(ops.expand_, x, [y], hidden, [up2], [g.scale], [], [], [], weight is None)
         ctx.geometry, ctx.up_shape, ctx.down_shape = g, up.shape, down.shape
         ctx.save_for_backward(x, weight, cast, down2, up2, hidden)
         return y
@@ -228,7 +228,7 @@ class Conv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         g, (x, weight, cast, down, up, hidden) = ctx.geometry, ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, _pixels(dy)
-        ds, d_up = ops.back_up([dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False)
+        ds, d_up = ops.run(ops.back_up, x, [dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False)
         dx = g_down = None
         if needs[1] and weight is not None:
             dx = _pixels(_conv_gradients(g, dy, x, weight, (True, False))[0])
@@ -236,7 +236,7 @@ class Conv(torch.autograd.Function):
             if needs[1] and dx is None:
                 dx = torch.empty_like(x)
             g_down = torch.empty_like(down)
-            ops.back_down_(dx, [g_down], ds, x, [down], [], [], [], weight is None)
+            ops.run(ops.back_down_, x, dx, [g_down], ds, x, [down], [], [], [], weight is None)
         else:
             more, g_down = _conv_gradients(g, ds, x, cast, (needs[1], needs[4]))
             dx = more if dx is None else dx.add_(more)

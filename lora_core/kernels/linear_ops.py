@@ -294,6 +294,16 @@ shrink = _op("shrink", _shrink, _shrink_meta)
 expand_ = _op("expand_", _expand_, lambda *_: None, ("ys",))
 back_up = _op("back_up", _back_up, _back_up_outputs)
 back_down_ = _op("back_down_", _back_down_, lambda *_: None, ("dx", "d_downs"))
+LAUNCHERS: dict[Any, Callable[..., Any]] = {shrink: _shrink, expand_: _expand_, back_up: _back_up, back_down_: _back_down_}
+
+
+def run(op: Any, x: Tensor, *args: Any) -> Any:
+    """op(*args) inside an autograd.Function, on tensors like x; past torch's dispatcher where nothing traces, fakes or counts the op.
+
+    With it the host is busy with a LoRA layer for 286 microseconds a step, without it for 154 (one Zen 4 thread, Triton's own launch not in either).
+    """
+    heard = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+    return op(*args) if heard else LAUNCHERS[op](*args)
 
 
 def _bytes(*tensors: Tensor | None) -> int:
