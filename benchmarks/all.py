@@ -46,7 +46,7 @@ PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seco
         "merge": Part("merge --quick --threads 1", 300),
     },
     "cuda": {
-        "kernels": Part("kernels --device cuda --no-compile --rounds 5", 80),
+        "kernels": Part("kernels --device cuda --no-compile --rounds 5", 70),
         "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
         "kernels, compile": Part("kernels --device cuda --compile --op lora_linear --rounds 3", 50),
         "optimizer": Part("optimizer --device cuda", 30),
@@ -54,7 +54,7 @@ PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seco
         "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 7 --limit 25", 115),
         "train step flux": Part("train_step --device cuda --model flux --rounds 5 --limit 30", 80),
         "step cost": Part("step_cost --model sdxl", 60),
-        "merge": Part("merge --quick --threads 1", 20),
+        "merge": Part("merge --quick --threads 1", 30),
     },
 }
 QUICK: dict[str, dict[str, Part]] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks import timing
 from lora_core.algebra import AdapterState, LowRank, product
 from lora_core.merges import Term, mix
 from lora_core.spectra import Keep, compress, one_thread, spectrum, total
@@ -71,10 +70,10 @@ SLOW = 2.0  # seconds of a dense SVD from which three rounds have to do instead 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="square layers at rank 16 and the whole file")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
     parser.add_argument("--whole", type=Path, nargs=2, help=argparse.SUPPRESS)  # the process of its own
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,14 +83,14 @@ def main() -> None:
     ranks = (16,) if args.quick else RANKS
     cases: list[tuple[str, tuple[int, ...], int]] = [(name, shape, rank) for name, shape in SQUARE.items() for rank in ranks]
     cases += [] if args.quick else [(name, shape, rank) for name, shape in OTHERS.items() for rank in (16, 64)]
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()}, load before the start {load}; milliseconds are medians")
+    machine = timing.machine()
+    print(f"{machine}; milliseconds are medians")
     heads = "".join(f"{head:>11}" for head in ("ours ms", "dense ms", "peft ms", "dense/ours", "peft/ours", "(best)"))
     print(f"{'layer':26}{'rank':>5}{heads}   excess error ours, dense, peft")
     rows = [report(*case, rounds=5) for case in cases]
     whole = whole_file(args.threads)
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "layers": rows, "whole": whole}, indent=1))
+        timing.write_json(args.json, {"machine": machine, "threads": args.threads, "layers": rows, "whole": whole})
 
 
 def report(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict[str, Any]:

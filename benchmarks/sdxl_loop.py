@@ -17,7 +17,6 @@ import cProfile
 import functools
 import itertools
 import json
-import platform
 import pstats
 import statistics
 import tempfile
@@ -42,6 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train
+from benchmarks import timing
 from lora_core.config import Config
 from lora_core.toml import read_toml
 from tests import tiny_sdxl
@@ -276,12 +276,6 @@ def measure(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
-
-
 def top(vocabulary: int, steps: int, rows: int = 25) -> str:
     """Where our loop's time goes, both stages, by own time."""
     profile, text = cProfile.Profile(), StringIO()
@@ -302,7 +296,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where our time goes, instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine())
+    print(timing.machine())
     if args.profile:
         print(top(args.vocabulary[0], args.steps))
         return
@@ -314,7 +308,7 @@ def main() -> None:
         for phase, row in result["wall"].items():
             print(f"{phase:<26} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x   {result['cpu'][phase]['ratio']:10.2f}x")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "steps": args.steps, "results": found}, indent=1))
+        timing.write_json(args.json, {"machine": timing.machine(), "steps": args.steps, "results": found})
 
 
 if __name__ == "__main__":
