@@ -101,7 +101,7 @@ def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor
     if s.family.inpainting:
         holes = generation.random_holes(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
         with torch.no_grad():
-            inpaint = generation.masked_latents(s.family, batch.pixels.to(s.device), holes.to(s.device))
+            inpaint = generation.masked_latents(s.family, _put(batch.pixels, s.device), _put(holes, s.device))
     return x0, mask, inpaint
 
 

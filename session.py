@@ -51,6 +51,8 @@ class Session:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current device
         checks.machine(config, self.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
@@ -126,14 +128,12 @@ class Session:
         self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
         self._install_tokens()
         if c.gradient_checkpointing:
-            again = {
-                "use_reentrant": False,
-                "preserve_rng_state": False,
-            }  # no layer here draws from the device's generator, and a graph cannot read it
-            self.denoiser.enable_gradient_checkpointing(functools.partial(checkpoint, **again))  # type: ignore[operator]
+            # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
+            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            self.denoiser.enable_gradient_checkpointing(again)  # type: ignore[operator]
             for encoder in self.encoders.values():  # transformers 6 keeps the first name only
                 enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-                enable(again)  # type: ignore[operator]
+                enable(again.keywords)  # type: ignore[operator]
         if self.device.type == "cuda":
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 4-d weights: cuDNN's half-precision kernels are NHWC
         if c.compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -55,6 +56,9 @@ class _Capture:
 class Replayed:
     """fn(inputs) -> tensors, the first WARM calls of each kind as they are, the following ones from a graph.
 
+    Between two captures lies a call as it is: it makes ready what a capture takes with it (the optimisers' pinned tables of addresses). Our kernels
+    count arrivals in memory that all graphs share: one graph replays at a time, on one stream.
+
     A kind is `key` and the shapes and dtypes of the tensors in `inputs`. fn must do all its work on the device, the same for every call of a kind,
     and keep what outlives it (parameters, optimiser state) at its addresses; Python values that it reads stay what they were at the capture.
     """
@@ -62,14 +66,18 @@ class Replayed:
     def __init__(self) -> None:
         self.calls: dict[Hashable, int] = {}
         self.captures: dict[Hashable, _Capture] = {}
+        self.ready = False  # whether the last call that was no replay was no capture either
 
     def __call__(self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None) -> tuple[Tensor, ...]:
         """fn's result for these inputs; copies, which the next call leaves alone."""
         kind = (key, tuple((tuple(t.shape), t.dtype) for t in tensors(inputs)))
         self.calls[kind] = self.calls.get(kind, 0) + 1
-        if self.calls[kind] <= WARM:
+        if self.calls[kind] <= WARM or (kind not in self.captures and not self.ready):
+            self.ready = True
             return fn(inputs)
         if kind not in self.captures:
+            self.ready = False
+            gc.collect()  # a cycle that holds a node of an earlier backward pass would bring that pass's stream into the capture
             static = mapped(inputs, torch.clone)
             recording: Recording = CudaGraph()
             with recording.record():

@@ -95,11 +95,23 @@ def test_a_replay_copies_new_inputs_in_and_results_out(taped: None) -> None:
 
 def test_each_shape_and_key_has_its_own_graph(taped: None) -> None:
     replayed = Replayed()
-    for _ in range(5):
+    for _ in range(6):
         for key, n in (("a", 2), ("a", 3), ("b", 2)):
             (out,) = replayed(lambda x: (x * 2,), torch.ones(n), key)
             assert out.tolist() == [2.0] * n
     assert Tape.made == 3
+
+
+def test_two_captures_never_follow_each_other_directly(taped: None) -> None:
+    replayed, ran = Replayed(), []
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        ran.append((len(x), Tape.made))
+        return (x * 2,)
+
+    for n in [2, 2, 2, 3, 3, 3, 2, 3, 3, 2, 3]:
+        assert replayed(fn, torch.ones(n))[0].tolist() == [2.0] * n
+    assert ran == [(2, 0)] * 3 + [(3, 0)] * 3 + [(2, 1), (3, 1), (3, 2)]  # 2 is captured; 3 runs once more before it is
 
 
 def test_the_tape_refuses_what_a_capture_refuses(taped: None) -> None:
