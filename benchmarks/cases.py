@@ -26,7 +26,7 @@ from lora_core.kernels import Member
 from lora_core.kernels.reference import wide
 
 LAYERS: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("layers.json").read_text())
-SIX = ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280))  # of SD 1.5 and SDXL: attention and feed-forward
+SIX = ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280))  # of SD 1.5 and SDXL
 FROZEN = frozenset({"weight", "bias", "norm", "target", "mask", "weights", "snr"})  # arguments that no gradient is asked for, by their name
 LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128)}  # of a picture of the model's own size
 SCALE = 0.5

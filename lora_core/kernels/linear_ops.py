@@ -63,15 +63,15 @@ def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
     Few rows make few tiles, so these are low and deep. fp32 has no IEEE tensor cores: small tiles keep the operands of its FMAs in registers.
     """
     wide = min(max(16, 1 << max(ranks - 1, 0).bit_length()), 64)
-    # Warps and stages are those with which ptxas parks nothing in local memory: with others it puts 8 to 32 bytes there in some of the configurations.
+    # Warps, stages and back_up's tiles are those with which ptxas parks nothing in local memory; with others some configurations spill 8 to 32 bytes.
     warps, stages = (8, 2) if kernel == "back_up" else (4, 3)
     if dtype == torch.float32:
         return Tile(32, 32, min(wide, 32), warps, stages)
     if kernel == "back_up":
-        return Tile(32, 64, wide if ranks <= 128 else 32, warps, stages)
+        return Tile(64 if rows > 1024 and ranks in (16, 32) else 32, 64, wide if ranks <= 64 else 32, warps, stages)
     if rows <= 1024:
         return Tile(32, 64, wide, warps, stages)
-    return Tile(64, 64, wide, 4 if kernel == "expand" else 8, 2 if kernel == "back_down" else stages)
+    return Tile(64, 64, wide, 4 if kernel == "expand" else 8, 2 if kernel == "back_down" and ranks <= 128 else stages)
 
 
 def plane(x: Tensor) -> Plane:
