@@ -26,7 +26,10 @@ from lora_core.kernels import Member
 from lora_core.kernels.reference import wide
 
 LAYERS: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("layers.json").read_text())
-SIX = ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280))  # of SD 1.5 and SDXL
+SIX = {  # rows, features in, features out: small enough for one thread, and those that a GPU meets in SD 1.5, SDXL and Flux
+    "cpu": ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280)),
+    "cuda": ((4096, 320, 320), (4096, 640, 640), (1024, 1280, 1280), (1024, 1280, 10240), (77, 2048, 1280), (4608, 3072, 3072)),
+}
 FROZEN = frozenset({"weight", "bias", "norm", "target", "mask", "weights", "snr"})  # arguments that no gradient is asked for, by their name
 LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128)}  # of a picture of the model's own size
 SCALE = 0.5

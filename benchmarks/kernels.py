@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     plan = plan_of(args)
     torch.set_num_threads(args.threads)
-    shapes: list[tuple[int, ...]] = [shape_of(text) for text in args.shape] if args.shape else list(SIX)
+    shapes: list[tuple[int, ...]] = [shape_of(text) for text in args.shape] if args.shape else list(SIX[args.device])
     names = args.op or (["lora_linear"] if args.candidate else list(QUICK) if args.quick else list(OPS))
     print(timing.machine(args.device), flush=True)
     if args.tune:

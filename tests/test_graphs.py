@@ -140,11 +140,23 @@ CASES: dict[str, dict[str, Any]] = {
     "l1": {"loss": "l1"},
     "preservation": {"stages": (Stage(6, ALL),), "prior": Prior(swap={"TOK": "cat"})},
     "checkpointing": {"gradient_checkpointing": True},
+    "autocast": {"autocast": True},
 }  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", ["lora", "dora, accumulated, warm-up", "everything, prodigy"])
+def test_a_replayed_run_on_triton_kernels_is_the_run(config: Config, quick: None, taped: None, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    replay(config, case)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_replayed_run_is_the_run(config: Config, quick: None, taped: None, case: str) -> None:
+    replay(config, case)
+
+
+def replay(config: Config, case: str) -> None:
     plain = replace(config, **{"stages": (Stage(6, ("denoiser",)), ), **CASES[case]}, log_every=1)  # fmt: skip
     eager = train.train(plain)
     replayed = train.train(replace(plain, cuda_graph=True, out=plain.out + "_graph"))

@@ -262,3 +262,22 @@ def test_dropout_gradient_is_the_mask_and_memory_format_does_not_matter():
     y.sum().backward()
     assert torch.equal(x.grad, (y != 0) * 2.0)
     assert torch.equal(call("keyed_dropout", x.to(memory_format=torch.channels_last), *rest), y)
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton and name not in ("prodigy_step", "adamw_step")])
+def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
+    """The example of each row: at most twice the error to float64 of the reference in the same dtype."""
+    results = {}
+    for mode, kind in (("exact", torch.float64), ("reference", dtype), ("triton", dtype)):
+        args = OPS[name].example(0, dtype, "cuda")
+        args = torch.utils._pytree.tree_map(lambda a, kind=kind: a.to(kind) if isinstance(a, torch.Tensor) and a.is_floating_point() else a, args)
+        with using("triton" if mode == "triton" else "reference"):
+            results[mode] = torch.cat([y.double().flatten() for y in torch.utils._pytree.tree_leaves(call(name, *args))])
+    error, eager = ((results[mode] - results["exact"]).norm() for mode in ("triton", "reference"))
+    assert error <= 2 * eager + 1e-6 * results["exact"].norm()
