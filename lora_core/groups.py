@@ -73,6 +73,8 @@ class Group:
 
         A change of the tensor in place between two of the calls is noticed, save under torch.compile, which cannot count them.
         """
+        if not can_pay(x):
+            return None
         tracing, waiting, grad = torch.compiler.is_compiling(), self.waiting, torch.is_grad_enabled()
         if not self.open or (not tracing and x.is_inference()):  # an inference tensor does not count its changes
             return None
@@ -106,6 +108,11 @@ class Group:
         if kind is LoRA:
             return members
         return tuple([member._replace(norm=adapter.norm(base)) for member, (base, adapter, _) in zip(members, one)])
+
+
+def can_pay(x: Tensor) -> bool:
+    """Whether it is worth asking; on a CPU the question would be a tenth of a small model's step."""
+    return mode() == "triton" or (mode() == "auto" and x.device.type != "cpu")
 
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
