@@ -175,8 +175,8 @@ def test_dropout_of_a_strided_input_and_of_what_is_refused() -> None:
 def inlined_kernel(out, step, rows, size, state, threshold, BLOCK: tl.constexpr):
     """What a kernel that drops its own tile does, as the head of dropout.py tells."""
     i, element = tl.arange(0, 4), tl.arange(0, BLOCK)
-    key = dropout.row_key(state, tl.load(step), tl.load(rows + i))[:, None]
-    kept = dropout.keep(element[None, :], key, threshold)
+    key, second = dropout.row_keys(state, tl.load(step), tl.load(rows + i))
+    kept = dropout.keep(element[None, :], key[:, None], second[:, None], threshold)
     tl.store(out + i[:, None] * size + element[None, :], kept.to(tl.float32), mask=element[None, :] < size)
 
 

@@ -1,8 +1,8 @@
 """Keyed dropout in Triton: reference.keyed_dropout's hash in registers, the mask recomputed in the backward and never stored.
 
 Another kernel drops the elements of its own tile in place of a launch of this one:
-    key = row_key(state, step, tl.load(rows + i))             # uint32, of row i; state is what `stream(seed, layer)` gives, step and rows hold int64
-    kept = keep(element, key, threshold)                      # element: row-major index inside row i, any shape that broadcasts with key
+    key, second = row_keys(state, step, tl.load(rows + i))    # uint32, of row i; state is what `stream(seed, layer)` gives, step and rows hold int64
+    kept = keep(element, key, second, threshold)              # element: row-major index inside row i, any shape that broadcasts with the keys
     x = tl.where(kept, x / (1 - p), 0.0)                      # threshold is what `threshold(p)` gives
 state and threshold are uint32 that travel as int32, so that a launcher specialises on nothing.
 """
@@ -44,17 +44,17 @@ def _absorb(state, word):
 
 
 @triton.jit
-def row_key(state, step, row):
-    """The uint32 key of a row, from the int32 state of `stream`, the int64 step and the int64 key of the row."""
-    key = _absorb(state.to(tl.uint32), step.to(tl.uint32))
-    return _absorb(_absorb(key, row.to(tl.uint32)), (row >> 32).to(tl.uint32))
+def row_keys(state, step, row):
+    """The two uint32 keys of a row, from the int32 state of `stream`, the int64 step and the int64 key of the row."""
+    key = _absorb((row * 0).to(tl.uint32) + state.to(tl.uint32), step.to(tl.uint32))
+    key = _absorb(_absorb(key, row.to(tl.uint32)), (row >> 32).to(tl.uint32))
+    return key, _absorb(key, 1)
 
 
 @triton.jit
-def keep(element, key, threshold):
+def keep(element, key, second, threshold):
     """Whether elements are kept, bool."""
-    again = _absorb(key, tl.full((), 1, tl.uint32))
-    return _mix(_mix(element.to(tl.uint32) ^ key) ^ again) >= threshold.to(tl.uint32)
+    return _mix(_mix(element.to(tl.uint32) ^ key) ^ second) >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["state", "threshold"])
@@ -62,10 +62,10 @@ def dropout_kernel(x, out, step, rows, size, state, threshold, kept, BLOCK: tl.c
     """Program (i, j) does BLOCK elements of row j of x [b, size]; kept is 1 - p."""
     row = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = row_key(state, tl.load(step), tl.load(rows + row))
+    key, second = row_keys(state, tl.load(step), tl.load(rows + row))
     at = row.to(tl.int64) * size + element
     value = tl.load(x + at, mask=element < size, other=0.0).to(tl.float32)
-    value = tl.where(keep(element, key, threshold), tl.div_rn(value, kept), 0.0)
+    value = tl.where(keep(element, key, second, threshold), tl.div_rn(value, kept), 0.0)
     tl.store(out + at, narrow(value, out.dtype.element_ty), mask=element < size)
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_core.kernels import dropout
 from lora_core.kernels import linear_ops as ops
-from lora_core.kernels import reference
 from lora_core.kernels.linear_builds import builds as builds  # what lora_core.kernels.ahead compiles
 from lora_core.kernels.linear_shapes import pads
 from lora_core.kernels.reference import Drop, Member
@@ -83,9 +83,7 @@ def _group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
 
 def _words(drop: Drop) -> tuple[int, int]:
     """The hash of seed and layer, and the threshold below which an element is dropped: uint32 as Triton's int32."""
-    state = reference._absorb(reference._absorb(reference._absorb(0, drop.seed), drop.seed >> 32), drop.layer)
-    threshold = int(drop.p * 2**32)
-    return state - (state >> 31 << 32), threshold - (threshold >> 31 << 32)
+    return dropout.stream(drop.seed, drop.layer), dropout.threshold(drop.p)
 
 
 class Grouped(torch.autograd.Function):

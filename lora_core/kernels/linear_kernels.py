@@ -18,30 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_core.kernels.device import interpreted
-
-# Triton 3.9's interpreter multiplies the bits of bf16 as integers and truncates where it casts to bf16. There, products are taken in fp32, which
-# holds those of bf16 exactly, and casts are rounded by hand.
-INTERPRETED = tl.constexpr(interpreted())
+from lora_core.kernels.dropout import keep, row_keys
+from lora_core.kernels.narrow import INTERPRETED, narrow
 
 
 @triton.jit
 def _dot(a, b, total):
+    # Triton 3.9's interpreter multiplies the bits of bf16 as integers. There, products are taken in fp32, which holds those of bf16 exactly.
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, rounded to the nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True).to(dtype)
-    else:
-        return x.to(dtype)
 
 
 @triton.jit
@@ -117,10 +104,10 @@ def _deliver(total, here, mask, pile, stride, piece, PARTS, counter, SPLIT: tl.c
         tl.store(pile + piece * stride, total, mask=mask)
         last = _last(counter, PARTS)
         if last:
-            tl.store(here, _narrow(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty), mask=mask)
+            tl.store(here, narrow(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty), mask=mask)
         return last
     else:
-        tl.store(here, _narrow(total, here.dtype.element_ty), mask=mask)
+        tl.store(here, narrow(total, here.dtype.element_ty), mask=mask)
         return True
 
 
@@ -154,34 +141,17 @@ def _column_tile(tile, n0, n1, n2, BN: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def _mix(h):
-    """reference._mix on uint32, which wraps by itself."""
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _absorb(state, word):
-    return _mix((state ^ word) + 0x9E3779B9)
-
-
-@triton.jit
 def _keys(state, step, rows, m, mask, LENGTH):
     """(key, second key) of the examples that rows m belong to; state is the hash of seed and layer, an example has LENGTH rows."""
     row = tl.load(rows + m // LENGTH, mask=mask, other=0)
-    key = _absorb((row * 0).to(tl.uint32) + state.to(tl.uint32), tl.load(step).to(tl.uint32))
-    key = _absorb(_absorb(key, row.to(tl.uint32)), (row >> 32).to(tl.uint32))
-    return key, _absorb(key, 1)
+    return row_keys(state, tl.load(step), row)
 
 
 @triton.jit
 def _keep(key, second, m, k, K, LENGTH, threshold):
     """reference.keyed_dropout's mask of rows m (down) and features k (across): an example's elements are counted row by row."""
     element = ((m % LENGTH) * K)[:, None] + k[None, :]
-    return _mix(_mix(element.to(tl.uint32) ^ key[:, None]) ^ second[:, None]) >= threshold.to(tl.uint32)
+    return keep(element, key[:, None], second[:, None], threshold)
 
 
 @triton.jit(do_not_specialize=["w0", "w1", "w2", "w3", "h0", "h1", "h2", "h3"])
@@ -209,8 +179,8 @@ def shrink_kernel(
         k = k0 + tl.arange(0, BN)
         a = tl.load(at[:, None] + k[None, :] * xk, mask=inside[:, None] & (k < stop)[None, :], other=0.0)
         if DROP:
-            a = _narrow(tl.where(_keep(key, second, m, k, K, LENGTH, threshold), a.to(tl.float32) / kept, 0.0), a.dtype)
-        f = _narrow(tl.load(factor[None, :] + k[:, None], mask=wanted[None, :] & (k < stop)[:, None], other=0.0), a.dtype)
+            a = narrow(tl.where(_keep(key, second, m, k, K, LENGTH, threshold), a.to(tl.float32) / kept, 0.0), a.dtype)
+        f = narrow(tl.load(factor[None, :] + k[:, None], mask=wanted[None, :] & (k < stop)[:, None], other=0.0), a.dtype)
         total = _dot(a, f, total)
     here = m[:, None].to(tl.int64) * R + c[None, :]
     own = counter + tile * tl.num_programs(1) + block
@@ -236,7 +206,7 @@ def expand_kernel(
     for c0 in range(0, r_end, BR):
         c = c0 + tl.arange(0, BR)
         a = tl.load(at[:, None] + (begin + c)[None, :] * tk, mask=inside[:, None] & (c < r_end)[None, :], other=0.0)
-        f = _narrow(tl.load(up + n[None, :] * r_end + c[:, None], mask=wanted[None, :] & (c < r_end)[:, None], other=0.0), a.dtype)
+        f = narrow(tl.load(up + n[None, :] * r_end + c[:, None], mask=wanted[None, :] & (c < r_end)[:, None], other=0.0), a.dtype)
         total = _dot(a, f, total)
     total *= _pick(member, s0, s1, s2, s3, MEMBERS)
     stride = ym if SPATIAL else n_end
@@ -249,7 +219,7 @@ def expand_kernel(
         total *= (gain / tl.load(_pick(member, v0, v1, v2, v3, MEMBERS) + n, mask=wanted, other=1.0))[None, :]
         if BIAS:
             total += tl.load(_pick(member, b0, b1, b2, b3, MEMBERS) + n, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    tl.store(y, _narrow(total, y.dtype.element_ty), mask=mask)
+    tl.store(y, narrow(total, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -266,10 +236,10 @@ def _contract_up(
         a = tl.load(dy[:, None] + k[None, :] * ok, mask=inside[:, None] & real[None, :], other=0.0)
         if GAIN:
             gain = tl.load(magnitude + k, mask=real, other=0.0) / tl.load(norm + k, mask=real, other=1.0)
-            a = _narrow(a.to(tl.float32) * gain[None, :], a.dtype)
+            a = narrow(a.to(tl.float32) * gain[None, :], a.dtype)
             if DZ:
                 tl.store(dz[:, None] + k[None, :], a, mask=inside[:, None] & real[None, :])
-        f = _narrow(tl.load(up + k[:, None] * rank + c[None, :], mask=real[:, None] & wanted[None, :], other=0.0), a.dtype)
+        f = narrow(tl.load(up + k[:, None] * rank + c[None, :], mask=real[:, None] & wanted[None, :], other=0.0), a.dtype)
         total = _dot(a, f, total)
     _deliver(total * scale, here, inside[:, None] & wanted[None, :], pile, stride, piece, parts, own, CUT, BM, BR)
 
@@ -375,7 +345,7 @@ def _spread_down(
         c = first + tl.arange(0, BR)
         a = tl.load(ds + m[:, None].to(tl.int64) * R + c[None, :], mask=inside[:, None] & (c < end)[None, :], other=0.0)
         down = _down_rows(c, d0, d1, d2, d3, e0, e1, e2, K, MEMBERS)
-        f = _narrow(tl.load(down[:, None] + k[None, :], mask=(c < end)[:, None] & wanted[None, :], other=0.0), a.dtype)
+        f = narrow(tl.load(down[:, None] + k[None, :], mask=(c < end)[:, None] & wanted[None, :], other=0.0), a.dtype)
         if DROP:
             key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
             kept = _keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS))
@@ -386,7 +356,7 @@ def _spread_down(
     here, mask = dx[:, None] + k[None, :] * gk, inside[:, None] & wanted[None, :]
     if not FRESH:
         total += tl.load(here, mask=mask, other=0.0).to(tl.float32)
-    tl.store(here, _narrow(total, here.dtype.element_ty), mask=mask)
+    tl.store(here, narrow(total, here.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["w0", "w1", "w2", "w3", "h0", "h1", "h2", "h3"])
@@ -423,7 +393,7 @@ def back_down_kernel(
             if DROP:
                 key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
                 kept = tl.trans(_keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS)))
-                a = _narrow(tl.where(kept, a.to(tl.float32) / _pick(member, q0, q1, q2, q3, MEMBERS), 0.0), a.dtype)
+                a = narrow(tl.where(kept, a.to(tl.float32) / _pick(member, q0, q1, q2, q3, MEMBERS), 0.0), a.dtype)
             s = tl.load(ds + m[:, None].to(tl.int64) * R + c[None, :], mask=inside[:, None] & ranked[None, :], other=0.0)
             total = _dot(a, s, total)
         here = _down_rows(c, p0, p1, p2, p3, e0, e1, e2, K, MEMBERS)[None, :] + k[:, None]
