@@ -179,13 +179,14 @@ def tune(args: argparse.Namespace, plan: Plan, names: list[str], shapes: list[tu
         except ValueError as error:
             raise UserError(f"{error}; delete it, or give --winners another file") from error
     rows: list[dict[str, Any]] = []
+    device = winners.device_name(args.device, None)
+    command = " ".join(["python -m benchmarks.kernels", *sys.argv[1:]])
+    origin = {"command": command, "date": date.today().isoformat(), "machine": timing.machine(args.device)}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
         setting = plan.setting._replace(dtype=DTYPES[dtype])
         for name in names:
             rows += tuned(name, cases(name, setting, args.model, shapes), plan._replace(setting=setting, compiled=False, candidate=None))
-    device = winners.device_name(args.device, None)
-    command = " ".join(["python -m benchmarks.kernels", *sys.argv[1:]])
-    winners.store(path, device, {"command": command, "date": date.today().isoformat(), "machine": timing.machine(args.device), "rows": rows})
+            winners.store(path, device, origin | {"rows": rows})  # an interruption leaves what was measured
     print(f"{len(rows)} rows for {device} in {path}")
     return 0
 

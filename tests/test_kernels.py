@@ -273,7 +273,9 @@ def test_dropout_gradient_is_the_mask_and_memory_format_does_not_matter():
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton and name not in ("prodigy_step", "adamw_step")])
 def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
     """The example of each row: at most twice the error to float64 of the reference in the same dtype."""
-    results = {}
+    op, results = OPS[name], {}
+    if reason := op.supports and op.supports(*op.example(0, dtype, "cuda")):
+        pytest.skip(f"the kernel refuses this example: {reason}")
     for mode, kind in (("exact", torch.float64), ("reference", dtype), ("triton", dtype)):
         args = OPS[name].example(0, dtype, "cuda")
         args = torch.utils._pytree.tree_map(lambda a, kind=kind: a.to(kind) if isinstance(a, torch.Tensor) and a.is_floating_point() else a, args)
