@@ -46,14 +46,11 @@ PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seco
         "merge": Part("merge --quick --threads 1", 300),
     },
     "cuda": {
-        "kernels": Part("kernels --device cuda --no-compile --rounds 5", 70),
+        "kernels": Part("kernels --device cuda --no-compile --rounds 5", 80),
         "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
-        "kernels, compile": Part("kernels --device cuda --compile --op lora_linear --rounds 3", 50),
-        "optimizer": Part("optimizer --device cuda", 30),
-        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 45),
-        "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 7 --limit 25", 115),
-        "train step flux": Part("train_step --device cuda --model flux --rounds 5 --limit 30", 80),
-        "step cost": Part("step_cost --model sdxl", 60),
+        "optimizer": Part("optimizer --device cuda --networks sd15", 50),
+        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 110),  # 94 on an H100, of it 60 for compilations
+        "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 5 --limit 25", 200),
         "merge": Part("merge --quick --threads 1", 30),
     },
 }

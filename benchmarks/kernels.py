@@ -179,7 +179,7 @@ def tune(args: argparse.Namespace, plan: Plan, names: list[str], shapes: list[tu
         except ValueError as error:
             raise UserError(f"{error}; delete it, or give --winners another file") from error
     rows: list[dict[str, Any]] = []
-    device = winners.device_name(args.device, None)
+    device = winners.device_name(args.device, None, graph=plan.graph)
     command = " ".join(["python -m benchmarks.kernels", *sys.argv[1:]])
     origin = {"command": command, "date": date.today().isoformat(), "machine": timing.machine(args.device)}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:

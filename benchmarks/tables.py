@@ -1,8 +1,9 @@
 """The tables of benchmarks/README.md from a file of benchmarks.all, so that no figure is copied by hand.
 
-    python -m benchmarks.tables benchmarks/results/MACHINE.json [--write benchmarks/README.md]
+    python -m benchmarks.tables benchmarks/results/CPU.json benchmarks/results/GPU.json [--write benchmarks/README.md]
 
 Prints them as markdown; --write puts each between its marks, `<!-- NAME -->` and `<!-- end -->`. A part that the file does not have is `not run`.
+Without the second file the tables of a GPU are left as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def merge(report: Report) -> str:
 
 
 def targets(report: Report) -> str:
-    """Each figure with the peer's and ours, from whichever part has it."""
+    """Each figure with the peer's and ours, from whichever part has it; `gpu` has those of a GPU."""
     cost, steps = _first(results(report, "step_cost"), "models"), _contenders(report)
     xl, kernels = cost.get("sdxl", {}), [r["summary"] for r in results(report, "kernels") if not r["graph"]]
     ours, peers = (f"{side} {{}}" for side in ("triton", "peft"))
@@ -121,7 +122,7 @@ def targets(report: Report) -> str:
         ("DoRA norm 1280 x 1280, one CPU thread: times as fast, error", "1", "3.5, 1e-6", _times_as_fast(report, norm, norm_error)),
         ("SD1.5 256 px bf16 on the CPU, over frozen: LoRA / DoRA", _cpu(report, steps, "peft"), "1.05 / 1.12", _cpu(report, steps, "ours")),
     ]
-    return markdown(["what", "peer", "to reach", "ours"], [*rows, *_gpu(report, steps)])
+    return markdown(["what", "peer", "to reach", "ours"], rows)
 
 
 def _first(found: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
@@ -171,29 +172,32 @@ def _cpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]], sid
     return " / ".join(f"{ratio:.3f}" for ratio in ratios) or NOT_RUN
 
 
-def _gpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """The rows that need an H200."""
-    here = report["device"] == "cuda" and "H200" in report["machine"]
-    on = steps if here else {}
-    graphs = [r["summary"] for r in results(report, "kernels") if r["graph"] and here]
-    means = [next((g[f"lora_linear {kind}"]["ours / peft"] for g in graphs if f"lora_linear {kind}" in g), None) for kind in ("LoRA", "DoRA")]
+def gpu(report: Report) -> str:
+    """The figures of a GPU; what is to be reached was set for an H200."""
+    steps = _contenders(report) if report["device"] == "cuda" else {}
+    graphs = [found["summary"] for found in results(report, "kernels") if found["graph"]]
+    kinds = [f"lora_linear {kind}" for kind in ("LoRA", "DoRA")]
+    means = [next((g[kind]["ours / peft"] for g in graphs if kind in g), None) for kind in kinds]
+    name = report["machine"].split(" (")[0]
 
     def faster(model: str) -> str:
-        rows = on.get((model, 1), {})
+        rows = steps.get((model, 1), {})
         if not {"peft lora", "ours lora graph"} <= set(rows):
             return NOT_RUN
         mine, peer = (statistics.median(rows[name]["clock"]) for name in ("ours lora graph", "peft lora"))
         return f"{peer / mine:.1f}, {1e3 * mine:.1f} ms"
 
-    batch = on.get(("sdxl", 4), {})
-    over = [batch[f"ours {kind} graph"]["ratio"] for kind in ("lora", "dora") if f"ours {kind} graph" in batch]
-    return [
-        ("H200, a layer in a graph, ours / peft: LoRA / DoRA", "1 / 1", "0.65 / 0.35", _pair(means)),
-        ("H200, SD1.5 512 LoRA step, times as fast as eager peft, ms", "1", "6, 14 ms", faster("sd15")),
-        ("H200, SDXL 1024 LoRA step, times as fast as eager peft, ms", "1", "3, 50 ms", faster("sdxl")),
-        ("H200, SDXL batch 4 over frozen: LoRA / DoRA", NOT_RUN, "1.05 / 1.08", _pair(over)),
-        ("H200, Flux 1024 LoRA step, times as fast as eager peft", "1", "1.35", faster("flux")),
+    batch = steps.get(("sdxl", 4), {})
+    names = [f"ours {kind} graph" for kind in ("lora", "dora")]
+    over = [batch[name]["ratio"] for name in names if name in batch]
+    rows = [
+        ("a layer in a CUDA graph, ours / peft: LoRA / DoRA", "1 / 1", "0.65 / 0.35", _pair(means)),
+        ("SD1.5 512 LoRA step in a graph, times as fast as eager peft", "1", "6, 14 ms", faster("sd15")),
+        ("SDXL 1024 LoRA step in a graph, times as fast as eager peft", "1", "3, 50 ms", faster("sdxl")),
+        ("SDXL batch 4 in a graph over frozen: LoRA / DoRA", NOT_RUN, "1.05 / 1.08", _pair(over)),
+        ("Flux 1024 LoRA step in a graph, times as fast as eager peft", "1", "1.35", faster("flux")),
     ]
+    return markdown(["what", "peer", "to reach", name], rows)
 
 
 TABLES = {
@@ -205,11 +209,12 @@ TABLES = {
     "train_step": train_step,
     "merge": merge,
 }
+GPU_TABLES = {"gpu_where": where, "gpu": gpu, "gpu_layers": layers, "gpu_train_step": train_step}
 
 
-def written(text: str, report: Report) -> str:
+def written(text: str, report: Report, tables: Mapping[str, Callable[[Report], str]] = TABLES) -> str:
     """The text with each table between its marks. Raises UserError for a table without marks: it would be left out in silence."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         mark, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(mark)
         _, ended, after = rest.partition(end)
@@ -221,15 +226,18 @@ def written(text: str, report: Report) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="a file of benchmarks.all")
+    parser.add_argument("result", type=Path, help="a CPU's file of benchmarks.all")
+    parser.add_argument("gpu", type=Path, nargs="?", help="a GPU's")
     parser.add_argument("--write", type=Path, help="the file with the marks")
     args = parser.parse_args(argv)
+    given = [(args.result, TABLES)] + ([(args.gpu, GPU_TABLES)] if args.gpu else [])
     try:
-        report = json.loads(args.result.read_text())
-        if args.write:
-            args.write.write_text(written(args.write.read_text(), report))
-        else:
-            print("\n\n".join(f"{name}\n\n{table(report)}" for name, table in TABLES.items()))
+        for path, tables in given:
+            report = json.loads(path.read_text())
+            if args.write:
+                args.write.write_text(written(args.write.read_text(), report, tables))
+            else:
+                print("\n\n".join(f"{name}\n\n{table(report)}" for name, table in tables.items()))
     except (UserError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from lora_core.errors import UserError
+from lora_core.kernels import winners
 
 FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice takes milliseconds
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
@@ -87,9 +88,12 @@ def alternate(
 
 
 def _warm(call: Callable[[], object], device: torch.device, graph: bool) -> Callable[[], object]:
+    if graph and device.type == "cuda":
+        with winners.replayed():
+            return captured(call)
     for _ in range(WARM):
         call()
-    return captured(call) if graph and device.type == "cuda" else call
+    return call
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

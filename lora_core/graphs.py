@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_core import groups, kernels
 from lora_core.errors import UserError
+from lora_core.kernels import winners
 
 WARM = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
 
@@ -74,13 +75,14 @@ class Replayed:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         if self.calls[kind] <= WARM or (kind not in self.captures and not self.ready):
             self.ready = True
-            return fn(inputs)
+            with winners.replayed():  # the kernels that the capture will take, compiled before it
+                return fn(inputs)
         if kind not in self.captures:
             self.ready = False
             gc.collect()  # a cycle that holds a node of an earlier backward pass would bring that pass's stream into the capture
             static = mapped(inputs, torch.clone)
             recording: Recording = CudaGraph()
-            with recording.record():
+            with winners.replayed(), recording.record():
                 outputs = fn(static)
             self.captures[kind] = _Capture(static, recording, outputs)
         capture = self.captures[kind]

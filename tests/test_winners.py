@@ -72,16 +72,38 @@ def test_stored_rows_replace_those_of_their_class_and_keep_the_others(cache):
 
 
 def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache, monkeypatch):
-    monkeypatch.setattr(winners, "device_name", lambda kind, index: "NVIDIA Z9" if kind == "cuda" else kind)
-    with pytest.warns(UserWarning, match=r"NVIDIA Z9.*triton.*python -m benchmarks.kernels --tune"):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Z9")
+    with pytest.warns(UserWarning, match=r"NVIDIA Z9: .* python -m benchmarks.kernels --tune measures"):
         rows = winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
-    assert rows == {"*": "triton"}
+    assert rows == {"*": "fused"}
+    assert winners._rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
+    with winners.replayed(), pytest.warns(UserWarning, match=r"NVIDIA Z9, replayed: .* --tune --graph measures"):
+        assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert winners._rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {"*": "fused"}  # an op without such a twin
         winners.store(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
         assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "fused"}
         winners._rows("lora_linear", "meta", None, "torch.bfloat16", True)
+
+
+def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
+    """An H100's committed rows: torch's calls in an eager step, the kernel in a captured one, for the same arguments."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    op, class_ = OPS["lora_linear"], "lora 4096,512,512 rank 16"
+    assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
+    with winners.replayed():
+        assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
+    monkeypatch.setattr(winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind)
+    winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
+    winners.store(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
+    monkeypatch.setattr(winners, "_replayed", [])
+    found = []
+    for _ in range(2):  # the second time from what is remembered
+        found.append(winners.choose("lora_linear", op, linear()))
+        with winners.replayed():
+            found.append(winners.choose("lora_linear", op, linear()))
+    assert found == ["reference", "fused"] * 2
 
 
 def test_nothing_is_said_on_the_cpu(cache):

@@ -252,13 +252,16 @@ def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
-    """sum of rows * (z - mean) over all but the channels (dimension 1), in one pass: the weight's gradient of the same normalisation."""
+    """sum of rows * (z - mean) over all but the channels (dimension 1), in one pass: the weight's gradient of the same normalisation.
+
+    The mean and the deviation of 1 are given twice: on a CPU torch reads the running ones, on a GPU the saved ones.
+    """
     if not rows.numel():  # which torch divides by there
         return torch.zeros_like(like)
     ones = torch.ones_like(like)
     centre = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
     z = z.to(rows.dtype)
-    return torch.ops.aten.native_batch_norm_backward(rows, z, ones, centre, ones, None, None, False, 0.0, [False, True, False])[1]
+    return torch.ops.aten.native_batch_norm_backward(rows, z, ones, centre, ones, centre, ones, False, 0.0, [False, True, False])[1]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

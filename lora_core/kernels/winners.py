@@ -1,7 +1,9 @@
 """Which twin of an op is the fastest, per device, dtype and class of shapes: two tables of measurements and a choice that costs a microsecond.
 
-The user's table, ~/.cache/lora_core/winners.json (XDG_CACHE_HOME), which `python -m benchmarks.kernels --tune` writes, precedes winners.json beside
-this module. A device is "cpu" or a GPU's name. One that neither names takes the estimated winner of its type, said once.
+The user's table, ~/.cache/lora_core/winners.json (XDG_CACHE_HOME), which `python -m benchmarks.kernels --tune` writes,
+precedes winners.json beside this module. A device is "cpu", a GPU's name, or a GPU's name and ", replayed": inside a
+CUDA graph (`replayed`, measured by `--tune --graph`) a launch costs nothing, outside of one it costs more than a small
+kernel does. A device that neither table names takes the estimated winner of its type, said once.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 FORMAT = "lora_core winners 1"
 TWINS = ("reference", "fused", "triton")
+REPLAYED = ", replayed"  # after a GPU's name: its winners inside a CUDA graph
 ANY = "*"  # a class or dtype that was not measured by itself
 COMMITTED = Path(__file__).with_name("winners.json")
 COMMAND = "python -m benchmarks.kernels --tune"
@@ -53,7 +57,7 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
     x = first_tensor(args)
     if torch.compiler.is_compiling():
         return _constant(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None, shape_class(op, args))
-    key = (name, x.device, x.dtype)
+    key = (name, x.device, x.dtype, bool(_replayed))
     known = _memo.get(key)
     if known is None or known.op is not op:  # a row of OPS can be replaced
         known = _memo[key] = _Known(op, _rows(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None))
@@ -66,6 +70,16 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
             known.by_shapes.clear()
         winner = known.by_shapes[shapes] = known.rows.get(shape_class(op, args), known.rows[ANY])
     return winner
+
+
+@contextmanager
+def replayed() -> Iterator[None]:
+    """Inside it a GPU's winners are those of a CUDA graph: for the calls that a graph captures, and those that warm it up."""
+    _replayed.append(True)
+    try:
+        yield
+    finally:
+        _replayed.pop()
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:
@@ -92,9 +106,9 @@ def grouped_class(x: Tensor, members: tuple[Any, ...]) -> str:
     return f"{kind} {len(members)} of {_up(rows)},{_up(x.shape[-1])},{_up(out)} rank {_up(rank)}"
 
 
-def device_name(kind: str, index: int | None) -> str:
-    """ "cpu", or the GPU's name."""
-    return torch.cuda.get_device_name(index) if kind == "cuda" else kind
+def device_name(kind: str, index: int | None, *, graph: bool = False) -> str:
+    """ "cpu", or the GPU's name, with ", replayed" for the table of its CUDA graphs."""
+    return (torch.cuda.get_device_name(index) + (REPLAYED if graph else "")) if kind == "cuda" else kind
 
 
 def cache_file() -> Path:
@@ -161,25 +175,25 @@ def _written(devices: dict[str, Any]) -> str:
 
 def _rows(name: str, kind: str, index: int | None, dtype: str, has_triton: bool) -> dict[str, str]:
     """Class -> winner of one op, with ANY among them."""
-    dtype, device = dtype.removeprefix("torch."), device_name(kind, index)
-    estimate = _estimate(kind)
+    dtype, device = dtype.removeprefix("torch."), device_name(kind, index, graph=bool(_replayed))
+    estimate = _estimate(name, kind)
     found = {ANY: estimate}
     measured = [table[device] for table in _tables if device in table and not table[device].estimated]
     for table in reversed(measured):  # the user's last: it precedes
         found |= table.rows.get((name, dtype), {})
     if not measured and kind != "meta" and device not in _said:
         _said.add(device)
-        warnings.warn(
-            f"no kernel was measured on {device}: ops take their estimated winner, {estimate} where there is one; {COMMAND} measures", stacklevel=3
-        )
+        command = f"{COMMAND} --graph" if device.endswith(REPLAYED) else COMMAND
+        warnings.warn(f"no kernel was measured on {device}: each op takes the implementation that won on an H100; {command} measures", stacklevel=3)
     return {group: winner if winner != "triton" or has_triton else "fused" for group, winner in found.items()}
 
 
-def _estimate(kind: str) -> str:
-    """The winner on a type of device that nobody measured."""
-    table = _tables[-1]
-    part = table.get(kind)
-    rows = part.rows.get((ANY, ANY), {}) if part is not None else {}
+def _estimate(name: str, kind: str) -> str:
+    """The winner of an op on a type of device that nobody measured."""
+    part = _tables[-1].get(kind + (REPLAYED if _replayed and kind == "cuda" else ""))
+    if part is None:
+        return "fused"
+    rows = part.rows.get((name, ANY)) or part.rows.get((ANY, ANY), {})
     return rows.get(ANY, "fused")
 
 
@@ -213,7 +227,8 @@ def _up(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-_memo: dict[tuple[str, torch.device, torch.dtype], _Known] = {}
+_memo: dict[tuple[str, torch.device, torch.dtype, bool], _Known] = {}
+_replayed: list[bool] = []  # a plain list, as kernels._forced: checkpointing recomputes in autograd's threads
 _said: set[str] = set()
 _tables: list[dict[str, Winners]] = []  # the user's first
 reload()
