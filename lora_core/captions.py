@@ -68,9 +68,7 @@ class Captions(NamedTuple):
     source: Path | str  # the file that they are from, or in words
 
 
-def read_captions(
-    parts: Sequence[Part], mode: str, caption: str | None, column: str | None = None, *, must_use: bool = True
-) -> dict[Path, Captions]:
+def read_captions(parts: Sequence[Part], mode: str, caption: str | None, column: str | None = None, *, must_use: bool = True) -> dict[Path, Captions]:
     """The captions of each image, one or more, in the images' order. `mode` is one of CAPTION_MODES.
 
     txt        every line of 001.txt beside 001.png that is not empty
@@ -197,15 +195,20 @@ def _checked(words: str, path: Path) -> str:
 
 
 def _read_beside(path: Path) -> tuple[str, ...]:
-    """The captions in a file beside an image; none in an empty one and in JSON without text, caption or prompt."""
-    if path.suffix.lower() != ".json":
-        return tuple(read_lines(path))
+    """The captions in a file beside an image; none in an empty one and in JSON without text, caption or prompt.
+
+    A .json of one line that is no JSON is read as its text.
+    """
+    lines = read_lines(path)
+    if path.suffix.lower() != ".json" or (len(lines) == 1 and lines[0][0] not in '{["'):
+        return tuple(lines)
     try:
-        table = json.loads(read_text(path))
+        value = json.loads(read_text(path)) if lines else None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error.msg} in line {error.lineno}); correct it, or remove it") from error
-    value = next((table[name] for name in CAPTION_COLUMNS if name in table), None) if isinstance(table, dict) else None
-    texts = value if isinstance(value, list) else [value]
+        raise UserError(f"{path} is not JSON ({error.msg} in line {error.lineno}); correct it or remove it") from error
+    if isinstance(value, dict):
+        value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
+    texts: list[Any] = value if isinstance(value, list) else [value]
     return tuple(t.strip() for t in texts if t.strip()) if all(isinstance(t, str) for t in texts) else ()
 
 

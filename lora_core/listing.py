@@ -140,6 +140,17 @@ def count_images(folder: Path, taken: Iterable[Path] = ()) -> int:
     return sum(1 for _ in islice(_images_below(folder, set(taken)), MANY))
 
 
+def place_for_more(root: Path) -> tuple[Path, int]:
+    """(the folder that further images belong in, how many images there are): of N_name folders the first, else the folder itself.
+
+    Raises UserError for a folder without images of its own that has sub-folders of images which are not read.
+    """
+    if not count_images(root):
+        return root, 0
+    parts = read_folder(root, tabled=False).parts
+    return parts[0].folder, sum(len(part.images) for part in parts)
+
+
 def is_junk(path: Path) -> bool:
     """Whether a file or folder is what operating systems leave everywhere (.DS_Store, ._001.jpg, Thumbs.db), or a hidden folder."""
     name = path.name.lower()

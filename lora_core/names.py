@@ -8,22 +8,28 @@ from lora_core.text import compose
 # What cameras and phones write before a number.
 CAMERAS = (
     "img", "img_e", "imag", "mvimg", "fb_img", "dsc", "dscn", "dscf", "sdc", "pxl", "pict", "cimg", "kimg", "hpim", "sam", "sany", "gopr",
-    "dji", "vid", "mov", "pano", "wp", "wa", "signal", "telegram", "snapchat", "received", "mmexport", "microsoft", "tumblr", "comfyui", "mj",
+    "dji", "vid", "mov", "pano", "wp", "wa", "signal", "telegram", "snapchat", "received", "mmexport",
 )  # fmt: skip
 # What programs write before a date, with words of theirs between.
 PROGRAMS = (
     "screenshot", "screen shot", "screen_shot", "bildschirmfoto", "capture d", "captura de", "schermafbeelding", "schermata", "zrzut ekranu",
     "skjermbilde", "снимок экрана", "スクリーンショット", "截屏", "截图", "屏幕截图", "微信图片", "스크린샷", "whatsapp image", "photo on",
     "telegram-cloud-photo", "line_album", "kakaotalk_photo", "adobestock", "istockphoto", "shutterstock", "pexels", "unsplash", "comfyui",
+    "tumblr",
 )  # fmt: skip
 # Words that say nothing of an image where no other stands beside them.
 EMPTY_WORDS = frozenset(
-    "image images img pic pics picture pictures photo photos foto fotos bild bilder imagen imagem immagine afbeelding kuva obraz dsc pxl "
-    "download downloads downloaded untitled unnamed unbenannt copy kopie copia copie of the an and at am pm um on in my new neu "
-    "file output out result results sample frame scan scanned page crop cropped edit edited resized upscaled final version index "
-    "train test jpg jpeg png webp bmp grid wa mid src original clipboard default no nr hdr burst cover "
-    "jan feb mar apr may jun jul aug sep oct nov dec january february march april june july august september october november december "
-    "写真 画像 图片 圖片 照片 사진 фото изображение".split()
+    re.findall(
+        r"\w+",
+        """
+        image images img pic pics picture pictures photo photos foto fotos bild bilder imagen imagem immagine afbeelding kuva obraz
+        download downloads downloaded untitled unnamed unbenannt copy kopie copia copie of the an and at am pm um on in my new neu
+        file output out result results sample frame scan scanned page crop cropped edit edited resized upscaled final version index
+        train test jpg jpeg png webp bmp grid dsc pxl wa mid src original clipboard default no nr hdr burst cover
+        january february march april may june july august september october november december jan feb mar apr jun jul aug sep oct nov dec
+        写真 画像 图片 圖片 照片 사진 фото изображение
+        """,
+    )
 )
 CAMERA = re.compile(rf"_*(?:{'|'.join(map(re.escape, CAMERAS))})[\W_]*(?:\d|$)", re.IGNORECASE)
 PROGRAM = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|.*\d)", re.IGNORECASE | re.DOTALL)

@@ -12,7 +12,7 @@ from typing import Literal
 from lora_core.captions import CaptionMode, Captions, read_captions, read_metadata
 from lora_core.errors import UserError
 from lora_core.images import mask_path, read_picture
-from lora_core.listing import Part, read_folder, read_part
+from lora_core.listing import TABLES, Part, left_out, read_folder, read_part
 from lora_core.tokens import has_word
 
 
@@ -67,6 +67,12 @@ def scan(
         own = [_record(path, texts[path], chosen[path], use_alpha=masks == "alpha", is_prior=is_prior) for path in part.images]
         records += own if held_out else own * part.repeats
     return records * (1 if held_out else repeats)
+
+
+def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
+    """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
+    used = {path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)}
+    return left_out(read_folder(Path(folder), tabled=any(path.name in TABLES for path in used)), used)
 
 
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
