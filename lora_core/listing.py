@@ -96,7 +96,7 @@ def read_part(folder: Path) -> Part:
     others |= dict.fromkeys(conditions, "conditioning images")
     others |= dict.fromkeys(strays, "texts of no image")
     others |= _reasons(files, {*pictures, *strays, *(path for own in texts.values() for path in own), *([table] if table else [])})
-    mask_folders = {mask.parent for mask in masks.values()}
+    mask_folders = {mask.parent for mask in (*masks.values(), *unclaimed, *spare)}
     others |= {path: "sub-folders" for path in entries if path.is_dir() and path not in mask_folders}
     return Part(folder, images, masks, texts, table, tuple(unclaimed), others)
 
@@ -249,7 +249,11 @@ def _pair_masks(images: Iterable[Path], bases: dict[Path, str], entries: Iterabl
     names = {name for image in images for name in _names(image)}
     for path in _index_masks(entries, names):
         named.setdefault(_masked_name(path, names) or _stem(path), []).append(path)
-    masks = {image: named[name][0] for image in images if (name := next((n for n in _names(image) if n in named), None)) is not None}
+    masks: dict[Path, Path] = {}
+    for image in images:
+        choice = [path for name in _names(image) for path in named.get(name, ())]
+        if choice:
+            masks[image] = min(choice, key=lambda path: path.parent != image.parent)  # the first of those that are nearest
     unclaimed = [path for name, paths in named.items() for path in paths if name not in names]
     spare = [path for name, paths in named.items() for path in paths if name in names and path not in masks.values()]
     return masks, unclaimed, spare

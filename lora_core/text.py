@@ -48,4 +48,4 @@ def check_unicode(value: Any, name: str) -> None:
             check_unicode(inner, name)
     elif isinstance(value, str) and printable(value) != value:
         option = name.replace("_", "-")
-        raise UserError(f"{option} {value!r} has bytes that are no UTF-8; rename the file or folder, or write the text as UTF-8")
+        raise UserError(f"{option} '{printable(value)}' has bytes that are no UTF-8; rename the file or folder, or write the text as UTF-8")
