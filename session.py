@@ -35,6 +35,7 @@ from lora_core.pictures import save_png, to_images
 from lora_core.run import Run
 from lora_core.summary import Length, describe
 from lora_core.targets import table as target_table
+from lora_core.text import say
 from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
 
@@ -86,7 +87,7 @@ class Session:
         for group in self.optimizer.param_groups if config.cuda_graph else ():
             group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
         length = Length(config.steps, config.batch_size, config.accumulation)
-        print(describe(self.folder, self.prior, self.abstractions, length, self.unused))
+        say(describe(self.folder, self.prior, self.abstractions, length, self.unused))
         self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
 
     # ------------------------------------------------------------ opening

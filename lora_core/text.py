@@ -1,6 +1,7 @@
 """Text files as UTF-8, their lines, and characters that are written in several ways."""
 
 import codecs
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ def read_lines(path: Path) -> list[str]:
     U+0085, U+2028 and U+2029, which are space inside a line in every editor (Word writes them for a soft break).
     """
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def say(text: str) -> None:
+    """Prints a text; characters that the encoding of the terminal or file lacks are written as \\xe9."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def compose(text: str) -> str:

@@ -1,11 +1,16 @@
 """summary: the lines before a training, from records alone."""
 
+import io
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 from lora_core import data
 from lora_core.data import Folder, ImageSettings, scan
 from lora_core.summary import Length, describe
+from lora_core.text import say
 from lora_core.tokens import make_abstractions
 from tests.test_listing import kohya, save
 
@@ -51,6 +56,15 @@ def test_repeats_of_folders_and_names_that_are_no_utf8_are_said(tmp_path: Path) 
     assert lines[1] == "captions: 2 from the folder's name, 1 from .caption files"
     assert lines[-1] == "left out, sub-folders: caf\\xe9/ (1 image)"
     assert lines[-2] == "training: 10 steps of 6 images (2 x 3), 2.61 epochs of 23"
+
+
+def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, shown in (("ascii", "caf\\xe9 \\u732b \\xe9"), ("cp1252", "café \\u732b \\xe9"), ("utf-8", "café 猫 \\xe9")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        say("café 猫 \udce9")
+        stdout.flush()
+        assert stdout.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
 
 
 def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
