@@ -18,6 +18,7 @@ from lora_core.adapters import AdapterSpec
 from lora_core.config import GROUPS, Config
 from lora_core.errors import UserError
 from lora_core.targets import matches, require_match
+from lora_core.text import check_unicode
 from lora_core.toml import to_table
 from models import Family, Layout
 
@@ -89,8 +90,10 @@ def config(c: Config, *, data: bool = True) -> None:
         raise UserError(f"--optimizer.lora-plus and --noise.shift are factors above 0, got {c.optimizer.lora_plus:g} and {c.noise.shift:g}")
     if c.noise.dynamic_shift and c.noise.shift != 1:
         raise UserError(f"--noise.dynamic-shift takes its shift from the model, --noise.shift {c.noise.shift:g} gives another; choose one of the two")
+    check_unicode(to_table(c), "")
     _stages(c)
     _effects(c)
+    _placeholders(c)
     losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
@@ -160,6 +163,17 @@ def _effects(c: Config) -> None:
         if ours != theirs and not is_read(c):
             option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
             raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
+
+
+def _placeholders(c: Config) -> None:
+    """Raises UserError for a learned word where a text stands for what is known already."""
+    learned = [*(c.tokens.words if c.trains("tokens") else ()), *c.prior.swap]
+    plain = {"--prior.prompt": c.prior.prompt, "--samples.base-word": c.samples.base_word}
+    plain |= {f"--prior.swap {word}": name for word, name in c.prior.swap.items()}
+    plain |= {"--tokens.init": " ".join(c.tokens.init)} if c.trains("tokens") else {}
+    for option, text in plain.items():
+        if word := next((word for word in learned if word and tokens.has_word(text, word)), ""):
+            raise UserError(f"{option} is {text!r} and holds the placeholder word {word}, which is still to be learned; write an ordinary word there")
 
 
 def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
@@ -246,6 +260,28 @@ def placeholder(records: Sequence[data.Record], word: str) -> None:
         total = len({record.path for record in records})
         first = lacking[0].name
         print(f"warning: {len(lacking)} of {total} images have captions without the placeholder word {word}, first {first}", file=sys.stderr)
+
+
+def token_limit(family: Family, embeddings: Mapping[str, Any], abstractions: Sequence[tokens.Abstraction], records: Sequence[data.Record]) -> None:
+    """Raises UserError for a learned token that every caption loses to the text encoder's limit; prints a warning where some do."""
+    captions = {caption: record.path.name for record in records for caption in record.captions}
+    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # in the tokenizers' order
+    limits = dict(zip(family.tokenizers, (rows.shape[1] for rows in ids), strict=True))
+    for name in embeddings:
+        found = {text: tokens.cut_words(text, abstractions, family.tokenizers[name], limits[name]) for text in captions}
+        reader = f"the {limits[name]} tokens that {name} reads"
+        cut = [text for text, words in found.items() if any(words.values())]
+        for token in [t for a in abstractions for t in a.names]:
+            lost = [words[token] for words in found.values() if token in words]
+            if lost and all(lost):
+                word = next(a.word for a in abstractions if token in a.names)
+                raise UserError(
+                    f"the token {token} of {word} lies beyond {reader} in every caption, first of {captions[cut[0]]}, so it would learn nothing; "
+                    f"write {word} nearer the beginning or shorten the captions"
+                )
+        if cut:
+            first = f"{len(cut)} of {len(captions)} captions lose learned tokens beyond {reader}, first of {captions[cut[0]]}"
+            print(f"warning: {first}; write the placeholder word nearer the beginning", file=sys.stderr)
 
 
 def _flag(name: str) -> str:

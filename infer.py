@@ -30,6 +30,7 @@ from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
 from lora_core.images import read_picture, to_pixels
 from lora_core.pictures import Row, grid, save_png, to_images
+from lora_core.text import read_lines
 from lora_core.toml import command_line, from_table, to_table
 from models import DTYPES, Family, Loading, choose_device, load_family
 
@@ -203,12 +204,12 @@ def read_prompts(config: Infer) -> list[str]:
     if config.prompt:
         return [config.prompt]
     try:
-        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(Path(config.prompts))
+    except OSError as error:
         raise UserError(f"cannot read the prompt file {config.prompts}: {error}") from None
-    if not any(lines):
+    if not lines:
         raise UserError(f"the prompt file {config.prompts} has no prompt")
-    return [line for line in lines if line]
+    return lines
 
 
 def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> None:

@@ -20,6 +20,7 @@ from lora_core.dense import MERGES
 from lora_core.errors import UserError
 from lora_core.formats.layout import nearest
 from lora_core.recipe import Entry, parse, render
+from lora_core.text import check_unicode
 from merging import adapters, flags, inspection, models, redoing, seed
 from merging.adapters import Amount, Method
 from merging.inputs import Reading, digest, is_model
@@ -239,6 +240,7 @@ def _overview() -> str:
 def run(command: str, words: Sequence[str], prog: str = "") -> int:
     """The exit status of a command line: 0 done, 2 a mistake that the printed sentence explains, 130 interrupted."""
     try:
+        check_unicode(words, "the argument")
         args = _parser(command, prog).parse_intermixed_args(_words(words))
         args.command = command
         COMMANDS[command].run(args)

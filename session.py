@@ -28,12 +28,14 @@ from lora_core.data import Batch, Folder, ImageSettings, micro_batches
 from lora_core.ema import Average
 from lora_core.errors import UserError
 from lora_core.generation import Recipe, Sizes
-from lora_core.images import list_images
+from lora_core.listing import place_for_more
 from lora_core.losses import StepOutput
 from lora_core.noise import NoiseLevel, NoiseSettings
 from lora_core.pictures import save_png, to_images
 from lora_core.run import Run
+from lora_core.summary import Length, describe
 from lora_core.targets import table as target_table
+from lora_core.text import say
 from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
 
@@ -84,6 +86,8 @@ class Session:
         self.start = checkpoints.restore(self)
         for group in self.optimizer.param_groups if config.cuda_graph else ():
             group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
+        length = Length(config.steps, config.batch_size, config.accumulation)
+        say(describe(self.folder, self.prior, self.abstractions, length, self.unused))
         self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
 
     # ------------------------------------------------------------ opening
@@ -104,7 +108,8 @@ class Session:
             print(f"warning: {sentence}", file=sys.stderr)
         for word in checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
             checks.placeholder(records, word)
-        val = data.scan(self.config.validation.images or images, masks="none", **how)
+        self.unused = data.unused(images, records)
+        val = data.scan(self.config.validation.images or images, masks="none", held_out=True, **how)
         self.val_folder = Folder(val, ImageSettings(d.resolution, interpolation=d.interpolation))
 
     def _open_model(self) -> None:
@@ -127,6 +132,7 @@ class Session:
             print(f"{name}: {spec.kind}, rank {spec.rank}, {count:,} parameters on {target_table(paths)}")
         self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
         self._install_tokens()
+        checks.token_limit(self.family, self.embeddings, self.abstractions, self.folder.records)
         if c.gradient_checkpointing:
             # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
             again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -188,9 +194,10 @@ class Session:
             return None
         folder = Path(p.images) if p.images else self.run.folder / "class_images"
         folder.mkdir(parents=True, exist_ok=True)
-        free = [(seed, file) for seed in range(p.count) if not (file := folder / f"{seed:05d}.png").exists()]
+        place, there = place_for_more(folder)
+        free = [(seed, file) for seed in range(p.count) if not (file := place / f"{seed:05d}.png").exists()]
         with self.evaluating():
-            for seed, file in tqdm(free[: max(0, p.count - len(list_images(folder)))], desc="class images", disable=not sys.stderr.isatty()):
+            for seed, file in tqdm(free[: max(0, p.count - there)], desc="class images", disable=not sys.stderr.isatty()):
                 save_png(to_images(generation.generate(self.family, [p.prompt], [seed], self.recipe, **self.hole(seed)))[0], file)
         records = data.scan(folder, captions="one", caption=p.prompt, masks="none", is_prior=True)
         return Folder(records, self.folder.settings)

@@ -5,15 +5,23 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, printable
 from lora_core.images import is_image
+from lora_core.listing import CAPTION_SUFFIXES, TABLES, Part, find_file
+from lora_core.names import is_caption
+from lora_core.text import compose, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, first found
-TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
+ONE_FOR_ALL = ("one", "object", "style")  # modes that need the caption
+ONE = "the one caption of --data.caption"
+FALLBACK = "--data.caption, where an image has no text of its own"
+TEMPLATE = "sentence templates with --data.caption"
+FILE_NAME = "file names"
+FOLDER_NAME = "the folder's name"
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
@@ -53,98 +61,160 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str | None, column: str | None = None) -> dict[Path, tuple[str, ...]]:
+class Captions(NamedTuple):
+    """The captions of one image."""
+
+    texts: tuple[str, ...]
+    source: Path | str  # the file that they are from, or in words
+
+
+def read_captions(parts: Sequence[Part], mode: str, caption: str | None, column: str | None = None, *, must_use: bool = True) -> dict[Path, Captions]:
     """The captions of each image, one or more, in the images' order. `mode` is one of CAPTION_MODES.
 
     txt        every line of 001.txt beside 001.png that is not empty
-    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a head; `column` names another column than text,
-               caption or prompt; in JSON a text may be a list; a file may have several rows
+    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a head; `column` names
+               another column than text, caption or prompt; in JSON a text may be a list; a file may have several rows
     filename   the file's name up to its first dot (cloneofsimo)
     one        `caption`
     object, style    TEMPLATES with `caption` in place of {}
-    auto       the metadata table if there is one, else .txt files if there are any, else `caption`, else file names
+    auto       the metadata table if there is one, else files beside the images if one of them has a text (.txt, else .caption,
+               else a .json with text, caption or prompt), else `caption`, else the words of a folder called N_words (kohya),
+               else file names where somebody wrote them (`is_caption`)
 
-    Raises UserError for an image without a caption, an unknown mode, and a `caption` or `column` that is missing or would have no effect.
+    An image without a text in its file or table takes `caption` where that is given, else the words of such a folder. All texts
+    are in Unicode's normal form C. Raises UserError for an image without a caption, an unknown mode, a `caption` or `column` that
+    is missing, and, if it `must_use` them, for one that no image takes.
     """
     if mode not in CAPTION_MODES:
         raise UserError(f"unknown caption mode {mode!r}, expected one of {', '.join(CAPTION_MODES)}")
-    chosen = _detect(folder, caption) if mode == "auto" else mode
-    needs_caption = chosen in ("one", "object", "style")
-    if needs_caption and not (caption and caption.strip()):
-        raise UserError(f"captions {chosen!r} need the caption (for templates, the word to put in them), got {caption!r}")
-    if not needs_caption and caption is not None:
-        raise UserError(f"the caption {caption!r} has no use when {folder} is read with captions {chosen!r}; drop it or ask for captions 'one'")
-    if column and chosen != "metadata":
-        raise UserError(f"the caption column {column!r} has no use when {folder} is read with captions {chosen!r}; drop it or add metadata.jsonl")
-    if chosen == "one":
-        return dict.fromkeys(images, (str(caption),))
-    if chosen in TEMPLATES:
-        return dict.fromkeys(images, tuple(t.format(caption) for t in TEMPLATES[chosen]))
-    if chosen == "filename":
-        return _complete({p: (p.name.split(".")[0].strip(),) for p in images}, images, "a caption in its name")
-    if chosen == "metadata":
-        table = metadata_table(folder) or folder / TABLES[0]
-        return _complete(read_metadata(table, column), images, f"a row in {table.name}")
-    return _complete({p: _read_lines(p.with_suffix(".txt")) for p in images}, images, "a .txt file with a caption")
+    modes = {part.folder: _detect(part, caption) if mode == "auto" else mode for part in parts}
+    if (first := next(iter(modes.values()))) in ONE_FOR_ALL and not (caption and caption.strip()):
+        raise UserError(f"captions {first!r} need the caption (for templates, the word to put in them), got {caption!r}")
+    found: dict[Path, Captions] = {}
+    for part in parts:
+        own = _read_part(part, modes[part.folder], caption, column, suffixes=CAPTION_SUFFIXES if mode == "auto" else (".txt",))
+        needed = {"txt": "a .txt file with a caption", "metadata": f"a row in {_table(part).name}"}
+        found |= _complete(own, part, needed.get(modes[part.folder], "a caption in its name"), caption)
+    if must_use:
+        _check_use({captions.source for captions in found.values()}, f"{parts[0].folder} is read with captions {first!r}", caption, column)
+    return {image: Captions(tuple(map(compose, texts)), source) for image, (texts, source) in found.items()}
 
 
-def metadata_table(folder: Path) -> Path | None:
-    """The folder's metadata.jsonl or metadata.csv, None without either; UserError when there are both."""
-    found = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder} has both {' and '.join(TABLES)}; keep one of them")
-    return found[0] if found else None
-
-
-def read_metadata(path: Path, column: str | None = None) -> dict[Path, tuple[str, ...]]:
+def read_metadata(path: Path, column: str | None = None, *, may_be_empty: bool = False) -> dict[Path, tuple[str, ...]]:
     """The images that metadata.jsonl or metadata.csv names, relative to its folder, with their captions.
 
-    Raises UserError for a bad row, a column that is not there and an image that is not there.
+    A file is found in whichever normal form of Unicode the table and the disk write its name. Raises UserError for a bad row,
+    a column that is not there, an image that is not there and, unless it `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(f"captions 'metadata' need the file {path}, which is missing; write one JSON object per line with file_name and text")
     captions: dict[Path, tuple[str, ...]] = {}
     for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
-        name, texts = _read_row(row, column, where)
-        image = path.parent / name
-        if not image.is_file() or not is_image(image):
+        name, texts = _read_row(row, column, where, may_be_empty=may_be_empty)
+        image = find_file(path.parent, name)
+        if image is None or not is_image(image):
             raise UserError(f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image")
         captions[image] = captions.get(image, ()) + texts
     return captions
 
 
-def _detect(folder: Path, caption: str | None) -> str:
-    if metadata_table(folder):
+def _check_use(sources: set[Path | str], how: str, caption: str | None, column: str | None) -> None:
+    """Raises UserError for a `caption` or a `column` of tables that no image takes."""
+    if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
+        raise UserError(f"the caption {caption!r} has no use when {how}; drop it or ask for captions 'one'")
+    if column and not any(isinstance(source, Path) and source.name in TABLES for source in sources):
+        raise UserError(f"the caption column {column!r} has no use when {how}; drop it or add metadata.jsonl")
+
+
+def _detect(part: Part, caption: str | None) -> str:
+    """The mode that auto stands for."""
+    if part.table is not None:
         return "metadata"
-    if any(p.suffix == ".txt" for p in folder.iterdir()):
+    if any(_read_beside(path) for own in part.texts.values() for path in own):
         return "txt"
-    return "filename" if caption is None else "one"
+    if caption is not None:
+        return "one"
+    if part.words:
+        return "folder"
+    unwritten = [image for image in part.images if not is_caption(_name_of(image))]
+    if unwritten:
+        first = unwritten[0]
+        raise UserError(
+            f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing, first {first.name}; write "
+            f"captions in files such as {first.stem}.txt, give one for all with --data.caption, or take the names with --data.captions filename"
+        )
+    return "filename"
 
 
-def _complete(captions: Mapping[Path, tuple[str, ...]], images: Sequence[Path], what: str) -> dict[Path, tuple[str, ...]]:
-    """The captions in the images' order; UserError with a count and the first name when some image has none."""
-    missing = [p for p in images if not any(captions.get(p, ()))]
-    if missing:
-        raise UserError(f"{len(missing)} of {len(images)} images lack {what}, first {missing[0]}; add it, or choose another caption mode")
-    return {p: captions[p] for p in images}
+def _read_part(part: Part, chosen: str, caption: str | None, column: str | None, *, suffixes: Sequence[str]) -> dict[Path, Captions]:
+    """The captions that one folder has, of those images that have one."""
+    if chosen == "one":
+        return dict.fromkeys(part.images, Captions((str(caption),), ONE))
+    if chosen in TEMPLATES:
+        return dict.fromkeys(part.images, Captions(tuple(t.format(caption) for t in TEMPLATES[chosen]), TEMPLATE))
+    if chosen == "folder":
+        return dict.fromkeys(part.images, Captions((_checked(part.words, part.folder),), FOLDER_NAME))
+    if chosen == "filename":
+        return {image: Captions((_checked(_name_of(image), image),), FILE_NAME) for image in part.images}
+    if chosen == "metadata":
+        table = _table(part)
+        read = read_metadata(table, column, may_be_empty=caption is not None)
+        return {image: Captions(texts, table) for image, texts in read.items()}
+    found = {}
+    for image, own in part.texts.items():
+        for path in own:
+            texts = _read_beside(path) if path.suffix.lower() in suffixes else ()
+            if texts and image not in found:
+                found[image] = Captions(texts, path)
+    return found
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    return tuple(line.strip() for line in _read_text(path).splitlines() if line.strip())
+def _complete(own: Mapping[Path, Captions], part: Part, what: str, caption: str | None) -> dict[Path, Captions]:
+    """The captions of a folder in the images' order; UserError with a count and the first name when some image has none."""
+    missing = [image for image in part.images if image not in own or not any(own[image].texts)]
+    spare = Captions((caption,), FALLBACK) if caption and caption.strip() else Captions((part.words,), FOLDER_NAME)
+    if missing and not spare.texts[0]:
+        advice = "add it, give --data.caption for those without, or choose another caption mode"
+        raise UserError(f"{len(missing)} of {len(part.images)} images lack {what}, first {missing[0]}; {advice}")
+    return {image: spare if image in missing else own[image] for image in part.images}
 
 
-def _read_text(path: Path) -> str:
+def _table(part: Part) -> Path:
+    return part.table or part.folder / TABLES[0]
+
+
+def _name_of(image: Path) -> str:
+    return image.name.split(".")[0].strip()
+
+
+def _checked(words: str, path: Path) -> str:
+    """The words of a file's or folder's name; UserError where they are no Unicode."""
+    if printable(words) != words:
+        raise UserError(f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; rename it, or choose other captions")
+    return words
+
+
+def _read_beside(path: Path) -> tuple[str, ...]:
+    """The captions in a file beside an image; none in an empty one and in JSON without text, caption or prompt.
+
+    A .json of one line that is no JSON is read as its text.
+    """
+    lines = read_lines(path)
+    if path.suffix.lower() != ".json" or (len(lines) == 1 and lines[0][0] not in '{["'):
+        return tuple(lines)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        value = json.loads(read_text(path)) if lines else None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error.msg} in line {error.lineno}); correct it or remove it") from error
+    if isinstance(value, dict):
+        value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    return tuple(t.strip() for t in texts if t.strip()) if all(isinstance(t, str) for t in texts) else ()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row is, for errors, and the row."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
         where = f"{path}, line {number}"
         try:
             if line.strip():
@@ -155,7 +225,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The same; quoted texts may go over several lines, of which the last is named."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), restkey="(columns without a name)", strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="(columns without a name)", strict=True)
     try:
         yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
@@ -164,7 +234,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def _read_row(row: Any, column: str | None, where: str) -> tuple[str, tuple[str, ...]]:
+def _read_row(row: Any, column: str | None, where: str, *, may_be_empty: bool) -> tuple[str, tuple[str, ...]]:
     """The file name and the captions of one row of a metadata table."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise UserError(f'{where} has no "file_name"; each row needs file_name and a caption such as text')
@@ -174,6 +244,10 @@ def _read_row(row: Any, column: str | None, where: str) -> tuple[str, tuple[str,
         names = repr(column) if column else f"one of {', '.join(CAPTION_COLUMNS)}"
         raise UserError(f"{where} has the columns {', '.join(row)}; expected the caption under {names}")
     texts = row[found] if isinstance(row[found], list) else [row[found]]
+    if may_be_empty and (not texts or row[found] is None):
+        return row["file_name"], ()
+    if may_be_empty and all(isinstance(t, str) for t in texts):
+        return row["file_name"], tuple(t.strip() for t in texts if t.strip())
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise UserError(f"{where} has the {found} {row[found]!r}, expected a caption or a list of captions")
     return row["file_name"], tuple(t.strip() for t in texts)

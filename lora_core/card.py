@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.run import atomic
 from lora_core.tokens import Abstraction, bind
@@ -45,7 +45,8 @@ def write(card: Card, folder: str | Path) -> Path:
     parts = [_title(card, folder), _picture(folder), _words(card), _files(card, folder), _diffusers(card, folder), _elsewhere(card, folder)]
     body = "\n\n".join(part for part in [*parts, _trained(card)] if part)
     with atomic(folder / "README.md") as temporary:
-        temporary.write_text(f"---\n{_front(card, folder).to_yaml()}\n---\n\n{body}\n", encoding="utf-8")
+        text = f"---\n{_front(card, folder).to_yaml()}\n---\n\n{body}\n"
+        temporary.write_text(printable(text), encoding="utf-8")
     return folder / "README.md"
 
 

@@ -48,7 +48,7 @@ class Data:
     """What is learned from."""
 
     images: str = ""
-    """Folder with the training images (jpg, png, webp, bmp)."""
+    """Folder with the training images; or with kohya's folders N_name, each for N repeats, or with a folder train."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes (extra: datasets)."""
     split: str = "train"
@@ -58,9 +58,10 @@ class Data:
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or prompt."""
     captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
-    """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or sentence templates; auto: the first there is."""
+    """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or sentence templates; auto: metadata,
+    else NAME.txt, .caption or .json, else --data.caption, else the name of a folder N_name, else file names where they are words."""
     caption: str = ""
-    """The one caption of all images, e.g. "a photo of TOK"."""
+    """The one caption of all images, e.g. "a photo of TOK", or of those without a text in their file or table."""
     caption_dropout: float = 0.0
     """Probability that a visit has the empty caption, [0, 1)."""
     resolution: int = 512
@@ -83,7 +84,7 @@ class Data:
     repeats: int = 1
     """Visits of each image in an epoch."""
     masks: Literal["none", "file", "alpha"] = "none"
-    """Weigh the loss by NAME.mask.png or by the alpha channel."""
+    """Weigh the loss by NAME.mask.png (or NAME-masklabel.png, masks/NAME.png) or by the alpha channel."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: int = 0

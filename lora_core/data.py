@@ -20,12 +20,12 @@ from lora_core.captions import TEMPLATES
 from lora_core.errors import UserError
 from lora_core.images import INTERPOLATIONS, Picture, RecentPictures, cut, flip, read_picture, resize, tint, to_pixels, to_tensor
 from lora_core.noise import generator
-from lora_core.records import Record, missing_word, scan
+from lora_core.records import Record, missing_word, scan, unused
 from lora_core.stream import Plan, position
 
 __all__ = [
     "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position",
-    "scaled_up", "scan",
+    "scaled_up", "scan", "unused",
 ]  # fmt: skip
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter

@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import cached_assets_path
 from PIL import Image
 
-from lora_core.captions import CAPTION_COLUMNS, TABLES
+from lora_core.captions import CAPTION_COLUMNS
 from lora_core.errors import UserError
 from lora_core.images import UNREADABLE
+from lora_core.listing import TABLES
 
 MARK = "dataset.json"  # what the folder was made from; there once it is whole
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are

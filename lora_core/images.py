@@ -25,11 +25,6 @@ class Picture(NamedTuple):
     original_size: tuple[int, int]  # h, w of the file, upright
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder by name; masks and hidden files left out."""
-    return sorted(p for p in folder.iterdir() if is_image(p) and p.is_file())
-
-
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.endswith(MASK_SUFFIX) and not path.name.startswith(".")
 

@@ -1,14 +1,18 @@
-"""A folder of images -> Record: which image has which captions and which mask. Every file is decoded once, so that a bad one is refused early."""
+"""A folder of images -> Record: which image has which captions and which mask.
+
+Every file is decoded once, so that a bad one is refused early.
+"""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_core.captions import CaptionMode, metadata_table, read_captions, read_metadata
+from lora_core.captions import CaptionMode, Captions, read_captions, read_metadata
 from lora_core.errors import UserError
-from lora_core.images import MASK_SUFFIX, list_images, mask_path, read_picture
+from lora_core.images import mask_path, read_picture
+from lora_core.listing import TABLES, Part, left_out, read_folder, read_part
 from lora_core.tokens import has_word
 
 
@@ -23,6 +27,7 @@ class Record:
     key: str  # hash of the image's bytes, its mask's, and whether alpha is the mask
     size: tuple[int, int]  # h, w of the file, upright
     is_prior: bool = False
+    source: Path | str = ""  # of the captions: a file, or in words
 
 
 def scan(
@@ -34,11 +39,15 @@ def scan(
     repeats: int = 1,
     masks: Literal["auto", "file", "alpha", "none"] = "auto",
     is_prior: bool = False,
+    held_out: bool = False,
 ) -> list[Record]:
-    """The images of a folder (with a metadata table: also those it names below it) with their captions and masks, the list `repeats` times over.
+    """The images of a folder (with a metadata table: also those it names below it) with their captions and masks.
 
-    Masks: "file" demands 001.mask.png for each image, "alpha" demands an alpha channel, "auto" takes mask files where they are and ignores alpha,
-    "none" ignores both. Caption modes and the caption's column in the table: `read_captions`. Raises UserError for what is missing or damaged.
+    The list is `repeats` times over, and the images of kohya's folder N_name (`read_folder`) N times within it; for a `held_out`
+    set each comes once, and a caption that none of its images takes is no mistake. Masks: "file" demands a mask for each image
+    (001.mask.png, or as other tools call it: `lora_core.listing`), "alpha" an alpha channel, "auto" takes mask files where they
+    are and ignores alpha, "none" ignores both. Caption modes and the caption's column in the table: `read_captions`. Raises
+    UserError for what is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,12 +56,23 @@ def scan(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     if masks not in ("auto", "file", "alpha", "none"):
         raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha or none")
-    images = _images(folder, captions, caption_column)
-    if not images:
-        raise UserError(f"no images in {folder}; put .jpg, .jpeg, .png, .webp or .bmp files there")
-    chosen = _masks(folder, images, masks)
-    texts = read_captions(folder, images, captions, caption, caption_column)
-    return [_record(p, texts[p], chosen[p], use_alpha=masks == "alpha", is_prior=is_prior) for p in images] * repeats
+    tabled = captions in ("auto", "metadata")
+    parts = read_folder(folder, tabled=tabled).parts
+    if tabled:
+        parts = tuple(_with_table(part, caption_column, may_be_empty=caption is not None) for part in parts)
+    chosen = _masks(parts, masks)
+    texts = read_captions(parts, captions, caption, caption_column, must_use=not held_out)
+    records: list[Record] = []
+    for part in parts:
+        own = [_record(path, texts[path], chosen[path], use_alpha=masks == "alpha", is_prior=is_prior) for path in part.images]
+        records += own if held_out else own * part.repeats
+    return records * (1 if held_out else repeats)
+
+
+def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
+    """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
+    used = {path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)}
+    return left_out(read_folder(Path(folder), tabled=any(path.name in TABLES for path in used)), used)
 
 
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
@@ -60,35 +80,40 @@ def missing_word(records: Sequence[Record], word: str) -> list[Path]:
     return list(dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions)))
 
 
-def _images(folder: Path, captions: str, column: str | None) -> list[Path]:
-    """The folder's images, and those below it that the metadata table names when captions come from there."""
-    found = list_images(folder)
-    table = metadata_table(folder) if captions in ("auto", "metadata") else None
-    if table is not None:
-        found += sorted(set(read_metadata(table, column)) - set(found))
-    return found
+def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
+    """The folder with those images below it that its metadata table names, and what lies beside them."""
+    if part.table is None:
+        return part
+    further = sorted(set(read_metadata(part.table, column, may_be_empty=may_be_empty)) - set(part.images))
+    masks, texts = dict(part.masks), dict(part.texts)
+    for folder in sorted({path.parent for path in further}):
+        below = read_part(folder)
+        masks |= {path: mask for path, mask in below.masks.items() if path in further}
+        texts |= {path: own for path, own in below.texts.items() if path in further}
+    return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
 
 
-def _masks(folder: Path, images: list[Path], masks: str) -> dict[Path, Path | None]:
+def _masks(parts: Sequence[Part], masks: str) -> dict[Path, Path | None]:
     """The mask file of each image; UserError for a missing one that was demanded, or one that belongs to no image."""
+    images = [path for part in parts for path in part.images]
     if masks in ("alpha", "none"):
         return dict.fromkeys(images)
-    chosen = {p: mask_path(p) if mask_path(p).is_file() else None for p in images}
-    stray = sorted(set(folder.glob("*" + MASK_SUFFIX)) - set(chosen.values()))
-    if stray:
-        raise UserError(f"the mask {stray[0]} belongs to no image; name it after its image or remove it")
-    without = [p for p, mask in chosen.items() if mask is None]
+    found = {image: mask for part in parts for image, mask in part.masks.items()}
+    unclaimed = [path for part in parts for path in part.unclaimed]
+    if unclaimed:
+        raise UserError(f"the mask {unclaimed[0]} belongs to no image; name it after its image or remove it")
+    without = [image for image in images if image not in found]
     if masks == "file" and without:
-        first = mask_path(without[0]).name
-        raise UserError(f"{len(without)} of {len(images)} images lack a mask, first {without[0]}; add {first} or ask for masks 'auto'")
-    return chosen
+        lacking = f"{len(without)} of {len(images)} images lack a mask, first {without[0]}"
+        raise UserError(f"{lacking}; add {mask_path(without[0]).name}, or leave --data.masks out")
+    return {image: found.get(image) for image in images}
 
 
-def _record(path: Path, captions: tuple[str, ...], mask: Path | None, *, use_alpha: bool, is_prior: bool) -> Record:
+def _record(path: Path, captions: Captions, mask: Path | None, *, use_alpha: bool, is_prior: bool) -> Record:
     """The record of one file, which is decoded to see that it can be."""
     size = read_picture(path, mask, use_alpha=use_alpha).original_size
     content = hashlib.blake2b(path.read_bytes(), digest_size=16)
     content.update(b"alpha" if use_alpha else b"")
     if mask is not None:
         content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
-    return Record(path, captions, mask, use_alpha, content.hexdigest(), size, is_prior)
+    return Record(path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source)

@@ -7,7 +7,8 @@ the whole table and put the old rows back after every step).
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,13 @@ from torch import Tensor, nn
 
 from lora_core.errors import UserError
 from lora_core.noise import generator
+from lora_core.text import compose
+
+# How Unicode's names of letters begin in scripts without spaces between words, or with particles that are glued to any word.
+UNSPACED = (
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER",
+    "MYANMAR", "TIBETAN", "YI ",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int | S
     """
     if isinstance(words, str):
         words = (words,)
-    inits = dict(words) if isinstance(words, Mapping) else dict.fromkeys(words, "random")
+    given = words.items() if isinstance(words, Mapping) else ((word, "random") for word in words)
+    inits = {compose(word): init for word, init in given}
     if not inits or len(inits) != len(words):
         raise UserError(f"expected one or more different placeholder words, got {list(words)}")
     counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
@@ -78,18 +87,32 @@ def is_drawn(init: str) -> bool:
 def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
     """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a photo of <s0><s1>".
 
-    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor a replacement is ever replaced (successive `str.replace`, as in the
-    public scripts, turns "TOK2" into "<s0><s1>2").
+    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced
+    (successive `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are compared in the normal
+    form C, so that it does not matter whether an accent is a character of its own.
     """
     if not abstractions:
         return caption
-    glued = {a.word: "".join(a.names) for a in abstractions}
-    return _pattern(tuple(glued)).sub(lambda match: glued[match.group()], caption)
+    caption = compose(caption)
+    glued = {compose(a.word): "".join(a.names) for a in abstractions}
+    parts, end = [], 0
+    for start, word in _find_words(caption, tuple(glued)):
+        parts += [caption[end:start], glued[word]]
+        end = start + len(word)
+    return "".join([*parts, caption[end:]])
 
 
 def has_word(caption: str, word: str) -> bool:
     """Whether `bind` would find the word in the caption."""
-    return _pattern((word,)).search(caption) is not None
+    return next(_find_words(compose(caption), (compose(word),)), None) is not None
+
+
+def cut_words(caption: str, abstractions: Sequence[Abstraction], tokenizer: Any, length: int) -> dict[str, bool]:
+    """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length` tokens, cuts them off."""
+    bound, names = bind(caption, abstractions), {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names}
+    whole = tokenizer(bound, verbose=False).input_ids
+    kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
+    return {name: whole.count(index) > kept.count(index) for name, index in names.items() if index in whole}
 
 
 class LearnedEmbedding(nn.Module):
@@ -261,14 +284,36 @@ def report(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[Toke
     ]
 
 
-def _pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Matches whole words, longest first. Boundaries are ASCII, so that "TOK" is found within Chinese or Japanese text."""
-    ordered = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(rf"{_edge(w[0], '<!')}{re.escape(w)}{_edge(w[-1], '!')}" for w in ordered), re.ASCII)
+def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(place, word) of the whole words in a caption, from left to right; of several at one place the longest."""
+    ordered, place = sorted(words, key=len, reverse=True), 0
+    while place < len(caption):
+        word = next((w for w in ordered if caption.startswith(w, place) and _is_whole(caption, place, place + len(w))), "")
+        if word:
+            yield place, word
+        place += max(len(word), 1)
 
 
-def _edge(character: str, look: str) -> str:
-    return rf"(?{look}\w)" if re.match(r"\w", character, re.ASCII) else ""
+def _is_whole(caption: str, start: int, end: int) -> bool:
+    """Whether caption[start:end] is no piece of a longer word."""
+    begins = start == 0 or not (_joins(caption[start]) and _joins(caption[start - 1]))
+    return begins and (end == len(caption) or not (_joins(caption[end]) or _is_accent(caption[end])) or not _joins(caption[end - 1]))
+
+
+def _joins(character: str) -> bool:
+    """Whether words are made of this character and are set apart by spaces, so that a letter beside it belongs to the same word.
+
+    Not in the scripts that write words without spaces, or glue particles to them: "TOK" is found in 一张TOK的照片 and TOK은.
+    """
+    if character.isascii():
+        return character.isalnum() or character == "_"
+    is_letter = character.isalnum() or _is_accent(character)
+    return is_letter and not unicodedata.name(character, "").startswith(UNSPACED)
+
+
+def _is_accent(character: str) -> bool:
+    """Whether the character only changes the one before it: a combining mark."""
+    return unicodedata.category(character).startswith("M") and not unicodedata.name(character, "").startswith("VARIATION")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import tyro
 
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.text import check_unicode, read_text
 
 C = TypeVar("C")
 
@@ -71,10 +72,14 @@ def _refuse(value: Any, wanted: str) -> Any:
 def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignment]
     """The config in a TOML file. Raises UserError when it is missing, is no TOML, or has an unknown key."""
     try:
-        return from_table(tomllib.loads(path.read_text()), cls)
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    try:
+        return from_table(tomllib.loads(text), cls)
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -98,6 +103,7 @@ def to_toml(config: Any) -> str:
 def command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example: str) -> C:
     """The config that a command line describes: an optional TOML file first, then flags. Ends with status 2 and the nearest flag on a wrong one."""
     words = list(sys.argv[1:] if argv is None else argv)
+    check_unicode(words, "the argument")
     default = read_toml(Path(words.pop(0)), cls) if words and not words[0].startswith("-") else cls()
     description = f"{cls.__doc__}\n\nusage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\nexample: {example}"
     return tyro.cli(cls, default=default, args=words, prog=prog, description=description)

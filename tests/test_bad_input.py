@@ -123,6 +123,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
     "lora plus of full": ({"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}}, r"has no up and down, which LoRA\+ tells"),
     "ema": ({"ema": 1.0}, r"--ema is 1; expected a number in \[0, 1\)"),
+    "class prompt": (ONLY | {"prior": {"prompt": "a photo of TOK"}}, "--prior.prompt is 'a photo of TOK' and holds the placeholder word TOK"),
+    "class of a swap": ({"prior": {"swap": {"TOK": "a TOK"}}}, "--prior.swap TOK is 'a TOK' and holds the placeholder"),
+    "class prompt of a swap": ({"prior": {"swap": {"TOK": "cat"}, "prompt": "TOK"}}, "--prior.prompt is 'TOK' and holds the placeholder"),
+    "base word of a word": (ONLY | {"samples": {"base_word": "TOK"}}, "--samples.base-word is 'TOK' and holds the placeholder"),
+    "init of a word": (ONLY | {"tokens": {"init": ("a TOK",)}}, "--tokens.init is 'a TOK' and holds the placeholder"),
+    "cut placeholder": (ONLY | {"data": {"captions": "one", "caption": "a " * 20 + "TOK"}}, "token <s0> of TOK lies beyond the 16 tokens .* every"),
+    "cut vector": (ONLY | {"data": {"captions": "one", "caption": "a " * 13 + "TOK"}}, "token <s1> of TOK lies beyond the 16 tokens"),
     "swap word": ({"prior": {"swap": {"FOO": "cat"}}}, "no caption has the placeholder word FOO"),
     "swap weight": ({"prior": {"swap_weight": 2.0}}, "--prior.swap-weight has no effect without --prior.swap"),
     "bucket step": ({"data": {"bucket_step": 8}}, "--data.bucket-step has no effect without --data.buckets"),
@@ -142,6 +149,15 @@ def test_a_wrong_config_is_one_sentence_and_moves_nothing(config: Config, quick:
     (Path(config.out) / "config.toml").write_text("the old run")
     sentence = refused(merged(replace(config, overwrite=True), change), capsys)
     assert re.search(said, sentence), sentence
+
+
+def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config) -> None:
+    for change, option in (
+        ({"out": "runs/caf\udce9"}, "--out 'runs/caf"), ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
+        ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
+            checks.config(merged(config, change))
 
 
 @pytest.mark.parametrize(

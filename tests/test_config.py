@@ -76,6 +76,24 @@ def test_wrong_toml_is_one_sentence(tmp_path: Path, text: str, sentence: str) ->
     assert re.search(sentence, str(error.value)) and "\n" not in str(error.value)
 
 
+def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "notepad.toml"
+    file.write_bytes("\ufeff# été\r\nseed = 3\r\n".encode())
+    assert read_toml(file).seed == 3
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
+        mark = "\ufeff" if encoding == "utf-16-le" else ""
+        file.write_bytes(f"{mark}# été".encode(encoding))
+        with pytest.raises(UserError, match=r"notepad\.toml is not UTF-8 text") as error:
+            read_toml(file)
+        assert ("UTF-16" in str(error.value)) == (encoding != "latin-1") and str(error.value).count("notepad.toml") == 1
+
+
+def test_words_that_are_no_utf8_are_refused_escaped() -> None:
+    for words in (["--out", "caf\udce9"], ["--data.caption", "caf\udce9"], ["caf\udce9.toml"]):
+        with pytest.raises(UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are no UTF-8"):
+            command_line(Config, words, prog="train.py", example="")
+
+
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.toml"):
         read_toml(tmp_path / "nowhere.toml")

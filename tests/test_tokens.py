@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_core import tokens
 from lora_core.errors import UserError
 from lora_core.noise import generator
-from lora_core.tokens import Abstraction, bind, install, make_abstractions, uninstall
+from lora_core.tokens import Abstraction, bind, has_word, install, make_abstractions, uninstall
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red"]
 
@@ -69,6 +69,43 @@ def test_bind_never_corrupts_an_undeclared_longer_word_and_replaces_once():
     assert bind("a <*> b", make_abstractions(["<*>"], vectors=1)) == "a <s0> b"
     assert bind("a TOK cat", make_abstractions(["TOK", "TOK cat"], vectors=1)) == "a <s1>"  # longest, though both are whole words
     assert bind("anything", ()) == "anything"
+
+
+@pytest.mark.parametrize(
+    "caption, word, bound",
+    [
+        ("René, Ren and Renée", "Ren", "René, <s0> and Renée"),
+        ("Rene\u0301 and Rene", "Rene", "René and <s0>"),
+        ("Rene\u0301s and Rene\u0301", "René", "Renés and <s0>"),
+        ("un Rene\u0301", "Rene\u0301", "un <s0>"),
+        ("x\u030cTOK and TOK\u20dd", "TOK", "x\u030cTOK and TOK\u20dd"),
+        ("ÅTOK, TOKß, TOK٣ и ТTOK", "TOK", "ÅTOK, TOKß, TOK٣ и ТTOK"),
+        ("кот и котик", "кот", "<s0> и котик"),
+        ("一张TOK的照片", "TOK", "一张<s0>的照片"),
+        ("これはTOKです、TOK은 ไทยTOKไทย", "TOK", "これは<s0>です、<s0>은 ไทย<s0>ไทย"),
+        ("我的猫咪", "猫", "我的<s0>咪"),
+        ("TOK’s “TOK”—TOK\x0bTOK", "TOK", "<s0>’s “<s0>”—<s0>\x0b<s0>"),
+    ],
+)
+def test_words_are_whole_in_any_script(caption, word, bound):
+    assert bind(caption, make_abstractions([word], vectors=1)) == bound
+    assert has_word(caption, word) == ("<s0>" in bound)
+
+
+def test_learned_tokens_beyond_the_tokenizers_limit_are_told_apart(tokenizer):
+    made = make_abstractions(["TOK", "CAT"], vectors=2)
+    install(encoder(tokenizer), tokenizer, made, seed=0)
+    cut = lambda caption: tokens.cut_words(caption, made, tokenizer, 16)  # noqa: E731
+    assert cut("a photo of TOK") == {"<s0>": False, "<s1>": False}
+    assert cut("a " * 13 + "TOK") == {"<s0>": False, "<s1>": True}  # 14 tokens beside the special ones
+    assert cut("TOK " + "a " * 13 + "CAT") == {"<s0>": False, "<s1>": False, "<s2>": True, "<s3>": True}
+    assert cut("a " * 12 + "TOK TOK") == {"<s0>": True, "<s1>": True}  # the second time
+    assert cut("a dog") == {}
+
+
+def test_a_word_given_in_two_normal_forms_is_one_word():
+    with pytest.raises(UserError, match="different placeholder words"):
+        make_abstractions(["Rene\u0301", "René"])
 
 
 def test_each_word_may_have_its_own_number_of_vectors():
