@@ -127,7 +127,8 @@ def left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
         for path in (*part.masks.values(), *part.unclaimed):
             add(path, "masks that are not asked for (--data.masks file)")
         for path in (path for own in part.texts.values() for path in own):
-            add(path, "texts beside images that have another caption")
+            blank = not path.read_bytes().strip()
+            add(path, "empty texts" if blank else "texts beside images that have another caption")
         if part.table is not None:
             add(part.table, "tables that the chosen captions do not read")
         for path in part.images:
