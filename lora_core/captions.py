@@ -71,11 +71,13 @@ def read_captions(folder: Path, images: Sequence[Path], mode: str, caption: str 
     chosen = _detect(folder, caption) if mode == "auto" else mode
     needs_caption = chosen in ("one", "object", "style")
     if needs_caption and not (caption and caption.strip()):
-        raise UserError(f"captions {chosen!r} need the caption (for templates, the word to put in them), got {caption!r}")
+        raise UserError(f"captions {chosen!r} need the caption (for templates, the word to put in them), got {caption!r}; add --data.caption")
     if not needs_caption and caption is not None:
-        raise UserError(f"the caption {caption!r} has no use when {folder} is read with captions {chosen!r}; drop it or ask for captions 'one'")
+        raise UserError(f"the caption {caption!r} has no use when {folder} is read with captions {chosen!r}; leave it out or add --data.captions one")
     if column and chosen != "metadata":
-        raise UserError(f"the caption column {column!r} has no use when {folder} is read with captions {chosen!r}; drop it or add metadata.jsonl")
+        raise UserError(
+            f"the caption column {column!r} has no use when {folder} is read with captions {chosen!r}; leave it out or add metadata.jsonl"
+        )
     if chosen == "one":
         return dict.fromkeys(images, (str(caption),))
     if chosen in TEMPLATES:
@@ -125,7 +127,7 @@ def _complete(captions: Mapping[Path, tuple[str, ...]], images: Sequence[Path], 
     """The captions in the images' order; UserError with a count and the first name when some image has none."""
     missing = [p for p in images if not any(captions.get(p, ()))]
     if missing:
-        raise UserError(f"{len(missing)} of {len(images)} images lack {what}, first {missing[0]}; add it, or choose another caption mode")
+        raise UserError(f"{len(missing)} of {len(images)} images lack {what}, first {missing[0]}; add it, or choose other --data.captions")
     return {p: captions[p] for p in images}
 
 

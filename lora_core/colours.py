@@ -3,7 +3,7 @@
 import io
 import itertools
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from PIL import Image, ImageChops, ImageCms
@@ -95,11 +95,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return transform
     levels = [bytes(c) for c in itertools.product(range(0, 256, 15), repeat=3)] if mode == "RGB" else [bytes(range(256))]
     probe = Image.frombytes(mode, (len(b"".join(levels)) // len(mode), 1), b"".join(levels))
-    moved = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
-    return None if all(high <= 1 for _, high in moved) else transform
+    moved = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+    return None if max(moved.tobytes()) <= 1 else transform
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn(sentence: str) -> None:
     """Prints a warning, once: an image is read again in each epoch that does not find it in memory."""
     print(f"warning: {sentence}", file=sys.stderr)

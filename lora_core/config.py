@@ -82,8 +82,9 @@ class Data:
     """Augmentation repeats after this many visits, so that latents can be cached; 0: always fresh (cached anyway when nothing is random)."""
     repeats: int = 1
     """Visits of each image in an epoch."""
-    masks: Literal["none", "file", "alpha"] = "none"
-    """Weigh the loss by NAME.mask.png or by the alpha channel."""
+    masks: Literal["none", "file", "alpha", "auto", "any"] = "none"
+    """Weigh the loss by NAME.mask.png (file) or by the alpha channel (alpha), which every image must have. auto: by mask files where they are, while
+    images without one count whole; any: by mask files, else alpha where it is, else the whole image."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: int = 0

@@ -35,7 +35,9 @@ RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", "
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
 READING = 2  # goes up when the same file gives other pixels, so that no cache gives back what an older version read
 MASK_SUFFIX = ".mask.png"
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for damaged files
+UNREADABLE = (  # what Pillow's readers raise for damaged files
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -96,7 +98,7 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
     size = (image.height, image.width)
     if use_alpha:
         if alpha is None:
-            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or a {mask_path(path).name}, or choose other masks")
+            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or a {mask_path(path).name}, or choose other --data.masks")
         return Picture(image, _checked(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
         image.putalpha(alpha)
@@ -121,10 +123,7 @@ def read_mask(path: Path) -> Image.Image:
 def has_alpha_mask(path: Path) -> bool:
     """Whether the image has transparency that is not the same everywhere."""
     _, alpha = to_srgb(_open(path), str(path))
-    if alpha is None:
-        return False
-    low, high = alpha.getextrema()
-    return low < high
+    return alpha is not None and len(set(alpha.getextrema())) == 2
 
 
 def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lora_core.captions import CaptionMode, metadata_table, read_captions, read_metadata
 from lora_core.errors import UserError
-from lora_core.images import MASK_SUFFIX, list_images, mask_path, read_picture
+from lora_core.images import MASK_SUFFIX, has_alpha_mask, list_images, mask_path, read_picture
 from lora_core.tokens import has_word
 
 
@@ -32,27 +32,29 @@ def scan(
     caption: str | None = None,
     caption_column: str | None = None,
     repeats: int = 1,
-    masks: Literal["auto", "file", "alpha", "none"] = "auto",
+    masks: Literal["auto", "file", "alpha", "any", "none"] = "auto",
     is_prior: bool = False,
 ) -> list[Record]:
     """The images of a folder (with a metadata table: also those it names below it) with their captions and masks, the list `repeats` times over.
 
     Masks: "file" demands 001.mask.png for each image, "alpha" demands an alpha channel, "auto" takes mask files where they are and ignores alpha,
-    "none" ignores both. Caption modes and the caption's column in the table: `read_captions`. Raises UserError for what is missing or damaged.
+    "any" takes mask files, else an alpha channel that is not the same everywhere, "none" ignores both. Caption modes and the caption's column in
+    the table: `read_captions`. Raises UserError for what is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; check the path")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
-    if masks not in ("auto", "file", "alpha", "none"):
-        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha or none")
+    if masks not in ("auto", "file", "alpha", "any", "none"):
+        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
     images = _images(folder, captions, caption_column)
     if not images:
         raise UserError(f"no images in {folder}; put .jpg, .jpeg, .png, .webp or .bmp files there")
     chosen = _masks(folder, images, masks)
     texts = read_captions(folder, images, captions, caption, caption_column)
-    return [_record(p, texts[p], chosen[p], use_alpha=masks == "alpha", is_prior=is_prior) for p in images] * repeats
+    alpha = {p: masks == "alpha" or (masks == "any" and chosen[p] is None and has_alpha_mask(p)) for p in images}
+    return [_record(p, texts[p], chosen[p], use_alpha=alpha[p], is_prior=is_prior) for p in images] * repeats
 
 
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
@@ -80,7 +82,7 @@ def _masks(folder: Path, images: list[Path], masks: str) -> dict[Path, Path | No
     without = [p for p, mask in chosen.items() if mask is None]
     if masks == "file" and without:
         first = mask_path(without[0]).name
-        raise UserError(f"{len(without)} of {len(images)} images lack a mask, first {without[0]}; add {first} or ask for masks 'auto'")
+        raise UserError(f"{len(without)} of {len(images)} images lack a mask, first {without[0]}; add {first} or take --data.masks auto")
     return chosen
 
 
