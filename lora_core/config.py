@@ -48,7 +48,7 @@ class Data:
     """What is learned from."""
 
     images: str = ""
-    """Folder with the training images (jpg, png, webp, bmp)."""
+    """Folder with the training images: jpg, png, webp, tiff, avif ..., heic with the package pillow-heif."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes (extra: datasets)."""
     split: str = "train"
