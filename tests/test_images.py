@@ -9,6 +9,7 @@ import io
 import random
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -368,6 +369,23 @@ def test_every_suffix_is_a_format_that_pillow_reads_and_what_it_writes_is_read(t
         assert readable(file) is None and read_picture(file).original_size == (16, 16)
         written.append(suffix)
     assert {".gif", ".tiff", ".avif", ".jfif", ".jp2", ".apng"} <= set(written)
+
+
+def test_a_photoshop_file_shows_its_merged_picture(tmp_path):
+    """Adobe's format specification: header, no palette, no resources, no layers, then the planes."""
+    image, profile = noise(6, 4), rgb_profile("Adobe RGB")
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 6, 8, 3)
+    resource = b"8BIM" + struct.pack(">HHI", 1039, 0, len(profile)) + profile + bytes(len(profile) % 2)
+    planes = b"".join(band.tobytes() for band in image.split())
+    content = head + struct.pack(">II", 0, len(resource)) + resource + struct.pack(">IH", 0, 0) + planes
+    (tmp_path / "x.psd").write_bytes(content)
+    assert difference(read_picture(tmp_path / "x.psd").image, true_colours(image, profile)) == 0
+
+
+def test_threads_share_a_profile(tmp_path):
+    noise(200, 200).save(tmp_path / "x.png", icc_profile=rgb_profile("Display P3"))
+    with ThreadPoolExecutor(4) as pool:
+        assert len({read.image.tobytes() for read in pool.map(read_picture, [tmp_path / "x.png"] * 16)}) == 1
 
 
 def test_transparent_gif_and_webp_are_on_white(tmp_path):
