@@ -107,9 +107,10 @@ def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor
 
 
 def _raise_mask(mask: Tensor, temperature: float) -> Tensor:
-    """The mask [b, 1, h, w] to the power of the temperature; relative to its brightest place where nothing else would be left of it in this dtype.
+    """The mask [b, 1, h, w] to the power of the temperature.
 
-    A loss that divides by the mask's sum is the same for both.
+    Where this dtype would leave nothing of a row, relative to its brightest place; a loss that
+    divides by the mask's sum is the same for both.
     """
     raised, brightest = mask**temperature, mask.amax((1, 2, 3), keepdim=True)
     return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)

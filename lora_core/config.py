@@ -83,8 +83,9 @@ class Data:
     repeats: int = 1
     """Visits of each image in an epoch."""
     masks: Literal["none", "file", "alpha", "auto", "any"] = "none"
-    """Weigh the loss by NAME.mask.png (file) or by the alpha channel (alpha), which every image must have. auto: by mask files where they are, while
-    images without one count whole; any: by mask files, else alpha where it is, else the whole image."""
+    """Weight the loss by NAME.mask.png (file) or the alpha channel (alpha), which every image must
+    have. auto: by mask files where there are some, other images count whole; any: by a mask file,
+    else the alpha channel, else the whole image."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: int = 0

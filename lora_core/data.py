@@ -110,9 +110,11 @@ class Folder:
     `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
     classifier, arXiv 2207.12598); prior records keep theirs. Raises UserError for no records and a probability outside [0, 1).
 
-    Where some records have a mask, the others have ones, so that a loss does not depend on what else is in the batch. No visit has a mask of zeros,
-    which would train nothing: a crop without any of the mask moves to one of the mask's pixels, at random where crops are random. (kohya trains
-    such a step with the loss 0.) Refused are masks that vanish when they are scaled, and masks that are one grey in every crop.
+    Where some records have a mask, the others have ones, so that a loss does not depend on what
+    else is in the batch. No visit has a mask of zeros, which would train nothing (kohya takes such
+    a step with the loss 0): a crop without any of the mask moves to one of the mask's pixels, at
+    random where crops are random. Refused are masks that vanish when they are scaled, and masks
+    that are one grey in every crop.
     """
 
     def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0) -> None:
@@ -131,7 +133,7 @@ class Folder:
         for record in self.records:
             self._copy.append(self._copies[record.key])
             self._copies[record.key] += 1
-        self.shifted = self._check_masks()  # names of images whose mask lies outside the centre crop
+        self.shifted = self._check_masks()  # images whose mask lies outside the centre crop
 
     def __len__(self) -> int:
         return len(self.records)
@@ -183,7 +185,8 @@ class Folder:
         nothing would be read twice.
         """
         s = self.settings
-        settings: dict[str, object] = {"size": tuple(size or s.size(record.size)), "interpolation": s.interpolation, "reading": READING}
+        settings: dict[str, object] = {"size": tuple(size or s.size(record.size)), "interpolation": s.interpolation}
+        settings["reading"] = READING
         if s.is_random and not s.variants:
             raise UserError("random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off")
         if s.is_random:
@@ -203,21 +206,26 @@ class Folder:
         return torch.rand((), generator=generator(self.settings.seed, record.key, visit, purpose), dtype=torch.float64).item()
 
     def _check_masks(self) -> list[str]:
-        """The images of which a centre crop shows nothing of the mask.
+        """Names of the images of which a centre crop shows nothing of the mask.
 
-        Raises UserError for a mask that scaling leaves nothing of, and where every visit shows one grey of every mask.
+        Raises UserError for a mask that scaling leaves nothing of, and where every visit shows one
+        grey of every mask.
         """
-        masked = {r.path: (r, size) for r, size in zip(self.records, self.sizes, strict=True) if _has_mask(r)}
+        pairs = zip(self.records, self.sizes, strict=True)
+        masked = {record.path: (record, size) for record, size in pairs if _has_mask(record)}
         outside, is_center = [], self.settings.crop == "center"
         has_effect = not is_center or self.settings.zoom > 1
         for path, (record, size) in masked.items():
             mask = resize(self._picture(record, size), size).mask
             assert mask is not None
             if not mask.getbbox():
-                lost = f"nothing is left of the mask of {path} when it is scaled to {size[1]} x {size[0]} pixels"
-                raise UserError(f"{lost}; paint a larger one or raise --data.resolution")
+                raise UserError(
+                    f"nothing is left of the mask of {path} when it is scaled to {size[1]} x {size[0]} pixels; "
+                    "paint a larger one or raise --data.resolution"
+                )
             if is_center:
-                mask = _crop(mask, _center_corner((mask.height - size[0], mask.width - size[1])), size)
+                room = (mask.height - size[0], mask.width - size[1])
+                mask = _crop(mask, _center_corner(room), size)
                 outside += [] if mask.getbbox() else [path.name]
             has_effect = has_effect or not mask.getbbox() or len(set(mask.getextrema())) == 2
         if masked and not has_effect:
@@ -240,7 +248,7 @@ def _has_mask(record: Record) -> bool:
 
 
 def _center_corner(room: tuple[int, int]) -> tuple[int, int]:
-    """The corner (top, left) of a crop in the middle of an image that is larger than it by `room` (h, w)."""
+    """The corner (top, left) of a crop in the middle, where the image is larger by `room` (h, w)."""
     return round(room[0] / 2), round(room[1] / 2)
 
 
@@ -252,27 +260,33 @@ def _crop(mask: Image.Image, corner: tuple[int, int], size: Size) -> Image.Image
 def _corner_on_mask(mask: Image.Image, size: Size, draw: Callable[[str], float] | None) -> tuple[int, int]:
     """The corner (top, left) of a crop that shows some of the mask.
 
-    Drawn, it is one of those with a random pixel of the mask, so the more likely the more of the mask it shows. Without `draw` the pixel nearest to
-    the image's middle comes to the middle of the crop, as far as the image reaches.
+    Drawn, it is one of those with a random pixel of the mask, so the more likely the more of the
+    mask it shows. Without `draw` the pixel nearest to the image's middle comes to the middle of
+    the crop, as far as the image reaches.
     """
     places = to_tensor(mask)[0].nonzero()  # [n, 2] rows and columns
     if draw is None:
-        chosen = int((2 * places - torch.tensor([mask.height - 1, mask.width - 1])).square().sum(1).argmin())
+        middle = torch.tensor([mask.height - 1, mask.width - 1])
+        chosen = int((2 * places - middle).square().sum(1).argmin())
     else:
         chosen = int(draw("mask pixel") * len(places))
     corner = []
-    for axis, at, length, side in zip(("top", "left"), places[chosen].tolist(), size, (mask.height, mask.width), strict=True):
+    sides = zip(("top", "left"), places[chosen].tolist(), size, (mask.height, mask.width), strict=True)
+    for axis, at, length, side in sides:
         first, last = max(0, at - length + 1), min(at, side - length)
-        drawn = min(max(at - length // 2, first), last) if draw is None else first + int(draw(f"mask {axis}") * (last - first + 1))
-        corner.append(drawn)
+        if draw is None:
+            corner.append(min(max(at - length // 2, first), last))
+        else:
+            corner.append(first + int(draw(f"mask {axis}") * (last - first + 1)))
     return corner[0], corner[1]
 
 
 def shifted_to_masks(folder: Folder) -> str:
-    """One sentence that counts the images whose mask lies outside the centre crop; empty when there are none."""
+    """One sentence that counts the images whose mask lies outside the centre crop, or ""."""
     if not folder.shifted:
         return ""
-    count = f"{len(folder.shifted)} of {len({r.path for r in folder.records})} images, first {folder.shifted[0]}"
+    images = len({record.path for record in folder.records})
+    count = f"{len(folder.shifted)} of {images} images, first {folder.shifted[0]}"
     other = "" if folder.settings.buckets else " (--data.buckets cuts off less)"
     return f"the centre crop shows nothing of the mask of {count}; they are cropped around their masks instead{other}"
 

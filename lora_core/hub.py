@@ -19,7 +19,7 @@ from lora_core.images import UNREADABLE, decode
 
 MARK = "dataset.json"  # what the folder was made from; there once it is whole
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
-PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # that a PNG holds whole, its colour profile beside it
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
 
 
 def export(

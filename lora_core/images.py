@@ -25,18 +25,23 @@ else:
     pillow_heif.register_heif_opener()
 
 SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif",
-    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi", ".psd", ".pcx", ".sgi",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
+    ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi", ".psd", ".pcx", ".sgi",
 )  # fmt: skip
 HEIC = (".heic", ".heif", ".hif")
-HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # of ISO/IEC 23008-12, behind "ftyp" in the file's first 12 bytes
-CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "jpg_2000")  # suffix -> Pillow's name
-RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")  # what cameras write without developing it
+# ISO/IEC 23008-12: these follow "ftyp" in the file's first 12 bytes.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
+CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
-READING = 2  # goes up when the same file gives other pixels, so that no cache gives back what an older version read
+# Goes up when the same file gives other pixels: a cache must not return what an older version read.
+READING = 2
 MASK_SUFFIX = ".mask.png"
 UNREADABLE = (  # what Pillow's readers raise for damaged files
-    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error,
+    Image.DecompressionBombError,
 )  # fmt: skip
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
@@ -62,24 +67,33 @@ def mask_path(image: Path) -> Path:
 
 
 def readable(path: Path) -> str | None:
-    """Why the file cannot be read as an image on this machine, None where it can; looks at its name and first bytes only."""
+    """Why the file cannot be read as an image on this machine, or None.
+
+    Looks at its name and first bytes only.
+    """
     suffix = path.suffix.lower()
     if pillow_heif is None and (suffix in HEIC or _is_heic(path)):
         return "HEIC needs the package pillow-heif: pip install pillow-heif"
     if suffix in CODECS and not features.check(CODECS[suffix]):
-        return f"this Pillow was built without {CODECS[suffix]}; install a newer one: pip install -U pillow"
+        return f"this Pillow lacks {CODECS[suffix]}; install a newer one: pip install -U pillow"
     if suffix in RAW:
         return "it is a camera's raw file; export it as JPEG, PNG or TIFF"
-    return None if suffix in SUFFIXES else f"{suffix or 'a name without a suffix'} is no image format that is read"
+    if suffix not in SUFFIXES:
+        return f"{suffix or 'a name without a suffix'} is no image format that is read"
+    return None
 
 
 def decode(source: Path | BinaryIO) -> Image.Image:
-    """The file's first frame, decoded whole and turned upright (EXIF), in its own mode. Raises one of UNREADABLE."""
+    """The file's first frame in its own mode, decoded whole and turned upright (EXIF).
+
+    Raises one of UNREADABLE. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colours
+    to 8 bits, but not its one transparent grey or colour, which is brought to the same depth here.
+    """
     with Image.open(source) as image:
         rows = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
         image.load()
         key = image.info.get("transparency")
-        if rows in GREY_STEPS and isinstance(key, int):  # Pillow scales the greys of these rows, not the transparent one
+        if rows in GREY_STEPS and isinstance(key, int):
             image.info["transparency"] = key * GREY_STEPS[rows]
         if rows == "RGB;16B" and isinstance(key, tuple):
             image.info["transparency"] = tuple(level >> 8 for level in key)
@@ -88,7 +102,7 @@ def decode(source: Path | BinaryIO) -> Image.Image:
 
 
 def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> Picture:
-    """The image upright and in sRGB (`colours.to_srgb`), with its mask from a file, from its alpha channel, or None.
+    """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
 
     Transparency that is not the mask is composited on white. Raises UserError naming the file for one that cannot be read, a mask of another size,
     and a mask with one value everywhere (it would have no effect, or leave nothing to learn).
@@ -112,7 +126,10 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask file's luminance in mode L, upright. Transparent parts are black; an ICC profile is not applied, for weights are no colours."""
+    """A mask file's luminance in mode L, upright.
+
+    Transparent parts are black. An ICC profile is not applied, for weights are no colours.
+    """
     opened = _open(path)
     opened.info.pop("icc_profile", None)
     image, alpha = to_srgb(opened, str(path))

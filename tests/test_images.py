@@ -416,7 +416,7 @@ def test_what_cannot_be_read_has_its_reason(tmp_path, monkeypatch):
             read_picture(tmp_path / name)
     assert "raw file; export it as" in str(readable(Path("x.NEF"))) and ".mp4 is no image format" in str(readable(Path("x.mp4")))
     monkeypatch.setattr(images.features, "check", lambda name: False)
-    assert "without avif" in str(readable(Path("x.avif"))) and readable(Path("x.png")) is None
+    assert "lacks avif" in str(readable(Path("x.avif"))) and readable(Path("x.png")) is None
 
 
 def test_heic_with_the_profile_of_a_phone(tmp_path):
