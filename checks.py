@@ -133,7 +133,7 @@ def _stages(c: Config) -> None:
                 raise UserError(f"--stages.{i}.{option} names {_list(unknown)}, which this stage does not train ({', '.join(stage.groups)})")
             _positive(table, f"--stages.{i}.{option}")
         if stage.mask_temperature != 1 and c.data.masks == "none":
-            raise UserError(f"--stages.{i}.mask-temperature has no effect without masks; add --data.masks file or alpha")
+            raise UserError(f"--stages.{i}.mask-temperature has no effect without masks; add --data.masks file, alpha, auto or any")
         if stage.mask_temperature <= 0:
             raise UserError(f"--stages.{i}.mask-temperature is {stage.mask_temperature:g}; expected a number above 0")
         if stage.norm is not None and "tokens" not in stage.groups:
@@ -282,6 +282,12 @@ def token_limit(family: Family, embeddings: Mapping[str, Any], abstractions: Seq
         if cut:
             first = f"{len(cut)} of {len(captions)} captions lose learned tokens beyond {reader}, first of {captions[cut[0]]}"
             print(f"warning: {first}; write the placeholder word nearer the beginning", file=sys.stderr)
+
+
+def masks(c: Config, folder: data.Folder) -> None:
+    """Raises UserError where masks that may be absent are absent everywhere."""
+    if c.data.masks in ("auto", "any") and not folder.has_masks:
+        raise UserError(f"--data.masks {c.data.masks} finds no mask for any image; add NAME.mask.png beside NAME or leave --data.masks out")
 
 
 def _flag(name: str) -> str:

@@ -22,13 +22,12 @@ import torch
 import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lora_core import Patch, formats, patch, tokens
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
-from lora_core.images import read_picture, to_pixels
+from lora_core.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
 from lora_core.pictures import Row, grid, save_png, to_images
 from lora_core.text import read_lines
 from lora_core.toml import command_line, from_table, to_table
@@ -236,8 +235,8 @@ def _drawer(
 ) -> Callable[[Sequence[tuple[str, int]], Infer], list[Image.Image]]:
     """A function from (prompt, seed) pairs and a config to pictures; start image and mask are read once."""
     height, width = config.height or family.resolution, config.width or family.resolution
-    init = _read_image(config.init_image, height, width) if config.init_image else None
-    hole = _read_image(config.mask, height, width).mean(1, keepdim=True) > 0 if config.mask else None
+    init = to_pixels(_fit(config.init_image, height, width))[None] if config.init_image else None
+    hole = to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127 if config.mask else None
     abstractions = [a for p in patches for a in p.abstractions]
 
     def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
@@ -330,15 +329,15 @@ def _free(name: str, taken: set[str]) -> str:
     return next(other for other in numbered if other not in taken)
 
 
-def _read_image(path: str, height: int, width: int) -> Tensor:
-    """[1, 3, h, w] in [-1, 1], scaled to cover and centre-cropped."""
+def _fit(path: str, height: int, width: int, *, is_mask: bool = False) -> Image.Image:
+    """The picture, or the mask's greys, scaled to cover (height, width) and centre-cropped to it."""
     if not Path(path).is_file():
         raise UserError(f"there is no picture {path}")
-    image = read_picture(Path(path)).image
+    image = read_mask(Path(path)) if is_mask else read_picture(Path(path)).image
     scale = max(width / image.width, height / image.height)
     image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return to_pixels(image.crop((left, top, left + width, top + height)))[None]
+    return image.crop((left, top, left + width, top + height))
 
 
 def _paths(config: Infer, count: int) -> list[Path]:
@@ -358,8 +357,8 @@ def _save(image: Image.Image, path: Path, config: Infer) -> Path:
 def read_recipe(path: str) -> Infer:
     """The config in a picture's text chunk. Raises UserError when it has none."""
     try:
-        text = Image.open(path).info.get(CHUNK)
-    except (OSError, SyntaxError) as error:
+        text = decode(Path(path)).info.get(CHUNK)
+    except UNREADABLE as error:
         raise UserError(f"--from {path}: {error}") from None
     if not text:
         raise UserError(f"--from {path}: the picture has no recipe; was it made by infer.py and not saved again?")

@@ -96,13 +96,24 @@ def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor
     x0 = mean + std * _put(keys.normal("posterior", tuple(mean.shape[1:])), s.device, mean.dtype)
     mask = None
     if batch.mask is not None:
-        mask = _put(F.interpolate(batch.mask, x0.shape[-2:], mode="area"), s.device, x0.dtype) ** stage.mask_temperature
+        small = _put(F.interpolate(batch.mask, x0.shape[-2:], mode="area"), s.device, x0.dtype)
+        mask = _raise_mask(small, stage.mask_temperature)
     inpaint = None
     if s.family.inpainting:
         holes = generation.random_holes(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
         with torch.no_grad():
             inpaint = generation.masked_latents(s.family, _put(batch.pixels, s.device), _put(holes, s.device))
     return x0, mask, inpaint
+
+
+def _raise_mask(mask: Tensor, temperature: float) -> Tensor:
+    """The mask [b, 1, h, w] to the power of the temperature.
+
+    Where this dtype would leave nothing of a row, relative to its brightest place; a loss that
+    divides by the mask's sum is the same for both.
+    """
+    raised, brightest = mask**temperature, mask.amax((1, 2, 3), keepdim=True)
+    return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
 
 
 @torch.no_grad()

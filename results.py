@@ -21,6 +21,7 @@ from lora_core.card import Card
 from lora_core.config import Config
 from lora_core.data import collate
 from lora_core.formats import save_run
+from lora_core.images import read_picture
 from lora_core.noise import NoiseLevel
 from lora_core.pictures import Row
 from lora_core.validation import Score
@@ -89,9 +90,9 @@ def sample(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
 def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
     """Reference images, base model, tokens alone, everything (`drawn`), and everything in new places: one row each."""
     chosen, new = prompts(s), list(s.config.samples.new_prompts)[:COLUMNS]
-    references = list(dict.fromkeys(r.path for r in s.folder.records))[:COLUMNS]
+    references = list({r.path: r.use_alpha for r in s.folder.records}.items())[:COLUMNS]
     rows = [
-        Row("what it learned from", [_square(path) for path in references]),
+        Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]),
         Row("before: the base model", draw(s, chosen, base=True), [_plain(s, p, s.config.samples.base_word) for p in chosen]),
     ]
     if s.abstractions and s.trained:
@@ -213,9 +214,9 @@ def _plain(s: Session, prompt: str, word: str) -> str:
     return " ".join(prompt.split())
 
 
-def _square(path: Path) -> Image.Image:
-    """The picture, centre-cropped, small enough for a grid."""
-    image = Image.open(path).convert("RGB")
+def _square(path: Path, *, use_alpha: bool = False) -> Image.Image:
+    """The training image as training reads it, centre-cropped."""
+    image = read_picture(path, use_alpha=use_alpha).image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

@@ -104,10 +104,11 @@ class Session:
         self.folder = Folder(records, settings, caption_dropout=d.caption_dropout)
         if d.buckets:
             print(buckets.report(self.folder.sizes, self.instances))
-        if sentence := data.scaled_up(self.folder):
+        for sentence in filter(None, (data.scaled_up(self.folder), data.shifted_to_masks(self.folder))):
             print(f"warning: {sentence}", file=sys.stderr)
         for word in checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
             checks.placeholder(records, word)
+        checks.masks(self.config, self.folder)
         self.unused = data.unused(images, records)
         val = data.scan(self.config.validation.images or images, masks="none", held_out=True, **how)
         self.val_folder = Folder(val, ImageSettings(d.resolution, interpolation=d.interpolation))

@@ -89,7 +89,7 @@ def read_captions(parts: Sequence[Part], mode: str, caption: str | None, column:
         raise UserError(f"unknown caption mode {mode!r}, expected one of {', '.join(CAPTION_MODES)}")
     modes = {part.folder: _detect(part, caption) if mode == "auto" else mode for part in parts}
     if (first := next(iter(modes.values()))) in ONE_FOR_ALL and not (caption and caption.strip()):
-        raise UserError(f"captions {first!r} need the caption (for templates, the word to put in them), got {caption!r}")
+        raise UserError(f"captions {first!r} need the caption (for templates, the word to put in them), got {caption!r}; add --data.caption")
     found: dict[Path, Captions] = {}
     for part in parts:
         own = _read_part(part, modes[part.folder], caption, column, suffixes=CAPTION_SUFFIXES if mode == "auto" else (".txt",))
@@ -121,9 +121,9 @@ def read_metadata(path: Path, column: str | None = None, *, may_be_empty: bool =
 def _check_use(sources: set[Path | str], how: str, caption: str | None, column: str | None) -> None:
     """Raises UserError for a `caption` or a `column` of tables that no image takes."""
     if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
-        raise UserError(f"the caption {caption!r} has no use when {how}; drop it or ask for captions 'one'")
+        raise UserError(f"the caption {caption!r} has no use when {how}; leave it out or add --data.captions one")
     if column and not any(isinstance(source, Path) and source.name in TABLES for source in sources):
-        raise UserError(f"the caption column {column!r} has no use when {how}; drop it or add metadata.jsonl")
+        raise UserError(f"the caption column {column!r} has no use when {how}; leave it out or add metadata.jsonl")
 
 
 def _detect(part: Part, caption: str | None) -> str:
@@ -174,7 +174,7 @@ def _complete(own: Mapping[Path, Captions], part: Part, what: str, caption: str 
     missing = [image for image in part.images if image not in own or not any(own[image].texts)]
     spare = Captions((caption,), FALLBACK) if caption and caption.strip() else Captions((part.words,), FOLDER_NAME)
     if missing and not spare.texts[0]:
-        advice = "add it, give --data.caption for those without, or choose another caption mode"
+        advice = "add it, give --data.caption for those without, or choose other --data.captions"
         raise UserError(f"{len(missing)} of {len(part.images)} images lack {what}, first {missing[0]}; {advice}")
     return {image: spare if image in missing else own[image] for image in part.images}
 
@@ -190,7 +190,7 @@ def _name_of(image: Path) -> str:
 def _checked(words: str, path: Path) -> str:
     """The words of a file's or folder's name; UserError where they are no Unicode."""
     if printable(words) != words:
-        raise UserError(f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; rename it, or choose other captions")
+        raise UserError(f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; rename it, or choose other --data.captions")
     return words
 
 

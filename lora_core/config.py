@@ -48,7 +48,8 @@ class Data:
     """What is learned from."""
 
     images: str = ""
-    """Folder with the training images; or with kohya's folders N_name, each for N repeats, or with a folder train."""
+    """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
+    pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes (extra: datasets)."""
     split: str = "train"
@@ -83,8 +84,10 @@ class Data:
     """Augmentation repeats after this many visits, so that latents can be cached; 0: always fresh (cached anyway when nothing is random)."""
     repeats: int = 1
     """Visits of each image in an epoch."""
-    masks: Literal["none", "file", "alpha"] = "none"
-    """Weigh the loss by NAME.mask.png (or NAME-masklabel.png, masks/NAME.png) or by the alpha channel."""
+    masks: Literal["none", "file", "alpha", "auto", "any"] = "none"
+    """Weight the loss by NAME.mask.png, NAME-masklabel.png or masks/NAME.png (file) or by the alpha channel
+    (alpha), which every image must have. auto: by mask files where there are some, other images
+    count whole; any: by a mask file, else the alpha channel, else the whole image."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: int = 0

@@ -12,20 +12,21 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_core.buckets import Size, nearest, sizes
 from lora_core.cache import Cache
 from lora_core.captions import TEMPLATES
 from lora_core.errors import UserError
-from lora_core.images import INTERPOLATIONS, Picture, RecentPictures, cut, flip, read_picture, resize, tint, to_pixels, to_tensor
+from lora_core.images import INTERPOLATIONS, READING, Picture, RecentPictures, cut, flip, read_picture, resize, tint, to_pixels, to_tensor
 from lora_core.noise import generator
 from lora_core.records import Record, missing_word, scan, unused
 from lora_core.stream import Plan, position
 
 __all__ = [
     "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position",
-    "scaled_up", "scan", "unused",
+    "scaled_up", "scan", "shifted_to_masks", "unused",
 ]  # fmt: skip
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
@@ -108,6 +109,12 @@ class Folder:
 
     `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
     classifier, arXiv 2207.12598); prior records keep theirs. Raises UserError for no records and a probability outside [0, 1).
+
+    Where some records have a mask, the others have ones, so that a loss does not depend on what
+    else is in the batch. No visit has a mask of zeros, which would train nothing (kohya takes such
+    a step with the loss 0): a crop without any of the mask moves to one of the mask's pixels, at
+    random where crops are random. Refused are masks that vanish when they are scaled, and masks
+    that are one grey in every crop.
     """
 
     def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0) -> None:
@@ -119,12 +126,14 @@ class Folder:
         self.settings = settings
         self.caption_dropout = caption_dropout
         self.sizes = [settings.size(r.size) for r in self.records]
+        self.has_masks = any(_has_mask(r) for r in self.records)
         self._recent = RecentPictures()
         self._copies: Counter[str] = Counter()  # of each content
         self._copy: list[int] = []  # which of them a record is
         for record in self.records:
             self._copy.append(self._copies[record.key])
             self._copies[record.key] += 1
+        self.shifted = self._check_masks()  # images whose mask lies outside the centre crop
 
     def __len__(self) -> int:
         return len(self.records)
@@ -157,12 +166,16 @@ class Folder:
         if s.crop == "random":
             top, left = (int(draw(f"crop {axis}") * (room + 1)) for axis, room in zip(("top", "left"), free, strict=True))
         else:
-            top, left = (round(room / 2) for room in free)
+            top, left = _center_corner(free)
+        if picture.mask is not None and not _crop(picture.mask, (top, left), size).getbbox():
+            top, left = _corner_on_mask(picture.mask, size, draw if s.crop == "random" else None)
         picture = cut(picture, (top, left), size)
         if s.jitter:
             picture = tint(picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast")))
-        mask = None if picture.mask is None else to_tensor(picture.mask).div(255)
         pixels = to_pixels(picture.image)
+        mask = torch.ones_like(pixels[:1]) if self.has_masks else None
+        if picture.mask is not None:
+            mask = to_tensor(picture.mask).div(255)
         return Example(pixels, mask, self._caption(record, visit), picture.original_size, (top, left), record.key, visit, record.is_prior)
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
@@ -173,6 +186,7 @@ class Folder:
         """
         s = self.settings
         settings: dict[str, object] = {"size": tuple(size or s.size(record.size)), "interpolation": s.interpolation}
+        settings["reading"] = READING
         if s.is_random and not s.variants:
             raise UserError("random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off")
         if s.is_random:
@@ -191,6 +205,34 @@ class Folder:
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         return torch.rand((), generator=generator(self.settings.seed, record.key, visit, purpose), dtype=torch.float64).item()
 
+    def _check_masks(self) -> list[str]:
+        """Names of the images of which a centre crop shows nothing of the mask.
+
+        Raises UserError for a mask that scaling leaves nothing of, and where every visit shows one
+        grey of every mask.
+        """
+        pairs = zip(self.records, self.sizes, strict=True)
+        masked = {record.path: (record, size) for record, size in pairs if _has_mask(record)}
+        outside, is_center = [], self.settings.crop == "center"
+        has_effect = not is_center or self.settings.zoom > 1
+        for path, (record, size) in masked.items():
+            mask = resize(self._picture(record, size), size).mask
+            assert mask is not None
+            if not mask.getbbox():
+                raise UserError(
+                    f"nothing is left of the mask of {path} when it is scaled to {size[1]} x {size[0]} pixels; "
+                    "paint a larger one or raise --data.resolution"
+                )
+            if is_center:
+                room = (mask.height - size[0], mask.width - size[1])
+                mask = _crop(mask, _center_corner(room), size)
+                outside += [] if mask.getbbox() else [path.name]
+            has_effect = has_effect or not mask.getbbox() or len(set(mask.getextrema())) == 2
+        if masked and not has_effect:
+            first = next(iter(masked)).name
+            raise UserError(f"every mask is one grey inside the crop, without effect, first that of {first}; leave --data.masks out or paint others")
+        return outside
+
     def _picture(self, record: Record, size: Size) -> Picture:
         """The decoded file, already resized where no zoom asks for the original."""
 
@@ -199,6 +241,54 @@ class Folder:
             return picture if self.settings.zoom > 1 else resize(picture, size, self.settings.interpolation)
 
         return self._recent.get((record.key, None if self.settings.zoom > 1 else size), read)
+
+
+def _has_mask(record: Record) -> bool:
+    return record.use_alpha or record.mask_path is not None
+
+
+def _center_corner(room: tuple[int, int]) -> tuple[int, int]:
+    """The corner (top, left) of a crop in the middle, where the image is larger by `room` (h, w)."""
+    return round(room[0] / 2), round(room[1] / 2)
+
+
+def _crop(mask: Image.Image, corner: tuple[int, int], size: Size) -> Image.Image:
+    (top, left), (height, width) = corner, size
+    return mask.crop((left, top, left + width, top + height))
+
+
+def _corner_on_mask(mask: Image.Image, size: Size, draw: Callable[[str], float] | None) -> tuple[int, int]:
+    """The corner (top, left) of a crop that shows some of the mask.
+
+    Drawn, it is one of those with a random pixel of the mask, so the more likely the more of the
+    mask it shows. Without `draw` the pixel nearest to the image's middle comes to the middle of
+    the crop, as far as the image reaches.
+    """
+    places = to_tensor(mask)[0].nonzero()  # [n, 2] rows and columns
+    if draw is None:
+        middle = torch.tensor([mask.height - 1, mask.width - 1])
+        chosen = int((2 * places - middle).square().sum(1).argmin())
+    else:
+        chosen = int(draw("mask pixel") * len(places))
+    corner = []
+    sides = zip(("top", "left"), places[chosen].tolist(), size, (mask.height, mask.width), strict=True)
+    for axis, at, length, side in sides:
+        first, last = max(0, at - length + 1), min(at, side - length)
+        if draw is None:
+            corner.append(min(max(at - length // 2, first), last))
+        else:
+            corner.append(first + int(draw(f"mask {axis}") * (last - first + 1)))
+    return corner[0], corner[1]
+
+
+def shifted_to_masks(folder: Folder) -> str:
+    """One sentence that counts the images whose mask lies outside the centre crop, or ""."""
+    if not folder.shifted:
+        return ""
+    images = len({record.path for record in folder.records})
+    count = f"{len(folder.shifted)} of {images} images, first {folder.shifted[0]}"
+    other = "" if folder.settings.buckets else " (--data.buckets cuts off less)"
+    return f"the centre crop shows nothing of the mask of {count}; they are cropped around their masks instead{other}"
 
 
 def scaled_up(folder: Folder) -> str:

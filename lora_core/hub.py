@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path
-from PIL import Image
 
 from lora_core.captions import CAPTION_COLUMNS
+from lora_core.colours import to_srgb
 from lora_core.errors import UserError
-from lora_core.images import UNREADABLE
+from lora_core.images import UNREADABLE, decode
 from lora_core.listing import TABLES
 
 MARK = "dataset.json"  # what the folder was made from; there once it is whole
-KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
 
 
 def export(
@@ -116,12 +116,12 @@ def _write_images(data: Any, image_column: str, caption_column: str, folder: Pat
         cell = row[image_column] or {}
         try:
             content = cell.get("bytes") or Path(cell["path"]).read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
-                if image.format in KEPT:
-                    file.write_bytes(content)
-                else:
-                    (image if image.mode in PNG_MODES else image.convert("RGB")).save(file, exif=image.getexif())
+            image = decode(io.BytesIO(content))
+            file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
+            if image.format in KEPT:
+                file.write_bytes(content)
+            else:
+                (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
         except (KeyError, TypeError, *UNREADABLE) as error:
             raise UserError(f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column") from error
         texts = row.get(caption_column)

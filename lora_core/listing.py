@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_core.errors import UserError
-from lora_core.images import SUFFIXES
+from lora_core.images import RAW, SUFFIXES, readable
 from lora_core.text import compose
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
@@ -22,11 +22,7 @@ MASK_STARTS_BESIDE = ("mask_", "mask-")
 CONDITION_END = "-condlabel"  # OneTrainer's conditioning images
 MASK_FOLDERS = ("mask", "masks")  # a mask is called there as its image is
 SOURCE_END = ".src"  # cloneofsimo's 0.src.jpg has the mask 0.mask.png
-OTHER_IMAGES = (
-    ".gif", ".avif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".tga", ".ico", ".svg", ".dng", ".cr2",
-    ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".exr", ".hdr", ".ppm", ".pcx", ".qoi",
-)  # fmt: skip
-HEIC = (".heic", ".heif", ".hif")
+OTHER_IMAGES = (".jxl", ".ico", ".svg", ".exr", ".hdr", ".xcf", ".ai", ".eps", ".pdf")
 JUNK = ("thumbs.db", "desktop.ini", "dataset.json")  # of the system, and what an exported dataset was made from
 JUNK_FOLDERS = ("__macosx", "@eadir")
 NUMBERED = re.compile(r"(\d+)_(.*)", re.DOTALL)  # kohya's folders: repeats, and the caption of images that have none
@@ -102,12 +98,10 @@ def read_part(folder: Path) -> Part:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """None for a file that can be read as an image, as far as its name tells, else the reason in a few words; "" for other files."""
+    """None for a file that can be read as an image, as far as its name and first bytes tell, else the reason; "" for other files."""
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        return None
-    if suffix in HEIC:
-        return "HEIC images, which are not read (save them as JPEG or PNG)"
+    if suffix in SUFFIXES or suffix in RAW:
+        return readable(path)
     return "images in formats that are not read (save them as JPEG or PNG)" if suffix in OTHER_IMAGES else ""
 
 
@@ -197,7 +191,8 @@ def _no_images(own: Part) -> str:
         return f"no images in {own.folder} itself, but {count_images(folders[0])} below {folders[0]}{more}; give the folder {where} itself"
     unread = [path for path in own.others if why_unreadable(path)]
     if unread:
-        return f"no images in {own.folder} that are read, but {len(unread)} {why_unreadable(unread[0])}, first {unread[0].name}"
+        files = f"{len(unread)} file{'s' * (len(unread) > 1)} left out, first {unread[0].name}"
+        return f"no images in {own.folder} that can be read; {files}: {why_unreadable(unread[0])}"
     return f"no images in {own.folder}; put {formats} files there"
 
 

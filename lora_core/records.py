@@ -11,7 +11,7 @@ from typing import Literal
 
 from lora_core.captions import CaptionMode, Captions, read_captions, read_metadata
 from lora_core.errors import UserError
-from lora_core.images import mask_path, read_picture
+from lora_core.images import has_alpha_mask, mask_path, read_picture
 from lora_core.listing import TABLES, Part, left_out, read_folder, read_part
 from lora_core.tokens import has_word
 
@@ -37,7 +37,7 @@ def scan(
     caption: str | None = None,
     caption_column: str | None = None,
     repeats: int = 1,
-    masks: Literal["auto", "file", "alpha", "none"] = "auto",
+    masks: Literal["auto", "file", "alpha", "any", "none"] = "auto",
     is_prior: bool = False,
     held_out: bool = False,
 ) -> list[Record]:
@@ -46,16 +46,16 @@ def scan(
     The list is `repeats` times over, and the images of kohya's folder N_name (`read_folder`) N times within it; for a `held_out`
     set each comes once, and a caption that none of its images takes is no mistake. Masks: "file" demands a mask for each image
     (001.mask.png, or as other tools call it: `lora_core.listing`), "alpha" an alpha channel, "auto" takes mask files where they
-    are and ignores alpha, "none" ignores both. Caption modes and the caption's column in the table: `read_captions`. Raises
-    UserError for what is missing or damaged.
+    are and ignores alpha, "any" takes mask files, else an alpha channel that is not the same everywhere, "none" ignores both.
+    Caption modes and the caption's column in the table: `read_captions`. Raises UserError for what is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; check the path")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
-    if masks not in ("auto", "file", "alpha", "none"):
-        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha or none")
+    if masks not in ("auto", "file", "alpha", "any", "none"):
+        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
     tabled = captions in ("auto", "metadata")
     parts = read_folder(folder, tabled=tabled).parts
     if tabled:
@@ -64,7 +64,7 @@ def scan(
     texts = read_captions(parts, captions, caption, caption_column, must_use=not held_out)
     records: list[Record] = []
     for part in parts:
-        own = [_record(path, texts[path], chosen[path], use_alpha=masks == "alpha", is_prior=is_prior) for path in part.images]
+        own = [_record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior) for path in part.images]
         records += own if held_out else own * part.repeats
     return records * (1 if held_out else repeats)
 
@@ -105,12 +105,13 @@ def _masks(parts: Sequence[Part], masks: str) -> dict[Path, Path | None]:
     without = [image for image in images if image not in found]
     if masks == "file" and without:
         lacking = f"{len(without)} of {len(images)} images lack a mask, first {without[0]}"
-        raise UserError(f"{lacking}; add {mask_path(without[0]).name}, or leave --data.masks out")
+        raise UserError(f"{lacking}; add {mask_path(without[0]).name} or take --data.masks auto")
     return {image: found.get(image) for image in images}
 
 
-def _record(path: Path, captions: Captions, mask: Path | None, *, use_alpha: bool, is_prior: bool) -> Record:
+def _record(path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool) -> Record:
     """The record of one file, which is decoded to see that it can be."""
+    use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
     size = read_picture(path, mask, use_alpha=use_alpha).original_size
     content = hashlib.blake2b(path.read_bytes(), digest_size=16)
     content.update(b"alpha" if use_alpha else b"")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_core import data
+from lora_core import data, images
 from lora_core.data import scan
 from lora_core.errors import UserError
 from lora_core.listing import place_for_more
@@ -196,30 +196,32 @@ def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) 
     assert data.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
 
 
-def test_a_folder_without_images_says_what_it_has_instead(tmp_path: Path) -> None:
+def test_a_folder_without_images_says_what_it_has_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "pillow_heif", None)
     save(tmp_path / "deep" / "er" / "0.png")
     with pytest.raises(UserError, match=r"no images in .* itself, but 1 below .*deep; give the folder .*deep/er itself"):
         scan(tmp_path)
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no images in .* that are read, but 1 HEIC images.* first IMG_1.HEIC"):
+    with pytest.raises(UserError, match=r"no images in .* can be read; 1 file left out, first IMG_1.HEIC: HEIC needs"):
         scan(tmp_path / "phone")
     kohya(tmp_path / "project" / "img")
     with pytest.raises(UserError, match=r"give the folder .*project/img itself"):
         scan(tmp_path / "project")
 
 
-def test_nothing_but_what_systems_leave_is_passed_over_in_silence(tmp_path: Path) -> None:
+def test_nothing_but_what_systems_leave_is_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "pillow_heif", None)
     save(tmp_path / "a.png")
     for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
     save(tmp_path / ".ipynb_checkpoints" / "a.png")
     assert data.unused(tmp_path, scan(tmp_path, caption="x")) == {}
-    for name in ("b.heic", "c.gif", "d.avif", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"):
+    for name in ("b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"):
         save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_bytes(b"file_name,text\na.png,t")
     found = data.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
     assert sorted(path.name for paths in found.values() for path in paths) == sorted(
-        ["b.heic", "c.gif", "d.avif", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
+        ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
     )
     assert [p.name for p in next(paths for why, paths in found.items() if "HEIC" in why)] == ["b.heic"]
 

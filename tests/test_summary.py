@@ -30,7 +30,7 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
     for i, text in enumerate(["a TOK", "", "the TOK\nmy TOK"]):
         (tmp_path / f"{i}.txt").write_text(text)
     for name in "abcde":
-        (tmp_path / f"{name}.gif").write_bytes(b"x")
+        (tmp_path / f"{name}.svg").write_bytes(b"x")
     prior = Folder(scan(save(tmp_path / "class" / "c.png").parent, captions="one", caption="a dog", is_prior=True), ImageSettings(8))
     lines = told(tmp_path, words=("TOK",), prior=prior, masks="auto", caption="photo of TOK")
     assert lines == [
@@ -41,7 +41,7 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
         f"class images: 1 in {tmp_path / 'class'}, 'a dog'",
         "tokens: TOK is <s0><s1>",
         "training: 10 steps of 6 images (2 x 3), 15 epochs of 4",
-        "left out, images in formats that are not read (save them as JPEG or PNG): a.gif, b.gif, c.gif and 2 more",
+        "left out, images in formats that are not read (save them as JPEG or PNG): a.svg, b.svg, c.svg and 2 more",
         "left out, sub-folders: class/ (1 image)",
         "left out, texts beside images that have another caption: 1.txt",
     ]

@@ -1,0 +1,92 @@
+"""Messages advise only what the parsers take: every flag that a message names exists, and so does the value beside it."""
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+
+from infer import Infer
+from lora_core.config import Config, Stage
+from merging import flags
+from tests.test_house import PRODUCT, ROOT
+
+UNKNOWN = "\0"  # stands for what a message fills in
+FLAG = re.compile(r"--([a-z\0][\w.\-\0]*)(?: (\w+))?")
+ORDINARY = {"and", "at", "finds", "has", "is", "names", "needs", "or", "other", "out", "takes", "tell"}  # words that follow a flag and are no value
+PIP = re.compile(r"pip install[^;:]*")
+
+
+def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every flag of a config and its type; {i} where a stage's number stands."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        name, kind = before + field.name.replace("_", "-"), hints[field.name]
+        if is_dataclass(kind):
+            yield from options(kind, f"{name}.")
+        elif kind == tuple[Stage, ...]:
+            yield from options(Stage, f"{name}.0.")
+        else:
+            yield name, kind
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(c for part in get_args(kind) for c in choices(part)) if get_origin(kind) in (tuple, Union, type(int | str)) else ()
+
+
+def merge_flags() -> Iterator[str]:
+    for command in vars(flags).values():
+        if getattr(command, "__module__", "") == flags.__name__ and not command.__name__.startswith("_"):
+            parser = argparse.ArgumentParser()
+            try:
+                command(parser)
+            except TypeError:
+                continue
+            yield from (option.removeprefix("--") for action in parser._actions for option in action.option_strings)
+
+
+CONFIG = dict(options(Config))
+TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
+READ_BY_HAND = {"train.py": {"compare", "preview-density"}, "infer.py": {"from"}, "seed.py": {"with_text_lora"}}
+SPEAKING = [path for path in PRODUCT if path.parent.name != "kernels"]  # those name flags of compilers and of their own command lines
+
+
+def messages(path: Path) -> Iterator[str]:
+    """The string constants of a file that are no docstrings, an f-string as one."""
+    tree = ast.parse(path.read_text())
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else UNKNOWN for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside | documents:
+            yield node.value
+
+
+def is_taken(name: str, path: Path | None = None) -> bool:
+    pattern = re.compile(r"[\w\-.]+".join(map(re.escape, name.split(UNKNOWN))))
+    own = READ_BY_HAND.get(path.name, set()) if path else set()
+    return name.strip(".-" + UNKNOWN) == "" or name in own or any(pattern.fullmatch(flag) for flag in TAKEN)
+
+
+@pytest.mark.parametrize("path", SPEAKING, ids=lambda p: str(p.relative_to(ROOT)))
+def test_flags_and_values_in_messages_exist(path: Path) -> None:
+    for message in messages(path):
+        for name, value in FLAG.findall(PIP.sub("", message)):
+            assert is_taken(name.rstrip("."), path), (name, message)
+            allowed = choices(CONFIG.get(name))
+            if allowed and value and value not in ORDINARY:
+                assert value in allowed, (name, value, message)
+            assert CONFIG.get(name) is not bool or value not in ("true", "false"), message  # such a flag takes no value
+
+
+def test_the_search_finds_what_it_is_for() -> None:
+    assert "data.masks" in CONFIG and "stages.0.mask-temperature" in TAKEN and "grid" in TAKEN and len(TAKEN) > 100
+    assert choices(CONFIG["data.masks"]) == ("none", "file", "alpha", "auto", "any")
+    assert not is_taken("data.mask") and is_taken(f"stages.{UNKNOWN}.lr") and not is_taken(f"stage.{UNKNOWN}.lr")
