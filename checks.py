@@ -127,15 +127,15 @@ def ranks(environment: Mapping[str, str]) -> None:
 def folder(c: Config) -> None:
     """Raises UserError where the run cannot be written to OUT, or where that would touch what is not the run's; changes nothing."""
     given: dict[str, Any] = {_flag(name): reduce(getattr, name.split("."), c) for name in READS}
+    destination.check_names(c.out)
+    for option in ("--data.cache", "--prior.images"):
+        if given[option]:
+            destination.check_lengths(option, [Path(given[option]) / "0"])
     if not c.resume:
         destination.check_inputs(c.out, given, overwrite=c.overwrite)
     out, _ = Run.check(c.out, resume=c.resume, overwrite=c.overwrite)
     if c.overwrite:
         destination.check_overwritten(out)
-    destination.check_names(out)
-    for option in ("--data.cache", "--prior.images"):
-        if given[option]:
-            destination.check_lengths(option, [Path(given[option]) / "0"])
     lock.check_free(out)
 
 

@@ -35,6 +35,8 @@ def check_overwritten(out: Path | str) -> None:
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if not held:
         return
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"--overwrite would move {out}, in which this command runs; start it from another folder")
     if not _is_run(folder):
         some = ", ".join(sorted(held)[:3]) + (" ..." if len(held) > 3 else "")
         raise UserError(f"--overwrite moves runs only, and {out} is none: it holds {some} and none of {', '.join(MARKS[:3])}; name another --out")
@@ -54,7 +56,7 @@ def check_lengths(option: str, files: Iterable[Path]) -> None:
     """Raises UserError for the first of `files` whose name or path is too long where it is to be written; `option` is what named it."""
     for file in files:
         path = Path(os.path.abspath(file))
-        there = next(parent for parent in path.parents if parent.is_dir())
+        there = next(parent for parent in path.parents if os.path.isdir(parent))
         name_limit, path_limit = _limit(there, "PC_NAME_MAX"), _limit(there, "PC_PATH_MAX")
         for part in path.relative_to(there).parts:
             if name_limit and len(os.fsencode(part)) > name_limit:
@@ -72,9 +74,9 @@ def _relation(folder: Path, path: Path) -> str:
     """
     if _same(folder, path):
         return "is"
-    if any(_same(folder, parent) for parent in (*path.parents, *path.resolve().parents)) and path.exists():
+    if any(_same(folder, parent) for parent in (*path.parents, *path.resolve().parents)) and os.path.exists(path):
         return "holds"
-    if path.is_dir() and any(_same(path, parent) for parent in (*folder.parents, *folder.resolve().parents)):
+    if os.path.isdir(path) and any(_same(path, parent) for parent in (*folder.parents, *folder.resolve().parents)):
         return "lies in"
     return ""
 
