@@ -1,4 +1,5 @@
-"""Numbers that are none any more: in which step, in which group, by which part of the model, and what to do. Functions of an open Session."""
+"""Losses, gradients, weights and latents that are NaN or infinite: in which step, which group, which
+part of the model, and what to do. Functions of an open Session."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from models import Conditioning
 if TYPE_CHECKING:
     from session import Session
 
-SKIPS = 25  # in a row end a run: each halves the loss scale, from 65536 to 0.002, and a gradient that still overflows comes of activations
+# Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and a
+# gradient that still overflows comes of activations.
+SKIPS = 25
 
 
 def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError for the first row of the log with a loss or a gradient that is no number, and for too many skipped steps in a row.
+    """Raises UserError for the first row of the log with a loss or a gradient that is NaN or infinite,
+    and for too many skipped steps in a row.
 
     In fp16 a step whose gradient overflows is skipped, which is no fault as long as it happens now and then.
     """
@@ -96,7 +100,8 @@ def check_learned(s: Session) -> None:
 
 @torch.no_grad()
 def blame(s: Session) -> str:
-    """The part of the model whose numbers are none, as a sentence with what to do; "" where none is found. Looks at everything: once, at the end."""
+    """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where none is
+    found. Looks at everything, for a run that ends here."""
     cure = f"fetch the model again, or use --precision bf16 or fp32 (this run is in {s.config.precision})"
     for name, module in s.family.modules.items():
         if bad := not_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}):

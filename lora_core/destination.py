@@ -11,12 +11,15 @@ from lora_core.formats import run_files
 from lora_core.lock import LOCK
 from lora_core.run import temporary_name
 
-MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK)  # what a run has, the last one alone if it was killed at its very beginning
-LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"  # the deepest path below OUT, names with the run's own aside
+# What a run has; the last one alone if it was killed at its very beginning.
+MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK)
+# The longest path below OUT, beside those with the run's own name.
+LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
 
 def check_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
-    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with or, by `overwrite`, would move away.
+    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with or,
+    by `overwrite`, would move away.
 
     `inputs` is option -> path; "" and what is not there (a hub id) is passed over.
     """
@@ -46,14 +49,16 @@ def check_overwritten(out: Path | str) -> None:
 
 
 def check_names(out: Path | str) -> None:
-    """Raises UserError where a file of the run in `out`, temporary names included, has a name or a path too long for the file system."""
+    """Raises UserError where a file of the run in `out`, temporary names included, has a name or a
+    path too long for the file system."""
     folder = Path(os.path.abspath(out))
     files = [temporary_name(folder / name) for name in run_files(folder.name)]
     check_lengths("--out", [*files, folder / LONGEST_WITHIN, folder.with_name(folder.name + ".bak")])
 
 
 def check_lengths(option: str, files: Iterable[Path]) -> None:
-    """Raises UserError for the first of `files` whose name or path is too long where it is to be written; `option` is what named it."""
+    """Raises UserError for the first of `files` whose name or path is too long where it is to be
+    written; `option` is what named it."""
     for file in files:
         path = Path(os.path.abspath(file))
         there = next(parent for parent in path.parents if os.path.isdir(parent))

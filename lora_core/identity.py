@@ -1,4 +1,4 @@
-"""What a run was made from, as its checkpoints keep it: options, images, weights. A resumed run that differs is told by name in what."""
+"""What a run was made from, as its checkpoints keep it: options, images, weights; and what changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SHOWN = 3  # names in a sentence
 
 
 def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequence[Record], model: Mapping[str, str]) -> dict[str, Any]:
-    """What JSON can hold of a run: its config (as a table), its images, its class images, its model (of `model_identity`)."""
+    """What JSON can hold of a run: its config (as a table), its images, its class images, its model
+    (of `model_identity`)."""
     settings = {name: value for name, value in _flat(config) if not _is_free(name)}
     return {
         "settings": settings, "stages": list(config["stages"]), "images": _images(records), "class images": _images(prior), "model": dict(model),
@@ -39,8 +40,9 @@ def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequen
 def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, prediction: str) -> dict[str, str]:
     """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the noise schedule.
 
-    As loaded, so before adapters and tokens change it, and the same for a folder, a hub id and a single file. 64 numbers spread over each tensor
-    tell any two trainings apart and cost one transfer from the device.
+    As loaded, so before adapters and tokens change it, and the same for a folder, a hub id and a
+    single file. 64 numbers spread over each tensor tell any two trainings apart and cost one
+    transfer from the device.
     """
     found = {name: _weights(module) for name, module in modules.items()}
     content = hashlib.blake2b(f"{schedule.kind} {prediction}".encode(), digest_size=8)
@@ -50,7 +52,8 @@ def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, predict
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
-    """What differs between two identities for the first `step` steps, one phrase each with its name, its old and its new value."""
+    """What differs between two identities for the first `step` steps, one phrase each with its name,
+    its old and its new value."""
     found = [f"{name} was {_shown(value)}, is {_shown(new['settings'][name])}"
              for name, value in old["settings"].items() if name in new["settings"] and new["settings"][name] != value]  # fmt: skip
     found += _stages(old["stages"], new["stages"], step)
@@ -76,7 +79,8 @@ def _is_free(name: str) -> bool:
 
 
 def _stages(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int) -> list[str]:
-    """Changes of the stages that have begun; the one under way may become longer or shorter, but not than what is done of it."""
+    """Changes of the stages that have begun; the one under way may end earlier or later, but not before
+    what is done of it."""
     found: list[str] = []
     first = 0
     for i, before in enumerate(old):

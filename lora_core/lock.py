@@ -1,4 +1,4 @@
-"""One process per run folder: a lock of the operating system on OUT/.lock, which ends with the process that holds it."""
+"""One process per run folder: the operating system's lock on OUT/.lock, which ends with its process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ FAR = 2**30  # the byte that Windows locks: one that nobody reads
 
 
 class FolderLock:
-    """Held from `hold` to `release`, or to the end of the process, however it ends: a killed run leaves a file that locks nothing.
+    """Held from `hold` to `release`, or to the end of the process, however it ends: a killed run
+    leaves a file that locks nothing.
 
-    On NFS the lock is as good as the server's: Linux turns flock into a lock of the server's, which processes of other machines see, unless the
-    file system is mounted with nolock or local_lock. There, and on file systems without locks, two machines can write to one folder.
+    On NFS the lock is as good as the server's: Linux turns flock into a lock of the server's, which
+    other machines see, unless the file system is mounted with nolock or local_lock. There, and on
+    file systems without locks, two machines can write to one folder.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -33,7 +35,10 @@ class FolderLock:
 
     @classmethod
     def hold(cls, folder: Path) -> FolderLock:
-        """The lock on a folder, which is made where it is missing. Raises UserError, naming process and machine, where another process has it."""
+        """The lock on a folder, which is made where it is missing.
+
+        Raises UserError, naming process and machine, where another process has it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
         while True:
@@ -48,7 +53,8 @@ class FolderLock:
         return lock
 
     def follow(self, folder: Path) -> FolderLock:
-        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved the folder with its lock away."""
+        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved the
+        folder with its lock away."""
         path = folder / LOCK
         if _is_at(self.file, path):
             return self
@@ -74,7 +80,10 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError, naming process and machine, where another process holds the folder's lock; changes nothing."""
+    """Raises UserError, naming process and machine, where another process holds the folder's lock.
+
+    Changes nothing.
+    """
     path = folder / LOCK
     try:
         file = open(path, "r+b")  # noqa: SIM115

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM (Slurm, docker stop, spot instances) and SIGHUP (a closed terminal): a run ends between two steps, with what it has saved."""
+"""Ctrl-C, SIGTERM (Slurm, docker stop, spot instances) and SIGHUP (a closed terminal): a run ends
+between two steps, after a checkpoint."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import checks
+import infer
 from lora_core import destination
 from lora_core.config import Config, Data, Prior, Validation
 from lora_core.errors import UserError
@@ -101,3 +102,9 @@ def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
         long = {"data": Data(images="here", cache="y" * 300)} if "cache" in option else {"prior": Prior("a cat", images="y" * 300)}
         with pytest.raises(UserError, match=f"{option} leads to a file name of 300 bytes"):
             checks.folder(replace(Config(out=str(tmp_path / "o")), **long))
+
+
+def test_a_picture_with_too_long_a_name_is_refused_before_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / ("x" * 240 + ".png")  # fits, but not while it is written
+    assert infer.main(["--model", "nowhere", "--prompt", "a", "--out", str(out)]) == 2
+    assert "--out leads to a file name of" in capsys.readouterr().err

@@ -110,7 +110,9 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
     ]
 
 
-def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(config: Config, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
+    config: Config, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photos = Path(shutil.copytree(config.data.images, tmp_path / "photos"))
     config = replace(config, data=replace(config.data, images=str(photos)))
     run = train.train(config)

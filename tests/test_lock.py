@@ -13,7 +13,14 @@ from lora_core.errors import UserError
 from lora_core.lock import LOCK, FolderLock, check_free
 from lora_core.run import Run
 
-HOLD = "import sys, time; from pathlib import Path; from lora_core.lock import FolderLock\nlock = FolderLock.hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from lora_core.lock import FolderLock
+lock = FolderLock.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def start(folder: Path) -> subprocess.Popen:
