@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import faults
 from lora_core import adapters, tokens, validation
 from lora_core.algebra import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, save_run
+from lora_core.formats import embeddings, run_paths, save_run
+from lora_core.identity import changes, identity
 from lora_core.run import flatten, unflatten
-from lora_core.toml import to_toml
+from lora_core.toml import to_table, to_toml
 
 if TYPE_CHECKING:
     from session import Session
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 def save(s: Session, done: int) -> None:
     """Writes checkpoints/<done>/: everything that `restore` needs, and beside it the files that can be used elsewhere."""
     s.flush()
+    faults.check_state(s, done)
     tree = {
         "groups": s.groups,
         "optimizer": s.optimizer.state_dict(),
@@ -30,6 +33,8 @@ def save(s: Session, done: int) -> None:
         "scaler": s.scaler and s.scaler.state_dict(),
         "average": s.average and s.average.state_dict(),
         "seconds": time.perf_counter() - s.began,
+        "identity": _identity(s),
+        "changes": s.changes,
     }
     folder = s.run.save_checkpoint(done, *flatten(tree))
     s.saved = done
@@ -38,19 +43,12 @@ def save(s: Session, done: int) -> None:
 
 
 def restore(s: Session) -> int:
-    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of other groups, shapes or another optimiser."""
+    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of another run, naming in what."""
     found = s.run.load_checkpoint() if s.config.resume else None
     if found is None:
         return 0
-    tree, name = unflatten(found.tensors, found.meta), s.config.optimizer.name
-    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in s.groups.items()}:
-        raise UserError(f"the checkpoint in {s.run.folder} has other adapters or tokens than this config; resume with the config of the run")
-    if tree["optimizer_name"] != name:
-        raise UserError(f"the checkpoint in {s.run.folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer")
-    if found.step > s.config.steps:
-        raise UserError(f"{s.run.folder} has done {found.step} steps, more than the {s.config.steps} of this config; give its stages more")
-    if (tree["average"] is None) != (s.average is None):
-        raise UserError(f"the checkpoint in {s.run.folder} was written {'without' if s.average else 'with'} --ema; resume as the run began")
+    tree = unflatten(found.tensors, found.meta)
+    s.changes = list(tree.get("changes", ())) + _accepted(s, tree, found.step)
     with torch.no_grad():
         for group, params in s.groups.items():
             for p, saved in zip(params, tree["groups"][group]):
@@ -60,14 +58,58 @@ def restore(s: Session) -> int:
         state.update(s.settings[state["name"]] | {k: v for k, v in s.config.optimizer.args.items() if k in state})
     if s.scaler is not None and tree["scaler"] is not None:
         s.scaler.load_state_dict(tree["scaler"])
+        s.skips = (int(s.scaler.skipped), 0)
     if s.average is not None:
         s.average.load_state_dict(tree["average"])
     s.began -= tree["seconds"]
     if (s.run.folder / "val.jsonl").is_file():
         s.scores = validation.read(s.run.folder)
     s.saved = found.step
+    _write_missing(s, found.step)
     print(f"resumed after step {found.step}")
     return found.step
+
+
+def _identity(s: Session) -> dict[str, Any]:
+    return identity(to_table(s.config), s.folder.records, s.prior.records if s.prior else (), s.model_identity)
+
+
+def _accepted(s: Session, tree: dict[str, Any], step: int) -> list[str]:
+    """The changes that --resume-anyway takes, said in a line each. Raises UserError for changes without it, and for state that cannot be taken."""
+    obstacle = _obstacle(s, tree, step)
+    if "identity" not in tree and not obstacle:
+        print(f"the checkpoint of step {step} is of an earlier version and does not say what it was made from; it is taken as it is")
+    found = changes(tree["identity"], _identity(s), step) if "identity" in tree else []
+    if obstacle or (found and not s.config.resume_anyway):
+        named = f"the checkpoint of step {step} in {s.run.folder} is not of this run: {'; '.join(found)}; " if found else ""
+        raise UserError(named + (obstacle or "resume with what the run began with, or pass --resume-anyway"))
+    told = [f"from step {step} on: {change}" for change in found]
+    for line in told:
+        print(f"resumed with a change {line}")
+    return told
+
+
+def _obstacle(s: Session, tree: dict[str, Any], step: int) -> str:
+    """Why the state of a checkpoint cannot be put into this run, as a sentence; "" where it can."""
+    folder, name = s.run.folder, s.config.optimizer.name
+    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in s.groups.items()}:
+        return f"the checkpoint in {folder} has other adapters or tokens than this config; resume with the config of the run"
+    if tree["optimizer_name"] != name:
+        return f"the checkpoint in {folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer"
+    if step > s.config.steps:
+        return f"{folder} has done {step} steps, more than the {s.config.steps} of this config; give its stages more"
+    if (tree["average"] is None) != (s.average is None):
+        return f"the checkpoint in {folder} was written {'without' if s.average else 'with'} --ema; resume as the run began"
+    return ""
+
+
+def _write_missing(s: Session, step: int) -> None:
+    """The files beside the state of a checkpoint, where the process that wrote it was killed in between."""
+    folder, state = s.run.folder / "checkpoints" / str(step), learned(s, step)
+    if not all(file.is_file() for file in run_paths(state, folder, s.family.layout)):
+        with s.averaged():
+            save_run(learned(s, step), folder, layout=s.family.layout)
+        print(f"wrote the files that were missing in {folder}")
 
 
 def way_back(s: Session) -> str:
@@ -87,4 +129,6 @@ def learned(s: Session, done: int) -> AdapterState:
     rows = {layout.encoders[name]: tokens.state(embedding) for name, embedding in s.embeddings.items()}
     names = next((e.names for e in s.embeddings.values()), ())
     words = embeddings.header({a.word: a.names for a in s.abstractions})
-    return AdapterState(components, rows, names, {"lora_core.config": to_toml(s.config), "lora_core.steps": str(done), **words})
+    header = {"lora_core.config": to_toml(s.config.recorded), "lora_core.steps": str(done)}
+    header |= {"lora_core.changes": "\n".join(s.changes)} if s.changes else {}
+    return AdapterState(components, rows, names, header | words)

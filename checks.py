@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import operator
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_core import data, losses, noise, targets, tokens
+from lora_core import card, data, destination, lock, losses, noise, reports, targets, tokens
 from lora_core.adapters import AdapterSpec
 from lora_core.config import GROUPS, Config
 from lora_core.errors import UserError
+from lora_core.run import Run
 from lora_core.targets import matches, require_match
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
@@ -33,6 +36,10 @@ RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 TRAINS_TOKENS = "a stage that trains tokens"
 CLASS_PROMPT = "--prior.prompt, the class prompt"
 DATASET = "--data.dataset"
+READS = ("model", "model_config", "vae", "data.images", "data.cache", "validation.images", "prior.images")  # files and folders that are not the run's
+RANKS = {  # what starters of several processes set -> which of them
+    "WORLD_SIZE": "torchrun or accelerate launch", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun",
+}  # fmt: skip
 
 
 def _adapts(c: Config) -> bool:
@@ -62,6 +69,7 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
     "data.caption_column": (lambda c: bool(c.data.dataset) or c.data.captions in ("auto", "metadata"), "captions from a dataset or metadata"),
+    "resume_anyway": (lambda c: c.resume, "--resume"),
     "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
     "optimizer.lora_plus": (_adapts, "a stage that trains denoiser or text_encoder"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
@@ -69,6 +77,14 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.cache": (lambda c: c.data.variants > 0 or not _random(c), f"--data.variants when there is {RANDOM_PIXELS}"),
     "optimizer.schedule_args": (lambda c: any(s.schedule in (None, c.optimizer.schedule) for s in c.stages), "a stage with that schedule"),
 }
+
+
+def opening(c: Config) -> None:
+    """Raises UserError for what is known to be wrong before data and weights are read: ranks, the config, the run's folder, logins."""
+    ranks(os.environ)
+    config(c)
+    folder(c)
+    reachable(c)
 
 
 def config(c: Config, *, data: bool = True) -> None:
@@ -98,6 +114,39 @@ def config(c: Config, *, data: bool = True) -> None:
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
+
+
+def ranks(environment: Mapping[str, str]) -> None:
+    """Raises UserError where this process is one of several: each would train the same run and write to the same folder."""
+    counts = {name: environment.get(name, "") for name in RANKS}
+    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":  # a batch script has the tasks of its job, and is one process
+        counts["SLURM_STEP_NUM_TASKS"] = counts["SLURM_STEP_NUM_TASKS"] or environment.get("SLURM_NTASKS", "")
+    for name, count in counts.items():
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(f"{RANKS[name]} started {count} processes ({name}), and a run trains in one; start it with python train.py alone, "
+                            "on the GPU that --device names")  # fmt: skip
+
+
+def folder(c: Config) -> None:
+    """Raises UserError where the run cannot be written to OUT, or where that would touch what is not the run's; changes nothing."""
+    given: dict[str, Any] = {_flag(name): reduce(getattr, name.split("."), c) for name in READS}
+    destination.check_names(c.out)
+    for option in ("--data.cache", "--prior.images"):
+        if given[option]:
+            destination.check_lengths(option, [Path(given[option]) / "0"])
+    if not c.resume:
+        destination.check_inputs(c.out, given, overwrite=c.overwrite)
+    out, _ = Run.check(c.out, resume=c.resume, overwrite=c.overwrite)
+    if c.overwrite:
+        destination.check_overwritten(out)
+    lock.check_free(out)
+
+
+def reachable(c: Config) -> None:
+    """Raises UserError where --report or --push-to-hub would fail at the end, after all the work."""
+    reports.check_login(c.report)
+    if c.push_to_hub:
+        card.check_target(c.push_to_hub)
 
 
 def machine(c: Config, device: torch.device) -> None:

@@ -23,12 +23,13 @@ import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from lora_core import Patch, formats, patch, tokens
+from lora_core import Patch, destination, formats, patch, tokens
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.generation import Recipe, generate
 from lora_core.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
 from lora_core.pictures import Row, grid, save_png, to_images
+from lora_core.run import temporary_name
 from lora_core.text import read_lines
 from lora_core.toml import command_line, from_table, to_table
 from models import DTYPES, Family, Loading, choose_device, load_family
@@ -224,6 +225,8 @@ def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> N
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
     if Path(config.out).suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png; the recipe is kept in the PNG's text")
+    pictures = _paths(config, 1 if axes else len(prompts) * config.count)
+    destination.check_lengths("--out", map(temporary_name, pictures))
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
         if re.search(r"strength|unet|text", axis.setting) and (int(number[1]) if number else 0) >= loras:

@@ -20,6 +20,7 @@ from lora_core.data import Batch
 from lora_core.errors import UserError
 from lora_core.generation import Sizes
 from lora_core.noise import Keys, NoiseLevel
+from lora_core.run import not_finite
 from models import Conditioning
 
 if TYPE_CHECKING:
@@ -122,16 +123,27 @@ def _posterior(s: Session, batch: Batch) -> tuple[Tensor, Tensor]:
     if not s.folder.settings.is_random or s.folder.settings.variants:
         size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
         names = [s.folder.cache_key(s.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
-        rows = s.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in _encode(s, batch.pixels[i : i + 1])))))
+        shape = (s.family.latent_channels, *(side // s.family.factor for side in size))
+        rows = s.latent_cache.get(names, lambda i: _moments(s, batch.rows(slice(i, i + 1))), {"mean": shape, "std": shape})
         return rows["mean"], rows["std"]
-    return _encode(s, batch.pixels)
+    return _encode(s, batch, look=s.config.vae_precision == "fp16" or not s.checked)  # in the first step: to look means to wait for the device
 
 
-def _encode(s: Session, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = s.family.encode_images(pixels)
-    if s.config.vae_precision == "fp16" and not bool(mean.isfinite().all() & std.isfinite().all()):
+def _moments(s: Session, batch: Batch) -> dict[str, Tensor]:
+    """What is kept of one image's latents."""
+    mean, std = _encode(s, batch, look=True)
+    return {"mean": mean[0], "std": std[0]}
+
+
+def _encode(s: Session, batch: Batch, *, look: bool) -> tuple[Tensor, Tensor]:
+    mean, std = s.family.encode_images(batch.pixels)
+    good = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist() if look else [True]
+    if all(good):
+        return mean, std
+    if s.config.vae_precision == "fp16":
         raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")
-    return mean, std
+    path = s.records[batch.keys[good.index(False)]].path
+    raise UserError(f"the VAE gives NaN or infinity for {path} in {s.config.vae_precision}: its weights are damaged; give another --vae")
 
 
 def _text(s: Session, batch: Batch) -> Text:
@@ -152,7 +164,13 @@ def _cached(s: Session, prompts: Sequence[str], cache: dict[str, Conditioning]) 
     for prompt in dict.fromkeys(prompts):
         if prompt not in cache:
             with s.evaluating():
-                cache[prompt] = s.family.encode_prompts([prompt])
+                cond = s.family.encode_prompts([prompt])
+            if not_finite({"prompt": cond.prompt_embeds, **cond.extra}):
+                raise UserError(
+                    f"the text encoder gives NaN or infinity for the prompt {prompt!r} in {s.config.precision}: "
+                    "its weights are damaged or its numbers overflow; use --precision bf16 or fp32, or fetch the model again"
+                )
+            cache[prompt] = cond
     return Conditioning.cat([cache[prompt] for prompt in prompts])
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 import checkpoints
 import checks
+import faults
 import inputs
 from lora_core import adapters, card, generation, losses, noise, pictures, reports, tokens, validation
 from lora_core.card import Card
 from lora_core.config import Config
 from lora_core.data import collate
+from lora_core.errors import UserError
 from lora_core.formats import save_run
 from lora_core.images import read_picture
 from lora_core.noise import NoiseLevel
@@ -55,7 +57,7 @@ def validate(s: Session, done: int) -> None:
         s.run.log({"step": done, **score._asdict()}, to="val")
     first, now = validation.mean(s.scores[min(s.scores)]), validation.mean(s.scores[done])
     s.log_book.add(done, val_loss=now, val_change=now / first - 1)
-    s.log_book.flush()
+    s.flush()
 
 
 def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:
@@ -107,8 +109,11 @@ def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
 def finish(s: Session) -> Path:
     """Writes the run's files, pictures, plots and summary.json, prints what came of it, and returns the folder."""
     done = s.config.steps
+    faults.check_learned(s)
+    faults.check_state(s, done)
     validate(s, done)
-    checkpoints.save(s, done)
+    if s.saved != done:
+        checkpoints.save(s, done)
     with s.averaged():
         files = save_run(checkpoints.learned(s, done), s.run.folder, layout=s.family.layout)
         if s.config.adapter.kind == "full":
@@ -117,12 +122,13 @@ def finish(s: Session) -> Path:
     sample(s, done, drawn)
     pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
     reports.plot_metrics(s.run.folder)
-    first, last = s.scores[min(s.scores)], s.scores[done]
+    first, last, note = _paired(s, done)
     summary = {
         "seconds": round(time.perf_counter() - s.began, 2),
         "steps": done,
         "val_loss_before": validation.mean(first),
         "val_loss_after": validation.mean(last),
+        **_remarks(s, note),
         "files": {file.name: file.stat().st_size for file in files},
         "tokens": [
             {"encoder": s.family.layout.encoders[name], **report._asdict()}
@@ -131,8 +137,10 @@ def finish(s: Session) -> Path:
         ],
     }
     s.run.write("summary.json", json.dumps(summary, indent=1))
-    print(_table(first, last))
-    for entry in summary["tokens"]:  # type: ignore[attr-defined]
+    print(_table(first, last) + note)
+    if s.skips[0]:
+        print(f"{s.skips[0]} of {done} steps were skipped: their gradients overflowed in fp16")
+    for entry in summary["tokens"]:
         words = ", ".join(f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"])
         encoder = f" of {entry['encoder']}" if len(s.embeddings) > 1 else ""
         print(f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
@@ -140,6 +148,26 @@ def finish(s: Session) -> Path:
     if s.config.push_to_hub:
         print(f"uploaded: {card.push(s.run.folder, s.config.push_to_hub)}")
     return s.run.folder
+
+
+def _paired(s: Session, done: int) -> tuple[list[Score], list[Score], str]:
+    """(scores before, scores after, a remark) of the images that both have: a run may be resumed with other ones."""
+    first, last = s.scores[min(s.scores)], s.scores[done]
+    both = {score.key for score in first} & {score.key for score in last}
+    if not both:
+        cure = "resume with the validation images that the run began with"
+        raise UserError(f"no image of the first validation is in that after {done} steps, so before and after cannot be compared; {cure}")
+    before, after = ([score for score in scores if score.key in both] for scores in (first, last))
+    if len(before) == len(first) and len(after) == len(last):
+        return first, last, ""
+    return before, after, f"\nbefore and after are those of the {len(both)} images that both validations have"
+
+
+def _remarks(s: Session, note: str) -> dict[str, Any]:
+    """What summary.json says of a run that was resumed with changes or skipped steps."""
+    remarks: dict[str, Any] = {"changes": s.changes} if s.changes else {}
+    remarks |= {"compared": note.strip()} if note else {}
+    return remarks | ({} if s.scaler is None else {"skipped": s.skips[0]})
 
 
 def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
@@ -151,6 +179,8 @@ def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
     how |= {"learning rates": ", ".join(f"{name} {rate:g}" for name, rate in s.rates.items()), "precision": c.precision, "seed": c.seed}
     how |= {"adapter": a.kind if a.kind == "full" else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"} if s.trained else {}
     how |= {"loss": losses.meaning(c.weighting, s.family.prediction, c.noise.space, loss=s.loss_name, **c.weighting_arg).removeprefix("loss: ")}
+    how |= {"resumed with changes": "; ".join(s.changes)} if s.changes else {}
+    how |= {"steps skipped in fp16": s.skips[0]} if s.skips[0] else {}
     pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
     configs: dict[str, Any] = {name: encoder.config for name, encoder in s.encoders.items()}
     legacy = [name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1]  # one encoder alone is not pooled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import checkpoints
 import checks
+import faults
 import inputs
 from inputs import Inputs, Text
 from lora_core import adapters, buckets, data, generation, graphs, hub, losses, noise, optim, prediction, reports, sampling, tokens, validation
@@ -28,11 +30,12 @@ from lora_core.data import Batch, Folder, ImageSettings, micro_batches
 from lora_core.ema import Average
 from lora_core.errors import UserError
 from lora_core.generation import Recipe, Sizes
+from lora_core.identity import model_identity
 from lora_core.listing import place_for_more
 from lora_core.losses import StepOutput
 from lora_core.noise import NoiseLevel, NoiseSettings
 from lora_core.pictures import save_png, to_images
-from lora_core.run import Run
+from lora_core.run import Run, hold_folder
 from lora_core.summary import Length, describe
 from lora_core.targets import table as target_table
 from lora_core.text import say
@@ -48,8 +51,7 @@ class Session:
     def __init__(self, config: Config, loss: Callable[[StepOutput], Tensor] | None = None, step: Callable[..., Tensor] | None = None) -> None:
         self.config = config
         self.began = time.perf_counter()
-        checks.config(config)
-        Run.check(config.out, resume=config.resume, overwrite=config.overwrite)
+        checks.opening(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
@@ -72,7 +74,20 @@ class Session:
         self._open_data()
         self._open_model()
         self._open_optimizer()
-        self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)  # first here may the disk change
+        self.lock = hold_folder(Path(os.path.abspath(config.out)))  # first here may the disk change
+        try:
+            self._open_run()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    # ------------------------------------------------------------ opening
+
+    def _open_run(self) -> None:
+        """The folder, which may hold a run to go on with, and what is read and written there."""
+        config = self.config
+        self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
+        self.lock = self.lock.follow(self.run.folder)
         self.log_book = reports.LogBook(self.run, config.report, to_table(config))
         self.prior = self._open_prior()
         self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
@@ -83,14 +98,16 @@ class Session:
         self.drawn: dict[Hashable, Inputs] = {}  # what `prepare` drew
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.saved: int | None = None  # the step of the newest checkpoint
+        self.checked = False  # whether a step of this stage was looked at
+        self.changes: list[str] = []  # what the run was resumed with that it did not begin with
+        self.skips = (0, 0)  # steps that overflowed in fp16, and those of them in a row up to the last row of the log
         self.start = checkpoints.restore(self)
+        faults.check_state(self, self.start)
         for group in self.optimizer.param_groups if config.cuda_graph else ():
             group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
         length = Length(config.steps, config.batch_size, config.accumulation)
         say(describe(self.folder, self.prior, self.abstractions, length, self.unused))
-        self.run.write("config.toml", to_toml(replace(config, resume=False, overwrite=False)))  # so that `config.toml --resume` goes on
-
-    # ------------------------------------------------------------ opening
+        self.run.write("config.toml", to_toml(config.recorded))  # so that `config.toml --resume` goes on
 
     def _open_data(self) -> None:
         d, images = self.config.data, self.config.data.images
@@ -122,6 +139,7 @@ class Session:
         )
         self.family = load_family(c.model, how)
         checks.model(c, self.family)
+        self.model_identity = model_identity(self.family.modules, self.family.schedule, self.family.prediction)
         sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)
         print(losses.meaning(c.weighting, self.family.prediction, c.noise.space, loss=self.loss_name, **c.weighting_arg))
         self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
@@ -315,7 +333,7 @@ class Session:
     def check_rows(self, rows: Tensor, name: str, b: int) -> None:
         """Refuses what is not one finite number per example, in the first step of a stage: to look means to wait for the device."""
         if not self.checked:
-            losses.check_rows(rows, name, b)
+            faults.check_rows(self, rows, name, b)
 
     def replay(self, advance: Callable[[], tuple[Tensor, ...]], stage: Stage) -> tuple[Tensor, ...]:
         """advance(), or with --cuda-graph its replay on the inputs that were drawn."""
@@ -381,7 +399,8 @@ class Session:
         """A row for each step; values are read from the device every --log-every steps."""
         rates = {f"lr_{g['name']}": g["rate"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
         distances = {f"d_{g['name']}": g["d"].clone() for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
-        self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances)
+        skipped = {} if self.scaler is None else {"skipped": self.scaler.skipped.clone()}
+        self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances, **skipped)
         bar.update()
         if done % self.config.log_every == 0:
             rows = self.flush()
@@ -389,12 +408,9 @@ class Session:
             bar.set_postfix(loss=f"{sum(row['loss'] for row in rows) / len(rows):.4f}", **shown)
 
     def flush(self) -> list[dict[str, Any]]:
-        """Writes and returns the waiting rows. Raises UserError when a loss is no number any more, before a checkpoint could hold the damage."""
+        """Writes and returns the waiting rows. Raises UserError when one of them is no number, before a checkpoint could hold the damage."""
         rows = self.log_book.flush()
-        bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
-        if bad and self.scaler is None:
-            last = "there is no checkpoint" if self.saved is None else f"the last checkpoint, of step {self.saved}, is from before"
-            raise UserError(f"the loss is {bad['loss']} since step {bad['step']}; lower the learning rate (--optimizer.lr); {last}")
+        faults.check_log(self, rows)
         return rows
 
     # ------------------------------------------------------------ looking at it

@@ -14,7 +14,7 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,11 +22,12 @@ from torch import Tensor
 
 import checkpoints
 import results
-from lora_core import losses, noise, pictures, prediction, validation
+from lora_core import destination, losses, noise, pictures, prediction, validation
 from lora_core.config import Config, Stage
 from lora_core.data import Batch, micro_batches
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput
+from lora_core.signals import Signals, Stopped
 from lora_core.toml import command_line
 from session import Session
 
@@ -71,31 +72,31 @@ def advance(s: Session, batch: Batch, stage: Stage, number: int, step: Step) -> 
 
 def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
     """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
-    s = Session(config, loss, None if step is training_step else step)
-    with _resumable(s):
-        if s.start == 0:
-            results.validate(s, 0)
-        with _CtrlC() as pressed, s.progress(s.start) as bar:
-            for stage, first, last in spans(config.stages):
-                if s.start >= last:
-                    continue
-                s.enter(stage)
-                begin = max(first, s.start)
-                for done, batch in enumerate(s.batches(begin, last), begin + 1):
-                    s.set_rates(stage, done - 1 - first)
-                    s.prepare(batch, stage, done - 1)
-                    total, norm = s.replay(functools.partial(advance, s, batch, stage, done - 1, step), stage)
-                    s.average_()
-                    s.log(done, stage, total, norm, bar)
-                    if _due(done, config.validation.every):
-                        results.validate(s, done)
-                    if _due(done, config.samples.every):
-                        results.sample(s, done)
-                    if pressed or _due(done, config.save_every):  # last: a checkpoint says that all before it is done
-                        checkpoints.save(s, done)
-                    if pressed:
-                        raise KeyboardInterrupt
-        return results.finish(s)
+    with Signals() as signals:
+        s = Session(config, loss, None if step is training_step else step)
+        with _resumable(s):
+            if s.start == 0:
+                results.validate(s, 0)
+            with signals.deferred() as stop, s.progress(s.start) as bar:
+                for stage, first, last in spans(config.stages):
+                    if s.start >= last:
+                        continue
+                    s.enter(stage)
+                    begin = max(first, s.start)
+                    for done, batch in enumerate(s.batches(begin, last), begin + 1):
+                        s.set_rates(stage, done - 1 - first)
+                        s.prepare(batch, stage, done - 1)
+                        total, norm = s.replay(functools.partial(advance, s, batch, stage, done - 1, step), stage)
+                        s.average_()
+                        s.log(done, stage, total, norm, bar)
+                        if _due(done, config.validation.every):
+                            results.validate(s, done)
+                        if _due(done, config.samples.every):
+                            results.sample(s, done)
+                        if stop or _due(done, config.save_every):  # last: a checkpoint says that all before it is done
+                            checkpoints.save(s, done)
+                        stop.raise_()
+            return results.finish(s)
 
 
 def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
@@ -112,35 +113,13 @@ def _due(step: int, every: int) -> bool:
 
 @contextmanager
 def _resumable(s: Session) -> Iterator[None]:
-    """Says with an interruption how to go on."""
+    """Says with an interruption how to go on, and lets the run's folder go at the end."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(checkpoints.way_back(s)) from None
-
-
-class _CtrlC:
-    """Within it the first Ctrl-C only makes this true, so that the loop ends between two steps; a second one ends at once."""
-
-    def __enter__(self) -> _CtrlC:
-        self.pressed = False
-        self.before = signal.getsignal(signal.SIGINT)
-        try:
-            signal.signal(signal.SIGINT, self._press)
-        except ValueError:  # not in the main thread: Ctrl-C is not ours
-            self.before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _press(self, *_: object) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __bool__(self) -> bool:
-        return self.pressed
+    except KeyboardInterrupt as stop:
+        raise Stopped(checkpoints.way_back(s), getattr(stop, "number", signal.SIGINT)) from None
+    finally:
+        s.lock.release()
 
 
 def compare(run_a: Path, run_b: Path) -> None:
@@ -161,7 +140,8 @@ def compare(run_a: Path, run_b: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains, 130 interrupted."""
+    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains, 128 + the number of a
+    signal that ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["--compare"]:
@@ -174,13 +154,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if preview:
             print(f"plot: {results.preview(config)}")
             return 0
+        if config.overwrite and words and not words[0].startswith("-"):
+            destination.check_inputs(config.out, {"the config file": words[0]}, overwrite=True)
         print(f"done: {train(config)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
-        return 130
+        with suppress(OSError):  # SIGHUP: the terminal is gone
+            print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.run import atomic
+from lora_core.run import atomic, not_finite
 
 
 class Cache:
@@ -29,16 +29,19 @@ class Cache:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, keys: Sequence[str], compute_one: Callable[[int], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self, keys: Sequence[str], compute_one: Callable[[int], Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Tensor]:
         """Name -> [b, ...], row i belonging to keys[i]; `compute_one(i)` gives one row without its batch axis and is asked only for missing ones.
 
-        Rows are computed one at a time, so their bits do not depend on the batch. Raises ValueError when rows differ in names or shapes.
+        Rows are computed one at a time, so their bits do not depend on the batch. `shapes` are those of a row. Raises UserError naming the file of
+        a row on the disk that is damaged, not finite or of other names or shapes, ValueError when rows differ in names or shapes.
         """
-        rows = [self._row(self._name(key), lambda i=i: compute_one(i)) for i, key in enumerate(keys)]  # type: ignore[misc]
-        shapes = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]
-        for i, shape in enumerate(shapes):
-            if shape != shapes[0]:
-                raise ValueError(f"cached rows of one batch must agree: {keys[0]!r} has {shapes[0]}, {keys[i]!r} has {shape}")
+        rows = [self._row(self._name(key), lambda i=i: compute_one(i), shapes) for i, key in enumerate(keys)]  # type: ignore[misc]
+        kinds = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]
+        for i, shape in enumerate(kinds):
+            if shape != kinds[0]:
+                raise ValueError(f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} has {shape}")
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
     def __len__(self) -> int:
@@ -48,11 +51,11 @@ class Cache:
     def _name(self, key: str) -> str:
         return hashlib.blake2b(json.dumps([self.settings, key]).encode(), digest_size=20).hexdigest()
 
-    def _row(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _row(self, name: str, compute: Callable[[], Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
         if name not in self._rows:
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
-                self._rows[name] = _load(path)
+                self._rows[name] = _load(path, shapes)
             else:
                 self._rows[name] = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in compute().items()}
                 if path is not None:
@@ -61,8 +64,18 @@ class Cache:
         return self._rows[name]
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        row = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the cache file {path} is damaged ({error}); delete it and run again") from error
+    found = {name: tuple(tensor.shape) for name, tensor in row.items()}
+    if shapes is not None and found != dict(shapes):
+        raise UserError(f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again")
+    if bad := not_finite(row):
+        raise UserError(f"the cache file {path} holds NaN or infinity in {bad[0]}; delete it and run again")
+    return row
+
+
+def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

@@ -50,6 +50,19 @@ def write(card: Card, folder: str | Path) -> Path:
     return folder / "README.md"
 
 
+def check_target(repo_id: str) -> None:
+    """Makes the hub repository where it is missing and asks whether this login may write to it. Raises UserError where it may not."""
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, repo_type="model", exist_ok=True)
+        if hasattr(api, "auth_check"):
+            api.auth_check(repo_id, write=True)
+    except Exception as error:  # see `push`
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cure = "log in (hf auth login), or leave it out and upload the folder later"
+        raise UserError(f"--push-to-hub {repo_id} cannot be written to: {reason}; {cure}") from None
+
+
 def push(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
     """The address of the hub repository that now has the run's files; it is made where it does not exist.
 

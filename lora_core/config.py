@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -343,6 +343,8 @@ class Config:
     """Hub repository USER/NAME that the finished run is uploaded to."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
+    resume_anyway: bool = False
+    """With --resume: go on although the data, the model or options are others than those of the checkpoint; README.md and summary.json say so."""
     overwrite: bool = False
     """Move a run that is already in OUT to OUT.bak."""
     data: Data = Data()
@@ -358,6 +360,11 @@ class Config:
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def recorded(self) -> Config:
+        """As files and headers keep it: without how this process was started, so that a resumed run writes what the run left alone writes."""
+        return replace(self, resume=False, resume_anyway=False, overwrite=False)
 
     def trains(self, group: str) -> bool:
         return any(group in stage.groups for stage in self.stages)

@@ -88,7 +88,23 @@ def generate(
         denoise = _denoiser(model, prompts, recipe, (height, width), inpaint if model is family else None)
         with adapters.steady(model.modules[model.denoiser]):
             x = sampler.run(denoise, x, part, **noise)
-    return family.decode(x).float()
+    pixels = family.decode(x).float()
+    _check_drawn(family, x, pixels, seeds)
+    return pixels
+
+
+def _check_drawn(family: Any, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
+    """Raises UserError for pictures that are no numbers, which would be saved black, naming the network they come from."""
+    good_latents, good = x.isfinite().flatten(1).all(1).tolist(), pixels.isfinite().flatten(1).all(1).tolist()
+    bad = [i for i, whole in enumerate(good) if not whole]
+    if not bad:
+        return
+    name = family.denoiser if not good_latents[bad[0]] else "vae"
+    part = "the VAE's decoder" if name == "vae" else f"the denoiser ({name})"
+    cure = "give another --vae" if name == "vae" else "use --precision bf16 or fp32, a lower strength of the LoRA, or another model"
+    dtype = str(next(family.modules[name].parameters()).dtype).removeprefix("torch.")
+    which = f"seed {seeds[bad[0]]} ({len(bad)} of {len(good)} pictures)"
+    raise UserError(f"{part} drew NaN instead of a picture for {which}: its numbers overflow in {dtype}, or its weights are damaged; {cure}")
 
 
 def _denoiser(family: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], inpaint: Tensor | None) -> sampling.Denoise:

@@ -205,6 +205,7 @@ class LossScaler:
         self.growth, self.backoff, self.interval = growth, backoff, interval
         self.current = torch.full((), init, dtype=torch.float32, device=device)  # the scale
         self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row without overflow
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps that overflowed, since the run began
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 after an overflow since the last update
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -238,17 +239,20 @@ class LossScaler:
         due = (self.clean + 1 >= self.interval) & ~overflow
         grown = self.current * self.growth
         self.current.copy_(torch.where(overflow, self.current * self.backoff, torch.where(due & grown.isfinite(), grown, self.current)))
+        self.skipped.add_(overflow)
         self.clean.copy_(torch.where(overflow | due, torch.zeros_like(self.clean), self.clean + 1))
         self.found_inf.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale and clean steps as tensors, and the settings."""
-        return {"current": self.current, "clean": self.clean, "growth": self.growth, "backoff": self.backoff, "interval": self.interval}
+        """Scale, clean and skipped steps as tensors, and the settings."""
+        counts = {"current": self.current, "clean": self.clean, "skipped": self.skipped}
+        return counts | {"growth": self.growth, "backoff": self.backoff, "interval": self.interval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state bit for bit, on this scaler's device."""
         self.current.copy_(state["current"])
         self.clean.copy_(state["clean"])
+        self.skipped.copy_(state.get("skipped", self.skipped))  # checkpoints of earlier versions did not count them
         self.growth, self.backoff, self.interval = state["growth"], state["backoff"], state["interval"]
 
 

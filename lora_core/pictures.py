@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lora_core.errors import UserError
 from lora_core.run import atomic
 
 INK, PAPER = "#1b1f24", "#ffffff"
@@ -29,7 +30,9 @@ class Row:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """PIL images of pixels [b, 3, h, w] in [-1, 1]."""
+    """PIL images of pixels [b, 3, h, w] in [-1, 1]. Raises UserError for NaN, which would come out black."""
+    if bool(pixels.isnan().any()):
+        raise UserError("the pixels of a picture are NaN; look at the network that drew it, or draw with --precision bf16 or fp32")
     array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
     return [Image.frombytes("RGB", (a.shape[1], a.shape[0]), a.numpy().tobytes()) for a in array]
 

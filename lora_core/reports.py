@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class LogBook:
         if places:
             numbers = torch.stack([row[name].detach().double().reshape(()) for row, name in places]).tolist()
             for (row, name), number in zip(places, numbers):
-                row[name] = number
+                row[name] = number if row[name].is_floating_point() else int(number)  # a count
         rows, self.waiting = self.waiting, []
         for row in rows:
             self.run.log(row)
@@ -73,6 +74,24 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Sink:
         raise UserError("--report wandb needs the package wandb: pip install 'lora_core[wandb]'") from None
     wandb.init(project="lora_core", name=folder.name, dir=str(folder), config=config)
     return lambda step, values: wandb.log(values, step=step)
+
+
+def check_login(report: str) -> None:
+    """Imports what --report needs and, for W&B, logs in. Raises UserError in one sentence where that fails."""
+    if report == "tensorboard":
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except Exception as error:  # a broken installation raises what it likes
+            raise UserError(f"--report tensorboard cannot be imported ({error}): pip install 'lora_core[tensorboard]'") from None
+    if report == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+        try:
+            import wandb
+
+            if not wandb.login():
+                raise RuntimeError("there is no login")
+        except Exception as error:  # UsageError, AuthenticationError, CommError ... by version
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--report wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline") from None
 
 
 SINKS: dict[str, Any] = {"none": lambda folder, config: None, "tensorboard": _tensorboard, "wandb": _wandb}

@@ -2,21 +2,27 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.lock import LOCK, FolderLock
+
+K = TypeVar("K", bound=Hashable)
+SUMS = "checksums.b2"  # of a checkpoint's two files, as b2sum writes and checks them
 
 
 class Checkpoint(NamedTuple):
@@ -33,7 +39,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = temporary_name(path)
     try:
         with _disk_errors(path):
             yield temporary
@@ -42,6 +48,17 @@ def atomic(path: Path | str) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh name beside `path` for a file while it is written."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def hold_folder(folder: Path) -> FolderLock:
+    """The lock on the folder of a run, made where it is missing. Raises UserError where another process has it, or the disk refuses."""
+    with _disk_errors(folder):
+        return FolderLock.hold(folder)
 
 
 class Run:
@@ -77,7 +94,7 @@ class Run:
             raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{out} is a file; name a folder for the run")
-        occupied = folder.exists() and any(folder.iterdir())
+        occupied = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
         if resume and not occupied:
             raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
         if occupied and not resume and not overwrite:
@@ -109,9 +126,9 @@ class Run:
                 raise
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
-        """Writes checkpoints/<step>/ (state.safetensors, state.json), whole or not at all, drops the ones beyond `keep`, and returns the folder.
+        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not at all, then drops the ones beyond `keep`.
 
-        `meta` is what JSON can hold; `flatten` makes both from nested state.
+        Returns the folder. `meta` is what JSON can hold; `flatten` makes both from nested state.
         """
         folder = self.folder / "checkpoints" / str(step)
         folder.parent.mkdir(exist_ok=True)
@@ -122,6 +139,7 @@ class Run:
                 save_file(_apart(tensors), temporary / "state.safetensors")
                 size = (temporary / "state.safetensors").stat().st_size
                 (temporary / "state.json").write_text(json.dumps({"step": step, "bytes": size, "meta": meta}), encoding="utf-8")
+                (temporary / SUMS).write_text(_sums(temporary), encoding="utf-8")
                 for path in (*temporary.iterdir(), temporary):
                     _sync(path)
                 _drop(folder)  # only a run that saves one step twice has it
@@ -140,7 +158,12 @@ class Run:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 if (folder / "state.safetensors").stat().st_size != state["bytes"] or state["step"] != int(folder.name):
                     raise ValueError("its files do not belong together")
-                return Checkpoint(state["step"], load_file(folder / "state.safetensors"), state["meta"])
+                if (folder / SUMS).is_file() and (folder / SUMS).read_text(encoding="utf-8") != _sums(folder):  # older ones have none
+                    raise ValueError(f"its files are not those of {SUMS}")
+                tensors = load_file(folder / "state.safetensors")
+                if bad := not_finite(tensors):
+                    raise ValueError(f"{bad[0]} holds NaN or infinity")
+                return Checkpoint(state["step"], tensors, state["meta"])
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 print(f"checkpoint {folder} is damaged ({error}); going back to the one before it", flush=True)
         return None
@@ -162,6 +185,18 @@ class Run:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _belongs(line, step)]
             with atomic(path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
+    """The names of the tensors that hold NaN or infinity. Waits for a GPU once."""
+    floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floating:
+        return []
+    device = max((t.device for t in floating.values()), key=lambda d: d.type != "cpu")
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    wide = [t if t.element_size() > 1 else t.float() for t in floating.values()]
+    largest = torch.stack([torch.linalg.vector_norm(t, math.inf).to(device, exact) for t in wide])
+    return [name for name, good in zip(floating, largest.isfinite().tolist()) if not good]
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -219,6 +254,15 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(pointer)
         apart[name] = tensor
     return apart
+
+
+def _sums(folder: Path) -> str:
+    """Lines of b2sum for a checkpoint's files: a second per gigabyte."""
+    lines = []
+    for name in ("state.json", "state.safetensors"):
+        with open(folder / name, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'blake2b').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def _belongs(line: str, step: int) -> bool:

@@ -43,7 +43,7 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
         "training: 10 steps of 6 images (2 x 3), 15 epochs of 4",
         "left out, images in formats that are not read (save them as JPEG or PNG): a.svg, b.svg, c.svg and 2 more",
         "left out, sub-folders: class/ (1 image)",
-        "left out, texts beside images that have another caption: 1.txt",
+        "left out, empty texts: 1.txt",
     ]
 
 

@@ -21,7 +21,7 @@ from lora_core.formats.grammar import Reading
 from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
 from lora_core.formats.pickles import read_pickle
 
-__all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "load", "save", "save_run"]
+__all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "load", "run_files", "run_paths", "save", "save_run"]
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
@@ -129,19 +129,32 @@ def save_run(
     <run> is the folder's name. Token rows stay fp32. A state that kohya's names cannot hold is said in one line, and that file left out.
     """
     folder = Path(folder).resolve()
+    native, kohyas, rows = (folder / name for name in run_files(folder.name))
     written = []
     if any(state.components.values()):
-        written.append(folder / NATIVE)
+        written.append(native)
         save(state, written[0], format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
         if reason := fused.obstacle(state, layout):
             print(f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}", file=sys.stderr)
         else:
-            written.append(folder / f"{folder.name}.safetensors")
+            written.append(kohyas)
             save(state, written[1], format="kohya", layout=layout, metadata=metadata, dtype=dtype)
     if state.tokens:
-        written.append(folder / f"{folder.name}{EMBEDDINGS}")
+        written.append(rows)
         save(state, written[-1], format="embeddings", layout=layout, metadata=metadata)
     return written
+
+
+def run_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
+    """The files that `save_run` writes of this state."""
+    native, kohyas, rows = (folder / name for name in run_files(folder.name))
+    loras = [] if not any(state.components.values()) else [native] if fused.obstacle(state, layout) else [native, kohyas]
+    return loras + [rows] * bool(state.tokens)
+
+
+def run_files(name: str) -> tuple[str, str, str]:
+    """The names of the files of a run called `name`: diffusers', kohya's, token rows."""
+    return NATIVE, f"{name}.safetensors", f"{name}{EMBEDDINGS}"
 
 
 def _load_file(path: Path, layout: Layout | None, how: Reading) -> AdapterState:

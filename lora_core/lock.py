@@ -1,0 +1,129 @@
+"""One process per run folder: the operating system's lock on OUT/.lock, which ends with its process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from lora_core.errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"
+FAR = 2**30  # the byte that Windows locks: one that nobody reads
+
+
+class FolderLock:
+    """Held from `hold` to `release`, or to the end of the process, however it ends: a killed run
+    leaves a file that locks nothing.
+
+    On NFS the lock is as good as the server's: Linux turns flock into a lock of the server's, which
+    other machines see, unless the file system is mounted with nolock or local_lock. There, and on
+    file systems without locks, two machines can write to one folder.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+
+    @classmethod
+    def hold(cls, folder: Path) -> FolderLock:
+        """The lock on a folder, which is made where it is missing.
+
+        Raises UserError, naming process and machine, where another process has it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK
+        while True:
+            file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock is held)
+            if not _lock(file):
+                raise _refusal(file, folder)
+            if _is_at(file, path):
+                break
+            file.close()  # its last holder removed it between our opening and our locking
+        lock = cls(file, path)
+        lock._write_holder()
+        return lock
+
+    def follow(self, folder: Path) -> FolderLock:
+        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved the
+        folder with its lock away."""
+        path = folder / LOCK
+        if _is_at(self.file, path):
+            return self
+        lock = FolderLock.hold(folder)
+        self.path = folder.with_name(folder.name + ".bak") / LOCK
+        self.release()
+        return lock
+
+    def release(self) -> None:
+        """Removes the file and lets the lock go; nothing where that is done already."""
+        if self.file.closed:
+            return
+        with contextlib.suppress(OSError):  # Windows removes no open file: it stays, and locks nothing
+            if _is_at(self.file, self.path):
+                self.path.unlink()
+        self.file.close()
+
+    def _write_holder(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            self.file.truncate(0)
+            self.file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode())
+            self.file.flush()
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError, naming process and machine, where another process holds the folder's lock.
+
+    Changes nothing.
+    """
+    path = folder / LOCK
+    try:
+        file = open(path, "r+b")  # noqa: SIM115
+    except OSError:  # no such file, or one that is not ours to write: `hold` will say so
+        return
+    with file:
+        if not _lock(file):
+            raise _refusal(file, folder)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether the lock is ours now; it goes when the file is closed."""
+    try:
+        if sys.platform == "win32":
+            file.seek(FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        print(f"warning: {file.name} cannot be locked ({error.strerror}); start no second run in its folder", file=sys.stderr)
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still has that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _refusal(file: BinaryIO, folder: Path) -> UserError:
+    """The sentence about the process that has the lock. Closes the file."""
+    with file:
+        file.seek(0)
+        try:
+            holder = json.loads(file.read())
+            who = f"process {holder['process']} on {holder['machine']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it is being written
+            who = "another process"
+    return UserError(f"{folder} is in use by {who}; wait for it or end it, or name another --out")

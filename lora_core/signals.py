@@ -1,0 +1,69 @@
+"""Ctrl-C, SIGTERM (Slurm, docker stop, spot instances) and SIGHUP (a closed terminal): a run ends
+between two steps, after a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to end; `number` is that of the signal."""
+
+    def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.number = number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Signals:
+    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only makes it true.
+
+    A signal that the process was started to ignore (nohup) stays ignored, and outside of the main thread nothing changes.
+    """
+
+    def __enter__(self) -> Signals:
+        self.number, self.waits = 0, False  # of the first signal, and whether it may wait
+        self.before: dict[int, Any] = {}
+        for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
+            handler = signal.getsignal(number)
+            try:
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, self._receive)
+                    self.before[number] = handler
+            except ValueError:  # not in the main thread: signals are not ours
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return bool(self.number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[Signals]:
+        """Where the loop asks between two steps whether a signal came; a second one ends at once."""
+        self.waits = True
+        try:
+            yield self
+        finally:
+            self.waits = False
+
+    def raise_(self) -> None:
+        """Raises Stopped if a signal came."""
+        if self.number:
+            raise Stopped("", self.number)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        first, self.number = not self.number, self.number or number
+        if not (first and self.waits):
+            raise Stopped("", number)

@@ -1,0 +1,110 @@
+"""Where a run may be written: nothing that it reads is moved or mixed with it, and every name fits the file system."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import checks
+import infer
+from lora_core import destination
+from lora_core.config import Config, Data, Prior, Validation
+from lora_core.errors import UserError
+from lora_core.formats import run_files
+from lora_core.run import Run, atomic
+
+OPTIONS = {
+    "--data.images": lambda path: {"data": Data(images=path)},
+    "--data.cache": lambda path: {"data": Data(images="elsewhere", cache=path)},
+    "--model": lambda path: {"model": path},
+    "--model-config": lambda path: {"model_config": path},
+    "--vae": lambda path: {"vae": path},
+    "--validation.images": lambda path: {"validation": Validation(images=path)},
+    "--prior.images": lambda path: {"prior": Prior("a cat", images=path)},
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_folder_with_what_the_run_reads_is_refused(tmp_path: Path, option: str, overwrite: bool) -> None:
+    out = tmp_path / "project"
+    (inside := out / "a" / "b").mkdir(parents=True)
+    (out / "config.toml").write_text("")
+    linked = tmp_path / "linked"
+    linked.symlink_to(inside)
+    for given, word in ((inside, "holds"), (out, "is"), (linked, "holds"), (out / "." / "a" / ".." / "a", "holds")):
+        config = replace(Config(out=str(out), overwrite=overwrite), **OPTIONS[option](str(given)))
+        with pytest.raises(UserError, match=rf"{word} {option} .*name another --out"):
+            checks.folder(config)
+    assert inside.is_dir() and not (tmp_path / "project.bak").exists()
+
+
+def test_a_run_below_the_images_is_fine_until_it_is_moved(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    config = Config(out=str(tmp_path / "photos" / "run"), data=Data(images=str(tmp_path / "photos")))
+    checks.folder(config)
+    with pytest.raises(UserError, match=r"lies in --data\.images"):
+        checks.folder(replace(config, overwrite=True))
+    checks.folder(replace(config, out=str(tmp_path / "run"), model="a/hub-id"))
+
+
+@pytest.mark.parametrize("held", [("notes.txt",), ("a.png", "b.png"), ("src/main.py",), ("runs/one/metrics.jsonl",)])
+def test_only_runs_are_overwritten(tmp_path: Path, held: tuple[str, ...]) -> None:
+    for name in held:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    with pytest.raises(UserError, match=r"moves runs only.*name another --out"):
+        destination.check_overwritten(tmp_path / "out")
+    for mark in ("config.toml", "metrics.jsonl", ".lock"):
+        (tmp_path / "out" / mark).touch()
+        destination.check_overwritten(tmp_path / "out")
+        (tmp_path / "out" / mark).unlink()
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
+    for name in ("config.toml", "one/config.toml", "two/metrics.jsonl", "checkpoints/3/state.json", "samples/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"other runs in it \(one, two\)"):
+        destination.check_overwritten(tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "猫"])
+def test_the_longest_name_that_passes_is_the_longest_that_can_be_written(tmp_path: Path, letter: str) -> None:
+    limit, size = os.pathconf(tmp_path, "PC_NAME_MAX"), len(letter.encode())
+    fits = []
+    for count in range(limit // size, 0, -1):
+        out = tmp_path / (letter * count)
+        try:
+            destination.check_names(out)
+        except UserError as error:
+            assert "shorten the name by" in str(error)
+            continue
+        fits.append(count)
+        break
+    for count, works in ((fits[0], True), (fits[0] + 1, False)):
+        run = Run.open(tmp_path / (letter * count))
+        try:
+            for name in run_files(run.folder.name):
+                with atomic(run.folder / name) as temporary:
+                    temporary.touch()
+            assert works
+        except OSError:
+            assert not works
+
+
+def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    out = tmp_path.joinpath(*["x" * 200] * 20, "run")
+    with pytest.raises(UserError, match="a path of"):
+        destination.check_names(out)
+    for option in ("--data.cache", "--prior.images"):
+        long = {"data": Data(images="here", cache="y" * 300)} if "cache" in option else {"prior": Prior("a cat", images="y" * 300)}
+        with pytest.raises(UserError, match=f"{option} leads to a file name of 300 bytes"):
+            checks.folder(replace(Config(out=str(tmp_path / "o")), **long))
+
+
+def test_a_picture_with_too_long_a_name_is_refused_before_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / ("x" * 240 + ".png")  # fits, but not while it is written
+    assert infer.main(["--model", "nowhere", "--prompt", "a", "--out", str(out)]) == 2
+    assert "--out leads to a file name of" in capsys.readouterr().err

@@ -1,0 +1,348 @@
+"""Numbers that are none are refused where they enter, and no checkpoint, file or picture is made of them."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checks
+import faults
+import infer
+import train
+from lora_core import adapters, generation, pictures
+from lora_core.config import Adapter, Config, Data, Prior, Stage
+from lora_core.errors import UserError
+from lora_core.losses import StepOutput, mse
+from lora_core.run import Run, not_finite
+from models import load_family
+from session import Session
+from tests.conftest import rows
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_what_is_not_finite_is_found_in_every_dtype(dtype: torch.dtype, bad: float) -> None:
+    largest = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
+    tensors = {"good": largest, "int": torch.tensor([1]), "empty": largest[:0], "bad": largest.clone(), ("a", 0): -largest}
+    tensors["bad"][1, 2] = bad
+    assert not_finite(tensors) == ["bad"]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def broken_gradient(at: int) -> Any:
+    """A loss that is a number in every step, and whose gradient is none in one."""
+
+    def loss(step: StepOutput) -> torch.Tensor:
+        zero = (step.out - step.out.detach()).square().mean((1, 2, 3))
+        return mse(step) + (zero.sqrt() if step.step == at else zero)
+
+    return loss
+
+
+@pytest.mark.parametrize("log_every, save_every, validate", [(100, 2, 0), (100, 0, 0), (1, 1, 0), (100, 2, 2)])
+def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(config: Config, quick: None, log_every: int, save_every: int, validate: int) -> None:
+    validation = replace(config.validation, every=validate)
+    config = replace(config, stages=(Stage(4),), log_every=log_every, save_every=save_every, keep=1, validation=validation)
+    last = {0: "there is no checkpoint", 1: "of step 3", 2: "of step 2"}[save_every]
+    with pytest.raises(UserError, match=f"the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*{last}"):
+        train.train(config, loss=broken_gradient(3))
+    kept = [load_file(folder / "state.safetensors") for folder in Path(config.out).glob("checkpoints/*")]
+    assert len(kept) == bool(save_every) and not any(not_finite(tensors) for tensors in kept)
+    assert not (Path(config.out) / "pytorch_lora_weights.safetensors").exists() and not (Path(config.out) / ".lock").exists()
+    if save_every:
+        assert (train.train(replace(config, resume=True)) / "summary.json").is_file()
+
+
+DAMAGED = {
+    "parameter": (lambda s: s.groups["denoiser"][2], r"denoiser \(unet\..*\.down\) holds NaN"),
+    "rows of tokens": (lambda s: s.groups["tokens"][0], r"tokens \(text_encoder\..*\) holds NaN"),
+    "optimizer": (lambda s: s.optimizer.state[s.groups["denoiser"][0]]["exp_avg_sq"], "the optimizer's state of denoiser holds NaN"),
+    "average": (lambda s: s.average.averages[1], "the moving average holds NaN"),
+}
+
+
+@pytest.mark.parametrize("place, said", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_state_is_named_and_not_saved(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, place: Any, said: str) -> None:
+    config = replace(config, ema=0.5, stages=(Stage(2, ("denoiser", "tokens")),))
+    whole, calls = Session.average_, []
+
+    def average_(s: Session) -> None:
+        whole(s)
+        calls.append(1)
+        if len(calls) == 2:
+            place(s).data.view(-1)[0] = NAN
+
+    monkeypatch.setattr(Session, "average_", average_)
+    with pytest.raises(UserError, match=f"{said} or infinity after step 2.*there is no checkpoint"):
+        train.train(config)
+    assert not list(Path(config.out).glob("checkpoints/*")) and not list(Path(config.out).glob("*.safetensors"))
+
+
+def test_initial_values_that_are_none_are_named(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = adapters.inject
+
+    def inject(module: torch.nn.Module, *args: Any, **settings: Any) -> Any:
+        found = whole(module, *args, **settings)
+        with torch.no_grad():
+            adapters.parameters(module)[3].view(-1)[1] = math.inf
+        return found
+
+    monkeypatch.setattr(adapters, "inject", inject)
+    with pytest.raises(UserError, match=r"denoiser \(unet\..*\) holds NaN or infinity before the first step"):
+        train.train(config)
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.b2"])
+def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.open(tmp_path / "run")
+    for step in (1, 2):
+        run.save_checkpoint(step, {"a": torch.full((8,), float(step))}, {"x": [1.5, "text"]})
+    path = run.folder / "checkpoints" / "2" / file
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        loaded = run.load_checkpoint()
+        assert loaded is not None and loaded.step == 1 and "is damaged" in capsys.readouterr().out, bit
+    path.write_bytes(whole)
+    assert run.load_checkpoint().step == 2  # type: ignore[union-attr]
+
+
+def test_the_checksums_are_b2sums(tmp_path: Path) -> None:
+    import subprocess
+
+    if not shutil.which("b2sum"):
+        pytest.skip("there is no b2sum on this machine")
+    folder = Run.open(tmp_path / "run").save_checkpoint(1, {"a": torch.ones(5)}, {})
+    assert subprocess.run(["b2sum", "--strict", "-c", "checksums.b2"], cwd=folder, capture_output=True, text=True).returncode == 0
+
+
+def test_a_checkpoint_of_nan_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.open(tmp_path / "run")
+    for step, value in ((1, 1.0), (2, NAN)):
+        run.save_checkpoint(step, {"a": torch.tensor([value])}, {})
+    assert run.load_checkpoint().step == 1 and "a holds NaN or infinity" in capsys.readouterr().out  # type: ignore[union-attr]
+
+
+def test_older_checkpoints_go_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = Run.open(tmp_path / "run", keep=1), []
+    run.save_checkpoint(1, {"a": torch.zeros(2)}, {})
+    rename = Path.rename
+
+    def dying(self: Path, target: Any) -> Any:
+        seen.append((self.name, sorted(p.name for p in self.parent.iterdir())))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    run.save_checkpoint(2, {"a": torch.ones(2)}, {})
+    assert seen == [("1", ["1", "2"])]
+
+
+# ---------------------------------------------------------------- fp16
+
+
+def test_steps_that_overflow_are_counted_said_and_end_the_run(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(step: StepOutput) -> torch.Tensor:
+        return mse(step) * (1e30 if step.step in (0, 2) else 1.0)
+
+    config = replace(config, precision="fp16", stages=(Stage(3),))
+    run = train.train(config, loss=loss)
+    assert [row["skipped"] for row in rows(run) if "loss" in row] == [1, 1, 2] and json.loads((run / "summary.json").read_text())["skipped"] == 2
+    assert "2 of 3 steps were skipped" in capsys.readouterr().out and "steps skipped in fp16 | 2" in (run / "README.md").read_text()
+    with pytest.raises(UserError, match="all 3 steps were skipped"):
+        train.train(replace(config, out=config.out + "2"), loss=lambda step: mse(step) * 1e30)
+    assert not list(Path(config.out + "2").glob("*.safetensors"))
+    monkeypatch.setattr(faults, "SKIPS", 4)
+    longer = replace(config, out=config.out + "3", stages=(Stage(9),), save_every=2, log_every=9)
+    with pytest.raises(UserError, match=r"the last 4 steps up to step 5 were skipped.*--precision bf16.*of step 4"):
+        train.train(longer, loss=lambda step: mse(step) * (1e30 if step.step else 1.0))
+
+
+def test_runs_that_are_not_in_fp16_have_no_such_column(config: Config, quick: None) -> None:
+    run = train.train(config)
+    assert not any("skipped" in row for row in rows(run)) and "skipped" not in json.loads((run / "summary.json").read_text())
+
+
+# ---------------------------------------------------------------- where it enters
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "names"])
+def test_a_bad_row_of_the_latent_cache_is_named(config: Config, quick: None, tmp_path: Path, change: str) -> None:
+    config = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
+    train.train(config)
+    for file in (tmp_path / "cache").iterdir():
+        row = load_file(file)
+        row = {
+            "nan": lambda r: r | {"std": r["std"] * NAN},
+            "shape": lambda r: {k: t[:, :2] for k, t in r.items()},
+            "names": lambda r: {"x": r["mean"]},
+        }[change](row)
+        save_file({name: tensor.contiguous() for name, tensor in row.items()}, file)
+    said = {"nan": "NaN or infinity in std", "shape": r"mean \[4, 2, 8\].*expected mean \[4, 8, 8\]", "names": "holds x .*expected mean"}
+    with pytest.raises(UserError, match=rf"cache file .*safetensors .*{said[change]}.*delete it"):
+        train.train(replace(config, out=config.out + "2"))
+
+
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        ("vae", r"the VAE gives NaN or infinity for .*\.png in fp32"),
+        ("unet", "unet has NaN or infinity among its weights"),
+        ("text_encoder", "the text encoder gives NaN or infinity for the prompt"),
+    ],
+)
+@pytest.mark.parametrize("random", [False, True])
+def test_a_damaged_part_of_the_model_is_named(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, part: str, said: str, random: bool
+) -> None:
+    import results
+    import session
+
+    load = session.load_family
+
+    def damaged(*args: Any, **settings: Any) -> Any:
+        family = load(*args, **settings)
+        with torch.no_grad():
+            module = family.modules[part]
+            (module.encoder.conv_in if part == "vae" else module).get_parameter(
+                "weight" if part == "vae" else max(dict(module.named_parameters()))
+            ).fill_(NAN)
+        return family
+
+    monkeypatch.setattr(session, "load_family", damaged)
+    monkeypatch.setattr(results, "validate", lambda s, done: None)
+    config = replace(config, data=replace(config.data, flip=random))
+    with pytest.raises(UserError, match=said):
+        train.train(config)
+    assert not list(Path(config.out).glob("checkpoints/*"))
+
+
+def test_the_first_validation_says_so_too(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import session
+
+    load = session.load_family
+
+    def damaged(*args: Any, **settings: Any) -> Any:
+        family = load(*args, **settings)
+        with torch.no_grad():
+            family.modules["unet"].conv_out.bias.fill_(NAN)
+        return family
+
+    monkeypatch.setattr(session, "load_family", damaged)
+    with pytest.raises(UserError, match=r"the validation loss is nan after 0 steps: unet has NaN .* first in conv_out\.bias"):
+        train.train(config)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("part, said", [("unet", r"the denoiser \(unet\) drew NaN .* seed 3"), ("vae", "the VAE's decoder drew NaN .* seed 3")])
+def test_black_pictures_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, said: str) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / part))
+    family = load_family(str(broken))
+    with torch.no_grad():
+        (family.modules["unet"].conv_out if part == "unet" else family.modules["vae"].decoder.conv_out).bias.fill_(NAN)
+    with pytest.raises(UserError, match=said):
+        generation.generate(family, ["a", "b"], [3, 4], generation.Recipe(steps=1, guidance=1.0))
+    family.modules[part].save_pretrained(broken / part)
+    out = tmp_path / "out.png"
+    assert infer.main(["--model", str(broken), "--prompt", "a", "--seed", "3", "--steps", "1", "--out", str(out)]) == 2
+    assert "drew NaN" in capsys.readouterr().err and not out.exists()
+
+
+def test_pixels_of_nan_are_no_picture() -> None:
+    pixels = torch.zeros(2, 3, 4, 4)
+    pixels[1, 0, 0, 0] = NAN
+    with pytest.raises(UserError, match="NaN"):
+        pictures.to_images(pixels)
+
+
+def test_class_images_of_nan_are_not_written(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import session
+
+    load = session.load_family
+
+    def damaged(*args: Any, **settings: Any) -> Any:
+        family = load(*args, **settings)
+        with torch.no_grad():
+            family.modules["vae"].decoder.conv_out.bias.fill_(NAN)
+        return family
+
+    monkeypatch.setattr(session, "load_family", damaged)
+    with pytest.raises(UserError, match="decoder drew NaN"):
+        train.train(replace(config, prior=Prior("a cat", count=2)))
+    assert not list(Path(config.out).rglob("*.png"))
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize(
+    "environment, starter",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"PMI_SIZE": "3"}, "mpiexec"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"),
+    ],
+)
+def test_several_ranks_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], starter: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
+        Session(config)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {"WORLD_SIZE": ""}])
+def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
+    checks.ranks(environment)
+
+
+def test_push_targets_and_logins_are_tried_before_data_is_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    from lora_core import card
+
+    asked: list[str] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, **_: object) -> None:
+            asked.append(repo_id)
+
+        def auth_check(self, repo_id: str, *, write: bool) -> None:
+            if repo_id != "me/mine":
+                raise PermissionError(f"no right to write to {repo_id}\nmore")
+
+    monkeypatch.setattr(card, "HfApi", Api)
+    nowhere = replace(config, data=Data(images="nowhere"), adapter=Adapter(rank=2))
+    with pytest.raises(UserError, match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in"):
+        Session(replace(nowhere, push_to_hub="you/yours"))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Session(replace(nowhere, push_to_hub="me/mine"))
+    assert asked == ["you/yours", "me/mine"] and not os.path.exists(config.out)
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    wandb.login = lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="--report wandb: there is no login; run `wandb login`"):
+        Session(replace(nowhere, report="wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Session(replace(nowhere, report="wandb"))
