@@ -5,7 +5,8 @@ A kind of adapter is a row of KINDS, or `--adapter.kind my_adapter.py:Class`. Th
     forward(base, x, strength) -> y         the layer with this adapter alone
     update(base, x, y0, strength) -> dy     what it adds to y0 = base(x) when others are active too, in y0's dtype or fp32
     delta_weight(base) -> dW                the same update as a matrix, shaped as base.weight, fp32 or better, detached (fold)
-    state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form
+    state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form: then the run writes its state dict
+                                            and the whole model with it folded in (bespoke.py)
 and, where it applies,
     delta_bias(base) -> db                  its update of the bias, or None (fold)
     up                                      the parameter that LoRA+ gives a learning rate of its own

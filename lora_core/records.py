@@ -55,6 +55,13 @@ def scan(
     return [_record(p, texts[p], chosen[p], use_alpha=masks == "alpha", is_prior=is_prior) for p in images] * repeats
 
 
+def unmasked(record: Record) -> Record:
+    """The record of the same image without its mask, which is part of a record's key."""
+    if record.mask_path is None and not record.use_alpha:
+        return record
+    return _record(record.path, record.captions, None, use_alpha=False, is_prior=record.is_prior)
+
+
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
     """The images with a caption in which `tokens.bind` would not find the word, each once."""
     return list(dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions)))
