@@ -7,8 +7,9 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ import checks
 from lora_core import adapters, bespoke, card, generation, losses, noise, pictures, reports, tokens, validation
 from lora_core.card import Card
 from lora_core.config import Config
+from lora_core.data import Example, collate
 from lora_core.formats import save_run
 from lora_core.generation import Sizes
 from lora_core.noise import NoiseLevel
@@ -30,16 +32,6 @@ if TYPE_CHECKING:
     from session import Session
 
 COLUMNS = 5  # pictures in a row
-
-
-class Seen(NamedTuple):
-    """What the validation keeps of an image."""
-
-    latents: Tensor  # [c, h, w] the posterior's mean, on the CPU
-    caption: str
-    key: str
-    original_size: tuple[int, int]
-    crop: tuple[int, int]
 
 
 def validate(s: Session, done: int) -> None:
@@ -63,31 +55,27 @@ def validate(s: Session, done: int) -> None:
 
 def _score(s: Session, images: range) -> list[Score]:
     """The scores of some images of `val_folder`."""
-    seen = [_seen(s, i) for i in images]
-    x0 = torch.stack([one.latents for one in seen]).to(s.device)
-    cond = s.family.encode_prompts([tokens.bind(one.caption, s.abstractions) for one in seen])
-    side = s.val_folder.settings.resolution
-    sizes = Sizes([one.original_size for one in seen], [one.crop for one in seen], (side, side))
-    cond = s.family.inform(cond, sizes, s.config.noise.guidance)
+    batch, side = collate([_latent_example(s, i) for i in images]), s.val_folder.settings.resolution
+    cond = s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions])
+    cond = s.family.inform(cond, Sizes(batch.original_sizes, batch.crops, (side, side)), s.config.noise.guidance)
     inpaint = None
     if s.family.inpainting:
-        grey = torch.zeros(len(seen), 3, side, side, device=s.device)
+        grey = torch.zeros(len(images), 3, side, side, device=s.device)
         inpaint = generation.masked_latents(s.family, grey, torch.ones_like(grey[:, :1]))
 
     def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
         return s.denoise(x_t, level, cond, inpaint)
 
-    v, keys = s.config.validation, [one.key for one in seen]
-    return validation.score(denoise, x0, keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
+    x0, v = batch.pixels.to(s.device), s.config.validation
+    return validation.score(denoise, x0, batch.keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
 
 
-def _seen(s: Session, i: int) -> Seen:
-    """An image of `val_folder` without its pixels: decoded and encoded once a run, when it is first asked for."""
-    if i not in s.val_seen:
+def _latent_example(s: Session, i: int) -> Example:
+    """An image of `val_folder`, the mean of its latents [c, h, w] in place of the pixels; decoded and encoded once a run, when first asked for."""
+    if i not in s.val_latents:
         example = s.val_folder.example(i, 0)
-        latents = s.family.encode_images(example.pixels[None])[0][0].cpu()
-        s.val_seen[i] = Seen(latents, example.caption, example.key, example.original_size, example.crop)
-    return s.val_seen[i]
+        s.val_latents[i] = replace(example, pixels=s.family.encode_images(example.pixels[None])[0][0].cpu())
+    return s.val_latents[i]
 
 
 def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:

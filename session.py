@@ -73,7 +73,7 @@ class Session:
         self.prior = self._open_prior()
         self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
-        self.val_seen: dict[int, Any] = {}  # results.Seen of the images that were scored
+        self.val_latents: dict[int, data.Example] = {}  # of val_folder, with latents on the CPU in place of pixels
         self.latent_cache = Cache(inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
         self.text_cache: dict[str, Conditioning] = {}
         self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
