@@ -18,7 +18,7 @@ from lora_core import adapters, bespoke, data, losses, noise, optim, targets, to
 from lora_core.adapters import AdapterSpec
 from lora_core.config import GROUPS, Config
 from lora_core.errors import UserError
-from lora_core.kinds import kind_class
+from lora_core.kinds import is_low_rank, kind_class
 from lora_core.rehearsal import rehearse
 from lora_core.targets import matches, require_match
 from lora_core.toml import to_table
@@ -237,7 +237,7 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
     """
     a, text = c.adapter, [name for name in layout.presets if name in layout.encoders]
-    has_rank = getattr(kind_class(a.kind), "low_rank", True)
+    has_rank = is_low_rank(kind_class(a.kind))
     wanted = dict.fromkeys([name for name in layout.presets if name not in text], a.targets) if c.trains("denoiser") else {}
     wanted |= dict.fromkeys(text, a.text_targets) if c.trains("text_encoder") else {}
     chosen = {component: _matched(layout, component, names) for component, names in wanted.items()}

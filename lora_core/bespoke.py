@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.adapted import Adapted, layers
 from lora_core.errors import UserError
-from lora_core.kinds import KINDS
+from lora_core.kinds import KINDS, is_low_rank
 from lora_core.run import atomic
 
 ENDING = "_adapter.safetensors"  # after the run's name
@@ -26,7 +26,7 @@ NO_FACTORS = (UserError, AttributeError, NotImplementedError)  # what `state` ma
 def has_factors(model: nn.Module, name: str = "default") -> bool:
     """Whether the adapters of a model have a low-rank form, in which LoRA files are written; asked of the first."""
     adapter = next(layer.adapter(name) for layer in _adapted(model, name).values())
-    if not getattr(adapter, "low_rank", True):
+    if not is_low_rank(type(adapter)):
         return False
     try:
         adapter.state()

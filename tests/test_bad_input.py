@@ -132,6 +132,21 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
     "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
+    "warm-up": ({"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))}, "--optimizer.warmup is 3 steps, longer than stage 1 of 2"),
+    "every stage's norm": (ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)}, "--tokens.norm has no effect"),
+    "every stage's low": ({"noise": {"low": 0.1}, "stages": (Stage(2, low=0.2),)}, "--noise.low has no effect without a stage that has no low"),
+    "every stage's high": ({"noise": {"high": 0.5}, "stages": (Stage(2, high=0.7),)}, "--noise.high has no effect"),
+    "every stage's schedule": ({"optimizer": {"schedule": "linear"}, "stages": (Stage(2, schedule="cosine"),)}, "--optimizer.schedule has no effect"),
+    "stage decay of none": ({"optimizer": {"name": "torch.optim.Rprop"}, "stages": (Stage(2, weight_decay={"denoiser": 0.1}),)}, "no weight_decay"),
+    "validation of none": ({"validation": {"every": -1, "bins": 3}}, "--validation.bins has no effect without --validation.every 0 or more"),
+    "held out for none": ({"validation": {"every": -1, "bins": 8, "images": "held"}}, "--validation.images has no effect"),
+    "count of none": ({"validation": {"every": -1, "bins": 8, "count": 3}}, "--validation.count has no effect"),
+    "seed of none": ({"validation": {"every": -1, "bins": 8, "seed": 3}}, "--validation.seed has no effect"),
+    "less than none": ({"validation": {"every": -2}}, "--validation.every is -2; expected at least -1"),
+    "count": ({"validation": {"count": -1}}, "--validation.count is -1; expected at least 0"),
+    "dropped": ({"data": {"dropped": "zeros"}}, "--data.dropped has no effect without --data.caption-dropout"),
+    "schedule": ({"optimizer": {"schedule": "my_schedule.py:fn"}}, "my_schedule.py:fn names no Python file"),
+    "handed over": ({"loss": "<lambda of a.py>"}, "--loss is <lambda of a.py>, which was handed over in Python"),
 }
 
 
