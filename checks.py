@@ -229,6 +229,9 @@ def _effects(c: Config) -> None:
         if ours != theirs and not is_read(c):
             option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
             raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
+    for name in ("samples.every", "validation.every", "save_every"):
+        if (every := reduce(getattr, name.split("."), c)) > c.steps:  # type: ignore[operator]
+            print(f"warning: {_flag(name)} {every} has no effect in a run of {c.steps} steps", file=sys.stderr)
 
 
 def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:

@@ -109,13 +109,12 @@ def _posterior(s: Session, batch: Batch) -> tuple[Tensor, Tensor]:
     if not s.folder.settings.is_random or s.folder.settings.variants:
         size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
         names = [s.folder.cache_key(s.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
-        rows = s.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in encode_pixels(s, batch.pixels[i : i + 1])))))
+        rows = s.latent_cache.get(names, lambda i: dict(zip(("mean", "std"), (r[0] for r in _encode(s, batch.pixels[i : i + 1])))))
         return rows["mean"], rows["std"]
-    return encode_pixels(s, batch.pixels)
+    return _encode(s, batch.pixels)
 
 
-def encode_pixels(s: Session, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the latents. Raises UserError where a VAE in fp16 overflows."""
+def _encode(s: Session, pixels: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = s.family.encode_images(pixels)
     if s.config.vae_precision == "fp16" and not bool(mean.isfinite().all() & std.isfinite().all()):
         raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")

@@ -184,6 +184,8 @@ class Session:
             return None
         folder = Path(p.images) if p.images else self.run.folder / "class_images"
         folder.mkdir(parents=True, exist_ok=True)
+        if (there := len(list_images(folder))) > p.count:
+            print(f"class images: all {there} of {folder}; --prior.count {p.count} is how many there are to be at least")
         free = [(seed, file) for seed in range(p.count) if not (file := folder / f"{seed:05d}.png").exists()]
         with self.evaluating():
             for seed, file in tqdm(free[: max(0, p.count - len(list_images(folder)))], desc="class images", disable=not sys.stderr.isatty()):

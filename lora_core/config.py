@@ -103,7 +103,7 @@ class Prior:
     images: str = ""
     """Folder with class images; missing ones are drawn by the base model. Empty: OUT/class_images."""
     count: int = 100
-    """How many class images."""
+    """How many class images there are to be at least; all that the folder has are used."""
     weight: float = 1.0
     """Weight of the class images' loss."""
     swap: Annotated[dict[str, str], _pairs(str, "WORD=CLASS ...")] = field(default_factory=dict)

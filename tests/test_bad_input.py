@@ -410,6 +410,21 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.
     assert said == "warning: the prompt is 18 tokens long and CLIP reads 16; cut off: 'o p'"
 
 
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"samples": {"every": 9}}, "--samples.every 9"),
+        ({"validation": {"every": 3}}, "--validation.every 3"),
+        ({"save_every": 250}, "--save-every 250"),
+    ],
+)
+def test_what_is_never_due_is_said(config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str) -> None:
+    checks.config(merged(config, change))
+    assert capsys.readouterr().err == f"warning: {flag} has no effect in a run of 2 steps\n"
+    checks.config(merged(config, {**change, "stages": (Stage(250),)}))
+    assert not capsys.readouterr().err
+
+
 def test_small_pictures_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     train.train(merged(config, {"data": {"resolution": 32}}))
     assert "warning: 5 of 5 images are smaller than 32 pixels and scaled up, first " in capsys.readouterr().err
