@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import checks
 import faults
 from lora_core import adapters, tokens, validation
 from lora_core.algebra import AdapterState
@@ -116,6 +117,8 @@ def way_back(s: Session) -> str:
     """How to go on with this run after an interruption."""
     if s.saved is None:
         return f"no step is saved; start again with --overwrite, which moves {s.run.folder.name} to {s.run.folder.name}.bak"
+    if only := checks.rerun(s.config):
+        return f"the run is saved after step {s.saved}; go on from Python with resume=True and config.toml, {only}"
     command = shlex.join(["python", "train.py", str(Path(s.config.out) / "config.toml"), "--resume"])
     return f"the run is saved after step {s.saved}, go on with: {command}"
 
@@ -124,7 +127,7 @@ def learned(s: Session, done: int) -> AdapterState:
     """What the run has learned after `done` steps, under published names; a full fine-tune has no factors (results.save_model writes it)."""
     layout = s.family.layout
     components: dict[str, dict[str, Any]] = {}
-    for name, module in {} if s.config.adapter.kind == "full" else s.trained.items():
+    for name, module in s.trained.items() if s.has_factors else ():
         components[name] = {layout.published(name, path): factors for path, factors in adapters.state(module).items()}
     rows = {layout.encoders[name]: tokens.state(embedding) for name, embedding in s.embeddings.items()}
     names = next((e.names for e in s.embeddings.values()), ())

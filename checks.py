@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from lora_core import card, data, destination, lock, losses, noise, reports, targets, tokens
+from lora_core import adapters, bespoke, card, data, destination, lock, losses, noise, optim, reports, targets, tokens
 from lora_core.adapters import AdapterSpec
 from lora_core.config import GROUPS, Config
 from lora_core.errors import UserError
+from lora_core.kinds import is_low_rank, kind_class
+from lora_core.rehearsal import rehearse
 from lora_core.run import Run
 from lora_core.targets import matches, require_match
 from lora_core.text import check_unicode
@@ -28,12 +30,14 @@ from models import Family, Layout
 AT_LEAST: dict[int, tuple[str, ...]] = {
     1: ("batch_size", "accumulation", "log_every", "keep", "data.resolution", "data.repeats", "adapter.rank", "prior.count",
         "samples.steps", "validation.bins", "validation.draws", "data.bucket_step"),
+    -1: ("validation.every",),
     0: ("save_every", "threads", "data.workers", "data.variants", "adapter.alpha", "tokens.norm_target", "prior.weight", "prior.swap_weight",
-        "optimizer.warmup", "optimizer.clip", "samples.every", "validation.every", "clip_skip", "max_sequence_length", "tokens.vectors"),
+        "optimizer.warmup", "optimizer.clip", "samples.every", "validation.count", "clip_skip", "max_sequence_length", "tokens.vectors"),
 }  # fmt: skip
 FRACTIONS = ("adapter.dropout", "adapter.rank_dropout", "adapter.module_dropout", "data.caption_dropout", "ema")  # [0, 1)
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 TRAINS_TOKENS = "a stage that trains tokens"
+VALIDATION = "--validation.every 0 or more"
 CLASS_PROMPT = "--prior.prompt, the class prompt"
 DATASET = "--data.dataset"
 READS = ("model", "model_config", "vae", "data.images", "data.cache", "validation.images", "prior.images")  # files and folders that are not the run's
@@ -59,6 +63,12 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "tokens.norm_target": (lambda c: any("tokens" in s.groups and (s.norm or c.tokens.norm) == "pull" for s in c.stages), "--tokens.norm pull"),
     "samples.base_word": (lambda c: c.trains("tokens"), TRAINS_TOKENS),
     "samples.negative": (lambda c: c.samples.guidance != 1, "a --samples.guidance other than 1"),
+    "tokens.norm": (lambda c: any("tokens" in s.groups and s.norm is None for s in c.stages), "a stage of tokens that has no norm of its own"),
+    "noise.low": (lambda c: any(s.low is None for s in c.stages), "a stage that has no low of its own"),
+    "noise.high": (lambda c: any(s.high is None for s in c.stages), "a stage that has no high of its own"),
+    "optimizer.schedule": (lambda c: any(s.schedule is None for s in c.stages), "a stage that has no schedule of its own"),
+    **{f"validation.{name}": (lambda c: c.validation.every >= 0, VALIDATION) for name in ("images", "count", "bins", "draws", "seed")},
+    "data.dropped": (lambda c: c.data.caption_dropout > 0, "--data.caption-dropout"),
     "prior.images": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.count": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.weight": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
@@ -110,6 +120,7 @@ def config(c: Config, *, data: bool = True) -> None:
     _stages(c)
     _effects(c)
     _placeholders(c)
+    _schedules(c)
     losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
@@ -147,6 +158,63 @@ def reachable(c: Config) -> None:
     reports.check_login(c.report)
     if c.push_to_hub:
         card.check_target(c.push_to_hub)
+
+
+def _schedules(c: Config) -> None:
+    """Raises UserError for a learning rate that a stage never reaches or that its schedule does not give."""
+    o = c.optimizer
+    for i, stage in enumerate(c.stages):
+        if o.warmup > stage.steps:
+            raise UserError(
+                f"--optimizer.warmup is {o.warmup} steps, longer than stage {i} of {stage.steps}, which would end before its learning rate is "
+                f"reached; lower it or raise --stages.{i}.steps"
+            )
+        name = stage.schedule or o.schedule
+        multiplier = optim.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {}))
+        for step in (0, stage.steps - 1):
+            multiplier(step, stage.steps, o.warmup)
+
+
+def optimizer(c: Config, device: torch.device) -> None:
+    """Raises UserError for an optimiser that this run could not step, steer or keep; prints a warning for one that it could not resume."""
+    o = c.optimizer
+    groups = [group for group in GROUPS if c.trains(group)]
+    settings = optim.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
+    for i, stage in enumerate(c.stages):
+        if stage.weight_decay and "weight_decay" not in optim.arguments(o.name):
+            raise UserError(f"--stages.{i}.weight-decay has no effect: {o.name} takes no weight_decay; leave it out")
+    if c.ema and optim.is_schedule_free(optim.resolve_optimizer(o.name)):
+        raise UserError(f"--ema averages what {o.name} averages itself; leave out one of the two")
+    for sentence in rehearse(o.name, settings, o.args, device):
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def injected(c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the adapters have a low-rank form; prints where they are, and which files are written where they have none.
+
+    Raises UserError for those that could not be written in any form.
+    """
+    has_factors = all(bespoke.has_factors(module) for module in trained.values())
+    rank = f", rank {c.adapter.rank}" if has_factors else ""
+    for name, module in trained.items():
+        count = sum(p.numel() for p in adapters.parameters(module))
+        print(f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {targets.table(paths[name])}")
+    if not has_factors:
+        bespoke.check(trained, c.adapter.kind, Path(c.out).resolve().name)
+    return has_factors
+
+
+def drops_to_zeros(c: Config, family: Family) -> bool:
+    """Whether zeros stand for the captions that are dropped."""
+    return c.data.caption_dropout > 0 and bool(family.zeros) and c.data.dropped != "empty"
+
+
+def rerun(c: Config) -> str:
+    """Why a config alone does not repeat its run; empty where it does."""
+    options = [option for option, value in (("loss", c.loss), ("step", c.step)) if value.startswith("<")]
+    if not options:
+        return ""
+    return f"the run's settings; its {' and '.join(options)} came from Python and no file gives them back: train(config, {options[0]}=...)"
 
 
 def machine(c: Config, device: torch.device) -> None:
@@ -212,6 +280,9 @@ def _effects(c: Config) -> None:
         if ours != theirs and not is_read(c):
             option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
             raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
+    for name in ("samples.every", "validation.every", "save_every"):
+        if (every := reduce(getattr, name.split("."), c)) > c.steps:  # type: ignore[operator]
+            print(f"warning: {_flag(name)} {every} has no effect in a run of {c.steps} steps", file=sys.stderr)
 
 
 def _placeholders(c: Config) -> None:
@@ -231,6 +302,7 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
     """
     a, text = c.adapter, [name for name in layout.presets if name in layout.encoders]
+    has_rank = is_low_rank(kind_class(a.kind))
     wanted = dict.fromkeys([name for name in layout.presets if name not in text], a.targets) if c.trains("denoiser") else {}
     wanted |= dict.fromkeys(text, a.text_targets) if c.trains("text_encoder") else {}
     chosen = {component: _matched(layout, component, names) for component, names in wanted.items()}
@@ -248,6 +320,8 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
             dropout=a.dropout, rank_dropout=a.rank_dropout, module_dropout=a.module_dropout, rslora=a.rslora, init=a.init,
             norm_grad=a.norm_grad,
         )  # fmt: skip
+        if not has_rank:
+            specs[component].check_full()
     return specs
 
 
@@ -274,6 +348,10 @@ def model(c: Config, family: Family) -> None:
         raise UserError("--noise.shift and --noise.dynamic-shift have no effect on this model, which is no flow model; leave them out")
     if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
         raise UserError("--noise.guidance has no effect on this model, which is told no guidance scale; leave it out")
+    if c.data.dropped != "model" and not family.zeros:
+        raise UserError(f"--data.dropped {c.data.dropped} has no effect on this model, which samples an empty prompt with its encoding; leave it out")
+    if c.data.caption_dropout:
+        print(f"dropped captions: {'zeros' if drops_to_zeros(c, family) else 'the encoding of the empty prompt'}")
     if c.samples.negative and family.distilled_guidance:
         raise UserError("--samples.negative has no effect on a guidance-distilled model; leave it out")
 

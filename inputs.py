@@ -21,12 +21,12 @@ from lora_core.errors import UserError
 from lora_core.generation import Sizes
 from lora_core.noise import Keys, NoiseLevel
 from lora_core.run import not_finite
-from models import Conditioning
+from models import Conditioning, Family
 
 if TYPE_CHECKING:
     from session import Session
 
-Text = Conditioning | dict[str, Tensor]  # encoded, or token ids where something in the text encoders trains
+Text = Conditioning | dict[str, Tensor]  # encoded, or token ids (and KEPT) where something in the text encoders trains
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Inputs:
     rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
     step: Tensor  # [] int64
     swapped: tuple[Text, Conditioning] | None  # prior.swap: text with the classes in place of the words, and the base model's conditioning for it
+
+
+KEPT = "kept"  # key of token ids: [b] 0 in the rows of dropped captions that zeros stand for, else 1
 
 
 def draw(s: Session, batch: Batch, stage: Stage, step: int) -> Inputs:
@@ -74,11 +77,6 @@ def draw(s: Session, batch: Batch, stage: Stage, step: int) -> Inputs:
         step=torch.full((), step, dtype=torch.int64, device=s.device),
         swapped=swapped,
     )
-
-
-def informed(s: Session, cond: Conditioning, batch: Batch) -> Conditioning:
-    """With what the denoiser is told of the batch's images."""
-    return s.family.inform(cond, _sizes(batch), s.config.noise.guidance)
 
 
 def _put(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -149,7 +147,26 @@ def _encode(s: Session, batch: Batch, *, look: bool) -> tuple[Tensor, Tensor]:
 def _text(s: Session, batch: Batch) -> Text:
     """The prompts, placeholders bound: encoded, from a cache, while nothing in the text encoders trains."""
     prompts = [tokens.bind(caption, s.abstractions) for caption in batch.captions]
-    return s.family.tokenize(prompts) if s.text_trains else _cached(s, prompts, s.text_cache)
+    kept = _kept(s, batch)
+    if not s.text_trains:
+        return _zeroed(s.family, _cached(s, prompts, s.text_cache), kept)
+    return s.family.tokenize(prompts) | ({} if kept is None else {KEPT: kept})
+
+
+def encode(family: Family, text: Mapping[str, Tensor]) -> Conditioning:
+    """The conditioning of token ids as `draw` gives them, on the device alone."""
+    return _zeroed(family, family.encode({name: ids for name, ids in text.items() if name != KEPT}), text.get(KEPT))
+
+
+def _kept(s: Session, batch: Batch) -> Tensor | None:
+    """[b] 0 in the rows whose caption was dropped; None where no caption is dropped, or the encoding of the empty prompt stands for those."""
+    if not checks.drops_to_zeros(s.config, s.family):
+        return None
+    return _put(torch.tensor([float(not dropped) for dropped in batch.dropped]), s.device)
+
+
+def _zeroed(family: Family, cond: Conditioning, kept: Tensor | None) -> Conditioning:
+    return cond if kept is None else cond.zeroed(family.zeros, kept)
 
 
 def _base_text(s: Session, batch: Batch) -> Conditioning:
@@ -157,7 +174,7 @@ def _base_text(s: Session, batch: Batch) -> Conditioning:
     with ExitStack() as stack:
         for encoder in s.encoders.values():
             stack.enter_context(adapters.disabled(encoder))
-        return _cached(s, batch.captions, s.base_text_cache)
+        return _zeroed(s.family, _cached(s, batch.captions, s.base_text_cache), _kept(s, batch))
 
 
 def _cached(s: Session, prompts: Sequence[str], cache: dict[str, Conditioning]) -> Conditioning:

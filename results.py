@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,13 @@ from torch import Tensor
 import checkpoints
 import checks
 import faults
-import inputs
-from lora_core import adapters, card, generation, losses, noise, pictures, reports, tokens, validation
+from lora_core import adapters, bespoke, card, generation, losses, noise, pictures, reports, tokens, validation
 from lora_core.card import Card
 from lora_core.config import Config
-from lora_core.data import collate
+from lora_core.data import Example, collate
 from lora_core.errors import UserError
 from lora_core.formats import save_run
+from lora_core.generation import Sizes
 from lora_core.images import read_picture
 from lora_core.noise import NoiseLevel
 from lora_core.pictures import Row
@@ -33,31 +35,50 @@ if TYPE_CHECKING:
     from session import Session
 
 COLUMNS = 5  # pictures in a row
-CHUNK = 16  # images in one forward pass of the validation
 
 
 def validate(s: Session, done: int) -> None:
-    """Scores the held-out images (the training images where there are none) after `done` steps; rows go to val.jsonl and metrics.jsonl."""
-    if done in s.scores:
+    """Scores the images of `s.scored` after `done` steps, as many at once as in training; rows go to val.jsonl and metrics.jsonl."""
+    if s.config.validation.every < 0 or done in s.scores:
         return
+    found: list[Score] = []
+    count, together = len(s.val_folder), s.config.batch_size
     with s.evaluating(), s.averaged():
-        batch = collate([s.val_folder.example(i, 0) for i in range(len(s.val_folder))])
-        x0 = torch.cat([s.family.encode_images(row[None])[0] for row in batch.pixels])
-        cond = inputs.informed(s, s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions]), batch)
-        inpaint = generation.masked_latents(s.family, batch.pixels, torch.ones_like(batch.pixels[:, :1])) if s.family.inpainting else None
-
-        def denoise(x_t: Tensor, level: NoiseLevel, rows: Tensor) -> Tensor:
-            pieces = [slice(i, i + CHUNK) for i in range(0, len(rows), CHUNK)]
-            parts = [s.denoise(x_t[p], level.rows(p), cond.rows(p), None if inpaint is None else inpaint[p]) for p in pieces]
-            return torch.cat(parts)
-
-        v = s.config.validation
-        s.scores[done] = validation.score(denoise, x0, batch.keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
+        for first in range(0, count, together):
+            start = max(0, min(first, count - together))  # the last batch is as large as the others: a GEMM's bits depend on its number of rows
+            scores = _score(s, range(start, min(start + together, count)))
+            found += [score for i, score in enumerate(scores) if start + i % min(together, count) >= first]
+    s.scores[done] = sorted(found, key=lambda score: (score.draw, score.bin))  # images in order within each
     for score in s.scores[done]:
         s.run.log({"step": done, **score._asdict()}, to="val")
-    first, now = validation.mean(s.scores[min(s.scores)]), validation.mean(s.scores[done])
-    s.log_book.add(done, val_loss=now, val_change=now / first - 1)
+    first_mean, now = validation.mean(s.scores[min(s.scores)]), validation.mean(s.scores[done])
+    s.log_book.add(done, val_loss=now, val_change=now / first_mean - 1)
     s.flush()
+
+
+def _score(s: Session, images: range) -> list[Score]:
+    """The scores of some images of `val_folder`."""
+    batch, side = collate([_latent_example(s, i) for i in images]), s.val_folder.settings.resolution
+    cond = s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions])
+    cond = s.family.inform(cond, Sizes(batch.original_sizes, batch.crops, (side, side)), s.config.noise.guidance)
+    inpaint = None
+    if s.family.inpainting:
+        grey = torch.zeros(len(images), 3, side, side, device=s.device)
+        inpaint = generation.masked_latents(s.family, grey, torch.ones_like(grey[:, :1]))
+
+    def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
+        return s.denoise(x_t, level, cond, inpaint)
+
+    x0, v = batch.pixels.to(s.device), s.config.validation
+    return validation.score(denoise, x0, batch.keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
+
+
+def _latent_example(s: Session, i: int) -> Example:
+    """An image of `val_folder`, the mean of its latents [c, h, w] in place of the pixels; decoded and encoded once a run, when first asked for."""
+    if i not in s.val_latents:
+        example = s.val_folder.example(i, 0)
+        s.val_latents[i] = replace(example, pixels=s.family.encode_images(example.pixels[None])[0][0].cpu())
+    return s.val_latents[i]
 
 
 def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:
@@ -78,32 +99,32 @@ def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens:
 
 def prompts(s: Session) -> list[str]:
     """The prompts of the config, else the captions of the first training images."""
-    own = list(s.config.samples.prompts) or list(dict.fromkeys(r.captions[0] for r in s.folder.records))
-    return own[:COLUMNS]
+    return list(s.config.samples.prompts) or list(dict.fromkeys(r.captions[0] for r in s.folder.records))[:COLUMNS]
 
 
 def sample(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
     """OUT/samples/step_NNNNNN.png; of `drawn`, where the pictures are there already."""
     chosen = prompts(s)
-    sheet = pictures.grid([Row("", drawn or draw(s, chosen), chosen)], title=f"after {done} steps")
+    sheet = pictures.grid(list(_lines(Row("", drawn or draw(s, chosen), chosen))), title=f"after {done} steps")
     pictures.save_png(sheet, s.run.folder / "samples" / f"step_{done:06d}.png")
 
 
 def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
-    """Reference images, base model, tokens alone, everything (`drawn`), and everything in new places: one row each."""
-    chosen, new = prompts(s), list(s.config.samples.new_prompts)[:COLUMNS]
+    """Reference images, base model, tokens alone, everything (`drawn`), and everything in new places: one row each.
+
+    More than COLUMNS prompts go on below, where before and after of one prompt are again one above the other.
+    """
+    chosen, new = prompts(s), list(s.config.samples.new_prompts)
     references = list({r.path: r.use_alpha for r in s.folder.records}.items())[:COLUMNS]
-    rows = [
-        Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]),
-        Row("before: the base model", draw(s, chosen, base=True), [_plain(s, p, s.config.samples.base_word) for p in chosen]),
-    ]
+    rows = [Row("before: the base model", draw(s, chosen, base=True), [_plain(s, p, s.config.samples.base_word) for p in chosen])]
     if s.abstractions and s.trained:
         rows.append(Row("learned tokens alone", draw(s, chosen, only_tokens=True), chosen))
     what = " + ".join([*(["tokens"] if s.abstractions else []), *([s.config.adapter.kind.split(":")[-1]] if s.trained else [])])
     rows.append(Row(f"after: {what}", drawn, chosen))
-    if new:
-        rows.append(Row("after: new places", draw(s, new), new))
-    return pictures.grid(rows, title=f"{s.run.folder.name}: before and after {s.config.steps} steps")
+    together = zip(*(_lines(row) for row in rows), strict=True)
+    sheet = [Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]), *itertools.chain.from_iterable(together)]
+    sheet += _lines(Row("after: new places", draw(s, new), new)) if new else ()
+    return pictures.grid(sheet, title=f"{s.run.folder.name}: before and after {s.config.steps} steps")
 
 
 def finish(s: Session) -> Path:
@@ -115,52 +136,60 @@ def finish(s: Session) -> Path:
     if s.saved != done:
         checkpoints.save(s, done)
     with s.averaged():
-        files = save_run(checkpoints.learned(s, done), s.run.folder, layout=s.family.layout)
-        if s.config.adapter.kind == "full":
+        learned = checkpoints.learned(s, done)
+        files = save_run(learned, s.run.folder, layout=s.family.layout)
+        if not s.has_factors:
             save_model(s, s.run.folder / "model")
-    drawn = draw(s, prompts(s))
-    sample(s, done, drawn)
-    pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
-    reports.plot_metrics(s.run.folder)
-    first, last, note = _paired(s, done)
-    summary = {
-        "seconds": round(time.perf_counter() - s.began, 2),
-        "steps": done,
-        "val_loss_before": validation.mean(first),
-        "val_loss_after": validation.mean(last),
-        **_remarks(s, note),
-        "files": {file.name: file.stat().st_size for file in files},
-        "tokens": [
+            files += _save_own(s, learned.metadata)
+        told = [
             {"encoder": s.family.layout.encoders[name], **report._asdict()}
             for name, e in s.embeddings.items()
             for report in tokens.report(e, s.family.tokenizers[name])
-        ],
+        ]
+    drawn = draw(s, prompts(s))
+    sample(s, done, drawn)
+    pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
+    reports.plot_metrics(s.run.folder, s.scored.words)
+    scores, note = _paired(s, done)
+    summary = {
+        "seconds": round(time.perf_counter() - s.began, 2),
+        "steps": done,
+        "val_loss_before": validation.mean(scores[0]) if scores else None,
+        "val_loss_after": validation.mean(scores[1]) if scores else None,
+        **_remarks(s, note),
+        "files": {file.name: file.stat().st_size for file in files},
+        "tokens": told,
     }
     s.run.write("summary.json", json.dumps(summary, indent=1))
-    print(_table(first, last) + note)
+    print(_table(*scores, s.scored.words) + note if scores else "no validation, so no loss before and after")
     if s.skips[0]:
         print(f"{s.skips[0]} of {done} steps were skipped: their gradients overflowed in fp16")
-    for entry in summary["tokens"]:
+    for entry in told:
         words = ", ".join(f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"])
         encoder = f" of {entry['encoder']}" if len(s.embeddings) > 1 else ""
         print(f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
-    card.write(_card(s, first, last), s.run.folder)
+    card.write(_card(s, scores), s.run.folder)
     if s.config.push_to_hub:
         print(f"uploaded: {card.push(s.run.folder, s.config.push_to_hub)}")
     return s.run.folder
 
 
-def _paired(s: Session, done: int) -> tuple[list[Score], list[Score], str]:
-    """(scores before, scores after, a remark) of the images that both have: a run may be resumed with other ones."""
-    first, last = s.scores[min(s.scores)], s.scores[done]
+def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | None, str]:
+    """((scores before, scores after), a remark) of the images that both have: a run may be resumed with other ones.
+
+    None without a validation before the first step or after the last one.
+    """
+    if not s.scores.keys() >= {0, done}:
+        return None, ""
+    first, last = s.scores[0], s.scores[done]
     both = {score.key for score in first} & {score.key for score in last}
     if not both:
         cure = "resume with the validation images that the run began with"
         raise UserError(f"no image of the first validation is in that after {done} steps, so before and after cannot be compared; {cure}")
     before, after = ([score for score in scores if score.key in both] for scores in (first, last))
     if len(before) == len(first) and len(after) == len(last):
-        return first, last, ""
-    return before, after, f"\nbefore and after are those of the {len(both)} images that both validations have"
+        return (first, last), ""
+    return (before, after), f"\nbefore and after are those of the {len(both)} images that both validations have"
 
 
 def _remarks(s: Session, note: str) -> dict[str, Any]:
@@ -170,18 +199,25 @@ def _remarks(s: Session, note: str) -> dict[str, Any]:
     return remarks | ({} if s.scaler is None else {"skipped": s.skips[0]})
 
 
-def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
-    """What the run's README.md says."""
+def _save_own(s: Session, header: Mapping[str, str]) -> list[Path]:
+    """The file of adapters of one's own kind that have no low-rank form; none for a full fine-tune, which is in model/ whole."""
+    if s.config.adapter.kind in adapters.KINDS:
+        return []
+    return [bespoke.save_adapters(s.trained, s.run.folder / f"{s.run.folder.name}{bespoke.ENDING}", header)]
+
+
+def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
+    """What the run's README.md says; `scores` before and after, where there are any."""
     c, a = s.config, s.config.adapter
     stages = "; ".join(f"{stage.steps} steps of {' + '.join(stage.groups)}" for stage in c.stages)
     images = len({record.path for record in s.folder.records})
     how = {"images": f"{images}, at {c.data.resolution} pixels", "stages": stages, "batch": s.instances, "optimizer": c.optimizer.name}
     how |= {"learning rates": ", ".join(f"{name} {rate:g}" for name, rate in s.rates.items()), "precision": c.precision, "seed": c.seed}
-    how |= {"adapter": a.kind if a.kind == "full" else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"} if s.trained else {}
-    how |= {"loss": losses.meaning(c.weighting, s.family.prediction, c.noise.space, loss=s.loss_name, **c.weighting_arg).removeprefix("loss: ")}
+    how |= {"adapter": a.kind if not s.has_factors else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"} if s.trained else {}
+    how |= {"loss": losses.meaning(c.weighting, s.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg).removeprefix("loss: ")}
+    how |= {"step": c.step} if c.step else {}
     how |= {"resumed with changes": "; ".join(s.changes)} if s.changes else {}
     how |= {"steps skipped in fp16": s.skips[0]} if s.skips[0] else {}
-    pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
     configs: dict[str, Any] = {name: encoder.config for name, encoder in s.encoders.items()}
     legacy = [name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1]  # one encoder alone is not pooled
     return Card(
@@ -194,8 +230,10 @@ def _card(s: Session, first: list[Score], last: list[Score]) -> Card:
         instance_prompt=s.folder.records[0].captions[0],
         sampling={"num_inference_steps": c.samples.steps, "guidance_scale": c.samples.guidance},
         training=how,
-        validation=[*pairs, ("all", validation.mean(first), validation.mean(last))],
+        validation=_pairs(*scores) if scores else (),
+        scored=s.scored.words,
         repo=c.push_to_hub,
+        rerun=checks.rerun(c),
     )
 
 
@@ -228,10 +266,21 @@ def preview(config: Config) -> Path:
     return reports.preview_density(o, out.with_name(f"{out.name}_density.png"))
 
 
-def _table(first: Sequence[Score], last: Sequence[Score]) -> str:
-    lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   held-out loss at fixed timesteps and noise"]
-    pairs = [(validation.timestep(t), b, a) for (t, b), a in zip(validation.by_bin(first).items(), validation.by_bin(last).values())]
-    for name, before, after in [*pairs, ("all", validation.mean(first), validation.mean(last))]:
+def _pairs(first: Sequence[Score], last: Sequence[Score]) -> list[tuple[str, float, float]]:
+    """(timestep, loss before, loss after), and the means of all."""
+    bins = zip(validation.by_bin(first).items(), validation.by_bin(last).values(), strict=True)
+    return [*((validation.timestep(t), b, a) for (t, b), a in bins), ("all", validation.mean(first), validation.mean(last))]
+
+
+def _lines(row: Row) -> Iterator[Row]:
+    """The row cut into rows of at most COLUMNS images, each with its captions; the label stands at each."""
+    for i in range(0, len(row.images), COLUMNS):
+        yield Row(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
+
+
+def _table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
+    lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   {words} at fixed timesteps and noise"]
+    for name, before, after in _pairs(first, last):
         lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
     return "\n".join(lines)
 

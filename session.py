@@ -22,27 +22,23 @@ import checkpoints
 import checks
 import faults
 import inputs
+import priors
 from inputs import Inputs, Text
-from lora_core import adapters, buckets, data, generation, graphs, hub, losses, noise, optim, prediction, reports, sampling, tokens, validation
+from lora_core import adapters, buckets, data, graphs, hub, losses, noise, optim, prediction, reports, sampling, tokens, validation
 from lora_core.cache import Cache
-from lora_core.config import GROUPS, Config, Stage
+from lora_core.config import Config, Stage
 from lora_core.data import Batch, Folder, ImageSettings, micro_batches
 from lora_core.ema import Average
 from lora_core.errors import UserError
 from lora_core.generation import Recipe, Sizes
 from lora_core.identity import model_identity
-from lora_core.listing import place_for_more
 from lora_core.losses import StepOutput
 from lora_core.noise import NoiseLevel, NoiseSettings
-from lora_core.pictures import save_png, to_images
 from lora_core.run import Run, hold_folder
 from lora_core.summary import Length, describe
-from lora_core.targets import table as target_table
 from lora_core.text import say
 from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
-
-DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
 
 
 class Session:
@@ -58,6 +54,7 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the current device
         checks.machine(config, self.device)
+        checks.optimizer(config, self.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
         self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
         if config.prior.swap:
@@ -89,9 +86,10 @@ class Session:
         self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
         self.lock = self.lock.follow(self.run.folder)
         self.log_book = reports.LogBook(self.run, config.report, to_table(config))
-        self.prior = self._open_prior()
+        self.prior = priors.open_class_images(self)
         self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
+        self.val_latents: dict[int, data.Example] = {}  # of val_folder, with latents on the CPU in place of pixels
         self.latent_cache = Cache(inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
         self.text_cache: dict[str, Conditioning] = {}
         self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
@@ -121,14 +119,20 @@ class Session:
         self.folder = Folder(records, settings, caption_dropout=d.caption_dropout)
         if d.buckets:
             print(buckets.report(self.folder.sizes, self.instances))
-        for sentence in filter(None, (data.scaled_up(self.folder), data.shifted_to_masks(self.folder))):
+        doubts = data.scaled_up(self.folder), data.shifted_to_masks(self.folder), data.unread_names(images, records)
+        for sentence in filter(None, doubts):
             print(f"warning: {sentence}", file=sys.stderr)
         for word in checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
             checks.placeholder(records, word)
         checks.masks(self.config, self.folder)
+        priors.check_folder(self.config.prior.images)
         self.unused = data.unused(images, records)
-        val = data.scan(self.config.validation.images or images, masks="none", held_out=True, **how)
-        self.val_folder = Folder(val, ImageSettings(d.resolution, interpolation=d.interpolation))
+        v = self.config.validation
+        held_out = data.scan(v.images, masks="none", held_out=True, **how) if v.images else None
+        self.scored = validation.choose(records, held_out, v.count)
+        if v.every >= 0:
+            print(self.scored.sentence)
+        self.val_folder = Folder(self.scored.records, ImageSettings(d.resolution, interpolation=d.interpolation), keep_bytes=0)
 
     def _open_model(self) -> None:
         c = self.config
@@ -141,15 +145,12 @@ class Session:
         checks.model(c, self.family)
         self.model_identity = model_identity(self.family.modules, self.family.schedule, self.family.prediction)
         sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)
-        print(losses.meaning(c.weighting, self.family.prediction, c.noise.space, loss=self.loss_name, **c.weighting_arg))
+        print(losses.meaning(c.weighting, self.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg))
         self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
         self.denoiser = self.family.modules[self.family.denoiser]
-        for name, spec in plan.items():
-            module = self.family.modules[name]
-            paths = adapters.inject(module, spec, seed=c.seed)
-            count = sum(p.numel() for p in adapters.parameters(module))
-            print(f"{name}: {spec.kind}, rank {spec.rank}, {count:,} parameters on {target_table(paths)}")
+        paths = {name: adapters.inject(self.family.modules[name], spec, seed=c.seed) for name, spec in plan.items()}
         self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
+        self.has_factors = checks.injected(c, self.trained, paths)  # else the run writes a whole model
         self._install_tokens()
         checks.token_limit(self.family, self.embeddings, self.abstractions, self.folder.records)
         if c.gradient_checkpointing:
@@ -189,37 +190,19 @@ class Session:
 
     def _open_optimizer(self) -> None:
         o = self.config.optimizer
-        self.rates = {name: rate for name, rate in (optim.default_rates(o.name, GROUPS) | o.lr).items() if name in self.groups}
-        self.decays = {name: o.weight_decay.get(name, DECAYS[name]) for name in self.groups}
-        decays = bool(o.weight_decay) or "weight_decay" in optim.arguments(o.name)  # ours are no reason to refuse a class without decay
-        self.settings: dict[str, dict[str, Any]] = {}  # of each group, beside its parameters
-        for name in self.groups:
-            extra: dict[str, Any] = {"weight_decay": self.decays[name]} if decays else {}
-            extra |= {"betas": tuple(o.betas[name])} if name in o.betas else {}
-            self.settings[name] = {"name": name, "lr": self.rates[name], **extra}
+        self.settings = optim.group_settings(o.name, self.groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)  # beside its parameters
+        self.rates = {name: settings["lr"] for name, settings in self.settings.items()}
+        self.decays = {name: o.weight_decay.get(name, optim.DECAYS[name]) for name in self.groups}
         groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
         ups: dict[str, list[Tensor]] = {}  # of each group, where they have a learning rate of their own
         for name, module in self.trained.items() if o.lora_plus != 1 else ():
             ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(adapters.up_parameters(module))
         self.optimizer = optim.build(o.name, optim.split(groups, ups, o.lora_plus), o.args)
+        if optim.is_schedule_free(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
         self.scaler = optim.LossScaler(device=self.device) if self.config.precision == "fp16" else None
         names = {stage.schedule or o.schedule for stage in self.config.stages}
         self.schedules = {name: optim.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {})) for name in names}
-
-    def _open_prior(self) -> Folder | None:
-        """The class images (arXiv 2208.12242); missing ones are drawn by the base model, one seed each."""
-        p = self.config.prior
-        if not p.prompt:
-            return None
-        folder = Path(p.images) if p.images else self.run.folder / "class_images"
-        folder.mkdir(parents=True, exist_ok=True)
-        place, there = place_for_more(folder)
-        free = [(seed, file) for seed in range(p.count) if not (file := place / f"{seed:05d}.png").exists()]
-        with self.evaluating():
-            for seed, file in tqdm(free[: max(0, p.count - there)], desc="class images", disable=not sys.stderr.isatty()):
-                save_png(to_images(generation.generate(self.family, [p.prompt], [seed], self.recipe, **self.hole(seed)))[0], file)
-        records = data.scan(folder, captions="one", caption=p.prompt, masks="none", is_prior=True)
-        return Folder(records, self.folder.settings)
 
     # ------------------------------------------------------------ what training_step asks for
 
@@ -254,7 +237,7 @@ class Session:
     def conditioning(self, text: Text, sizes: Sizes) -> Conditioning:
         """The prompts encoded, where they are not yet, and what the denoiser is told of the images."""
         with self.autocast():
-            cond = text if isinstance(text, Conditioning) else self.family.encode(text)
+            cond = text if isinstance(text, Conditioning) else inputs.encode(self.family, text)
         return self.family.inform(cond, sizes, self.config.noise.guidance)
 
     def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> Tensor:
@@ -382,7 +365,8 @@ class Session:
         if "tokens" not in stage.groups or how == "none":
             return
         group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
-        rate = torch.as_tensor(100 * group["lr"] * group.get("d", 1.0), dtype=torch.float64).clamp(max=1.0)
+        d = optim.distance(self.optimizer, group)
+        rate = torch.as_tensor(100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64).clamp(max=1.0)
         for name, embedding in self.embeddings.items():
             if how == "pull":
                 tokens.pull_norms_(embedding.rows, self.norm_targets[name], rate=rate)
@@ -398,7 +382,8 @@ class Session:
     def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
         """A row for each step; values are read from the device every --log-every steps."""
         rates = {f"lr_{g['name']}": g["rate"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
-        distances = {f"d_{g['name']}": g["d"].clone() for g in self.optimizer.param_groups if "d" in g and g["name"] in stage.groups}
+        found = {f"d_{g['name']}": optim.distance(self.optimizer, g) for g in self.optimizer.param_groups if g["name"] in stage.groups}
+        distances = {name: d for name, d in found.items() if d is not None}
         skipped = {} if self.scaler is None else {"skipped": self.scaler.skipped.clone()}
         self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances, **skipped)
         bar.update()
@@ -426,8 +411,9 @@ class Session:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving average in the parameters' place, where there is one."""
+        """The moving average in the parameters' place, where there is one: --ema's, or a schedule-free optimiser's own."""
         with ExitStack() as stack:
+            stack.enter_context(optim.evaluated(self.optimizer))
             if self.average is not None:
                 stack.enter_context(self.average.swapped())
             yield

@@ -5,7 +5,8 @@
     python train.py --compare runs/a runs/b                                   # paired difference of two runs on the same images and noise
     python train.py CONFIG.toml --preview-density                             # which noise levels a config trains on, as a table and a plot
 
-`training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another loss, `train(config, step=fn)` a whole step.
+`training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another loss (`--loss FILE:FN`),
+`train(config, step=fn)` a whole step (`--step FILE:FN`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 import checkpoints
 import results
-from lora_core import destination, losses, noise, pictures, prediction, validation
+from lora_core import destination, losses, noise, pictures, plugins, prediction, validation
 from lora_core.config import Config, Stage
 from lora_core.data import Batch, micro_batches
 from lora_core.errors import UserError
@@ -36,6 +38,7 @@ EXAMPLE = (
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 )
 PREVIEW = "--preview-density"
+Loss = Callable[[StepOutput], Tensor]
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
 
@@ -70,8 +73,9 @@ def advance(s: Session, batch: Batch, stage: Stage, number: int, step: Step) -> 
     return total, norm
 
 
-def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None, step: Step = training_step) -> Path:
+def train(config: Config, *, loss: Loss | None = None, step: Step = training_step) -> Path:
     """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
+    config, loss, step = _own_functions(config, loss, step)
     with Signals() as signals:
         s = Session(config, loss, None if step is training_step else step)
         with _resumable(s):
@@ -97,6 +101,20 @@ def train(config: Config, *, loss: Callable[[StepOutput], Tensor] | None = None,
                             checkpoints.save(s, done)
                         stop.raise_()
             return results.finish(s)
+
+
+def _own_functions(config: Config, loss: Loss | None, step: Step) -> tuple[Config, Loss | None, Step]:
+    """A config that names the loss and the step that the caller gives, so that it repeats the run where a file has them, and those two.
+
+    The config's own step stands where the caller gives none, as its loss does in Session. --loss-arg is for the loss that is given as well.
+    """
+    if loss is not None:
+        loss = losses.bound(loss, getattr(loss, "__name__", "loss"), config.loss_arg)
+        name, args = losses.recorded(loss)
+        config = replace(config, loss=name, loss_arg=args)
+    if step is not training_step:
+        return replace(config, step=plugins.file_and_name(step)), loss, step
+    return config, loss, plugins.named(config.step, "step") if config.step else step
 
 
 def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:

@@ -23,7 +23,7 @@ from lora_core.algebra import LowRank
 from lora_core.errors import UserError
 from lora_core.groups import leave, regroup
 from lora_core.kernels import call
-from lora_core.kinds import KINDS, Base, DoRA, Full, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, kind_class
+from lora_core.kinds import KINDS, Base, DoRA, Full, LayerSpec, LoRA, check_rank, factor_shapes, groups_of, is_low_rank, kind_class
 from lora_core.targets import lookup, nearest, require_match, select
 
 __all__ = [
@@ -108,7 +108,7 @@ def inject(model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: 
         require_match(pattern, paths, "--adapter.alpha-pattern")
     _check_name(name, found)
     bases = {path: _base(path, found[path]) for path in paths}
-    if getattr(kind, "low_rank", True):
+    if is_low_rank(kind):
         for path, base in bases.items():
             check_rank(base, path, spec.layer(path).rank)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 
+from lora_core.bespoke import ENDING
 from lora_core.errors import UserError, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.run import atomic
@@ -36,7 +37,9 @@ class Card:
     sampling: Mapping[str, float] = field(default_factory=dict)  # keyword arguments of the pipeline's call
     training: Mapping[str, object] = field(default_factory=dict)  # how it was trained: name -> value, rows of a table
     validation: Sequence[tuple[str, float, float]] = ()  # (timestep, loss before, loss after)
+    scored: str = "loss"  # what that loss is: held-out, on the training images
     repo: str = ""  # hub repository that the card is for; empty: this disk
+    rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
 def write(card: Card, folder: str | Path) -> Path:
@@ -145,9 +148,11 @@ def _files(card: Card, folder: Path) -> str:
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": "the same LoRA under kohya's names, for A1111 and ComfyUI",
         f"{folder.name}{EMBEDDINGS}": "rows of the learned tokens: " + ", ".join(_rows(folder)),
-        "config.toml": "the run's settings: `python train.py config.toml` repeats it",
+        f"{folder.name}{ENDING}": "the adapter's own parameters, which have no low-rank form: lora_core.bespoke.load_adapters reads them",
+        "model": "the whole model, what was learned folded in, in the diffusers layout",
+        "config.toml": card.rerun or "the run's settings: `python train.py config.toml` repeats it",
     }
-    rows = [f"- [{name}]({name}): {what}" for name, what in kinds.items() if (folder / name).is_file()]
+    rows = [f"- [{name}]({name}): {what}" for name, what in kinds.items() if (folder / name).exists()]
     return "\n".join(["## Files", "", *rows]) if rows else ""
 
 
@@ -214,7 +219,7 @@ def _trained(card: Card) -> str:
     if card.validation:
         rows = [f"| {t} | {before:.5f} | {after:.5f} | {after / before - 1:+.1%} |" for t, before, after in card.validation]
         lines += ["", "| timestep | loss before | loss after | change |", "|---|---|---|---|", *rows]
-        lines += ["", "The loss is taken at fixed timesteps and fixed noise."]
+        lines += ["", f"The {card.scored} is taken at fixed timesteps and fixed noise."]
     return "\n".join(lines).strip()
 
 
@@ -252,4 +257,4 @@ def _code(text: str) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NewType, get_args
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+ScheduleName = NewType("ScheduleName", str)  # a row of optim.SCHEDULES or file.py:fn
 Group = Literal["denoiser", "text_encoder", "tokens"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
@@ -64,7 +65,10 @@ class Data:
     caption: str = ""
     """The one caption of all images, e.g. "a photo of TOK", or of those without a text in their file or table."""
     caption_dropout: float = 0.0
-    """Probability that a visit has the empty caption, [0, 1)."""
+    """Probability that a visit has no caption, [0, 1)."""
+    dropped: Literal["model", "zeros", "empty"] = "model"
+    """What stands for a caption that was dropped: zeros, the encoding of the empty prompt, or what the model samples an empty prompt with (SDXL:
+    zeros; A1111 and ComfyUI sample it with the encoding)."""
     resolution: int = 512
     """Side of the training square, pixels; with buckets the side of a square of the same area."""
     buckets: bool = False
@@ -103,7 +107,7 @@ class Prior:
     images: str = ""
     """Folder with class images; missing ones are drawn by the base model. Empty: OUT/class_images."""
     count: int = 100
-    """How many class images."""
+    """How many class images there are to be at least; all that the folder has are used."""
     weight: float = 1.0
     """Weight of the class images' loss."""
     swap: Annotated[dict[str, str], _pairs(str, "WORD=CLASS ...")] = field(default_factory=dict)
@@ -203,7 +207,7 @@ class Optimizer:
     """One optimiser; a group each for denoiser, text_encoder and tokens."""
 
     name: str = "adamw"
-    """adamw, prodigy, or the dotted path of any torch optimiser."""
+    """adamw, prodigy, the dotted path of any torch optimiser, or my_optimizer.py:Class."""
     lr: Numbers = field(default_factory=dict)
     """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each."""
     weight_decay: Numbers = field(default_factory=dict)
@@ -214,8 +218,8 @@ class Optimizer:
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: Arguments = field(default_factory=dict)
     """Further arguments of the optimiser's class, e.g. safeguard_warmup=true d_coef=2."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "constant"
-    """Learning rate over a stage."""
+    schedule: ScheduleName = ScheduleName("constant")
+    """Learning rate over a stage: constant, linear, cosine, cosine_restarts, polynomial, or my_schedule.py:fn, with fn(step, total, warmup)."""
     schedule_args: Arguments = field(default_factory=dict)
     """Arguments of the schedule, e.g. cycles=3 or power=2."""
     warmup: int = 0
@@ -237,7 +241,7 @@ class Stage:
     """Learning rate per group in this stage."""
     weight_decay: Numbers = field(default_factory=dict)
     """Weight decay per group in this stage."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] | None = None
+    schedule: ScheduleName | None = None
     low: float | None = None
     high: float | None = None
     norm: Literal["none", "pull", "rescale"] | None = None
@@ -273,8 +277,10 @@ class Validation:
 
     images: str = ""
     """Folder with held-out images; empty: the training images, centre-cropped."""
+    count: int = 16
+    """Images that are scored, evenly chosen over the folder; 0: all."""
     every: int = 0
-    """Steps between validations; 0: only before the first and after the last step."""
+    """Steps between validations; 0: only before the first and after the last step; -1: none at all."""
     bins: int = 8
     """Timesteps, the midpoints of as many equal bins."""
     draws: int = 1
@@ -325,6 +331,8 @@ class Config:
     """mse, l1, huber, smooth_l1, or my_loss.py:my_loss."""
     loss_arg: Arguments = field(default_factory=dict)
     """Arguments of the loss, e.g. delta=0.1."""
+    step: str = ""
+    """my_step.py:my_step, a training step in place of train.training_step; empty: that one."""
     weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap"] = "none"
     """Weight over noise levels."""
     weighting_arg: Arguments = field(default_factory=dict)

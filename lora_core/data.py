@@ -21,12 +21,12 @@ from lora_core.captions import TEMPLATES
 from lora_core.errors import UserError
 from lora_core.images import INTERPOLATIONS, READING, Picture, RecentPictures, cut, flip, read_picture, resize, tint, to_pixels, to_tensor
 from lora_core.noise import generator
-from lora_core.records import Record, missing_word, scan, unused
+from lora_core.records import Record, missing_word, scan, unread_names, unused
 from lora_core.stream import Plan, position
 
 __all__ = [
     "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position",
-    "scaled_up", "scan", "shifted_to_masks", "unused",
+    "scaled_up", "scan", "shifted_to_masks", "unread_names", "unused",
 ]  # fmt: skip
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
@@ -44,6 +44,7 @@ class Example:
     key: str
     visit: int
     is_prior: bool
+    dropped: bool = False  # whether the caption is empty because it was dropped
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,19 @@ class Batch:
     is_prior: Tensor  # [b] bool
     original_sizes: list[tuple[int, int]]
     crops: list[tuple[int, int]]
+    dropped: tuple[bool, ...]  # the rows whose caption was dropped
 
     def rows(self, index: slice) -> "Batch":
         """The batch with these rows only."""
         mask = None if self.mask is None else self.mask[index]
         return Batch(
             self.pixels[index], mask, self.captions[index], self.keys[index], self.visits[index],
-            self.is_prior[index], self.original_sizes[index], self.crops[index],
+            self.is_prior[index], self.original_sizes[index], self.crops[index], self.dropped[index],
         )  # fmt: skip
 
 
 class Folder:
-    """Records that can be drawn as examples. Decoded images stay in memory up to 512 MiB.
+    """Records that can be drawn as examples. Decoded images stay in memory up to `keep_bytes`.
 
     `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
     classifier, arXiv 2207.12598); prior records keep theirs. Raises UserError for no records and a probability outside [0, 1).
@@ -117,7 +119,7 @@ class Folder:
     that are one grey in every crop.
     """
 
-    def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0) -> None:
+    def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0, keep_bytes: int = 2**29) -> None:
         if not records:
             raise UserError("no images to draw from; scan a folder that has some")
         if not 0 <= caption_dropout < 1:
@@ -127,7 +129,7 @@ class Folder:
         self.caption_dropout = caption_dropout
         self.sizes = [settings.size(r.size) for r in self.records]
         self.has_masks = any(_has_mask(r) for r in self.records)
-        self._recent = RecentPictures()
+        self._recent = RecentPictures(keep_bytes)
         self._copies: Counter[str] = Counter()  # of each content
         self._copy: list[int] = []  # which of them a record is
         for record in self.records:
@@ -176,7 +178,9 @@ class Folder:
         mask = torch.ones_like(pixels[:1]) if self.has_masks else None
         if picture.mask is not None:
             mask = to_tensor(picture.mask).div(255)
-        return Example(pixels, mask, self._caption(record, visit), picture.original_size, (top, left), record.key, visit, record.is_prior)
+        dropped = self._drops(record, visit)
+        caption = "" if dropped else self._caption(record, visit)
+        return Example(pixels, mask, caption, picture.original_size, (top, left), record.key, visit, record.is_prior, dropped)
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
         """A name for what is computed from the pixels of this visit, cut to `size` (None: the record's own).
@@ -194,9 +198,11 @@ class Folder:
             settings["variant"] = self._variant(visit)
         return hashlib.blake2b(json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16).hexdigest()
 
+    def _drops(self, record: Record, visit: int) -> bool:
+        """Whether this visit has no caption."""
+        return self.caption_dropout > 0 and not record.is_prior and self._uniform(record, visit, "caption dropout") < self.caption_dropout
+
     def _caption(self, record: Record, visit: int) -> str:
-        if self.caption_dropout and not record.is_prior and self._uniform(record, visit, "caption dropout") < self.caption_dropout:
-            return ""
         return record.captions[int(self._uniform(record, visit, "caption") * len(record.captions))]
 
     def _variant(self, visit: int) -> int:
@@ -311,7 +317,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(
         torch.stack([e.pixels for e in examples]), mask, [e.caption for e in examples], tuple(e.key for e in examples),
         tuple(e.visit for e in examples), torch.tensor([e.is_prior for e in examples]),
-        [e.original_size for e in examples], [e.crop for e in examples],
+        [e.original_size for e in examples], [e.crop for e in examples], tuple(e.dropped for e in examples),
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from lora_core.records import Record
 
 FREE = {  # option or section -> why another value leaves what is learned as it is
     **dict.fromkeys(("out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite"), "where the run is written, not what"),
-    **dict.fromkeys(("save_every", "keep", "log_every", "samples", "validation.every", "validation.images"), "when and how it is looked at"),
+    **dict.fromkeys(
+        ("save_every", "keep", "log_every", "samples", "validation.every", "validation.images", "validation.count"), "when and how it is looked at"
+    ),
     **dict.fromkeys(("data.workers", "data.cache", "threads"), "who computes it"),
     **dict.fromkeys(("device", "compile", "cuda_graph", "gradient_checkpointing"), "the same formulas, rounded as that device or graph rounds"),
     **dict.fromkeys(("model", "model_config", "vae"), "a path: the weights behind it are compared"),

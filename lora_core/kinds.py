@@ -5,11 +5,12 @@ A kind of adapter is a row of KINDS, or `--adapter.kind my_adapter.py:Class`. Th
     forward(base, x, strength) -> y         the layer with this adapter alone
     update(base, x, y0, strength) -> dy     what it adds to y0 = base(x) when others are active too, in y0's dtype or fp32
     delta_weight(base) -> dW                the same update as a matrix, shaped as base.weight, fp32 or better, detached (fold)
-    state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form
+    state() -> LowRank, load(LowRank)       its factors to and from files; UserError when it has no such form: then the run writes its state dict
+                                            and the whole model with it folded in (bespoke.py)
 and, where it applies,
     delta_bias(base) -> db                  its update of the bias, or None (fold)
     up                                      the parameter that LoRA+ gives a learning rate of its own
-    low_rank = False                        on the class: rank, alpha, init and dropout have no part in it
+    low_rank = False                        on the class: rank, alpha, init and dropout have no part in it, as in one without `state`
 `set_dropout` leaves the row keys and the step of the next forward in its attributes `rows` and `step`. Subclassing LoRA gives all of this.
 """
 
@@ -285,6 +286,11 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
         close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
         raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
     return from_file(file, name, "class")
+
+
+def is_low_rank(kind: Any) -> bool:
+    """Whether rank, alpha, init and dropout have a part in a kind: as its class says with `low_rank`, else whether it has factors, a `state`."""
+    return getattr(kind, "low_rank", hasattr(kind, "state") or not isinstance(kind, type))
 
 
 def apply_as(base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

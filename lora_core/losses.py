@@ -22,7 +22,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide
 from lora_core.noise import NoiseLevel
-from lora_core.plugins import from_file
+from lora_core.plugins import check_named, file_and_name, from_file
 from lora_core.prediction import PREDICTIONS, compared
 
 
@@ -256,15 +256,34 @@ def resolve(spec: str, table: Mapping[str, Callable[..., Any] | None], args: Map
 
     Raises UserError for an unknown name (naming the nearest), a missing file or function, and an argument the function does not take.
     """
+    check_named(spec, "loss")
     path, colon, name = spec.rpartition(":")
     function = from_file(path, name, "function") if colon else _from_table(spec, table)
+    return bound(function, spec, args or {})
+
+
+def bound(function: Any, name: str, args: Mapping[str, Any]) -> Any:
+    """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument that it does not take."""
     if not args:
         return function
-    known = list(inspect.signature(function).parameters)[1:] if function else []  # all but the StepOutput or the snr
+    parameters = list(inspect.signature(function).parameters.values())[1:] if function else []  # all but the StepOutput or the snr
+    known = [p.name for p in parameters]
     for arg in args:
-        if arg not in known:
-            raise UserError(f"{spec} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
+        if arg not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            raise UserError(f"{name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
     return functools.partial(function, **args)
+
+
+def recorded(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) with which `resolve` finds a function again, or a name in "<...>" that it refuses where no file gives it back.
+
+    Arguments that functools.partial has bound by name are among them, where a config can hold them.
+    """
+    inner: Any = loss
+    if isinstance(loss, functools.partial) and not loss.args and all(isinstance(v, bool | int | float | str) for v in loss.keywords.values()):
+        inner = loss.func
+    name = file_and_name(inner, LOSSES)
+    return (name, {}) if inner is loss or name.startswith("<") else (name, dict(loss.keywords))  # type: ignore[attr-defined]
 
 
 def _from_table(name: str, table: Mapping[str, Any]) -> Any:

@@ -4,7 +4,8 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_core.adamw import AdamW
 from lora_core.errors import UserError
+from lora_core.plugins import from_file
 from lora_core.prodigy import Prodigy
 
 
@@ -71,25 +73,49 @@ RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti,
     "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
 }
+DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}  # group -> weight decay
+GIVEN = ("params", "lr", "weight_decay", "betas")  # arguments of an optimiser that have options of their own
 
 
 def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]:
-    """fn(step, total, warmup) -> multiplier, with the schedule's own arguments bound; UserError for an unknown name or argument."""
-    if name not in SCHEDULES:
-        raise UserError(f"schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}{_nearest(name, SCHEDULES)}")
-    check_arguments(SCHEDULES[name], args, f"schedule {name}", given=("step", "total", "warmup"))
-    return lambda step, total, warmup: SCHEDULES[name](step, total, warmup, **args)
+    """fn(step, total, warmup) -> multiplier, of a row of SCHEDULES or "path/to/file.py:function", with the schedule's own arguments bound.
+
+    Raises UserError for an unknown name or argument, and, when called, for a multiplier that is not a finite number of at least 0.
+    """
+    file, _, function = name.rpartition(":")
+    if name not in SCHEDULES and not file.endswith(".py"):
+        known = f"{', '.join(SCHEDULES)} or path/to/file.py:function"
+        raise UserError(f"schedule {name!r} is unknown; expected one of {known}{_nearest(name, SCHEDULES)}")
+    schedule = SCHEDULES[name] if name in SCHEDULES else from_file(file, function, "function")
+    check_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
+
+    def multiplier(step: int, total: int, warmup: int) -> float:
+        try:
+            value = float(schedule(step, total, warmup, **args))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"schedule {name} is called as fn(step, total, warmup) and returns a number: {error}") from error
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"schedule {name} is {value:g} at step {step} of {total}; expected a finite number of at least 0")
+        return value
+
+    return multiplier
 
 
 def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimiser class of a row of OPTIMIZERS or of a dotted path such as "torch.optim.Adagrad"; UserError if there is none."""
+    """The optimiser class of a row of OPTIMIZERS, of a dotted path such as "torch.optim.Adagrad", or of "path/to/file.py:Class".
+
+    Raises UserError if there is none.
+    """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    file, _, attribute = name.rpartition(":")
+    if file.endswith(".py"):
+        return _optimizer_class(from_file(file, attribute, "class"), name)
     path, _, attribute = name.rpartition(".")
     if not path:
         raise UserError(
-            f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)} or a dotted class path such as "
-            f"torch.optim.Adagrad{_nearest(name, OPTIMIZERS)}"
+            f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, a dotted class path such as "
+            f"torch.optim.Adagrad, or path/to/file.py:Class{_nearest(name, OPTIMIZERS)}"
         )
     try:
         module = importlib.import_module(path)
@@ -98,6 +124,10 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     found = getattr(module, attribute, None)
     if found is None:
         raise UserError(f"optimizer {name!r}: module {path!r} has no {attribute!r}; name a class in it{_nearest(attribute, dir(module))}")
+    return _optimizer_class(found, name)
+
+
+def _optimizer_class(found: Any, name: str) -> type[torch.optim.Optimizer]:
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; name the class itself")
     return found
@@ -113,6 +143,25 @@ def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
 def arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """What the class of an optimiser takes."""
     return inspect.signature(resolve_optimizer(name)).parameters
+
+
+def group_settings(
+    name: str, groups: Iterable[str], *, lr: Mapping[str, float], decay: Mapping[str, float], betas: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """What each group of an optimiser is given beside its parameters: name, lr, and weight_decay and betas where they are asked for.
+
+    Learning rates that are not given are those of `default_rates`, weight decays those of DECAYS; where none is given and the class knows no
+    weight decay, ours are no reason to refuse it.
+    """
+    names = list(groups)
+    rates = default_rates(name, names) | dict(lr)
+    decays = bool(decay) or "weight_decay" in arguments(name)
+    settings: dict[str, dict[str, Any]] = {}
+    for group in names:
+        settings[group] = {"name": group, "lr": rates[group]}
+        settings[group] |= {"weight_decay": decay.get(group, DECAYS[group])} if decays else {}
+        settings[group] |= {"betas": tuple(betas[group])} if group in betas else {}
+    return settings
 
 
 def split(groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float) -> list[dict[str, Any]]:
@@ -143,16 +192,56 @@ def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> t
     for option in ("weight_decay", "betas"):
         if option not in arguments(name) and any(option in group for group in groups):
             raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
-    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=("params", "lr", "weight_decay", "betas"))
+    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=GIVEN)
     try:
         return resolve_optimizer(name)(groups, **args)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of a class that may be anybody's: TypeError, ValueError, AssertionError, RuntimeError without its device ...
         raise UserError(f"{name} refuses its settings: {error}") from None
+
+
+@contextmanager
+def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the parameters are those that a schedule-free optimiser (arXiv 2405.15682) means to be used; any other changes nothing.
+
+    Such an optimiser trains at one point and evaluates at another, between which its methods train() and eval() move the parameters, with rounding.
+    They are put back bit for bit, so that looking at a model does not change its training.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [p.detach().clone() for p in params]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for p, before in zip(params, kept):
+                p.copy_(before)
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimiser or its class has train() and eval(), as those of the package schedulefree and its relatives."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def distance(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Tensor | float | None:
+    """The distance estimate d of a group, with Prodigy (arXiv 2306.06101) and its relatives: a copy. None where "d" is a setting or nothing."""
+    d = group.get("d")
+    if "d" in inspect.signature(type(optimizer)).parameters:  # torch's Adafactor clips at a d
+        return None
+    if isinstance(d, Tensor):
+        return d.detach().clone().reshape(()) if d.numel() == 1 else None
+    return float(d) if isinstance(d, int | float) else None
 
 
 def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:
     """Raises UserError naming the first of `args` that `fn` does not take, with the nearest that it does; `given` are the program's own."""
     parameters = inspect.signature(fn).parameters
+    for name in args:
+        if name in given:
+            raise UserError(f"{owner} has no argument {name!r} to set here: the program gives it; use the option of that name")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     known = [name for name in parameters if name not in given]

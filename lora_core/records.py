@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_core.captions import CaptionMode, Captions, read_captions, read_metadata
+from lora_core.captions import FOLDER_NAME, CaptionMode, Captions, read_captions, read_metadata
 from lora_core.errors import UserError
 from lora_core.images import has_alpha_mask, mask_path, read_picture
 from lora_core.listing import TABLES, Part, left_out, read_folder, read_part
@@ -73,6 +73,24 @@ def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path
     """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
     used = {path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)}
     return left_out(read_folder(Path(folder), tabled=any(path.name in TABLES for path in used)), used)
+
+
+def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
+    """One sentence about folders called N_name (kohya) whose name no image takes as its caption; empty when there are none."""
+    named = {record.path.parent for record in records if record.source == FOLDER_NAME}
+    parts = read_folder(Path(folder), tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records)).parts
+    unread = [part for part in parts if part.words and part.folder not in named]
+    if not unread:
+        return ""
+    shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
+    return f"folder names are no captions here, for the images have others: {shown}"
+
+
+def unmasked(record: Record) -> Record:
+    """The record of the same image without its mask, which is part of a record's key."""
+    if record.mask_path is None and not record.use_alpha:
+        return record
+    return _record(record.path, Captions(record.captions, record.source), None, masks="none", is_prior=record.is_prior)
 
 
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:

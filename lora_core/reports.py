@@ -97,8 +97,11 @@ def check_login(report: str) -> None:
 SINKS: dict[str, Any] = {"none": lambda folder, config: None, "tensorboard": _tensorboard, "wandb": _wandb}
 
 
-def plot_metrics(folder: Path) -> list[Path]:
-    """OUT/loss.png, OUT/val.png and, for an optimiser that estimates a distance, OUT/d.png, from the rows of metrics.jsonl and val.jsonl."""
+def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
+    """OUT/loss.png, OUT/val.png and, for an optimiser that estimates a distance, OUT/d.png, from the rows of metrics.jsonl and val.jsonl.
+
+    `scored` says in val.png's title which images the loss is on, e.g. "held-out loss".
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
@@ -118,7 +121,7 @@ def plot_metrics(folder: Path) -> list[Path]:
         pictures.plot(distances, written[-1], axes=("step", "d"), title="Prodigy's distance estimate", log=True)
     if len(columns["val_loss"][0]) > 1:
         written.append(folder / "val.png")
-        pictures.plot({"held out": columns["val_loss"]}, written[-1], axes=("step", "loss"), title="loss at fixed timesteps and noise")
+        pictures.plot({scored: columns["val_loss"]}, written[-1], axes=("step", "loss"), title=f"{scored}, at fixed timesteps and noise")
     return written
 
 

@@ -14,8 +14,9 @@ import cattrs
 import tomli_w
 import tyro
 
-from lora_core.config import Config
+from lora_core.config import Config, ScheduleName
 from lora_core.errors import UserError
+from lora_core.optim import SCHEDULES
 from lora_core.text import check_unicode, read_text
 
 C = TypeVar("C")
@@ -58,11 +59,16 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
         float, lambda v, _: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else _refuse(v, "a number")
     )
     converter.register_structure_hook(str, lambda v, _: v if isinstance(v, str) else _refuse(v, "a text in quotes"))
+    converter.register_structure_hook(ScheduleName, lambda v, _: v if _is_schedule(v) else _refuse(v, f"{', '.join(SCHEDULES)} or file.py:fn"))
     try:
         return converter.structure(table, cls)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
         raise UserError("; ".join(f"{place.removeprefix('$.')}: {what}" for what, _, place in (line.partition(" @ ") for line in lines))) from None
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, str) and (value in SCHEDULES or ".py:" in value)
 
 
 def _refuse(value: Any, wanted: str) -> Any:

@@ -20,6 +20,7 @@ from lora_core import noise
 from lora_core.errors import UserError
 from lora_core.noise import Keys, NoiseLevel, Schedule
 from lora_core.prediction import PREDICTIONS
+from lora_core.records import Record, unmasked
 
 Denoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
 
@@ -32,6 +33,38 @@ class Score(NamedTuple):
     bin: int
     t: float
     loss: float
+
+
+class Scored(NamedTuple):
+    """The images that a run is validated on."""
+
+    records: list[Record]
+    words: str  # what the loss on them is called in tables and plots
+    sentence: str
+
+
+def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count: int) -> Scored:
+    """At most `count` images (0: all), those at i n / count of the n in order, and what they are: held-out ones, or those that are trained on.
+
+    `training` may hold an image several times, and with its mask, which does not count here. Held-out images that are trained on as well, by path
+    or content, are counted and not called held-out.
+    """
+    given = training if held_out is None else held_out
+    images = list({record.path.resolve(): record for record in given}.values())
+    number = min(count, len(images)) if count else len(images)
+    chosen = [unmasked(images[i * len(images) // number]) for i in range(number)]
+    paths, contents = {record.path.resolve() for record in training}, {record.key for record in training}
+    seen = sum(record.path.resolve() in paths or record.key in contents for record in chosen)
+    kind = "held-out" if not seen else "training" if seen == number else "given"
+    words = (
+        "held-out loss" if not seen else f"loss on {'the' if seen == number else seen} training images" + ("" if seen == number else " and others")
+    )
+    share = (
+        f"{number} {kind} image{'' if number == 1 else 's'}" if number == len(images) else f"{number} of {len(images)} {kind} images, evenly chosen"
+    )
+    trained = f", {seen} of them trained on" if kind == "given" else ""
+    more = "" if number == len(images) else "; --validation.count 0 takes all"
+    return Scored(chosen, words, f"validation: {share}{trained}{more}")
 
 
 def midpoints(schedule: Schedule, bins: int) -> Tensor:
@@ -73,6 +106,8 @@ def mean(scores: Sequence[Score]) -> float:
 def read(run: Path) -> dict[int, list[Score]]:
     """Step -> scores, from val.jsonl of a run folder. Raises UserError when there is none."""
     file = run / "val.jsonl"
+    if not file.is_file() and (run / "summary.json").is_file():
+        raise UserError(f"{run} was trained without validation (--validation.every -1), so there is no loss to compare; train it with validation")
     if not file.is_file():
         raise UserError(f"{run} has no val.jsonl; is it the folder of a finished run?")
     steps: dict[int, list[Score]] = defaultdict(list)

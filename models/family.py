@@ -56,6 +56,14 @@ class Conditioning:
         embeds = torch.cat([p.prompt_embeds for p in parts])
         return Conditioning(embeds, {name: torch.cat([p.extra[name] for p in parts]) for name in parts[0].extra})
 
+    def zeroed(self, names: Sequence[str], kept: Tensor) -> Conditioning:
+        """The same with zeros in the members `names` of the rows whose `kept` [b] is 0; where it is 1 they stay. On the device alone."""
+
+        def part(name: str, rows: Tensor) -> Tensor:
+            return rows * kept.to(rows).view(-1, *[1] * (rows.ndim - 1)) if name in names else rows
+
+        return Conditioning(part("prompt_embeds", self.prompt_embeds), {name: part(name, rows) for name, rows in self.extra.items()})
+
     def with_extra(self, **rows: Tensor) -> Conditioning:
         """The same with further rows."""
         return Conditioning(self.prompt_embeds, {**self.extra, **rows})
@@ -80,6 +88,7 @@ class Family(Protocol):
     resolution: int  # pixels the model was made for
     inpainting: bool  # the denoiser reads a mask and a masked image beside x_t
     distilled_guidance: bool  # the denoiser is told a guidance scale, so that sampling needs no second, unconditional call
+    zeros: tuple[str, ...]  # members of Conditioning that guidance takes as zeros for an empty prompt; none where it is encoded
 
     @property
     def device(self) -> torch.device: ...

@@ -91,6 +91,7 @@ class Flux:
         self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
         self.schedule = schedule_of(scheduler)
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
+        self.zeros: tuple[str, ...] = ()
         self.latent_channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.multiple = PATCH * self.factor

@@ -64,6 +64,7 @@ class StableDiffusion:
     name = "sd"
     denoiser = "unet"
     distilled_guidance = False
+    zeros: tuple[str, ...] = ()
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]

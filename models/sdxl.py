@@ -62,7 +62,7 @@ class StableDiffusionXL(StableDiffusion):
         self.modules: dict[str, nn.Module] = {"unet": unet, **parts.encoders, "vae": vae}
         self.pipeline, self.said = parts.index["_class_name"], set[str]()
         self.clip_skip = sd.skipped(how.clip_skip, list(parts.encoders.values()))
-        self.zeros = parts.index.get("force_zeros_for_empty_prompt", True)
+        self.zeros = ("prompt_embeds", "text_embeds") if parts.index.get("force_zeros_for_empty_prompt", True) else ()
         self.scored = parts.index.get("requires_aesthetics_score", False)
         self.schedule, self.prediction = schedule_of(scheduler, how.scheduler)
         self.spacing, self.offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
@@ -104,10 +104,8 @@ class StableDiffusionXL(StableDiffusion):
         clip_skip holds here too; diffusers encodes negative prompts without it.
         """
         cond = self.encode_prompts(prompts)
-        if self.zeros:
-            kept = torch.tensor([[float(bool(prompt))] for prompt in prompts]).to(cond.prompt_embeds)
-            cond = Conditioning(cond.prompt_embeds * kept[..., None], {"text_embeds": cond.extra["text_embeds"] * kept})
-        return self._scored(cond, SCORES[1])
+        kept = torch.tensor([float(bool(prompt)) for prompt in prompts])
+        return self._scored(cond.zeroed(self.zeros, kept), SCORES[1])
 
     def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
         """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""

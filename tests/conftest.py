@@ -78,7 +78,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(results, "before_after", lambda session, drawn: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts])
-    monkeypatch.setattr(results.reports, "plot_metrics", lambda folder: [])
+    monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
 
 
 def rows(run: Path, name: str = "metrics") -> list[dict]:

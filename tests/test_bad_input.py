@@ -139,6 +139,21 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
     "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
+    "warm-up": ({"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))}, "--optimizer.warmup is 3 steps, longer than stage 1 of 2"),
+    "every stage's norm": (ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)}, "--tokens.norm has no effect"),
+    "every stage's low": ({"noise": {"low": 0.1}, "stages": (Stage(2, low=0.2),)}, "--noise.low has no effect without a stage that has no low"),
+    "every stage's high": ({"noise": {"high": 0.5}, "stages": (Stage(2, high=0.7),)}, "--noise.high has no effect"),
+    "every stage's schedule": ({"optimizer": {"schedule": "linear"}, "stages": (Stage(2, schedule="cosine"),)}, "--optimizer.schedule has no effect"),
+    "stage decay of none": ({"optimizer": {"name": "torch.optim.Rprop"}, "stages": (Stage(2, weight_decay={"denoiser": 0.1}),)}, "no weight_decay"),
+    "validation of none": ({"validation": {"every": -1, "bins": 3}}, "--validation.bins has no effect without --validation.every 0 or more"),
+    "held out for none": ({"validation": {"every": -1, "bins": 8, "images": "held"}}, "--validation.images has no effect"),
+    "count of none": ({"validation": {"every": -1, "bins": 8, "count": 3}}, "--validation.count has no effect"),
+    "seed of none": ({"validation": {"every": -1, "bins": 8, "seed": 3}}, "--validation.seed has no effect"),
+    "less than none": ({"validation": {"every": -2}}, "--validation.every is -2; expected at least -1"),
+    "count": ({"validation": {"count": -1}}, "--validation.count is -1; expected at least 0"),
+    "dropped": ({"data": {"dropped": "zeros"}}, "--data.dropped has no effect without --data.caption-dropout"),
+    "schedule": ({"optimizer": {"schedule": "my_schedule.py:fn"}}, "my_schedule.py:fn names no Python file"),
+    "handed over": ({"loss": "<lambda of a.py>"}, "--loss is <lambda of a.py>, which was handed over in Python"),
 }
 
 
@@ -409,6 +424,21 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.
         family.encode_prompts(["a b c d e f g h i j k l m n o p", "a b"])
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "warning: the prompt is 18 tokens long and CLIP reads 16; cut off: 'o p'"
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"samples": {"every": 9}}, "--samples.every 9"),
+        ({"validation": {"every": 3}}, "--validation.every 3"),
+        ({"save_every": 250}, "--save-every 250"),
+    ],
+)
+def test_what_is_never_due_is_said(config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str) -> None:
+    checks.config(merged(config, change))
+    assert capsys.readouterr().err == f"warning: {flag} has no effect in a run of 2 steps\n"
+    checks.config(merged(config, {**change, "stages": (Stage(250),)}))
+    assert not capsys.readouterr().err
 
 
 def test_small_pictures_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "lora_core").rglob("*.py"))
 MODELS = sorted((ROOT / "models").glob("*.py"))
-SCRIPTS = [ROOT / name for name in ("train.py", "session.py", "inputs.py", "checks.py", "checkpoints.py", "results.py", "faults.py", "infer.py")]
+SCRIPTS = [
+    ROOT / name for name in ("train.py", "session.py", "inputs.py", "checks.py", "checkpoints.py", "results.py", "faults.py", "priors.py", "infer.py")
+]
 MERGE = [ROOT / "merge.py", *sorted((ROOT / "merging").glob("*.py"))]
 PRODUCT = [*CORE, *MODELS, *SCRIPTS, *MERGE]
 CONFIG_READERS = {path.name for path in SCRIPTS}

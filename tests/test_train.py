@@ -479,6 +479,15 @@ def test_class_images_are_drawn_once_and_own_ones_are_kept(config: Config, quick
     assert (own / "00000.png").read_bytes() == drawn and sorted(p.name for p in own.glob("*.png")) == names
 
 
+def test_more_class_images_than_asked_for_are_said(config: Config, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = save_photos(tmp_path / "class", count=3)
+    for mask in own.glob("*.mask.png"):
+        mask.unlink()
+    s = Session(replace(config, prior=Prior("a cat", images=str(own), count=2)))
+    assert s.prior is not None and len(s.prior) == 3
+    assert f"class images: all 3 of {own}; --prior.count 2" in capsys.readouterr().out
+
+
 def test_tensorboard_gets_the_numbers(config: Config, quick: None) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

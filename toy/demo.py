@@ -154,15 +154,11 @@ def captions_right(reader: recogniser.Recogniser, images: Tensor, expected: Sequ
 
 def report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool) -> None:
     """The table on the terminal, and how to load the files."""
-    change = f["val_loss_after"] / f["val_loss_before"] - 1
-    rows = [
-        (
-            "held-out loss" if not photos else "training images' loss, fixed noise",
-            f"{f['val_loss_before']:.5f}",
-            f"{f['val_loss_after']:.5f}",
-            f"{change:+.1%}",
-        )
-    ]
+    rows = []
+    if f["val_loss_before"] is not None:
+        words = "held-out loss" if not photos else "training images' loss, fixed noise"
+        change = f["val_loss_after"] / f["val_loss_before"] - 1
+        rows.append((words, f"{f['val_loss_before']:.5f}", f"{f['val_loss_after']:.5f}", f"{change:+.1%}"))
     if not photos:
         rows.append(("concept and background right", f"{f['concept_before']:.0%}", f"{f['concept_after']:.0%}", "before: the best plain prompt"))
         rows.append(("background right", "", f"{f['background_kept']:.0%}", ""))

@@ -1,0 +1,42 @@
+"""Class images of prior preservation (DreamBooth, arXiv 2208.12242). Functions of an open Session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from lora_core import data, generation
+from lora_core.data import Folder
+from lora_core.listing import place_for_more
+from lora_core.pictures import save_png, to_images
+
+if TYPE_CHECKING:
+    from session import Session
+
+
+def check_folder(given: str) -> None:
+    """Raises UserError for a folder of class images that cannot be read; needs no model."""
+    if given and Path(given).is_dir():
+        place_for_more(Path(given))
+
+
+def open_class_images(s: Session) -> Folder | None:
+    """The class images, None without a class prompt; missing ones are drawn by the base model, one seed each."""
+    p = s.config.prior
+    if not p.prompt:
+        return None
+    folder = Path(p.images) if p.images else s.run.folder / "class_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    place, there = place_for_more(folder)
+    if there > p.count:
+        print(f"class images: all {there} of {folder}; --prior.count {p.count} is how many there are to be at least")
+    seeds = [seed for seed in range(p.count) if not (place / f"{seed:05d}.png").exists()]
+    with s.evaluating():
+        for seed in tqdm(seeds[: max(0, p.count - there)], desc="class images", disable=not sys.stderr.isatty()):
+            drawn = generation.generate(s.family, [p.prompt], [seed], s.recipe, **s.hole(seed))
+            save_png(to_images(drawn)[0], place / f"{seed:05d}.png")
+    records = data.scan(folder, captions="one", caption=p.prompt, masks="none", is_prior=True)
+    return Folder(records, s.folder.settings)

@@ -1,0 +1,158 @@
+"""Adapters without a low-rank form: saved as their own parameters and as a whole model, decided before the first step."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import session
+import train
+from lora_core import adapters, bespoke
+from lora_core.adapters import AdapterSpec
+from lora_core.config import Config, Optimizer, Stage
+from lora_core.errors import UserError
+from models import load_family
+from session import Session
+from tests.conftest import final, same
+
+IA3 = "examples/my_adapter.py:IA3"
+# the same without saying low_rank: factors are asked for, and there are none
+FORMS = '''
+import torch
+from torch import nn
+from lora_core.errors import UserError
+from lora_core.adapters import LoRA
+
+class Shift(nn.Module):
+    """delta W = one number a layer."""
+    def __init__(self, base, layer):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(()))
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, base, x, strength):
+        return base(x) + self.update(base, x, None, strength)
+    def update(self, base, x, y0, strength):
+        total = x.sum(-1, keepdim=True)
+        return strength * self.by * total
+    def delta_weight(self, base):
+        return self.by.detach().expand(base.weight.shape)
+
+class Refuses(Shift):
+    def state(self):
+        raise UserError("no factors")
+
+class NotYet(Shift):
+    def state(self):
+        raise NotImplementedError
+
+class Nothing(nn.Module):
+    def __init__(self, base, layer):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(()))
+    def forward(self, base, x, strength):
+        return base(x) + self.by
+
+class Crooked(Shift):
+    def delta_weight(self, base):
+        return self.by.detach()
+
+class Half(LoRA):
+    pass
+'''
+
+FACTORED = ("Refuses", "NotYet", "Half", "dora")  # what has a `state`, so that a rank may have a part in it
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("forms") / "forms.py"
+    file.write_text(FORMS)
+    return str(file)
+
+
+def injected(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.SiLU(), torch.nn.Conv2d(6, 4, 1))
+    adapters.inject(model, AdapterSpec(("0",), kind=kind, rank=2 if kind.split(":")[-1] in FACTORED else 16))
+    return model
+
+
+@pytest.mark.parametrize(("kind", "has"), [("Shift", False), ("Refuses", False), ("NotYet", False), ("Half", True)])
+def test_whether_there_are_factors_is_asked_of_the_class(forms: str, kind: str, has: bool) -> None:
+    assert bespoke.has_factors(injected(f"{forms}:{kind}")) is has
+    assert not bespoke.has_factors(injected(IA3)) and not bespoke.has_factors(injected("full")) and bespoke.has_factors(injected("dora"))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("Nothing", r"neither factors nor a weight update.*unet.0"), ("Crooked", r"delta_weight of .* is \[\]")])
+def test_what_no_file_could_hold_is_refused(forms: str, kind: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        bespoke.check({"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run")
+
+
+@pytest.mark.parametrize("kind", ["Shift", "IA3"])
+def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, tmp_path: Path, kind: str) -> None:
+    kind = IA3 if kind == "IA3" else f"{forms}:{kind}"
+    model, other = injected(kind), injected(kind)
+    with torch.no_grad():
+        for p in adapters.parameters(model):
+            p.normal_()
+    x = torch.randn(3, 4)
+    file = bespoke.save_adapters({"unet": model}, tmp_path / "a.safetensors", {"k": "v"})
+    assert not torch.equal(model[0](x), other[0](x))
+    bespoke.load_adapters({"unet": other}, file)
+    assert torch.equal(model[0](x), other[0](x))
+    folded = adapters.merged(model)
+    assert torch.allclose(torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6)
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    for changed, said in (
+        ({}, "only the model has"),
+        (tensors | {"unet.9.x": torch.ones(1)}, "only the file has"),
+        (tensors | {name: torch.ones(9)}, "9"),
+    ):
+        save_file(changed, tmp_path / "b.safetensors")
+        before = [p.clone() for p in adapters.parameters(other)]
+        with pytest.raises(UserError, match=said):
+            bespoke.load_adapters({"unet": other}, tmp_path / "b.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(other)))
+
+
+def test_a_run_writes_its_own_form_and_the_whole_model(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    own = replace(config, adapter=replace(config.adapter, kind=IA3, rank=16), stages=(Stage(4, ("denoiser", "text_encoder")),), optimizer=Optimizer())
+    run = train.train(own)
+    out = capsys.readouterr().out
+    assert f"{IA3} has no low-rank form: the run writes run_adapter.safetensors" in out and "rank" not in out.replace("low-rank", "")
+    assert not (run / "pytorch_lora_weights.safetensors").exists() and not (run / "run.safetensors").exists()
+    assert "run_adapter.safetensors" in json.loads((run / "summary.json").read_text())["files"]
+    with safe_open(run / "run_adapter.safetensors", "pt") as file:
+        assert IA3 in file.metadata()["lora_core.config"]
+    card = (run / "README.md").read_text()
+    assert "run_adapter.safetensors" in card and "no low-rank form" in card and "[model](model)" in card and "rank 16" not in card
+    tuned, plain = load_family(str(run / "model")), load_family(config.model)
+    for name in ("unet", "text_encoder"):
+        adapters.inject(plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3))
+    modules = {name: plain.modules[name] for name in ("unet", "text_encoder")}
+    bespoke.load_adapters(modules, run / "run_adapter.safetensors")
+    for name, module in modules.items():
+        folded, written = adapters.merged(module), tuned.modules[name].state_dict()
+        assert all(torch.allclose(folded[key], written[key], atol=1e-6) for key in written)
+    train.train(replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),)))
+    assert same(final(train.train(replace(own, out=config.out + "part", resume=True))), final(run))
+
+
+def test_a_kind_that_is_wrong_is_refused_before_any_weight(config: Config, forms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "load_family", lambda *_: pytest.fail("weights were read"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"kind": IA3, "rank": 4}, "--adapter.rank is 4, which has no part in"),
+        ({"kind": IA3, "rank": 16, "dropout": 0.1}, "--adapter.dropout is 0.1"),
+        ({"kind": "examples/my_adapter.py:IA4"}, "has no class 'IA4'"),
+        ({"kind": "nothing.py:IA3"}, "names no Python file"),
+    ]
+    for change, said in cases:
+        with pytest.raises(UserError, match=said):
+            Session(replace(config, adapter=replace(config.adapter, **change)))
