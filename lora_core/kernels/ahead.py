@@ -45,6 +45,7 @@ class Build(NamedTuple):
     tensor_cores: bool = False  # its products must be tensor core instructions
     name: str = ""  # what the table calls this configuration
     multiples: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as the launcher sees them; pointers always are
+    registers: int | None = None  # maxnreg: the most a thread may have; None: what ptxas guesses
 
 
 class Resources(NamedTuple):
@@ -69,7 +70,8 @@ def check(build: Build, arch: int) -> Resources:
         raise UserError(f"the build {build.name!r} lists the arguments {', '.join(signature)}; {build.kernel.__name__} takes {', '.join(names)}")
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in build.multiples]
     source = ASTSource(build.kernel, signature, dict(build.constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": build.warps, "num_stages": build.stages})
+    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
     kinds = tuple(kind for kind, pattern in KINDS.items() if re.search(pattern, compiled.asm["ptx"]))
     return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, kinds)
