@@ -2,8 +2,9 @@
 
     python -m lora_core.kernels.ahead --arch 80 89 90 100 [--full] [--only NAME] [--json FILE]
 
-prints one line for each configuration and chip and exits with 1 where one spills more than SPARED bytes, asks for more shared memory than a block may have, or
-lacks the tensor core instructions it was written for. Every Triton module lists its configurations: `builds(full) -> list[Build]`.
+prints one line for each configuration and chip and exits with 1 where one spills more than SPARED bytes,
+asks for more shared memory than a block may have, or lacks the tensor core instructions it was written for.
+Every Triton module lists its configurations: `builds(full) -> list[Build]`.
 Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR).
 """
 
