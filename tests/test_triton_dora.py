@@ -17,6 +17,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import COSTS, OPS, call, device, reference, using
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("patched_once")
 from lora_core.kernels import compose, dora, norms  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

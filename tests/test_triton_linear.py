@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("patched_once")
 
 from lora_core import kernels
 from lora_core.kernels import COSTS, OPS, linear, reference, using
@@ -67,26 +68,6 @@ CONVOLUTIONS = {
     "3x3 channels last": Convolution((3, 3), padding="same", last=True),
     "3x2 alone": Convolution((3, 2), frozen=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language anew for every function that a kernel calls; once a launch is enough and four times faster."""
-    from triton.runtime import interpreter
-
-    patch, scopes = interpreter._patch_lang, []
-
-    class Scope:
-        def restore(self) -> None:
-            scopes.pop().restore()
-
-    def once(fn: Any) -> Any:
-        if not scopes:
-            scopes.append(patch(fn))
-            return Scope()
-        return None
-
-    monkeypatch.setattr(interpreter, "_patch_lang", once)
 
 
 def given(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, list[Member], list[Tensor]]:
