@@ -17,9 +17,9 @@ from lora_core.errors import UserError
 from lora_core.kernels import COSTS, OPS, call, device, reference, using
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("patched_once")
 from lora_core.kernels import compose, dora, norms  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("patched_once")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 Layer = tuple[Tensor, Tensor, Tensor, float]

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("patched_once")
 
 from lora_core import kernels
 from lora_core.kernels import COSTS, OPS, linear, reference, using
 from lora_core.kernels import linear_ops as ops
 from lora_core.kernels.reference import Drop, Member
 
+pytestmark = pytest.mark.usefixtures("patched_once")
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 

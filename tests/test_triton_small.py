@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from lora_core.kernels import COSTS, OPS, call, reference, squares, using
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("patched_once")
 import triton.language as tl  # noqa: E402
 
 from lora_core.kernels import dropout, loss  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("patched_once")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
