@@ -1,32 +1,56 @@
 # The two commands of the README; each is its own set-up.  PYTHON=python3.12 make test  picks another interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
+# Nothing: PyPI's build of torch, which on Linux brings CUDA, about 3 GB.  make demo TORCH=cpu: PyTorch's CPU build.
+TORCH :=
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH) is no build of torch; say TORCH=cpu, or leave it out for the one on PyPI)
+endif
+# What pip is asked for, in two calls. .ci/pins asks the registry whether these very words resolve.
+TORCH_WANTED := -c constraints.txt$(if $(TORCH), --index-url https://download.pytorch.org/whl/cpu) "torch>=2.11"
+REST_WANTED := -c constraints.txt -e ".[test]"
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # One thread: on two quiet cores a second one makes the demo's steps 1.1 to 1.4 times as fast, beside one busy neighbour 2.6 times as slow
 # (libgomp's threads spin at barriers), measured as medians of three runs of 30 to 60 steps.
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: demo demo-photos test test-all lint
+.PHONY: ready wanted demo demo-photos test test-other-cpu test-all lint
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch>=2.11"
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP) $(TORCH_WANTED)
+	$(PIP) $(REST_WANTED)
 	touch $@
 
-demo: .venv/ready          ## pivotal tuning of the embedded model: runs/demo/before_after.png and the numbers
+ready: .venv/ready
+ifeq ($(TORCH),cpu)
+	@$(PY) -c "import sys; from importlib.metadata import version; v = version('torch'); \
+	sys.exit(sys.platform == 'linux' and '+cpu' not in v and f'.venv has torch {v}, expected a CPU build: rm -r .venv, then make again')"
+endif
+
+wanted:
+	@printf '%s\n' '$(TORCH_WANTED)' '$(REST_WANTED)'
+
+demo: ready          ## pivotal tuning of the embedded model: runs/demo/before_after.png and the numbers
 	$(PY) -m toy.demo $(ARGS)
 
-demo-photos: .venv/ready   ## the same run on photographs: make demo-photos IMAGES=folder
+demo-photos: ready   ## the same run on photographs: make demo-photos IMAGES=folder
 	$(PY) -m toy.demo --photos "$(IMAGES)" --out runs/photos $(ARGS)
 
-test: .venv/ready          ## all tests that need no GPU
+test: ready          ## all tests that need no GPU
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: .venv/ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
+test-all: ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
 	$(PY) -m pytest -n 2 --dist loadfile -m "full or not full" $(ARGS)
 
-lint: .venv/ready
+# Without AVX, and with other orders of sums, as on another processor: a tolerance that only fits one machine is found.
+OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
+SUMS := $(foreach stem,train resume fused adapters sampling trained_files flux,tests/test_$(stem).py)
+test-other-cpu: ready
+	$(OTHER_CPU) $(PY) -m pytest -n 2 --dist loadfile $(SUMS) $(ARGS)
+
+lint: ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

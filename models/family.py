@@ -19,7 +19,20 @@ from lora_core.generation import Sizes
 from lora_core.noise import NoiseLevel, Schedule
 from lora_core.sampling import Spacing
 
-__all__ = ["Conditioning", "Family", "Layout", "Loading", "Sizes", "config_of", "decode_latents", "encode_pixels", "part", "read_json", "tokenize"]
+__all__ = [
+    "Conditioning",
+    "Family",
+    "Layout",
+    "Loading",
+    "Sizes",
+    "config_of",
+    "decode_latents",
+    "encode_pixels",
+    "load_network",
+    "part",
+    "read_json",
+    "tokenize",
+]
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,25 @@ def part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -
     except Exception as error:  # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {subfolder + '/ of ' if subfolder else ''}{path}: {reason}") from None
+
+
+def load_network(kind: Any, path: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A network of diffusers or transformers with its weights, on `device`; `subfolder` as in `part`.
+
+    diffusers' default way of loading needs accelerate, which is no dependency here, and warns twice
+    without it. The other way leaves weights that the files lack as they happened to lie in memory,
+    and transformers draws them at random: both are refused. Raises UserError.
+    """
+    if kind.__module__.startswith("diffusers."):
+        settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    else:
+        settings = {"dtype": dtype}
+    loaded, report = part(kind.from_pretrained, path, subfolder, output_loading_info=True, **settings)
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        where = f"{subfolder}/ of {path}" if subfolder else path
+        raise UserError(f"cannot load {where}: its files lack {missing[0]}{more}; download them again")
+    return loaded.to(device)
 
 
 def config_of(path: str, component: str, config_class: Any) -> Any:

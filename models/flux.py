@@ -20,7 +20,7 @@ from lora_core.noise import NoiseLevel, Schedule
 from lora_core.sampling import Spacing
 from lora_core.tokens import first_eos
 from models import sd
-from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, part, read_json, tokenize
+from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, load_network, part, read_json, tokenize
 
 logging.disable_progress_bar()
 
@@ -233,10 +233,10 @@ def load(path: str, how: Loading) -> Flux:
         "text_encoder_2": part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
     }
     modules = {
-        "transformer": part(FluxTransformer2DModel.from_pretrained, path, "transformer", torch_dtype=how.dtype).to(how.device),
-        "text_encoder": part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=how.dtype).to(how.device),
-        "text_encoder_2": part(T5EncoderModel.from_pretrained, path, "text_encoder_2", dtype=how.dtype).to(how.device),
-        "vae": part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device),
+        "transformer": load_network(FluxTransformer2DModel, path, "transformer", how.dtype, how.device),
+        "text_encoder": load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device),
+        "text_encoder_2": load_network(T5EncoderModel, path, "text_encoder_2", how.dtype, how.device),
+        "vae": load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device),
     }
     family = Flux(modules, tokenizers, scheduler, length)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]

@@ -16,7 +16,7 @@ from lora_core import noise
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout, Numbering, layout_of
 from lora_core.noise import NoiseLevel, Schedule
-from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, part, read_json, tokenize
+from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, load_network, part, read_json, tokenize
 
 logging.disable_progress_bar()  # a bar for a file that loads in a blink
 
@@ -155,9 +155,9 @@ def load(path: str, how: Loading) -> StableDiffusion:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
     tokenizer = part(CLIPTokenizer.from_pretrained, path, "tokenizer")
-    text_encoder = part(CLIPTextModel.from_pretrained, path, "text_encoder", dtype=how.dtype).to(how.device)
-    vae = part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device)
-    unet = part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=how.dtype).to(how.device)
+    text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
+    vae = load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device)
+    unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
     family.pipeline, family.clip_skip = read_json(path, "model_index.json")["_class_name"], skipped(how.clip_skip, [text_encoder])
     return family

@@ -21,7 +21,7 @@ from lora_core.noise import Schedule
 from lora_core.prediction import SIGMA_DATA
 from lora_core.tokens import first_eos
 from models import sd
-from models.family import Conditioning, Loading, Sizes, config_of, part, read_json, tokenize
+from models.family import Conditioning, Loading, Sizes, config_of, load_network, part, read_json, tokenize
 from models.sd import StableDiffusion
 
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
@@ -129,10 +129,10 @@ def load(path: str, how: Loading) -> StableDiffusionXL:
     index, scheduler = read_json(path, "model_index.json"), read_json(path, "scheduler/scheduler_config.json")
     schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
     names = present(path, index)
-    vae = part(AutoencoderKL.from_pretrained, how.vae or path, "" if how.vae else "vae", torch_dtype=how.exact).to(how.device)
+    vae = load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device)
     tokenizers = {name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")) for name in names}
-    encoders = {name: part(ENCODERS[name].from_pretrained, path, name, dtype=how.dtype).to(how.device) for name in names}
-    unet = part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=how.dtype).to(how.device)
+    encoders = {name: load_network(ENCODERS[name], path, name, how.dtype, how.device) for name in names}
+    unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     return StableDiffusionXL(Parts(unet, vae, encoders, tokenizers, index), scheduler, how)
 
 

@@ -26,7 +26,7 @@ from lora_core.formats.layout import Layout
 from lora_core.formats.weights import PICKLED, Weights, cast, open_weights
 from lora_core.noise import Schedule
 from models import known, published, sd, sdxl
-from models.family import Family, Loading, config_of, part, read_json
+from models.family import Family, Loading, config_of, load_network, part, read_json
 
 UNET, VAE = SingleFile("unet", "model.diffusion_model.", "unet"), SingleFile("vae", "first_stage_model.", "vae")
 ROWS: dict[str, tuple[SingleFile, ...]] = {  # where the networks of a model lie
@@ -102,7 +102,7 @@ def load(path: str, how: Loading) -> Family:
     for name, weights in split_single(opened, rows, modules).items():
         _fill(modules[name], weights, how.exact if name == "vae" else how.dtype, how.device)
     if how.vae:
-        modules["vae"] = part(AutoencoderKL.from_pretrained, how.vae, "", torch_dtype=how.exact).to(how.device)
+        modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.exact, how.device)
     unet, vae, encoders = modules["unet"], modules["vae"], {name: modules[name] for name in tokens}
     if _is_xl(index):
         return sdxl.StableDiffusionXL(sdxl.Parts(unet, vae, encoders, tokens, index), scheduler, how)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import checks
 import infer
@@ -264,6 +265,17 @@ def test_wrong_models_are_named(config: Config, plain: None, model: Path, capsys
     weights = next((cut / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load unet/" in said(cut)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_the_files_lack_are_named_and_not_made_up(model: Path, tmp_path: Path, part: str) -> None:
+    cut = shutil.copytree(model, tmp_path / "cut")
+    file = next((cut / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = [sorted(tensors)[i] for i in (2, 5, 7)]
+    save_file({name: t for name, t in tensors.items() if name not in lost}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"cannot load {part}/ of {cut}: its files lack \S*{re.escape(lost[0])} and 2 more"):
+        load_family(str(cut))
 
 
 def test_a_token_of_the_vocabulary_is_refused(config: Config, plain: None, model: Path, capsys: Any, tmp_path: Path) -> None:

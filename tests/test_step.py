@@ -86,7 +86,9 @@ def test_compiled_blocks_share_graphs_and_train_alike(config: Config, quick: Non
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.full)])
-def test_a_run_on_triton_kernels_is_the_reference_run(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_run_on_triton_kernels_is_the_reference_run(
+    config: Config, quick: None, patched_once: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     stage = Stage(3, ("denoiser", "tokens"))
     config = replace(config, adapter=Adapter(rank=3, kind=kind), stages=(stage,), optimizer=Optimizer(name="prodigy", args={"d0": 1e-4}))
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,6 +19,7 @@ from lora_core.kernels import COSTS, OPS, call, device, reference, using
 triton = pytest.importorskip("triton")
 from lora_core.kernels import compose, dora, norms  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("patched_once")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 Layer = tuple[Tensor, Tensor, Tensor, float]

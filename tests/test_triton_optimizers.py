@@ -13,6 +13,7 @@ from lora_core.kernels import COSTS, OPS, steps
 from lora_core.prodigy import SCALARS, Prodigy
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("patched_once")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = (7, 3), (5,), (11, 97), (1,)
 RECIPES = {

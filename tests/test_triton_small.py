@@ -20,6 +20,7 @@ import triton.language as tl  # noqa: E402
 
 from lora_core.kernels import dropout, loss  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("patched_once")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -14,9 +14,10 @@ MODEL = Path(__file__).parent / "model"
 
 def load(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokenizer]:
     """Networks in fp32 in evaluation mode, and the tokenizer, from a diffusers folder."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    whole = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # the other way needs accelerate
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **whole)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", **whole)
     return Pair(unet.eval(), text.eval()), vae.eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 

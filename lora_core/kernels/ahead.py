@@ -2,8 +2,9 @@
 
     python -m lora_core.kernels.ahead --arch 80 89 90 100 [--full] [--only NAME] [--json FILE]
 
-prints one line for each configuration and chip and exits with 1 where one spills registers, asks for more shared memory than a block may have, or
-lacks the tensor core instructions it was written for. Every Triton module lists its configurations: `builds(full) -> list[Build]`.
+prints one line for each configuration and chip and exits with 1 where one spills more than SPARED bytes,
+asks for more shared memory than a block may have, or lacks the tensor core instructions it was written for.
+Every Triton module lists its configurations: `builds(full) -> list[Build]`.
 Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR).
 """
 
@@ -29,6 +30,11 @@ MODULES = ("linear", "dora", "compose", "loss", "dropout", "optimizers")
 # Bytes of shared memory that one block may ask for (CUDA C++ programming guide, table of compute capabilities).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
+# Bytes a thread may keep in local memory: four registers. ptxas guesses how many registers pay and, by release and chip, parks
+# up to so many for one more block on the chip (Triton 3.7.1: in 22 of 1,508 compilations, none of which spills when it may take
+# more; Triton 3.9.0: in none). A kernel that is too large for its registers spills ten times as much.
+SPARED = 16
+
 # What instructions are called in PTX. Matrix products: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100; small tiles take mma there too.
 KINDS = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"(?<![\w.])mma\.sync", "cp.async": r"\bcp\.async\."}
 TENSOR_CORES = ("wgmma", "tcgen05", "mma")
@@ -45,6 +51,7 @@ class Build(NamedTuple):
     tensor_cores: bool = False  # its products must be tensor core instructions
     name: str = ""  # what the table calls this configuration
     multiples: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as the launcher sees them; pointers always are
+    registers: int | None = None  # maxnreg: the most a thread may have; None: what ptxas guesses
 
 
 class Resources(NamedTuple):
@@ -69,7 +76,8 @@ def check(build: Build, arch: int) -> Resources:
         raise UserError(f"the build {build.name!r} lists the arguments {', '.join(signature)}; {build.kernel.__name__} takes {', '.join(names)}")
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in build.multiples]
     source = ASTSource(build.kernel, signature, dict(build.constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": build.warps, "num_stages": build.stages})
+    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
     kinds = tuple(kind for kind, pattern in KINDS.items() if re.search(pattern, compiled.asm["ptx"]))
     return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, kinds)
@@ -77,7 +85,7 @@ def check(build: Build, arch: int) -> Resources:
 
 def fault(build: Build, arch: int, found: Resources) -> str:
     """Why the kernel is refused on sm_<arch>, or nothing."""
-    if found.spills:
+    if found.spills > SPARED:
         return f"spills {found.spills} bytes"
     if found.shared > SHARED[arch]:
         return f"asks for {found.shared} bytes of shared memory, {SHARED[arch]} are there"

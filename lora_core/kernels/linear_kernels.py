@@ -24,7 +24,8 @@ from lora_core.kernels.narrow import INTERPRETED, narrow
 
 @triton.jit
 def _dot(a, b, total):
-    # Triton 3.9's interpreter multiplies the bits of bf16 as integers. There, products are taken in fp32, which holds those of bf16 exactly.
+    # Triton's interpreter (3.6.0, 3.7.1, 3.9.0) multiplies the bits of bf16 as integers. There, products
+    # are taken in fp32, which holds those of bf16 exactly.
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:

@@ -12,7 +12,10 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, to the nearest, ties to even; by hand in the interpreter of Triton 3.9, which truncates where it casts to bf16."""
+    """fp32 x in another dtype, to the nearest, ties to even.
+
+    By hand in Triton's interpreter, which truncates where it casts to bf16 (3.6.0, 3.7.1, 3.9.0).
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

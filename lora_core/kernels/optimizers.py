@@ -26,6 +26,9 @@ from lora_core.kernels.device import refusal
 from lora_core.kernels.steps import AdamRecipe, Rows
 
 BLOCK, WARPS = 1024, 4  # elements of a program; a LoRA factor of rank 16 has 5,120 and more
+# Left to itself, ptxas guesses a limit of registers for prodigy_reduce_kernel, and it depends on the
+# release and the chip whether the guess spills 8 to 24 bytes. Told this limit, it takes 55 to 110.
+REDUCE_WARPS, REDUCE_REGISTERS = 8, 128
 ADDED = 1024  # partial sums that the last program reads at once
 
 
@@ -229,7 +232,7 @@ def _reduce(
     prodigy_reduce_kernel[(len(blocks),)](
         words, blocks, geometry, param, p0, exp_avg, exp_avg_sq, s, scalars, scratch, partials, counter, found_inf, grad_scale, lr,
         len(geometry), group, len(scalars), slot, slots, adam, coupled, bias, safeguard, slice_p, slot == slots - 1, aligned, BLOCK, ADDED,
-        num_warps=_reduce_warps(coupled, slice_p),
+        num_warps=REDUCE_WARPS, maxnreg=REDUCE_REGISTERS,
     )  # fmt: skip
 
 
@@ -380,15 +383,12 @@ def builds(full: bool) -> list[Build]:
     return found if full else found[:5]
 
 
-def _reduce_warps(coupled: bool, slice_p: int) -> int:
-    """With these ptxas spills nothing; with the other number it puts 8 bytes into local memory on sm_80, sm_89 or sm_100."""
-    return 2 * WARPS if coupled and slice_p == 1 else WARPS
-
-
 def _build(kernel: Any, name: str, dtype: str, constants: dict[str, Any]) -> Build:
     types = {"words": "*i64", "blocks": "*i32", "geometry": "*i64", "param": f"*{dtype}", "counter": "*i32"}
     types |= dict.fromkeys(("p0", "exp_avg", "exp_avg_sq", "s", "step", "found_inf", "grad_scale", "lr"), "*fp32")
     types |= dict.fromkeys(("scalars", "scratch", "partials"), "*fp64") | dict.fromkeys(("parameters", "group", "groups", "slot", "slots"), "i32")
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
-    warps = _reduce_warps(constants["COUPLED"], constants["SLICE"]) if kernel is prodigy_reduce_kernel else WARPS
-    return Build(kernel, signature, {arg: constants[arg] for arg in kernel.arg_names if arg in constants}, warps=warps, name=name)
+    given = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
+    if kernel is prodigy_reduce_kernel:
+        return Build(kernel, signature, given, warps=REDUCE_WARPS, name=name, registers=REDUCE_REGISTERS)
+    return Build(kernel, signature, given, warps=WARPS, name=name)

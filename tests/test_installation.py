@@ -1,0 +1,143 @@
+"""An installation: what is declared, what a plain one can do, and that there is no other than in place."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MODULES = ("lora_core", "merging", "models", "toy")
+OPTIONAL = {"datasets", "tensorboard", "wandb"}  # extras, imported where they are asked for
+
+# Trains two steps, draws, merges and folds, in the environment that it is started in.
+SESSION = """
+import sys
+import infer, merge, train
+out, photos = sys.argv[1:]
+run = ["--model", "toy/model", "--data.images", photos, "--data.resolution", "64", "--stages.0.steps", "2"]
+assert train.main([*run, "--device", "cpu", "--batch-size", "1", "--samples.steps", "1", "--out", out + "/run"]) == 0
+drawn = ["--model", "toy/model", "--lora", out + "/run", "--prompt", "a TOK", "--steps", "1", "--device", "cpu"]
+assert infer.main([*drawn, "--out", out + "/image.png"]) == 0
+lora = out + "/run/pytorch_lora_weights.safetensors"
+assert merge.main(["mix", f"0.5*{lora}", "--out", out + "/half.safetensors"]) == 0
+assert merge.main(["fold", "toy/model", lora, out + "/model"]) == 0
+from toy.sample import load
+load()
+"""
+
+
+def declared(extras: bool = True) -> Iterator[Requirement]:
+    groups = [PROJECT["dependencies"], *(EXTRAS.values() if extras else ())]
+    for group in groups:
+        yield from map(Requirement, group)
+
+
+def closure(wanted: list[Requirement]) -> dict[str, Distribution]:
+    """Name -> every installed distribution that `wanted` ask for, and theirs in turn."""
+    found: dict[str, Distribution] = {}
+    asked: set[tuple[str, str]] = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {e for n, e in asked if n == name}:
+            asked.add((name, extra))
+            try:
+                found[name] = distribution(name)
+            except PackageNotFoundError:
+                continue  # of another platform
+            further = [Requirement(line) for line in found[name].requires or ()]
+            wanted += [r for r in further if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return found
+
+
+def plain_environment(folder: Path) -> Path:
+    """A Python whose site-packages holds the product's dependencies and theirs, as links, and nothing else."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next((folder / "lib").glob("python*")) / "site-packages"
+    for each in closure(list(declared(extras=False))).values():
+        for name in {file.parts[0] for file in each.files or ()} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(Path(str(each.locate_file(name))).resolve())
+    return folder / "bin/python"
+
+
+def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks(photos: Path, tmp_path: Path) -> None:
+    python = plain_environment(tmp_path / "plain")
+    absent = "from importlib.util import find_spec as f; print(*(n for n in ('accelerate', 'peft', 'pytest') if f(n)))"
+    assert subprocess.run([python, "-c", absent], capture_output=True, text=True, check=True).stdout == "\n"
+    done = subprocess.run([python, "-c", SESSION, str(tmp_path), str(photos)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.findall(r".*(?:accelerate|peft|not installed|not found|pip install|No module).*", done.stdout + done.stderr)
+    assert not said
+
+
+# ---------------------------------------------------------------- what is declared
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
+    ours = {path.stem for path in ROOT.glob("*.py")} | set(MODULES) | set(sys.stdlib_module_names)
+    files = [*ROOT.glob("*.py"), *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py"))]
+    names = set().union(*(imported(path) for path in files if path.name != "backend.py")) - ours
+    sources = packages_distributions()
+    used = {canonicalize_name(source) for name in names for source in sources.get(name, [name])}
+    needed = {canonicalize_name(requirement.name) for requirement in declared(extras=False)}
+    assert used - OPTIONAL == needed
+    assert used & OPTIONAL <= EXTRAS.keys()
+
+
+@pytest.mark.parametrize("requirement", list(declared()), ids=str)
+def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(requirement: Requirement) -> None:
+    assert [part.operator for part in requirement.specifier] == [">="]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)}
+    name = canonicalize_name(requirement.name)
+    assert name == "wandb" or requirement.specifier.contains(pinned[name])  # wandb is not among the tests' packages
+
+
+# ---------------------------------------------------------------- in place or not at all
+
+
+def build(hook: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A hook of the build backend, as pip calls it: in the repository, with the folder to write to if it takes one."""
+    place = [] if hook.startswith("get_requires") else [str(folder)]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backend; print(backend.{hook}(*{place!r}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "build_wheel", "get_requires_for_build_sdist", "build_sdist"])
+def test_a_wheel_or_an_archive_is_refused_with_the_way_that_works(hook: str, tmp_path: Path) -> None:
+    done = build(hook, tmp_path)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert len(done.stderr.splitlines()) == 1 and "pip install -e ." in done.stderr
+
+
+def test_pip_refuses_a_copy_in_site_packages_at_its_first_question(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "backend.py", "README.md", "LICENSE"):
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "run pip install -e . in it" in done.stdout + done.stderr
+    assert not (tmp_path / "site").exists()
