@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_core.errors import UserError, printable
 from lora_core.images import is_image
-from lora_core.listing import CAPTION_SUFFIXES, TABLES, Part, find_file
+from lora_core.listing import CAPTION_SUFFIXES, NO_IMAGE, TABLES, Part, find_file
 from lora_core.names import is_caption
 from lora_core.text import compose, read_lines, read_text
 
@@ -139,10 +139,11 @@ def _detect(part: Part, caption: str | None) -> str:
     unwritten = [image for image in part.images if not is_caption(_name_of(image))]
     if unwritten:
         first = unwritten[0]
-        raise UserError(
-            f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing, first {first.name}; write "
-            f"captions in files such as {first.stem}.txt, give one for all with --data.caption, or take the names with --data.captions filename"
-        )
+        strays = [path.name for path, why in part.others.items() if why == NO_IMAGE]
+        unread = f" ({', '.join(strays[:3])} there belongs to no image)" if strays else ""
+        lacking = f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing"
+        ways = f"write captions in files such as {first.stem}.txt, give one for all with --data.caption"
+        raise UserError(f"{lacking}, first {first.name}{unread}; {ways}, or take the names with --data.captions filename")
     return "filename"
 
 

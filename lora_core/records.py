@@ -51,7 +51,8 @@ def scan(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; check the path")
+        what = "is a file, not a folder; give the folder it lies in" if folder.is_file() else "does not exist; check the path"
+        raise UserError(f"the image folder {folder} {what}")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
     if masks not in ("auto", "file", "alpha", "any", "none"):
@@ -76,14 +77,17 @@ def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path
 
 
 def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
-    """One sentence about folders called N_name (kohya) whose name no image takes as its caption; empty when there are none."""
-    named = {record.path.parent for record in records if record.source == FOLDER_NAME}
+    """One sentence about folders called N_name (kohya) whose name --data.caption or file names replace; empty when there are none.
+
+    Files with captions replace it too, as in kohya's scripts, of which nobody needs to be told.
+    """
+    named = {record.path.parent for record in records if isinstance(record.source, Path) or record.source == FOLDER_NAME}
     parts = read_folder(Path(folder), tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records)).parts
     unread = [part for part in parts if part.words and part.folder not in named]
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
-    return f"folder names are no captions here, for the images have others: {shown}"
+    return f"folder names are no captions here, for --data.captions asks for others: {shown}"
 
 
 def unmasked(record: Record) -> Record:

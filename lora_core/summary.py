@@ -85,7 +85,8 @@ def _epochs(folder: Folder, length: Length) -> str:
     else:
         epochs = length.steps * images / len(folder)
     how = f" ({length.batch} x {length.accumulation})" if length.accumulation > 1 else ""
-    return f"training: {length.steps:,} steps of {images} image{'s' * (images > 1)}{how}, {epochs:,.3g} epochs of {len(folder):,}"
+    steps = f"{length.steps:,} step{'s' * (length.steps > 1)} of {images} image{'s' * (images > 1)}{how}"
+    return f"training: {steps}, {epochs:,.3g} epochs of {len(folder):,}"
 
 
 def _named(paths: Sequence[Path], root: Path, records: Sequence[Record]) -> str:

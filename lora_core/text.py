@@ -12,10 +12,13 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a UTF-8 file, with or without a byte order mark; \r\n and \r become \n. UserError for other encodings."""
+    r"""The text of a UTF-8 file, with or without a byte order mark; \r\n and \r become \n. UserError for other encodings
+    and for zero bytes, which no text has."""
     content = path.read_bytes()
     if content.startswith(UTF16):
         raise UserError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")
+    if b"\0" in content:
+        raise UserError(f"{path} is no text: it has a zero byte at byte {content.index(0)}; save it as UTF-8 text")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -219,7 +219,9 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(tmp_path: Path
     assert data.unused(tmp_path, scan(tmp_path, caption="x")) == {}
     for name in ("b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"):
         save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_bytes(b"file_name,text\na.png,t")
+    (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
     found = data.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
+    assert found.pop("links to nothing") == [tmp_path / "e.png"]
     assert sorted(path.name for paths in found.values() for path in paths) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
     )
@@ -270,3 +272,23 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(UserError, match=match):
             scan(tmp_path)
+
+
+def test_names_of_kohyas_folders_that_no_image_takes_are_said(tmp_path: Path) -> None:
+    kohya(tmp_path)
+    root = tmp_path
+    assert data.unread_names(root, scan(root)) == ""
+    said = data.unread_names(root, scan(root, captions="one", caption="x"))
+    assert said.startswith("folder names are no captions here") and " of " in said
+
+
+def test_what_is_no_folder_and_what_is_no_text_is_named(tmp_path: Path) -> None:
+    image = save(tmp_path / "IMG_0001.png")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        scan(image)
+    (tmp_path / "meta_lat.json").write_text("{}")
+    with pytest.raises(UserError, match=r"first IMG_0001.png \(meta_lat.json there belongs to no image\); write captions"):
+        scan(tmp_path)
+    (tmp_path / "IMG_0001.txt").write_bytes(b"a photo\0 of")
+    with pytest.raises(UserError, match="zero byte at byte 7"):
+        scan(tmp_path)
