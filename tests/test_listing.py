@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import priors
 from lora_core import data, images
 from lora_core.data import scan
 from lora_core.errors import UserError
@@ -183,6 +184,15 @@ def test_class_images_in_kohyas_folders_are_counted_and_added_to_the_first(tmp_p
     save(empty / "a" / "b.png")
     with pytest.raises(UserError, match=r"1 below .*give the folder .*a itself"):
         place_for_more(empty)
+
+
+def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path: Path) -> None:
+    image = save(tmp_path / "photos" / "a.png")
+    for given, sentence in ((image, "is a file"), (tmp_path / "photos" / ".." / "photos", "folder of the training images")):
+        with pytest.raises(UserError, match=sentence):
+            priors.check_folder(str(given), str(tmp_path / "photos"))
+    for given in ("", str(tmp_path / "new")):
+        priors.check_folder(given, str(tmp_path / "photos"))
 
 
 def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) -> None:
