@@ -8,6 +8,7 @@ python infer.py --from toy.png --seed 7 --out again.png                   # the 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tomllib
@@ -30,12 +31,13 @@ from lora_core.generation import Recipe, generate
 from lora_core.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
 from lora_core.pictures import Row, grid, save_png, to_images
 from lora_core.run import temporary_name
-from lora_core.text import read_lines
+from lora_core.text import parse_json, read_lines
 from lora_core.toml import command_line, from_table, to_table
 from models import DTYPES, Family, Loading, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'
 CHUNK = "lora_core"  # the PNG text chunk with the recipe
+MOST_VALUES = 64  # of an axis of a grid
 
 
 @dataclass(frozen=True)
@@ -184,16 +186,19 @@ def parse_axis(text: str) -> Axis:
     if not re.fullmatch(r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)", name):
         raise UserError(f"--grid {text}: unknown setting {name!r}; choose seed, strength, unet, text, lora0.strength ..., guidance or steps")
     try:
-        if ":" not in tail:
-            return Axis(name, [float(value) for value in tail.split(",")])
-        start, stop, *rest = (float(value) for value in tail.split(":"))
-        step = rest[0] if rest else 1.0
-        count = int((stop - start) / step + 1e-9) + (name != "seed" or (stop - start) % step != 0)
-        values = [round(start + i * step, 9) for i in range(count)]
+        start, *rest = (float(value) for value in tail.split(":" if ":" in tail else ","))
+        values, count = [start, *rest], 1 + len(rest)
+        if ":" in tail:
+            stop, step = rest if len(rest) > 1 else (*rest, 1.0)
+            count = int((stop - start) / step + 1e-9) + (name != "seed" or (stop - start) % step != 0)
+            values = [round(start + i * step, 9) for i in range(min(count, MOST_VALUES))]
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(f"--grid {text}: expected SETTING=START:STOP:STEP or SETTING=A,B,C, e.g. strength=0:1.2:0.3") from None
-    if not 0 < len(values) <= 64:
-        raise UserError(f"--grid {text} gives {len(values)} values; expected 1 to 64")
+    if not 0 < count <= MOST_VALUES:
+        raise UserError(f"--grid {text} gives {count} values; expected 1 to {MOST_VALUES}")
+    is_whole = name in ("seed", "steps")
+    if bad := [value for value in values if not math.isfinite(value) or (is_whole and not value.is_integer())]:
+        raise UserError(f"--grid {text}: {bad[0]:g} is no {'whole ' * is_whole}number, which {name} has to be")
     return Axis(name, values)
 
 
@@ -215,6 +220,7 @@ def read_prompts(config: Infer) -> list[str]:
 def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> None:
     if len(axes) > 2 or (axes and (len(prompts) > 1 or config.count > 1)):
         raise UserError("a grid has one or two axes and one prompt; use --grid seed=0:4 for several pictures")
+    _check_numbers(config, axes)
     if config.count < 1 or config.batch < 1:
         raise UserError(f"--count and --batch must be at least 1, got {config.count} and {config.batch}")
     if not 0 < config.refiner_start < 1:
@@ -225,12 +231,27 @@ def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> N
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
     if Path(config.out).suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png; the recipe is kept in the PNG's text")
+    if file := next((parent for parent in Path(config.out).parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(f"--out {config.out} lies below {file}, which is a file; name a folder")
     pictures = _paths(config, 1 if axes else len(prompts) * config.count)
     destination.check_lengths("--out", map(temporary_name, pictures))
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
         if re.search(r"strength|unet|text", axis.setting) and (int(number[1]) if number else 0) >= loras:
             raise UserError(f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; {loras} given, counted from lora0")
+
+
+def _check_numbers(config: Infer, axes: list[Axis]) -> None:
+    """Raises UserError for sizes and seeds that torch does not take, and for NaN and infinity."""
+    for option, value in (("width", config.width), ("height", config.height), ("threads", config.threads), ("clip-skip", config.clip_skip)):
+        if value < 0:
+            raise UserError(f"--{option} is {value}; expected 0 or more")
+    seeds = [config.seed, config.seed + config.count - 1, *(value for axis in axes for value in axis.values if axis.setting == "seed")]
+    if not -(2**63) <= min(seeds) <= max(seeds) < 2**64:
+        raise UserError(f"--seed {max(seeds, key=abs):g} is out of range; torch takes -2^63 to 2^64 - 1")
+    for option, number in (("guidance", config.guidance), ("strength", config.strength)):
+        if not math.isfinite(number):
+            raise UserError(f"--{option} is {number}; expected a number")
 
 
 def _drawer(
@@ -240,6 +261,8 @@ def _drawer(
     height, width = config.height or family.resolution, config.width or family.resolution
     init = to_pixels(_fit(config.init_image, height, width))[None] if config.init_image else None
     hole = to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127 if config.mask else None
+    if hole is not None and not hole.any():
+        raise UserError(f"--mask {config.mask} has nothing white where the picture is, {width} x {height} pixels; paint what is to be drawn white")
     abstractions = [a for p in patches for a in p.abstractions]
 
     def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
@@ -365,7 +388,14 @@ def read_recipe(path: str) -> Infer:
         raise UserError(f"--from {path}: {error}") from None
     if not text:
         raise UserError(f"--from {path}: the picture has no recipe; was it made by infer.py and not saved again?")
-    return from_table(json.loads(text), Infer)
+    advice = "take a picture that infer.py made"
+    table = parse_json(str(text), f"--from {path}: its recipe", advice)
+    if not isinstance(table, dict):
+        raise UserError(f"--from {path}: its recipe is {table!r}, expected a table of options; {advice}")
+    try:
+        return from_table(table, Infer)
+    except UserError as error:
+        raise UserError(f"--from {path}: its recipe is of another program or version: {error}") from None
 
 
 def parse(argv: Sequence[str]) -> Infer:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lora_core import data, generation
 from lora_core.data import Folder
+from lora_core.errors import UserError
 from lora_core.listing import place_for_more
 from lora_core.pictures import save_png, to_images
 
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
     from session import Session
 
 
-def check_folder(given: str) -> None:
-    """Raises UserError for a folder of class images that cannot be read; needs no model."""
-    if given and Path(given).is_dir():
-        place_for_more(Path(given))
+def check_folder(given: str, images: str) -> None:
+    """Raises UserError for a folder of class images that cannot be read, or that holds the training `images`; needs no model."""
+    if not given or not Path(given).exists():
+        return
+    if not Path(given).is_dir():
+        raise UserError(f"--prior.images {given} is a file, not a folder; give the folder of the class images")
+    if Path(given).samefile(images):
+        sentence = f"--prior.images {given} is the folder of the training images, among which class images would be drawn"
+        raise UserError(f"{sentence}; give another folder or leave it out")
+    place_for_more(Path(given))
 
 
 def open_class_images(s: Session) -> Folder | None:

@@ -125,7 +125,7 @@ class Session:
         for word in checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
             checks.placeholder(records, word)
         checks.masks(self.config, self.folder)
-        priors.check_folder(self.config.prior.images)
+        priors.check_folder(self.config.prior.images, images)
         self.unused = data.unused(images, records)
         v = self.config.validation
         held_out = data.scan(v.images, masks="none", held_out=True, **how) if v.images else None

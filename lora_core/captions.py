@@ -2,20 +2,20 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lora_core.errors import UserError, printable
-from lora_core.images import is_image
+from lora_core.images import SUFFIXES
 from lora_core.listing import CAPTION_SUFFIXES, NO_IMAGE, TABLES, Part, find_file
 from lora_core.names import is_caption
-from lora_core.text import compose, read_lines, read_text
+from lora_core.text import compose, parse_json, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, first found
+OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # somebody's captions, perhaps
 ONE_FOR_ALL = ("one", "object", "style")  # modes that need the caption
 ONE = "the one caption of --data.caption"
 FALLBACK = "--data.caption, where an image has no text of its own"
@@ -97,7 +97,16 @@ def read_captions(parts: Sequence[Part], mode: str, caption: str | None, column:
         found |= _complete(own, part, needed.get(modes[part.folder], "a caption in its name"), caption)
     if must_use:
         _check_use({captions.source for captions in found.values()}, f"{parts[0].folder} is read with captions {first!r}", caption, column)
+    for image, (texts, source) in found.items():
+        check_texts(texts, f"the caption of {image.name} from {source}")
     return {image: Captions(tuple(map(compose, texts)), source) for image, (texts, source) in found.items()}
+
+
+def check_texts(texts: Sequence[str], name: str) -> None:
+    """Raises UserError for a zero byte or half a character (\\ud83d), which JSON can write and no tokenizer reads."""
+    for text in texts:
+        if "\0" in text or printable(text) != text:
+            raise UserError(f"{name} has a zero byte or half a character: {text!a}; correct it")
 
 
 def read_metadata(path: Path, column: str | None = None, *, may_be_empty: bool = False) -> dict[Path, tuple[str, ...]]:
@@ -112,7 +121,7 @@ def read_metadata(path: Path, column: str | None = None, *, may_be_empty: bool =
     for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
         name, texts = _read_row(row, column, where, may_be_empty=may_be_empty)
         image = find_file(path.parent, name)
-        if image is None or not is_image(image):
+        if image is None or image.suffix.lower() not in SUFFIXES or image.name.startswith("."):
             raise UserError(f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image")
         captions[image] = captions.get(image, ()) + texts
     return captions
@@ -139,12 +148,20 @@ def _detect(part: Part, caption: str | None) -> str:
     unwritten = [image for image in part.images if not is_caption(_name_of(image))]
     if unwritten:
         first = unwritten[0]
-        strays = [path.name for path, why in part.others.items() if why == NO_IMAGE]
-        unread = f" ({', '.join(strays[:3])} there belongs to no image)" if strays else ""
+        unread = _unread_texts(part)
         lacking = f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing"
         ways = f"write captions in files such as {first.stem}.txt, give one for all with --data.caption"
         raise UserError(f"{lacking}, first {first.name}{unread}; {ways}, or take the names with --data.captions filename")
     return "filename"
+
+
+def _unread_texts(part: Part) -> str:
+    """What is in the folder that may be meant as captions and is not read, in brackets."""
+    without = [path.name for own in part.texts.values() for path in own if path.suffix.lower() == ".json" and path.read_bytes().strip()]
+    strays = [path.name for path, why in part.others.items() if why == NO_IMAGE or path.suffix.lower() in OTHER_TABLES]
+    found = [f"{', '.join(without[:3])} has no {', '.join(CAPTION_COLUMNS)}"] if without else []
+    found += [f"{', '.join(strays[:3])} there belongs to no image"] if strays else []
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _read_part(part: Part, chosen: str, caption: str | None, column: str | None, *, suffixes: Sequence[str]) -> dict[Path, Captions]:
@@ -176,7 +193,9 @@ def _complete(own: Mapping[Path, Captions], part: Part, what: str, caption: str 
     spare = Captions((caption,), FALLBACK) if caption and caption.strip() else Captions((part.words,), FOLDER_NAME)
     if missing and not spare.texts[0]:
         advice = "add it, give --data.caption for those without, or choose other --data.captions"
-        raise UserError(f"{len(missing)} of {len(part.images)} images lack {what}, first {missing[0]}; {advice}")
+        beside = ", ".join(path.name for path in part.texts.get(missing[0], ()))
+        first = f"{missing[0]}, beside which is {beside}" if beside else str(missing[0])
+        raise UserError(f"{len(missing)} of {len(part.images)} images lack {what}, first {first}; {advice}")
     return {image: spare if image in missing else own[image] for image in part.images}
 
 
@@ -203,12 +222,9 @@ def _read_beside(path: Path) -> tuple[str, ...]:
     lines = read_lines(path)
     if path.suffix.lower() != ".json" or (len(lines) == 1 and lines[0][0] not in '{["'):
         return tuple(lines)
-    try:
-        value = json.loads(read_text(path)) if lines else None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error.msg} in line {error.lineno}); correct it or remove it") from error
+    value = parse_json(read_text(path), str(path), "correct it or remove it") if lines else None
     if isinstance(value, dict):
-        value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
+        value = next((value[name] for name in CAPTION_COLUMNS if value.get(name)), None)
     texts: list[Any] = value if isinstance(value, list) else [value]
     return tuple(t.strip() for t in texts if t.strip()) if all(isinstance(t, str) for t in texts) else ()
 
@@ -217,11 +233,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row is, for errors, and the row."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
         where = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON ({error.msg}); write one object per line with file_name and text") from error
+        if line.strip():
+            yield where, parse_json(line, where, "write one object per line with file_name and text")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -238,7 +251,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_row(row: Any, column: str | None, where: str, *, may_be_empty: bool) -> tuple[str, tuple[str, ...]]:
     """The file name and the captions of one row of a metadata table."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise UserError(f'{where} has no "file_name"; each row needs file_name and a caption such as text')
+        has = f", but {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+        raise UserError(f'{where} has no "file_name"{has}; each row needs file_name and a caption such as text')
     expected = (column,) if column else CAPTION_COLUMNS
     found = next((c for c in expected if c in row), None)
     if found is None:

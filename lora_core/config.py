@@ -63,7 +63,8 @@ class Data:
     """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or sentence templates; auto: metadata,
     else NAME.txt, .caption or .json, else --data.caption, else the name of a folder N_name, else file names where they are words."""
     caption: str = ""
-    """The one caption of all images, e.g. "a photo of TOK", or of those without a text in their file or table."""
+    """The one caption of all images, e.g. "a photo of TOK", or of those without a text in their file
+    or table. Of a dataset: of all images, or, with --data.caption-column, of those without a text."""
     caption_dropout: float = 0.0
     """Probability that a visit has no caption, [0, 1)."""
     dropped: Literal["model", "zeros", "empty"] = "model"

@@ -52,10 +52,6 @@ class Picture(NamedTuple):
     original_size: tuple[int, int]  # h, w of the file, upright
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.endswith(MASK_SUFFIX) and not path.name.startswith(".")
-
-
 def mask_path(image: Path) -> Path:
     """Where the mask of 001.jpg would be: 001.mask.png beside it."""
     return image.with_name(image.stem + MASK_SUFFIX)
@@ -107,7 +103,7 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
     size = (image.height, image.width)
     if use_alpha:
         if alpha is None:
-            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or a {mask_path(path).name}, or choose other --data.masks")
+            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks")
         return Picture(image, _checked(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
         image.putalpha(alpha)

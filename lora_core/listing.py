@@ -17,7 +17,9 @@ from lora_core.text import compose
 TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of a file beside an image, the first that is there and has a text counts
 MASK_ENDS = (".mask", "-masklabel")  # a mask whatever stands beside it: ours, OneTrainer's
-MASK_ENDS_BESIDE = ("_masklabel", "_mask", "-mask", " mask", "_matte")  # a mask if the image without this end is there
+MASK_ENDS_BESIDE = (  # a mask if the image without this end is there
+    "_masklabel", "_mask", "-mask", " mask", " (mask)", "(mask)", "_matte", "-matte", "_seg", "-seg", "_segmentation", "-segmentation",
+)  # fmt: skip
 MASK_STARTS_BESIDE = ("mask_", "mask-")
 CONDITION_END = "-condlabel"  # OneTrainer's conditioning images
 MASK_FOLDERS = ("mask", "masks")  # a mask is called there as its image is
@@ -28,6 +30,7 @@ JUNK = ("thumbs.db", "desktop.ini", "dataset.json")  # of the system, and what a
 JUNK_FOLDERS = ("__macosx", "@eadir")
 NUMBERED = re.compile(r"(\d+)_(.*)", re.DOTALL)  # kohya's folders: repeats, and the caption of images that have none
 YEARS = range(1900, 2100)  # 2024_summer is no folder of 2,024 repeats
+MOST_REPEATS = 9_999  # nor 240501_summer or 20240501_summer
 MANY = 10_000  # images in sub-folders are counted so far
 
 
@@ -158,24 +161,30 @@ def is_junk(path: Path) -> bool:
 
 def find_file(folder: Path, name: str) -> Path | None:
     """The file that a table calls `name`, in whichever normal form of Unicode the disk has it; None when it is not there."""
-    path = folder / name
-    if path.is_file() or not name:
+    path = _below(folder, name)
+    if not name or os.path.isfile(path):
         return path if name else None
     for part in Path(name).parts:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             return None
         exact = folder / part
         same = [entry for entry in folder.iterdir() if compose(entry.name) == compose(part)]
-        if not exact.exists() and not same:
+        if not os.path.exists(exact) and not same:
             return None
-        folder = exact if exact.exists() else same[0]
+        folder = exact if os.path.exists(exact) else same[0]
     return folder if folder.is_file() else None
+
+
+def _below(folder: Path, name: str) -> Path:
+    """folder / name without `..`; a whole path of a file below the folder as a listing of the folder writes it."""
+    place, path = os.path.abspath(folder), os.path.abspath(folder / name)
+    return folder / os.path.relpath(path, place) if Path(path).is_relative_to(place) else folder / name
 
 
 def _numbered_part(folder: Path) -> Part | None:
     """One of kohya's folders, 20_name with images in it; None for another."""
     found = NUMBERED.fullmatch(folder.name)
-    if found is None or int(found[1]) < 1 or int(found[1]) in YEARS:
+    if found is None or not 1 <= int(found[1]) <= MOST_REPEATS or int(found[1]) in YEARS:
         return None
     part = read_part(folder)
     words = found[2].strip()
@@ -189,8 +198,11 @@ def _no_images(own: Part) -> str:
     folders = [path for path in own.others if path.is_dir() and count_images(path)]
     if folders:
         where = _folder_of_images(folders[0])
-        more = f" (and {len(folders) - 1} more such folders)" if len(folders) > 1 else ""
+        more = f" (and {len(folders) - 1} more such folder{'s' * (len(folders) > 2)})" if len(folders) > 1 else ""
         return f"no images in {own.folder} itself, but {count_images(folders[0])} below {folders[0]}{more}; give the folder {where} itself"
+    if own.unclaimed:
+        masks = f"{len(own.unclaimed)} mask{'s' * (len(own.unclaimed) > 1)}, first {own.unclaimed[0].name}"
+        return f"no images in {own.folder}, but {masks}; put the images that they belong to there, or rename them"
     unread = [path for path in own.others if why_unreadable(path)]
     if unread:
         files = f"{len(unread)} file{'s' * (len(unread) > 1)} left out, first {unread[0].name}"

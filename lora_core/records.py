@@ -87,7 +87,7 @@ def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
-    return f"folder names are no captions here, for --data.captions asks for others: {shown}"
+    return f"folder names are no captions here, for --data.caption or --data.captions gives others: {shown}"
 
 
 def unmasked(record: Record) -> Record:
@@ -106,12 +106,16 @@ def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
     """The folder with those images below it that its metadata table names, and what lies beside them."""
     if part.table is None:
         return part
-    further = sorted(set(read_metadata(part.table, column, may_be_empty=may_be_empty)) - set(part.images))
-    masks, texts = dict(part.masks), dict(part.texts)
+    named = set(read_metadata(part.table, column, may_be_empty=may_be_empty))
+    further = sorted(named - set(part.images))
+    masks, texts, no_images = dict(part.masks), dict(part.texts), {*part.masks.values(), *part.unclaimed}
     for folder in sorted({path.parent for path in further}):
         below = read_part(folder)
         masks |= {path: mask for path, mask in below.masks.items() if path in further}
         texts |= {path: own for path, own in below.texts.items() if path in further}
+        no_images |= {*below.masks.values(), *below.unclaimed}
+    if wrong := sorted(named & no_images):
+        raise UserError(f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; take its row out or rename the file")
     return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
 
 

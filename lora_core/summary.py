@@ -93,7 +93,8 @@ def _named(paths: Sequence[Path], root: Path, records: Sequence[Record]) -> str:
     """The first names and the number of the others; of sub-folders with the number of their images."""
     taken, names = _paths(records), []
     for path in paths[:NAMES]:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        inside = path.is_relative_to(root) and path != root  # the folder itself: a table names some of its images
+        name = path.relative_to(root).as_posix() if inside else str(path)
         images = count_images(path, taken) if path.is_dir() else 0
         names.append(f"{name}/ ({images} image{'s' * (images > 1)})" if images else name)
     return ", ".join(names) + (f" and {len(paths) - NAMES} more" if len(paths) > NAMES else "")

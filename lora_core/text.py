@@ -1,6 +1,7 @@
 """Text files as UTF-8, their lines, and characters that are written in several ways."""
 
 import codecs
+import json
 import sys
 import unicodedata
 from pathlib import Path
@@ -34,6 +35,17 @@ def read_lines(path: Path) -> list[str]:
     U+0085, U+2028 and U+2029, which are space inside a line in every editor (Word writes them for a soft break).
     """
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def parse_json(text: str, name: str, advice: str) -> Any:
+    """The value of a JSON text. Raises UserError, which calls it `name` and ends in `advice`, for one that is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" in line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{name} is not JSON ({error.msg}{line}); {advice}") from error
+    except RecursionError:
+        raise UserError(f"{name} is JSON in too many brackets; {advice}") from None
 
 
 def say(text: str) -> None:

@@ -34,7 +34,11 @@ def _check_keys(table: dict[str, Any], cls: type, where: str, every: dict[str, s
         kind = hints[key]
         if is_dataclass(kind) and isinstance(value, dict):
             _check_keys(value, kind, f"{where}{key}.", every)  # type: ignore[arg-type]
+        if is_dataclass(kind) and not isinstance(value, dict):
+            raise UserError(f"{where}{key} is {value!r}, expected a table; write [{where}{key}] and its options below")
         for inner in filter(is_dataclass, get_args(kind)):
+            if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+                raise UserError(f"{where}{key} is {value!r}, expected a list of tables; write [[{where}{key}]] in double brackets for each")
             for i, row in enumerate(value):
                 _check_keys(row, inner, f"{where}{key}.{i}.", every)  # type: ignore[arg-type]
 
@@ -81,11 +85,11 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
         text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from None
+    except OSError as error:  # a folder, no permission
+        raise UserError(f"cannot read the config {path}: {error.strerror}; name a TOML file") from None
     try:
         return from_table(tomllib.loads(text), cls)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -67,6 +67,11 @@ def test_committed_configs_are_read(file: Path) -> None:
         ("[data]\ncrop = 'middle'", "middle"),
         ("[[stages]]\ngroups = ['unet']", "unet"),
         ("seed = ", "not a TOML"),
+        ("[stages]\nsteps = 3", r"\[\[stages\]\] in double brackets"),
+        ("stages = 3", r"stages is 3, expected a list of tables"),
+        ("stages = [3]", r"\[\[stages\]\] in double brackets"),
+        ("data = 3", r"data is 3, expected a table; write \[data\]"),
+        ("seed = " + "[" * 5000, "not a TOML"),
     ],
 )
 def test_wrong_toml_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:

@@ -86,8 +86,22 @@ def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_p
     assert [r.captions for r in scan(named)] == [(f"tag {c}",) for c in "abc"]
     one = export(str(photos), tmp_path / "3", caption="a TOK")
     assert not (one / "metadata.jsonl").exists() and {r.captions for r in scan(one, caption="a TOK")} == {("a TOK",)}
-    with pytest.raises(UserError, match="'a TOK' and the caption column 'tags' exclude each other"):
-        export(str(photos), tmp_path / "4", caption="a TOK", caption_column="tags")
+
+
+def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_path, capsys):
+    """As in train_dreambooth_lora_sdxl.py, where --instance_prompt stands for empty rows of --caption_column."""
+    good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
+    name = parquet(tmp_path / "data", image=[good] * 4, text=["one", "", None, " "])
+    out = export(name, tmp_path / "out", caption="a TOK", caption_column="text")
+    assert [r.captions[0] for r in scan(out, caption="a TOK")] == ["one", "a TOK", "a TOK", "a TOK"]
+    assert "is not read" not in capsys.readouterr().out
+    export(name, tmp_path / "one", caption="a TOK")
+    assert "the column 'text' of" in (said := capsys.readouterr().out) and "--data.caption-column text reads it" in said
+    with pytest.raises(UserError, match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text"):
+        export(name, tmp_path / "none")
+    lists = parquet(tmp_path / "lists", image=[good] * 2, text=[["a", "b"], ["c", ""]])
+    with pytest.raises(UserError, match=r"row 1 of the dataset has \['c', ''\]"):
+        export(lists, tmp_path / "none")
 
 
 def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
@@ -106,7 +120,8 @@ def test_a_broken_row_leaves_nothing_behind(tmp_path):
     good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
     for i, (cell, text, match) in enumerate([
         ({"bytes": good["bytes"][:30], "path": None}, "a", "row 1 of the dataset has no readable image in 'image'"),
-        (None, "a", "row 1 of the dataset has no readable image"),
+        (None, "a", "row 1 of the dataset has no readable image in 'image' \\(it is empty\\)"),
+        ({"bytes": b"<html>", "path": None}, "a", "no image format that is known"),
         (good, "  ", "row 1 of the dataset has '  ' in 'text'"),
         (good, None, "row 1 of the dataset has None in 'text'"),
     ]):  # fmt: skip
@@ -138,7 +153,7 @@ def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds no images|no readable image in 'tags'"):
         export(name, out, image_column="tags")
     bare = parquet(tmp_path / "bare", image=[{"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}], label=[3])
-    with pytest.raises(UserError, match="columns image, label, none of text, caption, prompt; name the caption column"):
+    with pytest.raises(UserError, match="none of text, caption, prompt; name the caption column with --data"):
         export(bare, out)
     with pytest.raises(UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"):
         export(bare, out, caption_column="label")

@@ -14,6 +14,7 @@ import infer
 from lora_core import formats, patch
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
+from lora_core.pictures import save_png
 from models import load_family
 from tests.test_models import saved
 from tests.tiny_pipeline import random_state
@@ -114,7 +115,18 @@ def test_axes_and_loras_are_read_as_documented(tmp_path: Path) -> None:
     assert infer.parse_lora("runs/a:0.8") == ("runs/a", 0.8)
     assert infer.parse_lora("runs/a:unet=0.6,text=0.9") == ("runs/a", {"unet": 0.6, "text": 0.9})
     assert infer.parse_lora("C:/runs/a") == ("C:/runs/a", 1.0)
-    for bad in ("strength", "strength=1:0:0", "speed=0:1", "strength=a:b", "strength=0:1000:0.1"):
+    for bad in (
+        "strength",
+        "strength=1:0:0",
+        "speed=0:1",
+        "strength=a:b",
+        "strength=0:1000:0.1",
+        "seed=0:1e12",
+        "seed=0.5,1",
+        "steps=nan",
+        "guidance=inf",
+        "seed=1:",
+    ):
         with pytest.raises(UserError, match="--grid"):
             infer.parse_axis(bad)
     with pytest.raises(UserError, match="--lora"):
@@ -157,6 +169,12 @@ def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
         (["--prompt", "a", "--out", "x.jpg"], "png"),
         (["--prompt", "a", "--sampler", "eulr"], "euler"),
         (["--prompt", "a", "--width", "33"], "multiple of 4"),
+        (["--prompt", "a", "--width", "-64"], "--width is -64"),
+        (["--prompt", "a", "--strength", "nan"], "--strength is nan"),
+        (["--prompt", "a", "--guidance", "inf"], "--guidance is inf"),
+        (["--prompt", "a", "--seed", str(2**64)], "--seed"),
+        (["--prompt", "a", "--seed", str(2**64 - 1), "--count", "2"], "--seed"),
+        (["--prompt", "a", "--out", f"{__file__}/x.png"], "which is a file"),
         (["--prompt", "a", "--strength", "0.5"], "--init-image"),
         (["--prompt", "a", "--init-image", "nowhere.png", "--strength", "0.5"], "nowhere.png"),
         (["--prompt", "a", "--mask", "nowhere.png"], "nowhere.png"),
@@ -179,6 +197,23 @@ def test_a_picture_without_recipe_is_refused(tmp_path: Path, capsys: pytest.Capt
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert infer.main(["--from", str(tmp_path / "plain.png")]) == 2
     assert "no recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["{", "[]", "3", '{"prompt": 3}', '{"foo": 1}', "[" * 100_000])
+def test_a_recipe_of_another_kind_is_refused(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "other.png", {infer.CHUNK: recipe})
+    assert infer.main(["--from", str(tmp_path / "other.png")]) == 2
+    assert "other.png: its recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("white", [None, (0, 0, 8, 16)], ids=["black", "white beside the crop"])
+def test_a_mask_that_paints_nothing_is_refused(tmp_path: Path, white: tuple[int, int, int, int] | None) -> None:
+    mask = Image.new("L", (48, 16))
+    if white:
+        mask.paste(255, white)
+    mask.save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="nothing white where the picture is"):
+        infer._drawer(infer.Infer(mask=str(tmp_path / "mask.png")), SimpleNamespace(resolution=16), [], None)  # type: ignore[arg-type]
 
 
 def test_patching_from_python_is_undone(folder: Path) -> None:

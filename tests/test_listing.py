@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import priors
 from lora_core import data, images
 from lora_core.data import scan
 from lora_core.errors import UserError
@@ -33,7 +34,7 @@ def names(folder: Path, **how: object) -> list[str]:
 
 MASKS = [
     "a.mask.png", "a.mask.PNG", "a.MASK.jpg", "a.mask.webp", "a-masklabel.png", "a_mask.png", "a-mask.jpg", "mask_a.png", "a.png.mask.png",
-    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png",
+    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png", "a (mask).png", "a-matte.webp", "a_seg.png", "a_segmentation.PNG",
 ]  # fmt: skip
 
 
@@ -161,11 +162,12 @@ def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) ->
     save(root / "reg" / "1_dog" / "x.png")
     save(root / "2024_summer" / "y.png")
     save(root / "0_off" / "z.png")
+    save(root / "20240501_party" / "w.png")
     records = scan(root)
     found = [(r.path.parent.name, r.captions[0]) for r in records]
     assert found == [("10_ohwx dog", "ohwx dog"), ("10_ohwx dog", "ohwx dog on grass")] * 10 + [("3_TOK", "TOK")] * 3
     assert scan(root, repeats=2) == records * 2 and len(scan(root, held_out=True)) == 3
-    assert data.unused(root, records) == {"sub-folders": [root / "0_off", root / "2024_summer", root / "reg"]}
+    assert data.unused(root, records) == {"sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]}
     assert {r.captions for r in scan(root, captions="one", caption="a TOK")} == {("a TOK",)}
     assert [r.captions[0] for r in scan(root, caption="a TOK", held_out=True)] == ["a TOK", "ohwx dog on grass", "a TOK"]
     save(root / "own.png")
@@ -182,6 +184,15 @@ def test_class_images_in_kohyas_folders_are_counted_and_added_to_the_first(tmp_p
     save(empty / "a" / "b.png")
     with pytest.raises(UserError, match=r"1 below .*give the folder .*a itself"):
         place_for_more(empty)
+
+
+def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path: Path) -> None:
+    image = save(tmp_path / "photos" / "a.png")
+    for given, sentence in ((image, "is a file"), (tmp_path / "photos" / ".." / "photos", "folder of the training images")):
+        with pytest.raises(UserError, match=sentence):
+            priors.check_folder(str(given), str(tmp_path / "photos"))
+    for given in ("", str(tmp_path / "new")):
+        priors.check_folder(given, str(tmp_path / "photos"))
 
 
 def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) -> None:
@@ -291,4 +302,76 @@ def test_what_is_no_folder_and_what_is_no_text_is_named(tmp_path: Path) -> None:
         scan(tmp_path)
     (tmp_path / "IMG_0001.txt").write_bytes(b"a photo\0 of")
     with pytest.raises(UserError, match="zero byte at byte 7"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.mask.png", "a.mask.PNG", "a-masklabel.jpg", "below/b_mask.png", "a.Mask.webp"])
+def test_a_table_that_names_a_mask_as_an_image_is_refused(tmp_path: Path, name: str) -> None:
+    for image in ("a.png", "below/b.png", name):
+        save(tmp_path / image)
+    rows = [{"file_name": image, "text": "x"} for image in ("a.png", "below/b.png", name)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="makes a mask and not an image; take its row out"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["a.png", "./a.png", "below/../a.png", "ROOT/a.png"])
+def test_a_table_may_write_a_path_in_several_ways(tmp_path: Path, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "photos" / "a.png")
+    save(tmp_path / "photos" / "below" / "b.png")
+    row = {"file_name": written.replace("ROOT", str(tmp_path / "photos")), "text": "x"}
+    (tmp_path / "photos" / "metadata.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    assert [r.path for r in scan("photos")] == [Path("photos/a.png")]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ('{"file_name": "' + "a" * 5000 + '.png", "text": "x"}', "which is not an image"),
+        ("[" * 100_000, "line 1 is JSON in too many brackets"),
+        ('{"image": "a.png", "text": "x"}', 'no "file_name", but image, text'),
+        ('{"file_name": "a.png", "text": "x \\ud83d TOK"}', r"half a character: 'x \\ud83d TOK'"),
+        ('{"file_name": "a.png", "text": ["x", "TOK\\u0000"]}', r"zero byte .*'TOK\\x00'"),
+    ],
+    ids=["long name", "brackets", "columns", "half a character", "zero byte"],
+)
+def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(row)
+    with pytest.raises(UserError, match=sentence):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("IMG_1.json", '{"tags": "a, b"}', r"IMG_1.json has no text, caption, prompt"),
+        ("IMG_1.json", "[" * 100_000, "JSON in too many brackets"),
+        ("IMG_1.json", '{"text": "\\udc00"}', "half a character"),
+        ("metadata.parquet", "PAR1", "metadata.parquet there belongs to no image"),
+        ("Metadata.JSONL", "{}", "Metadata.JSONL there belongs to no image"),
+    ],
+)
+def test_texts_that_are_no_captions_are_named_where_captions_are_missing(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+    save(tmp_path / "IMG_1.png")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        scan(tmp_path)
+
+
+def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> None:
+    for stem in ("IMG_1", "IMG_2"):
+        save(tmp_path / f"{stem}.png")
+    (tmp_path / "IMG_1.json").write_text('{"text": null, "caption": "of a TOK"}')
+    (tmp_path / "IMG_2.json").write_text('{"tags": "x"}')
+    with pytest.raises(UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"):
+        scan(tmp_path)
+    assert [r.captions for r in scan(tmp_path, caption="a TOK")] == [("of a TOK",), ("a TOK",)]
+
+
+def test_masks_without_images_are_named(tmp_path: Path) -> None:
+    for name in ("a.mask.png", "b-masklabel.png"):
+        save(tmp_path / name)
+    with pytest.raises(UserError, match=r"but 2 masks, first a\.mask\.png"):
         scan(tmp_path)

@@ -73,3 +73,10 @@ def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
     records = scan(tmp_path, caption="x")
     folder = Folder(records, ImageSettings(64, buckets=True))
     assert "20 steps of 2 images, 10 epochs of 3" in describe(folder, None, (), Length(20, 2, 1), {})
+
+
+def test_images_that_a_table_leaves_out_are_counted_in_their_folder(tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "in/a.png", "text": "x"}')
+    assert told(tmp_path)[-1] == f"left out, sub-folders: {tmp_path / 'in'}/ (2 images)"
