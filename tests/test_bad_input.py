@@ -19,6 +19,7 @@ import checks
 import infer
 import train
 from lora_core import run as run_module
+from lora_core import signals
 from lora_core.config import Config, Prior, Samples, Stage
 from lora_core.errors import UserError
 from lora_core.toml import read_toml, to_toml
@@ -407,6 +408,7 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(config: Config, quick: None, ca
 
 
 def test_the_second_ctrl_c_ends_at_once(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "ONE_REQUEST", 0.0)
     interrupt_in(monkeypatch, Session, "prepare", 2)
     interrupt_in(monkeypatch, Session, "conditioning", 2)
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
