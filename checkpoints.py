@@ -47,6 +47,8 @@ def restore(s: Session) -> int:
     """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of another run, naming in what."""
     found = s.run.load_checkpoint() if s.config.resume else None
     if found is None:
+        if s.config.resume:
+            print(f"there is no checkpoint in {s.run.folder} yet: the run begins at step 0")
         return 0
     tree = unflatten(found.tensors, found.meta)
     s.changes = list(tree.get("changes", ())) + _accepted(s, tree, found.step)
