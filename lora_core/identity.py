@@ -26,6 +26,7 @@ FREE = {  # option or section -> why another value leaves what is learned as it 
     "stages": "compared one by one, those that have begun",
 }
 SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")  # of a config, each a table of options
+CAST = {"vae": "vae_precision", "scheduler": ""}  # component -> the option that it is loaded by, for all others `precision`
 SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
@@ -62,7 +63,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[s
     for what in ("images", "class images"):
         found += _differing(old[what], new[what], what.removesuffix("s"))
     for name in dict.fromkeys([*old["model"], *new["model"]]):
-        if old["model"].get(name) != new["model"].get(name):
+        option = CAST.get(name, "precision")
+        cast = old["settings"].get(option) != new["settings"].get(option)  # said above; numbers of another precision tell nothing
+        if old["model"].get(name) != new["model"].get(name) and not cast:
             found.append(f"the model's {name} is another one")
     return found
 

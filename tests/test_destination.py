@@ -40,6 +40,19 @@ def test_a_folder_with_what_the_run_reads_is_refused(tmp_path: Path, option: str
     assert inside.is_dir() and not (tmp_path / "project.bak").exists()
 
 
+@pytest.mark.parametrize("option", checks.CODE)
+def test_code_of_ones_own_is_not_moved_away(tmp_path: Path, option: str) -> None:
+    (out := tmp_path / "run").mkdir()
+    (out / "config.toml").touch()
+    (out / "mine.py").touch()
+    section, _, name = option.rpartition(".")
+    given: dict = {name: f"{out}/mine.py:mine"}
+    given = {section: replace(getattr(Config(), section), **given)} if section else given
+    with pytest.raises(UserError, match=f"holds --{option} .*mine.py: --overwrite would move"):
+        checks.folder(replace(Config(out=str(out), overwrite=True), **given))
+    checks.folder(replace(Config(out=str(tmp_path / "new"), overwrite=True), **given))
+
+
 def test_a_run_below_the_images_is_fine_until_it_is_moved(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     config = Config(out=str(tmp_path / "photos" / "run"), data=Data(images=str(tmp_path / "photos")))

@@ -108,6 +108,13 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
     assert changes(made(Config(), model=one), made(Config(), model=three), 1) == [
         f"the model's {name} is another one" for name in ("unet", "vae", "scheduler")
     ]
+    half, rough = replace(Config(), precision="bf16"), replace(Config(), vae_precision="bf16")  # numbers that are rounded are no other model
+    for config, said in (
+        (half, ["precision was fp32, is bf16", "vae", "scheduler"]),
+        (rough, ["vae_precision was fp32, is bf16", "unet", "scheduler"]),
+    ):
+        found = changes(made(Config(), model=one), made(config, model=three), 1)
+        assert found == [said[0], *(f"the model's {name} is another one" for name in said[1:])]
 
 
 def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
