@@ -144,7 +144,9 @@ def ranks(environment: Mapping[str, str]) -> None:
 def folder(c: Config) -> None:
     """Raises UserError where the run cannot be written to OUT, or where that would touch what is not the run's; changes nothing."""
     given: dict[str, Any] = {_flag(name): reduce(getattr, name.split("."), c) for name in READS}
-    given |= {_flag(name): reduce(getattr, name.split("."), c).rpartition(":")[0] for name in CODE if c.overwrite}
+    for name in CODE if c.overwrite else ():
+        named: Any = reduce(getattr, name.split("."), c)
+        given[_flag(name)] = named.rpartition(":")[0]
     destination.check_writable(c.out)
     destination.check_names(c.out)
     for option in ("--data.cache", "--prior.images"):

@@ -199,7 +199,7 @@ class Run:
 
     def _checkpoints(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
-        folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name)]
+        folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name) and path.is_dir()]
         return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def _rewind(self) -> None:

@@ -234,6 +234,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, cod
     run = Run.open(tmp_path / "out")
     for step in (1, 2):
         run.save_checkpoint(step, {"a": torch.ones(4)}, {})
+    (run.folder / "checkpoints" / "3").write_text("a file of somebody's")
     before = listing(run.folder)
 
     def fails(path):
