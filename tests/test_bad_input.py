@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -313,6 +315,16 @@ def test_another_run_is_not_overwritten(config: Config, quick: None, capsys: pyt
     train.train(replace(config, seed=1, overwrite=True))
     assert same(final(run.with_name("run.bak")), first) and not same(final(run), first)
     assert "overwrite = false" in (run / "config.toml").read_text()
+
+
+def test_a_reader_of_the_output_that_has_ended_is_one_sentence(tmp_path: Path, photos: Path, model: Path) -> None:
+    words = ["train.py", "--model", str(model), "--data.images", str(photos), "--data.resolution", "16", "--out", str(tmp_path / "run")]
+    root = Path(train.__file__).parent
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        (error,) = [line for line in child.stderr.read().splitlines() if "arning" not in line]
+    assert "was piped to has ended" in error and child.returncode == 2 and not (tmp_path / "run").exists()
 
 
 def test_there_must_be_something_to_resume(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
