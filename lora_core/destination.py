@@ -15,8 +15,8 @@ LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
 
 def check_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
-    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with or,
-    by `overwrite`, would move away.
+    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with
+    or, by `overwrite`, would move away.
 
     `inputs` is option -> path; "" and what is not there (a hub id) is passed over.
     """
@@ -51,7 +51,9 @@ def check_overwritten(out: Path | str) -> None:
 
 
 def check_writable(out: Path | str) -> None:
-    """Raises UserError where no folder can be made at `out`, or nothing written to the one that is there."""
+    """Raises UserError where no folder can be made at `out`, or nothing written to the one that is
+    there.
+    """
     folder = Path(os.path.abspath(out))
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.exists():
@@ -89,7 +91,8 @@ def check_lengths(option: str, files: Iterable[Path]) -> None:
 
 
 def _relation(folder: Path, path: Path) -> str:
-    """How a folder stands to a path, as words of a sentence: "is", "holds", "lies in"; "" where neither holds the other.
+    """How a folder stands to a path, as words of a sentence: "is", "holds", "lies in"; "" where
+    neither holds the other.
 
     Compared by the names and, through links, by what they lead to.
     """
@@ -110,7 +113,9 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _limit(folder: Path, name: str) -> int | None:
-    """A limit in bytes of the file system at `folder`; None where there is none or nobody says (Windows)."""
+    """A limit in bytes of the file system at `folder`; None where there is none or nobody says
+    (Windows).
+    """
     try:
         limit = os.pathconf(folder, name)
     except (AttributeError, OSError, ValueError):

@@ -41,7 +41,8 @@ def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequen
 
 
 def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, prediction: str) -> dict[str, str]:
-    """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the noise schedule.
+    """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the
+    noise schedule.
 
     As loaded, so before adapters and tokens change it, and the same for a folder, a hub id and a
     single file. 64 numbers spread over each tensor tell any two trainings apart and cost one
@@ -55,8 +56,9 @@ def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, predict
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
-    """What differs between two identities for the first `step` steps, one phrase each with its name,
-    its old and its new value."""
+    """What differs between two identities for the first `step` steps, one phrase each with its
+    name, its old and its new value.
+    """
     found = [f"{name} was {_shown(value)}, is {_shown(new['settings'][name])}"
              for name, value in old["settings"].items() if name in new["settings"] and new["settings"][name] != value]  # fmt: skip
     found += _stages(old["stages"], new["stages"], step)
@@ -84,8 +86,9 @@ def _is_free(name: str) -> bool:
 
 
 def _stages(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int) -> list[str]:
-    """Changes of the stages that have begun; the one under way may end earlier or later, but not before
-    what is done of it."""
+    """Changes of the stages that have begun; the one under way may end earlier or later, but not
+    before what is done of it.
+    """
     found: list[str] = []
     first = 0
     for i, before in enumerate(old):
@@ -116,7 +119,9 @@ def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """The files' names, with their folders where they lie in several: what stays when the data set is moved."""
+    """The files' names, with their folders where they lie in several: what stays when the data set
+    is moved.
+    """
     folders = {record.path.parent for record in records}
     return [record.path.name if len(folders) == 1 else f"{record.path.parent.name}/{record.path.name}" for record in records]
 

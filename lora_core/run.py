@@ -1,4 +1,6 @@
-"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle, resume that loses and repeats nothing."""
+"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle, resume that
+loses and repeats nothing.
+"""
 
 import contextlib
 import errno
@@ -37,9 +39,11 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any error removes it and leaves an old `path` as it was.
+    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any
+    error removes it and leaves an old `path` as it was.
 
-    The name keeps the suffix (image writers choose their format by it). UserError in one sentence when the disk is full.
+    The name keeps the suffix (image writers choose their format by it). UserError in one sentence
+    when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,23 +75,29 @@ def some_names(folder: Path) -> str:
 
 
 def hold_folder(folder: Path) -> FolderLock:
-    """The lock on the folder of a run, made where it is missing. Raises UserError where another process has it, or the disk refuses."""
+    """The lock on the folder of a run, made where it is missing. Raises UserError where another
+    process has it, or the disk refuses.
+    """
     with _disk_errors(folder):
         return FolderLock.hold(folder)
 
 
 class Run:
-    """An open run folder. `step` everywhere is the number of steps done: a row or checkpoint with step n says how things are after n steps."""
+    """An open run folder. `step` everywhere is the number of steps done: a row or checkpoint with
+    step n says how things are after n steps.
+    """
 
     def __init__(self, folder: Path, *, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
 
     @classmethod
     def open(cls, out: Path | str, *, resume: bool = False, overwrite: bool = False, keep: int | None = None) -> "Run":
-        """The run in `out`, a new one unless `resume`; `keep` is the number of newest checkpoints kept (None: all).
+        """The run in `out`, a new one unless `resume`; `keep` is the number of newest checkpoints
+        kept (None: all).
 
-        A folder with anything in it is refused without `resume` or `overwrite`, which moves it to OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...).
-        `resume` cuts the logs after the newest whole checkpoint and clears away what a killed process left half-written.
+        A folder with anything in it is refused without `resume` or `overwrite`, which moves it to
+        OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...). `resume` cuts the logs after the newest
+        whole checkpoint and clears away what a killed process left half-written.
         """
         if keep is not None and keep < 1:
             raise UserError(f"the number of checkpoints to keep is {keep}; expected at least 1")
@@ -103,7 +113,9 @@ class Run:
 
     @staticmethod
     def check(out: Path | str, *, resume: bool, overwrite: bool) -> tuple[Path, bool]:
-        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open` would refuse it."""
+        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open`
+        would refuse it.
+        """
         folder = Path(os.path.abspath(out))
         if resume and overwrite:
             raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
@@ -129,7 +141,9 @@ class Run:
         return self.folder / name
 
     def log(self, row: dict[str, Any], *, to: str = "metrics") -> None:
-        """Appends a row, which has a "step", to OUT/<to>.jsonl and flushes it; a row that does not fit on the disk leaves no trace."""
+        """Appends a row, which has a "step", to OUT/<to>.jsonl and flushes it; a row that does not
+        fit on the disk leaves no trace.
+        """
         if type(row.get("step")) is not int:
             raise ValueError(f"a row of {to}.jsonl has step {row.get('step')!r}; expected the number of steps done, by which a resumed run cuts")
         path, line = self.folder / f"{to}.jsonl", (json.dumps(row) + "\n").encode()
@@ -144,7 +158,8 @@ class Run:
                 raise
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
-        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not at all, then drops the ones beyond `keep`.
+        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not
+        at all, then drops the ones beyond `keep`.
 
         Returns the folder. `meta` is what JSON can hold; `flatten` makes both from nested state.
         """
@@ -170,9 +185,11 @@ class Run:
         return folder
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none; each damaged one that is passed over is named in a printed line.
+        """The newest whole checkpoint, or None if there is none; each damaged one that is passed
+        over is named in a printed line.
 
-        Raises UserError where all of them are damaged, and for one that cannot be read now, which says nothing of what is in it.
+        Raises UserError where all of them are damaged, and for one that cannot be read now, which
+        says nothing of what is in it.
         """
         folders = self._checkpoints()
         for folder in folders:
@@ -203,7 +220,9 @@ class Run:
         return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def _rewind(self) -> None:
-        """Makes the folder what it was when the newest whole checkpoint was written: rows and checkpoints after it go, and so do temporary files."""
+        """Makes the folder what it was when the newest whole checkpoint was written: rows and
+        checkpoints after it go, and so do temporary files.
+        """
         for left in [path for path in self.folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         checkpoint = self.load_checkpoint()
@@ -231,7 +250,8 @@ def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None; `unflatten` gives the same tree, floats to the bit.
+    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None;
+    `unflatten` gives the same tree, floats to the bit.
 
     Raises TypeError naming the place of anything else. Tensors are not copied.
     """
@@ -276,7 +296,9 @@ def unflatten(tensors: dict[str, Tensor], meta: Any) -> Any:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory (safetensors refuses those: a shared d stands in every group)."""
+    """Contiguous CPU tensors of which no two share memory (safetensors refuses those: a shared d
+    stands in every group).
+    """
     apart, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -297,7 +319,9 @@ def _sums(folder: Path) -> str:
 
 
 def _belongs(line: bytes, step: int) -> bool:
-    """Whether a row of a log was written at or before `step`; the last line of a killed process may be half a row."""
+    """Whether a row of a log was written at or before `step`; the last line of a killed process may
+    be half a row.
+    """
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
@@ -319,7 +343,9 @@ def _back_up(folder: Path) -> None:
 
 
 def _drop(folder: Path) -> None:
-    """Removes a folder under a name that nothing reads, so that a kill in between leaves no half of it."""
+    """Removes a folder under a name that nothing reads, so that a kill in between leaves no half of
+    it.
+    """
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         folder.rename(gone)

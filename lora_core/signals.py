@@ -28,10 +28,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only makes it true.
+    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only
+    makes it true.
 
-    What comes within a second of the first signal is the same request, and changes nothing.
-    A signal that the process was started to ignore (nohup) stays ignored, and outside of the main thread nothing changes.
+    What comes within a second of the first signal is the same request, and changes nothing. A
+    signal that the process was started to ignore (nohup) stays ignored, and outside of the main
+    thread nothing changes.
     """
 
     def __enter__(self) -> Signals:
