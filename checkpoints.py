@@ -1,4 +1,6 @@
-"""What a run keeps: checkpoints that a killed run goes on from, and what it has learned as an AdapterState. Functions of an open Session."""
+"""What a run keeps: checkpoints that a killed run goes on from, and what it has learned as an
+AdapterState. Functions of an open Session.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def save(s: Session, done: int) -> None:
-    """Writes checkpoints/<done>/: everything that `restore` needs, and beside it the files that can be used elsewhere."""
+    """Writes checkpoints/<done>/: everything that `restore` needs, and beside it the files that can
+    be used elsewhere.
+    """
     s.flush()
     faults.check_state(s, done)
     tree = {
@@ -44,9 +48,13 @@ def save(s: Session, done: int) -> None:
 
 
 def restore(s: Session) -> int:
-    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of another run, naming in what."""
+    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of another
+    run, naming in what.
+    """
     found = s.run.load_checkpoint() if s.config.resume else None
     if found is None:
+        if s.config.resume:
+            print(f"there is no checkpoint in {s.run.folder} yet: the run begins at step 0")
         return 0
     tree = unflatten(found.tensors, found.meta)
     s.changes = list(tree.get("changes", ())) + _accepted(s, tree, found.step)
@@ -76,7 +84,9 @@ def _identity(s: Session) -> dict[str, Any]:
 
 
 def _accepted(s: Session, tree: dict[str, Any], step: int) -> list[str]:
-    """The changes that --resume-anyway takes, said in a line each. Raises UserError for changes without it, and for state that cannot be taken."""
+    """The changes that --resume-anyway takes, said in a line each. Raises UserError for changes
+    without it, and for state that cannot be taken.
+    """
     obstacle = _obstacle(s, tree, step)
     if "identity" not in tree and not obstacle:
         print(f"the checkpoint of step {step} is of an earlier version and does not say what it was made from; it is taken as it is")
@@ -105,7 +115,9 @@ def _obstacle(s: Session, tree: dict[str, Any], step: int) -> str:
 
 
 def _write_missing(s: Session, step: int) -> None:
-    """The files beside the state of a checkpoint, where the process that wrote it was killed in between."""
+    """The files beside the state of a checkpoint, where the process that wrote it was killed in
+    between.
+    """
     folder, state = s.run.folder / "checkpoints" / str(step), learned(s, step)
     if not all(file.is_file() for file in run_paths(state, folder, s.family.layout)):
         with s.averaged():
@@ -124,7 +136,9 @@ def way_back(s: Session) -> str:
 
 
 def learned(s: Session, done: int) -> AdapterState:
-    """What the run has learned after `done` steps, under published names; a full fine-tune has no factors (results.save_model writes it)."""
+    """What the run has learned after `done` steps, under published names; a full fine-tune has no
+    factors (results.save_model writes it).
+    """
     layout = s.family.layout
     components: dict[str, dict[str, Any]] = {}
     for name, module in s.trained.items() if s.has_factors else ():

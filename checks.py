@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import operator
 import os
 import re
@@ -41,6 +42,7 @@ VALIDATION = "--validation.every 0 or more"
 CLASS_PROMPT = "--prior.prompt, the class prompt"
 DATASET = "--data.dataset"
 READS = ("model", "model_config", "vae", "data.images", "data.cache", "validation.images", "prior.images")  # files and folders that are not the run's
+CODE = ("loss", "step", "optimizer.name", "optimizer.schedule", "adapter.kind")  # may name something of one's own, file.py:name
 RANKS = {  # what starters of several processes set -> which of them
     "WORLD_SIZE": "torchrun or accelerate launch", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun",
 }  # fmt: skip
@@ -123,6 +125,7 @@ def config(c: Config, *, data: bool = True) -> None:
     _schedules(c)
     losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
+    _finite(to_table(c), "")
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
 
@@ -141,6 +144,10 @@ def ranks(environment: Mapping[str, str]) -> None:
 def folder(c: Config) -> None:
     """Raises UserError where the run cannot be written to OUT, or where that would touch what is not the run's; changes nothing."""
     given: dict[str, Any] = {_flag(name): reduce(getattr, name.split("."), c) for name in READS}
+    for name in CODE if c.overwrite else ():
+        named: Any = reduce(getattr, name.split("."), c)
+        given[_flag(name)] = named.rpartition(":")[0]
+    destination.check_writable(c.out)
     destination.check_names(c.out)
     for option in ("--data.cache", "--prior.images"):
         if given[option]:
@@ -270,6 +277,18 @@ def _positive(table: dict[str, Any], option: str) -> None:
     for group, value in table.items():
         if not value >= 0:
             raise UserError(f"{option} {group}={value:g}; expected a number of at least 0")
+
+
+def _finite(value: Any, name: str) -> None:
+    """Raises UserError for an option that is NaN or infinite; arguments of losses, schedules and optimisers are theirs to judge."""
+    if isinstance(value, dict) and not name.endswith(("_arg", "args")):
+        for key, inner in value.items():
+            _finite(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _finite(inner, f"{name}.{i}")
+    elif isinstance(value, float) and not math.isfinite(value) and name != "optimizer.clip":  # inf there only measures
+        raise UserError(f"{_flag(name)} is {value:g}; expected a finite number")
 
 
 def _effects(c: Config) -> None:

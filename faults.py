@@ -1,5 +1,6 @@
-"""Losses, gradients, weights and latents that are NaN or infinite: in which step, which group, which
-part of the model, and what to do. Functions of an open Session."""
+"""Losses, gradients, weights and latents that are NaN or infinite: in which step, which group,
+which part of the model, and what to do. Functions of an open Session.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ SKIPS = 25
 
 
 def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError for the first row of the log with a loss or a gradient that is NaN or infinite,
-    and for too many skipped steps in a row.
+    """Raises UserError for the first row of the log with a loss or a gradient that is NaN or
+    infinite, and for too many skipped steps in a row.
 
-    In fp16 a step whose gradient overflows is skipped, which is no fault as long as it happens now and then.
+    In fp16 a step whose gradient overflows is skipped, which is no fault as long as it happens now
+    and then.
     """
     for row in rows:
         count, streak = s.skips
@@ -46,7 +48,9 @@ def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_rows(s: Session, rows: Tensor, name: str, b: int) -> None:
-    """Refuses loss rows that are not one finite number per example; where the model is to blame, not the loss, it is named."""
+    """Refuses loss rows that are not one finite number per example; where the model is to blame,
+    not the loss, it is named.
+    """
     if isinstance(rows, Tensor) and not bool(rows.isfinite().all()) and (sentence := blame(s)):
         raise UserError(sentence)
     losses.check_rows(rows, name, b)
@@ -70,7 +74,9 @@ def last_good(s: Session) -> str:
 
 @torch.no_grad()
 def check_state(s: Session, done: int) -> None:
-    """Raises UserError where a parameter, the optimiser's state or the moving average holds NaN or infinity. Waits for the device once."""
+    """Raises UserError where a parameter, the optimiser's state or the moving average holds NaN or
+    infinity. Waits for the device once.
+    """
     parts: dict[str, dict[int, Tensor]] = {name: dict(enumerate(params)) for name, params in s.groups.items()}
     for group in s.optimizer.param_groups:
         own = [s.optimizer.state.get(p, {}) for p in group["params"]]
@@ -100,8 +106,9 @@ def check_learned(s: Session) -> None:
 
 @torch.no_grad()
 def blame(s: Session) -> str:
-    """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where none is
-    found. Looks at everything, for a run that ends here."""
+    """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where
+    none is found. Looks at everything, for a run that ends here.
+    """
     cure = f"fetch the model again, or use --precision bf16 or fp32 (this run is in {s.config.precision})"
     for name, module in s.family.modules.items():
         if bad := not_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}):

@@ -22,7 +22,6 @@ from lora_core import adapters, bespoke, card, generation, losses, noise, pictur
 from lora_core.card import Card
 from lora_core.config import Config
 from lora_core.data import Example, collate
-from lora_core.errors import UserError
 from lora_core.formats import save_run
 from lora_core.generation import Sizes
 from lora_core.images import read_picture
@@ -51,8 +50,9 @@ def validate(s: Session, done: int) -> None:
     s.scores[done] = sorted(found, key=lambda score: (score.draw, score.bin))  # images in order within each
     for score in s.scores[done]:
         s.run.log({"step": done, **score._asdict()}, to="val")
-    first_mean, now = validation.mean(s.scores[min(s.scores)]), validation.mean(s.scores[done])
-    s.log_book.add(done, val_loss=now, val_change=now / first_mean - 1)
+    before, after = _in_common(s.scores[min(s.scores)], s.scores[done])
+    change = {"val_change": validation.mean(after) / validation.mean(before) - 1} if after else {}  # none: resumed with other images
+    s.log_book.add(done, val_loss=validation.mean(s.scores[done]), **change)
     s.flush()
 
 
@@ -161,7 +161,10 @@ def finish(s: Session) -> Path:
         "tokens": told,
     }
     s.run.write("summary.json", json.dumps(summary, indent=1))
-    print(_table(*scores, s.scored.words) + note if scores else "no validation, so no loss before and after")
+    if scores:
+        print(_table(*scores, s.scored.words))
+    if note or not scores:
+        print(note or "no validation, so no loss before and after")
     if s.skips[0]:
         print(f"{s.skips[0]} of {done} steps were skipped: their gradients overflowed in fp16")
     for entry in told:
@@ -177,25 +180,31 @@ def finish(s: Session) -> Path:
 def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | None, str]:
     """((scores before, scores after), a remark) of the images that both have: a run may be resumed with other ones.
 
-    None without a validation before the first step or after the last one.
+    No scores without a validation before the first step or after the last one, and where the two have no image in common.
     """
     if not s.scores.keys() >= {0, done}:
         return None, ""
     first, last = s.scores[0], s.scores[done]
-    both = {score.key for score in first} & {score.key for score in last}
-    if not both:
-        cure = "resume with the validation images that the run began with"
-        raise UserError(f"no image of the first validation is in that after {done} steps, so before and after cannot be compared; {cure}")
-    before, after = ([score for score in scores if score.key in both] for scores in (first, last))
+    before, after = _in_common(first, last)
+    if not before:
+        return None, f"no loss before and after: the validation after {done} steps has none of the images of the first one"
     if len(before) == len(first) and len(after) == len(last):
         return (first, last), ""
-    return (before, after), f"\nbefore and after are those of the {len(both)} images that both validations have"
+    both = len({score.key for score in before})
+    return (before, after), f"before and after are those of the {both} image{'s' * (both != 1)} that both validations have"
+
+
+def _in_common(first: Sequence[Score], last: Sequence[Score]) -> tuple[list[Score], list[Score]]:
+    """The scores of two validations on the images that both have: a run may be resumed with other ones."""
+    both = {score.key for score in first} & {score.key for score in last}
+    before, after = ([score for score in scores if score.key in both] for scores in (first, last))
+    return before, after
 
 
 def _remarks(s: Session, note: str) -> dict[str, Any]:
     """What summary.json says of a run that was resumed with changes or skipped steps."""
     remarks: dict[str, Any] = {"changes": s.changes} if s.changes else {}
-    remarks |= {"compared": note.strip()} if note else {}
+    remarks |= {"compared": note} if note else {}
     return remarks | ({} if s.scaler is None else {"skipped": s.skips[0]})
 
 

@@ -178,6 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stdout = None  # at its end Python would write to it once more
+        with suppress(OSError):
+            print("error: the program that this output was piped to has ended (| head?); write the output to a file", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # SIGHUP: the terminal is gone
             print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)

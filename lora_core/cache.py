@@ -16,10 +16,12 @@ from lora_core.run import atomic, not_finite
 
 
 class Cache:
-    """Rows of named tensors on the CPU, in memory and, given a folder, on disk as one safetensors file a row.
+    """Rows of named tensors on the CPU, in memory and, given a folder, on disk as one safetensors
+    file a row.
 
-    A row's name is a hash of `settings` (whatever made it: model, dtype, length ...) and its key (an image's content and cut, a prompt), never a
-    position: a cache read in another order than it was filled in pairs captions with the wrong images (a public defect, diffusers #14430).
+    A row's name is a hash of `settings` (whatever made it: model, dtype, length ...) and its key
+    (an image's content and cut, a prompt), never a position: a cache read in another order than it
+    was filled in pairs captions with the wrong images (a public defect, diffusers #14430).
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | str | None = None) -> None:
@@ -32,10 +34,12 @@ class Cache:
     def get(
         self, keys: Sequence[str], compute_one: Callable[[int], Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> dict[str, Tensor]:
-        """Name -> [b, ...], row i belonging to keys[i]; `compute_one(i)` gives one row without its batch axis and is asked only for missing ones.
+        """Name -> [b, ...], row i belonging to keys[i]; `compute_one(i)` gives one row without its
+        batch axis and is asked only for missing ones.
 
-        Rows are computed one at a time, so their bits do not depend on the batch. `shapes` are those of a row. Raises UserError naming the file of
-        a row on the disk that is damaged, not finite or of other names or shapes, ValueError when rows differ in names or shapes.
+        Rows are computed one at a time, so their bits do not depend on the batch. `shapes` are
+        those of a row. Raises UserError naming the file of a row on the disk that is damaged, not
+        finite or of other names or shapes, ValueError when rows differ in names or shapes.
         """
         rows = [self._row(self._name(key), lambda i=i: compute_one(i), shapes) for i, key in enumerate(keys)]  # type: ignore[misc]
         kinds = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]

@@ -61,7 +61,7 @@ def check_target(repo_id: str) -> None:
         if hasattr(api, "auth_check"):
             api.auth_check(repo_id, write=True)
     except Exception as error:  # see `push`
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         cure = "log in (hf auth login), or leave it out and upload the folder later"
         raise UserError(f"--push-to-hub {repo_id} cannot be written to: {reason}; {cure}") from None
 

@@ -8,18 +8,15 @@ from pathlib import Path
 
 from lora_core.errors import UserError
 from lora_core.formats import run_files
-from lora_core.lock import LOCK
-from lora_core.run import temporary_name
+from lora_core.run import MARKS, is_run, some_names, temporary_name
 
-# What a run has; the last one alone if it was killed at its very beginning.
-MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK)
 # The longest path below OUT, beside those with the run's own name.
 LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
 
 def check_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
-    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with or,
-    by `overwrite`, would move away.
+    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with
+    or, by `overwrite`, would move away.
 
     `inputs` is option -> path; "" and what is not there (a hub id) is passed over.
     """
@@ -38,14 +35,35 @@ def check_overwritten(out: Path | str) -> None:
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if not held:
         return
-    if Path.cwd().is_relative_to(folder):
+    if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"--overwrite would move {out}, in which this command runs; start it from another folder")
-    if not _is_run(folder):
-        some = ", ".join(sorted(held)[:3]) + (" ..." if len(held) > 3 else "")
-        raise UserError(f"--overwrite moves runs only, and {out} is none: it holds {some} and none of {', '.join(MARKS[:3])}; name another --out")
-    runs = sorted(name for name in held if name != MARKS[2] and _is_run(folder / name))
+    if folder.is_symlink():
+        raise UserError(f"--overwrite would move the link {out}, not the run that it leads to; name {folder.resolve()} or another --out")
+    if os.path.ismount(folder):
+        raise UserError(f"--overwrite would move {out}, where a disk or a volume is mounted; name a folder in it, or another --out")
+    if not is_run(folder):
+        raise UserError(
+            f"--overwrite moves runs only, and {out} is none: it holds {some_names(folder)} and none of {', '.join(MARKS[:3])}; name another --out"
+        )
+    runs = sorted(name for name in held if name != MARKS[2] and is_run(folder / name))
     if runs:
         raise UserError(f"--overwrite would move {out} with the other runs in it ({', '.join(runs[:3])}); name another --out")
+
+
+def check_writable(out: Path | str) -> None:
+    """Raises UserError where no folder can be made at `out`, or nothing written to the one that is
+    there.
+    """
+    folder = Path(os.path.abspath(out))
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.exists():
+        raise UserError(
+            f"--out {out} is no place for a run: {there} is a link to {os.readlink(there)}, which is not there; make it or name another --out"
+        )
+    if not there.is_dir():
+        raise UserError(f"--out {out} is no place for a run: {there} is a file; name another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written: {there} is read-only or another user's; name another --out or mend its permissions")
 
 
 def check_names(out: Path | str) -> None:
@@ -73,7 +91,8 @@ def check_lengths(option: str, files: Iterable[Path]) -> None:
 
 
 def _relation(folder: Path, path: Path) -> str:
-    """How a folder stands to a path, as words of a sentence: "is", "holds", "lies in"; "" where neither holds the other.
+    """How a folder stands to a path, as words of a sentence: "is", "holds", "lies in"; "" where
+    neither holds the other.
 
     Compared by the names and, through links, by what they lead to.
     """
@@ -93,12 +112,10 @@ def _same(a: Path, b: Path) -> bool:
         return False
 
 
-def _is_run(folder: Path) -> bool:
-    return any((folder / mark).exists() for mark in MARKS)
-
-
 def _limit(folder: Path, name: str) -> int | None:
-    """A limit in bytes of the file system at `folder`; None where there is none or nobody says (Windows)."""
+    """A limit in bytes of the file system at `folder`; None where there is none or nobody says
+    (Windows).
+    """
     try:
         limit = os.pathconf(folder, name)
     except (AttributeError, OSError, ValueError):

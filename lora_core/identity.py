@@ -26,6 +26,7 @@ FREE = {  # option or section -> why another value leaves what is learned as it 
     "stages": "compared one by one, those that have begun",
 }
 SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")  # of a config, each a table of options
+CAST = {"vae": "vae_precision", "scheduler": ""}  # component -> the option that it is loaded by, for all others `precision`
 SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
@@ -40,7 +41,8 @@ def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequen
 
 
 def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, prediction: str) -> dict[str, str]:
-    """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the noise schedule.
+    """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the
+    noise schedule.
 
     As loaded, so before adapters and tokens change it, and the same for a folder, a hub id and a
     single file. 64 numbers spread over each tensor tell any two trainings apart and cost one
@@ -54,15 +56,18 @@ def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, predict
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
-    """What differs between two identities for the first `step` steps, one phrase each with its name,
-    its old and its new value."""
+    """What differs between two identities for the first `step` steps, one phrase each with its
+    name, its old and its new value.
+    """
     found = [f"{name} was {_shown(value)}, is {_shown(new['settings'][name])}"
              for name, value in old["settings"].items() if name in new["settings"] and new["settings"][name] != value]  # fmt: skip
     found += _stages(old["stages"], new["stages"], step)
     for what in ("images", "class images"):
         found += _differing(old[what], new[what], what.removesuffix("s"))
     for name in dict.fromkeys([*old["model"], *new["model"]]):
-        if old["model"].get(name) != new["model"].get(name):
+        option = CAST.get(name, "precision")
+        cast = old["settings"].get(option) != new["settings"].get(option)  # said above; numbers of another precision tell nothing
+        if old["model"].get(name) != new["model"].get(name) and not cast:
             found.append(f"the model's {name} is another one")
     return found
 
@@ -81,8 +86,9 @@ def _is_free(name: str) -> bool:
 
 
 def _stages(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int) -> list[str]:
-    """Changes of the stages that have begun; the one under way may end earlier or later, but not before
-    what is done of it."""
+    """Changes of the stages that have begun; the one under way may end earlier or later, but not
+    before what is done of it.
+    """
     found: list[str] = []
     first = 0
     for i, before in enumerate(old):
@@ -113,7 +119,9 @@ def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """The files' names, with their folders where they lie in several: what stays when the data set is moved."""
+    """The files' names, with their folders where they lie in several: what stays when the data set
+    is moved.
+    """
     folders = {record.path.parent for record in records}
     return [record.path.name if len(folders) == 1 else f"{record.path.parent.name}/{record.path.name}" for record in records]
 

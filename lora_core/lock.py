@@ -1,4 +1,6 @@
-"""One process per run folder: the operating system's lock on OUT/.lock, which ends with its process."""
+"""One process per run folder: the operating system's lock on OUT/.lock, which ends with its
+process.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,9 @@ class FolderLock:
         return lock
 
     def follow(self, folder: Path) -> FolderLock:
-        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved the
-        folder with its lock away."""
+        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved
+        the folder with its lock away.
+        """
         path = folder / LOCK
         if _is_at(self.file, path):
             return self

@@ -1,4 +1,6 @@
-"""One step of an optimiser on parameters of a few numbers, before any weight is read: what this loop asks of it, it can do or is refused."""
+"""One step of an optimiser on parameters of a few numbers, before any weight is read: what this
+loop asks of it, it can do or is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ STEPS = 2  # the first ones, in which state is made
 
 
 def rehearse(name: str, settings: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any], device: torch.device) -> list[str]:
-    """Sentences of warning about an optimiser that works, as it is given: `settings` of each group (optim.group_settings), `args` of its class.
+    """Sentences of warning about an optimiser that works, as it is given: `settings` of each group
+    (optim.group_settings), `args` of its class.
 
-    Raises UserError for a class or package that is not there, for settings it refuses, for one whose step needs a closure, fails, or cannot be
-    steered by the learning rates of its groups, and for one whose state a checkpoint cannot hold. Draws from no generator that is used elsewhere.
+    Raises UserError for a class or package that is not there, for settings it refuses, for one
+    whose step needs a closure, fails, or cannot be steered by the learning rates of its groups, and
+    for one whose state a checkpoint cannot hold. Draws from no generator that is used elsewhere.
     """
     step, known = optim.resolve_optimizer(name).step, optim.arguments(name)
     closure = inspect.signature(step).parameters.get("closure")
@@ -85,7 +89,9 @@ def _resumes(
     settings: Mapping[str, Mapping[str, Any]],
     args: Mapping[str, Any],
 ) -> list[str]:
-    """A sentence where a new optimiser does not go on from a saved state as the run does that saved it; `params` are its parameters at that time."""
+    """A sentence where a new optimiser does not go on from a saved state as the run does that saved
+    it; `params` are its parameters at that time.
+    """
     again = _built(name, params, settings, args)
     try:
         again.load_state_dict(saved)

@@ -1,4 +1,6 @@
-"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle, resume that loses and repeats nothing."""
+"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle, resume that
+loses and repeats nothing.
+"""
 
 import contextlib
 import errno
@@ -23,6 +25,10 @@ from lora_core.lock import LOCK, FolderLock
 
 K = TypeVar("K", bound=Hashable)
 SUMS = "checksums.b2"  # of a checkpoint's two files, as b2sum writes and checks them
+LOGS = ("metrics", "val")  # names of the logs, which a resumed run cuts
+# What a run has; the last ones alone if it ended at its very beginning.
+MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK, "class_images")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")  # names of `temporary_name`
 
 
 class Checkpoint(NamedTuple):
@@ -33,9 +39,11 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any error removes it and leaves an old `path` as it was.
+    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any
+    error removes it and leaves an old `path` as it was.
 
-    The name keeps the suffix (image writers choose their format by it). UserError in one sentence when the disk is full.
+    The name keeps the suffix (image writers choose their format by it). UserError in one sentence
+    when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,24 +63,41 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, of which there may be no more than its beginning."""
+    return any((folder / mark).exists() for mark in MARKS)
+
+
+def some_names(folder: Path) -> str:
+    """The first three names in a folder, for a sentence about what it holds."""
+    held = sorted(path.name for path in folder.iterdir())
+    return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+
+
 def hold_folder(folder: Path) -> FolderLock:
-    """The lock on the folder of a run, made where it is missing. Raises UserError where another process has it, or the disk refuses."""
+    """The lock on the folder of a run, made where it is missing. Raises UserError where another
+    process has it, or the disk refuses.
+    """
     with _disk_errors(folder):
         return FolderLock.hold(folder)
 
 
 class Run:
-    """An open run folder. `step` everywhere is the number of steps done: a row or checkpoint with step n says how things are after n steps."""
+    """An open run folder. `step` everywhere is the number of steps done: a row or checkpoint with
+    step n says how things are after n steps.
+    """
 
     def __init__(self, folder: Path, *, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
 
     @classmethod
     def open(cls, out: Path | str, *, resume: bool = False, overwrite: bool = False, keep: int | None = None) -> "Run":
-        """The run in `out`, a new one unless `resume`; `keep` is the number of newest checkpoints kept (None: all).
+        """The run in `out`, a new one unless `resume`; `keep` is the number of newest checkpoints
+        kept (None: all).
 
-        A folder with anything in it is refused without `resume` or `overwrite`, which moves it to OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...).
-        `resume` cuts the logs after the newest whole checkpoint and clears away what a killed process left half-written.
+        A folder with anything in it is refused without `resume` or `overwrite`, which moves it to
+        OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...). `resume` cuts the logs after the newest
+        whole checkpoint and clears away what a killed process left half-written.
         """
         if keep is not None and keep < 1:
             raise UserError(f"the number of checkpoints to keep is {keep}; expected at least 1")
@@ -88,7 +113,9 @@ class Run:
 
     @staticmethod
     def check(out: Path | str, *, resume: bool, overwrite: bool) -> tuple[Path, bool]:
-        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open` would refuse it."""
+        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open`
+        would refuse it.
+        """
         folder = Path(os.path.abspath(out))
         if resume and overwrite:
             raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
@@ -97,6 +124,9 @@ class Run:
         occupied = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
         if resume and not occupied:
             raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
+        if occupied and not overwrite and not is_run(folder):
+            wanted = "the folder of the run to resume" if resume else "another --out"
+            raise UserError(f"{out} holds {some_names(folder)} and none of a run's {', '.join(MARKS[:3])}; name {wanted}")
         if occupied and not resume and not overwrite:
             raise UserError(
                 f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
@@ -111,7 +141,9 @@ class Run:
         return self.folder / name
 
     def log(self, row: dict[str, Any], *, to: str = "metrics") -> None:
-        """Appends a row, which has a "step", to OUT/<to>.jsonl and flushes it; a row that does not fit on the disk leaves no trace."""
+        """Appends a row, which has a "step", to OUT/<to>.jsonl and flushes it; a row that does not
+        fit on the disk leaves no trace.
+        """
         if type(row.get("step")) is not int:
             raise ValueError(f"a row of {to}.jsonl has step {row.get('step')!r}; expected the number of steps done, by which a resumed run cuts")
         path, line = self.folder / f"{to}.jsonl", (json.dumps(row) + "\n").encode()
@@ -126,7 +158,8 @@ class Run:
                 raise
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
-        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not at all, then drops the ones beyond `keep`.
+        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not
+        at all, then drops the ones beyond `keep`.
 
         Returns the folder. `meta` is what JSON can hold; `flatten` makes both from nested state.
         """
@@ -152,8 +185,14 @@ class Run:
         return folder
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none; each damaged one that is passed over is named in a printed line."""
-        for folder in self._checkpoints():
+        """The newest whole checkpoint, or None if there is none; each damaged one that is passed
+        over is named in a printed line.
+
+        Raises UserError where all of them are damaged, and for one that cannot be read now, which
+        says nothing of what is in it.
+        """
+        folders = self._checkpoints()
+        for folder in folders:
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 if (folder / "state.safetensors").stat().st_size != state["bytes"] or state["step"] != int(folder.name):
@@ -164,27 +203,38 @@ class Run:
                 if bad := not_finite(tensors):
                     raise ValueError(f"{bad[0]} holds NaN or infinity")
                 return Checkpoint(state["step"], tensors, state["meta"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                print(f"checkpoint {folder} is damaged ({error}); going back to the one before it", flush=True)
+            except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                print(f"checkpoint {folder} is damaged ({error}) and passed over", flush=True)
+            except OSError as error:
+                cure = f"try again, or remove {folder} to go back to the one before it"
+                raise UserError(f"checkpoint {folder} cannot be read ({error.strerror or error}); {cure}") from error
+        if folders:
+            raise UserError(
+                f"{self.folder} has no whole checkpoint to resume from; start again with --overwrite, which moves it to {self.folder.name}.bak"
+            )
         return None
 
     def _checkpoints(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
-        folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name)]
+        folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name) and path.is_dir()]
         return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def _rewind(self) -> None:
-        """Makes the folder what it was when the newest whole checkpoint was written: rows and checkpoints after it go, and so do temporary files."""
-        for left in [*self.folder.rglob(".*.tmp"), *self.folder.rglob(".*.tmp.*")]:
+        """Makes the folder what it was when the newest whole checkpoint was written: rows and
+        checkpoints after it go, and so do temporary files.
+        """
+        for left in [path for path in self.folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         checkpoint = self.load_checkpoint()
         step = checkpoint.step if checkpoint else -1  # without one everything is done again, the validation before the first step too
         for damaged in [folder for folder in self._checkpoints() if int(folder.name) > step]:
             _drop(damaged)
-        for path in self.folder.glob("*.jsonl"):
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _belongs(line, step)]
+        for path in [self.folder / f"{name}.jsonl" for name in LOGS]:
+            if not path.is_file():
+                continue
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, step)]
             with atomic(path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_bytes(b"".join(kept))
 
 
 def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
@@ -200,7 +250,8 @@ def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None; `unflatten` gives the same tree, floats to the bit.
+    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None;
+    `unflatten` gives the same tree, floats to the bit.
 
     Raises TypeError naming the place of anything else. Tensors are not copied.
     """
@@ -245,7 +296,9 @@ def unflatten(tensors: dict[str, Tensor], meta: Any) -> Any:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory (safetensors refuses those: a shared d stands in every group)."""
+    """Contiguous CPU tensors of which no two share memory (safetensors refuses those: a shared d
+    stands in every group).
+    """
     apart, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -265,28 +318,34 @@ def _sums(folder: Path) -> str:
     return "".join(lines)
 
 
-def _belongs(line: str, step: int) -> bool:
-    """Whether a row of a log was written at or before `step`; the last line of a killed process may be half a row."""
+def _belongs(line: bytes, step: int) -> bool:
+    """Whether a row of a log was written at or before `step`; the last line of a killed process may
+    be half a row.
+    """
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def _back_up(folder: Path) -> None:
     """Moves OUT to OUT.bak, and an OUT.bak that is already there to the first free OUT.bak.N."""
-    if Path.cwd().is_relative_to(folder):
+    if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"--overwrite would move {folder}, in which this command runs; start it from another folder")
     backup = folder.with_name(folder.name + ".bak")
-    if backup.exists():
-        number = next(n for n in range(1, 1_000_000) if not folder.with_name(f"{backup.name}.{n}").exists())
-        backup.rename(folder.with_name(f"{backup.name}.{number}"))
-    with _disk_errors(folder):
+    try:
+        if os.path.lexists(backup):
+            number = next(n for n in range(1, 1_000_000) if not os.path.lexists(folder.with_name(f"{backup.name}.{n}")))
+            backup.rename(folder.with_name(f"{backup.name}.{number}"))
         folder.rename(backup)
+    except OSError as error:  # a mount point, a layer of a container, another user's folder, a name too long
+        raise UserError(f"--overwrite cannot move {folder} to {backup.name} ({error.strerror}); name another --out") from error
 
 
 def _drop(folder: Path) -> None:
-    """Removes a folder under a name that nothing reads, so that a kill in between leaves no half of it."""
+    """Removes a folder under a name that nothing reads, so that a kill in between leaves no half of
+    it.
+    """
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         folder.rename(gone)

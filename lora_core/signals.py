@@ -4,12 +4,16 @@ between two steps, after a checkpoint."""
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+# Seconds in which a further signal is the same request: `timeout` and a closed terminal send theirs
+# twice, systemd a SIGHUP after the SIGTERM.
+ONE_REQUEST = 1.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -24,13 +28,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only makes it true.
+    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only
+    makes it true.
 
-    A signal that the process was started to ignore (nohup) stays ignored, and outside of the main thread nothing changes.
+    What comes within a second of the first signal is the same request, and changes nothing. A
+    signal that the process was started to ignore (nohup) stays ignored, and outside of the main
+    thread nothing changes.
     """
 
     def __enter__(self) -> Signals:
-        self.number, self.waits = 0, False  # of the first signal, and whether it may wait
+        self.number, self.waits, self.since = 0, False, 0.0  # of the first signal; whether it may wait; when it came
         self.before: dict[int, Any] = {}
         for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
             handler = signal.getsignal(number)
@@ -64,6 +71,10 @@ class Signals:
             raise Stopped("", self.number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        first, self.number = not self.number, self.number or number
+        first = not self.number
+        if first:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since < ONE_REQUEST:
+            return
         if not (first and self.waits):
             raise Stopped("", number)

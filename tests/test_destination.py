@@ -40,6 +40,19 @@ def test_a_folder_with_what_the_run_reads_is_refused(tmp_path: Path, option: str
     assert inside.is_dir() and not (tmp_path / "project.bak").exists()
 
 
+@pytest.mark.parametrize("option", checks.CODE)
+def test_code_of_ones_own_is_not_moved_away(tmp_path: Path, option: str) -> None:
+    (out := tmp_path / "run").mkdir()
+    (out / "config.toml").touch()
+    (out / "mine.py").touch()
+    section, _, name = option.rpartition(".")
+    given: dict = {name: f"{out}/mine.py:mine"}
+    given = {section: replace(getattr(Config(), section), **given)} if section else given
+    with pytest.raises(UserError, match=f"holds --{option} .*mine.py: --overwrite would move"):
+        checks.folder(replace(Config(out=str(out), overwrite=True), **given))
+    checks.folder(replace(Config(out=str(tmp_path / "new"), overwrite=True), **given))
+
+
 def test_a_run_below_the_images_is_fine_until_it_is_moved(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     config = Config(out=str(tmp_path / "photos" / "run"), data=Data(images=str(tmp_path / "photos")))
@@ -108,3 +121,56 @@ def test_a_picture_with_too_long_a_name_is_refused_before_it_is_drawn(tmp_path: 
     out = tmp_path / ("x" * 240 + ".png")  # fits, but not while it is written
     assert infer.main(["--model", "nowhere", "--prompt", "a", "--out", str(out)]) == 2
     assert "--out leads to a file name of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held", ["metadata.jsonl", "captions.jsonl", ".photo.jpg.tmp", "notes.txt"])
+def test_only_runs_are_resumed(tmp_path: Path, held: str) -> None:
+    (tmp_path / held).write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    for resume, cure in ((True, "name the folder of the run to resume"), (False, "name another --out")):
+        with pytest.raises(UserError, match=rf"holds {held} and none of a run's .*; {cure}"):
+            checks.folder(Config(out=str(tmp_path), resume=resume))
+        with pytest.raises(UserError, match=cure):
+            Run.open(tmp_path, resume=resume)
+    (tmp_path / "config.toml").touch()  # even then nothing of others is cut or cleared away
+    Run.open(tmp_path, resume=True)
+    assert (tmp_path / held).read_text().startswith("{")
+
+
+@pytest.mark.parametrize("mark", ["config.toml", "metrics.jsonl", "checkpoints", "class_images", ".lock"])
+def test_the_beginning_of_a_run_is_resumed_or_moved(tmp_path: Path, mark: str) -> None:
+    (out := tmp_path / "out").mkdir()
+    (out / mark).touch() if "." in mark else (out / mark).mkdir()
+    (out / "x.txt").touch()
+    for resume in (True, False):
+        checks.folder(Config(out=str(out), resume=resume, overwrite=not resume))
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    for name, told in (("file", "file is a file"), ("file/run", "file is a file"), ("link", "link to .*away, which is not"), ("link/a", "link to")):
+        with pytest.raises(UserError, match=rf"{told}.*name another --out"):
+            checks.folder(Config(out=str(tmp_path / name)))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match="read-only or another user's"):
+        checks.folder(Config(out=str(tmp_path / "new" / "run")))
+
+
+def test_a_link_and_a_mount_point_are_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run := tmp_path / "disk" / "run").mkdir(parents=True)
+    (run / "config.toml").touch()
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(UserError, match=f"name {run} or another --out"):
+        destination.check_overwritten(tmp_path / "link")
+    destination.check_overwritten(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: path == run)
+        with pytest.raises(UserError, match="is mounted; name a folder in it"):
+            destination.check_overwritten(run)
+
+    def busy(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UserError, match=r"cannot move .*run to run.bak \(Device or resource busy\)"):
+        Run.open(run, overwrite=True)

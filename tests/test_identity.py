@@ -108,6 +108,13 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
     assert changes(made(Config(), model=one), made(Config(), model=three), 1) == [
         f"the model's {name} is another one" for name in ("unet", "vae", "scheduler")
     ]
+    half, rough = replace(Config(), precision="bf16"), replace(Config(), vae_precision="bf16")  # numbers that are rounded are no other model
+    for config, said in (
+        (half, ["precision was fp32, is bf16", "vae", "scheduler"]),
+        (rough, ["vae_precision was fp32, is bf16", "unet", "scheduler"]),
+    ):
+        found = changes(made(Config(), model=one), made(config, model=three), 1)
+        assert found == [said[0], *(f"the model's {name} is another one" for name in said[1:])]
 
 
 def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
@@ -132,10 +139,27 @@ def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
     first, last = ({r["key"]: r["loss"] for r in scores if r["step"] == step} for step in (0, 3))
     assert len(last) == 6 and summary["val_loss_before"] == pytest.approx(sum(first.values()) / 5)
     assert summary["val_loss_after"] == pytest.approx(sum(last[key] for key in first) / 5)
+    (logged,) = [r["val_change"] for r in rows(run) if r["step"] == 3 and "val_change" in r]
+    assert logged == pytest.approx(summary["val_loss_after"] / summary["val_loss_before"] - 1)
     with safe_open(run / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["lora_core.changes"].split("\n") == said
     train.train(replace(longer, stages=(Stage(4),)))  # what was taken is the run's own from then on
     assert json.loads((run / "summary.json").read_text())["changes"] == said
+
+
+def test_a_run_that_goes_on_with_other_images_ends_without_a_comparison(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train.train(config)
+    other = Path(config.out).parent / "other"
+    other.mkdir()
+    for i in range(2):
+        Image.new("RGB", (24, 24), (90 * i, 30, 60)).save(other / f"{i}.png")
+        (other / f"{i}.txt").write_text("a TOK")
+    new = replace(config, data=replace(config.data, images=str(other)), stages=(Stage(3),), resume=True, resume_anyway=True)
+    train.train(new)
+    assert (told := "the validation after 3 steps has none of the images of the first one") in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert told in summary["compared"] and summary["val_loss_after"] is None and "loss before" not in (run / "README.md").read_text()
+    assert [r for r in rows(run) if r["step"] == 3 and "val_loss" in r and "val_change" not in r]
 
 
 def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:

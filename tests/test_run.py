@@ -109,7 +109,8 @@ def test_rows_are_appended_and_cut_on_resume(tmp_path):
         run.log({"step": step, "bin": 0}, to="val")
         if step == 4:
             run.save_checkpoint(4, {}, None)
-    with open(run.folder / "metrics.jsonl", "a") as file:
+    with open(run.folder / "metrics.jsonl", "a", encoding="latin-1") as file:
+        file.write("\0\0\xff\n")  # after a power cut
         file.write('{"step": 4, "lo')  # killed in the middle of a row
     resumed = Run.open(tmp_path / "out", resume=True)
     assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(resumed, "val")] == [1, 2, 3, 4]
@@ -215,6 +216,34 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage)
     resumed = Run.open(tmp_path / "out", resume=True)
     assert str(new) in capsys.readouterr().out and not new.exists()
     assert resumed.load_checkpoint().step == 1 and rows(resumed) == [{"step": 1}]
+
+
+def test_without_a_whole_checkpoint_nothing_is_done_again_in_silence(tmp_path):
+    run = Run.open(tmp_path / "out")
+    for step in (1, 2):
+        run.log({"step": step})
+        os.truncate(run.save_checkpoint(step, {"a": torch.ones(64)}, {}) / "state.safetensors", 100)
+    before = listing(run.folder)
+    with pytest.raises(UserError, match=r"no whole checkpoint.*--overwrite, which moves it to out.bak"):
+        Run.open(tmp_path / "out", resume=True)
+    assert listing(run.folder) == before
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, code):
+    run = Run.open(tmp_path / "out")
+    for step in (1, 2):
+        run.save_checkpoint(step, {"a": torch.ones(4)}, {})
+    (run.folder / "checkpoints" / "3").write_text("a file of somebody's")
+    before = listing(run.folder)
+
+    def fails(path):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"2 cannot be read .{os.strerror(code)}.*; try again"):
+        patch.setattr(run_module, "load_file", fails)
+        Run.open(tmp_path / "out", resume=True)
+    assert listing(run.folder) == before and Run.open(tmp_path / "out", resume=True).load_checkpoint().step == 2
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
+from lora_core import signals as signals_module
 from lora_core.config import Config, Stage
 from lora_core.signals import Signals, Stopped
 from lora_core.toml import to_toml
@@ -17,7 +18,9 @@ EVERY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", EVERY)
-def test_a_signal_waits_for_the_step_and_a_second_one_does_not(number: signal.Signals) -> None:
+def test_a_signal_waits_for_the_step_and_a_later_one_does_not(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [10.0]
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: clock[0])
     before = [signal.getsignal(n) for n in EVERY]
     with Signals() as signals:
         with signals.deferred() as stop:
@@ -26,6 +29,10 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not(number: signal.Si
             assert stop
             with pytest.raises(Stopped) as first:
                 stop.raise_()
+            clock[0] += 0.9
+            for again in (number, signal.SIGTERM, signal.SIGHUP):  # timeout, a closed terminal, systemd
+                signal.raise_signal(again)
+            clock[0] += 0.2
             with pytest.raises(Stopped) as second:
                 signal.raise_signal(signal.SIGTERM)
         assert (first.value.number, second.value.number) == (number, signal.SIGTERM)
@@ -68,6 +75,7 @@ def test_a_run_saves_and_ends_with_the_signals_status(
     def stopped(self: Session, *args: object) -> None:
         calls.append(1)
         if len(calls) == 3:
+            signal.raise_signal(number)
             signal.raise_signal(number)
         prepare(self, *args)  # type: ignore[arg-type]
 
