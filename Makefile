@@ -18,7 +18,9 @@ IMAGES ?= ../shared/data/monster_toy
 .PHONY: ready wanted demo demo-photos test test-other-cpu test-all lint
 
 .venv/ready: pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@$(PY) -c "import sys; v = sys.version.split()[0]; \
+	sys.exit(sys.version_info < (3, 11) and f'.venv has Python {v}, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make ...')"
 	$(PIP) $(TORCH_WANTED)
 	$(PIP) $(REST_WANTED)
 	touch $@

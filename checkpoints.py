@@ -62,7 +62,11 @@ def restore(s: Session) -> int:
         for group, params in s.groups.items():
             for p, saved in zip(params, tree["groups"][group]):
                 p.copy_(saved)
-    s.optimizer.load_state_dict(tree["optimizer"])
+    try:
+        s.optimizer.load_state_dict(tree["optimizer"])
+    except Exception as error:  # of a class that may be anybody's
+        told = f"cannot take up the state it saved ({type(error).__name__}: {error})"
+        raise UserError(f"{s.config.optimizer.name} {told}, so that this run cannot be resumed; begin anew in another --out") from error
     for state in s.optimizer.param_groups:  # as this config says, not as the saved state does
         state.update(s.settings[state["name"]] | {k: v for k, v in s.config.optimizer.args.items() if k in state})
     if s.scaler is not None and tree["scaler"] is not None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         "optimizer.warmup", "optimizer.clip", "samples.every", "validation.count", "clip_skip", "max_sequence_length", "tokens.vectors"),
 }  # fmt: skip
 FRACTIONS = ("adapter.dropout", "adapter.rank_dropout", "adapter.module_dropout", "data.caption_dropout", "ema")  # [0, 1)
+ARGUMENTS = ("args", "schedule_args", "density_args", "loss_arg", "weighting_arg")  # of functions, which may take infinity
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 TRAINS_TOKENS = "a stage that trains tokens"
 VALIDATION = "--validation.every 0 or more"
@@ -77,6 +79,7 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prior.swap_weight": (lambda c: bool(c.prior.swap), "--prior.swap"),
     "adapter.norm_grad": (lambda c: c.adapter.kind == "dora", "--adapter.kind dora"),
     "autocast": (lambda c: c.precision == "fp32", "--precision fp32, weights that are not in bf16 already"),
+    "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
     "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
@@ -120,12 +123,12 @@ def config(c: Config, *, data: bool = True) -> None:
         raise UserError(f"--noise.dynamic-shift takes its shift from the model, --noise.shift {c.noise.shift:g} gives another; choose one of the two")
     check_unicode(to_table(c), "")
     _stages(c)
+    _finite(c, "--")
     _effects(c)
     _placeholders(c)
     _schedules(c)
     losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
-    _finite(to_table(c), "")
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
 
@@ -279,16 +282,19 @@ def _positive(table: dict[str, Any], option: str) -> None:
             raise UserError(f"{option} {group}={value:g}; expected a number of at least 0")
 
 
-def _finite(value: Any, name: str) -> None:
-    """Raises UserError for an option that is NaN or infinite; arguments of losses, schedules and optimisers are theirs to judge."""
-    if isinstance(value, dict) and not name.endswith(("_arg", "args")):
-        for key, inner in value.items():
-            _finite(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            _finite(inner, f"{name}.{i}")
-    elif isinstance(value, float) and not math.isfinite(value) and name != "optimizer.clip":  # inf there only measures
-        raise UserError(f"{_flag(name)} is {value:g}; expected a finite number")
+def _finite(section: Any, flag: str) -> None:
+    """Raises UserError for NaN and infinity, but for arguments of functions and a norm that is not to be clipped. `flag`: how its options begin."""
+    for name in (field.name for field in fields(section)):
+        value, option = getattr(section, name), flag + name.replace("_", "-")
+        if is_dataclass(value):
+            _finite(value, f"{option}.")
+        for i, stage in enumerate(value if name == "stages" else ()):
+            _finite(stage, f"{option}.{i}.")
+        numbers = {f"{option} is ": value} if (name, value) != ("clip", math.inf) else {}
+        numbers |= {f"{option} {key}=": one for key, one in value.items()} if isinstance(value, dict) and name not in ARGUMENTS else {}
+        for told, number in numbers.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{told}{number:g}; expected a finite number")
 
 
 def _effects(c: Config) -> None:
@@ -320,6 +326,8 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
 
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
     """
+    if broken := {glob: rank for glob, rank in c.adapter.rank_pattern.items() if rank % 1}:
+        raise UserError("; ".join(f"--adapter.rank-pattern {glob}={rank:g}" for glob, rank in broken.items()) + "; expected a whole number")
     a, text = c.adapter, [name for name in layout.presets if name in layout.encoders]
     has_rank = is_low_rank(kind_class(a.kind))
     wanted = dict.fromkeys([name for name in layout.presets if name not in text], a.targets) if c.trains("denoiser") else {}
@@ -369,6 +377,9 @@ def model(c: Config, family: Family) -> None:
         raise UserError("--noise.guidance has no effect on this model, which is told no guidance scale; leave it out")
     if c.data.dropped != "model" and not family.zeros:
         raise UserError(f"--data.dropped {c.data.dropped} has no effect on this model, which samples an empty prompt with its encoding; leave it out")
+    if c.validation.every >= 0 and c.validation.bins > len(family.schedule):
+        bins = f"--validation.bins is {c.validation.bins}"
+        raise UserError(f"{bins}, more than the {len(family.schedule)} timesteps of this model, each of which is a bin of its own then; lower it")
     if c.data.caption_dropout:
         print(f"dropped captions: {'zeros' if drops_to_zeros(c, family) else 'the encoding of the empty prompt'}")
     if c.samples.negative and family.distilled_guidance:

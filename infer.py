@@ -117,6 +117,8 @@ def infer(config: Infer) -> list[Path]:
     prompts, axes = read_prompts(config), [parse_axis(text) for text in config.grid]
     arguments = [parse_lora(text) for text in config.lora]
     _check(config, axes, prompts, len(arguments))
+    for argument in arguments:
+        _whole_model(config.model, Path(argument.path))
     if config.threads:
         torch.set_num_threads(config.threads)
     family = load_family(config.model, _loading(config, arguments))
@@ -315,6 +317,13 @@ def _by_component(given: dict[str, float], components: Any, source: str, *, whol
             raise UserError(f"{source} adapts {', '.join(components) or 'no network'}, so the strength {name}={value:g} would have no effect")
         out |= dict.fromkeys(found, value)
     return out
+
+
+def _whole_model(given: str, run: Path) -> None:
+    """Says where a run that trained its networks whole has them, if another model is given: its folder adds the tokens alone."""
+    own = run / "model"
+    if own.is_dir() and Path(given).resolve() != own.resolve():
+        print(f"warning: {run} trained the whole model, which is {own}; --model {given} lacks that, give --model {own}", file=sys.stderr)
 
 
 def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lora_core.adapted import Adapted, layers
 from lora_core.errors import UserError
+from lora_core.formats import OWN
 from lora_core.kinds import KINDS, is_low_rank
 from lora_core.run import atomic
 
-ENDING = "_adapter.safetensors"  # after the run's name
+ENDING = OWN  # after the run's name
 NO_FACTORS = (UserError, AttributeError, NotImplementedError)  # what `state` may raise instead of giving factors
 
 

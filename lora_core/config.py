@@ -21,7 +21,11 @@ def _pairs(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpe
     def read(words: list[str]) -> dict[str, Any]:
         if bad := [w for w in words if "=" not in w]:
             raise ValueError(f"expected KEY=VALUE, got {bad[0]}")
-        return {key: parse(value) for key, value in (w.split("=", 1) for w in words)}
+        pairs = [word.split("=", 1) for word in words]
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} is given {keys.count(twice[0])} times, expected once")
+        return {key: parse(value) for key, value in pairs}
 
     return PrimitiveConstructorSpec(
         nargs="*",
@@ -33,11 +37,24 @@ def _pairs(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpe
 
 
 def _value(text: str) -> Any:
-    """A number, a boolean or a list where TOML reads one, else the text itself."""
+    """A number, a boolean or a list where TOML or Python reads one (False, .5), else the text itself."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
+        pass
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text)
+    except ValueError:
         return text
+
+
+def _two_numbers(text: str) -> tuple[float, ...]:
+    numbers = tuple(map(float, text.split(",")))
+    if len(numbers) != 2:
+        raise ValueError(f"expected two numbers B1,B2, got {text}")
+    return numbers
 
 
 Numbers = Annotated[dict[str, float], _pairs(float, "KEY=NUMBER ...")]
@@ -210,12 +227,10 @@ class Optimizer:
     name: str = "adamw"
     """adamw, prodigy, the dotted path of any torch optimiser, or my_optimizer.py:Class."""
     lr: Numbers = field(default_factory=dict)
-    """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each."""
+    """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each, with other classes their own default."""
     weight_decay: Numbers = field(default_factory=dict)
     """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
-    betas: Annotated[dict[str, tuple[float, float]], _pairs(lambda s: tuple(map(float, s.split(","))), "GROUP=B1,B2 ...")] = field(
-        default_factory=dict
-    )
+    betas: Annotated[dict[str, tuple[float, float]], _pairs(_two_numbers, "GROUP=B1,B2 ...")] = field(default_factory=dict)
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: Arguments = field(default_factory=dict)
     """Further arguments of the optimiser's class, e.g. safeguard_warmup=true d_coef=2."""

@@ -285,7 +285,10 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
     if not file.endswith(".py"):
         close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
         raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
-    return from_file(file, name, "class")
+    found = from_file(file, name, "class")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"adapter kind {spec!r} is {found!r}, not a torch.nn.Module class; name the class itself")
+    return found
 
 
 def is_low_rank(kind: Any) -> bool:

@@ -134,10 +134,17 @@ def _optimizer_class(found: Any, name: str) -> type[torch.optim.Optimizer]:
 
 
 def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
-    """Learning rate of each group for an optimiser of RATES, else its class's own default."""
-    known = RATES.get(name, {})
+    """Learning rate of each group for an optimiser of RATES, else its class's own default. Raises UserError where there is none."""
+    own, names = _default_rate(name), list(groups)
+    if own is None and names and name not in RATES:
+        rates = " ".join(f"{group}=1e-4" for group in names)
+        raise UserError(f"optimizer {name} has no learning rate of its own; give --optimizer.lr, such as {rates}")
+    return {group: RATES.get(name, {}).get(group, own) for group in names}  # type: ignore[misc]
+
+
+def _default_rate(name: str) -> float | None:
     own = arguments(name)["lr"].default if "lr" in arguments(name) else None
-    return {group: known.get(group, own if isinstance(own, float | int) else 1e-3) for group in groups}
+    return float(own) if isinstance(own, float | int) else None
 
 
 def arguments(name: str) -> Mapping[str, inspect.Parameter]:
@@ -154,7 +161,7 @@ def group_settings(
     weight decay, ours are no reason to refuse it.
     """
     names = list(groups)
-    rates = default_rates(name, names) | dict(lr)
+    rates = default_rates(name, [group for group in names if group not in lr]) | dict(lr)
     decays = bool(decay) or "weight_decay" in arguments(name)
     settings: dict[str, dict[str, Any]] = {}
     for group in names:
@@ -193,10 +200,12 @@ def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> t
         if option not in arguments(name) and any(option in group for group in groups):
             raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
     check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=GIVEN)
+    rate = {"lr": groups[0]["lr"]} if "lr" in arguments(name) and _default_rate(name) is None else {}  # a class may insist; the groups have theirs
     try:
-        return resolve_optimizer(name)(groups, **args)
+        return resolve_optimizer(name)(groups, **rate, **args)
     except Exception as error:  # of a class that may be anybody's: TypeError, ValueError, AssertionError, RuntimeError without its device ...
-        raise UserError(f"{name} refuses its settings: {error}") from None
+        given = "".join(f" {key}={value!r}" for key, value in args.items())
+        raise UserError(f"{name} refuses its settings: {error}{given and f' (given were --optimizer.args{given})'}") from None
 
 
 @contextmanager

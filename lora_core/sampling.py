@@ -179,7 +179,8 @@ def timesteps(schedule: Schedule, steps: int, *, spacing: Spacing = "leading", o
     else:
         raise UserError(f"unknown spacing {spacing!r}; choose leading, trailing or linspace")
     if steps > count or times[0] > count - 1 or (spacing == "linspace" and steps == 1):
-        raise UserError(f"{steps} steps with {spacing} spacing and offset {offset} do not fit timesteps 0..{count - 1}; change --steps")
+        what = f"{steps} steps with {spacing} spacing and offset {offset}"
+        raise UserError(f"{what} do not fit timesteps 0..{count - 1}; choose another number of sampling steps")
     return times
 
 

@@ -56,9 +56,8 @@ def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count:
     paths, contents = {record.path.resolve() for record in training}, {record.key for record in training}
     seen = sum(record.path.resolve() in paths or record.key in contents for record in chosen)
     kind = "held-out" if not seen else "training" if seen == number else "given"
-    words = (
-        "held-out loss" if not seen else f"loss on {'the' if seen == number else seen} training images" + ("" if seen == number else " and others")
-    )
+    mixed = f"loss on {seen} training image{'' if seen == 1 else 's'} and others"
+    words = {"held-out": "held-out loss", "training": "loss on the training images", "given": mixed}[kind]
     share = (
         f"{number} {kind} image{'' if number == 1 else 's'}" if number == len(images) else f"{number} of {len(images)} {kind} images, evenly chosen"
     )

@@ -135,4 +135,5 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without it
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); leave --device out to take what there is") from None
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"--device {name} cannot be used ({why}); leave --device out to take what there is") from None

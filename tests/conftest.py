@@ -1,9 +1,11 @@
 """A tiny model and a few pictures on disk, and runs of two steps on them."""
 
+import contextlib
 import copy
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,13 @@ def save_photos(folder: Path, captions: str = "a photo of TOK", *, side: int = 2
         mask.save(folder / f"{i}.mask.png")
         (folder / f"{i}.txt").write_text(captions)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repository() -> Iterator[None]:
+    """The working folder of all tests, which name toy/model and examples/, wherever pytest was started."""
+    with contextlib.chdir(Path(__file__).parent.parent):
+        yield
 
 
 @pytest.fixture(scope="session")

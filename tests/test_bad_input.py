@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -79,6 +80,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer module": ({"optimizer": {"name": "torch.optmi.SGD"}}, "module 'torch.optmi' cannot be imported"),
     "optimizer class": ({"optimizer": {"name": "torch.optim.SDG"}}, "nearest: SGD"),
     "optimizer argument": ({"optimizer": {"args": {"epss": 1.0}}}, "no argument 'epss'.*nearest: eps"),
+    "nan of a section": ({"data": {"zoom": math.nan}}, "--data.zoom is nan; expected a finite number"),
+    "infinite offset": ({"noise": {"offset": math.inf}}, "--noise.offset is inf; expected a finite number"),
+    "infinite rate": ({"optimizer": {"lr": {"denoiser": math.inf}}}, "--optimizer.lr denoiser=inf; expected a finite number"),
+    "infinite rate of a stage": ({"stages": (Stage(1, ("denoiser", "tokens"), lr={"tokens": math.inf}),)}, "--stages.0.lr tokens=inf; expected a"),
+    "nan to clip at": ({"optimizer": {"clip": math.nan}}, "--optimizer.clip is nan; expected a finite number"),
+    "half a rank": ({"adapter": {"rank_pattern": {"*": 2.5}}}, r"--adapter.rank-pattern \*=2.5; expected a whole number"),
+    "argument of no weighting": ({"weighting_arg": {"gamma": 5}}, "--weighting-arg has no effect without --weighting"),
+    "more bins than timesteps": ({"validation": {"bins": 1001}}, "--validation.bins is 1001, more than the 1000 timesteps"),
+    "a function as a kind": ({"adapter": {"kind": "examples/my_loss.py:edges"}}, "not a torch.nn.Module class"),
     "optimizer value": ({"optimizer": {"args": {"eps": -1.0}}}, "adamw refuses its settings: AdamW got eps = -1.0"),
     "optimizer closure": ({"optimizer": {"name": "torch.optim.LBFGS"}, "stages": (Stage(1, ("denoiser", "tokens")),)}, "LBFGS"),
     "decay of none": ({"optimizer": {"name": "torch.optim.Rprop", "weight_decay": {"denoiser": 0.1}}}, "takes no weight_decay"),

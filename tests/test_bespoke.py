@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import infer
 import session
 import train
-from lora_core import adapters, bespoke
+from lora_core import adapters, bespoke, formats
 from lora_core.adapters import AdapterSpec
 from lora_core.config import Config, Optimizer, Stage
 from lora_core.errors import UserError
@@ -133,6 +134,9 @@ def test_a_run_writes_its_own_form_and_the_whole_model(config: Config, quick: No
         assert IA3 in file.metadata()["lora_core.config"]
     card = (run / "README.md").read_text()
     assert "run_adapter.safetensors" in card and "no low-rank form" in card and "[model](model)" in card and "rank 16" not in card
+    for place in (run, run / "run_adapter.safetensors"):  # read as a LoRA, by infer.py --lora and merge.py
+        with pytest.raises(UserError, match=rf"holds adapters without a low-rank form.*{run / 'model'}"):
+            formats.load(place)
     tuned, plain = load_family(str(run / "model")), load_family(config.model)
     for name in ("unet", "text_encoder"):
         adapters.inject(plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3))
@@ -156,3 +160,13 @@ def test_a_kind_that_is_wrong_is_refused_before_any_weight(config: Config, forms
     for change, said in cases:
         with pytest.raises(UserError, match=said):
             Session(replace(config, adapter=replace(config.adapter, **change)))
+
+
+def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no LoRA: its run trained the whole model, which is .*run/model; give that as the model"):
+        formats.load(tmp_path / "run")
+    infer._whole_model("toy/model", tmp_path / "run")  # token rows beside it would be drawn with on the base model
+    assert f"--model toy/model lacks that, give --model {tmp_path / 'run/model'}" in capsys.readouterr().err
+    infer._whole_model(str(tmp_path / "run/model"), tmp_path / "run")
+    assert not capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Defaults < TOML < flags; what a config says comes back from its own TOML; wrong names are refused with the nearest one."""
 
+import math
 import re
 import tomllib
 from dataclasses import fields, is_dataclass, replace
@@ -35,6 +36,31 @@ def test_key_value_flags() -> None:
     assert config.optimizer.lr == {"denoiser": 1e-3, "tokens": 2e-2} and config.optimizer.betas == {"tokens": (0.9, 0.95)}
     assert config.loss_arg == {"delta": 0.1, "schedule": "snr"} and config.optimizer.args == {"safeguard_warmup": True, "d_coef": 2}
     assert config.adapter.rank_pattern == {"*.attn2.*": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("True", True), ("false", False), (".5", 0.5), ("5.", 5.0), ("-.1e-2", -1e-3), ("0.1", 0.1), ("3", 3), ("inf", math.inf),
+     ("[1, 2]", [1, 2]), ("snr", "snr"), ("falsehood", "falsehood"), ("'False'", "False")],
+)  # fmt: skip
+def test_arguments_are_read_as_people_write_them(text: str, value: object) -> None:
+    """decouple=False, as every guide has it, is not a text, which would be true."""
+    found = parse("--optimizer.args", f"decouple={text}").optimizer.args["decouple"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optimizer.betas", "denoiser=0.9"], "two numbers B1,B2, got 0.9"),
+        (["--optimizer.betas", "denoiser=0.9,0.9,1"], "two numbers"),
+        (["--optimizer.lr", "denoiser=1", "tokens=1", "denoiser=2"], "denoiser is given 2 times"),
+    ],
+)
+def test_pairs_that_say_too_much_or_too_little_are_named(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(*words)
+    assert said in capsys.readouterr().err
 
 
 def test_a_config_survives_its_own_toml() -> None:

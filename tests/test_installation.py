@@ -81,6 +81,30 @@ def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks
     assert not said
 
 
+@pytest.mark.parametrize(("version", "left"), [("3.10", "whole"), ("3.11", "whole"), ("3.12", "half")])
+def test_make_installs_with_a_python_that_is_new_enough_and_has_pip(tmp_path: Path, version: str, left: str) -> None:
+    """An old python3 is named before torch is fetched; a .venv that lacks pip, as without Debian's python3-venv, is made whole."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    fake = tmp_path / "python"
+    old = f"import sys; sys.version, sys.version_info = '{version}.1', ({version.replace('.', ', ')}); exec(sys.argv[1])"
+    fake.write_text(f"""#!/bin/sh
+echo "$0 $*" >> calls
+[ "$1" = -c ] && exec {sys.executable} -c "{old}" "$2"
+[ "$2" = venv ] && touch pip
+[ "$3" != --version ] || test -e pip
+""")
+    fake.chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(fake)
+    if left == "whole":
+        (tmp_path / "pip").touch()
+    done = subprocess.run(["make", "ready", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text()
+    assert ("-m venv .venv" in calls) == (left == "half") and ("pip install" in calls) == (done.returncode == 0) == (version != "3.10")
+    assert done.returncode == 0 or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make" in done.stderr
+
+
 # ---------------------------------------------------------------- what is declared
 
 

@@ -101,6 +101,34 @@ class Forgets(Plain):
             for p in group["params"]:
                 p.data.add_(0.1 * self.count)
 
+class KeepsHalf(Plain):
+    """A state that torch's load_state_dict gives another dtype; nothing shows it in the parameters for a while."""
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["s"] = state.get("s", torch.zeros_like(p, dtype=torch.bfloat16)) + p.grad.bfloat16()
+
+class NoDefault(Plain):
+    """As bitsandbytes' SGD and LARS: asks for a learning rate."""
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+
+class ChecksNone(Plain):
+    """As came_pytorch.CAME."""
+    def __init__(self, params, lr=None):
+        if not lr > 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        super().__init__(params, lr)
+
+class AverageFirst(Averaging):
+    """As pytorch_optimizer's SPlus: its eval() needs what the first step makes."""
+    def eval(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["x"]
+
 class CannotLoad(Plain):
     def load_state_dict(self, state):
         raise KeyError("precision")
@@ -136,6 +164,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("Plain", {"shrik": 1.0}, "no argument 'shrik'.*nearest: shrink"),
         ("Plain", {"lr": 1.0}, "no argument 'lr' to set here"),
         ("Plane", {}, "has no class 'Plane'"),
+        ("AverageFirst", {}, "fails in its first steps: KeyError: 'x'"),
         ("hold", {}, "not a torch.optim.Optimizer class"),
     ],
 )
@@ -177,6 +206,7 @@ def test_others_pass_and_leave_the_generators_alone(name: str, args: dict[str, A
 
 def test_one_that_cannot_go_on_from_a_checkpoint_is_a_warning(own: str) -> None:
     assert "the same bits" in rehearse(f"{own}:Forgets", SETTINGS, {}, CPU)[0]
+    assert "the same bits" in rehearse(f"{own}:KeepsHalf", SETTINGS, {}, CPU)[0]
     assert "cannot be resumed" in rehearse(f"{own}:CannotLoad", SETTINGS, {}, CPU)[0]
     assert rehearse(f"{own}:Averaging", SETTINGS, {}, CPU) == []
 
@@ -313,3 +343,29 @@ def test_schedules_are_called_before_any_work(config: Config, own: str, monkeypa
 def test_a_file_is_run_once(own: str) -> None:
     assert optim.resolve_optimizer(f"{own}:Plain") is optim.resolve_optimizer(f"{own}:Plain")
     assert "shrink" in inspect.signature(optim.resolve_optimizer(f"{own}:Plain")).parameters
+
+
+@pytest.mark.parametrize("name", ["NoDefault", "ChecksNone"])
+def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(own: str, name: str) -> None:
+    for groups in (["denoiser"], ["denoiser", "tokens"]):
+        with pytest.raises(UserError, match=r"has no learning rate of its own; give --optimizer.lr, such as denoiser=1e-4"):
+            optim.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
+    settings = optim.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2, "tokens": 2e-2}, decay={}, betas={})
+    assert rehearse(f"{own}:{name}", settings, {}, CPU) == []
+    built = optim.build(f"{own}:{name}", [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()], {})
+    assert [group["lr"] for group in built.param_groups] == [1e-2, 2e-2]
+    with pytest.raises(UserError, match=r"own; give --optimizer.lr, such as tokens=1e-4"):
+        optim.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={})
+
+
+def test_settings_that_a_class_refuses_are_named() -> None:
+    with pytest.raises(UserError, match=r"adamw refuses its settings: .*given were --optimizer.args eps='abc'"):
+        rehearse("adamw", SETTINGS, {"eps": "abc"}, CPU)
+
+
+def test_a_state_that_cannot_be_taken_up_is_a_sentence(config: Config, quick: None, own: str) -> None:
+    """As adv_optm's Lion and Muon."""
+    lion = replace(config, optimizer=Optimizer(f"{own}:CannotLoad"))
+    train.train(lion)
+    with pytest.raises(UserError, match=r"cannot take up the state it saved .KeyError: 'precision'.*begin anew in another --out"):
+        train.train(replace(lion, resume=True))

@@ -39,7 +39,7 @@ def test_only_images_that_are_not_trained_on_are_held_out() -> None:
     training = records("abcd")
     assert validation.choose(training, None, 0).words == "loss on the training images"
     assert validation.choose(training, records("xyz"), 0).words == "held-out loss"
-    assert validation.choose(training, records("xa"), 0).words == "loss on 1 training images and others"
+    assert validation.choose(training, records("xa"), 0).words == "loss on 1 training image and others"
     assert "2 given images, 1 of them trained on" in validation.choose(training, records("xa"), 0).sentence
     assert validation.choose(training, records("bd"), 0).words == "loss on the training images"
     copies = [replace(record, key="key of a") for record in records("x")]  # the same file under another name

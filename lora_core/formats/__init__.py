@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "l
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
+OWN = "_adapter.safetensors"  # and the one of adapters of one's own kind without a low-rank form (lora_core.bespoke)
 DISTIL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
 
 
@@ -184,6 +185,10 @@ def _read(tensors: Tensors, header: Mapping[str, str], layout: Layout | None, so
             state = row.read(rest, header, layout, source, how)
             return _with_bundle(state, bundled, source) if bundled else state
     keys = list(tensors)
+    if source.endswith(OWN):
+        model = Path(source).with_name("model")
+        use = f"take the whole model beside it, {model}, or put them on again with lora_core.bespoke.load_adapters"
+        raise UserError(f"{source} holds adapters without a low-rank form, which no LoRA can be made of; {use}")
     raise UserError(f"{source} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}")
 
 
@@ -243,6 +248,8 @@ def _run_files(folder: Path) -> list[Path]:
     for kind in (loras, rows):
         if len(kind) > 1:
             raise UserError(f"{folder} has {len(kind)} files to choose from ({', '.join(file.name for file in kind[:4])}); name one of them")
+    if not loras and not rows and (folder / "model").is_dir():
+        raise UserError(f"{folder} has no LoRA: its run trained the whole model, which is {folder / 'model'}; give that as the model")
     if not loras and not rows:
         raise UserError(f"{folder} has no .safetensors file; expected {NATIVE} or *{EMBEDDINGS}, is the run finished?")
     return loras + rows
