@@ -45,9 +45,6 @@ CLASS_PROMPT = "--prior.prompt, the class prompt"
 DATASET = "--data.dataset"
 READS = ("model", "model_config", "vae", "data.images", "data.cache", "validation.images", "prior.images")  # files and folders that are not the run's
 CODE = ("loss", "step", "optimizer.name", "optimizer.schedule", "adapter.kind")  # may name something of one's own, file.py:name
-RANKS = {  # what starters of several processes set -> which of them
-    "WORLD_SIZE": "torchrun or accelerate launch", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun",
-}  # fmt: skip
 
 
 def _adapts(c: Config) -> bool:
@@ -96,7 +93,7 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
 
 def opening(c: Config) -> None:
     """Raises UserError for what is known to be wrong before data and weights are read: ranks, the config, the run's folder, logins."""
-    ranks(os.environ)
+    lock.check_single(os.environ)
     config(c)
     folder(c)
     reachable(c)
@@ -131,17 +128,6 @@ def config(c: Config, *, data: bool = True) -> None:
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
-
-
-def ranks(environment: Mapping[str, str]) -> None:
-    """Raises UserError where this process is one of several: each would train the same run and write to the same folder."""
-    counts = {name: environment.get(name, "") for name in RANKS}
-    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":  # a batch script has the tasks of its job, and is one process
-        counts["SLURM_STEP_NUM_TASKS"] = counts["SLURM_STEP_NUM_TASKS"] or environment.get("SLURM_NTASKS", "")
-    for name, count in counts.items():
-        if count.isdecimal() and int(count) > 1:
-            raise UserError(f"{RANKS[name]} started {count} processes ({name}), and a run trains in one; start it with python train.py alone, "
-                            "on the GPU that --device names")  # fmt: skip
 
 
 def folder(c: Config) -> None:

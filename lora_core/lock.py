@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,9 @@ else:
 
 LOCK = ".lock"
 FAR = 2**30  # the byte that Windows locks: one that nobody reads
+RANKS = {  # what starters of several processes set -> which of them
+    "WORLD_SIZE": "torchrun or accelerate launch", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun",
+}  # fmt: skip
 
 
 class FolderLock:
@@ -80,6 +84,17 @@ class FolderLock:
             self.file.truncate(0)
             self.file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode())
             self.file.flush()
+
+
+def check_single(environment: Mapping[str, str]) -> None:
+    """Raises UserError where this process is one of several: each would train the same run and write to the same folder."""
+    counts = {name: environment.get(name, "") for name in RANKS}
+    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":  # a batch script has the tasks of its job, and is one process
+        counts["SLURM_STEP_NUM_TASKS"] = counts["SLURM_STEP_NUM_TASKS"] or environment.get("SLURM_NTASKS", "")
+    for name, count in counts.items():
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(f"{RANKS[name]} started {count} processes ({name}), and a run trains in one; start it with python train.py alone, "
+                            "on the GPU that --device names")  # fmt: skip
 
 
 def check_free(folder: Path) -> None:

@@ -204,8 +204,8 @@ def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> t
     try:
         return resolve_optimizer(name)(groups, **rate, **args)
     except Exception as error:  # of a class that may be anybody's: TypeError, ValueError, AssertionError, RuntimeError without its device ...
-        given = "".join(f" {key}={value!r}" for key, value in args.items())
-        raise UserError(f"{name} refuses its settings: {error}{given and f' (given were --optimizer.args{given})'}") from None
+        given = " ".join(f"{key}={value!r}" for key, value in args.items())
+        raise UserError(f"{name} refuses its settings: {error}" + (f" (--optimizer.args are {given})" if given else "")) from None
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
-    return f"folder names are no captions here, for --data.caption or --data.captions gives others: {shown}"
+    return f"folder names are no captions here (others come of --data.caption or --data.captions): {shown}"
 
 
 def unmasked(record: Record) -> Record:

@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checks
 import faults
 import infer
 import train
-from lora_core import adapters, generation, pictures
+from lora_core import adapters, generation, lock, pictures
 from lora_core.config import Adapter, Config, Data, Prior, Stage
 from lora_core.errors import UserError
 from lora_core.losses import StepOutput, mse
@@ -310,7 +309,7 @@ def test_several_ranks_are_refused(config: Config, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {"WORLD_SIZE": ""}])
 def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
-    checks.ranks(environment)
+    lock.check_single(environment)
 
 
 def test_push_targets_and_logins_are_tried_before_data_is_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,7 +359,7 @@ def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(own: st
 
 
 def test_settings_that_a_class_refuses_are_named() -> None:
-    with pytest.raises(UserError, match=r"adamw refuses its settings: .*given were --optimizer.args eps='abc'"):
+    with pytest.raises(UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps='abc'"):
         rehearse("adamw", SETTINGS, {"eps": "abc"}, CPU)
 
 
