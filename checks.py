@@ -124,10 +124,10 @@ def config(c: Config, *, data: bool = True) -> None:
     _effects(c)
     _placeholders(c)
     _schedules(c)
-    losses.resolve(c.weighting, losses.WEIGHTINGS, c.weighting_arg)
+    losses.check_weighting(c.weighting, c.weighting_arg)
     noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
-        raise UserError(f"--report {c.report} needs the package {c.report}: pip install 'lora_core[{c.report}]'")
+        raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
 
 def folder(c: Config) -> None:

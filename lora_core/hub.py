@@ -63,7 +63,7 @@ def _load(name: str, split: str, image_column: str, caption_column: str, *, one_
     try:
         import datasets
     except ImportError:
-        raise UserError(f"the dataset {name} needs the package datasets: pip install 'lora_core[datasets]'") from None
+        raise UserError(f"the dataset {name} needs the package datasets: pip install datasets") from None
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version

@@ -263,12 +263,16 @@ def resolve(spec: str, table: Mapping[str, Callable[..., Any] | None], args: Map
 
 
 def bound(function: Any, name: str, args: Mapping[str, Any]) -> Any:
-    """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument that it does not take."""
+    """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument that it does not take, or for a
+    text where its default is a number."""
     if not args:
         return function
     parameters = list(inspect.signature(function).parameters.values())[1:] if function else []  # all but the StepOutput or the snr
     known = [p.name for p in parameters]
-    for arg in args:
+    numbers = {p.name for p in parameters if isinstance(p.default, int | float) and not isinstance(p.default, bool)}
+    for arg, value in args.items():
+        if arg in numbers and isinstance(value, str):
+            raise UserError(f"argument {arg} of {name} is {value!r}, expected a number")
         if arg not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             raise UserError(f"{name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
     return functools.partial(function, **args)
@@ -291,6 +295,15 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Any:
         near = get_close_matches(name, table, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown name {name!r}, the nearest is {near!r}; choose {', '.join(table)} or path/to/file.py:function")
     return table[name]
+
+
+def check_weighting(name: str, args: Mapping[str, Any]) -> None:
+    """Raises UserError for a weighting that `resolve` refuses, or that gives negative weights, none at all, or NaN."""
+    law = resolve(name, WEIGHTINGS, args)
+    weights = law(torch.logspace(-4, 4, 9)) if law else torch.ones(1)
+    if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
+        given = " ".join(f"{key}={value}" for key, value in args.items())
+        raise UserError(f"weighting {name} with {given} gives weights from {weights.min():g} to {weights.max():g}; expected numbers of at least 0")
 
 
 def check_rows(rows: Tensor, name: str, b: int) -> None:

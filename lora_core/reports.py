@@ -56,7 +56,7 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--report tensorboard needs the package tensorboard: pip install 'lora_core[tensorboard]'") from None
+        raise UserError("--report tensorboard needs the package tensorboard: pip install tensorboard") from None
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(step: int, values: dict[str, float]) -> None:
@@ -71,7 +71,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Sink:
     try:
         import wandb
     except ImportError:
-        raise UserError("--report wandb needs the package wandb: pip install 'lora_core[wandb]'") from None
+        raise UserError("--report wandb needs the package wandb: pip install wandb") from None
     wandb.init(project="lora_core", name=folder.name, dir=str(folder), config=config)
     return lambda step, values: wandb.log(values, step=step)
 
@@ -82,7 +82,7 @@ def check_login(report: str) -> None:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except Exception as error:  # a broken installation raises what it likes
-            raise UserError(f"--report tensorboard cannot be imported ({error}): pip install 'lora_core[tensorboard]'") from None
+            raise UserError(f"--report tensorboard cannot be imported ({error}): pip install tensorboard") from None
     if report == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
         try:
             import wandb

@@ -158,6 +158,6 @@ def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"):
         export(bare, out, caption_column="label")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'lora_core\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install datasets"):
         export(name, out)
     assert not out.exists()

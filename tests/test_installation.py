@@ -165,3 +165,9 @@ def test_pip_refuses_a_copy_in_site_packages_at_its_first_question(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "run pip install -e . in it" in done.stdout + done.stderr
     assert not (tmp_path / "site").exists()
+
+
+def test_no_message_sends_to_a_package_of_our_name() -> None:
+    """There is none, and whoever takes the name on PyPI would be installed."""
+    for file in [ROOT / "README.md", *ROOT.glob("*.py"), *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py"))]:
+        assert not re.search(r"pip install\W+(-U )?\W*lora_core", file.read_text()), file
