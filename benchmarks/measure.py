@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,12 +203,27 @@ def roofline(case: Case, rates: Rates) -> dict[str, float]:
 
 
 def measured_rates(setting: Setting) -> Rates:
-    """Of a copy of 128 MB (1 GB on a GPU) and a product of 2048 (8192) squared, each at its fastest of seven."""
+    """Of a copy of 128 MB (1 GB on a GPU) and a product of 2048 (8192) squared, each at its fastest of seven.
+
+    A CPU without instructions for the dtype, which would take over a second, does a smaller product.
+    """
     large = setting.device == "cuda"
     source = torch.zeros(2**30 if large else 2**27, dtype=torch.uint8, device=setting.device)
     target = torch.zeros_like(source)
-    n = 8192 if large else 2048
+    n = 8192 if large else _affordable_side(setting.dtype)
     a = torch.randn(n, n, device=setting.device).to(setting.dtype)
     times = timing.alternate({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, 7, device=setting.device)
     copy, product = (min((times.processor or times)[name]) for name in ("copy", "product"))
     return Rates(2 * source.numel() / copy, 2 * n**3 / product)
+
+
+def _affordable_side(dtype: torch.dtype) -> int:
+    """2048, or the largest half of it whose square product takes a CPU under a second, from the time of one of 256."""
+    small, side = torch.randn(256, 256).to(dtype), 2048
+    small @ small  # libraries initialise themselves
+    began = time.perf_counter()
+    small @ small
+    seconds = time.perf_counter() - began
+    while side > 256 and seconds * (side / 256) ** 3 > 1:
+        side //= 2
+    return side
