@@ -49,7 +49,7 @@ PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seco
         "kernels": Part("kernels --device cuda --no-compile --rounds 5", 80),
         "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
         "optimizer": Part("optimizer --device cuda --networks sd15", 50),
-        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 110),  # 94 on an H100, of it 60 for compilations
+        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 110),  # more than 45 on an H100, and less than 116
         "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 5 --limit 25", 200),
         "merge": Part("merge --quick --threads 1", 30),
     },

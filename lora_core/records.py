@@ -12,7 +12,7 @@ from typing import Literal
 from lora_core.captions import FOLDER_NAME, CaptionMode, Captions, read_captions, read_metadata
 from lora_core.errors import UserError
 from lora_core.images import has_alpha_mask, mask_path, read_picture
-from lora_core.listing import TABLES, Part, left_out, read_folder, read_part
+from lora_core.listing import TABLES, Listing, Part, left_out, read_folder, read_part
 from lora_core.tokens import has_word
 
 
@@ -73,7 +73,7 @@ def scan(
 def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
     """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
     used = {path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)}
-    return left_out(read_folder(Path(folder), tabled=any(path.name in TABLES for path in used)), used)
+    return left_out(_listing_of(folder, records), used)
 
 
 def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
@@ -82,8 +82,7 @@ def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
     Files with captions replace it too, as in kohya's scripts, of which nobody needs to be told.
     """
     named = {record.path.parent for record in records if isinstance(record.source, Path) or record.source == FOLDER_NAME}
-    parts = read_folder(Path(folder), tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records)).parts
-    unread = [part for part in parts if part.words and part.folder not in named]
+    unread = [part for part in _listing_of(folder, records).parts if part.words and part.folder not in named]
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
@@ -100,6 +99,11 @@ def unmasked(record: Record) -> Record:
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
     """The images with a caption in which `tokens.bind` would not find the word, each once."""
     return list(dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions)))
+
+
+def _listing_of(folder: Path | str, records: Sequence[Record]) -> Listing:
+    """The folder as it was listed for these records of it."""
+    return read_folder(Path(folder), tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records))
 
 
 def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:

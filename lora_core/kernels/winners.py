@@ -184,7 +184,7 @@ def _rows(name: str, kind: str, index: int | None, dtype: str, has_triton: bool)
     if not measured and kind != "meta" and device not in _said:
         _said.add(device)
         command = f"{COMMAND} --graph" if device.endswith(REPLAYED) else COMMAND
-        warnings.warn(f"no kernel was measured on {device}: each op takes the implementation that won on an H100; {command} measures", stacklevel=3)
+        warnings.warn(f"no kernel was measured on {device}: ops take estimated winners, from an H100's; {command} measures", stacklevel=3)
     return {group: winner if winner != "triton" or has_triton else "fused" for group, winner in found.items()}
 
 
