@@ -6,7 +6,11 @@ It is refused at pip's first question, before any dependency is fetched.
 
 from typing import Any, NoReturn
 
-from setuptools.build_meta import build_editable, get_requires_for_build_editable, prepare_metadata_for_build_editable
+from setuptools.build_meta import (
+    build_editable,
+    get_requires_for_build_editable,
+    prepare_metadata_for_build_editable,
+)
 
 __all__ = [
     "build_editable",

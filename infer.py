@@ -24,13 +24,15 @@ import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from lora_core import Patch, destination, formats, patch, tokens
+from lora_core import Patch, formats, tokens
+from lora_core.adapters import patch
+from lora_core.data.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
+from lora_core.diffusion.generation import Recipe, generate
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
-from lora_core.generation import Recipe, generate
-from lora_core.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
-from lora_core.pictures import Row, grid, save_png, to_images
-from lora_core.run import temporary_name
+from lora_core.runs import destination
+from lora_core.runs.pictures import Row, grid, save_png, to_images
+from lora_core.runs.run_folder import temporary_name
 from lora_core.text import parse_json, read_lines
 from lora_core.toml import command_line, from_table, to_table
 from models import DTYPES, Family, Loading, choose_device, load_family

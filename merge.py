@@ -16,16 +16,16 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, NoReturn
 
-from lora_core.dense import MERGES
 from lora_core.errors import UserError
 from lora_core.formats.layout import nearest
-from lora_core.recipe import Entry, parse, render
 from lora_core.text import check_unicode
-from merging import adapters, flags, inspection, models, redoing, seed
-from merging.adapters import Amount, Method
-from merging.inputs import Reading, digest, is_model
+from merging import add, flags, inspection, mix, model_sums, redo
+from merging.add import Addition
+from merging.expression import Entry, parse, render
+from merging.mix import Amount, Method
+from merging.opening import Reading, digest, is_model
 from merging.output import Output, check
-from merging.seed import Addition
+from merging.ties_dare import MERGES
 
 HIDDEN = {"command", "out", "overwrite", "dry_run", "residual", "words"}  # arguments that a recipe does not keep
 
@@ -65,11 +65,11 @@ def run_mix(args: argparse.Namespace) -> None:
     if found := [flag for flag, is_idle in idle.items() if is_idle]:
         raise UserError(f"{found[0]} has no effect on {'a sum of models' if whole else f'{args.method} of adapters'}; leave it out")
     if not whole:
-        adapters.mix(entries, output, _reading(args), amount=amount, method=method)
+        mix.mix(entries, output, _reading(args), amount=amount, method=method)
         return
     if amount or args.method != "sum":
         raise UserError(f"{render(entries)} has a whole model in it, which has no rank to choose and no --method but sum; drop these options")
-    models.add_models(entries, output, _reading(args), models.Folding(args.residual))
+    model_sums.add_models(entries, output, _reading(args), model_sums.Folding(args.residual))
 
 
 def run_fold(args: argparse.Namespace) -> None:
@@ -80,27 +80,27 @@ def run_fold(args: argparse.Namespace) -> None:
         raise UserError(f'{wrong[0]} is a whole model, fold adds adapters to {args.base}; mix adds models: mix "0.6*A + 0.4*B" --out C')
     entries = [Entry(1.0, args.base), *entries]
     output = _output(args, [entry.path for entry in entries])
-    models.add_models(entries, output, _reading(args), models.Folding(args.residual, args.residual_rank))
+    model_sums.add_models(entries, output, _reading(args), model_sums.Folding(args.residual, args.residual_rank))
 
 
 def run_distill(args: argparse.Namespace) -> None:
     output = _output(args, [args.base, args.tuned])
     method = Method(seed=args.seed, svd=args.svd)
-    models.distil(models.Difference(args.base, args.tuned, args.layers), output, _reading(args), amount=_amount(args), method=method)
+    model_sums.distil(model_sums.Difference(args.base, args.tuned, args.layers), output, _reading(args), amount=_amount(args), method=method)
 
 
 def run_resize(args: argparse.Namespace) -> None:
-    adapters.resize(args.file, _output(args, [args.file]), _reading(args), amount=_amount(args), method=Method(seed=args.seed, svd=args.svd))
+    mix.resize(args.file, _output(args, [args.file]), _reading(args), amount=_amount(args), method=Method(seed=args.seed, svd=args.svd))
 
 
 def run_convert(args: argparse.Namespace) -> None:
     output = _output(args, [args.file])
     if not is_model(args.file):
-        adapters.convert(args.file, replace(output, format=args.to or "diffusers"), _reading(args))
+        mix.convert(args.file, replace(output, format=args.to or "diffusers"), _reading(args))
         return
     if args.to:
         raise UserError(f"{args.file} is a whole model, whose form the output's ending says; drop --to {args.to}")
-    models.add_models([Entry(1.0, args.file)], output, _reading(args))
+    model_sums.add_models([Entry(1.0, args.file)], output, _reading(args))
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
 
 def run_redo(args: argparse.Namespace) -> None:
-    redoing.redo(args.file, args.out, overwrite=args.overwrite, dry_run=args.dry_run, run=_again)
+    redo.redo(args.file, args.out, overwrite=args.overwrite, dry_run=args.dry_run, run=_again)
 
 
 def run_add(args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def run_add(args: argparse.Namespace) -> None:
         raise UserError(f"add takes PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]], {got}")
     alphas = [None if alpha is None else _number(alpha) for alpha in (args.alpha_1, args.alpha_2)]
     job = Addition(args.path_1, args.path_2, alphas[0], alphas[1], args.mode, args.with_text_lora, args.residual)
-    seed.add(job, _output(args, [args.path_1, args.path_2]), _reading(args))
+    add.add(job, _output(args, [args.path_1, args.path_2]), _reading(args))
 
 
 # ---------------------------------------------------------------- helpers

@@ -22,16 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoints
-import results
-from lora_core import destination, losses, noise, pictures, plugins, prediction, validation
+from lora_core import plugins
 from lora_core.config import Config, Stage
-from lora_core.data import Batch, micro_batches
+from lora_core.data.dataset import Batch, micro_batches
+from lora_core.diffusion import losses, noise, prediction, validation
+from lora_core.diffusion.losses import StepOutput
 from lora_core.errors import UserError
-from lora_core.losses import StepOutput
-from lora_core.signals import Signals, Stopped
+from lora_core.runs import destination, pictures
 from lora_core.toml import command_line
-from session import Session
+from training import checkpoints, results
+from training.setup import Session
+from training.signals import Signals, Stopped
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"

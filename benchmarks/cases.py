@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lora_core import adapters, kernels
-from lora_core.adapters import AdapterSpec
+from lora_core import kernels
+from lora_core.adapters import injection
+from lora_core.adapters.injection import AdapterSpec
 from lora_core.kernels import Member
 from lora_core.kernels.reference import wide
 
@@ -175,7 +176,7 @@ def call_of(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], list[Tensor
 def our_layer(weight: Tensor, bias: Tensor | None, setting: Setting, state: dict[str, Tensor], stride: int = 1) -> nn.Module:
     """adapters.inject's layer with these factors."""
     host = frozen_layer(weight, bias, stride)
-    adapters.inject(host, AdapterSpec(("layer",), kind="dora" if "magnitude" in state else "lora", rank=setting.rank, alpha=SCALE * setting.rank))
+    injection.inject(host, AdapterSpec(("layer",), kind="dora" if "magnitude" in state else "lora", rank=setting.rank, alpha=SCALE * setting.rank))
     held: Any = host["layer"]
     with torch.no_grad():
         for name, value in state.items():

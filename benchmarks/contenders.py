@@ -16,19 +16,25 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from benchmarks import networks
-from lora_core import adapters, graphs, losses, noise, optim, prediction
-from lora_core.adapters import AdapterSpec
+from benchmarks import published_networks
+from lora_core.adapters import injection
+from lora_core.adapters.injection import AdapterSpec
+from lora_core.diffusion import losses, noise, prediction
+from lora_core.diffusion.losses import StepOutput
+from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
+from lora_core.family import read_json
 from lora_core.kernels import using
-from lora_core.losses import StepOutput
-from lora_core.noise import Keys, NoiseLevel, Schedule
+from lora_core.optim import schedules
 from models import flux, load_family, sd
-from models.family import read_json
 from models.published import KINDS
+from training import cuda_graph
 
 TOY = Path(__file__).parent.parent / "toy" / "model"
 RANK = 16
@@ -49,11 +55,11 @@ class Problem(NamedTuple):
 
     @property
     def is_flow(self) -> bool:
-        return isinstance(self.network, networks.FluxTransformer2DModel)
+        return isinstance(self.network, published_networks.FluxTransformer2DModel)
 
     @property
     def paths(self) -> list[str]:
-        return adapters.targets(self.network, self.targets)
+        return injection.targets(self.network, self.targets)
 
     @property
     def schedule(self) -> Schedule:
@@ -68,7 +74,7 @@ class Problem(NamedTuple):
 
 
 def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK) -> Problem:
-    """The embedded model in fp32 at its own size ("toy"), or a random network of benchmarks.networks in bf16 for side x side pixels (0: its own)."""
+    """The embedded model in fp32 at its own size ("toy"), or a random network of benchmarks.published_networks in bf16 for side x side pixels (0: its own)."""
     if name == "toy":
         family = load_family(str(TOY))
         network, side = family.modules["unet"].to(device), family.resolution
@@ -76,11 +82,11 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int
         mean = torch.randn(batch, family.latent_channels, side // family.factor, side // family.factor, generator=torch.Generator().manual_seed(0))
         scheduler = read_json(str(TOY), "scheduler/scheduler_config.json")
         return problem(name, network, {"encoder_hidden_states": text}, mean.to(device), scheduler, sd.ATTENTION, rank)
-    told = networks.inputs(name, batch, side, device)
-    pixels, latents = side or networks.SIDES[name], told.pop("hidden_states" if name == "flux" else "sample").float()
+    told = published_networks.inputs(name, batch, side, device)
+    pixels, latents = side or published_networks.SIDES[name], told.pop("hidden_states" if name == "flux" else "sample").float()
     mean = flux.unpack(latents, pixels // 8, pixels // 8) if name == "flux" else latents
-    scheduler = KINDS[networks.CLASSES[name][1]].files["scheduler/scheduler_config.json"]
-    return problem(name, networks.network(name, device), told, mean, scheduler, networks.TARGETS[name], rank)
+    scheduler = KINDS[published_networks.CLASSES[name][1]].files["scheduler/scheduler_config.json"]
+    return problem(name, published_networks.network(name, device), told, mean, scheduler, published_networks.TARGETS[name], rank)
 
 
 def problem(
@@ -116,11 +122,11 @@ class Loop:
         self.problem, self.network, self.device, self.visit = problem, network, problem.mean.device, 0
         self.schedule, self.row = problem.schedule, "flow" if problem.is_flow else "epsilon"
         self.std, self.prior = torch.full_like(problem.mean, SPREAD), torch.zeros(len(problem.mean), dtype=torch.bool, device=self.device)
-        self.replayed = graphs.Replayed() if graph else None
+        self.replayed = cuda_graph.Replayed() if graph else None
 
     def __call__(self) -> Tensor:
         """The loss of one step, for which nothing waits."""
-        drawn = graphs.mapped(self.draw(), self._put)
+        drawn = cuda_graph.mapped(self.draw(), self._put)
         return (self.update(drawn) if self.replayed is None else self.replayed(self.update, drawn))[0]
 
     def draw(self) -> Drawn:
@@ -153,19 +159,19 @@ class Ours(Loop):
 
     def __init__(self, problem: Problem, kind: str, network: nn.Module, *, mode: str = "auto", graph: bool = False) -> None:
         super().__init__(problem, network, graph=graph)
-        adapters.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
-        self.parameters, self.mode = adapters.parameters(network), mode
+        injection.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
+        self.parameters, self.mode = injection.parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
-        self.optimizer = optim.build("adamw", [group], {})
+        self.optimizer = schedules.build("adamw", [group], {})
         for held in self.optimizer.param_groups if graph else ():
-            held["lr"] = torch.full((), held["lr"], dtype=torch.float64, device=self.device)  # as session.py has it: a graph reads it there
+            held["lr"] = torch.full((), held["lr"], dtype=torch.float64, device=self.device)  # as training/setup.py has it: a graph reads it there
 
     def update(self, drawn: Drawn) -> tuple[Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with using(self.mode), adapters.steady(self.network):
+        with using(self.mode), injection.steady(self.network):
             loss = self.loss(drawn)
             loss.backward()
-        optim.clip_(self.parameters, CLIP)
+        schedules.clip_(self.parameters, CLIP)
         self.optimizer.step()
         return (loss.detach(),)
 

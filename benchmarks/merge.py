@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge [--threads 2] [--quick] [--json FILE]
 
-`ours` is lora_core.spectra.compress(concat(...)), which takes one thread whatever is set. `dense` forms B A of both and takes torch.linalg.svd, as
+`ours` is merging.svd.compress(concat(...)), which takes one thread whatever is set. `dense` forms B A of both and takes torch.linalg.svd, as
 sd-scripts' svd_merge_lora.py does, without its 99 % clamp. `peft` is add_weighted_adapter(combination_type="svd") on a model of that one layer.
 Both get the thin SVD, which neither takes by default, so both are faster here than for their users. All fp32, the three take turns, figures are
 medians ("best" is dense / ours of the fastest rounds); the error is measured in fp64 on the dense sum, as excess over the optimum (the fp64
@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import timing
-from lora_core.algebra import AdapterState, LowRank, product
-from lora_core.merges import Term, mix
-from lora_core.spectra import Keep, compress, one_thread, spectrum, total
-from lora_core.sums import concat
+from lora_core.adapters.weight_updates import AdapterState, LowRank, product
+from merging.adapter_sums import Term, mix
+from merging.factor_sums import concat
+from merging.svd import Keep, compress, one_thread, spectrum, total
 
 Contender = Callable[[list[LowRank], int], tuple[Tensor, Tensor]]
 WEIGHTS = (0.7, 0.3)

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.counting import Counter, Tally
-from benchmarks.networks import tensor_shapes
+from benchmarks.published_networks import tensor_shapes
 from lora_core import kernels
-from lora_core.adamw import AdamW
 from lora_core.errors import UserError
+from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
 STEPS = 5  # of the comparison with float64

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.pictures import INK
-from lora_core.run import atomic
+from lora_core.runs.pictures import INK
+from lora_core.runs.run_folder import atomic
 
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}

@@ -26,12 +26,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from benchmarks import networks, timing
+from benchmarks import published_networks, timing
 from benchmarks.counting import Counter, Tally, as_cuda, saved
-from lora_core import adapters, kernels
-from lora_core.adamw import AdamW
-from lora_core.adapters import AdapterSpec
+from lora_core import kernels
+from lora_core.adapters import injection
+from lora_core.adapters.injection import AdapterSpec
 from lora_core.errors import UserError
+from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
 GB = 1e9
@@ -57,7 +58,7 @@ class Step(NamedTuple):
 
 
 def network(name: str, batch: int = 1) -> Step:
-    return Step(networks.network(name), networks.inputs(name, batch), networks.layers(name))
+    return Step(published_networks.network(name), published_networks.inputs(name, batch), published_networks.layers(name))
 
 
 def figures(step: Step, variant: str, rank: int = 16) -> Figures:
@@ -71,11 +72,11 @@ def figures(step: Step, variant: str, rank: int = 16) -> Figures:
         elif side == "peft":
             _peft(model, paths, rank, kind)
         else:
-            adapters.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
+            injection.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
             stack.enter_context(kernels.using(side))
         counter = stack.enter_context(Counter())
         if side in ("fused", "triton"):
-            stack.enter_context(adapters.steady(model))
+            stack.enter_context(injection.steady(model))
         with saved([*model.parameters(), kwargs]) as kept:
             out = model(**kwargs)[0]
         out.backward(torch.empty_like(out))
@@ -165,7 +166,7 @@ def optimizer_table(name: str, found: dict[str, Tally]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=networks.NAMES, default=list(networks.NAMES))
+    parser.add_argument("--model", nargs="+", choices=published_networks.NAMES, default=list(published_networks.NAMES))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
@@ -180,10 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": timing.machine(), "batch": args.batch, "rank": args.rank, "models": {}}
     for name in args.model:
         found = {variant: figures(network(name, args.batch), variant, args.rank) for variant in variants}
-        steps = optimizers(networks.tensor_shapes(name, args.rank))
-        print(table(name, len(networks.layers(name)), found), summary(name, found), optimizer_table(name, steps), sep="\n", end="\n\n")
+        steps = optimizers(published_networks.tensor_shapes(name, args.rank))
+        print(table(name, len(published_networks.layers(name)), found), summary(name, found), optimizer_table(name, steps), sep="\n", end="\n\n")
         report["models"][name] = {
-            "linears": len(networks.layers(name)),
+            "linears": len(published_networks.layers(name)),
             "step": {variant: f._asdict() for variant, f in found.items()},
             "optimizer": {title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes} for title, tally in steps.items()},
         }

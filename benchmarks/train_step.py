@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, timing
 from benchmarks.contenders import Frozen, Ours, Peer, Problem
-from lora_core import graphs
 from lora_core.errors import UserError
+from training import cuda_graph
 
 SIDES = {"sd15": 256}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
 MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
@@ -68,7 +68,7 @@ def build(problem: Problem, name: str) -> Callable[[], object]:
     else:
         step = Frozen(problem, network, graph=graph)
     if "compile" in words:
-        graphs.compile_blocks(network)
+        cuda_graph.compile_blocks(network)
     return step
 
 

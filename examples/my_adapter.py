@@ -7,7 +7,7 @@ It has no low-rank form, so the run writes its own parameters (runs/ia3/ia3_adap
 import torch
 from torch import Tensor, nn
 
-from lora_core.kinds import Base, LayerSpec
+from lora_core.adapters.kinds import Base, LayerSpec
 
 
 class IA3(nn.Module):
@@ -36,8 +36,8 @@ class IA3(nn.Module):
 
 
 if __name__ == "__main__":
-    from lora_core.adapters import AdapterSpec, inject
-    from lora_core.bespoke import load_adapters
+    from lora_core.adapters.custom_files import load_adapters
+    from lora_core.adapters.injection import AdapterSpec, inject
     from models import load_family
 
     family = load_family("toy/model")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_core.losses import StepOutput, masked_mean
+from lora_core.diffusion.losses import StepOutput, masked_mean
 
 
 def edges(step: StepOutput, *, strength: float = 0.5) -> Tensor:

@@ -1,8 +1,8 @@
 """A run's LoRA and tokens on live networks, from Python, and off again: python examples/patch_model.py"""
 
-from lora_core import patch
-from lora_core.generation import Recipe, generate
-from lora_core.pictures import to_images
+from lora_core.adapters import patch
+from lora_core.diffusion.generation import Recipe, generate
+from lora_core.runs.pictures import to_images
 from models import load_family
 
 family = load_family("toy/model")

@@ -9,7 +9,7 @@ A readable reference with prodigyopt's names, order and defaults; with one group
 - d, d_max, k and the sums are 0-dim float64 tensors on the parameters' device: nothing in a step waits for the device;
 - coupled weight decay leaves `.grad` alone; p0 is always a whole copy (prodigyopt asks whether a parameter is zero); state is fp32 or better.
 
-Parameters and state of a group lie in a few flat tensors (lora_core/flat.py), of which p.data and `state[p]` hold views, and d and the other scalars
+Parameters and state of a group lie in a few flat tensors (lora_core/kernels/flat.py), of which p.data and `state[p]` hold views, and d and the other scalars
 are updated in place: a step is two kernels (the op prodigy_step), and a CUDA graph may hold it. Read `group["d"]` with .clone() to keep a value.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_core import kernels
 from lora_core.errors import UserError
-from lora_core.flat import forget, lay_out, wide
+from lora_core.kernels.flat import forget, lay_out, wide
 from lora_core.kernels.steps import Recipe, Rows
 
 SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")  # in the order of the columns of kernels.steps

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_core.diffusion.noise import generator
 from lora_core.errors import UserError
-from lora_core.noise import generator
 from lora_core.text import compose
 
 # How Unicode's names of letters begin in scripts without spaces between words, or with particles that are glued to any word.

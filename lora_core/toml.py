@@ -16,7 +16,7 @@ import tyro
 
 from lora_core.config import Config, ScheduleName
 from lora_core.errors import UserError
-from lora_core.optim import SCHEDULES
+from lora_core.optim.schedules import SCHEDULES
 from lora_core.text import check_unicode, read_text
 
 C = TypeVar("C")

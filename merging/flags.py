@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lora_core.formats import FORMATS
-from merging.adapters import METHODS
+from merging.add import ALPHA, MODES
 from merging.inspection import TOP
-from merging.seed import ALPHA, MODES
+from merging.mix import METHODS
 
 WRITTEN = [name for name, row in FORMATS.items() if row.write]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}

@@ -12,18 +12,27 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from lora_core import pictures
-from lora_core.algebra import AdapterState, Dense, LowRank
+from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
-from lora_core.formats.checkpoint import detect
 from lora_core.formats.weights import open_weights
-from lora_core.grams import Sums, cosine, fit, principal_angles, sums
-from lora_core.merges import Key
-from lora_core.spectra import one_thread, spectrum
-from merging.inputs import Reading, base_weight, format_of, is_model, layout_for, open_adapter, open_base, widest
+from lora_core.formats.whole_models import detect
+from lora_core.runs import pictures
+from merging.adapter_sums import Key
+from merging.compare import Sums, cosine, fit, principal_angles, sums
+from merging.opening import (
+    Reading,
+    base_weight,
+    format_of,
+    is_model,
+    layout_for,
+    open_adapter,
+    open_base,
+    widest,
+)
 from merging.output import RECIPE, Output, aligned, check, note
-from merging.redoing import described, parsed
+from merging.redo import described, parsed
+from merging.svd import one_thread, spectrum
 
 TOP = 10  # layers that are listed
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from lora_core import formats
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import EMBEDDINGS, cloneofsimo
 from lora_core.formats.layout import Layout
-from lora_core.grams import norm
-from lora_core.merges import Key
-from lora_core.spectra import Report, total
-from lora_core.sums import concat
+from merging.adapter_sums import Key
+from merging.compare import norm
+from merging.factor_sums import concat
+from merging.svd import Report, total
 
 RECIPE = "lora_core.merge"  # header entry: JSON, the command with its options and the sha256 of its inputs
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import hf_hub_download
 
+from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
-from lora_core.noise import Schedule
-from models import flux, sd, sdxl, single
-from models.family import Conditioning, Family, Layout, Loading, Sizes, read_json
+from lora_core.family import Conditioning, Family, Layout, Loading, Sizes, read_json
+from models import flux, sd, sdxl, single_file
 from models.known import recognise, recognise_path
-from models.single import is_single, save_single, single_rows, to_folder
+from models.single_file import is_single, save_single, single_rows, to_folder
 
 __all__ = [
     "DTYPES",
@@ -63,7 +63,7 @@ def load_family(path: str, how: Loading = PLAIN) -> Family:
     Raises UserError for a path that is not there, another family, a missing or broken part, and configs for what has its own.
     """
     if is_single(path):
-        return single.load(path, how)
+        return single_file.load(path, how)
     _refuse_config(path, how.config)
     return _row(path).load(path, how)
 
@@ -74,7 +74,7 @@ def outline(path: str, config: str = "") -> Layout:
     Raises UserError like `load_family`.
     """
     if is_single(path):
-        return single.outline(path, config)
+        return single_file.outline(path, config)
     _refuse_config(path, config)
     return _row(path).outline(path)
 
@@ -83,7 +83,7 @@ def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0, config:
     """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
     scheduler takes for it. `changes` and `config` are those of `Loading`. Raises UserError like `load_family`."""
     if is_single(path):
-        return single.noise_of(path, changes, resolution, config)
+        return single_file.noise_of(path, changes, resolution, config)
     _refuse_config(path, config)
     return _row(path).noise_of(path, changes, resolution)
 
@@ -91,7 +91,7 @@ def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0, config:
 def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]], config: str = "") -> None:
     """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
     if is_single(path):
-        single.to_folder(path, folder, config, overwrite=True)
+        single_file.to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
             _save(family.modules[name], state, folder / name)
         return

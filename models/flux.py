@@ -10,17 +10,35 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.utils import logging
 
-from lora_core import noise
+from lora_core.diffusion import noise
+from lora_core.diffusion.noise import NoiseLevel, Schedule
+from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
+from lora_core.family import (
+    Conditioning,
+    Loading,
+    Sizes,
+    config_of,
+    decode_latents,
+    encode_pixels,
+    load_network,
+    part,
+    read_json,
+    tokenize,
+)
 from lora_core.formats.layout import Layout, layout_of
-from lora_core.noise import NoiseLevel, Schedule
-from lora_core.sampling import Spacing
 from lora_core.tokens import first_eos
 from models import sd
-from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, load_network, part, read_json, tokenize
 
 logging.disable_progress_bar()
 
@@ -75,7 +93,7 @@ BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {  #
 
 
 class Flux:
-    """See models.family.Family. The VAE stays in fp32 or better; transformer and text encoders take the base precision."""
+    """See lora_core.family.Family. The VAE stays in fp32 or better; transformer and text encoders take the base precision."""
 
     name = "flux"
     denoiser = "transformer"

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from lora_core.errors import UserError
-from lora_core.formats import cloneofsimo, embeddings, fused, kohya
-from lora_core.formats.checkpoint import Facts
+from lora_core.formats import cloneofsimo, embeddings, joined_layers, kohya
 from lora_core.formats.container import is_pickle, pickled_tensors
 from lora_core.formats.layout import COMPONENTS, Layout
 from lora_core.formats.pickles import read_pickle
 from lora_core.formats.weights import open_weights
+from lora_core.formats.whole_models import Facts
 from models.published import KINDS, folder
 
 Shape = tuple[int, ...]
@@ -153,7 +153,7 @@ def _weight(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
 def _names(kind: str) -> list[tuple[tuple[str, ...], dict[str, Shape]]]:
     """A row a component: how its keys may begin, and its layers under every name that files have for them."""
     rows = []
-    for name, component in fused.stored(layout(kind)).components.items():
+    for name, component in joined_layers.stored(layout(kind)).components.items():
         encoder = layout(kind).encoders.get(name)
         heads = (*component.prefixes, name, f"lora_{name}", f"text_encoders_{COMFY[encoder]}_transformer" if encoder else "diffusion_model", *ANY)
         originals, names = kohya.originals(component), dict[str, Shape]()

@@ -12,11 +12,22 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from lora_core import noise
+from lora_core.diffusion import noise
+from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError
+from lora_core.family import (
+    Conditioning,
+    Loading,
+    Sizes,
+    config_of,
+    decode_latents,
+    encode_pixels,
+    load_network,
+    part,
+    read_json,
+    tokenize,
+)
 from lora_core.formats.layout import Layout, Numbering, layout_of
-from lora_core.noise import NoiseLevel, Schedule
-from models.family import Conditioning, Loading, Sizes, config_of, decode_latents, encode_pixels, load_network, part, read_json, tokenize
 
 logging.disable_progress_bar()  # a bar for a file that loads in a blink
 
@@ -59,7 +70,7 @@ NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers betwee
 
 
 class StableDiffusion:
-    """See models.family.Family. The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base precision."""
+    """See lora_core.family.Family. The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base precision."""
 
     name = "sd"
     denoiser = "unet"

@@ -14,14 +14,23 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_core import noise
+from lora_core.diffusion import noise
+from lora_core.diffusion.noise import Schedule
+from lora_core.diffusion.prediction import SIGMA_DATA
 from lora_core.errors import UserError
+from lora_core.family import (
+    Conditioning,
+    Loading,
+    Sizes,
+    config_of,
+    load_network,
+    part,
+    read_json,
+    tokenize,
+)
 from lora_core.formats.layout import Component, Layout, layout_of
-from lora_core.noise import Schedule
-from lora_core.prediction import SIGMA_DATA
 from lora_core.tokens import first_eos
 from models import sd
-from models.family import Conditioning, Loading, Sizes, config_of, load_network, part, read_json, tokenize
 from models.sd import StableDiffusion
 
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
@@ -49,7 +58,7 @@ class Parts:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """See models.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after `inform`, time_ids [b, 6].
+    """See lora_core.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after `inform`, time_ids [b, 6].
 
     A refiner's rows also carry aesthetic_score [b, 1] until `inform` moves it into time_ids [b, 5].
     """

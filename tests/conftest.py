@@ -83,7 +83,7 @@ def config(model: Path, photos: Path, tmp_path: Path) -> Config:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures and plots at their end."""
-    import results
+    from training import results
 
     monkeypatch.setattr(results, "before_after", lambda session, drawn: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts])
@@ -130,7 +130,7 @@ _FAMILIES: dict[str, object] = {}
 @pytest.fixture
 def quick(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like `plain`, and a model is read from the disk only once."""
-    import session
+    from training import setup
 
     def load(*args: object, **settings: object) -> object:
         key = repr((args, settings))
@@ -138,8 +138,8 @@ def quick(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
             _FAMILIES[key] = load_family(*args, **settings)
         return copy.deepcopy(_FAMILIES[key])
 
-    load_family = session.load_family
-    monkeypatch.setattr(session, "load_family", load)
+    load_family = setup.load_family
+    monkeypatch.setattr(setup, "load_family", load)
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:

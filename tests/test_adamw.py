@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lora_core import kernels
-from lora_core.adamw import AdamW
 from lora_core.errors import UserError
-from lora_core.run import flatten, unflatten
+from lora_core.optim.adamw import AdamW
+from lora_core.runs.run_folder import flatten, unflatten
 
 SHAPES = (7, 3), (130,), (1,), (2, 3, 5), ()
 OPTIONS = [{}, dict(lr=0.1, weight_decay=0.5), dict(betas=(0.0, 0.9)), dict(betas=(0.5, 0.0), eps=1e-3), dict(weight_decay=0.0)]

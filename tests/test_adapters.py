@@ -10,12 +10,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import adapters
-from lora_core.adapters import Adapted, AdapterSpec, fold, inject, load_state, remove, set_strength, state, unfold
-from lora_core.algebra import LowRank, delta
+from lora_core.adapters import injection
+from lora_core.adapters.injection import (
+    Adapted,
+    AdapterSpec,
+    fold,
+    inject,
+    load_state,
+    remove,
+    set_strength,
+    state,
+    unfold,
+)
+from lora_core.adapters.targets import select, table
+from lora_core.adapters.weight_updates import LowRank, delta
 from lora_core.errors import UserError
 from lora_core.kernels import using
-from lora_core.targets import select, table
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["lora", "dora"]
@@ -64,7 +74,7 @@ def shake(model, name="default", size=0.3, seed=5):
     """Moves every parameter of the adapter off its start, so that no branch is zero."""
     generator = seeded(seed)
     with torch.no_grad():
-        for p in adapters.parameters(model, name):
+        for p in injection.parameters(model, name):
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * (p.abs().mean() if p.ndim == 1 else 1))
 
 
@@ -94,7 +104,7 @@ def test_adapters_are_fp32_on_a_half_base_and_get_fp32_gradients(kind, dtype):
     assert out.dtype == dtype
     out.float().square().sum().backward()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    for p in adapters.parameters(model):
+    for p in injection.parameters(model):
         assert p.dtype == p.grad.dtype == wanted
         assert p.grad.abs().max() > 0
 
@@ -108,7 +118,7 @@ def test_half_precision_error_is_that_of_the_base(kind):
             a.copy_(b)
     shake(low, size=0.1)
     with torch.no_grad():
-        for a, b in zip(adapters.parameters(double), adapters.parameters(low), strict=True):
+        for a, b in zip(injection.parameters(double), injection.parameters(low), strict=True):
             a.copy_(b)
     x = image(torch.bfloat16)
     exact = double(x.double())
@@ -129,16 +139,16 @@ def test_autocast_over_an_fp32_base(kind):
         low.float().sum().backward()
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), model(x), rtol=0.05, atol=0.05)
-    assert all(p.grad.dtype == torch.float32 for p in adapters.parameters(model))
+    assert all(p.grad.dtype == torch.float32 for p in injection.parameters(model))
 
 
 def test_casting_the_model_leaves_adapters_fp32():
     model = injected("dora", torch.float32)
     shake(model)
-    before = [p.detach().clone() for p in adapters.parameters(model)]
+    before = [p.detach().clone() for p in injection.parameters(model)]
     model.to(torch.bfloat16)
     assert model.to_q.weight.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(model), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(model), strict=True))
     assert model.double().to_q.adapter("default").down.dtype == torch.float64
 
 
@@ -188,7 +198,7 @@ def test_fold_into_half_weights_rounds_once(kind, dtype):
 
 
 def adapted_layers(model):
-    return [(path, layer) for path, layer in adapters.layers(model).items() if isinstance(layer, Adapted)]
+    return [(path, layer) for path, layer in injection.layers(model).items() if isinstance(layer, Adapted)]
 
 
 def test_folding_never_counts_twice():
@@ -201,7 +211,7 @@ def test_folding_never_counts_twice():
             action(model)
     with pytest.raises(UserError, match="folded"):
         set_strength(model, "default", 0.5)
-    with pytest.raises(UserError, match="folded"), adapters.disabled(model):
+    with pytest.raises(UserError, match="folded"), injection.disabled(model):
         pass
     with pytest.raises(UserError, match="folded"):
         load_state(model, state(model))
@@ -226,7 +236,7 @@ def two_adapters():
 def test_several_adapters_add_their_updates_of_the_base_weight():
     model, expected = two_adapters(), net()
     with torch.no_grad():
-        for path, layer in adapters.layers(expected).items():
+        for path, layer in injection.layers(expected).items():
             w = layer.weight.clone()
             layer.weight += 0.4 * delta(state(model)[path], w) - 0.7 * delta(state(model, "second")[path], w)
     torch.testing.assert_close(model(image()), expected(image()), rtol=1e-11, atol=1e-11)
@@ -257,8 +267,8 @@ def test_dora_strength_interpolates_the_weight():
 def test_disabled_and_zero_strength_are_the_base_and_nest():
     model, base = two_adapters(), net()
     tuned = model(image())
-    with adapters.disabled(model):
-        with adapters.disabled(model):
+    with injection.disabled(model):
+        with injection.disabled(model):
             pass
         assert torch.equal(model(image()), base(image()))
     assert torch.equal(model(image()), tuned)
@@ -299,7 +309,7 @@ def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dty
     inject(model, AdapterSpec(targets=("to_q", "mid.0"), rank=1), name="other")
     x, before = image(dtype), {key: value.clone() for key, value in model.state_dict().items()}
     out = model(x)
-    found = adapters.merged(model, strength=strength)
+    found = injection.merged(model, strength=strength)
     assert list(found) == list(plain.state_dict()) and all(value.dtype == dtype and not value.requires_grad for value in found.values())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and torch.equal(model(x), out)
     untouched = {key for key, value in found.items() if value.data_ptr() in {p.data_ptr() for p in model.parameters()}}
@@ -310,7 +320,7 @@ def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dty
         assert torch.equal(found[f"{path}.weight"], layer.weight) and (layer.bias is None or torch.equal(found[f"{path}.bias"], layer.bias))
         assert not torch.equal(layer.weight, plain.get_submodule(path).weight)
     with pytest.raises(UserError, match="folded into the weights; unfold it before merging"):
-        adapters.merged(model, "other")
+        injection.merged(model, "other")
     plain.load_state_dict(found)
     set_strength(model, "other", 0.0)
     assert torch.equal(plain(x), model(x))
@@ -322,22 +332,22 @@ def test_merged_names_every_place_of_a_layer_and_refuses_what_fold_refuses():
     keys = list(model.state_dict())
     inject(model, AdapterSpec(targets=("*",), rank=2))
     shake(model)
-    found = adapters.merged(model)
+    found = injection.merged(model)
     assert list(found) == keys and found["base.0.weight"] is found["base.1.0.weight"]
     with pytest.raises(UserError, match="no adapter 'x'; it has default"):
-        adapters.merged(model, "x")
+        injection.merged(model, "x")
     with torch.no_grad():
         model["base"][0].adapter("default").up.fill_(float("inf"))
     with pytest.raises(UserError, match=r"base\.0 overflows"):
-        adapters.merged(model)
+        injection.merged(model)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].bias = tied[0].bias
     inject(tied, AdapterSpec(targets=("0",), rank=2))
-    adapters.merged(tied)  # a LoRA leaves the bias alone
+    injection.merged(tied)  # a LoRA leaves the bias alone
     remove(tied)
     inject(tied, AdapterSpec(kind="full", targets=("0",)))
     with pytest.raises(UserError, match="0 is shared"):
-        adapters.merged(tied)
+        injection.merged(tied)
 
 
 # --- the wrapper ---
@@ -420,9 +430,9 @@ def test_gradient_checkpointing_of_the_host(kind):
         model = injected(kind, dropout=0.25)
         shake(model)
         model.train().recompute = recompute
-        adapters.set_dropout(model, torch.tensor([3, 1, 2]), 7)
+        injection.set_dropout(model, torch.tensor([3, 1, 2]), 7)
         model(image()).square().sum().backward()
-        grads.append([p.grad for p in adapters.parameters(model)])
+        grads.append([p.grad for p in injection.parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -436,14 +446,14 @@ def test_dropout_does_not_depend_on_the_batch_size(kind):
     model.train()
     x, rows = image(b=4), torch.tensor([5, 6, -7, 8])
     step = torch.tensor(11)
-    adapters.set_dropout(model, rows, step)
+    injection.set_dropout(model, rows, step)
     whole = model(x)
     halves = []
     for part in (slice(0, 2), slice(2, 4)):
-        adapters.set_dropout(model, rows[part], step)
+        injection.set_dropout(model, rows[part], step)
         halves.append(model(x[part]))
     torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-13, atol=1e-13)
-    adapters.set_dropout(model, rows, 12)
+    injection.set_dropout(model, rows, 12)
     assert not torch.allclose(model(x), whole)
     model.eval()
     plain = injected(kind).eval()
@@ -456,7 +466,7 @@ def test_dropout_differs_between_layers_and_seeds():
     for seed in (0, 1):
         model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
         inject(model, AdapterSpec(targets=("*",), rank=64, alpha=64, dropout=0.5), seed=seed)
-        adapters.set_dropout(model, torch.tensor([3]), 0)
+        injection.set_dropout(model, torch.tensor([3]), 0)
         with torch.no_grad():
             for layer in model:
                 layer.weight.zero_()
@@ -472,7 +482,7 @@ def test_dropout_is_unbiased_in_training():
     inject(model, AdapterSpec(targets=("0",), rank=2, dropout=0.3))
     shake(model)
     x = torch.randn(1, 6, generator=seeded(), dtype=torch.float64).expand(20_000, 6)
-    adapters.set_dropout(model, torch.arange(20_000), 0)
+    injection.set_dropout(model, torch.arange(20_000), 0)
     with torch.no_grad():
         y = model(x)
         exact = model.eval()(x[:1])
@@ -483,11 +493,11 @@ def test_dropout_refuses_missing_or_wrong_row_keys():
     model = injected(dropout=0.5)
     with pytest.raises(UserError, match=r"conv_in has dropout; call adapters.set_dropout"):
         model(image())
-    adapters.set_dropout(model, torch.tensor([1, 2]), 0)
+    injection.set_dropout(model, torch.tensor([1, 2]), 0)
     with pytest.raises(UserError, match="3 rows for 2 row keys"):
         model(image())
     with pytest.raises(ValueError, match=r"expected \[b\] int64"):
-        adapters.set_dropout(model, torch.zeros(2), 0)
+        injection.set_dropout(model, torch.zeros(2), 0)
 
 
 # --- parameters ---
@@ -496,9 +506,9 @@ def test_dropout_refuses_missing_or_wrong_row_keys():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ups_are_the_ups_among_the_parameters(kind):
     model = injected(kind)
-    ups = adapters.up_parameters(model)
+    ups = injection.up_parameters(model)
     assert [id(p) for p in ups] == [id(layer.adapter("default").up) for _, layer in adapted_layers(model)]
-    assert {id(p) for p in ups} < {id(p) for p in adapters.parameters(model)} and not any(p.any() for p in ups)
+    assert {id(p) for p in ups} < {id(p) for p in injection.parameters(model)} and not any(p.any() for p in ups)
 
 
 # --- spec, targets, bad input ---
@@ -518,18 +528,18 @@ def test_rank_and_alpha_per_glob():
 
 def test_globs_respect_the_dot_and_exclude():
     model = nn.ModuleDict({f"{p}blocks": nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(2, 2), "proj": nn.Linear(2, 2)})]) for p in ("", "single_")})
-    assert adapters.targets(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
-    assert adapters.targets(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
-    assert adapters.targets(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
-    assert adapters.targets(model, ("single_blocks.*",)) == ["single_blocks.0.to_q", "single_blocks.0.proj"]
+    assert injection.targets(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
+    assert injection.targets(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
+    assert injection.targets(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
+    assert injection.targets(model, ("single_blocks.*",)) == ["single_blocks.0.to_q", "single_blocks.0.proj"]
     with pytest.raises(UserError, match=r"'q' matches none of the 4 layers.*to_q"):
-        adapters.targets(model, ("to_q", "q"))
+        injection.targets(model, ("to_q", "q"))
     with pytest.raises(UserError, match="exclude: 'proj' matches none of the 2"):
-        adapters.targets(model, ("to_q",), ("proj",))
+        injection.targets(model, ("to_q",), ("proj",))
     with pytest.raises(UserError, match="removes all 2"):
-        adapters.targets(model, ("to_q",), ("*",))
+        injection.targets(model, ("to_q",), ("*",))
     with pytest.raises(UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"):
-        adapters.targets(model, ("blocks",))
+        injection.targets(model, ("blocks",))
 
 
 def test_trap_11_suffixes_respect_the_dot():
@@ -625,7 +635,7 @@ def test_names_are_checked():
 
 
 def test_a_kind_from_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text("from lora_core.kinds import LoRA\nclass Twice(LoRA):\n    pass\n")
+    (tmp_path / "mine.py").write_text("from lora_core.adapters.kinds import LoRA\nclass Twice(LoRA):\n    pass\n")
     model, base = net(), net()
     inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Twice", rank=2, targets=("to_q",)))
     assert type(model.to_q.adapter("default")).__name__ == "Twice" and torch.equal(model(image()), base(image()))
@@ -643,11 +653,11 @@ def test_state_round_trip_into_a_fresh_and_into_the_same_model(kind):
     saved = state(model)
     load_state(fresh, saved, "other", 1.0)
     assert torch.equal(fresh(image()), model(image()))
-    trained = adapters.parameters(model)
+    trained = injection.parameters(model)
     out = model(image())
     shake(model, seed=9)
     load_state(model, saved)
-    assert torch.equal(model(image()), out) and all(a is b for a, b in zip(trained, adapters.parameters(model), strict=True))
+    assert torch.equal(model(image()), out) and all(a is b for a, b in zip(trained, injection.parameters(model), strict=True))
     saved["to_q"].down.zero_()
     assert torch.equal(model(image()), out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_core.algebra import LowRank, assembled, blocks, delta, product
+from lora_core.adapters.weight_updates import LowRank, assembled, blocks, delta, product
 
 
 def randn(*shape, seed=0):

@@ -18,18 +18,17 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checks
 import infer
 import train
-from lora_core import run as run_module
-from lora_core import signals
 from lora_core.config import Config, Prior, Samples, Stage
 from lora_core.errors import UserError
+from lora_core.runs import run_folder as run_module
 from lora_core.toml import read_toml, to_toml
 from models import load_family
-from session import Session
 from tests.conftest import final, learned, same, save_photos
 from tests.test_train import merged
+from training import config_checks, signals
+from training.setup import Session
 
 TOKENS = (Stage(2, ("tokens",)),)
 ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}
@@ -193,7 +192,7 @@ def test_numbers_that_are_none_are_refused_before_anything_is_read(config: Confi
         table = {key: table}  # type: ignore[assignment]
     config = merged(config, {"stages": (Stage(2, ("denoiser", "tokens")),), "prior": {"prompt": "a cat"}})
     with pytest.raises(UserError, match=rf"--{name[0]}\.{name[1].replace('_', '-')}.*{value}.*expected"):
-        checks.config(merged(config, table))  # type: ignore[arg-type]
+        config_checks.config(merged(config, table))  # type: ignore[arg-type]
 
 
 def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config) -> None:
@@ -202,7 +201,7 @@ def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
-            checks.config(merged(config, change))
+            config_checks.config(merged(config, change))
 
 
 @pytest.mark.parametrize(
@@ -456,9 +455,9 @@ def test_the_second_ctrl_c_ends_at_once(config: Config, quick: None, monkeypatch
 def test_the_committed_configs_pass_the_checks() -> None:
     for file in (Path(__file__).parent.parent / "configs").glob("*.toml"):
         found = read_toml(file)
-        checks.config(replace(found, data=replace(found.data, images=found.data.images or "photos")))
+        config_checks.config(replace(found, data=replace(found.data, images=found.data.images or "photos")))
     with pytest.raises(UserError, match="prior"):
-        checks.config(Config(data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()))
+        config_checks.config(Config(data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()))
 
 
 def test_targets_are_checked_before_any_weight_is_read(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -487,9 +486,9 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.
     ],
 )
 def test_what_is_never_due_is_said(config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str) -> None:
-    checks.config(merged(config, change))
+    config_checks.config(merged(config, change))
     assert capsys.readouterr().err == f"warning: {flag} has no effect in a run of 2 steps\n"
-    checks.config(merged(config, {**change, "stages": (Stage(250),)}))
+    config_checks.config(merged(config, {**change, "stages": (Stage(250),)}))
     assert not capsys.readouterr().err
 
 

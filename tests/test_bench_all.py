@@ -11,9 +11,9 @@ from PIL import Image
 from benchmarks import all as every
 from benchmarks import contenders, plot, tables, train_step
 from benchmarks.contenders import Frozen, Ours, Peer
-from lora_core import graphs
 from models import flux
 from tests import tiny_flux, tiny_pipeline, tiny_sdxl
+from training import cuda_graph
 
 ATTENTION = ("*attn?.to_*",)
 NAMES = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
@@ -125,14 +125,14 @@ def test_a_graph_replays_the_device_part_on_new_draws(monkeypatch):
         def replay(self):
             pass
 
-    monkeypatch.setattr(graphs, "CudaGraph", Kept)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", Kept)
     problem, seen = tiny(), []
     step = Ours(problem, "lora", contenders.twin(problem.network), graph=True)
     monkeypatch.setattr(step, "update", lambda drawn: (seen.append(drawn) or drawn.eps.sum(),))
     assert isinstance(step.optimizer.param_groups[0]["lr"], torch.Tensor)
-    draws = [float(step()) for _ in range(graphs.WARM + 3)]
-    assert len(seen) == graphs.WARM + 1, "captured once, after the warm calls"
-    assert len(set(draws[: graphs.WARM + 1])) == graphs.WARM + 1
+    draws = [float(step()) for _ in range(cuda_graph.WARM + 3)]
+    assert len(seen) == cuda_graph.WARM + 1, "captured once, after the warm calls"
+    assert len(set(draws[: cuda_graph.WARM + 1])) == cuda_graph.WARM + 1
     held, fresh = seen[-1], step.draw()
     assert not torch.equal(held.eps, fresh.eps)
     step.visit -= 1
@@ -398,13 +398,13 @@ def test_the_figures_to_reach():
 
 def test_the_figures_of_a_gpu():
     assert "| NVIDIA L40S |" in tables.gpu(full_report() | {"machine": "NVIDIA L40S (CUDA 13), a CPU", "device": "cuda"})
-    graphs = {
+    cuda_graph = {
         "graph": {
             "command": "python -m benchmarks.kernels --graph",
             "results": {"graph": True, "summary": {"lora_linear LoRA": {"ours / peft": 0.6}}},
         }
     }
-    table = tables.gpu(full_report() | {"device": "cuda", "parts": graphs})
+    table = tables.gpu(full_report() | {"device": "cuda", "parts": cuda_graph})
     assert "ours / peft: LoRA / DoRA | 1 / 1 | 0.65 / 0.35 | 0.60 |" in table
     assert table.count("not run") == 5, "of a part that the file does not have; one row's peer was not run either"
 

@@ -11,15 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infer
-import session
 import train
-from lora_core import adapters, bespoke, formats
-from lora_core.adapters import AdapterSpec
+from lora_core import formats
+from lora_core.adapters import custom_files, injection
+from lora_core.adapters.injection import AdapterSpec
 from lora_core.config import Config, Optimizer, Stage
 from lora_core.errors import UserError
 from models import load_family
-from session import Session
 from tests.conftest import final, same
+from training import setup
+from training.setup import Session
 
 IA3 = "examples/my_adapter.py:IA3"
 # the same without saying low_rank: factors are asked for, and there are none
@@ -79,20 +80,20 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> str:
 def injected(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.SiLU(), torch.nn.Conv2d(6, 4, 1))
-    adapters.inject(model, AdapterSpec(("0",), kind=kind, rank=2 if kind.split(":")[-1] in FACTORED else 16))
+    injection.inject(model, AdapterSpec(("0",), kind=kind, rank=2 if kind.split(":")[-1] in FACTORED else 16))
     return model
 
 
 @pytest.mark.parametrize(("kind", "has"), [("Shift", False), ("Refuses", False), ("NotYet", False), ("Half", True)])
 def test_whether_there_are_factors_is_asked_of_the_class(forms: str, kind: str, has: bool) -> None:
-    assert bespoke.has_factors(injected(f"{forms}:{kind}")) is has
-    assert not bespoke.has_factors(injected(IA3)) and not bespoke.has_factors(injected("full")) and bespoke.has_factors(injected("dora"))
+    assert custom_files.has_factors(injected(f"{forms}:{kind}")) is has
+    assert not custom_files.has_factors(injected(IA3)) and not custom_files.has_factors(injected("full")) and custom_files.has_factors(injected("dora"))
 
 
 @pytest.mark.parametrize(("kind", "said"), [("Nothing", r"neither factors nor a weight update.*unet.0"), ("Crooked", r"delta_weight of .* is \[\]")])
 def test_what_no_file_could_hold_is_refused(forms: str, kind: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        bespoke.check({"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run")
+        custom_files.check({"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run")
 
 
 @pytest.mark.parametrize("kind", ["Shift", "IA3"])
@@ -100,14 +101,14 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, t
     kind = IA3 if kind == "IA3" else f"{forms}:{kind}"
     model, other = injected(kind), injected(kind)
     with torch.no_grad():
-        for p in adapters.parameters(model):
+        for p in injection.parameters(model):
             p.normal_()
     x = torch.randn(3, 4)
-    file = bespoke.save_adapters({"unet": model}, tmp_path / "a.safetensors", {"k": "v"})
+    file = custom_files.save_adapters({"unet": model}, tmp_path / "a.safetensors", {"k": "v"})
     assert not torch.equal(model[0](x), other[0](x))
-    bespoke.load_adapters({"unet": other}, file)
+    custom_files.load_adapters({"unet": other}, file)
     assert torch.equal(model[0](x), other[0](x))
-    folded = adapters.merged(model)
+    folded = injection.merged(model)
     assert torch.allclose(torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6)
     tensors = load_file(file)
     name = next(iter(tensors))
@@ -117,10 +118,10 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, t
         (tensors | {name: torch.ones(9)}, "9"),
     ):
         save_file(changed, tmp_path / "b.safetensors")
-        before = [p.clone() for p in adapters.parameters(other)]
+        before = [p.clone() for p in injection.parameters(other)]
         with pytest.raises(UserError, match=said):
-            bespoke.load_adapters({"unet": other}, tmp_path / "b.safetensors")
-        assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(other)))
+            custom_files.load_adapters({"unet": other}, tmp_path / "b.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(other)))
 
 
 def test_a_run_writes_its_own_form_and_the_whole_model(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,18 +140,18 @@ def test_a_run_writes_its_own_form_and_the_whole_model(config: Config, quick: No
             formats.load(place)
     tuned, plain = load_family(str(run / "model")), load_family(config.model)
     for name in ("unet", "text_encoder"):
-        adapters.inject(plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3))
+        injection.inject(plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3))
     modules = {name: plain.modules[name] for name in ("unet", "text_encoder")}
-    bespoke.load_adapters(modules, run / "run_adapter.safetensors")
+    custom_files.load_adapters(modules, run / "run_adapter.safetensors")
     for name, module in modules.items():
-        folded, written = adapters.merged(module), tuned.modules[name].state_dict()
+        folded, written = injection.merged(module), tuned.modules[name].state_dict()
         assert all(torch.allclose(folded[key], written[key], atol=1e-6) for key in written)
     train.train(replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),)))
     assert same(final(train.train(replace(own, out=config.out + "part", resume=True))), final(run))
 
 
 def test_a_kind_that_is_wrong_is_refused_before_any_weight(config: Config, forms: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "load_family", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(setup, "load_family", lambda *_: pytest.fail("weights were read"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"kind": IA3, "rank": 4}, "--adapter.rank is 4, which has no part in"),
         ({"kind": IA3, "rank": 16, "dropout": 0.1}, "--adapter.dropout is 0.1"),

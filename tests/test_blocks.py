@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lora_core.blocks import BLOCKS, LISTS, by_block, parse
 from lora_core.errors import UserError
+from merging.block_weights import BLOCKS, LISTS, by_block, parse
 
 NAMES = {  # semantics of sd-scripts
     12: "BASE IN04 IN05 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05",

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lora_core import buckets
-from lora_core.data import Folder, ImageSettings, batches, scaled_up, scan
+from lora_core.data import buckets
+from lora_core.data.dataset import Folder, ImageSettings, batches, scaled_up, scan
+from lora_core.data.sample_order import Plan
 from lora_core.errors import UserError
-from lora_core.stream import Plan
 
 SHAPES = [(20, 20), (40, 20), (38, 20), (20, 41), (16, 16), (90, 10), (21, 20), (33, 16), (8, 12), (20, 19), (60, 61)]  # w, h
 WILD = ImageSettings(16, crop="random", zoom=1.4, flip=True, jitter=True, seed=4, buckets=True, bucket_step=4)

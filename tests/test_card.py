@@ -11,11 +11,11 @@ import torch
 from huggingface_hub import ModelCard, RepoCard
 from PIL import Image
 
-from lora_core import card as cards
-from lora_core.algebra import AdapterState, LowRank
-from lora_core.card import Card, push, write
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import layout_of, save_run
+from lora_core.runs import card as cards
+from lora_core.runs.card import Card, push, write
 from models import outline
 
 TOKENS = {"TOK": ("<s0>", "<s1>")}

@@ -9,14 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.errors import UserError
-from lora_core.formats.checkpoint import Facts, SingleFile, detect, from_single, joined, open_model, split, to_single
 from lora_core.formats.weights import Info, Weights, cast, open_weights, weights_of, write_weights
+from lora_core.formats.whole_models import (
+    Facts,
+    SingleFile,
+    detect,
+    from_single,
+    joined,
+    open_model,
+    split,
+    to_single,
+)
 from tests import tiny_pipeline, tiny_sdxl
 
 UNET, VAE = SingleFile("unet", "model.diffusion_model.", "unet"), SingleFile("vae", "first_stage_model.", "vae")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.algebra import AdapterState, Dense, LowRank, product
+from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank, product
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, diffusers, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors

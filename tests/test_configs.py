@@ -13,15 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checks
-import results
 import train
-from lora_core import captions
 from lora_core.config import Config
+from lora_core.data import captions
 from lora_core.toml import command_line, read_toml
-from session import Session
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
+from training import config_checks, results
+from training.setup import Session
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FAMILY = {  # config -> tiny model it is tried on
@@ -94,7 +93,7 @@ def get(config: Any, path: str) -> Any:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
 def test_parses_and_says_how_to_run_it(path: Path) -> None:
     config = read_toml(path)
-    checks.config(put(config, {"data.images": config.data.images or "photos"}))
+    config_checks.config(put(config, {"data.images": config.data.images or "photos"}))
     assert path.name in path.read_text() or path.stem == "toy_pti"
 
 
@@ -170,7 +169,7 @@ def test_variants_in_the_comments_are_command_lines(name: str) -> None:
     for words in variants(name):
         config = command_line(Config, [str(FOLDER / f"{name}.toml"), *words], prog="train.py", example="")
         assert config != CONFIGS[name], words
-        checks.config(replace(config, report="none"))  # the package may not be here
+        config_checks.config(replace(config, report="none"))  # the package may not be here
 
 
 # ---------------------------------------------------------------- the table of flags

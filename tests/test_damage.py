@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_core import formats
-from lora_core.algebra import AdapterState, LowRank, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, product
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 

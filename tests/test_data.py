@@ -10,8 +10,16 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from lora_core import data
-from lora_core.data import Cache, Folder, ImageSettings, batches, missing_word, position, scan
+from lora_core.data import dataset
+from lora_core.data.dataset import (
+    Cache,
+    Folder,
+    ImageSettings,
+    batches,
+    missing_word,
+    position,
+    scan,
+)
 from lora_core.errors import UserError
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout, where there is one
@@ -457,7 +465,7 @@ def test_rows_of_a_batch_keep_their_pairing(folder):
     save(noise_image(12, 10, 3, "L"), folder / "0.mask.png")
     batch = next(batches(Folder(scan(folder), WILD), batch=5, seed=0, stop=1))
     place = batch.captions.index("a photo of TOK 0")  # the one with a mask, so that alone it has the same members
-    assert_same(data.collate([Folder(scan(folder), WILD).example(0, batch.visits[place])]), batch.rows(slice(place, place + 1)))
+    assert_same(dataset.collate([Folder(scan(folder), WILD).example(0, batch.visits[place])]), batch.rows(slice(place, place + 1)))
     part = batch.rows(slice(1, 3))
     assert part.keys == batch.keys[1:3] and part.captions == batch.captions[1:3] and part.crops == batch.crops[1:3]
     assert torch.equal(part.pixels, batch.pixels[1:3]) and torch.equal(part.mask, batch.mask[1:3]) and part.visits == batch.visits[1:3]
@@ -468,8 +476,8 @@ def test_rows_of_a_batch_keep_their_pairing(folder):
 def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     reads = []
     made = Folder(scan(folder), replace(WILD, zoom=1.0))
-    read = data.read_picture
-    monkeypatch.setattr(data, "read_picture", lambda path, *args, **kwargs: reads.append(path) or read(path, *args, **kwargs))
+    read = dataset.read_picture
+    monkeypatch.setattr(dataset, "read_picture", lambda path, *args, **kwargs: reads.append(path) or read(path, *args, **kwargs))
     list(batches(made, batch=5, seed=0, stop=4))
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert made._recent.bytes == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values()) > 0

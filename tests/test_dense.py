@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_core.dense import MERGES, dare, dare_ties, dropped, elected, magnitude, ties, trimmed
+from merging.ties_dare import MERGES, dare, dare_ties, dropped, elected, magnitude, ties, trimmed
 from tests.test_spectra import randn
 
 

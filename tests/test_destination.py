@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import checks
 import infer
-from lora_core import destination
 from lora_core.config import Config, Data, Prior, Validation
 from lora_core.errors import UserError
 from lora_core.formats import run_files
-from lora_core.run import Run, atomic
+from lora_core.runs import destination
+from lora_core.runs.run_folder import Run, atomic
+from training import config_checks
 
 OPTIONS = {
     "--data.images": lambda path: {"data": Data(images=path)},
@@ -36,11 +36,11 @@ def test_a_folder_with_what_the_run_reads_is_refused(tmp_path: Path, option: str
     for given, word in ((inside, "holds"), (out, "is"), (linked, "holds"), (out / "." / "a" / ".." / "a", "holds")):
         config = replace(Config(out=str(out), overwrite=overwrite), **OPTIONS[option](str(given)))
         with pytest.raises(UserError, match=rf"{word} {option} .*name another --out"):
-            checks.folder(config)
+            config_checks.folder(config)
     assert inside.is_dir() and not (tmp_path / "project.bak").exists()
 
 
-@pytest.mark.parametrize("option", checks.CODE)
+@pytest.mark.parametrize("option", config_checks.CODE)
 def test_code_of_ones_own_is_not_moved_away(tmp_path: Path, option: str) -> None:
     (out := tmp_path / "run").mkdir()
     (out / "config.toml").touch()
@@ -49,17 +49,17 @@ def test_code_of_ones_own_is_not_moved_away(tmp_path: Path, option: str) -> None
     given: dict = {name: f"{out}/mine.py:mine"}
     given = {section: replace(getattr(Config(), section), **given)} if section else given
     with pytest.raises(UserError, match=f"holds --{option} .*mine.py: --overwrite would move"):
-        checks.folder(replace(Config(out=str(out), overwrite=True), **given))
-    checks.folder(replace(Config(out=str(tmp_path / "new"), overwrite=True), **given))
+        config_checks.folder(replace(Config(out=str(out), overwrite=True), **given))
+    config_checks.folder(replace(Config(out=str(tmp_path / "new"), overwrite=True), **given))
 
 
 def test_a_run_below_the_images_is_fine_until_it_is_moved(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     config = Config(out=str(tmp_path / "photos" / "run"), data=Data(images=str(tmp_path / "photos")))
-    checks.folder(config)
+    config_checks.folder(config)
     with pytest.raises(UserError, match=r"lies in --data\.images"):
-        checks.folder(replace(config, overwrite=True))
-    checks.folder(replace(config, out=str(tmp_path / "run"), model="a/hub-id"))
+        config_checks.folder(replace(config, overwrite=True))
+    config_checks.folder(replace(config, out=str(tmp_path / "run"), model="a/hub-id"))
 
 
 @pytest.mark.parametrize("held", [("notes.txt",), ("a.png", "b.png"), ("src/main.py",), ("runs/one/metrics.jsonl",)])
@@ -114,7 +114,7 @@ def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
     for option in ("--data.cache", "--prior.images"):
         long = {"data": Data(images="here", cache="y" * 300)} if "cache" in option else {"prior": Prior("a cat", images="y" * 300)}
         with pytest.raises(UserError, match=f"{option} leads to a file name of 300 bytes"):
-            checks.folder(replace(Config(out=str(tmp_path / "o")), **long))
+            config_checks.folder(replace(Config(out=str(tmp_path / "o")), **long))
 
 
 def test_a_picture_with_too_long_a_name_is_refused_before_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_only_runs_are_resumed(tmp_path: Path, held: str) -> None:
     (tmp_path / held).write_text('{"file_name": "a.png", "text": "a cat"}\n')
     for resume, cure in ((True, "name the folder of the run to resume"), (False, "name another --out")):
         with pytest.raises(UserError, match=rf"holds {held} and none of a run's .*; {cure}"):
-            checks.folder(Config(out=str(tmp_path), resume=resume))
+            config_checks.folder(Config(out=str(tmp_path), resume=resume))
         with pytest.raises(UserError, match=cure):
             Run.open(tmp_path, resume=resume)
     (tmp_path / "config.toml").touch()  # even then nothing of others is cut or cleared away
@@ -142,7 +142,7 @@ def test_the_beginning_of_a_run_is_resumed_or_moved(tmp_path: Path, mark: str) -
     (out / mark).touch() if "." in mark else (out / mark).mkdir()
     (out / "x.txt").touch()
     for resume in (True, False):
-        checks.folder(Config(out=str(out), resume=resume, overwrite=not resume))
+        config_checks.folder(Config(out=str(out), resume=resume, overwrite=not resume))
 
 
 def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +150,10 @@ def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "link").symlink_to(tmp_path / "away")
     for name, told in (("file", "file is a file"), ("file/run", "file is a file"), ("link", "link to .*away, which is not"), ("link/a", "link to")):
         with pytest.raises(UserError, match=rf"{told}.*name another --out"):
-            checks.folder(Config(out=str(tmp_path / name)))
+            config_checks.folder(Config(out=str(tmp_path / name)))
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
     with pytest.raises(UserError, match="read-only or another user's"):
-        checks.folder(Config(out=str(tmp_path / "new" / "run")))
+        config_checks.folder(Config(out=str(tmp_path / "new" / "run")))
 
 
 def test_a_link_and_a_mount_point_are_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core import adapters
-from lora_core.adapters import AdapterSpec, fold, inject, load_state, remove, set_strength, state, unfold
+from lora_core.adapters import injection
+from lora_core.adapters.injection import (
+    AdapterSpec,
+    fold,
+    inject,
+    load_state,
+    remove,
+    set_strength,
+    state,
+    unfold,
+)
 from lora_core.errors import UserError
 from lora_core.kernels import OPS, using
 from tests.test_kinds import adapted_layers, injected, net, noise, shake
@@ -35,7 +44,7 @@ def test_the_gradient_stops_at_doras_norms_or_flows_through_them(norm_grad, stre
     """Strength 1/2 takes the general path; its gradients are those of W + (W' - W) / 2."""
     model, x = injected("dora", norm_grad=norm_grad), noise(3, 4, 6, 5)
     shake(model)
-    found = adapters.parameters(model)
+    found = injection.parameters(model)
     if strength == 1:
         grads = torch.autograd.grad(model(x).square().sum(), found)
         for a, b in zip(grads, dense_gradients(model, x, norm_grad == "detach"), strict=True):
@@ -90,26 +99,26 @@ def test_steady_computes_every_norm_once_and_changes_no_bit(norms, strength):
     expected = model(x)
     assert len(norms) == 5 + 5  # at injection and in the forward
     norms.clear()
-    with adapters.steady(model):
+    with injection.steady(model):
         assert len(norms) == 5
-        with adapters.steady(model):  # does nothing more
+        with injection.steady(model):  # does nothing more
             y = model(x)
         assert torch.equal(model(x), y) and torch.equal(y, expected)
         y.sum().backward()
-        with adapters.disabled(model):
+        with injection.disabled(model):
             assert torch.equal(model(x), net()(x))
         assert torch.equal(model(x), y) and len(norms) == 5
     model(x)
-    assert len(norms) == 10 and all(p.grad is not None for p in adapters.parameters(model))
+    assert len(norms) == 10 and all(p.grad is not None for p in injection.parameters(model))
 
 
 def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
-    with pytest.raises(RuntimeError, match="stop"), adapters.steady(model):
+    with pytest.raises(RuntimeError, match="stop"), injection.steady(model):
         raise RuntimeError("stop")
-    with adapters.steady(model):
+    with injection.steady(model):
         remove(model)
-    with adapters.steady(model):
+    with injection.steady(model):
         assert torch.equal(model(x), net()(x))
     model = injected("dora")
     shake(model)
@@ -125,25 +134,25 @@ def test_what_changes_inside_steady_computes_its_own_norms(norms):
     factors = state(model)
     expected = model(x)
     shake(model, size=0.5)
-    with adapters.steady(model):
+    with injection.steady(model):
         load_state(model, factors)
         assert torch.equal(model(x), expected)
-    with adapters.steady(model):
+    with injection.steady(model):
         model.float()
         y = model(x.float())
     assert torch.equal(model(x.float()), y)
     model = injected("dora", norm_grad="full")
     shake(model)
     norms.clear()
-    with adapters.steady(model):
+    with injection.steady(model):
         assert not norms
-        grads = torch.autograd.grad(model(x).square().sum(), adapters.parameters(model))
+        grads = torch.autograd.grad(model(x).square().sum(), injection.parameters(model))
     for a, b in zip(grads, dense_gradients(model, x, False), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     model = injected("dora")
     shake(model)
     expected = model(x)
     fold(model)
-    with adapters.steady(model):  # norms of a folded weight would be wrong
+    with injection.steady(model):  # norms of a folded weight would be wrong
         unfold(model)
         assert torch.equal(model(x), expected)

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import inputs
 import train
-from inputs import KEPT
 from lora_core.config import Adapter, Config, Data, Stage
-from lora_core.data import Batch, Folder, ImageSettings, collate, scan
+from lora_core.data.dataset import Batch, Folder, ImageSettings, collate, scan
 from lora_core.errors import UserError
 from models import load_family
-from session import Session
 from tests import tiny_sdxl
 from tests.conftest import learned, same
+from training import step_inputs
+from training.setup import Session
+from training.step_inputs import KEPT
 
 SIDE = 16
 
@@ -56,9 +56,9 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(config: Conf
     s = opened(config, sdxl, photos)
     s.text_trains = trains
     batch = batch_of(s, ["a cat", "", ""], [False, True, False])
-    text = inputs._text(s, batch)
+    text = step_inputs._text(s, batch)
     assert isinstance(text, dict) is trains and (not trains or text[KEPT].tolist() == [1, 0, 1])
-    sizes = inputs._sizes(batch)
+    sizes = step_inputs._sizes(batch)
     with torch.no_grad():
         cond, plain = s.conditioning(text, sizes), s.family.encode_prompts(["a cat", "", ""])
         negative = s.family.inform(s.family.encode_negative([""]), sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]), 1.0)
@@ -72,17 +72,17 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(config: Conf
 def test_the_empty_prompts_encoding_is_an_option(config: Config, sdxl: Path, photos: Path) -> None:
     s = opened(config, sdxl, photos, dropped="empty")
     s.text_trains = False
-    text = inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
+    text = step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
     assert torch.allclose(text.prompt_embeds, s.family.encode_prompts(["a cat", ""]).prompt_embeds, atol=1e-5)
     s.text_trains = True
-    assert KEPT not in inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
+    assert KEPT not in step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
 
 
 def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> None:
     family = load_family(str(sdxl))
     ids = {**family.tokenize(["a cat", "a dog"]), KEPT: torch.tensor([1.0, 0.0])}
     weight = family.modules["text_encoder"].get_input_embeddings().weight.requires_grad_()
-    cond = inputs.encode(family, ids)
+    cond = step_inputs.encode(family, ids)
     cond.prompt_embeds[1].sum().backward(retain_graph=True)
     assert weight.grad is not None and not weight.grad.any()
     cond.prompt_embeds[0].square().sum().backward()
@@ -103,7 +103,7 @@ def test_models_without_zeros_refuse_the_choice(config: Config, quick: None, sdx
         opened(config, other, photos, dropped="zeros")
     s = opened(config, other, photos)
     s.text_trains = False
-    assert inputs._text(s, batch_of(s, ["", ""], [True, False])).prompt_embeds.any()
+    assert step_inputs._text(s, batch_of(s, ["", ""], [True, False])).prompt_embeds.any()
 
 
 def test_class_prompts_in_their_place_are_dropped_too(sdxl: Path) -> None:
@@ -113,7 +113,7 @@ def test_class_prompts_in_their_place_are_dropped_too(sdxl: Path) -> None:
         evaluating=torch.no_grad,
     )  # fmt: skip
     batch = SimpleNamespace(captions=["", "a dog"], dropped=(True, False))
-    base = inputs._base_text(s, batch)  # type: ignore[arg-type]
+    base = step_inputs._base_text(s, batch)  # type: ignore[arg-type]
     assert not base.prompt_embeds[0].any() and base.prompt_embeds[1].any()
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core.ema import Average
 from lora_core.errors import UserError
-from lora_core.run import flatten, unflatten
+from lora_core.optim.ema import Average
+from lora_core.runs.run_folder import flatten, unflatten
 
 
 def params(dtype=torch.float64):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, layout_of
 from lora_core.formats.container import read_tensors, write_tensors

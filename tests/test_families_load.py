@@ -11,9 +11,9 @@ from torch import Tensor
 
 import train
 from lora_core import formats
+from lora_core.adapters.patch import patch
 from lora_core.config import Adapter, Config, Optimizer, Stage, Tokens
-from lora_core.generation import Recipe, generate
-from lora_core.patch import patch
+from lora_core.diffusion.generation import Recipe, generate
 from models import Loading, load_family
 from tests import tiny_flux, tiny_sdxl
 

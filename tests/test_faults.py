@@ -12,17 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import faults
 import infer
 import train
-from lora_core import adapters, generation, lock, pictures
+from lora_core.adapters import injection
 from lora_core.config import Adapter, Config, Data, Prior, Stage
+from lora_core.diffusion import generation
+from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
-from lora_core.losses import StepOutput, mse
-from lora_core.run import Run, not_finite
+from lora_core.runs import lock, pictures
+from lora_core.runs.run_folder import Run, not_finite
 from models import load_family
-from session import Session
 from tests.conftest import rows
+from training import nonfinite
+from training.setup import Session
 
 NAN = float("nan")
 
@@ -89,15 +91,15 @@ def test_damaged_state_is_named_and_not_saved(config: Config, quick: None, monke
 
 
 def test_initial_values_that_are_none_are_named(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = adapters.inject
+    whole = injection.inject
 
     def inject(module: torch.nn.Module, *args: Any, **settings: Any) -> Any:
         found = whole(module, *args, **settings)
         with torch.no_grad():
-            adapters.parameters(module)[3].view(-1)[1] = math.inf
+            injection.parameters(module)[3].view(-1)[1] = math.inf
         return found
 
-    monkeypatch.setattr(adapters, "inject", inject)
+    monkeypatch.setattr(injection, "inject", inject)
     with pytest.raises(UserError, match=r"denoiser \(unet\..*\) holds NaN or infinity before the first step"):
         train.train(config)
 
@@ -163,7 +165,7 @@ def test_steps_that_overflow_are_counted_said_and_end_the_run(config: Config, qu
     with pytest.raises(UserError, match="all 3 steps were skipped"):
         train.train(replace(config, out=config.out + "2"), loss=lambda step: mse(step) * 1e30)
     assert not list(Path(config.out + "2").glob("*.safetensors"))
-    monkeypatch.setattr(faults, "SKIPS", 4)
+    monkeypatch.setattr(nonfinite, "SKIPS", 4)
     longer = replace(config, out=config.out + "3", stages=(Stage(9),), save_every=2, log_every=9)
     with pytest.raises(UserError, match=r"the last 4 steps up to step 5 were skipped.*--precision bf16.*of step 4"):
         train.train(longer, loss=lambda step: mse(step) * (1e30 if step.step else 1.0))
@@ -206,10 +208,9 @@ def test_a_bad_row_of_the_latent_cache_is_named(config: Config, quick: None, tmp
 def test_a_damaged_part_of_the_model_is_named(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, part: str, said: str, random: bool
 ) -> None:
-    import results
-    import session
+    from training import results, setup
 
-    load = session.load_family
+    load = setup.load_family
 
     def damaged(*args: Any, **settings: Any) -> Any:
         family = load(*args, **settings)
@@ -220,7 +221,7 @@ def test_a_damaged_part_of_the_model_is_named(
             ).fill_(NAN)
         return family
 
-    monkeypatch.setattr(session, "load_family", damaged)
+    monkeypatch.setattr(setup, "load_family", damaged)
     monkeypatch.setattr(results, "validate", lambda s, done: None)
     config = replace(config, data=replace(config.data, flip=random))
     with pytest.raises(UserError, match=said):
@@ -229,9 +230,9 @@ def test_a_damaged_part_of_the_model_is_named(
 
 
 def test_the_first_validation_says_so_too(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import session
+    from training import setup
 
-    load = session.load_family
+    load = setup.load_family
 
     def damaged(*args: Any, **settings: Any) -> Any:
         family = load(*args, **settings)
@@ -239,7 +240,7 @@ def test_the_first_validation_says_so_too(config: Config, quick: None, monkeypat
             family.modules["unet"].conv_out.bias.fill_(NAN)
         return family
 
-    monkeypatch.setattr(session, "load_family", damaged)
+    monkeypatch.setattr(setup, "load_family", damaged)
     with pytest.raises(UserError, match=r"the validation loss is nan after 0 steps: unet has NaN .* first in conv_out\.bias"):
         train.train(config)
 
@@ -269,9 +270,9 @@ def test_pixels_of_nan_are_no_picture() -> None:
 
 
 def test_class_images_of_nan_are_not_written(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import session
+    from training import setup
 
-    load = session.load_family
+    load = setup.load_family
 
     def damaged(*args: Any, **settings: Any) -> Any:
         family = load(*args, **settings)
@@ -279,7 +280,7 @@ def test_class_images_of_nan_are_not_written(config: Config, quick: None, monkey
             family.modules["vae"].decoder.conv_out.bias.fill_(NAN)
         return family
 
-    monkeypatch.setattr(session, "load_family", damaged)
+    monkeypatch.setattr(setup, "load_family", damaged)
     with pytest.raises(UserError, match="decoder drew NaN"):
         train.train(replace(config, prior=Prior("a cat", count=2)))
     assert not list(Path(config.out).rglob("*.png"))
@@ -316,7 +317,7 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(config: Config, m
     import sys
     import types
 
-    from lora_core import card
+    from lora_core.runs import card
 
     asked: list[str] = []
 

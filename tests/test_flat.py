@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_core.adamw import AdamW
 from lora_core.errors import UserError
-from lora_core.flat import ALIGNED, Words
+from lora_core.kernels.flat import ALIGNED, Words
+from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
 MAKE = {"prodigy": lambda params: Prodigy(params, d0=1e-2), "adamw": lambda params: AdamW(params, lr=1e-2)}

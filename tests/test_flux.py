@@ -12,11 +12,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from lora_core import adapters, formats, noise, tokens
-from lora_core.algebra import AdapterState, LowRank
+from lora_core import formats, tokens
+from lora_core.adapters import injection
+from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.diffusion import noise
+from lora_core.diffusion.generation import Recipe, generate
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE, fused
-from lora_core.generation import Recipe, generate
+from lora_core.formats import NATIVE, joined_layers
 from models import Loading, Sizes, flux, load_family, noise_of, outline
 from tests import tiny_flux
 
@@ -270,17 +272,17 @@ def full():
 
 
 def test_presets_match_as_many_modules_as_the_peers_do(full):
-    count = {name: len(adapters.targets(full["transformer"], globs)) for name, globs in flux.PRESETS["transformer"].items()}
+    count = {name: len(injection.targets(full["transformer"], globs)) for name, globs in flux.PRESETS["transformer"].items()}
     assert count == {"attention": 190, "fal": 342, "ostris": 495, "kohya": 494, "all-linear": 494 + 10}
-    assert {n: len(adapters.targets(full["text_encoder"], globs)) for n, globs in flux.PRESETS["text_encoder"].items()} == {
+    assert {n: len(injection.targets(full["text_encoder"], globs)) for n, globs in flux.PRESETS["text_encoder"].items()} == {
         "all-linear": 72,
         "attention": 48,
         "kohya": 72,
     }
     layout = flux.layout(full)
-    paths = set(adapters.targets(full["transformer"], flux.PRESETS["transformer"]["kohya"]))
+    paths = set(injection.targets(full["transformer"], flux.PRESETS["transformer"]["kohya"]))
     factors = {path: LowRank(torch.zeros(1, 1), torch.zeros(layout.components["transformer"].shapes[path][0], 1), 1.0) for path in paths}
-    names = fused.fuse(AdapterState({"transformer": factors}), layout).components["transformer"]
+    names = joined_layers.fuse(AdapterState({"transformer": factors}), layout).components["transformer"]
     assert len(names) == 304
     assert [c.prefixes[0] for c in layout.components.values()] == ["lora_unet", "lora_te1", "lora_te3"]
     assert layout.encoders == {"text_encoder": "clip_l", "text_encoder_2": "t5"} and set(layout.presets) == {"transformer", "text_encoder"}
@@ -294,7 +296,7 @@ def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
     component = layout.components["transformer"]
     parts = {path for stack in component.fused.values() for path in stack}
     shapes = {
-        component.names.get(name, name): shape for name, shape in fused.stored(layout).components["transformer"].shapes.items() if name not in parts
+        component.names.get(name, name): shape for name, shape in joined_layers.stored(layout).components["transformer"].shapes.items() if name not in parts
     }
     ups = {name: torch.randn(shape[0], 1) for name, shape in shapes.items()}
     original = {f"{name}.weight": up for name, up in ups.items()} | {f"{name}.bias": torch.zeros(len(up)) for name, up in ups.items()}
@@ -333,7 +335,7 @@ def random_state(family, targets, *, scale=0.5, dora=False, rank=2):
     generator, components = torch.Generator().manual_seed(1), {}
     for name, globs in targets.items():
         network = family.modules[name]
-        for path in adapters.targets(network, globs):
+        for path in injection.targets(network, globs):
             weight = network.get_submodule(path).weight
             down, up = (torch.randn(*shape, generator=generator) * 0.3 for shape in ((rank, weight.shape[1]), (weight.shape[0], rank)))
             magnitude = weight.norm(dim=1) * (0.5 + torch.rand(len(weight), generator=generator)) if dora else None
@@ -366,7 +368,7 @@ def test_diffusers_loads_the_file_to_the_same_outputs(dev, tmp_path, format, tar
     name = NATIVE if format == "diffusers" else "run.safetensors"
     theirs.load_lora_weights(str(tmp_path / "run"), weight_name=name)
     for component, modules in formats.load(tmp_path / "run" / name, family.layout).components.items():
-        adapters.load_state(family.modules[component], {family.layout.module_path(component, p): lr for p, lr in modules.items()}, "ours")
+        injection.load_state(family.modules[component], {family.layout.module_path(component, p): lr for p, lr in modules.items()}, "ours")
     mine = outputs(family.transformer, family.clip)
     for i, (a, b, c) in enumerate(zip(mine, outputs(theirs.transformer, theirs.text_encoder), base)):
         assert (a - b).abs().max() < 1e-5

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_core import adapters
-from lora_core.algebra import AdapterState, Dense, LowRank, delta, product
+from lora_core.adapters import injection
+from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank, delta, product
 from lora_core.errors import UserError
-from lora_core.fold import Ledger, fold, open_model, weight_key, with_rows, write_folder
 from lora_core.formats.layout import layout_of
 from lora_core.formats.weights import Weights, weights_of
-from lora_core.merges import Term
+from merging.adapter_sums import Term
+from merging.folding import Ledger, fold, open_model, weight_key, with_rows, write_folder
 from tests.conftest import save_pipeline
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -47,8 +47,8 @@ def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dor
     for name, modules in state.components.items():
         network = getattr(fresh, name)
         network.load_state_dict(getattr(pipe, name).state_dict())
-        adapters.load_state(network, {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
-        adapters.set_strength(network, "x", 0.7)
+        injection.load_state(network, {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
+        injection.set_strength(network, "x", 0.7)
         for path in modules:
             wrapper = network.get_submodule(layout.module_path(name, path))
             expected = wrapper.base.weight + 0.7 * delta(modules[path], wrapper.base.weight)
@@ -65,7 +65,7 @@ def test_the_folded_model_draws_like_the_patched_one(folder, pipe, layout, tmp_p
     folded, patched = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None), pipeline()
     for name, modules in state.components.items():
         getattr(patched, name).load_state_dict(getattr(pipe, name).state_dict())
-        adapters.load_state(getattr(patched, name), {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
+        injection.load_state(getattr(patched, name), {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
     noise = torch.Generator().manual_seed(0)
     x, condition = torch.randn(2, 4, 8, 8, generator=noise), torch.randn(2, 5, 16, generator=noise)
     with torch.no_grad():

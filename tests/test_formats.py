@@ -16,8 +16,9 @@ from safetensors.torch import save_file as save_distinct
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core import adapters, formats
-from lora_core.algebra import AdapterState, LowRank, product
+from lora_core import formats
+from lora_core.adapters import injection
+from lora_core.adapters.weight_updates import AdapterState, LowRank, product
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, Layout, embeddings, kohya, layout_of
 from lora_core.formats.grammar import sites
@@ -48,7 +49,7 @@ def header(path):
 
 def apply(pipe, state, layout):
     for name, modules in state.components.items():
-        adapters.load_state(getattr(pipe, name), {layout.module_path(name, path): lr for path, lr in modules.items()}, "ours")
+        injection.load_state(getattr(pipe, name), {layout.module_path(name, path): lr for path, lr in modules.items()}, "ours")
 
 
 def assert_same(read, written, *, folded):
@@ -224,7 +225,7 @@ def test_a_family_may_spell_its_modules_otherwise_for_kohya(tmp_path):
 def test_an_adapted_module_counts_as_its_base(pipe):
     modules = {"unet": pipeline().unet}
     before = layout_of(modules)
-    adapters.inject(modules["unet"], adapters.AdapterSpec(targets=("*.to_q", "*.conv1"), rank=2))
+    injection.inject(modules["unet"], injection.AdapterSpec(targets=("*.to_q", "*.conv1"), rank=2))
     assert layout_of(modules) == before
 
 

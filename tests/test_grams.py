@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lora_core.algebra import LowRank, product
-from lora_core.grams import cosine, fit, inner, inner_dense, norm, principal_angles, sums
+from lora_core.adapters.weight_updates import LowRank, product
+from merging.compare import cosine, fit, inner, inner_dense, norm, principal_angles, sums
 from tests.test_spectra import SHAPES, adapter, randn
 
 

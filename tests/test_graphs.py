@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checks
 import train
-from lora_core import graphs
 from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
 from lora_core.errors import UserError
-from lora_core.graphs import Replayed
 from tests.conftest import distance, final, rows
+from training import config_checks, cuda_graph
+from training.cuda_graph import Replayed
 
 READ_BACK = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")  # wait for the device
 FROM_HOST = ("lift_fresh", "lift_fresh_copy")  # torch.tensor([...]): pageable memory, which a capture refuses
@@ -73,8 +72,8 @@ class Tape:
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_KERNELS", "reference")  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
-    monkeypatch.setattr(graphs, "CudaGraph", Tape)
-    monkeypatch.setattr(checks, "machine", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
+    monkeypatch.setattr(config_checks, "machine", lambda *_: None)
     Tape.made = 0
 
 
@@ -174,7 +173,7 @@ def test_a_graph_needs_a_gpu_and_a_loss_that_is_the_same_each_step(
 ) -> None:
     with pytest.raises(UserError, match="--cuda-graph needs an NVIDIA GPU"):
         train.train(replace(config, cuda_graph=True, device="cpu"))
-    monkeypatch.setattr(checks, "machine", lambda *_: None)
+    monkeypatch.setattr(config_checks, "machine", lambda *_: None)
 
     def fickle(step: Any) -> Tensor:
         return (step.out - step.target).square().mean((1, 2, 3))

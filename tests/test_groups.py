@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import adapters, groups
-from lora_core.adapters import AdapterSpec, inject
+from lora_core.adapters import groups, injection
+from lora_core.adapters.injection import AdapterSpec, inject
+from lora_core.adapters.kinds import KINDS, LoRA
 from lora_core.kernels import OPS, using
 from lora_core.kernels.reference import lora_grouped
-from lora_core.kinds import KINDS, LoRA
 
 WIDTH = 6
 
@@ -79,7 +79,7 @@ def net(kind="lora", settings=None, dtype=torch.float64):
 def shake(model, name="default"):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in adapters.parameters(model, name):
+        for p in injection.parameters(model, name):
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
 
 
@@ -91,7 +91,7 @@ def trained(model, x):
     """The output and every gradient."""
     x = x.clone().requires_grad_()
     y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *adapters.parameters(model)])]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *injection.parameters(model)])]
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def alone(run):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_model_with_groups_is_the_one_without(sizes, kind, settings, recompute):
     model, x = net(kind, settings), noise()
-    adapters.set_dropout(model, torch.tensor([5, 9]), 3)
+    injection.set_dropout(model, torch.tensor([5, 9]), 3)
     model.recompute = recompute
     results = [trained(model, x), alone(lambda: trained(model, x))]
     assert sizes == [3, 2, 4] * (1 + recompute)
@@ -132,11 +132,11 @@ def test_a_model_with_groups_is_the_one_without(sizes, kind, settings, recompute
 
 
 def found(model):
-    return list(dict.fromkeys(layer.group for layer in adapters.layers(model).values() if getattr(layer, "group", None)))
+    return list(dict.fromkeys(layer.group for layer in injection.layers(model).values() if getattr(layer, "group", None)))
 
 
 def members(model):
-    paths = {layer: path for path, layer in adapters.layers(model).items()}
+    paths = {layer: path for path, layer in injection.layers(model).items()}
     return [[paths[layer] for layer in group.members] for group in found(model)]
 
 
@@ -151,7 +151,7 @@ def test_compiled_without_a_graph_break(sizes, kind):
         assert sizes == [3, 2, 4]
         y = compiled(x.requires_grad_())
         assert sizes == [3, 2, 4] * 2
-        grads = torch.autograd.grad(y.square().sum(), [x, *adapters.parameters(model)])
+        grads = torch.autograd.grad(y.square().sum(), [x, *injection.parameters(model)])
         assert all(torch.equal(a, b) for a, b in zip([y, *grads], whole, strict=True))
         assert all(group.waiting is None and not group.open for group in found(model))
 
@@ -185,14 +185,14 @@ def test_groups_follow_what_is_put_on_and_taken_off(sizes):
     keys = set(model.state_dict())
     model(x)
     assert sizes == [3] and set(model.state_dict()) == keys
-    adapters.remove(model, "a")
+    injection.remove(model, "a")
     assert members(model) == [["own.to_k", "own.to_v"]]
     model(x)
     assert sizes == [3, 2]
-    adapters.remove(model, "b")
+    injection.remove(model, "b")
     hooks = [dict(m) for module in model.modules() for m in (module._forward_hooks, module._forward_pre_hooks, module._forward_hooks_always_called)]
     assert not found(model) and not any(hooks) and list(model.state_dict()) == before
-    adapters.load_state(model, adapters.state(net()))
+    injection.load_state(model, injection.state(net()))
     assert len(found(model)) == 3
 
 
@@ -203,15 +203,15 @@ class Twice(LoRA):
 
 def disturbed():
     """What makes a layer more than one plain adapter of the group's kind."""
-    yield "strength of a DoRA", "dora", lambda m: adapters.set_strength(m, "default", 0.5)
+    yield "strength of a DoRA", "dora", lambda m: injection.set_strength(m, "default", 0.5)
     yield "strength 0", "lora", lambda m: m.own.to_k.strengths.update(default=0.0)
     yield "a second adapter", "lora", lambda m: inject(m, AdapterSpec(targets=("own.to_q",), rank=1), name="b")
-    yield "another kind", "lora", lambda m: (adapters.remove(m), inject(m, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2)),
+    yield "another kind", "lora", lambda m: (injection.remove(m), inject(m, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2)),
                                            inject(m, AdapterSpec(targets=("own.to_[kv]",), rank=2), name="b"))  # fmt: skip
     yield "hook", "lora", lambda m: m.own.to_v.base.register_forward_hook(lambda *_: None)
-    yield "folded", "lora", lambda m: adapters.fold(m)
-    yield "rank dropout", {"rank_dropout": 0.5}, lambda m: adapters.set_dropout(m, torch.tensor([1, 2]), 0)
-    yield "module dropout", {"module_dropout": 0.5}, lambda m: adapters.set_dropout(m, torch.tensor([1, 2]), 0)
+    yield "folded", "lora", lambda m: injection.fold(m)
+    yield "rank dropout", {"rank_dropout": 0.5}, lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0)
+    yield "module dropout", {"module_dropout": 0.5}, lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0)
     yield "a kind of one's own", "twice", lambda m: None
 
 
@@ -227,10 +227,10 @@ def test_layers_that_are_more_are_computed_alone(sizes, kind, change, monkeypatc
 
 def test_any_strength_of_a_lora_is_grouped_and_disabled_is_the_base(sizes):
     model, x = net(), noise()
-    adapters.set_strength(model, "default", -0.3)
+    injection.set_strength(model, "default", -0.3)
     y = model.own(x)
     assert sizes == [3] and torch.equal(y, alone(lambda: model.own(x)))
-    with adapters.disabled(model):
+    with injection.disabled(model):
         assert not torch.equal(model.own(x), y)
     assert sizes == [3]
 
@@ -311,7 +311,7 @@ def test_copies_and_pickles_have_groups_of_their_own(sizes):
         assert torch.equal(twin(x), y) and sizes == [3, 2, 4]
         shake(twin)
         assert not torch.equal(twin(x), y) and torch.equal(model(x), y)
-        adapters.remove(twin)
+        injection.remove(twin)
         assert not twin.own._forward_hooks and model.own._forward_hooks and len(found(model)) == 3
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "lora_core").rglob("*.py"))
 MODELS = sorted((ROOT / "models").glob("*.py"))
 SCRIPTS = [
-    ROOT / name for name in ("train.py", "session.py", "inputs.py", "checks.py", "checkpoints.py", "results.py", "faults.py", "priors.py", "infer.py")
+    ROOT / name for name in ("train.py", "training/setup.py", "training/step_inputs.py", "training/config_checks.py", "training/checkpoints.py", "training/results.py", "training/nonfinite.py", "training/class_images.py", "infer.py")
 ]
 MERGE = [ROOT / "merge.py", *sorted((ROOT / "merging").glob("*.py"))]
 PRODUCT = [*CORE, *MODELS, *SCRIPTS, *MERGE]

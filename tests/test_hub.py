@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core import hub
-from lora_core.data import Folder, ImageSettings, scan
+from lora_core.data import hub
+from lora_core.data.dataset import Folder, ImageSettings, scan
+from lora_core.data.hub import export
 from lora_core.errors import UserError
-from lora_core.hub import export
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 

@@ -11,19 +11,19 @@ from PIL import Image
 from safetensors import safe_open
 
 import train
-from lora_core import identity
 from lora_core.config import Config, Optimizer, Samples, Stage, Tokens, Validation
+from lora_core.data.records import Record
 from lora_core.errors import UserError
-from lora_core.identity import FREE, changes, model_identity
-from lora_core.records import Record
 from lora_core.toml import to_table
 from models import load_family
-from session import Session
 from tests.conftest import final, rows, same
+from training import run_identity
+from training.run_identity import FREE, changes, model_identity
+from training.setup import Session
 
 
 def made(config: Config, *records: Record, model: dict[str, str] | None = None) -> dict:
-    return json.loads(json.dumps(identity.identity(to_table(config), records, (), model or {})))
+    return json.loads(json.dumps(run_identity.identity(to_table(config), records, (), model or {})))
 
 
 def record(name: str, *captions: str, key: str = "k", folder: str = "/photos") -> Record:

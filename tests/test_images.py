@@ -18,16 +18,16 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
 import infer
-import inputs
 import train
-from lora_core import images
-from lora_core.colours import to_srgb
-from lora_core.data import Folder, ImageSettings, batches, collate, scan, shifted_to_masks
+from lora_core.data import images
+from lora_core.data.dataset import Folder, ImageSettings, batches, collate, scan, shifted_to_masks
+from lora_core.data.images import SUFFIXES, read_mask, read_picture, readable
+from lora_core.data.srgb import to_srgb
+from lora_core.diffusion.losses import masked_mean
 from lora_core.errors import UserError
-from lora_core.images import SUFFIXES, read_mask, read_picture, readable
-from lora_core.losses import masked_mean
-from results import _square
 from tests.conftest import rows
+from training import step_inputs
+from training.results import _square
 
 ROOT = Path(__file__).parent.parent
 D50 = (0.9642, 1.0, 0.8249)
@@ -591,7 +591,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = inputs._raise_mask(mask, temperature)
+        raised = step_inputs._raise_mask(mask, temperature)
         assert torch.equal(raised[1:], mask[1:] ** temperature)  # what was something stays as it was
         weights = (mask.double() / mask.double().amax((1, 2, 3), keepdim=True)) ** temperature
         exact = (weights * error).sum((1, 2, 3)) / (4 * weights.sum((1, 2, 3)))

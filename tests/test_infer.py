@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infer
-from lora_core import formats, patch
+from lora_core import formats
+from lora_core.adapters import patch
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
-from lora_core.pictures import save_png
+from lora_core.runs.pictures import save_png
 from models import load_family
 from tests.test_models import saved
 from tests.tiny_pipeline import random_state

@@ -11,9 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import adapters
-from lora_core.adapters import Adapted, AdapterSpec, fold, inject, load_state, remove, set_dropout, set_strength, state, unfold
-from lora_core.algebra import delta
+from lora_core.adapters import injection
+from lora_core.adapters.injection import (
+    Adapted,
+    AdapterSpec,
+    fold,
+    inject,
+    load_state,
+    remove,
+    set_dropout,
+    set_strength,
+    state,
+    unfold,
+)
+from lora_core.adapters.weight_updates import delta
 from lora_core.errors import UserError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -61,12 +72,12 @@ def injected(kind="full", dtype=torch.float64, **settings):
 def shake(model, name="default", size=0.1, seed=5):
     generator = seeded(seed)
     with torch.no_grad():
-        for p in adapters.parameters(model, name):
+        for p in injection.parameters(model, name):
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
 
 
 def adapted_layers(model):
-    return [(path, layer) for path, layer in adapters.layers(model).items() if isinstance(layer, Adapted)]
+    return [(path, layer) for path, layer in injection.layers(model).items() if isinstance(layer, Adapted)]
 
 
 # --- full: the weights themselves ---
@@ -79,7 +90,7 @@ def test_a_full_update_starts_as_the_base_and_gets_wide_gradients(dtype):
     assert torch.equal(out, base(x)) and out.dtype == dtype
     out.float().square().sum().backward()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    found = adapters.parameters(model)
+    found = injection.parameters(model)
     assert [tuple(p.shape) for p in found] == [tuple(p.shape) for n, p in base.named_parameters() if "norm" not in n]
     assert all(p.dtype == p.grad.dtype == wanted and p.grad.abs().max() > 0 for p in found)
 
@@ -108,14 +119,14 @@ def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
         if isinstance(layer, nn.GroupNorm):
             layer.requires_grad_(False)
     optimizers = [
-        torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay) for ps in (adapters.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
+        torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay) for ps in (injection.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
     ]
     for _ in range(3):
         for model, optimizer in zip((ours, plain), optimizers):
             optimizer.zero_grad()
             (model(x) - 1).square().mean().backward()
             optimizer.step()
-    found = adapters.merged(ours)
+    found = injection.merged(ours)
     same = all(torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items())
     assert same == (decay == 0)
 
@@ -127,7 +138,7 @@ def test_full_and_low_rank_updates_add():
     shake(model, "second", seed=6)
     set_strength(model, "default", 0.4)
     with torch.no_grad():
-        for path, layer in adapters.layers(expected).items():
+        for path, layer in injection.layers(expected).items():
             full = dict(adapted_layers(model))[path].adapter("default")
             layer.weight += 0.4 * full.weight + delta(state(model, "second")[path], layer.weight.clone())
             if layer.bias is not None:
@@ -159,7 +170,7 @@ def test_a_full_update_has_no_factors():
         with pytest.raises(UserError, match="no low-rank form; write the merged model, or distil it"):
             action()
     with pytest.raises(UserError, match=r"of conv has no up and down.*--optimizer.lora-plus"):
-        adapters.up_parameters(model)
+        injection.up_parameters(model)
     with pytest.raises(UserError, match=r"as torch\.int8, which cannot take an update"):
         whole = nn.Sequential(nn.Linear(2, 2))
         whole[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
@@ -188,10 +199,10 @@ def test_what_has_no_part_in_a_full_update_is_refused(settings, option):
 def test_casting_the_model_leaves_a_full_update_fp32():
     model = injected(dtype=torch.float32)
     shake(model)
-    before = [p.detach().clone() for p in adapters.parameters(model)]
+    before = [p.detach().clone() for p in injection.parameters(model)]
     model.to(torch.bfloat16)
     assert model.to_q.weight.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(model), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(model), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -199,7 +210,7 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     """Half an ulp of bf16 at 0.05 is 1.2e-4: a parameter kept in bf16 (peft's, on a bf16 base) never moves at a learning rate of 1e-4."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
     inject(model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2})))
-    ours = adapters.parameters(model)[0]
+    ours = injection.parameters(model)[0]
     with torch.no_grad():
         ours.fill_(0.05)
     wrong = nn.Parameter(ours.detach().bfloat16())
@@ -213,7 +224,7 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     torch.testing.assert_close(start[0] - ours, torch.full_like(ours, 20e-4), rtol=1e-3, atol=0)
     assert torch.equal(wrong, start[1])
     if kind == "full":  # and the base sees the sum of the small steps
-        moved = adapters.merged(model)["0.weight"].float() - model[0].base.weight.float()
+        moved = injection.merged(model)["0.weight"].float() - model[0].base.weight.float()
         torch.testing.assert_close(moved, ours.detach(), rtol=0, atol=2.0**-9)
 
 
@@ -227,7 +238,7 @@ def masks(layer, settings, rows, step=3, seed=0, x=None):
     with torch.no_grad():
         for p in model[0].base.parameters():
             p.zero_()
-        for p in adapters.parameters(model):
+        for p in injection.parameters(model):
             p.copy_(torch.eye(16).view(p.shape))
     set_dropout(model, rows, step)
     return model(torch.ones(len(rows), *(x or (16,)), dtype=torch.float64))
@@ -354,7 +365,7 @@ def test_checkpointing_redraws_the_same_masks(kind):
         set_dropout(model, torch.tensor([3, 1, 2]), 7)
         x = noise(3, 4, 6, 5)
         (checkpoint(model, x, use_reentrant=False) if recompute else model(x)).square().sum().backward()
-        grads.append([p.grad for p in adapters.parameters(model)])
+        grads.append([p.grad for p in injection.parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core import formats
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.checkpoint import Facts
+from lora_core.formats.whole_models import Facts
 from models import known, outline
 from models.published import KINDS, folder
 from tests import tiny_pipeline, tiny_sdxl

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.blocks import BLOCKS, LISTS, by_block, parse
-from lora_core.targets import matches
+from lora_core.adapters.targets import matches
+from merging.block_weights import BLOCKS, LISTS, by_block, parse
 from models import sd, sdxl
 from tests.tiny_pipeline import pipeline
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import priors
-from lora_core import data, images
-from lora_core.data import scan
+from lora_core.data import dataset, images
+from lora_core.data.dataset import scan
+from lora_core.data.listing import place_for_more
 from lora_core.errors import UserError
-from lora_core.listing import place_for_more
+from training import class_images
 
 NFC, NFD = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
 
@@ -44,9 +44,9 @@ def test_masks_as_many_tools_call_them_are_masks_and_never_images(tmp_path: Path
     mask = save(tmp_path / name, 20)
     assert names(tmp_path) == ["a.png"]
     assert [r.mask_path for r in scan(tmp_path, captions="one", caption="x", masks="file")] == [mask]
-    left = data.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="none"))
+    left = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="none"))
     assert [(paths, "masks that are not asked for" in why) for why, paths in left.items()] == [([mask], True)]
-    assert data.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="file")) == {}
+    assert dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="file")) == {}
 
 
 @pytest.mark.parametrize("name", ["venetian_mask.png", "a person with a mask.jpg", "mask.png", "mask_of_wood.png", "masks/other.png"])
@@ -55,7 +55,7 @@ def test_an_image_whose_name_speaks_of_a_mask_stays_an_image(tmp_path: Path, nam
     save(tmp_path / name)
     own = "/" not in name
     assert names(tmp_path) == sorted(["a.png", name] if own else ["a.png"])
-    assert own or list(data.unused(tmp_path, scan(tmp_path, caption="x"))) == ["sub-folders"]
+    assert own or list(dataset.unused(tmp_path, scan(tmp_path, caption="x"))) == ["sub-folders"]
 
 
 def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
     spare = save(tmp_path / "masks" / "1.src.png")
     records = scan(tmp_path, caption="x", masks="file")
     assert [r.mask_path.name for r in records if r.mask_path] == ["0.mask.png", "1.mask.png", "10.mask.png"]
-    assert data.unused(tmp_path, records) == {"second masks of an image": [spare]}
+    assert dataset.unused(tmp_path, records) == {"second masks of an image": [spare]}
     save(tmp_path / "5-masklabel.png")
     with pytest.raises(UserError, match=r"5-masklabel\.png belongs to no image"):
         scan(tmp_path, caption="x", masks="file")
@@ -88,7 +88,7 @@ def test_files_beside_an_image_are_its_captions(tmp_path: Path, name: str, conte
     (tmp_path / name).write_text(content, encoding="utf-8")
     [record] = scan(tmp_path)
     assert record.captions == ("a red TOK",) and record.source == tmp_path / name
-    assert data.unused(tmp_path, [record]) == {}
+    assert dataset.unused(tmp_path, [record]) == {}
 
 
 def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("from txt")
     records = scan(tmp_path)
     assert [r.captions for r in records] == [("from txt",), ("from caption",)]
-    assert data.unused(tmp_path, records) == {"texts beside images that have another caption": [tmp_path / "a.caption"]}
+    assert dataset.unused(tmp_path, records) == {"texts beside images that have another caption": [tmp_path / "a.caption"]}
     with pytest.raises(UserError, match=r"1 of 2 images lack a \.txt"):
         scan(tmp_path, captions="txt")
 
@@ -122,7 +122,7 @@ def test_names_that_nobody_wrote_are_captions_only_when_asked_for(tmp_path: Path
         scan(tmp_path)
     records = scan(tmp_path, captions="filename")
     assert sorted(r.captions[0] for r in records) == sorted(["a red TOK", name.removesuffix(".png")])
-    assert data.unused(tmp_path, records) == {"texts of no image": [tmp_path / "notes.txt"]}
+    assert dataset.unused(tmp_path, records) == {"texts of no image": [tmp_path / "notes.txt"]}
     assert {r.captions for r in scan(tmp_path, caption="a TOK")} == {("a TOK",)}
 
 
@@ -167,7 +167,7 @@ def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) ->
     found = [(r.path.parent.name, r.captions[0]) for r in records]
     assert found == [("10_ohwx dog", "ohwx dog"), ("10_ohwx dog", "ohwx dog on grass")] * 10 + [("3_TOK", "TOK")] * 3
     assert scan(root, repeats=2) == records * 2 and len(scan(root, held_out=True)) == 3
-    assert data.unused(root, records) == {"sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]}
+    assert dataset.unused(root, records) == {"sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]}
     assert {r.captions for r in scan(root, captions="one", caption="a TOK")} == {("a TOK",)}
     assert [r.captions[0] for r in scan(root, caption="a TOK", held_out=True)] == ["a TOK", "ohwx dog on grass", "a TOK"]
     save(root / "own.png")
@@ -190,9 +190,9 @@ def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path:
     image = save(tmp_path / "photos" / "a.png")
     for given, sentence in ((image, "is a file"), (tmp_path / "photos" / ".." / "photos", "folder of the training images")):
         with pytest.raises(UserError, match=sentence):
-            priors.check_folder(str(given), str(tmp_path / "photos"))
+            class_images.check_folder(str(given), str(tmp_path / "photos"))
     for given in ("", str(tmp_path / "new")):
-        priors.check_folder(given, str(tmp_path / "photos"))
+        class_images.check_folder(given, str(tmp_path / "photos"))
 
 
 def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) -> None:
@@ -200,11 +200,11 @@ def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) 
         save(tmp_path / split / "0.png", len(split))
         (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": split}))
     records = scan(tmp_path)
-    assert [r.captions for r in records] == [("train",)] and data.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
+    assert [r.captions for r in records] == [("train",)] and dataset.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
     (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\ntrain/0.png,beside\n", encoding="utf-8")
     records = scan(tmp_path)
     assert [(r.path, r.captions) for r in records] == [(tmp_path / "train" / "0.png", ("beside",))]
-    assert data.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
+    assert dataset.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
 
 
 def test_a_folder_without_images_says_what_it_has_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,11 +227,11 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(tmp_path: Path
     for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
     save(tmp_path / ".ipynb_checkpoints" / "a.png")
-    assert data.unused(tmp_path, scan(tmp_path, caption="x")) == {}
+    assert dataset.unused(tmp_path, scan(tmp_path, caption="x")) == {}
     for name in ("b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"):
         save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_bytes(b"file_name,text\na.png,t")
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
-    found = data.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
+    found = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
     assert found.pop("links to nothing") == [tmp_path / "e.png"]
     assert sorted(path.name for paths in found.values() for path in paths) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
@@ -288,8 +288,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
 def test_names_of_kohyas_folders_that_no_image_takes_are_said(tmp_path: Path) -> None:
     kohya(tmp_path)
     root = tmp_path
-    assert data.unread_names(root, scan(root)) == ""
-    said = data.unread_names(root, scan(root, captions="one", caption="x"))
+    assert dataset.unread_names(root, scan(root)) == ""
+    said = dataset.unread_names(root, scan(root, captions="one", caption="x"))
     assert said.startswith("folder names are no captions here") and " of " in said
 
 

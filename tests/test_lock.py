@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import UserError
-from lora_core.lock import LOCK, FolderLock, check_free
-from lora_core.run import Run
+from lora_core.runs.lock import LOCK, FolderLock, check_free
+from lora_core.runs.run_folder import Run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lora_core.lock import FolderLock
+from lora_core.runs.lock import FolderLock
 lock = FolderLock.hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

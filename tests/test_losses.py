@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.errors import UserError
-from lora_core.kernels import using
-from lora_core.losses import (
+from lora_core.diffusion.losses import (
     LOSSES,
     WEIGHTINGS,
     StepOutput,
@@ -25,8 +23,10 @@ from lora_core.losses import (
     total,
     weight,
 )
-from lora_core.noise import NoiseLevel, Schedule, add_noise, edm, flow, vp_from_config
-from lora_core.prediction import PREDICTIONS, compared
+from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, edm, flow, vp_from_config
+from lora_core.diffusion.prediction import PREDICTIONS, compared
+from lora_core.errors import UserError
+from lora_core.kernels import using
 
 SD = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 ZERO = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True})

@@ -8,7 +8,7 @@ from safetensors.torch import save_file as save_distinct
 from torch import nn
 
 from lora_core import formats
-from lora_core.algebra import AdapterState, Dense, delta, product
+from lora_core.adapters.weight_updates import AdapterState, Dense, delta, product
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 from tests.test_formats import fused_layout

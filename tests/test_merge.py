@@ -15,15 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge
-from lora_core import formats, run
-from lora_core.algebra import AdapterState, LowRank, delta, product
-from lora_core.dense import ties
-from lora_core.fold import open_model, weight_key
+from lora_core import formats
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta, product
 from lora_core.formats import cloneofsimo, embeddings
-from lora_core.grams import cosine
-from lora_core.merges import Term, collected, mix_dense
-from lora_core.spectra import Keep
-from merging import inputs
+from lora_core.runs import run_folder
+from merging import opening
+from merging.adapter_sums import Term, collected, mix_dense
+from merging.compare import cosine
+from merging.folding import open_model, weight_key
+from merging.svd import Keep
+from merging.ties_dare import ties
 from models import outline
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -298,7 +299,7 @@ def test_ljl_joins_exactly(here, made, layout, capsys):
 
 @pytest.mark.parametrize("name", ["base", "runwayml/stable-diffusion-v1-5"])
 def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, monkeypatch, capsys):
-    monkeypatch.setattr(inputs, "download", lambda _: model)
+    monkeypatch.setattr(opening, "download", lambda _: model)
     call(name, "./c.safetensors", "./output_merged", "0.8", "--mode", "upl", lora_add=True)
     assert "100.00 % of the update's energy survived" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
@@ -347,11 +348,11 @@ def test_flags_of_python_fire_are_understood(here, made, layout, words):
 @pytest.mark.parametrize("out", ["merged", "merged.safetensors", "merged.ckpt"])
 def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
-    folded = inputs.open_base(out, inputs.Reading(model_config="" if out == "merged" else "base"))
+    folded = opening.open_base(out, opening.Reading(model_config="" if out == "merged" else "base"))
     before = open_model("base")
     wished = summed([(0.7, made[1]["a"]), (-0.2, AdapterState({"unet": made[1]["b"].components["unet"]}))])
     for (name, path), update in wished.items():
-        weight = inputs.base_weight(folded)(name, path)
+        weight = opening.base_weight(folded)(name, path)
         torch.testing.assert_close(weight.double(), before[name].read(weight_key(before[name], layout, name, path)) + update, rtol=0, atol=1e-6)
     assert torch.equal(folded.model["vae"].read("decoder.conv_in.weight"), before["vae"].read("decoder.conv_in.weight"))
     assert (out != "merged.safetensors") or "lora_core.merge" in header(out)
@@ -378,7 +379,7 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     call("mix", "base + both", "--out", "x", "--rank", "4", status=2)
     assert re.search(r"(?s)add up to 1.2.*distill makes.*no rank", capsys.readouterr().err)
     call("convert", "tuned.safetensors", "tuned", "--model-config", "base")
-    single = inputs.open_base("tuned.safetensors", inputs.Reading(model_config="base")).model
+    single = opening.open_base("tuned.safetensors", opening.Reading(model_config="base")).model
     for name, weights in open_model("tuned").items():
         assert all(torch.equal(weights.read(key), single[name].read(key)) for key in weights.infos)
 
@@ -534,7 +535,7 @@ def spoiled(here, monkeypatch):
     os.mkdir("locked")
     access = os.access
     monkeypatch.setattr(os, "access", lambda place, mode: "locked" not in str(place) and access(place, mode))  # root may write anywhere
-    monkeypatch.setattr(inputs, "HfApi", lambda: type("Offline", (), {"list_repo_files": lambda self, name: exec("raise OSError('offline')")})())
+    monkeypatch.setattr(opening, "HfApi", lambda: type("Offline", (), {"list_repo_files": lambda self, name: exec("raise OSError('offline')")})())
     return here
 
 
@@ -566,7 +567,7 @@ def test_a_full_disk_leaves_everything_as_it_was(spoiled, words, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = snapshot(spoiled)
-    monkeypatch.setattr(run.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     call(*words, *(("--model", "base") if words[0] != "fold" else ()), status=2)
     assert re.search("disk is full|No space left", capsys.readouterr().err)
     assert snapshot(spoiled) == before

@@ -10,12 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.algebra import AdapterState, delta, product
-from lora_core.dense import MERGES
+from lora_core.adapters.weight_updates import AdapterState, delta, product
 from lora_core.errors import UserError
-from lora_core.merges import Dense, Rounding, Steps, Term, allot, collected, fold, layers, lpl_states, mix, mix_dense, mix_slerp, rounded, steps_of
-from lora_core.spectra import Keep, total
-from lora_core.sums import slerp
+from merging.adapter_sums import (
+    Dense,
+    Rounding,
+    Steps,
+    Term,
+    allot,
+    collected,
+    fold,
+    layers,
+    lpl_states,
+    mix,
+    mix_dense,
+    mix_slerp,
+    rounded,
+    steps_of,
+)
+from merging.factor_sums import slerp
+from merging.svd import Keep, total
+from merging.ties_dare import MERGES
 from tests.test_spectra import adapter, randn
 
 SHAPES = {"a": ((8, 6), 1), "b": ((5, 9), 1), "c": ((6, 4, 3, 3), 1), "d": ((6, 2, 3, 3), 3)}

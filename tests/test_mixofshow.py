@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lora_core import formats
-from lora_core.algebra import delta
+from lora_core.adapters.patch import patch
+from lora_core.adapters.weight_updates import delta
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from lora_core.patch import patch
 from tests.tiny_pipeline import outputs, pipeline, random_state
 
 PIPE = pipeline()

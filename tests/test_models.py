@@ -16,11 +16,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core import adapters
+from lora_core.adapters import injection
+from lora_core.diffusion.generation import Recipe, generate, random_holes, start_noise
+from lora_core.diffusion.noise import Keys
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from lora_core.generation import Recipe, generate, random_holes, start_noise
-from lora_core.noise import Keys
 from models import Loading, load_family
 from models.sd import PRESETS, unet_presets
 from tests.tiny_pipeline import pipeline
@@ -205,13 +205,13 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    count = {name: len(adapters.targets(unet, globs)) for name, globs in unet_presets(unet).items()}
+    count = {name: len(injection.targets(unet, globs)) for name, globs in unet_presets(unet).items()}
     linear = sum(isinstance(m, torch.nn.Linear) for m in unet.modules())
     resnets = 66 + 14  # 22 with three layers each, 14 with a shortcut
     assert count == {
         "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192, "all": 192 + resnets, "all-linear": linear,
     }  # fmt: skip
-    count = {name: len(adapters.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()}
+    count = {name: len(injection.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()}
     assert count == {"attention": 48, "kohya": 72, "all-linear": 72}
     layout = layout_of({"unet": unet, "text_encoder": text})
     assert "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_core.names import is_caption
+from lora_core.data.file_names import is_caption
 
 UNWRITTEN = [
     "IMG_4711", "IMG_E4711", "img_4711 (2)", "IMG-20240501-WA0001", "IMG_20240501_123456_HDR", "DSC0001", "DSC_0001", "DSCF1234", "_MG_1234",

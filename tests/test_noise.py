@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_core.errors import UserError
-from lora_core.noise import (
+from lora_core.diffusion.noise import (
     DENSITIES,
     Keys,
     NoiseLevel,
@@ -24,6 +23,7 @@ from lora_core.noise import (
     vp,
     vp_from_config,
 )
+from lora_core.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 CONFIGS = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core import losses, noise, prediction
-from lora_core.losses import StepOutput
-from lora_core.noise import Keys, NoiseLevel, Schedule
+from lora_core.diffusion import losses, noise, prediction
+from lora_core.diffusion.losses import StepOutput
+from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
 
 B, C, H, W = 4, 3, 5, 6
 RATE = 0.05

@@ -7,11 +7,21 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core.adamw import AdamW
 from lora_core.errors import UserError
-from lora_core.optim import OPTIMIZERS, SCHEDULES, LossScaler, build, check_arguments, clip_, resolve_optimizer, resolve_schedule, split
+from lora_core.optim.adamw import AdamW
+from lora_core.optim.schedules import (
+    OPTIMIZERS,
+    SCHEDULES,
+    LossScaler,
+    build,
+    check_arguments,
+    clip_,
+    resolve_optimizer,
+    resolve_schedule,
+    split,
+)
 from lora_core.prodigy import Prodigy
-from lora_core.run import flatten, unflatten
+from lora_core.runs.run_folder import flatten, unflatten
 
 
 class NoSync(TorchDispatchMode):

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_core
-from lora_core import adapters, formats, patch, tokens
-from lora_core.adapters import Adapted
+from lora_core import formats, tokens
+from lora_core.adapters import injection, patch
+from lora_core.adapters.injection import Adapted
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
 from lora_core.tokens import LearnedEmbedding
@@ -102,7 +103,7 @@ def test_a_single_file_is_the_lora_alone_in_either_format(pipe, modules, tmp_pat
     folder, other = make_run(tmp_path / "run_a", seed=3, dora=dora), pipeline()
     layout = layout_of({"unet": other.unet, "text_encoder": other.text_encoder})
     for name, factors in formats.load(folder / NATIVE).components.items():
-        adapters.load_state(getattr(other, name), {layout.module_path(name, path): lr for path, lr in factors.items()}, "x", 0.7)
+        injection.load_state(getattr(other, name), {layout.module_path(name, path): lr for path, lr in factors.items()}, "x", 0.7)
     with patch(modules, tmp_path / file, 0.7) as p:
         assert_close(outputs(pipe), outputs(other))
         assert "whose rows it does not hold" in p.report[0] and len(modules["tokenizer"]) == len(other.tokenizer)

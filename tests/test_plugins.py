@@ -12,10 +12,11 @@ from torch import Tensor
 
 import train
 from examples.my_loss import edges
-from lora_core import losses, plugins
+from lora_core import plugins
 from lora_core.config import Config
+from lora_core.diffusion import losses
+from lora_core.diffusion.losses import StepOutput, huber, mse
 from lora_core.errors import UserError
-from lora_core.losses import StepOutput, huber, mse
 from lora_core.toml import from_table
 from tests.conftest import learned, same
 

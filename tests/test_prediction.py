@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from lora_core.noise import NoiseLevel, add_noise, edm, flow, vp_from_config
-from lora_core.prediction import PREDICTIONS, SIGMA_DATA, compared, eps_from_x0, scale_input
+from lora_core.diffusion.noise import NoiseLevel, add_noise, edm, flow, vp_from_config
+from lora_core.diffusion.prediction import (
+    PREDICTIONS,
+    SIGMA_DATA,
+    compared,
+    eps_from_x0,
+    scale_input,
+)
 
 SCHEDULES = {
     "vp": vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
@@ -88,7 +94,7 @@ def test_edm_reads_as_diffusers_does() -> None:
 
 
 def test_edm_with_unit_data_on_vp_is_minus_v(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_core.prediction.SIGMA_DATA", 1.0)
+    monkeypatch.setattr("lora_core.diffusion.prediction.SIGMA_DATA", 1.0)
     x0, eps, level, _ = batch("vp")
     torch.testing.assert_close(PREDICTIONS["edm"].target(x0, eps, level), -PREDICTIONS["v_prediction"].target(x0, eps, level))
 

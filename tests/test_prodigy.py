@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
-from lora_core.run import flatten, unflatten
+from lora_core.runs.run_folder import flatten, unflatten
 
 GOLDEN = [
     ({}, {1: 1.000000e-6, 2: 1.581532e-6, 3: 4.822397e-6, 5: 3.450963e-5, 10: 3.873623e-3, 20: 9.375613e-1}),

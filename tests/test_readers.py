@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lora_core import formats
-from lora_core.algebra import AdapterState, LowRank, delta, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta, product
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 from models import flux, sd, sdxl

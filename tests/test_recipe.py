@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout
-from lora_core.recipe import Entry, parse, render
-from lora_core.selection import GROUPS, PRESETS, product, share
+from merging.expression import Entry, parse, render
+from merging.layer_choice import GROUPS, PRESETS, product, share
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import checkpoints
-import results
-import session
 import train
-from lora_core import optim
 from lora_core.config import Config, Optimizer, Stage, Validation
 from lora_core.errors import UserError
-from lora_core.rehearsal import rehearse
-from session import Session
+from lora_core.optim import schedules
 from tests.conftest import final, learned, rows, same
+from training import checkpoints, results, setup
+from training.optimizer_check import rehearse
+from training.setup import Session
 
 SETTINGS = {"denoiser": {"name": "denoiser", "lr": 1e-2}, "tokens": {"name": "tokens", "lr": 1e-3}}
 CPU = torch.device("cpu")
@@ -212,7 +210,7 @@ def test_one_that_cannot_go_on_from_a_checkpoint_is_a_warning(own: str) -> None:
 
 
 def test_no_weight_is_read_before(config: Config, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "load_family", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(setup, "load_family", lambda *_: pytest.fail("weights were read"))
     for name, said in ((f"{own}:AsksForClosure", "closure"), ("no_such_package.Adam", "imported"), ("torch.optim.SGD", "no argument 'nesterof'")):
         args = {"nesterof": True} if name.endswith("SGD") else {}
         with pytest.raises(UserError, match=said):
@@ -228,13 +226,13 @@ def test_no_weight_is_read_before(config: Config, own: str, monkeypatch: pytest.
 
 def test_d_is_logged_whatever_holds_it_and_a_setting_of_that_name_is_none(own: str) -> None:
     p = nn.Parameter(torch.ones(2, 2))
-    ours = optim.build("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
-    assert isinstance(optim.distance(ours, ours.param_groups[0]), Tensor)
+    ours = schedules.build("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
+    assert isinstance(schedules.distance(ours, ours.param_groups[0]), Tensor)
     theirs = prodigyopt.Prodigy([p], d0=1e-4)
-    assert optim.distance(theirs, theirs.param_groups[0]) == 1e-4
+    assert schedules.distance(theirs, theirs.param_groups[0]) == 1e-4
     clipping = torch.optim.Adafactor([p], d=2.0)  # torch: the threshold of its clipping
-    assert clipping.param_groups[0]["d"] == 2.0 and optim.distance(clipping, clipping.param_groups[0]) is None
-    assert optim.distance(theirs, {"d": None}) is None and optim.distance(theirs, {}) is None and optim.distance(theirs, {"d": "d"}) is None
+    assert clipping.param_groups[0]["d"] == 2.0 and schedules.distance(clipping, clipping.param_groups[0]) is None
+    assert schedules.distance(theirs, {"d": None}) is None and schedules.distance(theirs, {}) is None and schedules.distance(theirs, {"d": "d"}) is None
 
 
 @pytest.mark.parametrize("name", ["prodigyopt.Prodigy", "WithD"])
@@ -330,7 +328,7 @@ def optim_name(own: str, function: str) -> Any:
     ],
 )
 def test_schedules_are_called_before_any_work(config: Config, own: str, monkeypatch: pytest.MonkeyPatch, name: str, args: Any, said: str) -> None:
-    monkeypatch.setattr(session.data, "scan", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(setup.data, "scan", lambda *_, **__: pytest.fail("images were read"))
     for c in (
         replace(config, optimizer=Optimizer(schedule=optim_name(own, name), schedule_args=args)),
         replace(config, stages=(Stage(2, schedule=optim_name(own, name)),)) if not args else None,
@@ -341,21 +339,21 @@ def test_schedules_are_called_before_any_work(config: Config, own: str, monkeypa
 
 
 def test_a_file_is_run_once(own: str) -> None:
-    assert optim.resolve_optimizer(f"{own}:Plain") is optim.resolve_optimizer(f"{own}:Plain")
-    assert "shrink" in inspect.signature(optim.resolve_optimizer(f"{own}:Plain")).parameters
+    assert schedules.resolve_optimizer(f"{own}:Plain") is schedules.resolve_optimizer(f"{own}:Plain")
+    assert "shrink" in inspect.signature(schedules.resolve_optimizer(f"{own}:Plain")).parameters
 
 
 @pytest.mark.parametrize("name", ["NoDefault", "ChecksNone"])
 def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(own: str, name: str) -> None:
     for groups in (["denoiser"], ["denoiser", "tokens"]):
         with pytest.raises(UserError, match=r"has no learning rate of its own; give --optimizer.lr, such as denoiser=1e-4"):
-            optim.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
-    settings = optim.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2, "tokens": 2e-2}, decay={}, betas={})
+            schedules.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
+    settings = schedules.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2, "tokens": 2e-2}, decay={}, betas={})
     assert rehearse(f"{own}:{name}", settings, {}, CPU) == []
-    built = optim.build(f"{own}:{name}", [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()], {})
+    built = schedules.build(f"{own}:{name}", [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()], {})
     assert [group["lr"] for group in built.param_groups] == [1e-2, 2e-2]
     with pytest.raises(UserError, match=r"own; give --optimizer.lr, such as tokens=1e-4"):
-        optim.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={})
+        schedules.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={})
 
 
 def test_settings_that_a_class_refuses_are_named() -> None:

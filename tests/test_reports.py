@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core import noise, validation
-from lora_core.noise import Keys
-from lora_core.reports import Objective, bins, preview_density, preview_table
+from lora_core.diffusion import noise, validation
+from lora_core.diffusion.noise import Keys
+from lora_core.runs.reports import Objective, bins, preview_density, preview_table
 
 VP = noise.vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 FLOW, EDM = noise.flow(), noise.edm()

@@ -22,7 +22,7 @@ STEPS, EVERY = (4, 5), 3
 # Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
 CHILD = """
 import json, os, signal, sys
-import session, train, lora_core.run
+import session, train, lora_core.runs.run_folder
 from pathlib import Path
 from lora_core.toml import read_toml
 
@@ -37,21 +37,21 @@ def dying_step(at):
     session.Session.inputs = inputs
 
 def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
-    whole = lora_core.run.save_file
+    whole = lora_core.runs.run_folder.save_file
     def save(tensors, file):
         whole(tensors, file)
         if ".6." in str(file):
             os.truncate(file, os.path.getsize(file) // 2)
             die()
-    lora_core.run.save_file = save
+    lora_core.runs.run_folder.save_file = save
 
 def half_a_validation(at):
-    whole = lora_core.run.Run.log
+    whole = lora_core.runs.run_folder.Run.log
     def log(self, row, *, to="metrics"):
         whole(self, row, to=to)
         if to == "val" and row["step"] == at:
             die()
-    lora_core.run.Run.log = log
+    lora_core.runs.run_folder.Run.log = log
 
 for config, how, at in json.loads(sys.stdin.read()):
     child = os.fork()

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core import run as run_module
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
-from lora_core.run import Run, atomic, flatten, unflatten
+from lora_core.runs import run_folder as run_module
+from lora_core.runs.run_folder import Run, atomic, flatten, unflatten
 
 
 def listing(folder):

@@ -9,10 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core.diffusion.noise import NoiseLevel, Schedule, edm, flow, vp_from_config
+from lora_core.diffusion.prediction import PREDICTIONS
+from lora_core.diffusion.sampling import (
+    SAMPLERS,
+    ddim,
+    dpmpp_2m,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    guided,
+    levels,
+    split,
+    start,
+    timesteps,
+)
 from lora_core.errors import UserError
-from lora_core.noise import NoiseLevel, Schedule, edm, flow, vp_from_config
-from lora_core.prediction import PREDICTIONS
-from lora_core.sampling import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, flow_euler, guided, levels, split, start, timesteps
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 VP = vp_from_config(SD)

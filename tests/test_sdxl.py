@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 
-from lora_core import adapters, formats, sampling, tokens
-from lora_core.algebra import AdapterState, LowRank
+from lora_core import formats, tokens
+from lora_core.adapters import injection
+from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.diffusion import sampling
+from lora_core.diffusion.generation import Recipe, generate
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from lora_core.generation import Recipe, generate
 from lora_core.tokens import Abstraction, first_eos
 from models import Conditioning, Loading, Sizes, load_family, outline
 from models.sd import unet_presets
@@ -341,15 +349,15 @@ def full() -> tuple:
 
 def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
     unet, first, second = full
-    count = {name: len(adapters.targets(unet, globs)) for name, globs in (unet_presets(unet) | PRESETS["unet"]).items()}
+    count = {name: len(injection.targets(unet, globs)) for name, globs in (unet_presets(unet) | PRESETS["unet"]).items()}
     assert {name: count[name] for name in ("attention", "kohya", "cloneofsimo")} == {"attention": 560, "kohya": 722, "cloneofsimo": 630}
     assert count["extended"] == 630 + 3 * 17 + 11 and count["all"] == 722 + 3 * 17 + 11  # 17 resnets, 11 shortcuts
     assert count["all-linear"] == sum(isinstance(module, torch.nn.Linear) for module in unet.modules()) == 743
     for preset, block in (("b-lora-content", 0), ("b-lora-style", 1)):
-        found = adapters.targets(unet, PRESETS["unet"][preset])
+        found = injection.targets(unet, PRESETS["unet"][preset])
         assert len(found) == 80 and all(path.startswith(f"up_blocks.0.attentions.{block}.") and ".attn" in path for path in found)
     for name, encoder, expected in (("text_encoder", first, (48, 72)), ("text_encoder_2", second, (128, 192))):
-        assert tuple(len(adapters.targets(encoder, PRESETS[name][preset])) for preset in ("attention", "kohya")) == expected
+        assert tuple(len(injection.targets(encoder, PRESETS[name][preset])) for preset in ("attention", "kohya")) == expected
 
 
 def test_kohya_names_are_stabilitys(full: tuple) -> None:
@@ -358,7 +366,7 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
     shape = layout(unet, {"text_encoder": first, "text_encoder_2": second})
     names = shape.components["unet"].names
     assert names.keys() == shape.components["unet"].shapes.keys() and len(set(names.values())) == len(names)
-    chosen = ["lora_unet_" + names[path].replace(".", "_") for path in adapters.targets(unet, unet_presets(unet)["kohya"])]
+    chosen = ["lora_unet_" + names[path].replace(".", "_") for path in injection.targets(unet, unet_presets(unet)["kohya"])]
     blocks = Counter("_".join(name.split("_")[2 : 5 if "middle" in name else 6]) for name in chosen)
     two, ten = (f"input_blocks_{i}_1" for i in (4, 5)), (f"input_blocks_{i}_1" for i in (7, 8))
     expected = dict.fromkeys([*two, *(f"output_blocks_{i}_1" for i in (3, 4, 5))], 22)
@@ -424,7 +432,7 @@ def random_state(family: Any) -> AdapterState:
     for name, globs in (("unet", UNET_TARGETS), ("text_encoder", TEXT_TARGETS), ("text_encoder_2", TEXT_TARGETS)):
         shapes = family.layout.components[name].shapes
         components[name] = {}
-        for path in (family.layout.published(name, path) for path in adapters.targets(family.modules[name], globs)):
+        for path in (family.layout.published(name, path) for path in injection.targets(family.modules[name], globs)):
             down, up = (3, *shapes[path][1:]), (shapes[path][0], 3, *[1] * (len(shapes[path]) - 2))
             components[name][path] = LowRank(*(torch.randn(shape, generator=noise) * 0.3 for shape in (down, up)), 0.5, None)
     return AdapterState(components)
@@ -453,7 +461,7 @@ def test_diffusers_loads_the_files_to_the_same_outputs(tmp_path: Path, format: s
     assert {c: set(m) for c, m in read.components.items()} == {c: set(m) for c, m in state.components.items()}
     for component, modules in read.components.items():
         found = {family.layout.module_path(component, path): lr for path, lr in modules.items()}
-        adapters.load_state(family.modules[component], found, "ours")
+        injection.load_state(family.modules[component], found, "ours")
     ours = outputs(*(family.modules[name] for name in ("unet", "text_encoder", "text_encoder_2")))
     for mine, other, before in zip(ours, theirs, base):
         assert (mine - other).abs().max() < 1e-5 and (other - before).abs().max() > 1e-2

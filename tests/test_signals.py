@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import train
-from lora_core import signals as signals_module
 from lora_core.config import Config, Stage
-from lora_core.signals import Signals, Stopped
 from lora_core.toml import to_toml
-from session import Session
+from training import signals as signals_module
+from training.setup import Session
+from training.signals import Signals, Stopped
 
 EVERY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -9,11 +9,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from lora_core.diffusion.generation import Sizes
 from lora_core.errors import UserError
-from lora_core.formats.checkpoint import detect, joined, split
 from lora_core.formats.weights import open_weights, weights_of
-from lora_core.generation import Sizes
-from models import Loading, known, load_family, noise_of, outline, save_family, save_single, single, single_rows, to_folder
+from lora_core.formats.whole_models import detect, joined, split
+from models import (
+    Loading,
+    known,
+    load_family,
+    noise_of,
+    outline,
+    save_family,
+    save_single,
+    single_file,
+    single_rows,
+    to_folder,
+)
 from models.published import KINDS, folder
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
@@ -172,7 +183,7 @@ def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
 def test_full_size_key_lists(tmp_path, kind, counts):
     """The keys of a published file name their kind, and every one of them has its place in the networks of the known configs."""
     rows = single_rows(folder(kind))
-    modules = single.networks(folder(kind), rows)
+    modules = single_file.networks(folder(kind), rows)
     whole = joined({name: weights_of(module.state_dict(), name) for name, module in modules.items()}, tuple(replace(row, spare=0) for row in rows))
     assert counts in (None, len(whole.infos))
     facts = detect(whole.shapes)
@@ -191,14 +202,14 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
         calls.append((name, settings))
         return tiny_sdxl.tokenizer(pad=settings["pad_token"])
 
-    monkeypatch.setattr(single.CLIPTokenizer, "from_pretrained", cached)
+    monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", cached)
     bare = {}
     for name in ("xl", "first", "second"):
         bare[name] = shutil.copytree(models[name], tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"))
     kinds = {"xl": "sdxl", "first": "sd1", "second": "sd2"}
     for name, kind in kinds.items():
-        monkeypatch.setattr(single.known, "of_checkpoint", lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind)
-        monkeypatch.setattr(single.published, "folder", lambda kind, name=name: bare[name])
+        monkeypatch.setattr(single_file.known, "of_checkpoint", lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind)
+        monkeypatch.setattr(single_file.published, "folder", lambda kind, name=name: bare[name])
         assert load_family(file(models[name])).pipeline.startswith("StableDiffusion")
         assert [settings["pad_token"] for _, settings in calls] == {"xl": ["<|endoftext|>", "!"], "first": ["<|endoftext|>"], "second": ["!"]}[name]
         assert all(settings["local_files_only"] and settings["model_max_length"] == 16 for _, settings in calls)
@@ -214,7 +225,7 @@ def test_without_a_tokenizer_it_is_said(tmp_path, monkeypatch, models):
         raise OSError("offline\nand more")
 
     bare = shutil.copytree(models["first"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    monkeypatch.setattr(single.CLIPTokenizer, "from_pretrained", nothing)
+    monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", nothing)
     text = sentence(load_family, file(models["first"]), Loading(config=str(bare)))
     assert "openai/clip-vit-large-patch14 (offline)" in text and "--model-config" in text
 
@@ -296,7 +307,7 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
             raise OSError("no such repository")
         return str(models["first"])
 
-    monkeypatch.setattr(single, "snapshot_download", snapshot)
+    monkeypatch.setattr(single_file, "snapshot_download", snapshot)
     ours = load_family(file(models["first"]), Loading(config="someone/tiny"))
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(load_family(str(models["first"]))), strict=True))
     save_single("someone/tiny", tmp_path / "a.safetensors")

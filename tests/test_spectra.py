@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core import spectra
-from lora_core.algebra import LowRank, delta, product
+from lora_core.adapters.weight_updates import LowRank, delta, product
 from lora_core.errors import UserError
-from lora_core.spectra import Keep, Report, compress, distill, spectrum, svd, total
+from merging import svd
+from merging.svd import Keep, Report, compress, distill, spectrum, total
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -61,7 +61,7 @@ def test_compression_of_any_shape(out, fan_in, rank, kept, seed):
 
 def test_svd_rebuilds_the_update_with_orthonormal_factors():
     lr = adapter((12, 4, 3, 2), 6, 3)
-    u, sigma, vh = svd(lr)
+    u, sigma, vh = svd.svd(lr)
     torch.testing.assert_close(u @ (sigma[..., None] * vh), product(lr).reshape(3, 4, 24), rtol=0, atol=1e-12)
     torch.testing.assert_close(u.mT @ u, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12)
     torch.testing.assert_close(vh @ vh.mT, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12)
@@ -119,7 +119,7 @@ def test_decompositions_leave_the_thread_count_alone():
         compress(adapter((5, 4), 2), Keep(rank=1))
         spectrum(adapter((5, 4), 2))
         assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError), spectra.one_thread():
+        with pytest.raises(ZeroDivisionError), svd.one_thread():
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError
         assert torch.get_num_threads() == 2
@@ -177,7 +177,7 @@ def test_randomised_svd_is_near_the_optimum_and_its_estimate_covers_the_truth(na
     if best / float(sigma.norm()) < 1e-6:
         assert error / float(sigma.norm()) < 1e-6 and report.error < 1e-6
         return
-    assert error <= best * (1 + spectra.EXCESS)
+    assert error <= best * (1 + svd.EXCESS)
     assert error / best - 1 <= report.excess + 1e-9
     assert report.lost == pytest.approx(error, rel=1e-9) and report.norm == pytest.approx(float(sigma.norm()), rel=1e-12)
 
@@ -187,11 +187,11 @@ def test_randomised_svd_of_noise_which_has_no_gap_at_all():
     best = float(torch.linalg.svdvals(matrix)[10:].norm())
     found, report = distill(matrix, Keep(rank=10), generator=torch.Generator().manual_seed(0))
     error = float((product(found) - matrix).norm()) / best - 1
-    assert 0 <= error <= report.excess < spectra.EXCESS
+    assert 0 <= error <= report.excess < svd.EXCESS
 
 
 def test_randomised_svd_that_does_not_converge_gives_way_to_the_exact_one(monkeypatch):
-    monkeypatch.setattr(spectra, "ITERATIONS", 2)
+    monkeypatch.setattr(svd, "ITERATIONS", 2)
     matrix = randn(30, 20)
     found, report = distill(matrix, Keep(rank=3), generator=torch.Generator().manual_seed(0))
     assert report.excess == 0

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import checks
 import train
-from lora_core import graphs
 from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
 from lora_core.errors import UserError
-from session import Session
 from tests.conftest import distance, learned, rows
+from training import config_checks, cuda_graph
+from training.setup import Session
 
 ALL = ("denoiser", "text_encoder", "tokens")
 
@@ -36,11 +35,11 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
     s.drawn = {}
     for part, given in zip(parts, ahead):
         on_the_spot = s.inputs(part, stage, 0)
-        assert all(torch.equal(a, b) for a, b in zip(graphs.tensors(on_the_spot), graphs.tensors(given), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(cuda_graph.tensors(on_the_spot), cuda_graph.tensors(given), strict=True))
     assert s.inputs(parts[0], stage, 1000) is not ahead[0]  # a step of one's own may ask for another draw
     x = ahead[0]
     assert isinstance(x.text, dict) and x.swapped is not None and x.rows is not None and x.step.item() == 0
-    assert len(graphs.tensors(x)) >= 12
+    assert len(cuda_graph.tensors(x)) >= 12
 
 
 def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(config: Config, quick: None) -> None:
@@ -107,14 +106,14 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
 def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checks.machine(replace(config, autocast=True), torch.device("cpu"))
+    config_checks.machine(replace(config, autocast=True), torch.device("cpu"))
     assert "device: cpu, 1 thread, weights in fp32, products in bf16" in capsys.readouterr().out
-    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    monkeypatch.setattr(config_checks.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
-        checks.machine(replace(config, compile=True), torch.device("cpu"))
+        config_checks.machine(replace(config, compile=True), torch.device("cpu"))
     with pytest.raises(UserError, match="--autocast has no effect"):
-        checks.config(replace(config, autocast=True, precision="bf16"))
+        config_checks.config(replace(config, autocast=True, precision="bf16"))
     with pytest.raises(UserError, match=r"--adapter\.norm-grad has no effect"):
-        checks.config(replace(config, adapter=Adapter(norm_grad="full")))
+        config_checks.config(replace(config, adapter=Adapter(norm_grad="full")))
     with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
-        graphs.compile_blocks(torch.nn.Linear(2, 2))
+        cuda_graph.compile_blocks(torch.nn.Linear(2, 2))

@@ -14,7 +14,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import networks, step_cost
+from benchmarks import published_networks, step_cost
 from benchmarks.counting import Counter, as_cuda, class_of, saved, touched, traffic
 from benchmarks.step_cost import Step, figures
 from lora_core import kernels
@@ -258,15 +258,15 @@ def test_pefts_step_of_sd15_is_the_published_one() -> None:
 
 
 def test_the_published_sizes() -> None:
-    assert [len(networks.layers(name)) for name in networks.NAMES] == [128, 560, 266]
-    assert len(networks.tensor_shapes("sdxl")) == 1120 and len(networks.tensor_shapes("sd15", dora=True)) == 3 * 128
-    assert sum(networks.linear_shapes("sd15").values()) == 128
-    assert networks.linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
+    assert [len(published_networks.layers(name)) for name in published_networks.NAMES] == [128, 560, 266]
+    assert len(published_networks.tensor_shapes("sdxl")) == 1120 and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
+    assert sum(published_networks.linear_shapes("sd15").values()) == 128
+    assert published_networks.linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
 
 
 def test_the_network_on_the_cpu_is_finite() -> None:
     model = tiny_sdxl.unet()
-    networks._fill(model, torch.Generator().manual_seed(0))
+    published_networks._fill(model, torch.Generator().manual_seed(0))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert bool((model.conv_norm_out.weight == 1).all()) and not bool(model.conv_in.bias.any())
 
@@ -281,7 +281,7 @@ def test_the_optimisers() -> None:
 def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cost.json"
     monkeypatch.setattr(step_cost, "network", lambda name, batch: tiny())
-    monkeypatch.setattr(networks, "tensor_shapes", lambda name, rank: [(rank, 3)])
+    monkeypatch.setattr(published_networks, "tensor_shapes", lambda name, rank: [(rank, 3)])
     monkeypatch.setattr("sys.argv", ["step_cost", "--model", "sd15", "--variant", "peft lora", "--rank", "2", "--json", str(file)])
     step_cost.main()
     report = json.loads(file.read_text())["models"]["sd15"]

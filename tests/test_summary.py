@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from lora_core import data
-from lora_core.data import Folder, ImageSettings, scan
-from lora_core.summary import Length, describe
+from lora_core.data import dataset
+from lora_core.data.dataset import Folder, ImageSettings, scan
 from lora_core.text import say
 from lora_core.tokens import make_abstractions
 from tests.test_listing import kohya, save
+from training.run_summary import Length, describe
 
 
 def told(folder: Path, *, words: tuple[str, ...] = (), prior: Folder | None = None, length: Length | None = None, **how: object) -> list[str]:
     records = scan(folder, **how)  # type: ignore[arg-type]
     made = Folder(records, ImageSettings(8))
-    text = describe(made, prior, make_abstractions(words) if words else (), length or Length(10, 2, 3), data.unused(folder, records))
+    text = describe(made, prior, make_abstractions(words) if words else (), length or Length(10, 2, 3), dataset.unused(folder, records))
     text.encode()  # can be printed
     return text.splitlines()
 

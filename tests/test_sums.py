@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_core.algebra import LowRank, delta, product
+from lora_core.adapters.weight_updates import LowRank, delta, product
 from lora_core.errors import UserError
-from lora_core.spectra import Keep, compress
-from lora_core.sums import LPL_WARNING, concat, lpl, slerp
+from merging.factor_sums import LPL_WARNING, concat, lpl, slerp
+from merging.svd import Keep, compress
 from tests.test_spectra import SHAPES, adapter, randn
 
 

@@ -6,11 +6,19 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from lora_core import tokens
+from lora_core.diffusion.noise import generator
 from lora_core.errors import UserError
-from lora_core.noise import generator
 from lora_core.tokens import Abstraction, bind, has_word, install, make_abstractions, uninstall
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red"]

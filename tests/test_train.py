@@ -17,13 +17,23 @@ from torch import Tensor
 
 import infer
 import train
-from lora_core import validation
-from lora_core.config import Adapter, Config, Data, Optimizer, Prior, Samples, Stage, Tokens, Validation
+from lora_core.config import (
+    Adapter,
+    Config,
+    Data,
+    Optimizer,
+    Prior,
+    Samples,
+    Stage,
+    Tokens,
+    Validation,
+)
+from lora_core.diffusion import validation
+from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
-from lora_core.losses import StepOutput, mse
 from lora_core.toml import from_table, to_toml
-from session import Session
 from tests.conftest import distance, final, learned, rows, same, save_photos, save_pipeline
+from training.setup import Session
 
 TOKENS = ("tokens",)
 ALL = ("denoiser", "text_encoder", "tokens")

@@ -10,9 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional as F
 
-from lora_core import adapters, formats, patch
-from lora_core.adapters import AdapterSpec
-from lora_core.algebra import AdapterState, product
+from lora_core import formats
+from lora_core.adapters import injection, patch
+from lora_core.adapters.injection import AdapterSpec
+from lora_core.adapters.weight_updates import AdapterState, product
 from lora_core.errors import UserError
 from models import outline
 
@@ -65,8 +66,8 @@ def trained(pipe, layout, kind, places):
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     try:
         for i, (name, net) in enumerate(networks.items()):
-            adapters.inject(net.requires_grad_(False), AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0), seed=i)
-        wanted = [p for net in networks.values() for p in adapters.parameters(net)]
+            injection.inject(net.requires_grad_(False), AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0), seed=i)
+        wanted = [p for net in networks.values() for p in injection.parameters(net)]
         optimizer = torch.optim.AdamW(wanted, lr=RATE)
         latents, noise, levels, ids = batch(pipe)
         for _ in range(STEPS):
@@ -74,12 +75,12 @@ def trained(pipe, layout, kind, places):
             F.mse_loss(prediction, -noise).backward()
             optimizer.step()
             optimizer.zero_grad()
-        names = {name: {path: layout.published(name, path) for path in adapters.state(net)} for name, net in networks.items()}
-        components = {name: {names[name][path]: lr for path, lr in adapters.state(net).items()} for name, net in networks.items()}
+        names = {name: {path: layout.published(name, path) for path in injection.state(net)} for name, net in networks.items()}
+        components = {name: {names[name][path]: lr for path, lr in injection.state(net).items()} for name, net in networks.items()}
         return AdapterState(components)
     finally:
         for net in networks.values():
-            adapters.remove(net)
+            injection.remove(net)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from torch import Tensor
 import train
 from lora_core.config import Config, Optimizer, Stage
 from models import load_family
-from session import Session
 from tests.conftest import rows, same
+from training.setup import Session
 
 PIVOT = (Stage(4, ("denoiser", "tokens"), schedule="cosine"), Stage(4, ("denoiser",)))
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core import kernels
-from lora_core.adamw import AdamW
 from lora_core.kernels import COSTS, OPS, steps
+from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import SCALARS, Prodigy
 
 pytest.importorskip("triton")

@@ -9,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-import results
 import train
-from lora_core import pictures, validation
 from lora_core.config import Config, Samples, Validation
-from lora_core.pictures import Row
-from lora_core.records import Record, scan
-from session import Session
+from lora_core.data.records import Record, scan
+from lora_core.diffusion import validation
+from lora_core.runs import pictures
+from lora_core.runs.pictures import Row
 from tests.conftest import rows, save_photos
+from training import results
+from training.setup import Session
 
 
 def records(names: str, **changes: Any) -> list[Record]:

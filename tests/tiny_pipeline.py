@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 UNET_TARGETS = ("*attn?.to_*", "*ff.net*", "*proj_in", "*proj_out", "*resnets*conv*", "*time_emb_proj", "*samplers*conv")

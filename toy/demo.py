@@ -21,10 +21,10 @@ import tyro
 from torch import Tensor
 
 import train
-from lora_core import patch
+from lora_core.adapters import patch
 from lora_core.config import Config
+from lora_core.diffusion.generation import Recipe, generate
 from lora_core.errors import UserError
-from lora_core.generation import Recipe, generate
 from lora_core.toml import read_toml
 from models import Family, load_family
 from toy import recogniser

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 
-from toy import autoencoder, diffusion, networks
+from toy import autoencoder, denoiser_training, networks
 from toy.networks import WORK
 from toy.sample import MODEL
 
@@ -43,14 +43,14 @@ def trained_vae(checkpoint: str = "vae") -> AutoencoderKL:
 
 def latents_stage(seed: int) -> None:
     if not (WORK / "latents.pt").exists():
-        diffusion.cache_latents(trained_vae().to(memory_format=torch.channels_last), WORK / "latents.pt", LATENTS)
+        denoiser_training.cache_latents(trained_vae().to(memory_format=torch.channels_last), WORK / "latents.pt", LATENTS)
 
 
 def unet_stage(seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")
-    pair = diffusion.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
-    diffusion.train(pair, tokenizer, WORK / "latents.pt", WORK, steps=UNET_STEPS, size=UNET_BATCH, seed=seed, lr=3e-3)
+    pair = denoiser_training.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
+    denoiser_training.train(pair, tokenizer, WORK / "latents.pt", WORK, steps=UNET_STEPS, size=UNET_BATCH, seed=seed, lr=3e-3)
 
 
 def decoder_stage(seed: int) -> None:
@@ -63,7 +63,7 @@ def export_stage(seed: int) -> None:
     if dist.is_initialized() and dist.get_rank():
         return
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")
-    pair = diffusion.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
+    pair = denoiser_training.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
     pair.modules().load_state_dict(torch.load(WORK / "unet.pt", weights_only=True)["average"])
     vae = trained_vae("decoder" if (WORK / "decoder.pt").exists() else "vae")
     networks.write_pipeline(MODEL, WORK / "tokenizer", pair.text, vae, pair.unet)

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from toy.autoencoder import to_tensor
 from toy.concepts.draw_concepts import CONCEPTS
 from toy.distractors import concept_example
-from toy.draw import BACKGROUNDS, COLOURS, OBJECTS, POSITIONS, SIZES, STYLES, TEXTURES, render, scene
+from toy.draw import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECTS,
+    POSITIONS,
+    SIZES,
+    STYLES,
+    TEXTURES,
+    render,
+    scene,
+)
 from toy.muon import Optimisers, trapezoid
 from toy.sample import load as load_model
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from toy.diffusion import Pair, alphas_cumprod, token_ids
+from toy.denoiser_training import Pair, alphas_cumprod, token_ids
 
 MODEL = Path(__file__).parent / "model"
 

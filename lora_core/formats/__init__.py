@@ -13,9 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import cloneofsimo, comfy, diffusers, embeddings, fused, kohya, mixofshow, peft
+from lora_core.formats import (
+    cloneofsimo,
+    comfy,
+    diffusers,
+    embeddings,
+    joined_layers,
+    kohya,
+    mixofshow,
+    peft,
+)
 from lora_core.formats.container import is_pickle, pickled_tensors, read_tensors, write_tensors
 from lora_core.formats.grammar import Reading
 from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
@@ -25,7 +34,7 @@ __all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "l
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
-OWN = "_adapter.safetensors"  # and the one of adapters of one's own kind without a low-rank form (lora_core.bespoke)
+OWN = "_adapter.safetensors"  # and the one of adapters of one's own kind without a low-rank form (lora_core.adapters.custom_files)
 DISTIL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
 
 
@@ -135,7 +144,7 @@ def save_run(
     if any(state.components.values()):
         written.append(native)
         save(state, written[0], format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
-        if reason := fused.obstacle(state, layout):
+        if reason := joined_layers.obstacle(state, layout):
             print(f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}", file=sys.stderr)
         else:
             written.append(kohyas)
@@ -149,7 +158,7 @@ def save_run(
 def run_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
     """The files that `save_run` writes of this state."""
     native, kohyas, rows = (folder / name for name in run_files(folder.name))
-    loras = [] if not any(state.components.values()) else [native] if fused.obstacle(state, layout) else [native, kohyas]
+    loras = [] if not any(state.components.values()) else [native] if joined_layers.obstacle(state, layout) else [native, kohyas]
     return loras + [rows] * bool(state.tokens)
 
 
@@ -187,7 +196,7 @@ def _read(tensors: Tensors, header: Mapping[str, str], layout: Layout | None, so
     keys = list(tensors)
     if source.endswith(OWN):
         model = Path(source).with_name("model")
-        use = f"take the whole model beside it, {model}, or put them on again with lora_core.bespoke.load_adapters"
+        use = f"take the whole model beside it, {model}, or put them on again with lora_core.adapters.custom_files.load_adapters"
         raise UserError(f"{source} holds adapters without a low-rank form, which no LoRA can be made of; {use}")
     raise UserError(f"{source} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}")
 

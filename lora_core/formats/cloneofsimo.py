@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.targets import matches
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.container import check_finite
 from lora_core.formats.layout import Component, Layout, Numbering
 from lora_core.formats.pickles import read_pickle
-from lora_core.run import atomic
-from lora_core.targets import matches
+from lora_core.runs.run_folder import atomic
 
 KEY = re.compile(r"([^:]+):(\d{1,9}):(up|down)")
 RANK = re.compile(r"[^:]+:\d+:rank")

@@ -13,10 +13,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import fused, kohya
-from lora_core.formats.grammar import STRICT, Grammar, Reading, decode, is_factor, leaves_of, sites, state_of
+from lora_core.formats import joined_layers, kohya
+from lora_core.formats.grammar import (
+    STRICT,
+    Grammar,
+    Reading,
+    decode,
+    is_factor,
+    leaves_of,
+    sites,
+    state_of,
+)
 from lora_core.formats.layout import Component, Layout
 
 DENOISER, ENCODER = "diffusion_model", "text_encoders.{}.transformer"
@@ -45,9 +54,9 @@ def read(
     """The file's state. Raises UserError, also without a layout: the original code's names are known from a model's paths only."""
     if layout is None:
         raise UserError(f"{source} has ComfyUI's names, which can only be read against a model's layout; name the model it belongs to")
-    stored = fused.stored(layout)
+    stored = joined_layers.stored(layout)
     known = sites(_grammar(stored), stored, leaves_of(tensors, source))
-    return state_of(fused.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
 
 
 def detect_short(tensors: Mapping[str, Tensor]) -> bool:
@@ -65,9 +74,9 @@ def read_short(
         name: replace(part, fused={fused_name: parts[:PARTS] for fused_name, parts in part.fused.items()}) for name, part in layout.components.items()
     }
     layout = replace(layout, components={name: part for name, part in narrow.items() if name not in layout.encoders})
-    stored = fused.stored(layout)
+    stored = joined_layers.stored(layout)
     known = sites(_short(), stored, SHORT_LEAVES)
-    return state_of(fused.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
 
 
 def _grammar(layout: Layout) -> Grammar:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.formats.pickles import Inert
-from lora_core.run import atomic
+from lora_core.runs.run_folder import atomic
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles
 LONGEST = 100_000_000  # bytes of a header that safetensors reads

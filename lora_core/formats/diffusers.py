@@ -14,10 +14,21 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import peft
-from lora_core.formats.grammar import STRICT, Grammar, Reading, Site, decode, encode, is_factor, leaves_of, sites, state_of
+from lora_core.formats.grammar import (
+    STRICT,
+    Grammar,
+    Reading,
+    Site,
+    decode,
+    encode,
+    is_factor,
+    leaves_of,
+    sites,
+    state_of,
+)
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 GRAMMAR = Grammar(

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.layout import Layout, nearest
 from lora_core.formats.pickles import Inert, read_pickle
-from lora_core.run import atomic
+from lora_core.runs.run_folder import atomic
 
 KEYS = {"clip_l": ("clip_l",), "clip_g": ("clip_g",), "t5": ("t5", "t5xxl")}  # encoder -> spellings, all of them written; ComfyUI looks for t5xxl
 COG = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # cog-sdxl's spellings, which are only read

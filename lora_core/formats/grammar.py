@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState, Dense, LowRank
+from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.layout import Component, Layout

@@ -19,10 +19,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import fused, ldm
-from lora_core.formats.grammar import STRICT, Grammar, Reading, decode, encode, is_factor, leaves_of, sites, state_of
+from lora_core.formats import compvis, joined_layers
+from lora_core.formats.grammar import (
+    STRICT,
+    Grammar,
+    Reading,
+    decode,
+    encode,
+    is_factor,
+    leaves_of,
+    sites,
+    state_of,
+)
 from lora_core.formats.layout import Component, Layout
 
 GRAMMAR = Grammar(
@@ -48,9 +58,9 @@ def read(
     """The file's state. Raises UserError, also without a layout: which underscores were dots is known from a model's paths only."""
     if layout is None:
         raise UserError(f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to")
-    stored, how = fused.stored(layout), replace(how, header_axis=_axis(header))
+    stored, how = joined_layers.stored(layout), replace(how, header_axis=_axis(header))
     known = sites(_reader(stored), stored, leaves_of(tensors, source))
-    return state_of(fused.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
 
 
 def originals(component: Component) -> Mapping[str, str]:
@@ -58,7 +68,7 @@ def originals(component: Component) -> Mapping[str, str]:
     if component.names or not any(path.startswith("down_blocks.") for path in component.shapes):
         return component.names
     try:
-        entries = ldm.unet({f"{path}.weight": shape for path, shape in component.shapes.items()})
+        entries = compvis.unet({f"{path}.weight": shape for path, shape in component.shapes.items()})
     except UserError:  # a block that the original code does not have
         return {}
     return {entry.keys[0].removesuffix(".weight"): key.removesuffix(".weight") for key, entry in entries.items()}
@@ -92,7 +102,7 @@ def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[
         raise UserError("writing kohya's names needs a model's layout; name the model the adapter belongs to")
     if not any(component.fused for component in layout.components.values()):
         state = _with_one_alpha(state)
-    return encode(fused.fuse(state, layout), GRAMMAR, fused.stored(layout)), _header(state, layout, title)
+    return encode(joined_layers.fuse(state, layout), GRAMMAR, joined_layers.stored(layout)), _header(state, layout, title)
 
 
 def _with_one_alpha(state: AdapterState) -> AdapterState:

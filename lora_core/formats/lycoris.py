@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.algebra import Dense
+from lora_core.adapters.weight_updates import Dense
 from lora_core.errors import UserError
 
 HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.algebra import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import NAMES

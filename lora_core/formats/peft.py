@@ -18,10 +18,20 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.algebra import AdapterState
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import fused, kohya
-from lora_core.formats.grammar import STRICT, Grammar, Reading, Update, decode, is_factor, leaves_of, sites, state_of
+from lora_core.formats import joined_layers, kohya
+from lora_core.formats.grammar import (
+    STRICT,
+    Grammar,
+    Reading,
+    Update,
+    decode,
+    is_factor,
+    leaves_of,
+    sites,
+    state_of,
+)
 from lora_core.formats.layout import COMPONENTS, Layout
 
 HEADER = "lora_adapter_metadata"  # peft's LoraConfig fields as JSON, "unet.r" and so on
@@ -101,7 +111,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layou
     """
     if layout is None:
         raise UserError(f"{source} does not say which network its keys ({next(iter(tensors))} ...) belong to; name the model")
-    settings, stored, leaves = _config(Path(source)), fused.stored(layout), leaves_of(tensors, source)
+    settings, stored, leaves = _config(Path(source)), joined_layers.stored(layout), leaves_of(tensors, source)
     known = {name: sites(_grammar(stored), replace(stored, components={name: part}), leaves) for name, part in stored.components.items()}
     counts = {name: sum(key in own for key in tensors) for name, own in known.items()}
     likely = [name for name, count in counts.items() if count == max(counts.values())]
@@ -123,7 +133,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layou
         settings.check(found.get(name, {}), source)
     elif any(key.startswith(MODULE) for key in tensors) and not any(key.endswith(".alpha") for key in tensors):
         print(f"{source} has peft's names but no {CONFIG} beside it; its strength is taken as alpha = r", file=sys.stderr)
-    return state_of(fused.split(found, layout, source), header)
+    return state_of(joined_layers.split(found, layout, source), header)
 
 
 def _grammar(layout: Layout) -> Grammar:

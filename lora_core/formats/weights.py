@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.formats.compvis import Shape
 from lora_core.formats.container import is_pickle
-from lora_core.formats.ldm import Shape
 from lora_core.formats.pickles import read_pickle
-from lora_core.run import atomic
+from lora_core.runs.run_folder import atomic
 
 CODES = {  # dtype -> safetensors' name of it
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",

@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from lora_core.kernels import dropout
 from lora_core.kernels import linear_ops as ops
-from lora_core.kernels.linear_builds import builds as builds  # what lora_core.kernels.ahead compiles
+from lora_core.kernels.linear_builds import (
+    builds as builds,  # what lora_core.kernels.ahead compiles
+)
 from lora_core.kernels.linear_shapes import pads
 from lora_core.kernels.reference import Drop, Member
 

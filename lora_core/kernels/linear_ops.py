@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost
-from lora_core.kernels.linear_kernels import back_down_kernel, back_up_kernel, expand_kernel, shrink_kernel
+from lora_core.kernels.linear_kernels import (
+    back_down_kernel,
+    back_up_kernel,
+    expand_kernel,
+    shrink_kernel,
+)
 
 MEMBERS = 4  # the most that one launch serves: the kernels have so many arguments of each kind
 PROGRAMS = 132  # multiprocessors of an H100 or H200: sums are cut until about so many programs, twice so many over rows, are in flight

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_core.flat import Flat
 from lora_core.kernels import steps
+from lora_core.kernels.flat import Flat
 from lora_core.kernels.steps import AdamRecipe, Rows
 
 # Errors of sqrt and traps are not asked for; else the loops keep to IEEE arithmetic, NaN and infinity included, and their sums to one order.

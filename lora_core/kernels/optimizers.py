@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.flat import Flat
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
 from lora_core.kernels.device import refusal
+from lora_core.kernels.flat import Flat
 from lora_core.kernels.steps import AdamRecipe, Rows
 
 BLOCK, WARPS = 1024, 4  # elements of a program; a LoRA factor of rank 16 has 5,120 and more

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.flat import ALIGNED, Flat
+from lora_core.kernels.flat import ALIGNED, Flat
 
 D, D_MAX, NUMERATOR, DENOMINATOR, D_HAT, K = range(6)  # columns of Prodigy's scalars
 

@@ -1,0 +1,120 @@
+"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs, with random or no weights: what the benchmarks run, and its shapes.
+
+    model, kwargs = network("sdxl"), inputs("sdxl")     # on the meta device: shapes alone
+    model(**kwargs)
+`layers` are the paths that an adapter takes: every attention linear, as the public scripts have it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lora_core.adapters import injection
+from models import flux, sd
+from models.known import KINDS
+
+NAMES = ("sd15", "sdxl", "flux")
+SIDES = {"sd15": 512, "sdxl": 1024, "flux": 1024}  # pixels that each model was trained at
+TARGETS = {"sd15": sd.ATTENTION, "sdxl": sd.ATTENTION, "flux": (*flux.ATTENTION, *flux.ADDED)}
+CLASSES = {
+    "sd15": (UNet2DConditionModel, "sd1", "unet"),
+    "sdxl": (UNet2DConditionModel, "sdxl", "unet"),
+    "flux": (FluxTransformer2DModel, "flux-dev", "transformer"),
+}
+CLIP_TOKENS, T5_TOKENS = 77, 512
+
+
+def network(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
+    """The denoiser, frozen, in training mode. Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1."""
+    build, kind, part = CLASSES[name]
+    config = {key: value for key, value in KINDS[kind].files[f"{part}/config.json"].items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = nn.Module.to(build(**config), dtype).requires_grad_(False).train()  # diffusers' own `to` warns at every call
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        _fill(model, torch.Generator(device).manual_seed(seed))
+    return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, generator: torch.Generator) -> None:
+    """Draws every parameter in place. These networks hold no buffers: to_empty would have lost them."""
+    assert not list(model.buffers())
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+        else:
+            p.zero_()
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm") and isinstance(weight := getattr(module, "weight", None), Tensor):
+            weight.fill_(1)
+
+
+def inputs(name: str, batch: int = 1, side: int = 0, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of the network for `batch` pictures of side x side pixels (0: SIDES), random where the device has memory."""
+    side = side or SIDES[name]
+    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    told: dict[str, Any] = {"return_dict": False}
+    if name == "flux":
+        tokens = side // 16
+        return told | {
+            "hidden_states": draw(batch, tokens**2, 64),
+            "encoder_hidden_states": draw(batch, T5_TOKENS, 4096),
+            "pooled_projections": draw(batch, 768),
+            "timestep": torch.full((batch,), 0.5, device=device),
+            "guidance": torch.full((batch,), 1.0, device=device),
+            "img_ids": flux.image_ids(2 * tokens, 2 * tokens, torch.device(device)),
+            "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
+        }
+    told |= {"sample": draw(batch, 4, side // 8, side // 8), "timestep": torch.full((batch,), 500, device=device)}
+    told["encoder_hidden_states"] = draw(batch, CLIP_TOKENS, 2048 if name == "sdxl" else 768)
+    if name == "sdxl":
+        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=dtype).to(device)
+        told["added_cond_kwargs"] = {"text_embeds": draw(batch, 1280), "time_ids": sizes.expand(batch, 6)}
+    return told
+
+
+@cache
+def layers(name: str) -> tuple[str, ...]:
+    """Paths of the adapted linears in the model's order: 128 of SD1.5, 560 of SDXL, 266 of Flux."""
+    return tuple(injection.targets(network(name), TARGETS[name]))
+
+
+@cache
+def _weights(name: str) -> dict[str, tuple[int, ...]]:
+    shapes = {key: tuple(p.shape) for key, p in network(name).named_parameters()}
+    return {path: shapes[f"{path}.weight"] for path in layers(name)}
+
+
+def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tuple[int, ...]]:
+    """Shapes of the adapters' tensors in the order of adapters.parameters: down and up (and magnitude) of each layer."""
+    shapes: list[tuple[int, ...]] = []
+    for out, fan in _weights(name).values():
+        shapes += [(rank, fan), (out, rank), *([(out,)] if dora else [])]
+    return shapes
+
+
+@cache
+def linear_shapes(name: str, batch: int = 1, side: int = 0, *, every: bool = False) -> Counter[tuple[int, int, int]]:
+    """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward; with `every`, all linears of the network."""
+    model, found = network(name), Counter[tuple[int, int, int]]()
+
+    def seen(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        found[args[0].numel() // module.in_features, module.in_features, module.out_features] += 1
+
+    chosen = [m for m in model.modules() if isinstance(m, nn.Linear)] if every else [model.get_submodule(path) for path in layers(name)]
+    for module in chosen:
+        module.register_forward_pre_hook(seen)
+    with torch.no_grad():
+        model(**inputs(name, batch, side))
+    return found

@@ -1,0 +1,1 @@
+"""LoRA, DoRA and full updates of Linear and Conv2d layers."""

@@ -1,0 +1,93 @@
+"""Adapters without a low-rank form: their own parameters as a file, beside the whole model that they are folded into.
+
+A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any other. Its run writes RUN_adapter.safetensors, with the
+state dict of each layer's adapter under "component.path.name", and model/ with every update folded in. To go on with the former from Python:
+    inject(unet, AdapterSpec(targets, kind="my_adapter.py:Class"));  load_adapters({"unet": unet}, "RUN_adapter.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_core.adapters.adapted_layer import Adapted, layers
+from lora_core.adapters.kinds import KINDS, is_low_rank
+from lora_core.errors import UserError
+from lora_core.formats import OWN
+from lora_core.runs.run_folder import atomic
+
+ENDING = OWN  # after the run's name
+NO_FACTORS = (UserError, AttributeError, NotImplementedError)  # what `state` may raise instead of giving factors
+
+
+def has_factors(model: nn.Module, name: str = "default") -> bool:
+    """Whether the adapters of a model have a low-rank form, in which LoRA files are written; asked of the first."""
+    adapter = next(layer.adapter(name) for layer in _adapted(model, name).values())
+    if not is_low_rank(type(adapter)):
+        return False
+    try:
+        adapter.state()
+    except NO_FACTORS:
+        return False
+    return True
+
+
+def check(models: Mapping[str, nn.Module], kind: str, run: str, name: str = "default") -> None:
+    """Says which files a run without factors will write. Raises UserError where an adapter cannot be folded, so that nothing could be written."""
+    for component, model in models.items():
+        path, layer = next(iter(_adapted(model, name).items()))
+        try:
+            shape = layer.adapter(name).delta_weight(layer.base).shape
+        except NO_FACTORS as error:
+            told = f"neither factors nor a weight update ({type(error).__name__}: {error})"
+            raise UserError(
+                f"{kind} gives {told} for {component}.{path}, so no file could hold it; add delta_weight, see lora_core/adapters/kinds.py"
+            ) from error
+        if shape != layer.base.weight.shape:
+            raise UserError(f"delta_weight of {kind} is {list(shape)} for {component}.{path}, whose weight is {list(layer.base.weight.shape)}")
+    if kind not in KINDS:
+        print(f"{kind} has no low-rank form: the run writes {run}{ENDING}, its own parameters, and model/, the whole model with them folded in")
+
+
+def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> dict[str, Tensor]:
+    """The parameters and buffers of every adapter, as "component.path.name", on the CPU."""
+    found = {}
+    for component, model in models.items():
+        for path, layer in _adapted(model, name).items():
+            for key, value in layer.adapter(name).state_dict().items():
+                found[f"{component}.{path}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def save_adapters(models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default") -> Path:
+    """Writes `adapter_tensors` with a header, whole or not at all."""
+    with atomic(file) as temporary:
+        save_file(adapter_tensors(models, name), temporary, {"format": "pt", **header})
+    return file
+
+
+def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str = "default") -> None:
+    """Puts the parameters of a file on adapters that were injected as in the run that wrote it.
+
+    All or nothing: raises UserError before any change for a tensor that is missing, left over or of another shape.
+    """
+    saved, own = load_file(file), adapter_tensors(models, name)
+    if odd := sorted(saved.keys() ^ own.keys()):
+        where = "the file" if odd[0] in saved else "the model"
+        raise UserError(f"{file} does not fit these adapters: only {where} has {odd[0]}; inject with the settings in the file's header")
+    for key, value in saved.items():
+        if value.shape != own[key].shape:
+            raise UserError(f"{file} does not fit these adapters: {key} is {list(value.shape)}, expected {list(own[key].shape)}")
+    with torch.no_grad():
+        for component, model in models.items():
+            for path, layer in _adapted(model, name).items():
+                adapter = layer.adapter(name)
+                adapter.load_state_dict({key: saved[f"{component}.{path}.{key}"] for key in adapter.state_dict()})
+
+
+def _adapted(model: nn.Module, name: str) -> dict[str, Adapted]:
+    return {path: layer for path, layer in layers(model).items() if isinstance(layer, Adapted) and name in layer.adapters}

@@ -1,0 +1,152 @@
+"""Datasets of the hub, or anything else that `datasets.load_dataset` takes, written out once as a folder of images that `scan` reads."""
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import cached_assets_path
+from PIL import UnidentifiedImageError
+
+from lora_core.data.captions import CAPTION_COLUMNS
+from lora_core.data.images import UNREADABLE, decode
+from lora_core.data.listing import TABLES
+from lora_core.data.srgb import to_srgb
+from lora_core.errors import UserError
+
+MARK = "dataset.json"  # what the folder was made from; there once it is whole
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
+
+
+def export(
+    name: str, folder: Path | str | None = None, *, split: str = "train", image_column: str = "image", caption_column: str = "", caption: str = ""
+) -> Path:
+    """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has captions; what is there is not written again.
+
+    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that
+    is stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, whose rows may
+    be empty where there is a `caption` for those (as in diffusers' scripts); else that one for all; else the first of text, caption and prompt.
+    In metadata.jsonl they are always the text. The folder appears whole or not at all, and a dataset that has changed since is exported anew.
+    Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
+    """
+    data, caption_column = _load(name, split, image_column, caption_column, one_for_all=bool(caption))
+    mark: dict[str, Any] = {"dataset": name, "split": split, "image_column": image_column, "caption_column": caption_column}
+    target = Path(folder) if folder is not None else _place(mark)
+    mark |= {"fingerprint": data._fingerprint, "images": len(data)}
+    if _is_whole(target, mark):
+        return target
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        written = _write_images(data, image_column, caption_column, partial, may_be_empty=bool(caption))
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in written]
+        if caption_column:
+            (partial / TABLES[0]).write_text("".join(rows), encoding="utf-8")
+        (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)  # empty, or an older export of the same
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{len(data)} images of {name} ({split}) written to {target}")
+    return target
+
+
+def _load(name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool) -> tuple[Any, str]:
+    """The split with its images undecoded and no columns but the two; the caption column, "" when there is one caption for all."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"the dataset {name} needs the package datasets: pip install datasets") from None
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version
+        raise UserError(
+            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; check its name, its split and the connection"
+        ) from None
+    columns = data.column_names
+    if not caption_column and one_for_all and (unread := next((c for c in CAPTION_COLUMNS if c in columns), "")):
+        print(f"the column {unread!r} of {name} is not read, for one caption is given for all; --data.caption-column {unread} reads it")
+    if not caption_column and not one_for_all:
+        caption_column = next((c for c in CAPTION_COLUMNS if c in columns), "")
+        if not caption_column:
+            none = f"the dataset {name} has the columns {', '.join(columns)}, none of {', '.join(CAPTION_COLUMNS)}"
+            raise UserError(f"{none}; name the caption column with --data.caption-column, or give one caption for all with --data.caption")
+    wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
+    for what, column in wanted.items():
+        if column not in columns:
+            advice = f"its columns are {', '.join(columns)}; name one with --data.{what}-column"
+            raise UserError(f"the dataset {name} has no {what} column {column!r}; {advice}")
+    if not len(data):
+        raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
+    try:
+        return data.select_columns(list(wanted.values())).cast_column(image_column, datasets.Image(decode=False)), caption_column
+    except Exception as error:  # pyarrow's and datasets' own, by type of column
+        raise UserError(f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column") from None
+
+
+def _place(mark: Mapping[str, Any]) -> Path:
+    """A folder of this dataset's own in the hub's cache of assets."""
+    name = hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Path(cached_assets_path("lora_core", "datasets", Path(mark["dataset"]).name)) / name
+
+
+def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very export; UserError for a folder with anything else than an export of the same dataset."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds something else than an exported dataset; choose another folder") from None
+    changes = [key for key in mark if found.get(key) != mark[key]]
+    if other := [key for key in changes if key not in ("fingerprint", "images")]:
+        was, wanted = (", ".join(f"{key} {m.get(key)!r}" for key in other) for m in (found, mark))
+        raise UserError(f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it")
+    return not changes
+
+
+def _write_images(data: Any, image_column: str, caption_column: str, folder: Path, *, may_be_empty: bool) -> Iterator[dict[str, Any]]:
+    """Writes each row's image and yields its row of metadata.jsonl."""
+    advice = "choose another column"
+    if not may_be_empty:
+        advice = f"add it, give --data.caption beside --data.caption-column {caption_column}, or {advice}"
+    for number, row in enumerate(data):
+        where = f"row {number} of the dataset"
+        cell = row[image_column] or {"path": None}
+        try:
+            if not cell.get("bytes") and not cell["path"]:
+                raise ValueError("it is empty")
+            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            image = decode(io.BytesIO(content))
+            file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
+            if image.format in KEPT:
+                file.write_bytes(content)
+            else:
+                (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
+        except (KeyError, TypeError, *UNREADABLE) as error:
+            raise UserError(f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column") from error
+        texts = row.get(caption_column)
+        if caption_column and not _are_captions(texts, may_be_empty=may_be_empty):
+            raise UserError(f"{where} has {texts!r} in {caption_column!r}, expected a caption; {advice}")
+        yield {"file_name": file.name, "text": texts}
+
+
+def _are_captions(texts: Any, *, may_be_empty: bool) -> bool:
+    """Whether a cell is a caption or a list of captions, which `read_metadata` will read."""
+    every = texts if isinstance(texts, list) else [texts]
+    if may_be_empty:
+        return texts is None or all(isinstance(text, str) for text in every)
+    return bool(every) and all(isinstance(text, str) and text.strip() for text in every)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the buffer that it read
+        return "no image format that is known"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

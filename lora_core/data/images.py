@@ -1,0 +1,240 @@
+"""Image and mask files: read, checked, scaled and cut, turned into tensors. Pillow only, whose results are integers and the same everywhere.
+
+Nothing else in the product opens an image file.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, NamedTuple
+
+import torch
+from PIL import Image, ImageChops, ImageEnhance, ImageOps, features
+from torch import Tensor
+
+from lora_core.data.srgb import to_srgb
+from lora_core.errors import UserError
+
+try:
+    import pillow_heif
+except ImportError:  # the extra "heic"
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
+    ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi", ".psd", ".pcx", ".sgi",
+)  # fmt: skip
+HEIC = (".heic", ".heif", ".hif")
+# ISO/IEC 23008-12: these follow "ftyp" in the file's first 12 bytes.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
+CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
+# Goes up when the same file gives other pixels: a cache must not return what an older version read.
+READING = 2
+MASK_SUFFIX = ".mask.png"
+UNREADABLE = (  # what Pillow's readers raise for damaged files
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+
+class Picture(NamedTuple):
+    image: Image.Image  # RGB
+    mask: Image.Image | None  # L, same size
+    original_size: tuple[int, int]  # h, w of the file, upright
+
+
+def mask_path(image: Path) -> Path:
+    """Where the mask of 001.jpg would be: 001.mask.png beside it."""
+    return image.with_name(image.stem + MASK_SUFFIX)
+
+
+def readable(path: Path) -> str | None:
+    """Why the file cannot be read as an image on this machine, or None.
+
+    Looks at its name and first bytes only.
+    """
+    suffix = path.suffix.lower()
+    if pillow_heif is None and (suffix in HEIC or _is_heic(path)):
+        return "HEIC needs the package pillow-heif: pip install pillow-heif"
+    if suffix in CODECS and not features.check(CODECS[suffix]):
+        return f"this Pillow lacks {CODECS[suffix]}; install a newer one: pip install -U pillow"
+    if suffix in RAW:
+        return "it is a camera's raw file; export it as JPEG, PNG or TIFF"
+    if suffix not in SUFFIXES:
+        return f"{suffix or 'a name without a suffix'} is no image format that is read"
+    return None
+
+
+def decode(source: Path | BinaryIO) -> Image.Image:
+    """The file's first frame in its own mode, decoded whole and turned upright (EXIF).
+
+    Raises one of UNREADABLE. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colours
+    to 8 bits, but not its one transparent grey or colour, which is brought to the same depth here.
+    """
+    with Image.open(source) as image:
+        rows = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+        image.load()
+        key = image.info.get("transparency")
+        if rows in GREY_STEPS and isinstance(key, int):
+            image.info["transparency"] = key * GREY_STEPS[rows]
+        if rows == "RGB;16B" and isinstance(key, tuple):
+            image.info["transparency"] = tuple(level >> 8 for level in key)
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> Picture:
+    """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
+
+    Transparency that is not the mask is composited on white. Raises UserError naming the file for one that cannot be read, a mask of another size,
+    and a mask with one value everywhere (it would have no effect, or leave nothing to learn).
+    """
+    opened = _open(path)
+    image, alpha = to_srgb(opened, str(path))
+    size = (image.height, image.width)
+    if use_alpha:
+        if alpha is None:
+            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks")
+        return Picture(image, _checked(alpha, f"the alpha channel of {path}"), size)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if mask is None:
+        return Picture(image, None, size)
+    grey = read_mask(mask)
+    if grey.size != image.size:
+        raise UserError(f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size")
+    return Picture(image, _checked(grey, f"the mask {mask}"), size)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask file's luminance in mode L, upright.
+
+    Transparent parts are black. An ICC profile is not applied, for weights are no colours.
+    """
+    opened = _open(path)
+    opened.info.pop("icc_profile", None)
+    image, alpha = to_srgb(opened, str(path))
+    grey = image.convert("L")
+    return grey if alpha is None else ImageChops.multiply(grey, alpha)
+
+
+def has_alpha_mask(path: Path) -> bool:
+    """Whether the image has transparency that is not the same everywhere."""
+    _, alpha = to_srgb(_open(path), str(path))
+    return alpha is not None and len(set(alpha.getextrema())) == 2
+
+
+def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
+    (h, w), (height, width) = size, target
+    return (max(height, width * h // w), width) if width * h >= height * w else (height, max(width, height * w // h))
+
+
+def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bilinear") -> Picture:
+    """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of INTERPOLATIONS; bilinear is the public scripts' default.
+
+    Masks are always bilinear: the other two overshoot at edges, and would give weight to what the mask leaves out.
+    """
+    height, width = cover((picture.image.height, picture.image.width), target)
+    if picture.image.size == (width, height):
+        return picture
+    mask = None if picture.mask is None else picture.mask.resize((width, height), Image.Resampling.BILINEAR)
+    return picture._replace(image=picture.image.resize((width, height), INTERPOLATIONS[interpolation]), mask=mask)
+
+
+def flip(picture: Picture) -> Picture:
+    """The picture and its mask mirrored left to right."""
+    return _both(picture, ImageOps.mirror)
+
+
+def cut(picture: Picture, corner: tuple[int, int], size: tuple[int, int]) -> Picture:
+    """The `size` (h, w) pixels at `corner` (top, left) of the picture and its mask."""
+    (top, left), (height, width) = corner, size
+    return _both(picture, lambda image: image.crop((left, top, left + width, top + height)))
+
+
+def tint(picture: Picture, brightness: float, contrast: float) -> Picture:
+    """The picture with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1). The mask is not touched."""
+    image = ImageEnhance.Brightness(picture.image).enhance(brightness)
+    return picture._replace(image=ImageEnhance.Contrast(image).enhance(contrast))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The image's bytes as fp32 [c, h, w] in [0, 255]."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, -1).permute(2, 0, 1).contiguous().float()
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as fp32 [3, h, w] in [-1, 1], rounded once."""
+    return to_tensor(image).mul(2).sub(255).div(255)
+
+
+class RecentPictures:
+    """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data set is read from disk once. Safe with threads."""
+
+    def __init__(self, limit_bytes: int = 2**29) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self._pictures: OrderedDict[Hashable, Picture] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Picture]) -> Picture:
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        made = make()
+        with self._lock:
+            if key not in self._pictures:
+                self._pictures[key] = made
+                self.bytes += _bytes(made)
+            while self.bytes > self.limit_bytes and self._pictures:
+                self.bytes -= _bytes(self._pictures.popitem(last=False)[1])
+        return made
+
+
+def _both(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Picture:
+    return picture._replace(image=change(picture.image), mask=None if picture.mask is None else change(picture.mask))
+
+
+def _bytes(picture: Picture) -> int:
+    return picture.image.width * picture.image.height * (4 if picture.mask is None else 5)  # Pillow keeps RGB in 4 bytes
+
+
+def _is_heic(path: Path) -> bool:
+    """Whether the file is HEIC under any name; phones' photos are often renamed to .jpg."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
+
+
+def _open(path: Path) -> Image.Image:
+    """`decode`; UserError naming the file for one that cannot be read."""
+    try:
+        return decode(path)
+    except UNREADABLE as error:
+        if reason := readable(path):
+            raise UserError(f"cannot read the image {path}: {reason}") from error
+        raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
+
+
+def _checked(mask: Image.Image, name: str) -> Image.Image:
+    low, high = mask.getextrema()
+    if low == high:
+        value = "only zeros" if low == 0 else "only ones" if low == 255 else f"one grey, {low},"
+        raise UserError(f"{name} is {value} and picks out nothing; paint the object white and the rest black, or do without the mask")
+    return mask

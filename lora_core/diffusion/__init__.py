@@ -1,0 +1,1 @@
+"""Noise schedules, prediction types, losses, samplers, image generation and validation."""

@@ -1,0 +1,101 @@
+"""AdamW (arXiv 1711.05101) with torch.optim.AdamW's names, numbers and state, in one call for all the parameters of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core import kernels
+from lora_core.errors import UserError
+from lora_core.kernels.flat import forget, lay_out, wide
+from lora_core.kernels.steps import AdamRecipe
+
+PLAIN = {"amsgrad": False, "maximize": False, "differentiable": False}  # what torch's class can do and this one does not
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW without amsgrad, maximize and differentiable ("torch.optim.AdamW" as an optimiser's name has them).
+
+    Parameters and state lie flat (lora_core/kernels/flat.py); `state[p]` has exp_avg, exp_avg_sq and step as there, so that either class loads the other's
+    state, but in fp32 for half-precision parameters, where torch keeps theirs. `lr` may be a 0-dim tensor, which a CUDA graph reads at each replay.
+    Nothing waits for the device; loss scalers hand over `found_inf` and `grad_scale`. Raises UserError for values out of range.
+    """
+
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler and optim.LossScaler
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except UserError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state bit for bit, torch.optim.AdamW's too. Raises UserError when that was made with amsgrad or maximize."""
+        for group in state_dict["param_groups"]:
+            if asked := [name for name in PLAIN if group.get(name)]:
+                raise UserError(f"the saved AdamW has {asked[0]}=True, which adamw does not do; resume with torch.optim.AdamW")
+        super().load_state_dict(state_dict)
+        forget(self)
+        for group, old in zip(self.param_groups, state_dict["param_groups"]):
+            for p, index in zip(group["params"], old["params"]):
+                if index in state_dict["state"]:
+                    self.state[p] = {name: _kept(name, value, p) for name, value in state_dict["state"][index].items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter with a gradient, and returns the closure's loss (or None)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for group in self.param_groups:
+            if all(p.grad is None for p in group["params"]):
+                continue
+            recipe = AdamRecipe(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"])
+            for flat in lay_out(self, group, _fresh):
+                grads = flat.gradients()
+                if any(g is not None for g in grads):
+                    kernels.call("adamw_step", flat.param, found_inf, grad_scale, flat, grads, recipe)
+                    flat.finish(grads)
+        return loss
+
+
+def _fresh(p: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter at its first gradient."""
+    moments = {name: torch.zeros(p.shape, dtype=wide(p), device=p.device) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
+
+
+def _kept(name: str, value: Any, p: Tensor) -> Tensor:
+    """A saved state on the parameter's device, in fp32 or better; old torch saved `step` as a number."""
+    return torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide(p), copy=True)
+
+
+def _check(group: dict[str, Any]) -> None:
+    ranges = {
+        "lr": bool(group["lr"] >= 0),
+        "eps": group["eps"] >= 0,
+        "weight_decay": group["weight_decay"] >= 0,
+        "betas": all(0 <= beta < 1 for beta in group["betas"]),
+    }
+    for name, ok in ranges.items():
+        if not ok:
+            raise UserError(f"AdamW got {name} = {group[name]}; expected lr, eps, weight_decay >= 0 and betas in [0, 1)")
+    if any(not p.is_floating_point() for p in group["params"]):
+        raise UserError("AdamW got a parameter that is not of floating point; torch.optim.AdamW takes complex ones")

@@ -1,0 +1,251 @@
+"""Sums of whole models with adapters folded in, streamed: a tensor is made when it is read, in fp32 or better, and rounded once.
+
+A model is component -> `Weights` with the keys of the diffusers layout. What rounding did to the update is counted while the tensors pass by.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
+from lora_core.diffusion.noise import generator
+from lora_core.errors import UserError
+from lora_core.formats.compvis import LEVEL
+from lora_core.formats.layout import ENCODERS, Layout, nearest
+from lora_core.formats.weights import Info, Weights, open_folder, write_weights
+from merging.adapter_sums import Key, Rounding, Term, layers, rounded
+from merging.adapter_sums import fold as add
+from merging.factor_sums import Weighted
+from merging.svd import Keep, Report, distill, total
+
+Model = Mapping[str, Weights]
+WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.ckpt",
+    "*.pt",
+    "*.pth",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.index.json",
+)  # files that a rewritten network leaves behind
+MARGIN = 1e-6  # a coefficient this near to 1 is 1
+
+
+@dataclass
+class Ledger:
+    """What a fold came to; filled while its tensors are read."""
+
+    residual_rank: int = 0  # of the adapter of what rounding lost; 0 makes none
+    roundings: dict[Key, Rounding] = field(default_factory=dict)
+    ranks: dict[Key, int] = field(default_factory=dict)  # of the folded update
+    residual: AdapterState = field(default_factory=AdapterState)
+    residual_reports: dict[Key, Report] = field(default_factory=dict)
+
+    def add(self, key: Key, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted) -> None:
+        """Of one layer, however often it is read."""
+        if key in self.roundings:
+            return
+        self.roundings[key], self.ranks[key] = rounding, rank_of(weighted)
+        if self.residual_rank:
+            groups = max(groups_of(lr) for _, lr in weighted)
+            keep = Keep(rank=math.ceil(self.residual_rank / groups) * groups)
+            lost = exact - result.to(exact.dtype)
+            adapter, report = distill(lost, keep, groups=groups, generator=generator(0, ".".join(key), 0, "sketch"))
+            self.residual.components.setdefault(key[0], {})[key[1]] = adapter
+            self.residual_reports[key] = report
+
+    def reports(self) -> dict[Key, Report]:
+        """By layer: the update's norm and what the rounded weights miss of it."""
+        found = {}
+        for key, row in self.roundings.items():
+            lost = math.sqrt(max(0.0, row.square - 2 * row.product + row.effective))
+            found[key] = Report(self.ranks[key], self.ranks[key], math.sqrt(row.square), lost)
+        return found
+
+    @property
+    def survived(self) -> float:
+        """The share of the update's energy that the rounded weights hold, of all layers together: 1 less the squared relative error, at least 0.
+
+        0 when nothing of it is left, and when rounding did as much as the update.
+        """
+        return max(0.0, total(self.reports().values()).energy)
+
+
+def open_model(folder: str | Path) -> dict[str, Weights]:
+    """The networks of a folder in the diffusers layout that have weights, opened but not read: denoiser, text encoders, VAE.
+
+    Raises UserError for a folder without model_index.json or a network without weights.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json; give a model in the diffusers layout")
+    names = [name for name in ("unet", "transformer", *ENCODERS, "vae") if (folder / name / "config.json").is_file()]
+    return {name: open_folder(folder / name, stem(name)) for name in names}
+
+
+def rank_of(weighted: Weighted) -> int:
+    """The rank of a sum, as far as it is known without computing it."""
+    return sum(min(lr.shape[0], torch.Size(lr.shape[1:]).numel()) if isinstance(lr, Dense) else lr.rank for _, lr in weighted)
+
+
+def groups_of(lr: LowRank | Dense) -> int:
+    return 1 if isinstance(lr, Dense) else lr.rank // lr.up.shape[1]
+
+
+def stem(component: str) -> str:
+    """The name of a network's file of weights in its folder, without its ending."""
+    return "model" if component in ENCODERS else "diffusion_pytorch_model"
+
+
+def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
+    """The key of a layer's weight, with or without a level that one library version publishes and another drops. Raises UserError for none."""
+    for name in (path, layout.module_path(component, path)):
+        if f"{name}.weight" in weights.infos:
+            return f"{name}.weight"
+    raise UserError(f"{weights.source} has no {component} layer {path}; nearest: {nearest(f'{path}.weight', weights.infos)}")
+
+
+def fold(
+    models: Sequence[tuple[float, Model]], terms: Sequence[Term], layout: Layout, ledger: Ledger, *, dtype: torch.dtype | None = None
+) -> dict[str, Weights]:
+    """The weighted sum of models with the weighted updates of adapters added to it, as tensors that are made when they are read.
+
+    Each is rounded to `dtype`, or to the first model's, once. A DoRA counts as the update it makes to the sum of the models. What is not floating
+    point is the first model's. Raises UserError for models that differ in keys or shapes, and for a layer or component that they do not have;
+    reading raises it for numbers that overflow the dtype.
+    """
+    first = models[0][1]
+    parts = {name: [(models[0][0], weights)] for name, weights in first.items()}
+    for coefficient, model in models[1:]:
+        if set(first) != set(model):
+            raise UserError(f"one model has {', '.join(first)}, another {', '.join(model)}; only models of one kind can be added")
+        for name, weights in first.items():
+            parts[name].append((coefficient, _aligned(name, weights, model[name])))
+    places: dict[str, dict[str, tuple[Key, Weighted]]] = {}
+    for key, weighted in layers(terms):
+        component, path = key
+        if component not in first:
+            raise UserError(f"the adapters change {component}, which the model does not have; it has {', '.join(first)}")
+        places.setdefault(component, {})[weight_key(first[component], layout, component, path)] = (key, weighted)
+    return {name: _folded(parts[name], places.get(name, {}), ledger, dtype) for name in first}
+
+
+def with_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights:
+    """The same with rows of an embedding table set, which grows where an index lies behind its end (by zeros where indices leave gaps)."""
+    shape, dtype = weights.infos[key]
+    count = max(shape[0], *(index + 1 for index in rows))
+
+    def read(wanted: str) -> Tensor:
+        table = weights.read(wanted)
+        if wanted != key:
+            return table
+        grown = torch.cat([table, table.new_zeros(count - shape[0], *shape[1:])])
+        for index, row in rows.items():
+            grown[index] = row.to(dtype)
+        return grown
+
+    return Weights(weights.source, {**weights.infos, key: Info((count, *shape[1:]), dtype)}, read)
+
+
+def write_folder(model: Model, source: str | Path, out: str | Path, *, overwrite: bool = False, finish: Callable[[Path], None] | None = None) -> None:
+    """Writes a model in the diffusers layout, whole or not at all: networks from `model`, everything else copied from the folder `source`.
+
+    `finish` may change the new folder before it gets its name. Raises UserError for an output that exists (unless `overwrite`) and a full disk.
+    """
+    source, out = Path(source), Path(os.path.abspath(out))
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already; pass --overwrite to replace it, or name another output")
+    temporary, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{end}") for end in ("tmp", "old"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, temporary, ignore=lambda place, names: _left_behind(Path(place), names, source, model))
+        for name, weights in model.items():
+            write_weights(temporary / name / f"{stem(name)}.safetensors", weights, {"format": "pt"})
+        if finish:
+            finish(temporary)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise UserError(f"{out} cannot be written ({reason}); what was there is untouched, free some space or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Changes entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes, indent=2) + "\n", encoding="utf-8")
+
+
+def _folded(parts: Sequence[tuple[float, Weights]], places: Mapping[str, tuple[Key, Weighted]], ledger: Ledger, dtype: torch.dtype | None) -> Weights:
+    """One network."""
+    source, infos = parts[0][1].source, parts[0][1].infos
+    to = {key: dtype if dtype and info.dtype.is_floating_point else info.dtype for key, info in infos.items()}
+    alone = len(parts) == 1 and abs(parts[0][0] - 1) < MARGIN
+
+    def read(key: str) -> Tensor:
+        if not infos[key].dtype.is_floating_point:
+            return parts[0][1].read(key)
+        base = parts[0][1].read(key) if alone else _sum([(c, weights.read(key)) for c, weights in parts])
+        if key not in places:
+            result = base.to(to[key])
+        else:
+            layer, weighted = places[key]
+            try:
+                exact = add(base, weighted)
+            except ValueError as error:
+                raise UserError(f"{'.'.join(layer)}: {error}") from None
+            result, rounding = rounded(base, exact, to[key])
+            ledger.add(layer, exact, result, rounding, weighted)
+        if not torch.isfinite(result).all():
+            raise UserError(f"{key} of {source} holds NaN or Inf as {to[key]}; choose a wider --dtype, or mend the input")
+        return result
+
+    return Weights(source, {key: Info(info.shape, to[key]) for key, info in infos.items()}, read)
+
+
+def _sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    exact = [(c, tensor.to(torch.promote_types(tensor.dtype, torch.float32))) for c, tensor in parts]
+    return torch.stack([c * tensor for c, tensor in exact]).sum(0)
+
+
+def _aligned(name: str, first: Weights, other: Weights) -> Weights:
+    """`other` under the keys of `first`, which may have a level that the other lacks. Raises UserError naming the first difference in keys or shapes.
+
+    Position numbers, which only older files hold, are no difference.
+    """
+    plain = {key.removeprefix(LEVEL): key for key in other.infos}
+    names = {key: key if key in other.infos else plain.get(key.removeprefix(LEVEL), "") for key in first.infos}
+    only = [key for key, there in names.items() if not there] + sorted(set(other.infos) - set(names.values()))
+    if only := [key for key in only if not key.endswith("position_ids")]:
+        raise UserError(f"{first.source} and {other.source} differ in {len(only)} tensors of {name}, such as {only[0]}; are they of one kind?")
+    for key, there in names.items():
+        a, b = first.infos[key].shape, other.infos[there].shape if there else None
+        if b and a != b:
+            raise UserError(f"{name}.{key} is {list(a)} in {first.source} and {list(b)} in {other.source}; are they of one kind?")
+    return Weights(other.source, {key: other.infos[there] for key, there in names.items() if there}, lambda key: other.read(names[key]))
+
+
+def _left_behind(place: Path, names: Sequence[str], source: Path, model: Model) -> set[str]:
+    """What of a folder is not copied: hidden files, weights of networks that are written anew, single files beside the networks' folders."""
+    hidden = {name for name in names if name.startswith(".")}
+    if place == source or place.relative_to(source).parts[0] in model:
+        hidden |= {name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHTS)}
+    return hidden

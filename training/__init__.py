@@ -1,0 +1,1 @@
+"""Training runs: opening data, model and optimizer, step inputs, logs, checkpoints and results."""
