@@ -126,16 +126,30 @@ def infer(config: Infer) -> list[Path]:
     family = load_family(config.model, _loading(config, arguments))
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
-    refiner = load_family(config.refiner, replace(_loading(config, []), clip_skip=0, config="")) if config.refiner else None
-    if refiner and (refiner.latent_channels, refiner.factor, refiner.prediction) != (family.latent_channels, family.factor, family.prediction):
-        raise UserError(f"--refiner {config.refiner} works on other latents than {config.model}; give the refiner of that family")
+    refiner = (
+        load_family(config.refiner, replace(_loading(config, []), clip_skip=0, config=""))
+        if config.refiner
+        else None
+    )
+    if refiner and (refiner.latent_channels, refiner.factor, refiner.prediction) != (
+        family.latent_channels,
+        family.factor,
+        family.prediction,
+    ):
+        raise UserError(
+            f"--refiner {config.refiner} works on other latents than {config.model}; give the refiner of that family"
+        )
     with ExitStack() as stack:
         patches = apply(family, arguments, stack)
         draw = _drawer(config, family, patches, refiner)
         if axes:
             return [_draw_grid(config, axes, prompts[0], patches, arguments, draw)]
         jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
-        images = [im for i in range(0, len(jobs), config.batch) for im in draw(jobs[i : i + config.batch], config)]
+        images = [
+            im
+            for i in range(0, len(jobs), config.batch)
+            for im in draw(jobs[i : i + config.batch], config)
+        ]
     return [
         _save(image, path, replace(config, prompt=p, prompts="", seed=seed, count=1))
         for image, path, (p, seed) in zip(images, _paths(config, len(jobs)), jobs)
@@ -147,19 +161,34 @@ def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -
 
     Words and tokens that an earlier file has already taken are renamed and reported.
     """
-    modules = {**family.modules, **{name.replace("text_encoder", "tokenizer"): t for name, t in family.tokenizers.items()}}
+    modules = {
+        **family.modules,
+        **{name.replace("text_encoder", "tokenizer"): t for name, t in family.tokenizers.items()},
+    }
     modules.pop("vae")
-    beside = [LoraArgument(rows, 1.0) for argument in arguments if (rows := tokens_beside(argument.path))]
+    beside = [
+        LoraArgument(rows, 1.0) for argument in arguments if (rows := tokens_beside(argument.path))
+    ]
     patches: list[Patch] = []
     for argument in (*arguments, *beside):
         state = formats.load(argument.path, family.layout)
         taken = {name for p in patches for a in p.abstractions for name in (a.word, *a.names)}
-        rename = {name: _free(name, taken) for name in (*embeddings.words(state, argument.path), *state.token_names) if name in taken}
+        rename = {
+            name: _free(name, taken)
+            for name in (*embeddings.words(state, argument.path), *state.token_names)
+            if name in taken
+        }
         strength = argument.strength
         if isinstance(strength, dict):
             strength = _by_component(strength, state.components, argument.path)
-        patches.append(stack.enter_context(patch(modules, argument.path, strength, layout=family.layout, rename=rename)))
-        for sentence in () if tokens_beside(argument.path) else patches[-1].report:  # a LoRA file is right that it lacks its tokens; they come later
+        patches.append(
+            stack.enter_context(
+                patch(modules, argument.path, strength, layout=family.layout, rename=rename)
+            )
+        )
+        for sentence in (
+            () if tokens_beside(argument.path) else patches[-1].report
+        ):  # a LoRA file is right that it lacks its tokens; they come later
             print(f"note: {sentence}", file=sys.stderr)
     return patches
 
@@ -167,7 +196,9 @@ def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -
 def tokens_beside(path: str) -> str:
     """The token file in the folder of a LoRA file that was trained with tokens; "" where there is none, or more than one."""
     found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
-    trained = Path(path).is_file() and path not in map(str, found) and embeddings.NAMES in _header(path)
+    trained = (
+        Path(path).is_file() and path not in map(str, found) and embeddings.NAMES in _header(path)
+    )
     return str(found[0]) if trained and len(found) == 1 else ""
 
 
@@ -179,30 +210,47 @@ def parse_lora(text: str) -> LoraArgument:
     try:
         if "=" not in tail:
             return LoraArgument(path, float(tail))
-        return LoraArgument(path, {name: float(value) for name, value in (pair.split("=") for pair in tail.split(","))})
+        return LoraArgument(
+            path,
+            {name: float(value) for name, value in (pair.split("=") for pair in tail.split(","))},
+        )
     except ValueError:
-        raise UserError(f"--lora {text}: cannot read the strength {tail!r}; write PATH:0.8 or PATH:unet=0.6,text=0.9") from None
+        raise UserError(
+            f"--lora {text}: cannot read the strength {tail!r}; write PATH:0.8 or PATH:unet=0.6,text=0.9"
+        ) from None
 
 
 def parse_axis(text: str) -> Axis:
     """SETTING=START:STOP:STEP or SETTING=A,B,C. Raises UserError for anything else."""
     name, _, tail = text.partition("=")
     if not re.fullmatch(r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)", name):
-        raise UserError(f"--grid {text}: unknown setting {name!r}; choose seed, strength, unet, text, lora0.strength ..., guidance or steps")
+        raise UserError(
+            f"--grid {text}: unknown setting {name!r}; choose seed, strength, unet, text, lora0.strength ..., guidance or steps"
+        )
     try:
         start, *rest = (float(value) for value in tail.split(":" if ":" in tail else ","))
         values, count = [start, *rest], 1 + len(rest)
         if ":" in tail:
             stop, step = rest if len(rest) > 1 else (*rest, 1.0)
-            count = int((stop - start) / step + 1e-9) + (name != "seed" or (stop - start) % step != 0)
+            count = int((stop - start) / step + 1e-9) + (
+                name != "seed" or (stop - start) % step != 0
+            )
             values = [round(start + i * step, 9) for i in range(min(count, MOST_VALUES))]
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise UserError(f"--grid {text}: expected SETTING=START:STOP:STEP or SETTING=A,B,C, e.g. strength=0:1.2:0.3") from None
+        raise UserError(
+            f"--grid {text}: expected SETTING=START:STOP:STEP or SETTING=A,B,C, e.g. strength=0:1.2:0.3"
+        ) from None
     if not 0 < count <= MOST_VALUES:
         raise UserError(f"--grid {text} gives {count} values; expected 1 to {MOST_VALUES}")
     is_whole = name in ("seed", "steps")
-    if bad := [value for value in values if not math.isfinite(value) or (is_whole and not value.is_integer())]:
-        raise UserError(f"--grid {text}: {bad[0]:g} is no {'whole ' * is_whole}number, which {name} has to be")
+    if bad := [
+        value
+        for value in values
+        if not math.isfinite(value) or (is_whole and not value.is_integer())
+    ]:
+        raise UserError(
+            f"--grid {text}: {bad[0]:g} is no {'whole ' * is_whole}number, which {name} has to be"
+        )
     return Axis(name, values)
 
 
@@ -223,36 +271,67 @@ def read_prompts(config: Infer) -> list[str]:
 
 def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> None:
     if len(axes) > 2 or (axes and (len(prompts) > 1 or config.count > 1)):
-        raise UserError("a grid has one or two axes and one prompt; use --grid seed=0:4 for several pictures")
+        raise UserError(
+            "a grid has one or two axes and one prompt; use --grid seed=0:4 for several pictures"
+        )
     _check_numbers(config, axes)
     if config.count < 1 or config.batch < 1:
-        raise UserError(f"--count and --batch must be at least 1, got {config.count} and {config.batch}")
+        raise UserError(
+            f"--count and --batch must be at least 1, got {config.count} and {config.batch}"
+        )
     if not 0 < config.refiner_start < 1:
-        raise UserError(f"--refiner-start is {config.refiner_start:g}; expected a share of the steps in (0, 1)")
+        raise UserError(
+            f"--refiner-start is {config.refiner_start:g}; expected a share of the steps in (0, 1)"
+        )
     if config.refiner_start != Infer().refiner_start and not config.refiner:
         raise UserError("--refiner-start has no effect without --refiner")
-    if config.negative and config.guidance == 1 and not any(axis.setting == "guidance" for axis in axes):
+    if (
+        config.negative
+        and config.guidance == 1
+        and not any(axis.setting == "guidance" for axis in axes)
+    ):
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
     if Path(config.out).suffix.lower() != ".png":
-        raise UserError(f"--out {config.out} must end in .png; the recipe is kept in the PNG's text")
-    if file := next((parent for parent in Path(config.out).parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(
+            f"--out {config.out} must end in .png; the recipe is kept in the PNG's text"
+        )
+    if file := next(
+        (parent for parent in Path(config.out).parents if parent.exists() and not parent.is_dir()),
+        None,
+    ):
         raise UserError(f"--out {config.out} lies below {file}, which is a file; name a folder")
     pictures = _paths(config, 1 if axes else len(prompts) * config.count)
     destination.check_lengths("--out", map(temporary_name, pictures))
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
-        if re.search(r"strength|unet|text", axis.setting) and (int(number[1]) if number else 0) >= loras:
-            raise UserError(f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; {loras} given, counted from lora0")
+        if (
+            re.search(r"strength|unet|text", axis.setting)
+            and (int(number[1]) if number else 0) >= loras
+        ):
+            raise UserError(
+                f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; {loras} given, counted from lora0"
+            )
 
 
 def _check_numbers(config: Infer, axes: list[Axis]) -> None:
     """Raises UserError for sizes and seeds that torch does not take, and for NaN and infinity."""
-    for option, value in (("width", config.width), ("height", config.height), ("threads", config.threads), ("clip-skip", config.clip_skip)):
+    for option, value in (
+        ("width", config.width),
+        ("height", config.height),
+        ("threads", config.threads),
+        ("clip-skip", config.clip_skip),
+    ):
         if value < 0:
             raise UserError(f"--{option} is {value}; expected 0 or more")
-    seeds = [config.seed, config.seed + config.count - 1, *(value for axis in axes for value in axis.values if axis.setting == "seed")]
+    seeds = [
+        config.seed,
+        config.seed + config.count - 1,
+        *(value for axis in axes for value in axis.values if axis.setting == "seed"),
+    ]
     if not -(2**63) <= min(seeds) <= max(seeds) < 2**64:
-        raise UserError(f"--seed {max(seeds, key=abs):g} is out of range; torch takes -2^63 to 2^64 - 1")
+        raise UserError(
+            f"--seed {max(seeds, key=abs):g} is out of range; torch takes -2^63 to 2^64 - 1"
+        )
     for option, number in (("guidance", config.guidance), ("strength", config.strength)):
         if not math.isfinite(number):
             raise UserError(f"--{option} is {number}; expected a number")
@@ -264,21 +343,54 @@ def _drawer(
     """A function from (prompt, seed) pairs and a config to pictures; start image and mask are read once."""
     height, width = config.height or family.resolution, config.width or family.resolution
     init = to_pixels(_fit(config.init_image, height, width))[None] if config.init_image else None
-    hole = to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127 if config.mask else None
+    hole = (
+        to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127
+        if config.mask
+        else None
+    )
     if hole is not None and not hole.any():
-        raise UserError(f"--mask {config.mask} has nothing white where the picture is, {width} x {height} pixels; paint what is to be drawn white")
+        raise UserError(
+            f"--mask {config.mask} has nothing white where the picture is, {width} x {height} pixels; paint what is to be drawn white"
+        )
     abstractions = [a for p in patches for a in p.abstractions]
 
     def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
-        recipe = Recipe(c.sampler, c.steps, c.guidance, tokens.bind(c.negative, abstractions), width, height, c.strength, c.refiner_start)
-        bound, seeds = [tokens.bind(prompt, abstractions) for prompt, _ in jobs], [seed for _, seed in jobs]
-        return to_images(generate(family, bound, seeds, recipe, init=init, mask=None if hole is None else hole.float(), refiner=refiner))
+        recipe = Recipe(
+            c.sampler,
+            c.steps,
+            c.guidance,
+            tokens.bind(c.negative, abstractions),
+            width,
+            height,
+            c.strength,
+            c.refiner_start,
+        )
+        bound, seeds = (
+            [tokens.bind(prompt, abstractions) for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+        )
+        return to_images(
+            generate(
+                family,
+                bound,
+                seeds,
+                recipe,
+                init=init,
+                mask=None if hole is None else hole.float(),
+                refiner=refiner,
+            )
+        )
 
     return draw
 
 
 def _draw_grid(
-    config: Infer, axes: list[Axis], prompt: str, patches: Sequence[Patch], arguments: Sequence[LoraArgument], draw: Callable[..., list[Image.Image]]
+    config: Infer,
+    axes: list[Axis],
+    prompt: str,
+    patches: Sequence[Patch],
+    arguments: Sequence[LoraArgument],
+    draw: Callable[..., list[Image.Image]],
 ) -> Path:
     """One sheet: the last axis runs over the columns, the first of two over the rows."""
     rows = []
@@ -287,7 +399,11 @@ def _draw_grid(
         cells = []
         for value in across.values:
             settings = dict(zip((a.setting for a in vertical), down)) | {across.setting: value}
-            changed = {name: int(v) if name != "guidance" else v for name, v in settings.items() if name in ("seed", "steps", "guidance")}
+            changed = {
+                name: int(v) if name != "guidance" else v
+                for name, v in settings.items()
+                if name in ("seed", "steps", "guidance")
+            }
             _set_strengths(patches, arguments, settings)
             cell = replace(config, **changed)  # type: ignore[arg-type]
             cells += draw([(prompt, cell.seed)], cell)
@@ -296,27 +412,45 @@ def _draw_grid(
     return _save(grid(rows, title=prompt), Path(config.out), config)
 
 
-def _set_strengths(patches: Sequence[Patch], arguments: Sequence[LoraArgument], settings: dict[str, float]) -> None:
+def _set_strengths(
+    patches: Sequence[Patch], arguments: Sequence[LoraArgument], settings: dict[str, float]
+) -> None:
     for i, (p, argument) in enumerate(zip(patches, arguments)):
         given = argument.strength
-        strengths = dict.fromkeys(p.adapted, given) if isinstance(given, float) else _by_component(given, p.adapted, argument.path)
+        strengths = (
+            dict.fromkeys(p.adapted, given)
+            if isinstance(given, float)
+            else _by_component(given, p.adapted, argument.path)
+        )
         for name, value in settings.items():
             which, _, part = name.rpartition(".")
             if which in ("", f"lora{i}") and part in ("strength", "unet", "text"):
                 strengths |= (
-                    dict.fromkeys(p.adapted, value) if part == "strength" else _by_component({part: value}, p.adapted, argument.path, whole=False)
+                    dict.fromkeys(p.adapted, value)
+                    if part == "strength"
+                    else _by_component({part: value}, p.adapted, argument.path, whole=False)
                 )
         if p.adapted:
             p.set_strength(strengths)
 
 
-def _by_component(given: dict[str, float], components: Any, source: str, *, whole: bool = True) -> dict[str, float]:
+def _by_component(
+    given: dict[str, float], components: Any, source: str, *, whole: bool = True
+) -> dict[str, float]:
     """unet=..., text=... spelled out for the components of a file; a component that is not named keeps strength 1."""
     out: dict[str, float] = dict.fromkeys(components, 1.0) if whole else {}
     for name, value in given.items():
-        found = [c for c in components if c == name or (name == "unet" and c == "transformer") or (name == "text" and c.startswith("text_encoder"))]
+        found = [
+            c
+            for c in components
+            if c == name
+            or (name == "unet" and c == "transformer")
+            or (name == "text" and c.startswith("text_encoder"))
+        ]
         if not found:
-            raise UserError(f"{source} adapts {', '.join(components) or 'no network'}, so the strength {name}={value:g} would have no effect")
+            raise UserError(
+                f"{source} adapts {', '.join(components) or 'no network'}, so the strength {name}={value:g} would have no effect"
+            )
         out |= dict.fromkeys(found, value)
     return out
 
@@ -325,7 +459,10 @@ def _whole_model(given: str, run: Path) -> None:
     """Says where a run that trained its networks whole has them, if another model is given: its folder adds the tokens alone."""
     own = run / "model"
     if own.is_dir() and Path(given).resolve() != own.resolve():
-        print(f"warning: {run} trained the whole model, which is {own}; --model {given} lacks that, give --model {own}", file=sys.stderr)
+        print(
+            f"warning: {run} trained the whole model, which is {own}; --model {given} lacks that, give --model {own}",
+            file=sys.stderr,
+        )
 
 
 def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
@@ -340,11 +477,20 @@ def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
             scheduler["prediction_type"] = noise["prediction"]
         if noise.get("zero_terminal_snr"):
             scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        changes |= {name: trained[name] for name, given in text.items() if not given and trained.get(name)}
+        changes |= {
+            name: trained[name] for name, given in text.items() if not given and trained.get(name)
+        }
     if scheduler or changes:
-        print(f"note: sampling with {scheduler | changes}, as the LoRA was trained", file=sys.stderr)
+        print(
+            f"note: sampling with {scheduler | changes}, as the LoRA was trained", file=sys.stderr
+        )
     return Loading(
-        DTYPES[config.precision], choose_device(config.device), config.vae, scheduler=scheduler, config=config.model_config, **(text | changes)
+        DTYPES[config.precision],
+        choose_device(config.device),
+        config.vae,
+        scheduler=scheduler,
+        config=config.model_config,
+        **(text | changes),
     )
 
 
@@ -372,22 +518,37 @@ def _fit(path: str, height: int, width: int, *, is_mask: bool = False) -> Image.
         raise UserError(f"there is no picture {path}")
     image = read_mask(Path(path)) if is_mask else read_picture(Path(path)).image
     scale = max(width / image.width, height / image.height)
-    image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def _paths(config: Infer, count: int) -> list[Path]:
     out = Path(config.out)
-    return [out] if count == 1 else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+    return (
+        [out]
+        if count == 1
+        else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+    )
 
 
 def _save(image: Image.Image, path: Path, config: Infer) -> Path:
     """Writes the PNG with its recipe, as JSON to repeat it and as the `parameters` text that other programs show."""
     c, loras = config, ", ".join(config.lora)
     shown = f"{c.prompt}\nSteps: {c.steps}, Sampler: {c.sampler}, CFG scale: {c.guidance:g}, Seed: {c.seed}, Model: {c.model}"
-    table = {name: value for name, value in to_table(config).items() if name not in ("source", "out", "batch", "device", "threads")}
-    save_png(image, path, {CHUNK: json.dumps(table), "parameters": shown + (f", Lora: {loras}" if loras else "")})
+    table = {
+        name: value
+        for name, value in to_table(config).items()
+        if name not in ("source", "out", "batch", "device", "threads")
+    }
+    save_png(
+        image,
+        path,
+        {CHUNK: json.dumps(table), "parameters": shown + (f", Lora: {loras}" if loras else "")},
+    )
     return path
 
 
@@ -398,15 +559,21 @@ def read_recipe(path: str) -> Infer:
     except UNREADABLE as error:
         raise UserError(f"--from {path}: {error}") from None
     if not text:
-        raise UserError(f"--from {path}: the picture has no recipe; was it made by infer.py and not saved again?")
+        raise UserError(
+            f"--from {path}: the picture has no recipe; was it made by infer.py and not saved again?"
+        )
     advice = "take a picture that infer.py made"
     table = parse_json(str(text), f"--from {path}: its recipe", advice)
     if not isinstance(table, dict):
-        raise UserError(f"--from {path}: its recipe is {table!r}, expected a table of options; {advice}")
+        raise UserError(
+            f"--from {path}: its recipe is {table!r}, expected a table of options; {advice}"
+        )
     try:
         return from_table(table, Infer)
     except UserError as error:
-        raise UserError(f"--from {path}: its recipe is of another program or version: {error}") from None
+        raise UserError(
+            f"--from {path}: its recipe is of another program or version: {error}"
+        ) from None
 
 
 def parse(argv: Sequence[str]) -> Infer:
@@ -415,7 +582,11 @@ def parse(argv: Sequence[str]) -> Infer:
     if not config.source:
         return config
     default = Infer()
-    given = {f.name: getattr(config, f.name) for f in fields(Infer) if getattr(config, f.name) != getattr(default, f.name)}
+    given = {
+        f.name: getattr(config, f.name)
+        for f in fields(Infer)
+        if getattr(config, f.name) != getattr(default, f.name)
+    }
     return replace(read_recipe(config.source), **given)
 
 

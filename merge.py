@@ -27,7 +27,14 @@ from merging.opening import Reading, digest, is_model
 from merging.output import Output, check
 from merging.ties_dare import MERGES
 
-HIDDEN = {"command", "out", "overwrite", "dry_run", "residual", "words"}  # arguments that a recipe does not keep
+HIDDEN = {
+    "command",
+    "out",
+    "overwrite",
+    "dry_run",
+    "residual",
+    "words",
+}  # arguments that a recipe does not keep
 
 
 class Command(NamedTuple):
@@ -43,8 +50,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = nearest(found[1], [flag for action in self._actions for flag in action.option_strings]) if found else ""
-        raise UserError(f"{message}{f'; the nearest flag is {near}' if near else ''}; see {self.prog} --help")
+        near = (
+            nearest(found[1], [flag for action in self._actions for flag in action.option_strings])
+            if found
+            else ""
+        )
+        raise UserError(
+            f"{message}{f'; the nearest flag is {near}' if near else ''}; see {self.prog} --help"
+        )
 
 
 # ---------------------------------------------------------------- what the commands do
@@ -63,34 +76,56 @@ def run_mix(args: argparse.Namespace) -> None:
         "--density": args.density != Method().density and args.method not in MERGES,
     }
     if found := [flag for flag, is_idle in idle.items() if is_idle]:
-        raise UserError(f"{found[0]} has no effect on {'a sum of models' if whole else f'{args.method} of adapters'}; leave it out")
+        raise UserError(
+            f"{found[0]} has no effect on {'a sum of models' if whole else f'{args.method} of adapters'}; leave it out"
+        )
     if not whole:
         mix.mix(entries, output, _reading(args), amount=amount, method=method)
         return
     if amount or args.method != "sum":
-        raise UserError(f"{render(entries)} has a whole model in it, which has no rank to choose and no --method but sum; drop these options")
+        raise UserError(
+            f"{render(entries)} has a whole model in it, which has no rank to choose and no --method but sum; drop these options"
+        )
     model_sums.add_models(entries, output, _reading(args), model_sums.Folding(args.residual))
 
 
 def run_fold(args: argparse.Namespace) -> None:
     entries = _entries(args.sum)
     if not is_model(args.base):
-        raise UserError(f"{args.base} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id first")
+        raise UserError(
+            f"{args.base} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id first"
+        )
     if wrong := [entry.path for entry in entries if is_model(entry.path)]:
-        raise UserError(f'{wrong[0]} is a whole model, fold adds adapters to {args.base}; mix adds models: mix "0.6*A + 0.4*B" --out C')
+        raise UserError(
+            f'{wrong[0]} is a whole model, fold adds adapters to {args.base}; mix adds models: mix "0.6*A + 0.4*B" --out C'
+        )
     entries = [Entry(1.0, args.base), *entries]
     output = _output(args, [entry.path for entry in entries])
-    model_sums.add_models(entries, output, _reading(args), model_sums.Folding(args.residual, args.residual_rank))
+    model_sums.add_models(
+        entries, output, _reading(args), model_sums.Folding(args.residual, args.residual_rank)
+    )
 
 
 def run_distill(args: argparse.Namespace) -> None:
     output = _output(args, [args.base, args.tuned])
     method = Method(seed=args.seed, svd=args.svd)
-    model_sums.distil(model_sums.Difference(args.base, args.tuned, args.layers), output, _reading(args), amount=_amount(args), method=method)
+    model_sums.distil(
+        model_sums.Difference(args.base, args.tuned, args.layers),
+        output,
+        _reading(args),
+        amount=_amount(args),
+        method=method,
+    )
 
 
 def run_resize(args: argparse.Namespace) -> None:
-    mix.resize(args.file, _output(args, [args.file]), _reading(args), amount=_amount(args), method=Method(seed=args.seed, svd=args.svd))
+    mix.resize(
+        args.file,
+        _output(args, [args.file]),
+        _reading(args),
+        amount=_amount(args),
+        method=Method(seed=args.seed, svd=args.svd),
+    )
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -99,12 +134,16 @@ def run_convert(args: argparse.Namespace) -> None:
         mix.convert(args.file, replace(output, format=args.to or "diffusers"), _reading(args))
         return
     if args.to:
-        raise UserError(f"{args.file} is a whole model, whose form the output's ending says; drop --to {args.to}")
+        raise UserError(
+            f"{args.file} is a whole model, whose form the output's ending says; drop --to {args.to}"
+        )
     model_sums.add_models([Entry(1.0, args.file)], output, _reading(args))
 
 
 def run_info(args: argparse.Namespace) -> None:
-    inspection.info(args.file, _reading(args), top=args.top, plot=args.plot, overwrite=args.overwrite)
+    inspection.info(
+        args.file, _reading(args), top=args.top, plot=args.plot, overwrite=args.overwrite
+    )
 
 
 def run_diff(args: argparse.Namespace) -> None:
@@ -129,7 +168,15 @@ def run_add(args: argparse.Namespace) -> None:
         got = f"got {rest[0]!r} besides" if rest else "one of these is missing"
         raise UserError(f"add takes PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]], {got}")
     alphas = [None if alpha is None else _number(alpha) for alpha in (args.alpha_1, args.alpha_2)]
-    job = Addition(args.path_1, args.path_2, alphas[0], alphas[1], args.mode, args.with_text_lora, args.residual)
+    job = Addition(
+        args.path_1,
+        args.path_2,
+        alphas[0],
+        alphas[1],
+        args.mode,
+        args.with_text_lora,
+        args.residual,
+    )
     add.add(job, _output(args, [args.path_1, args.path_2]), _reading(args))
 
 
@@ -151,7 +198,13 @@ def _amount(args: argparse.Namespace) -> Amount:
 
 def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
     """Where to, with the recipe of the command."""
-    output = Output(args.out, args.overwrite, args.dry_run, flags.DTYPES.get(args.dtype), getattr(args, "format", ""))
+    output = Output(
+        args.out,
+        args.overwrite,
+        args.dry_run,
+        flags.DTYPES.get(args.dtype),
+        getattr(args, "format", ""),
+    )
     for path in inputs:
         is_model(path)  # refuses a path that is not there
     if args.dry_run:
@@ -159,8 +212,19 @@ def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
     if os.path.isfile(args.out):
         check(output)  # before gigabytes are hashed
     default = vars(_parser(args.command).parse_intermixed_args(_least(args.command)))
-    options = {name: value for name, value in vars(args).items() if name not in HIDDEN and value != default.get(name)}
-    return replace(output, recipe={"command": args.command, "options": options, "inputs": {path: digest(path) for path in inputs}})
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in HIDDEN and value != default.get(name)
+    }
+    return replace(
+        output,
+        recipe={
+            "command": args.command,
+            "options": options,
+            "inputs": {path: digest(path) for path in inputs},
+        },
+    )
 
 
 def _least(command: str) -> list[str]:
@@ -171,11 +235,15 @@ def _least(command: str) -> list[str]:
 def _again(recipe: dict[str, object], out: str) -> None:
     """Carries out a recipe anew."""
     command, options = recipe["command"], recipe["options"]
-    if command not in ("mix", "fold", "distill", "resize", "convert", "add") or not isinstance(options, dict):
+    if command not in ("mix", "fold", "distill", "resize", "convert", "add") or not isinstance(
+        options, dict
+    ):
         raise UserError(f"the recipe has the command {command!r}, which cannot be repeated")
     args = _parser(str(command)).parse_intermixed_args(_least(str(command)))
     if unknown := [name for name in options if not hasattr(args, name) or name in HIDDEN]:
-        raise UserError(f"the recipe has the option {unknown[0]}, which {command} does not know; was it made by another version?")
+        raise UserError(
+            f"the recipe has the option {unknown[0]}, which {command} does not know; was it made by another version?"
+        )
     vars(args).update(options, out=out, overwrite=False, dry_run=False, command=command)
     try:
         COMMANDS[str(command)].run(args)
@@ -187,7 +255,9 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"the alpha {text!r} is no number; add takes PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]]") from None
+        raise UserError(
+            f"the alpha {text!r} is no number; add takes PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]]"
+        ) from None
 
 
 def _words(argv: Sequence[str]) -> list[str]:
@@ -197,7 +267,11 @@ def _words(argv: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         word = name.replace("_", "-") + equals + value if word.startswith("--") else word
         following = argv[i + 1].lower() if i + 1 < len(argv) else ""
-        words.append("--with-text-lora=True" if word == "--with-text-lora" and following not in ("true", "false") else word)
+        words.append(
+            "--with-text-lora=True"
+            if word == "--with-text-lora" and following not in ("true", "false")
+            else word
+        )
     return words
 
 
@@ -223,7 +297,11 @@ WIDTH = 120  # columns of help texts
 def _parser(command: str, prog: str = "") -> argparse.ArgumentParser:
     row = COMMANDS[command]
     prog = prog or f"merge.py {command}"
-    texts = {"usage": f"{prog} {row.usage} [flags]", "description": row.summary, "epilog": f"example: {prog} {row.example}"}
+    texts = {
+        "usage": f"{prog} {row.usage} [flags]",
+        "description": row.summary,
+        "epilog": f"example: {prog} {row.example}",
+    }
     layout = partial(argparse.HelpFormatter, width=WIDTH, max_help_position=22)
     parser = Parser(prog=prog, **texts, allow_abbrev=False, add_help=False, formatter_class=layout)  # type: ignore[arg-type]
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
@@ -234,7 +312,9 @@ def _parser(command: str, prog: str = "") -> argparse.ArgumentParser:
 def _overview() -> str:
     lines = [f"  {name:9}{row.summary}" for name, row in COMMANDS.items()]
     example = f"example: merge.py mix {COMMANDS['mix'].example}"
-    return "\n".join(["usage: merge.py COMMAND ...", "", *lines, "", example, "more:    merge.py COMMAND --help"])
+    return "\n".join(
+        ["usage: merge.py COMMAND ...", "", *lines, "", example, "more:    merge.py COMMAND --help"]
+    )
 
 
 def run(command: str, words: Sequence[str], prog: str = "") -> int:
@@ -262,7 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else 2
     if words[0] not in COMMANDS:
-        print(f"error: there is no command {words[0]}; choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: there is no command {words[0]}; choose {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     return run(words[0], words[1:])
 

@@ -45,19 +45,49 @@ Step = Callable[[Session, Batch, Stage, int], Tensor]
 
 def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     """[b] loss rows, weighed by noise level. All on the device, nothing read back: the step can be captured as a CUDA graph."""
-    x = s.inputs(batch, stage, step)  # latents, noise and its level, text, sizes, keyed by image and visit: inputs.draw
+    x = s.inputs(
+        batch, stage, step
+    )  # latents, noise and its level, text, sizes, keyed by image and visit: inputs.draw
     s.key_dropout(x)
     x_t = noise.add_noise(x.x0, x.eps_in, x.level)
     cond = s.conditioning(x.text, x.sizes)
     out = s.denoise(x_t, x.level, cond, x.inpaint)
-    out, target, row = prediction.compared(s.family.prediction, s.config.noise.space, out, x.x0, x.eps, x.level)
+    out, target, row = prediction.compared(
+        s.family.prediction, s.config.noise.space, out, x.x0, x.eps, x.level
+    )
     lazy, t_max = s.lazy(x, x_t, cond), s.family.schedule.t_max
-    rows = s.loss(StepOutput(out, target, x.x0, x.eps, x_t, x.level, row, x.mask, x.is_prior, step, lazy, t_max, s.family.prediction))
-    s.check_rows(rows, s.loss_name, len(batch.keys))  # before weighing, which would spread a scalar over the rows
-    return rows * losses.weight(s.config.weighting, x.level, s.family.prediction, space=s.config.noise.space, **s.config.weighting_arg)
+    rows = s.loss(
+        StepOutput(
+            out,
+            target,
+            x.x0,
+            x.eps,
+            x_t,
+            x.level,
+            row,
+            x.mask,
+            x.is_prior,
+            step,
+            lazy,
+            t_max,
+            s.family.prediction,
+        )
+    )
+    s.check_rows(
+        rows, s.loss_name, len(batch.keys)
+    )  # before weighing, which would spread a scalar over the rows
+    return rows * losses.weight(
+        s.config.weighting,
+        x.level,
+        s.family.prediction,
+        space=s.config.noise.space,
+        **s.config.weighting_arg,
+    )
 
 
-def advance(s: Session, batch: Batch, stage: Stage, number: int, step: Step) -> tuple[Tensor, Tensor]:
+def advance(
+    s: Session, batch: Batch, stage: Stage, number: int, step: Step
+) -> tuple[Tensor, Tensor]:
     """(loss, norm of the gradient) of one step of the optimiser on a batch, cut into micro-batches. This is what a CUDA graph captures."""
     s.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=s.device)
@@ -66,7 +96,9 @@ def advance(s: Session, batch: Batch, stage: Stage, number: int, step: Step) -> 
             rows = step(s, micro, stage, number)
             s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
             is_prior = s.inputs(micro, stage, number).is_prior
-            part = losses.total(rows, is_prior, prior_weight=s.config.prior.weight, instances=s.instances)
+            part = losses.total(
+                rows, is_prior, prior_weight=s.config.prior.weight, instances=s.instances
+            )
             s.backward(part)
             total = total + part.detach()
     norm = s.update()
@@ -91,20 +123,26 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     for done, batch in enumerate(s.batches(begin, last), begin + 1):
                         s.set_rates(stage, done - 1 - first)
                         s.prepare(batch, stage, done - 1)
-                        total, norm = s.replay(functools.partial(advance, s, batch, stage, done - 1, step), stage)
+                        total, norm = s.replay(
+                            functools.partial(advance, s, batch, stage, done - 1, step), stage
+                        )
                         s.average_()
                         s.log(done, stage, total, norm, bar)
                         if _due(done, config.validation.every):
                             results.validate(s, done)
                         if _due(done, config.samples.every):
                             results.sample(s, done)
-                        if stop or _due(done, config.save_every):  # last: a checkpoint says that all before it is done
+                        if stop or _due(
+                            done, config.save_every
+                        ):  # last: a checkpoint says that all before it is done
                             checkpoints.save(s, done)
                         stop.raise_()
             return results.finish(s)
 
 
-def _own_functions(config: Config, loss: Loss | None, step: Step) -> tuple[Config, Loss | None, Step]:
+def _own_functions(
+    config: Config, loss: Loss | None, step: Step
+) -> tuple[Config, Loss | None, Step]:
     """A config that names the loss and the step that the caller gives, so that it repeats the run where a file has them, and those two.
 
     The config's own step stands where the caller gives none, as its loss does in Session. --loss-arg is for the loss that is given as well.
@@ -165,11 +203,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["--compare"]:
             if len(words) != 3:
-                raise UserError("--compare takes two run folders: python train.py --compare runs/a runs/b")
+                raise UserError(
+                    "--compare takes two run folders: python train.py --compare runs/a runs/b"
+                )
             compare(Path(words[1]), Path(words[2]))
             return 0
         preview = PREVIEW in words
-        config = command_line(Config, [word for word in words if word != PREVIEW], prog="train.py", example=EXAMPLE)
+        config = command_line(
+            Config, [word for word in words if word != PREVIEW], prog="train.py", example=EXAMPLE
+        )
         if preview:
             print(f"plot: {results.preview(config)}")
             return 0
@@ -182,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = None  # at its end Python would write to it once more
         with suppress(OSError):
-            print("error: the program that this output was piped to has ended (| head?); write the output to a file", file=sys.stderr)
+            print(
+                "error: the program that this output was piped to has ended (| head?); write the output to a file",
+                file=sys.stderr,
+            )
         return 2
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # SIGHUP: the terminal is gone

@@ -49,12 +49,16 @@ PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seco
         "kernels": Part("kernels --device cuda --no-compile --rounds 5", 80),
         "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
         "optimizer": Part("optimizer --device cuda --networks sd15", 50),
-        "train step sd15": Part("train_step --device cuda --model sd15 --rounds 7 --limit 25", 110),  # more than 45 on an H100, and less than 116
+        "train step sd15": Part(
+            "train_step --device cuda --model sd15 --rounds 7 --limit 25", 110
+        ),  # more than 45 on an H100, and less than 116
         "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 5 --limit 25", 200),
         "merge": Part("merge --quick --threads 1", 30),
     },
 }
-QUICK: dict[str, dict[str, Part]] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU
+QUICK: dict[
+    str, dict[str, Part]
+] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU
     "cpu": {
         "step cost": Part("step_cost --model sd15", 200),
         "kernels": Part("kernels --device cpu --quick", 300),
@@ -77,14 +81,18 @@ def run(part: Part, file: Path) -> dict[str, Any]:
     print(f"\n== {said}", flush=True)
     record: dict[str, Any] = {"command": said}
     try:
-        done = subprocess.run(command, cwd=HERE.parent, timeout=part.seconds, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, cwd=HERE.parent, timeout=part.seconds, stderr=subprocess.PIPE, text=True
+        )
         if done.returncode:
             record["error"] = f"exit status {done.returncode}: {_last(done.stderr)}"
     except subprocess.TimeoutExpired:
         record["error"] = f"not done after {part.seconds} s"
     record["seconds"] = round(time.perf_counter() - begin, 1)
     try:
-        record["results"] = json.loads(file.read_text())  # of a part that failed or ran over, what it had by then
+        record["results"] = json.loads(
+            file.read_text()
+        )  # of a part that failed or ran over, what it had by then
     except (FileNotFoundError, json.JSONDecodeError) as error:
         record.setdefault("error", f"it left no numbers: {error}")
     if "error" in record:
@@ -118,7 +126,9 @@ def commit() -> str:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *words], cwd=HERE, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def default_out(device: str) -> Path:
@@ -145,14 +155,25 @@ def collect(device: str, parts: dict[str, Part], out: Path) -> int:
             timing.write_json(out, report)
     failed = [name for name, record in report["parts"].items() if "error" in record]
     seconds = sum(record["seconds"] for record in report["parts"].values())
-    print(f"\n{out}: {len(parts) - len(failed)} of {len(parts)} parts in {seconds:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"\n{out}: {len(parts) - len(failed)} of {len(parts)} parts in {seconds:.0f} s"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     return len(failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", "--json", type=Path, help="default: benchmarks/results/ and the machine's name")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", "--json", type=Path, help="default: benchmarks/results/ and the machine's name"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     names = dict.fromkeys(name for parts in PARTS.values() for name in parts)
     parser.add_argument("--quick", action="store_true", help="fewer models and rounds")
     parser.add_argument("--only", nargs="+", metavar="PART", help="of " + "; ".join(names))

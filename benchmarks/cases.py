@@ -26,15 +26,39 @@ from lora_core.adapters.injection import AdapterSpec
 from lora_core.kernels import Member
 from lora_core.kernels.reference import wide
 
-LAYERS: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("layers.json").read_text())
+LAYERS: dict[str, dict[str, list[Any]]] = json.loads(
+    Path(__file__).with_name("layers.json").read_text()
+)
 SIX = {  # rows, features in, features out: small enough for one thread, and those that a GPU meets in SD 1.5, SDXL and Flux
-    "cpu": ((4096, 320, 320), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (77, 768, 320), (1024, 1280, 1280)),
-    "cuda": ((4096, 320, 320), (4096, 640, 640), (1024, 1280, 1280), (1024, 1280, 10240), (77, 2048, 1280), (4608, 3072, 3072)),
+    "cpu": (
+        (4096, 320, 320),
+        (1024, 640, 640),
+        (1024, 640, 5120),
+        (256, 1280, 1280),
+        (77, 768, 320),
+        (1024, 1280, 1280),
+    ),
+    "cuda": (
+        (4096, 320, 320),
+        (4096, 640, 640),
+        (1024, 1280, 1280),
+        (1024, 1280, 10240),
+        (77, 2048, 1280),
+        (4608, 3072, 3072),
+    ),
 }
-FROZEN = frozenset({"weight", "bias", "norm", "target", "mask", "weights", "snr"})  # arguments that no gradient is asked for, by their name
-LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128)}  # of a picture of the model's own size
+FROZEN = frozenset(
+    {"weight", "bias", "norm", "target", "mask", "weights", "snr"}
+)  # arguments that no gradient is asked for, by their name
+LATENTS = {
+    "sd15": (4, 64, 64),
+    "sdxl": (4, 128, 128),
+    "flux": (16, 128, 128),
+}  # of a picture of the model's own size
 SCALE = 0.5
-SEVERAL = 8  # layers of a shape in one call: beyond the caches, and SDXL's 560 in float64 would be 8 GB
+SEVERAL = (
+    8  # layers of a shape in one call: beyond the caches, and SDXL's 560 in float64 would be 8 GB
+)
 
 
 @dataclass(frozen=True)
@@ -68,26 +92,56 @@ class Drawn:
         return drawn.to(self.setting.dtype)
 
     def adapter(self, *shape: int, size: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.setting.device, dtype=wide(self.setting.dtype)) * size
+        return (
+            torch.randn(
+                shape,
+                generator=self.generator,
+                device=self.setting.device,
+                dtype=wide(self.setting.dtype),
+            )
+            * size
+        )
 
 
-def cases(op: str, setting: Setting, model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[Case]:
+def cases(
+    op: str, setting: Setting, model: str | None, shapes: Sequence[tuple[int, ...]]
+) -> list[Case]:
     """The cases of an op: of a model's layers, else of the given [rows, in, out]; an op without shapes of its own has its example."""
-    linears = [tuple(row) for row in LAYERS[model]["adapted"]] if model else [(*shape, 1) for shape in shapes]
+    linears = (
+        [tuple(row) for row in LAYERS[model]["adapted"]]
+        if model
+        else [(*shape, 1) for shape in shapes]
+    )
     if op == "lora_linear":
         return [linear(row, setting, dora=dora) for dora in (False, True) for row in linears]
     if op == "lora_grouped":
-        groups = LAYERS[model]["groups"] if model else [[rows, fan_in, [out] * 3, 1] for rows, fan_in, out in shapes if fan_in == out]
+        groups = (
+            LAYERS[model]["groups"]
+            if model
+            else [[rows, fan_in, [out] * 3, 1] for rows, fan_in, out in shapes if fan_in == out]
+        )
         return [grouped(row, setting, dora=dora) for dora in (False, True) for row in groups]
     if op == "lora_conv":
         return [convolution(tuple(row), setting) for row in convolutions(model, shapes)]
     if op == "dora_norm":
-        return [norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))]
+        return [
+            norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))
+        ]
     if op == "dora_norms":
-        return [all_norms([norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))])]
+        return [
+            all_norms(
+                [
+                    norms(fan_in, out, count, setting)
+                    for fan_in, out, count in merged(linears, (1, 2))
+                ]
+            )
+        ]
     if op in ("dora_compose", "keyed_dropout"):
         make = composed if op == "dora_compose" else dropped
-        return [make(rows, width, count, setting) for rows, width, count in merged(linears, (0, 2) if op == "dora_compose" else (0, 1))]
+        return [
+            make(rows, width, count, setting)
+            for rows, width, count in merged(linears, (0, 2) if op == "dora_compose" else (0, 1))
+        ]
     if op == "snr_weighted_mse":
         return [squared(name, setting) for name in ([model] if model else LATENTS)]
     example = kernels.OPS[op].example
@@ -111,8 +165,12 @@ def convolutions(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[l
     if model:
         rows = [row for row in LAYERS[model]["convolutions"] if row[3] == 1]
         return sorted(rows, key=lambda row: -math.prod(row))[:6]
-    square = [shape for shape in shapes if math.isqrt(shape[0]) ** 2 == shape[0] and shape[1] == shape[2]]
-    return [[rows, fan_in, kernel, 1, out, 1] for rows, fan_in, out in square[-1:] for kernel in (3, 1)]
+    square = [
+        shape for shape in shapes if math.isqrt(shape[0]) ** 2 == shape[0] and shape[1] == shape[2]
+    ]
+    return [
+        [rows, fan_in, kernel, 1, out, 1] for rows, fan_in, out in square[-1:] for kernel in (3, 1)
+    ]
 
 
 def trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -127,7 +185,9 @@ def trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, 
             return value.detach().requires_grad_()
         return value
 
-    return tuple(mark(name, value) for name, value in zip(inspect.signature(reference).parameters, args))
+    return tuple(
+        mark(name, value) for name, value in zip(inspect.signature(reference).parameters, args)
+    )
 
 
 def leaves(args: Any) -> list[Tensor]:
@@ -139,8 +199,15 @@ def linear(row: tuple[int, ...], setting: Setting, *, dora: bool) -> Case:
     """lora_linear with bias; DoRA's norm is an argument, as a run computes it once per optimiser step, but "ours" and "peft" are whole layers."""
     rows, fan_in, out, count = row
     drawn = Drawn(setting)
-    x, weight, bias = drawn.base(1, rows, fan_in), drawn.base(out, fan_in, size=fan_in**-0.5), drawn.base(out, size=0.1)
-    down, up = drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5), drawn.adapter(out, setting.rank, size=0.02)
+    x, weight, bias = (
+        drawn.base(1, rows, fan_in),
+        drawn.base(out, fan_in, size=fan_in**-0.5),
+        drawn.base(out, size=0.1),
+    )
+    down, up = (
+        drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5),
+        drawn.adapter(out, setting.rank, size=0.02),
+    )
     args: tuple[Any, ...] = (x, weight, bias, down, up, SCALE)
     if dora:
         norm = kernels.reference.dora_norm(weight, down, up, SCALE)
@@ -151,7 +218,9 @@ def linear(row: tuple[int, ...], setting: Setting, *, dora: bool) -> Case:
     state = {"down": down, "up": up} | ({"magnitude": args[6]} if dora else {})
     others["ours"] = call_of(our_layer(weight, bias, setting, state), x)
     others["peft"] = call_of(peft_layer(frozen_layer(weight, bias), setting, state), x)
-    return Case("lora_linear", f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{out}", args, count, others)
+    return Case(
+        "lora_linear", f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{out}", args, count, others
+    )
 
 
 def frozen_layer(weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
@@ -160,7 +229,9 @@ def frozen_layer(weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
         layer: Any = (
             nn.Linear(weight.shape[1], weight.shape[0])
             if weight.ndim == 2
-            else nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], stride, weight.shape[2] // 2)
+            else nn.Conv2d(
+                weight.shape[1], weight.shape[0], weight.shape[2], stride, weight.shape[2] // 2
+            )
         )
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -173,10 +244,20 @@ def call_of(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], list[Tensor
     return lambda: layer(x), [x, *(p for p in layer.parameters() if p.requires_grad)]
 
 
-def our_layer(weight: Tensor, bias: Tensor | None, setting: Setting, state: dict[str, Tensor], stride: int = 1) -> nn.Module:
+def our_layer(
+    weight: Tensor, bias: Tensor | None, setting: Setting, state: dict[str, Tensor], stride: int = 1
+) -> nn.Module:
     """adapters.inject's layer with these factors."""
     host = frozen_layer(weight, bias, stride)
-    injection.inject(host, AdapterSpec(("layer",), kind="dora" if "magnitude" in state else "lora", rank=setting.rank, alpha=SCALE * setting.rank))
+    injection.inject(
+        host,
+        AdapterSpec(
+            ("layer",),
+            kind="dora" if "magnitude" in state else "lora",
+            rank=setting.rank,
+            alpha=SCALE * setting.rank,
+        ),
+    )
     held: Any = host["layer"]
     with torch.no_grad():
         for name, value in state.items():
@@ -188,7 +269,12 @@ def peft_layer(host: Any, setting: Setting, state: dict[str, Tensor]) -> nn.Modu
     """peft's layer with these factors, which its default keeps in fp32."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=setting.rank, lora_alpha=int(SCALE * setting.rank), target_modules=["layer"], use_dora="magnitude" in state)
+    config = LoraConfig(
+        r=setting.rank,
+        lora_alpha=int(SCALE * setting.rank),
+        target_modules=["layer"],
+        use_dora="magnitude" in state,
+    )
     model: Any = get_peft_model(host, config)
     layer: Any = model.base_model.model["layer"]
     places = {"down": "lora_A", "up": "lora_B", "magnitude": "lora_magnitude_vector"}
@@ -208,7 +294,10 @@ def grouped(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
     calls: dict[str, list[nn.Module]] = {"frozen": [], "ours": [], "peft": []}
     for out in outs:
         weight = drawn.base(out, fan_in, size=fan_in**-0.5)
-        down, up = drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5), drawn.adapter(out, setting.rank, size=0.02)
+        down, up = (
+            drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5),
+            drawn.adapter(out, setting.rank, size=0.02),
+        )
         norm = kernels.reference.dora_norm(weight, down, up, SCALE) if dora else None
         magnitude = None if norm is None else norm * (1 + drawn.adapter(out, size=0.01))
         members.append(Member(weight, None, down, up, SCALE, magnitude, norm))
@@ -218,7 +307,13 @@ def grouped(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
         calls["peft"].append(peft_layer(frozen_layer(weight, None), setting, state))
     others = {name: call_of(Together(layers), x) for name, layers in calls.items()}
     args = trained(kernels.reference.lora_grouped, (x, tuple(members)))
-    return Case("lora_grouped", f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{'+'.join(map(str, outs))}", args, count, others)
+    return Case(
+        "lora_grouped",
+        f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{'+'.join(map(str, outs))}",
+        args,
+        count,
+        others,
+    )
 
 
 class Together(nn.Module):
@@ -237,32 +332,72 @@ def convolution(row: tuple[int, ...], setting: Setting) -> Case:
     pixels, fan_in, kernel, stride, out, count = row
     drawn, side = Drawn(setting), math.isqrt(pixels) * stride
     size = (fan_in * kernel * kernel) ** -0.5
-    x, weight, bias = drawn.base(1, fan_in, side, side), drawn.base(out, fan_in, kernel, kernel, size=size), drawn.base(out, size=0.1)
-    down, up = drawn.adapter(setting.rank, fan_in, kernel, kernel, size=size), drawn.adapter(out, setting.rank, 1, 1, size=0.02)
-    args = (x, weight, bias, down, up, SCALE, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
+    x, weight, bias = (
+        drawn.base(1, fan_in, side, side),
+        drawn.base(out, fan_in, kernel, kernel, size=size),
+        drawn.base(out, size=0.1),
+    )
+    down, up = (
+        drawn.adapter(setting.rank, fan_in, kernel, kernel, size=size),
+        drawn.adapter(out, setting.rank, 1, 1, size=0.02),
+    )
+    args = (
+        x,
+        weight,
+        bias,
+        down,
+        up,
+        SCALE,
+        (stride, stride),
+        (kernel // 2, kernel // 2),
+        (1, 1),
+        1,
+    )
     state = {"down": down, "up": up}
     others = {
         "frozen": call_of(frozen_layer(weight, bias, stride)["layer"], x),
         "ours": call_of(our_layer(weight, bias, setting, state, stride), x),
         "peft": call_of(peft_layer(frozen_layer(weight, bias, stride), setting, state), x),
     }
-    return Case("lora_conv", f"{pixels},{fan_in},{kernel}x{kernel},{out}", trained(kernels.reference.lora_conv, args), count, others)
+    return Case(
+        "lora_conv",
+        f"{pixels},{fan_in},{kernel}x{kernel},{out}",
+        trained(kernels.reference.lora_conv, args),
+        count,
+        others,
+    )
 
 
 def norms(fan_in: int, out: int, count: int, setting: Setting) -> Case:
     """dora_norm; "peft" is what its layer computes in every forward: B A by way of an identity matrix, W + s B A, its norm."""
     drawn = Drawn(setting)
-    weight, down = drawn.base(out, fan_in, size=fan_in**-0.5), drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5)
+    weight, down = (
+        drawn.base(out, fan_in, size=fan_in**-0.5),
+        drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5),
+    )
     up = drawn.adapter(out, setting.rank, size=0.02)
     norm = kernels.reference.dora_norm(weight, down, up, SCALE)
-    layer: Any = peft_layer(frozen_layer(weight, None), setting, {"down": down, "up": up, "magnitude": norm})
-    part, a, b = layer.lora_magnitude_vector["default"], layer.lora_A["default"], layer.lora_B["default"]
+    layer: Any = peft_layer(
+        frozen_layer(weight, None), setting, {"down": down, "up": up, "magnitude": norm}
+    )
+    part, a, b = (
+        layer.lora_magnitude_vector["default"],
+        layer.lora_A["default"],
+        layer.lora_B["default"],
+    )
 
     def peft() -> Tensor:
         dense = part.get_lora_weight(lora_A=a, lora_B=b, adapter_name="default")
-        return part.get_weight_norm(weight=weight.to(dense.dtype), lora_weight=dense.detach(), scaling=SCALE, adapter_name="default")
+        return part.get_weight_norm(
+            weight=weight.to(dense.dtype),
+            lora_weight=dense.detach(),
+            scaling=SCALE,
+            adapter_name="default",
+        )
 
-    return Case("dora_norm", f"{out} x {fan_in}", (weight, down, up, SCALE), count, {"peft": (peft, [])})
+    return Case(
+        "dora_norm", f"{out} x {fan_in}", (weight, down, up, SCALE), count, {"peft": (peft, [])}
+    )
 
 
 def all_norms(layers: list[Case]) -> Case:
@@ -270,14 +405,26 @@ def all_norms(layers: list[Case]) -> Case:
     counts = [min(layer.count, SEVERAL) for layer in layers]
     args = tuple(copied(layer.args) for layer, count in zip(layers, counts) for _ in range(count))
     calls = [layer.others["peft"][0] for layer, count in zip(layers, counts) for _ in range(count)]
-    return Case("dora_norms", f"{sum(counts)} layers", (args,), others={"peft": (lambda: [call() for call in calls], [])})
+    return Case(
+        "dora_norms",
+        f"{sum(counts)} layers",
+        (args,),
+        others={"peft": (lambda: [call() for call in calls], [])},
+    )
 
 
 def composed(rows: int, out: int, count: int, setting: Setting) -> Case:
     """dora_compose with a bias."""
     drawn = Drawn(setting)
-    args = (drawn.base(1, rows, out), drawn.base(out, size=0.1), drawn.base(1, rows, out, size=0.02), 1 + drawn.adapter(out, size=0.01))
-    return Case("dora_compose", f"{rows},{out}", trained(kernels.reference.dora_compose, args), count)
+    args = (
+        drawn.base(1, rows, out),
+        drawn.base(out, size=0.1),
+        drawn.base(1, rows, out, size=0.02),
+        1 + drawn.adapter(out, size=0.01),
+    )
+    return Case(
+        "dora_compose", f"{rows},{out}", trained(kernels.reference.dora_compose, args), count
+    )
 
 
 def dropped(rows: int, fan_in: int, count: int, setting: Setting) -> Case:
@@ -286,19 +433,35 @@ def dropped(rows: int, fan_in: int, count: int, setting: Setting) -> Case:
     step, keys = torch.tensor(3, device=setting.device), torch.tensor([7], device=setting.device)
     own = x.clone().requires_grad_()
     args = trained(kernels.reference.keyed_dropout, (x, 0.1, 1, 12345, step, keys))
-    return Case("keyed_dropout", f"{rows},{fan_in}", args, count, {"torch": (lambda: F.dropout(own, 0.1), [own])})
+    return Case(
+        "keyed_dropout",
+        f"{rows},{fan_in}",
+        args,
+        count,
+        {"torch": (lambda: F.dropout(own, 0.1), [own])},
+    )
 
 
 def is_plain(args: Any) -> bool:
     """Whether the arguments are tensors, numbers and names, in tuples, and no objects of an op's own (an optimiser's flat parameters)."""
-    return all(leaf is None or isinstance(leaf, Tensor | float | int | str | torch.dtype) for leaf in tree_leaves(args))
+    return all(
+        leaf is None or isinstance(leaf, Tensor | float | int | str | torch.dtype)
+        for leaf in tree_leaves(args)
+    )
 
 
 def squared(model: str, setting: Setting) -> Case:
     """snr_weighted_mse of one latent picture with a mask and a weight."""
     drawn, shape = Drawn(setting), LATENTS[model]
-    out, target, mask = drawn.base(1, *shape), drawn.base(1, *shape), drawn.base(1, 1, *shape[1:]) > 0
-    args = trained(kernels.reference.snr_weighted_mse, (out, target, mask.to(out.dtype), drawn.adapter(1).abs()))
+    out, target, mask = (
+        drawn.base(1, *shape),
+        drawn.base(1, *shape),
+        drawn.base(1, 1, *shape[1:]) > 0,
+    )
+    args = trained(
+        kernels.reference.snr_weighted_mse,
+        (out, target, mask.to(out.dtype), drawn.adapter(1).abs()),
+    )
     return Case("snr_weighted_mse", f"{model} {'x'.join(map(str, shape))}", args)
 
 
@@ -309,6 +472,8 @@ def copied(args: Any, dtype: torch.dtype | None = None) -> Any:
         if not isinstance(value, Tensor):
             return value
         new = value.detach().clone()
-        return (new.to(dtype) if dtype and new.is_floating_point() else new).requires_grad_(value.requires_grad)
+        return (new.to(dtype) if dtype and new.is_floating_point() else new).requires_grad_(
+            value.requires_grad
+        )
 
     return tree_map(one, args)

@@ -63,14 +63,20 @@ class Problem(NamedTuple):
 
     @property
     def schedule(self) -> Schedule:
-        return flux.schedule_of(self.scheduler) if self.is_flow else noise.vp_from_config(self.scheduler)
+        return (
+            flux.schedule_of(self.scheduler)
+            if self.is_flow
+            else noise.vp_from_config(self.scheduler)
+        )
 
     def out(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's output [b, c, h, w] at t [b]: rows 0 to 999 for a UNet, sigma for Flux."""
         x_t = x_t.to(self.told["encoder_hidden_states"].dtype)
         if not self.is_flow:
             return network(sample=x_t, timestep=t, **self.told)[0]
-        return flux.unpack(network(hidden_states=flux.pack(x_t), timestep=t, **self.told)[0], *x_t.shape[-2:])
+        return flux.unpack(
+            network(hidden_states=flux.pack(x_t), timestep=t, **self.told)[0], *x_t.shape[-2:]
+        )
 
 
 def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK) -> Problem:
@@ -79,22 +85,55 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int
         family = load_family(str(TOY))
         network, side = family.modules["unet"].to(device), family.resolution
         text = family.encode_prompts(["a photo of a cat"] * batch).prompt_embeds.detach().to(device)
-        mean = torch.randn(batch, family.latent_channels, side // family.factor, side // family.factor, generator=torch.Generator().manual_seed(0))
+        mean = torch.randn(
+            batch,
+            family.latent_channels,
+            side // family.factor,
+            side // family.factor,
+            generator=torch.Generator().manual_seed(0),
+        )
         scheduler = read_json(str(TOY), "scheduler/scheduler_config.json")
-        return problem(name, network, {"encoder_hidden_states": text}, mean.to(device), scheduler, sd.ATTENTION, rank)
+        return problem(
+            name,
+            network,
+            {"encoder_hidden_states": text},
+            mean.to(device),
+            scheduler,
+            sd.ATTENTION,
+            rank,
+        )
     told = published_networks.inputs(name, batch, side, device)
-    pixels, latents = side or published_networks.SIDES[name], told.pop("hidden_states" if name == "flux" else "sample").float()
+    pixels, latents = (
+        side or published_networks.SIDES[name],
+        told.pop("hidden_states" if name == "flux" else "sample").float(),
+    )
     mean = flux.unpack(latents, pixels // 8, pixels // 8) if name == "flux" else latents
     scheduler = KINDS[published_networks.CLASSES[name][1]].files["scheduler/scheduler_config.json"]
-    return problem(name, published_networks.network(name, device), told, mean, scheduler, published_networks.TARGETS[name], rank)
+    return problem(
+        name,
+        published_networks.network(name, device),
+        told,
+        mean,
+        scheduler,
+        published_networks.TARGETS[name],
+        rank,
+    )
 
 
 def problem(
-    name: str, network: nn.Module, told: dict[str, Any], mean: Tensor, scheduler: dict[str, Any], targets: tuple[str, ...], rank: int = RANK
+    name: str,
+    network: nn.Module,
+    told: dict[str, Any],
+    mean: Tensor,
+    scheduler: dict[str, Any],
+    targets: tuple[str, ...],
+    rank: int = RANK,
 ) -> Problem:
     """A problem on any UNet2DConditionModel or FluxTransformer2DModel, which is frozen by it; `told` may hold a timestep, which is dropped."""
     kept = {key: value for key, value in told.items() if key != "timestep"} | {"return_dict": False}
-    return Problem(name, network.requires_grad_(False).train(), kept, mean, dict(scheduler), targets, rank)
+    return Problem(
+        name, network.requires_grad_(False).train(), kept, mean, dict(scheduler), targets, rank
+    )
 
 
 def twin(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
@@ -119,15 +158,25 @@ class Loop:
     """What train.py does in a step, with `update` its device part: fixed shapes, nothing read back. `graph` replays that (CUDA)."""
 
     def __init__(self, problem: Problem, network: nn.Module, *, graph: bool = False) -> None:
-        self.problem, self.network, self.device, self.visit = problem, network, problem.mean.device, 0
+        self.problem, self.network, self.device, self.visit = (
+            problem,
+            network,
+            problem.mean.device,
+            0,
+        )
         self.schedule, self.row = problem.schedule, "flow" if problem.is_flow else "epsilon"
-        self.std, self.prior = torch.full_like(problem.mean, SPREAD), torch.zeros(len(problem.mean), dtype=torch.bool, device=self.device)
+        self.std, self.prior = (
+            torch.full_like(problem.mean, SPREAD),
+            torch.zeros(len(problem.mean), dtype=torch.bool, device=self.device),
+        )
         self.replayed = cuda_graph.Replayed() if graph else None
 
     def __call__(self) -> Tensor:
         """The loss of one step, for which nothing waits."""
         drawn = cuda_graph.mapped(self.draw(), self._put)
-        return (self.update(drawn) if self.replayed is None else self.replayed(self.update, drawn))[0]
+        return (self.update(drawn) if self.replayed is None else self.replayed(self.update, drawn))[
+            0
+        ]
 
     def draw(self) -> Drawn:
         """The host's part, on the CPU."""
@@ -138,7 +187,9 @@ class Loop:
         return Drawn(keys.normal("posterior", shape), noise.sample_noise(keys, shape)[0], level)
 
     def _put(self, x: Tensor) -> Tensor:
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+        return (
+            x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+        )
 
     def update(self, drawn: Drawn) -> tuple[Tensor]:
         raise NotImplementedError
@@ -149,7 +200,9 @@ class Loop:
         x_t = noise.add_noise(x0, drawn.eps, drawn.level)
         out = self.problem.out(self.network, x_t, drawn.level.t).float()
         out, target, row = prediction.compared(self.row, "model", out, x0, drawn.eps, drawn.level)
-        rows = losses.mse(StepOutput(out, target, x0, drawn.eps, x_t, drawn.level, row, None, self.prior, 0))
+        rows = losses.mse(
+            StepOutput(out, target, x0, drawn.eps, x_t, drawn.level, row, None, self.prior, 0)
+        )
         rows = rows * losses.weight("none", drawn.level, self.row)
         return losses.total(rows, self.prior, prior_weight=1.0, instances=len(rows))
 
@@ -157,14 +210,24 @@ class Loop:
 class Ours(Loop):
     """Adapters of lora_core on every target, clipping and AdamW as the training loop has them; `mode` of the kernels."""
 
-    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, mode: str = "auto", graph: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        kind: str,
+        network: nn.Module,
+        *,
+        mode: str = "auto",
+        graph: bool = False,
+    ) -> None:
         super().__init__(problem, network, graph=graph)
         injection.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
         self.parameters, self.mode = injection.parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
         self.optimizer = schedules.build("adamw", [group], {})
         for held in self.optimizer.param_groups if graph else ():
-            held["lr"] = torch.full((), held["lr"], dtype=torch.float64, device=self.device)  # as training/setup.py has it: a graph reads it there
+            held["lr"] = torch.full(
+                (), held["lr"], dtype=torch.float64, device=self.device
+            )  # as training/setup.py has it: a graph reads it there
 
     def update(self, drawn: Drawn) -> tuple[Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +246,9 @@ class Frozen(Loop):
         super().__init__(problem, network, graph=graph)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         for path in problem.paths:
-            network.get_submodule(path).register_forward_hook(lambda _m, _x, y: y if y.requires_grad else Root.apply(y, anchor))
+            network.get_submodule(path).register_forward_hook(
+                lambda _m, _x, y: y if y.requires_grad else Root.apply(y, anchor)
+            )
 
     def update(self, drawn: Drawn) -> tuple[Tensor]:
         loss = self.loss(drawn)
@@ -213,20 +278,36 @@ class Peer:
     bf16 base, and what the scripts then train. AdamW is torch's as the scripts call it, or fused.
     """
 
-    def __init__(self, problem: Problem, kind: str, network: nn.Module, *, bf16: bool = False, fused: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        kind: str,
+        network: nn.Module,
+        *,
+        bf16: bool = False,
+        fused: bool = False,
+    ) -> None:
         self.problem, self.network, device = problem, network, problem.mean.device
         config = LoraConfig(
-            r=problem.rank, lora_alpha=problem.rank, init_lora_weights="gaussian", target_modules=problem.paths, use_dora=kind == "dora"
+            r=problem.rank,
+            lora_alpha=problem.rank,
+            init_lora_weights="gaussian",
+            target_modules=problem.paths,
+            use_dora=kind == "dora",
         )
         network.add_adapter(config)  # type: ignore[operator]
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         for p in self.parameters:
             p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
         settings: dict[str, Any] = {"fused": True} if fused else {}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, betas=(0.9, 0.999), weight_decay=DECAY, eps=1e-8, **settings)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=RATE, betas=(0.9, 0.999), weight_decay=DECAY, eps=1e-8, **settings
+        )
         self.rates = get_scheduler("constant", optimizer=self.optimizer)
         schedulers: Any = FlowMatchEulerDiscreteScheduler if problem.is_flow else DDPMScheduler
-        self.scheduler = schedulers.from_config({key: value for key, value in problem.scheduler.items() if not key.startswith("_")})
+        self.scheduler = schedulers.from_config(
+            {key: value for key, value in problem.scheduler.items() if not key.startswith("_")}
+        )
         self.mean, self.std = problem.mean, torch.full_like(problem.mean, SPREAD)
         self.dtype, self.device = problem.told["encoder_hidden_states"].dtype, device
 
@@ -243,9 +324,13 @@ class Peer:
 
     def diffusion(self, x0: Tensor) -> Tensor:
         eps = torch.randn_like(x0)
-        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),), device=self.device).long()
+        t = torch.randint(
+            0, self.scheduler.config.num_train_timesteps, (len(x0),), device=self.device
+        ).long()
         x_t = self.scheduler.add_noise(x0, eps, t)
-        return F.mse_loss(self.problem.out(self.network, x_t, t).float(), eps.float(), reduction="mean")
+        return F.mse_loss(
+            self.problem.out(self.network, x_t, t).float(), eps.float(), reduction="mean"
+        )
 
     def flow(self, x0: Tensor) -> Tensor:
         eps = torch.randn_like(x0)
@@ -255,10 +340,15 @@ class Peer:
         sigma = self.sigmas(t, x0)
         out = self.problem.out(self.network, (1 - sigma) * x0 + sigma * eps, t / 1000)
         weight = compute_loss_weighting_for_sd3("none", sigmas=sigma)
-        return torch.mean((weight.float() * (out.float() - (eps - x0).float()) ** 2).reshape(len(x0), -1), 1).mean()
+        return torch.mean(
+            (weight.float() * (out.float() - (eps - x0).float()) ** 2).reshape(len(x0), -1), 1
+        ).mean()
 
     def sigmas(self, t: Tensor, like: Tensor) -> Tensor:
         """[b, 1, 1, 1], looked up row by row, which waits for the device."""
-        table, times = self.scheduler.sigmas.to(self.device, like.dtype), self.scheduler.timesteps.to(self.device)
+        table, times = (
+            self.scheduler.sigmas.to(self.device, like.dtype),
+            self.scheduler.timesteps.to(self.device),
+        )
         rows = [(times == one).nonzero().item() for one in t.to(self.device)]
         return table[rows].flatten().reshape(-1, 1, 1, 1)

@@ -38,12 +38,59 @@ from lora_core import kernels
 
 FREE = frozenset(
     ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
-    + ("_unsafe_view", "set_", "resize_", "sym_size", "sym_numel", "sym_stride", "is_same_size", "_has_same_storage_numel")
+    + (
+        "_unsafe_view",
+        "set_",
+        "resize_",
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "is_same_size",
+        "_has_same_storage_numel",
+    )
 )
 SYNCS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"})
-OVERWRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"})
-SHAPED = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full"})  # read a shape alone
-PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "_addmm_activation", "_scaled_mm", "linear"})
+OVERWRITES = frozenset(
+    {
+        "copy_",
+        "fill_",
+        "zero_",
+        "normal_",
+        "uniform_",
+        "random_",
+        "bernoulli_",
+        "_foreach_copy_",
+        "_foreach_zero_",
+    }
+)
+SHAPED = frozenset(
+    {
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+    }
+)  # read a shape alone
+PRODUCTS = frozenset(
+    {
+        "mm",
+        "addmm",
+        "addmm_",
+        "bmm",
+        "baddbmm",
+        "baddbmm_",
+        "mv",
+        "addmv",
+        "dot",
+        "_addmm_activation",
+        "_scaled_mm",
+        "linear",
+    }
+)
 CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_convolution", "conv2d"})
 
 
@@ -59,7 +106,9 @@ class Row:
 class Tally:
     """Sums by class and by operator."""
 
-    classes: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))  # product, convolution, attention, elementwise
+    classes: dict[str, Row] = field(
+        default_factory=lambda: defaultdict(Row)
+    )  # product, convolution, attention, elementwise
     operators: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))
     syncs: int = 0
 
@@ -101,19 +150,29 @@ class Counter(TorchDispatchMode):
         if space == "lora_core":
             cost = kernels.COSTS.get(func._schema.name)
             if cost is None:
-                raise LookupError(f"{func._schema.name} declares no cost; add a row to kernels.COSTS beside its kernel")
+                raise LookupError(
+                    f"{func._schema.name} declares no cost; add a row to kernels.COSTS beside its kernel"
+                )
             launches, size, product = cost(*args, **kwargs)
-            self.tally.add(func._schema.name, "product" if product else "elementwise", launches, size)
+            self.tally.add(
+                func._schema.name, "product" if product else "elementwise", launches, size
+            )
         elif name in SYNCS:
             self.tally.syncs += any(t.device.type != "cpu" for t in _tensors(args))
-        elif name not in FREE and not is_view(func) and any(t.numel() for t in _tensors((args, kwargs, out))):
+        elif (
+            name not in FREE
+            and not is_view(func)
+            and any(t.numel() for t in _tensors((args, kwargs, out)))
+        ):
             self.tally.add(name, class_of(name), 1, traffic(func, args, kwargs, out))
 
 
 def is_view(func: Any) -> bool:
     """Whether every result aliases an argument that the call does not write."""
     returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
 
 
 def class_of(name: str) -> str:
@@ -155,7 +214,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+    )
 
 
 # ---------------------------------------------------------------- what autograd keeps
@@ -209,12 +274,20 @@ def as_cuda() -> Iterator[None]:
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
 
     def off(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" and kwargs.get("enabled") is False else autocast(device_type, *args, **kwargs)
+        return (
+            nullcontext()
+            if device_type == "meta" and kwargs.get("enabled") is False
+            else autocast(device_type, *args, **kwargs)
+        )
 
     def asked(*device_type: str) -> bool:
         return device_type != ("meta",) and enabled(*device_type)
 
-    with _AsCuda(), patch.object(torch, "autocast", off), patch.object(torch, "is_autocast_enabled", asked):
+    with (
+        _AsCuda(),
+        patch.object(torch, "autocast", off),
+        patch.object(torch, "is_autocast_enabled", asked),
+    ):
         yield
 
 
@@ -234,11 +307,17 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     assert not enable_gqa
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
-def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     assert weight is not None and len(normalized_shape) == 1 and not weight.requires_grad
     return _RMSNorm.apply(x, weight, eps or torch.finfo(x.dtype).eps)
 
@@ -269,5 +348,10 @@ def _rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor
     return ((slope - normal * (slope * normal).mean(-1, keepdim=True)) * rstd).to(x.dtype)
 
 
-_rms_forward.register_fake(lambda x, weight, eps: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
+_rms_forward.register_fake(
+    lambda x, weight, eps: (
+        torch.empty_like(x),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    )
+)
 _rms_backward.register_fake(lambda dy, x, weight, rstd: torch.empty_like(x))

@@ -36,17 +36,26 @@ class Error(NamedTuple):
     worst: float  # largest difference, over the largest true value
 
 
-def outcome(call: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
+def outcome(
+    call: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]
+) -> Outcome:
     """Results of the call on copies of the arguments, their gradients for a fixed random slope, and the tensor arguments that it wrote."""
     mine, before = copied(args), copied(args)
     results = [leaf for leaf in tree_leaves(call(*mine)) if isinstance(leaf, Tensor)]
-    values = {f"result {i}" if len(results) > 1 else "result": result.detach() for i, result in enumerate(results)}
+    values = {
+        f"result {i}" if len(results) > 1 else "result": result.detach()
+        for i, result in enumerate(results)
+    }
     names = list(inspect.signature(reference).parameters)
     smooth = [result for result in results if result.requires_grad]
     trains = leaves(mine)
     found: list[Tensor | None] = [None] * len(trains)
     if smooth and trains:
-        found = list(torch.autograd.grad(smooth, trains, [slope(result) for result in smooth], allow_unused=True))
+        found = list(
+            torch.autograd.grad(
+                smooth, trains, [slope(result) for result in smooth], allow_unused=True
+            )
+        )
     gradients = {id(leaf): gradient for leaf, gradient in zip(trains, found)}
     for (path, leaf), old in zip(tree_flatten_with_path(mine)[0], tree_leaves(before)):
         if not isinstance(leaf, Tensor):
@@ -57,18 +66,29 @@ def outcome(call: Callable[..., Any], reference: Callable[..., Any], args: tuple
         if not torch.equal(leaf.detach(), old.detach()):
             values[f"{name} after"] = leaf.detach()
     largest = max(leaf.numel() for leaf in tree_leaves(mine) if isinstance(leaf, Tensor))
-    return Outcome(values, {name: _running(value, largest / max(1, value.numel())) for name, value in values.items()})
+    return Outcome(
+        values,
+        {name: _running(value, largest / max(1, value.numel())) for name, value in values.items()},
+    )
 
 
 def _running(value: Tensor, terms: float) -> float:
     """u sqrt(terms / 6), at least u; 0 for whole numbers."""
-    return torch.finfo(value.dtype).eps / 2 * math.sqrt(max(1.0, terms / 6)) if value.dtype.is_floating_point else 0.0
+    return (
+        torch.finfo(value.dtype).eps / 2 * math.sqrt(max(1.0, terms / 6))
+        if value.dtype.is_floating_point
+        else 0.0
+    )
 
 
 def slope(result: Tensor) -> Tensor:
     """A random gradient of a result, the same for a shape whatever the dtype: its values are bf16's."""
     generator = torch.Generator(result.device).manual_seed(1)
-    return torch.randn(result.shape, generator=generator, device=result.device).bfloat16().to(result.dtype)
+    return (
+        torch.randn(result.shape, generator=generator, device=result.device)
+        .bfloat16()
+        .to(result.dtype)
+    )
 
 
 def errors(got: Outcome, truth: Outcome) -> dict[str, Error]:
@@ -79,12 +99,17 @@ def errors(got: Outcome, truth: Outcome) -> dict[str, Error]:
         if value is None:
             raise ValueError(f"gives no {name}")
         if value.shape != true.shape:
-            raise ValueError(f"gives {name} in the shape {tuple(value.shape)}, expected {tuple(true.shape)}")
+            raise ValueError(
+                f"gives {name} in the shape {tuple(value.shape)}, expected {tuple(true.shape)}"
+            )
         true, difference = true.double(), value.double() - true.double()
         if not bool(value.isfinite().all()) and bool(true.isfinite().all()):
             raise ValueError(f"gives {name} with values that are not finite")
         norm, largest = float(true.norm()) or 1.0, float(true.abs().max()) if true.numel() else 1.0
-        found[name] = Error(float(difference.norm()) / norm, float(difference.abs().max()) / (largest or 1.0) if true.numel() else 0.0)
+        found[name] = Error(
+            float(difference.norm()) / norm,
+            float(difference.abs().max()) / (largest or 1.0) if true.numel() else 0.0,
+        )
     return found
 
 
@@ -96,8 +121,13 @@ def broken(got: Outcome, truth: Outcome, eager: dict[str, Error]) -> str | None:
         return str(error)
     for name, found in mine.items():
         spare = got.spare[name]
-        worst = max(eager[name].worst, 2 * eager[name].norm)  # the reference's own may be small by luck where there are few elements
-        for kind, value, own, more in (("", found.norm, eager[name].norm, spare), ("worst ", found.worst, worst, 2 * spare)):
+        worst = max(
+            eager[name].worst, 2 * eager[name].norm
+        )  # the reference's own may be small by luck where there are few elements
+        for kind, value, own, more in (
+            ("", found.norm, eager[name].norm, spare),
+            ("worst ", found.worst, worst, 2 * spare),
+        ):
             if value > ALLOWED * own + more:
                 return f"has the {kind}error {value:.1e} to float64 in {name}, where the reference itself has {own:.1e} (twice that is allowed)"
     return None

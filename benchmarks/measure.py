@@ -72,23 +72,46 @@ def report(case: Case, plan: Plan, rates: Rates) -> dict[str, Any]:
     if "compile" in functions and (why := untraceable(case, functions["compile"])):
         print(f"{case.op} {case.label}: torch.compile of the reference is left out, it {why}")
         del functions["compile"]
-    calls: dict[str, Call] = {name: (lambda f=f: f(*case.args), leaves(case.args)) for name, f in functions.items()}  # type: ignore[misc]
+    calls: dict[str, Call] = {
+        name: (lambda f=f: f(*case.args), leaves(case.args)) for name, f in functions.items()
+    }  # type: ignore[misc]
     calls |= {"ours": (lambda: kernels.call(case.op, *case.args), leaves(case.args))} | case.others
     if plan.quick:
-        calls = {name: call for name, call in calls.items() if name in ("ours", "candidate") or name in case.others}
+        calls = {
+            name: call
+            for name, call in calls.items()
+            if name in ("ours", "candidate") or name in case.others
+        }
     times = measure(calls, plan)
-    contenders = {name: figures(name, call, case, times, plan) for name, call in calls.items() if name in times}
+    contenders = {
+        name: figures(name, call, case, times, plan)
+        for name, call in calls.items()
+        if name in times
+    }
     floor = roofline(case, rates)
     for name, row in contenders.items():
         row.update(checked.get(name, {}))
         bounded = floor and name != "frozen"
-        row["roofline"] = 100 * floor["seconds"] / (row["forward"] + row["backward"]) if bounded else None
-        row["over minimum"] = row["bytes"] / floor["bytes"] if bounded and row["bytes"] is not None else None
-    row = {"op": case.op, "case": case.label, "count": case.count, "contenders": contenders, "minimum": floor, "broken": broken}
+        row["roofline"] = (
+            100 * floor["seconds"] / (row["forward"] + row["backward"]) if bounded else None
+        )
+        row["over minimum"] = (
+            row["bytes"] / floor["bytes"] if bounded and row["bytes"] is not None else None
+        )
+    row = {
+        "op": case.op,
+        "case": case.label,
+        "count": case.count,
+        "contenders": contenders,
+        "minimum": floor,
+        "broken": broken,
+    }
     for other in ("frozen", "peft", "torch", "compile"):
         if other in times:
             row[f"to {other}"] = {name: timing.ratio(times, name, other) for name in contenders}
-            row[f"to {other}, clock"] = {name: timing.ratio(times, name, other, clock=True) for name in contenders}
+            row[f"to {other}, clock"] = {
+                name: timing.ratio(times, name, other, clock=True) for name in contenders
+            }
     row["rounds"] = len(times[next(iter(contenders))])
     return row
 
@@ -102,14 +125,23 @@ def untraceable(case: Case, compiled: Callable[..., Any]) -> str:
     return ""
 
 
-def check(case: Case, functions: dict[str, Callable[..., Any]]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def check(
+    case: Case, functions: dict[str, Callable[..., Any]]
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Per twin its errors to float64 (of results; the largest of gradients), and how those that break the law do."""
     reference = OPS[case.op].reference
-    if not is_plain(case.args):  # there is no casting an optimiser's state; benchmarks.optimizer and the twins' tests measure its error
+    if not is_plain(
+        case.args
+    ):  # there is no casting an optimiser's state; benchmarks.optimizer and the twins' tests measure its error
         if "candidate" in functions:
-            raise UserError(f"--candidate cannot be checked as {case.op}, whose arguments hold more than tensors; use an op that takes tensors")
+            raise UserError(
+                f"--candidate cannot be checked as {case.op}, whose arguments hold more than tensors; use an op that takes tensors"
+            )
         return {}, {}
-    truth, eager = laws.outcome(reference, reference, copied(case.args, torch.float64)), laws.outcome(reference, reference, case.args)
+    truth, eager = (
+        laws.outcome(reference, reference, copied(case.args, torch.float64)),
+        laws.outcome(reference, reference, case.args),
+    )
     own, rows, broken = laws.errors(eager, truth), {}, {}
     for name, function in functions.items():
         try:
@@ -124,10 +156,16 @@ def check(case: Case, functions: dict[str, Callable[..., Any]]) -> tuple[dict[st
         if said is None:
             found = laws.errors(got, truth)
             gradients = [error.norm for key, error in found.items() if key.startswith("gradient")]
-            rows[name] = {"error": max(error.norm for key, error in found.items() if not key.startswith("gradient"))}
+            rows[name] = {
+                "error": max(
+                    error.norm for key, error in found.items() if not key.startswith("gradient")
+                )
+            }
             rows[name] |= {"gradient error": max(gradients)} if gradients else {}
         elif name == "candidate":
-            raise UserError(f"the candidate is refused: at {case.op} {case.label} it {said}; make it equal lora_core.kernels.reference.{case.op}")
+            raise UserError(
+                f"the candidate is refused: at {case.op} {case.label} it {said}; make it equal lora_core.kernels.reference.{case.op}"
+            )
         elif name == "compile":
             print(f"{case.op} {case.label}: what torch.compile makes of the reference {said}")
         else:
@@ -140,7 +178,9 @@ def measure(calls: dict[str, Call], plan: Plan) -> timing.Times:
     """Seconds of forward and backward together under the contender's name, of forward alone under "forward NAME"."""
     whole = {name: both(*call) for name, call in calls.items()}
     forward = {f"forward {name}": call for name, (call, trains) in calls.items() if trains}
-    times = timing.alternate(whole | forward, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit)
+    times = timing.alternate(
+        whole | forward, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit
+    )
     for name, why in times.left_out.items():
         print(f"{name} cannot be captured as a CUDA graph: {why}")
     return times
@@ -151,7 +191,12 @@ def both(call: Callable[[], Any], trains: list[Tensor]) -> Callable[[], Any]:
     if not trains:
         return call
     slopes = [laws.slope(result) for result in results(call()) if result.requires_grad]
-    return lambda: torch.autograd.grad([result for result in results(call()) if result.requires_grad], trains, slopes, allow_unused=True)
+    return lambda: torch.autograd.grad(
+        [result for result in results(call()) if result.requires_grad],
+        trains,
+        slopes,
+        allow_unused=True,
+    )
 
 
 def results(out: Any) -> list[Tensor]:
@@ -175,7 +220,9 @@ def figures(name: str, call: Call, case: Case, times: timing.Times, plan: Plan) 
             out = call[0]()
         row["memory"] = kept.bytes
         del out
-    if name == "compile" or not is_plain(case.args):  # a dispatch mode would take its kernels apart, and does not see loops over pointers
+    if name == "compile" or not is_plain(
+        case.args
+    ):  # a dispatch mode would take its kernels apart, and does not see loops over pointers
         return row | {"bytes": None}
     with Counter() as counter:
         step()
@@ -199,7 +246,11 @@ def roofline(case: Case, rates: Rates) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         both(call, trains)()
     flops = counter.get_total_flops()
-    return {"bytes": size, "flops": flops, "seconds": max(size / rates.bandwidth, flops / rates.products)}
+    return {
+        "bytes": size,
+        "flops": flops,
+        "seconds": max(size / rates.bandwidth, flops / rates.products),
+    }
 
 
 def measured_rates(setting: Setting) -> Rates:
@@ -212,7 +263,9 @@ def measured_rates(setting: Setting) -> Rates:
     target = torch.zeros_like(source)
     n = 8192 if large else _affordable_side(setting.dtype)
     a = torch.randn(n, n, device=setting.device).to(setting.dtype)
-    times = timing.alternate({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, 7, device=setting.device)
+    times = timing.alternate(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ a}, 7, device=setting.device
+    )
     copy, product = (min((times.processor or times)[name]) for name in ("copy", "product"))
     return Rates(2 * source.numel() / copy, 2 * n**3 / product)
 

@@ -70,33 +70,55 @@ SLOW = 2.0  # seconds of a dense SVD from which three rounds have to do instead 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="square layers at rank 16 and the whole file")
+    parser.add_argument(
+        "--quick", action="store_true", help="square layers at rank 16 and the whole file"
+    )
     parser.add_argument("--json", type=Path, help="file for all the numbers")
-    parser.add_argument("--whole", type=Path, nargs=2, help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument(
+        "--whole", type=Path, nargs=2, help=argparse.SUPPRESS
+    )  # the process of its own
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.whole:
         print(json.dumps(merge_files(*args.whole)))
         return
     ranks = (16,) if args.quick else RANKS
-    cases: list[tuple[str, tuple[int, ...], int]] = [(name, shape, rank) for name, shape in SQUARE.items() for rank in ranks]
-    cases += [] if args.quick else [(name, shape, rank) for name, shape in OTHERS.items() for rank in (16, 64)]
+    cases: list[tuple[str, tuple[int, ...], int]] = [
+        (name, shape, rank) for name, shape in SQUARE.items() for rank in ranks
+    ]
+    cases += (
+        []
+        if args.quick
+        else [(name, shape, rank) for name, shape in OTHERS.items() for rank in (16, 64)]
+    )
     machine = timing.machine()
     print(f"{machine}; milliseconds are medians")
-    heads = "".join(f"{head:>11}" for head in ("ours ms", "dense ms", "peft ms", "dense/ours", "peft/ours", "(best)"))
+    heads = "".join(
+        f"{head:>11}"
+        for head in ("ours ms", "dense ms", "peft ms", "dense/ours", "peft/ours", "(best)")
+    )
     print(f"{'layer':26}{'rank':>5}{heads}   excess error ours, dense, peft")
     rows = [report(*case, rounds=5) for case in cases]
     whole = whole_file(args.threads)
     if args.json:
-        timing.write_json(args.json, {"machine": machine, "threads": args.threads, "layers": rows, "whole": whole})
+        timing.write_json(
+            args.json, {"machine": machine, "threads": args.threads, "layers": rows, "whole": whole}
+        )
 
 
 def report(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict[str, Any]:
     """One row of the table, printed and returned."""
     adapters = [synthetic(shape, rank, seed) for seed in (0, 1)]
-    exact = concat([(weight, LowRank(lr.down.double(), lr.up.double(), lr.scale)) for weight, lr in zip(WEIGHTS, adapters)])
+    exact = concat(
+        [
+            (weight, LowRank(lr.down.double(), lr.up.double(), lr.scale))
+            for weight, lr in zip(WEIGHTS, adapters)
+        ]
+    )
     wished = product(exact).flatten(1)
     best = float(spectrum(exact)[:, rank:].norm())
     contenders: dict[str, Contender] = {"ours": ours, "dense": dense, "peft": Peft(adapters)}
@@ -114,9 +136,20 @@ def report(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict
     ms = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
     errors = ", ".join(f"{value:.0e}" for value in excess.values())
     figures = f"{ms['ours']:11.2f}{ms['dense']:11.1f}{ms['peft']:11.1f}{ms['dense'] / ms['ours']:10.0f}x{ms['peft'] / ms['ours']:10.0f}x"
-    best_ratio = min(seconds["dense"]) / min(seconds["ours"])  # of the fastest rounds, the steadier figure on a busy machine
-    print(f"{name:26}{rank:5}{figures}{best_ratio:10.0f}x   {errors}   ({rounds} rounds)", flush=True)
-    return {"layer": name, "rank": rank, "rounds": rounds, "ms": ms, "seconds": seconds, "excess": excess}
+    best_ratio = min(seconds["dense"]) / min(
+        seconds["ours"]
+    )  # of the fastest rounds, the steadier figure on a busy machine
+    print(
+        f"{name:26}{rank:5}{figures}{best_ratio:10.0f}x   {errors}   ({rounds} rounds)", flush=True
+    )
+    return {
+        "layer": name,
+        "rank": rank,
+        "rounds": rounds,
+        "ms": ms,
+        "seconds": seconds,
+        "excess": excess,
+    }
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -128,12 +161,18 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def synthetic(shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype = torch.float32) -> LowRank:
+def synthetic(
+    shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype = torch.float32
+) -> LowRank:
     """An adapter with a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
     ones = [1] * (len(shape) - 2)
     down = torch.randn(rank, *shape[1:], generator=generator) / math.sqrt(math.prod(shape[1:]))
-    up = torch.randn(shape[0], rank, *ones, generator=generator) * (torch.arange(1, rank + 1) ** -0.7).view(1, -1, *ones) * 0.01
+    up = (
+        torch.randn(shape[0], rank, *ones, generator=generator)
+        * (torch.arange(1, rank + 1) ** -0.7).view(1, -1, *ones)
+        * 0.01
+    )
     return LowRank(down.to(dtype), up.to(dtype), 0.5)
 
 
@@ -159,7 +198,11 @@ class Peft:
         from peft import LoraConfig, get_peft_model
 
         lr = adapters[0]
-        layer = nn.Linear(lr.down.shape[1], lr.up.shape[0]) if lr.down.ndim == 2 else nn.Conv2d(lr.down.shape[1], lr.up.shape[0], 3)
+        layer = (
+            nn.Linear(lr.down.shape[1], lr.up.shape[0])
+            if lr.down.ndim == 2
+            else nn.Conv2d(lr.down.shape[1], lr.up.shape[0], 3)
+        )
         config = LoraConfig(r=lr.rank, lora_alpha=int(lr.scale * lr.rank), target_modules=["layer"])
         host: Any = nn.ModuleDict({"layer": layer})
         model: Any = get_peft_model(host, config, adapter_name="a0")
@@ -175,7 +218,9 @@ class Peft:
             self.model.delete_adapter("sum")
         options = {"combination_type": "svd", "svd_rank": rank, "svd_full_matrices": False}
         self.model.add_weighted_adapter(["a0", "a1"], list(WEIGHTS), "sum", **options)
-        return self.layer.lora_B["sum"].weight.data.flatten(1), self.layer.lora_A["sum"].weight.data.flatten(1)
+        return self.layer.lora_B["sum"].weight.data.flatten(1), self.layer.lora_A[
+            "sum"
+        ].weight.data.flatten(1)
 
 
 def whole_file(threads: int) -> dict[str, Any]:
@@ -189,13 +234,25 @@ def whole_file(threads: int) -> dict[str, Any]:
                 tensors |= {f"{name}.down": lr.down, f"{name}.up": lr.up}
             save_file(tensors, path)
         size = sum(path.stat().st_size for path in paths)
-        command = [sys.executable, "-m", "benchmarks.merge", "--threads", str(threads), "--whole", *map(str, paths)]
-        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.merge",
+            "--threads",
+            str(threads),
+            "--whole",
+            *map(str, paths),
+        ]
+        figures = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
     figures |= {"input_mb": size / 2**20, "allowed_mb": 2 * size / 2**20 + 500}
     print(
         "whole file: {layers} layers of rank {rank}, two of {each:.0f} MB: {seconds:.1f} s ({cpu:.1f} s of processor time), of it {reading:.1f} s "
         "reading and writing; peak memory {peak_mb:.0f} MB, {start_mb:.0f} MB of it before the first file is read (allowed {allowed_mb:.0f}); "
-        "error {error:.4f}, energy {energy:.4f}".format(**figures, rank=FILE_RANK, each=size / 2**21)
+        "error {error:.4f}, energy {energy:.4f}".format(
+            **figures, rank=FILE_RANK, each=size / 2**21
+        )
     )
     return figures
 
@@ -206,7 +263,11 @@ def network() -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**XL)
-    return {name: tuple(m.weight.shape) for name, m in unet.named_modules() if isinstance(m, nn.Linear) and ".attentions." in name}
+    return {
+        name: tuple(m.weight.shape)
+        for name, m in unet.named_modules()
+        if isinstance(m, nn.Linear) and ".attentions." in name
+    }
 
 
 def hash_of(name: str, seed: int) -> int:
@@ -221,23 +282,44 @@ def merge_files(first: Path, second: Path) -> dict[str, float]:
     reading, reports = time.perf_counter() - begin, []
     tensors: dict[str, Tensor] = {}
     with one_thread():
-        for layer in mix([Term(state, weight) for state, weight in zip(states, WEIGHTS)], Keep(rank=FILE_RANK)):
+        for layer in mix(
+            [Term(state, weight) for state, weight in zip(states, WEIGHTS)], Keep(rank=FILE_RANK)
+        ):
             assert layer.adapter is not None
-            tensors |= {f"{layer.path}.down": layer.adapter.down.half(), f"{layer.path}.up": layer.adapter.up.half()}
+            tensors |= {
+                f"{layer.path}.down": layer.adapter.down.half(),
+                f"{layer.path}.up": layer.adapter.up.half(),
+            }
             reports.append(layer.report)
     writing = time.perf_counter()
     save_file(tensors, first.with_name("sum.safetensors"))
     end = time.perf_counter()
     row = total(reports)
-    times = {"seconds": end - begin, "cpu": time.process_time() - cpu, "reading": reading + end - writing}
-    return {"layers": len(reports), "error": row.error, "energy": row.energy, "start_mb": start_mb, "peak_mb": peak_mb()} | times
+    times = {
+        "seconds": end - begin,
+        "cpu": time.process_time() - cpu,
+        "reading": reading + end - writing,
+    }
+    return {
+        "layers": len(reports),
+        "error": row.error,
+        "energy": row.energy,
+        "start_mb": start_mb,
+        "peak_mb": peak_mb(),
+    } | times
 
 
 def read(path: Path) -> AdapterState:
     """A file of whole_file."""
     tensors = load_file(path)
     names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-    return AdapterState({"unet": {name: LowRank(tensors[f"{name}.down"], tensors[f"{name}.up"], 0.5) for name in names}})
+    return AdapterState(
+        {
+            "unet": {
+                name: LowRank(tensors[f"{name}.down"], tensors[f"{name}.up"], 0.5) for name in names
+            }
+        }
+    )
 
 
 def peak_mb() -> float:

@@ -15,7 +15,9 @@ from benchmarks.cases import LAYERS, Drawn, Setting
 ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one term of a sum
 
 
-def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting, *, graph: bool = False) -> dict[str, Any]:
+def model_cost(
+    model: str, rows: list[dict[str, Any]], setting: Setting, *, graph: bool = False
+) -> dict[str, Any]:
     """Seconds of all adapters (ours, peft), of the frozen layers under them and of the frozen rest; printed, with the ratio of the sums.
 
     The rest is linear layers, convolutions and attention, forward and backward for their inputs (the layers of one row forward alone: nothing that is
@@ -29,10 +31,15 @@ def model_cost(model: str, rows: list[dict[str, Any]], setting: Setting, *, grap
         names = set.intersection(*(set(row["contenders"]) for row in group)) if group else set()
         if not {"frozen", "ours", "peft"} <= names:
             continue
-        sums = {name: sum(row["count"] * seconds(row["contenders"][name]) for row in group) for name in ("frozen", "ours", "peft")}
+        sums = {
+            name: sum(row["count"] * seconds(row["contenders"][name]) for row in group)
+            for name in ("frozen", "ours", "peft")
+        }
         whole = rest + sums["frozen"]
         cost[kind] = {"layers": sum(row["count"] for row in group), "rest": rest} | sums
-        cost[kind] |= {f"{name} over frozen": (rest + sums[name]) / whole for name in ("ours", "peft")}
+        cost[kind] |= {
+            f"{name} over frozen": (rest + sums[name]) / whole for name in ("ours", "peft")
+        }
         print(
             f"{model} {kind}: {cost[kind]['layers']} adapters add {1e3 * (sums['ours'] - sums['frozen']):.3g} ms to the {1e3 * whole:.4g} ms of the "
             f"frozen products, forward and backward: {cost[kind]['ours over frozen']:.3f}x (peft {cost[kind]['peft over frozen']:.3f}x)"
@@ -47,11 +54,17 @@ def seconds(row: dict[str, Any]) -> float:
 def frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
     """Seconds of everything but the adapted layers."""
     layers, total = LAYERS[model], 0.0
-    made = [(linear, layers["linears"]), (convolution, layers["convolutions"]), (attention, layers["attention"])]
+    made = [
+        (linear, layers["linears"]),
+        (convolution, layers["convolutions"]),
+        (attention, layers["attention"]),
+    ]
     for make, shapes in made:
         for *shape, count in shapes:
             call = make(shape, setting)
-            times = timing.alternate({"it": call}, ROUNDS, device=setting.device, graph=graph, limit=LIMIT)
+            times = timing.alternate(
+                {"it": call}, ROUNDS, device=setting.device, graph=graph, limit=LIMIT
+            )
             total += count * timing.median(times, "it")
     return total
 
@@ -59,7 +72,10 @@ def frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
 def linear(shape: list[int], setting: Setting) -> Callable[[], object]:
     rows, fan_in, out = shape
     drawn = Drawn(setting)
-    x, weight = drawn.base(rows, fan_in).requires_grad_(rows > 1), drawn.base(out, fan_in, size=fan_in**-0.5)
+    x, weight = (
+        drawn.base(rows, fan_in).requires_grad_(rows > 1),
+        drawn.base(out, fan_in, size=fan_in**-0.5),
+    )
     return step(lambda: F.linear(x, weight), [x] if rows > 1 else [])
 
 

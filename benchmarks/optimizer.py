@@ -42,10 +42,15 @@ CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second
 }
 
 
-def parameters(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def parameters(
+    shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """As an adapter starts: down random, up zero."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(s, generator=generator) / s[-1] if i % 2 == 0 else torch.zeros(s) for i, s in enumerate(shapes)]
+    made = [
+        torch.randn(s, generator=generator) / s[-1] if i % 2 == 0 else torch.zeros(s)
+        for i, s in enumerate(shapes)
+    ]
     return [p.to(device, dtype).requires_grad_() for p in made]
 
 
@@ -76,7 +81,9 @@ def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tal
     return counted.tally
 
 
-def trajectory(make: Make, shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+def trajectory(
+    make: Make, shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype
+) -> tuple[Tensor, float | None]:
     """(all parameters end to end, d or None) after STEPS steps."""
     params = parameters(shapes, device, dtype)
     optimizer = made(make, params)
@@ -92,7 +99,10 @@ def measure(network: str, name: str, rank: int, rounds: int, device: str) -> lis
     shapes, contenders = tensor_shapes(network, rank), CONTENDERS[name]
     peer = list(contenders)[1]
     exact, exact_d = trajectory(contenders[peer], shapes, device, torch.float64)
-    moved = (exact - torch.cat([p.detach().reshape(-1) for p in parameters(shapes, device, torch.float64)])).norm()
+    moved = (
+        exact
+        - torch.cat([p.detach().reshape(-1) for p in parameters(shapes, device, torch.float64)])
+    ).norm()
     rows, steps = [], {}
     for contender, make in contenders.items():
         found, d = trajectory(make, shapes, device, torch.float32)
@@ -105,22 +115,38 @@ def measure(network: str, name: str, rank: int, rounds: int, device: str) -> lis
         params = parameters(shapes, device)
         set_gradients(params, 0)
         optimizer = made(make, params)
-        for group in optimizer.param_groups:  # the same gradient at every step would let d grow without end
+        for (
+            group
+        ) in optimizer.param_groups:  # the same gradient at every step would let d grow without end
             group |= {"d_coef": 1e-12} if name == "prodigy" else {}
         steps[contender] = optimizer.step
     times = timing.alternate(steps, rounds, device=device)
     for row in rows:
-        row |= {"ms": 1e3 * timing.median(times, row["contender"]), "ratio": timing.ratio(times, row["contender"], peer), "peer": peer}
+        row |= {
+            "ms": 1e3 * timing.median(times, row["contender"]),
+            "ratio": timing.ratio(times, row["contender"], peer),
+            "peer": peer,
+        }
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl", "flux"])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.optimizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--networks", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl", "flux"]
+    )
     parser.add_argument("--rank", type=int, default=16, help="of the adapters; default 16")
-    parser.add_argument("--rounds", type=int, default=9, help="of which the median is taken; default 9")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="of which the median is taken; default 9"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; default 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--json", type=Path, help="write the rows there")
     given = parser.parse_args(argv)
     try:
@@ -134,11 +160,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network in given.networks:
         for name in CONTENDERS:
             rows += measure(network, name, given.rank, given.rounds, given.device)
-    heads = ["network", "tensors", "optimiser", "contender", "ms", "ratio", "launches", "waits", "error", "error of d"]
+    heads = [
+        "network",
+        "tensors",
+        "optimiser",
+        "contender",
+        "ms",
+        "ratio",
+        "launches",
+        "waits",
+        "error",
+        "error of d",
+    ]
     print(timing.table(heads, [[row[head] for head in heads] for row in rows]))
-    print(f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps")
+    print(
+        f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps"
+    )
     if given.json:
-        timing.write_json(given.json, {"machine": timing.machine(given.device), "threads": given.threads, "rank": given.rank, "rows": rows})
+        timing.write_json(
+            given.json,
+            {
+                "machine": timing.machine(given.device),
+                "threads": given.threads,
+                "rank": given.rank,
+                "rows": rows,
+            },
+        )
     return 0
 
 

@@ -22,9 +22,17 @@ from lora_core.runs.run_folder import atomic
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
 COLOURS = {"ours": "#1f6f8b", "peft": "#c9ccd1"}
-COUNTS = {"ops": "operations launched", "elementwise": "elementwise bytes", "saved": "saved activations"}
+COUNTS = {
+    "ops": "operations launched",
+    "elementwise": "elementwise bytes",
+    "saved": "saved activations",
+}
 TIMES = {"cpu": "time of a step, CPU", "cuda": "time of a step, GPU"}
-PANEL, ROW, EDGE = 2.9, 0.46, 1.15  # inches: a panel's width, a row's height, above and below the rows
+PANEL, ROW, EDGE = (
+    2.9,
+    0.46,
+    1.15,
+)  # inches: a panel's width, a row's height, above and below the rows
 GAP = 0.35  # rows between two models
 
 Row = dict[str, float]  # "ours" or "peft" -> times the frozen model
@@ -35,7 +43,9 @@ def gather(report: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
     panels: dict[str, dict[str, Row]] = {title: {} for title in COUNTS.values()}
     found = [part["results"] for part in report["parts"].values() if "results" in part]
     for results in found:
-        for model, row in results.get("models", {}).items() if isinstance(results.get("models"), Mapping) else ():
+        for model, row in (
+            results.get("models", {}).items() if isinstance(results.get("models"), Mapping) else ()
+        ):
             if "step" in row:
                 _counts(panels, model, row["step"])
     for results in found:
@@ -45,11 +55,17 @@ def gather(report: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
     return {title: rows for title, rows in panels.items() if rows}
 
 
-def _counts(panels: dict[str, dict[str, Row]], model: str, step: Mapping[str, Mapping[str, float]]) -> None:
+def _counts(
+    panels: dict[str, dict[str, Row]], model: str, step: Mapping[str, Mapping[str, float]]
+) -> None:
     for key, title in COUNTS.items():
         for kind, name in KINDS.items():
             chosen = {"ours": f"triton {kind}", "peft": f"peft {kind}"}
-            row = {side: step[variant][key] / step["frozen"][key] for side, variant in chosen.items() if variant in step}
+            row = {
+                side: step[variant][key] / step["frozen"][key]
+                for side, variant in chosen.items()
+                if variant in step
+            }
             if row:
                 panels[title][f"{TITLES[model]} {name}"] = row
 
@@ -57,7 +73,9 @@ def _counts(panels: dict[str, dict[str, Row]], model: str, step: Mapping[str, Ma
 def _times(panel: dict[str, Row], one: Mapping[str, Any]) -> None:
     batch = f", batch {one['batch']}" if one["batch"] > 1 else ""
     for kind, name in KINDS.items():
-        ratios = {side: one["contenders"].get(f"{side} {kind}", {}).get("ratio") for side in COLOURS}
+        ratios = {
+            side: one["contenders"].get(f"{side} {kind}", {}).get("ratio") for side in COLOURS
+        }
         row = {side: ratio for side, ratio in ratios.items() if ratio}
         if row:
             panel[f"{TITLES[one['model']]} {name}{batch}"] = row
@@ -70,13 +88,27 @@ def draw(panels: Mapping[str, Mapping[str, Row]], out: Path, note: str) -> None:
     plt.switch_backend("Agg")
     places = _places(list(dict.fromkeys(name for rows in panels.values() for name in rows)))
     height = EDGE + ROW * (max(places.values()) + 1)
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + PANEL * len(panels), height), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.2 + PANEL * len(panels), height),
+        sharey=True,
+        layout="constrained",
+    )
     try:
-        for axis, (title, rows) in zip(axes if len(panels) > 1 else [axes], panels.items(), strict=True):
+        for axis, (title, rows) in zip(
+            axes if len(panels) > 1 else [axes], panels.items(), strict=True
+        ):
             _panel(axis, title, rows, places)
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
         figure.legend(handles, list(COLOURS), loc="outside upper right", ncols=2, frameon=False)
-        figure.suptitle("What adapters of rank 16 add to a training step, times the frozen model", x=0.01, ha="left", fontsize=12, color=INK)
+        figure.suptitle(
+            "What adapters of rank 16 add to a training step, times the frozen model",
+            x=0.01,
+            ha="left",
+            fontsize=12,
+            color=INK,
+        )
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#6a737d")
         with atomic(out) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
@@ -103,11 +135,30 @@ def _panel(axis: Any, title: str, rows: Mapping[str, Row], places: Mapping[str, 
                 continue
             axis.barh(i + shift, value - 1, left=1, height=0.34, color=COLOURS[side])
             weight = "bold" if side == "ours" else "normal"
-            axis.text(max(value, 1) + 0.03 * room, i + shift, f"{value:.2f}", va="center", fontsize=8, color=INK, weight=weight)
+            axis.text(
+                max(value, 1) + 0.03 * room,
+                i + shift,
+                f"{value:.2f}",
+                va="center",
+                fontsize=8,
+                color=INK,
+                weight=weight,
+            )
         if name not in rows:
-            axis.text(1 + 0.03 * room, i, "not run", va="center", fontsize=8, color="#9aa1a9", style="italic")
+            axis.text(
+                1 + 0.03 * room,
+                i,
+                "not run",
+                va="center",
+                fontsize=8,
+                color="#9aa1a9",
+                style="italic",
+            )
     axis.axvline(1, color=INK, linewidth=1)
-    axis.set_xlim(min(1.0, *(value for row in rows.values() for value in row.values())) - 0.02 * room, 1 + 1.24 * room)
+    axis.set_xlim(
+        min(1.0, *(value for row in rows.values() for value in row.values())) - 0.02 * room,
+        1 + 1.24 * room,
+    )
     axis.set_ylim(max(places.values()) + 0.55, -0.55)
     axis.set_yticks(list(places.values()), list(places), fontsize=9.5)
     axis.set_title(title, fontsize=10, loc="left", color=INK)
@@ -128,17 +179,33 @@ def _ticks(room: float) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("result", type=Path, help="a file of benchmarks.all")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.png"), help="the picture; default docs/benchmarks.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/benchmarks.png"),
+        help="the picture; default docs/benchmarks.png",
+    )
     args = parser.parse_args(argv)
     try:
         report = json.loads(args.result.read_text())
         panels = gather(report)
         if not panels:
-            raise UserError(f"{args.result} has neither counts nor times of steps; make it with python -m benchmarks.all")
+            raise UserError(
+                f"{args.result} has neither counts nor times of steps; make it with python -m benchmarks.all"
+            )
     except (UserError, OSError, json.JSONDecodeError, KeyError) as error:
-        print(f"error: {args.result} cannot be drawn: {error!r}" if not isinstance(error, UserError) else f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {args.result} cannot be drawn: {error!r}"
+            if not isinstance(error, UserError)
+            else f"error: {error}",
+            file=sys.stderr,
+        )
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(panels, args.out, caption(report, panels))
@@ -152,7 +219,11 @@ def caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
     if TIMES[report["device"]] in panels:
         at = ", SD1.5 at 256 px, bf16" if report["device"] == "cpu" else ""
         times = f"Times: paired medians, {report['machine'].split(',')[0]}{at}."
-    counts = "Counted on the meta device at batch 1 (SD1.5 at 512 px, SDXL and Flux at 1024). " if set(COUNTS.values()) & set(panels) else ""
+    counts = (
+        "Counted on the meta device at batch 1 (SD1.5 at 512 px, SDXL and Flux at 1024). "
+        if set(COUNTS.values()) & set(panels)
+        else ""
+    )
     return f"{counts}{times} Commit {report['commit'][:8] or 'unknown'}, {report['began'][:10]}."
 
 

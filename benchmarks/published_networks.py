@@ -30,12 +30,20 @@ CLASSES = {
 CLIP_TOKENS, T5_TOKENS = 77, 512
 
 
-def network(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
+def network(
+    name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> nn.Module:
     """The denoiser, frozen, in training mode. Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1."""
     build, kind, part = CLASSES[name]
-    config = {key: value for key, value in KINDS[kind].files[f"{part}/config.json"].items() if not key.startswith("_")}
+    config = {
+        key: value
+        for key, value in KINDS[kind].files[f"{part}/config.json"].items()
+        if not key.startswith("_")
+    }
     with torch.device("meta"):
-        model = nn.Module.to(build(**config), dtype).requires_grad_(False).train()  # diffusers' own `to` warns at every call
+        model = (
+            nn.Module.to(build(**config), dtype).requires_grad_(False).train()
+        )  # diffusers' own `to` warns at every call
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         _fill(model, torch.Generator(device).manual_seed(seed))
@@ -52,14 +60,25 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
         else:
             p.zero_()
     for module in model.modules():
-        if type(module).__name__.endswith("Norm") and isinstance(weight := getattr(module, "weight", None), Tensor):
+        if type(module).__name__.endswith("Norm") and isinstance(
+            weight := getattr(module, "weight", None), Tensor
+        ):
             weight.fill_(1)
 
 
-def inputs(name: str, batch: int = 1, side: int = 0, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Any]:
+def inputs(
+    name: str,
+    batch: int = 1,
+    side: int = 0,
+    device: str = "meta",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Keyword arguments of the network for `batch` pictures of side x side pixels (0: SIDES), random where the device has memory."""
     side = side or SIDES[name]
-    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+    generator = (
+        None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+    )
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -76,11 +95,17 @@ def inputs(name: str, batch: int = 1, side: int = 0, device: str = "meta", dtype
             "img_ids": flux.image_ids(2 * tokens, 2 * tokens, torch.device(device)),
             "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
         }
-    told |= {"sample": draw(batch, 4, side // 8, side // 8), "timestep": torch.full((batch,), 500, device=device)}
+    told |= {
+        "sample": draw(batch, 4, side // 8, side // 8),
+        "timestep": torch.full((batch,), 500, device=device),
+    }
     told["encoder_hidden_states"] = draw(batch, CLIP_TOKENS, 2048 if name == "sdxl" else 768)
     if name == "sdxl":
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=dtype).to(device)
-        told["added_cond_kwargs"] = {"text_embeds": draw(batch, 1280), "time_ids": sizes.expand(batch, 6)}
+        told["added_cond_kwargs"] = {
+            "text_embeds": draw(batch, 1280),
+            "time_ids": sizes.expand(batch, 6),
+        }
     return told
 
 
@@ -105,14 +130,20 @@ def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tupl
 
 
 @cache
-def linear_shapes(name: str, batch: int = 1, side: int = 0, *, every: bool = False) -> Counter[tuple[int, int, int]]:
+def linear_shapes(
+    name: str, batch: int = 1, side: int = 0, *, every: bool = False
+) -> Counter[tuple[int, int, int]]:
     """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward; with `every`, all linears of the network."""
     model, found = network(name), Counter[tuple[int, int, int]]()
 
     def seen(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         found[args[0].numel() // module.in_features, module.in_features, module.out_features] += 1
 
-    chosen = [m for m in model.modules() if isinstance(m, nn.Linear)] if every else [model.get_submodule(path) for path in layers(name)]
+    chosen = (
+        [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if every
+        else [model.get_submodule(path) for path in layers(name)]
+    )
     for module in chosen:
         module.register_forward_pre_hook(seen)
     with torch.no_grad():

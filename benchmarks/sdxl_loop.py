@@ -47,7 +47,13 @@ from lora_core.toml import read_toml
 from tests import tiny_sdxl
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"
-RANK, BATCH, SIDE, GAMMA, PICTURES = 8, 3, 16, 5.0, 24  # of the guide's command but for the side; its data set has two dozen pictures
+RANK, BATCH, SIDE, GAMMA, PICTURES = (
+    8,
+    3,
+    16,
+    5.0,
+    24,
+)  # of the guide's command but for the side; its data set has two dozen pictures
 WARM = 10  # untimed steps of each phase: an epoch and a bit, so that all caches are full
 PHASES = ("to the pivot", "after it", "after it, cached text", "whole run: half and half")
 TOKENS = ["<s0>", "<s1>"]
@@ -82,7 +88,12 @@ def make_model(folder: Path, vocabulary: int) -> Path:
         tensors = load_file(file)
         (key,) = [key for key in tensors if key.endswith("token_embedding.weight")]
         table = tensors[key]
-        more = torch.randn(vocabulary - len(table), table.shape[1], generator=torch.Generator().manual_seed(0)) * table.std()
+        more = (
+            torch.randn(
+                vocabulary - len(table), table.shape[1], generator=torch.Generator().manual_seed(0)
+            )
+            * table.std()
+        )
         save_file(tensors | {key: torch.cat([table, more])}, file, {"format": "pt"})
         config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": vocabulary}))
     return folder
@@ -92,8 +103,12 @@ def make_pictures(folder: Path) -> Path:
     folder.mkdir()
     rows = []
     for i in range(PICTURES):
-        Image.new("RGB", (SIDE + 8, SIDE + 4), (10 * i, 255 - 10 * i, 7 * i)).save(folder / f"{i:02d}.png")
-        rows.append(json.dumps({"file_name": f"{i:02d}.png", "prompt": f"icon of TOK {'abcdef'[i % 6]}"}))
+        Image.new("RGB", (SIDE + 8, SIDE + 4), (10 * i, 255 - 10 * i, 7 * i)).save(
+            folder / f"{i:02d}.png"
+        )
+        rows.append(
+            json.dumps({"file_name": f"{i:02d}.png", "prompt": f"icon of TOK {'abcdef'[i % 6]}"})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
 
@@ -108,23 +123,42 @@ class Peer:
         torch.manual_seed(0)
         pipe = StableDiffusionXLPipeline.from_pretrained(model)
         self.unet, self.vae = pipe.unet, pipe.vae
-        self.encoders, self.tokenizers = [pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2]
+        self.encoders, self.tokenizers = (
+            [pipe.text_encoder, pipe.text_encoder_2],
+            [pipe.tokenizer, pipe.tokenizer_2],
+        )
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         for module in (self.unet, self.vae, *self.encoders):
             module.requires_grad_(False)
-        self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+        self.unet.add_adapter(
+            LoraConfig(
+                r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS
+            )
+        )
         self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
         self._insert_tokens()
         self.lora = [p for p in self.unet.parameters() if p.requires_grad]
         weights = [table.weight.requires_grad_(True) for table in self.tables]
-        groups = [{"params": self.lora, "lr": 1.0}, *({"params": [w], "lr": 1.0, "weight_decay": 1e-4} for w in weights)]
-        settings = dict(betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, decouple=True, use_bias_correction=True, safeguard_warmup=True)
+        groups = [
+            {"params": self.lora, "lr": 1.0},
+            *({"params": [w], "lr": 1.0, "weight_decay": 1e-4} for w in weights),
+        ]
+        settings = dict(
+            betas=(0.9, 0.999),
+            weight_decay=1e-4,
+            eps=1e-8,
+            decouple=True,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+        )
         self.optimizer = prodigyopt.Prodigy(groups, **settings)
         self.rates = get_scheduler("constant", optimizer=self.optimizer)
         examples: Any = list(self._examples(pictures))
         self.loader = DataLoader(examples, batch_size=BATCH, shuffle=True, collate_fn=self._collate)
         with torch.no_grad():
-            self.latents = [self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader]  # one a batch, in the order of one pass
+            self.latents = [
+                self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader
+            ]  # one a batch, in the order of one pass
 
     def _insert_tokens(self) -> None:
         """Two tokens in each tokenizer, random rows at the table's std, and what is put back: all the other rows."""
@@ -139,16 +173,25 @@ class Peer:
             self.stds.append(weight.std())
             weight[ids] = torch.randn(len(ids), weight.shape[1]) * self.stds[-1]
             self.originals.append(weight.clone())
-            self.others.append(torch.ones(len(weight), dtype=torch.bool).index_fill_(0, torch.tensor(ids), False))
+            self.others.append(
+                torch.ones(len(weight), dtype=torch.bool).index_fill_(0, torch.tensor(ids), False)
+            )
 
     @staticmethod
     def _examples(folder: Path) -> Iterator[dict[str, Any]]:
         """Pictures cut once, as tensors in memory, with prompt and sizes."""
         for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
             image = Image.open(folder / row["file_name"]).convert("RGB")
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)[:SIDE, :SIDE]
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(
+                image.height, image.width, 3
+            )[:SIDE, :SIDE]
             prompt = row["prompt"].replace("TOK", "".join(TOKENS))
-            yield {"pixels": pixels.permute(2, 0, 1) / 127.5 - 1, "prompt": prompt, "original": (image.height, image.width), "crop": (0, 0)}
+            yield {
+                "pixels": pixels.permute(2, 0, 1) / 127.5 - 1,
+                "prompt": prompt,
+                "original": (image.height, image.width),
+                "crop": (0, 0),
+            }
 
     @staticmethod
     def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,18 +202,31 @@ class Peer:
         """Prompt embeddings [b, s, d1 + d2] and the second encoder's pooled ones."""
         embeds = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
-            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+            ids = tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
             out = encoder(ids, output_hidden_states=True, return_dict=False)
             embeds.append(out[-1][-2])
         return torch.concat(embeds, dim=-1), out[0]
 
-    def step(self, position: int, batch: dict[str, Any], text: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def step(
+        self, position: int, batch: dict[str, Any], text: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """The loss, after backward, clipping and the optimiser's step."""
         x0 = self.latents[position].sample() * self.vae.config.scaling_factor
         noise = torch.randn_like(x0)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),)).long()
         x_t = self.scheduler.add_noise(x0, noise, t)
-        sizes = torch.cat([torch.tensor([[*size, *corner, SIDE, SIDE]]) for size, corner in zip(batch["original"], batch["crop"])])
+        sizes = torch.cat(
+            [
+                torch.tensor([[*size, *corner, SIDE, SIDE]])
+                for size, corner in zip(batch["original"], batch["crop"])
+            ]
+        )
         told = {"time_ids": sizes.to(x_t), "text_embeds": text[1]}
         out = self.unet(x_t, t, text[0], added_cond_kwargs=told, return_dict=False)[0]
         snr = compute_snr(self.scheduler, t)
@@ -178,7 +234,9 @@ class Peer:
         loss = F.mse_loss(out.float(), noise.float(), reduction="none")
         loss = (loss.mean(dim=list(range(1, loss.ndim))) * weights).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(itertools.chain(self.lora, (table.weight for table in self.tables)), 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            itertools.chain(self.lora, (table.weight for table in self.tables)), 1.0
+        )
         self.optimizer.step()
         self.rates.step()
         self.optimizer.zero_grad()
@@ -186,7 +244,9 @@ class Peer:
 
     def retract(self) -> None:
         """Puts all old rows back and pulls the new ones to the table's std."""
-        for table, others, original, std in zip(self.tables, self.others, self.originals, self.stds):
+        for table, others, original, std in zip(
+            self.tables, self.others, self.originals, self.stds
+        ):
             table.weight.data[others] = original[others]
             new = table.weight.data[~others]
             table.weight.data[~others] = new * (std / new.std()) ** 0.1
@@ -208,15 +268,25 @@ class Peer:
                     if len(clock.marks) > steps + WARM:
                         break
                     if phase:
-                        self.optimizer.param_groups[1]["lr"] = self.optimizer.param_groups[2]["lr"] = 0.0
-                    loss = self.step(position, batch, self._cached(batch["prompt"], cached) if phase == 2 else self.encode(batch["prompt"]))
+                        self.optimizer.param_groups[1]["lr"] = self.optimizer.param_groups[2][
+                            "lr"
+                        ] = 0.0
+                    loss = self.step(
+                        position,
+                        batch,
+                        self._cached(batch["prompt"], cached)
+                        if phase == 2
+                        else self.encode(batch["prompt"]),
+                    )
                     if phase < 2:
                         self.retract()
                     bar.update(1)
                     bar.set_postfix(loss=loss.detach().item(), lr=self.rates.get_last_lr()[0])
         return clocks
 
-    def _cached(self, prompts: list[str], cache: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cached(
+        self, prompts: list[str], cache: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         for prompt in prompts:
             if prompt not in cache:
                 with torch.no_grad():
@@ -228,7 +298,9 @@ class Peer:
 # ---------------------------------------------------------------- ours
 
 
-def ours(model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None) -> list[Clock]:
+def ours(
+    model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None
+) -> list[Clock]:
     """Clocks of the two stages of our config."""
     c: Config = read_toml(CONFIG)
     stages = tuple(replace(stage, steps=steps + WARM + 1) for stage in c.stages)
@@ -263,16 +335,24 @@ def measure(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
     mine, theirs = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, pictures = make_model(folder / "model", vocabulary), make_pictures(folder / "pictures")
+        model, pictures = (
+            make_model(folder / "model", vocabulary),
+            make_pictures(folder / "pictures"),
+        )
         for i in range(rounds):
             mine.append(quiet(functools.partial(ours, model, pictures, folder / f"run{i}", steps)))
             theirs.append(quiet(lambda: Peer(model, pictures).run(steps)))
     found: dict[str, Any] = {"rounds": {"ours": mine, "peer": theirs}}
     for k, clock in enumerate(("wall", "cpu")):
-        our, peer = ([statistics.median(rates[k] for rates in column) for column in zip(*rows)] for rows in (mine, theirs))
+        our, peer = (
+            [statistics.median(rates[k] for rates in column) for column in zip(*rows)]
+            for rows in (mine, theirs)
+        )
         whole = 2 / (1 / our[0] + 1 / our[1]), 2 / (1 / peer[0] + 1 / peer[1])
         pairs = [(our[0], peer[0]), (our[1], peer[1]), (our[1], peer[2]), whole]
-        found[clock] = {phase: {"ours": a, "peer": b, "ratio": a / b} for phase, (a, b) in zip(PHASES, pairs)}
+        found[clock] = {
+            phase: {"ours": a, "peer": b, "ratio": a / b} for phase, (a, b) in zip(PHASES, pairs)
+        }
     return found
 
 
@@ -280,18 +360,29 @@ def top(vocabulary: int, steps: int, rows: int = 25) -> str:
     """Where our loop's time goes, both stages, by own time."""
     profile, text = cProfile.Profile(), StringIO()
     with tempfile.TemporaryDirectory() as name:
-        model, pictures = make_model(Path(name) / "model", vocabulary), make_pictures(Path(name) / "pictures")
+        model, pictures = (
+            make_model(Path(name) / "model", vocabulary),
+            make_pictures(Path(name) / "pictures"),
+        )
         quiet(lambda: ours(model, pictures, Path(name) / "run", steps, profile))
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
     return text.getvalue()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each phase")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--vocabulary", type=int, nargs="*", default=[0, 49408], help="rows of the token tables; 0: the tiny model's own")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        nargs="*",
+        default=[0, 49408],
+        help="rows of the token tables; 0: the tiny model's own",
+    )
     parser.add_argument("--json", type=Path, help="file for all the numbers")
     parser.add_argument("--profile", action="store_true", help="print where our time goes, instead")
     args = parser.parse_args()
@@ -303,12 +394,20 @@ def main() -> None:
     found = {}
     for vocabulary in args.vocabulary:
         found[str(vocabulary or "own")] = result = measure(vocabulary, args.steps, args.rounds)
-        print(f"\nvocabulary: {vocabulary or 'own'}; medians of {args.rounds} rounds of {args.steps} steps")
-        print(f"{'steps per second':<26} {'ours':>8} {'peer':>8} {'ratio':>7}   {'of CPU time':>11}")
+        print(
+            f"\nvocabulary: {vocabulary or 'own'}; medians of {args.rounds} rounds of {args.steps} steps"
+        )
+        print(
+            f"{'steps per second':<26} {'ours':>8} {'peer':>8} {'ratio':>7}   {'of CPU time':>11}"
+        )
         for phase, row in result["wall"].items():
-            print(f"{phase:<26} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x   {result['cpu'][phase]['ratio']:10.2f}x")
+            print(
+                f"{phase:<26} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x   {result['cpu'][phase]['ratio']:10.2f}x"
+            )
     if args.json:
-        timing.write_json(args.json, {"machine": timing.machine(), "steps": args.steps, "results": found})
+        timing.write_json(
+            args.json, {"machine": timing.machine(), "steps": args.steps, "results": found}
+        )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,15 @@ from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
 GB = 1e9
-VARIANTS = ("frozen", "peft lora", "peft dora", "fused lora", "fused dora", "triton lora", "triton dora")
+VARIANTS = (
+    "frozen",
+    "peft lora",
+    "peft dora",
+    "fused lora",
+    "fused dora",
+    "triton lora",
+    "triton dora",
+)
 
 
 class Figures(NamedTuple):
@@ -58,7 +66,11 @@ class Step(NamedTuple):
 
 
 def network(name: str, batch: int = 1) -> Step:
-    return Step(published_networks.network(name), published_networks.inputs(name, batch), published_networks.layers(name))
+    return Step(
+        published_networks.network(name),
+        published_networks.inputs(name, batch),
+        published_networks.layers(name),
+    )
 
 
 def figures(step: Step, variant: str, rank: int = 16) -> Figures:
@@ -81,7 +93,13 @@ def figures(step: Step, variant: str, rank: int = 16) -> Figures:
             out = model(**kwargs)[0]
         out.backward(torch.empty_like(out))
     tally = counter.tally
-    return Figures(tally.ops, tally.elementwise, tally.bytes, kept.bytes, {name: row.ops for name, row in tally.operators.items()})
+    return Figures(
+        tally.ops,
+        tally.elementwise,
+        tally.bytes,
+        kept.bytes,
+        {name: row.ops for name, row in tally.operators.items()},
+    )
 
 
 def _asks_for_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -90,7 +108,9 @@ def _asks_for_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> None:
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths), use_dora=kind == "dora")
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(paths), use_dora=kind == "dora"
+    )
     device = next(model.parameters()).device
     with torch.device(device):
         inject_adapter_in_model(config, model)
@@ -108,16 +128,23 @@ def optimizers(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
         "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
         "ours Prodigy triton": ("meta", lambda ps: Prodigy(ps, lr=1.0)),
         "torch AdamW foreach": ("meta", lambda ps: torch.optim.AdamW(ps, foreach=True)),
-        "torch AdamW fused": ("cpu", lambda ps: torch.optim.AdamW(ps, fused=True)),  # has no meta form
+        "torch AdamW fused": (
+            "cpu",
+            lambda ps: torch.optim.AdamW(ps, fused=True),
+        ),  # has no meta form
         "ours AdamW triton": ("meta", lambda ps: AdamW(ps)),
     }
     found = {}
     for name, (device, make) in made.items():
-        found[name] = _optimizer_step(make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes])
+        found[name] = _optimizer_step(
+            make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+        )
     return found
 
 
-def _optimizer_step(make: Callable[[list[nn.Parameter]], Any], tensors: list[nn.Parameter]) -> Tally:
+def _optimizer_step(
+    make: Callable[[list[nn.Parameter]], Any], tensors: list[nn.Parameter]
+) -> Tally:
     optimizer = make(tensors)
     for _ in range(2):
         for p in tensors:
@@ -138,13 +165,21 @@ def table(name: str, count: int, found: dict[str, Figures]) -> str:
         f"{'':<12} {'ops':>7} {'x':>5} {'extra/linear':>13} {'elementwise GB':>15} {'x':>5} {'all GB':>7} {'x':>5} {'saved GB':>9} {'x':>5}",
     ]
     for variant, f in found.items():
-        sizes = [f"{size / GB:{width}.2f} {size / own:5.2f}" for size, own, width in _pairs(f, base)]
-        lines.append(f"{variant:<12} {f.ops:7,} {f.ops / base.ops:5.2f} {(f.ops - base.ops) / count:13.2f} {' '.join(sizes)}")
+        sizes = [
+            f"{size / GB:{width}.2f} {size / own:5.2f}" for size, own, width in _pairs(f, base)
+        ]
+        lines.append(
+            f"{variant:<12} {f.ops:7,} {f.ops / base.ops:5.2f} {(f.ops - base.ops) / count:13.2f} {' '.join(sizes)}"
+        )
     return "\n".join(lines)
 
 
 def _pairs(f: Figures, base: Figures) -> list[tuple[int, int, int]]:
-    return [(f.elementwise, base.elementwise, 15), (f.bytes, base.bytes, 7), (f.saved, base.saved, 9)]
+    return [
+        (f.elementwise, base.elementwise, 15),
+        (f.bytes, base.bytes, 7),
+        (f.saved, base.saved, 9),
+    ]
 
 
 def summary(name: str, found: dict[str, Figures]) -> str:
@@ -160,13 +195,25 @@ def summary(name: str, found: dict[str, Figures]) -> str:
 
 def optimizer_table(name: str, found: dict[str, Tally]) -> str:
     lines = [f"{name}: the optimiser's step", f"{'':<20} {'calls':>7} {'syncs':>6} {'GB':>6}"]
-    lines += [f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {tally.bytes / GB:6.2f}" for title, tally in found.items()]
+    lines += [
+        f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {tally.bytes / GB:6.2f}"
+        for title, tally in found.items()
+    ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=published_networks.NAMES, default=list(published_networks.NAMES))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=published_networks.NAMES,
+        default=list(published_networks.NAMES),
+    )
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
@@ -178,15 +225,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     variants = [variant for variant in VARIANTS if variant == "frozen" or variant in args.variant]
-    report: dict[str, Any] = {"machine": timing.machine(), "batch": args.batch, "rank": args.rank, "models": {}}
+    report: dict[str, Any] = {
+        "machine": timing.machine(),
+        "batch": args.batch,
+        "rank": args.rank,
+        "models": {},
+    }
     for name in args.model:
-        found = {variant: figures(network(name, args.batch), variant, args.rank) for variant in variants}
+        found = {
+            variant: figures(network(name, args.batch), variant, args.rank) for variant in variants
+        }
         steps = optimizers(published_networks.tensor_shapes(name, args.rank))
-        print(table(name, len(published_networks.layers(name)), found), summary(name, found), optimizer_table(name, steps), sep="\n", end="\n\n")
+        print(
+            table(name, len(published_networks.layers(name)), found),
+            summary(name, found),
+            optimizer_table(name, steps),
+            sep="\n",
+            end="\n\n",
+        )
         report["models"][name] = {
             "linears": len(published_networks.layers(name)),
             "step": {variant: f._asdict() for variant, f in found.items()},
-            "optimizer": {title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes} for title, tally in steps.items()},
+            "optimizer": {
+                title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes}
+                for title, tally in steps.items()
+            },
         }
     if args.json:
         timing.write_json(args.json, report)

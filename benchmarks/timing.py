@@ -32,7 +32,9 @@ FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
 LEAST = 3  # rounds that a limit of time leaves
 # A graph's launch takes some 10 us, and hides behind the time that these take: by their memory's bandwidth 60 us on an H200, 32 on a B200.
-FLUSH = 256 * 2**20  # bytes written between repeats where the device does not say how large its L2 is; B200's has 126 MB
+FLUSH = (
+    256 * 2**20
+)  # bytes written between repeats where the device does not say how large its L2 is; B200's has 126 MB
 
 
 class Times(dict[str, list[float]]):
@@ -40,8 +42,12 @@ class Times(dict[str, list[float]]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.processor: dict[str, list[float]] = {}  # the same in processor seconds of this process and its threads; empty on a GPU
-        self.left_out: dict[str, str] = {}  # name -> why a contender could not be captured as a CUDA graph
+        self.processor: dict[
+            str, list[float]
+        ] = {}  # the same in processor seconds of this process and its threads; empty on a GPU
+        self.left_out: dict[
+            str, str
+        ] = {}  # name -> why a contender could not be captured as a CUDA graph
 
 
 def alternate(
@@ -62,7 +68,9 @@ def alternate(
     counts. What cannot be captured is in `left_out`.
     """
     times, device = Times(), torch.device(device)
-    floor = floor if floor is not None else FLOOR if device.type == "cpu" else FLOOR / 5  # events tick in half microseconds
+    floor = (
+        floor if floor is not None else FLOOR if device.type == "cpu" else FLOOR / 5
+    )  # events tick in half microseconds
     start, ready = time.perf_counter(), dict(contenders)
     for name in contenders:
         try:
@@ -73,7 +81,10 @@ def alternate(
             del ready[name]
             times.left_out[name] = str(error).splitlines()[0]
     run = _events(device, queued=graph) if device.type == "cuda" else _clocks
-    calls = {name: max(1, math.ceil(floor / min(run(call, 1)[0], run(call, 1)[0]))) for name, call in ready.items()}
+    calls = {
+        name: max(1, math.ceil(floor / min(run(call, 1)[0], run(call, 1)[0])))
+        for name, call in ready.items()
+    }
     order = list(ready)
     for done in range(rounds):
         if done >= LEAST and time.perf_counter() - start > limit:
@@ -100,7 +111,9 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     """Replays the CUDA graph of one call, which has to read and write the same tensors each time; RuntimeError where it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as torch.cuda.graph's documentation asks: libraries make their workspaces before the capture
+    with torch.cuda.stream(
+        side
+    ):  # as torch.cuda.graph's documentation asks: libraries make their workspaces before the capture
         for _ in range(WARM):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -130,7 +143,9 @@ def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
     return (end - clock) / calls, (spent - processor) / calls
 
 
-def _events(device: torch.device, *, queued: bool) -> Callable[[Callable[[], object], int], tuple[float, float]]:
+def _events(
+    device: torch.device, *, queued: bool
+) -> Callable[[Callable[[], object], int], tuple[float, float]]:
     """What _clocks is, for a GPU. `queued`: the call is asked for while the GPU still overwrites its L2, which hides what a graph's launch takes."""
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     buffer = torch.empty(FLUSH if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
@@ -166,7 +181,9 @@ def ratio(times: Times, name: str, other: str, *, clock: bool = False) -> float:
 def spread(times: Times, name: str, other: str) -> tuple[float, float]:
     """The middle half of the rounds' name / other, where `ratio` is their median: (first quartile, third)."""
     rows = times.processor or times
-    low, _, high = statistics.quantiles((a / b for a, b in zip(rows[name], rows[other], strict=True)), n=4, method="inclusive")
+    low, _, high = statistics.quantiles(
+        (a / b for a, b in zip(rows[name], rows[other], strict=True)), n=4, method="inclusive"
+    )
     return low, high
 
 
@@ -179,8 +196,14 @@ def check(args: argparse.Namespace, *counts: str) -> None:
     """Raises UserError for an option among `counts` that is below 1, and for a GPU that there is not."""
     for name in counts:
         given = getattr(args, name)
-        if any(value < 1 for value in (given if isinstance(given, list) else [given]) if value is not None):
-            raise UserError(f"--{name} is {given if not isinstance(given, list) else ' '.join(map(str, given))}; expected a number from 1 on")
+        if any(
+            value < 1
+            for value in (given if isinstance(given, list) else [given])
+            if value is not None
+        ):
+            raise UserError(
+                f"--{name} is {given if not isinstance(given, list) else ' '.join(map(str, given))}; expected a number from 1 on"
+            )
     if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
 
@@ -210,8 +233,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns: text to the left, numbers to the right with three digits, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
-    left = [bool(cells) and not any(row[i][:1].isdigit() or row[i][:1] in "-.<" for row in cells) for i in range(len(heads))]
-    lines = ["  ".join(c.ljust(w) if at else c.rjust(w) for c, w, at in zip(row, widths, left)).rstrip() for row in [list(heads), *cells]]
+    left = [
+        bool(cells) and not any(row[i][:1].isdigit() or row[i][:1] in "-.<" for row in cells)
+        for i in range(len(heads))
+    ]
+    lines = [
+        "  ".join(c.ljust(w) if at else c.rjust(w) for c, w, at in zip(row, widths, left)).rstrip()
+        for row in [list(heads), *cells]
+    ]
     return "\n".join(lines)
 
 
@@ -219,7 +248,13 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+        return (
+            f"{value:.1e}"
+            if 0 < abs(value) < 1e-3
+            else f"{value:.0f}"
+            if abs(value) >= 1e3
+            else f"{value:.3g}"
+        )
     return str(value)
 
 

@@ -31,14 +31,20 @@ from benchmarks.contenders import Frozen, Ours, Peer, Problem
 from lora_core.errors import UserError
 from training import cuda_graph
 
-SIDES = {"sd15": 256}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
+SIDES = {
+    "sd15": 256
+}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
 MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
 BATCHES = {("cuda", "sdxl"): (1, 4)}  # others: 1
 EAGER = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
 CONTENDERS = {"cpu": EAGER, "cuda": (*EAGER, "frozen graph", "ours lora graph", "ours dora graph")}
 KERNELS = ("reference", "fused", "triton")
 WORDS = (*KERNELS, "compile", "graph", "last", "bf16", "adamw")
-STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 3}  # in a round of each contender; others: 1
+STEPS = {
+    ("cpu", "toy"): 10,
+    ("cuda", "sd15"): 10,
+    ("cuda", "sdxl"): 3,
+}  # in a round of each contender; others: 1
 MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
@@ -47,10 +53,18 @@ def words_of(name: str) -> tuple[str, str, set[str]]:
     """(frozen, ours or peft; lora, dora or ""; the other words) of a contender. Raises UserError for one that there is not."""
     who, *words = name.split()
     kind = words.pop(0) if who in ("ours", "peft") and words else ""
-    if who not in ("frozen", "ours", "peft") or (who != "frozen" and kind not in ("lora", "dora")) or set(words) - set(WORDS):
-        raise UserError(f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}")
+    if (
+        who not in ("frozen", "ours", "peft")
+        or (who != "frozen" and kind not in ("lora", "dora"))
+        or set(words) - set(WORDS)
+    ):
+        raise UserError(
+            f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}"
+        )
     if "graph" in words and (who == "peft" or not torch.cuda.is_available()):
-        raise UserError(f"contender {name!r} cannot be captured: {'its loop reads the loss back' if who == 'peft' else 'there is no CUDA device'}")
+        raise UserError(
+            f"contender {name!r} cannot be captured: {'its loop reads the loss back' if who == 'peft' else 'there is no CUDA device'}"
+        )
     return who, kind, set(words)
 
 
@@ -58,7 +72,10 @@ def build(problem: Problem, name: str) -> Callable[[], object]:
     """A contender by its name. Raises UserError as words_of does."""
     who, kind, words = words_of(name)
     cuda = problem.mean.device.type == "cuda"
-    network = contenders.twin(problem.network, channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow))
+    network = contenders.twin(
+        problem.network,
+        channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow),
+    )
     mode, graph = next((word for word in words if word in KERNELS), "auto"), "graph" in words
     step: Callable[[], object]
     if who == "peft":
@@ -78,7 +95,13 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
     steps = {name: build(problem, name) for name in names}
     many = STEPS.get((device.type, problem.name), 1)
     memory = {name: peak(step, device) for name, step in steps.items()}
-    times = timing.alternate({name: _repeat(step, many) for name, step in steps.items()}, rounds, device=device, floor=0, limit=limit)
+    times = timing.alternate(
+        {name: _repeat(step, many) for name, step in steps.items()},
+        rounds,
+        device=device,
+        floor=0,
+        limit=limit,
+    )
     found = {}
     for name in names:
         base = frozen_of(name, names)
@@ -89,7 +112,11 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
             "peak_bytes": memory[name],
         }
         if base and base != name:
-            row |= {"over": base, "ratio": timing.ratio(times, name, base), "spread": timing.spread(times, name, base)}
+            row |= {
+                "over": base,
+                "ratio": timing.ratio(times, name, base),
+                "spread": timing.spread(times, name, base),
+            }
             row |= {"clock_ratio": timing.ratio(times, name, base, clock=True)}
         if name.startswith("ours") and (peer := f"peft {name.split()[1]}") in names:
             row |= {"peer": peer, "to_peer": timing.ratio(times, name, peer)}
@@ -136,9 +163,13 @@ def peak(step: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(MMAP_THRESHOLD, 2**16)  # a tensor's memory goes back when it is freed, else a pool of free pages hides what is in use
+        libc.mallopt(
+            MMAP_THRESHOLD, 2**16
+        )  # a tensor's memory goes back when it is freed, else a pool of free pages hides what is in use
         libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now (proc(5))
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # sets the peak back to what is resident now (proc(5))
         before = _resident("VmRSS")
         step()
         used = _resident("VmHWM") - before
@@ -158,10 +189,31 @@ def show(result: Mapping[str, Any]) -> str:
     for name, row in result["contenders"].items():
         ms = 1e3 * statistics.median(row["processor"] or row["clock"])
         spread = "-".join(f"{value:.3f}" for value in row["spread"]) if "spread" in row else None
-        ratios = [f"{row[key]:.3f}" if key in row else None for key in ("ratio", "clock_ratio", "to_peer")]
+        ratios = [
+            f"{row[key]:.3f}" if key in row else None for key in ("ratio", "clock_ratio", "to_peer")
+        ]
         memory = None if row["peak_bytes"] is None else f"{row['peak_bytes'] / MB:.0f}"
-        rows.append([name, f"{row['steps_per_second']:.3g}", f"{ms:.4g}", ratios[0], spread, *ratios[1:], memory])
-    heads = ["", "steps/s", "ms", "over frozen", "middle half", "by the clock", "to peft", "peak MB"]
+        rows.append(
+            [
+                name,
+                f"{row['steps_per_second']:.3g}",
+                f"{ms:.4g}",
+                ratios[0],
+                spread,
+                *ratios[1:],
+                memory,
+            ]
+        )
+    heads = [
+        "",
+        "steps/s",
+        "ms",
+        "over frozen",
+        "middle half",
+        "by the clock",
+        "to peft",
+        "peak MB",
+    ]
     title = f"{result['model']}, batch {result['batch']}, latents {result['latents']}, medians of {result['rounds']} rounds"
     return f"{title}\n{timing.table(heads, rows)}"
 
@@ -175,32 +227,74 @@ def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(steps):
                 step()
-        found[name] = {event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in seen.key_averages()}
+        found[name] = {
+            event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps)
+            for event in seen.key_averages()
+        }
     base, lines = found[names[0]], []
     for name in names[1:]:
         keys, own = {*found[name], *base}, found[name]
-        more = {key: tuple(a - b for a, b in zip(own.get(key, (0.0, 0.0)), base.get(key, (0.0, 0.0)))) for key in keys}
+        more = {
+            key: tuple(a - b for a, b in zip(own.get(key, (0.0, 0.0)), base.get(key, (0.0, 0.0))))
+            for key in keys
+        }
         new = sorted((key for key in more if more[key][1]), key=lambda key: -more[key][0])
         rest = sum(ms for ms, calls in more.values() if not calls)
         lines.append(
             f"\n{name} beyond {names[0]}: {sum(more[key][0] for key in new):.1f} ms a step; operations called as often: {rest:+.1f} ms, noise"
         )
-        lines += [f"  {key[:56]:58}{more[key][0]:+8.2f} ms{more[key][1]:+8.0f} calls" for key in new[:rows]]
+        lines += [
+            f"  {key[:56]:58}{more[key][0]:+8.2f} ms{more[key][1]:+8.0f} calls"
+            for key in new[:rows]
+        ]
     return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    new.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    new.add_argument("--model", nargs="+", choices=("toy", "sd15", "sdxl", "flux"), help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU")
+    new = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    new.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    new.add_argument(
+        "--model",
+        nargs="+",
+        choices=("toy", "sd15", "sdxl", "flux"),
+        help="default: toy sd15 on the CPU, sd15 sdxl flux on a GPU",
+    )
     new.add_argument("--batch", nargs="+", type=int, help="default: 1, on a GPU also 4 for sdxl")
-    new.add_argument("--side", type=int, default=0, help="pixels; default: 256 for sd15 on the CPU, else the model's own")
-    new.add_argument("--rank", type=int, default=contenders.RANK, help="of the adapters; default 16")
-    new.add_argument("--rounds", type=int, default=15, help="of which medians are taken; default 15")
-    new.add_argument("--limit", type=float, default=600, help="seconds after which a model gets no further round, once it has three")
+    new.add_argument(
+        "--side",
+        type=int,
+        default=0,
+        help="pixels; default: 256 for sd15 on the CPU, else the model's own",
+    )
+    new.add_argument(
+        "--rank", type=int, default=contenders.RANK, help="of the adapters; default 16"
+    )
+    new.add_argument(
+        "--rounds", type=int, default=15, help="of which medians are taken; default 15"
+    )
+    new.add_argument(
+        "--limit",
+        type=float,
+        default=600,
+        help="seconds after which a model gets no further round, once it has three",
+    )
     new.add_argument("--threads", type=int, default=1, help="of the CPU; default 1")
-    new.add_argument("--contenders", nargs="+", help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}")
-    new.add_argument("--profile", action="store_true", help="print instead which operations cost more than in the first contender")
+    new.add_argument(
+        "--contenders",
+        nargs="+",
+        help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}",
+    )
+    new.add_argument(
+        "--profile",
+        action="store_true",
+        help="print instead which operations cost more than in the first contender",
+    )
     new.add_argument("--json", type=Path, help="file for all the numbers")
     return new
 
@@ -220,14 +314,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in args.model or MODELS[args.device]:
             for batch in args.batch or BATCHES.get((args.device, model), (1,)):
                 side = args.side or (SIDES.get(model, 0) if args.device == "cpu" else 0)
-                problem = contenders.make(model, batch=batch, side=side, device=args.device, rank=args.rank)
+                problem = contenders.make(
+                    model, batch=batch, side=side, device=args.device, rank=args.rank
+                )
                 if args.profile:
                     print(where(problem, names))
                     continue
                 results.append(measure(problem, names, args.rounds, args.limit))
                 print(f"\n{show(results[-1])}", flush=True)
                 if args.json:  # what an interruption leaves
-                    timing.write_json(args.json, {"machine": timing.machine(args.device), "device": args.device, "results": results})
+                    timing.write_json(
+                        args.json,
+                        {
+                            "machine": timing.machine(args.device),
+                            "device": args.device,
+                            "results": results,
+                        },
+                    )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -41,5 +41,8 @@ if __name__ == "__main__":
     from models import load_family
 
     family = load_family("toy/model")
-    inject(family.modules["unet"], AdapterSpec(family.layout.presets["unet"]["all"], kind="examples/my_adapter.py:IA3"))  # as in the run's config
+    inject(
+        family.modules["unet"],
+        AdapterSpec(family.layout.presets["unet"]["all"], kind="examples/my_adapter.py:IA3"),
+    )  # as in the run's config
     load_adapters({"unet": family.modules["unet"]}, "runs/ia3/ia3_adapter.safetensors")

@@ -8,5 +8,8 @@ from lora_core.diffusion.losses import StepOutput, masked_mean
 def edges(step: StepOutput, *, strength: float = 0.5) -> Tensor:
     """[b] squared error of the output, and of its differences between neighbouring latents, which is where edges are."""
     error = step.out - step.target  # [b, c, h, w]
-    across, down = error.diff(dim=-1, append=error[..., -1:]), error.diff(dim=-2, append=error[..., -1:, :])
+    across, down = (
+        error.diff(dim=-1, append=error[..., -1:]),
+        error.diff(dim=-2, append=error[..., -1:, :]),
+    )
     return masked_mean(error**2 + strength * (across**2 + down**2), step.mask)

@@ -230,7 +230,9 @@ class Optimizer:
     """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1 each, with other classes their own default."""
     weight_decay: Numbers = field(default_factory=dict)
     """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
-    betas: Annotated[dict[str, tuple[float, float]], _pairs(_two_numbers, "GROUP=B1,B2 ...")] = field(default_factory=dict)
+    betas: Annotated[dict[str, tuple[float, float]], _pairs(_two_numbers, "GROUP=B1,B2 ...")] = (
+        field(default_factory=dict)
+    )
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: Arguments = field(default_factory=dict)
     """Further arguments of the optimiser's class, e.g. safeguard_warmup=true d_coef=2."""
@@ -349,7 +351,9 @@ class Config:
     """Arguments of the loss, e.g. delta=0.1."""
     step: str = ""
     """my_step.py:my_step, a training step in place of train.training_step; empty: that one."""
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap"] = "none"
+    weighting: Literal[
+        "none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap"
+    ] = "none"
     """Weight over noise levels."""
     weighting_arg: Arguments = field(default_factory=dict)
     """Arguments of the weighting, e.g. gamma=5."""

@@ -43,7 +43,9 @@ class Loading:
     device: torch.device | str = "cpu"
     vae: str = ""  # folder or hub id of another VAE
     vae_dtype: torch.dtype | None = None  # None: fp32, or better where dtype is
-    scheduler: dict[str, Any] = field(default_factory=dict)  # replaces keys of scheduler_config.json (prediction_type, rescale_betas_zero_snr ...)
+    scheduler: dict[str, Any] = field(
+        default_factory=dict
+    )  # replaces keys of scheduler_config.json (prediction_type, rescale_betas_zero_snr ...)
     clip_skip: int = 0  # last layers of the CLIP text encoders that are left out
     max_sequence_length: int = 0  # tokens of a T5 prompt; 0: the model's own
     config: str = ""  # folder or hub id with the configs and tokenizers of a single-file model
@@ -59,15 +61,21 @@ class Conditioning:
     """What the denoiser is told beside the image and the noise level; one row per image."""
 
     prompt_embeds: Tensor  # [b, s, d]
-    extra: dict[str, Tensor] = field(default_factory=dict)  # a family's own rows, e.g. pooled prompt embeds [b, d]
+    extra: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # a family's own rows, e.g. pooled prompt embeds [b, d]
 
     def rows(self, index: slice | Tensor) -> Conditioning:
-        return Conditioning(self.prompt_embeds[index], {name: value[index] for name, value in self.extra.items()})
+        return Conditioning(
+            self.prompt_embeds[index], {name: value[index] for name, value in self.extra.items()}
+        )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         embeds = torch.cat([p.prompt_embeds for p in parts])
-        return Conditioning(embeds, {name: torch.cat([p.extra[name] for p in parts]) for name in parts[0].extra})
+        return Conditioning(
+            embeds, {name: torch.cat([p.extra[name] for p in parts]) for name in parts[0].extra}
+        )
 
     def zeroed(self, names: Sequence[str], kept: Tensor) -> Conditioning:
         """The same with zeros in the members `names` of the rows whose `kept` [b] is 0; where it is 1 they stay. On the device alone."""
@@ -75,7 +83,10 @@ class Conditioning:
         def part(name: str, rows: Tensor) -> Tensor:
             return rows * kept.to(rows).view(-1, *[1] * (rows.ndim - 1)) if name in names else rows
 
-        return Conditioning(part("prompt_embeds", self.prompt_embeds), {name: part(name, rows) for name, rows in self.extra.items()})
+        return Conditioning(
+            part("prompt_embeds", self.prompt_embeds),
+            {name: part(name, rows) for name, rows in self.extra.items()},
+        )
 
     def with_extra(self, **rows: Tensor) -> Conditioning:
         """The same with further rows."""
@@ -101,7 +112,9 @@ class Family(Protocol):
     resolution: int  # pixels the model was made for
     inpainting: bool  # the denoiser reads a mask and a masked image beside x_t
     distilled_guidance: bool  # the denoiser is told a guidance scale, so that sampling needs no second, unconditional call
-    zeros: tuple[str, ...]  # members of Conditioning that guidance takes as zeros for an empty prompt; none where it is encoded
+    zeros: tuple[
+        str, ...
+    ]  # members of Conditioning that guidance takes as zeros for an empty prompt; none where it is encoded
 
     @property
     def device(self) -> torch.device: ...
@@ -134,7 +147,9 @@ class Family(Protocol):
         """The conditioning with what the denoiser is told beside the prompt: sizes, guidance scale, or nothing."""
         ...
 
-    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> Tensor:
         """The network's raw output, fp32 or better, for x_t that is scaled by c_in. `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the
         masked image's latents."""
         ...
@@ -143,7 +158,9 @@ class Family(Protocol):
         """Pixels in [-1, 1], fp32."""
         ...
 
-    def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
+    def attention_maps(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> list[Tensor]:
         """Probabilities [b, heads, h w, s] with which every layer's latents look at the prompt's tokens, by one more forward pass."""
         ...
 
@@ -159,11 +176,15 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(path, name))
         except Exception as error:  # the hub's client raises a dozen classes: no network, no such repository, no such file, bad id
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}") from None
+            raise UserError(
+                f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}"
+            ) from None
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"the model folder {path} has no {name}; it must be in the diffusers layout") from None
+        raise UserError(
+            f"the model folder {path} has no {name}; it must be in the diffusers layout"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
 
@@ -171,15 +192,21 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 def part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
     """One component of a model through its library class; the model itself where `subfolder` is empty. Raises UserError naming what is wrong."""
     if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
-        raise UserError(f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout")
+        raise UserError(
+            f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout"
+        )
     try:
         return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
     except Exception as error:  # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load {subfolder + '/ of ' if subfolder else ''}{path}: {reason}") from None
+        raise UserError(
+            f"cannot load {subfolder + '/ of ' if subfolder else ''}{path}: {reason}"
+        ) from None
 
 
-def load_network(kind: Any, path: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+def load_network(
+    kind: Any, path: str, subfolder: str, dtype: torch.dtype, device: torch.device | str
+) -> Any:
     """A network of diffusers or transformers with its weights, on `device`; `subfolder` as in `part`.
 
     diffusers' default way of loading needs accelerate, which is no dependency here, and warns twice
@@ -190,11 +217,15 @@ def load_network(kind: Any, path: str, subfolder: str, dtype: torch.dtype, devic
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:
         settings = {"dtype": dtype}
-    loaded, report = part(kind.from_pretrained, path, subfolder, output_loading_info=True, **settings)
+    loaded, report = part(
+        kind.from_pretrained, path, subfolder, output_loading_info=True, **settings
+    )
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         where = f"{subfolder}/ of {path}" if subfolder else path
-        raise UserError(f"cannot load {where}: its files lack {missing[0]}{more}; download them again")
+        raise UserError(
+            f"cannot load {where}: its files lack {missing[0]}{more}; download them again"
+        )
     return loaded.to(device)
 
 
@@ -227,9 +258,15 @@ def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (getattr(c, name, None) for name in ("latents_mean", "latents_std"))
     exact = torch.promote_types(like.dtype, torch.float32)
     if mean is not None and std is not None:
-        shift, spread = (torch.tensor(values, dtype=exact, device=like.device).view(1, -1, 1, 1) for values in (mean, std))
+        shift, spread = (
+            torch.tensor(values, dtype=exact, device=like.device).view(1, -1, 1, 1)
+            for values in (mean, std)
+        )
         return shift, c.scaling_factor / spread
-    return tuple(torch.tensor(v, dtype=exact, device=like.device) for v in (getattr(c, "shift_factor", None) or 0.0, c.scaling_factor))  # type: ignore[return-value]
+    return tuple(
+        torch.tensor(v, dtype=exact, device=like.device)
+        for v in (getattr(c, "shift_factor", None) or 0.0, c.scaling_factor)
+    )  # type: ignore[return-value]
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]) -> Tensor:
@@ -238,8 +275,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]
     for prompt in prompts:
         if prompt not in said:
             said.add(prompt)
-            ids, inner = (tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids for special in (True, False))
+            ids, inner = (
+                tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids
+                for special in (True, False)
+            )
             if len(ids) > length:
-                lost = tokenizer.decode(inner[length - (len(ids) - len(inner)) :], clean_up_tokenization_spaces=False).strip()
-                print(f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; cut off: {lost!r}", file=sys.stderr)
-    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+                lost = tokenizer.decode(
+                    inner[length - (len(ids) - len(inner)) :], clean_up_tokenization_spaces=False
+                ).strip()
+                print(
+                    f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; cut off: {lost!r}",
+                    file=sys.stderr,
+                )
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -25,8 +25,20 @@ from lora_core.errors import UserError
 from lora_core.kernels.flat import forget, lay_out, wide
 from lora_core.kernels.steps import Recipe, Rows
 
-SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")  # in the order of the columns of kernels.steps
-ONE_DISTANCE = ("d0", "d_coef", "growth_rate", "beta3")  # what one shared estimate can have only one of
+SCALARS = (
+    "d",
+    "d_max",
+    "d_numerator",
+    "d_denom",
+    "d_hat",
+    "k",
+)  # in the order of the columns of kernels.steps
+ONE_DISTANCE = (
+    "d0",
+    "d_coef",
+    "growth_rate",
+    "beta3",
+)  # what one shared estimate can have only one of
 
 
 class Prodigy(torch.optim.Optimizer):
@@ -62,9 +74,13 @@ class Prodigy(torch.optim.Optimizer):
         distance: Literal["shared", "group"] = "shared",
     ) -> None:
         if distance not in ("shared", "group"):
-            raise UserError(f"distance is {distance!r}; expected 'shared' (one d for all groups) or 'group' (one each)")
+            raise UserError(
+                f"distance is {distance!r}; expected 'shared' (one d for all groups) or 'group' (one each)"
+            )
         if not lr > 0:
-            raise UserError(f"lr is {lr}; Prodigy needs a default lr > 0, 1.0 as a rule (a single group may have lr = 0 and is frozen)")
+            raise UserError(
+                f"lr is {lr}; Prodigy needs a default lr > 0, 1.0 as a rule (a single group may have lr = 0 and is frozen)"
+            )
         super().__init__(
             params,
             dict(
@@ -88,7 +104,9 @@ class Prodigy(torch.optim.Optimizer):
     @property
     def distance(self) -> str:
         """Shared by all groups, or one each."""
-        return str(self.defaults["distance"])  # copies and pickles of an optimizer hold its defaults, and no other attribute
+        return str(
+            self.defaults["distance"]
+        )  # copies and pickles of an optimizer hold its defaults, and no other attribute
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; under a shared distance it starts from the d reached so far."""
@@ -102,9 +120,19 @@ class Prodigy(torch.optim.Optimizer):
         device = group["params"][0].device
         for name in SCALARS:
             value = group["d0"] if name in ("d", "d_max", "d_hat") else 0.0
-            group[name] = torch.full((), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+            group[name] = torch.full(
+                (),
+                value,
+                dtype=torch.float32 if device.type == "mps" else torch.float64,
+                device=device,
+            )
         if self.distance == "shared":
-            group.update({name: self.param_groups[0][name].clone() for name in ("d", "d_max", "d_hat", "d_denom")})
+            group.update(
+                {
+                    name: self.param_groups[0][name].clone()
+                    for name in ("d", "d_max", "d_hat", "d_denom")
+                }
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state bit for bit (torch's own method would cast fp32 state to the dtype of a half-precision parameter).
@@ -113,14 +141,19 @@ class Prodigy(torch.optim.Optimizer):
         """
         saved = {group.get("distance") for group in state_dict["param_groups"]}
         if saved != {self.distance}:
-            raise UserError(f"the saved Prodigy has distance {sorted(map(str, saved))}, this run {self.distance!r}; resume with the saved one")
+            raise UserError(
+                f"the saved Prodigy has distance {sorted(map(str, saved))}, this run {self.distance!r}; resume with the saved one"
+            )
         places = [{name: group[name] for name in SCALARS} for group in self.param_groups]
         super().load_state_dict(state_dict)
         forget(self)
         for group, old, place in zip(self.param_groups, state_dict["param_groups"], places):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
-                    self.state[p] = {name: value.to(p.device, copy=True) for name, value in state_dict["state"][index].items()}
+                    self.state[p] = {
+                        name: value.to(p.device, copy=True)
+                        for name, value in state_dict["state"][index].items()
+                    }
             group.update({name: place[name].copy_(group[name]) for name in SCALARS})
 
     @torch.no_grad()
@@ -131,10 +164,16 @@ class Prodigy(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        for groups in [self.param_groups] if self.distance == "shared" else [[group] for group in self.param_groups]:
+        for groups in (
+            [self.param_groups]
+            if self.distance == "shared"
+            else [[group] for group in self.param_groups]
+        ):
             rows = [row for i, group in enumerate(groups) for row in self._rows(i, group)]
             if rows:
-                kernels.call("prodigy_step", self._scalars(groups), found_inf, grad_scale, tuple(rows))
+                kernels.call(
+                    "prodigy_step", self._scalars(groups), found_inf, grad_scale, tuple(rows)
+                )
                 for row in rows:
                     row.flat.finish(row.grads)
         return loss
@@ -149,8 +188,15 @@ class Prodigy(torch.optim.Optimizer):
             group["growth_rate"], group["decouple"], group["use_bias_correction"], group["safeguard_warmup"], group["slice_p"],
             sharded=group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for p in group["params"]),
         )  # fmt: skip
-        flats = [(flat, flat.gradients()) for flat in lay_out(self, group, lambda p: _fresh(p, group), group["slice_p"])]
-        return [Rows(index, recipe, flat, grads) for flat, grads in flats if any(g is not None for g in grads)]
+        flats = [
+            (flat, flat.gradients())
+            for flat in lay_out(self, group, lambda p: _fresh(p, group), group["slice_p"])
+        ]
+        return [
+            Rows(index, recipe, flat, grads)
+            for flat, grads in flats
+            if any(g is not None for g in grads)
+        ]
 
     def _scalars(self, groups: list[dict[str, Any]]) -> Tensor:
         """[groups, 6] SCALARS of groups that share a distance, of which group["d"] and the others are views, written in place from now on."""
@@ -158,7 +204,9 @@ class Prodigy(torch.optim.Optimizer):
         block, views = blocks.get(id(groups[0]["params"]), (None, []))
         now = [group[name] for group in groups for name in SCALARS]
         if len(now) != len(views) or any(a is not b for a, b in zip(now, views)):
-            block = torch.stack([value.to(groups[0]["params"][0].device) for value in now]).view(len(groups), len(SCALARS))
+            block = torch.stack([value.to(groups[0]["params"][0].device) for value in now]).view(
+                len(groups), len(SCALARS)
+            )
             views = list(block.view(-1).unbind())
             for i, group in enumerate(groups):
                 group.update(zip(SCALARS, views[i * len(SCALARS) :]))
@@ -170,8 +218,17 @@ def _fresh(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter at its first gradient."""
     dtype = wide(p)
     p0 = p.detach().reshape(-1)[:: group["slice_p"]].to(dtype, copy=True)
-    moments = {"exp_avg": torch.zeros(p.shape, dtype=dtype, device=p.device)} if group["betas"][0] > 0 else {}
-    return {"p0": p0, "s": torch.zeros_like(p0), **moments, "exp_avg_sq": torch.zeros(p.shape, dtype=dtype, device=p.device)}
+    moments = (
+        {"exp_avg": torch.zeros(p.shape, dtype=dtype, device=p.device)}
+        if group["betas"][0] > 0
+        else {}
+    )
+    return {
+        "p0": p0,
+        "s": torch.zeros_like(p0),
+        **moments,
+        "exp_avg_sq": torch.zeros(p.shape, dtype=dtype, device=p.device),
+    }
 
 
 def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
@@ -189,13 +246,21 @@ def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> Non
                 f"Prodigy got {name} = {group[name]}; expected lr, weight_decay >= 0, betas in [0, 1), beta3 in [0, 1], "
                 "eps, d0, d_coef, growth_rate > 0 and a whole slice_p >= 1"
             )
-    devices = {str(p.device) for p in group["params"]} | ({str(first["params"][0].device)} if shared else set())
+    devices = {str(p.device) for p in group["params"]} | (
+        {str(first["params"][0].device)} if shared else set()
+    )
     if len(devices) > 1:
-        raise UserError(f"the parameters lie on {sorted(devices)}; a distance is measured on one device, move them together or use distance='group'")
+        raise UserError(
+            f"the parameters lie on {sorted(devices)}; a distance is measured on one device, move them together or use distance='group'"
+        )
     for name in ONE_DISTANCE if shared else ():
-        ours, theirs = (_beta3(group), _beta3(first)) if name == "beta3" else (group[name], first[name])
+        ours, theirs = (
+            (_beta3(group), _beta3(first)) if name == "beta3" else (group[name], first[name])
+        )
         if ours != theirs:
-            raise UserError(f"two groups share one distance and differ in {name} ({theirs} and {ours}); make them equal or use distance='group'")
+            raise UserError(
+                f"two groups share one distance and differ in {name} ({theirs} and {ours}); make them equal or use distance='group'"
+            )
 
 
 def _beta3(group: dict[str, Any]) -> float:

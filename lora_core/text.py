@@ -19,7 +19,9 @@ def read_text(path: Path) -> str:
     if content.startswith(UTF16):
         raise UserError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")
     if b"\0" in content:
-        raise UserError(f"{path} is no text: it has a zero byte at byte {content.index(0)}; save it as UTF-8 text")
+        raise UserError(
+            f"{path} is no text: it has a zero byte at byte {content.index(0)}; save it as UTF-8 text"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,4 +72,6 @@ def check_unicode(value: Any, name: str) -> None:
             check_unicode(inner, name)
     elif isinstance(value, str) and printable(value) != value:
         option = name.replace("_", "-")
-        raise UserError(f"{option} '{printable(value)}' has bytes that are no UTF-8; rename the file or folder, or write the text as UTF-8")
+        raise UserError(
+            f"{option} '{printable(value)}' has bytes that are no UTF-8; rename the file or folder, or write the text as UTF-8"
+        )

@@ -43,7 +43,9 @@ class TokenReport(NamedTuple):
     drift: float  # L2 distance from the row's start
 
 
-def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2) -> tuple[Abstraction, ...]:
+def make_abstractions(
+    words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
+) -> tuple[Abstraction, ...]:
     """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ... through all of them (diffusers' numbering).
 
     `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
@@ -56,12 +58,16 @@ def make_abstractions(words: Mapping[str, str] | Sequence[str], vectors: int | S
         raise UserError(f"expected one or more different placeholder words, got {list(words)}")
     counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
     if len(counts) != len(inits):
-        raise UserError(f"got {len(counts)} numbers of vectors for {len(inits)} words; give one for all or one each")
+        raise UserError(
+            f"got {len(counts)} numbers of vectors for {len(inits)} words; give one for all or one each"
+        )
     if min(counts) < 1:
         raise UserError(f"an abstraction needs at least 1 token, got {min(counts)}")
     for word in inits:
         if not word or word != word.strip():
-            raise UserError(f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'")
+            raise UserError(
+                f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'"
+            )
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     names = [tuple(f"<s{first + j}>" for j in range(count)) for first, count in zip(firsts, counts)]
     return tuple(Abstraction(word, own, init) for (word, init), own in zip(inits.items(), names))
@@ -107,12 +113,21 @@ def has_word(caption: str, word: str) -> bool:
     return next(_find_words(compose(caption), (compose(word),)), None) is not None
 
 
-def cut_words(caption: str, abstractions: Sequence[Abstraction], tokenizer: Any, length: int) -> dict[str, bool]:
+def cut_words(
+    caption: str, abstractions: Sequence[Abstraction], tokenizer: Any, length: int
+) -> dict[str, bool]:
     """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length` tokens, cuts them off."""
-    bound, names = bind(caption, abstractions), {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names}
+    bound, names = (
+        bind(caption, abstractions),
+        {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names},
+    )
     whole = tokenizer(bound, verbose=False).input_ids
     kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
-    return {name: whole.count(index) > kept.count(index) for name, index in names.items() if index in whole}
+    return {
+        name: whole.count(index) > kept.count(index)
+        for name, index in names.items()
+        if index in whole
+    }
 
 
 class LearnedEmbedding(nn.Module):
@@ -128,12 +143,18 @@ class LearnedEmbedding(nn.Module):
     tokenizer_before: dict[str, Any]  # what `uninstall` gives back to the tokenizer
     table_trained: bool  # and to the table
 
-    def __init__(self, table: nn.Module, rows: Tensor, names: Sequence[str], *, first_id: int) -> None:
+    def __init__(
+        self, table: nn.Module, rows: Tensor, names: Sequence[str], *, first_id: int
+    ) -> None:
         super().__init__()
         if rows.ndim != 2 or rows.shape[0] != len(names):
-            raise ValueError(f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names")
+            raise ValueError(
+                f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names"
+            )
         self.table = table
-        self.rows = nn.Parameter(rows.detach().to(torch.promote_types(self.weight.dtype, torch.float32)).clone())
+        self.rows = nn.Parameter(
+            rows.detach().to(torch.promote_types(self.weight.dtype, torch.float32)).clone()
+        )
         self.register_buffer("initial", self.rows.detach().clone(), persistent=False)
         self.names = tuple(names)
         self.first_id = first_id
@@ -160,7 +181,14 @@ class LearnedEmbedding(nn.Module):
         return self.weight.shape[1]
 
 
-def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstraction], *, seed: int, stream: str = "") -> LearnedEmbedding:
+def install(
+    text_encoder: Any,
+    tokenizer: Any,
+    abstractions: Sequence[Abstraction],
+    *,
+    seed: int,
+    stream: str = "",
+) -> LearnedEmbedding:
     """The embedding now standing in the text encoder, with one row per token of all abstractions in order; the tokenizer knows the tokens.
 
     The table is never resized: ids follow the tokenizer's last one even where the table is longer. A further install stacks on the first.
@@ -172,11 +200,15 @@ def install(text_encoder: Any, tokenizer: Any, abstractions: Sequence[Abstractio
     vocabulary = tokenizer.get_vocab()
     for name in names:
         if name in vocabulary:
-            raise UserError(f"the token {name} is already in the tokenizer's vocabulary (id {vocabulary[name]}); choose another name")
+            raise UserError(
+                f"the token {name} is already in the tokenizer's vocabulary (id {vocabulary[name]}); choose another name"
+            )
     if not names or len(set(names)) != len(names):
         raise UserError(f"expected one or more different token names, got {names}")
     table = text_encoder.get_input_embeddings()
-    rows = torch.cat([_initial_rows(a, table, tokenizer, seed=seed, stream=stream) for a in abstractions])
+    rows = torch.cat(
+        [_initial_rows(a, table, tokenizer, seed=seed, stream=stream) for a in abstractions]
+    )
     before = copy.deepcopy(vars(tokenizer), {id(tokenizer): tokenizer})
     first_id = _add_tokens(tokenizer, names, before)
     embedding = LearnedEmbedding(table, rows, names, first_id=first_id).to(table.weight.device)
@@ -194,7 +226,9 @@ def uninstall(text_encoder: Any, tokenizer: Any) -> None:
     """
     embedding = text_encoder.get_input_embeddings()
     if not isinstance(embedding, LearnedEmbedding):
-        raise ValueError(f"expected a text encoder with learned tokens, found {type(embedding).__name__}; install first")
+        raise ValueError(
+            f"expected a text encoder with learned tokens, found {type(embedding).__name__}; install first"
+        )
     embedding.weight.requires_grad_(embedding.table_trained)
     text_encoder.set_input_embeddings(embedding.table)
     _restore(tokenizer, embedding.tokenizer_before)
@@ -205,13 +239,21 @@ def state(embedding: LearnedEmbedding) -> Tensor:
     return embedding.rows.detach().float().cpu().clone().contiguous()
 
 
-def without_rows(state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module) -> dict[str, Tensor]:
+def without_rows(
+    state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module
+) -> dict[str, Tensor]:
     """A state dict of the text encoder under the keys it has without learned tokens: the table's weight where it stood, no rows."""
-    prefixes = [f"{path}." for path, module in text_encoder.named_modules(remove_duplicate=False) if module is embedding]
+    prefixes = [
+        f"{path}."
+        for path, module in text_encoder.named_modules(remove_duplicate=False)
+        if module is embedding
+    ]
     found = {}
     for key, value in state.items():
         place = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        rest = re.sub(r"^(table\.)+", "", key.removeprefix(place)) if place else key  # installs stack
+        rest = (
+            re.sub(r"^(table\.)+", "", key.removeprefix(place)) if place else key
+        )  # installs stack
         if not place or rest != "rows":
             found[place + rest] = value
     return found
@@ -220,9 +262,13 @@ def without_rows(state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_
 def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
     """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold NaN or Inf."""
     if rows.shape != embedding.rows.shape:
-        raise UserError(f"the token rows are {list(rows.shape)}, this text encoder takes {list(embedding.rows.shape)}; use the model they come from")
+        raise UserError(
+            f"the token rows are {list(rows.shape)}, this text encoder takes {list(embedding.rows.shape)}; use the model they come from"
+        )
     if not torch.isfinite(rows).all():
-        raise UserError(f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; the file is damaged or its training diverged")
+        raise UserError(
+            f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; the file is damaged or its training diverged"
+        )
     with torch.no_grad():
         embedding.rows.copy_(rows)
 
@@ -233,10 +279,14 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
 
     cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
     """
-    if not isinstance(rate, Tensor) and not 0 <= rate <= 1:  # a tensor is not read: it may lie on a GPU
+    if (
+        not isinstance(rate, Tensor) and not 0 <= rate <= 1
+    ):  # a tensor is not read: it may lie on a GPU
         raise ValueError(f"the rate of the norm prior is a fraction in [0, 1], got {rate}")
     norms = rows.norm(dim=-1, keepdim=True)
-    return rows.mul_(torch.where(norms > 0, 1 + rate * (target / norms - 1), torch.ones_like(norms)))  # rate 0: the very bits
+    return rows.mul_(
+        torch.where(norms > 0, 1 + rate * (target / norms - 1), torch.ones_like(norms))
+    )  # rate 0: the very bits
 
 
 @torch.no_grad()
@@ -266,7 +316,9 @@ def first_eos(ids: Tensor, eos_id: int) -> Tensor:
     found = ids == eos_id
     missing = (~found.any(dim=-1)).nonzero().flatten().tolist()
     if missing:
-        raise ValueError(f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; truncate prompts so that it stays")
+        raise ValueError(
+            f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; truncate prompts so that it stays"
+        )
     return found.int().argmax(dim=-1)
 
 
@@ -274,13 +326,27 @@ def first_eos(ids: Tensor, eos_id: int) -> Tensor:
 def report(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
     """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
-    known = [index for index in range(min(embedding.num_embeddings, embedding.first_id)) if index in words]
+    known = [
+        index
+        for index in range(min(embedding.num_embeddings, embedding.first_id))
+        if index in words
+    ]
     table = F.normalize(embedding.weight[known].to(embedding.rows.dtype), dim=-1)
     cosines, places = (F.normalize(embedding.rows, dim=-1) @ table.T).topk(min(k, len(known)))
     drifts = (embedding.rows - embedding.initial).norm(dim=-1)
     return [
-        TokenReport(name, tuple((words[known[p]], c) for p, c in zip(places[i].tolist(), cosines[i].tolist(), strict=True)), norm, drift)
-        for i, (name, norm, drift) in enumerate(zip(embedding.names, embedding.rows.norm(dim=-1).tolist(), drifts.tolist(), strict=True))
+        TokenReport(
+            name,
+            tuple(
+                (words[known[p]], c)
+                for p, c in zip(places[i].tolist(), cosines[i].tolist(), strict=True)
+            ),
+            norm,
+            drift,
+        )
+        for i, (name, norm, drift) in enumerate(
+            zip(embedding.names, embedding.rows.norm(dim=-1).tolist(), drifts.tolist(), strict=True)
+        )
     ]
 
 
@@ -288,7 +354,14 @@ def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]
     """(place, word) of the whole words in a caption, from left to right; of several at one place the longest."""
     ordered, place = sorted(words, key=len, reverse=True), 0
     while place < len(caption):
-        word = next((w for w in ordered if caption.startswith(w, place) and _is_whole(caption, place, place + len(w))), "")
+        word = next(
+            (
+                w
+                for w in ordered
+                if caption.startswith(w, place) and _is_whole(caption, place, place + len(w))
+            ),
+            "",
+        )
         if word:
             yield place, word
         place += max(len(word), 1)
@@ -297,7 +370,11 @@ def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]
 def _is_whole(caption: str, start: int, end: int) -> bool:
     """Whether caption[start:end] is no piece of a longer word."""
     begins = start == 0 or not (_joins(caption[start]) and _joins(caption[start - 1]))
-    return begins and (end == len(caption) or not (_joins(caption[end]) or _is_accent(caption[end])) or not _joins(caption[end - 1]))
+    return begins and (
+        end == len(caption)
+        or not (_joins(caption[end]) or _is_accent(caption[end]))
+        or not _joins(caption[end - 1])
+    )
 
 
 def _joins(character: str) -> bool:
@@ -313,11 +390,15 @@ def _joins(character: str) -> bool:
 
 def _is_accent(character: str) -> bool:
     """Whether the character only changes the one before it: a combining mark."""
-    return unicodedata.category(character).startswith("M") and not unicodedata.name(character, "").startswith("VARIATION")
+    return unicodedata.category(character).startswith("M") and not unicodedata.name(
+        character, ""
+    ).startswith("VARIATION")
 
 
 @torch.no_grad()
-def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int, stream: str) -> Tensor:
+def _initial_rows(
+    abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int, stream: str
+) -> Tensor:
     """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is installed."""
     n, d = len(abstraction.names), table.weight.shape[1]
     sigma = _sigma(abstraction.init)
@@ -325,7 +406,12 @@ def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed:
         return torch.zeros(n, d)
     if sigma is not None:
         purpose = f"token row {d} {stream}".rstrip()
-        noise = torch.stack([torch.randn(d, generator=generator(seed, name, 0, purpose)) for name in abstraction.names])
+        noise = torch.stack(
+            [
+                torch.randn(d, generator=generator(seed, name, 0, purpose))
+                for name in abstraction.names
+            ]
+        )
         return noise * (table_std(table).cpu() if math.isnan(sigma) else sigma)
     ids = _words(abstraction.init, tokenizer)
     if len(ids) > n:
@@ -333,7 +419,9 @@ def _initial_rows(abstraction: Abstraction, table: Any, tokenizer: Any, *, seed:
             f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, more than its {n} learned vectors; "
             f"set --tokens.vectors {len(ids)} (or 0: as many as it has) or shorten it"
         )
-    return table(torch.tensor([ids[k % len(ids)] for k in range(n)], device=table.weight.device)).cpu()
+    return table(
+        torch.tensor([ids[k % len(ids)] for k in range(n)], device=table.weight.device)
+    ).cpu()
 
 
 def _sigma(init: str) -> float | None:
@@ -348,7 +436,9 @@ def _sigma(init: str) -> float | None:
     except ValueError:
         sigma = math.nan
     if not (math.isfinite(sigma) and sigma > 0):
-        raise UserError(f"the initializer {init!r} has no spread that is a positive number; write random:0.017, or <rand-0.017>")
+        raise UserError(
+            f"the initializer {init!r} has no spread that is a positive number; write random:0.017, or <rand-0.017>"
+        )
     return sigma
 
 
@@ -357,7 +447,9 @@ def _words(init: str, tokenizer: Any) -> list[int]:
     ids = tokenizer(init, add_special_tokens=False).input_ids
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not ids or (unknown is not None and unknown in ids):
-        raise UserError(f"the tokenizer does not know the initializer {init!r} (--tokens.init); choose other words, random or zero")
+        raise UserError(
+            f"the tokenizer does not know the initializer {init!r} (--tokens.init); choose other words, random or zero"
+        )
     return ids
 
 
@@ -365,10 +457,14 @@ def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int
     """The first id of the new tokens; puts the tokenizer back and raises UserError when it does not read them glued as one id each."""
     tokenizer.add_tokens(names)
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-    read = [i for i in tokenizer("".join(names), add_special_tokens=False).input_ids if i in set(ids)]
+    read = [
+        i for i in tokenizer("".join(names), add_special_tokens=False).input_ids if i in set(ids)
+    ]
     if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
         _restore(tokenizer, before)
-        raise UserError(f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected consecutive ids; choose plainer names")
+        raise UserError(
+            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected consecutive ids; choose plainer names"
+        )
     return ids[0]
 
 

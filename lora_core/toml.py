@@ -30,15 +30,22 @@ def _check_keys(table: dict[str, Any], cls: type, where: str, every: dict[str, s
             near = [where + n for n in difflib.get_close_matches(key, hints, 1, 0.7)] or [
                 every[n] for n in difflib.get_close_matches(key, every, 1, 0.6)
             ]
-            raise UserError(f"unknown key {where}{key}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(hints)}"))
+            raise UserError(
+                f"unknown key {where}{key}"
+                + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(hints)}")
+            )
         kind = hints[key]
         if is_dataclass(kind) and isinstance(value, dict):
             _check_keys(value, kind, f"{where}{key}.", every)  # type: ignore[arg-type]
         if is_dataclass(kind) and not isinstance(value, dict):
-            raise UserError(f"{where}{key} is {value!r}, expected a table; write [{where}{key}] and its options below")
+            raise UserError(
+                f"{where}{key} is {value!r}, expected a table; write [{where}{key}] and its options below"
+            )
         for inner in filter(is_dataclass, get_args(kind)):
             if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-                raise UserError(f"{where}{key} is {value!r}, expected a list of tables; write [[{where}{key}]] in double brackets for each")
+                raise UserError(
+                    f"{where}{key} is {value!r}, expected a list of tables; write [[{where}{key}]] in double brackets for each"
+                )
             for i, row in enumerate(value):
                 _check_keys(row, inner, f"{where}{key}.{i}.", every)  # type: ignore[arg-type]
 
@@ -57,18 +64,40 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
     """The config that a parsed TOML table describes. Raises UserError for unknown keys and values of a wrong type."""
     _check_keys(table, cls, "", _names(cls))
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
-    converter.register_structure_hook(bool, lambda v, _: v if isinstance(v, bool) else _refuse(v, "true or false"))
-    converter.register_structure_hook(int, lambda v, _: v if isinstance(v, int) and not isinstance(v, bool) else _refuse(v, "an integer"))
     converter.register_structure_hook(
-        float, lambda v, _: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else _refuse(v, "a number")
+        bool, lambda v, _: v if isinstance(v, bool) else _refuse(v, "true or false")
     )
-    converter.register_structure_hook(str, lambda v, _: v if isinstance(v, str) else _refuse(v, "a text in quotes"))
-    converter.register_structure_hook(ScheduleName, lambda v, _: v if _is_schedule(v) else _refuse(v, f"{', '.join(SCHEDULES)} or file.py:fn"))
+    converter.register_structure_hook(
+        int,
+        lambda v, _: (
+            v if isinstance(v, int) and not isinstance(v, bool) else _refuse(v, "an integer")
+        ),
+    )
+    converter.register_structure_hook(
+        float,
+        lambda v, _: (
+            float(v)
+            if isinstance(v, int | float) and not isinstance(v, bool)
+            else _refuse(v, "a number")
+        ),
+    )
+    converter.register_structure_hook(
+        str, lambda v, _: v if isinstance(v, str) else _refuse(v, "a text in quotes")
+    )
+    converter.register_structure_hook(
+        ScheduleName,
+        lambda v, _: v if _is_schedule(v) else _refuse(v, f"{', '.join(SCHEDULES)} or file.py:fn"),
+    )
     try:
         return converter.structure(table, cls)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
-        raise UserError("; ".join(f"{place.removeprefix('$.')}: {what}" for what, _, place in (line.partition(" @ ") for line in lines))) from None
+        raise UserError(
+            "; ".join(
+                f"{place.removeprefix('$.')}: {what}"
+                for what, _, place in (line.partition(" @ ") for line in lines)
+            )
+        ) from None
 
 
 def _is_schedule(value: Any) -> bool:
@@ -86,7 +115,9 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
     except OSError as error:  # a folder, no permission
-        raise UserError(f"cannot read the config {path}: {error.strerror}; name a TOML file") from None
+        raise UserError(
+            f"cannot read the config {path}: {error.strerror}; name a TOML file"
+        ) from None
     try:
         return from_table(tomllib.loads(text), cls)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -114,6 +145,8 @@ def command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example
     """The config that a command line describes: an optional TOML file first, then flags. Ends with status 2 and the nearest flag on a wrong one."""
     words = list(sys.argv[1:] if argv is None else argv)
     check_unicode(words, "the argument")
-    default = read_toml(Path(words.pop(0)), cls) if words and not words[0].startswith("-") else cls()
+    default = (
+        read_toml(Path(words.pop(0)), cls) if words and not words[0].startswith("-") else cls()
+    )
     description = f"{cls.__doc__}\n\nusage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\nexample: {example}"
     return tyro.cli(cls, default=default, args=words, prog=prog, description=description)

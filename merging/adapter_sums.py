@@ -25,7 +25,9 @@ from merging.svd import Keep, Report, compress, distill, one_thread, spectrum, s
 from merging.ties_dare import Merge
 
 Key = tuple[str, str]  # component, published path
-BaseWeight = Callable[[str, str], Tensor]  # (component, published path) -> weight of the model before any adapter
+BaseWeight = Callable[
+    [str, str], Tensor
+]  # (component, published path) -> weight of the model before any adapter
 
 
 def everywhere(component: str, path: str) -> float:
@@ -63,20 +65,37 @@ class Dense:
     """How layers merge that only have a dense update."""
 
     base: BaseWeight | None = None  # needed for DoRA
-    sketch: int | None = None  # seed of the randomised SVD; None takes the exact one, which takes a second for a layer 1280 wide
+    sketch: int | None = (
+        None  # seed of the randomised SVD; None takes the exact one, which takes a second for a layer 1280 wide
+    )
 
 
 def layers(terms: Sequence[Term]) -> Iterator[tuple[Key, Weighted]]:
     """Every layer that at least one term holds with a weight other than 0, in order of first appearance, with its weighted adapters."""
-    keys = dict.fromkeys((component, path) for term in terms for component, rows in term.state.components.items() for path in rows)
+    keys = dict.fromkeys(
+        (component, path)
+        for term in terms
+        for component, rows in term.state.components.items()
+        for path in rows
+    )
     for component, path in keys:
-        found = [(term.weight * term.share(component, path), term.state.components.get(component, {}).get(path)) for term in terms]
-        kept = [(weight, adapter) for weight, adapter in found if adapter is not None and weight != 0]
+        found = [
+            (
+                term.weight * term.share(component, path),
+                term.state.components.get(component, {}).get(path),
+            )
+            for term in terms
+        ]
+        kept = [
+            (weight, adapter) for weight, adapter in found if adapter is not None and weight != 0
+        ]
         if kept:
             yield (component, path), kept
 
 
-def mix(terms: Sequence[Term], keep: Keep | Mapping[Key, int] | None = None, dense: Dense = Dense()) -> Iterator[Layer]:
+def mix(
+    terms: Sequence[Term], keep: Keep | Mapping[Key, int] | None = None, dense: Dense = Dense()
+) -> Iterator[Layer]:
     """The weighted sum of files: exact of rank the sum of ranks, or the nearest adapter of what `keep` says, one for all or a rank for each layer.
 
     A single DoRA of weight 1 passes as it is. Any other sum with a DoRA in it is of full rank: with base weights its dense update is distilled.
@@ -86,53 +105,90 @@ def mix(terms: Sequence[Term], keep: Keep | Mapping[Key, int] | None = None, den
     for key, weighted in layers(terms):
         wanted = keep[key] if isinstance(keep, Mapping) else keep
         try:
-            yield Layer(*key, *_merged(key, weighted, Keep(rank=wanted) if isinstance(wanted, int) and wanted else wanted, dense))
+            yield Layer(
+                *key,
+                *_merged(
+                    key,
+                    weighted,
+                    Keep(rank=wanted) if isinstance(wanted, int) and wanted else wanted,
+                    dense,
+                ),
+            )
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def mix_dense(terms: Sequence[Term], merge: Merge, keep: Keep, *, density: float, seed: int, dense: Dense = Dense()) -> Iterator[Layer]:
+def mix_dense(
+    terms: Sequence[Term],
+    merge: Merge,
+    keep: Keep,
+    *,
+    density: float,
+    seed: int,
+    dense: Dense = Dense(),
+) -> Iterator[Layer]:
     """A merge of MERGES by layer, on dense updates, then the nearest adapter. What is drawn depends on (seed, layer) alone.
 
     Raises UserError, with the layer's name, for a DoRA without a base weight and for shapes that do not fit.
     """
     for key, weighted in layers(terms):
         try:
-            updates = [weight * delta(lr, dense.base(*key) if dense.base else None) for weight, lr in weighted]
+            updates = [
+                weight * delta(lr, dense.base(*key) if dense.base else None)
+                for weight, lr in weighted
+            ]
             merged = merge(updates, density, generator(seed, ".".join(key), 0, "merge"))
-            yield Layer(*key, *distill(merged, keep, groups=_groups(weighted[0][1]), generator=_sketch(key, dense)))
+            yield Layer(
+                *key,
+                *distill(
+                    merged, keep, groups=_groups(weighted[0][1]), generator=_sketch(key, dense)
+                ),
+            )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def mix_slerp(first: AdapterState, second: AdapterState, t: float, keep: Keep | None = None) -> Iterator[Layer]:
+def mix_slerp(
+    first: AdapterState, second: AdapterState, t: float, keep: Keep | None = None
+) -> Iterator[Layer]:
     """`sums.slerp` of every layer; one that a single file holds is scaled by that file's 1 - t or t.
 
     Raises UserError, with the layer's name, for a DoRA and for shapes that do not fit.
     """
     for key, weighted in layers([Term(first, 1 - t), Term(second, t)]):
         try:
-            lr = slerp(weighted[0][1], weighted[1][1], t) if len(weighted) == 2 else concat(weighted)
+            lr = (
+                slerp(weighted[0][1], weighted[1][1], t) if len(weighted) == 2 else concat(weighted)
+            )
             yield Layer(*key, *_merged(key, [(1.0, lr)], keep, Dense()))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def lpl_states(first: AdapterState, second: AdapterState, alpha_1: float = 0.5, alpha_2: float = 0.5) -> AdapterState:
+def lpl_states(
+    first: AdapterState, second: AdapterState, alpha_1: float = 0.5, alpha_2: float = 0.5
+) -> AdapterState:
     """`sums.lpl` of every layer; tokens are the first file's, unscaled, as in cloneofsimo's tool.
 
     Raises UserError when the files do not hold the same layers with the same ranks; the sentence names mix, which takes any.
     """
-    keys = [{(component, path) for component, rows in state.components.items() for path in rows} for state in (first, second)]
+    keys = [
+        {(component, path) for component, rows in state.components.items() for path in rows}
+        for state in (first, second)
+    ]
     if only := sorted(keys[0] ^ keys[1]):
         name, count = ".".join(only[0]), len(only)
-        raise UserError(f"lpl needs the same layers in both files, but {count} are in one only, such as {name}; mix keeps them all")
+        raise UserError(
+            f"lpl needs the same layers in both files, but {count} are in one only, such as {name}; mix keeps them all"
+        )
     merged = AdapterState(tokens=dict(first.tokens), token_names=first.token_names)
     for component, rows in first.components.items():
         merged.components[component] = {}
         for path, lr in rows.items():
             try:
-                merged.components[component][path] = lpl(lr, second.components[component][path], alpha_1, alpha_2)
+                merged.components[component][path] = lpl(
+                    lr, second.components[component][path], alpha_1, alpha_2
+                )
             except UserError as error:
                 raise UserError(f"{component}.{path}: {error}") from None
     return merged
@@ -175,14 +231,23 @@ class Rounding(NamedTuple):
     @property
     def cosine(self) -> float:
         """Of the angle between both; 0 when nothing survived, 1 for an update that is zero."""
-        return (self.product / math.sqrt(self.square * self.effective) if self.effective else 0.0) if self.square else 1.0
+        return (
+            (self.product / math.sqrt(self.square * self.effective) if self.effective else 0.0)
+            if self.square
+            else 1.0
+        )
 
 
 def rounded(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
     """`folded` in the output dtype, and how much of folded - weight is left in it; folded - result is what rounding lost."""
     result = folded.to(dtype)
     wished, effective = folded.double() - weight.double(), result.double() - weight.double()
-    return result, Rounding(*(float((a * b).sum()) for a, b in ((wished, wished), (wished, effective), (effective, effective))))
+    return result, Rounding(
+        *(
+            float((a * b).sum())
+            for a, b in ((wished, wished), (wished, effective), (effective, effective))
+        )
+    )
 
 
 def steps_of(terms: Sequence[Term]) -> dict[Key, Steps]:
@@ -192,7 +257,11 @@ def steps_of(terms: Sequence[Term]) -> dict[Key, Steps]:
         with one_thread():
             lr = concat(weighted)
             sigma = spectrum(lr)
-        found[key] = Steps(sigma.square().sum(0), len(sigma), len(sigma) * (lr.down[0].numel() + lr.up.shape[0] // len(sigma)))
+        found[key] = Steps(
+            sigma.square().sum(0),
+            len(sigma),
+            len(sigma) * (lr.down[0].numel() + lr.up.shape[0] // len(sigma)),
+        )
     return found
 
 
@@ -215,26 +284,36 @@ def allot(
     if (total is None) == (max_error is None):
         raise UserError("give either the total budget or the error to reach")
     order = sorted(
-        ((j >= at_least, -square / getattr(row, unit), key) for key, row in steps.items() for j, square in enumerate(row.squares.tolist())),
+        (
+            (j >= at_least, -square / getattr(row, unit), key)
+            for key, row in steps.items()
+            for j, square in enumerate(row.squares.tolist())
+        ),
         key=lambda entry: entry[:2],
     )
     floor = sum(not entry[0] for entry in order)
     if max_error is not None:
-        squares = torch.tensor([-value * getattr(steps[key], unit) for _, value, key in order], dtype=torch.float64)
+        squares = torch.tensor(
+            [-value * getattr(steps[key], unit) for _, value, key in order], dtype=torch.float64
+        )
         order = order[: max(floor, steps_within(squares, max_error**2 * float(squares.sum())))]
     taken, left = dict.fromkeys(steps, 0), total
     for optional, _, key in order:
         cost = getattr(steps[key], unit)
         if left is not None and cost > left:
             if not optional:
-                raise UserError(f"a budget of {total} {unit} is too small for {at_least} of each of the {len(steps)} layers; raise it")
+                raise UserError(
+                    f"a budget of {total} {unit} is too small for {at_least} of each of the {len(steps)} layers; raise it"
+                )
             continue
         left = None if left is None else left - cost
         taken[key] += steps[key].ranks
     return taken
 
 
-def _merged(key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense) -> tuple[LowRank | None, Report]:
+def _merged(
+    key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense
+) -> tuple[LowRank | None, Report]:
     """The adapter of one layer and its report; `keep` is 0 where a budget leaves the layer nothing."""
     if any(lr.magnitude is not None for _, lr in weighted):
         if len(weighted) == 1 and weighted[0][0] == 1 and keep is None:
@@ -246,14 +325,24 @@ def _merged(key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense)
         if isinstance(keep, Keep):
             return compress(lr, keep)
         size = norm(lr)
-        return (lr, Report(lr.rank, lr.rank, size, 0.0)) if keep is None else (None, Report(0, lr.rank, size, size))
+        return (
+            (lr, Report(lr.rank, lr.rank, size, 0.0))
+            if keep is None
+            else (None, Report(0, lr.rank, size, size))
+        )
 
 
-def _distilled(key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense) -> tuple[LowRank, Report]:
+def _distilled(
+    key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense
+) -> tuple[LowRank, Report]:
     if dense.base is None:
-        raise UserError("a sum with a DoRA in it depends on the base weight; give the base model, or fold the files into it")
+        raise UserError(
+            "a sum with a DoRA in it depends on the base weight; give the base model, or fold the files into it"
+        )
     if not isinstance(keep, Keep):
-        raise UserError("a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the files into the base model")
+        raise UserError(
+            "a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the files into the base model"
+        )
     weight = dense.base(*key)
     update = torch.stack([strength * delta(lr, weight) for strength, lr in weighted]).sum(0)
     return distill(update, keep, groups=_groups(weighted[0][1]), generator=_sketch(key, dense))

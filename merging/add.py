@@ -75,17 +75,25 @@ def add(job: Addition, output: Output, reading: Reading) -> None:
 
 def _check_arguments(job: Addition, pt: bool) -> None:
     if job.mode == "ljl" and (job.alpha_1 is not None or job.alpha_2 is not None):
-        raise UserError('ljl joins both files at full strength and takes no alphas; mix takes weights: merge.py mix "0.7*a + 0.3*b" --out c')
+        raise UserError(
+            'ljl joins both files at full strength and takes no alphas; mix takes weights: merge.py mix "0.7*a + 0.3*b" --out c'
+        )
     if job.mode.startswith("upl") and job.alpha_2 is not None:
         raise UserError(f"{job.mode} adds one LoRA to a model and takes one alpha; drop ALPHA_2")
     if job.residual and not job.mode.startswith("upl"):
-        raise UserError(f"--residual is for upl, where weights are rounded; {job.mode} has nothing of the kind")
+        raise UserError(
+            f"--residual is for upl, where weights are rounded; {job.mode} has nothing of the kind"
+        )
     if job.with_text_lora and not pt:
-        note("--with_text_lora changes nothing here: layers of the text encoder are always merged, except in .pt lists")
+        note(
+            "--with_text_lora changes nothing here: layers of the text encoder are always merged, except in .pt lists"
+        )
     if job.mode in ("lpl", "ljl"):
         for path in (job.path_1, job.path_2):
             if is_model(path):
-                raise UserError(f"{path} is a whole model and {job.mode} adds LoRA files; choose --mode upl")
+                raise UserError(
+                    f"{path} is a whole model and {job.mode} adds LoRA files; choose --mode upl"
+                )
 
 
 def _alphas(job: Addition) -> tuple[float, float]:
@@ -107,14 +115,24 @@ def _add_factors(job: Addition, output: Output, reading: Reading) -> None:
     for component, rows in state.components.items():
         for path, lr in rows.items():
             pair = first.components[component][path], second.components[component][path]
-            rows[path], reports[component, path] = rounded(lr, _against_sum(lr, pair, alphas), output.dtype)
+            rows[path], reports[component, path] = rounded(
+                lr, _against_sum(lr, pair, alphas), output.dtype
+            )
     tokens, said = join_tokens([first, second], paths)
-    state.tokens, state.token_names, state.metadata = tokens.tokens, tokens.token_names, tokens.metadata
+    state.tokens, state.token_names, state.metadata = (
+        tokens.tokens,
+        tokens.token_names,
+        tokens.metadata,
+    )
     for line in said:
         note(line)
     output = replace(output, format=output.format or written_like(paths))
     check_adapter(output, tokens=bool(state.tokens))
-    print(table(reports, extra=f"the error is against the exact sum {alphas[0]:g}*a + {alphas[1]:g}*b"))
+    print(
+        table(
+            reports, extra=f"the error is against the exact sum {alphas[0]:g}*a + {alphas[1]:g}*b"
+        )
+    )
     say_written(write_adapter(state, output, layout), output)
 
 
@@ -123,13 +141,26 @@ def _join(job: Addition, output: Output, reading: Reading) -> None:
     paths = (job.path_1, job.path_2)
     layout = layout_for(paths, reading)
     states = [open_adapter(path, layout, reading) for path in paths]
-    if any(lr.magnitude is not None for state in states for rows in state.components.values() for lr in rows.values()):
-        raise UserError("ljl joins plain LoRAs and one of these files is a DoRA; mix takes it, with the base model's weights: --model MODEL")
+    if any(
+        lr.magnitude is not None
+        for state in states
+        for rows in state.components.values()
+        for lr in rows.values()
+    ):
+        raise UserError(
+            "ljl joins plain LoRAs and one of these files is a DoRA; mix takes it, with the base model's weights: --model MODEL"
+        )
     output = replace(output, format=output.format or written_like(paths))
     state, reports = merged([Term(own) for own in states], Amount(), Method(), output, Dense())
     order = [sorted(own.token_names) for own in states]
-    tokens, said = join_tokens(states, [str(i) for i in range(2)], lambda i, _, name: f"<s{i}-{order[i].index(name)}>")
-    state.tokens, state.token_names, state.metadata = tokens.tokens, tokens.token_names, tokens.metadata
+    tokens, said = join_tokens(
+        states, [str(i) for i in range(2)], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"
+    )
+    state.tokens, state.token_names, state.metadata = (
+        tokens.tokens,
+        tokens.token_names,
+        tokens.metadata,
+    )
     for line in said:
         note(line)
     check_adapter(output, tokens=bool(state.tokens))
@@ -140,14 +171,18 @@ def _join(job: Addition, output: Output, reading: Reading) -> None:
 def _add_lists(job: Addition, output: Output) -> None:
     """By position, as the seed does; lists of different lengths or shapes are refused, where it drops the surplus."""
     if Path(output.path).suffix != ".pt":
-        raise UserError(f"two .pt lists give a .pt list; the output {output.path} should end in .pt")
+        raise UserError(
+            f"two .pt lists give a .pt list; the output {output.path} should end in .pt"
+        )
     files = [(Path(job.path_1), Path(job.path_2), Path(output.path))]
     if job.with_text_lora:
         text = tuple(path.with_suffix(".text_encoder.pt") for path in files[0])
         if all(path.is_file() for path in text[:2]):
             files.append(text)  # type: ignore[arg-type]
         else:
-            note(f"{' and '.join(str(path) for path in text[:2] if not path.is_file())} is not there, so no text encoder is merged")
+            note(
+                f"{' and '.join(str(path) for path in text[:2] if not path.is_file())} is not there, so no text encoder is merged"
+            )
     _warn_lpl(job, "")
     done: list[tuple[Path, list[Tensor]]] = []
     reports: dict[Key, Report] = {}
@@ -160,15 +195,22 @@ def _add_lists(job: Addition, output: Output) -> None:
     print(table(reports, extra="the error is against the exact sum"))
     for out, tensors in [] if output.dry_run else done:
         with atomic(out) as temporary, temporary.open("wb") as opened:
-            torch.save([tensor if output.dtype is None else tensor.to(output.dtype) for tensor in tensors], opened)
+            torch.save(
+                [tensor if output.dtype is None else tensor.to(output.dtype) for tensor in tensors],
+                opened,
+            )
     say_written([] if output.dry_run else [out for out, _ in done], output)
 
 
-def _lists(first: Path, second: Path, name: str, alphas: tuple[float, float]) -> tuple[list[Tensor], dict[Key, Report]]:
+def _lists(
+    first: Path, second: Path, name: str, alphas: tuple[float, float]
+) -> tuple[list[Tensor], dict[Key, Report]]:
     """[up, down, up, ...] of the lossy sum, and the reports by number."""
     a, b = _read_list(first), _read_list(second)
     if len(a) != len(b):
-        raise UserError(f"{first} has {len(a) // 2} layers, {second} {len(b) // 2}; lpl needs the same, mix takes any (with --model)")
+        raise UserError(
+            f"{first} has {len(a) // 2} layers, {second} {len(b) // 2}; lpl needs the same, mix takes any (with --model)"
+        )
     tensors: list[Tensor] = []
     reports: dict[Key, Report] = {}
     for i in range(0, len(a), 2):
@@ -186,8 +228,15 @@ def _read_list(path: Path) -> list[Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is not there; give a LoRA file")
     data = read_pickle(path)
-    if not isinstance(data, list) or len(data) % 2 or not data or not all(isinstance(part, Tensor) and part.is_floating_point() for part in data):
-        raise UserError(f"{path} is no list of up and down factors; give a LoRA saved by cloneofsimo's tools")
+    if (
+        not isinstance(data, list)
+        or len(data) % 2
+        or not data
+        or not all(isinstance(part, Tensor) and part.is_floating_point() for part in data)
+    ):
+        raise UserError(
+            f"{path} is no list of up and down factors; give a LoRA saved by cloneofsimo's tools"
+        )
     check_finite({str(i): part for i, part in enumerate(data)}, str(path))
     return data
 
@@ -203,7 +252,9 @@ def _warn_lpl(job: Addition, case: str) -> None:
     a, b = _alphas(job)
     warn(f'{LPL_WARNING}: merge.py mix "{a:g}*{job.path_1} + {b:g}*{job.path_2}" --out ...')
     if case:
-        warn(f"both files hold the same update, which lpl gives {(a + b) ** 2:g} times; the sum would be {a + b:g} times")
+        warn(
+            f"both files hold the same update, which lpl gives {(a + b) ** 2:g} times; the sum would be {a + b:g} times"
+        )
 
 
 def _same(first: AdapterState, second: AdapterState) -> bool:
@@ -211,7 +262,8 @@ def _same(first: AdapterState, second: AdapterState) -> bool:
         torch.equal(lr.up, other.up) and torch.equal(lr.down, other.down)
         for component, rows in first.components.items()
         for path, lr in rows.items()
-        if (other := second.components.get(component, {}).get(path)) is not None and other.up.shape == lr.up.shape
+        if (other := second.components.get(component, {}).get(path)) is not None
+        and other.up.shape == lr.up.shape
     )
 
 
@@ -220,21 +272,34 @@ def _same(first: AdapterState, second: AdapterState) -> bool:
 
 def _into_model(job: Addition, output: Output, reading: Reading) -> None:
     if not is_model(job.path_1):
-        raise UserError(f"{job.mode} adds a LoRA to a model, and {job.path_1} is none; give a folder in the diffusers layout or a hub id first")
+        raise UserError(
+            f"{job.mode} adds a LoRA to a model, and {job.path_1} is none; give a folder in the diffusers layout or a hub id first"
+        )
     if is_model(job.path_2):
-        raise UserError(f'{job.path_2} is a whole model where a LoRA is expected; mix adds models: merge.py mix "0.6*A + 0.4*B" --out C')
+        raise UserError(
+            f'{job.path_2} is a whole model where a LoRA is expected; mix adds models: merge.py mix "0.6*A + 0.4*B" --out C'
+        )
     entries = [Entry(1.0, job.path_1), Entry(_alphas(job)[0], job.path_2)]
     how = Folding(job.residual, folder=job.mode == "upl")
     if job.mode == "upl":
         add_models(entries, output, reading, how)
         return
     if Path(output.path).suffix != ".ckpt":
-        raise UserError(f"upl-ckpt-v2 writes a CompVis checkpoint; the output {output.path} should end in .ckpt")
+        raise UserError(
+            f"upl-ckpt-v2 writes a CompVis checkpoint; the output {output.path} should end in .ckpt"
+        )
     state = open_adapter(job.path_2, open_base(job.path_1, reading).layout, reading)
-    embedding = Path(output.path).with_suffix(".pt") if len(state.tokens) == 1 else None  # A1111's has one encoder's rows
+    embedding = (
+        Path(output.path).with_suffix(".pt") if len(state.tokens) == 1 else None
+    )  # A1111's has one encoder's rows
     if embedding:
         check(replace(output, path=str(embedding)))
-    add_models(entries, replace(output, dtype=output.dtype or torch.float16), reading, replace(how, tokens=embedding is None))
+    add_models(
+        entries,
+        replace(output, dtype=output.dtype or torch.float16),
+        reading,
+        replace(how, tokens=embedding is None),
+    )
     if embedding and not output.dry_run:
         _write_embedding(state, embedding)
 
@@ -244,5 +309,10 @@ def _write_embedding(state: AdapterState, path: Path) -> None:
     order = sorted(range(len(state.token_names)), key=lambda i: state.token_names[i])
     names = tuple(state.token_names[i] for i in order)
     rows = {key: value[order] for key, value in state.tokens.items()}
-    embeddings.write_pt(AdapterState(tokens=rows, token_names=names, metadata=embeddings.header({path.stem: names})), path)
+    embeddings.write_pt(
+        AdapterState(
+            tokens=rows, token_names=names, metadata=embeddings.header({path.stem: names})
+        ),
+        path,
+    )
     print(f"written: {path}; put it into the embeddings folder, {path.stem} is its word in prompts")

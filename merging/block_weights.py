@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from lora_core.errors import UserError
 
 BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12)))
-LISTS: dict[int, tuple[int, ...]] = {  # length of a list -> the blocks it weighs (sd-scripts, networks/svd_merge_lora.py)
+LISTS: dict[
+    int, tuple[int, ...]
+] = {  # length of a list -> the blocks it weighs (sd-scripts, networks/svd_merge_lora.py)
     12: (0, 5, 6, 8, 9, 13, *range(14, 20)),
     17: (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26)),
     20: (0, *range(1, 10), 13, *range(14, 23)),
@@ -32,9 +34,13 @@ def parse(text: str, lengths: Collection[int] = tuple(LISTS)) -> tuple[float, ..
     try:
         values = [float(json.loads(part)) for part in body.split(",")]
     except (ValueError, TypeError):
-        raise UserError(f"block weights are numbers with commas between them, got {text!r}") from None
+        raise UserError(
+            f"block weights are numbers with commas between them, got {text!r}"
+        ) from None
     if len(values) not in lengths or len(values) not in LISTS:
-        raise UserError(f"got {len(values)} block weights; this model takes a list of {' or '.join(map(str, sorted(lengths)))}")
+        raise UserError(
+            f"got {len(values)} block weights; this model takes a list of {' or '.join(map(str, sorted(lengths)))}"
+        )
     weights = [1.0] * len(BLOCKS)
     for index, value in zip(LISTS[len(values)], values):
         weights[index] = value

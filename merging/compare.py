@@ -42,7 +42,9 @@ def inner(first: LowRank, second: LowRank) -> float:
     """The inner product of two updates of one layer. Raises UserError for a DoRA."""
     require_plain(first)
     require_plain(second)
-    (up_1, down_1), (up_2, down_2) = ([part.double() for part in blocks(lr)] for lr in (first, second))
+    (up_1, down_1), (up_2, down_2) = (
+        [part.double() for part in blocks(lr)] for lr in (first, second)
+    )
     return first.scale * second.scale * float(((up_1.mT @ up_2) * (down_1 @ down_2.mT)).sum())
 
 
@@ -75,8 +77,13 @@ def principal_angles(first: LowRank, second: LowRank, *, tolerance: float = 1e-5
     for lr in (first, second):
         u, sigma, vh = svd(lr)
         present = [int((row > tolerance * sigma.max()).sum()) for row in sigma]
-        spaces.append([(u[g, :, :k].double(), vh[g, :k].double().mT) for g, k in enumerate(present)])
-    outputs, inputs = (torch.cat([_angles(a[side], b[side]) for a, b in zip(*spaces)]).sort().values for side in (0, 1))
+        spaces.append(
+            [(u[g, :, :k].double(), vh[g, :k].double().mT) for g, k in enumerate(present)]
+        )
+    outputs, inputs = (
+        torch.cat([_angles(a[side], b[side]) for a, b in zip(*spaces)]).sort().values
+        for side in (0, 1)
+    )
     return Angles(outputs, inputs)
 
 
@@ -100,10 +107,18 @@ def fit(layers: Iterable[Sums]) -> Fit:
     rows = list(layers)
     if not rows:
         raise ValueError("there is no layer to fit")
-    gram, products = (torch.stack([getattr(row, name) for row in rows]).sum(0) for name in ("gram", "products"))
+    gram, products = (
+        torch.stack([getattr(row, name) for row in rows]).sum(0) for name in ("gram", "products")
+    )
     square = sum(row.square for row in rows)
-    lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)  # files of any strength weigh alike in the cut-off below
-    coefficients = torch.linalg.pinv(gram / lengths[:, None] / lengths, rtol=1e-12, hermitian=True) @ (products / lengths) / lengths
+    lengths = (
+        gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    )  # files of any strength weigh alike in the cut-off below
+    coefficients = (
+        torch.linalg.pinv(gram / lengths[:, None] / lengths, rtol=1e-12, hermitian=True)
+        @ (products / lengths)
+        / lengths
+    )
     left = square - 2 * float(coefficients @ products) + float(coefficients @ gram @ coefficients)
     return Fit(coefficients, math.sqrt(max(0.0, left) / square) if square else 0.0)
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from lora_core.errors import UserError
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)")  # a "+" ends it before a space, a number or a group
+WORD = re.compile(
+    r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)"
+)  # a "+" ends it before a space, a number or a group
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # what needs no quotes
@@ -33,8 +35,12 @@ class Entry:
 
     def __str__(self) -> str:
         plain = PLAIN.fullmatch(self.path) and not NUMBER.match(self.path)
-        return f"{repr(abs(self.weight)).removesuffix('.0')}*{self.path if plain else _quoted(self.path)}" + "".join(
-            f"@{choice if CHOICE.fullmatch(choice) else _quoted(choice)}" for choice in self.choices
+        return (
+            f"{repr(abs(self.weight)).removesuffix('.0')}*{self.path if plain else _quoted(self.path)}"
+            + "".join(
+                f"@{choice if CHOICE.fullmatch(choice) else _quoted(choice)}"
+                for choice in self.choices
+            )
         )
 
 
@@ -85,7 +91,11 @@ class _Reader:
             opened = self.at - 1
             entries = self.sum()
             if not self._take(")"):
-                raise self.error("this parenthesis is not closed", opened) if self._rest() == "" else self.error("expected + , - or )")
+                raise (
+                    self.error("this parenthesis is not closed", opened)
+                    if self._rest() == ""
+                    else self.error("expected + , - or )")
+                )
         else:
             entries = [Entry(1.0, self._path())]
         while self._take("@"):
@@ -95,7 +105,11 @@ class _Reader:
 
     def end(self) -> None:
         if self._rest():
-            raise self.error("this parenthesis was never opened" if self.text[self.at] == ")" else "expected + or - with a space before it")
+            raise self.error(
+                "this parenthesis was never opened"
+                if self.text[self.at] == ")"
+                else "expected + or - with a space before it"
+            )
 
     def error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
@@ -131,7 +145,9 @@ class _Reader:
             self._take("*")
             return float(found[0])
         if not after or after[0] in "+-)" or rest[found.end() :][:1].isspace():
-            raise self.error(f"expected * and a file after the number {found[0]}", self.at + found.end())
+            raise self.error(
+                f"expected * and a file after the number {found[0]}", self.at + found.end()
+            )
         return None
 
     def _path(self) -> str:
@@ -145,20 +161,27 @@ class _Reader:
         elif found := WORD.match(rest):
             path = found[0]
         else:
-            raise self.error("expected a file, a number or (" if rest else "expected a file; it ends too early")
+            raise self.error(
+                "expected a file, a number or (" if rest else "expected a file; it ends too early"
+            )
         self.at += found.end()
         return path
 
     def _choice(self) -> str:
         found = CHOICE.match(self.text[self.at :])
         if not found:
-            raise self.error("expected layers right after the @: attn, unet, a glob, a list of block weights ...")
+            raise self.error(
+                "expected layers right after the @: attn, unet, a glob, a list of block weights ..."
+            )
         self.at += found.end()
         return found[0].strip("\"'")
 
     @staticmethod
     def _scaled(factor: float | None, entries: Sequence[Entry]) -> Iterator[Entry]:
-        return (replace(entry, weight=entry.weight * (1.0 if factor is None else factor)) for entry in entries)
+        return (
+            replace(entry, weight=entry.weight * (1.0 if factor is None else factor))
+            for entry in entries
+        )
 
 
 def _quoted(text: str) -> str:

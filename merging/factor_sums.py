@@ -40,7 +40,9 @@ def concat(terms: Weighted) -> LowRank:
         ups.append(up)
         downs.append(down)
     if len({(up.shape[:2], lr.down.shape[1:]) for up, (_, lr) in zip(ups, terms)}) > 1:
-        raise UserError(f"adapters of different layers cannot be added: {', '.join(described(lr) for _, lr in terms)}; merge files of one model")
+        raise UserError(
+            f"adapters of different layers cannot be added: {', '.join(described(lr) for _, lr in terms)}; merge files of one model"
+        )
     return assembled(torch.cat(ups, 2), torch.cat(downs, 1), tuple(terms[0][1].down.shape[2:]))
 
 
@@ -63,7 +65,9 @@ def lpl(first: LowRank, second: LowRank, alpha_1: float = 0.5, alpha_2: float = 
     require_plain(first)
     require_plain(second)
     if first.down.shape != second.down.shape or first.up.shape != second.up.shape:
-        raise UserError(f"lpl adds factors of equal rank and shape, got {described(first)} and {described(second)}; mix takes any ranks")
+        raise UserError(
+            f"lpl adds factors of equal rank and shape, got {described(first)} and {described(second)}; mix takes any ranks"
+        )
     (up_1, down_1), (up_2, down_2) = blocks(first), blocks(second)
     up = alpha_1 * first.scale * up_1 + alpha_2 * second.scale * up_2
     return assembled(up, alpha_1 * down_1 + alpha_2 * down_2, tuple(first.down.shape[2:]))
@@ -79,10 +83,17 @@ def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
     """
     require_plain(first)
     require_plain(second)
-    angle = math.acos(max(-1.0, min(1.0, cosine(first, second)))) if norm(first) and norm(second) else 0.0
+    angle = (
+        math.acos(max(-1.0, min(1.0, cosine(first, second))))
+        if norm(first) and norm(second)
+        else 0.0
+    )
     shares = (1 - t, t)
     if math.sin(angle) > 1e-4:
-        shares = (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
+        shares = (
+            math.sin((1 - t) * angle) / math.sin(angle),
+            math.sin(t * angle) / math.sin(angle),
+        )
     return concat([(shares[0], first), (shares[1], second)])
 
 

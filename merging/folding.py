@@ -54,7 +54,9 @@ class Ledger:
     residual: AdapterState = field(default_factory=AdapterState)
     residual_reports: dict[Key, Report] = field(default_factory=dict)
 
-    def add(self, key: Key, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted) -> None:
+    def add(
+        self, key: Key, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted
+    ) -> None:
         """Of one layer, however often it is read."""
         if key in self.roundings:
             return
@@ -63,7 +65,9 @@ class Ledger:
             groups = max(groups_of(lr) for _, lr in weighted)
             keep = Keep(rank=math.ceil(self.residual_rank / groups) * groups)
             lost = exact - result.to(exact.dtype)
-            adapter, report = distill(lost, keep, groups=groups, generator=generator(0, ".".join(key), 0, "sketch"))
+            adapter, report = distill(
+                lost, keep, groups=groups, generator=generator(0, ".".join(key), 0, "sketch")
+            )
             self.residual.components.setdefault(key[0], {})[key[1]] = adapter
             self.residual_reports[key] = report
 
@@ -92,13 +96,20 @@ def open_model(folder: str | Path) -> dict[str, Weights]:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} has no model_index.json; give a model in the diffusers layout")
-    names = [name for name in ("unet", "transformer", *ENCODERS, "vae") if (folder / name / "config.json").is_file()]
+    names = [
+        name
+        for name in ("unet", "transformer", *ENCODERS, "vae")
+        if (folder / name / "config.json").is_file()
+    ]
     return {name: open_folder(folder / name, stem(name)) for name in names}
 
 
 def rank_of(weighted: Weighted) -> int:
     """The rank of a sum, as far as it is known without computing it."""
-    return sum(min(lr.shape[0], torch.Size(lr.shape[1:]).numel()) if isinstance(lr, Dense) else lr.rank for _, lr in weighted)
+    return sum(
+        min(lr.shape[0], torch.Size(lr.shape[1:]).numel()) if isinstance(lr, Dense) else lr.rank
+        for _, lr in weighted
+    )
 
 
 def groups_of(lr: LowRank | Dense) -> int:
@@ -115,11 +126,18 @@ def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> s
     for name in (path, layout.module_path(component, path)):
         if f"{name}.weight" in weights.infos:
             return f"{name}.weight"
-    raise UserError(f"{weights.source} has no {component} layer {path}; nearest: {nearest(f'{path}.weight', weights.infos)}")
+    raise UserError(
+        f"{weights.source} has no {component} layer {path}; nearest: {nearest(f'{path}.weight', weights.infos)}"
+    )
 
 
 def fold(
-    models: Sequence[tuple[float, Model]], terms: Sequence[Term], layout: Layout, ledger: Ledger, *, dtype: torch.dtype | None = None
+    models: Sequence[tuple[float, Model]],
+    terms: Sequence[Term],
+    layout: Layout,
+    ledger: Ledger,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Weights]:
     """The weighted sum of models with the weighted updates of adapters added to it, as tensors that are made when they are read.
 
@@ -131,15 +149,22 @@ def fold(
     parts = {name: [(models[0][0], weights)] for name, weights in first.items()}
     for coefficient, model in models[1:]:
         if set(first) != set(model):
-            raise UserError(f"one model has {', '.join(first)}, another {', '.join(model)}; only models of one kind can be added")
+            raise UserError(
+                f"one model has {', '.join(first)}, another {', '.join(model)}; only models of one kind can be added"
+            )
         for name, weights in first.items():
             parts[name].append((coefficient, _aligned(name, weights, model[name])))
     places: dict[str, dict[str, tuple[Key, Weighted]]] = {}
     for key, weighted in layers(terms):
         component, path = key
         if component not in first:
-            raise UserError(f"the adapters change {component}, which the model does not have; it has {', '.join(first)}")
-        places.setdefault(component, {})[weight_key(first[component], layout, component, path)] = (key, weighted)
+            raise UserError(
+                f"the adapters change {component}, which the model does not have; it has {', '.join(first)}"
+            )
+        places.setdefault(component, {})[weight_key(first[component], layout, component, path)] = (
+            key,
+            weighted,
+        )
     return {name: _folded(parts[name], places.get(name, {}), ledger, dtype) for name in first}
 
 
@@ -160,18 +185,33 @@ def with_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights
     return Weights(weights.source, {**weights.infos, key: Info((count, *shape[1:]), dtype)}, read)
 
 
-def write_folder(model: Model, source: str | Path, out: str | Path, *, overwrite: bool = False, finish: Callable[[Path], None] | None = None) -> None:
+def write_folder(
+    model: Model,
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a model in the diffusers layout, whole or not at all: networks from `model`, everything else copied from the folder `source`.
 
     `finish` may change the new folder before it gets its name. Raises UserError for an output that exists (unless `overwrite`) and a full disk.
     """
     source, out = Path(source), Path(os.path.abspath(out))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} is there already; pass --overwrite to replace it, or name another output")
-    temporary, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{end}") for end in ("tmp", "old"))
+        raise UserError(
+            f"{out} is there already; pass --overwrite to replace it, or name another output"
+        )
+    temporary, old = (
+        out.with_name(f".{out.name}.{secrets.token_hex(4)}.{end}") for end in ("tmp", "old")
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, temporary, ignore=lambda place, names: _left_behind(Path(place), names, source, model))
+        shutil.copytree(
+            source,
+            temporary,
+            ignore=lambda place, names: _left_behind(Path(place), names, source, model),
+        )
         for name, weights in model.items():
             write_weights(temporary / name / f"{stem(name)}.safetensors", weights, {"format": "pt"})
         if finish:
@@ -181,7 +221,9 @@ def write_folder(model: Model, source: str | Path, out: str | Path, *, overwrite
         temporary.rename(out)
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise UserError(f"{out} cannot be written ({reason}); what was there is untouched, free some space or choose another place") from error
+        raise UserError(
+            f"{out} cannot be written ({reason}); what was there is untouched, free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not out.exists():
@@ -191,19 +233,34 @@ def write_folder(model: Model, source: str | Path, out: str | Path, *, overwrite
 
 def edit_json(path: Path, **changes: object) -> None:
     """Changes entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes, indent=2) + "\n",
+        encoding="utf-8",
+    )
 
 
-def _folded(parts: Sequence[tuple[float, Weights]], places: Mapping[str, tuple[Key, Weighted]], ledger: Ledger, dtype: torch.dtype | None) -> Weights:
+def _folded(
+    parts: Sequence[tuple[float, Weights]],
+    places: Mapping[str, tuple[Key, Weighted]],
+    ledger: Ledger,
+    dtype: torch.dtype | None,
+) -> Weights:
     """One network."""
     source, infos = parts[0][1].source, parts[0][1].infos
-    to = {key: dtype if dtype and info.dtype.is_floating_point else info.dtype for key, info in infos.items()}
+    to = {
+        key: dtype if dtype and info.dtype.is_floating_point else info.dtype
+        for key, info in infos.items()
+    }
     alone = len(parts) == 1 and abs(parts[0][0] - 1) < MARGIN
 
     def read(key: str) -> Tensor:
         if not infos[key].dtype.is_floating_point:
             return parts[0][1].read(key)
-        base = parts[0][1].read(key) if alone else _sum([(c, weights.read(key)) for c, weights in parts])
+        base = (
+            parts[0][1].read(key)
+            if alone
+            else _sum([(c, weights.read(key)) for c, weights in parts])
+        )
         if key not in places:
             result = base.to(to[key])
         else:
@@ -215,14 +272,18 @@ def _folded(parts: Sequence[tuple[float, Weights]], places: Mapping[str, tuple[K
             result, rounding = rounded(base, exact, to[key])
             ledger.add(layer, exact, result, rounding, weighted)
         if not torch.isfinite(result).all():
-            raise UserError(f"{key} of {source} holds NaN or Inf as {to[key]}; choose a wider --dtype, or mend the input")
+            raise UserError(
+                f"{key} of {source} holds NaN or Inf as {to[key]}; choose a wider --dtype, or mend the input"
+            )
         return result
 
     return Weights(source, {key: Info(info.shape, to[key]) for key, info in infos.items()}, read)
 
 
 def _sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    exact = [(c, tensor.to(torch.promote_types(tensor.dtype, torch.float32))) for c, tensor in parts]
+    exact = [
+        (c, tensor.to(torch.promote_types(tensor.dtype, torch.float32))) for c, tensor in parts
+    ]
     return torch.stack([c * tensor for c, tensor in exact]).sum(0)
 
 
@@ -232,15 +293,28 @@ def _aligned(name: str, first: Weights, other: Weights) -> Weights:
     Position numbers, which only older files hold, are no difference.
     """
     plain = {key.removeprefix(LEVEL): key for key in other.infos}
-    names = {key: key if key in other.infos else plain.get(key.removeprefix(LEVEL), "") for key in first.infos}
-    only = [key for key, there in names.items() if not there] + sorted(set(other.infos) - set(names.values()))
+    names = {
+        key: key if key in other.infos else plain.get(key.removeprefix(LEVEL), "")
+        for key in first.infos
+    }
+    only = [key for key, there in names.items() if not there] + sorted(
+        set(other.infos) - set(names.values())
+    )
     if only := [key for key in only if not key.endswith("position_ids")]:
-        raise UserError(f"{first.source} and {other.source} differ in {len(only)} tensors of {name}, such as {only[0]}; are they of one kind?")
+        raise UserError(
+            f"{first.source} and {other.source} differ in {len(only)} tensors of {name}, such as {only[0]}; are they of one kind?"
+        )
     for key, there in names.items():
         a, b = first.infos[key].shape, other.infos[there].shape if there else None
         if b and a != b:
-            raise UserError(f"{name}.{key} is {list(a)} in {first.source} and {list(b)} in {other.source}; are they of one kind?")
-    return Weights(other.source, {key: other.infos[there] for key, there in names.items() if there}, lambda key: other.read(names[key]))
+            raise UserError(
+                f"{name}.{key} is {list(a)} in {first.source} and {list(b)} in {other.source}; are they of one kind?"
+            )
+    return Weights(
+        other.source,
+        {key: other.infos[there] for key, there in names.items() if there},
+        lambda key: other.read(names[key]),
+    )
 
 
 def _left_behind(place: Path, names: Sequence[str], source: Path, model: Model) -> set[str]:

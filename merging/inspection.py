@@ -35,7 +35,12 @@ from merging.redo import described, parsed
 from merging.svd import one_thread, spectrum
 
 TOP = 10  # layers that are listed
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+}
 
 
 class Row(NamedTuple):
@@ -55,7 +60,10 @@ class Row(NamedTuple):
 
     @property
     def is_conv(self) -> bool:
-        return len(self.adapter.shape if isinstance(self.adapter, Dense) else self.adapter.down.shape) == 4
+        return (
+            len(self.adapter.shape if isinstance(self.adapter, Dense) else self.adapter.down.shape)
+            == 4
+        )
 
     @property
     def norm(self) -> float:
@@ -68,11 +76,15 @@ class Row(NamedTuple):
         return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
 
-def info(path: str, reading: Reading, *, top: int = TOP, plot: str = "", overwrite: bool = False) -> None:
+def info(
+    path: str, reading: Reading, *, top: int = TOP, plot: str = "", overwrite: bool = False
+) -> None:
     """Prints what a file holds. `plot` draws the spectra as PNG. Raises UserError for a file that cannot be read."""
     if is_model(path):
         if plot:
-            raise UserError(f"--plot draws the spectra of an adapter, and {path} is a whole model; leave it out")
+            raise UserError(
+                f"--plot draws the spectra of an adapter, and {path} is a whole model; leave it out"
+            )
         _model_info(path, reading)
         return
     if plot:
@@ -82,13 +94,19 @@ def info(path: str, reading: Reading, *, top: int = TOP, plot: str = "", overwri
     dtype = widest([state])
     kind = NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else "dense"
     family = (
-        f"{layout.family} ({layout.base_model_version})" if layout and layout.base_model_version else layout.family if layout else "family unknown"
+        f"{layout.family} ({layout.base_model_version})"
+        if layout and layout.base_model_version
+        else layout.family
+        if layout
+        else "family unknown"
     )
     print(f"{path}: {format_of(path)}, {family}, {kind}, {_size(path)}")
     rows = list(_rows(state, path))
     if rows:
         print("\n".join(aligned(_components(rows))))
-        print(f"\nranks that hold so much of the energy, and the {min(top, len(rows))} largest of {len(rows)} layers")
+        print(
+            f"\nranks that hold so much of the energy, and the {min(top, len(rows))} largest of {len(rows)} layers"
+        )
         print("\n".join(aligned(_layers(rows, top))))
     for line in (*_tokens(state, path), *_header(state)):
         print(line)
@@ -103,25 +121,43 @@ def diff(path_1: str, path_2: str, reading: Reading, *, top: int = TOP) -> None:
     """Prints how two adapters differ: by component and by layer, cosines, relative differences and principal angles."""
     for path in (path_1, path_2):
         if is_model(path):
-            raise UserError(f"{path} is a whole model, diff compares adapters; for models see distill and explain")
+            raise UserError(
+                f"{path} is a whole model, diff compares adapters; for models see distill and explain"
+            )
     layout = layout_for([path_1, path_2], reading)
-    first, second = ({row.key: row for row in _rows(open_adapter(path, layout, reading), path)} for path in (path_1, path_2))
+    first, second = (
+        {row.key: row for row in _rows(open_adapter(path, layout, reading), path)}
+        for path in (path_1, path_2)
+    )
     _refuse_dense([*first.values(), *second.values()])
     if any(row.adapter.magnitude is not None for row in [*first.values(), *second.values()]):
-        note("of a DoRA only the low-rank part is compared; the magnitudes act through the base model's weights")
+        note(
+            "of a DoRA only the low-rank part is compared; the magnitudes act through the base model's weights"
+        )
     both = [key for key in first if key in second]
     for key in both:
-        shapes = [(lr.up.shape[0], *lr.down.shape[1:]) for lr in (_plain(first[key]), _plain(second[key]))]
+        shapes = [
+            (lr.up.shape[0], *lr.down.shape[1:]) for lr in (_plain(first[key]), _plain(second[key]))
+        ]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{'.'.join(key)} is {list(shapes[0])} in {path_1} and {list(shapes[1])} in {path_2}; they are for different models")
-    products = {key: cosine(_plain(first[key]), _plain(second[key])) * first[key].norm * second[key].norm for key in both}
-    table: list[tuple[str, ...]] = [("", "layers", "only A", "only B", "|A|", "|B|", "cosine", "|A - B| / |A|")]
+            raise UserError(
+                f"{'.'.join(key)} is {list(shapes[0])} in {path_1} and {list(shapes[1])} in {path_2}; they are for different models"
+            )
+    products = {
+        key: cosine(_plain(first[key]), _plain(second[key])) * first[key].norm * second[key].norm
+        for key in both
+    }
+    table: list[tuple[str, ...]] = [
+        ("", "layers", "only A", "only B", "|A|", "|B|", "cosine", "|A - B| / |A|")
+    ]
     for name in [*dict.fromkeys(key[0] for key in (*first, *second)), ""]:
         table.append(_compared(name, first, second, products))
     print(f"A = {path_1}\nB = {path_2}")
     print("\n".join(aligned(table)))
     if both:
-        print(f"\nthe {min(top, len(both))} layers where they are largest; principal angles in degrees, smallest and median (90: nothing in common)")
+        print(
+            f"\nthe {min(top, len(both))} layers where they are largest; principal angles in degrees, smallest and median (90: nothing in common)"
+        )
         print("\n".join(aligned(_angles(first, second, products, top))))
 
 
@@ -130,43 +166,79 @@ def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Read
     tuned, base = open_base(checkpoint, reading), open_base(base_path, reading)
     states = [open_adapter(path, base.layout, reading) for path in paths]
     for state, path in zip(states, paths):
-        if any(lr.magnitude is not None for rows in state.components.values() for lr in rows.values()):
-            raise UserError(f"{path} is a DoRA, whose update grows with no factor; explain takes plain LoRAs")
+        if any(
+            lr.magnitude is not None for rows in state.components.values() for lr in rows.values()
+        ):
+            raise UserError(
+                f"{path} is a DoRA, whose update grows with no factor; explain takes plain LoRAs"
+            )
     before, after = base_weight(base), base_weight(tuned)
-    keys = [(component, path) for component, part in base.layout.components.items() for path in part.shapes]
+    keys = [
+        (component, path)
+        for component, part in base.layout.components.items()
+        for path in part.shapes
+    ]
     found: dict[str, list[Sums]] = {}
     with one_thread():
         for key in tqdm(keys, desc="explain", unit="layer", disable=None, leave=False):
             exact, old = after(*key), before(*key)
             if exact.shape != old.shape:
-                raise UserError(f"{'.'.join(key)} is {list(exact.shape)} in {checkpoint} and {list(old.shape)} in {base_path}; are they of one kind?")
+                raise UserError(
+                    f"{'.'.join(key)} is {list(exact.shape)} in {checkpoint} and {list(old.shape)} in {base_path}; are they of one kind?"
+                )
             delta = exact.double() - old.double()
-            found.setdefault(key[0], []).append(sums(delta, [state.components.get(key[0], {}).get(key[1]) for state in states]))
-    parts = {name: fit(rows) for name, rows in found.items()} | {"total": fit([row for rows in found.values() for row in rows])}
+            found.setdefault(key[0], []).append(
+                sums(delta, [state.components.get(key[0], {}).get(key[1]) for state in states])
+            )
+    parts = {name: fit(rows) for name, rows in found.items()} | {
+        "total": fit([row for rows in found.values() for row in rows])
+    }
     squares = {name: sum(row.square for row in rows) for name, rows in found.items()}
     squares["total"] = sum(squares.values())
     if not squares["total"]:
-        raise UserError(f"{checkpoint} and {base_path} do not differ in any of {len(keys)} layers; there is nothing to explain")
-    table: list[tuple[str, ...]] = [("", "|difference|", "unexplained", *(f"L{i + 1}" for i in range(len(paths))))]
+        raise UserError(
+            f"{checkpoint} and {base_path} do not differ in any of {len(keys)} layers; there is nothing to explain"
+        )
+    table: list[tuple[str, ...]] = [
+        ("", "|difference|", "unexplained", *(f"L{i + 1}" for i in range(len(paths))))
+    ]
     for name, part in parts.items():
         if squares[name]:
             table.append(
-                (name, f"{math.sqrt(squares[name]):.4g}", f"{100 * part.unexplained:.3f} %", *(f"{c:.4f}" for c in part.coefficients.tolist()))
+                (
+                    name,
+                    f"{math.sqrt(squares[name]):.4g}",
+                    f"{100 * part.unexplained:.3f} %",
+                    *(f"{c:.4f}" for c in part.coefficients.tolist()),
+                )
             )
     print("\n".join([*(f"L{i + 1} = {path}" for i, path in enumerate(paths)), *aligned(table)]))
-    weights = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.4g}*{path}" for c, path in zip(parts["total"].coefficients.tolist(), paths))
-    print(f"{checkpoint} = {base_path} {weights}, and {100 * parts['total'].unexplained:.3g} % of the difference's norm besides")
+    weights = " ".join(
+        f"{'-' if c < 0 else '+'} {abs(c):.4g}*{path}"
+        for c, path in zip(parts["total"].coefficients.tolist(), paths)
+    )
+    print(
+        f"{checkpoint} = {base_path} {weights}, and {100 * parts['total'].unexplained:.3g} % of the difference's norm besides"
+    )
 
 
 # ---------------------------------------------------------------- info, line by line
 
 
 def _rows(state: AdapterState, path: str) -> Iterator[Row]:
-    layers = [((component, name), lr) for component, rows in state.components.items() for name, lr in rows.items()]
+    layers = [
+        ((component, name), lr)
+        for component, rows in state.components.items()
+        for name, lr in rows.items()
+    ]
     with one_thread():
         for key, lr in tqdm(layers, desc=Path(path).name, unit="layer", disable=None, leave=False):
             try:
-                sigma = torch.linalg.svdvals(lr.build().flatten(1).double()) if isinstance(lr, Dense) else spectrum(lr._replace(magnitude=None))
+                sigma = (
+                    torch.linalg.svdvals(lr.build().flatten(1).double())
+                    if isinstance(lr, Dense)
+                    else spectrum(lr._replace(magnitude=None))
+                )
                 yield Row(key, lr, sigma.flatten().sort(descending=True).values)
             except ValueError as error:
                 raise UserError(f"{'.'.join(key)} of {path}: {error}") from None
@@ -178,14 +250,30 @@ def _plain(row: Row) -> LowRank:
 
 
 def _components(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    table: list[tuple[str, ...]] = [("", "layers", "conv", "DoRA", "rank", "alpha", "|delta W|", "effective rank")]
+    table: list[tuple[str, ...]] = [
+        ("", "layers", "conv", "DoRA", "rank", "alpha", "|delta W|", "effective rank")
+    ]
     for name in [*dict.fromkeys(row.key[0] for row in rows), "total"]:
         own = [row for row in rows if name in (row.key[0], "total")]
         ranks, alphas = [row.rank for row in own], [row.alpha for row in own]
-        conv, dora = sum(row.is_conv for row in own), sum(row.adapter.magnitude is not None for row in own)
+        conv, dora = (
+            sum(row.is_conv for row in own),
+            sum(row.adapter.magnitude is not None for row in own),
+        )
         size = math.sqrt(sum(row.norm**2 for row in own))
         mean = sum(row.effective for row in own) / len(own)
-        table.append((name, str(len(own)), str(conv), str(dora), _span(ranks), _span(alphas), f"{size:.4g}", f"{mean:.2f}"))
+        table.append(
+            (
+                name,
+                str(len(own)),
+                str(conv),
+                str(dora),
+                _span(ranks),
+                _span(alphas),
+                f"{size:.4g}",
+                f"{mean:.2f}",
+            )
+        )
     return table
 
 
@@ -193,8 +281,13 @@ def _layers(rows: Sequence[Row], top: int) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("", "rank", "|delta W|", "sigma 1", "90 %", "99 %", "99.9 %")]
     for row in sorted(rows, key=lambda row: -row.norm)[:top]:
         energy = row.sigma.square().cumsum(0) / row.sigma.square().sum().clamp_min(1e-300)
-        needed = [str(int((energy < share - 1e-12).sum()) + 1) if row.norm else "0" for share in (0.9, 0.99, 0.999)]
-        table.append((".".join(row.key), str(row.rank), f"{row.norm:.4g}", f"{row.sigma[0]:.4g}", *needed))
+        needed = [
+            str(int((energy < share - 1e-12).sum()) + 1) if row.norm else "0"
+            for share in (0.9, 0.99, 0.999)
+        ]
+        table.append(
+            (".".join(row.key), str(row.rank), f"{row.norm:.4g}", f"{row.sigma[0]:.4g}", *needed)
+        )
     return table
 
 
@@ -206,18 +299,39 @@ def _span(values: Sequence[float]) -> str:
 def _tokens(state: AdapterState, path: str) -> list[str]:
     lines = []
     for key, rows in state.tokens.items():
-        norms = ", ".join(f"{name} {rows[i].float().norm():.4f}" for i, name in enumerate(state.token_names))
-        lines.append(f"tokens of {key} [{rows.shape[0]}, {rows.shape[1]}], with their norms: {norms}")
-    return lines + [f"word {word} stands for {''.join(names)}" for word, names in (embeddings.words(state, path) if state.tokens else {}).items()]
+        norms = ", ".join(
+            f"{name} {rows[i].float().norm():.4f}" for i, name in enumerate(state.token_names)
+        )
+        lines.append(
+            f"tokens of {key} [{rows.shape[0]}, {rows.shape[1]}], with their norms: {norms}"
+        )
+    return lines + [
+        f"word {word} stands for {''.join(names)}"
+        for word, names in (embeddings.words(state, path) if state.tokens else {}).items()
+    ]
 
 
 def _header(state: AdapterState) -> list[str]:
     lines = []
     with contextlib.suppress(UserError):  # a recipe of something else
-        lines += [described(parsed(state.metadata[RECIPE], "the file"))] if RECIPE in state.metadata else []
-    shown = {key: value for key, value in state.metadata.items() if key not in (RECIPE, embeddings.NAMES, embeddings.WORDS)}
-    short = [f"{key}={value}" for key, value in shown.items() if len(value) <= 60 and "\n" not in value]
-    long = [f"{key} ({len(value)} characters)" for key, value in shown.items() if len(value) > 60 or "\n" in value]
+        lines += (
+            [described(parsed(state.metadata[RECIPE], "the file"))]
+            if RECIPE in state.metadata
+            else []
+        )
+    shown = {
+        key: value
+        for key, value in state.metadata.items()
+        if key not in (RECIPE, embeddings.NAMES, embeddings.WORDS)
+    }
+    short = [
+        f"{key}={value}" for key, value in shown.items() if len(value) <= 60 and "\n" not in value
+    ]
+    long = [
+        f"{key} ({len(value)} characters)"
+        for key, value in shown.items()
+        if len(value) > 60 or "\n" in value
+    ]
     return lines + ([f"header: {', '.join(short + long)}"] if shown else [])
 
 
@@ -233,19 +347,29 @@ def _plot(rows: Sequence[Row], path: Path, title: str) -> None:
         sigmas = [row.sigma for row in rows if row.key[0] == name and row.norm]
         length = max(len(sigma) for sigma in sigmas)
         columns = [sorted(float(s[i]) for s in sigmas if len(s) > i) for i in range(length)]
-        series[f"{name}, median of {len(sigmas)} layers"] = (list(range(1, length + 1)), [column[len(column) // 2] for column in columns])
+        series[f"{name}, median of {len(sigmas)} layers"] = (
+            list(range(1, length + 1)),
+            [column[len(column) // 2] for column in columns],
+        )
     for row in sorted(rows, key=lambda row: -row.norm)[:5]:
-        series[".".join(row.key)[-60:]] = (list(range(1, len(row.sigma) + 1)), [max(float(s), 1e-12) for s in row.sigma])
+        series[".".join(row.key)[-60:]] = (
+            list(range(1, len(row.sigma) + 1)),
+            [max(float(s), 1e-12) for s in row.sigma],
+        )
     pictures.plot(series, path, axes=("index", "singular value of delta W"), title=title, log=True)
 
 
 def _model_info(path: str, reading: Reading) -> None:
     if Path(path).is_file():
-        print(f"{path}: a single-file checkpoint with {detect(open_weights(path).shapes)}, {_size(path)}")
+        print(
+            f"{path}: a single-file checkpoint with {detect(open_weights(path).shapes)}, {_size(path)}"
+        )
     base = open_base(path, reading)
     table: list[tuple[str, ...]] = [("", "tensors", "parameters", "dtype", "layers for adapters")]
     for name, weights in base.model.items():
-        dtypes = Counter(NAMES.get(i.dtype, str(i.dtype).removeprefix("torch.")) for i in weights.infos.values())
+        dtypes = Counter(
+            NAMES.get(i.dtype, str(i.dtype).removeprefix("torch.")) for i in weights.infos.values()
+        )
         count = sum(torch.Size(i.shape).numel() for i in weights.infos.values())
         layers = len(base.layout.components[name].shapes) if name in base.layout.components else 0
         table.append((name, str(len(weights.infos)), f"{count:,}", ", ".join(dtypes), str(layers)))
@@ -259,12 +383,19 @@ def _model_info(path: str, reading: Reading) -> None:
 def _refuse_dense(rows: Sequence[Row]) -> None:
     for row in rows:
         if isinstance(row.adapter, Dense):
-            raise UserError(f"{'.'.join(row.key)} is a {row.adapter.kind} update, no product of two factors; resize makes a LoRA of it")
+            raise UserError(
+                f"{'.'.join(row.key)} is a {row.adapter.kind} update, no product of two factors; resize makes a LoRA of it"
+            )
 
 
-def _compared(name: str, first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float]) -> tuple[str, ...]:
+def _compared(
+    name: str, first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float]
+) -> tuple[str, ...]:
     a, b = ([key for key in rows if name in (key[0], "")] for rows in (first, second))
-    size_a, size_b = (math.sqrt(sum(rows[key].norm ** 2 for key in keys)) for rows, keys in ((first, a), (second, b)))
+    size_a, size_b = (
+        math.sqrt(sum(rows[key].norm ** 2 for key in keys))
+        for rows, keys in ((first, a), (second, b))
+    )
     inner = sum(value for key, value in products.items() if name in (key[0], ""))
     distance = math.sqrt(max(0.0, size_a**2 + size_b**2 - 2 * inner))
     shared = len(set(a) & set(b))
@@ -274,7 +405,9 @@ def _compared(name: str, first: Mapping[Key, Row], second: Mapping[Key, Row], pr
     )  # fmt: skip
 
 
-def _angles(first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float], top: int) -> list[tuple[str, ...]]:
+def _angles(
+    first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float], top: int
+) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("", "cosine", "|B| / |A|", "outputs", "inputs")]
     for key in sorted(products, key=lambda key: -first[key].norm * second[key].norm)[:top]:
         a, b = first[key], second[key]
@@ -282,6 +415,11 @@ def _angles(first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mappi
         if not size:
             continue
         angles = principal_angles(_plain(a), _plain(b))
-        shown = [f"{math.degrees(part[0]):.1f} {math.degrees(part[len(part) // 2]):.1f}" for part in (angles.outputs, angles.inputs)]
-        table.append((".".join(key), f"{products[key] / size:.4f}", f"{b.norm / a.norm:.3f}", *shown))
+        shown = [
+            f"{math.degrees(part[0]):.1f} {math.degrees(part[len(part) // 2]):.1f}"
+            for part in (angles.outputs, angles.inputs)
+        ]
+        table.append(
+            (".".join(key), f"{products[key] / size:.4f}", f"{b.norm / a.norm:.3f}", *shown)
+        )
     return table

@@ -71,7 +71,9 @@ def _listed(text: str, layout: Layout | None) -> Share:
     layout = _with_blocks(text, layout)
     if text in PRESETS:
         if LISTED not in layout.block_lists:
-            raise UserError(f"{text} is a list of {LISTED} block weights; this model takes {' or '.join(map(str, layout.block_lists))} numbers")
+            raise UserError(
+                f"{text} is a list of {LISTED} block weights; this model takes {' or '.join(map(str, layout.block_lists))} numbers"
+            )
         text = ",".join(str(int(i in PRESETS[text] or i == 0)) for i in range(LISTED))
     return by_block(parse(text, layout.block_lists), layout.block_of)
 
@@ -81,7 +83,9 @@ def _with_blocks(text: str, layout: Layout | None) -> Layout:
     if layout is None:
         raise UserError(f"the block weights {text} need to know the model; name it with --model")
     if not layout.block_lists:
-        raise UserError(f"this model ({layout.family}) has no blocks that {text} could weigh; choose layers by groups or globs")
+        raise UserError(
+            f"this model ({layout.family}) has no blocks that {text} could weigh; choose layers by groups or globs"
+        )
     return layout
 
 
@@ -91,9 +95,13 @@ def _part(part: str, keys: Keys, layout: Layout | None) -> tuple[Callable[[str, 
     try:
         value = 0.0 if part.startswith("~") else float(number) if equals else 1.0
     except ValueError:
-        raise UserError(f"the weight {number!r} of {name} after the @ is no number; write {name}=0.5") from None
+        raise UserError(
+            f"the weight {number!r} of {name} after the @ is no number; write {name}=0.5"
+        ) from None
     if part.startswith("~") and equals:
-        raise UserError(f"{part!r} after the @ takes layers away and gives them a weight; drop the ~ or the =")
+        raise UserError(
+            f"{part!r} after the @ takes layers away and gives them a weight; drop the ~ or the ="
+        )
     holds = _holds(name, layout)
     if not any(holds(component, path) for component, path in keys):
         names = [f"{component}.{path}" for component, path in keys]
@@ -102,7 +110,9 @@ def _part(part: str, keys: Keys, layout: Layout | None) -> tuple[Callable[[str, 
             if name not in GROUPS and name not in BLOCKS
             else f"it has {', '.join(nearest(name, names))} ..."
         )
-        raise UserError(f"@{part} means none of the {len(names)} layers of this file; nearest: {near}")
+        raise UserError(
+            f"@{part} means none of the {len(names)} layers of this file; nearest: {near}"
+        )
     return holds, value
 
 
@@ -110,8 +120,16 @@ def _holds(name: str, layout: Layout | None) -> Callable[[str, str], bool]:
     if name in BLOCKS:
         known, index = _with_blocks(name, layout), BLOCKS.index(name)
         return lambda component, path: known.block_of(component, path) == index
-    presets = {} if layout is None or name in GROUPS else {owner: own[name] for owner, own in layout.presets.items() if name in own}
+    presets = (
+        {}
+        if layout is None or name in GROUPS
+        else {owner: own[name] for owner, own in layout.presets.items() if name in own}
+    )
     if presets:
-        return lambda component, path: any(matches(path, glob) for glob in presets.get(component, ()))
-    globs = GROUPS.get(name, (name, f"{name}.*"))  # the second: a component or a block by its own name
+        return lambda component, path: any(
+            matches(path, glob) for glob in presets.get(component, ())
+        )
+    globs = GROUPS.get(
+        name, (name, f"{name}.*")
+    )  # the second: a component or a block by its own name
     return lambda component, path: any(matches(f"{component}.{path}", glob) for glob in globs)

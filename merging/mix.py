@@ -62,12 +62,18 @@ class Amount:
     budget: str = ""  # ranks of all layers together, or the file's size as 20MB
 
     def __post_init__(self) -> None:
-        given = [f"--{name.replace('_', '-')}" for name in ("rank", "max_error", "energy") if getattr(self, name) is not None]
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("rank", "max_error", "energy")
+            if getattr(self, name) is not None
+        ]
         given += ["--budget"] if self.budget else []
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; choose one")
         if self.budget and not BUDGET.fullmatch(self.budget):
-            raise UserError(f"--budget {self.budget} is no number of ranks and no size; write 1024, or 20MB")
+            raise UserError(
+                f"--budget {self.budget} is no number of ranks and no size; write 1024, or 20MB"
+            )
         try:
             self.keep()
         except ValueError as error:
@@ -82,7 +88,9 @@ class Amount:
             return None
         return Keep(self.rank, self.max_error, self.energy)
 
-    def of(self, terms: Sequence[Term], dtype: torch.dtype | None) -> Keep | Mapping[Key, int] | None:
+    def of(
+        self, terms: Sequence[Term], dtype: torch.dtype | None
+    ) -> Keep | Mapping[Key, int] | None:
         """What `merges.mix` takes. A budget is allotted to where the update is largest."""
         if not self.budget:
             return self.keep()
@@ -90,7 +98,11 @@ class Amount:
         if not unit:
             return allot(steps_of(terms), total=round(float(number)))
         size = (dtype or torch.float32).itemsize
-        return allot(steps_of(terms), total=int(float(number) * UNITS[unit.lower()] / size), unit="parameters")
+        return allot(
+            steps_of(terms),
+            total=int(float(number) * UNITS[unit.lower()] / size),
+            unit="parameters",
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,9 @@ class Method:
     svd: str = "randomized"  # of dense updates; exact takes a second for a layer 1280 wide
 
 
-def mix(entries: Sequence[Entry], output: Output, reading: Reading, *, amount: Amount, method: Method) -> None:
+def mix(
+    entries: Sequence[Entry], output: Output, reading: Reading, *, amount: Amount, method: Method
+) -> None:
     """Writes the sum of adapter files. Raises UserError before anything is written."""
     check_adapter(output)
     paths = [entry.path for entry in entries]
@@ -119,15 +133,26 @@ def mix(entries: Sequence[Entry], output: Output, reading: Reading, *, amount: A
 
 
 def _sum(
-    entries: Sequence[Entry], layout: Layout | None, output: Output, reading: Reading, *, amount: Amount, method: Method
+    entries: Sequence[Entry],
+    layout: Layout | None,
+    output: Output,
+    reading: Reading,
+    *,
+    amount: Amount,
+    method: Method,
 ) -> tuple[AdapterState, dict[Key, Report], list[str]]:
     """The sum, its reports by layer, and sentences about its tokens. The inputs' memory is free when it is there."""
     paths = [entry.path for entry in entries]
     states = [open_adapter(path, layout, reading, merging=True) for path in paths]
-    terms = [Term(state, entry.weight, choice(entry, state, layout)) for entry, state in zip(entries, states)]
+    terms = [
+        Term(state, entry.weight, choice(entry, state, layout))
+        for entry, state in zip(entries, states)
+    ]
     if amount and output.dtype is None:  # what is cut anyway is not written wider than it was
         output = replace(output, dtype=widest(states))
-    state, reports = merged(terms, amount, method, output, dense_for(terms, reading, method, amount))
+    state, reports = merged(
+        terms, amount, method, output, dense_for(terms, reading, method, amount)
+    )
     joined, said = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata = states[0].metadata | joined.metadata if len(states) == 1 else joined.metadata
@@ -146,26 +171,44 @@ def choice(entry: Entry, state: AdapterState, layout: Layout | None) -> adapter_
 
 def dense_for(terms: Sequence[Term], reading: Reading, method: Method, amount: Amount) -> Dense:
     """How dense updates are merged: with the weights of --model where there is a DoRA. Raises UserError for a DoRA without them."""
-    dora = any(lr.magnitude is not None for term in terms for rows in term.state.components.values() for lr in rows.values())
+    dora = any(
+        lr.magnitude is not None
+        for term in terms
+        for rows in term.state.components.values()
+        for lr in rows.values()
+    )
     sketch = method.seed if method.svd == "randomized" and amount.rank is not None else None
     if not dora or (len(terms) == 1 and terms[0].weight == 1 and not amount):
         return Dense(sketch=sketch)
     if not reading.model:
-        raise UserError("a sum with a DoRA in it depends on the weights of the base model; name it with --model, or fold the files into it")
+        raise UserError(
+            "a sum with a DoRA in it depends on the weights of the base model; name it with --model, or fold the files into it"
+        )
     return Dense(base_weight(open_base(reading.model, reading)), sketch)
 
 
-def merged(terms: Sequence[Term], amount: Amount, method: Method, output: Output, dense: Dense) -> tuple[AdapterState, dict[Key, Report]]:
+def merged(
+    terms: Sequence[Term], amount: Amount, method: Method, output: Output, dense: Dense
+) -> tuple[AdapterState, dict[Key, Report]]:
     """The merge as one record, in the output's dtype, and its reports by layer."""
     keys = len(list(layers(terms)))
     with one_thread():
         stream = _stream(terms, amount, method, output.dtype, dense)
-        bar = tqdm(stream, total=keys, desc=f"{method.name} of {len(terms)}", unit="layer", disable=None, leave=False)
+        bar = tqdm(
+            stream,
+            total=keys,
+            desc=f"{method.name} of {len(terms)}",
+            unit="layer",
+            disable=None,
+            leave=False,
+        )
         return adapter_sums.collected(_rounded(layer, output.dtype) for layer in bar)
 
 
 def join_tokens(
-    states: Sequence[AdapterState], paths: Sequence[str], rename: Callable[[int, int, str], str] | None = None
+    states: Sequence[AdapterState],
+    paths: Sequence[str],
+    rename: Callable[[int, int, str], str] | None = None,
 ) -> tuple[AdapterState, list[str]]:
     """The tokens and placeholder words of several files as one record, and a sentence for each that had to be renamed.
 
@@ -185,44 +228,78 @@ def join_tokens(
                 f"{path} has token rows for {', '.join(state.tokens)}, an earlier file for {', '.join(rows)}; their tokens cannot share a file"
             )
         if rows and any(rows[key][0].shape[1] != own.shape[1] for key, own in state.tokens.items()):
-            raise UserError(f"the token rows of {path} have another width than those of an earlier file; merge files of one model")
+            raise UserError(
+                f"the token rows of {path} have another width than those of an earlier file; merge files of one model"
+            )
         own_words = embeddings.words(state, path)
         used = {*taken, *words}
-        names = [rename(i, k, name) if rename else free(name, used) for k, name in enumerate(state.token_names)]
+        names = [
+            rename(i, k, name) if rename else free(name, used)
+            for k, name in enumerate(state.token_names)
+        ]
         spoken = {word: free(word, used) for word in own_words}
-        said += [f"{old} of {path} is called {new} in the result" for old, new in [*zip(state.token_names, names), *spoken.items()] if old != new]
+        said += [
+            f"{old} of {path} is called {new} in the result"
+            for old, new in [*zip(state.token_names, names), *spoken.items()]
+            if old != new
+        ]
         new_name = dict(zip(state.token_names, names))
-        words |= {spoken[word]: tuple(new_name[name] for name in own) for word, own in own_words.items()}
+        words |= {
+            spoken[word]: tuple(new_name[name] for name in own) for word, own in own_words.items()
+        }
         taken += names
         for key, own in state.tokens.items():
             rows.setdefault(key, []).append(own)
     tokens = {key: torch.cat(parts) for key, parts in rows.items()}
-    metadata = ({embeddings.NAMES: json.dumps(taken, ensure_ascii=False)} if taken else {}) | embeddings.header(words)
+    metadata = (
+        {embeddings.NAMES: json.dumps(taken, ensure_ascii=False)} if taken else {}
+    ) | embeddings.header(words)
     return AdapterState(tokens=tokens, token_names=tuple(taken), metadata=metadata), said
 
 
 def free(name: str, taken: set[str]) -> str:
     """The name, or the first of <s1-2>, <s1-3> ..., TOK2, TOK3 ... that is not taken."""
-    numbered = (f"{name[:-1]}-{n}>" if name.endswith(">") else f"{name}{n}" for n in itertools.count(2))
+    numbered = (
+        f"{name[:-1]}-{n}>" if name.endswith(">") else f"{name}{n}" for n in itertools.count(2)
+    )
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def _stream(terms: Sequence[Term], amount: Amount, method: Method, dtype: torch.dtype | None, dense: Dense) -> Iterator[Layer]:
-    whole = {key: weighted for key, weighted in layers(terms) if any(_is_dense(lr) for _, lr in weighted)}
+def _stream(
+    terms: Sequence[Term], amount: Amount, method: Method, dtype: torch.dtype | None, dense: Dense
+) -> Iterator[Layer]:
+    whole = {
+        key: weighted for key, weighted in layers(terms) if any(_is_dense(lr) for _, lr in weighted)
+    }
     if whole and (method.name != "sum" or amount.keep() is None):
         what = f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, no product of two factors"
-        raise UserError(f"{what}; say how much of it to keep with --rank, --max-error or --energy (and no --method), or fold it into a model")
+        raise UserError(
+            f"{what}; say how much of it to keep with --rank, --max-error or --energy (and no --method), or fold it into a model"
+        )
     if method.name == "sum":
-        factors = [Term(term.state, term.weight, _without(term.share, whole)) for term in terms] if whole else terms
-        return itertools.chain(adapter_sums.mix(factors, amount.of(factors, dtype), dense), _distilled(whole, amount, dense))
+        factors = (
+            [Term(term.state, term.weight, _without(term.share, whole)) for term in terms]
+            if whole
+            else terms
+        )
+        return itertools.chain(
+            adapter_sums.mix(factors, amount.of(factors, dtype), dense),
+            _distilled(whole, amount, dense),
+        )
     if amount.budget:
-        raise UserError(f"--budget is for --method sum; {method.name} takes --rank, --max-error or --energy")
+        raise UserError(
+            f"--budget is for --method sum; {method.name} takes --rank, --max-error or --energy"
+        )
     if method.name == "slerp":
         return _slerp(terms, amount)
     keep = amount.keep()
     if keep is None:
-        raise UserError(f"{method.name} gives updates of full rank; say how much of them to keep with --rank, --max-error or --energy")
-    return mix_dense(terms, MERGES[method.name], keep, density=method.density, seed=method.seed, dense=dense)
+        raise UserError(
+            f"{method.name} gives updates of full rank; say how much of them to keep with --rank, --max-error or --energy"
+        )
+    return mix_dense(
+        terms, MERGES[method.name], keep, density=method.density, seed=method.seed, dense=dense
+    )
 
 
 def _is_dense(adapter: object) -> bool:
@@ -238,8 +315,14 @@ def _distilled(whole: Mapping[Key, Weighted], amount: Amount, dense: Dense) -> I
     for key, weighted in whole.items():
         try:
             weight = dense.base(*key) if dense.base else None
-            update = torch.stack([strength * weight_updates.delta(lr, weight) for strength, lr in weighted]).sum(0)
-            sketch = None if dense.sketch is None else generator(dense.sketch, ".".join(key), 0, "sketch")
+            update = torch.stack(
+                [strength * weight_updates.delta(lr, weight) for strength, lr in weighted]
+            ).sum(0)
+            sketch = (
+                None
+                if dense.sketch is None
+                else generator(dense.sketch, ".".join(key), 0, "sketch")
+            )
             yield Layer(*key, *distill(update, amount.keep() or Keep(energy=1.0), generator=sketch))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
@@ -248,9 +331,16 @@ def _distilled(whole: Mapping[Key, Weighted], amount: Amount, dense: Dense) -> I
 def _slerp(terms: Sequence[Term], amount: Amount) -> Iterator[Layer]:
     """Between two files, as their weights say."""
     weights = [term.weight for term in terms]
-    if len(terms) != 2 or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6 or any(term.share is not everywhere for term in terms):
+    if (
+        len(terms) != 2
+        or min(weights) < 0
+        or abs(sum(weights) - 1) > 1e-6
+        or any(term.share is not everywhere for term in terms)
+    ):
         shown = " and ".join(f"{weight:g}" for weight in weights)
-        raise UserError(f"slerp takes two whole files whose weights add up to 1, such as 0.7*a + 0.3*b; got {len(terms)} with {shown}")
+        raise UserError(
+            f"slerp takes two whole files whose weights add up to 1, such as 0.7*a + 0.3*b; got {len(terms)} with {shown}"
+        )
     return mix_slerp(terms[0].state, terms[1].state, weights[1], amount.keep())
 
 
@@ -267,7 +357,9 @@ def _rounded(layer: Layer, dtype: torch.dtype | None) -> Layer:
 def resize(path: str, output: Output, reading: Reading, *, amount: Amount, method: Method) -> None:
     """Writes the nearest adapter with as much as `amount` says; tokens and header stay."""
     if not amount:
-        raise UserError("say how much to keep: --rank 16, --max-error 0.05, --energy 0.99 or --budget 20MB")
+        raise UserError(
+            "say how much to keep: --rank 16, --max-error 0.05, --energy 0.99 or --budget 20MB"
+        )
     mix([Entry(1.0, path)], output, reading, amount=amount, method=method)
 
 
@@ -281,7 +373,9 @@ def convert(path: str, output: Output, reading: Reading) -> None:
     for component, rows in state.components.items():
         for name, lr in rows.items():
             size = norm(lr._replace(magnitude=None))
-            rows[name], reports[component, name] = rounded(lr, Report(lr.rank, lr.rank, size, 0.0), output.dtype)
+            rows[name], reports[component, name] = rounded(
+                lr, Report(lr.rank, lr.rank, size, 0.0), output.dtype
+            )
     if reports:
         print(table(reports))
     say_written(write_adapter(state, output, layout), output)

@@ -60,7 +60,10 @@ from merging.output import (
 )
 from merging.svd import Keep, distill, one_thread
 
-TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # keys of CLIP's and T5's embedding tables
+TABLES = (
+    "embeddings.token_embedding.weight",
+    "shared.weight",
+)  # keys of CLIP's and T5's embedding tables
 SURVIVES = 0.95  # below this share of the update's energy a warning is printed
 
 
@@ -74,7 +77,9 @@ class Folding:
     folder: bool = False  # the output is a folder, whatever its ending
 
 
-def add_models(entries: Sequence[Entry], output: Output, reading: Reading, how: Folding = Folding()) -> Ledger:
+def add_models(
+    entries: Sequence[Entry], output: Output, reading: Reading, how: Folding = Folding()
+) -> Ledger:
     """Writes a sum in which at least one file is a whole model: models are added, adapters folded into the sum, each tensor rounded once.
 
     Raises UserError before anything is written.
@@ -83,21 +88,45 @@ def add_models(entries: Sequence[Entry], output: Output, reading: Reading, how: 
     check(output, folder=not single_file)
     if how.residual:
         check_adapter(replace(output, path=how.residual))
-    wholes, adapters = [e for e in entries if is_model(e.path)], [e for e in entries if not is_model(e.path)]
+    wholes, adapters = (
+        [e for e in entries if is_model(e.path)],
+        [e for e in entries if not is_model(e.path)],
+    )
     total = sum(entry.weight for entry in wholes)
     for entry in wholes:
         if entry.choices:
-            raise UserError(f"{entry.path}@{entry.choices[0]}: layers can be chosen of adapters only, {entry.path} is a whole model")
+            raise UserError(
+                f"{entry.path}@{entry.choices[0]}: layers can be chosen of adapters only, {entry.path} is a whole model"
+            )
     if abs(total) < 1e-6:
-        raise UserError("the weights of the models add up to 0, which leaves a difference, no model; distill makes an adapter of a difference")
+        raise UserError(
+            "the weights of the models add up to 0, which leaves a difference, no model; distill makes an adapter of a difference"
+        )
     if abs(total - 1) > 1e-6:
-        warn(f"the weights of the models add up to {total:g}; a model whose weights all grow or shrink does not draw")
+        warn(
+            f"the weights of the models add up to {total:g}; a model whose weights all grow or shrink does not draw"
+        )
     bases = [open_base(entry.path, reading) for entry in wholes]
-    states = [open_adapter(entry.path, bases[0].layout, reading, merging=True) for entry in adapters]
-    terms = [Term(state, entry.weight, choice(entry, state, bases[0].layout)) for entry, state in zip(adapters, states)]
+    states = [
+        open_adapter(entry.path, bases[0].layout, reading, merging=True) for entry in adapters
+    ]
+    terms = [
+        Term(state, entry.weight, choice(entry, state, bases[0].layout))
+        for entry, state in zip(adapters, states)
+    ]
     ledger = Ledger(residual_rank=_residual_rank(terms, how))
-    model = fold([(entry.weight, base.model) for entry, base in zip(wholes, bases)], terms, bases[0].layout, ledger, dtype=output.dtype)
-    tokens, said = join_tokens(states, [entry.path for entry in adapters]) if how.tokens else (AdapterState(), [])
+    model = fold(
+        [(entry.weight, base.model) for entry, base in zip(wholes, bases)],
+        terms,
+        bases[0].layout,
+        ledger,
+        dtype=output.dtype,
+    )
+    tokens, said = (
+        join_tokens(states, [entry.path for entry in adapters])
+        if how.tokens
+        else (AdapterState(), [])
+    )
     for line in said:
         note(line)
     if single_file:
@@ -124,11 +153,15 @@ def write_single(model: Model, base: Base, tokens: AdapterState, output: Output)
     if output.dry_run:
         _read_all(watched(model, "checking"))
         return []
-    to_single(watched(model, "writing"), rows, path, header=output.header, overwrite=output.overwrite)
+    to_single(
+        watched(model, "writing"), rows, path, header=output.header, overwrite=output.overwrite
+    )
     return [path, *(write_adapter(tokens, beside, base.layout) if tokens.tokens else [])]
 
 
-def write_diffusers(model: Model, base: Base, tokens: AdapterState, output: Output, folder: Path) -> list[Path]:
+def write_diffusers(
+    model: Model, base: Base, tokens: AdapterState, output: Output, folder: Path
+) -> list[Path]:
     """A model in the diffusers layout, with tokens in its tokenizers and tables; what is no weight comes from `folder`.
 
     On a dry run every tensor is made and dropped.
@@ -145,15 +178,22 @@ def write_diffusers(model: Model, base: Base, tokens: AdapterState, output: Outp
             tokenizer.add_tokens(list(names))
             tokenizer.save_pretrained(new / TOKENIZERS[component])
             table = next(key for key in model[component].infos if key.endswith(TABLES))
-            edit_json(new / component / "config.json", vocab_size=model[component].infos[table].shape[0])
+            edit_json(
+                new / component / "config.json", vocab_size=model[component].infos[table].shape[0]
+            )
         if output.recipe:
-            (new / SIDECAR).write_text(json.dumps(output.recipe, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (new / SIDECAR).write_text(
+                json.dumps(output.recipe, sort_keys=True, indent=1, ensure_ascii=False) + "\n",
+                encoding="utf-8",
+            )
 
     write_folder(watched(model, "writing"), folder, path, overwrite=output.overwrite, finish=finish)
     return [path]
 
 
-def with_tokens(model: Model, folder: Path, tokens: AdapterState, layout: Layout) -> tuple[dict, dict[str, tuple[str, ...]]]:
+def with_tokens(
+    model: Model, folder: Path, tokens: AdapterState, layout: Layout
+) -> tuple[dict, dict[str, tuple[str, ...]]]:
     """(the model with the rows of new tokens in its tables, text encoder -> the tokens its tokenizer gets).
 
     Tokens that the tokenizer has already are renamed, and said so. Raises UserError for rows that do not fit.
@@ -169,13 +209,17 @@ def with_tokens(model: Model, folder: Path, tokens: AdapterState, layout: Layout
         for i, name in enumerate(names):
             if name in taken and not places:
                 names = (*names[:i], free(name, taken | set(names)), *names[i + 1 :])
-                note(f"the model has a token {name} already; that of the adapter is called {names[i]}")
+                note(
+                    f"the model has a token {name} already; that of the adapter is called {names[i]}"
+                )
         tokenizer.add_tokens(list(names))
         ids = tokenizer.convert_tokens_to_ids(list(names))
         table = next((name for name in model[component].infos if name.endswith(TABLES)), "")
         if not table or model[component].infos[table].shape[1] != rows.shape[1]:
             width = model[component].infos[table].shape[1] if table else "no table"
-            raise UserError(f"the token rows of {key} have width {rows.shape[1]}, this {component} takes {width}; are they for another model?")
+            raise UserError(
+                f"the token rows of {key} have width {rows.shape[1]}, this {component} takes {width}; are they for another model?"
+            )
         grown[component] = with_rows(model[component], table, dict(zip(ids, rows)))
         places[component] = names
     if places:
@@ -192,17 +236,34 @@ class Difference:
     layers: str = ""  # as after the @ of a sum; empty: all
 
 
-def distil(difference: Difference, output: Output, reading: Reading, *, amount: Amount, method: Method) -> None:
+def distil(
+    difference: Difference, output: Output, reading: Reading, *, amount: Amount, method: Method
+) -> None:
     """Writes the adapter nearest to tuned - base, of every linear and convolutional layer that differs. Raises UserError before writing."""
     check_adapter(output)
     keep = amount.keep()
     if keep is None:
-        raise UserError("say how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95")
+        raise UserError(
+            "say how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95"
+        )
     base, tuned = open_base(difference.base, reading), open_base(difference.tuned, reading)
-    if set(base.model) != set(tuned.model) or base.layout.components.keys() != tuned.layout.components.keys():
-        raise UserError(f"{base.path} has {', '.join(base.model)}, {tuned.path} has {', '.join(tuned.model)}; give two models of one kind")
-    keys = [(component, path) for component, part in base.layout.components.items() for path in part.shapes]
-    chosen = share(difference.layers, keys, base.layout) if difference.layers else adapter_sums.everywhere
+    if (
+        set(base.model) != set(tuned.model)
+        or base.layout.components.keys() != tuned.layout.components.keys()
+    ):
+        raise UserError(
+            f"{base.path} has {', '.join(base.model)}, {tuned.path} has {', '.join(tuned.model)}; give two models of one kind"
+        )
+    keys = [
+        (component, path)
+        for component, part in base.layout.components.items()
+        for path in part.shapes
+    ]
+    chosen = (
+        share(difference.layers, keys, base.layout)
+        if difference.layers
+        else adapter_sums.everywhere
+    )
     keys = [key for key in keys if chosen(*key)]
     before, after = base_weight(base), base_weight(tuned)
     state, reports = AdapterState(), {}
@@ -213,10 +274,15 @@ def distil(difference: Difference, output: Output, reading: Reading, *, amount: 
                 adapter, reports[key] = rounded(layer.adapter, layer.report, output.dtype)
                 state.components.setdefault(key[0], {})[key[1]] = adapter
     if not reports:
-        raise UserError(f"{tuned.path} and {base.path} do not differ in any of {len(keys)} layers; there is nothing to distil")
+        raise UserError(
+            f"{tuned.path} and {base.path} do not differ in any of {len(keys)} layers; there is nothing to distil"
+        )
     print(table(reports))
     _say_elsewhere(base, tuned, set(reports))
-    say_written(write_adapter(state, replace(output, format=output.format or "diffusers"), base.layout), output)
+    say_written(
+        write_adapter(state, replace(output, format=output.format or "diffusers"), base.layout),
+        output,
+    )
 
 
 def is_file_name(path: str) -> bool:
@@ -224,7 +290,9 @@ def is_file_name(path: str) -> bool:
     return Path(path).suffix in (".safetensors", *PICKLED)
 
 
-def _distilled(key: Key, after: torch.Tensor, before: torch.Tensor, keep: Keep, method: Method) -> Layer | None:
+def _distilled(
+    key: Key, after: torch.Tensor, before: torch.Tensor, keep: Keep, method: Method
+) -> Layer | None:
     if after.shape != before.shape:
         raise UserError(
             f"{'.'.join(key)} is {list(before.shape)} in the base and {list(after.shape)} in the tuned model; give two models of one kind"
@@ -235,14 +303,20 @@ def _distilled(key: Key, after: torch.Tensor, before: torch.Tensor, keep: Keep, 
         raise UserError(f"{'.'.join(key)} holds NaN or Inf in one of the models; mend it first")
     if not delta.any():
         return None
-    sketch = generator(method.seed, ".".join(key), 0, "sketch") if method.svd == "randomized" and keep.rank is not None else None
+    sketch = (
+        generator(method.seed, ".".join(key), 0, "sketch")
+        if method.svd == "randomized" and keep.rank is not None
+        else None
+    )
     return Layer(*key, *distill(delta, keep, generator=sketch))
 
 
 def _residual_rank(terms: Sequence[Term], how: Folding) -> int:
     if not how.residual:
         return 0
-    return how.residual_rank or max((rank_of(weighted) for _, weighted in adapter_sums.layers(terms)), default=0)
+    return how.residual_rank or max(
+        (rank_of(weighted) for _, weighted in adapter_sums.layers(terms)), default=0
+    )
 
 
 def _read_all(model: Model) -> None:
@@ -256,24 +330,40 @@ def _say(ledger: Ledger) -> None:
     if not ledger.roundings:
         return
     print(table(ledger.reports()))
-    print(f"{100 * ledger.survived:.2f} % of the update's energy survived rounding to the output's dtype")
+    print(
+        f"{100 * ledger.survived:.2f} % of the update's energy survived rounding to the output's dtype"
+    )
     if ledger.survived < SURVIVES:
         hint = "choose --dtype fp32, or keep what was lost with --residual FILE"
-        warn(f"only {100 * ledger.survived:.1f} % of the update survived rounding, less than {100 * SURVIVES:g} %; {hint}")
+        warn(
+            f"only {100 * ledger.survived:.1f} % of the update survived rounding, less than {100 * SURVIVES:g} %; {hint}"
+        )
 
 
 def _say_elsewhere(base: Base, tuned: Base, covered: set[Key]) -> None:
     """How much of the difference lies where an adapter of linear and convolutional layers cannot reach."""
-    held = {name: {weight_key(base.model[name], base.layout, name, path) for c, path in covered if c == name} for name in base.layout.components}
+    held = {
+        name: {
+            weight_key(base.model[name], base.layout, name, path)
+            for c, path in covered
+            if c == name
+        }
+        for name in base.layout.components
+    }
     square = {name: 0.0 for name in held}
     count = 0
     for name, difference in _others(base, tuned, held):
         square[name] += difference
         count += difference > 0
     if count:
-        rows = [("not in the adapter", "|difference|"), *((name, f"{value**0.5:.3e}") for name, value in square.items() if value)]
+        rows = [
+            ("not in the adapter", "|difference|"),
+            *((name, f"{value**0.5:.3e}") for name, value in square.items() if value),
+        ]
         print("\n".join(aligned(rows)))
-        note(f"{count} tensors that no such adapter can hold differ too: norms, biases, embeddings, or layers that were not chosen")
+        note(
+            f"{count} tensors that no such adapter can hold differ too: norms, biases, embeddings, or layers that were not chosen"
+        )
 
 
 def _others(base: Base, tuned: Base, held: dict[str, set[str]]) -> Iterator[tuple[str, float]]:
@@ -281,6 +371,16 @@ def _others(base: Base, tuned: Base, held: dict[str, set[str]]) -> Iterator[tupl
     for name, keys in held.items():
         other = tuned.model[name]
         for key, info in base.model[name].infos.items():
-            if key in keys or not info.dtype.is_floating_point or key not in other.infos or other.infos[key].shape != info.shape:
+            if (
+                key in keys
+                or not info.dtype.is_floating_point
+                or key not in other.infos
+                or other.infos[key].shape != info.shape
+            ):
                 continue
-            yield name, float((other.read(key).double() - base.model[name].read(key).double()).square().sum())
+            yield (
+                name,
+                float(
+                    (other.read(key).double() - base.model[name].read(key).double()).square().sum()
+                ),
+            )

@@ -42,7 +42,11 @@ MODELS = (
     "single_blocks.",
 )  # keys of single files
 SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
-NEAREST = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # format that is only read -> the one its readers know
+NEAREST = {
+    "comfyui": "kohya",
+    "xlabs": "diffusers",
+    "peft": "diffusers",
+}  # format that is only read -> the one its readers know
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 CHUNK = 1 << 22  # bytes hashed at a time
 
@@ -77,7 +81,13 @@ def is_model(path: str) -> bool:
     if place.is_dir():
         return (place / "model_index.json").is_file()
     if not place.is_file():
-        if HUB_ID.fullmatch(path) and place.suffix not in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
+        if HUB_ID.fullmatch(path) and place.suffix not in (
+            ".safetensors",
+            ".ckpt",
+            ".pt",
+            ".bin",
+            ".pth",
+        ):
             return True
         raise UserError(f"{path} is not there; give a file, a folder, or a model's id on the hub")
     if place.suffix == ".ckpt":
@@ -114,14 +124,20 @@ def open_layout(path: str, reading: Reading) -> Layout:
     return outline(path, reading.model_config if is_single(path) else "")
 
 
-def open_adapter(path: str, layout: Layout | None, reading: Reading, *, merging: bool = False) -> AdapterState:
+def open_adapter(
+    path: str, layout: Layout | None, reading: Reading, *, merging: bool = False
+) -> AdapterState:
     """What an adapter's file or a run's folder holds. Raises UserError for a whole model, and as `formats.load` does.
 
     `merging` also reads updates that are no two factors; they stand among the components as `Dense`.
     """
     if is_model(path):
-        raise UserError(f"{path} is a whole model where an adapter is expected; distill makes an adapter of the difference of two models")
-    state = formats.load(path, layout, allow_extra=reading.allow_extra, dora_axis=reading.dora_axis, merging=merging)
+        raise UserError(
+            f"{path} is a whole model where an adapter is expected; distill makes an adapter of the difference of two models"
+        )
+    state = formats.load(
+        path, layout, allow_extra=reading.allow_extra, dora_axis=reading.dora_axis, merging=merging
+    )
     for component, rows in state.dense.items():
         state.components.setdefault(component, {}).update(rows)  # type: ignore[arg-type]
     state.dense = {}
@@ -131,7 +147,9 @@ def open_adapter(path: str, layout: Layout | None, reading: Reading, *, merging:
 def open_base(path: str, reading: Reading) -> Base:
     """A whole model: folder in the diffusers layout, single file or hub id. Raises UserError for an adapter."""
     if not is_model(path):
-        raise UserError(f"{path} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id")
+        raise UserError(
+            f"{path} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id"
+        )
     if Path(path).is_file():
         model, rows = single_file.parts(path, reading.model_config)
         return Base(path, open_layout(path, reading), model, None, rows)
@@ -165,7 +183,14 @@ def format_of(path: str) -> str:
     """The row of FORMATS that reads an adapter; diffusers for what none knows, whose reader then says so."""
     place = Path(path)
     if place.is_dir():
-        place = next((file for file in (place / NATIVE, *sorted(place.glob("*.safetensors"))) if file.is_file()), place)
+        place = next(
+            (
+                file
+                for file in (place / NATIVE, *sorted(place.glob("*.safetensors")))
+                if file.is_file()
+            ),
+            place,
+        )
     if place.is_file() and is_pickle(place):
         return "cloneofsimo" if cloneofsimo.detect_pt(read_pickle(place)) else "embeddings"
     try:
@@ -201,13 +226,20 @@ def download(name: str) -> Path:
     """The folder with a model of the hub: configs, tokenizers, and one file of weights a network. Raises UserError when the hub gives none."""
     try:
         files = HfApi().list_repo_files(name)
-        wanted = [file for file in files if file == "model_index.json" or ("/" in file and file.endswith((".json", ".txt", ".model")))]
+        wanted = [
+            file
+            for file in files
+            if file == "model_index.json"
+            or ("/" in file and file.endswith((".json", ".txt", ".model")))
+        ]
         for folder in sorted({file.rpartition("/")[0] for file in files if file.count("/") == 1}):
             wanted += _weights_of(folder, files)
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen classes: no network, no such repository, no such file, bad id
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no file or folder here, and the hub gave no model of that name: {reason}") from None
+        raise UserError(
+            f"{name} is no file or folder here, and the hub gave no model of that name: {reason}"
+        ) from None
 
 
 def digest(path: str) -> str:
@@ -221,14 +253,25 @@ def digest(path: str) -> str:
         return found.hexdigest()
     if not place.is_dir():
         place = download(path)
-    files = sorted(file for file in place.rglob("*") if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts))
+    files = sorted(
+        file
+        for file in place.rglob("*")
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(place).parts)
+    )
     lines = [f"{file.relative_to(place).as_posix()} {digest(str(file))}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def watched(model: Model, title: str) -> dict[str, Weights]:
     """The same model with a progress bar over the tensors that are read, on a terminal only."""
-    bar = tqdm(total=sum(len(weights.infos) for weights in model.values()), desc=title, unit="tensor", disable=None, leave=False)
+    bar = tqdm(
+        total=sum(len(weights.infos) for weights in model.values()),
+        desc=title,
+        unit="tensor",
+        disable=None,
+        leave=False,
+    )
 
     def watch(weights: Weights) -> Weights:
         def read(key: str) -> Tensor:
@@ -244,16 +287,34 @@ def watched(model: Model, title: str) -> dict[str, Weights]:
 
 def _weights_of(folder: str, files: Sequence[str]) -> list[str]:
     """The first of the usual forms of weights that a folder of a hub's repository has."""
-    for ending in (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors", ".fp16.bin"):
+    for ending in (
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".fp16.safetensors",
+        ".fp16.bin",
+    ):
         for stem in STEMS:
             if f"{folder}/{stem}{ending}" in files:
-                shards = [file for file in files if fnmatch(file, f"{folder}/{stem}-*-of-*.safetensors")] if ending.endswith("json") else []
+                shards = (
+                    [file for file in files if fnmatch(file, f"{folder}/{stem}-*-of-*.safetensors")]
+                    if ending.endswith("json")
+                    else []
+                )
                 return [f"{folder}/{stem}{ending}", *shards]
     return []
 
 
 def widest(states: Sequence[AdapterState]) -> torch.dtype | None:
     """The widest dtype of the factors in some adapters or, without any, of their token rows."""
-    factors = [lr for state in states for rows in state.components.values() for lr in rows.values() if isinstance(lr, LowRank)]
-    found = [lr.down.dtype for lr in factors] or [rows.dtype for state in states for rows in state.tokens.values()]
+    factors = [
+        lr
+        for state in states
+        for rows in state.components.values()
+        for lr in rows.values()
+        if isinstance(lr, LowRank)
+    ]
+    found = [lr.down.dtype for lr in factors] or [
+        rows.dtype for state in states for rows in state.tokens.values()
+    ]
     return functools.reduce(torch.promote_types, found) if found else None

@@ -40,7 +40,11 @@ class Output:
 
     @property
     def header(self) -> dict[str, str]:
-        return {RECIPE: json.dumps(self.recipe, sort_keys=True, ensure_ascii=False)} if self.recipe else {}
+        return (
+            {RECIPE: json.dumps(self.recipe, sort_keys=True, ensure_ascii=False)}
+            if self.recipe
+            else {}
+        )
 
 
 def check(output: Output, *, folder: bool = False) -> None:
@@ -49,14 +53,22 @@ def check(output: Output, *, folder: bool = False) -> None:
     if path.is_dir() and not folder:
         raise UserError(f"the output {path} is a folder; name a file in it")
     if path.exists() and not output.overwrite and not output.dry_run:
-        raise UserError(f"{path} is there already; pass --overwrite to replace it, or name another output")
+        raise UserError(
+            f"{path} is there already; pass --overwrite to replace it, or name another output"
+        )
     if path.is_file() and folder:
-        raise UserError(f"the output {path} is a file; name a folder, or one that ends in .safetensors or .ckpt for a single file")
+        raise UserError(
+            f"the output {path} is a file; name a folder, or one that ends in .safetensors or .ckpt for a single file"
+        )
     parent = next(place for place in path.absolute().parents if place.exists())
     if not parent.is_dir():
-        raise UserError(f"the output {path} lies below {parent}, which is no folder; choose another place")
+        raise UserError(
+            f"the output {path} lies below {parent}, which is no folder; choose another place"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"the output {path} cannot be written, {parent} is not writable; choose another place")
+        raise UserError(
+            f"the output {path} cannot be written, {parent} is not writable; choose another place"
+        )
 
 
 def tokens_path(path: str | Path) -> Path:
@@ -72,7 +84,9 @@ def check_adapter(output: Output, *, tokens: bool = False) -> None:
     path = Path(output.path)
     check(output)
     if path.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists")
+        raise UserError(
+            f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists"
+        )
     if path.suffix == ".pt":
         for end in (".text_encoder.pt", ".ti.pt"):
             check(replace(output, path=str(path.with_suffix(end))))
@@ -94,8 +108,19 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     written = []
     if factors:
         inside = output.format in INSIDE
-        own = state if inside else AdapterState(state.components, {}, state.token_names, state.metadata)
-        formats.save(own, path, format=output.format, layout=layout, metadata=output.header, dtype=output.dtype)
+        own = (
+            state
+            if inside
+            else AdapterState(state.components, {}, state.token_names, state.metadata)
+        )
+        formats.save(
+            own,
+            path,
+            format=output.format,
+            layout=layout,
+            metadata=output.header,
+            dtype=output.dtype,
+        )
         written.append(path)
         if inside:
             return written
@@ -132,18 +157,35 @@ def table(reports: Mapping[Key, Report], *, extra: str = "") -> str:
     rows = [("", "layers", "rank", "of", "energy kept", "relative error")]
     for name, found in [*components.items(), ("total", list(reports.values()))]:
         whole = total(found)
-        rows.append((name, str(len(found)), str(whole.rank), str(whole.full), f"{100 * max(0.0, whole.energy):.4f} %", f"{whole.error:.2e}"))
+        rows.append(
+            (
+                name,
+                str(len(found)),
+                str(whole.rank),
+                str(whole.full),
+                f"{100 * max(0.0, whole.energy):.4f} %",
+                f"{whole.error:.2e}",
+            )
+        )
     excess = total(reports.values()).excess
     lines = aligned(rows)
     if excess:
-        lines.append(f"randomised SVD: at most about {100 * excess:.2g} % above the smallest possible error (--svd exact for that)")
+        lines.append(
+            f"randomised SVD: at most about {100 * excess:.2g} % above the smallest possible error (--svd exact for that)"
+        )
     return "\n".join([*lines, *([extra] if extra else [])])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def say_written(paths: Iterable[str | Path], output: Output) -> None:

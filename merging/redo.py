@@ -19,7 +19,16 @@ from lora_core.errors import UserError
 from merging.opening import digest
 from merging.output import RECIPE, SIDECAR
 
-POSITIONAL = ("sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2")  # options that are typed without a flag
+POSITIONAL = (
+    "sum",
+    "base",
+    "tuned",
+    "file",
+    "path_1",
+    "path_2",
+    "alpha_1",
+    "alpha_2",
+)  # options that are typed without a flag
 
 
 def recipe_of(path: str) -> dict[str, Any]:
@@ -29,14 +38,20 @@ def recipe_of(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is not there; give a file that merge.py made")
     try:
         if place.is_dir():
-            text = (place / SIDECAR).read_text(encoding="utf-8") if (place / SIDECAR).is_file() else ""
+            text = (
+                (place / SIDECAR).read_text(encoding="utf-8") if (place / SIDECAR).is_file() else ""
+            )
         else:
             with safe_open(place, "np") as opened:
                 text = (opened.metadata() or {}).get(RECIPE, "")
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(f"the recipe of {path} cannot be read ({str(error).splitlines()[0]}); is the file damaged?") from None
+        raise UserError(
+            f"the recipe of {path} cannot be read ({str(error).splitlines()[0]}); is the file damaged?"
+        ) from None
     if not text:
-        raise UserError(f"{path} carries no recipe; only .safetensors files and model folders that merge.py made have one")
+        raise UserError(
+            f"{path} carries no recipe; only .safetensors files and model folders that merge.py made have one"
+        )
     return parsed(text, path)
 
 
@@ -60,12 +75,23 @@ def described(recipe: Mapping[str, Any]) -> str:
     words = [f"merge.py {recipe['command']}"]
     for name, value in recipe["options"].items():
         flag = [] if name in POSITIONAL else [f"--{name.replace('_', '-')}"]
-        words += flag + ([] if value is True else shlex.join(map(str, value if isinstance(value, list) else [value])).split("\0"))
+        words += flag + (
+            []
+            if value is True
+            else shlex.join(map(str, value if isinstance(value, list) else [value])).split("\0")
+        )
     inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
     return f"made by: {' '.join(words)}   (sha256 of {inputs} ...)"
 
 
-def redo(path: str, out: str, *, overwrite: bool, dry_run: bool, run: Callable[[dict[str, Any], str], None]) -> None:
+def redo(
+    path: str,
+    out: str,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    run: Callable[[dict[str, Any], str], None],
+) -> None:
     """Makes a file again, in its place or at `out`, from the same inputs; what comes out the same is left alone.
 
     `run` carries out a recipe to a path. Raises UserError for inputs that are gone or have changed, and for an output that differs (without
@@ -75,11 +101,15 @@ def redo(path: str, out: str, *, overwrite: bool, dry_run: bool, run: Callable[[
     print(described(recipe))
     target = Path(os.path.abspath(out or path))
     if out and target.exists() and not overwrite and not dry_run:
-        raise UserError(f"{out} is there already; pass --overwrite to replace it, or name another output")
+        raise UserError(
+            f"{out} is there already; pass --overwrite to replace it, or name another output"
+        )
     with contextlib.chdir(_place_of(recipe, path)):
         for name, known in recipe["inputs"].items():
             if digest(name) != known:
-                raise UserError(f"{name} is not what it was when {path} was made (its sha256 differs); the same result cannot come out of it")
+                raise UserError(
+                    f"{name} is not what it was when {path} was made (its sha256 differs); the same result cannot come out of it"
+                )
         workshop = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             workshop.mkdir(parents=True)
@@ -87,7 +117,9 @@ def redo(path: str, out: str, *, overwrite: bool, dry_run: bool, run: Callable[[
                 run(recipe, str(workshop / target.name))
             _deliver(workshop, target, Path(out or path), overwrite=overwrite, dry_run=dry_run)
         except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror or error}); what was there is untouched") from None
+            raise UserError(
+                f"{target} cannot be written ({error.strerror or error}); what was there is untouched"
+            ) from None
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
 
@@ -95,13 +127,20 @@ def redo(path: str, out: str, *, overwrite: bool, dry_run: bool, run: Callable[[
 def _deliver(workshop: Path, target: Path, shown: Path, *, overwrite: bool, dry_run: bool) -> None:
     """Moves what was made to its place, file by file, where it differs from what is there."""
     made = sorted(workshop.iterdir())
-    same = [file for file in made if target.with_name(file.name).exists() and digest(str(file)) == digest(str(target.with_name(file.name)))]
+    same = [
+        file
+        for file in made
+        if target.with_name(file.name).exists()
+        and digest(str(file)) == digest(str(target.with_name(file.name)))
+    ]
     changed = [file for file in made if file not in same]
     for file in same:
         print(f"the same as before: {shown.with_name(file.name)}")
     occupied = [file for file in changed if target.with_name(file.name).exists()]
     if occupied and not overwrite:
-        raise UserError(f"{shown.with_name(occupied[0].name)} comes out differently; pass --overwrite to replace it, or --out to keep both")
+        raise UserError(
+            f"{shown.with_name(occupied[0].name)} comes out differently; pass --overwrite to replace it, or --out to keep both"
+        )
     for file in [] if dry_run else changed:
         place = target.with_name(file.name)
         if place.is_dir():
@@ -113,8 +152,14 @@ def _deliver(workshop: Path, target: Path, shown: Path, *, overwrite: bool, dry_
 def _place_of(recipe: dict[str, Any], path: str) -> Path:
     """The folder from which all inputs are found: the current one, or that of the file. Raises UserError for an input that is gone."""
     for place in (Path.cwd(), Path(path).resolve().parent):
-        missing = [name for name in recipe["inputs"] if "/" not in name or name.startswith((".", "/")) or Path(name).suffix]
+        missing = [
+            name
+            for name in recipe["inputs"]
+            if "/" not in name or name.startswith((".", "/")) or Path(name).suffix
+        ]
         missing = [name for name in missing if not (place / name).exists()]
         if not missing:
             return place
-    raise UserError(f"{missing[0]}, from which {path} was made, is neither below {Path.cwd()} nor beside it; run this where it is")
+    raise UserError(
+        f"{missing[0]}, from which {path} was made, is neither below {Path.cwd()} nor beside it; run this where it is"
+    )

@@ -33,18 +33,28 @@ class Keep:
     energy: float | None = None  # of its square
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "max_error", "energy") if getattr(self, name) is not None]
+        given = [
+            name for name in ("rank", "max_error", "energy") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
-            raise ValueError(f"give one of rank, max_error and energy, got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give one of rank, max_error and energy, got {' and '.join(given) or 'none'}"
+            )
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"a rank is at least 1, got {self.rank}")
         if self.rank is None and not 0 <= self.allowance <= 1:
-            raise ValueError(f"{given[0]} is a share between 0 and 1, got {getattr(self, given[0])}")
+            raise ValueError(
+                f"{given[0]} is a share between 0 and 1, got {getattr(self, given[0])}"
+            )
 
     @property
     def allowance(self) -> float:
         """The share of the squared norm that may be lost."""
-        return self.max_error * abs(self.max_error) if self.max_error is not None else 1 - (self.energy or 0.0)
+        return (
+            self.max_error * abs(self.max_error)
+            if self.max_error is not None
+            else 1 - (self.energy or 0.0)
+        )
 
     def steps(self, squares: Tensor, groups: int) -> int:
         """How many singular triples of each group to keep, at least 1, of squared singular values [k] that are sums over the groups.
@@ -54,7 +64,9 @@ class Keep:
         if self.rank is None:
             return max(1, steps_within(squares, self.allowance * float(squares.sum())))
         if self.rank % groups:
-            raise ValueError(f"rank {self.rank} cannot be shared by the {groups} groups of a convolution; choose a multiple of {groups}")
+            raise ValueError(
+                f"rank {self.rank} cannot be shared by the {groups} groups of a convolution; choose a multiple of {groups}"
+            )
         return min(self.rank // groups, len(squares))
 
 
@@ -81,8 +93,16 @@ class Report(NamedTuple):
 def total(reports: Iterable[Report]) -> Report:
     """Of all layers together: ranks add up, norms and losses add up in squares, the excess is the largest."""
     rows = list(reports)
-    norm, lost = (math.sqrt(sum(getattr(row, name) ** 2 for row in rows)) for name in ("norm", "lost"))
-    return Report(sum(row.rank for row in rows), sum(row.full for row in rows), norm, lost, max((row.excess for row in rows), default=0.0))
+    norm, lost = (
+        math.sqrt(sum(getattr(row, name) ** 2 for row in rows)) for name in ("norm", "lost")
+    )
+    return Report(
+        sum(row.rank for row in rows),
+        sum(row.full for row in rows),
+        norm,
+        lost,
+        max((row.excess for row in rows), default=0.0),
+    )
 
 
 def svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +114,9 @@ def svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     up, down = blocks(lr)
     with one_thread():
         (q1, r1), (q2, r2) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
-        u, sigma, vh = torch.linalg.svd(lr.scale * (r1.double() @ r2.double().mT), full_matrices=False)
+        u, sigma, vh = torch.linalg.svd(
+            lr.scale * (r1.double() @ r2.double().mT), full_matrices=False
+        )
         return q1 @ u.to(up.dtype), sigma, vh.to(up.dtype) @ q2.mT
 
 
@@ -110,10 +132,14 @@ def spectrum(lr: LowRank) -> Tensor:
 def compress(lr: LowRank, keep: Keep) -> tuple[LowRank, Report]:
     """The nearest adapter of the wished rank or error, scale 1, sqrt(sigma) in either factor; fp32 or better. Raises UserError for a DoRA."""
     u, sigma, vh = svd(lr)
-    return _cut(u, sigma, vh, lr.down.shape[2:], keep.steps(sigma.square().sum(0), len(sigma)), lr.rank)
+    return _cut(
+        u, sigma, vh, lr.down.shape[2:], keep.steps(sigma.square().sum(0), len(sigma)), lr.rank
+    )
 
 
-def distill(delta: Tensor, keep: Keep, *, groups: int = 1, generator: torch.Generator | None = None) -> tuple[LowRank, Report]:
+def distill(
+    delta: Tensor, keep: Keep, *, groups: int = 1, generator: torch.Generator | None = None
+) -> tuple[LowRank, Report]:
     """The nearest adapter of a dense update [out, in] or [out, in / groups, kh, kw], such as tuned - base; nothing is clamped.
 
     By the exact SVD; with a generator by the randomised one (arXiv 0909.4061, algorithm 4.4) in fp64, iterated until the estimated excess over the
@@ -121,14 +147,24 @@ def distill(delta: Tensor, keep: Keep, *, groups: int = 1, generator: torch.Gene
 
     Raises ValueError when a generator comes without a rank.
     """
-    dense = delta.reshape(groups, delta.shape[0] // groups, -1).to(torch.promote_types(delta.dtype, torch.float32))
+    dense = delta.reshape(groups, delta.shape[0] // groups, -1).to(
+        torch.promote_types(delta.dtype, torch.float32)
+    )
     full = groups * min(dense.shape[1:])
     if generator is not None and keep.rank is None:
-        raise ValueError("the randomised SVD needs a rank; without a generator the exact one finds the rank for an error")
-    found = _randomised(dense.double(), keep.steps(torch.ones(full // groups), groups), generator) if generator else None
+        raise ValueError(
+            "the randomised SVD needs a rank; without a generator the exact one finds the rank for an error"
+        )
+    found = (
+        _randomised(dense.double(), keep.steps(torch.ones(full // groups), groups), generator)
+        if generator
+        else None
+    )
     u, sigma, vh, excess = found or (*torch.linalg.svd(dense, full_matrices=False), 0.0)
     steps = keep.steps(sigma.double().square().sum(0), groups)
-    adapter, report = _cut(u.to(dense.dtype), sigma.double(), vh.to(dense.dtype), delta.shape[2:], steps, full)
+    adapter, report = _cut(
+        u.to(dense.dtype), sigma.double(), vh.to(dense.dtype), delta.shape[2:], steps, full
+    )
     if found is None:
         return adapter, report
     square = float(dense.double().square().sum())
@@ -157,17 +193,25 @@ def steps_within(squares: Tensor, allowance: float) -> int:
     return int((tails > allowance).sum())
 
 
-def _cut(u: Tensor, sigma: Tensor, vh: Tensor, kernel: Iterable[int], steps: int, full: int) -> tuple[LowRank, Report]:
+def _cut(
+    u: Tensor, sigma: Tensor, vh: Tensor, kernel: Iterable[int], steps: int, full: int
+) -> tuple[LowRank, Report]:
     root = sigma[:, :steps].sqrt().to(u.dtype)
-    adapter = assembled(u[..., :steps] * root[:, None, :], root[:, :, None] * vh[:, :steps], tuple(kernel))
+    adapter = assembled(
+        u[..., :steps] * root[:, None, :], root[:, :, None] * vh[:, :steps], tuple(kernel)
+    )
     norm, lost = (float(part.square().sum().sqrt()) for part in (sigma, sigma[:, steps:]))
     return adapter, Report(adapter.rank, full, norm, lost)
 
 
-def _randomised(a: Tensor, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, float] | None:
+def _randomised(
+    a: Tensor, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """(u, sigma, vh, estimated excess of cutting after `steps`) of the leading triples of a [g, m, n]; None when the excess stays above EXCESS."""
     width = min(steps + max(8, steps // 2), *a.shape[1:])
-    start = torch.randn(a.shape[0], a.shape[2], width, generator=generator, dtype=a.dtype, device=generator.device).to(a.device)
+    start = torch.randn(
+        a.shape[0], a.shape[2], width, generator=generator, dtype=a.dtype, device=generator.device
+    ).to(a.device)
     q = torch.linalg.qr(a @ start).Q
     square, kept = float(a.square().sum()), []
     for _ in range(ITERATIONS):

@@ -27,7 +27,12 @@ def dropped(update: Tensor, density: float, generator: torch.Generator) -> Tenso
     The expectation over the generator is the update.
     """
     kept_entries(update.numel(), density)
-    stays = torch.rand(update.shape, generator=generator, dtype=torch.float32, device=generator.device).to(update.device) < density
+    stays = (
+        torch.rand(
+            update.shape, generator=generator, dtype=torch.float32, device=generator.device
+        ).to(update.device)
+        < density
+    )
     return update * stays / density
 
 
@@ -69,4 +74,9 @@ def kept_entries(entries: int, density: float) -> int:
     return max(1, int(density * entries))
 
 
-MERGES: dict[str, Merge] = {"ties": ties, "dare": dare, "dare_ties": dare_ties, "magnitude": magnitude}
+MERGES: dict[str, Merge] = {
+    "ties": ties,
+    "dare": dare,
+    "dare_ties": dare_ties,
+    "magnitude": magnitude,
+}

@@ -38,7 +38,12 @@ __all__ = [
     "to_folder",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # --precision
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}  # --precision
 
 
 PLAIN = Loading()  # fp32 on the CPU
@@ -79,7 +84,9 @@ def outline(path: str, config: str = "") -> Layout:
     return _row(path).outline(path)
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = "") -> tuple[Schedule, str]:
+def noise_of(
+    path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
+) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
     scheduler takes for it. `changes` and `config` are those of `Loading`. Raises UserError like `load_family`."""
     if is_single(path):
@@ -88,14 +95,24 @@ def noise_of(path: str, changes: Mapping[str, Any], resolution: int = 0, config:
     return _row(path).noise_of(path, changes, resolution)
 
 
-def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]], config: str = "") -> None:
+def save_family(
+    family: Family,
+    path: str,
+    folder: Path,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    config: str = "",
+) -> None:
     """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
     if is_single(path):
         single_file.to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
             _save(family.modules[name], state, folder / name)
         return
-    source = Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "model_index.json")).parent
+    source = (
+        Path(path)
+        if Path(path).is_dir()
+        else Path(hf_hub_download(path, "model_index.json")).parent
+    )
     index = read_json(path, "model_index.json")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "model_index.json", folder)
@@ -109,14 +126,20 @@ def save_family(family: Family, path: str, folder: Path, states: Mapping[str, Ma
 def _save(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
     """A network of that kind with other weights, in its library's layout. save_pretrained of diffusers takes no state dict."""
     with torch.device("meta"):
-        bare = type(network).from_config(network.config) if hasattr(network, "from_config") else type(network)(network.config)
+        bare = (
+            type(network).from_config(network.config)
+            if hasattr(network, "from_config")
+            else type(network)(network.config)
+        )
     bare.load_state_dict(dict(state), assign=True)
     bare.save_pretrained(folder)
 
 
 def _refuse_config(path: str, config: str) -> None:
     if path and config:
-        raise UserError(f"--model-config {config} has no effect: {path} has configs of its own; it is for models in a single file")
+        raise UserError(
+            f"--model-config {config} has no effect: {path} has configs of its own; it is for models in a single file"
+        )
 
 
 def _row(path: str) -> Row:
@@ -124,7 +147,9 @@ def _row(path: str) -> Row:
         raise UserError("no base model; name a folder, a file or a hub id with --model")
     name = read_json(path, "model_index.json").get("_class_name", "")
     if name not in FAMILIES:
-        raise UserError(f"{path} is a {name or 'model without _class_name'}, which is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{path} is a {name or 'model without _class_name'}, which is not supported; supported are {', '.join(FAMILIES)}"
+        )
     return FAMILIES[name]
 
 
@@ -134,6 +159,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without it
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # no such device, or a torch that was built without it
         why = str(error).splitlines()[0].partition(". ")[0]
-        raise UserError(f"--device {name} cannot be used ({why}); leave --device out to take what there is") from None
+        raise UserError(
+            f"--device {name} cannot be used ({why}); leave --device out to take what there is"
+        ) from None

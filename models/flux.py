@@ -52,15 +52,44 @@ PRESETS = {  # component -> preset -> globs; the counts are those of 19 double a
     "transformer": {
         "attention": ATTENTION,  # 190, four names
         "fal": (*ATTENTION, *ADDED, *FEED_FORWARD),  # 342, diffusers' scripts
-        "ostris": (*ATTENTION, *ADDED, *FEED_FORWARD, "norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out"),  # 495
-        "kohya": ("transformer_blocks.*", "single_transformer_blocks.*"),  # 494, which are 304 of the original code's
+        "ostris": (
+            *ATTENTION,
+            *ADDED,
+            *FEED_FORWARD,
+            "norm1.linear",
+            "norm1_context.linear",
+            "norm.linear",
+            "proj_mlp",
+            "proj_out",
+        ),  # 495
+        "kohya": (
+            "transformer_blocks.*",
+            "single_transformer_blocks.*",
+        ),  # 494, which are 304 of the original code's
         "all-linear": ("*",),
     },
     "text_encoder": sd.PRESETS["text_encoder"],
 }
-SHIFTS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # what is read of a scheduler
-OTHER_STEPS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
-LENGTHS = {True: 512, False: 256}  # tokens of a T5 prompt, with and without a guidance embedding (dev and schnell)
+SHIFTS = (
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)  # what is read of a scheduler
+OTHER_STEPS = (
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+LENGTHS = {
+    True: 512,
+    False: 256,
+}  # tokens of a T5 prompt, with and without a guidance embedding (dev and schnell)
 LONGEST = 512  # what the pipelines allow
 
 NAMES = {  # our path -> the original code's, in which kohya's files speak
@@ -68,7 +97,11 @@ NAMES = {  # our path -> the original code's, in which kohya's files speak
     "context_embedder": "txt_in",
     **{
         f"time_text_embed.{ours}_embedder.linear_{i}": f"{theirs}.{layer}_layer"
-        for ours, theirs in (("timestep", "time_in"), ("guidance", "guidance_in"), ("text", "vector_in"))
+        for ours, theirs in (
+            ("timestep", "time_in"),
+            ("guidance", "guidance_in"),
+            ("text", "vector_in"),
+        )
         for i, layer in ((1, "in"), (2, "out"))
     },
     "norm_out.linear": "final_layer.adaLN_modulation.1",
@@ -85,10 +118,23 @@ DOUBLE = {
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
 }
-QKV, ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {  # our blocks -> theirs, names within, layers they compute in one
-    "transformer_blocks": ("double_blocks", DOUBLE, {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV}),
-    "single_transformer_blocks": ("single_blocks", {"proj_out": "linear2", "norm.linear": "modulation.lin"}, {"linear1": (*QKV, "proj_mlp")}),
+QKV, ADDED_QKV = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
+BLOCKS: dict[
+    str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]
+] = {  # our blocks -> theirs, names within, layers they compute in one
+    "transformer_blocks": (
+        "double_blocks",
+        DOUBLE,
+        {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV},
+    ),
+    "single_transformer_blocks": (
+        "single_blocks",
+        {"proj_out": "linear2", "norm.linear": "modulation.lin"},
+        {"linear1": (*QKV, "proj_mlp")},
+    ),
 }
 
 
@@ -99,13 +145,23 @@ class Flux:
     denoiser = "transformer"
     prediction = "flow"
     inpainting = False
-    spacing: Spacing = "trailing"  # a flow has one layout of its steps; spacing and offset say nothing
+    spacing: Spacing = (
+        "trailing"  # a flow has one layout of its steps; spacing and offset say nothing
+    )
     offset = 0
 
-    def __init__(self, modules: dict[str, Any], tokenizers: dict[str, Any], scheduler: dict[str, Any], length: int):
+    def __init__(
+        self,
+        modules: dict[str, Any],
+        tokenizers: dict[str, Any],
+        scheduler: dict[str, Any],
+        length: int,
+    ):
         self.modules: dict[str, nn.Module] = modules
         self.tokenizers, self.scheduler, self.length = tokenizers, scheduler, length
-        self.transformer, self.vae, self.clip, self.t5 = (modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+        self.transformer, self.vae, self.clip, self.t5 = (
+            modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
+        )
         self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
         self.schedule = schedule_of(scheduler)
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
@@ -121,7 +177,9 @@ class Flux:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.x_embedder.weight.device  # diffusers' own property looks at every module
+        return (
+            self.transformer.x_embedder.weight.device
+        )  # diffusers' own property looks at every module
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return schedule_of(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -139,9 +197,15 @@ class Flux:
         """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for on the CPU."""
         tokenizer = self.tokenizers["text_encoder"]
         ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"])
-        t5 = tokenize(self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"])
+        t5 = tokenize(
+            self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"]
+        )
         end = first_eos(ids, tokenizer.eos_token_id)
-        return {"clip": ids.to(self.clip.device), "end": end.to(self.clip.device), "t5": t5.to(self.t5.device)}
+        return {
+            "clip": ids.to(self.clip.device),
+            "end": end.to(self.clip.device),
+            "t5": t5.to(self.t5.device),
+        }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector at the first end-of-text token.
@@ -151,7 +215,9 @@ class Flux:
         """
         hidden, end = self.clip(tokens["clip"]).last_hidden_state, tokens["end"]
         pooled = hidden[torch.arange(len(end), device=end.device), end]
-        return Conditioning(self.t5(tokens["t5"]).last_hidden_state, {"pooled_prompt_embeds": pooled})
+        return Conditioning(
+            self.t5(tokens["t5"]).last_hidden_state, {"pooled_prompt_embeds": pooled}
+        )
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)
@@ -161,12 +227,18 @@ class Flux:
         if not self.distilled_guidance:
             return cond
         embeds = cond.prompt_embeds
-        return cond.with_extra(guidance=torch.full((len(embeds),), guidance, dtype=torch.float32, device=embeds.device))
+        return cond.with_extra(
+            guidance=torch.full((len(embeds),), guidance, dtype=torch.float32, device=embeds.device)
+        )
 
-    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> Tensor:
         """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both to its own dtype."""
         if inpaint is not None:
-            raise UserError("this model takes no mask and no masked image; leave them out or choose an inpainting model")
+            raise UserError(
+                "this model takes no mask and no masked image; leave them out or choose an inpainting model"
+            )
         dtype, (height, width) = self.transformer.x_embedder.weight.dtype, x_t.shape[-2:]
         out = self.transformer(
             hidden_states=pack(x_t).to(dtype),
@@ -179,16 +251,22 @@ class Flux:
         ).sample
         return unpack(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
 
-    def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
+    def attention_maps(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> list[Tensor]:
         """softmax(q k^T / sqrt(d)) of the double blocks over all keys, text and image, of which the text's columns are returned: rows sum to less
         than 1. One map [b, heads, tokens, s] a block, token (row, column) = one 2 x 2 patch of latents.
 
         q and k are the outputs of the norms; image tokens are then rotated by their place, text tokens have place 0 and are not.
         """
-        layers = {name: m for name, m in self.transformer.named_modules() if hasattr(m, "norm_added_k")}
+        layers = {
+            name: m for name, m in self.transformer.named_modules() if hasattr(m, "norm_added_k")
+        }
         seen: dict[tuple[str, str], Tensor] = {}
         hooks = [
-            getattr(m, which).register_forward_hook(lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out))
+            getattr(m, which).register_forward_hook(
+                lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out)
+            )
             for name, m in layers.items()
             for which in ("norm_q", "norm_k", "norm_added_k")
         ]
@@ -197,10 +275,15 @@ class Flux:
         finally:
             for hook in hooks:
                 hook.remove()
-        cos, sin = self.transformer.pos_embed(image_ids(x_t.shape[-2], x_t.shape[-1], x_t.device))  # [tokens, d]
+        cos, sin = self.transformer.pos_embed(
+            image_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
+        )  # [tokens, d]
         maps = []
         for name in layers:
-            q, k, text = (seen[name, which].transpose(1, 2).float() for which in ("norm_q", "norm_k", "norm_added_k"))  # [b, heads, s, d]
+            q, k, text = (
+                seen[name, which].transpose(1, 2).float()
+                for which in ("norm_q", "norm_k", "norm_added_k")
+            )  # [b, heads, s, d]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             scores = q @ torch.cat([text, k], dim=2).transpose(-1, -2) * q.shape[-1] ** -0.5
             maps.append(scores.softmax(-1)[..., : text.shape[2]])
@@ -217,12 +300,24 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Latents [b, c, height, width]; undoes `pack`."""
-    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // PATCH, w=width // PATCH, ph=PATCH, pw=PATCH)
+    return rearrange(
+        tokens,
+        "b (h w) (c ph pw) -> b c (h ph) (w pw)",
+        h=height // PATCH,
+        w=width // PATCH,
+        ph=PATCH,
+        pw=PATCH,
+    )
 
 
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """(0, row, column) of every token of latents [b, c, height, width]: [(h / 2) (w / 2), 3] fp32."""
-    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=device) for n in (1, height // PATCH, width // PATCH)))
+    return torch.cartesian_prod(
+        *(
+            torch.arange(n, dtype=torch.float32, device=device)
+            for n in (1, height // PATCH, width // PATCH)
+        )
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -241,20 +336,30 @@ def load(path: str, how: Loading) -> Flux:
     input channels; then for a missing or broken part.
     """
     if how.clip_skip:
-        raise UserError(f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector is used; leave it out")
+        raise UserError(
+            f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector is used; leave it out"
+        )
     scheduler = _scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
-    check_channels(config.get("in_channels", 64), read_json(path, "vae/config.json").get("latent_channels", 4))
+    check_channels(
+        config.get("in_channels", 64), read_json(path, "vae/config.json").get("latent_channels", 4)
+    )
     length = _length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
         "text_encoder": part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
         "text_encoder_2": part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
     }
     modules = {
-        "transformer": load_network(FluxTransformer2DModel, path, "transformer", how.dtype, how.device),
+        "transformer": load_network(
+            FluxTransformer2DModel, path, "transformer", how.dtype, how.device
+        ),
         "text_encoder": load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device),
-        "text_encoder_2": load_network(T5EncoderModel, path, "text_encoder_2", how.dtype, how.device),
-        "vae": load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device),
+        "text_encoder_2": load_network(
+            T5EncoderModel, path, "text_encoder_2", how.dtype, how.device
+        ),
+        "vae": load_network(
+            AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
+        ),
     }
     family = Flux(modules, tokenizers, scheduler, length)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
@@ -272,7 +377,9 @@ def outline(path: str) -> Layout:
 
 def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution (pixels) in the shift for it."""
-    side = resolution // (PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1))
+    side = resolution // (
+        PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1)
+    )
     return schedule_of(_scheduler(path, changes), side * side), "flow"
 
 
@@ -283,34 +390,53 @@ def schedule_of(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
         return noise.flow(shift=c.get("shift", 1.0))
     if not tokens:
         return noise.flow()
-    law = dict(base_tokens="base_image_seq_len", max_tokens="max_image_seq_len", base="base_shift", max="max_shift")  # ours -> diffusers' key
-    return noise.flow(shift=noise.resolution_shift(tokens, **{ours: c[key] for ours, key in law.items() if key in c}))
+    law = dict(
+        base_tokens="base_image_seq_len",
+        max_tokens="max_image_seq_len",
+        base="base_shift",
+        max="max_shift",
+    )  # ours -> diffusers' key
+    return noise.flow(
+        shift=noise.resolution_shift(
+            tokens, **{ours: c[key] for ours, key in law.items() if key in c}
+        )
+    )
 
 
 def check_channels(takes: int, latent_channels: int) -> None:
     """Raises UserError for a transformer that reads more than packed latents, as those of Fill, Depth and Canny do."""
     expected = PATCH * PATCH * latent_channels
     if takes != expected:
-        raise UserError(f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported")
+        raise UserError(
+            f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported"
+        )
 
 
 def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for, and for a layout of levels that is not read."""
     for key in changes:
         if key not in SHIFTS:
-            raise UserError(f"{key} has no effect on {path}, which is a flow; it can change {', '.join(SHIFTS)}")
+            raise UserError(
+                f"{key} has no effect on {path}, which is a flow; it can change {', '.join(SHIFTS)}"
+            )
     scheduler = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
     for key in OTHER_STEPS:
         if scheduler.get(key):
-            raise UserError(f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow")
+            raise UserError(
+                f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow"
+            )
     if scheduler.get("time_shift_type", "exponential") != "exponential":
-        raise UserError(f"the scheduler_config.json of {path} has time_shift_type {scheduler['time_shift_type']}; expected exponential")
+        raise UserError(
+            f"the scheduler_config.json of {path} has time_shift_type {scheduler['time_shift_type']}; expected exponential"
+        )
     return scheduler
 
 
 def _length(asked: int, guidance: bool) -> int:
     if not 0 <= asked <= LONGEST:
-        raise UserError(f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the model's own {LENGTHS[guidance]}")
+        raise UserError(
+            f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the model's own {LENGTHS[guidance]}"
+        )
     return asked or LENGTHS[guidance]
 
 
@@ -329,7 +455,10 @@ def layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    components = {**plain.components, "transformer": replace(network, **_original(network.shapes), swapped=SWAPPED)}
+    components = {
+        **plain.components,
+        "transformer": replace(network, **_original(network.shapes), swapped=SWAPPED),
+    }
     return replace(plain, components=components, network_module="networks.lora_flux")
 
 

@@ -37,13 +37,23 @@ def layouts() -> dict[str, Layout]:
 
 def of_checkpoint(facts: Facts, source: str, *, v: bool = False) -> str:
     """The kind that a single-file checkpoint is of; `v` tells one of Stable Diffusion 2's that its keys do not. Raises UserError for another one."""
-    unets = {kind: row.files["unet/config.json"] for kind, row in KINDS.items() if "unet/config.json" in row.files}
+    unets = {
+        kind: row.files["unet/config.json"]
+        for kind, row in KINDS.items()
+        if "unet/config.json" in row.files
+    }
     for kind, unet in unets.items():
-        told = unet["in_channels"], unet["cross_attention_dim"], unet.get("projection_class_embeddings_input_dim")
+        told = (
+            unet["in_channels"],
+            unet["cross_attention_dim"],
+            unet.get("projection_class_embeddings_input_dim"),
+        )
         if told == (facts.channels, facts.context, facts.label):
             return "sd2-v" if v and kind == "sd2" else kind
     titles = ", ".join(KINDS[kind].title for kind in unets)
-    raise UserError(f"{source} has {facts}, which is none of {titles}; give a folder with its configs as --model-config")
+    raise UserError(
+        f"{source} has {facts}, which is none of {titles}; give a folder with its configs as --model-config"
+    )
 
 
 # ---------------------------------------------------------------- whose adapter a file holds
@@ -52,11 +62,16 @@ LEAF = re.compile(  # name of a layer, then that of a tensor in it; the attentio
     r"(?P<name>.+?)(?:[._]lora(?:_linear_layer)?\d?)?[._](?P<role>lora_(?:down|up|mid|A|B)|down|up|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|diff)"
     r"(?:\.\w+)?(?:\.weight)?"
 )
-NUMBERED = re.compile(r"([^:.]+):\d+:(up|down)")  # cloneofsimo's: component, place in a walk through the network
+NUMBERED = re.compile(
+    r"([^:.]+):\d+:(up|down)"
+)  # cloneofsimo's: component, place in a walk through the network
 HALVES = {"A": "down", "B": "up"}
 COMFY = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # ComfyUI's names of encoders
 ANY = ("base_model_model", "lycoris", "")  # heads that tell no component: peft's, LyCORIS', none
-HEADER = {"ss_base_model_version": "base_model_version", "modelspec.architecture": "architecture"}  # entry -> field of a Layout
+HEADER = {
+    "ss_base_model_version": "base_model_version",
+    "modelspec.architecture": "architecture",
+}  # entry -> field of a Layout
 
 
 class Layer(NamedTuple):
@@ -71,7 +86,9 @@ class Layer(NamedTuple):
         return self.out in (None, shape[0]) and self.fan in (None, prod(shape[1:]))
 
 
-def recognise(tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file") -> Layout:
+def recognise(
+    tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file"
+) -> Layout:
     """The layout of the published model that an adapter file of any format was made for, from its keys and shapes.
 
     `tensors` holds tensors or shapes. Layers that several models have are told apart by what else the file says: its header, whether its projections
@@ -80,19 +97,28 @@ def recognise(tensors: Mapping[str, Any], header: Mapping[str, str] | None = Non
     return layout(kind_of(tensors, header, source))
 
 
-def kind_of(tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file") -> str:
+def kind_of(
+    tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file"
+) -> str:
     """The row of KINDS behind `recognise`."""
     shapes = {key: tuple(getattr(value, "shape", value)) for key, value in tensors.items()}
     told = {field: header[entry] for entry, field in HEADER.items() if header and entry in header}
-    tests: list[Callable[[str], bool]] = [partial(_is, field, value) for field, value in told.items()]  # each narrows the choice, unless to nothing
+    tests: list[Callable[[str], bool]] = [
+        partial(_is, field, value) for field, value in told.items()
+    ]  # each narrows the choice, unless to nothing
     if layers := _layers(shapes):
         found = {kind: _found(kind, layers) for kind in KINDS}
         named = [layer for layer in layers if any(layer.name in own for own in found.values())]
         fitting = [
-            kind for kind, own in found.items() if named and all(any(layer.fits(shape) for shape in own.get(layer.name, ())) for layer in named)
+            kind
+            for kind, own in found.items()
+            if named
+            and all(any(layer.fits(shape) for shape in own.get(layer.name, ())) for layer in named)
         ]
         tests += [
-            lambda kind: all(layer.axes in (0, *map(len, found[kind][layer.name])) for layer in named),  # a projection, or a 1x1 convolution
+            lambda kind: all(
+                layer.axes in (0, *map(len, found[kind][layer.name])) for layer in named
+            ),  # a projection, or a 1x1 convolution
             lambda kind: _spells(kind, named),
         ]
     elif numbered := _numbered(shapes):
@@ -123,9 +149,13 @@ def _layers(shapes: Mapping[str, Shape]) -> list[Layer]:
     for key, shape in shapes.items():
         if (match := LEAF.fullmatch(key)) and shape:
             role = match["role"].removeprefix("lora_")
-            parts.setdefault(match["name"].removesuffix(".processor").replace(".processor.", ".").replace(".", "_"), {})[HALVES.get(role, role)] = (
-                shape
-            )
+            parts.setdefault(
+                match["name"]
+                .removesuffix(".processor")
+                .replace(".processor.", ".")
+                .replace(".", "_"),
+                {},
+            )[HALVES.get(role, role)] = shape
     return [Layer(name, *_weight(own), len(own.get("down", ()))) for name, own in parts.items()]
 
 
@@ -135,8 +165,14 @@ def _weight(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
     def product(name: str) -> tuple[int | None, int | None]:
         if whole := parts.get(name):
             return whole[0], prod(whole[1:])
-        a, b, core = parts.get(f"{name}_a"), parts.get(f"{name}_b"), parts.get(name.replace("w", "t"), ())
-        return (a[1 if core else 0] if a else None), (b[1] * prod(core[2:]) if b else None)  # beside a core, factors are [r, out] and [r, in]
+        a, b, core = (
+            parts.get(f"{name}_a"),
+            parts.get(f"{name}_b"),
+            parts.get(name.replace("w", "t"), ()),
+        )
+        return (a[1 if core else 0] if a else None), (
+            b[1] * prod(core[2:]) if b else None
+        )  # beside a core, factors are [r, out] and [r, in]
 
     if any(role.startswith("lokr") for role in parts):
         (a, b), (c, d) = product("lokr_w1"), product("lokr_w2")
@@ -146,7 +182,9 @@ def _weight(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
     if "diff" in parts:
         return product("diff")
     up, down = parts.get("up"), parts.get("down")
-    return (up[0] if up else None), (prod(down[1:]) * prod(parts.get("mid", ())[2:]) if down else None)
+    return (up[0] if up else None), (
+        prod(down[1:]) * prod(parts.get("mid", ())[2:]) if down else None
+    )
 
 
 @cache
@@ -155,13 +193,31 @@ def _names(kind: str) -> list[tuple[tuple[str, ...], dict[str, Shape]]]:
     rows = []
     for name, component in joined_layers.stored(layout(kind)).components.items():
         encoder = layout(kind).encoders.get(name)
-        heads = (*component.prefixes, name, f"lora_{name}", f"text_encoders_{COMFY[encoder]}_transformer" if encoder else "diffusion_model", *ANY)
+        heads = (
+            *component.prefixes,
+            name,
+            f"lora_{name}",
+            f"text_encoders_{COMFY[encoder]}_transformer" if encoder else "diffusion_model",
+            *ANY,
+        )
         originals, names = kohya.originals(component), dict[str, Shape]()
         for path, shape in component.shapes.items():
-            for spelling in (path, path.removeprefix(component.module_prefix), originals.get(path, path)):
+            for spelling in (
+                path,
+                path.removeprefix(component.module_prefix),
+                originals.get(path, path),
+            ):
                 plain = spelling.replace(".", "_")
-                names |= {plain: shape, plain.removesuffix("_0") if plain.endswith("to_out_0") else plain: shape}
-        for theirs, (q, k, v, *_) in component.fused.items():  # XLabs' processors: one of these layers a block, without the way into an MLP
+                names |= {
+                    plain: shape,
+                    plain.removesuffix("_0") if plain.endswith("to_out_0") else plain: shape,
+                }
+        for (
+            theirs,
+            (q, k, v, *_),
+        ) in (
+            component.fused.items()
+        ):  # XLabs' processors: one of these layers a block, without the way into an MLP
             out = sum(component.shapes[path][0] for path in (q, k, v))
             names["_".join(theirs.split(".")[:2]) + "_qkv"] = (out, *component.shapes[q][1:])
         rows.append((heads, names))
@@ -183,7 +239,9 @@ def _found(kind: str, layers: Iterable[Layer]) -> dict[str, list[Shape]]:
 def _spells(kind: str, layers: Iterable[Layer]) -> bool:
     """Whether kohya's prefixes of text encoders are those that are written for this kind, not some that are only read."""
     written = tuple(f"{heads[0]}_" for heads, _ in _names(kind))
-    return all(layer.name.startswith(written) for layer in layers if layer.name.startswith("lora_te"))
+    return all(
+        layer.name.startswith(written) for layer in layers if layer.name.startswith("lora_te")
+    )
 
 
 def _is(field: str, value: str, kind: str) -> bool:
@@ -207,7 +265,10 @@ def _holds(kind: str, numbered: Mapping[str, list[Shape]]) -> bool:
     """Whether the networks of a kind have so many layers of these shapes, and such files exist for them."""
     parts = layout(kind).components
     return all(
-        name in parts and parts[name].numbering and Counter(sizes) <= Counter((shape[0], prod(shape[1:])) for shape in parts[name].shapes.values())
+        name in parts
+        and parts[name].numbering
+        and Counter(sizes)
+        <= Counter((shape[0], prod(shape[1:])) for shape in parts[name].shapes.values())
         for name, sizes in numbered.items()
     )
 
@@ -217,7 +278,10 @@ def _reads(kind: str, rows: Mapping[str, int]) -> bool:
     found = layout(kind)
     widths = {key: found.components[name].width for name, key in found.encoders.items()}
     return bool(rows) and all(
-        widths.get(embeddings.SPELLINGS[key]) == width if key in embeddings.SPELLINGS else width in widths.values() for key, width in rows.items()
+        widths.get(embeddings.SPELLINGS[key]) == width
+        if key in embeddings.SPELLINGS
+        else width in widths.values()
+        for key, width in rows.items()
     )
 
 
@@ -227,7 +291,11 @@ def _reads(kind: str, rows: Mapping[str, int]) -> bool:
 def recognise_path(path: str | Path) -> Layout:
     """`recognise` for a file, pickles included, or for a folder of a run or of peft's. Of .safetensors files only the keys and shapes are read."""
     path = Path(path)
-    files = sorted(file for place in (path, *(path / name for name in COMPONENTS)) for file in place.glob("[!.]*.safetensors"))
+    files = sorted(
+        file
+        for place in (path, *(path / name for name in COMPONENTS))
+        for file in place.glob("[!.]*.safetensors")
+    )
     files = files if path.is_dir() else [path]
     shapes: dict[str, Shape] = {}
     header: dict[str, str] = {}
@@ -235,7 +303,9 @@ def recognise_path(path: str | Path) -> Layout:
         found, own = _shapes(file)
         shapes, header = shapes | found, header | own
     if not shapes:
-        raise UserError(f"{path} has no .safetensors file; give an adapter's file, or the folder of a run")
+        raise UserError(
+            f"{path} has no .safetensors file; give an adapter's file, or the folder of a run"
+        )
     return recognise(shapes, header, str(path))
 
 
@@ -249,6 +319,12 @@ def _shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     if cloneofsimo.detect_pt(data):
         name = "text_encoder" if file.name.endswith(".text_encoder.pt") else "unet"
         factors = (tuple(getattr(factor, "shape", ())) for factor in data)
-        return {f"{name}:{i // 2}:{('up', 'down')[i % 2]}": shape for i, shape in enumerate(factors)}, {}
-    tensors = embeddings.read_pt(file).tokens if embeddings.detect_pt(data) else pickled_tensors(data, str(file))
+        return {
+            f"{name}:{i // 2}:{('up', 'down')[i % 2]}": shape for i, shape in enumerate(factors)
+        }, {}
+    tensors = (
+        embeddings.read_pt(file).tokens
+        if embeddings.detect_pt(data)
+        else pickled_tensors(data, str(file))
+    )
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {}

@@ -33,8 +33,16 @@ CLIP_L: Config = dict(
     max_position_embeddings=77, vocab_size=49408, pad_token_id=1, bos_token_id=0, eos_token_id=2, architectures=["CLIPTextModel"],
     model_type="clip_text_model",
 )  # fmt: skip
-CLIP_H = CLIP_L | dict(  # OpenCLIP's ViT-H; Stable Diffusion 2 reads the state before the last of its 24 layers, so the last is left out
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512, hidden_act="gelu"
+CLIP_H = (
+    CLIP_L
+    | dict(  # OpenCLIP's ViT-H; Stable Diffusion 2 reads the state before the last of its 24 layers, so the last is left out
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        projection_dim=512,
+        hidden_act="gelu",
+    )
 )
 BIG_G = CLIP_L | dict(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu",
@@ -49,7 +57,9 @@ UNET_1: Config = dict(
     attention_head_dim=8, cross_attention_dim=768, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 )  # fmt: skip
-UNET_2 = UNET_1 | dict(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
+UNET_2 = UNET_1 | dict(
+    attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True
+)
 UNET_XL = UNET_2 | dict(
     sample_size=128, block_out_channels=[320, 640, 1280], transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20],
     cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
@@ -68,13 +78,20 @@ VAE: Config = dict(
 )  # fmt: skip
 VAE_XL = VAE | dict(sample_size=1024, scaling_factor=0.13025)
 VAE_FLUX = VAE | dict(
-    sample_size=1024, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    sample_size=1024,
+    latent_channels=16,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
 )
 STEPS: Config = dict(
     _class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False,
     set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon", timestep_spacing="leading",
 )  # fmt: skip
-STEPS_XL = {key: value for key, value in STEPS.items() if key not in ("clip_sample", "set_alpha_to_one")} | {"_class_name": "EulerDiscreteScheduler"}
+STEPS_XL = {
+    key: value for key, value in STEPS.items() if key not in ("clip_sample", "set_alpha_to_one")
+} | {"_class_name": "EulerDiscreteScheduler"}
 FLOW: Config = dict(
     _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
     base_image_seq_len=256, max_image_seq_len=4096,
@@ -87,7 +104,9 @@ CLASSES = {  # what a model_index.json says of a component
 }
 
 
-def _files(pipeline: str, parts: Mapping[str, Config], scheduler: Config, **index: Any) -> dict[str, Config]:
+def _files(
+    pipeline: str, parts: Mapping[str, Config], scheduler: Config, **index: Any
+) -> dict[str, Config]:
     """The JSON files of a model: its parts' configs and a model_index.json that lists them."""
     listed: Config = {"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, config in parts.items():
@@ -98,18 +117,43 @@ def _files(pipeline: str, parts: Mapping[str, Config], scheduler: Config, **inde
         else:
             listed[name] = CLASSES[name]
     files = {f"{name}/config.json": config for name, config in parts.items()}
-    return {"model_index.json": listed | index, "scheduler/scheduler_config.json": scheduler, **files}
+    return {
+        "model_index.json": listed | index,
+        "scheduler/scheduler_config.json": scheduler,
+        **files,
+    }
 
 
 def _sd(title: str, unet: Config, text: Config, scheduler: Config = STEPS, like: str = "") -> Kind:
-    pipeline = "StableDiffusionInpaintPipeline" if unet["in_channels"] == 9 else "StableDiffusionPipeline"
-    nothing = dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
+    pipeline = (
+        "StableDiffusionInpaintPipeline" if unet["in_channels"] == 9 else "StableDiffusionPipeline"
+    )
+    nothing = dict(
+        safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False
+    )
     vae = VAE | {"sample_size": 8 * unet["sample_size"]}
-    return Kind(title, _files(pipeline, {"unet": unet, "vae": vae, "text_encoder": text}, scheduler, **nothing), sd.outline, like)
+    return Kind(
+        title,
+        _files(pipeline, {"unet": unet, "vae": vae, "text_encoder": text}, scheduler, **nothing),
+        sd.outline,
+        like,
+    )
 
 
-def _xl(title: str, pipeline: str, unet: Config, texts: Mapping[str, Config], like: str = "", **index: Any) -> Kind:
-    return Kind(title, _files(pipeline, {"unet": unet, "vae": VAE_XL, **texts}, STEPS_XL, **index), sdxl.outline, like)
+def _xl(
+    title: str,
+    pipeline: str,
+    unet: Config,
+    texts: Mapping[str, Config],
+    like: str = "",
+    **index: Any,
+) -> Kind:
+    return Kind(
+        title,
+        _files(pipeline, {"unet": unet, "vae": VAE_XL, **texts}, STEPS_XL, **index),
+        sdxl.outline,
+        like,
+    )
 
 
 def _flux(title: str, scheduler: Config, like: str = "", *, guidance: bool) -> Kind:
@@ -117,25 +161,69 @@ def _flux(title: str, scheduler: Config, like: str = "", *, guidance: bool) -> K
         _class_name="FluxTransformer2DModel", in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
         joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=guidance,
     )  # fmt: skip
-    parts: dict[str, Config] = {"transformer": network, "vae": VAE_FLUX, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
+    parts: dict[str, Config] = {
+        "transformer": network,
+        "vae": VAE_FLUX,
+        "text_encoder": CLIP_L,
+        "text_encoder_2": T5_XXL,
+    }
     return Kind(title, _files("FluxPipeline", parts, scheduler), flux.outline, like)
 
 
 BOTH, SECOND = {"text_encoder": CLIP_L, "text_encoder_2": BIG_G}, {"text_encoder_2": BIG_G}
-SCORED = {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
-KINDS: dict[str, Kind] = {  # where a variant and its original both fit a file, the original is meant
+SCORED = {
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+    "requires_aesthetics_score": True,
+    "force_zeros_for_empty_prompt": False,
+}
+KINDS: dict[
+    str, Kind
+] = {  # where a variant and its original both fit a file, the original is meant
     "sd1": _sd("Stable Diffusion 1.x", UNET_1, CLIP_L),
     "sd1-inpainting": _sd("Stable Diffusion 1.x inpainting", UNET_1 | MASKED, CLIP_L, like="sd1"),
     "sd2": _sd("Stable Diffusion 2.x", UNET_2, CLIP_H),
-    "sd2-v": _sd("Stable Diffusion 2.x 768-v", UNET_2 | dict(sample_size=96, upcast_attention=True), CLIP_H, STEPS | V, like="sd2"),
+    "sd2-v": _sd(
+        "Stable Diffusion 2.x 768-v",
+        UNET_2 | dict(sample_size=96, upcast_attention=True),
+        CLIP_H,
+        STEPS | V,
+        like="sd2",
+    ),
     "sd2-inpainting": _sd("Stable Diffusion 2.x inpainting", UNET_2 | MASKED, CLIP_H, like="sd2"),
-    "sdxl": _xl("Stable Diffusion XL", "StableDiffusionXLPipeline", UNET_XL, BOTH, force_zeros_for_empty_prompt=True),
-    "sdxl-inpainting": _xl("Stable Diffusion XL inpainting", "StableDiffusionXLInpaintPipeline", UNET_XL | MASKED, BOTH, like="sdxl"),
-    "sdxl-refiner": _xl("Stable Diffusion XL's refiner", "StableDiffusionXLImg2ImgPipeline", UNET_REFINER, SECOND, like="sdxl", **SCORED),
+    "sdxl": _xl(
+        "Stable Diffusion XL",
+        "StableDiffusionXLPipeline",
+        UNET_XL,
+        BOTH,
+        force_zeros_for_empty_prompt=True,
+    ),
+    "sdxl-inpainting": _xl(
+        "Stable Diffusion XL inpainting",
+        "StableDiffusionXLInpaintPipeline",
+        UNET_XL | MASKED,
+        BOTH,
+        like="sdxl",
+    ),
+    "sdxl-refiner": _xl(
+        "Stable Diffusion XL's refiner",
+        "StableDiffusionXLImg2ImgPipeline",
+        UNET_REFINER,
+        SECOND,
+        like="sdxl",
+        **SCORED,
+    ),
     "flux-dev": _flux("Flux.1 dev", FLOW, guidance=True),
-    "flux-schnell": _flux("Flux.1 schnell", FLOW | dict(shift=1.0, use_dynamic_shifting=False), like="flux-dev", guidance=False),
+    "flux-schnell": _flux(
+        "Flux.1 schnell",
+        FLOW | dict(shift=1.0, use_dynamic_shifting=False),
+        like="flux-dev",
+        guidance=False,
+    ),
 }
-CACHE = tempfile.TemporaryDirectory(prefix="lora_core-known-", ignore_cleanup_errors=True)  # gone when the process ends
+CACHE = tempfile.TemporaryDirectory(
+    prefix="lora_core-known-", ignore_cleanup_errors=True
+)  # gone when the process ends
 
 
 @cache

@@ -31,16 +31,28 @@ from lora_core.formats.layout import Layout, Numbering, layout_of
 
 logging.disable_progress_bar()  # a bar for a file that loads in a blink
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 RESNETS = ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.time_emb_proj")
-FEED_FORWARD, PROJECTIONS = ("*.ff.net.0.proj", "*.ff.net.2"), ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
+FEED_FORWARD, PROJECTIONS = (
+    ("*.ff.net.0.proj", "*.ff.net.2"),
+    ("*.attentions.*.proj_in", "*.attentions.*.proj_out"),
+)
 TRANSFORMER = (*ATTENTION, *FEED_FORWARD, *PROJECTIONS)
 PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
         "cloneofsimo": (*ATTENTION, "*.ff.net.0.proj"),  # 144, lora_pti
-        "extended": (*ATTENTION, "*.ff.net.0.proj", *RESNETS, "*.conv_shortcut"),  # lora_pti --use_extended_lora
+        "extended": (
+            *ATTENTION,
+            "*.ff.net.0.proj",
+            *RESNETS,
+            "*.conv_shortcut",
+        ),  # lora_pti --use_extended_lora
         "kohya": TRANSFORMER,  # 192, networks.lora
         "all": (*TRANSFORMER, *RESNETS, "*.conv_shortcut"),
     },
@@ -57,15 +69,29 @@ CLASSES = {  # of modules, under the names they had and have in diffusers and tr
     "ResnetBlock2D": (*RESNETS, "*.conv_shortcut"),
     "CLIPAttention": ("*.self_attn.*_proj",),
 }
-AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")  # the middle is registered last, attentions before residual blocks
+AROUND = (
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "attentions",
+    "resnets",
+)  # the middle is registered last, attentions before residual blocks
 WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
 NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers between the attentions when its files were made, and now does after them
     "unet": Numbering(
         CLASSES,
-        targets=(("CrossAttention", "Attention", "GEGLU"), ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D")),
-        orders=((*AROUND, "attn1", "ff", "attn2", *WITHIN), (*AROUND, "attn1", "attn2", "ff", *WITHIN)),
+        targets=(
+            ("CrossAttention", "Attention", "GEGLU"),
+            ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"),
+        ),
+        orders=(
+            (*AROUND, "attn1", "ff", "attn2", *WITHIN),
+            (*AROUND, "attn1", "attn2", "ff", *WITHIN),
+        ),
     ),
-    "text_encoder": Numbering(CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)),
+    "text_encoder": Numbering(
+        CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)
+    ),
 }
 
 
@@ -78,13 +104,25 @@ class StableDiffusion:
     zeros: tuple[str, ...] = ()
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: dict[str, Any],
     ):
-        self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
+        self.modules: dict[str, nn.Module] = {
+            "unet": unet,
+            "text_encoder": text_encoder,
+            "vae": vae,
+        }
         self.tokenizers = {"text_encoder": tokenizer}
         self.pipeline, self.clip_skip, self.said = PIPELINES[0], 0, set[str]()
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.schedule, self.prediction = noise.vp_from_config(scheduler), scheduler.get("prediction_type", "epsilon")
+        self.schedule, self.prediction = (
+            noise.vp_from_config(scheduler),
+            scheduler.get("prediction_type", "epsilon"),
+        )
         self.latent_channels = vae.config.latent_channels
         self.spacing = scheduler.get("timestep_spacing", "leading")
         self.offset = scheduler.get("steps_offset", 0)
@@ -112,7 +150,11 @@ class StableDiffusion:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {"ids": tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(self.text_encoder.device)}
+        return {
+            "ids": tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(
+                self.text_encoder.device
+            )
+        }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference.
@@ -131,20 +173,33 @@ class StableDiffusion:
     def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
         return cond
 
-    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> Tensor:
         if (inpaint is not None) != self.inpainting:
-            raise UserError("an inpainting UNet needs a mask and a masked image, and only such a UNet takes them")
+            raise UserError(
+                "an inpainting UNet needs a mask and a masked image, and only such a UNet takes them"
+            )
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
         dtype = self.unet.conv_in.weight.dtype
-        out = self.unet(x.to(dtype), level.t, encoder_hidden_states=cond.prompt_embeds.to(dtype), added_cond_kwargs=cond.extra or None).sample
+        out = self.unet(
+            x.to(dtype),
+            level.t,
+            encoder_hidden_states=cond.prompt_embeds.to(dtype),
+            added_cond_kwargs=cond.extra or None,
+        ).sample
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def attention_maps(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None) -> list[Tensor]:
+    def attention_maps(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+    ) -> list[Tensor]:
         """softmax(q k^T / sqrt(d)) of all cross-attention layers, from the outputs of their to_q and to_k."""
         layers = {name: m for name, m in self.unet.named_modules() if name.endswith(".attn2")}
         seen: dict[tuple[str, str], Tensor] = {}
         hooks = [
-            getattr(m, which).register_forward_hook(lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out))
+            getattr(m, which).register_forward_hook(
+                lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out)
+            )
             for name, m in layers.items()
             for which in ("to_q", "to_k")
         ]
@@ -155,7 +210,10 @@ class StableDiffusion:
                 hook.remove()
         maps = []
         for name, m in layers.items():
-            q, k = (seen[name, which].unflatten(-1, (m.heads, -1)).transpose(1, 2).float() for which in ("to_q", "to_k"))  # [b, heads, s, d]
+            q, k = (
+                seen[name, which].unflatten(-1, (m.heads, -1)).transpose(1, 2).float()
+                for which in ("to_q", "to_k")
+            )  # [b, heads, s, d]
             maps.append((q @ k.transpose(-1, -2) * m.scale).softmax(-1))
         return maps
 
@@ -167,10 +225,15 @@ def load(path: str, how: Loading) -> StableDiffusion:
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
     tokenizer = part(CLIPTokenizer.from_pretrained, path, "tokenizer")
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
-    vae = load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device)
+    vae = load_network(
+        AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
+    )
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
-    family.pipeline, family.clip_skip = read_json(path, "model_index.json")["_class_name"], skipped(how.clip_skip, [text_encoder])
+    family.pipeline, family.clip_skip = (
+        read_json(path, "model_index.json")["_class_name"],
+        skipped(how.clip_skip, [text_encoder]),
+    )
     return family
 
 
@@ -188,18 +251,30 @@ def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Sc
     return noise.vp_from_config(config), config.get("prediction_type", "epsilon")
 
 
-def layout(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]) -> Layout:
+def layout(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]
+) -> Layout:
     """Names and presets of Stable Diffusion 1.x or 2.x (which has OpenCLIP's text encoder)."""
-    second, v = text_encoder.config.hidden_size == 1024, scheduler.get("prediction_type") == "v_prediction"
+    second, v = (
+        text_encoder.config.hidden_size == 1024,
+        scheduler.get("prediction_type") == "v_prediction",
+    )
     found = layout_of(
         {"unet": unet, "text_encoder": text_encoder},
         family="sd",
         base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
         presets=PRESETS | {"unet": unet_presets(unet)},
-        architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora" if second else "stable-diffusion-v1/lora",
+        architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora"
+        if second
+        else "stable-diffusion-v1/lora",
     )
-    components = {name: replace(component, numbering=NUMBERINGS[name]) for name, component in found.components.items()}
-    components["unet"] = replace(components["unet"], blocks=blocks_of(unet, components["unet"].shapes))
+    components = {
+        name: replace(component, numbering=NUMBERINGS[name])
+        for name, component in found.components.items()
+    }
+    components["unet"] = replace(
+        components["unet"], blocks=blocks_of(unet, components["unet"].shapes)
+    )
     return replace(found, components=components, block_lists=(17, 26))
 
 
@@ -217,14 +292,25 @@ def blocks_of(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int
 def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
     """The UNet's presets; around transformers Stable Diffusion 1.x has convolutions, later models have linear layers."""
     around = PROJECTIONS if unet.config.use_linear_projection else ()
-    return {**PRESETS["unet"], "all-linear": (*ATTENTION, *FEED_FORWARD, *around, "*.time_emb_proj", "*_embedding.linear_?")}
+    return {
+        **PRESETS["unet"],
+        "all-linear": (
+            *ATTENTION,
+            *FEED_FORWARD,
+            *around,
+            "*.time_emb_proj",
+            "*_embedding.linear_?",
+        ),
+    }
 
 
 def reads_mask(unet: UNet2DConditionModel, latent_channels: int) -> bool:
     """Whether the UNet is for inpainting. Raises UserError for a number of channels that is neither."""
     takes, c = unet.config.in_channels, latent_channels
     if takes not in (c, 2 * c + 1):
-        raise UserError(f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting")
+        raise UserError(
+            f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting"
+        )
     return takes != c
 
 
@@ -237,7 +323,9 @@ def skipped(clip_skip: int, encoders: Sequence[Any]) -> int:
     """clip_skip, if every encoder has so many layers to leave out. Raises UserError otherwise."""
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
     if not 0 <= clip_skip < layers:
-        raise UserError(f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers")
+        raise UserError(
+            f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers"
+        )
     return clip_skip
 
 
@@ -254,7 +342,9 @@ def places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
         if block.downsamplers:
             yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
             entry += 1
-    for j in range(len(getattr(unet.mid_block, "resnets", []))):  # distilled models have no middle block
+    for j in range(
+        len(getattr(unet.mid_block, "resnets", []))
+    ):  # distilled models have no middle block
         yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
         yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
     entry = 0
@@ -266,4 +356,7 @@ def places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
                 yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
             entry += 1
         if block.upsamplers:
-            yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv"
+            yield (
+                f"up_blocks.{i}.upsamplers.0.conv",
+                f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv",
+            )

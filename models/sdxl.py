@@ -33,9 +33,19 @@ from lora_core.tokens import first_eos
 from models import sd
 from models.sd import StableDiffusion
 
-PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
-ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # a refiner has the second only
-SCORES = (6.0, 2.5)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
+PIPELINES = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+ENCODERS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}  # a refiner has the second only
+SCORES = (
+    6.0,
+    2.5,
+)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
 PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text encoders 48 / 128 and 72 / 192
     "unet": {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
         "b-lora-content": tuple(f"up_blocks.0.attentions.0.{glob}" for glob in sd.ATTENTION),
@@ -67,14 +77,26 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, parts: Parts, scheduler: Mapping[str, Any], how: Loading):
         unet, vae, config = parts.unet, parts.vae, {**scheduler, **how.scheduler}
-        self.unet, self.vae, self.encoders, self.tokenizers = unet, vae, parts.encoders, parts.tokenizers
+        self.unet, self.vae, self.encoders, self.tokenizers = (
+            unet,
+            vae,
+            parts.encoders,
+            parts.tokenizers,
+        )
         self.modules: dict[str, nn.Module] = {"unet": unet, **parts.encoders, "vae": vae}
         self.pipeline, self.said = parts.index["_class_name"], set[str]()
         self.clip_skip = sd.skipped(how.clip_skip, list(parts.encoders.values()))
-        self.zeros = ("prompt_embeds", "text_embeds") if parts.index.get("force_zeros_for_empty_prompt", True) else ()
+        self.zeros = (
+            ("prompt_embeds", "text_embeds")
+            if parts.index.get("force_zeros_for_empty_prompt", True)
+            else ()
+        )
         self.scored = parts.index.get("requires_aesthetics_score", False)
         self.schedule, self.prediction = schedule_of(scheduler, how.scheduler)
-        self.spacing, self.offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
+        self.spacing, self.offset = (
+            config.get("timestep_spacing", "leading"),
+            config.get("steps_offset", 0),
+        )
         self.latent_channels = vae.config.latent_channels
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
@@ -88,8 +110,13 @@ class StableDiffusionXL(StableDiffusion):
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on the CPU, so that nothing waits for the device."""
-        found = {name: tokenize(t, prompts, t.model_max_length, self.said) for name, t in self.tokenizers.items()}
-        found["end"] = first_eos(found["text_encoder_2"], self.tokenizers["text_encoder_2"].eos_token_id)
+        found = {
+            name: tokenize(t, prompts, t.model_max_length, self.said)
+            for name, t in self.tokenizers.items()
+        }
+        found["end"] = first_eos(
+            found["text_encoder_2"], self.tokenizers["text_encoder_2"].eos_token_id
+        )
         return {name: value.to(self.device) for name, value in found.items()}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
@@ -104,7 +131,9 @@ class StableDiffusionXL(StableDiffusion):
             states.append(out.hidden_states[-(self.clip_skip + 2)])
             if name == "text_encoder_2":
                 end = tokens["end"]
-                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[torch.arange(len(end), device=end.device), end])
+                extra["text_embeds"] = encoder.text_projection(
+                    out.last_hidden_state[torch.arange(len(end), device=end.device), end]
+                )
         return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
@@ -119,13 +148,19 @@ class StableDiffusionXL(StableDiffusion):
     def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
         """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
         extra, places = dict(cond.extra), sizes.on(self.device)
-        told = torch.cat([places[:, :4], extra.pop("aesthetic_score")], dim=1) if self.scored else places
+        told = (
+            torch.cat([places[:, :4], extra.pop("aesthetic_score")], dim=1)
+            if self.scored
+            else places
+        )
         return Conditioning(cond.prompt_embeds, {**extra, "time_ids": told})
 
     def _scored(self, cond: Conditioning, score: float) -> Conditioning:
         if not self.scored:
             return cond
-        return cond.with_extra(aesthetic_score=torch.full((len(cond.prompt_embeds), 1), score, device=self.device))
+        return cond.with_extra(
+            aesthetic_score=torch.full((len(cond.prompt_embeds), 1), score, device=self.device)
+        )
 
 
 # ---------------------------------------------------------------- loading
@@ -135,12 +170,22 @@ def load(path: str, how: Loading) -> StableDiffusionXL:
     """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part, and for parts that do not fit."""
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
-    index, scheduler = read_json(path, "model_index.json"), read_json(path, "scheduler/scheduler_config.json")
+    index, scheduler = (
+        read_json(path, "model_index.json"),
+        read_json(path, "scheduler/scheduler_config.json"),
+    )
     schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
     names = present(path, index)
-    vae = load_network(AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device)
-    tokenizers = {name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")) for name in names}
-    encoders = {name: load_network(ENCODERS[name], path, name, how.dtype, how.device) for name in names}
+    vae = load_network(
+        AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
+    )
+    tokenizers = {
+        name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer"))
+        for name in names
+    }
+    encoders = {
+        name: load_network(ENCODERS[name], path, name, how.dtype, how.device) for name in names
+    }
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     return StableDiffusionXL(Parts(unet, vae, encoders, tokenizers, index), scheduler, how)
 
@@ -158,8 +203,13 @@ def present(path: str, index: Mapping[str, Any]) -> list[str]:
     """The text encoders that model_index.json lists. Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet."""
     names = [name for name in ENCODERS if (index.get(name) or [None])[-1] is not None]
     if "text_encoder_2" not in names:
-        raise UserError(f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; the copy is incomplete")
-    unet, encoders = read_json(path, "unet/config.json"), [config_of(path, name, CLIPTextConfig) for name in names]
+        raise UserError(
+            f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; the copy is incomplete"
+        )
+    unet, encoders = (
+        read_json(path, "unet/config.json"),
+        [config_of(path, name, CLIPTextConfig) for name in names],
+    )
     numbers = 5 if index.get("requires_aesthetics_score", False) else 6
     told = numbers * (unet.get("addition_time_embed_dim") or 0) + encoders[-1].projection_dim
     expected = {  # key of the UNet's config.json -> what its neighbours make of it
@@ -169,7 +219,9 @@ def present(path: str, index: Mapping[str, Any]) -> list[str]:
     }
     for key, value in expected.items():
         if unet.get(key) != value:
-            has = f"has {key} {unet.get(key)}, with {' and '.join(names)} beside it expected {value}"
+            has = (
+                f"has {key} {unet.get(key)}, with {' and '.join(names)} beside it expected {value}"
+            )
             raise UserError(f"the UNet of {path} {has}; take all parts from one model")
     return names
 
@@ -182,16 +234,31 @@ def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[
     """
     name, merged = config.get("_class_name", ""), {**config, **changes}
     if "Flow" in name:
-        raise UserError(f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only")
+        raise UserError(
+            f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only"
+        )
     if "EDM" not in name:
         return noise.vp_from_config(merged), merged.get("prediction_type", "epsilon")
-    known = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "num_train_timesteps": 1000}  # diffusers' defaults
+    known = {
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "num_train_timesteps": 1000,
+    }  # diffusers' defaults
     for key in changes:
         if key not in known:
-            raise UserError(f"the model's {name} takes no {key}; leave out --noise.prediction and --noise.zero-terminal-snr for EDM models")
-    for key, expected in (("prediction_type", "epsilon"), ("sigma_data", SIGMA_DATA), ("sigma_schedule", "karras")):
+            raise UserError(
+                f"the model's {name} takes no {key}; leave out --noise.prediction and --noise.zero-terminal-snr for EDM models"
+            )
+    for key, expected in (
+        ("prediction_type", "epsilon"),
+        ("sigma_data", SIGMA_DATA),
+        ("sigma_schedule", "karras"),
+    ):
         if config.get(key, expected) != expected:
-            raise UserError(f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only")
+            raise UserError(
+                f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only"
+            )
     low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
     return noise.edm(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
 
@@ -211,11 +278,18 @@ def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
         {"unet": unet, **encoders},
         family="sdxl",
         base_model_version=f"sdxl_{kind}_v1-0",
-        presets={"unet": sd.unet_presets(unet) | PRESETS["unet"], **{name: PRESETS[name] for name in encoders}},
+        presets={
+            "unet": sd.unet_presets(unet) | PRESETS["unet"],
+            **{name: PRESETS[name] for name in encoders},
+        },
         architecture=f"stable-diffusion-xl-v1-{kind}/lora",
     )
     component: Component = found.components["unet"]
-    named = replace(component, names=stability_names(unet, component.shapes), blocks=sd.blocks_of(unet, component.shapes))
+    named = replace(
+        component,
+        names=stability_names(unet, component.shapes),
+        blocks=sd.blocks_of(unet, component.shapes),
+    )
     return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
 
 
@@ -235,7 +309,9 @@ EDGES = {  # outside of the blocks
 }
 
 
-def stability_names(unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+def stability_names(
+    unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]
+) -> dict[str, str]:
     """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's own blocks; every path has a name of its own.
 
     Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
@@ -244,7 +320,9 @@ def stability_names(unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[s
     places = dict(sd.places(unet))
     names = {}
     for path in paths:
-        start = next((place for place in places if path == place or path.startswith(place + ".")), None)
+        start = next(
+            (place for place in places if path == place or path.startswith(place + ".")), None
+        )
         if start is None:
             names[path] = EDGES[path]
             continue

@@ -36,7 +36,10 @@ from lora_core.formats.whole_models import (
 )
 from models import known, published, sd, sdxl
 
-UNET, VAE = SingleFile("unet", "model.diffusion_model.", "unet"), SingleFile("vae", "first_stage_model.", "vae")
+UNET, VAE = (
+    SingleFile("unet", "model.diffusion_model.", "unet"),
+    SingleFile("vae", "first_stage_model.", "vae"),
+)
 ROWS: dict[str, tuple[SingleFile, ...]] = {  # where the networks of a model lie
     "sd1": (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.transformer.", "clip")),
     "sd2": (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.model.", "open_clip", spare=1)),
@@ -46,13 +49,22 @@ ROWS: dict[str, tuple[SingleFile, ...]] = {  # where the networks of a model lie
         SingleFile("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
         SingleFile("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
     ),
-    "refiner": (UNET, VAE, SingleFile("text_encoder_2", "conditioner.embedders.0.model.", "open_clip")),
+    "refiner": (
+        UNET,
+        VAE,
+        SingleFile("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
+    ),
 }
-MARKS: dict[str, dict[str, Any]] = {  # empty tensor that ComfyUI looks for -> keys of scheduler_config.json
+MARKS: dict[
+    str, dict[str, Any]
+] = {  # empty tensor that ComfyUI looks for -> keys of scheduler_config.json
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
-TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # CLIP and OpenCLIP have one vocabulary
+TOKENIZERS = (
+    "openai/clip-vit-large-patch14",
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+)  # CLIP and OpenCLIP have one vocabulary
 PADS = {"clip": "<|endoftext|>", "open_clip": "!"}  # what they pad with
 CONFIGS = ("*.json", "*.txt", "*.model")  # of a model on the hub, without its weights
 WEIGHTS = ("*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
@@ -74,7 +86,9 @@ def is_single(path: str) -> bool:
     return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)
 
 
-def open_single(path: str | Path, config: str = "", changes: Mapping[str, Any] | None = None) -> Opened:
+def open_single(
+    path: str | Path, config: str = "", changes: Mapping[str, Any] | None = None
+) -> Opened:
     """A single file with its configs. `changes` are those of `Loading.scheduler`, for files that do not tell epsilon from v.
 
     Raises UserError for a damaged file, one that is no model, and a model that is not known where no configs are given.
@@ -82,12 +96,25 @@ def open_single(path: str | Path, config: str = "", changes: Mapping[str, Any] |
     weights = open_weights(path)
     facts = detect(weights.shapes)
     if facts.channels is None:
-        other = "; Flux is read from a folder in the diffusers layout" if any("double_blocks." in key for key in weights.infos) else ""
-        raise UserError(f"{path} is no checkpoint of Stable Diffusion: its keys tell of {facts}{other}; adapters go with --lora, models with --model")
+        other = (
+            "; Flux is read from a folder in the diffusers layout"
+            if any("double_blocks." in key for key in weights.infos)
+            else ""
+        )
+        raise UserError(
+            f"{path} is no checkpoint of Stable Diffusion: its keys tell of {facts}{other}; adapters go with --lora, models with --model"
+        )
     edm = [name for name in facts.markers if name.startswith("edm")]
     if edm and (not config or any(name.startswith("edm_v") for name in edm)):
-        raise UserError(f"{path} has the marker {edm[0]} of an EDM model; of these only epsilon ones are read, with their folder as --model-config")
-    marks = {key: value for name, own in MARKS.items() if name in facts.markers for key, value in own.items()}
+        raise UserError(
+            f"{path} has the marker {edm[0]} of an EDM model; of these only epsilon ones are read, with their folder as --model-config"
+        )
+    marks = {
+        key: value
+        for name, own in MARKS.items()
+        if name in facts.markers
+        for key, value in own.items()
+    }
     if config:
         return Opened(weights, facts, configs(config), "", marks)
     v = {**marks, **(changes or {})}.get("prediction_type") == "v_prediction"
@@ -102,7 +129,9 @@ def load(path: str, how: Loading) -> Family:
     opened = open_single(path, how.config, how.scheduler)
     how = replace(how, scheduler=_scheduler(opened, how.scheduler, path))
     folder, index = str(opened.folder), read_json(str(opened.folder), "model_index.json")
-    rows = tuple(row for row in single_rows(opened.folder) if not (how.vae and row.component == "vae"))
+    rows = tuple(
+        row for row in single_rows(opened.folder) if not (how.vae and row.component == "vae")
+    )
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
     if _is_xl(index):
         sdxl.schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
@@ -113,9 +142,16 @@ def load(path: str, how: Loading) -> Family:
         modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.exact, how.device)
     unet, vae, encoders = modules["unet"], modules["vae"], {name: modules[name] for name in tokens}
     if _is_xl(index):
-        return sdxl.StableDiffusionXL(sdxl.Parts(unet, vae, encoders, tokens, index), scheduler, how)
-    family = sd.StableDiffusion(unet, vae, encoders["text_encoder"], tokens["text_encoder"], scheduler | how.scheduler)
-    family.pipeline, family.clip_skip = index["_class_name"], sd.skipped(how.clip_skip, list(encoders.values()))
+        return sdxl.StableDiffusionXL(
+            sdxl.Parts(unet, vae, encoders, tokens, index), scheduler, how
+        )
+    family = sd.StableDiffusion(
+        unet, vae, encoders["text_encoder"], tokens["text_encoder"], scheduler | how.scheduler
+    )
+    family.pipeline, family.clip_skip = (
+        index["_class_name"],
+        sd.skipped(how.clip_skip, list(encoders.values())),
+    )
     return family
 
 
@@ -127,11 +163,15 @@ def outline(path: str, config: str = "") -> Layout:
     return (sdxl if _is_xl(index) else sd).outline(str(opened.folder))
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int, config: str = "") -> tuple[Schedule, str]:
+def noise_of(
+    path: str, changes: Mapping[str, Any], resolution: int, config: str = ""
+) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model in a single file: its configs', what markers in the file say, and then `changes`."""
     opened = open_single(path, config, changes)
     index = read_json(str(opened.folder), "model_index.json")
-    return (sdxl if _is_xl(index) else sd).noise_of(str(opened.folder), {**opened.marks, **changes}, resolution)
+    return (sdxl if _is_xl(index) else sd).noise_of(
+        str(opened.folder), {**opened.marks, **changes}, resolution
+    )
 
 
 # ---------------------------------------------------------------- files and folders
@@ -147,8 +187,14 @@ def single_rows(model: str | Path) -> tuple[SingleFile, ...]:
     if pipeline in sdxl.PIPELINES:
         return ROWS["sdxl" if "text_encoder" in sdxl.present(str(model), index) else "refiner"]
     if pipeline in sd.PIPELINES:
-        return ROWS["sd1" if config_of(str(model), "text_encoder", CLIPTextConfig).hidden_act == "quick_gelu" else "sd2"]
-    raise UserError(f"{model} is a {pipeline or 'model without _class_name'}; only Stable Diffusion 1, 2 and XL are read and written as single files")
+        return ROWS[
+            "sd1"
+            if config_of(str(model), "text_encoder", CLIPTextConfig).hidden_act == "quick_gelu"
+            else "sd2"
+        ]
+    raise UserError(
+        f"{model} is a {pipeline or 'model without _class_name'}; only Stable Diffusion 1, 2 and XL are read and written as single files"
+    )
 
 
 def parts(model: str, config: str = "") -> tuple[dict[str, Weights], tuple[SingleFile, ...]]:
@@ -179,7 +225,14 @@ def save_single(
     to_single(weights, rows, path, dtype=dtype, header=header, overwrite=overwrite)
 
 
-def to_folder(path: str, folder: str | Path, config: str = "", *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+def to_folder(
+    path: str,
+    folder: str | Path,
+    config: str = "",
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes the model in a single file as a folder in the diffusers layout: configs, tokenizers, scheduler and weights. Raises UserError."""
     opened = open_single(path, config)
     rows = single_rows(opened.folder)
@@ -200,10 +253,16 @@ def configs(model: str, *, weights: bool = False) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=[*CONFIGS, *(WEIGHTS if weights else ())]))
-    except Exception as error:  # the hub's client raises a dozen classes: no network, no such repository, bad id
+        return Path(
+            snapshot_download(model, allow_patterns=[*CONFIGS, *(WEIGHTS if weights else ())])
+        )
+    except (
+        Exception
+    ) as error:  # the hub's client raises a dozen classes: no network, no such repository, bad id
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{model} is no folder here, and the hub gave no model of that name: {reason}") from None
+        raise UserError(
+            f"{model} is no folder here, and the hub gave no model of that name: {reason}"
+        ) from None
 
 
 # ---------------------------------------------------------------- networks
@@ -222,10 +281,14 @@ def networks(folder: Path, rows: tuple[SingleFile, ...]) -> dict[str, nn.Module]
     return found
 
 
-def split_single(opened: Opened, rows: tuple[SingleFile, ...], modules: Mapping[str, nn.Module]) -> dict[str, Weights]:
+def split_single(
+    opened: Opened, rows: tuple[SingleFile, ...], modules: Mapping[str, nn.Module]
+) -> dict[str, Weights]:
     """The networks in a single file under the keys of `modules`. Raises UserError as `checkpoint.split` does."""
     _check_parts(opened, rows)
-    left = tuple(row for row in single_rows(opened.folder) if row not in rows)  # passed over, not unknown
+    left = tuple(
+        row for row in single_rows(opened.folder) if row not in rows
+    )  # passed over, not unknown
     return split(opened.weights, (*rows, *left), _shapes(modules))
 
 
@@ -247,13 +310,19 @@ def _published_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
     for cached in (True, False):
         for name in TOKENIZERS:
             try:
-                return CLIPTokenizer.from_pretrained(name, pad_token=pad, model_max_length=length, local_files_only=cached)
+                return CLIPTokenizer.from_pretrained(
+                    name, pad_token=pad, model_max_length=length, local_files_only=cached
+                )
             except Exception as error:  # OSError, ValueError ... by library and version
                 reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{path} has no tokenizer, and neither the hub nor its cache gave {TOKENIZERS[0]} ({reason}); name a folder with --model-config")
+    raise UserError(
+        f"{path} has no tokenizer, and neither the hub nor its cache gave {TOKENIZERS[0]} ({reason}); name a folder with --model-config"
+    )
 
 
-def _fill(network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+def _fill(
+    network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
+) -> None:
     """Puts weights in the place of those on the meta device."""
     exact = cast(weights, dtype)
     copies = {}  # files are mapped into memory, and parts of a fused layer are views of it
@@ -263,25 +332,41 @@ def _fill(network: nn.Module, weights: Weights, dtype: torch.dtype, device: torc
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name == "position_ids" and buffer.is_meta:  # files leave it out, it is 0, 1, 2 ...
-                module.register_buffer(name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False)
+                module.register_buffer(
+                    name,
+                    torch.arange(buffer.shape[-1], device=device).expand(buffer.shape),
+                    persistent=False,
+                )
 
 
 def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {name: {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()} for name, module in modules.items()}
+    return {
+        name: {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        for name, module in modules.items()
+    }
 
 
 def _check_parts(opened: Opened, rows: tuple[SingleFile, ...]) -> None:
     """Raises UserError for a part that is not in the file at all."""
     for row in rows:
         if not any(key.startswith(row.prefix) for key in opened.weights.infos):
-            other = "; name one with --vae" if row.component == "vae" else "; is it of another family, or only a part of a model?"
-            raise UserError(f"{opened.weights.source} has no {row.component} at {row.prefix}, only {opened.facts}{other}")
+            other = (
+                "; name one with --vae"
+                if row.component == "vae"
+                else "; is it of another family, or only a part of a model?"
+            )
+            raise UserError(
+                f"{opened.weights.source} has no {row.component} at {row.prefix}, only {opened.facts}{other}"
+            )
 
 
 def _scheduler(opened: Opened, changes: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Changes of the scheduler's config, the file's own markers before the user's. Says what is read from markers, and what a file cannot tell."""
     if opened.marks:
-        print(f"{path} says {', '.join(f'{key} = {value}' for key, value in opened.marks.items())}", file=sys.stderr)
+        print(
+            f"{path} says {', '.join(f'{key} = {value}' for key, value in opened.marks.items())}",
+            file=sys.stderr,
+        )
     elif opened.kind == "sd2" and "prediction_type" not in changes:
         print(
             f"{path} does not tell a 512 model (epsilon) from a 768-v one (v); read as epsilon, unless --model-config or --noise.prediction tell",

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from lora_core.config import Adapter, Config, Data, Optimizer, Samples, Stage, Validation
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora_core_cache_")  # a developer's own measurements are not what is tested
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+    prefix="lora_core_cache_"
+)  # a developer's own measurements are not what is tested
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
 
@@ -31,19 +33,31 @@ def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
 
     pipe = pipeline()
     torch.manual_seed(1)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    pipe.vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks
+    )
     if channels != pipe.unet.config.in_channels:
-        pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | {"in_channels": channels, "_use_default_values": []})
+        pipe.unet = UNet2DConditionModel.from_config(
+            dict(pipe.unet.config) | {"in_channels": channels, "_use_default_values": []}
+        )
     pipe.save_pretrained(folder)
     return folder
 
 
-def save_photos(folder: Path, captions: str = "a photo of TOK", *, side: int = 24, count: int = 5) -> Path:
+def save_photos(
+    folder: Path, captions: str = "a photo of TOK", *, side: int = 24, count: int = 5
+) -> Path:
     """Pictures that differ in colour and in a rectangle, each with its caption and its mask."""
     folder.mkdir(parents=True)
     for i, colour in enumerate(COLOURS[:count]):
-        picture, mask = Image.new("RGB", (side + 4 * i, side), colour), Image.new("L", (side + 4 * i, side), 0)
+        picture, mask = (
+            Image.new("RGB", (side + 4 * i, side), colour),
+            Image.new("L", (side + 4 * i, side), 0),
+        )
         picture.paste("white", (4, 4 + i, 12, 16 + i))
         mask.paste(255, (4, 4 + i, 16, 20))
         picture.save(folder / f"{i}.png")
@@ -86,7 +100,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     from training import results
 
     monkeypatch.setattr(results, "before_after", lambda session, drawn: Image.new("RGB", (1, 1)))
-    monkeypatch.setattr(results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts])
+    monkeypatch.setattr(
+        results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts]
+    )
     monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
 
 
@@ -109,7 +125,11 @@ def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 scopes.pop().restore()
 
     def once(fn: object) -> Scope | None:
-        seen = {name for name, of in (("language", tl), ("core", tl.core)) if any(of is value for value in fn.__globals__.values())}
+        seen = {
+            name
+            for name, of in (("language", tl), ("core", tl.core))
+            if any(of is value for value in fn.__globals__.values())
+        }
         if seen <= patched:
             return None
         outermost = not scopes
@@ -144,7 +164,10 @@ def quick(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     """The parameters and the optimiser state in the newest checkpoint of a run."""
-    return load_file(max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name)) / "state.safetensors")
+    return load_file(
+        max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+        / "state.safetensors"
+    )
 
 
 def learned(run: Path) -> dict[str, torch.Tensor]:
@@ -155,7 +178,11 @@ def learned(run: Path) -> dict[str, torch.Tensor]:
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest relative difference of two sets of tensors."""
     assert a.keys() == b.keys()
-    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-30)).item() for k in a if a[k].is_floating_point())
+    return max(
+        ((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-30)).item()
+        for k in a
+        if a[k].is_floating_point()
+    )
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -12,15 +12,29 @@ from lora_core.optim.adamw import AdamW
 from lora_core.runs.run_folder import flatten, unflatten
 
 SHAPES = (7, 3), (130,), (1,), (2, 3, 5), ()
-OPTIONS = [{}, dict(lr=0.1, weight_decay=0.5), dict(betas=(0.0, 0.9)), dict(betas=(0.5, 0.0), eps=1e-3), dict(weight_decay=0.0)]
+OPTIONS = [
+    {},
+    dict(lr=0.1, weight_decay=0.5),
+    dict(betas=(0.0, 0.9)),
+    dict(betas=(0.5, 0.0), eps=1e-3),
+    dict(weight_decay=0.0),
+]
 
 
 def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in SHAPES
+    ]
 
 
-def train(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: range, skip: int | None = None) -> list[torch.Tensor]:
+def train(
+    optimizer: torch.optim.Optimizer,
+    params: list[torch.Tensor],
+    steps: range,
+    skip: int | None = None,
+) -> list[torch.Tensor]:
     for step in steps:
         generator = torch.Generator().manual_seed(1000 + step)
         for i, p in enumerate(params):
@@ -31,7 +45,10 @@ def train(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: r
 
 
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(found, exact))
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        for a, b in zip(found, exact)
+    )
 
 
 @pytest.mark.parametrize("mode", ["reference", "fused"])
@@ -46,7 +63,10 @@ def test_twenty_steps_are_torchs(options: dict, mode: str) -> None:
                 found[cls, dtype] = train(cls(params, **options), params, range(20), skip=1)
     exact = found[torch.optim.AdamW, torch.float64]
     assert error(found[AdamW, torch.float64], exact) < 1e-12
-    assert error(found[AdamW, torch.float32], exact) <= 2 * error(found[torch.optim.AdamW, torch.float32], exact) + 2**-24
+    assert (
+        error(found[AdamW, torch.float32], exact)
+        <= 2 * error(found[torch.optim.AdamW, torch.float32], exact) + 2**-24
+    )
 
 
 @pytest.mark.parametrize("torch_first", [True, False])
@@ -56,12 +76,16 @@ def test_either_class_takes_over_the_state_of_the_other(torch_first: bool, fused
     expected = train(torch.optim.AdamW(whole, lr=1e-2), whole, range(9), skip=0)
     params = parameters()
     theirs = torch.optim.AdamW(params, lr=1e-2, fused=fused)
-    first, second = (theirs, AdamW(params, lr=1e-2)) if torch_first else (AdamW(params, lr=1e-2), theirs)
+    first, second = (
+        (theirs, AdamW(params, lr=1e-2)) if torch_first else (AdamW(params, lr=1e-2), theirs)
+    )
     train(first, params, range(5), skip=0)
     second.load_state_dict(unflatten(*flatten(first.state_dict())))
     assert error(train(second, params, range(5, 9), skip=0), expected) < 1e-12
     for p in params:
-        assert {name: value.shape for name, value in first.state[p].items()} == {name: value.shape for name, value in second.state[p].items()}
+        assert {name: value.shape for name, value in first.state[p].items()} == {
+            name: value.shape for name, value in second.state[p].items()
+        }
 
 
 def test_it_resumes_bit_for_bit_and_does_not_alias() -> None:
@@ -83,7 +107,11 @@ def test_groups_have_their_own_settings() -> None:
     found = []
     for cls in (AdamW, torch.optim.AdamW):
         params = parameters()
-        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:4], "weight_decay": 0.3}, {"params": params[4:], "betas": (0.5, 0.9)}]
+        groups = [
+            {"params": params[:2], "lr": 0.1},
+            {"params": params[2:4], "weight_decay": 0.3},
+            {"params": params[4:], "betas": (0.5, 0.9)},
+        ]
         found.append(train(cls(groups, lr=1e-2), params, range(6)))
     assert error(*found) < 1e-12
 
@@ -91,7 +119,10 @@ def test_groups_have_their_own_settings() -> None:
 def test_half_precision_parameters_have_fp32_state() -> None:
     """Each step is that of fp64 on the rounded parameter, rounded once; torch keeps bf16 moments there."""
     params = parameters(torch.bfloat16)
-    optimizer, twins = AdamW(params, lr=1e-2), [p.detach().double().requires_grad_() for p in params]
+    optimizer, twins = (
+        AdamW(params, lr=1e-2),
+        [p.detach().double().requires_grad_() for p in params],
+    )
     exact = torch.optim.AdamW(twins, lr=1e-2)
     for step in range(5):
         train(optimizer, params, range(step, step + 1))
@@ -101,12 +132,16 @@ def test_half_precision_parameters_have_fp32_state() -> None:
         for p, twin in zip(params, twins):
             assert ((p.double() - twin).abs() <= twin.abs() * 2**-8).all()
             twin.data.copy_(p.detach().double())
-    assert all(value.dtype == torch.float32 for p in params for value in optimizer.state[p].values())
+    assert all(
+        value.dtype == torch.float32 for p in params for value in optimizer.state[p].values()
+    )
 
 
 @pytest.mark.parametrize("mode", ["reference", "fused"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_tensor_lr_a_scale_and_an_overflow(mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_lr_a_scale_and_an_overflow(
+    mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not compiled:
         monkeypatch.setattr(kernels.loops, "library", lambda: None)
     plain, params = parameters(), parameters()
@@ -124,11 +159,16 @@ def test_a_tensor_lr_a_scale_and_an_overflow(mode: str, compiled: bool, monkeypa
                 p.grad = torch.full_like(p, math.inf)
             optimizer.found_inf = torch.tensor([1.0])
             optimizer.step()
-            assert all(torch.equal(a, b) for a, b in zip(kept, [*params, *flatten(optimizer.state_dict())[0].values()]))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(kept, [*params, *flatten(optimizer.state_dict())[0].values()])
+            )
     assert error([p.detach() for p in params], expected) < 1e-12
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_compiler_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And torch's fused kernel takes over, for fp64 to the same 1e-12."""
     found = []
     for compiler in ("", "/no/such/compiler"):
@@ -143,7 +183,13 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.parametrize(
-    "options, word", [(dict(lr=-1.0), "lr"), (dict(betas=(1.0, 0.9)), "betas"), (dict(eps=-1.0), "eps"), (dict(weight_decay=-1.0), "weight_decay")]
+    "options, word",
+    [
+        (dict(lr=-1.0), "lr"),
+        (dict(betas=(1.0, 0.9)), "betas"),
+        (dict(eps=-1.0), "eps"),
+        (dict(weight_decay=-1.0), "weight_decay"),
+    ],
 )
 def test_values_out_of_range_are_refused(options: dict, word: str) -> None:
     with pytest.raises(UserError, match=f"AdamW got {word}"):

@@ -37,7 +37,12 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
-        self.mid = nn.ModuleList([nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0)), nn.Conv2d(12, 8, 1, bias=False)])
+        self.mid = nn.ModuleList(
+            [
+                nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0)),
+                nn.Conv2d(12, 8, 1, bias=False),
+            ]
+        )
         self.norm = nn.GroupNorm(2, 8)
         self.to_q = nn.Linear(8, 8)
         self.to_k = nn.Linear(8, 10, bias=False)
@@ -75,12 +80,18 @@ def shake(model, name="default", size=0.3, seed=5):
     generator = seeded(seed)
     with torch.no_grad():
         for p in injection.parameters(model, name):
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * (p.abs().mean() if p.ndim == 1 else 1))
+            p.add_(
+                size
+                * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+                * (p.abs().mean() if p.ndim == 1 else 1)
+            )
 
 
 def injected(kind="lora", dtype=torch.float64, **settings):
     model = net(dtype)
-    inject(model, AdapterSpec(**{"kind": kind, "rank": 2, "alpha": 3.0, "targets": TARGETS} | settings))
+    inject(
+        model, AdapterSpec(**{"kind": kind, "rank": 2, "alpha": 3.0, "targets": TARGETS} | settings)
+    )
     return model
 
 
@@ -179,26 +190,40 @@ def test_fold_is_forward_and_unfold_restores_the_bits(kind, strength):
     unfold(model)
     assert torch.equal(model(image()), out)
     remove(model)
-    assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys() and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), itertools.product(KINDS, [torch.bfloat16, torch.float16])
+)
 def test_fold_into_half_weights_rounds_once(kind, dtype):
     model = injected(kind, dtype)
     shake(model, size=0.05)
-    exact = {path: adapted.weight.double() + 0.8 * delta(state(model)[path], adapted.weight.double()) for path, adapted in adapted_layers(model)}
+    exact = {
+        path: adapted.weight.double() + 0.8 * delta(state(model)[path], adapted.weight.double())
+        for path, adapted in adapted_layers(model)
+    }
     bits = {path: adapted.weight.clone() for path, adapted in adapted_layers(model)}
     fold(model, "default", 0.8)
     for path, adapted in adapted_layers(model):
         folded = adapted.weight.detach()
-        ulp = 2.0 ** (torch.floor(torch.log2(exact[path].abs().clamp_min(1e-4))) - (7 if dtype == torch.bfloat16 else 10))
+        ulp = 2.0 ** (
+            torch.floor(torch.log2(exact[path].abs().clamp_min(1e-4)))
+            - (7 if dtype == torch.bfloat16 else 10)
+        )
         assert ((folded.double() - exact[path]).abs() <= 0.5001 * ulp).all()
     unfold(model)
     assert all(torch.equal(adapted.weight, bits[path]) for path, adapted in adapted_layers(model))
 
 
 def adapted_layers(model):
-    return [(path, layer) for path, layer in injection.layers(model).items() if isinstance(layer, Adapted)]
+    return [
+        (path, layer)
+        for path, layer in injection.layers(model).items()
+        if isinstance(layer, Adapted)
+    ]
 
 
 def test_folding_never_counts_twice():
@@ -238,7 +263,9 @@ def test_several_adapters_add_their_updates_of_the_base_weight():
     with torch.no_grad():
         for path, layer in injection.layers(expected).items():
             w = layer.weight.clone()
-            layer.weight += 0.4 * delta(state(model)[path], w) - 0.7 * delta(state(model, "second")[path], w)
+            layer.weight += 0.4 * delta(state(model)[path], w) - 0.7 * delta(
+                state(model, "second")[path], w
+            )
     torch.testing.assert_close(model(image()), expected(image()), rtol=1e-11, atol=1e-11)
     fold(model, "second", -0.7)
     with pytest.raises(UserError, match="others are active"):
@@ -248,7 +275,9 @@ def test_several_adapters_add_their_updates_of_the_base_weight():
     unfold(model, "second")
     remove(model, "second")
     one = net()
-    torch.testing.assert_close(model.to_q.weight, one.to_q.weight + 0.4 * delta(state(model)["to_q"]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        model.to_q.weight, one.to_q.weight + 0.4 * delta(state(model)["to_q"]), rtol=0, atol=1e-14
+    )
     unfold(model)
     assert torch.equal(model.to_q.weight, one.to_q.weight)
 
@@ -261,7 +290,9 @@ def test_dora_strength_interpolates_the_weight():
     w, lr = model.to_q.weight, state(model)["to_q"]
     bracket = w + lr.scale * lr.up @ lr.down
     tuned = lr.magnitude[:, None] / bracket.norm(dim=1, keepdim=True) * bracket
-    torch.testing.assert_close(model.to_q(x), x @ (w + 0.3 * (tuned - w)).T + model.to_q.bias, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        model.to_q(x), x @ (w + 0.3 * (tuned - w)).T + model.to_q.bias, rtol=0, atol=1e-13
+    )
 
 
 def test_disabled_and_zero_strength_are_the_base_and_nest():
@@ -285,7 +316,10 @@ def test_fold_that_overflows_leaves_the_model_as_it_was():
         model.to_out[0].adapter("default").up.fill_(60000.0)
     with pytest.raises(UserError, match=r"to_out.0 overflows torch.float16"):
         fold(model)
-    assert all(torch.equal(w, layer.weight) and not layer.folded for w, (_, layer) in zip(before, adapted_layers(model), strict=True))
+    assert all(
+        torch.equal(w, layer.weight) and not layer.folded
+        for w, (_, layer) in zip(before, adapted_layers(model), strict=True)
+    )
 
 
 def test_a_shared_weight_is_not_folded():
@@ -301,23 +335,38 @@ def test_a_shared_weight_is_not_folded():
 # --- merged ---
 
 
-@pytest.mark.parametrize(("kind", "dtype", "strength"), itertools.product([*KINDS, "full"], [torch.float64, torch.bfloat16], [1.0, -0.6]))
+@pytest.mark.parametrize(
+    ("kind", "dtype", "strength"),
+    itertools.product([*KINDS, "full"], [torch.float64, torch.bfloat16], [1.0, -0.6]),
+)
 def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dtype, strength):
     model, plain = net(dtype), net(dtype)
-    inject(model, AdapterSpec(kind=kind, targets=TARGETS, **({} if kind == "full" else {"rank": 2})))
+    inject(
+        model, AdapterSpec(kind=kind, targets=TARGETS, **({} if kind == "full" else {"rank": 2}))
+    )
     shake(model, size=0.1)
     inject(model, AdapterSpec(targets=("to_q", "mid.0"), rank=1), name="other")
     x, before = image(dtype), {key: value.clone() for key, value in model.state_dict().items()}
     out = model(x)
     found = injection.merged(model, strength=strength)
-    assert list(found) == list(plain.state_dict()) and all(value.dtype == dtype and not value.requires_grad for value in found.values())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and torch.equal(model(x), out)
-    untouched = {key for key, value in found.items() if value.data_ptr() in {p.data_ptr() for p in model.parameters()}}
+    assert list(found) == list(plain.state_dict()) and all(
+        value.dtype == dtype and not value.requires_grad for value in found.values()
+    )
+    assert all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    ) and torch.equal(model(x), out)
+    untouched = {
+        key
+        for key, value in found.items()
+        if value.data_ptr() in {p.data_ptr() for p in model.parameters()}
+    }
     biases = {"conv_in.bias", "mid.0.bias", "to_q.bias", "to_out.0.bias"}
     assert untouched == {"norm.weight", "norm.bias"} | (set() if kind == "full" else biases)
     fold(model, strength=strength)
     for path, layer in adapted_layers(model):
-        assert torch.equal(found[f"{path}.weight"], layer.weight) and (layer.bias is None or torch.equal(found[f"{path}.bias"], layer.bias))
+        assert torch.equal(found[f"{path}.weight"], layer.weight) and (
+            layer.bias is None or torch.equal(found[f"{path}.bias"], layer.bias)
+        )
         assert not torch.equal(layer.weight, plain.get_submodule(path).weight)
     with pytest.raises(UserError, match="folded into the weights; unfold it before merging"):
         injection.merged(model, "other")
@@ -370,8 +419,16 @@ def test_remove_gives_back_the_identical_modules():
 
 def test_the_base_stays_visible():
     model, base = injected(), net()
-    assert model.to_q.in_features == 8 and model.mid[0].stride == (2, 1) and model.mid[0].kernel_size == (3, 2)
-    assert torch.equal(model.to_q.weight, base.to_q.weight) and torch.equal(model.to_q.bias, base.to_q.bias) and model.to_k.bias is None
+    assert (
+        model.to_q.in_features == 8
+        and model.mid[0].stride == (2, 1)
+        and model.mid[0].kernel_size == (3, 2)
+    )
+    assert (
+        torch.equal(model.to_q.weight, base.to_q.weight)
+        and torch.equal(model.to_q.bias, base.to_q.bias)
+        and model.to_k.bias is None
+    )
     with pytest.raises(AttributeError, match="no_such"):
         _ = model.to_q.no_such
     twin = copy.deepcopy(model)
@@ -413,7 +470,10 @@ def test_odd_convolutions_fold_exactly(kind):
     inject(model, AdapterSpec(kind=kind, rank=3, rank_pattern={"depthwise": 4}, targets=("*",)))
     shake(model)
     with torch.no_grad():
-        x = {path: torch.randn(2, layer.in_channels, 9, 8, generator=seeded(), dtype=torch.float64) for path, layer in layers.items()}
+        x = {
+            path: torch.randn(2, layer.in_channels, 9, 8, generator=seeded(), dtype=torch.float64)
+            for path, layer in layers.items()
+        }
         before = {path: model[path](x[path]) for path in layers}
         alone = {path: model[path](x[path][0]) for path in layers if path != "circular"}
         fold(model)
@@ -507,8 +567,12 @@ def test_dropout_refuses_missing_or_wrong_row_keys():
 def test_ups_are_the_ups_among_the_parameters(kind):
     model = injected(kind)
     ups = injection.up_parameters(model)
-    assert [id(p) for p in ups] == [id(layer.adapter("default").up) for _, layer in adapted_layers(model)]
-    assert {id(p) for p in ups} < {id(p) for p in injection.parameters(model)} and not any(p.any() for p in ups)
+    assert [id(p) for p in ups] == [
+        id(layer.adapter("default").up) for _, layer in adapted_layers(model)
+    ]
+    assert {id(p) for p in ups} < {id(p) for p in injection.parameters(model)} and not any(
+        p.any() for p in ups
+    )
 
 
 # --- spec, targets, bad input ---
@@ -516,9 +580,24 @@ def test_ups_are_the_ups_among_the_parameters(kind):
 
 def test_rank_and_alpha_per_glob():
     model = net()
-    inject(model, AdapterSpec(targets=TARGETS, rank=4, rank_pattern={"mid.*": 2, "mid.1": 3}, alpha_pattern={"to_q": 8.0}))
+    inject(
+        model,
+        AdapterSpec(
+            targets=TARGETS,
+            rank=4,
+            rank_pattern={"mid.*": 2, "mid.1": 3},
+            alpha_pattern={"to_q": 8.0},
+        ),
+    )
     found = state(model)
-    assert {path: lr.rank for path, lr in found.items()} == {"conv_in": 4, "mid.0": 2, "mid.1": 3, "to_q": 4, "to_k": 4, "to_out.0": 4}
+    assert {path: lr.rank for path, lr in found.items()} == {
+        "conv_in": 4,
+        "mid.0": 2,
+        "mid.1": 3,
+        "to_q": 4,
+        "to_k": 4,
+        "to_out.0": 4,
+    }
     assert found["to_q"].scale == 2 and found["to_k"].scale == 1 and found["mid.1"].scale == 1
     assert state(injected(rank=4, alpha=2.0, rslora=True))["to_q"].scale == 1.0
     assert state(injected(rank=4, alpha=2.0))["to_q"].scale == 0.5
@@ -527,25 +606,45 @@ def test_rank_and_alpha_per_glob():
 
 
 def test_globs_respect_the_dot_and_exclude():
-    model = nn.ModuleDict({f"{p}blocks": nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(2, 2), "proj": nn.Linear(2, 2)})]) for p in ("", "single_")})
+    model = nn.ModuleDict(
+        {
+            f"{p}blocks": nn.ModuleList(
+                [nn.ModuleDict({"to_q": nn.Linear(2, 2), "proj": nn.Linear(2, 2)})]
+            )
+            for p in ("", "single_")
+        }
+    )
     assert injection.targets(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
     assert injection.targets(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
     assert injection.targets(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
-    assert injection.targets(model, ("single_blocks.*",)) == ["single_blocks.0.to_q", "single_blocks.0.proj"]
+    assert injection.targets(model, ("single_blocks.*",)) == [
+        "single_blocks.0.to_q",
+        "single_blocks.0.proj",
+    ]
     with pytest.raises(UserError, match=r"'q' matches none of the 4 layers.*to_q"):
         injection.targets(model, ("to_q", "q"))
     with pytest.raises(UserError, match="exclude: 'proj' matches none of the 2"):
         injection.targets(model, ("to_q",), ("proj",))
     with pytest.raises(UserError, match="removes all 2"):
         injection.targets(model, ("to_q",), ("*",))
-    with pytest.raises(UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"):
+    with pytest.raises(
+        UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"
+    ):
         injection.targets(model, ("blocks",))
 
 
 def test_trap_11_suffixes_respect_the_dot():
     """Of the names that tell: endswith and substring search (the usual mistakes) hit single blocks, and "q" every to_q."""
-    blocks = [f"{prefix}transformer_blocks.{i}.attn.to_q" for prefix in ("", "single_") for i in (3, 13)]
-    paths = [*blocks, "proj_out", "single_transformer_blocks.3.proj_out", "transformer_blocks.3.ff.net.2", "transformer_blocks.3.ff.net.12"]
+    blocks = [
+        f"{prefix}transformer_blocks.{i}.attn.to_q" for prefix in ("", "single_") for i in (3, 13)
+    ]
+    paths = [
+        *blocks,
+        "proj_out",
+        "single_transformer_blocks.3.proj_out",
+        "transformer_blocks.3.ff.net.2",
+        "transformer_blocks.3.ff.net.12",
+    ]
     expected = {
         "transformer_blocks.3.attn.to_q": ["transformer_blocks.3.attn.to_q"],
         "attn.to_q": blocks,  # the published lists mean both kinds of block
@@ -558,48 +657,108 @@ def test_trap_11_suffixes_respect_the_dot():
         assert select(paths, [pattern]) == chosen
     wrong = [path for path in paths if path.endswith("transformer_blocks.3.attn.to_q")]
     assert wrong == ["transformer_blocks.3.attn.to_q", "single_transformer_blocks.3.attn.to_q"]
-    assert [path for path in paths if path.endswith("2")] == ["transformer_blocks.3.ff.net.2", "transformer_blocks.3.ff.net.12"]
+    assert [path for path in paths if path.endswith("2")] == [
+        "transformer_blocks.3.ff.net.2",
+        "transformer_blocks.3.ff.net.12",
+    ]
     with pytest.raises(UserError, match="'q' matches none of the 8"):
         select(paths, ["q"])
 
 
 def test_the_table_of_targets_counts_every_layer_once():
     """Every layer of a large transformer: the numbers of its published target lists, one line a kind of block."""
-    double = ["attn.to_q", "attn.to_k", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    double = [
+        "attn.to_q",
+        "attn.to_k",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ]
     paths = [f"transformer_blocks.{i}.{name}" for i in range(19) for name in double]
-    paths += [f"single_transformer_blocks.{i}.{name}" for i in range(38) for name in ("attn.to_q", "proj_out")] + ["proj_out"]
+    paths += [
+        f"single_transformer_blocks.{i}.{name}"
+        for i in range(38)
+        for name in ("attn.to_q", "proj_out")
+    ] + ["proj_out"]
     assert table(paths).splitlines() == [
         "191 layers",
         "114 = 19 x 6  transformer_blocks.0-18: attn.{to_q,to_k}, {ff,ff_context}.net.{0.proj,2}",
         " 76 = 38 x 2  single_transformer_blocks.0-37: attn.to_q, proj_out",
         "  1           proj_out",
     ]
-    some = ["mid.0.attn1.to_out.0", "up.1.a.0.to_q", "up.2.a.0.to_q", "up.2.a.1.to_q", "up.4.a.0.to_q", "conv_in"]
-    assert table(some).splitlines() == ["6 layers", "  2          mid.0.attn1.to_out.0, conv_in", "  4 = 4 x 1  up.1-2,4.a.0-1: to_q"]
+    some = [
+        "mid.0.attn1.to_out.0",
+        "up.1.a.0.to_q",
+        "up.2.a.0.to_q",
+        "up.2.a.1.to_q",
+        "up.4.a.0.to_q",
+        "conv_in",
+    ]
+    assert table(some).splitlines() == [
+        "6 layers",
+        "  2          mid.0.attn1.to_out.0, conv_in",
+        "  4 = 4 x 1  up.1-2,4.a.0-1: to_q",
+    ]
     assert table(["conv"]) == "1 layer\n  1  conv"
 
 
 def test_a_long_table_sums_the_smallest_kinds():
-    kinds = [f"{letter}.{i}.{letter}x" for n, letter in enumerate("abcdefghijklmnopqrst") for i in range(2 + n)]
+    kinds = [
+        f"{letter}.{i}.{letter}x"
+        for n, letter in enumerate("abcdefghijklmnopqrst")
+        for i in range(2 + n)
+    ]
     lines = table(kinds).splitlines()
     assert len(lines) == 15 and lines[0].split() == [str(len(kinds)), "layers"]
     assert sum(int(line.split()[0]) for line in lines[1:]) == len(kinds)
-    assert lines[-1] == f" {sum(range(2, 9))} more, of 7 other kinds" and lines[1] == "  9 = 9 x 1   h.0-8: hx"
+    assert (
+        lines[-1] == f" {sum(range(2, 9))} more, of 7 other kinds"
+        and lines[1] == "  9 = 9 x 1   h.0-8: hx"
+    )
 
 
 def refusals():
     depthwise = nn.ModuleDict({"dw": nn.Conv2d(4, 4, 3, groups=4)})
-    yield net(), {"rank": 9, "targets": ("to_q",)}, r"rank 9 exceeds min\(in, out\) = 8 for to_q; lower --adapter.rank or narrow --adapter.targets"
-    yield net(), {"rank": 9, "targets": ("conv_in",)}, r"rank 9 exceeds min\(in \* kh \* kw, out\) = 8 for conv_in"
-    yield depthwise, {"rank": 6, "targets": ("dw",)}, "rank 6 is not divisible by the 4 groups of dw"
+    yield (
+        net(),
+        {"rank": 9, "targets": ("to_q",)},
+        r"rank 9 exceeds min\(in, out\) = 8 for to_q; lower --adapter.rank or narrow --adapter.targets",
+    )
+    yield (
+        net(),
+        {"rank": 9, "targets": ("conv_in",)},
+        r"rank 9 exceeds min\(in \* kh \* kw, out\) = 8 for conv_in",
+    )
+    yield (
+        depthwise,
+        {"rank": 6, "targets": ("dw",)},
+        "rank 6 is not divisible by the 4 groups of dw",
+    )
     yield net(), {"targets": ("norm",)}, "'norm' matches none of the 6 layers"
     yield net(), {"targets": ()}, "no target patterns"
-    yield net(), {"kind": "dorra", "rank": 1, "targets": ("to_q",)}, "unknown adapter kind 'dorra', did you mean dora"
-    yield net(), {"kind": "nowhere.py:X", "rank": 1, "targets": ("to_q",)}, "nowhere.py:X names no Python file"
-    yield nn.MultiheadAttention(4, 2), {"rank": 1, "targets": ("out_proj",)}, "MultiheadAttention without being called"
+    yield (
+        net(),
+        {"kind": "dorra", "rank": 1, "targets": ("to_q",)},
+        "unknown adapter kind 'dorra', did you mean dora",
+    )
+    yield (
+        net(),
+        {"kind": "nowhere.py:X", "rank": 1, "targets": ("to_q",)},
+        "nowhere.py:X names no Python file",
+    )
+    yield (
+        nn.MultiheadAttention(4, 2),
+        {"rank": 1, "targets": ("out_proj",)},
+        "MultiheadAttention without being called",
+    )
     zero = net()
     nn.init.zeros_(zero.to_q.weight[3])
-    yield zero, {"kind": "dora", "rank": 1, "targets": ("*",)}, "row 3 of to_q's weight has norm 0.0"
+    yield (
+        zero,
+        {"kind": "dora", "rank": 1, "targets": ("*",)},
+        "row 3 of to_q's weight has norm 0.0",
+    )
 
 
 @pytest.mark.parametrize(("model", "settings", "message"), refusals())
@@ -613,7 +772,15 @@ def test_bad_requests_are_refused_before_any_change(model, settings, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 0}, {"rank": 2.5}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"init": "normal"}, {"rank_pattern": {"a": 0}}],
+    [
+        {"rank": 0},
+        {"rank": 2.5},
+        {"alpha": 0.0},
+        {"alpha": float("nan")},
+        {"dropout": 1.0},
+        {"init": "normal"},
+        {"rank_pattern": {"a": 0}},
+    ],
 )
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError):
@@ -627,7 +794,11 @@ def test_names_are_checked():
     for name in ("", "a.b", "keys"):
         with pytest.raises(UserError, match="cannot be named"):
             inject(model, AdapterSpec(targets=("to_q",), rank=2), name=name)
-    for action in (lambda: set_strength(model, "other", 1.0), lambda: fold(model, "other"), lambda: state(model, "other")):
+    for action in (
+        lambda: set_strength(model, "other", 1.0),
+        lambda: fold(model, "other"),
+        lambda: state(model, "other"),
+    ):
         with pytest.raises(UserError, match="no adapter 'other'; it has default"):
             action()
     with pytest.raises(UserError, match="strength is nan"):
@@ -635,12 +806,20 @@ def test_names_are_checked():
 
 
 def test_a_kind_from_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text("from lora_core.adapters.kinds import LoRA\nclass Twice(LoRA):\n    pass\n")
+    (tmp_path / "mine.py").write_text(
+        "from lora_core.adapters.kinds import LoRA\nclass Twice(LoRA):\n    pass\n"
+    )
     model, base = net(), net()
     inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Twice", rank=2, targets=("to_q",)))
-    assert type(model.to_q.adapter("default")).__name__ == "Twice" and torch.equal(model(image()), base(image()))
+    assert type(model.to_q.adapter("default")).__name__ == "Twice" and torch.equal(
+        model(image()), base(image())
+    )
     with pytest.raises(UserError, match="has no class 'Thrice'"):
-        inject(model, AdapterSpec(kind=f"{tmp_path}/mine.py:Thrice", rank=2, targets=("to_q",)), name="b")
+        inject(
+            model,
+            AdapterSpec(kind=f"{tmp_path}/mine.py:Thrice", rank=2, targets=("to_q",)),
+            name="b",
+        )
 
 
 # --- state ---
@@ -657,16 +836,24 @@ def test_state_round_trip_into_a_fresh_and_into_the_same_model(kind):
     out = model(image())
     shake(model, seed=9)
     load_state(model, saved)
-    assert torch.equal(model(image()), out) and all(a is b for a, b in zip(trained, injection.parameters(model), strict=True))
+    assert torch.equal(model(image()), out) and all(
+        a is b for a, b in zip(trained, injection.parameters(model), strict=True)
+    )
     saved["to_q"].down.zero_()
     assert torch.equal(model(image()), out)
 
 
 def test_load_state_accepts_both_spellings_of_a_1x1_and_any_rank():
     model = net()
-    lr = LowRank(torch.randn(20, 12, generator=seeded()), torch.randn(8, 20, generator=seeded(1)), 0.1)
-    load_state(model, {"mid.1": lr, "to_q": LowRank(torch.ones(1, 8, 1, 1), torch.ones(8, 1, 1, 1), 1.0)})
-    assert model.mid[1].adapter("default").down.shape == (20, 12, 1, 1) and model.to_q.adapter("default").up.shape == (8, 1)
+    lr = LowRank(
+        torch.randn(20, 12, generator=seeded()), torch.randn(8, 20, generator=seeded(1)), 0.1
+    )
+    load_state(
+        model, {"mid.1": lr, "to_q": LowRank(torch.ones(1, 8, 1, 1), torch.ones(8, 1, 1, 1), 1.0)}
+    )
+    assert model.mid[1].adapter("default").down.shape == (20, 12, 1, 1) and model.to_q.adapter(
+        "default"
+    ).up.shape == (8, 1)
 
 
 def test_load_state_refuses_what_does_not_fit_before_any_change():
@@ -675,7 +862,10 @@ def test_load_state_refuses_what_does_not_fit_before_any_change():
     for factors, message in [
         ({}, "no factors"),
         (good | {"to_w": good["to_q"]}, "no layer 'to_w'; nearest: to_"),
-        (good | {"to_q": wrong}, r"factors of to_q do not fit its weight \[8, 8\]: got down \[2, 7\]"),
+        (
+            good | {"to_q": wrong},
+            r"factors of to_q do not fit its weight \[8, 8\]: got down \[2, 7\]",
+        ),
         (good | {"to_q": good["to_q"]._replace(magnitude=torch.ones(7))}, r"magnitude \[7\]"),
     ]:
         model = net()
@@ -686,7 +876,10 @@ def test_load_state_refuses_what_does_not_fit_before_any_change():
     with pytest.raises(UserError, match=r"on 5 layers without factors, e.g. conv_in"):
         load_state(model, {"to_q": good["to_q"]})
     lora = "rank 2 lora and the factors are"
-    for other, told in ((injected(rank=1), f"{lora} rank 1 lora"), (injected("dora"), f"{lora} rank 2 dora")):
+    for other, told in (
+        (injected(rank=1), f"{lora} rank 1 lora"),
+        (injected("dora"), f"{lora} rank 2 dora"),
+    ):
         with pytest.raises(UserError, match=told):
             load_state(model, state(other))
 
@@ -706,12 +899,20 @@ def peft_twin(model, kind, dtype):
     from peft import LoraConfig, inject_adapter_in_model
 
     other = net(dtype)
-    config = LoraConfig(r=2, lora_alpha=3.0, use_dora=kind == "dora", target_modules=["conv_in", "mid.0", "mid.1", "to_q", "to_k", "to_out.0"])
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3.0,
+        use_dora=kind == "dora",
+        target_modules=["conv_in", "mid.0", "mid.1", "to_q", "to_k", "to_out.0"],
+    )
     inject_adapter_in_model(config, other)
     pairs = []
     for path, adapted in adapted_layers(model):
         ours, theirs = adapted.adapter("default"), other.get_submodule(path)
-        pairs += [(ours.down, theirs.lora_A["default"].weight), (ours.up, theirs.lora_B["default"].weight)]
+        pairs += [
+            (ours.down, theirs.lora_A["default"].weight),
+            (ours.up, theirs.lora_B["default"].weight),
+        ]
         if kind == "dora":
             pairs.append((ours.magnitude, theirs.lora_magnitude_vector["default"].weight))
     if kind == "dora":
@@ -724,7 +925,9 @@ def peft_twin(model, kind, dtype):
     return other, pairs
 
 
-@pytest.mark.parametrize(("kind", "dtype"), itertools.product(KINDS, [torch.float64, torch.float32]))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), itertools.product(KINDS, [torch.float64, torch.float32])
+)
 def test_forward_gradients_and_folded_weights_equal_peft(kind, dtype):
     model = injected(kind, dtype)
     other, pairs = peft_twin(model, kind, dtype)
@@ -756,7 +959,10 @@ def test_grouped_convolution_equals_pefts_with_a_block_down(kind):
     """peft's down sees all inputs; with zeros outside each group's block its network is ours (LoRA; it cannot build the DoRA)."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    ours, theirs = (nn.ModuleDict({"conv": nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)}).double() for _ in range(2))
+    ours, theirs = (
+        nn.ModuleDict({"conv": nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)}).double()
+        for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
     inject(ours, AdapterSpec(kind=kind, rank=4, alpha=2.0, targets=("conv",)))
     shake(ours)
@@ -768,7 +974,9 @@ def test_grouped_convolution_equals_pefts_with_a_block_down(kind):
             expected = torch.nn.functional.conv2d(x, tuned, conv.bias, 2, 1, groups=2)
         else:
             with pytest.warns(UserWarning, match="groups > 1"):
-                inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2.0, target_modules=["conv"]), theirs)
+                inject_adapter_in_model(
+                    LoraConfig(r=4, lora_alpha=2.0, target_modules=["conv"]), theirs
+                )
             down = theirs["conv"].lora_A["default"].weight.zero_()
             own = ours["conv"].adapter("default")
             down[:2, :3], down[2:, 3:] = own.down[:2], own.down[2:]

@@ -17,7 +17,20 @@ from tests.test_house import PRODUCT, ROOT
 
 UNKNOWN = "\0"  # stands for what a message fills in
 FLAG = re.compile(r"--([a-z\0][\w.\-\0]*)(?: (\w+))?")
-ORDINARY = {"and", "at", "finds", "has", "is", "names", "needs", "or", "other", "out", "takes", "tell"}  # words that follow a flag and are no value
+ORDINARY = {
+    "and",
+    "at",
+    "finds",
+    "has",
+    "is",
+    "names",
+    "needs",
+    "or",
+    "other",
+    "out",
+    "takes",
+    "tell",
+}  # words that follow a flag and are no value
 PIP = re.compile(r"pip install[^;:]*")
 
 
@@ -37,42 +50,75 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
 def choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return tuple(c for part in get_args(kind) for c in choices(part)) if get_origin(kind) in (tuple, Union, type(int | str)) else ()
+    return (
+        tuple(c for part in get_args(kind) for c in choices(part))
+        if get_origin(kind) in (tuple, Union, type(int | str))
+        else ()
+    )
 
 
 def merge_flags() -> Iterator[str]:
     for command in vars(flags).values():
-        if getattr(command, "__module__", "") == flags.__name__ and not command.__name__.startswith("_"):
+        if getattr(command, "__module__", "") == flags.__name__ and not command.__name__.startswith(
+            "_"
+        ):
             parser = argparse.ArgumentParser()
             try:
                 command(parser)
             except TypeError:
                 continue
-            yield from (option.removeprefix("--") for action in parser._actions for option in action.option_strings)
+            yield from (
+                option.removeprefix("--")
+                for action in parser._actions
+                for option in action.option_strings
+            )
 
 
 CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
-READ_BY_HAND = {"train.py": {"compare", "preview-density"}, "infer.py": {"from"}, "seed.py": {"with_text_lora"}}
-SPEAKING = [path for path in PRODUCT if path.parent.name != "kernels"]  # those name flags of compilers and of their own command lines
+READ_BY_HAND = {
+    "train.py": {"compare", "preview-density"},
+    "infer.py": {"from"},
+    "seed.py": {"with_text_lora"},
+}
+SPEAKING = [
+    path for path in PRODUCT if path.parent.name != "kernels"
+]  # those name flags of compilers and of their own command lines
 
 
 def messages(path: Path) -> Iterator[str]:
     """The string constants of a file that are no docstrings, an f-string as one."""
     tree = ast.parse(path.read_text())
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    inside = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in ast.walk(node)
+        if part is not node
+    }
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else UNKNOWN for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside | documents:
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else UNKNOWN
+                for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in inside | documents
+        ):
             yield node.value
 
 
 def is_taken(name: str, path: Path | None = None) -> bool:
     pattern = re.compile(r"[\w\-.]+".join(map(re.escape, name.split(UNKNOWN))))
     own = READ_BY_HAND.get(path.name, set()) if path else set()
-    return name.strip(".-" + UNKNOWN) == "" or name in own or any(pattern.fullmatch(flag) for flag in TAKEN)
+    return (
+        name.strip(".-" + UNKNOWN) == ""
+        or name in own
+        or any(pattern.fullmatch(flag) for flag in TAKEN)
+    )
 
 
 @pytest.mark.parametrize("path", SPEAKING, ids=lambda p: str(p.relative_to(ROOT)))
@@ -83,10 +129,21 @@ def test_flags_and_values_in_messages_exist(path: Path) -> None:
             allowed = choices(CONFIG.get(name))
             if allowed and value and value not in ORDINARY:
                 assert value in allowed, (name, value, message)
-            assert CONFIG.get(name) is not bool or value not in ("true", "false"), message  # such a flag takes no value
+            assert CONFIG.get(name) is not bool or value not in ("true", "false"), (
+                message
+            )  # such a flag takes no value
 
 
 def test_the_search_finds_what_it_is_for() -> None:
-    assert "data.masks" in CONFIG and "stages.0.mask-temperature" in TAKEN and "grid" in TAKEN and len(TAKEN) > 100
+    assert (
+        "data.masks" in CONFIG
+        and "stages.0.mask-temperature" in TAKEN
+        and "grid" in TAKEN
+        and len(TAKEN) > 100
+    )
     assert choices(CONFIG["data.masks"]) == ("none", "file", "alpha", "auto", "any")
-    assert not is_taken("data.mask") and is_taken(f"stages.{UNKNOWN}.lr") and not is_taken(f"stage.{UNKNOWN}.lr")
+    assert (
+        not is_taken("data.mask")
+        and is_taken(f"stages.{UNKNOWN}.lr")
+        and not is_taken(f"stage.{UNKNOWN}.lr")
+    )

@@ -64,8 +64,14 @@ for module, build in first.values():
 
 def run(arguments: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment |= {
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    } | more
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict]:
@@ -100,7 +106,9 @@ def test_one_configuration_of_each_kernel_fits_its_chip(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_kernels_fit_their_chips(tmp_path: Path) -> None:
-    judge_modules(compiled(tmp_path, "--arch", "89", "90"))  # sm_89 has sm_80's instructions and less memory
+    judge_modules(
+        compiled(tmp_path, "--arch", "89", "90")
+    )  # sm_89 has sm_80's instructions and less memory
 
 
 @pytest.mark.full
@@ -118,8 +126,16 @@ def test_spills_missing_tensor_cores_and_too_much_memory_are_found(tmp_path: Pat
 
 
 def test_under_the_interpreter_it_says_what_to_unset(tmp_path: Path) -> None:
-    done = run(["-m", "lora_core.kernels.ahead", "--arch", "90", "--only", "dropout"], tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        ["-m", "lora_core.kernels.ahead", "--arch", "90", "--only", "dropout"],
+        tmp_path,
+        TRITON_INTERPRET="1",
+    )
+    assert (
+        done.returncode != 0
+        and "TRITON_INTERPRET is set" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_an_only_that_matches_nothing_is_refused(tmp_path: Path) -> None:

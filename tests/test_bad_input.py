@@ -45,7 +45,9 @@ def refused(config: Config, capsys: pytest.CaptureFixture[str], *flags: str) -> 
     before = snapshot(file.parent)
     capsys.readouterr()
     assert train.main([str(file), *flags]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")
+    ]
     assert len(said) == 1 and said[0].startswith("error: "), said
     assert snapshot(file.parent) == before
     return said[0]
@@ -55,7 +57,10 @@ def refused(config: Config, capsys: pytest.CaptureFixture[str], *flags: str) -> 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no images": ({"data": {"images": ""}}, "--data.images"),
-    "no folder": ({"data": {"images": "/no/such/folder"}}, "the image folder /no/such/folder does not exist"),
+    "no folder": (
+        {"data": {"images": "/no/such/folder"}},
+        "the image folder /no/such/folder does not exist",
+    ),
     "no stage": ({"stages": ()}, "at least one stage"),
     "no steps": ({"stages": (Stage(0),)}, "at least one step"),
     "no groups": ({"stages": (Stage(1, ()),)}, "stages.0.groups"),
@@ -65,118 +70,339 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "clip": ({"optimizer": {"clip": -1.0}}, "--optimizer.clip is -1.0"),
     "dropout": ({"adapter": {"dropout": 1.0}}, "--adapter.dropout is 1"),
     "negative lr": ({"optimizer": {"lr": {"denoiser": -1.0}}}, "--optimizer.lr denoiser=-1"),
-    "nan lr": ({"stages": (Stage(1, lr={"denoiser": float("nan")}),)}, "--stages.0.lr denoiser=nan"),
-    "lr of nobody": ({"optimizer": {"lr": {"text_encoder": 1.0}}}, "--optimizer.lr names text_encoder, which no stage trains"),
-    "stage lr of nobody": ({"stages": (Stage(1, lr={"tokens": 1.0}),)}, "--stages.0.lr names tokens, which this stage does not train"),
+    "nan lr": (
+        {"stages": (Stage(1, lr={"denoiser": float("nan")}),)},
+        "--stages.0.lr denoiser=nan",
+    ),
+    "lr of nobody": (
+        {"optimizer": {"lr": {"text_encoder": 1.0}}},
+        "--optimizer.lr names text_encoder, which no stage trains",
+    ),
+    "stage lr of nobody": (
+        {"stages": (Stage(1, lr={"tokens": 1.0}),)},
+        "--stages.0.lr names tokens, which this stage does not train",
+    ),
     "low": ({"noise": {"low": 0.7, "high": 0.5}}, "timesteps 0.7 to 0.5"),
     "offset": ({"noise": {"offset": -1.0}}, "noise settings must be at least 0"),
-    "zero snr of epsilon": ({"noise": {"zero_terminal_snr": True}}, "--noise.prediction v_prediction"),
+    "zero snr of epsilon": (
+        {"noise": {"zero_terminal_snr": True}},
+        "--noise.prediction v_prediction",
+    ),
     "loss": ({"loss": "msse"}, "unknown name 'msse', the nearest is 'mse'"),
     "loss file": ({"loss": "nothing.py:fn"}, "nothing.py:fn names no Python file"),
     "loss argument": ({"loss_arg": {"delta": 1.0}}, "mse takes no argument 'delta'"),
-    "weighting argument": ({"weighting": "min_snr", "weighting_arg": {"gama": 1.0}}, "min_snr takes no argument 'gama'; it takes gamma"),
+    "weighting argument": (
+        {"weighting": "min_snr", "weighting_arg": {"gama": 1.0}},
+        "min_snr takes no argument 'gama'; it takes gamma",
+    ),
     "optimizer": ({"optimizer": {"name": "adamv"}}, "optimizer 'adamv' is unknown.*nearest: adamw"),
-    "optimizer module": ({"optimizer": {"name": "torch.optmi.SGD"}}, "module 'torch.optmi' cannot be imported"),
+    "optimizer module": (
+        {"optimizer": {"name": "torch.optmi.SGD"}},
+        "module 'torch.optmi' cannot be imported",
+    ),
     "optimizer class": ({"optimizer": {"name": "torch.optim.SDG"}}, "nearest: SGD"),
-    "optimizer argument": ({"optimizer": {"args": {"epss": 1.0}}}, "no argument 'epss'.*nearest: eps"),
-    "nan of a section": ({"data": {"zoom": math.nan}}, "--data.zoom is nan; expected a finite number"),
-    "infinite offset": ({"noise": {"offset": math.inf}}, "--noise.offset is inf; expected a finite number"),
-    "infinite rate": ({"optimizer": {"lr": {"denoiser": math.inf}}}, "--optimizer.lr denoiser=inf; expected a finite number"),
-    "infinite rate of a stage": ({"stages": (Stage(1, ("denoiser", "tokens"), lr={"tokens": math.inf}),)}, "--stages.0.lr tokens=inf; expected a"),
-    "nan to clip at": ({"optimizer": {"clip": math.nan}}, "--optimizer.clip is nan; expected a finite number"),
-    "half a rank": ({"adapter": {"rank_pattern": {"*": 2.5}}}, r"--adapter.rank-pattern \*=2.5; expected a whole number"),
-    "argument of no weighting": ({"weighting_arg": {"gamma": 5}}, "--weighting-arg has no effect without --weighting"),
-    "text for a weighting": ({"weighting": "min_snr", "weighting_arg": {"gamma": "a"}}, "argument gamma of min_snr is 'a', expected a number"),
-    "negative weights": ({"weighting": "min_snr", "weighting_arg": {"gamma": -1}}, "weighting min_snr with gamma=-1 gives weights from -1 to -1"),
-    "no weights": ({"weighting": "soft_min_snr", "weighting_arg": {"gamma": 0}}, "gives weights from 0 to 0; expected numbers of at least 0"),
-    "weights of nan": ({"weighting": "min_snr", "weighting_arg": {"gamma": math.nan}}, "gives weights from nan to nan"),
-    "text for a loss": ({"loss": "huber", "loss_arg": {"delta": "a"}}, "argument delta of huber is 'a', expected a number"),
-    "more bins than timesteps": ({"validation": {"bins": 1001}}, "--validation.bins is 1001, more than the 1000 timesteps"),
-    "a function as a kind": ({"adapter": {"kind": "examples/my_loss.py:edges"}}, "not a torch.nn.Module class"),
-    "optimizer value": ({"optimizer": {"args": {"eps": -1.0}}}, "adamw refuses its settings: AdamW got eps = -1.0"),
-    "optimizer closure": ({"optimizer": {"name": "torch.optim.LBFGS"}, "stages": (Stage(1, ("denoiser", "tokens")),)}, "LBFGS"),
-    "decay of none": ({"optimizer": {"name": "torch.optim.Rprop", "weight_decay": {"denoiser": 0.1}}}, "takes no weight_decay"),
-    "betas of none": ({"optimizer": {"name": "torch.optim.SGD", "betas": {"denoiser": (0.9, 0.9)}}}, "takes no betas"),
-    "schedule argument": ({"optimizer": {"schedule_args": {"cycles": 2}}}, "schedule constant has no argument 'cycles'"),
+    "optimizer argument": (
+        {"optimizer": {"args": {"epss": 1.0}}},
+        "no argument 'epss'.*nearest: eps",
+    ),
+    "nan of a section": (
+        {"data": {"zoom": math.nan}},
+        "--data.zoom is nan; expected a finite number",
+    ),
+    "infinite offset": (
+        {"noise": {"offset": math.inf}},
+        "--noise.offset is inf; expected a finite number",
+    ),
+    "infinite rate": (
+        {"optimizer": {"lr": {"denoiser": math.inf}}},
+        "--optimizer.lr denoiser=inf; expected a finite number",
+    ),
+    "infinite rate of a stage": (
+        {"stages": (Stage(1, ("denoiser", "tokens"), lr={"tokens": math.inf}),)},
+        "--stages.0.lr tokens=inf; expected a",
+    ),
+    "nan to clip at": (
+        {"optimizer": {"clip": math.nan}},
+        "--optimizer.clip is nan; expected a finite number",
+    ),
+    "half a rank": (
+        {"adapter": {"rank_pattern": {"*": 2.5}}},
+        r"--adapter.rank-pattern \*=2.5; expected a whole number",
+    ),
+    "argument of no weighting": (
+        {"weighting_arg": {"gamma": 5}},
+        "--weighting-arg has no effect without --weighting",
+    ),
+    "text for a weighting": (
+        {"weighting": "min_snr", "weighting_arg": {"gamma": "a"}},
+        "argument gamma of min_snr is 'a', expected a number",
+    ),
+    "negative weights": (
+        {"weighting": "min_snr", "weighting_arg": {"gamma": -1}},
+        "weighting min_snr with gamma=-1 gives weights from -1 to -1",
+    ),
+    "no weights": (
+        {"weighting": "soft_min_snr", "weighting_arg": {"gamma": 0}},
+        "gives weights from 0 to 0; expected numbers of at least 0",
+    ),
+    "weights of nan": (
+        {"weighting": "min_snr", "weighting_arg": {"gamma": math.nan}},
+        "gives weights from nan to nan",
+    ),
+    "text for a loss": (
+        {"loss": "huber", "loss_arg": {"delta": "a"}},
+        "argument delta of huber is 'a', expected a number",
+    ),
+    "more bins than timesteps": (
+        {"validation": {"bins": 1001}},
+        "--validation.bins is 1001, more than the 1000 timesteps",
+    ),
+    "a function as a kind": (
+        {"adapter": {"kind": "examples/my_loss.py:edges"}},
+        "not a torch.nn.Module class",
+    ),
+    "optimizer value": (
+        {"optimizer": {"args": {"eps": -1.0}}},
+        "adamw refuses its settings: AdamW got eps = -1.0",
+    ),
+    "optimizer closure": (
+        {"optimizer": {"name": "torch.optim.LBFGS"}, "stages": (Stage(1, ("denoiser", "tokens")),)},
+        "LBFGS",
+    ),
+    "decay of none": (
+        {"optimizer": {"name": "torch.optim.Rprop", "weight_decay": {"denoiser": 0.1}}},
+        "takes no weight_decay",
+    ),
+    "betas of none": (
+        {"optimizer": {"name": "torch.optim.SGD", "betas": {"denoiser": (0.9, 0.9)}}},
+        "takes no betas",
+    ),
+    "schedule argument": (
+        {"optimizer": {"schedule_args": {"cycles": 2}}},
+        "schedule constant has no argument 'cycles'",
+    ),
     "sampler": ({"samples": {"sampler": "eulerr"}}, "eulerr.*euler"),
     "device": ({"device": "gpu"}, "--device gpu cannot be used"),
-    "rank": ({"adapter": {"rank": 64}}, r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
-    "target": ({"adapter": {"targets": ("attn1.to_qq",)}}, "'attn1.to_qq' matches none of the .* nearest: .*attn1.to_q"),
-    "preset": ({"adapter": {"targets": ("atention",)}}, "'atention' is no layer of unet and none of its presets, which are attention"),
-    "exclude": ({"adapter": {"exclude": ("ff.nett",)}}, "--adapter.exclude: 'ff.nett' matches none"),
-    "rank pattern": ({"adapter": {"rank_pattern": {"ff.net.0.proj": 2}}}, "--adapter.rank-pattern: 'ff.net.0.proj' matches none"),
+    "rank": (
+        {"adapter": {"rank": 64}},
+        r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    ),
+    "target": (
+        {"adapter": {"targets": ("attn1.to_qq",)}},
+        "'attn1.to_qq' matches none of the .* nearest: .*attn1.to_q",
+    ),
+    "preset": (
+        {"adapter": {"targets": ("atention",)}},
+        "'atention' is no layer of unet and none of its presets, which are attention",
+    ),
+    "exclude": (
+        {"adapter": {"exclude": ("ff.nett",)}},
+        "--adapter.exclude: 'ff.nett' matches none",
+    ),
+    "rank pattern": (
+        {"adapter": {"rank_pattern": {"ff.net.0.proj": 2}}},
+        "--adapter.rank-pattern: 'ff.net.0.proj' matches none",
+    ),
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
     "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is no multiple of 2"),
     "model": ({"model": ""}, "--model"),
     "no model": ({"model": "/no/such/model"}, "--model /no/such/model is no folder here"),
-    "no placeholder": (ONLY | {"data": {"captions": "one", "caption": "a photo"}}, "no caption has the placeholder word TOK"),
+    "no placeholder": (
+        ONLY | {"data": {"captions": "one", "caption": "a photo"}},
+        "no caption has the placeholder word TOK",
+    ),
     "word twice": (ONLY | {"tokens": {"words": ("TOK", "TOK")}}, "a word twice"),
-    "initializer": (ONLY | {"tokens": {"vectors": 2, "init": ("c a t",)}}, "initializer 'c a t' of TOK is 3 tokens, more than its 2 learned vectors"),
-    "initializers": (ONLY | {"tokens": {"init": ("c", "d")}}, "--tokens.init has 2 entries for 1 words"),
+    "initializer": (
+        ONLY | {"tokens": {"vectors": 2, "init": ("c a t",)}},
+        "initializer 'c a t' of TOK is 3 tokens, more than its 2 learned vectors",
+    ),
+    "initializers": (
+        ONLY | {"tokens": {"init": ("c", "d")}},
+        "--tokens.init has 2 entries for 1 words",
+    ),
     "masks": ({"data": {"masks": "alpha"}}, "no alpha channel"),
     "held out": ({"validation": {"images": "/no/held/out"}}, "/no/held/out does not exist"),
     "vae": ({"vae": "/no/vae"}, "/no/vae"),
     # options without effect
-    "mask temperature": ({"stages": (Stage(1, mask_temperature=2.0),)}, "mask-temperature has no effect without masks"),
+    "mask temperature": (
+        {"stages": (Stage(1, mask_temperature=2.0),)},
+        "mask-temperature has no effect without masks",
+    ),
     "stage norm": ({"stages": (Stage(1, norm="pull"),)}, "--stages.0.norm has no effect"),
-    "tokens": ({"tokens": {"vectors": 3}}, "--tokens.vectors has no effect without a stage that trains tokens"),
-    "norm target": (ONLY | {"tokens": {"norm": "none", "norm_target": 0.4}}, "--tokens.norm-target has no effect without --tokens.norm pull"),
-    "adapter": ({"stages": TOKENS, "optimizer": {"lr": {}}}, "--adapter.rank has no effect without a stage that trains denoiser or text_encoder"),
-    "text targets": ({"adapter": {"text_targets": ("kohya",)}}, "--adapter.text-targets has no effect without a stage that trains text_encoder"),
+    "tokens": (
+        {"tokens": {"vectors": 3}},
+        "--tokens.vectors has no effect without a stage that trains tokens",
+    ),
+    "norm target": (
+        ONLY | {"tokens": {"norm": "none", "norm_target": 0.4}},
+        "--tokens.norm-target has no effect without --tokens.norm pull",
+    ),
+    "adapter": (
+        {"stages": TOKENS, "optimizer": {"lr": {}}},
+        "--adapter.rank has no effect without a stage that trains denoiser or text_encoder",
+    ),
+    "text targets": (
+        {"adapter": {"text_targets": ("kohya",)}},
+        "--adapter.text-targets has no effect without a stage that trains text_encoder",
+    ),
     "prior": ({"prior": {"weight": 0.5}}, "--prior.weight has no effect without --prior.prompt"),
     "prior count": ({"prior": {"count": 3}}, "--prior.count has no effect"),
-    "discount": ({"noise": {"multires_discount": 0.5}}, "--noise.multires-discount has no effect without --noise.multires-levels"),
+    "discount": (
+        {"noise": {"multires_discount": 0.5}},
+        "--noise.multires-discount has no effect without --noise.multires-levels",
+    ),
     "variants": ({"data": {"variants": 3}}, "--data.variants has no effect without a random crop"),
-    "cache": ({"data": {"cache": "cache", "flip": True}}, "--data.cache has no effect without --data.variants"),
+    "cache": (
+        {"data": {"cache": "cache", "flip": True}},
+        "--data.cache has no effect without --data.variants",
+    ),
     "caption": ({"data": {"captions": "txt", "caption": "a cat"}}, "has no use"),
     "base word": ({"samples": {"base_word": "cat"}}, "--samples.base-word has no effect"),
-    "images and dataset": ({"data": {"dataset": "user/name"}}, "either a folder with --data.images or a dataset"),
-    "two shifts": ({"noise": {"shift": 3.0, "dynamic_shift": True}}, "--noise.shift 3 gives another; choose one"),
+    "images and dataset": (
+        {"data": {"dataset": "user/name"}},
+        "either a folder with --data.images or a dataset",
+    ),
+    "two shifts": (
+        {"noise": {"shift": 3.0, "dynamic_shift": True}},
+        "--noise.shift 3 gives another; choose one",
+    ),
     "shift": ({"noise": {"shift": 3.0}}, "have no effect on this model, which is no flow model"),
     "guidance": ({"noise": {"guidance": 1.0}}, "--noise.guidance has no effect on this model"),
-    "density": ({"noise": {"density": "logit_normal", "density_args": {"meen": 1.0}}}, "'meen'.*mean"),
-    "density args": ({"noise": {"density_args": {"mean": 1.0}}}, "--noise.density-args has no effect without --noise.density"),
-    "encoders": (ONLY | {"tokens": {"encoders": ("t5",)}}, "--tokens.encoders has t5; the text encoders of this model are clip_l"),
+    "density": (
+        {"noise": {"density": "logit_normal", "density_args": {"meen": 1.0}}},
+        "'meen'.*mean",
+    ),
+    "density args": (
+        {"noise": {"density_args": {"mean": 1.0}}},
+        "--noise.density-args has no effect without --noise.density",
+    ),
+    "encoders": (
+        ONLY | {"tokens": {"encoders": ("t5",)}},
+        "--tokens.encoders has t5; the text encoders of this model are clip_l",
+    ),
     "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
-    "lora plus of full": ({"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}}, r"has no up and down, which LoRA\+ tells"),
+    "lora plus of full": (
+        {"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}},
+        r"has no up and down, which LoRA\+ tells",
+    ),
     "ema": ({"ema": 1.0}, r"--ema is 1; expected a number in \[0, 1\)"),
-    "class prompt": (ONLY | {"prior": {"prompt": "a photo of TOK"}}, "--prior.prompt is 'a photo of TOK' and holds the placeholder word TOK"),
-    "class of a swap": ({"prior": {"swap": {"TOK": "a TOK"}}}, "--prior.swap TOK is 'a TOK' and holds the placeholder"),
-    "class prompt of a swap": ({"prior": {"swap": {"TOK": "cat"}, "prompt": "TOK"}}, "--prior.prompt is 'TOK' and holds the placeholder"),
-    "base word of a word": (ONLY | {"samples": {"base_word": "TOK"}}, "--samples.base-word is 'TOK' and holds the placeholder"),
-    "init of a word": (ONLY | {"tokens": {"init": ("a TOK",)}}, "--tokens.init is 'a TOK' and holds the placeholder"),
-    "cut placeholder": (ONLY | {"data": {"captions": "one", "caption": "a " * 20 + "TOK"}}, "token <s0> of TOK lies beyond the 16 tokens .* every"),
-    "cut vector": (ONLY | {"data": {"captions": "one", "caption": "a " * 13 + "TOK"}}, "token <s1> of TOK lies beyond the 16 tokens"),
+    "class prompt": (
+        ONLY | {"prior": {"prompt": "a photo of TOK"}},
+        "--prior.prompt is 'a photo of TOK' and holds the placeholder word TOK",
+    ),
+    "class of a swap": (
+        {"prior": {"swap": {"TOK": "a TOK"}}},
+        "--prior.swap TOK is 'a TOK' and holds the placeholder",
+    ),
+    "class prompt of a swap": (
+        {"prior": {"swap": {"TOK": "cat"}, "prompt": "TOK"}},
+        "--prior.prompt is 'TOK' and holds the placeholder",
+    ),
+    "base word of a word": (
+        ONLY | {"samples": {"base_word": "TOK"}},
+        "--samples.base-word is 'TOK' and holds the placeholder",
+    ),
+    "init of a word": (
+        ONLY | {"tokens": {"init": ("a TOK",)}},
+        "--tokens.init is 'a TOK' and holds the placeholder",
+    ),
+    "cut placeholder": (
+        ONLY | {"data": {"captions": "one", "caption": "a " * 20 + "TOK"}},
+        "token <s0> of TOK lies beyond the 16 tokens .* every",
+    ),
+    "cut vector": (
+        ONLY | {"data": {"captions": "one", "caption": "a " * 13 + "TOK"}},
+        "token <s1> of TOK lies beyond the 16 tokens",
+    ),
     "swap word": ({"prior": {"swap": {"FOO": "cat"}}}, "no caption has the placeholder word FOO"),
-    "swap weight": ({"prior": {"swap_weight": 2.0}}, "--prior.swap-weight has no effect without --prior.swap"),
-    "bucket step": ({"data": {"bucket_step": 8}}, "--data.bucket-step has no effect without --data.buckets"),
-    "odd buckets": ({"data": {"buckets": True, "bucket_step": 3}}, "--data.bucket-step 3 is no multiple of 2"),
-    "caption column": ({"data": {"caption_column": "words", "captions": "txt"}}, "--data.caption-column has no effect"),
+    "swap weight": (
+        {"prior": {"swap_weight": 2.0}},
+        "--prior.swap-weight has no effect without --prior.swap",
+    ),
+    "bucket step": (
+        {"data": {"bucket_step": 8}},
+        "--data.bucket-step has no effect without --data.buckets",
+    ),
+    "odd buckets": (
+        {"data": {"buckets": True, "bucket_step": 3}},
+        "--data.bucket-step 3 is no multiple of 2",
+    ),
+    "caption column": (
+        {"data": {"caption_column": "words", "captions": "txt"}},
+        "--data.caption-column has no effect",
+    ),
     "split": ({"data": {"split": "test"}}, "--data.split has no effect without --data.dataset"),
     "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
     "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
-    "warm-up": ({"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))}, "--optimizer.warmup is 3 steps, longer than stage 1 of 2"),
-    "every stage's norm": (ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)}, "--tokens.norm has no effect"),
-    "every stage's low": ({"noise": {"low": 0.1}, "stages": (Stage(2, low=0.2),)}, "--noise.low has no effect without a stage that has no low"),
-    "every stage's high": ({"noise": {"high": 0.5}, "stages": (Stage(2, high=0.7),)}, "--noise.high has no effect"),
-    "every stage's schedule": ({"optimizer": {"schedule": "linear"}, "stages": (Stage(2, schedule="cosine"),)}, "--optimizer.schedule has no effect"),
-    "stage decay of none": ({"optimizer": {"name": "torch.optim.Rprop"}, "stages": (Stage(2, weight_decay={"denoiser": 0.1}),)}, "no weight_decay"),
-    "validation of none": ({"validation": {"every": -1, "bins": 3}}, "--validation.bins has no effect without --validation.every 0 or more"),
-    "held out for none": ({"validation": {"every": -1, "bins": 8, "images": "held"}}, "--validation.images has no effect"),
-    "count of none": ({"validation": {"every": -1, "bins": 8, "count": 3}}, "--validation.count has no effect"),
-    "seed of none": ({"validation": {"every": -1, "bins": 8, "seed": 3}}, "--validation.seed has no effect"),
-    "less than none": ({"validation": {"every": -2}}, "--validation.every is -2; expected at least -1"),
+    "warm-up": (
+        {"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))},
+        "--optimizer.warmup is 3 steps, longer than stage 1 of 2",
+    ),
+    "every stage's norm": (
+        ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)},
+        "--tokens.norm has no effect",
+    ),
+    "every stage's low": (
+        {"noise": {"low": 0.1}, "stages": (Stage(2, low=0.2),)},
+        "--noise.low has no effect without a stage that has no low",
+    ),
+    "every stage's high": (
+        {"noise": {"high": 0.5}, "stages": (Stage(2, high=0.7),)},
+        "--noise.high has no effect",
+    ),
+    "every stage's schedule": (
+        {"optimizer": {"schedule": "linear"}, "stages": (Stage(2, schedule="cosine"),)},
+        "--optimizer.schedule has no effect",
+    ),
+    "stage decay of none": (
+        {
+            "optimizer": {"name": "torch.optim.Rprop"},
+            "stages": (Stage(2, weight_decay={"denoiser": 0.1}),),
+        },
+        "no weight_decay",
+    ),
+    "validation of none": (
+        {"validation": {"every": -1, "bins": 3}},
+        "--validation.bins has no effect without --validation.every 0 or more",
+    ),
+    "held out for none": (
+        {"validation": {"every": -1, "bins": 8, "images": "held"}},
+        "--validation.images has no effect",
+    ),
+    "count of none": (
+        {"validation": {"every": -1, "bins": 8, "count": 3}},
+        "--validation.count has no effect",
+    ),
+    "seed of none": (
+        {"validation": {"every": -1, "bins": 8, "seed": 3}},
+        "--validation.seed has no effect",
+    ),
+    "less than none": (
+        {"validation": {"every": -2}},
+        "--validation.every is -2; expected at least -1",
+    ),
     "count": ({"validation": {"count": -1}}, "--validation.count is -1; expected at least 0"),
-    "dropped": ({"data": {"dropped": "zeros"}}, "--data.dropped has no effect without --data.caption-dropout"),
-    "schedule": ({"optimizer": {"schedule": "my_schedule.py:fn"}}, "my_schedule.py:fn names no Python file"),
-    "handed over": ({"loss": "<lambda of a.py>"}, "--loss is <lambda of a.py>, which was handed over in Python"),
+    "dropped": (
+        {"data": {"dropped": "zeros"}},
+        "--data.dropped has no effect without --data.caption-dropout",
+    ),
+    "schedule": (
+        {"optimizer": {"schedule": "my_schedule.py:fn"}},
+        "my_schedule.py:fn names no Python file",
+    ),
+    "handed over": (
+        {"loss": "<lambda of a.py>"},
+        "--loss is <lambda of a.py>, which was handed over in Python",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_wrong_config_is_one_sentence_and_moves_nothing(config: Config, quick: None, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_wrong_config_is_one_sentence_and_moves_nothing(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     change, said = CONFIGS[name]
     (Path(config.out) / "samples").mkdir(parents=True)
     (Path(config.out) / "config.toml").write_text("the old run")
@@ -185,13 +411,28 @@ def test_a_wrong_config_is_one_sentence_and_moves_nothing(config: Config, quick:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("option", ["samples.guidance", "optimizer.lr.denoiser", "noise.guidance", "tokens.norm_target", "prior.weight"])
-def test_numbers_that_are_none_are_refused_before_anything_is_read(config: Config, option: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "samples.guidance",
+        "optimizer.lr.denoiser",
+        "noise.guidance",
+        "tokens.norm_target",
+        "prior.weight",
+    ],
+)
+def test_numbers_that_are_none_are_refused_before_anything_is_read(
+    config: Config, option: str, value: str
+) -> None:
     name, table = option.split("."), float(value)
     for key in reversed(name):
         table = {key: table}  # type: ignore[assignment]
-    config = merged(config, {"stages": (Stage(2, ("denoiser", "tokens")),), "prior": {"prompt": "a cat"}})
-    with pytest.raises(UserError, match=rf"--{name[0]}\.{name[1].replace('_', '-')}.*{value}.*expected"):
+    config = merged(
+        config, {"stages": (Stage(2, ("denoiser", "tokens")),), "prior": {"prompt": "a cat"}}
+    )
+    with pytest.raises(
+        UserError, match=rf"--{name[0]}\.{name[1].replace('_', '-')}.*{value}.*expected"
+    ):
         config_checks.config(merged(config, table))  # type: ignore[arg-type]
 
 
@@ -216,11 +457,18 @@ def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config
         ("batch_size = ", "is not a TOML file"),
     ],
 )
-def test_a_wrong_toml_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+def test_a_wrong_toml_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
     (tmp_path / "a.toml").write_text(text)
     assert train.main([str(tmp_path / "a.toml")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and said in error and str(tmp_path / "a.toml") in error
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and said in error
+        and str(tmp_path / "a.toml") in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +480,9 @@ def test_a_wrong_toml_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--optimizer.lr", "denoiser"], "KEY=VALUE"),
     ],
 )
-def test_a_wrong_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+def test_a_wrong_flag_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     error = capsys.readouterr().err
@@ -247,7 +497,9 @@ def test_no_config_file_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_
 # ---------------------------------------------------------------- images and models
 
 
-def test_wrong_images_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_images_are_named(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     def said(folder: Path) -> str:
         return refused(merged(config, {"data": {"images": str(folder)}}), capsys)
 
@@ -266,29 +518,57 @@ def test_wrong_images_are_named(config: Config, quick: None, capsys: pytest.Capt
     assert f"1 of 5 images lack a .txt file with a caption, first {bare}/3.png" in said(bare)
 
 
-def test_captions_without_the_placeholder_are_counted(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_captions_without_the_placeholder_are_counted(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     some = save_photos(tmp_path / "some")
     for name in ("1.txt", "4.txt"):
         (some / name).write_text("a photo")
-    train.train(merged(config, {"data": {"images": str(some)}, "stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}))
-    assert "warning: 2 of 5 images have captions without the placeholder word TOK, first 1.png" in capsys.readouterr().err
+    train.train(
+        merged(
+            config,
+            {
+                "data": {"images": str(some)},
+                "stages": TOKENS,
+                "optimizer": {"lr": {}},
+                "adapter": {"rank": 16},
+            },
+        )
+    )
+    assert (
+        "warning: 2 of 5 images have captions without the placeholder word TOK, first 1.png"
+        in capsys.readouterr().err
+    )
 
 
-def test_wrong_models_are_named(config: Config, plain: None, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_models_are_named(
+    config: Config, plain: None, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     def said(path: Path) -> str:
         return refused(replace(config, model=str(path)), capsys)
 
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler/scheduler_config.json", "model_index.json"):
+    for part in (
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ):
         broken = shutil.copytree(model, tmp_path / part.replace("/", "_"))
         shutil.rmtree(broken / part) if (broken / part).is_dir() else (broken / part).unlink()
         assert part in said(broken) and str(broken) in said(broken)
     single = tmp_path / "model.safetensors"
     single.write_bytes(b"x")
-    assert str(single) in said(single) and "truncated, damaged or no safetensors file" in said(single)
+    assert str(single) in said(single) and "truncated, damaged or no safetensors file" in said(
+        single
+    )
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
-    assert "is a KandinskyPipeline, which is not supported; supported are StableDiffusion" in said(other)
+    assert "is a KandinskyPipeline, which is not supported; supported are StableDiffusion" in said(
+        other
+    )
     cut = shutil.copytree(model, tmp_path / "cut")
     weights = next((cut / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -296,57 +576,101 @@ def test_wrong_models_are_named(config: Config, plain: None, model: Path, capsys
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_weights_that_the_files_lack_are_named_and_not_made_up(model: Path, tmp_path: Path, part: str) -> None:
+def test_weights_that_the_files_lack_are_named_and_not_made_up(
+    model: Path, tmp_path: Path, part: str
+) -> None:
     cut = shutil.copytree(model, tmp_path / "cut")
     file = next((cut / part).glob("*.safetensors"))
     tensors = load_file(file)
     lost = [sorted(tensors)[i] for i in (2, 5, 7)]
-    save_file({name: t for name, t in tensors.items() if name not in lost}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"cannot load {part}/ of {cut}: its files lack \S*{re.escape(lost[0])} and 2 more"):
+    save_file(
+        {name: t for name, t in tensors.items() if name not in lost},
+        file,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"cannot load {part}/ of {cut}: its files lack \S*{re.escape(lost[0])} and 2 more",
+    ):
         load_family(str(cut))
 
 
-def test_a_token_of_the_vocabulary_is_refused(config: Config, plain: None, model: Path, capsys: Any, tmp_path: Path) -> None:
+def test_a_token_of_the_vocabulary_is_refused(
+    config: Config, plain: None, model: Path, capsys: Any, tmp_path: Path
+) -> None:
     from transformers import CLIPTokenizer
 
     known = shutil.copytree(model, tmp_path / "known")
     tokenizer = CLIPTokenizer.from_pretrained(known / "tokenizer")
     tokenizer.add_tokens(["<s0>"])
     tokenizer.save_pretrained(known / "tokenizer")
-    wrong = merged(config, {"model": str(known), "stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}})
+    wrong = merged(
+        config,
+        {"model": str(known), "stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}},
+    )
     assert "the token <s0> is already in the tokenizer's vocabulary" in refused(wrong, capsys)
 
 
 # ---------------------------------------------------------------- the output folder
 
 
-def test_another_run_is_not_overwritten(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_run_is_not_overwritten(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train.train(config)
     first = final(run)
     sentence = refused(replace(config, seed=1), capsys)
     assert "--resume" in sentence and "--overwrite" in sentence and "run.bak" in sentence
-    assert "--resume and --overwrite" in refused(replace(config, seed=1), capsys, "--resume", "--overwrite")
+    assert "--resume and --overwrite" in refused(
+        replace(config, seed=1), capsys, "--resume", "--overwrite"
+    )
     train.train(replace(config, seed=1, overwrite=True))
     assert same(final(run.with_name("run.bak")), first) and not same(final(run), first)
     assert "overwrite = false" in (run / "config.toml").read_text()
 
 
-def test_a_reader_of_the_output_that_has_ended_is_one_sentence(tmp_path: Path, photos: Path, model: Path) -> None:
-    words = ["train.py", "--model", str(model), "--data.images", str(photos), "--data.resolution", "16", "--out", str(tmp_path / "run")]
+def test_a_reader_of_the_output_that_has_ended_is_one_sentence(
+    tmp_path: Path, photos: Path, model: Path
+) -> None:
+    words = [
+        "train.py",
+        "--model",
+        str(model),
+        "--data.images",
+        str(photos),
+        "--data.resolution",
+        "16",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     root = Path(train.__file__).parent
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as child:
+    with subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+    ) as child:
         assert child.stdout is not None and child.stderr is not None
         child.stdout.close()
         (error,) = [line for line in child.stderr.read().splitlines() if "arning" not in line]
-    assert "was piped to has ended" in error and child.returncode == 2 and not (tmp_path / "run").exists()
+    assert (
+        "was piped to has ended" in error
+        and child.returncode == 2
+        and not (tmp_path / "run").exists()
+    )
 
 
-def test_there_must_be_something_to_resume(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_must_be_something_to_resume(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "there is no run in" in refused(config, capsys, "--resume")
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "log", "picture", "adapter"])
-def test_a_full_disk_is_one_sentence(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_full_disk_is_one_sentence(
+    config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -363,7 +687,9 @@ def test_a_full_disk_is_one_sentence(config: Config, quick: None, capsys: Any, m
     file = Path(config.out).parent / "given.toml"
     file.write_text(to_toml(config))
     assert train.main([str(file)]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("optimiser: ")]
+    (error,) = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("optimiser: ")
+    ]
     assert error.startswith("error: the disk is full: ") and config.out in error
     assert not [p for p in Path(config.out).rglob(".*")]
 
@@ -403,29 +729,43 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int
     monkeypatch.setattr(owner, name, call)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(config, stages=(Stage(5),), out=str(Path(config.out).with_name("my run")), overwrite=True)
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        config, stages=(Stage(5),), out=str(Path(config.out).with_name("my run")), overwrite=True
+    )
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
         interrupt_in(patch, Session, "prepare", 3)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
-    assert error.startswith("interrupted: the run is saved after step 3, go on with: python train.py ") and error.count("\n") == 1
-    assert (Path(config.out) / "checkpoints/3").is_dir() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (
+        error.startswith("interrupted: the run is saved after step 3, go on with: python train.py ")
+        and error.count("\n") == 1
+    )
+    assert (Path(config.out) / "checkpoints/3").is_dir() and signal.getsignal(
+        signal.SIGINT
+    ) is signal.default_int_handler
     command = shlex.split(error.split("go on with: ")[1])
     assert train.main(command[2:]) == 0
     whole = train.train(replace(config, out=config.out + "2"))
     assert same(final(Path(config.out)), final(whole))
 
 
-def test_ctrl_c_before_the_first_step_claims_nothing(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_the_first_step_claims_nothing(
+    config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
         interrupt_in(patch, Session, "_open_model", 1)
         assert train.main([str(given)]) == 130
-    assert capsys.readouterr().err == "interrupted: nothing was saved\n" and not Path(config.out).exists()
+    assert (
+        capsys.readouterr().err == "interrupted: nothing was saved\n"
+        and not Path(config.out).exists()
+    )
     with monkeypatch.context() as patch:
         interrupt_in(patch, train.results, "validate", 1)
         assert train.main([str(given)]) == 130
@@ -434,9 +774,17 @@ def test_ctrl_c_before_the_first_step_claims_nothing(config: Config, quick: None
     assert train.main([str(given), "--overwrite"]) == 0
 
 
-def test_ctrl_c_in_the_first_step_and_at_the_end(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name, at, step in ((Session, "prepare", 1, 1), (train.results, "before_after", 1, 2)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"saved after step {step}, go on with"):
+def test_ctrl_c_in_the_first_step_and_at_the_end(
+    config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name, at, step in (
+        (Session, "prepare", 1, 1),
+        (train.results, "before_after", 1, 2),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(KeyboardInterrupt, match=f"saved after step {step}, go on with"),
+        ):
             interrupt_in(patch, owner, name, at)
             train.train(config)
         run = train.train(replace(config, resume=True))
@@ -444,7 +792,9 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(config: Config, quick: None, ca
         shutil.rmtree(run)
 
 
-def test_the_second_ctrl_c_ends_at_once(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_ctrl_c_ends_at_once(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(signals, "ONE_REQUEST", 0.0)
     interrupt_in(monkeypatch, Session, "prepare", 2)
     interrupt_in(monkeypatch, Session, "conditioning", 2)
@@ -455,21 +805,35 @@ def test_the_second_ctrl_c_ends_at_once(config: Config, quick: None, monkeypatch
 def test_the_committed_configs_pass_the_checks() -> None:
     for file in (Path(__file__).parent.parent / "configs").glob("*.toml"):
         found = read_toml(file)
-        config_checks.config(replace(found, data=replace(found.data, images=found.data.images or "photos")))
+        config_checks.config(
+            replace(found, data=replace(found.data, images=found.data.images or "photos"))
+        )
     with pytest.raises(UserError, match="prior"):
-        config_checks.config(Config(data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()))
+        config_checks.config(
+            Config(
+                data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()
+            )
+        )
 
 
-def test_targets_are_checked_before_any_weight_is_read(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_targets_are_checked_before_any_weight_is_read(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for file in Path(config.model).rglob("*.json"):  # a model of configs only
-        (copy := tmp_path / "model" / file.relative_to(config.model)).parent.mkdir(exist_ok=True, parents=True)
+        (copy := tmp_path / "model" / file.relative_to(config.model)).parent.mkdir(
+            exist_ok=True, parents=True
+        )
         copy.write_bytes(file.read_bytes())
     config = replace(config, model=str(tmp_path / "model"))
-    assert "matches none of the" in refused(merged(config, {"adapter": {"targets": ("attn1.to_qq",)}}), capsys)
+    assert "matches none of the" in refused(
+        merged(config, {"adapter": {"targets": ("attn1.to_qq",)}}), capsys
+    )
     assert "cannot load" in refused(config, capsys)
 
 
-def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_is_too_long_says_what_is_cut(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     family = load_family(str(model))
     for _ in range(2):
         family.encode_prompts(["a b c d e f g h i j k l m n o p", "a b"])
@@ -485,24 +849,47 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(model: Path, capsys: pytest.
         ({"save_every": 250}, "--save-every 250"),
     ],
 )
-def test_what_is_never_due_is_said(config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str) -> None:
+def test_what_is_never_due_is_said(
+    config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str
+) -> None:
     config_checks.config(merged(config, change))
     assert capsys.readouterr().err == f"warning: {flag} has no effect in a run of 2 steps\n"
     config_checks.config(merged(config, {**change, "stages": (Stage(250),)}))
     assert not capsys.readouterr().err
 
 
-def test_small_pictures_are_named(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_pictures_are_named(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     train.train(merged(config, {"data": {"resolution": 32}}))
-    assert "warning: 5 of 5 images are smaller than 32 pixels and scaled up, first " in capsys.readouterr().err
+    assert (
+        "warning: 5 of 5 images are smaller than 32 pixels and scaled up, first "
+        in capsys.readouterr().err
+    )
 
 
-def test_a_lora_of_another_family_is_refused(config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_lora_of_another_family_is_refused(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from tests import tiny_sdxl
 
     run = train.train(config)
     tiny_sdxl.save(tmp_path / "xl")
     capsys.readouterr()
-    assert infer.main(["--model", str(tmp_path / "xl"), "--lora", str(run), "--prompt", "a", "--out", str(tmp_path / "o.png")]) == 2
+    assert (
+        infer.main(
+            [
+                "--model",
+                str(tmp_path / "xl"),
+                "--lora",
+                str(run),
+                "--prompt",
+                "a",
+                "--out",
+                str(tmp_path / "o.png"),
+            ]
+        )
+        == 2
+    )
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and "another model" in said[0] and not (tmp_path / "o.png").exists()

@@ -27,15 +27,32 @@ def tiny(name: str = "sd") -> contenders.Problem:
     """A problem of the tiny networks, rank 4, batch 2, 8 x 8 latents."""
     if name == "flux":
         pipe = tiny_flux.pipeline()
-        told = {"encoder_hidden_states": random(2, 6, 32), "pooled_projections": random(2, 16), "guidance": torch.ones(2)}
+        told = {
+            "encoder_hidden_states": random(2, 6, 32),
+            "pooled_projections": random(2, 16),
+            "guidance": torch.ones(2),
+        }
         told |= {"img_ids": flux.image_ids(8, 8), "txt_ids": torch.zeros(6, 3)}
-        return contenders.problem(name, pipe.transformer, told, random(2, 4, 8, 8), dict(pipe.scheduler.config), ("*.to_q", "*.to_v"), 4)
+        return contenders.problem(
+            name,
+            pipe.transformer,
+            told,
+            random(2, 4, 8, 8),
+            dict(pipe.scheduler.config),
+            ("*.to_q", "*.to_v"),
+            4,
+        )
     if name == "sdxl":
         pipe = tiny_sdxl.pipeline(scheduler="ddim")
-        told = {"encoder_hidden_states": random(2, 5, 40), "added_cond_kwargs": {"text_embeds": random(2, 12), "time_ids": random(2, 6)}}
+        told = {
+            "encoder_hidden_states": random(2, 5, 40),
+            "added_cond_kwargs": {"text_embeds": random(2, 12), "time_ids": random(2, 6)},
+        }
     else:
         pipe, told = tiny_pipeline.pipeline(), {"encoder_hidden_states": random(2, 5, 16)}
-    return contenders.problem(name, pipe.unet, told, random(2, 4, 8, 8), dict(pipe.scheduler.config), ATTENTION, 4)
+    return contenders.problem(
+        name, pipe.unet, told, random(2, 4, 8, 8), dict(pipe.scheduler.config), ATTENTION, 4
+    )
 
 
 # ---------------------------------------------------------------- the contenders
@@ -67,22 +84,38 @@ def test_ours_begins_where_the_frozen_network_is_and_both_peers_train(name):
         for step in (ours, peer):
             start = [p.detach().clone() for p in step.parameters]
             step()
-            assert all(not torch.equal(a, b) for a, b in zip(start, step.parameters, strict=True)), f"{type(step).__name__} {kind} does not train"
+            assert all(
+                not torch.equal(a, b) for a, b in zip(start, step.parameters, strict=True)
+            ), f"{type(step).__name__} {kind} does not train"
         assert sum(p.numel() for p in ours.parameters) == sum(p.numel() for p in peer.parameters)
         assert {p.dtype for p in (*ours.parameters, *peer.parameters)} == {torch.float32}
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, problem.network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and b.grad is None
+        for a, b in zip(before, problem.network.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_ours_and_the_peer_compute_the_same_gradients(kind):
     problem = tiny()
-    ours, peer = Ours(problem, kind, contenders.twin(problem.network)), Peer(problem, kind, contenders.twin(problem.network))
+    ours, peer = (
+        Ours(problem, kind, contenders.twin(problem.network)),
+        Peer(problem, kind, contenders.twin(problem.network)),
+    )
     theirs = {name: p for name, p in peer.network.named_parameters() if p.requires_grad}
     pairs = []
-    names = {"down": "lora_A.default.weight", "up": "lora_B.default.weight", "magnitude": "lora_magnitude_vector.default.weight"}
+    names = {
+        "down": "lora_A.default.weight",
+        "up": "lora_B.default.weight",
+        "magnitude": "lora_magnitude_vector.default.weight",
+    }
     for path in problem.paths:
         adapter = ours.network.get_submodule(path).adapter("default")
-        pairs += [(getattr(adapter, own), theirs[f"{path}.{name}"]) for own, name in names.items() if hasattr(adapter, own)]
+        pairs += [
+            (getattr(adapter, own), theirs[f"{path}.{name}"])
+            for own, name in names.items()
+            if hasattr(adapter, own)
+        ]
     assert len(pairs) == len(theirs) == len(ours.parameters)
     with torch.no_grad():
         for i, (mine, other) in enumerate(pairs):
@@ -92,7 +125,9 @@ def test_ours_and_the_peer_compute_the_same_gradients(kind):
     for step in (ours, peer):
         (problem.out(step.network, x_t, t) * random(2, 4, 8, 8, seed=2)).sum().backward()
     for mine, other in pairs:
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max()))
+        assert torch.allclose(
+            mine.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())
+        )
         assert mine.grad.abs().max() > 0
 
 
@@ -112,7 +147,9 @@ def test_frozen_goes_back_to_the_first_adapted_layers_and_no_further():
     for name in ("down_blocks.0.resnets.0", *problem.paths):
         watch(name)
     frozen()
-    assert set(problem.paths) == set(reached), "the gradient stops short of a layer that an adapter trains, or passes the first ones"
+    assert set(problem.paths) == set(reached), (
+        "the gradient stops short of a layer that an adapter trains, or passes the first ones"
+    )
 
 
 def test_a_graph_replays_the_device_part_on_new_draws(monkeypatch):
@@ -168,7 +205,10 @@ def test_memory_is_that_of_the_step():
         y = x + 1
         held.append(y[:1].clone())
 
-    large, small = train_step.peak(step, torch.device("cpu")), train_step.peak(lambda: torch.ones(2**10), torch.device("cpu"))
+    large, small = (
+        train_step.peak(step, torch.device("cpu")),
+        train_step.peak(lambda: torch.ones(2**10), torch.device("cpu")),
+    )
     if large is not None:  # Linux
         assert 120e6 < large < 160e6
         assert small < 16e6
@@ -198,14 +238,30 @@ def test_each_contender_is_measured_over_the_frozen_one_of_its_words():
 
 def test_train_step_measures_all_contenders(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(contenders, "make", lambda name, **_: tiny())
-    assert train_step.main(["--device", "cpu", "--model", "toy", "--rounds", "3", "--json", str(tmp_path / "found.json")]) == 0
+    assert (
+        train_step.main(
+            [
+                "--device",
+                "cpu",
+                "--model",
+                "toy",
+                "--rounds",
+                "3",
+                "--json",
+                str(tmp_path / "found.json"),
+            ]
+        )
+        == 0
+    )
     said, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
     (result,) = found["results"]
     assert list(result["contenders"]) == list(NAMES)
     assert result["rounds"] == 3
     assert (result["batch"], result["latents"], result["rank"]) == (2, 8, 4)
     frozen, ours = result["contenders"]["frozen"], result["contenders"]["ours lora"]
-    paired = statistics.median(a / b for a, b in zip(ours["processor"], frozen["processor"], strict=True))
+    paired = statistics.median(
+        a / b for a, b in zip(ours["processor"], frozen["processor"], strict=True)
+    )
     assert ours["ratio"] == pytest.approx(paired)
     assert f"{ours['ratio']:.3f}" in said
     assert ours["steps_per_second"] == pytest.approx(1 / statistics.median(ours["clock"]))
@@ -216,7 +272,11 @@ def test_the_profile_names_what_is_called_more_often():
     problem = tiny()
     said = train_step.where(problem, ("frozen", "peft lora"), steps=1, rows=100)
     assert "peft lora beyond frozen" in said
-    calls = {line.split()[0]: int(line.split()[-2]) for line in said.splitlines() if line.endswith("calls")}
+    calls = {
+        line.split()[0]: int(line.split()[-2])
+        for line in said.splitlines()
+        if line.endswith("calls")
+    }
     assert calls["aten::linear"] == 2 * len(problem.paths)
     assert "aten::convolution" not in calls, "called as often as without adapters"
 
@@ -230,16 +290,25 @@ def folder(tmp_path, monkeypatch):
     package = tmp_path / "benchmarks"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "good.py").write_text("import json, sys\njson.dump(sys.argv[1:-2], open(sys.argv[-1], 'w'))\nprint('a table')\n")
+    (package / "good.py").write_text(
+        "import json, sys\njson.dump(sys.argv[1:-2], open(sys.argv[-1], 'w'))\nprint('a table')\n"
+    )
     (package / "bad.py").write_text("raise ValueError('no such layer')\n")
     (package / "mute.py").touch()
-    (package / "slow.py").write_text("import sys, time\nopen(sys.argv[-1], 'w').write('[1]')\ntime.sleep(60)\n")
+    (package / "slow.py").write_text(
+        "import sys, time\nopen(sys.argv[-1], 'w').write('[1]')\ntime.sleep(60)\n"
+    )
     monkeypatch.setattr(every, "HERE", package)
     return package
 
 
 def test_all_collects_what_works_and_records_what_does_not(folder, monkeypatch, capsys, tmp_path):
-    parts = {"one": every.Part("bad", 60), "two": every.Part("mute", 60), "three": every.Part("slow", 1), "four": every.Part("good --model x", 60)}
+    parts = {
+        "one": every.Part("bad", 60),
+        "two": every.Part("mute", 60),
+        "three": every.Part("slow", 1),
+        "four": every.Part("good --model x", 60),
+    }
     monkeypatch.setitem(every.PARTS, "cpu", parts)
     out = tmp_path / "results" / "here.json"
     assert every.main(["--device", "cpu", "--out", str(out)]) == 1
@@ -261,7 +330,9 @@ def test_all_collects_what_works_and_records_what_does_not(folder, monkeypatch, 
 
 def test_a_gpu_is_done_in_nine_minutes_and_every_command_is_one():
     assert sum(part.seconds for part in every.PARTS["cuda"].values()) <= 9 * 60
-    for part in itertools.chain(*(parts.values() for table in (every.PARTS, every.QUICK) for parts in table.values())):
+    for part in itertools.chain(
+        *(parts.values() for table in (every.PARTS, every.QUICK) for parts in table.values())
+    ):
         module, *words = part.words.split()
         if module == "train_step":
             args = train_step.parser().parse_args(words)
@@ -277,10 +348,34 @@ def report(tmp_path, **changes):
     def step(add: float) -> dict[str, float]:
         return {"ops": 100 * (1 + add), "elementwise": 10 * (1 + add), "saved": 5 * (1 + add)}
 
-    counted = {"frozen": step(0), "peft lora": step(2), "triton lora": step(0.5), "triton dora": step(0.9)}
-    timed = [{"model": "sd15", "batch": 1, "contenders": {"frozen": {}, "ours lora": {"ratio": 1.03}, "peft lora": {"ratio": 1.06}}}]
-    parts = {"step cost": {"results": {"models": {"sdxl": {"step": counted}}}}, "train step": {"results": {"results": timed}}}
-    whole = {"machine": "a machine, 2 cores", "device": "cpu", "commit": "0123456789", "began": "2026-11-21T05:00", "parts": parts} | changes
+    counted = {
+        "frozen": step(0),
+        "peft lora": step(2),
+        "triton lora": step(0.5),
+        "triton dora": step(0.9),
+    }
+    timed = [
+        {
+            "model": "sd15",
+            "batch": 1,
+            "contenders": {
+                "frozen": {},
+                "ours lora": {"ratio": 1.03},
+                "peft lora": {"ratio": 1.06},
+            },
+        }
+    ]
+    parts = {
+        "step cost": {"results": {"models": {"sdxl": {"step": counted}}}},
+        "train step": {"results": {"results": timed}},
+    }
+    whole = {
+        "machine": "a machine, 2 cores",
+        "device": "cpu",
+        "commit": "0123456789",
+        "began": "2026-11-21T05:00",
+        "parts": parts,
+    } | changes
     (tmp_path / "all.json").write_text(json.dumps(whole))
     return tmp_path / "all.json"
 
@@ -288,17 +383,32 @@ def report(tmp_path, **changes):
 def test_the_plot_shows_what_the_file_has(tmp_path, capsys):
     file = report(tmp_path)
     panels = plot.gather(json.loads(file.read_text()))
-    assert panels["operations launched"] == {"SDXL LoRA": {"ours": 1.5, "peft": 3.0}, "SDXL DoRA": {"ours": pytest.approx(1.9)}}
+    assert panels["operations launched"] == {
+        "SDXL LoRA": {"ours": 1.5, "peft": 3.0},
+        "SDXL DoRA": {"ours": pytest.approx(1.9)},
+    }
     assert panels["time of a step, CPU"] == {"SD1.5 LoRA": {"ours": 1.03, "peft": 1.06}}
     assert plot.main([str(file), "--out", str(tmp_path / "docs" / "b.png")]) == 0
     with Image.open(tmp_path / "docs" / "b.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
-    assert "times: not run" in plot.caption(json.loads(file.read_text()), {"saved activations": {}}).lower()
+    assert (
+        "times: not run"
+        in plot.caption(json.loads(file.read_text()), {"saved activations": {}}).lower()
+    )
 
 
 def test_a_file_without_figures_is_refused(tmp_path, capsys):
-    assert plot.main([str(report(tmp_path, parts={"merge": {"error": "exit status 1"}})), "--out", str(tmp_path / "b.png")]) == 2
+    assert (
+        plot.main(
+            [
+                str(report(tmp_path, parts={"merge": {"error": "exit status 1"}})),
+                "--out",
+                str(tmp_path / "b.png"),
+            ]
+        )
+        == 2
+    )
     assert "neither counts nor times" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "none.json")]) == 2
     assert not (tmp_path / "b.png").exists()
@@ -313,7 +423,13 @@ def full_report():
     def step(ops):
         return {"ops": ops, "elementwise": ops * 1e7, "bytes": ops * 3e7, "saved": ops * 1e6}
 
-    counts = {"frozen": step(100), "peft lora": step(300), "peft dora": step(500), "triton lora": step(120), "triton dora": step(140)}
+    counts = {
+        "frozen": step(100),
+        "peft lora": step(300),
+        "peft dora": step(500),
+        "triton lora": step(120),
+        "triton dora": step(140),
+    }
     optimizers = [
         ("prodigy", "ours", 2, 0, 0.25),
         ("prodigy", "prodigyopt", 900, 90, 1.0),
@@ -354,28 +470,59 @@ def full_report():
                 {
                     "model": "sd15",
                     "batch": 1,
-                    "contenders": {"frozen": one, "ours lora": one | {"ratio": 1.03, "clock_ratio": 1.04, "spread": [1.02, 1.05], "to_peer": 0.9}},
+                    "contenders": {
+                        "frozen": one,
+                        "ours lora": one
+                        | {
+                            "ratio": 1.03,
+                            "clock_ratio": 1.04,
+                            "spread": [1.02, 1.05],
+                            "to_peer": 0.9,
+                        },
+                    },
                 }
             ]
         },
     }
-    parts = {words: {"command": f"python -m benchmarks.{words}", "seconds": 1.0, "results": one} for words, one in found.items()}
-    parts["merge"] = {"command": "python -m benchmarks.merge --quick", "seconds": 2.0, "error": "exit status 1"}
-    return {"machine": "a machine", "device": "cpu", "commit": "0123456789", "began": "2026-11-21T05:00", "parts": parts}
+    parts = {
+        words: {"command": f"python -m benchmarks.{words}", "seconds": 1.0, "results": one}
+        for words, one in found.items()
+    }
+    parts["merge"] = {
+        "command": "python -m benchmarks.merge --quick",
+        "seconds": 2.0,
+        "error": "exit status 1",
+    }
+    return {
+        "machine": "a machine",
+        "device": "cpu",
+        "commit": "0123456789",
+        "began": "2026-11-21T05:00",
+        "parts": parts,
+    }
 
 
 def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
     file, text = tmp_path / "all.json", tmp_path / "README.md"
     file.write_text(json.dumps(full_report()))
-    text.write_text("# before\n" + "\n".join(f"<!-- {name} -->\nold\n<!-- end -->\nafter {name}" for name in tables.TABLES))
+    text.write_text(
+        "# before\n"
+        + "\n".join(f"<!-- {name} -->\nold\n<!-- end -->\nafter {name}" for name in tables.TABLES)
+    )
     for _ in range(2):  # the second time nothing changes
         assert tables.main([str(file), "--write", str(text)]) == 0
         written = text.read_text()
         assert "old" not in written
         assert written.startswith("# before\n")
         assert all(f"after {name}" in written for name in tables.TABLES)
-        assert "| sdxl triton lora | 120 (1.20x) | 2.00 | 1.20 (1.20x) | 3.60 (1.20x) | 0.12 (1.20x) |" in written
-        assert "| sd15, batch 1: ours lora | 2 | 400 | 1.030 | 1.020-1.050 | 1.040 | 0.900 | 2 |" in written
+        assert (
+            "| sdxl triton lora | 120 (1.20x) | 2.00 | 1.20 (1.20x) | 3.60 (1.20x) | 0.12 (1.20x) |"
+            in written
+        )
+        assert (
+            "| sd15, batch 1: ours lora | 2 | 400 | 1.030 | 1.020-1.050 | 1.040 | 0.900 | 2 |"
+            in written
+        )
         assert "<!-- merge -->\nnot run\n<!-- end -->" in written
         assert "exit status 1" in written
     text.write_text("nothing")
@@ -385,19 +532,49 @@ def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
 
 
 def test_the_figures_to_reach():
-    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in tables.targets(full_report()).splitlines()}
-    assert lines["extra ops an adapted linear, SDXL: LoRA / DoRA"] == ["20.00 / 40.00", "4 / 6", "2.00 / 4.00 |"]
-    assert lines["saved activations, SDXL, over frozen"] == ["3.00 / 5.00", "1.15 / 1.3", "1.20 / 1.40 |"]
-    assert lines["Prodigy, SDXL's tensors: launches, waits for the device"] == ["900, 90", "8, 0", "2, 0 |"]
-    assert lines["Prodigy / AdamW step, SDXL's tensors, times as fast as the peer"][-1] == "4.00 / 2.00 |"
-    assert lines["six layers, bf16, one CPU thread, ours / peft: LoRA / DoRA"][-1] == "0.70 / 0.50 |"
-    assert lines["DoRA norm 1280 x 1280, one CPU thread: times as fast, error"][-1] == "4.2, 2e-07 |"
-    assert lines["SD1.5 256 px bf16 on the CPU, over frozen: LoRA / DoRA"] == ["not run", "1.05 / 1.12", "1.030 |"]
-    assert "1.030" not in tables.targets(full_report() | {"device": "cuda"}), "a CPU's figure in the CPU's row only"
+    lines = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:]
+        for line in tables.targets(full_report()).splitlines()
+    }
+    assert lines["extra ops an adapted linear, SDXL: LoRA / DoRA"] == [
+        "20.00 / 40.00",
+        "4 / 6",
+        "2.00 / 4.00 |",
+    ]
+    assert lines["saved activations, SDXL, over frozen"] == [
+        "3.00 / 5.00",
+        "1.15 / 1.3",
+        "1.20 / 1.40 |",
+    ]
+    assert lines["Prodigy, SDXL's tensors: launches, waits for the device"] == [
+        "900, 90",
+        "8, 0",
+        "2, 0 |",
+    ]
+    assert (
+        lines["Prodigy / AdamW step, SDXL's tensors, times as fast as the peer"][-1]
+        == "4.00 / 2.00 |"
+    )
+    assert (
+        lines["six layers, bf16, one CPU thread, ours / peft: LoRA / DoRA"][-1] == "0.70 / 0.50 |"
+    )
+    assert (
+        lines["DoRA norm 1280 x 1280, one CPU thread: times as fast, error"][-1] == "4.2, 2e-07 |"
+    )
+    assert lines["SD1.5 256 px bf16 on the CPU, over frozen: LoRA / DoRA"] == [
+        "not run",
+        "1.05 / 1.12",
+        "1.030 |",
+    ]
+    assert "1.030" not in tables.targets(full_report() | {"device": "cuda"}), (
+        "a CPU's figure in the CPU's row only"
+    )
 
 
 def test_the_figures_of_a_gpu():
-    assert "| NVIDIA L40S |" in tables.gpu(full_report() | {"machine": "NVIDIA L40S (CUDA 13), a CPU", "device": "cuda"})
+    assert "| NVIDIA L40S |" in tables.gpu(
+        full_report() | {"machine": "NVIDIA L40S (CUDA 13), a CPU", "device": "cuda"}
+    )
     cuda_graph = {
         "graph": {
             "command": "python -m benchmarks.kernels --graph",
@@ -406,7 +583,9 @@ def test_the_figures_of_a_gpu():
     }
     table = tables.gpu(full_report() | {"device": "cuda", "parts": cuda_graph})
     assert "ours / peft: LoRA / DoRA | 1 / 1 | 0.65 / 0.35 | 0.60 |" in table
-    assert table.count("not run") == 5, "of a part that the file does not have; one row's peer was not run either"
+    assert table.count("not run") == 5, (
+        "of a part that the file does not have; one row's peer was not run either"
+    )
 
 
 def test_the_readme_has_every_table():

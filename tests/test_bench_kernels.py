@@ -57,19 +57,46 @@ def main(capsys, monkeypatch, tmp_path):
 def test_the_command_prints_ratios_to_peft_and_stores_them(tmp_path):
     """As its users start it."""
     file = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--quick", *TINY[:-2], "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.kernels",
+        "--quick",
+        *TINY[:-2],
+        "--json",
+        str(file),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert "lora_linear LoRA: ours / peft" in done.stdout and "lora_linear DoRA: ours / peft" in done.stdout
+    assert (
+        "lora_linear LoRA: ours / peft" in done.stdout
+        and "lora_linear DoRA: ours / peft" in done.stdout
+    )
     stored = json.loads(file.read_text())
     assert stored["command"].startswith("python -m benchmarks.kernels --quick")
-    assert {"machine", "date", "device", "dtype", "rank", "rates", "cases", "summary"} <= stored.keys()
+    assert {
+        "machine",
+        "date",
+        "device",
+        "dtype",
+        "rank",
+        "rates",
+        "cases",
+        "summary",
+    } <= stored.keys()
     row = stored["cases"][0]
     assert (row["op"], row["case"]) == ("lora_linear", "LoRA 16,24,24")
     assert row["contenders"].keys() == {"ours", "peft", "frozen"}
     assert row["to peft"]["peft"] == 1.0 and row["to peft"]["ours"] > 0
-    assert row["contenders"]["peft"]["memory"] > row["contenders"]["ours"]["memory"] > row["contenders"]["frozen"]["memory"] == 0
+    assert (
+        row["contenders"]["peft"]["memory"]
+        > row["contenders"]["ours"]["memory"]
+        > row["contenders"]["frozen"]["memory"]
+        == 0
+    )
 
 
 def test_every_op_has_a_row_with_errors_and_all_it_was_asked_for(main, tmp_path):
@@ -81,12 +108,18 @@ def test_every_op_has_a_row_with_errors_and_all_it_was_asked_for(main, tmp_path)
     assert "left out" in out  # of the triton twins
     for row in stored["cases"]:
         found = row["contenders"]
-        assert found.keys() >= {"reference", "ours"} | ({"fused"} if OPS[row["op"]].fused else set())
+        assert found.keys() >= {"reference", "ours"} | (
+            {"fused"} if OPS[row["op"]].fused else set()
+        )
         if row["minimum"]:
             assert 0 < found["reference"]["error"] < 0.01
-            assert found["reference"]["over minimum"] >= 1 or row["op"] == "lora_grouped"  # the frozen weights of a group are read in one call each
+            assert (
+                found["reference"]["over minimum"] >= 1 or row["op"] == "lora_grouped"
+            )  # the frozen weights of a group are read in one call each
             assert found["reference"]["roofline"] > 0
-    assert {"lora_linear LoRA", "lora_linear DoRA", "lora_grouped LoRA", "dora_norm"} <= stored["summary"].keys()
+    assert {"lora_linear LoRA", "lora_linear DoRA", "lora_grouped LoRA", "dora_norm"} <= stored[
+        "summary"
+    ].keys()
 
 
 @pytest.mark.parametrize(
@@ -109,24 +142,46 @@ def test_a_wrong_candidate_is_refused_with_its_error(main, tmp_path, name, said)
 def test_a_right_candidate_is_timed_beside_the_twins(main, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(CANDIDATES)
-    status, out, err = main(*TINY, "--candidate", f"{file}:right", "--json", str(tmp_path / "out.json"))
+    status, out, err = main(
+        *TINY, "--candidate", f"{file}:right", "--json", str(tmp_path / "out.json")
+    )
     assert status == 0, err
-    assert all("candidate" in row["contenders"] for row in json.loads((tmp_path / "out.json").read_text())["cases"])
+    assert all(
+        "candidate" in row["contenders"]
+        for row in json.loads((tmp_path / "out.json").read_text())["cases"]
+    )
     assert out.count("\ncandidate ") == 2
 
 
-def test_more_shapes_than_dynamo_keeps_are_compiled_and_what_it_cannot_trace_is_left_out(main, monkeypatch, tmp_path):
+def test_more_shapes_than_dynamo_keeps_are_compiled_and_what_it_cannot_trace_is_left_out(
+    main, monkeypatch, tmp_path
+):
     """backend="eager": what dynamo traces, run as it is."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, backend="eager", **how))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compiler(function, backend="eager", **how)
+    )
     shapes = [f"{rows},8,8" for rows in range(2, 3 + torch._dynamo.config.recompile_limit)]
     file = tmp_path / "compiled.json"
     status, out, err = main(
-        "--compile", "--json", str(file), "--shape", *shapes, "--rank", "2", "--rounds", "1", "--op", "keyed_dropout", "prodigy_step"
+        "--compile",
+        "--json",
+        str(file),
+        "--shape",
+        *shapes,
+        "--rank",
+        "2",
+        "--rounds",
+        "1",
+        "--op",
+        "keyed_dropout",
+        "prodigy_step",
     )
     assert status == 0, out + err
     stored = json.loads(file.read_text())
-    assert ["compile" in row["contenders"] for row in stored["cases"]] == [True] * len(shapes) + [False]
+    assert ["compile" in row["contenders"] for row in stored["cases"]] == [True] * len(shapes) + [
+        False
+    ]
     assert "prodigy_step its example: torch.compile of the reference is left out, it raises" in out
 
 
@@ -143,7 +198,9 @@ def test_tuning_writes_the_rows_that_choose_reads(main, tmp_path):
         winners.store(winners.cache_file(), "cpu", part)
         assert winners.choose("lora_linear", OPS["lora_linear"], case.args) == winner
     winners.cache_file().write_text("{")
-    assert main(*TINY, "--tune", "--op", "lora_linear")[0] == 2  # and what is not ours is not written over
+    assert (
+        main(*TINY, "--tune", "--op", "lora_linear")[0] == 2
+    )  # and what is not ours is not written over
     assert winners.cache_file().read_text() == "{"
 
 
@@ -160,7 +217,9 @@ def test_mistakes_are_told(main):
 
 def test_the_law_finds_one_wrong_element_and_passes_another_order_of_a_sum():
     (case,) = cases("dora_compose", Setting("cpu", torch.bfloat16, 4), None, [(64, 24, 24)])
-    truth = laws.outcome(reference.dora_compose, reference.dora_compose, copied(case.args, torch.float64))
+    truth = laws.outcome(
+        reference.dora_compose, reference.dora_compose, copied(case.args, torch.float64)
+    )
     eager = laws.outcome(reference.dora_compose, reference.dora_compose, case.args)
     own = laws.errors(eager, truth)
 
@@ -172,10 +231,16 @@ def test_the_law_finds_one_wrong_element_and_passes_another_order_of_a_sum():
         return reference.dora_compose(y0, bias, lora, gain.bfloat16().float(), strength)
 
     for function in (one_wrong, rounded_early):
-        assert laws.broken(laws.outcome(function, reference.dora_compose, case.args), truth, own) is not None
+        assert (
+            laws.broken(laws.outcome(function, reference.dora_compose, case.args), truth, own)
+            is not None
+        )
     running = dict(truth.values) | {"gradient of gain": running_sum(case.args)}
     spare = eager.spare
-    assert laws.broken(laws.Outcome({key: value for key, value in running.items()}, spare), truth, own) is None
+    assert (
+        laws.broken(laws.Outcome({key: value for key, value in running.items()}, spare), truth, own)
+        is None
+    )
 
 
 def running_sum(args):
@@ -189,14 +254,23 @@ def running_sum(args):
 
 
 def test_the_adapted_layers_are_those_of_the_published_counts():
-    assert {model: sum(row[-1] for row in parts["adapted"]) for model, parts in LAYERS.items()} == {"sd15": 128, "sdxl": 560, "flux": 266}
-    linears = {model: sum(row[-1] for row in parts["adapted"] + parts["linears"]) for model, parts in LAYERS.items()}
+    assert {model: sum(row[-1] for row in parts["adapted"]) for model, parts in LAYERS.items()} == {
+        "sd15": 128,
+        "sdxl": 560,
+        "flux": 266,
+    }
+    linears = {
+        model: sum(row[-1] for row in parts["adapted"] + parts["linears"])
+        for model, parts in LAYERS.items()
+    }
     assert linears == {"sd15": 184, "sdxl": 743, "flux": 504}
 
 
 def test_contenders_take_turns_and_the_ratio_is_of_the_same_round():
     order: list[str] = []
-    times = timing.alternate({name: lambda name=name: order.append(name) for name in "abc"}, 4, floor=0.0)
+    times = timing.alternate(
+        {name: lambda name=name: order.append(name) for name in "abc"}, 4, floor=0.0
+    )
     assert order[-12:] == list("abcbcacababc")
     assert {len(rows) for rows in [*times.values(), *times.processor.values()]} == {4}
     made = timing.Times()
@@ -205,4 +279,7 @@ def test_contenders_take_turns_and_the_ratio_is_of_the_same_round():
     made.processor.update({"a": [1.0, 1.0, 1.0], "b": [4.0, 4.0, 4.0]})
     assert timing.ratio(made, "a", "b") == 0.25 and timing.ratio(made, "a", "b", clock=True) == 1.5
     assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    assert timing.table(["", "ms"], [["x", 1.25], ["long", None]]) == "        ms\nx     1.25\nlong     -"
+    assert (
+        timing.table(["", "ms"], [["x", 1.25], ["long", None]])
+        == "        ms\nx     1.25\nlong     -"
+    )

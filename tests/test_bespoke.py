@@ -67,7 +67,12 @@ class Half(LoRA):
     pass
 '''
 
-FACTORED = ("Refuses", "NotYet", "Half", "dora")  # what has a `state`, so that a rank may have a part in it
+FACTORED = (
+    "Refuses",
+    "NotYet",
+    "Half",
+    "dora",
+)  # what has a `state`, so that a rank may have a part in it
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +85,40 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> str:
 def injected(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.SiLU(), torch.nn.Conv2d(6, 4, 1))
-    injection.inject(model, AdapterSpec(("0",), kind=kind, rank=2 if kind.split(":")[-1] in FACTORED else 16))
+    injection.inject(
+        model, AdapterSpec(("0",), kind=kind, rank=2 if kind.split(":")[-1] in FACTORED else 16)
+    )
     return model
 
 
-@pytest.mark.parametrize(("kind", "has"), [("Shift", False), ("Refuses", False), ("NotYet", False), ("Half", True)])
+@pytest.mark.parametrize(
+    ("kind", "has"), [("Shift", False), ("Refuses", False), ("NotYet", False), ("Half", True)]
+)
 def test_whether_there_are_factors_is_asked_of_the_class(forms: str, kind: str, has: bool) -> None:
     assert custom_files.has_factors(injected(f"{forms}:{kind}")) is has
-    assert not custom_files.has_factors(injected(IA3)) and not custom_files.has_factors(injected("full")) and custom_files.has_factors(injected("dora"))
+    assert (
+        not custom_files.has_factors(injected(IA3))
+        and not custom_files.has_factors(injected("full"))
+        and custom_files.has_factors(injected("dora"))
+    )
 
 
-@pytest.mark.parametrize(("kind", "said"), [("Nothing", r"neither factors nor a weight update.*unet.0"), ("Crooked", r"delta_weight of .* is \[\]")])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Nothing", r"neither factors nor a weight update.*unet.0"),
+        ("Crooked", r"delta_weight of .* is \[\]"),
+    ],
+)
 def test_what_no_file_could_hold_is_refused(forms: str, kind: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         custom_files.check({"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run")
 
 
 @pytest.mark.parametrize("kind", ["Shift", "IA3"])
-def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, tmp_path: Path, kind: str) -> None:
+def test_own_parameters_come_back_and_what_does_not_fit_is_refused(
+    forms: str, tmp_path: Path, kind: str
+) -> None:
     kind = IA3 if kind == "IA3" else f"{forms}:{kind}"
     model, other = injected(kind), injected(kind)
     with torch.no_grad():
@@ -109,7 +130,9 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, t
     custom_files.load_adapters({"unet": other}, file)
     assert torch.equal(model[0](x), other[0](x))
     folded = injection.merged(model)
-    assert torch.allclose(torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6)
+    assert torch.allclose(
+        torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6
+    )
     tensors = load_file(file)
     name = next(iter(tensors))
     for changed, said in (
@@ -124,33 +147,62 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(forms: str, t
         assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(other)))
 
 
-def test_a_run_writes_its_own_form_and_the_whole_model(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
-    own = replace(config, adapter=replace(config.adapter, kind=IA3, rank=16), stages=(Stage(4, ("denoiser", "text_encoder")),), optimizer=Optimizer())
+def test_a_run_writes_its_own_form_and_the_whole_model(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = replace(
+        config,
+        adapter=replace(config.adapter, kind=IA3, rank=16),
+        stages=(Stage(4, ("denoiser", "text_encoder")),),
+        optimizer=Optimizer(),
+    )
     run = train.train(own)
     out = capsys.readouterr().out
-    assert f"{IA3} has no low-rank form: the run writes run_adapter.safetensors" in out and "rank" not in out.replace("low-rank", "")
-    assert not (run / "pytorch_lora_weights.safetensors").exists() and not (run / "run.safetensors").exists()
+    assert (
+        f"{IA3} has no low-rank form: the run writes run_adapter.safetensors" in out
+        and "rank" not in out.replace("low-rank", "")
+    )
+    assert (
+        not (run / "pytorch_lora_weights.safetensors").exists()
+        and not (run / "run.safetensors").exists()
+    )
     assert "run_adapter.safetensors" in json.loads((run / "summary.json").read_text())["files"]
     with safe_open(run / "run_adapter.safetensors", "pt") as file:
         assert IA3 in file.metadata()["lora_core.config"]
     card = (run / "README.md").read_text()
-    assert "run_adapter.safetensors" in card and "no low-rank form" in card and "[model](model)" in card and "rank 16" not in card
-    for place in (run, run / "run_adapter.safetensors"):  # read as a LoRA, by infer.py --lora and merge.py
-        with pytest.raises(UserError, match=rf"holds adapters without a low-rank form.*{run / 'model'}"):
+    assert (
+        "run_adapter.safetensors" in card
+        and "no low-rank form" in card
+        and "[model](model)" in card
+        and "rank 16" not in card
+    )
+    for place in (
+        run,
+        run / "run_adapter.safetensors",
+    ):  # read as a LoRA, by infer.py --lora and merge.py
+        with pytest.raises(
+            UserError, match=rf"holds adapters without a low-rank form.*{run / 'model'}"
+        ):
             formats.load(place)
     tuned, plain = load_family(str(run / "model")), load_family(config.model)
     for name in ("unet", "text_encoder"):
-        injection.inject(plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3))
+        injection.inject(
+            plain.modules[name], AdapterSpec(plain.layout.presets[name]["attention"], kind=IA3)
+        )
     modules = {name: plain.modules[name] for name in ("unet", "text_encoder")}
     custom_files.load_adapters(modules, run / "run_adapter.safetensors")
     for name, module in modules.items():
         folded, written = injection.merged(module), tuned.modules[name].state_dict()
         assert all(torch.allclose(folded[key], written[key], atol=1e-6) for key in written)
-    train.train(replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),)))
+    train.train(
+        replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),))
+    )
     assert same(final(train.train(replace(own, out=config.out + "part", resume=True))), final(run))
 
 
-def test_a_kind_that_is_wrong_is_refused_before_any_weight(config: Config, forms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_that_is_wrong_is_refused_before_any_weight(
+    config: Config, forms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(setup, "load_family", lambda *_: pytest.fail("weights were read"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"kind": IA3, "rank": 4}, "--adapter.rank is 4, which has no part in"),
@@ -163,11 +215,21 @@ def test_a_kind_that_is_wrong_is_refused_before_any_weight(config: Config, forms
             Session(replace(config, adapter=replace(config.adapter, **change)))
 
 
-def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_a_whole_model_is_no_lora(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"has no LoRA: its run trained the whole model, which is .*run/model; give that as the model"):
+    with pytest.raises(
+        UserError,
+        match=r"has no LoRA: its run trained the whole model, which is .*run/model; give that as the model",
+    ):
         formats.load(tmp_path / "run")
-    infer._whole_model("toy/model", tmp_path / "run")  # token rows beside it would be drawn with on the base model
-    assert f"--model toy/model lacks that, give --model {tmp_path / 'run/model'}" in capsys.readouterr().err
+    infer._whole_model(
+        "toy/model", tmp_path / "run"
+    )  # token rows beside it would be drawn with on the base model
+    assert (
+        f"--model toy/model lacks that, give --model {tmp_path / 'run/model'}"
+        in capsys.readouterr().err
+    )
     infer._whole_model(str(tmp_path / "run/model"), tmp_path / "run")
     assert not capsys.readouterr().err

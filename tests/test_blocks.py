@@ -17,32 +17,60 @@ NAMES = {  # semantics of sd-scripts
 
 @pytest.mark.parametrize("length", LISTS)
 def test_lists_name_their_blocks(length):
-    assert [BLOCKS[i] for i in LISTS[length]] == NAMES[length].split() and len(LISTS[length]) == length
+    assert [BLOCKS[i] for i in LISTS[length]] == NAMES[length].split() and len(
+        LISTS[length]
+    ) == length
     weights = parse(",".join(str(i + 2) for i in range(length)))
     assert len(weights) == 26
-    assert {BLOCKS[i]: weights[i] for i in LISTS[length]} == {name: i + 2.0 for i, name in enumerate(NAMES[length].split())}
+    assert {BLOCKS[i]: weights[i] for i in LISTS[length]} == {
+        name: i + 2.0 for i, name in enumerate(NAMES[length].split())
+    }
     assert all(weights[i] == 1.0 for i in range(26) if i not in LISTS[length])
 
 
 def test_spellings():
     plain = parse("1,0.5,-1,0,0,0,0,0,0,0,0,1e-1")
     assert plain[0] == 1 and plain[5] == 0.5 and plain[6] == -1 and plain[19] == 0.1
-    assert parse("[1, 0.5, -1, 0,0,0,0,0,0,0,0, 0.1]") == parse("MIDD: 1,0.5,-1,0,0,0,0,0,0,0,0,0.1") == plain
+    assert (
+        parse("[1, 0.5, -1, 0,0,0,0,0,0,0,0, 0.1]")
+        == parse("MIDD: 1,0.5,-1,0,0,0,0,0,0,0,0,0.1")
+        == plain
+    )
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3", "1," * 12, "a" + ",1" * 11, "NaN:" + "1," * 11 + "x", ",".join(["null"] * 12), ",".join(["[1]"] * 12)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1,2,3",
+        "1," * 12,
+        "a" + ",1" * 11,
+        "NaN:" + "1," * 11 + "x",
+        ",".join(["null"] * 12),
+        ",".join(["[1]"] * 12),
+    ],
+)
 def test_wrong_lists_are_one_sentence(text):
     with pytest.raises(UserError):
         parse(text)
 
 
 def test_a_list_of_another_family_is_refused():
-    with pytest.raises(UserError, match="got 12 block weights; this model takes a list of 17 or 26"):
+    with pytest.raises(
+        UserError, match="got 12 block weights; this model takes a list of 17 or 26"
+    ):
         parse(",".join("1" * 12), lengths=(17, 26))
 
 
 def test_shares_by_block():
     weights = parse(",".join(str(i) for i in range(17)))
     table = {"mid.0": 13, "down.1": 2, "time": None}
-    share = by_block(weights, lambda component, path: 0 if component == "text_encoder" else table[path])
-    assert share("text_encoder", "x") == 0 and share("unet", "mid.0") == 7 and share("unet", "down.1") == 1 and share("unet", "time") == 1
+    share = by_block(
+        weights, lambda component, path: 0 if component == "text_encoder" else table[path]
+    )
+    assert (
+        share("text_encoder", "x") == 0
+        and share("unet", "mid.0") == 7
+        and share("unet", "down.1") == 1
+        and share("unet", "time") == 1
+    )

@@ -16,13 +16,29 @@ from lora_core.data.dataset import Folder, ImageSettings, batches, scaled_up, sc
 from lora_core.data.sample_order import Plan
 from lora_core.errors import UserError
 
-SHAPES = [(20, 20), (40, 20), (38, 20), (20, 41), (16, 16), (90, 10), (21, 20), (33, 16), (8, 12), (20, 19), (60, 61)]  # w, h
-WILD = ImageSettings(16, crop="random", zoom=1.4, flip=True, jitter=True, seed=4, buckets=True, bucket_step=4)
+SHAPES = [
+    (20, 20),
+    (40, 20),
+    (38, 20),
+    (20, 41),
+    (16, 16),
+    (90, 10),
+    (21, 20),
+    (33, 16),
+    (8, 12),
+    (20, 19),
+    (60, 61),
+]  # w, h
+WILD = ImageSettings(
+    16, crop="random", zoom=1.4, flip=True, jitter=True, seed=4, buckets=True, bucket_step=4
+)
 
 
 def noise_image(width, height, seed=0, mode="RGB"):
     bands = len(Image.new(mode, (1, 1)).getbands())
-    return Image.frombytes(mode, (width, height), random.Random(seed).randbytes(width * height * bands))
+    return Image.frombytes(
+        mode, (width, height), random.Random(seed).randbytes(width * height * bands)
+    )
 
 
 @pytest.fixture
@@ -35,7 +51,9 @@ def folder(tmp_path):
 
 
 def pixels_of(image):
-    values = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(image.height, image.width, 3)
+    values = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(
+        image.height, image.width, 3
+    )
     return (2 * values - 255).permute(2, 0, 1) / 255
 
 
@@ -53,8 +71,14 @@ def kohya_sizes(area, low, high, step):
 
 def test_at_512_the_sizes_are_those_of_sd_scripts():
     assert set(buckets.sizes(512, 64)) == kohya_sizes(512**2, 256, 1024, 64)
-    assert len(buckets.sizes(512, 64)) == len(set(buckets.sizes(512, 64))) and list(buckets.sizes(512, 64)) == sorted(buckets.sizes(512, 64))
-    assert (1024, 1024) in buckets.sizes(1024, 64) and (832, 1216) in buckets.sizes(1024, 64) and (768, 1344) in buckets.sizes(1024, 64)  # SDXL's own
+    assert len(buckets.sizes(512, 64)) == len(set(buckets.sizes(512, 64))) and list(
+        buckets.sizes(512, 64)
+    ) == sorted(buckets.sizes(512, 64))
+    assert (
+        (1024, 1024) in buckets.sizes(1024, 64)
+        and (832, 1216) in buckets.sizes(1024, 64)
+        and (768, 1344) in buckets.sizes(1024, 64)
+    )  # SDXL's own
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,9 +86,16 @@ def test_at_512_the_sizes_are_those_of_sd_scripts():
 def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
     resolution = step + more
     found = buckets.sizes(resolution, step)
-    low, high = max(step, round(resolution // 2 / step + 1e-9) * step), 2 * resolution // step * step
+    low, high = (
+        max(step, round(resolution // 2 / step + 1e-9) * step),
+        2 * resolution // step * step,
+    )
     sides = range(step, high + 1, step)
-    every = {(h, w) for h in sides for w in sides if h * w <= resolution**2 and min(h, w) >= low} if len(sides) < 60 else set(found)
+    every = (
+        {(h, w) for h in sides for w in sides if h * w <= resolution**2 and min(h, w) >= low}
+        if len(sides) < 60
+        else set(found)
+    )
     assert set(found) <= every | {(resolution // step * step,) * 2}
     assert all((w, h) in found for h, w in found)
     assert all(any(h <= H and w <= W for H, W in found) for h, w in every)
@@ -94,26 +125,37 @@ def test_nearest_takes_the_exact_size_then_the_larger_area_then_the_first():
     assert buckets.nearest((320, 704), buckets.sizes(512, 64)) == (320, 704)
     assert buckets.nearest((100, 200), [(10, 20), (40, 80), (20, 40)]) == (40, 80)
     assert buckets.nearest((10, 20), [(40, 80), (10, 20)]) == (10, 20)
-    assert buckets.nearest((7, 7), [(4, 6), (6, 4)]) == (4, 6) and buckets.nearest((7, 7), [(6, 4), (4, 6)]) == (6, 4)
+    assert buckets.nearest((7, 7), [(4, 6), (6, 4)]) == (4, 6) and buckets.nearest(
+        (7, 7), [(6, 4), (4, 6)]
+    ) == (6, 4)
 
 
 # ---------------------------------------------------------------- the plan
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=17), st.integers(1, 7), st.integers(0, 5))
+@given(
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=17),
+    st.integers(1, 7),
+    st.integers(0, 5),
+)
 def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch, seed):
     plan = Plan(groups, batch, seed)
     assert plan.steps == sum(math.ceil(n / batch) for n in Counter(groups).values())
     counts, fillers = Counter(), Counter()
     for epoch in range(7):
         steps = [plan.rows(step) for step in range(epoch * plan.steps, (epoch + 1) * plan.steps)]
-        assert all(len(rows) == batch and len({groups[record] for record, _ in rows}) == 1 for rows in steps)
+        assert all(
+            len(rows) == batch and len({groups[record] for record, _ in rows}) == 1
+            for rows in steps
+        )
         inside = Counter(record for rows in steps for record, _ in rows)
         assert set(inside) == set(range(len(groups)))
         fillers.update(inside - Counter(range(len(groups))))
         visits = sorted((record, times) for rows in steps for record, times in rows)
-        assert visits == sorted((record, counts[record] + i) for record, n in inside.items() for i in range(n))  # 0, 1, 2 ... over the whole run
+        assert visits == sorted(
+            (record, counts[record] + i) for record, n in inside.items() for i in range(n)
+        )  # 0, 1, 2 ... over the whole run
         counts.update(inside)
     for group in set(groups):
         filled = [fillers[record] for record, g in enumerate(groups) if g == group]
@@ -126,8 +168,13 @@ def test_a_step_is_a_function_of_its_number_and_epochs_differ():
     forward = [plan.rows(step) for step in range(40)]
     assert [Plan(groups, 3, 1).rows(step) for step in reversed(range(40))] == forward[::-1]
     assert forward != [Plan(groups, 3, 2).rows(step) for step in range(40)]
-    order = ["".join(groups[forward[step][0][0]] for step in range(e * plan.steps, (e + 1) * plan.steps)) for e in range(6)]
-    assert len(set(order)) > 3 and {"".join(sorted(o)) for o in order} == {"aaabbc"}  # the groups are mixed, not one after another
+    order = [
+        "".join(groups[forward[step][0][0]] for step in range(e * plan.steps, (e + 1) * plan.steps))
+        for e in range(6)
+    ]
+    assert len(set(order)) > 3 and {"".join(sorted(o)) for o in order} == {
+        "aaabbc"
+    }  # the groups are mixed, not one after another
 
 
 # ---------------------------------------------------------------- batches
@@ -135,7 +182,16 @@ def test_a_step_is_a_function_of_its_number_and_epochs_differ():
 
 def everything(batch):
     mask = None if batch.mask is None else batch.mask.tolist()
-    return batch.pixels.tolist(), mask, batch.captions, batch.keys, batch.visits, batch.is_prior.tolist(), batch.original_sizes, batch.crops
+    return (
+        batch.pixels.tolist(),
+        mask,
+        batch.captions,
+        batch.keys,
+        batch.visits,
+        batch.is_prior.tolist(),
+        batch.original_sizes,
+        batch.crops,
+    )
 
 
 @pytest.mark.parametrize("batch, repeats", [(1, 1), (2, 1), (3, 2), (5, 3)])
@@ -147,7 +203,15 @@ def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(fold
     stream = list(batches(made, batch=batch, seed=0, stop=4 * steps))
     seen = [(k, v) for b in stream for k, v in zip(b.keys, b.visits, strict=True)]
     assert len(set(seen)) == len(seen) == 4 * steps * batch
-    assert all(set(b.keys) <= {r.key for r, size in zip(made.records, made.sizes, strict=True) if size == b.pixels.shape[-2:]} for b in stream)
+    assert all(
+        set(b.keys)
+        <= {
+            r.key
+            for r, size in zip(made.records, made.sizes, strict=True)
+            if size == b.pixels.shape[-2:]
+        }
+        for b in stream
+    )
     least = Counter(r.key for r in made.records)
     for epoch in range(4):
         count = Counter(k for b in stream[epoch * steps : (epoch + 1) * steps] for k in b.keys)
@@ -156,32 +220,58 @@ def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(fold
 
 def test_workers_and_resume_change_no_bit(folder):
     noise_image(20, 20, 3, "L").save(folder / "00.mask.png")
-    prior = Folder(scan(folder, captions="one", caption="a photo", masks="none", is_prior=True), WILD)
-    serial = [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20)]
-    assert [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20, workers=3)] == serial
-    assert [everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, start=13, stop=20, workers=1)] == serial[13:]
+    prior = Folder(
+        scan(folder, captions="one", caption="a photo", masks="none", is_prior=True), WILD
+    )
+    serial = [
+        everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20)
+    ]
+    assert [
+        everything(b)
+        for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20, workers=3)
+    ] == serial
+    assert [
+        everything(b)
+        for b in batches(
+            Folder(scan(folder), WILD), prior, batch=2, seed=3, start=13, stop=20, workers=1
+        )
+    ] == serial[13:]
 
 
 def test_a_cut_is_the_resized_image_at_its_crop(folder):
     """Scaled to cover the bucket, mirrored, then cut at `crop`: the corner is one of the mirrored image (diffusers' scripts, semantics 2.5)."""
     mirrored = 0
-    for how in (ImageSettings(16, buckets=True, bucket_step=4), ImageSettings(16, crop="random", flip=True, buckets=True, bucket_step=4)):
+    for how in (
+        ImageSettings(16, buckets=True, bucket_step=4),
+        ImageSettings(16, crop="random", flip=True, buckets=True, bucket_step=4),
+    ):
         made = Folder(scan(folder), how)
         for i, record in enumerate(made.records):
             image = Image.open(record.path)
             height, width = made.sizes[i]
             scale = max(Fraction(width, image.width), Fraction(height, image.height))
-            whole = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
+            whole = image.resize(
+                (int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR
+            )
             assert whole.width == width or whole.height == height  # no more is lost than must be
             for visit in range(6):
                 example = made.example(i, visit)
                 top, left = example.crop
-                cuts = [v.crop((left, top, left + width, top + height)) for v in (whole, ImageOps.mirror(whole))]
+                cuts = [
+                    v.crop((left, top, left + width, top + height))
+                    for v in (whole, ImageOps.mirror(whole))
+                ]
                 same = [torch.equal(example.pixels, pixels_of(c)) for c in cuts]
                 assert any(same), (record.path, visit)
                 mirrored += same[1] and not same[0]
-                assert example.pixels.shape == (3, height, width) and example.original_size == (image.height, image.width)
-                assert how.crop == "random" or example.crop == (round((whole.height - height) / 2), round((whole.width - width) / 2))
+                assert example.pixels.shape == (3, height, width) and example.original_size == (
+                    image.height,
+                    image.width,
+                )
+                assert how.crop == "random" or example.crop == (
+                    round((whole.height - height) / 2),
+                    round((whole.width - width) / 2),
+                )
     assert mirrored > 10
 
 
@@ -189,7 +279,11 @@ def test_images_of_every_aspect_lose_little(folder):
     made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
     assert all(h * w <= 256 and h % 4 == w % 4 == 0 for h, w in made.sizes)
     of = {r.path.stem: size for r, size in zip(made.records, made.sizes, strict=True)}
-    assert of["00"] == of["04"] == (16, 16) and of["01"] == of["02"] == (12, 20) and of["03"] == of["08"] == (20, 12)
+    assert (
+        of["00"] == of["04"] == (16, 16)
+        and of["01"] == of["02"] == (12, 20)
+        and of["03"] == of["08"] == (20, 12)
+    )
     assert of["05"] == (8, 32)  # more extreme than any bucket: the most extreme one, not left out
 
 
@@ -200,21 +294,33 @@ def test_prior_rows_are_cut_to_the_size_of_the_batch(folder, tmp_path):
     instance = Folder(scan(folder), WILD)
     prior = Folder(scan(tmp_path / "class", caption="a dog", is_prior=True), WILD)
     sizes = set()
-    for alone, both in zip(batches(instance, batch=2, seed=0, stop=12), batches(instance, prior, batch=2, seed=0, stop=12), strict=True):
-        assert everything(both.rows(slice(0, 2))) == everything(alone) and both.is_prior.tolist() == [False, False, True, True]
+    for alone, both in zip(
+        batches(instance, batch=2, seed=0, stop=12),
+        batches(instance, prior, batch=2, seed=0, stop=12),
+        strict=True,
+    ):
+        assert everything(both.rows(slice(0, 2))) == everything(
+            alone
+        ) and both.is_prior.tolist() == [False, False, True, True]
         sizes.add(tuple(both.pixels.shape[-2:]))
     assert len(sizes) > 3
     still = Folder(prior.records, ImageSettings(16))
     for size in sizes:
         assert prior.example(0, 3, size).pixels.shape == (3, *size)
-        assert torch.equal(still.example(0, 0, size).pixels, Folder(prior.records, ImageSettings(16)).example(0, 0, size).pixels)
+        assert torch.equal(
+            still.example(0, 0, size).pixels,
+            Folder(prior.records, ImageSettings(16)).example(0, 0, size).pixels,
+        )
 
 
 def test_the_size_enters_the_cache_key(folder):
     made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
     record = made.records[1]
     keys = {made.cache_key(record, 0, size) for size in buckets.sizes(16, 4)}
-    assert len(keys) == len(buckets.sizes(16, 4)) and made.cache_key(record, 0) == made.cache_key(record, 7, made.sizes[1]) in keys
+    assert (
+        len(keys) == len(buckets.sizes(16, 4))
+        and made.cache_key(record, 0) == made.cache_key(record, 7, made.sizes[1]) in keys
+    )
     squares = Folder(made.records, ImageSettings(16))
     assert squares.cache_key(record, 0) == made.cache_key(record, 0, (16, 16))  # the same pixels
     assert torch.equal(squares.example(1, 0).pixels, made.example(1, 0, (16, 16)).pixels)
@@ -223,13 +329,27 @@ def test_the_size_enters_the_cache_key(folder):
 def test_the_report_counts_images_and_further_visits():
     assert buckets.report([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 batches"
     text = buckets.report([(16, 16)] * 3 + [(8, 28)], 4)
-    assert text.splitlines()[1:] == ["  28 x 8: 1 image and 3 more visits in 1 batch", "  16 x 16: 3 images and 1 more visit in 1 batch"]
+    assert text.splitlines()[1:] == [
+        "  28 x 8: 1 image and 3 more visits in 1 batch",
+        "  16 x 16: 3 images and 1 more visit in 1 batch",
+    ]
 
 
 def test_images_that_are_scaled_up_are_counted(folder):
     records = scan(folder, repeats=2)
     assert scaled_up(Folder(records, ImageSettings(8))) == ""
-    assert scaled_up(Folder(records, ImageSettings(20))) == "5 of 11 images are smaller than 20 pixels and scaled up, first 04.png (16 x 16)"
-    assert scaled_up(Folder(records, ImageSettings(11))) == "2 of 11 images are smaller than 11 pixels and scaled up, first 05.png (90 x 10)"
-    assert scaled_up(Folder(records[8:9], ImageSettings(9))) == "1 of 1 images is smaller than 9 pixels and scaled up, first 08.png (8 x 12)"
-    assert "are smaller than their bucket and scaled up, first " in scaled_up(Folder(records, ImageSettings(24, buckets=True, bucket_step=4)))
+    assert (
+        scaled_up(Folder(records, ImageSettings(20)))
+        == "5 of 11 images are smaller than 20 pixels and scaled up, first 04.png (16 x 16)"
+    )
+    assert (
+        scaled_up(Folder(records, ImageSettings(11)))
+        == "2 of 11 images are smaller than 11 pixels and scaled up, first 05.png (90 x 10)"
+    )
+    assert (
+        scaled_up(Folder(records[8:9], ImageSettings(9)))
+        == "1 of 1 images is smaller than 9 pixels and scaled up, first 08.png (8 x 12)"
+    )
+    assert "are smaller than their bucket and scaled up, first " in scaled_up(
+        Folder(records, ImageSettings(24, buckets=True, bucket_step=4))
+    )

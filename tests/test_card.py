@@ -33,11 +33,25 @@ def section(text: str, title: str) -> str:
 
 def factors(layout, component: str, glob: str = "to_q", count: int = 3) -> dict[str, LowRank]:
     noise = torch.Generator().manual_seed(0)
-    paths = [(path, shape) for path, shape in layout.components[component].shapes.items() if glob in path][:count]
-    return {path: LowRank(torch.randn(2, i, generator=noise), torch.randn(o, 2, generator=noise), 1.0, None) for path, (o, i) in paths}
+    paths = [
+        (path, shape) for path, shape in layout.components[component].shapes.items() if glob in path
+    ][:count]
+    return {
+        path: LowRank(
+            torch.randn(2, i, generator=noise), torch.randn(o, 2, generator=noise), 1.0, None
+        )
+        for path, (o, i) in paths
+    }
 
 
-def leave(folder: Path, layout, *, lora: bool = True, rows: dict[str, int] | None = None, denoiser: str = "unet") -> Path:
+def leave(
+    folder: Path,
+    layout,
+    *,
+    lora: bool = True,
+    rows: dict[str, int] | None = None,
+    denoiser: str = "unet",
+) -> Path:
     """A run folder with a LoRA on a few layers and two rows for each encoder in `rows` (key -> width), and its pictures."""
     folder.mkdir(parents=True)
     state = AdapterState(
@@ -79,11 +93,29 @@ def test_repo_card_reads_it(card: Card, run: Path) -> None:
     assert path == run / "README.md"
     for kind in (RepoCard, ModelCard):
         data = kind.load(path).data.to_dict()
-        assert data["base_model"] == card.base_model and data["library_name"] == "diffusers" and "license" not in data
-        assert data["instance_prompt"] == 'a photo of <s0><s1>: "x" # y'  # quoted: a colon, quotes and a # are YAML's own
-        assert {"text-to-image", "lora", "textual-inversion", "diffusers", "template:sd-lora"} <= set(data["tags"])
-        assert [w["output"]["url"] for w in data["widget"]] == ["samples/step_000010.png", "before_after.png"]
-        assert all((run / w["output"]["url"]).is_file() and w["text"] == "a <s0><s1> in the snow" for w in data["widget"])
+        assert (
+            data["base_model"] == card.base_model
+            and data["library_name"] == "diffusers"
+            and "license" not in data
+        )
+        assert (
+            data["instance_prompt"] == 'a photo of <s0><s1>: "x" # y'
+        )  # quoted: a colon, quotes and a # are YAML's own
+        assert {
+            "text-to-image",
+            "lora",
+            "textual-inversion",
+            "diffusers",
+            "template:sd-lora",
+        } <= set(data["tags"])
+        assert [w["output"]["url"] for w in data["widget"]] == [
+            "samples/step_000010.png",
+            "before_after.png",
+        ]
+        assert all(
+            (run / w["output"]["url"]).is_file() and w["text"] == "a <s0><s1> in the snow"
+            for w in data["widget"]
+        )
 
 
 def test_body_says_how_it_was_made(card: Card, run: Path) -> None:
@@ -91,38 +123,58 @@ def test_body_says_how_it_was_made(card: Card, run: Path) -> None:
     assert "| `TOK` | `<s0><s1>` |" in section(text, "Trigger words")
     training = section(text, "Training")
     assert "| steps | 10 |" in training and "| groups | denoiser \\| tokens |" in training
-    assert "| 62 | 0.50000 | 0.25000 | -50.0% |" in training and "| all | 0.40000 | 0.30000 | -25.0% |" in training
+    assert (
+        "| 62 | 0.50000 | 0.25000 | -50.0% |" in training
+        and "| all | 0.40000 | 0.30000 | -25.0% |" in training
+    )
     assert "![my run](before_after.png)" in text
 
 
-def test_python_runs_and_the_files_matter(card: Card, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_and_the_files_matter(
+    card: Card, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     with_lora = run_code(write(card, run), monkeypatch)
     assert with_lora.size == (16, 16)
     assert "load_lora_weights" in code((run / "README.md").read_text())
-    bare = shutil.copytree(run, run.parent / "bare", ignore=shutil.ignore_patterns("pytorch_lora*", "*_emb*"))
+    bare = shutil.copytree(
+        run, run.parent / "bare", ignore=shutil.ignore_patterns("pytorch_lora*", "*_emb*")
+    )
     torch.manual_seed(0)
     without = run_code(write(replace(card, words={}), bare), monkeypatch)
     assert "load" not in code((bare / "README.md").read_text())
     assert with_lora.tobytes() != without.tobytes()
 
 
-def test_only_tokens(card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tokens(
+    card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = leave(tmp_path / "words", outline(str(model)), lora=False, rows={"clip_l": 16})
     text = write(card, run).read_text()
-    assert "load_lora_weights" not in text and "<lora:" not in text and "models/Lora" not in text and "- lora\n" not in text
+    assert (
+        "load_lora_weights" not in text
+        and "<lora:" not in text
+        and "models/Lora" not in text
+        and "- lora\n" not in text
+    )
     assert "prompt `a words_emb in the snow`" in section(text, "A1111")
     assert run_code(run / "README.md", monkeypatch).size == (16, 16)
 
 
 def test_only_lora(card: Card, model: Path, tmp_path: Path) -> None:
     run = leave(tmp_path / "plain", outline(str(model)))
-    text = write(replace(card, words={}, prompts=("a photo of sks dog",), instance_prompt=""), run).read_text()
+    text = write(
+        replace(card, words={}, prompts=("a photo of sks dog",), instance_prompt=""), run
+    ).read_text()
     assert "textual" not in text and "embedding" not in text and "load_file" not in text
-    assert "prompt `a photo of sks dog <lora:plain:1>`" in section(text, "A1111") and "`a photo of sks dog`" in section(text, "Trigger")
+    assert "prompt `a photo of sks dog <lora:plain:1>`" in section(
+        text, "A1111"
+    ) and "`a photo of sks dog`" in section(text, "Trigger")
 
 
-def test_whole_model(card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_model(
+    card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = leave(tmp_path / "full", outline(str(model)), lora=False)
     shutil.copytree(model, run / "model")
     card = replace(card, words={}, base_model="nowhere/at-all")
@@ -134,14 +186,24 @@ def test_whole_model(card: Card, model: Path, tmp_path: Path, monkeypatch: pytes
 def test_without_pictures_prompts_or_numbers(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    text = write(Card(base_model=str(model), pipeline="StableDiffusionPipeline"), folder).read_text()
+    text = write(
+        Card(base_model=str(model), pipeline="StableDiffusionPipeline"), folder
+    ).read_text()
     data = RepoCard.load(folder / "README.md").data.to_dict()
-    assert "widget" not in data and "instance_prompt" not in data and "![" not in text and "## Training" not in text
+    assert (
+        "widget" not in data
+        and "instance_prompt" not in data
+        and "![" not in text
+        and "## Training" not in text
+    )
 
 
 def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: Card, run: Path) -> None:
     text = write(card, run).read_text()
-    for title, prompt in {"A1111": "a my run_emb in the snow <lora:my run:1>", "ComfyUI": "a embedding:my run_emb in the snow"}.items():
+    for title, prompt in {
+        "A1111": "a my run_emb in the snow <lora:my run:1>",
+        "ComfyUI": "a embedding:my run_emb in the snow",
+    }.items():
         part = section(text, title)
         assert prompt in part
         assert all((run / name).is_file() for name in re.findall(r"`([^`]*\.safetensors)`", part))
@@ -153,7 +215,9 @@ def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: Card, run: Pa
 def test_a_card_for_the_hub(card: Card, run: Path) -> None:
     text = write(replace(card, repo="me/run"), run).read_text()
     assert 'snapshot_download("me/run")' in code(text)
-    assert "base_model" not in RepoCard.load(run / "README.md").data.to_dict()  # a folder of this disk: the hub refuses such a card
+    assert (
+        "base_model" not in RepoCard.load(run / "README.md").data.to_dict()
+    )  # a folder of this disk: the hub refuses such a card
     write(replace(card, repo="me/run", base_model="org/model"), run)
     assert RepoCard.load(run / "README.md").data.base_model == "org/model"
 
@@ -164,11 +228,29 @@ def test_a_card_for_the_hub(card: Card, run: Path) -> None:
 @pytest.mark.parametrize(
     "module, pipeline, denoiser, encoders",
     [
-        ("tiny_sdxl", "StableDiffusionXLPipeline", "unet", {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}),
-        ("tiny_flux", "FluxPipeline", "transformer", {"text_encoder": "clip_l", "text_encoder_2": "t5"}),
+        (
+            "tiny_sdxl",
+            "StableDiffusionXLPipeline",
+            "unet",
+            {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+        ),
+        (
+            "tiny_flux",
+            "FluxPipeline",
+            "transformer",
+            {"text_encoder": "clip_l", "text_encoder_2": "t5"},
+        ),
     ],
 )
-def test_python_runs_for_two_encoders(module: str, pipeline: str, denoiser: str, encoders: dict, card: Card, tmp_path: Path, monkeypatch) -> None:
+def test_python_runs_for_two_encoders(
+    module: str,
+    pipeline: str,
+    denoiser: str,
+    encoders: dict,
+    card: Card,
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
     import importlib
 
     import diffusers
@@ -177,20 +259,31 @@ def test_python_runs_for_two_encoders(module: str, pipeline: str, denoiser: str,
     model = tmp_path / "model"
     tiny.save(model)
     pipe = getattr(diffusers, pipeline).from_pretrained(model)
-    layout = layout_of({name: getattr(pipe, name) for name in (denoiser, *encoders)}, encoders=encoders)
-    widths = {key: getattr(pipe, name).get_input_embeddings().weight.shape[1] for name, key in encoders.items()}
+    layout = layout_of(
+        {name: getattr(pipe, name) for name in (denoiser, *encoders)}, encoders=encoders
+    )
+    widths = {
+        key: getattr(pipe, name).get_input_embeddings().weight.shape[1]
+        for name, key in encoders.items()
+    }
     run = leave(tmp_path / "two", layout, rows=widths, denoiser=denoiser)
     card = replace(card, base_model=str(model), pipeline=pipeline, encoders=encoders)
     text = write(card, run).read_text()
     for name, key in encoders.items():
-        assert f'rows["{key}"]' in text and f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})" in text
+        assert (
+            f'rows["{key}"]' in text
+            and f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
+            in text
+        )
     assert run_code(run / "README.md", monkeypatch).size == (16, 16)
 
 
 # ---------------------------------------------------------------- upload
 
 
-def test_push_makes_the_repository_and_leaves_checkpoints_here(card: Card, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_makes_the_repository_and_leaves_checkpoints_here(
+    card: Card, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     class Api:
@@ -206,13 +299,29 @@ def test_push_makes_the_repository_and_leaves_checkpoints_here(card: Card, run: 
     for name in ("checkpoints/10/state.safetensors", "class_images/0.png", "latents/a.safetensors"):
         (run / name).parent.mkdir(parents=True)
         (run / name).touch()
-    assert push(run, "me/run", ignore=(*cards.IGNORED, "latents/*")) == "https://huggingface.co/me/run"
+    assert (
+        push(run, "me/run", ignore=(*cards.IGNORED, "latents/*")) == "https://huggingface.co/me/run"
+    )
     (_, repo, made), (_, sent) = calls
-    assert repo == "me/run" and made["exist_ok"] and sent["repo_id"] == "me/run" and Path(sent["folder_path"]) == run
+    assert (
+        repo == "me/run"
+        and made["exist_ok"]
+        and sent["repo_id"] == "me/run"
+        and Path(sent["folder_path"]) == run
+    )
     files = [p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()]
-    sent_files = set(huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=sent["ignore_patterns"]))
-    assert {"README.md", "pytorch_lora_weights.safetensors", "before_after.png", "samples/step_000010.png"} <= sent_files
-    assert not [name for name in sent_files if name.startswith(("checkpoints", "class_images", "latents"))]
+    sent_files = set(
+        huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=sent["ignore_patterns"])
+    )
+    assert {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "before_after.png",
+        "samples/step_000010.png",
+    } <= sent_files
+    assert not [
+        name for name in sent_files if name.startswith(("checkpoints", "class_images", "latents"))
+    ]
 
 
 def test_a_refused_push_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +329,13 @@ def test_a_refused_push_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPat
         raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required\nand more lines")
 
     monkeypatch.setattr(cards.HfApi, "create_repo", refuse)
-    with pytest.raises(UserError, match=r"not uploaded to me/run: Token is required; mend that") as caught:
+    with pytest.raises(
+        UserError, match=r"not uploaded to me/run: Token is required; mend that"
+    ) as caught:
         push(run, "me/run")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="not uploaded to a/b/c"):  # the client's own check of the id
+    with pytest.raises(
+        UserError, match="not uploaded to a/b/c"
+    ):  # the client's own check of the id
         monkeypatch.undo()
         push(run, "a/b/c")

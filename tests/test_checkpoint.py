@@ -34,7 +34,10 @@ from lora_core.formats.whole_models import (
 )
 from tests import tiny_pipeline, tiny_sdxl
 
-UNET, VAE = SingleFile("unet", "model.diffusion_model.", "unet"), SingleFile("vae", "first_stage_model.", "vae")
+UNET, VAE = (
+    SingleFile("unet", "model.diffusion_model.", "unet"),
+    SingleFile("vae", "first_stage_model.", "vae"),
+)
 FIRST = (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.transformer.", "clip"))
 SECOND = (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.model.", "open_clip"))
 XL = (
@@ -53,22 +56,43 @@ def second_pipeline():
         sample_size=8, block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=[2, 4],
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True,
     )  # fmt: skip
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    vae = AutoencoderKL(block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=4, latent_channels=4, **kinds)
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8, 8),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        **kinds,
+    )
     config = CLIPTextConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=23, num_attention_heads=2, max_position_embeddings=16,
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, hidden_act="gelu", initializer_range=0.2,
     )  # fmt: skip
     scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
     return StableDiffusionPipeline(
-        vae, CLIPTextModel(config), tok, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae,
+        CLIPTextModel(config),
+        tok,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """kind -> (pipeline, its folder); random biases and norms, so that no two tensors are alike."""
-    made = {"first": tiny_pipeline.pipeline(), "second": second_pipeline(), "xl": tiny_sdxl.pipeline(), "refiner": tiny_sdxl.pipeline(refiner=True)}
+    made = {
+        "first": tiny_pipeline.pipeline(),
+        "second": second_pipeline(),
+        "xl": tiny_sdxl.pipeline(),
+        "refiner": tiny_sdxl.pipeline(refiner=True),
+    }
     found = {}
     for kind, pipe in made.items():
         noise = torch.Generator().manual_seed(5)
@@ -86,7 +110,10 @@ def networks(pipe, kind):
 
 
 def shapes_of(pipe, kind):
-    return {name: {key: tuple(t.shape) for key, t in network.state_dict().items()} for name, network in networks(pipe, kind).items()}
+    return {
+        name: {key: tuple(t.shape) for key, t in network.state_dict().items()}
+        for name, network in networks(pipe, kind).items()
+    }
 
 
 def tensors_of(single):
@@ -101,7 +128,9 @@ def sentence(function, *args, **settings):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
@@ -124,7 +153,10 @@ def test_a_folder_comes_back_bit_identical(tmp_path, models, kind, suffix):
             assert opened.metadata() == {"format": "pt"}
     if kind == "first":
         loaded = StableDiffusionPipeline.from_pretrained(back)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(tiny_pipeline.outputs(loaded), tiny_pipeline.outputs(pipe)))
+        assert all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(tiny_pipeline.outputs(loaded), tiny_pipeline.outputs(pipe))
+        )
 
 
 @pytest.mark.parametrize(("kind", "suffix", "make"), [
@@ -133,7 +165,9 @@ def test_a_folder_comes_back_bit_identical(tmp_path, models, kind, suffix):
 def test_the_public_reader_loads_ours(tmp_path, models, kind, suffix, make):
     pipe, folder = models[kind]
     single, rows = tmp_path / f"model.{suffix}", ROWS[kind]
-    rows = (*rows[:2], replace(rows[2], spare=1)) if kind == "second" else rows  # that reader leaves layer 23 out by name
+    rows = (
+        (*rows[:2], replace(rows[2], spare=1)) if kind == "second" else rows
+    )  # that reader leaves layer 23 out by name
     to_single(open_model(folder, rows), rows, single)
     extra = {} if kind == "xl" else {"safety_checker": None}
     loaded = make.from_single_file(str(single), config=str(folder), local_files_only=True, **extra)
@@ -148,12 +182,24 @@ def test_the_public_reader_loads_ours(tmp_path, models, kind, suffix, make):
 
 def full_size():
     """(UNet and text encoder of 1.5, of 2.1, VAE) on the meta device."""
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **kinds)
-        first = UNet2DConditionModel(cross_attention_dim=768), CLIPTextModel(CLIPTextConfig(**tiny_sdxl.FULL_CLIP))
-        unet = UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
-        tower = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **kinds
+        )
+        first = (
+            UNet2DConditionModel(cross_attention_dim=768),
+            CLIPTextModel(CLIPTextConfig(**tiny_sdxl.FULL_CLIP)),
+        )
+        unet = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+        )
+        tower = CLIPTextConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16
+        )
         return first, (unet, CLIPTextModel(tower)), vae
 
 
@@ -163,8 +209,18 @@ def test_full_size_models_have_the_known_keys():
     unet, *text = tiny_sdxl.full_size()
     cases = (
         (FIRST, (first[0], vae, first[1]), (686, 248, 196), (4, 768, None, False, ("clip", 768))),
-        (SECOND, (second[0], vae, second[1]), (686, 248, 280), (4, 1024, None, True, ("open_clip", 1024))),
-        (XL, (unet, vae, *text), (1680, 248, 196, 389), (4, 2048, 2816, True, ("clip", 768), ("open_clip", 1280))),
+        (
+            SECOND,
+            (second[0], vae, second[1]),
+            (686, 248, 280),
+            (4, 1024, None, True, ("open_clip", 1024)),
+        ),
+        (
+            XL,
+            (unet, vae, *text),
+            (1680, 248, 196, 389),
+            (4, 2048, 2816, True, ("clip", 768), ("open_clip", 1280)),
+        ),
     )
     known = {
         "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "model.diffusion_model.middle_block.1.proj_in.weight",
@@ -172,20 +228,45 @@ def test_full_size_models_have_the_known_keys():
         "first_stage_model.decoder.up.3.upsample.conv.weight", "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
     }  # fmt: skip
     for rows, nets, counts, (channels, context, label, linear, *encoders) in cases:
-        single = joined({row.component: weights_of(net.state_dict(), row.component) for row, net in zip(rows, nets)}, rows)
-        assert tuple(sum(key.startswith(row.prefix) for key in single.infos) for row in rows) == counts
+        single = joined(
+            {
+                row.component: weights_of(net.state_dict(), row.component)
+                for row, net in zip(rows, nets)
+            },
+            rows,
+        )
+        assert (
+            tuple(sum(key.startswith(row.prefix) for key in single.infos) for row in rows) == counts
+        )
         assert known <= set(single.infos)
         assert single.shapes["first_stage_model.encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
-        assert len(single.shapes["model.diffusion_model.middle_block.1.proj_in.weight"]) == (2 if linear else 4)
+        assert len(single.shapes["model.diffusion_model.middle_block.1.proj_in.weight"]) == (
+            2 if linear else 4
+        )
         prefixes = [row.prefix for row in rows[2:]]
-        assert detect(single.shapes) == Facts(channels, context, label, linear, dict(zip(prefixes, encoders)), True, ())
-        parts = split(single, rows, {row.component: {k: tuple(t.shape) for k, t in net.state_dict().items()} for row, net in zip(rows, nets)})
+        assert detect(single.shapes) == Facts(
+            channels, context, label, linear, dict(zip(prefixes, encoders)), True, ()
+        )
+        parts = split(
+            single,
+            rows,
+            {
+                row.component: {k: tuple(t.shape) for k, t in net.state_dict().items()}
+                for row, net in zip(rows, nets)
+            },
+        )
         assert {name: part.shapes for name, part in parts.items()} == {
-            row.component: {k: tuple(t.shape) for k, t in net.state_dict().items()} for row, net in zip(rows, nets)
+            row.component: {k: tuple(t.shape) for k, t in net.state_dict().items()}
+            for row, net in zip(rows, nets)
         }
     tower = "conditioner.embedders.1.model."
     assert single.shapes[f"{tower}transformer.resblocks.31.attn.in_proj_weight"] == (3840, 1280)
-    assert {f"{tower}text_projection", f"{tower}positional_embedding", f"{tower}token_embedding.weight", f"{tower}ln_final.bias"} <= set(single.infos)
+    assert {
+        f"{tower}text_projection",
+        f"{tower}positional_embedding",
+        f"{tower}token_embedding.weight",
+        f"{tower}ln_final.bias",
+    } <= set(single.infos)
 
 
 def test_rows_are_stacked_in_the_order_q_k_v_and_the_projection_is_turned(models):
@@ -193,8 +274,13 @@ def test_rows_are_stacked_in_the_order_q_k_v_and_the_projection_is_turned(models
     single, text = joined(open_model(folder, XL), XL), pipe.text_encoder_2
     attention = text.text_model.encoder.layers[1].self_attn
     fused = single.read("conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight")
-    assert torch.equal(fused, torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
-    assert torch.equal(single.read("conditioner.embedders.1.model.text_projection"), text.text_projection.weight.T)
+    assert torch.equal(
+        fused,
+        torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+    )
+    assert torch.equal(
+        single.read("conditioner.embedders.1.model.text_projection"), text.text_projection.weight.T
+    )
     q = single.read("first_stage_model.decoder.mid.attn_1.q.weight")
     assert torch.equal(q[:, :, 0, 0], pipe.vae.decoder.mid_block.attentions[0].to_q.weight)
 
@@ -205,9 +291,16 @@ def test_a_changed_model_is_written_through_its_reader(tmp_path, models):
     unet = model["unet"]
     model["unet"] = replace(unet, read=lambda key: unet.read(key) + (key == "conv_in.weight"))
     to_single(model, FIRST, tmp_path / "a.safetensors")
-    before, after = tensors_of(joined(open_model(folder, FIRST), FIRST)), load_file(tmp_path / "a.safetensors")
-    assert [key for key in before if not torch.equal(before[key], after[key])] == ["model.diffusion_model.input_blocks.0.0.weight"]
-    assert torch.equal(after["model.diffusion_model.input_blocks.0.0.weight"], pipe.unet.conv_in.weight + 1)
+    before, after = (
+        tensors_of(joined(open_model(folder, FIRST), FIRST)),
+        load_file(tmp_path / "a.safetensors"),
+    )
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [
+        "model.diffusion_model.input_blocks.0.0.weight"
+    ]
+    assert torch.equal(
+        after["model.diffusion_model.input_blocks.0.0.weight"], pipe.unet.conv_in.weight + 1
+    )
 
 
 def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
@@ -218,10 +311,16 @@ def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
         alive.append(weakref.ref(tensor := torch.full((1000,), float(key[1:]))))
         return tensor
 
-    weights = cast(Weights("made up", {f"t{i}": Info((1000,), torch.float32) for i in range(50)}, read), torch.float16)
+    weights = cast(
+        Weights("made up", {f"t{i}": Info((1000,), torch.float32) for i in range(50)}, read),
+        torch.float16,
+    )
     write_weights(tmp_path / "a.safetensors", weights, {"format": "pt"})
     assert max(most) <= 1
-    assert all(bool((t == float(key[1:])).all()) and t.dtype == torch.float16 for key, t in load_file(tmp_path / "a.safetensors").items())
+    assert all(
+        bool((t == float(key[1:])).all()) and t.dtype == torch.float16
+        for key, t in load_file(tmp_path / "a.safetensors").items()
+    )
 
 
 def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path):
@@ -234,12 +333,17 @@ def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path)
     write_weights(path, weights_of(tensors, "here"), {"b": "1", "a": "ü"})
     first = path.read_bytes()
     for key, tensor in load_file(path).items():
-        assert tensor.dtype == tensors[key].dtype and torch.equal(tensor.float(), tensors[key].float())
+        assert tensor.dtype == tensors[key].dtype and torch.equal(
+            tensor.float(), tensors[key].float()
+        )
     assert set(load_file(path)) == set(tensors) and int.from_bytes(first[:8], "little") % 8 == 0
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"a": "ü", "b": "1"}
     header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
-    assert all(header[key]["data_offsets"][0] % tensor.element_size() == 0 for key, tensor in tensors.items())
+    assert all(
+        header[key]["data_offsets"][0] % tensor.element_size() == 0
+        for key, tensor in tensors.items()
+    )
     write_weights(path, weights_of(dict(reversed(tensors.items())), "here"), {"a": "ü", "b": "1"})
     assert path.read_bytes() == first
     opened = open_weights(path)
@@ -252,10 +356,14 @@ def test_half_precision_and_its_overflow(tmp_path, models):
     to_single(model, FIRST, tmp_path / "a.safetensors", dtype=torch.float16)
     assert {t.dtype for t in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
     unet = model["unet"]
-    model["unet"] = replace(unet, read=lambda key: unet.read(key) * (1e6 if key == "conv_in.weight" else 1))
+    model["unet"] = replace(
+        unet, read=lambda key: unet.read(key) * (1e6 if key == "conv_in.weight" else 1)
+    )
     text = sentence(to_single, model, FIRST, tmp_path / "b.ckpt", dtype=torch.float16)
     assert "input_blocks.0.0.weight" in text and "float16" in text
-    assert not (tmp_path / "b.ckpt").exists() and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert not (tmp_path / "b.ckpt").exists() and [p.name for p in tmp_path.iterdir()] == [
+        "a.safetensors"
+    ]
 
 
 def test_layers_that_readers_build_and_never_run(tmp_path, models, capsys):
@@ -266,10 +374,18 @@ def test_layers_that_readers_build_and_never_run(tmp_path, models, capsys):
     head = "cond_stage_model.model.transformer.resblocks."
     assert torch.equal(written[f"{head}23.mlp.c_fc.weight"], written[f"{head}22.mlp.c_fc.weight"])
     assert len([key for key in written if key.startswith(f"{head}23.")]) == 12
-    assert f"{head}23" in sentence(split, open_weights(tmp_path / "a.safetensors"), SECOND, shapes_of(pipe, "second"))
+    assert f"{head}23" in sentence(
+        split, open_weights(tmp_path / "a.safetensors"), SECOND, shapes_of(pipe, "second")
+    )
     parts = split(open_weights(tmp_path / "a.safetensors"), rows, shapes_of(pipe, "second"))
-    assert all(torch.equal(parts["text_encoder"].read(key), t) for key, t in pipe.text_encoder.state_dict().items())
-    assert "passed over 12 tensors that no network uses: layers that are never run (12)" in capsys.readouterr().out
+    assert all(
+        torch.equal(parts["text_encoder"].read(key), t)
+        for key, t in pipe.text_encoder.state_dict().items()
+    )
+    assert (
+        "passed over 12 tensors that no network uses: layers that are never run (12)"
+        in capsys.readouterr().out
+    )
 
 
 EXTRA = {
@@ -282,31 +398,55 @@ EXTRA = {
 }  # fmt: skip
 
 
-def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(tmp_path, models, capsys):
+def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
+    tmp_path, models, capsys
+):
     pipe, folder = models["first"]
     tensors = tensors_of(joined(open_model(folder, FIRST), FIRST))
-    torch.save({"state_dict": tensors | EXTRA, "epoch": 3, "callbacks": {SingleFile: FIRST[0]}}, tmp_path / "old.ckpt")
+    torch.save(
+        {"state_dict": tensors | EXTRA, "epoch": 3, "callbacks": {SingleFile: FIRST[0]}},
+        tmp_path / "old.ckpt",
+    )
     single = open_weights(tmp_path / "old.ckpt")
     assert detect(single.shapes).markers == ("v_pred",)
     parts = split(single, FIRST, shapes_of(pipe, "first"))
     assert torch.equal(parts["vae"].read("quant_conv.weight"), pipe.vae.quant_conv.weight)
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"passed over {len(EXTRA)} tensors" in line and "an average of the weights (2)" in line and "the noise schedule (9)" in line
+    assert (
+        f"passed over {len(EXTRA)} tensors" in line
+        and "an average of the weights (2)" in line
+        and "the noise schedule (9)" in line
+    )
     odd = "model.diffusion_model.input_blocks.0.0.wait"
-    text = sentence(split, weights_of(tensors | {odd: torch.ones(1)}, "a file"), FIRST, shapes_of(pipe, "first"))
-    assert "1 key(s)" in text and odd in text and "model.diffusion_model.input_blocks.0.0.weight" in text
-    assert split(single, FIRST, {"unet": shapes_of(pipe, "first")["unet"]}).keys() == {"unet"}  # what is not asked for is left alone
+    text = sentence(
+        split, weights_of(tensors | {odd: torch.ones(1)}, "a file"), FIRST, shapes_of(pipe, "first")
+    )
+    assert (
+        "1 key(s)" in text
+        and odd in text
+        and "model.diffusion_model.input_blocks.0.0.weight" in text
+    )
+    assert split(single, FIRST, {"unet": shapes_of(pipe, "first")["unet"]}).keys() == {
+        "unet"
+    }  # what is not asked for is left alone
 
 
 def test_other_spellings_are_read(models):
     pipe, folder = models["first"]
     tensors = tensors_of(joined(open_model(folder, FIRST), FIRST))
-    renamed = {key.replace("transformer.text_model.", "transformer."): t for key, t in tensors.items()}  # without the level
-    flat = {key: t[:, :, 0, 0] if "proj_in.weight" in key or "attn_1.q.weight" in key else t for key, t in renamed.items()}
+    renamed = {
+        key.replace("transformer.text_model.", "transformer."): t for key, t in tensors.items()
+    }  # without the level
+    flat = {
+        key: t[:, :, 0, 0] if "proj_in.weight" in key or "attn_1.q.weight" in key else t
+        for key, t in renamed.items()
+    }
     parts = split(weights_of(flat, "a file"), FIRST, shapes_of(pipe, "first"))
     for name, network in networks(pipe, "first").items():
         for key, tensor in network.state_dict().items():
-            assert torch.equal(parts[name].read(key), tensor) and parts[name].infos[key].shape == tuple(tensor.shape)
+            assert torch.equal(parts[name].read(key), tensor) and parts[name].infos[
+                key
+            ].shape == tuple(tensor.shape)
 
 
 def test_folders_of_every_age_are_read(tmp_path, models):
@@ -317,25 +457,49 @@ def test_folders_of_every_age_are_read(tmp_path, models):
     shutil.copytree(folder, old)
     unet = load_file(old / "unet/diffusion_pytorch_model.safetensors")
     names = sorted(unet)
-    places = {key: f"diffusion_pytorch_model-0000{1 + (i % 2)}-of-00002.safetensors" for i, key in enumerate(names)}
+    places = {
+        key: f"diffusion_pytorch_model-0000{1 + (i % 2)}-of-00002.safetensors"
+        for i, key in enumerate(names)
+    }
     for name in set(places.values()):
         save_file({key: unet[key] for key in names if places[key] == name}, old / "unet" / name)
-    (old / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (old / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     vae = load_file(old / "vae/diffusion_pytorch_model.safetensors")
-    older = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    older = {
+        ".to_q.": ".query.",
+        ".to_k.": ".key.",
+        ".to_v.": ".value.",
+        ".to_out.0.": ".proj_attn.",
+    }
     for new, name in older.items():
         vae = {key.replace(new, name): t for key, t in vae.items()}
     torch.save(vae, old / "vae/diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
     text = load_file(old / "text_encoder/model.safetensors")
     level = {f"text_model.{key}": t for key, t in text.items()}
-    save_file(level | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, old / "text_encoder/model.fp16.safetensors")
-    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+    save_file(
+        level | {"text_model.embeddings.position_ids": torch.arange(16)[None]},
+        old / "text_encoder/model.fp16.safetensors",
+    )
+    for name in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
         (old / f"{name}.safetensors").unlink()
     ours = tensors_of(joined(open_model(old, FIRST), FIRST))
-    assert torch.equal(ours.pop("cond_stage_model.transformer.text_model.embeddings.position_ids"), torch.arange(16)[None])
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], t) for key, t in expected.items())
+    assert torch.equal(
+        ours.pop("cond_stage_model.transformer.text_model.embeddings.position_ids"),
+        torch.arange(16)[None],
+    )
+    assert ours.keys() == expected.keys() and all(
+        torch.equal(ours[key], t) for key, t in expected.items()
+    )
     places[names[0]] = "../elsewhere.safetensors"
-    (old / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (old / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     assert "index.json" in sentence(open_model, old, FIRST)
     shutil.rmtree(old / "vae")
     assert "vae has no weights" in sentence(open_model, old, FIRST[1:])
@@ -359,14 +523,18 @@ def test_bad_files_are_one_sentence(tmp_path, models):
     assert "family" in text or "config" in text
     text = sentence(split, weights_of(tensors, "a file"), XL, shapes_of(models["xl"][0], "xl"))
     assert "clip 16 at cond_stage_model.transformer." in text or "config" in text
-    text = sentence(split, weights_of({"lora_unet_x.alpha": torch.ones(1)}, "a file"), FIRST, shapes)
+    text = sentence(
+        split, weights_of({"lora_unet_x.alpha": torch.ones(1)}, "a file"), FIRST, shapes
+    )
     assert "no UNet, no VAE, no text encoder" in text
     to_single(open_model(folder, FIRST), FIRST, path)
     data = path.read_bytes()
     for cut in (0, 5, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
         assert str(path) in sentence(open_weights, path)
-        assert not (tmp_path / "out").exists() and str(path) in sentence(from_single, path, FIRST, shapes, tmp_path / "out", configs=folder)
+        assert not (tmp_path / "out").exists() and str(path) in sentence(
+            from_single, path, FIRST, shapes, tmp_path / "out", configs=folder
+        )
     torch.save([torch.ones(2)], path.with_suffix(".ckpt"))
     assert "no named tensors" in sentence(open_weights, path.with_suffix(".ckpt"))
     assert "not there" in sentence(open_weights, tmp_path / "nowhere.safetensors")
@@ -376,7 +544,12 @@ def test_bad_files_are_one_sentence(tmp_path, models):
 
 def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
     pipe, folder = models["first"]
-    model, shapes, single, back = open_model(folder, FIRST), shapes_of(pipe, "first"), tmp_path / "a.ckpt", tmp_path / "back"
+    model, shapes, single, back = (
+        open_model(folder, FIRST),
+        shapes_of(pipe, "first"),
+        tmp_path / "a.ckpt",
+        tmp_path / "back",
+    )
     to_single(model, FIRST, single)
     before = single.read_bytes()
     assert "--overwrite" in sentence(to_single, model, FIRST, single)
@@ -384,46 +557,80 @@ def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
     back.mkdir()
     (back / "mine.txt").write_text("keep me")
     assert "--overwrite" in sentence(from_single, single, FIRST, shapes, back, configs=folder)
-    assert "unet/config.json" in sentence(from_single, single, FIRST, shapes, tmp_path / "c", configs=tmp_path)
+    assert "unet/config.json" in sentence(
+        from_single, single, FIRST, shapes, tmp_path / "c", configs=tmp_path
+    )
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        for function, args, settings in ((to_single, (model, FIRST, single), {}), (from_single, (single, FIRST, shapes, back), {"configs": folder})):
+        for function, args, settings in (
+            (to_single, (model, FIRST, single), {}),
+            (from_single, (single, FIRST, shapes, back), {"configs": folder}),
+        ):
             assert "disk is full" in sentence(function, *args, overwrite=True, **settings)
     broken = replace(model["unet"], read=full)
-    assert "disk is full" in sentence(to_single, model | {"unet": broken}, FIRST, single, overwrite=True)
+    assert "disk is full" in sentence(
+        to_single, model | {"unet": broken}, FIRST, single, overwrite=True
+    )
     assert single.read_bytes() == before and (back / "mine.txt").read_text() == "keep me"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "back"]
     from_single(single, FIRST, shapes, back, configs=folder, overwrite=True, dtype=torch.bfloat16)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "back"] and not (back / "mine.txt").exists()
-    assert load_file(back / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.bfloat16
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "back"]
+        and not (back / "mine.txt").exists()
+    )
+    assert (
+        load_file(back / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
+        == torch.bfloat16
+    )
 
 
 def test_a_network_without_names_is_refused():
     strange = {"conv_in.weight": torch.ones(1), "encoder_hid_proj.weight": torch.ones(1)}
-    assert "encoder_hid_proj.weight" in sentence(joined, {"unet": weights_of(strange, "here")}, [UNET])
-    assert "there is no vae" in sentence(joined, {"unet": weights_of({"conv_in.weight": torch.ones(1)}, "here")}, [UNET, VAE])
-    twice = {"add_embedding.linear_1.weight": torch.ones(1), "class_embedding.linear_1.weight": torch.ones(1)}
+    assert "encoder_hid_proj.weight" in sentence(
+        joined, {"unet": weights_of(strange, "here")}, [UNET]
+    )
+    assert "there is no vae" in sentence(
+        joined, {"unet": weights_of({"conv_in.weight": torch.ones(1)}, "here")}, [UNET, VAE]
+    )
+    twice = {
+        "add_embedding.linear_1.weight": torch.ones(1),
+        "class_embedding.linear_1.weight": torch.ones(1),
+    }
     assert "twice" in sentence(joined, {"unet": weights_of(twice, "here")}, [UNET])
 
 
 def test_inpainting_is_seen_in_the_shapes(models):
     pipe = tiny_sdxl.pipeline(channels=9)
-    single = joined({name: weights_of(network.state_dict(), name) for name, network in networks(pipe, "xl").items()}, XL)
+    single = joined(
+        {
+            name: weights_of(network.state_dict(), name)
+            for name, network in networks(pipe, "xl").items()
+        },
+        XL,
+    )
     facts = detect(single.shapes)
     assert (facts.channels, facts.context, facts.label, facts.linear) == (9, 40, 60, True)
-    assert dict(facts.encoders) == {"conditioner.embedders.0.transformer.": ("clip", 16), "conditioner.embedders.1.model.": ("open_clip", 24)}
+    assert dict(facts.encoders) == {
+        "conditioner.embedders.0.transformer.": ("clip", 16),
+        "conditioner.embedders.1.model.": ("open_clip", 24),
+    }
     refiner = joined(open_model(Path(models["refiner"][1]), REFINER), REFINER)
-    assert dict(detect(refiner.shapes).encoders) == {"conditioner.embedders.0.model.": ("open_clip", 24)}
+    assert dict(detect(refiner.shapes).encoders) == {
+        "conditioner.embedders.0.model.": ("open_clip", 24)
+    }
 
 
 def test_a_file_larger_than_memory_is_read(tmp_path):
     """A terabyte that takes no place on disk: its tensors are read one by one, and what was read is not a view of the file."""
     path, names, size = tmp_path / "large.safetensors", [f"t{i}" for i in range(1024)], 2**30
-    text = {name: {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]} for i, name in enumerate(names)}
+    text = {
+        name: {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
     last = 1024 * size
     text["end"] = {"dtype": "BF16", "shape": [2, 1], "data_offsets": [last, last + 4]}
     header = json.dumps(text).encode()
@@ -431,8 +638,14 @@ def test_a_file_larger_than_memory_is_read(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + last + 4)
         file.seek(8 + len(header) + last)
-        file.write(torch.tensor([1.5, -2.0], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        file.write(
+            torch.tensor([1.5, -2.0], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        )
     opened = open_weights(path)
     found = opened.read("end")
     path.unlink()
-    assert len(opened.infos) == 1025 and found.dtype == torch.bfloat16 and found.tolist() == [[1.5], [-2.0]]
+    assert (
+        len(opened.infos) == 1025
+        and found.dtype == torch.bfloat16
+        and found.tolist() == [[1.5], [-2.0]]
+    )

@@ -19,7 +19,9 @@ from lora_core.formats.layout import Numbering
 from models import sd
 from tests.tiny_pipeline import pipeline, random_state
 
-DISNEY = Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"  # beside the checkout, where there is one
+DISNEY = (
+    Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"
+)  # beside the checkout, where there is one
 PLAIN = ("*attn?.to_*", "*ff.net.0.proj")
 EXTENDED = (*PLAIN, "*resnets*conv*", "*time_emb_proj")
 TEXT = ("*self_attn*proj",)
@@ -29,7 +31,9 @@ def old_order(unet):
     """The UNet as older diffusers registered it: feed-forward layers between the two attentions."""
     for block in unet.modules():
         if type(block).__name__ == "BasicTransformerBlock":
-            order = sorted(block._modules, key=lambda name: {"attn1": 0, "ff": 1, "attn2": 2}.get(name, 3))
+            order = sorted(
+                block._modules, key=lambda name: {"attn1": 0, "ff": 1, "attn2": 2}.get(name, 3)
+            )
             block._modules = {name: block._modules[name] for name in order}
     return unet
 
@@ -37,7 +41,13 @@ def old_order(unet):
 def walk(network, classes, layers=(nn.Linear,)):
     """What cloneofsimo's search meets: every layer below a module of the classes, in the order of registration."""
     names = {module: name for name, module in network.named_modules()}
-    return [names[m] for module in network.modules() if type(module).__name__ in classes for m in module.modules() if isinstance(m, layers)]
+    return [
+        names[m]
+        for module in network.modules()
+        if type(module).__name__ in classes
+        for m in module.modules()
+        if isinstance(m, layers)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +61,15 @@ def layout(pipe):
 
 
 def same(read, written):
-    assert {c: set(m) for c, m in read.components.items()} == {c: set(m) for c, m in written.components.items()}
+    assert {c: set(m) for c, m in read.components.items()} == {
+        c: set(m) for c, m in written.components.items()
+    }
     for component, modules in written.components.items():
         for path, lr in modules.items():
             got = read.components[component][path]
-            assert torch.equal(got.down, lr.down) and torch.equal(got.up, lr.up) and got.scale == 1.0
+            assert (
+                torch.equal(got.down, lr.down) and torch.equal(got.up, lr.up) and got.scale == 1.0
+            )
 
 
 def file_of(state, walks, classes):
@@ -79,37 +93,64 @@ def file_of(state, walks, classes):
 def test_files_of_either_order_are_read_by_a_live_walk(layout, old, extended, said):
     pipe = pipeline()
     state = random_state(pipe, mixed=True, unet=EXTENDED if extended else PLAIN, text=TEXT)
-    state = AdapterState({c: {p: lr._replace(scale=1.0) for p, lr in m.items()} for c, m in state.components.items()})
+    state = AdapterState(
+        {c: {p: lr._replace(scale=1.0) for p, lr in m.items()} for c, m in state.components.items()}
+    )
     unet = old_order(pipe.unet) if old else pipe.unet
-    classes = ["Attention", "GEGLU", "CrossAttention"] + ["ResnetBlock2D"] * extended  # a set: in any order
+    classes = ["Attention", "GEGLU", "CrossAttention"] + [
+        "ResnetBlock2D"
+    ] * extended  # a set: in any order
     walks = {
         "unet": walk(unet, classes, (nn.Linear, nn.Conv2d) if extended else nn.Linear),
-        "text_encoder": ["text_model." + path for path in walk(pipe.text_encoder, ["CLIPAttention"])],
+        "text_encoder": [
+            "text_model." + path for path in walk(pipe.text_encoder, ["CLIPAttention"])
+        ],
     }
     tensors, header = file_of(state, walks, {"unet": classes, "text_encoder": ["CLIPAttention"]})
     assert cloneofsimo.detect(tensors)
-    same(cloneofsimo.read(dict(reversed(tensors.items())), header if said else {}, layout, "x"), state)
+    same(
+        cloneofsimo.read(dict(reversed(tensors.items())), header if said else {}, layout, "x"),
+        state,
+    )
 
 
-@pytest.mark.parametrize("patterns", [PLAIN, EXTENDED, ("*attn2.to_k", "*attn2.to_v"), ("*resnets.0.conv1",)])
+@pytest.mark.parametrize(
+    "patterns", [PLAIN, EXTENDED, ("*attn2.to_k", "*attn2.to_v"), ("*resnets.0.conv1",)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_written_files_have_the_older_order_and_read_back_bit_for_bit(layout, tmp_path, patterns, dtype):
+def test_written_files_have_the_older_order_and_read_back_bit_for_bit(
+    layout, tmp_path, patterns, dtype
+):
     pipe = pipeline()
     state = random_state(pipe, mixed=True, unet=patterns, text=TEXT, scale=0.5)
     state = AdapterState(
-        {c: {p: lr._replace(up=lr.up.to(dtype), down=lr.down.to(dtype)) for p, lr in m.items()} for c, m in state.components.items()}
+        {
+            c: {p: lr._replace(up=lr.up.to(dtype), down=lr.down.to(dtype)) for p, lr in m.items()}
+            for c, m in state.components.items()
+        }
     )
-    folded = AdapterState({c: {p: lr._replace(up=lr.up * lr.scale, scale=1.0) for p, lr in m.items()} for c, m in state.components.items()})
+    folded = AdapterState(
+        {
+            c: {p: lr._replace(up=lr.up * lr.scale, scale=1.0) for p, lr in m.items()}
+            for c, m in state.components.items()
+        }
+    )
     tensors, header = cloneofsimo.write(state, layout, "x")
     write_tensors(tmp_path / "x.safetensors", tensors, header)
     same(cloneofsimo.read(*read_tensors(tmp_path / "x.safetensors"), layout, "x"), folded)
     layers = nn.Linear if "ResnetBlock2D" not in header["unet"] else (nn.Linear, nn.Conv2d)
     paths = walk(old_order(pipe.unet), json.loads(header["unet"]), layers)
-    assert sum(key.startswith("unet:") for key in tensors) == 2 * len(paths)  # every layer of the classes, its readers count them
+    assert sum(key.startswith("unet:") for key in tensors) == 2 * len(
+        paths
+    )  # every layer of the classes, its readers count them
     for i, path in enumerate(paths):
         up, down = tensors[f"unet:{i}:up"], tensors[f"unet:{i}:down"]
         shape = layout.components["unet"].shapes[path]
-        assert down.shape[1:] == shape[1:] and up.shape[0] == shape[0] and header[f"unet:{i}:rank"] == str(len(down))
+        assert (
+            down.shape[1:] == shape[1:]
+            and up.shape[0] == shape[0]
+            and header[f"unet:{i}:rank"] == str(len(down))
+        )
         if path in folded.components["unet"]:
             assert torch.equal(up, folded.components["unet"][path].up) and up.dtype == dtype
         else:
@@ -121,14 +162,18 @@ def test_a_file_for_linear_layers_of_all_classes_is_read(layout):
     pipe = pipeline()
     state = random_state(pipe, unet=(*PLAIN, "*time_emb_proj"), text=(), scale=1.0)
     classes = ["CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"]
-    tensors, header = file_of(state, {"unet": walk(old_order(pipe.unet), classes)}, {"unet": classes})
+    tensors, header = file_of(
+        state, {"unet": walk(old_order(pipe.unet), classes)}, {"unet": classes}
+    )
     same(cloneofsimo.read(tensors, header, layout, "x"), state)
 
 
 def test_shapes_that_tell_no_order_are_refused():
     layout = layout_of({"unet": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})})
     numbering = Numbering({"X": ("*",)}, (("X",),), (("a", "b"), ("b", "a")))
-    layout = replace(layout, components={"unet": replace(layout.components["unet"], numbering=numbering)})
+    layout = replace(
+        layout, components={"unet": replace(layout.components["unet"], numbering=numbering)}
+    )
     tensors = {f"unet:{i}:{role}": torch.ones(2, 2) for i in range(2) for role in ("up", "down")}
     with pytest.raises(UserError, match="may mean a or b by unet:0, both fit"):
         cloneofsimo.read(tensors, {"unet": '["X"]'}, layout, "x")
@@ -142,13 +187,24 @@ def full():
     """Stable Diffusion 1.5's networks at full size whose weights are one zero each, repeated: loaders see shapes, memory stays empty."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
+        )
     for module in (*unet.modules(), *text.modules()):
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None:
                     zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                    store[name] = nn.Parameter(zero, requires_grad=False) if store is module._parameters else zero
+                    store[name] = (
+                        nn.Parameter(zero, requires_grad=False)
+                        if store is module._parameters
+                        else zero
+                    )
     return unet, text, sd.layout(unet, text, {})
 
 
@@ -162,30 +218,52 @@ def disney(full):
 
 def test_the_real_file_fits_its_model(full, disney):
     layout, state = full[2], disney[2]
-    assert {component: len(modules) for component, modules in state.components.items()} == {"unet": 144, "text_encoder": 48}
+    assert {component: len(modules) for component, modules in state.components.items()} == {
+        "unet": 144,
+        "text_encoder": 48,
+    }
     for component, modules in state.components.items():
         for path, lr in modules.items():
-            assert lr.rank == 1 and (lr.up.shape[0], lr.down.shape[1]) == layout.components[component].shapes[path]
-    assert state.token_names == ("<s1>", "<s2>") and [round(n, 4) for n in state.tokens["clip_l"].norm(dim=1).tolist()] == [0.4107, 0.4110]
-    assert set(state.metadata) == {"token_names"}  # what numbers meant is not carried into other formats
+            assert (
+                lr.rank == 1
+                and (lr.up.shape[0], lr.down.shape[1]) == layout.components[component].shapes[path]
+            )
+    assert state.token_names == ("<s1>", "<s2>") and [
+        round(n, 4) for n in state.tokens["clip_l"].norm(dim=1).tolist()
+    ] == [0.4107, 0.4110]
+    assert set(state.metadata) == {
+        "token_names"
+    }  # what numbers meant is not carried into other formats
     paths = list(state.components["unet"])  # semantics of the published files, written out
     block = "up_blocks.1.attentions.0.transformer_blocks.0."
     assert paths[6 * 9 : 7 * 9] == [block + rest for rest in (*(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")), "ff.net.0.proj",
                                                               *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")))]  # fmt: skip
     assert all(path.startswith("mid_block.") for path in paths[135:])
-    assert [path.split(".")[-1] for path in list(state.components["text_encoder"])[4:8]] == ["k_proj", "v_proj", "q_proj", "out_proj"]
+    assert [path.split(".")[-1] for path in list(state.components["text_encoder"])[4:8]] == [
+        "k_proj",
+        "v_proj",
+        "q_proj",
+        "out_proj",
+    ]
 
 
 def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
     tensors, header, state = disney
     again, own = cloneofsimo.write(state, full[2], "x")
-    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
-    assert own.keys() == header.keys() and all(own[key] == header[key] for key in header if key != "unet")
+    assert again.keys() == tensors.keys() and all(
+        torch.equal(again[key], tensors[key]) for key in tensors
+    )
+    assert own.keys() == header.keys() and all(
+        own[key] == header[key] for key in header if key != "unet"
+    )
     assert set(json.loads(own["unet"])) == set(json.loads(header["unet"]))
     cloneofsimo.write_pt(state, tmp_path / "disney.pt", full[2])
     read = cloneofsimo.read_pt(tmp_path / "disney.pt", full[2])
     same(read, state)
-    assert torch.equal(read.tokens["clip_l"], state.tokens["clip_l"]) and read.token_names == state.token_names
+    assert (
+        torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
+        and read.token_names == state.token_names
+    )
 
 
 def test_the_real_file_does_not_fit_the_newer_order(full, disney):
@@ -193,27 +271,41 @@ def test_the_real_file_does_not_fit_the_newer_order(full, disney):
     layout = full[2]
     unet = layout.components["unet"]
     newer = replace(unet, numbering=replace(unet.numbering, orders=unet.numbering.orders[1:]))
-    expected = (
-        r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, .*attn2.to_q \[320, 320\] would be the nearest"
-    )
+    expected = r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, .*attn2.to_q \[320, 320\] would be the nearest"
     with pytest.raises(UserError, match=expected):
-        cloneofsimo.read(tensors, header, replace(layout, components={**layout.components, "unet": newer}), "x")
+        cloneofsimo.read(
+            tensors, header, replace(layout, components={**layout.components, "unet": newer}), "x"
+        )
 
 
 @pytest.mark.parametrize("format", [diffusers, kohya])
-def test_diffusers_loads_the_converted_real_file_to_the_same_updates(full, disney, tmp_path, format):
+def test_diffusers_loads_the_converted_real_file_to_the_same_updates(
+    full, disney, tmp_path, format
+):
     """diffusers' and peft's own code from file to delta W, on networks of full size."""
     (unet, text, layout), state, name = full, disney[2], format.__name__.rpartition(".")[2]
     write_tensors(tmp_path / "x.safetensors", *format.write(state, layout, "x"))
-    tensors, alphas = StableDiffusionPipeline.lora_state_dict(str(tmp_path / "x.safetensors"), unet_config=unet.config)[:2]
-    StableDiffusionPipeline.load_lora_into_unet(tensors, network_alphas=alphas, unet=unet, adapter_name=name)
-    StableDiffusionPipeline.load_lora_into_text_encoder(tensors, network_alphas=alphas, text_encoder=text, adapter_name=name, prefix="text_encoder")
+    tensors, alphas = StableDiffusionPipeline.lora_state_dict(
+        str(tmp_path / "x.safetensors"), unet_config=unet.config
+    )[:2]
+    StableDiffusionPipeline.load_lora_into_unet(
+        tensors, network_alphas=alphas, unet=unet, adapter_name=name
+    )
+    StableDiffusionPipeline.load_lora_into_text_encoder(
+        tensors, network_alphas=alphas, text_encoder=text, adapter_name=name, prefix="text_encoder"
+    )
     for component, network, count in (("unet", unet, 144), ("text_encoder", text, 48)):
-        loaded = {path: module for path, module in network.named_modules() if name in getattr(module, "lora_A", ())}
+        loaded = {
+            path: module
+            for path, module in network.named_modules()
+            if name in getattr(module, "lora_A", ())
+        }
         assert len(loaded) == count
         for path, lr in state.components[component].items():
             layer = loaded[layout.module_path(component, path)]
-            assert torch.equal(layer.lora_A[name].weight, lr.down) and torch.equal(layer.lora_B[name].weight * layer.scaling[name], lr.up * lr.scale)
+            assert torch.equal(layer.lora_A[name].weight, lr.down) and torch.equal(
+                layer.lora_B[name].weight * layer.scaling[name], lr.up * lr.scale
+            )
         torch.testing.assert_close(layer.get_delta_weight(name), product(lr), rtol=1e-6, atol=0)
 
 
@@ -227,27 +319,50 @@ def with_tokens(state, names=("<s2>", "<s10>", "<dog>")):
 def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe, layout):
     state = with_tokens(random_state(pipe, unet=PLAIN, text=TEXT, scale=1.0))
     tensors, header = cloneofsimo.write(state, layout, "x")
-    assert [key for key, value in header.items() if value == "<embed>"] == ["<s2>", "<s10>", "<dog>"] and tensors["<s2>"].shape == (16,)
+    assert [key for key, value in header.items() if value == "<embed>"] == [
+        "<s2>",
+        "<s10>",
+        "<dog>",
+    ] and tensors["<s2>"].shape == (16,)
     read = cloneofsimo.read(tensors, header | {"seed": "1"}, layout, "x")
-    assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]])
+    assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
+        read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
+    )
     assert read.metadata["seed"] == "1"
-    read = cloneofsimo.read(tensors, header | {"token_names": '["<s2>", "<s10>", "<dog>"]'}, layout, "x")
-    assert read.token_names == state.token_names and torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
+    read = cloneofsimo.read(
+        tensors, header | {"token_names": '["<s2>", "<s10>", "<dog>"]'}, layout, "x"
+    )
+    assert read.token_names == state.token_names and torch.equal(
+        read.tokens["clip_l"], state.tokens["clip_l"]
+    )
 
 
 def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     state = with_tokens(random_state(pipe, unet=EXTENDED, text=TEXT, scale=1.0, mixed=False))
     written = cloneofsimo.write_pt(state, tmp_path / "my.lora.pt", layout)
-    assert [file.name for file in written] == ["my.lora.pt", "my.lora.text_encoder.pt", "my.lora.ti.pt"]
+    assert [file.name for file in written] == [
+        "my.lora.pt",
+        "my.lora.text_encoder.pt",
+        "my.lora.ti.pt",
+    ]
     data = torch.load(written[0], weights_only=True)
-    assert type(data) is list and cloneofsimo.detect_pt(data) and data[0].shape == (8, 3) and data[1].shape == (3, 8)
+    assert (
+        type(data) is list
+        and cloneofsimo.detect_pt(data)
+        and data[0].shape == (8, 3)
+        and data[1].shape == (3, 8)
+    )
     assert set(torch.load(written[2], weights_only=True)) == {"<s2>", "<s10>", "<dog>"}
     read = cloneofsimo.read_pt(written[0], layout)
     same(read, state)
-    assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]])
+    assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
+        read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
+    )
     alone = cloneofsimo.read_pt(written[1], layout)
     assert set(alone.components) == {"text_encoder"} and not alone.tokens
-    tensors, header = cloneofsimo.write(read, layout, "x")  # cloneofsimo's own convert, with the ranks that the factors have
+    tensors, header = cloneofsimo.write(
+        read, layout, "x"
+    )  # cloneofsimo's own convert, with the ranks that the factors have
     same(cloneofsimo.read(tensors, header, layout, "x"), state)
     first = written[0].read_bytes()
     cloneofsimo.write_pt(state, tmp_path / "my.lora.pt", layout)
@@ -260,7 +375,15 @@ class Danger:
 
 
 @pytest.mark.parametrize(
-    "content", [[], [torch.ones(8, 1)], {"a": 1}, [Danger(), Danger()], [torch.ones(2).int()] * 2, [torch.full((8, 1), float("nan"))] * 2]
+    "content",
+    [
+        [],
+        [torch.ones(8, 1)],
+        {"a": 1},
+        [Danger(), Danger()],
+        [torch.ones(2).int()] * 2,
+        [torch.full((8, 1), float("nan"))] * 2,
+    ],
 )
 def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
@@ -272,7 +395,14 @@ def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, cont
 
 
 def one(path, *, rank=1, shape=(8, 8), dora=False):
-    return {path: LowRank(torch.ones(rank, *shape[1:]), torch.ones(shape[0], rank), 1.0, torch.ones(shape[0]) if dora else None)}
+    return {
+        path: LowRank(
+            torch.ones(rank, *shape[1:]),
+            torch.ones(shape[0], rank),
+            1.0,
+            torch.ones(shape[0]) if dora else None,
+        )
+    }
 
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -294,7 +424,10 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ],
 )  # fmt: skip
 def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected):
-    for write in (lambda: cloneofsimo.write(state, layout, "x"), lambda: cloneofsimo.write_pt(state, tmp_path / "x.pt", layout)):
+    for write in (
+        lambda: cloneofsimo.write(state, layout, "x"),
+        lambda: cloneofsimo.write_pt(state, tmp_path / "x.pt", layout),
+    ):
         with pytest.raises(UserError, match=expected) as error:
             write()
         assert "\n" not in str(error.value)
@@ -303,19 +436,31 @@ def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected)
 
 def test_a_layout_that_numbers_its_layers_is_needed(pipe, layout):
     tensors, header = cloneofsimo.write(random_state(pipe, unet=PLAIN, text=()), layout, "x")
-    with pytest.raises(UserError, match="cloneofsimo's index-keyed format, whose numbers mean layers of a model's layout"):
+    with pytest.raises(
+        UserError,
+        match="cloneofsimo's index-keyed format, whose numbers mean layers of a model's layout",
+    ):
         cloneofsimo.read(tensors, header, None, "x")
-    with pytest.raises(UserError, match="cloneofsimo's index-keyed format numbers the layers of no network of this model"):
+    with pytest.raises(
+        UserError,
+        match="cloneofsimo's index-keyed format numbers the layers of no network of this model",
+    ):
         cloneofsimo.read(tensors, header, layout_of({"unet": pipe.unet}), "x")
 
 
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"unet:0:up": torch.ones(9, 3)}, r"unet:0 of x has up \[9, 3\] and down \[3, 8\], which fits no order"),
+        (
+            {"unet:0:up": torch.ones(9, 3)},
+            r"unet:0 of x has up \[9, 3\] and down \[3, 8\], which fits no order",
+        ),
         ({"unet:0:down": None}, "no unet:0:down"),
         ({"unet:7:up": None, "unet:7:down": None}, "no unet:7:up"),
-        ({"unet:36:up": torch.ones(8, 3), "unet:36:down": torch.ones(3, 8)}, "37 layers for unet, expected 36;"),
+        (
+            {"unet:36:up": torch.ones(8, 3), "unet:36:down": torch.ones(3, 8)},
+            "37 layers for unet, expected 36;",
+        ),
         ({"unet:007:up": torch.ones(8, 3)}, "unet:7:up twice"),
         ({"odd": torch.ones(2)}, "the key odd, neither"),
         ({"vae:0:up": torch.ones(8, 3), "vae:0:down": torch.ones(3, 8)}, "not of vae"),
@@ -328,30 +473,59 @@ def test_a_layout_that_numbers_its_layers_is_needed(pipe, layout):
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(pipe, layout, change, expected):
-    tensors, header = cloneofsimo.write(with_tokens(random_state(pipe, unet=PLAIN, text=()), ("<s1>",)), layout, "x")
+    tensors, header = cloneofsimo.write(
+        with_tokens(random_state(pipe, unet=PLAIN, text=()), ("<s1>",)), layout, "x"
+    )
     assert sum(key.endswith(":up") for key in tensors) == 36
-    header = {**header, **{key.removeprefix("header "): value for key, value in change.items() if key.startswith("header ")}}
-    tensors = {key: t for key, t in (tensors | change).items() if t is not None and not key.startswith("header ")}
+    header = {
+        **header,
+        **{
+            key.removeprefix("header "): value
+            for key, value in change.items()
+            if key.startswith("header ")
+        },
+    }
+    tensors = {
+        key: t
+        for key, t in (tensors | change).items()
+        if t is not None and not key.startswith("header ")
+    }
     with pytest.raises(UserError, match=expected) as error:
         cloneofsimo.read(tensors, header, layout, "x")
     assert "\n" not in str(error.value)
 
 
 def test_mutated_files_are_read_or_refused_in_a_sentence(pipe, layout):
-    good, header = cloneofsimo.write(with_tokens(random_state(pipe, unet=PLAIN, text=TEXT)), layout, "x")
+    good, header = cloneofsimo.write(
+        with_tokens(random_state(pipe, unet=PLAIN, text=TEXT)), layout, "x"
+    )
     dice, refused = random.Random(0), 0
     for _ in range(300):
         tensors, meta = dict(good), dict(header)
         for _ in range(dice.randint(1, 2)):
             key = dice.choice(list(tensors))
-            name = key[: (at := dice.randrange(len(key)))] + dice.choice(["", "9", ":", "ü", "unet"]) + key[at + 1 :]
+            name = (
+                key[: (at := dice.randrange(len(key)))]
+                + dice.choice(["", "9", ":", "ü", "unet"])
+                + key[at + 1 :]
+            )
             action = dice.randrange(5)
             if action < 3:
                 tensor = tensors.pop(key)
-                tensors |= [{name: tensor}, {}, {key: tensor[None] if dice.random() < 0.5 else tensor[..., :-1]}][action]
+                tensors |= [
+                    {name: tensor},
+                    {},
+                    {key: tensor[None] if dice.random() < 0.5 else tensor[..., :-1]},
+                ][action]
             else:
                 entry = dice.choice(list(meta))
-                meta.pop(entry) if action == 3 else meta.update({entry: dice.choice(["", "[]", "[1]", "null", "<embed>", "[" * 3000, '["GEGLU"]'])})
+                meta.pop(entry) if action == 3 else meta.update(
+                    {
+                        entry: dice.choice(
+                            ["", "[]", "[1]", "null", "<embed>", "[" * 3000, '["GEGLU"]']
+                        )
+                    }
+                )
         try:
             cloneofsimo.read(tensors, meta, layout, "x")
         except UserError as error:

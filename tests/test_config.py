@@ -22,19 +22,36 @@ def parse(*words: str) -> Config:
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('seed = 3\nbatch_size = 2\n[data]\nresolution = 64\n[[stages]]\nsteps = 5\n[[stages]]\nsteps = 6\ngroups = ["tokens"]\n')
+    file.write_text(
+        'seed = 3\nbatch_size = 2\n[data]\nresolution = 64\n[[stages]]\nsteps = 5\n[[stages]]\nsteps = 6\ngroups = ["tokens"]\n'
+    )
     config = parse(str(file), "--batch-size", "4", "--stages.1.steps", "7", "--data.images", "here")
-    assert (config.seed, config.batch_size, config.data.resolution, config.data.images) == (3, 4, 64, "here")
+    assert (config.seed, config.batch_size, config.data.resolution, config.data.images) == (
+        3,
+        4,
+        64,
+        "here",
+    )
     assert [s.steps for s in config.stages] == [5, 7] and config.stages[1].groups == ("tokens",)
-    assert config.keep == Config().keep and config.steps == 12 and config.trains("tokens") and not config.trains("text_encoder")
+    assert (
+        config.keep == Config().keep
+        and config.steps == 12
+        and config.trains("tokens")
+        and not config.trains("text_encoder")
+    )
 
 
 def test_key_value_flags() -> None:
     config = parse("--optimizer.lr", "denoiser=1e-3", "tokens=2e-2", "--optimizer.betas", "tokens=0.9,0.95", "--loss-arg", "delta=0.1",
                    "schedule=snr",
                    "--optimizer.args", "safeguard_warmup=true", "d_coef=2", "--adapter.rank-pattern", "*.attn2.*=4")  # fmt: skip
-    assert config.optimizer.lr == {"denoiser": 1e-3, "tokens": 2e-2} and config.optimizer.betas == {"tokens": (0.9, 0.95)}
-    assert config.loss_arg == {"delta": 0.1, "schedule": "snr"} and config.optimizer.args == {"safeguard_warmup": True, "d_coef": 2}
+    assert config.optimizer.lr == {"denoiser": 1e-3, "tokens": 2e-2} and config.optimizer.betas == {
+        "tokens": (0.9, 0.95)
+    }
+    assert config.loss_arg == {"delta": 0.1, "schedule": "snr"} and config.optimizer.args == {
+        "safeguard_warmup": True,
+        "d_coef": 2,
+    }
     assert config.adapter.rank_pattern == {"*.attn2.*": 4}
 
 
@@ -57,20 +74,27 @@ def test_arguments_are_read_as_people_write_them(text: str, value: object) -> No
         (["--optimizer.lr", "denoiser=1", "tokens=1", "denoiser=2"], "denoiser is given 2 times"),
     ],
 )
-def test_pairs_that_say_too_much_or_too_little_are_named(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+def test_pairs_that_say_too_much_or_too_little_are_named(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(*words)
     assert said in capsys.readouterr().err
 
 
 def test_a_config_survives_its_own_toml() -> None:
-    stages = (Stage(steps=3, lr={"denoiser": 1e-4}, schedule="cosine", low=0.1), Stage(groups=("tokens", "denoiser")))
+    stages = (
+        Stage(steps=3, lr={"denoiser": 1e-4}, schedule="cosine", low=0.1),
+        Stage(groups=("tokens", "denoiser")),
+    )
     config = replace(
         Config(), stages=stages, loss_arg={"delta": 0.5},
         optimizer=Optimizer(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}), adapter=Adapter(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
     )  # fmt: skip
     assert from_table(tomllib.loads(to_toml(config))) == config
-    assert from_table({}) == Config() and from_table(to_table(Infer(lora=("a:1", "b"))), Infer) == Infer(lora=("a:1", "b"))
+    assert from_table({}) == Config() and from_table(
+        to_table(Infer(lora=("a:1", "b"))), Infer
+    ) == Infer(lora=("a:1", "b"))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
@@ -116,12 +140,16 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path)
         file.write_bytes(f"{mark}# été".encode(encoding))
         with pytest.raises(UserError, match=r"notepad\.toml is not UTF-8 text") as error:
             read_toml(file)
-        assert ("UTF-16" in str(error.value)) == (encoding != "latin-1") and str(error.value).count("notepad.toml") == 1
+        assert ("UTF-16" in str(error.value)) == (encoding != "latin-1") and str(error.value).count(
+            "notepad.toml"
+        ) == 1
 
 
 def test_words_that_are_no_utf8_are_refused_escaped() -> None:
     for words in (["--out", "caf\udce9"], ["--data.caption", "caf\udce9"], ["caf\udce9.toml"]):
-        with pytest.raises(UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are no UTF-8"):
+        with pytest.raises(
+            UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are no UTF-8"
+        ):
             command_line(Config, words, prog="train.py", example="")
 
 
@@ -147,9 +175,17 @@ def test_help_explains_every_flag(cls: type, capsys: pytest.CaptureFixture[str])
 
     def flags(kind: type, prefix: str) -> list[str]:
         return [
-            name for f in fields(kind) for name in (flags(type(f.default), f"{prefix}{f.name}.") if is_dataclass(f.default) else [prefix + f.name])
+            name
+            for f in fields(kind)
+            for name in (
+                flags(type(f.default), f"{prefix}{f.name}.")
+                if is_dataclass(f.default)
+                else [prefix + f.name]
+            )
         ]
 
     for name in flags(cls, ""):
-        if not name.startswith(("stages", "adapter", "optimizer", "source")):  # groups built by a factory; renamed
+        if not name.startswith(
+            ("stages", "adapter", "optimizer", "source")
+        ):  # groups built by a factory; renamed
             assert "--" + name.replace("_", "-") in shown, name

@@ -41,7 +41,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_sdxl.save(root / "edm", scheduler="edm")
     tiny_flux.save(root / "flux")
     pictures = save_photos(root / "pictures", count=3)
-    rows = [{"file_name": f"{i}.png", "text": "the text of TOK", "prompt": f"a prompt of TOK {'abc'[i]}"} for i in range(3)]
+    rows = [
+        {
+            "file_name": f"{i}.png",
+            "text": "the text of TOK",
+            "prompt": f"a prompt of TOK {'abc'[i]}",
+        }
+        for i in range(3)
+    ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {folder.name: folder for folder in root.iterdir()}
 
@@ -55,7 +62,9 @@ def short_templates(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(config: Config, family: str, tiny: dict[str, Path], *, precision: str = "fp64") -> Config:
     """The config on a tiny model and tiny pictures, its stages cut to two steps and one. In fp64 a rate times a decay of 1e-8 is still seen."""
     rank = min(config.adapter.rank, 4) if config.trains("denoiser") else config.adapter.rank
-    stages = tuple(replace(stage, steps=2 if i == 0 else 1) for i, stage in enumerate(config.stages))
+    stages = tuple(
+        replace(stage, steps=2 if i == 0 else 1) for i, stage in enumerate(config.stages)
+    )
     return replace(
         config, model=str(tiny[family]), vae="", device="cpu", precision=precision, stages=stages, save_every=0, log_every=1,
         data=replace(config.data, images=str(tiny["pictures"]), dataset="", resolution=16, bucket_step=4 if config.data.buckets else 64),
@@ -78,13 +87,21 @@ def _put(node: Any, path: list[str], value: Any) -> Any:
     if is_dataclass(node):
         return replace(node, **{key: _put(getattr(node, key), rest, value)})
     if isinstance(node, tuple):
-        return tuple(_put(item, rest, value) if i == int(key) else item for i, item in enumerate(node))
+        return tuple(
+            _put(item, rest, value) if i == int(key) else item for i, item in enumerate(node)
+        )
     changed = {**node, key: _put(node.get(key), rest, value)}
     return {k: v for k, v in changed.items() if v is not None}
 
 
 def get(config: Any, path: str) -> Any:
-    return reduce(lambda node, key: getattr(node, key) if is_dataclass(node) else node[int(key) if key.isdigit() else key], path.split("."), config)
+    return reduce(
+        lambda node, key: (
+            getattr(node, key) if is_dataclass(node) else node[int(key) if key.isdigit() else key]
+        ),
+        path.split("."),
+        config,
+    )
 
 
 # ---------------------------------------------------------------- the files
@@ -97,7 +114,14 @@ def test_parses_and_says_how_to_run_it(path: Path) -> None:
     assert path.name in path.read_text() or path.stem == "toy_pti"
 
 
-SCRIPT = {"data.crop": "random", "data.variants": 1, "data.interpolation": "lanczos", "data.resolution": 1024, "seed": 0, "optimizer.warmup": 0}
+SCRIPT = {
+    "data.crop": "random",
+    "data.variants": 1,
+    "data.interpolation": "lanczos",
+    "data.resolution": 1024,
+    "seed": 0,
+    "optimizer.warmup": 0,
+}
 DOG = SCRIPT | {
     "data.caption": "a photo of sks dog", "adapter.rank": 4, "adapter.targets": ("attention",), "optimizer.name": "adamw",
     "optimizer.lr": {"denoiser": 1e-4}, "optimizer.weight_decay": {"denoiser": 1e-4}, "batch_size": 1, "accumulation": 4, "precision": "fp16",
@@ -108,7 +132,13 @@ PRODIGY = SCRIPT | {
     "tokens.vectors": 2, "tokens.norm": "rescale", "data.repeats": 1, "precision": "bf16",
     "gradient_checkpointing": True, "accumulation": 1, "optimizer.schedule": "constant",
 }  # fmt: skip
-FLUX = PRODIGY | {"model": "black-forest-labs/FLUX.1-dev", "batch_size": 1, "noise.guidance": 3.5, "noise.density": "uniform", "weighting": "none"}
+FLUX = PRODIGY | {
+    "model": "black-forest-labs/FLUX.1-dev",
+    "batch_size": 1,
+    "noise.guidance": 3.5,
+    "noise.density": "uniform",
+    "weighting": "none",
+}
 LORA = {"adapter.rank": 8, "optimizer.lr": {"denoiser": 1.0, "tokens": 1.0}}
 VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides say
     "sdxl_dreambooth": DOG | {"vae": "", "adapter.kind": "lora", "stages": [(500, ("denoiser",))]},
@@ -153,7 +183,9 @@ VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides sa
 def test_says_what_the_guides_command_says(name: str) -> None:
     config = CONFIGS[name]
     for path, wanted in VALUES[name].items():
-        found = [(s.steps, s.groups) for s in config.stages] if path == "stages" else get(config, path)
+        found = (
+            [(s.steps, s.groups) for s in config.stages] if path == "stages" else get(config, path)
+        )
         assert found == wanted, path
 
 
@@ -161,13 +193,19 @@ def variants(name: str) -> list[list[str]]:
     """The flags that a config's comments offer, one list for each variant; a backslash goes on in the next line."""
     text = re.sub(r"\\\n#\s*", "", (FOLDER / f"{name}.toml").read_text())
     head = text[text.index("# Variants") :] if "# Variants" in text else ""
-    return [shlex.split(line.lstrip("# "), comments=True) for line in head.splitlines() if line.startswith("#   --")]
+    return [
+        shlex.split(line.lstrip("# "), comments=True)
+        for line in head.splitlines()
+        if line.startswith("#   --")
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if variants(name)])
 def test_variants_in_the_comments_are_command_lines(name: str) -> None:
     for words in variants(name):
-        config = command_line(Config, [str(FOLDER / f"{name}.toml"), *words], prog="train.py", example="")
+        config = command_line(
+            Config, [str(FOLDER / f"{name}.toml"), *words], prog="train.py", example=""
+        )
         assert config != CONFIGS[name], words
         config_checks.config(replace(config, report="none"))  # the package may not be here
 
@@ -215,8 +253,17 @@ TABLE = (FOLDER.parent / "README.md").read_text().split("## Flags of the guides"
 @pytest.mark.parametrize("script", FLAGS)
 def test_flag_table_has_every_flag_in_its_column(script: str) -> None:
     column = 2 + list(FLAGS).index(script)
-    rows = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| `") or line.startswith("| the")]
-    cells = " ".join([*(("| ".join(row) + " |").split("|")[column] for row in rows), TABLE[TABLE.index("Without a counterpart") :]])
+    rows = [
+        line.split(" | ")
+        for line in TABLE.splitlines()
+        if line.startswith("| `") or line.startswith("| the")
+    ]
+    cells = " ".join(
+        [
+            *(("| ".join(row) + " |").split("|")[column] for row in rows),
+            TABLE[TABLE.index("Without a counterpart") :],
+        ]
+    )
     named = set(re.findall(r"`--(\w+)", cells))
     assert not set(FLAGS[script].split()) - named
 
@@ -241,15 +288,27 @@ def test_flag_table_names_options_that_exist() -> None:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_runs(name: str, tiny: dict[str, Path], tmp_path: Path, quick: None) -> None:
-    config = put(small(CONFIGS[name], FAMILY[name], tiny, precision="fp32"), {"out": str(tmp_path / "run")})
+    config = put(
+        small(CONFIGS[name], FAMILY[name], tiny, precision="fp32"), {"out": str(tmp_path / "run")}
+    )
     run = train.train(put(config, {"stages.0.steps": 1}) if len(config.stages) > 1 else config)
     files = {path.name for path in run.iterdir()}
     tokens, lora = config.trains("tokens"), config.trains("denoiser")
-    assert {"config.toml", "metrics.jsonl", "val.jsonl", "summary.json", "before_after.png", "checkpoints", "samples"} <= files
+    assert {
+        "config.toml",
+        "metrics.jsonl",
+        "val.jsonl",
+        "summary.json",
+        "before_after.png",
+        "checkpoints",
+        "samples",
+    } <= files
     assert ("run_emb.safetensors" in files) == tokens
     assert ({"pytorch_lora_weights.safetensors", "run.safetensors"} <= files) == lora
     parameters = learned(run)
-    assert {key.split("/")[1] for key in parameters} == {group for stage in config.stages for group in stage.groups}
+    assert {key.split("/")[1] for key in parameters} == {
+        group for stage in config.stages for group in stage.groups
+    }
     assert all(torch.isfinite(p).all() for p in parameters.values())
 
 
@@ -264,7 +323,9 @@ EXCLUDED = {  # options that a config sets and no weight depends on
     "optimizer.name": "its arguments go with it: tests/test_train.py",
     "optimizer.weight_decay.tokens": "0 in lora_pti; see stages.1.weight_decay.tokens",
 }  # fmt: skip
-FLIPS: dict[str, dict[str, Any]] = {  # where the default is not the right other value: what is set instead
+FLIPS: dict[
+    str, dict[str, Any]
+] = {  # where the default is not the right other value: what is set instead
     "adapter.rank": {"adapter.rank": 2},
     "data.captions": {"data.captions": "metadata", "data.caption": ""},
     "data.caption": {"data.caption": "TOK, dark"},
@@ -277,7 +338,12 @@ FLIPS: dict[str, dict[str, Any]] = {  # where the default is not the right other
     "samples.prompts": {"samples.prompts": ("b TOK",)},
     "samples.steps": {"samples.steps": 3},
     "stages.0.groups": {"stages.0.groups": ("tokens",)},
-    "stages.1.groups": {"stages.1.groups": ("denoiser", "text_encoder"), "stages.1.lr": {}, "stages.1.weight_decay": {}, "stages.1.norm": None},
+    "stages.1.groups": {
+        "stages.1.groups": ("denoiser", "text_encoder"),
+        "stages.1.lr": {},
+        "stages.1.weight_decay": {},
+        "stages.1.norm": None,
+    },
     "optimizer.args.use_bias_correction": {"optimizer.args.use_bias_correction": False},
     "optimizer.args.safeguard_warmup": {"optimizer.args.safeguard_warmup": False},
 }
@@ -296,9 +362,17 @@ def differing(config: Any, default: Any, path: str = "") -> list[str]:
     """Dotted names of the options that are not at their default; tables by key, stages by number."""
     found = []
     for field in fields(config):
-        value, usual, name = getattr(config, field.name), getattr(default, field.name), path + field.name
+        value, usual, name = (
+            getattr(config, field.name),
+            getattr(default, field.name),
+            path + field.name,
+        )
         if name == "stages":
-            found += [key for i, stage in enumerate(value) for key in differing(stage, type(stage)(), f"stages.{i}.")]
+            found += [
+                key
+                for i, stage in enumerate(value)
+                for key in differing(stage, type(stage)(), f"stages.{i}.")
+            ]
         elif is_dataclass(value):
             found += differing(value, usual, name + ".")
         elif isinstance(value, dict):
@@ -309,18 +383,41 @@ def differing(config: Any, default: Any, path: str = "") -> list[str]:
 
 
 OPTIONS = {name: differing(config, Config()) for name, config in CONFIGS.items()}
-QUICKEST = ("kohya_lora", "sd15_lora_pti", "flux_textual_inversion", "flux_pivotal", "flux_pivotal_t5", "sdxl_pivotal_prodigy")
-ORDER = [*(name for name in OPTIONS if name not in QUICKEST), *reversed(QUICKEST)]  # the last one that has an option is asked
-UNION = {option: WHERE.get(option, name) for name in ORDER for option in OPTIONS[name] if option not in EXCLUDED}
+QUICKEST = (
+    "kohya_lora",
+    "sd15_lora_pti",
+    "flux_textual_inversion",
+    "flux_pivotal",
+    "flux_pivotal_t5",
+    "sdxl_pivotal_prodigy",
+)
+ORDER = [
+    *(name for name in OPTIONS if name not in QUICKEST),
+    *reversed(QUICKEST),
+]  # the last one that has an option is asked
+UNION = {
+    option: WHERE.get(option, name)
+    for name in ORDER
+    for option in OPTIONS[name]
+    if option not in EXCLUDED
+}
 BASES: dict[str, dict[str, torch.Tensor]] = {}  # config -> what it learns
 
 
 @pytest.fixture
-def steps_only(quick: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], dict[str, torch.Tensor]]:
+def steps_only(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Config], dict[str, torch.Tensor]]:
     """A run that ends after its steps, without validation, checkpoint and files: what it has learned, group and number -> parameter."""
     monkeypatch.setattr(results, "validate", lambda session, done: None)
     monkeypatch.setattr(
-        results, "finish", lambda session: {f"{name}/{i}": p.detach().clone() for name, group in session.groups.items() for i, p in enumerate(group)}
+        results,
+        "finish",
+        lambda session: {
+            f"{name}/{i}": p.detach().clone()
+            for name, group in session.groups.items()
+            for i, p in enumerate(group)
+        },
     )
     return train.train
 
@@ -331,7 +428,12 @@ def flipped(option: str, name: str, config: Config) -> dict[str, Any]:
     if re.search(r"\.(lr|weight_decay)\.", option):
         return {option: 2 * get(config, option)}
     parts = option.split(".")
-    return {option: get(type(config.stages[0])() if parts[0] == "stages" else Config(), ".".join(parts[2:] if parts[0] == "stages" else parts))}
+    return {
+        option: get(
+            type(config.stages[0])() if parts[0] == "stages" else Config(),
+            ".".join(parts[2:] if parts[0] == "stages" else parts),
+        )
+    }
 
 
 def test_excluded_options_are_in_some_config() -> None:
@@ -339,20 +441,35 @@ def test_excluded_options_are_in_some_config() -> None:
     assert set(FLIPS) | set(WHERE) <= set(UNION) | set(EXCLUDED)
 
 
-@pytest.mark.parametrize("option", sorted(option for option in UNION if not option.startswith("samples.")))
-def test_flipping_an_option_changes_what_is_learned(option: str, tiny: dict[str, Path], tmp_path: Path, steps_only: Callable) -> None:
+@pytest.mark.parametrize(
+    "option", sorted(option for option in UNION if not option.startswith("samples."))
+)
+def test_flipping_an_option_changes_what_is_learned(
+    option: str, tiny: dict[str, Path], tmp_path: Path, steps_only: Callable
+) -> None:
     name = UNION[option]
-    config = put(small(CONFIGS[name], FAMILY[name], tiny), {"gradient_checkpointing": False, **WITH.get(option, {})})
+    config = put(
+        small(CONFIGS[name], FAMILY[name], tiny),
+        {"gradient_checkpointing": False, **WITH.get(option, {})},
+    )
     base = name + option * (option in WITH)
     if base not in BASES:
         BASES[base] = steps_only(put(config, {"out": str(tmp_path / "base")}))
-    other = steps_only(put(config, flipped(option, name, CONFIGS[name]) | {"out": str(tmp_path / "other")}))
+    other = steps_only(
+        put(config, flipped(option, name, CONFIGS[name]) | {"out": str(tmp_path / "other")})
+    )
     ours = BASES[base]
-    assert ours.keys() != other.keys() or any(ours[k].shape != other[k].shape or not torch.equal(ours[k], other[k]) for k in ours)
+    assert ours.keys() != other.keys() or any(
+        ours[k].shape != other[k].shape or not torch.equal(ours[k], other[k]) for k in ours
+    )
 
 
-@pytest.mark.parametrize("option", sorted(option for option in UNION if option.startswith("samples.")))
-def test_flipping_an_option_of_samples_changes_the_pictures(option: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", sorted(option for option in UNION if option.startswith("samples."))
+)
+def test_flipping_an_option_of_samples_changes_the_pictures(
+    option: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     name = UNION[option]
     config = small(CONFIGS[name], FAMILY[name], tiny, precision="fp32")
     drawn: list[list[Image.Image]] = []
@@ -362,7 +479,9 @@ def test_flipping_an_option_of_samples_changes_the_pictures(option: str, tiny: d
     assert drawn[0][0].tobytes() != drawn[1][0].tobytes()
 
 
-def test_the_same_config_twice_learns_the_same(tiny: dict[str, Path], tmp_path: Path, steps_only: Callable) -> None:
+def test_the_same_config_twice_learns_the_same(
+    tiny: dict[str, Path], tmp_path: Path, steps_only: Callable
+) -> None:
     """Otherwise the flips above would show nothing."""
     config = small(CONFIGS["sdxl_pivotal_prodigy"], "sdxl", tiny)
     one, two = (steps_only(put(config, {"out": str(tmp_path / out)})) for out in "ab")

@@ -27,7 +27,9 @@ PHOTOS = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout, w
 
 def noise_image(width, height, seed=0, mode="RGB"):
     bands = len(Image.new(mode, (1, 1)).getbands())
-    return Image.frombytes(mode, (width, height), random.Random(seed).randbytes(width * height * bands))
+    return Image.frombytes(
+        mode, (width, height), random.Random(seed).randbytes(width * height * bands)
+    )
 
 
 def save(image, path):
@@ -47,7 +49,10 @@ def folder(tmp_path):
 
 def pixels_of(image):
     """[-1, 1] fp32 [3, h, w], written without the code under test."""
-    values = [[[image.getpixel((x, y))[c] for x in range(image.width)] for y in range(image.height)] for c in range(3)]
+    values = [
+        [[image.getpixel((x, y))[c] for x in range(image.width)] for y in range(image.height)]
+        for c in range(3)
+    ]
     return torch.tensor(values, dtype=torch.float64).div(255).mul(2).sub(1).float()
 
 
@@ -58,7 +63,9 @@ def test_text_files_may_hold_several_captions(folder):
     (folder / "1.txt").write_text("a TOK\n\n  the TOK  \n")
     records = scan(folder)
     assert [r.path.name for r in records] == [f"{i}.png" for i in range(5)]
-    assert records[1].captions == ("a TOK", "the TOK") and records[2].captions == ("a photo of TOK 2",)
+    assert records[1].captions == ("a TOK", "the TOK") and records[2].captions == (
+        "a photo of TOK 2",
+    )
     drawn = [Folder(records, ImageSettings(8)).example(1, visit).caption for visit in range(40)]
     assert set(drawn) == {"a TOK", "the TOK"}
 
@@ -74,11 +81,21 @@ def test_a_metadata_table_pairs_files_with_their_own_text_whatever_its_order(fol
 
 def test_captions_in_file_names_one_for_all_and_templates(tmp_path):
     save(noise_image(8, 8), tmp_path / "a photo of TOK.src.jpg")
-    assert scan(tmp_path)[0].captions == scan(tmp_path, captions="filename")[0].captions == ("a photo of TOK",)
-    assert scan(tmp_path, caption="the TOK")[0].captions == scan(tmp_path, captions="one", caption="the TOK")[0].captions == ("the TOK",)
+    assert (
+        scan(tmp_path)[0].captions
+        == scan(tmp_path, captions="filename")[0].captions
+        == ("a photo of TOK",)
+    )
+    assert (
+        scan(tmp_path, caption="the TOK")[0].captions
+        == scan(tmp_path, captions="one", caption="the TOK")[0].captions
+        == ("the TOK",)
+    )
     for kind in ("object", "style"):
         captions = scan(tmp_path, captions=kind, caption="TOK")[0].captions
-        assert len(set(captions)) == len(captions) >= 10 and all(c.split().count("TOK") == 1 and "{" not in c for c in captions)
+        assert len(set(captions)) == len(captions) >= 10 and all(
+            c.split().count("TOK") == 1 and "{" not in c for c in captions
+        )
         assert "style of TOK" in " ".join(captions) or kind == "object"
 
 
@@ -90,12 +107,24 @@ def test_captions_without_the_word_are_listed_once_each(folder):
 
 
 def test_a_named_column_and_a_csv_table(folder):
-    rows = [{"file_name": f"{i}.png", "text": f"row {i}", "tags": [f"tag {i}", "zwei\u2028drei"]} for i in range(5)]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    assert [r.captions for r in scan(folder, caption_column="tags")] == [(f"tag {i}", "zwei\u2028drei") for i in range(5)]
-    with pytest.raises(UserError, match="line 1 has the columns file_name, text, tags; expected the caption under 'label'"):
+    rows = [
+        {"file_name": f"{i}.png", "text": f"row {i}", "tags": [f"tag {i}", "zwei\u2028drei"]}
+        for i in range(5)
+    ]
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert [r.captions for r in scan(folder, caption_column="tags")] == [
+        (f"tag {i}", "zwei\u2028drei") for i in range(5)
+    ]
+    with pytest.raises(
+        UserError,
+        match="line 1 has the columns file_name, text, tags; expected the caption under 'label'",
+    ):
         scan(folder, caption_column="label")
-    (folder / "metadata.csv").write_text('\ufefffile_name,text,note\r\n4.png,"a, ""quoted""\r\ntext",x\r\n', encoding="utf-8")
+    (folder / "metadata.csv").write_text(
+        '\ufefffile_name,text,note\r\n4.png,"a, ""quoted""\r\ntext",x\r\n', encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"both metadata\.jsonl and metadata\.csv; keep one"):
         scan(folder)
     (folder / "metadata.jsonl").unlink()
@@ -103,7 +132,10 @@ def test_a_named_column_and_a_csv_table(folder):
         scan(folder)
     with open(folder / "metadata.csv", "a") as table:
         table.write("".join(f"{i}.png,row {i},note {i}\n" for i in range(4)))
-    assert [r.captions for r in scan(folder)] == [*((f"row {i}",) for i in range(4)), ('a, "quoted"\ntext',)]
+    assert [r.captions for r in scan(folder)] == [
+        *((f"row {i}",) for i in range(4)),
+        ('a, "quoted"\ntext',),
+    ]
     assert scan(folder, caption_column="note")[4].captions == ("x",)
     for bad, match in (
         ("0.png\n", "line 2 has the text None"),
@@ -115,7 +147,9 @@ def test_a_named_column_and_a_csv_table(folder):
         with pytest.raises(UserError, match=match):
             scan(folder)
     (folder / "metadata.csv").unlink()
-    with pytest.raises(UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"):
+    with pytest.raises(
+        UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"
+    ):
         scan(folder, caption_column="note")
 
 
@@ -125,20 +159,32 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     plain, dropped = Folder(records, WILD), Folder(records, WILD, caption_dropout=0.3)
     lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
     assert abs(sum(lost) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
-    assert len({tuple(lost[i * 120 : i * 120 + 120]) for i in range(5)}) == 5  # each image its own draws
+    assert (
+        len({tuple(lost[i * 120 : i * 120 + 120]) for i in range(5)}) == 5
+    )  # each image its own draws
     twice = sum(a and b for a, b in zip(lost[::2], lost[1::2], strict=True)) / 300
     assert abs(twice - 0.09) < 5 * (0.09 * 0.91 / 300) ** 0.5  # and each visit
     streams = []
     for batch, workers in ((1, 0), (3, 0), (4, 2)):
         made = batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
-        streams.append([(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)])
+        streams.append(
+            [(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)]
+        )
     assert streams[0] == streams[1] == streams[2] and 0 < sum(c == "" for *_, c in streams[0]) < 20
-    for without, with_ in zip(batches(plain, batch=4, seed=0, stop=6), batches(dropped, batch=4, seed=0, stop=6), strict=True):
+    for without, with_ in zip(
+        batches(plain, batch=4, seed=0, stop=6),
+        batches(dropped, batch=4, seed=0, stop=6),
+        strict=True,
+    ):
         assert torch.equal(without.pixels, with_.pixels) and without.visits == with_.visits
         assert all(b in (a, "") for a, b in zip(without.captions, with_.captions, strict=True))
     still = ImageSettings(8)
-    assert Folder(records, still).cache_key(records[0], 0) == Folder(records, still, caption_dropout=0.3).cache_key(records[0], 0)
-    prior = Folder(scan(folder, captions="one", caption="a dog", is_prior=True), WILD, caption_dropout=0.9)
+    assert Folder(records, still).cache_key(records[0], 0) == Folder(
+        records, still, caption_dropout=0.3
+    ).cache_key(records[0], 0)
+    prior = Folder(
+        scan(folder, captions="one", caption="a dog", is_prior=True), WILD, caption_dropout=0.9
+    )
     assert {prior.example(0, v).caption for v in range(50)} == {"a dog"}
     for bad in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match="caption dropout"):
@@ -219,8 +265,14 @@ def test_pixels_are_the_centre_of_the_image_resized_to_cover(folder):
         resized = image.resize(size, Image.Resampling.BILINEAR)
         left, top = round((size[0] - 8) / 2), round((size[1] - 8) / 2)
         example = Folder([record], ImageSettings(8)).example(0, 0)
-        assert torch.equal(example.pixels, pixels_of(resized.crop((left, top, left + 8, top + 8)))), i
-        assert example.crop == (top, left) and example.original_size == (image.height, image.width) and example.mask is None
+        assert torch.equal(
+            example.pixels, pixels_of(resized.crop((left, top, left + 8, top + 8)))
+        ), i
+        assert (
+            example.crop == (top, left)
+            and example.original_size == (image.height, image.width)
+            and example.mask is None
+        )
 
 
 def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
@@ -233,16 +285,25 @@ def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
     for name in ("bilinear", "bicubic", "lanczos"):
         example = Folder(records, ImageSettings(8, interpolation=name)).example(0, 0)
         whole = image.resize((11, 8), Image.Resampling[name.upper()])
-        assert example.crop == (0, 2) and torch.equal(example.pixels, pixels_of(whole.crop((2, 0, 10, 8))))
+        assert example.crop == (0, 2) and torch.equal(
+            example.pixels, pixels_of(whole.crop((2, 0, 10, 8)))
+        )
         assert torch.equal(example.mask[0], torch.tensor(list(soft.tobytes())).view(8, 8) / 255)
-        seen.append((example.pixels, Folder(records, ImageSettings(8, interpolation=name)).cache_key(records[0], 0)))
+        seen.append(
+            (
+                example.pixels,
+                Folder(records, ImageSettings(8, interpolation=name)).cache_key(records[0], 0),
+            )
+        )
         wide = Folder(records, ImageSettings(8, zoom=1.5, interpolation=name)).example(0, 0)
         assert wide.pixels.shape == (3, 8, 8)
         seen[-1] += (wide.pixels,)
     assert len({key for _, key, _ in seen}) == 3
     for i in (0, 2):
         assert not any(torch.equal(seen[a][i], seen[b][i]) for a, b in ((0, 1), (0, 2), (1, 2)))
-    with pytest.raises(UserError, match="unknown interpolation 'box', expected one of bilinear, bicubic, lanczos"):
+    with pytest.raises(
+        UserError, match="unknown interpolation 'box', expected one of bilinear, bicubic, lanczos"
+    ):
         ImageSettings(8, interpolation="box")
 
 
@@ -254,7 +315,11 @@ def test_any_image_fills_any_resolution(tmp_path, size):
         settings = ImageSettings(resolution, crop="random", zoom=1.7, flip=True, jitter=True)
         for visit in range(5):
             pixels = Folder(records, settings).example(0, visit).pixels
-            assert pixels.shape == (3, resolution, resolution) and pixels.dtype == torch.float32 and pixels.abs().max() <= 1
+            assert (
+                pixels.shape == (3, resolution, resolution)
+                and pixels.dtype == torch.float32
+                and pixels.abs().max() <= 1
+            )
 
 
 def test_exif_orientation_palette_grey_and_transparency(tmp_path):
@@ -289,7 +354,10 @@ def test_a_mask_follows_crop_and_flip_and_never_the_jitter(tmp_path):
     settings = ImageSettings(8, crop="random", zoom=1.5, flip=True)
     seen = set()
     for visit in range(30):
-        plain, jittered = (Folder(records, replace(settings, jitter=jitter)).example(0, visit) for jitter in (False, True))
+        plain, jittered = (
+            Folder(records, replace(settings, jitter=jitter)).example(0, visit)
+            for jitter in (False, True)
+        )
         assert torch.allclose(plain.mask, (plain.pixels[:1] + 1) / 2, atol=1e-6)
         assert plain.mask.min() >= 0 and plain.mask.max() <= 1
         assert torch.equal(plain.mask, jittered.mask) and plain.crop == jittered.crop
@@ -311,7 +379,9 @@ def test_alpha_as_mask_and_masks_in_a_mixed_batch(tmp_path):
     assert scan(tmp_path, caption="TOK")[0].key != record.key
     save(noise_image(8, 8, 6), tmp_path / "y.png")
     save(alpha, tmp_path / "y.mask.png")
-    both = next(batches(Folder(scan(tmp_path, caption="TOK"), ImageSettings(8)), batch=2, seed=0, stop=1))
+    both = next(
+        batches(Folder(scan(tmp_path, caption="TOK"), ImageSettings(8)), batch=2, seed=0, stop=1)
+    )
     means = dict(zip(both.keys, both.mask.mean(dim=(1, 2, 3)).tolist(), strict=True))
     assert means[scan(tmp_path, caption="TOK")[0].key] == 1 and min(means.values()) < 0.9
     with pytest.raises(UserError, match=r"y\.png has no alpha channel"):
@@ -350,26 +420,44 @@ def test_flip_mirrors_half_the_visits_and_jitter_stays_within_ten_percent(tmp_pa
     save(image, tmp_path / "x.png")
     records = scan(tmp_path, caption="TOK")
     straight, mirrored = pixels_of(image), pixels_of(ImageOps.mirror(image))
-    made = [Folder(records, ImageSettings(8, flip=True)).example(0, visit).pixels for visit in range(200)]
+    made = [
+        Folder(records, ImageSettings(8, flip=True)).example(0, visit).pixels
+        for visit in range(200)
+    ]
     flips = sum(torch.equal(p, mirrored) for p in made)
-    assert flips + sum(torch.equal(p, straight) for p in made) == 200 and 65 < flips < 135  # five standard deviations
+    assert (
+        flips + sum(torch.equal(p, straight) for p in made) == 200 and 65 < flips < 135
+    )  # five standard deviations
     save(Image.new("RGB", (8, 8), (100, 100, 100)), tmp_path / "x.png")
     flat = Folder(scan(tmp_path, caption="TOK"), ImageSettings(8, jitter=True))
-    levels = torch.tensor([((flat.example(0, v).pixels + 1) * 127.5).mean().item() for v in range(200)])
+    levels = torch.tensor(
+        [((flat.example(0, v).pixels + 1) * 127.5).mean().item() for v in range(200)]
+    )
     assert levels.min() >= 89 and levels.max() <= 110.5 and levels.min() < 92 and levels.max() > 108
 
 
 def test_variants_repeat_pixels_but_not_captions(folder):
     (folder / "0.txt").write_text("\n".join(f"TOK number {i}" for i in range(50)))
     records = scan(folder)
-    made = Folder(records, ImageSettings(8, crop="random", zoom=1.4, flip=True, jitter=True, variants=3))
+    made = Folder(
+        records, ImageSettings(8, crop="random", zoom=1.4, flip=True, jitter=True, variants=3)
+    )
     examples = [made.example(0, visit) for visit in range(9)]
     for visit, example in enumerate(examples):
-        assert torch.equal(example.pixels, examples[visit % 3].pixels) and example.crop == examples[visit % 3].crop and example.visit == visit
-    assert len({e.pixels.sum().item() for e in examples}) == 3 and len({e.caption for e in examples}) > 3
+        assert (
+            torch.equal(example.pixels, examples[visit % 3].pixels)
+            and example.crop == examples[visit % 3].crop
+            and example.visit == visit
+        )
+    assert (
+        len({e.pixels.sum().item() for e in examples}) == 3
+        and len({e.caption for e in examples}) > 3
+    )
 
 
-@pytest.mark.parametrize("bad", [{"resolution": 0}, {"zoom": 0.5}, {"variants": -1}, {"crop": "left"}])
+@pytest.mark.parametrize(
+    "bad", [{"resolution": 0}, {"zoom": 0.5}, {"variants": -1}, {"crop": "left"}]
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(UserError):
         ImageSettings(**{"resolution": 8, **bad})
@@ -379,7 +467,13 @@ def test_bad_settings_are_refused(bad):
 
 
 def everything(batch):
-    return [batch.pixels, batch.mask, batch.is_prior], [batch.captions, batch.keys, batch.visits, batch.original_sizes, batch.crops]
+    return [batch.pixels, batch.mask, batch.is_prior], [
+        batch.captions,
+        batch.keys,
+        batch.visits,
+        batch.original_sizes,
+        batch.crops,
+    ]
 
 
 def assert_same(left, right):
@@ -393,9 +487,14 @@ WILD = ImageSettings(8, crop="random", zoom=1.5, flip=True, jitter=True, seed=4)
 
 def test_every_epoch_is_a_permutation_of_its_own():
     epochs = [[position(7, 7 * e + i, seed=1) for i in range(7)] for e in range(4)]
-    assert all(sorted(r for r, _ in epoch) == list(range(7)) and {v for _, v in epoch} == {e} for e, epoch in enumerate(epochs))
+    assert all(
+        sorted(r for r, _ in epoch) == list(range(7)) and {v for _, v in epoch} == {e}
+        for e, epoch in enumerate(epochs)
+    )
     assert len({tuple(r for r, _ in epoch) for epoch in epochs}) > 1
-    assert [position(7, i, seed=1) for i in range(20)] != [position(7, i, seed=2) for i in range(20)]
+    assert [position(7, i, seed=1) for i in range(20)] != [
+        position(7, i, seed=2) for i in range(20)
+    ]
     assert position(7, 17, seed=1) == position(7, 17, seed=1)
 
 
@@ -420,7 +519,13 @@ def test_a_sample_looks_the_same_for_any_batch_size(folder):
     streams = []
     for batch in (1, 2, 3, 6):
         made = batches(Folder(scan(folder), WILD), batch=batch, seed=0, stop=12 // batch)
-        streams.append([(b.keys[i], b.visits[i], b.captions[i], b.pixels[i], b.crops[i]) for b in made for i in range(batch)])
+        streams.append(
+            [
+                (b.keys[i], b.visits[i], b.captions[i], b.pixels[i], b.crops[i])
+                for b in made
+                for i in range(batch)
+            ]
+        )
     for stream in streams[1:]:
         for left, right in zip(streams[0], stream, strict=True):
             assert left[:3] == right[:3] and left[4] == right[4] and torch.equal(left[3], right[3])
@@ -431,7 +536,11 @@ def test_copies_of_an_image_take_turns_so_no_visit_comes_twice(folder):
     (folder / "7.txt").write_text("the same file again")
     records = scan(folder, repeats=2)
     assert len(records) == 12
-    drawn = [(k, v) for b in batches(Folder(records, WILD), batch=4, seed=0, stop=9) for k, v in zip(b.keys, b.visits, strict=True)]
+    drawn = [
+        (k, v)
+        for b in batches(Folder(records, WILD), batch=4, seed=0, stop=9)
+        for k, v in zip(b.keys, b.visits, strict=True)
+    ]
     assert len(set(drawn)) == 36
     for record, visits in ((records[0], 12), (records[1], 6)):
         assert sorted(v for k, v in drawn if k == record.key) == list(range(visits))
@@ -452,8 +561,15 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
         save(noise_image(9, 9, 20 + i), tmp_path / "class" / f"{i}.jpg")
     prior = Folder(scan(tmp_path / "class", caption="a photo of a dog", is_prior=True), WILD)
     instance = Folder(scan(folder), WILD)
-    for alone, both in zip(batches(instance, batch=2, seed=0, stop=6), batches(instance, prior, batch=2, seed=0, stop=6), strict=True):
-        assert both.is_prior.tolist() == [False, False, True, True] and both.captions[2:] == ["a photo of a dog"] * 2
+    for alone, both in zip(
+        batches(instance, batch=2, seed=0, stop=6),
+        batches(instance, prior, batch=2, seed=0, stop=6),
+        strict=True,
+    ):
+        assert (
+            both.is_prior.tolist() == [False, False, True, True]
+            and both.captions[2:] == ["a photo of a dog"] * 2
+        )
         assert_same(both.rows(slice(0, 2)), alone)
     seen = [k for b in batches(instance, prior, batch=1, seed=0, stop=3) for k in b.keys[1:]]
     assert sorted(seen) == sorted(r.key for r in prior.records)
@@ -464,11 +580,24 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
 def test_rows_of_a_batch_keep_their_pairing(folder):
     save(noise_image(12, 10, 3, "L"), folder / "0.mask.png")
     batch = next(batches(Folder(scan(folder), WILD), batch=5, seed=0, stop=1))
-    place = batch.captions.index("a photo of TOK 0")  # the one with a mask, so that alone it has the same members
-    assert_same(dataset.collate([Folder(scan(folder), WILD).example(0, batch.visits[place])]), batch.rows(slice(place, place + 1)))
+    place = batch.captions.index(
+        "a photo of TOK 0"
+    )  # the one with a mask, so that alone it has the same members
+    assert_same(
+        dataset.collate([Folder(scan(folder), WILD).example(0, batch.visits[place])]),
+        batch.rows(slice(place, place + 1)),
+    )
     part = batch.rows(slice(1, 3))
-    assert part.keys == batch.keys[1:3] and part.captions == batch.captions[1:3] and part.crops == batch.crops[1:3]
-    assert torch.equal(part.pixels, batch.pixels[1:3]) and torch.equal(part.mask, batch.mask[1:3]) and part.visits == batch.visits[1:3]
+    assert (
+        part.keys == batch.keys[1:3]
+        and part.captions == batch.captions[1:3]
+        and part.crops == batch.crops[1:3]
+    )
+    assert (
+        torch.equal(part.pixels, batch.pixels[1:3])
+        and torch.equal(part.mask, batch.mask[1:3])
+        and part.visits == batch.visits[1:3]
+    )
     with pytest.raises(UserError, match="batch >= 1"):
         batches(Folder(scan(folder), WILD), batch=0, seed=0, stop=1)
 
@@ -477,13 +606,25 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     reads = []
     made = Folder(scan(folder), replace(WILD, zoom=1.0))
     read = dataset.read_picture
-    monkeypatch.setattr(dataset, "read_picture", lambda path, *args, **kwargs: reads.append(path) or read(path, *args, **kwargs))
+    monkeypatch.setattr(
+        dataset,
+        "read_picture",
+        lambda path, *args, **kwargs: reads.append(path) or read(path, *args, **kwargs),
+    )
     list(batches(made, batch=5, seed=0, stop=4))
     assert sorted(reads) == sorted(r.path for r in made.records)
-    assert made._recent.bytes == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values()) > 0
+    assert (
+        made._recent.bytes
+        == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
+        > 0
+    )
     bounded = Folder(made.records, made.settings)
     bounded._recent.limit_bytes = 0
-    for left, right in zip(batches(made, batch=5, seed=0, stop=2), batches(bounded, batch=5, seed=0, stop=2), strict=True):
+    for left, right in zip(
+        batches(made, batch=5, seed=0, stop=2),
+        batches(bounded, batch=5, seed=0, stop=2),
+        strict=True,
+    ):
         assert_same(left, right)
     assert len(reads) == 15 and bounded._recent.bytes == 0
 
@@ -495,8 +636,18 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
     record = scan(folder)[0]
     base = replace(WILD, variants=4)
     key = Folder([record], base).cache_key(record, 1)
-    changes = [{"resolution": 9}, {"interpolation": "lanczos"}, {"crop": "center"}, {"zoom": 1.6}, {"flip": False}, {"jitter": False}, {"seed": 5}]
-    keys = {key} | {Folder([record], replace(base, **change)).cache_key(record, 1) for change in changes}
+    changes = [
+        {"resolution": 9},
+        {"interpolation": "lanczos"},
+        {"crop": "center"},
+        {"zoom": 1.6},
+        {"flip": False},
+        {"jitter": False},
+        {"seed": 5},
+    ]
+    keys = {key} | {
+        Folder([record], replace(base, **change)).cache_key(record, 1) for change in changes
+    }
     assert len(keys) == 8
     made = Folder([record], base)
     assert made.cache_key(record, 5) == key != made.cache_key(record, 2)
@@ -508,7 +659,11 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
     save(noise_image(12, 10, 3, "L"), folder / "99.mask.png")
     assert made.cache_key(next(r for r in scan(folder) if r.path.name == "99.png"), 1) != key
     still = Folder([record], ImageSettings(8))
-    assert still.cache_key(record, 0) == still.cache_key(record, 9) == Folder([record], ImageSettings(8, seed=3)).cache_key(record, 1)
+    assert (
+        still.cache_key(record, 0)
+        == still.cache_key(record, 9)
+        == Folder([record], ImageSettings(8, seed=3)).cache_key(record, 1)
+    )
     with pytest.raises(UserError, match="set variants"):
         Folder([record], WILD).cache_key(record, 0)
 
@@ -526,9 +681,14 @@ def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_p
                 computed += 1
                 return {"mean": batch.pixels[i].mean(dim=0), "std": batch.pixels[i].std(dim=0)}
 
-            keys = [made.cache_key(made.records[places[k]], v) for k, v in zip(batch.keys, batch.visits, strict=True)]
+            keys = [
+                made.cache_key(made.records[places[k]], v)
+                for k, v in zip(batch.keys, batch.visits, strict=True)
+            ]
             rows = cache.get(keys, compute)
-            assert torch.equal(rows["mean"], batch.pixels.mean(dim=1)) and torch.equal(rows["std"], batch.pixels.std(dim=1))
+            assert torch.equal(rows["mean"], batch.pixels.mean(dim=1)) and torch.equal(
+                rows["std"], batch.pixels.std(dim=1)
+            )
         assert computed == len(cache) == 10  # five images, two variants
 
 
@@ -545,16 +705,27 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
 
     def rows(batch):
         size = tuple(batch.pixels.shape[-2:])
-        keys = [made.cache_key(records[k], v, size) for k, v in zip(batch.keys, batch.visits, strict=True)]
-        return cache.get(keys, lambda i: {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])})
+        keys = [
+            made.cache_key(records[k], v, size)
+            for k, v in zip(batch.keys, batch.visits, strict=True)
+        ]
+        return cache.get(
+            keys, lambda i: {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])}
+        )
 
     for batch in batches(made, batch=2, seed=0, stop=10):
         by_step.append(rows(batch)["pixels"])
     for step, batch in enumerate(batches(made, batch=2, seed=1, stop=10)):
         found = rows(batch)
-        assert torch.equal(found["pixels"], batch.pixels) and found["crop"].tolist() == [list(crop) for crop in batch.crops]
-        assert batch.captions == [captions[k] for k in batch.keys] and batch.original_sizes == [records[k].size for k in batch.keys]
-        wrong += by_step[step].shape != batch.pixels.shape or not torch.equal(by_step[step], batch.pixels)
+        assert torch.equal(found["pixels"], batch.pixels) and found["crop"].tolist() == [
+            list(crop) for crop in batch.crops
+        ]
+        assert batch.captions == [captions[k] for k in batch.keys] and batch.original_sizes == [
+            records[k].size for k in batch.keys
+        ]
+        wrong += by_step[step].shape != batch.pixels.shape or not torch.equal(
+            by_step[step], batch.pixels
+        )
         sizes.add(tuple(batch.pixels.shape[-2:]))
     assert wrong > 5 and len(cache) == 10 and (len(sizes) > 1) == wide
 
@@ -566,31 +737,66 @@ def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
         save(noise_image(9, 9 + i, 20 + i), tmp_path / "class" / f"{i}.png")
         (tmp_path / "class" / f"{i}.txt").write_text(f"a dog {i}")
     how = replace(WILD, buckets=wide, bucket_step=2)
-    instance, prior = Folder(scan(folder), how), Folder(scan(tmp_path / "class", is_prior=True), how)
+    instance, prior = (
+        Folder(scan(folder), how),
+        Folder(scan(tmp_path / "class", is_prior=True), how),
+    )
     records = {r.key: r for r in (*instance.records, *prior.records)}
     for b in (1, 2, 3):
         for batch in batches(instance, prior, batch=b, seed=0, stop=8):
-            assert batch.is_prior.tolist() == [False] * b + [True] * b == [records[k].is_prior for k in batch.keys]
-            assert batch.captions == [records[k].captions[0] for k in batch.keys] and batch.original_sizes == [records[k].size for k in batch.keys]
-            interleaved = [caption for pair in zip(batch.captions[:b], batch.captions[b:], strict=True) for caption in pair]
+            assert (
+                batch.is_prior.tolist()
+                == [False] * b + [True] * b
+                == [records[k].is_prior for k in batch.keys]
+            )
+            assert batch.captions == [
+                records[k].captions[0] for k in batch.keys
+            ] and batch.original_sizes == [records[k].size for k in batch.keys]
+            interleaved = [
+                caption
+                for pair in zip(batch.captions[:b], batch.captions[b:], strict=True)
+                for caption in pair
+            ]
             assert (interleaved == batch.captions) == (b == 1)
             for i, key in enumerate(batch.keys):
                 source = prior if batch.is_prior[i] else instance
-                again = source.example([r.key for r in source.records].index(key), batch.visits[i], tuple(batch.pixels.shape[-2:]))
-                assert torch.equal(again.pixels, batch.pixels[i]) and again.crop == batch.crops[i] and again.caption == batch.captions[i]
+                again = source.example(
+                    [r.key for r in source.records].index(key),
+                    batch.visits[i],
+                    tuple(batch.pixels.shape[-2:]),
+                )
+                assert (
+                    torch.equal(again.pixels, batch.pixels[i])
+                    and again.crop == batch.crops[i]
+                    and again.caption == batch.captions[i]
+                )
 
 
 def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
-    rows = {"mean": torch.randn(2, 3).T, "ids": torch.arange(3, dtype=torch.int32), "half": torch.randn(2).bfloat16()}
-    first = Cache({"model": "a", "dtype": torch.float16}, tmp_path / "c").get(["k/1: odd", "k2"], lambda i: rows)
+    rows = {
+        "mean": torch.randn(2, 3).T,
+        "ids": torch.arange(3, dtype=torch.int32),
+        "half": torch.randn(2).bfloat16(),
+    }
+    first = Cache({"model": "a", "dtype": torch.float16}, tmp_path / "c").get(
+        ["k/1: odd", "k2"], lambda i: rows
+    )
     refuse = lambda i: pytest.fail("computed again")  # noqa: E731
-    again = Cache({"dtype": torch.float16, "model": "a"}, tmp_path / "c").get(["k2", "k/1: odd"], refuse)
-    assert all(torch.equal(first[n], again[n]) and first[n].dtype == rows[n].dtype for n in rows) and first["mean"].shape == (2, 3, 2)
+    again = Cache({"dtype": torch.float16, "model": "a"}, tmp_path / "c").get(
+        ["k2", "k/1: odd"], refuse
+    )
+    assert all(
+        torch.equal(first[n], again[n]) and first[n].dtype == rows[n].dtype for n in rows
+    ) and first["mean"].shape == (2, 3, 2)
     asked = []
-    Cache({"model": "b", "dtype": torch.float16}, tmp_path / "c").get(["k2"], lambda i: asked.append(i) or rows)
+    Cache({"model": "b", "dtype": torch.float16}, tmp_path / "c").get(
+        ["k2"], lambda i: asked.append(i) or rows
+    )
     assert asked == [0]
     files = list((tmp_path / "c").iterdir())
-    assert len(files) == 3 and all(f.suffix == ".safetensors" and not f.name.startswith(".") for f in files)
+    assert len(files) == 3 and all(
+        f.suffix == ".safetensors" and not f.name.startswith(".") for f in files
+    )
     assert torch.equal(load_file(files[0])["ids"], rows["ids"])
 
 
@@ -623,8 +829,14 @@ def test_a_cache_keeps_its_own_copies_and_refuses_what_does_not_fit(tmp_path):
 def test_real_photos(name, count, side):
     if not (PHOTOS / name).is_dir():
         pytest.skip(f"the photos of {PHOTOS / name} are not on this machine")
-    records = scan(PHOTOS / name, **({} if name == "monster_toy" else {"captions": "object", "caption": "TOK"}))
+    records = scan(
+        PHOTOS / name, **({} if name == "monster_toy" else {"captions": "object", "caption": "TOK"})
+    )
     assert len(records) == count and missing_word(records, "TOK") == []
     made = Folder(records, ImageSettings(64, crop="random", zoom=1.3, flip=True, jitter=True))
     for batch in batches(made, batch=3, seed=0, stop=2):
-        assert batch.pixels.shape == (3, 3, 64, 64) and batch.pixels.std() > 0.1 and all(side in size for size in batch.original_sizes)
+        assert (
+            batch.pixels.shape == (3, 3, 64, 64)
+            and batch.pixels.std() > 0.1
+            and all(side in size for size in batch.original_sizes)
+        )

@@ -28,14 +28,23 @@ def dense_gradients(model, x, detach):
     plain, leaves, wanted = net(), {}, []
     for path, layer in adapted_layers(model):
         own = layer.adapter("default")
-        down, up, m = (p.detach().clone().requires_grad_() for p in (own.down, own.up, own.magnitude))
+        down, up, m = (
+            p.detach().clone().requires_grad_() for p in (own.down, own.up, own.magnitude)
+        )
         groups = getattr(layer.base, "groups", 1)
-        blocks = [own.scale * u.flatten(1) @ d.flatten(1) for u, d in zip(up.chunk(groups), down.chunk(groups), strict=True)]
+        blocks = [
+            own.scale * u.flatten(1) @ d.flatten(1)
+            for u, d in zip(up.chunk(groups), down.chunk(groups), strict=True)
+        ]
         bracket = layer.weight.detach() + torch.cat(blocks).view(layer.weight.shape)
         norm = bracket.flatten(1).norm(dim=1)
-        leaves[f"{path}.weight"] = bracket * (m / (norm.detach() if detach else norm)).view(-1, *[1] * (bracket.ndim - 1))
+        leaves[f"{path}.weight"] = bracket * (m / (norm.detach() if detach else norm)).view(
+            -1, *[1] * (bracket.ndim - 1)
+        )
         wanted += [down, up, m]
-    return torch.autograd.grad(torch.func.functional_call(plain, leaves, (x,)).square().sum(), wanted)
+    return torch.autograd.grad(
+        torch.func.functional_call(plain, leaves, (x,)).square().sum(), wanted
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -50,25 +59,37 @@ def test_the_gradient_stops_at_doras_norms_or_flows_through_them(norm_grad, stre
         for a, b in zip(grads, dense_gradients(model, x, norm_grad == "detach"), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
         other = dense_gradients(model, x, norm_grad != "detach")
-        assert not any(torch.allclose(a, b) for a, b in list(zip(grads, other, strict=True))[1::3])  # every up
+        assert not any(
+            torch.allclose(a, b) for a, b in list(zip(grads, other, strict=True))[1::3]
+        )  # every up
     else:
         set_strength(model, "default", strength)
         layer, x = model.to_q, noise(2, 8)
         own = layer.adapter("default")
         bracket = layer.base.weight.detach() + own.scale * own.up @ own.down
         norm = bracket.norm(dim=1)
-        tuned = bracket * (own.magnitude / (norm.detach() if norm_grad == "detach" else norm))[:, None]
-        expected = torch.autograd.grad((x @ (layer.base.weight.detach() + tuned).T / 2).sum(), list(own.parameters()))
-        for a, b in zip(torch.autograd.grad(layer(x).sum(), list(own.parameters())), expected, strict=True):
+        tuned = (
+            bracket * (own.magnitude / (norm.detach() if norm_grad == "detach" else norm))[:, None]
+        )
+        expected = torch.autograd.grad(
+            (x @ (layer.base.weight.detach() + tuned).T / 2).sum(), list(own.parameters())
+        )
+        for a, b in zip(
+            torch.autograd.grad(layer(x).sum(), list(own.parameters())), expected, strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_norm_grad_is_doras_and_one_of_two():
     with pytest.raises(UserError, match="norm_grad is 'half'; expected detach or full"):
         AdapterSpec(targets=("*",), kind="dora", norm_grad="half")
-    with pytest.raises(UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind lora"):
+    with pytest.raises(
+        UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind lora"
+    ):
         AdapterSpec(targets=("*",), norm_grad="full")
-    with pytest.raises(UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind full"):
+    with pytest.raises(
+        UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind full"
+    ):
         AdapterSpec(targets=("*",), kind="full", norm_grad="full")
 
 

@@ -32,7 +32,14 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(config: Config, model: Path, photos: Path, name: str = "", **data: Any) -> Session:
     how = {"captions": "txt", "caption_dropout": 0.5, **data}
-    return Session(replace(config, model=str(model), out=config.out + name, data=Data(images=str(photos), resolution=SIDE, **how)))
+    return Session(
+        replace(
+            config,
+            model=str(model),
+            out=config.out + name,
+            data=Data(images=str(photos), resolution=SIDE, **how),
+        )
+    )
 
 
 def batch_of(s: Session, captions: list[str], dropped: list[bool]) -> Batch:
@@ -41,18 +48,25 @@ def batch_of(s: Session, captions: list[str], dropped: list[bool]) -> Batch:
 
 
 def test_the_rows_that_are_dropped_are_known_and_as_many_as_before(photos: Path) -> None:
-    records = [replace(record, captions=("",)) for record in scan(photos, captions="txt", masks="none")]  # captions that are really empty
+    records = [
+        replace(record, captions=("",)) for record in scan(photos, captions="txt", masks="none")
+    ]  # captions that are really empty
     folder = Folder(records, ImageSettings(SIDE), caption_dropout=0.4)
     seen = [folder.example(i, visit) for visit in range(60) for i in range(5)]
     share = sum(e.dropped for e in seen) / len(seen)
     assert 0.3 < share < 0.5 and all(e.caption == "" for e in seen)
     batch = collate(seen[:6])
-    assert batch.dropped == tuple(e.dropped for e in seen[:6]) and batch.rows(slice(1, None, 2)).dropped == batch.dropped[1::2]
+    assert (
+        batch.dropped == tuple(e.dropped for e in seen[:6])
+        and batch.rows(slice(1, None, 2)).dropped == batch.dropped[1::2]
+    )
     assert not any(Folder(records, ImageSettings(SIDE)).example(i, 0).dropped for i in range(5))
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["cached", "text trains"])
-def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(config: Config, sdxl: Path, photos: Path, trains: bool) -> None:
+def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
+    config: Config, sdxl: Path, photos: Path, trains: bool
+) -> None:
     s = opened(config, sdxl, photos)
     s.text_trains = trains
     batch = batch_of(s, ["a cat", "", ""], [False, True, False])
@@ -61,19 +75,34 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(config: Conf
     sizes = step_inputs._sizes(batch)
     with torch.no_grad():
         cond, plain = s.conditioning(text, sizes), s.family.encode_prompts(["a cat", "", ""])
-        negative = s.family.inform(s.family.encode_negative([""]), sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]), 1.0)
-    for name, rows in (("prompt_embeds", cond.prompt_embeds), ("text_embeds", cond.extra["text_embeds"])):
+        negative = s.family.inform(
+            s.family.encode_negative([""]),
+            sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]),
+            1.0,
+        )
+    for name, rows in (
+        ("prompt_embeds", cond.prompt_embeds),
+        ("text_embeds", cond.extra["text_embeds"]),
+    ):
         expected = plain.prompt_embeds if name == "prompt_embeds" else plain.extra[name]
-        assert not rows[1].any() and torch.allclose(rows[[0, 2]], expected[[0, 2]], atol=1e-5) and expected[1].any()
+        assert (
+            not rows[1].any()
+            and torch.allclose(rows[[0, 2]], expected[[0, 2]], atol=1e-5)
+            and expected[1].any()
+        )
     assert torch.equal(cond.rows(slice(1, 2)).prompt_embeds.abs(), negative.prompt_embeds.abs())
-    assert torch.equal(cond.extra["time_ids"][1:2], negative.extra["time_ids"])  # the sizes are said all the same
+    assert torch.equal(
+        cond.extra["time_ids"][1:2], negative.extra["time_ids"]
+    )  # the sizes are said all the same
 
 
 def test_the_empty_prompts_encoding_is_an_option(config: Config, sdxl: Path, photos: Path) -> None:
     s = opened(config, sdxl, photos, dropped="empty")
     s.text_trains = False
     text = step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
-    assert torch.allclose(text.prompt_embeds, s.family.encode_prompts(["a cat", ""]).prompt_embeds, atol=1e-5)
+    assert torch.allclose(
+        text.prompt_embeds, s.family.encode_prompts(["a cat", ""]).prompt_embeds, atol=1e-5
+    )
     s.text_trains = True
     assert KEPT not in step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
 
@@ -89,16 +118,26 @@ def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> Non
     assert weight.grad.any()
 
 
-def test_models_without_zeros_refuse_the_choice(config: Config, quick: None, sdxl: Path, photos: Path, tmp_path: Path) -> None:
+def test_models_without_zeros_refuse_the_choice(
+    config: Config, quick: None, sdxl: Path, photos: Path, tmp_path: Path
+) -> None:
     for dropped in ("zeros", "empty"):
-        with pytest.raises(UserError, match=f"--data.dropped {dropped} has no effect on this model"):
-            Session(replace(config, data=replace(config.data, caption_dropout=0.5, dropped=dropped)))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"--data\.dropped has no effect without --data.caption-dropout"):
+        with pytest.raises(
+            UserError, match=f"--data.dropped {dropped} has no effect on this model"
+        ):
+            Session(
+                replace(config, data=replace(config.data, caption_dropout=0.5, dropped=dropped))
+            )  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"--data\.dropped has no effect without --data.caption-dropout"
+    ):
         Session(replace(config, data=replace(config.data, dropped="empty")))
     other = tmp_path / "encodes"
     tiny_sdxl.save(other)
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    (other / "model_index.json").write_text(
+        json.dumps(index | {"force_zeros_for_empty_prompt": False})
+    )
     with pytest.raises(UserError, match=r"--data\.dropped zeros has no effect on this model"):
         opened(config, other, photos, dropped="zeros")
     s = opened(config, other, photos)
@@ -122,10 +161,23 @@ def test_the_two_choices_train_to_different_weights(
 ) -> None:
     runs = []
     for dropped in ("model", "zeros", "empty"):
-        data = Data(images=str(photos), resolution=SIDE, captions="txt", caption_dropout=0.9, dropped=dropped)  # type: ignore[arg-type]
+        data = Data(
+            images=str(photos),
+            resolution=SIDE,
+            captions="txt",
+            caption_dropout=0.9,
+            dropped=dropped,
+        )  # type: ignore[arg-type]
         groups = ("denoiser", "text_encoder")
         stages = (Stage(1, ("denoiser",)), Stage(2, groups))
-        c = replace(config, model=str(sdxl), out=f"{config.out}_{dropped}", data=data, stages=stages, adapter=Adapter(rank=2))  # type: ignore[arg-type]
+        c = replace(
+            config,
+            model=str(sdxl),
+            out=f"{config.out}_{dropped}",
+            data=data,
+            stages=stages,
+            adapter=Adapter(rank=2),
+        )  # type: ignore[arg-type]
         runs.append(learned(train.train(c)))
         assert ("dropped captions: zeros" in capsys.readouterr().out) == (dropped != "empty")
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])

@@ -11,14 +11,22 @@ from lora_core.runs.run_folder import flatten, unflatten
 
 def params(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in ((3, 4), (5,), (1,))]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in ((3, 4), (5,), (1,))
+    ]
 
 
 def train_(ps, step):
     """A made-up optimiser step."""
     with torch.no_grad():
         for p in ps:
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(p.dtype), alpha=0.1)
+            p.add_(
+                torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+                ).to(p.dtype),
+                alpha=0.1,
+            )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
@@ -41,7 +49,9 @@ def test_the_warm_up_forgets_the_start():
         p.zero_()
     for _ in range(30):
         average.update_()
-    assert float(average.averages[0].max()) < 1e-4 and 0.999**30 > 0.97  # what a constant decay would have kept
+    assert (
+        float(average.averages[0].max()) < 1e-4 and 0.999**30 > 0.97
+    )  # what a constant decay would have kept
 
 
 def test_a_bf16_parameter_is_averaged_in_fp32_where_bf16_would_stand_still():
@@ -55,8 +65,12 @@ def test_a_bf16_parameter_is_averaged_in_fp32_where_bf16_would_stand_still():
     wrong = torch.ones(4, dtype=torch.bfloat16)
     for _ in range(100):
         wrong.lerp_(p.detach(), 1e-3)
-    assert average.averages[0].dtype == torch.float32 and torch.equal(wrong, torch.ones(4, dtype=torch.bfloat16))
-    torch.testing.assert_close(average.averages[0], torch.full((4,), 1.5 - 0.5 * 0.999**100), rtol=1e-5, atol=0)
+    assert average.averages[0].dtype == torch.float32 and torch.equal(
+        wrong, torch.ones(4, dtype=torch.bfloat16)
+    )
+    torch.testing.assert_close(
+        average.averages[0], torch.full((4,), 1.5 - 0.5 * 0.999**100), rtol=1e-5, atol=0
+    )
     with average.swapped():
         assert torch.equal(p, average.averages[0].bfloat16())
 
@@ -68,7 +82,11 @@ def test_factors_are_averaged_not_their_product():
         up.fill_(1.0), down.fill_(2.0)
     average.update_()
     d = 2 / 11
-    assert float(average.averages[0] @ average.averages[1]) == pytest.approx((1 - d) * (2 - d)) != pytest.approx((1 - d) * 2)
+    assert (
+        float(average.averages[0] @ average.averages[1])
+        == pytest.approx((1 - d) * (2 - d))
+        != pytest.approx((1 - d) * 2)
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -80,7 +98,9 @@ def test_swapped_puts_the_averages_in_and_the_trained_values_back(fails):
     trained, averages = ([p.detach().clone() for p in values] for values in (ps, average.averages))
     try:
         with average.swapped():
-            assert all(torch.equal(p, a) for p, a in zip(ps, averages)) and not torch.equal(ps[0], trained[0])
+            assert all(torch.equal(p, a) for p, a in zip(ps, averages)) and not torch.equal(
+                ps[0], trained[0]
+            )
             with average.swapped():
                 assert torch.equal(ps[0], averages[0])
             assert torch.equal(ps[0], averages[0])
@@ -90,7 +110,9 @@ def test_swapped_puts_the_averages_in_and_the_trained_values_back(fails):
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    assert all(torch.equal(p, t) for p, t in zip(ps, trained)) and all(torch.equal(a, b) for a, b in zip(average.averages, averages))
+    assert all(torch.equal(p, t) for p, t in zip(ps, trained)) and all(
+        torch.equal(a, b) for a, b in zip(average.averages, averages)
+    )
     assert all(p.requires_grad and p.is_leaf for p in ps)
     average.update_()
 
@@ -113,7 +135,9 @@ def test_it_resumes_bit_for_bit():
     for n in range(3, 6):
         train_(second, n)
         again.update_()
-    assert again.count == 6 and all(torch.equal(a, b) for a, b in zip(again.averages, average.averages))
+    assert again.count == 6 and all(
+        torch.equal(a, b) for a, b in zip(again.averages, average.averages)
+    )
     again.load_state_dict({"averages": saved["averages"], "count": torch.tensor(3)})
     assert again.count == 3
     with pytest.raises(UserError, match="2 tensors that do not fit the 3 that train"):

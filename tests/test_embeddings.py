@@ -34,7 +34,14 @@ def parameters(rows):
     return nn.ParameterDict({"*": nn.Parameter(rows)})
 
 
-A1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "dog", "step": 7, "sd_checkpoint": None, "sd_checkpoint_name": "x"}
+A1111 = {
+    "string_to_token": {"*": 265},
+    "string_to_param": {"*": ROWS},
+    "name": "dog",
+    "step": 7,
+    "sd_checkpoint": None,
+    "sd_checkpoint_name": "x",
+}
 
 
 # ---------------------------------------------------------------- reading
@@ -52,7 +59,9 @@ A1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": 
     ],
 )
 @pytest.mark.parametrize("pickled", [False, True])
-def test_a_single_tensor_is_for_the_encoder_of_its_width(tmp_path, tensors, encoder, names, words, pickled):
+def test_a_single_tensor_is_for_the_encoder_of_its_width(
+    tmp_path, tensors, encoder, names, words, pickled
+):
     file = tmp_path / ("cat.bin" if pickled else "cat.safetensors")
     if pickled:
         torch.save(tensors, file)
@@ -68,36 +77,58 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(tmp_path, tensors, enco
     assert state.token_names == names and embeddings.words(state) == words
 
 
-@pytest.mark.parametrize("change", [{}, {"string_to_param": parameters(ROWS)}, {"name": None}, {"name": ""}])
+@pytest.mark.parametrize(
+    "change", [{}, {"string_to_param": parameters(ROWS)}, {"name": None}, {"name": ""}]
+)
 @pytest.mark.parametrize("older", [False, True])
 def test_a1111_dictionaries(tmp_path, change, older):
     torch.save(A1111 | change, tmp_path / "cat.pt", _use_new_zipfile_serialization=not older)
     state = embeddings.read_pt(tmp_path / "cat.pt", ONE)
     word = "dog" if "name" not in change else "cat"
-    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.words(state) == {word: (f"<{word}>", f"<{word}>_1")}
+    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.words(state) == {
+        word: (f"<{word}>", f"<{word}>_1")
+    }
 
 
 @pytest.mark.parametrize(
-    "tensors", [{"clip_l": ROWS, "clip_g": WIDE}, {"text_encoders_0": ROWS, "text_encoders_1": WIDE}, {"text_encoders_0": ROWS, "clip_g": WIDE}]
+    "tensors",
+    [
+        {"clip_l": ROWS, "clip_g": WIDE},
+        {"text_encoders_0": ROWS, "text_encoders_1": WIDE},
+        {"text_encoders_0": ROWS, "clip_g": WIDE},
+    ],
 )
 def test_pairs_of_encoders(tmp_path, tensors):
     write_tensors(tmp_path / "e.pti", tensors, {})  # cog's .pti is a .safetensors
     torch.save(tensors, tmp_path / "e.pt")
-    for state in (embeddings.read(*read_tensors(tmp_path / "e.pti"), PAIR, "e"), embeddings.read_pt(tmp_path / "e.pt", PAIR)):
-        assert torch.equal(state.tokens["clip_l"], ROWS) and torch.equal(state.tokens["clip_g"], WIDE) and state.token_names == ("<s0>", "<s1>")
+    for state in (
+        embeddings.read(*read_tensors(tmp_path / "e.pti"), PAIR, "e"),
+        embeddings.read_pt(tmp_path / "e.pt", PAIR),
+    ):
+        assert (
+            torch.equal(state.tokens["clip_l"], ROWS)
+            and torch.equal(state.tokens["clip_g"], WIDE)
+            and state.token_names == ("<s0>", "<s1>")
+        )
 
 
 def test_without_a_layout_the_usual_widths_decide():
     for width, encoder in ((768, "clip_l"), (1024, "clip_l"), (1280, "clip_g"), (4096, "t5")):
-        assert list(embeddings.read({"emb_params": torch.ones(1, width)}, {}, None, "x").tokens) == [encoder]
-    plain = layout_of({"text_encoder": nn.ModuleDict({"a": nn.Linear(2, 2)})})  # no table, no width: there is one choice
+        assert list(
+            embeddings.read({"emb_params": torch.ones(1, width)}, {}, None, "x").tokens
+        ) == [encoder]
+    plain = layout_of(
+        {"text_encoder": nn.ModuleDict({"a": nn.Linear(2, 2)})}
+    )  # no table, no width: there is one choice
     assert list(embeddings.read({"emb_params": ROWS}, {}, plain, "x").tokens) == ["clip_l"]
 
 
 def test_the_headers_order_of_tokens_is_kept():
     tensors = {"<s2>": ROWS[1], "<s10>": ROWS[0]}
     state = embeddings.read(tensors, {"token_names": '["<s2>", "<s10>"]'}, ONE, "x")
-    assert state.token_names == ("<s2>", "<s10>") and torch.equal(state.tokens["clip_l"], ROWS[[1, 0]])
+    assert state.token_names == ("<s2>", "<s10>") and torch.equal(
+        state.tokens["clip_l"], ROWS[[1, 0]]
+    )
     with pytest.raises(UserError, match="2 rows of clip_l for 1 tokens"):
         embeddings.read(tensors, {"token_names": '["<s2>"]'}, ONE, "x")
 
@@ -105,21 +136,45 @@ def test_the_headers_order_of_tokens_is_kept():
 def test_rows_bundled_in_a_lora_are_taken_out_of_it():
     factor = torch.ones(1, 1)
     lora = {"lora_unet_x.lora_down.weight": factor}
-    bundles = {"bundle_emb.b.clip_l": ROWS, "bundle_emb.b.clip_g": WIDE, "bundle_emb.a dog.clip_l": ROWS[:1], "bundle_emb.a dog.clip_g": WIDE[:1]}
+    bundles = {
+        "bundle_emb.b.clip_l": ROWS,
+        "bundle_emb.b.clip_g": WIDE,
+        "bundle_emb.a dog.clip_l": ROWS[:1],
+        "bundle_emb.a dog.clip_g": WIDE[:1],
+    }
     rest, state = embeddings.unbundle(lora | bundles, PAIR, "x")
     assert rest == lora and state.token_names == ("<a-dog>", "<b>", "<b>_1")
     assert torch.equal(state.tokens["clip_g"], torch.cat([WIDE[:1], WIDE]))
     assert embeddings.words(state) == {"a dog": ("<a-dog>",), "b": ("<b>", "<b>_1")}
-    merged = replace(state, metadata={"token_names": '["<old>"]', "placeholders": '{"TOK": ["<old>"]}'} | state.metadata)  # as a LoRA's header has it
-    assert embeddings.words(merged) == embeddings.words(state) and json.loads(merged.metadata["token_names"]) == list(state.token_names)
+    merged = replace(
+        state,
+        metadata={"token_names": '["<old>"]', "placeholders": '{"TOK": ["<old>"]}'}
+        | state.metadata,
+    )  # as a LoRA's header has it
+    assert embeddings.words(merged) == embeddings.words(state) and json.loads(
+        merged.metadata["token_names"]
+    ) == list(state.token_names)
     for key in ("string_to_param.*", "emb_params", "<a>"):
         rest, state = embeddings.unbundle(lora | {f"bundle_emb.<a>.{key}": ROWS[0]}, ONE, "x")
-        assert torch.equal(state.tokens["clip_l"], ROWS[:1]) and state.token_names == ("<a>",) and embeddings.words(state) == {}
+        assert (
+            torch.equal(state.tokens["clip_l"], ROWS[:1])
+            and state.token_names == ("<a>",)
+            and embeddings.words(state) == {}
+        )
     assert embeddings.unbundle(lora, ONE, "x") == (lora, None)
     for more, expected in (
-        ({"bundle_emb.b.emb_params": ROWS, "bundle_emb.b.<x>": ROWS}, "the bundle b in x has 2 tensors"),
-        ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.clip_g": WIDE}, "rows for clip_g and for clip_l"),
-        ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.emb_params": WIDE}, "rows for clip_g and for clip_l"),
+        (
+            {"bundle_emb.b.emb_params": ROWS, "bundle_emb.b.<x>": ROWS},
+            "the bundle b in x has 2 tensors",
+        ),
+        (
+            {"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.clip_g": WIDE},
+            "rows for clip_g and for clip_l",
+        ),
+        (
+            {"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.emb_params": WIDE},
+            "rows for clip_g and for clip_l",
+        ),
     ):
         with pytest.raises(UserError, match=expected):
             embeddings.unbundle(lora | more, PAIR, "x")
@@ -143,22 +198,37 @@ WORD = {"placeholders": '{"TOK": ["<s0>", "<s1>"]}'}
 @pytest.mark.parametrize("writer", [embeddings.write_a1111, embeddings.write_learned, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words, writer, dtype):
-    state = AdapterState(tokens={"clip_l": ROWS.to(dtype)}, token_names=("<s0>", "<s1>"), metadata=dict(words))
+    state = AdapterState(
+        tokens={"clip_l": ROWS.to(dtype)}, token_names=("<s0>", "<s1>"), metadata=dict(words)
+    )
     file = tmp_path / "dog.pt"
     if writer is None:
         embeddings.write_pt(state, file)
-        first, read, raw = file.read_bytes(), embeddings.read_pt(file, ONE), torch.load(file, weights_only=True)
+        first, read, raw = (
+            file.read_bytes(),
+            embeddings.read_pt(file, ONE),
+            torch.load(file, weights_only=True),
+        )
         embeddings.write_pt(state, file)
         assert file.read_bytes() == first and raw["name"] == "dog"
     else:
         tensors, own = writer(state, ONE, "dog")
-        header = state.metadata | own | {"token_names": json.dumps(state.token_names)}  # as formats.save does
+        header = (
+            state.metadata | own | {"token_names": json.dumps(state.token_names)}
+        )  # as formats.save does
         write_tensors(file, tensors, header)
         raw, read = tensors, embeddings.read(*read_tensors(file), ONE, str(file))
-        assert list(raw) == (["emb_params"] if writer is embeddings.write_a1111 else ["TOK" if words else "dog"])
+        assert list(raw) == (
+            ["emb_params"] if writer is embeddings.write_a1111 else ["TOK" if words else "dog"]
+        )
     assert torch.equal(a1111_reader(raw), state.tokens["clip_l"])
-    assert torch.equal(read.tokens["clip_l"], state.tokens["clip_l"]) and read.tokens["clip_l"].dtype == dtype
-    assert read.token_names == state.token_names and embeddings.words(read) == embeddings.words(state)
+    assert (
+        torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
+        and read.tokens["clip_l"].dtype == dtype
+    )
+    assert read.token_names == state.token_names and embeddings.words(read) == embeddings.words(
+        state
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -167,20 +237,38 @@ def test_diffusers_loads_what_is_written(tmp_path, kind, count):
     pipe, rows = pipeline(), torch.randn(count, 16)
     own = sd.layout(pipe.unet, pipe.text_encoder, {})
     names = ("<dog>",) if count == 1 else ("<dog>", "<dog>_1", "<dog>_2")
-    state = AdapterState(tokens={"clip_l": rows}, token_names=names, metadata={} if count == 1 else embeddings.header({"<dog>": names}))
+    state = AdapterState(
+        tokens={"clip_l": rows},
+        token_names=names,
+        metadata={} if count == 1 else embeddings.header({"<dog>": names}),
+    )
     file = tmp_path / ("<dog>" + (".safetensors" if kind in ("emb_params", "learned") else ".pt"))
     if kind == "a1111.pt":
         embeddings.write_pt(state, file)
     elif kind == "learned.bin":
         torch.save(embeddings.write_learned(state, own, "x")[0], file)
     else:
-        write_tensors(file, *(embeddings.write_a1111 if kind == "emb_params" else embeddings.write_learned)(state, own, "x"))
+        write_tensors(
+            file,
+            *(embeddings.write_a1111 if kind == "emb_params" else embeddings.write_learned)(
+                state, own, "x"
+            ),
+        )
     pipe.load_textual_inversion(str(file), token="<dog>" if kind == "emb_params" else None)
-    ids = pipe.tokenizer(pipe.maybe_convert_prompt("<dog>", pipe.tokenizer), add_special_tokens=False).input_ids
+    ids = pipe.tokenizer(
+        pipe.maybe_convert_prompt("<dog>", pipe.tokenizer), add_special_tokens=False
+    ).input_ids
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
 
 
-@pytest.mark.parametrize("write", [embeddings.write_a1111, embeddings.write_learned, lambda s, own, title: embeddings.write_pt(s, title, own)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        embeddings.write_a1111,
+        embeddings.write_learned,
+        lambda s, own, title: embeddings.write_pt(s, title, own),
+    ],
+)
 def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
     names = ("<s0>", "<s1>")
     for state, expected in (
@@ -188,8 +276,22 @@ def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
             AdapterState(tokens={"clip_l": ROWS, "clip_g": WIDE}, token_names=names),
             "rows of clip_l and clip_g, .* those of one; write the format embed",
         ),
-        (AdapterState(tokens={"clip_l": ROWS}, token_names=names, metadata={"placeholders": '{"A": ["<s0>"], "B": ["<s1>"]}'}), "the words A, B"),
-        (AdapterState(tokens={"clip_l": ROWS}, token_names=names, metadata={"placeholders": '{"A": ["<s0>"]}'}), "the words A, <s1>"),
+        (
+            AdapterState(
+                tokens={"clip_l": ROWS},
+                token_names=names,
+                metadata={"placeholders": '{"A": ["<s0>"], "B": ["<s1>"]}'},
+            ),
+            "the words A, B",
+        ),
+        (
+            AdapterState(
+                tokens={"clip_l": ROWS},
+                token_names=names,
+                metadata={"placeholders": '{"A": ["<s0>"]}'},
+            ),
+            "the words A, <s1>",
+        ),
         (AdapterState(), "rows of no encoder"),
     ):
         with pytest.raises(UserError, match=expected):
@@ -214,7 +316,10 @@ class Danger:
         (A1111 | {"string_to_param": Danger()}, "holds 0 entries"),
         (A1111 | {"string_to_param": {"*": ROWS * float("nan")}}, "NaN or Inf"),
         (A1111 | {"string_to_param": {"*": torch.ones(2, 2, 4)}}, r"shape \[2, 2, 4\]"),
-        (A1111 | {"string_to_param": {"*": torch.ones(2, 5)}}, r"width 5 and fit no encoder, their widths are 4 \(clip_l\), 6 \(clip_g\)"),
+        (
+            A1111 | {"string_to_param": {"*": torch.ones(2, 5)}},
+            r"width 5 and fit no encoder, their widths are 4 \(clip_l\), 6 \(clip_g\)",
+        ),
         ({"<a>": Danger()}, "'<a>' in .* has type Inert"),
         ({"<a>": torch.ones(2, 4).int()}, "torch.int32; expected an embedding"),
         ({"<a>": ROWS, "<b>": WIDE}, "rows for clip_g and for clip_l"),
@@ -232,7 +337,9 @@ def test_pickles_that_are_no_plain_rows_are_refused_unexecuted(tmp_path, content
 
 
 def test_a_width_that_two_encoders_have_is_refused():
-    with pytest.raises(UserError, match="width 4 and may be for clip_l or clip_g; name the encoder"):
+    with pytest.raises(
+        UserError, match="width 4 and may be for clip_l or clip_g; name the encoder"
+    ):
         embeddings.read({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
     with pytest.raises(UserError, match="width 4 and fit no encoder, their widths are 768"):
         embeddings.read({"emb_params": ROWS}, {}, None, "x")
@@ -241,9 +348,17 @@ def test_a_width_that_two_encoders_have_is_refused():
 
 
 def test_weights_of_networks_are_not_taken_for_tokens():
-    assert not embeddings.detect({"down_blocks.0.weight": ROWS}) and not embeddings.detect({"<a>": torch.ones(2, 2, 2)})
-    assert not embeddings.detect({"unet:0:up": ROWS}) and not embeddings.detect({"alpha": torch.ones(())})
-    assert not embeddings.detect_pt([ROWS]) and not embeddings.detect_pt({}) and not embeddings.detect_pt({"a.weight": ROWS, "b": 1})
+    assert not embeddings.detect({"down_blocks.0.weight": ROWS}) and not embeddings.detect(
+        {"<a>": torch.ones(2, 2, 2)}
+    )
+    assert not embeddings.detect({"unet:0:up": ROWS}) and not embeddings.detect(
+        {"alpha": torch.ones(())}
+    )
+    assert (
+        not embeddings.detect_pt([ROWS])
+        and not embeddings.detect_pt({})
+        and not embeddings.detect_pt({"a.weight": ROWS, "b": 1})
+    )
 
 
 def test_mutated_files_are_read_or_refused_in_a_sentence():
@@ -260,10 +375,19 @@ def test_mutated_files_are_read_or_refused_in_a_sentence():
             at = dice.randrange(len(key))
             name = key[:at] + dice.choice(["", "<", ".", "ü", "clip_g"]) + key[at + 1 :]
             tensors[dice.choice([key, name])] = dice.choice(
-                [tensor, tensor.reshape(-1)[:-1], tensor.sum(), tensor.reshape(-1)[:0], tensor[None], tensor * float("inf")]
+                [
+                    tensor,
+                    tensor.reshape(-1)[:-1],
+                    tensor.sum(),
+                    tensor.reshape(-1)[:0],
+                    tensor[None],
+                    tensor * float("inf"),
+                ]
             )
             if dice.random() < 0.3:
-                header[dice.choice(["token_names", "placeholders"])] = dice.choice(["", "[]", "null", "[" * 3000, '["<x>", "<y>"]', '{"A": 3}'])
+                header[dice.choice(["token_names", "placeholders"])] = dice.choice(
+                    ["", "[]", "null", "[" * 3000, '["<x>", "<y>"]', '{"A": 3}']
+                )
         try:
             rest, bundled = embeddings.unbundle(tensors, PAIR, "x")
             embeddings.words(embeddings.read(rest, header, PAIR, "x") if rest else bundled)

@@ -26,7 +26,9 @@ CASES = {  # name -> (tiny model, encoders that learn rows, sampler, pipeline's 
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path, config: Config, quick: None) -> tuple[Path, Path, Recipe]:
+def case(
+    request: pytest.FixtureRequest, tmp_path: Path, config: Config, quick: None
+) -> tuple[Path, Path, Recipe]:
     """(model, run, recipe): four steps that move everything far enough to be seen."""
     save, encoders, recipe = CASES[request.param]
     save(tmp_path / "model")
@@ -43,7 +45,9 @@ def levels(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item() * 255
 
 
-def test_the_readme_of_a_run_loads_it_into_diffusers(case: tuple[Path, Path, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_of_a_run_loads_it_into_diffusers(
+    case: tuple[Path, Path, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, run, recipe = case
     (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
     load, call = code.split("image = ")
@@ -54,19 +58,35 @@ def test_the_readme_of_a_run_loads_it_into_diffusers(case: tuple[Path, Path, Rec
     assert prompt and "<s0><s1>" in prompt[1]
     scope["pipe"].set_progress_bar_config(disable=True)
 
-    family = load_family(str(model), Loading(max_sequence_length=32) if family_has_t5(model) else Loading())
+    family = load_family(
+        str(model), Loading(max_sequence_length=32) if family_has_t5(model) else Loading()
+    )
     side = family.resolution
-    given = dict(num_inference_steps=recipe.steps, guidance_scale=recipe.guidance, height=side, width=side, output_type="pt")
+    given = dict(
+        num_inference_steps=recipe.steps,
+        guidance_scale=recipe.guidance,
+        height=side,
+        width=side,
+        output_type="pt",
+    )
     given |= {"max_sequence_length": 32} if family_has_t5(model) else {}
     theirs = scope["pipe"](prompt[1], generator=torch.Generator().manual_seed(5), **given).images[0]
 
     def ours(folder: Path) -> Tensor:
-        modules = {**family.modules, **{name.replace("text_encoder", "tokenizer"): t for name, t in family.tokenizers.items()}}
+        modules = {
+            **family.modules,
+            **{
+                name.replace("text_encoder", "tokenizer"): t
+                for name, t in family.tokenizers.items()
+            },
+        }
         with patch(modules, folder, layout=family.layout) as p:
             return (generate(family, [p.bind("a TOK in b")], [5], recipe)[0] + 1) / 2
 
     assert levels(ours(run), theirs) <= 1
-    assert levels((generate(family, ["a in b"], [5], recipe)[0] + 1) / 2, theirs) > 8  # what was learned matters
+    assert (
+        levels((generate(family, ["a in b"], [5], recipe)[0] + 1) / 2, theirs) > 8
+    )  # what was learned matters
 
 
 def family_has_t5(model: Path) -> bool:
@@ -76,11 +96,16 @@ def family_has_t5(model: Path) -> bool:
 def test_the_kohya_file_of_a_run_is_the_same_update(case: tuple[Path, Path, Recipe]) -> None:
     model, run, _ = case
     family = load_family(str(model))
-    native, kohya = (formats.load(run / name, family.layout).components for name in (formats.NATIVE, f"{run.name}.safetensors"))
+    native, kohya = (
+        formats.load(run / name, family.layout).components
+        for name in (formats.NATIVE, f"{run.name}.safetensors")
+    )
     assert {n: set(c) for n, c in native.items()} == {n: set(c) for n, c in kohya.items()}
     for name, modules in native.items():
         for path, lr in modules.items():
             other = kohya[name][path]
             assert torch.allclose(
-                lr.scale * lr.up.flatten(1) @ lr.down.flatten(1), other.scale * other.up.flatten(1) @ other.down.flatten(1), atol=1e-6
+                lr.scale * lr.up.flatten(1) @ lr.down.flatten(1),
+                other.scale * other.up.flatten(1) @ other.down.flatten(1),
+                atol=1e-6,
             )

@@ -33,7 +33,13 @@ NAN = float("nan")
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_what_is_not_finite_is_found_in_every_dtype(dtype: torch.dtype, bad: float) -> None:
     largest = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
-    tensors = {"good": largest, "int": torch.tensor([1]), "empty": largest[:0], "bad": largest.clone(), ("a", 0): -largest}
+    tensors = {
+        "good": largest,
+        "int": torch.tensor([1]),
+        "empty": largest[:0],
+        "bad": largest.clone(),
+        ("a", 0): -largest,
+    }
     tensors["bad"][1, 2] = bad
     assert not_finite(tensors) == ["bad"]
 
@@ -51,30 +57,56 @@ def broken_gradient(at: int) -> Any:
     return loss
 
 
-@pytest.mark.parametrize("log_every, save_every, validate", [(100, 2, 0), (100, 0, 0), (1, 1, 0), (100, 2, 2)])
-def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(config: Config, quick: None, log_every: int, save_every: int, validate: int) -> None:
+@pytest.mark.parametrize(
+    "log_every, save_every, validate", [(100, 2, 0), (100, 0, 0), (1, 1, 0), (100, 2, 2)]
+)
+def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
+    config: Config, quick: None, log_every: int, save_every: int, validate: int
+) -> None:
     validation = replace(config.validation, every=validate)
-    config = replace(config, stages=(Stage(4),), log_every=log_every, save_every=save_every, keep=1, validation=validation)
+    config = replace(
+        config,
+        stages=(Stage(4),),
+        log_every=log_every,
+        save_every=save_every,
+        keep=1,
+        validation=validation,
+    )
     last = {0: "there is no checkpoint", 1: "of step 3", 2: "of step 2"}[save_every]
-    with pytest.raises(UserError, match=f"the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*{last}"):
+    with pytest.raises(
+        UserError,
+        match=f"the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*{last}",
+    ):
         train.train(config, loss=broken_gradient(3))
-    kept = [load_file(folder / "state.safetensors") for folder in Path(config.out).glob("checkpoints/*")]
+    kept = [
+        load_file(folder / "state.safetensors") for folder in Path(config.out).glob("checkpoints/*")
+    ]
     assert len(kept) == bool(save_every) and not any(not_finite(tensors) for tensors in kept)
-    assert not (Path(config.out) / "pytorch_lora_weights.safetensors").exists() and not (Path(config.out) / ".lock").exists()
+    assert (
+        not (Path(config.out) / "pytorch_lora_weights.safetensors").exists()
+        and not (Path(config.out) / ".lock").exists()
+    )
     if save_every:
-        assert (train.train(replace(config, resume=True, resume_anyway=True)) / "summary.json").is_file()
+        assert (
+            train.train(replace(config, resume=True, resume_anyway=True)) / "summary.json"
+        ).is_file()
 
 
 DAMAGED = {
     "parameter": (lambda s: s.groups["denoiser"][2], r"denoiser \(unet\..*\.down\) holds NaN"),
     "rows of tokens": (lambda s: s.groups["tokens"][0], r"tokens \(text_encoder\..*\) holds NaN"),
-    "optimizer": (lambda s: s.optimizer.state[s.groups["denoiser"][0]]["exp_avg_sq"], "the optimizer's state of denoiser holds NaN"),
+    "optimizer": (
+        lambda s: s.optimizer.state[s.groups["denoiser"][0]]["exp_avg_sq"],
+        "the optimizer's state of denoiser holds NaN",
+    ),
     "average": (lambda s: s.average.averages[1], "the moving average holds NaN"),
 }
 
 
 @pytest.mark.parametrize("place, said", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_state_is_named_and_not_saved(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, place: Any, said: str) -> None:
+def test_damaged_state_is_named_and_not_saved(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, place: Any, said: str
+) -> None:
     config = replace(config, ema=0.5, stages=(Stage(2, ("denoiser", "tokens")),))
     whole, calls = Session.average_, []
 
@@ -87,10 +119,14 @@ def test_damaged_state_is_named_and_not_saved(config: Config, quick: None, monke
     monkeypatch.setattr(Session, "average_", average_)
     with pytest.raises(UserError, match=f"{said} or infinity after step 2.*there is no checkpoint"):
         train.train(config)
-    assert not list(Path(config.out).glob("checkpoints/*")) and not list(Path(config.out).glob("*.safetensors"))
+    assert not list(Path(config.out).glob("checkpoints/*")) and not list(
+        Path(config.out).glob("*.safetensors")
+    )
 
 
-def test_initial_values_that_are_none_are_named(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_values_that_are_none_are_named(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = injection.inject
 
     def inject(module: torch.nn.Module, *args: Any, **settings: Any) -> Any:
@@ -100,12 +136,16 @@ def test_initial_values_that_are_none_are_named(config: Config, quick: None, mon
         return found
 
     monkeypatch.setattr(injection, "inject", inject)
-    with pytest.raises(UserError, match=r"denoiser \(unet\..*\) holds NaN or infinity before the first step"):
+    with pytest.raises(
+        UserError, match=r"denoiser \(unet\..*\) holds NaN or infinity before the first step"
+    ):
         train.train(config)
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.b2"])
-def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flipped_bit_is_noticed(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run.open(tmp_path / "run")
     for step in (1, 2):
         run.save_checkpoint(step, {"a": torch.full((8,), float(step))}, {"x": [1.5, "text"]})
@@ -116,7 +156,9 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str, capsys: pytest.
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         loaded = run.load_checkpoint()
-        assert loaded is not None and loaded.step == 1 and "is damaged" in capsys.readouterr().out, bit
+        assert (
+            loaded is not None and loaded.step == 1 and "is damaged" in capsys.readouterr().out
+        ), bit
     path.write_bytes(whole)
     assert run.load_checkpoint().step == 2  # type: ignore[union-attr]
 
@@ -127,10 +169,17 @@ def test_the_checksums_are_b2sums(tmp_path: Path) -> None:
     if not shutil.which("b2sum"):
         pytest.skip("there is no b2sum on this machine")
     folder = Run.open(tmp_path / "run").save_checkpoint(1, {"a": torch.ones(5)}, {})
-    assert subprocess.run(["b2sum", "--strict", "-c", "checksums.b2"], cwd=folder, capture_output=True, text=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["b2sum", "--strict", "-c", "checksums.b2"], cwd=folder, capture_output=True, text=True
+        ).returncode
+        == 0
+    )
 
 
-def test_a_checkpoint_of_nan_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_nan_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run.open(tmp_path / "run")
     for step, value in ((1, 1.0), (2, NAN)):
         run.save_checkpoint(step, {"a": torch.tensor([value])}, {})
@@ -154,33 +203,46 @@ def test_older_checkpoints_go_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------- fp16
 
 
-def test_steps_that_overflow_are_counted_said_and_end_the_run(config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_overflow_are_counted_said_and_end_the_run(
+    config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def loss(step: StepOutput) -> torch.Tensor:
         return mse(step) * (1e30 if step.step in (0, 2) else 1.0)
 
     config = replace(config, precision="fp16", stages=(Stage(3),))
     run = train.train(config, loss=loss)
-    assert [row["skipped"] for row in rows(run) if "loss" in row] == [1, 1, 2] and json.loads((run / "summary.json").read_text())["skipped"] == 2
-    assert "2 of 3 steps were skipped" in capsys.readouterr().out and "steps skipped in fp16 | 2" in (run / "README.md").read_text()
+    assert [row["skipped"] for row in rows(run) if "loss" in row] == [1, 1, 2] and json.loads(
+        (run / "summary.json").read_text()
+    )["skipped"] == 2
+    assert (
+        "2 of 3 steps were skipped" in capsys.readouterr().out
+        and "steps skipped in fp16 | 2" in (run / "README.md").read_text()
+    )
     with pytest.raises(UserError, match="all 3 steps were skipped"):
         train.train(replace(config, out=config.out + "2"), loss=lambda step: mse(step) * 1e30)
     assert not list(Path(config.out + "2").glob("*.safetensors"))
     monkeypatch.setattr(nonfinite, "SKIPS", 4)
     longer = replace(config, out=config.out + "3", stages=(Stage(9),), save_every=2, log_every=9)
-    with pytest.raises(UserError, match=r"the last 4 steps up to step 5 were skipped.*--precision bf16.*of step 4"):
+    with pytest.raises(
+        UserError, match=r"the last 4 steps up to step 5 were skipped.*--precision bf16.*of step 4"
+    ):
         train.train(longer, loss=lambda step: mse(step) * (1e30 if step.step else 1.0))
 
 
 def test_runs_that_are_not_in_fp16_have_no_such_column(config: Config, quick: None) -> None:
     run = train.train(config)
-    assert not any("skipped" in row for row in rows(run)) and "skipped" not in json.loads((run / "summary.json").read_text())
+    assert not any("skipped" in row for row in rows(run)) and "skipped" not in json.loads(
+        (run / "summary.json").read_text()
+    )
 
 
 # ---------------------------------------------------------------- where it enters
 
 
 @pytest.mark.parametrize("change", ["nan", "shape", "names"])
-def test_a_bad_row_of_the_latent_cache_is_named(config: Config, quick: None, tmp_path: Path, change: str) -> None:
+def test_a_bad_row_of_the_latent_cache_is_named(
+    config: Config, quick: None, tmp_path: Path, change: str
+) -> None:
     config = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
     train.train(config)
     for file in (tmp_path / "cache").iterdir():
@@ -191,7 +253,11 @@ def test_a_bad_row_of_the_latent_cache_is_named(config: Config, quick: None, tmp
             "names": lambda r: {"x": r["mean"]},
         }[change](row)
         save_file({name: tensor.contiguous() for name, tensor in row.items()}, file)
-    said = {"nan": "NaN or infinity in std", "shape": r"mean \[4, 2, 8\].*expected mean \[4, 8, 8\]", "names": "holds x .*expected mean"}
+    said = {
+        "nan": "NaN or infinity in std",
+        "shape": r"mean \[4, 2, 8\].*expected mean \[4, 8, 8\]",
+        "names": "holds x .*expected mean",
+    }
     with pytest.raises(UserError, match=rf"cache file .*safetensors .*{said[change]}.*delete it"):
         train.train(replace(config, out=config.out + "2"))
 
@@ -229,7 +295,9 @@ def test_a_damaged_part_of_the_model_is_named(
     assert not list(Path(config.out).glob("checkpoints/*"))
 
 
-def test_the_first_validation_says_so_too(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_validation_says_so_too(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from training import setup
 
     load = setup.load_family
@@ -241,24 +309,55 @@ def test_the_first_validation_says_so_too(config: Config, quick: None, monkeypat
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    with pytest.raises(UserError, match=r"the validation loss is nan after 0 steps: unet has NaN .* first in conv_out\.bias"):
+    with pytest.raises(
+        UserError,
+        match=r"the validation loss is nan after 0 steps: unet has NaN .* first in conv_out\.bias",
+    ):
         train.train(config)
 
 
 # ---------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("part, said", [("unet", r"the denoiser \(unet\) drew NaN .* seed 3"), ("vae", "the VAE's decoder drew NaN .* seed 3")])
-def test_black_pictures_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, said: str) -> None:
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        ("unet", r"the denoiser \(unet\) drew NaN .* seed 3"),
+        ("vae", "the VAE's decoder drew NaN .* seed 3"),
+    ],
+)
+def test_black_pictures_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, said: str
+) -> None:
     broken = Path(shutil.copytree(model, tmp_path / part))
     family = load_family(str(broken))
     with torch.no_grad():
-        (family.modules["unet"].conv_out if part == "unet" else family.modules["vae"].decoder.conv_out).bias.fill_(NAN)
+        (
+            family.modules["unet"].conv_out
+            if part == "unet"
+            else family.modules["vae"].decoder.conv_out
+        ).bias.fill_(NAN)
     with pytest.raises(UserError, match=said):
         generation.generate(family, ["a", "b"], [3, 4], generation.Recipe(steps=1, guidance=1.0))
     family.modules[part].save_pretrained(broken / part)
     out = tmp_path / "out.png"
-    assert infer.main(["--model", str(broken), "--prompt", "a", "--seed", "3", "--steps", "1", "--out", str(out)]) == 2
+    assert (
+        infer.main(
+            [
+                "--model",
+                str(broken),
+                "--prompt",
+                "a",
+                "--seed",
+                "3",
+                "--steps",
+                "1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 2
+    )
     assert "drew NaN" in capsys.readouterr().err and not out.exists()
 
 
@@ -269,7 +368,9 @@ def test_pixels_of_nan_are_no_picture() -> None:
         pictures.to_images(pixels)
 
 
-def test_class_images_of_nan_are_not_written(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_images_of_nan_are_not_written(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from training import setup
 
     load = setup.load_family
@@ -300,7 +401,9 @@ def test_class_images_of_nan_are_not_written(config: Config, quick: None, monkey
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"),
     ],
 )
-def test_several_ranks_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], starter: str) -> None:
+def test_several_ranks_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], starter: str
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
@@ -308,12 +411,22 @@ def test_several_ranks_are_refused(config: Config, monkeypatch: pytest.MonkeyPat
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {"WORLD_SIZE": ""}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {"WORLD_SIZE": ""},
+    ],
+)
 def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
     lock.check_single(environment)
 
 
-def test_push_targets_and_logins_are_tried_before_data_is_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_targets_and_logins_are_tried_before_data_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
     import types
 
@@ -331,7 +444,10 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(config: Config, m
 
     monkeypatch.setattr(card, "HfApi", Api)
     nowhere = replace(config, data=Data(images="nowhere"), adapter=Adapter(rank=2))
-    with pytest.raises(UserError, match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in"):
+    with pytest.raises(
+        UserError,
+        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in",
+    ):
         Session(replace(nowhere, push_to_hub="you/yours"))
     with pytest.raises(UserError, match="nowhere does not exist"):
         Session(replace(nowhere, push_to_hub="me/mine"))

@@ -11,15 +11,24 @@ from lora_core.kernels.flat import ALIGNED, Words
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
-MAKE = {"prodigy": lambda params: Prodigy(params, d0=1e-2), "adamw": lambda params: AdamW(params, lr=1e-2)}
+MAKE = {
+    "prodigy": lambda params: Prodigy(params, d0=1e-2),
+    "adamw": lambda params: AdamW(params, lr=1e-2),
+}
 
 
 def network(seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), torch.nn.Linear(1, 1))
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 7),
+        torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+        torch.nn.Linear(1, 1),
+    )
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, skip: str = "") -> None:
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, skip: str = ""
+) -> None:
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for name, p in model.named_parameters():
@@ -38,7 +47,10 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", MAKE)
 def test_parameters_keep_their_identity_layout_and_alignment(name: str) -> None:
     model = network()
-    params, before = list(model.parameters()), [(p.shape, p.stride(), p.requires_grad) for p in model.parameters()]
+    params, before = (
+        list(model.parameters()),
+        [(p.shape, p.stride(), p.requires_grad) for p in model.parameters()],
+    )
     loss = sum((p**2).sum() for p in params)
     loss.backward()
     versions, seen = [p._version for p in params], []
@@ -46,11 +58,15 @@ def test_parameters_keep_their_identity_layout_and_alignment(name: str) -> None:
     MAKE[name](params).step()
     assert all(p is q for p, q in zip(params, model.parameters()))
     assert before == [(p.shape, p.stride(), p.requires_grad) for p in params]
-    assert all(p.data_ptr() % ALIGNED == 0 for p in params) and all(p._version > v for p, v in zip(params, versions))
+    assert all(p.data_ptr() % ALIGNED == 0 for p in params) and all(
+        p._version > v for p, v in zip(params, versions)
+    )
     sum((p**2).sum() for p in params).backward()
     assert seen == [params[0]] and params[0].grad.shape == params[0].shape
     row_major = [p for p in params if p.is_contiguous()]
-    assert len({p.untyped_storage().data_ptr() for p in row_major}) == 1 < len(row_major) < len(params)
+    assert (
+        len({p.untyped_storage().data_ptr() for p in row_major}) == 1 < len(row_major) < len(params)
+    )
 
 
 def test_a_graph_over_a_parameter_that_moved_is_refused() -> None:
@@ -114,8 +130,13 @@ def test_files_copies_and_state_dicts_notice_nothing(name: str, tmp_path) -> Non
     optimizer = MAKE[name](list(model.parameters()))
     train(model, optimizer, 2)
     contiguous = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(contiguous, tmp_path / "weights.safetensors")  # refuses tensors that overlap in memory
-    assert same(list(load_file(tmp_path / "weights.safetensors").values()), [contiguous[key] for key in sorted(contiguous)])
+    save_file(
+        contiguous, tmp_path / "weights.safetensors"
+    )  # refuses tensors that overlap in memory
+    assert same(
+        list(load_file(tmp_path / "weights.safetensors").values()),
+        [contiguous[key] for key in sorted(contiguous)],
+    )
     torch.save((model, optimizer), tmp_path / "both.pt")
     stored = torch.load(tmp_path / "both.pt", weights_only=False)
     for other, again in (copy.deepcopy((model, optimizer)), stored):
@@ -154,6 +175,9 @@ def test_a_sparse_gradient_is_refused(name: str) -> None:
 def test_words_hold_whole_numbers_and_doubles() -> None:
     words = Words(torch.device("cpu"))
     sent = words.send([3, -(2**62)], [0.1, -1e-300])
-    assert sent[:2].tolist() == [3, -(2**62)] and sent[2:].view(torch.float64).tolist() == [0.1, -1e-300]
+    assert sent[:2].tolist() == [3, -(2**62)] and sent[2:].view(torch.float64).tolist() == [
+        0.1,
+        -1e-300,
+    ]
     place = sent.data_ptr()
     assert words.send([3, 4], [0.1, 2.0]).data_ptr() == place

@@ -47,29 +47,51 @@ def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dor
     for name, modules in state.components.items():
         network = getattr(fresh, name)
         network.load_state_dict(getattr(pipe, name).state_dict())
-        injection.load_state(network, {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
+        injection.load_state(
+            network, {layout.module_path(name, path): lr for path, lr in modules.items()}, "x"
+        )
         injection.set_strength(network, "x", 0.7)
         for path in modules:
             wrapper = network.get_submodule(layout.module_path(name, path))
             expected = wrapper.base.weight + 0.7 * delta(modules[path], wrapper.base.weight)
-            torch.testing.assert_close(made[name].read(weight_key(made[name], layout, name, path)), expected, rtol=0, atol=1e-6)
-    assert set(ledger.roundings) == {(name, path) for name, modules in state.components.items() for path in modules}
+            torch.testing.assert_close(
+                made[name].read(weight_key(made[name], layout, name, path)),
+                expected,
+                rtol=0,
+                atol=1e-6,
+            )
+    assert set(ledger.roundings) == {
+        (name, path) for name, modules in state.components.items() for path in modules
+    }
     assert ledger.survived == pytest.approx(1, abs=1e-6)
     untouched = [key for key in made["vae"].infos]
-    assert all(torch.equal(made["vae"].read(key), open_model(folder)["vae"].read(key)) for key in untouched)
+    assert all(
+        torch.equal(made["vae"].read(key), open_model(folder)["vae"].read(key)) for key in untouched
+    )
 
 
 def test_the_folded_model_draws_like_the_patched_one(folder, pipe, layout, tmp_path):
     state = random_state(pipe)
-    write_folder(fold([(1.0, open_model(folder))], [Term(state)], layout, Ledger()), folder, tmp_path / "out")
-    folded, patched = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None), pipeline()
+    write_folder(
+        fold([(1.0, open_model(folder))], [Term(state)], layout, Ledger()), folder, tmp_path / "out"
+    )
+    folded, patched = (
+        StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None),
+        pipeline(),
+    )
     for name, modules in state.components.items():
         getattr(patched, name).load_state_dict(getattr(pipe, name).state_dict())
-        injection.load_state(getattr(patched, name), {layout.module_path(name, path): lr for path, lr in modules.items()}, "x")
+        injection.load_state(
+            getattr(patched, name),
+            {layout.module_path(name, path): lr for path, lr in modules.items()},
+            "x",
+        )
     noise = torch.Generator().manual_seed(0)
     x, condition = torch.randn(2, 4, 8, 8, generator=noise), torch.randn(2, 5, 16, generator=noise)
     with torch.no_grad():
-        ours, theirs = (p.unet(x, torch.tensor([3, 700]), condition).sample for p in (folded, patched))
+        ours, theirs = (
+            p.unet(x, torch.tensor([3, 700]), condition).sample for p in (folded, patched)
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -78,15 +100,29 @@ def test_models_add_up_under_other_names_of_keys(folder, layout):
     noise = torch.Generator().manual_seed(1)
     other = {
         name: weights_of(
-            {key.removeprefix("text_model."): torch.randn(i.shape, generator=noise, dtype=torch.float64) for key, i in w.infos.items()}, "b"
+            {
+                key.removeprefix("text_model."): torch.randn(
+                    i.shape, generator=noise, dtype=torch.float64
+                )
+                for key, i in w.infos.items()
+            },
+            "b",
         )
         for name, w in first.items()
     }
-    first["text_encoder"] = weights_of({f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors(first["text_encoder"]).items()}, "a")
+    first["text_encoder"] = weights_of(
+        {
+            f"text_model.{key.removeprefix('text_model.')}": t
+            for key, t in tensors(first["text_encoder"]).items()
+        },
+        "a",
+    )
     made = fold([(0.6, first), (0.4, other)], [], layout, Ledger(), dtype=torch.float64)
     for name, weights in first.items():
         for key in weights.infos:
-            expected = 0.6 * weights.read(key).double() + 0.4 * other[name].read(key.removeprefix("text_model."))
+            expected = 0.6 * weights.read(key).double() + 0.4 * other[name].read(
+                key.removeprefix("text_model.")
+            )
             torch.testing.assert_close(made[name].read(key), expected, rtol=0, atol=1e-7)
             assert made[name].infos[key].dtype == torch.float64
 
@@ -96,21 +132,35 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
     """At a thousandth of the weights' size most of the update is lost in bfloat16; the residual gives it back."""
     state = random_state(pipe, rank=2, size=0.05 * size**0.5)
     ledger = Ledger(residual_rank=8)
-    base = {name: weights_of({key: t.bfloat16() for key, t in tensors(w).items()}, "b") for name, w in open_model(folder).items()}
+    base = {
+        name: weights_of({key: t.bfloat16() for key, t in tensors(w).items()}, "b")
+        for name, w in open_model(folder).items()
+    }
     made = fold([(1.0, base)], [Term(state)], layout, ledger)
     wished = whole = lost = 0.0
     for name, modules in state.components.items():
         for path, lr in modules.items():
             key = weight_key(made[name], layout, name, path)
-            before, after, update = base[name].read(key).double(), made[name].read(key).double(), product(lr).double()
+            before, after, update = (
+                base[name].read(key).double(),
+                made[name].read(key).double(),
+                product(lr).double(),
+            )
             assert made[name].infos[key].dtype == torch.bfloat16
             residual = product(ledger.residual.components[name][path]).double()
-            wished, whole = wished + float(update.square().sum()), whole + float((before + update - after).square().sum())
+            wished, whole = (
+                wished + float(update.square().sum()),
+                whole + float((before + update - after).square().sum()),
+            )
             lost += float((before + update - after - residual).square().sum())
     survived = max(0, 1 - whole / wished)
-    assert ledger.survived == pytest.approx(survived, rel=1e-3) and (survived > 0.9 if size == 1 else survived < 0.05)
+    assert ledger.survived == pytest.approx(survived, rel=1e-3) and (
+        survived > 0.9 if size == 1 else survived < 0.05
+    )
     assert sum(row.lost**2 for row in ledger.reports().values()) == pytest.approx(whole, rel=1e-3)
-    assert lost == pytest.approx(sum(row.lost**2 for row in ledger.residual_reports.values()), rel=1e-2)
+    assert lost == pytest.approx(
+        sum(row.lost**2 for row in ledger.residual_reports.values()), rel=1e-2
+    )
     assert lost < (0.7 if size == 1 else 1e-3) * whole
     for name in made:
         tensors(made[name])  # read again: counted once
@@ -141,7 +191,13 @@ def test_what_does_not_fit_is_refused(folder, pipe, layout, change, sentence):
         "shape": {"unet": {path: good._replace(down=torch.ones(1, 9))}}, "overflow": {"unet": {path: good._replace(scale=1e6)}},
     }  # fmt: skip
     with pytest.raises(UserError, match=sentence):
-        made = fold([(1.0, open_model(folder))], [Term(AdapterState(bad[change]))], layout, Ledger(), dtype=torch.float16)
+        made = fold(
+            [(1.0, open_model(folder))],
+            [Term(AdapterState(bad[change]))],
+            layout,
+            Ledger(),
+            dtype=torch.float16,
+        )
         tensors(made["unet"])
 
 
@@ -150,7 +206,17 @@ def test_models_of_two_kinds_are_refused(folder, layout):
     for other, sentence in (
         ({name: w for name, w in first.items() if name != "vae"}, "only models of one kind"),
         (first | {"vae": weights_of({"x": torch.zeros(1)}, "b")}, "differ in .* tensors of vae"),
-        (first | {"vae": Weights("b", {k: i._replace(shape=(3,)) for k, i in first["vae"].infos.items()}, first["vae"].read)}, "of one kind"),
+        (
+            first
+            | {
+                "vae": Weights(
+                    "b",
+                    {k: i._replace(shape=(3,)) for k, i in first["vae"].infos.items()},
+                    first["vae"].read,
+                )
+            },
+            "of one kind",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             fold([(0.5, first), (0.5, other)], [], layout, Ledger())
@@ -158,18 +224,28 @@ def test_models_of_two_kinds_are_refused(folder, layout):
 
 def test_rows_are_set_and_tables_grow():
     table = torch.arange(6.0).reshape(3, 2).half()
-    grown = with_rows(weights_of({"t": table, "other": table}, "x"), "t", {1: torch.tensor([9.0, 9.0]), 4: torch.tensor([7.0, 7.0])})
+    grown = with_rows(
+        weights_of({"t": table, "other": table}, "x"),
+        "t",
+        {1: torch.tensor([9.0, 9.0]), 4: torch.tensor([7.0, 7.0])},
+    )
     assert grown.infos["t"] == ((5, 2), torch.float16)
-    assert grown.read("t").tolist() == [[0, 1], [9, 9], [4, 5], [0, 0], [7, 7]] and table[1].tolist() == [2, 3]
+    assert grown.read("t").tolist() == [[0, 1], [9, 9], [4, 5], [0, 0], [7, 7]] and table[
+        1
+    ].tolist() == [2, 3]
     assert torch.equal(grown.read("other"), table)
 
 
 def test_a_folder_is_copied_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     model, out = open_model(folder), tmp_path / "out"
     write_folder(model, folder, out)
-    assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
+        p.relative_to(folder) for p in folder.rglob("*")
+    )
     for name, weights in open_model(out).items():
-        assert all(torch.equal(weights.read(key), model[name].read(key)) for key in model[name].infos)
+        assert all(
+            torch.equal(weights.read(key), model[name].read(key)) for key in model[name].infos
+        )
     with pytest.raises(UserError, match="--overwrite"):
         write_folder(model, folder, out)
     before = (out / "model_index.json").read_bytes()
@@ -183,5 +259,7 @@ def test_a_folder_is_copied_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No space left|disk is full"):
         write_folder(broken, folder, out, overwrite=True)
     assert (out / "model_index.json").read_bytes() == before and os.listdir(tmp_path) == ["out"]
-    write_folder(model, folder, out, overwrite=True, finish=lambda new: (new / "more.json").write_text("{}"))
+    write_folder(
+        model, folder, out, overwrite=True, finish=lambda new: (new / "more.json").write_text("{}")
+    )
     assert json.loads((out / "more.json").read_text()) == {} and os.listdir(tmp_path) == ["out"]

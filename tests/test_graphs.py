@@ -26,8 +26,18 @@ from tests.conftest import distance, final, rows
 from training import config_checks, cuda_graph
 from training.cuda_graph import Replayed
 
-READ_BACK = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")  # wait for the device
-FROM_HOST = ("lift_fresh", "lift_fresh_copy")  # torch.tensor([...]): pageable memory, which a capture refuses
+READ_BACK = (
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "unique",
+    "masked_select",
+)  # wait for the device
+FROM_HOST = (
+    "lift_fresh",
+    "lift_fresh_copy",
+)  # torch.tensor([...]): pageable memory, which a capture refuses
 
 
 class Tape:
@@ -45,12 +55,21 @@ class Tape:
         tape = self
 
         class Mode(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 name = func._schema.name.split("::")[1]
                 if name in READ_BACK or name in FROM_HOST:
                     raise RuntimeError(f"a capture refuses {name}")
                 out = func(*args, **(kwargs or {}))
-                tape.calls.append((func, args, kwargs or {}, [t for t in tree_leaves(out) if isinstance(t, Tensor)]))
+                tape.calls.append(
+                    (
+                        func,
+                        args,
+                        kwargs or {},
+                        [t for t in tree_leaves(out) if isinstance(t, Tensor)],
+                    )
+                )
                 return out
 
         with Mode():
@@ -71,7 +90,9 @@ class Tape:
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS", "reference")  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
+    monkeypatch.setenv(
+        "LORA_KERNELS", "reference"
+    )  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
     monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
     monkeypatch.setattr(config_checks, "machine", lambda *_: None)
     Tape.made = 0
@@ -110,7 +131,11 @@ def test_two_captures_never_follow_each_other_directly(taped: None) -> None:
 
     for n in [2, 2, 2, 3, 3, 3, 2, 3, 3, 2, 3]:
         assert replayed(fn, torch.ones(n))[0].tolist() == [2.0] * n
-    assert ran == [(2, 0)] * 3 + [(3, 0)] * 3 + [(2, 1), (3, 1), (3, 2)]  # 2 is captured; 3 runs once more before it is
+    assert ran == [(2, 0)] * 3 + [(3, 0)] * 3 + [
+        (2, 1),
+        (3, 1),
+        (3, 2),
+    ]  # 2 is captured; 3 runs once more before it is
 
 
 def test_the_tape_refuses_what_a_capture_refuses(taped: None) -> None:
@@ -145,7 +170,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", ["lora", "dora, accumulated, warm-up", "everything, prodigy"])
-def test_a_replayed_run_on_triton_kernels_is_the_run(config: Config, quick: None, taped: None, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_a_replayed_run_on_triton_kernels_is_the_run(
+    config: Config, quick: None, taped: None, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     monkeypatch.setenv("LORA_KERNELS", "triton")
     replay(config, case)
 
@@ -164,7 +191,9 @@ def replay(config: Config, case: str) -> None:
     assert len(ours) == len(theirs) == plain.steps
     for a, b in zip(ours, theirs):
         assert {k for k in a if a[k] != pytest.approx(b[k], rel=1e-5)} <= {"time"}, (a, b)
-    states = [{k: v for k, v in final(run).items() if not k.endswith("/lr")} for run in (replayed, eager)]
+    states = [
+        {k: v for k, v in final(run).items() if not k.endswith("/lr")} for run in (replayed, eager)
+    ]
     assert distance(*states) < 1e-5
 
 

@@ -28,7 +28,11 @@ class Attention(nn.Module):
     def __init__(self, is_cross_attention: bool = False) -> None:
         super().__init__()
         self.is_cross_attention = is_cross_attention
-        self.to_q, self.to_k, self.to_v = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5, bias=False), nn.Linear(WIDTH, 4)
+        self.to_q, self.to_k, self.to_v = (
+            nn.Linear(WIDTH, 5),
+            nn.Linear(WIDTH, 5, bias=False),
+            nn.Linear(WIDTH, 4),
+        )
         self.between = None  # what happens between q and k
 
     def forward(self, x, context=None):
@@ -54,7 +58,12 @@ class Single(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.own, self.cross, self.single, self.out = Attention(), Attention(True), Single(), nn.Linear(4, WIDTH)
+        self.own, self.cross, self.single, self.out = (
+            Attention(),
+            Attention(True),
+            Single(),
+            nn.Linear(4, WIDTH),
+        )
         self.recompute = False
 
     def block(self, x, context):
@@ -64,7 +73,11 @@ class Net(nn.Module):
 
     def forward(self, x):
         context = x.flip(1)
-        return checkpoint(self.block, x, context, use_reentrant=False) if self.recompute else self.block(x, context)
+        return (
+            checkpoint(self.block, x, context, use_reentrant=False)
+            if self.recompute
+            else self.block(x, context)
+        )
 
 
 def net(kind="lora", settings=None, dtype=torch.float64):
@@ -84,7 +97,9 @@ def shake(model, name="default"):
 
 
 def noise(dtype=torch.float64):
-    return torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        2, 7, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(dtype)
 
 
 def trained(model, x):
@@ -132,7 +147,13 @@ def test_a_model_with_groups_is_the_one_without(sizes, kind, settings, recompute
 
 
 def found(model):
-    return list(dict.fromkeys(layer.group for layer in injection.layers(model).values() if getattr(layer, "group", None)))
+    return list(
+        dict.fromkeys(
+            layer.group
+            for layer in injection.layers(model).values()
+            if getattr(layer, "group", None)
+        )
+    )
 
 
 def members(model):
@@ -172,7 +193,10 @@ def test_who_shares_an_input():
         joint.attn.add_module(name, nn.Linear(4, 4))
     joint.attn.v_proj = nn.Linear(3, 4)
     inject(joint, AdapterSpec(targets=("*",), rank=2))
-    assert members(joint) == [["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"], ["attn.q_proj", "attn.k_proj"]]
+    assert members(joint) == [
+        ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        ["attn.q_proj", "attn.k_proj"],
+    ]
 
 
 def test_groups_follow_what_is_put_on_and_taken_off(sizes):
@@ -190,7 +214,15 @@ def test_groups_follow_what_is_put_on_and_taken_off(sizes):
     model(x)
     assert sizes == [3, 2]
     injection.remove(model, "b")
-    hooks = [dict(m) for module in model.modules() for m in (module._forward_hooks, module._forward_pre_hooks, module._forward_hooks_always_called)]
+    hooks = [
+        dict(m)
+        for module in model.modules()
+        for m in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._forward_hooks_always_called,
+        )
+    ]
     assert not found(model) and not any(hooks) and list(model.state_dict()) == before
     injection.load_state(model, injection.state(net()))
     assert len(found(model)) == 3
@@ -205,17 +237,31 @@ def disturbed():
     """What makes a layer more than one plain adapter of the group's kind."""
     yield "strength of a DoRA", "dora", lambda m: injection.set_strength(m, "default", 0.5)
     yield "strength 0", "lora", lambda m: m.own.to_k.strengths.update(default=0.0)
-    yield "a second adapter", "lora", lambda m: inject(m, AdapterSpec(targets=("own.to_q",), rank=1), name="b")
+    yield (
+        "a second adapter",
+        "lora",
+        lambda m: inject(m, AdapterSpec(targets=("own.to_q",), rank=1), name="b"),
+    )
     yield "another kind", "lora", lambda m: (injection.remove(m), inject(m, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2)),
                                            inject(m, AdapterSpec(targets=("own.to_[kv]",), rank=2), name="b"))  # fmt: skip
     yield "hook", "lora", lambda m: m.own.to_v.base.register_forward_hook(lambda *_: None)
     yield "folded", "lora", lambda m: injection.fold(m)
-    yield "rank dropout", {"rank_dropout": 0.5}, lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0)
-    yield "module dropout", {"module_dropout": 0.5}, lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0)
+    yield (
+        "rank dropout",
+        {"rank_dropout": 0.5},
+        lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0),
+    )
+    yield (
+        "module dropout",
+        {"module_dropout": 0.5},
+        lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0),
+    )
     yield "a kind of one's own", "twice", lambda m: None
 
 
-@pytest.mark.parametrize(("kind", "change"), [row[1:] for row in disturbed()], ids=[row[0] for row in disturbed()])
+@pytest.mark.parametrize(
+    ("kind", "change"), [row[1:] for row in disturbed()], ids=[row[0] for row in disturbed()]
+)
 def test_layers_that_are_more_are_computed_alone(sizes, kind, change, monkeypatch):
     monkeypatch.setitem(KINDS, "twice", Twice)
     model = net(kind) if isinstance(kind, str) else net("lora", kind)
@@ -240,7 +286,10 @@ def test_outputs_are_handed_out_for_the_same_tensor_only(sizes):
     model, x = net(), noise()
     other = x.clone()
     y = alone(lambda: model.own(x))
-    assert torch.equal(model.own(x, other), y) and sizes == [3, 3]  # k is not there for `other`: the group is computed again, and waits for v
+    assert torch.equal(model.own(x, other), y) and sizes == [
+        3,
+        3,
+    ]  # k is not there for `other`: the group is computed again, and waits for v
 
     def double(x):
         x.mul_(2)
@@ -306,7 +355,9 @@ def test_copies_and_pickles_have_groups_of_their_own(sizes):
     model, x = net(), noise()
     y = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not {id(group) for group in found(twin)} & {id(group) for group in found(model)} and members(twin) == members(model)
+        assert not {id(group) for group in found(twin)} & {
+            id(group) for group in found(model)
+        } and members(twin) == members(model)
         sizes.clear()
         assert torch.equal(twin(x), y) and sizes == [3, 2, 4]
         shake(twin)

@@ -22,12 +22,16 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "cached_assets_path", lambda *names: tmp_path.joinpath("assets", *names))
+    monkeypatch.setattr(
+        hub, "cached_assets_path", lambda *names: tmp_path.joinpath("assets", *names)
+    )
     datasets.disable_progress_bars()
 
 
 def noise(width, height, seed):
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+    return Image.frombytes(
+        "RGB", (width, height), random.Random(seed).randbytes(3 * width * height)
+    )
 
 
 def encoded(image, kind, **settings):
@@ -43,10 +47,17 @@ def photos(tmp_path):
     folder.mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
-    files = {"a.jpg": encoded(noise(16, 8, 0), "JPEG", exif=turned), "b.png": encoded(noise(9, 9, 1), "PNG"), "c.bmp": encoded(noise(8, 8, 2), "BMP")}
+    files = {
+        "a.jpg": encoded(noise(16, 8, 0), "JPEG", exif=turned),
+        "b.png": encoded(noise(9, 9, 1), "PNG"),
+        "c.bmp": encoded(noise(8, 8, 2), "BMP"),
+    }
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    rows = [{"file_name": name, "text": f"a photo of {name[0]}", "tags": f"tag {name[0]}"} for name in files]
+    rows = [
+        {"file_name": name, "text": f"a photo of {name[0]}", "tags": f"tag {name[0]}"}
+        for name in files
+    ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -63,29 +74,43 @@ def test_an_image_folder_keeps_its_bytes_and_reads_as_itself(photos, tmp_path):
     files = sorted(p.name for p in out.iterdir())
     assert files == ["000000.jpg", "000001.png", "000002.bmp", "dataset.json", "metadata.jsonl"]
     before, after = scan(photos), scan(out)
-    assert [(r.key, r.captions, r.size) for r in after] == [(r.key, r.captions, r.size) for r in before] and after[0].size == (16, 8)
+    assert [(r.key, r.captions, r.size) for r in after] == [
+        (r.key, r.captions, r.size) for r in before
+    ] and after[0].size == (16, 8)
     settings = ImageSettings(8, crop="random", flip=True)
     for i in range(3):
-        assert torch.equal(Folder(before, settings).example(i, 2).pixels, Folder(after, settings).example(i, 2).pixels)
+        assert torch.equal(
+            Folder(before, settings).example(i, 2).pixels,
+            Folder(after, settings).example(i, 2).pixels,
+        )
 
 
 def test_parquet_with_encoded_images_other_formats_and_lists_of_captions(tmp_path):
     images = [noise(8, 12, 3), noise(10, 8, 4)]
-    cells = [{"bytes": encoded(images[0], "WEBP", lossless=True), "path": None}, {"bytes": encoded(images[1], "TIFF"), "path": None}]
+    cells = [
+        {"bytes": encoded(images[0], "WEBP", lossless=True), "path": None},
+        {"bytes": encoded(images[1], "TIFF"), "path": None},
+    ]
     texts = [["one", "zwei\u2028drei"], ["two"]]
     name = parquet(tmp_path / "data", picture=cells, words=texts, count=[1, 2])
     out = export(name, tmp_path / "out", image_column="picture", caption_column="words")
     assert (out / "000000.webp").read_bytes() == cells[0]["bytes"]
-    assert Image.open(out / "000001.png").tobytes() == images[1].tobytes()  # TIFF is not read by scan, so written as PNG
+    assert (
+        Image.open(out / "000001.png").tobytes() == images[1].tobytes()
+    )  # TIFF is not read by scan, so written as PNG
     assert [r.captions for r in scan(out)] == [tuple(t) for t in texts]
 
 
 def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_path):
-    assert [r.captions for r in scan(export(str(photos), tmp_path / "1"))] == [(f"a photo of {c}",) for c in "abc"]
+    assert [r.captions for r in scan(export(str(photos), tmp_path / "1"))] == [
+        (f"a photo of {c}",) for c in "abc"
+    ]
     named = export(str(photos), tmp_path / "2", caption_column="tags")
     assert [r.captions for r in scan(named)] == [(f"tag {c}",) for c in "abc"]
     one = export(str(photos), tmp_path / "3", caption="a TOK")
-    assert not (one / "metadata.jsonl").exists() and {r.captions for r in scan(one, caption="a TOK")} == {("a TOK",)}
+    assert not (one / "metadata.jsonl").exists() and {
+        r.captions for r in scan(one, caption="a TOK")
+    } == {("a TOK",)}
 
 
 def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_path, capsys):
@@ -96,8 +121,14 @@ def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_p
     assert [r.captions[0] for r in scan(out, caption="a TOK")] == ["one", "a TOK", "a TOK", "a TOK"]
     assert "is not read" not in capsys.readouterr().out
     export(name, tmp_path / "one", caption="a TOK")
-    assert "the column 'text' of" in (said := capsys.readouterr().out) and "--data.caption-column text reads it" in said
-    with pytest.raises(UserError, match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text"):
+    assert (
+        "the column 'text' of" in (said := capsys.readouterr().out)
+        and "--data.caption-column text reads it" in said
+    )
+    with pytest.raises(
+        UserError,
+        match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text",
+    ):
         export(name, tmp_path / "none")
     lists = parquet(tmp_path / "lists", image=[good] * 2, text=[["a", "b"], ["c", ""]])
     with pytest.raises(UserError, match=r"row 1 of the dataset has \['c', ''\]"):
@@ -108,10 +139,16 @@ def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
     out = export(str(photos))
     assert "3 images of" in capsys.readouterr().out and out.parent.name == "photos"
     times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert export(str(photos)) == out and {p: p.stat().st_mtime_ns for p in out.iterdir()} == times and capsys.readouterr().out == ""
+    assert (
+        export(str(photos)) == out
+        and {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+        and capsys.readouterr().out == ""
+    )
     assert export(str(photos), caption="a TOK") != out  # other settings, another folder
     (photos / "c.bmp").unlink()
-    (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b.png", "text": "y"}\n')
+    (photos / "metadata.jsonl").write_text(
+        '{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b.png", "text": "y"}\n'
+    )
     assert export(str(photos)) == out and [r.captions for r in scan(out)] == [("x",), ("y",)]
     assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
 
@@ -136,26 +173,44 @@ def test_a_folder_of_something_else_is_refused_and_an_empty_one_taken(photos, tm
         export(str(photos), photos)
     (tmp_path / "out").mkdir()
     export(str(photos), tmp_path / "out")
-    with pytest.raises(UserError, match=r"another export \(caption_column 'text'; wanted caption_column 'tags'\)"):
+    with pytest.raises(
+        UserError, match=r"another export \(caption_column 'text'; wanted caption_column 'tags'\)"
+    ):
         export(str(photos), tmp_path / "out", caption_column="tags")
 
 
 def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     out, name = tmp_path / "out", str(photos)
-    with pytest.raises(UserError, match="cannot load split 'train' of the dataset nobody/nothing: "):
+    with pytest.raises(
+        UserError, match="cannot load split 'train' of the dataset nobody/nothing: "
+    ):
         export("nobody/nothing", out)
-    with pytest.raises(UserError, match=r"cannot load split 'test' of the dataset .*; check its name"):
+    with pytest.raises(
+        UserError, match=r"cannot load split 'test' of the dataset .*; check its name"
+    ):
         export(name, out, split="test")
-    with pytest.raises(UserError, match="no image column 'photo'; its columns are image, text, tags"):
+    with pytest.raises(
+        UserError, match="no image column 'photo'; its columns are image, text, tags"
+    ):
         export(name, out, image_column="photo")
-    with pytest.raises(UserError, match="no caption column 'label'; its columns are image, text, tags"):
+    with pytest.raises(
+        UserError, match="no caption column 'label'; its columns are image, text, tags"
+    ):
         export(name, out, caption_column="label")
     with pytest.raises(UserError, match=r"holds no images|no readable image in 'tags'"):
         export(name, out, image_column="tags")
-    bare = parquet(tmp_path / "bare", image=[{"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}], label=[3])
-    with pytest.raises(UserError, match="none of text, caption, prompt; name the caption column with --data"):
+    bare = parquet(
+        tmp_path / "bare",
+        image=[{"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}],
+        label=[3],
+    )
+    with pytest.raises(
+        UserError, match="none of text, caption, prompt; name the caption column with --data"
+    ):
         export(bare, out)
-    with pytest.raises(UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"):
+    with pytest.raises(
+        UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"
+    ):
         export(bare, out, caption_column="label")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install datasets"):

@@ -34,11 +34,20 @@ def record(name: str, *captions: str, key: str = "k", folder: str = "/photos") -
     "change, said",
     [
         ({"seed": 7}, ["seed was 0, is 7"]),
-        ({"batch_size": 2, "accumulation": 3}, ["batch_size was 1, is 2", "accumulation was 1, is 3"]),
+        (
+            {"batch_size": 2, "accumulation": 3},
+            ["batch_size was 1, is 2", "accumulation was 1, is 3"],
+        ),
         ({"data": replace(Config().data, resolution=64)}, ["data.resolution was 512, is 64"]),
         ({"tokens": Tokens(words=("A", "B"))}, ["tokens.words was ['TOK'], is ['A', 'B']"]),
-        ({"optimizer": Optimizer(lr={"denoiser": 0.1})}, ["optimizer.lr was {}, is {'denoiser': 0.1}"]),
-        ({"stages": (Stage(10, lr={"denoiser": 1e-3}),)}, ["stages.0.lr was {}, is {'denoiser': 0.001}"]),
+        (
+            {"optimizer": Optimizer(lr={"denoiser": 0.1})},
+            ["optimizer.lr was {}, is {'denoiser': 0.1}"],
+        ),
+        (
+            {"stages": (Stage(10, lr={"denoiser": 1e-3}),)},
+            ["stages.0.lr was {}, is {'denoiser': 0.001}"],
+        ),
         ({"stages": (Stage(3),)}, ["stages.0.steps was 10, is 3, of which 5 are done"]),
         ({"clip_skip": 1, "loss": "huber"}, ["clip_skip was 0, is 1", "loss was mse, is huber"]),
     ],
@@ -57,8 +66,20 @@ def test_a_changed_option_is_named_with_both_values(change: dict, said: list[str
         {"samples": Samples(every=3, prompts=("x",))},
         {"validation": Validation(every=4, images="other")},
         {"data": replace(Config().data, workers=3, cache="c", images="moved")},
-        {"device": "cuda", "threads": 4, "out": "x", "model": "moved", "gradient_checkpointing": True},
-        {"resume": True, "resume_anyway": True, "overwrite": True, "push_to_hub": "a/b", "report": "wandb"},
+        {
+            "device": "cuda",
+            "threads": 4,
+            "out": "x",
+            "model": "moved",
+            "gradient_checkpointing": True,
+        },
+        {
+            "resume": True,
+            "resume_anyway": True,
+            "overwrite": True,
+            "push_to_hub": "a/b",
+            "report": "wandb",
+        },
     ],
     ids=lambda change: " ".join(change),
 )
@@ -69,24 +90,41 @@ def test_what_does_not_change_what_is_learned_is_free(change: dict) -> None:
 
 def test_stages_are_compared_as_far_as_they_have_begun() -> None:
     config = Config(stages=(Stage(4), Stage(6, ("tokens",)), Stage(2)))
-    begun, later = replace(config, stages=(Stage(9), *config.stages[1:])), replace(config, stages=(*config.stages[:2], Stage(1, ("tokens",))))
+    begun, later = (
+        replace(config, stages=(Stage(9), *config.stages[1:])),
+        replace(config, stages=(*config.stages[:2], Stage(1, ("tokens",)))),
+    )
     assert changes(made(config), made(begun), 3) == changes(made(config), made(later), 10) == []
-    assert changes(made(config), made(begun), 5) == ["stages.0.steps was 4, is 9, of which 4 are done"]
-    assert changes(made(config), made(replace(config, stages=config.stages[:1])), 5) == ["stages.1 was there, is not"]
+    assert changes(made(config), made(begun), 5) == [
+        "stages.0.steps was 4, is 9, of which 4 are done"
+    ]
+    assert changes(made(config), made(replace(config, stages=config.stages[:1])), 5) == [
+        "stages.1 was there, is not"
+    ]
 
 
 def test_changed_images_are_counted_and_named() -> None:
     old = [record("a.png"), record("b.png"), record("c.png"), record("d.png")]
-    new = [record("a.png"), record("b.png", "other"), record("c.png", key="x"), record("z.png"), record("a.png")]
+    new = [
+        record("a.png"),
+        record("b.png", "other"),
+        record("c.png", key="x"),
+        record("z.png"),
+        record("a.png"),
+    ]
     assert changes(made(Config(), *old), made(Config(), *new), 1) == [
         "1 image added: z.png", "1 image removed: d.png", "the content or the mask of 1 image changed: c.png",
         "the captions of 1 image changed: b.png", "the repeats of 1 image changed: a.png",
     ]  # fmt: skip
     moved = [record(r.path.name, folder="/elsewhere") for r in old]
     assert changes(made(Config(), *old), made(Config(), *moved), 1) == []
-    assert changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == ["the order of the images changed"]
+    assert changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == [
+        "the order of the images changed"
+    ]
     many = [record(f"{i}.png") for i in range(9)]
-    assert changes(made(Config(), *many), made(Config(), many[0]), 1) == ["8 images removed: 1.png, 2.png, 3.png ..."]
+    assert changes(made(Config(), *many), made(Config(), many[0]), 1) == [
+        "8 images removed: 1.png, 2.png, 3.png ..."
+    ]
 
 
 def test_every_free_option_is_one_and_has_a_reason() -> None:
@@ -108,7 +146,10 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
     assert changes(made(Config(), model=one), made(Config(), model=three), 1) == [
         f"the model's {name} is another one" for name in ("unet", "vae", "scheduler")
     ]
-    half, rough = replace(Config(), precision="bf16"), replace(Config(), vae_precision="bf16")  # numbers that are rounded are no other model
+    half, rough = (
+        replace(Config(), precision="bf16"),
+        replace(Config(), vae_precision="bf16"),
+    )  # numbers that are rounded are no other model
     for config, said in (
         (half, ["precision was fp32, is bf16", "vae", "scheduler"]),
         (rough, ["vae_precision was fp32, is bf16", "unet", "scheduler"]),
@@ -127,15 +168,22 @@ def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
     Image.new("RGB", (24, 24), "white").save(photos / "zzz.png")
     (photos / "zzz.txt").write_text("a photo of TOK")
     longer = replace(config, stages=(Stage(3),), resume=True, seed=5)
-    with pytest.raises(UserError, match=r"seed was 0, is 5; 1 image added: zzz\.png; .*--resume-anyway"):
+    with pytest.raises(
+        UserError, match=r"seed was 0, is 5; 1 image added: zzz\.png; .*--resume-anyway"
+    ):
         train.train(longer)
     assert same(final(run), before)
     train.train(replace(longer, resume_anyway=True))
     said = ["from step 2 on: seed was 0, is 5", "from step 2 on: 1 image added: zzz.png"]
     shown = capsys.readouterr().out
-    assert all(line in shown for line in said) and "of the 5 images that both validations have" in shown
+    assert (
+        all(line in shown for line in said)
+        and "of the 5 images that both validations have" in shown
+    )
     summary, scores = json.loads((run / "summary.json").read_text()), rows(run, "val")
-    assert summary["changes"] == said and "1 image added: zzz.png" in (run / "README.md").read_text()
+    assert (
+        summary["changes"] == said and "1 image added: zzz.png" in (run / "README.md").read_text()
+    )
     first, last = ({r["key"]: r["loss"] for r in scores if r["step"] == step} for step in (0, 3))
     assert len(last) == 6 and summary["val_loss_before"] == pytest.approx(sum(first.values()) / 5)
     assert summary["val_loss_after"] == pytest.approx(sum(last[key] for key in first) / 5)
@@ -147,33 +195,68 @@ def test_a_resumed_run_names_what_changed_or_takes_it_and_says_so(
     assert json.loads((run / "summary.json").read_text())["changes"] == said
 
 
-def test_a_run_that_goes_on_with_other_images_ends_without_a_comparison(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_with_other_images_ends_without_a_comparison(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train.train(config)
     other = Path(config.out).parent / "other"
     other.mkdir()
     for i in range(2):
         Image.new("RGB", (24, 24), (90 * i, 30, 60)).save(other / f"{i}.png")
         (other / f"{i}.txt").write_text("a TOK")
-    new = replace(config, data=replace(config.data, images=str(other)), stages=(Stage(3),), resume=True, resume_anyway=True)
+    new = replace(
+        config,
+        data=replace(config.data, images=str(other)),
+        stages=(Stage(3),),
+        resume=True,
+        resume_anyway=True,
+    )
     train.train(new)
-    assert (told := "the validation after 3 steps has none of the images of the first one") in capsys.readouterr().out
+    assert (
+        told := "the validation after 3 steps has none of the images of the first one"
+    ) in capsys.readouterr().out
     summary = json.loads((run / "summary.json").read_text())
-    assert told in summary["compared"] and summary["val_loss_after"] is None and "loss before" not in (run / "README.md").read_text()
+    assert (
+        told in summary["compared"]
+        and summary["val_loss_after"] is None
+        and "loss before" not in (run / "README.md").read_text()
+    )
     assert [r for r in rows(run) if r["step"] == 3 and "val_loss" in r and "val_change" not in r]
 
 
-def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(config, stages=(Stage(4, ("denoiser", "tokens")),), save_every=2, keep=9)
     run = train.train(config)
 
     def content() -> dict[str, object]:
-        files = {file.relative_to(run).as_posix(): file.read_bytes() for file in run.rglob("*") if file.is_file()}
-        kept = {name: data for name, data in files.items() if "/state." not in name and "checksums" not in name}
-        return kept | {"summary.json": json.loads(files["summary.json"]) | {"seconds": 0}, "names": sorted(files)}
+        files = {
+            file.relative_to(run).as_posix(): file.read_bytes()
+            for file in run.rglob("*")
+            if file.is_file()
+        }
+        kept = {
+            name: data
+            for name, data in files.items()
+            if "/state." not in name and "checksums" not in name
+        }
+        return kept | {
+            "summary.json": json.loads(files["summary.json"]) | {"seconds": 0},
+            "names": sorted(files),
+        }
 
     whole = content()
-    for file in ("checkpoints/4", "samples", "run.safetensors", "checkpoints/2/2.safetensors", "checkpoints/2/2_emb.safetensors"):
-        shutil.rmtree(run / file) if (run / file).is_dir() else (run / file).unlink()  # as if killed between the state and the files of step 2
+    for file in (
+        "checkpoints/4",
+        "samples",
+        "run.safetensors",
+        "checkpoints/2/2.safetensors",
+        "checkpoints/2/2_emb.safetensors",
+    ):
+        shutil.rmtree(run / file) if (run / file).is_dir() else (
+            run / file
+        ).unlink()  # as if killed between the state and the files of step 2
     train.train(replace(config, resume=True))
     assert "wrote the files that were missing" in capsys.readouterr().out
     assert content() == whole
@@ -183,7 +266,9 @@ def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(config: Conf
     assert content() == whole
 
 
-def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train.train(config)
     (folder,) = (run / "checkpoints").iterdir()
     state = json.loads((folder / "state.json").read_text())
@@ -191,7 +276,9 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(config: Config, qu
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "checksums.b2").unlink()
     train.train(replace(config, stages=(Stage(3),), resume=True, seed=3))
-    assert "is of an earlier version and does not say what it was made from" in capsys.readouterr().out
+    assert (
+        "is of an earlier version and does not say what it was made from" in capsys.readouterr().out
+    )
 
 
 def test_resume_anyway_needs_resume(config: Config) -> None:

@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = load_family(str(folder / "model"))
     for i, name in enumerate("ab"):
         state = random_state(pipe, seed=i + 1)
-        state.tokens = {"clip_l": torch.randn(2, 16, generator=torch.Generator().manual_seed(i)) * 0.3}
+        state.tokens = {
+            "clip_l": torch.randn(2, 16, generator=torch.Generator().manual_seed(i)) * 0.3
+        }
         state.token_names = ("<s0>", "<s1>")
         state.metadata = embeddings.header({"TOK": ("<s0>", "<s1>")})
         (folder / name).mkdir()
@@ -39,15 +41,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(folder: Path, out: str, *words: str) -> bytes:
     path = folder / out
-    assert infer.main(["--model", str(folder / "model"), "--steps", "3", "--out", str(path), *words]) == 0
+    assert (
+        infer.main(["--model", str(folder / "model"), "--steps", "3", "--out", str(path), *words])
+        == 0
+    )
     return Image.open(path).tobytes()
 
 
 def test_recipe_in_the_picture_redraws_it(folder: Path) -> None:
-    first = draw(folder, "x.png", "--prompt", "TOK a", "--lora", f"{folder / 'a'}:unet=0.6,text=0.9", "--seed", "5", "--sampler", "euler")
+    first = draw(
+        folder,
+        "x.png",
+        "--prompt",
+        "TOK a",
+        "--lora",
+        f"{folder / 'a'}:unet=0.6,text=0.9",
+        "--seed",
+        "5",
+        "--sampler",
+        "euler",
+    )
     assert infer.main(["--from", str(folder / "x.png"), "--out", str(folder / "y.png")]) == 0
     assert Image.open(folder / "y.png").tobytes() == first
-    assert infer.main(["--from", str(folder / "x.png"), "--out", str(folder / "z.png"), "--seed", "6"]) == 0
+    assert (
+        infer.main(["--from", str(folder / "x.png"), "--out", str(folder / "z.png"), "--seed", "6"])
+        == 0
+    )
     assert Image.open(folder / "z.png").tobytes() != first
     assert "TOK a" in Image.open(folder / "x.png").info["parameters"]
 
@@ -57,7 +76,11 @@ def test_strength_zero_is_the_base_and_tokens_come_along(folder: Path) -> None:
     assert draw(folder, "zero.png", "--prompt", "a", "--lora", f"{folder / 'a'}:0") == base
     assert draw(folder, "one.png", "--prompt", "a", "--lora", str(folder / "a")) != base
     with_word = draw(folder, "word.png", "--prompt", "TOK", "--lora", f"{folder / 'a'}:0")
-    assert with_word == draw(folder, "names.png", "--prompt", "<s0><s1>", "--lora", f"{folder / 'a'}:0") != base
+    assert (
+        with_word
+        == draw(folder, "names.png", "--prompt", "<s0><s1>", "--lora", f"{folder / 'a'}:0")
+        != base
+    )
 
 
 def test_tokens_beside_a_single_file_come_along(folder: Path) -> None:
@@ -65,22 +88,41 @@ def test_tokens_beside_a_single_file_come_along(folder: Path) -> None:
     for name in ("pytorch_lora_weights.safetensors", "a.safetensors"):
         single = draw(folder, "single.png", "--prompt", "a TOK", "--lora", str(folder / "a" / name))
         assert max(abs(x - y) for x, y in zip(single, whole)) <= 1
-    both = ["--lora", str(folder / "a" / "a.safetensors"), "--lora", str(folder / "b" / "b.safetensors")]
+    both = [
+        "--lora",
+        str(folder / "a" / "a.safetensors"),
+        "--lora",
+        str(folder / "b" / "b.safetensors"),
+    ]
     files = draw(folder, "two.png", "--prompt", "TOK TOK2", *both)
-    folders = draw(folder, "runs.png", "--prompt", "TOK TOK2", "--lora", str(folder / "a"), "--lora", str(folder / "b"))
+    folders = draw(
+        folder,
+        "runs.png",
+        "--prompt",
+        "TOK TOK2",
+        "--lora",
+        str(folder / "a"),
+        "--lora",
+        str(folder / "b"),
+    )
     assert max(abs(x - y) for x, y in zip(files, folders)) <= 1
 
 
 def test_parts_have_their_own_strength(folder: Path) -> None:
     pictures = {
-        draw(folder, f"{i}.png", "--prompt", "a", "--lora", f"{folder / 'a'}:{s}") for i, s in enumerate(("unet=1,text=0", "unet=0,text=1", "1", "0"))
+        draw(folder, f"{i}.png", "--prompt", "a", "--lora", f"{folder / 'a'}:{s}")
+        for i, s in enumerate(("unet=1,text=0", "unet=0,text=1", "1", "0"))
     }
     assert len(pictures) == 4
 
 
-def test_two_runs_with_the_same_words_are_kept_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_with_the_same_words_are_kept_apart(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--lora", f"{folder / 'a'}:0", "--lora", f"{folder / 'b'}:0"]
-    alone = [draw(folder, f"alone_{n}.png", "--prompt", "TOK", "--lora", f"{folder / n}:0") for n in "ab"]
+    alone = [
+        draw(folder, f"alone_{n}.png", "--prompt", "TOK", "--lora", f"{folder / n}:0") for n in "ab"
+    ]
     capsys.readouterr()
     together = [draw(folder, f"both_{w}.png", "--prompt", w, *words) for w in ("TOK", "TOK2")]
     assert together == alone
@@ -89,18 +131,43 @@ def test_two_runs_with_the_same_words_are_kept_apart(folder: Path, capsys: pytes
 
 def test_batches_files_and_grids_show_the_same_pictures(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a\n\nb TOK\n")
-    words = ["--model", str(folder / "model"), "--lora", str(folder / "a"), "--prompts", str(folder / "prompts.txt"), "--steps", "3", "--count", "2"]
+    words = [
+        "--model",
+        str(folder / "model"),
+        "--lora",
+        str(folder / "a"),
+        "--prompts",
+        str(folder / "prompts.txt"),
+        "--steps",
+        "3",
+        "--count",
+        "2",
+    ]
     for batch in ("1", "3"):
-        assert infer.main([*words, "--batch", batch, "--out", str(folder / f"many{batch}.png")]) == 0
+        assert (
+            infer.main([*words, "--batch", batch, "--out", str(folder / f"many{batch}.png")]) == 0
+        )
     for i in range(4):
         one, three = (Image.open(folder / f"many{batch}_{i:03d}.png").tobytes() for batch in "13")
         assert max(abs(x - y) for x, y in zip(one, three)) <= 1
-    assert Image.open(folder / "many1_003.png").tobytes() == draw(folder, "b1.png", "--prompt", "b TOK", "--seed", "1", "--lora", str(folder / "a"))
+    assert Image.open(folder / "many1_003.png").tobytes() == draw(
+        folder, "b1.png", "--prompt", "b TOK", "--seed", "1", "--lora", str(folder / "a")
+    )
 
 
-@pytest.mark.parametrize("axis", ["strength=0:1:0.5", "lora1.unet=0:1:1", "text=0,2", "guidance=1,3", "steps=2,4", "seed=0:2"])
+@pytest.mark.parametrize(
+    "axis",
+    ["strength=0:1:0.5", "lora1.unet=0:1:1", "text=0,2", "guidance=1,3", "steps=2,4", "seed=0:2"],
+)
 def test_each_axis_changes_the_picture(folder: Path, axis: str) -> None:
-    words = ["--lora", str(folder / "a"), "--lora", f"{folder / 'b'}:unet=0.5,text=0.5", "--prompt", "a TOK"]
+    words = [
+        "--lora",
+        str(folder / "a"),
+        "--lora",
+        f"{folder / 'b'}:unet=0.5,text=0.5",
+        "--prompt",
+        "a TOK",
+    ]
     draw(folder, "grid.png", *words, "--grid", axis)
     sheet = Image.open(folder / "grid.png")
     cells = [sheet.crop((14 + 202 * i, 48, 14 + 202 * i + 192, 240)).tobytes() for i in range(2)]
@@ -136,15 +203,37 @@ def test_axes_and_loras_are_read_as_documented(tmp_path: Path) -> None:
 
 def test_image_to_image_equals_the_pipelines(folder: Path) -> None:
     Image.effect_noise((40, 32), 80).convert("RGB").save(folder / "start.png")
-    words = ["--prompt", "a", "--init-image", str(folder / "start.png"), "--seed", "2", "--guidance", "3"]
-    near, far = (draw(folder, f"{s}.png", *words, "--steps", "10", "--strength", s) for s in ("0.2", "0.8"))
+    words = [
+        "--prompt",
+        "a",
+        "--init-image",
+        str(folder / "start.png"),
+        "--seed",
+        "2",
+        "--guidance",
+        "3",
+    ]
+    near, far = (
+        draw(folder, f"{s}.png", *words, "--steps", "10", "--strength", s) for s in ("0.2", "0.8")
+    )
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder / "model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.encode = _mean_of(pipe.vae)
     square = Image.open(folder / "start.png").crop((4, 0, 36, 32))
     for ours, strength in ((near, 0.2), (far, 0.8)):
         noise = torch.Generator().manual_seed(2)
-        theirs = pipe("a", image=square, strength=strength, num_inference_steps=10, guidance_scale=3.0, generator=noise).images[0].tobytes()
+        theirs = (
+            pipe(
+                "a",
+                image=square,
+                strength=strength,
+                num_inference_steps=10,
+                guidance_scale=3.0,
+                generator=noise,
+            )
+            .images[0]
+            .tobytes()
+        )
         assert max(abs(x - y) for x, y in zip(ours, theirs)) <= 1
     assert near != far
 
@@ -186,35 +275,56 @@ def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
         (["--from", "nowhere.png"], "nowhere.png"),
     ],
 )
-def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = words if "--from" in words else ["--model", str(folder / "model"), "--steps", "3", *words]
-    assert infer.main(arguments if "--out" in words else [*arguments, "--out", str(tmp_path / "out.png")]) == 2
+def test_mistakes_are_one_sentence(
+    folder: Path,
+    tmp_path: Path,
+    words: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = (
+        words if "--from" in words else ["--model", str(folder / "model"), "--steps", "3", *words]
+    )
+    assert (
+        infer.main(
+            arguments if "--out" in words else [*arguments, "--out", str(tmp_path / "out.png")]
+        )
+        == 2
+    )
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("error: ") and sentence in said[0], said
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_without_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_without_recipe_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert infer.main(["--from", str(tmp_path / "plain.png")]) == 2
     assert "no recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["{", "[]", "3", '{"prompt": 3}', '{"foo": 1}', "[" * 100_000])
-def test_a_recipe_of_another_kind_is_refused(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_of_another_kind_is_refused(
+    tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_png(Image.new("RGB", (8, 8)), tmp_path / "other.png", {infer.CHUNK: recipe})
     assert infer.main(["--from", str(tmp_path / "other.png")]) == 2
     assert "other.png: its recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("white", [None, (0, 0, 8, 16)], ids=["black", "white beside the crop"])
-def test_a_mask_that_paints_nothing_is_refused(tmp_path: Path, white: tuple[int, int, int, int] | None) -> None:
+def test_a_mask_that_paints_nothing_is_refused(
+    tmp_path: Path, white: tuple[int, int, int, int] | None
+) -> None:
     mask = Image.new("L", (48, 16))
     if white:
         mask.paste(255, white)
     mask.save(tmp_path / "mask.png")
     with pytest.raises(UserError, match="nothing white where the picture is"):
-        infer._drawer(infer.Infer(mask=str(tmp_path / "mask.png")), SimpleNamespace(resolution=16), [], None)  # type: ignore[arg-type]
+        infer._drawer(
+            infer.Infer(mask=str(tmp_path / "mask.png")), SimpleNamespace(resolution=16), [], None
+        )  # type: ignore[arg-type]
 
 
 def test_patching_from_python_is_undone(folder: Path) -> None:
@@ -223,7 +333,9 @@ def test_patching_from_python_is_undone(folder: Path) -> None:
     before = {name: module for name, module in family.unet.named_modules()}
     with patch(modules, folder / "a", {"unet": 0.8, "text_encoder": 1.0}) as p:
         assert p.bind("a TOK") == "a <s0><s1>"
-        rows = family.text_encoder.get_input_embeddings()(torch.tensor(modules["tokenizer"].convert_tokens_to_ids(["<s0>", "<s1>"])))
+        rows = family.text_encoder.get_input_embeddings()(
+            torch.tensor(modules["tokenizer"].convert_tokens_to_ids(["<s0>", "<s1>"]))
+        )
         assert torch.equal(rows, load_file(folder / "a" / "a_emb.safetensors")["clip_l"])
     after = dict(family.unet.named_modules())
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
@@ -235,14 +347,41 @@ def test_a_refiner_draws_the_last_steps(tmp_path: Path, capsys: pytest.CaptureFi
 
     tiny_sdxl.save(tmp_path / "base")
     tiny_sdxl.save(tmp_path / "refiner", refiner=True)
-    words = ["--model", str(tmp_path / "base"), "--prompt", "a cat", "--steps", "5", "--sampler", "euler"]
+    words = [
+        "--model",
+        str(tmp_path / "base"),
+        "--prompt",
+        "a cat",
+        "--steps",
+        "5",
+        "--sampler",
+        "euler",
+    ]
     refined = ["--refiner", str(tmp_path / "refiner")]
-    runs = {"base": [], "late": [*refined, "--refiner-start", "0.8"], "early": [*refined, "--refiner-start", "0.2"]}
+    runs = {
+        "base": [],
+        "late": [*refined, "--refiner-start", "0.8"],
+        "early": [*refined, "--refiner-start", "0.2"],
+    }
     for name, flags in runs.items():
         assert infer.main([*words, *flags, "--out", str(tmp_path / f"{name}.png")]) == 0
     pictures = {Image.open(tmp_path / f"{name}.png").tobytes() for name in runs}
     assert len(pictures) == 3
     assert infer.main([*words, "--refiner-start", "0.5", "--out", str(tmp_path / "x.png")]) == 2
     assert "--refiner-start has no effect without --refiner" in capsys.readouterr().err
-    assert infer.main([*words, *refined, "--from", str(tmp_path / "late.png"), "--out", str(tmp_path / "again.png")]) == 0
-    assert Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "late.png").tobytes()
+    assert (
+        infer.main(
+            [
+                *words,
+                *refined,
+                "--from",
+                str(tmp_path / "late.png"),
+                "--out",
+                str(tmp_path / "again.png"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "late.png").tobytes()
+    )

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 MODULES = ("lora_core", "merging", "models", "toy")
-OPTIONAL = {"datasets", "pillow-heif", "tensorboard", "wandb"}  # extras, imported where they are asked for
+OPTIONAL = {
+    "datasets",
+    "pillow-heif",
+    "tensorboard",
+    "wandb",
+}  # extras, imported where they are asked for
 
 # Trains two steps, draws, merges and folds, in the environment that it is started in.
 SESSION = """
@@ -61,7 +66,9 @@ def closure(wanted: list[Requirement]) -> dict[str, Distribution]:
             except PackageNotFoundError:
                 continue  # of another platform
             further = [Requirement(line) for line in found[name].requires or ()]
-            wanted += [r for r in further if r.marker is None or r.marker.evaluate({"extra": extra})]
+            wanted += [
+                r for r in further if r.marker is None or r.marker.evaluate({"extra": extra})
+            ]
     return found
 
 
@@ -76,18 +83,35 @@ def plain_environment(folder: Path) -> Path:
     return folder / "bin/python"
 
 
-def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks(photos: Path, tmp_path: Path) -> None:
+def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks(
+    photos: Path, tmp_path: Path
+) -> None:
     python = plain_environment(tmp_path / "plain")
     absent = "from importlib.util import find_spec as f; print(*(n for n in ('accelerate', 'peft', 'pytest') if f(n)))"
-    assert subprocess.run([python, "-c", absent], capture_output=True, text=True, check=True).stdout == "\n"
-    done = subprocess.run([python, "-c", SESSION, str(tmp_path), str(photos)], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        subprocess.run([python, "-c", absent], capture_output=True, text=True, check=True).stdout
+        == "\n"
+    )
+    done = subprocess.run(
+        [python, "-c", SESSION, str(tmp_path), str(photos)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    said = re.findall(r".*(?:accelerate|peft|not installed|not found|pip install|No module).*", done.stdout + done.stderr)
+    said = re.findall(
+        r".*(?:accelerate|peft|not installed|not found|pip install|No module).*",
+        done.stdout + done.stderr,
+    )
     assert not said
 
 
-@pytest.mark.parametrize(("version", "left"), [("3.10", "whole"), ("3.11", "whole"), ("3.12", "half")])
-def test_make_installs_with_a_python_that_is_new_enough_and_has_pip(tmp_path: Path, version: str, left: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "left"), [("3.10", "whole"), ("3.11", "whole"), ("3.12", "half")]
+)
+def test_make_installs_with_a_python_that_is_new_enough_and_has_pip(
+    tmp_path: Path, version: str, left: str
+) -> None:
     """An old python3 is named before torch is fetched; a .venv that lacks pip, as without Debian's python3-venv, is made whole."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -104,10 +128,18 @@ echo "$0 $*" >> calls
     (tmp_path / ".venv/bin/python").symlink_to(fake)
     if left == "whole":
         (tmp_path / "pip").touch()
-    done = subprocess.run(["make", "ready", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "ready", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True
+    )
     calls = (tmp_path / "calls").read_text()
-    assert ("-m venv .venv" in calls) == (left == "half") and ("pip install" in calls) == (done.returncode == 0) == (version != "3.10")
-    assert done.returncode == 0 or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make" in done.stderr
+    assert ("-m venv .venv" in calls) == (left == "half") and ("pip install" in calls) == (
+        done.returncode == 0
+    ) == (version != "3.10")
+    assert (
+        done.returncode == 0
+        or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make"
+        in done.stderr
+    )
 
 
 # ---------------------------------------------------------------- what is declared
@@ -126,22 +158,39 @@ def imported(path: Path) -> set[str]:
 
 def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
     ours = {path.stem for path in ROOT.glob("*.py")} | set(MODULES) | set(sys.stdlib_module_names)
-    files = [*ROOT.glob("*.py"), *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py")),
+    ]
     names = set().union(*(imported(path) for path in files if path.name != "backend.py")) - ours
     sources = packages_distributions()
     used = {canonicalize_name(source) for name in names for source in sources.get(name, [name])}
     needed = {canonicalize_name(requirement.name) for requirement in declared(extras=False)}
     assert used - OPTIONAL == needed
-    assert used & OPTIONAL <= {canonicalize_name(Requirement(line).name) for name in EXTRAS.keys() - {"test"} for line in EXTRAS[name]}
+    assert used & OPTIONAL <= {
+        canonicalize_name(Requirement(line).name)
+        for name in EXTRAS.keys() - {"test"}
+        for line in EXTRAS[name]
+    }
 
 
 @pytest.mark.parametrize("requirement", list(declared()), ids=str)
-def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(requirement: Requirement) -> None:
+def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(
+    requirement: Requirement,
+) -> None:
     assert [part.operator for part in requirement.specifier] == [">="]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    pinned = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)}
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
+    pinned = {
+        canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)
+    }
     name = canonicalize_name(requirement.name)
-    assert name == "wandb" or requirement.specifier.contains(pinned[name])  # wandb is not among the tests' packages
+    assert name == "wandb" or requirement.specifier.contains(
+        pinned[name]
+    )  # wandb is not among the tests' packages
 
 
 # ---------------------------------------------------------------- in place or not at all
@@ -154,8 +203,13 @@ def build(hook: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "build_wheel", "get_requires_for_build_sdist", "build_sdist"])
-def test_a_wheel_or_an_archive_is_refused_with_the_way_that_works(hook: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hook",
+    ["get_requires_for_build_wheel", "build_wheel", "get_requires_for_build_sdist", "build_sdist"],
+)
+def test_a_wheel_or_an_archive_is_refused_with_the_way_that_works(
+    hook: str, tmp_path: Path
+) -> None:
     done = build(hook, tmp_path)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert len(done.stderr.splitlines()) == 1 and "pip install -e ." in done.stderr
@@ -166,7 +220,17 @@ def test_pip_refuses_a_copy_in_site_packages_at_its_first_question(tmp_path: Pat
     copy.mkdir()
     for name in ("pyproject.toml", "backend.py", "README.md", "LICENSE"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(tmp_path / "site"),
+        str(copy),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "run pip install -e . in it" in done.stdout + done.stderr
     assert not (tmp_path / "site").exists()
@@ -174,5 +238,9 @@ def test_pip_refuses_a_copy_in_site_packages_at_its_first_question(tmp_path: Pat
 
 def test_no_message_sends_to_a_package_of_our_name() -> None:
     """There is none, and whoever takes the name on PyPI would be installed."""
-    for file in [ROOT / "README.md", *ROOT.glob("*.py"), *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py"))]:
+    for file in [
+        ROOT / "README.md",
+        *ROOT.glob("*.py"),
+        *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py")),
+    ]:
         assert not re.search(r"pip install\W+(-U )?\W*lora_core", file.read_text()), file

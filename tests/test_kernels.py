@@ -18,7 +18,10 @@ def dense(down, up, scale, groups=1):
     out, r = up.shape[0], down.shape[0]
     blocks = []
     for g in range(groups):
-        rows, ranks = slice(g * out // groups, (g + 1) * out // groups), slice(g * r // groups, (g + 1) * r // groups)
+        rows, ranks = (
+            slice(g * out // groups, (g + 1) * out // groups),
+            slice(g * r // groups, (g + 1) * r // groups),
+        )
         blocks.append(torch.einsum("oi,i...->o...", up[rows].flatten(1), down[ranks]))
     return scale * torch.cat(blocks)
 
@@ -30,29 +33,46 @@ def test_reference_runs_its_example_and_keeps_the_dtype(name):
         out = call(name, *args)
         for y in out if isinstance(out, tuple) else (out,):
             assert torch.isfinite(y).all()
-            assert y.dtype == (reference.wide(dtype) if name in ("dora_norm", "dora_norms", "snr_weighted_mse") else dtype)
+            assert y.dtype == (
+                reference.wide(dtype)
+                if name in ("dora_norm", "dora_norms", "snr_weighted_mse")
+                else dtype
+            )
 
 
 def test_lora_linear_is_the_dense_layer():
     x, weight, bias, down, up, scale = OPS["lora_linear"].example(1, torch.float64, "cpu")
     expected = x @ (weight + dense(down, up, scale)).T + bias
-    torch.testing.assert_close(call("lora_linear", x, weight, bias, down, up, scale), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        call("lora_linear", x, weight, bias, down, up, scale), expected, rtol=0, atol=1e-12
+    )
     alone = call("lora_linear", x, None, None, down, up, scale)
     torch.testing.assert_close(alone, x @ dense(down, up, scale).T, rtol=0, atol=1e-12)
 
 
 def test_lora_conv_is_the_dense_convolution_with_stride_padding_dilation_groups():
-    x, weight, bias, down, up, scale, stride, padding, dilation, groups = OPS["lora_conv"].example(2, torch.float64, "cpu")
-    expected = torch.nn.functional.conv2d(x, weight + dense(down, up, scale, groups), bias, stride, padding, dilation, groups)
+    x, weight, bias, down, up, scale, stride, padding, dilation, groups = OPS["lora_conv"].example(
+        2, torch.float64, "cpu"
+    )
+    expected = torch.nn.functional.conv2d(
+        x, weight + dense(down, up, scale, groups), bias, stride, padding, dilation, groups
+    )
     got = call("lora_conv", x, weight, bias, down, up, scale, stride, padding, dilation, groups)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     alone = call("lora_conv", x, None, None, down, up, scale, stride, padding, dilation, groups)
-    torch.testing.assert_close(alone, expected - torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        alone,
+        expected - torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_dora_norm_is_per_output_row_on_a_square_weight():
     generator = torch.Generator().manual_seed(3)
-    weight, down, up = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 6), (2, 6), (6, 2)))
+    weight, down, up = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 6), (2, 6), (6, 2))
+    )
     rows = torch.stack([(weight + 0.5 * up @ down)[i].square().sum().sqrt() for i in range(6)])
     torch.testing.assert_close(call("dora_norm", weight, down, up, 0.5), rows, rtol=1e-14, atol=0)
 
@@ -60,7 +80,9 @@ def test_dora_norm_is_per_output_row_on_a_square_weight():
 def test_dora_norm_of_a_grouped_convolution():
     _, weight, _, down, up, scale, *_, groups = OPS["lora_conv"].example(4, torch.float64, "cpu")
     expected = (weight + dense(down, up, scale, groups)).square().sum((1, 2, 3)).sqrt()
-    torch.testing.assert_close(call("dora_norm", weight, down, up, scale), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        call("dora_norm", weight, down, up, scale), expected, rtol=1e-14, atol=0
+    )
 
 
 def test_dora_norm_is_fp32_for_bf16_weights_and_under_autocast():
@@ -76,9 +98,15 @@ def test_dora_norm_is_fp32_for_bf16_weights_and_under_autocast():
 def test_dora_compose_is_the_formula_and_rounds_once():
     y0, bias, lora, gain = OPS["dora_compose"].example(6, torch.float64, "cpu")
     expected = y0 + 0.3 * ((gain.double() - 1) * (y0 - bias) + gain.double() * lora)
-    torch.testing.assert_close(call("dora_compose", y0, bias, lora, gain, 0.3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        call("dora_compose", y0, bias, lora, gain, 0.3), expected, rtol=0, atol=1e-12
+    )
     low = [t.bfloat16() for t in (y0, bias, lora)]
-    exact = low[0].double() + (gain.double() - 1) * (low[0].double() - low[1].double()) + gain.double() * low[2].double()
+    exact = (
+        low[0].double()
+        + (gain.double() - 1) * (low[0].double() - low[1].double())
+        + gain.double() * low[2].double()
+    )
     got = call("dora_compose", *low, gain)
     assert got.dtype == torch.bfloat16
     assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
@@ -86,23 +114,35 @@ def test_dora_compose_is_the_formula_and_rounds_once():
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_conv", "dora_compose"])
 def test_gradients_pass_gradcheck(name):
-    args = [a.double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in OPS[name].example(7, torch.float64, "cpu")]
+    args = [
+        a.double().requires_grad_() if isinstance(a, torch.Tensor) else a
+        for a in OPS[name].example(7, torch.float64, "cpu")
+    ]
     assert torch.autograd.gradcheck(OPS[name].reference, args)
 
 
 # --- fused twins ---
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 11), (3, 1, 128, 128), (1, 9, 130, 127)], ids=["odd", "largest merged", "split"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 5, 7, 11), (3, 1, 128, 128), (1, 9, 130, 127)],
+    ids=["odd", "largest merged", "split"],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_lora_linear_is_the_reference(shape, bias):
     b, s, i, o = shape
     make = torch.Generator().manual_seed(5)
     shapes = (b, s, i), (o, i), (o,), (3, i), (o, 3), (b, s, o)
-    x, weight, offset, down, up, dy = (torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes)
+    x, weight, offset, down, up, dy = (
+        torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes
+    )
     results = []
     for mode in ("reference", "fused"):
-        leaves = [t.clone().requires_grad_() for t in (x.transpose(0, 1).contiguous().transpose(0, 1), down, up)]
+        leaves = [
+            t.clone().requires_grad_()
+            for t in (x.transpose(0, 1).contiguous().transpose(0, 1), down, up)
+        ]
         with using(mode):
             y = call("lora_linear", leaves[0], weight, offset if bias else None, *leaves[1:], 0.7)
         y.backward(dy)
@@ -114,13 +154,22 @@ def test_fused_lora_linear_is_the_reference(shape, bias):
 @pytest.mark.parametrize("channels", [4, 48])  # 9 * 48^2 is above the limit
 def test_fused_lora_conv_is_the_reference(channels):
     make = torch.Generator().manual_seed(6)
-    shapes = (2, channels, 7, 9), (channels, channels, 3, 3), (3, channels, 3, 3), (channels, 3, 1, 1)
-    x, weight, down, up = (torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes)
+    shapes = (
+        (2, channels, 7, 9),
+        (channels, channels, 3, 3),
+        (3, channels, 3, 3),
+        (channels, 3, 1, 1),
+    )
+    x, weight, down, up = (
+        torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes
+    )
     results = []
     for mode in ("reference", "fused"):
         leaves = [t.clone().requires_grad_() for t in (x, down, up)]
         with using(mode):
-            y = call("lora_conv", leaves[0], weight, None, *leaves[1:], 0.7, (2, 1), (1, 0), (1, 2), 1)
+            y = call(
+                "lora_conv", leaves[0], weight, None, *leaves[1:], 0.7, (2, 1), (1, 0), (1, 2), 1
+            )
         y.square().sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results):
@@ -134,7 +183,10 @@ def test_fused_lora_linear_rounds_no_worse_than_the_reference(width):
     for seed in range(20):
         make = torch.Generator().manual_seed(seed)
         shapes = (2, 40, width), (width, width), (width,), (4, width), (width, 4), (2, 40, width)
-        given = [torch.randn(shape, generator=make, dtype=torch.float64) * (0.05 if i in (3, 4) else 1) for i, shape in enumerate(shapes)]
+        given = [
+            torch.randn(shape, generator=make, dtype=torch.float64) * (0.05 if i in (3, 4) else 1)
+            for i, shape in enumerate(shapes)
+        ]
 
         def run(dtype, mode, given=given):
             x, weight, bias, down, up, dy = (t.to(dtype, copy=True) for t in given)
@@ -146,12 +198,19 @@ def test_fused_lora_linear_rounds_no_worse_than_the_reference(width):
 
         exact = run(torch.float64, "reference")
         for mode, total in errors.items():
-            total += torch.tensor([(a - b).norm() / b.norm() for a, b in zip(run(torch.float32, mode), exact)])
+            total += torch.tensor(
+                [(a - b).norm() / b.norm() for a, b in zip(run(torch.float32, mode), exact)]
+            )
     assert (errors["fused"] <= 2 * errors["reference"]).all(), errors
 
 
 def test_fused_keeps_small_updates_of_a_half_precision_weight():
-    x, weight, down, up = torch.ones(1, 8).bfloat16(), torch.ones(8, 8).bfloat16(), torch.full((1, 8), 1e-3), torch.full((8, 1), 1e-3)
+    x, weight, down, up = (
+        torch.ones(1, 8).bfloat16(),
+        torch.ones(8, 8).bfloat16(),
+        torch.full((1, 8), 1e-3),
+        torch.full((8, 1), 1e-3),
+    )
     with using("fused"):
         y = call("lora_linear", x, weight, None, down, up, 1.0)
     with using("reference"):
@@ -168,7 +227,10 @@ def test_a_mode_without_a_twin_takes_the_next_plainer_one_and_says_it(monkeypatc
     expected = OPS["dora_norm"].reference(*args)
     with using("fused"):
         assert torch.equal(call("dora_norm", *args), expected)
-    with using("triton"), pytest.warns(UserWarning, match="dora_norm runs without its triton kernel: there is none"):
+    with (
+        using("triton"),
+        pytest.warns(UserWarning, match="dora_norm runs without its triton kernel: there is none"),
+    ):
         assert torch.equal(call("dora_norm", *args), expected)
     assert kernels.mode() == "auto"
 
@@ -199,7 +261,10 @@ def test_auto_takes_fused_and_triton_only_for_cuda(monkeypatch):
     args = op.example()
     assert call("lora_linear", *args) == 1
     monkeypatch.setattr(kernels, "_said", set())
-    with using("triton"), pytest.warns(UserWarning, match="lora_linear runs without its triton kernel: in is odd"):
+    with (
+        using("triton"),
+        pytest.warns(UserWarning, match="lora_linear runs without its triton kernel: in is odd"),
+    ):
         assert call("lora_linear", *args) == 1
     with using("reference"):
         assert call("lora_linear", *args).shape == (2, 5, 11)
@@ -240,17 +305,26 @@ def uint32_mask(shape, p, seed, layer, step, rows):
 def test_dropout_hash_equals_uint32_arithmetic():
     rows = [7, -(2**62) + 11, 2**40]
     args = 0.25, 2**35 + 5, 0xDEADBEEF, 17, rows
-    got = call("keyed_dropout", torch.ones(3, 4, 5), *args[:3], torch.tensor(17), torch.tensor(rows))
+    got = call(
+        "keyed_dropout", torch.ones(3, 4, 5), *args[:3], torch.tensor(17), torch.tensor(rows)
+    )
     assert torch.equal(got != 0, uint32_mask((3, 4, 5), *args))
     assert torch.equal(got.unique(), torch.tensor([0, 1 / 0.75]))
 
 
 def test_dropout_keep_rate_and_independence():
     rows = torch.arange(4) * 2**33
-    draw = [call("keyed_dropout", torch.ones(4, 50_000), 0.3, 0, 9, torch.tensor(step), rows) != 0 for step in (0, 1)]
+    draw = [
+        call("keyed_dropout", torch.ones(4, 50_000), 0.3, 0, 9, torch.tensor(step), rows) != 0
+        for step in (0, 1)
+    ]
     n = draw[0].numel()
     assert abs(draw[0].float().mean() - 0.7) < 5 * (0.21 / n) ** 0.5
-    for one, other in ((draw[0], draw[1]), (draw[0][0], draw[0][1]), (draw[0][:, 1:], draw[0][:, :-1])):
+    for one, other in (
+        (draw[0], draw[1]),
+        (draw[0][0], draw[0][1]),
+        (draw[0][:, 1:], draw[0][:, :-1]),
+    ):
         agree = (one == other).float().mean()
         assert abs(agree - (0.49 + 0.09)) < 5 * (0.25 / one.numel()) ** 0.5
 
@@ -270,7 +344,10 @@ def test_dropout_gradient_is_the_mask_and_memory_format_does_not_matter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton and name not in ("prodigy_step", "adamw_step")])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, op in OPS.items() if op.triton and name not in ("prodigy_step", "adamw_step")],
+)
 def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
     """The example of each row: at most twice the error to float64 of the reference in the same dtype."""
     op, results = OPS[name], {}
@@ -278,8 +355,15 @@ def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
         pytest.skip(f"the kernel refuses this example: {reason}")
     for mode, kind in (("exact", torch.float64), ("reference", dtype), ("triton", dtype)):
         args = OPS[name].example(0, dtype, "cuda")
-        args = torch.utils._pytree.tree_map(lambda a, kind=kind: a.to(kind) if isinstance(a, torch.Tensor) and a.is_floating_point() else a, args)
+        args = torch.utils._pytree.tree_map(
+            lambda a, kind=kind: (
+                a.to(kind) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            ),
+            args,
+        )
         with using("triton" if mode == "triton" else "reference"):
-            results[mode] = torch.cat([y.double().flatten() for y in torch.utils._pytree.tree_leaves(call(name, *args))])
+            results[mode] = torch.cat(
+                [y.double().flatten() for y in torch.utils._pytree.tree_leaves(call(name, *args))]
+            )
     error, eager = ((results[mode] - results["exact"]).norm() for mode in ("triton", "reference"))
     assert error <= 2 * eager + 1e-6 * results["exact"].norm()

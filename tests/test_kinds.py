@@ -73,11 +73,17 @@ def shake(model, name="default", size=0.1, seed=5):
     generator = seeded(seed)
     with torch.no_grad():
         for p in injection.parameters(model, name):
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+            p.add_(
+                size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            )
 
 
 def adapted_layers(model):
-    return [(path, layer) for path, layer in injection.layers(model).items() if isinstance(layer, Adapted)]
+    return [
+        (path, layer)
+        for path, layer in injection.layers(model).items()
+        if isinstance(layer, Adapted)
+    ]
 
 
 # --- full: the weights themselves ---
@@ -91,7 +97,9 @@ def test_a_full_update_starts_as_the_base_and_gets_wide_gradients(dtype):
     out.float().square().sum().backward()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     found = injection.parameters(model)
-    assert [tuple(p.shape) for p in found] == [tuple(p.shape) for n, p in base.named_parameters() if "norm" not in n]
+    assert [tuple(p.shape) for p in found] == [
+        tuple(p.shape) for n, p in base.named_parameters() if "norm" not in n
+    ]
     assert all(p.dtype == p.grad.dtype == wanted and p.grad.abs().max() > 0 for p in found)
 
 
@@ -119,7 +127,8 @@ def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
         if isinstance(layer, nn.GroupNorm):
             layer.requires_grad_(False)
     optimizers = [
-        torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay) for ps in (injection.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
+        torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay)
+        for ps in (injection.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
     ]
     for _ in range(3):
         for model, optimizer in zip((ours, plain), optimizers):
@@ -127,7 +136,9 @@ def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
             (model(x) - 1).square().mean().backward()
             optimizer.step()
     found = injection.merged(ours)
-    same = all(torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items())
+    same = all(
+        torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items()
+    )
     assert same == (decay == 0)
 
 
@@ -140,7 +151,9 @@ def test_full_and_low_rank_updates_add():
     with torch.no_grad():
         for path, layer in injection.layers(expected).items():
             full = dict(adapted_layers(model))[path].adapter("default")
-            layer.weight += 0.4 * full.weight + delta(state(model, "second")[path], layer.weight.clone())
+            layer.weight += 0.4 * full.weight + delta(
+                state(model, "second")[path], layer.weight.clone()
+            )
             if layer.bias is not None:
                 layer.bias += 0.4 * full.bias
     torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
@@ -167,7 +180,9 @@ def test_a_full_update_has_no_factors():
     model = injected()
     factors = state(injected("lora"))
     for action in (lambda: state(model), lambda: load_state(model, factors)):
-        with pytest.raises(UserError, match="no low-rank form; write the merged model, or distil it"):
+        with pytest.raises(
+            UserError, match="no low-rank form; write the merged model, or distil it"
+        ):
             action()
     with pytest.raises(UserError, match=r"of conv has no up and down.*--optimizer.lora-plus"):
         injection.up_parameters(model)
@@ -209,7 +224,9 @@ def test_casting_the_model_leaves_a_full_update_fp32():
 def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     """Half an ulp of bf16 at 0.05 is 1.2e-4: a parameter kept in bf16 (peft's, on a bf16 base) never moves at a learning rate of 1e-4."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
-    inject(model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2})))
+    inject(
+        model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2}))
+    )
     ours = injection.parameters(model)[0]
     with torch.no_grad():
         ours.fill_(0.05)
@@ -248,29 +265,48 @@ LINEAR, CONV = nn.Linear(16, 16), nn.Conv2d(16, 16, 1)
 ROWS = torch.arange(-1000, 1000) * 7919
 
 
-@pytest.mark.parametrize(("layer", "shape", "where"), [(LINEAR, (16,), ()), (LINEAR, (2, 3, 16), (0, 0)), (CONV, (16, 2, 3), None)])
+@pytest.mark.parametrize(
+    ("layer", "shape", "where"),
+    [(LINEAR, (16,), ()), (LINEAR, (2, 3, 16), (0, 0)), (CONV, (16, 2, 3), None)],
+)
 def test_rank_dropout_takes_out_ranks_of_an_example_wherever_they_act(layer, shape, where):
     y = masks(layer, {"rank_dropout": 0.25}, ROWS[:50], x=shape)
     ranks = y[:, *where] if where is not None else y[:, :, 0, 0]
     assert set(ranks.unique().tolist()) == {0.0, 1 / 0.75}
-    spread = ranks[:, None, None] if shape == (2, 3, 16) else ranks[..., None, None] if where is None else ranks
+    spread = (
+        ranks[:, None, None]
+        if shape == (2, 3, 16)
+        else ranks[..., None, None]
+        if where is None
+        else ranks
+    )
     assert torch.equal(y, spread.expand_as(y))
     assert torch.equal(ranks, masks(LINEAR, {"rank_dropout": 0.25}, ROWS[:50]))
     assert len(ranks.unique(dim=0)) > 40
 
 
-@pytest.mark.parametrize(("layer", "shape"), [(LINEAR, (16,)), (LINEAR, (2, 3, 16)), (CONV, (16, 2, 3))])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(LINEAR, (16,)), (LINEAR, (2, 3, 16)), (CONV, (16, 2, 3))]
+)
 def test_module_dropout_takes_out_whole_examples_and_does_not_rescale(layer, shape):
     y = masks(layer, {"module_dropout": 0.25}, ROWS, x=shape)
     kept = y.flatten(1)[:, 0]
-    assert torch.equal(y, kept.view(-1, *[1] * len(shape)).expand_as(y)) and set(kept.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(y, kept.view(-1, *[1] * len(shape)).expand_as(y)) and set(
+        kept.unique().tolist()
+    ) == {0.0, 1.0}
     assert abs(float(kept.detach().mean()) - 0.75) < 5 * (0.75 * 0.25 / len(ROWS)) ** 0.5
 
 
 def test_every_dropout_has_its_own_stream():
     """At p = 1/2 any two of the masks agree on half of the examples (within five standard errors), as do two seeds, steps and layers."""
-    found = [masks(LINEAR, {name: 0.5}, ROWS)[:, 0] != 0 for name in ("dropout", "rank_dropout", "module_dropout")]
-    found += [masks(LINEAR, {"rank_dropout": 0.5}, ROWS, **other)[:, 0] != 0 for other in ({"step": 4}, {"seed": 1})]
+    found = [
+        masks(LINEAR, {name: 0.5}, ROWS)[:, 0] != 0
+        for name in ("dropout", "rank_dropout", "module_dropout")
+    ]
+    found += [
+        masks(LINEAR, {"rank_dropout": 0.5}, ROWS, **other)[:, 0] != 0
+        for other in ({"step": 4}, {"seed": 1})
+    ]
     for a, b in itertools.combinations(found, 2):
         assert abs(float((a == b).double().mean()) - 0.5) < 2.5 / len(ROWS) ** 0.5
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
@@ -279,13 +315,23 @@ def test_every_dropout_has_its_own_stream():
         for layer in model:
             layer.adapter("default").up.fill_(1.0)
     set_dropout(model, ROWS, 0)
-    first, second = (layer(torch.ones(len(ROWS), 8).double()) != layer.base(torch.ones(len(ROWS), 8).double()) for layer in model)
+    first, second = (
+        layer(torch.ones(len(ROWS), 8).double()) != layer.base(torch.ones(len(ROWS), 8).double())
+        for layer in model
+    )
     assert abs(float((first[:, 0] == second[:, 0]).double().mean()) - 0.5) < 2.5 / len(ROWS) ** 0.5
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    itertools.product(KINDS, [{"rank_dropout": 0.4}, {"module_dropout": 0.4}, {"dropout": 0.2, "rank_dropout": 0.3, "module_dropout": 0.3}]),
+    itertools.product(
+        KINDS,
+        [
+            {"rank_dropout": 0.4},
+            {"module_dropout": 0.4},
+            {"dropout": 0.2, "rank_dropout": 0.3, "module_dropout": 0.3},
+        ],
+    ),
 )
 def test_masks_do_not_depend_on_the_batch(kind, settings):
     model = injected(kind, **settings).train()
@@ -337,7 +383,9 @@ def test_dropped_examples_are_the_base_to_the_bit_and_dropped_ranks_leave_doras_
                 torch.testing.assert_close(y[~gone], model.eval()(x)[~gone], rtol=0, atol=1e-13)
             else:
                 gain = lr.magnitude / (base.weight + lr.up @ lr.down).norm(dim=1)
-                expected = y0 + (gain - 1) * (y0 - base.bias) + gain * ((mask * (x @ lr.down.T)) @ lr.up.T)
+                expected = (
+                    y0 + (gain - 1) * (y0 - base.bias) + gain * ((mask * (x @ lr.down.T)) @ lr.up.T)
+                )
                 torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
@@ -351,7 +399,14 @@ def test_grouped_convolutions_drop_ranks_within_their_groups():
     mask = (model["conv"](x) - base(x)).detach()
     for i in range(3):
         hidden = F.conv2d(x[i : i + 1], lr.down, padding=1, groups=2)
-        ranks = torch.cat([F.conv2d(hidden * (torch.arange(4) == k).view(1, 4, 1, 1), lr.up, groups=2).reshape(1, -1) for k in range(4)])
+        ranks = torch.cat(
+            [
+                F.conv2d(hidden * (torch.arange(4) == k).view(1, 4, 1, 1), lr.up, groups=2).reshape(
+                    1, -1
+                )
+                for k in range(4)
+            ]
+        )
         weights = torch.linalg.lstsq(ranks.T, mask[i].reshape(-1, 1)).solution.flatten()
         assert all(min(abs(w), abs(w - 2)) < 1e-9 for w in weights.tolist()), weights
 
@@ -364,14 +419,19 @@ def test_checkpointing_redraws_the_same_masks(kind):
         shake(model)
         set_dropout(model, torch.tensor([3, 1, 2]), 7)
         x = noise(3, 4, 6, 5)
-        (checkpoint(model, x, use_reentrant=False) if recompute else model(x)).square().sum().backward()
+        (
+            checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        ).square().sum().backward()
         grads.append([p.grad for p in injection.parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
 def test_bad_dropouts_and_missing_row_keys_are_refused(name):
-    with pytest.raises(UserError, match=rf"adapter {name.replace('_', ' ')} is 1.0; expected a probability in \[0, 1\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"adapter {name.replace('_', ' ')} is 1.0; expected a probability in \[0, 1\)",
+    ):
         AdapterSpec(targets=("*",), **{name: 1.0})
     model = injected("lora", **{name: 0.5})
     with pytest.raises(UserError, match=r"conv has dropout; call adapters\.set_dropout"):

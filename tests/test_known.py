@@ -17,19 +17,29 @@ from tests import tiny_pipeline, tiny_sdxl
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
 ORIGINALS = [kind for kind, row in KINDS.items() if not row.like]
-WRITTEN = ["diffusers", "kohya", "cloneofsimo"]  # the formats of adapters; those of token rows alone cannot tell families of one width apart
+WRITTEN = [
+    "diffusers",
+    "kohya",
+    "cloneofsimo",
+]  # the formats of adapters; those of token rows alone cannot tell families of one width apart
 
 
 def factors(shape, rank=2):
     out, *inner = shape
-    return LowRank(torch.ones(1).expand(rank, *inner), torch.ones(1).expand(out, rank, *[1] * (len(inner) - 1)), 1.0)
+    return LowRank(
+        torch.ones(1).expand(rank, *inner),
+        torch.ones(1).expand(out, rank, *[1] * (len(inner) - 1)),
+        1.0,
+    )
 
 
 def state_of(kind, component="", pattern=""):
     """An adapter of a kind; of one component and the layers that match a pattern, where they are given. No memory is used for its factors."""
     layout = known.layout(kind)
     components = {
-        name: {path: factors(shape) for path, shape in part.shapes.items() if re.search(pattern, path)}
+        name: {
+            path: factors(shape) for path, shape in part.shapes.items() if re.search(pattern, path)
+        }
         for name, part in layout.components.items()
         if component in ("", name) and layout.encoders.get(name) != "t5"
     }
@@ -55,12 +65,22 @@ ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
 @pytest.mark.parametrize("format", WRITTEN)
 def test_every_format_is_recognised_as_its_own_family(kind, format):
     layout = known.layout(kind)
-    if format == "cloneofsimo" and not layout.components.get("unet", layout.components.get("transformer")).numbering:
+    if (
+        format == "cloneofsimo"
+        and not layout.components.get("unet", layout.components.get("transformer")).numbering
+    ):
         pytest.skip("no such files exist")
     cloneofsimo = r"attn\d\.|self_attn|ff\.net\.0"
-    shapes, _ = written(state_of(kind, pattern=cloneofsimo if format == "cloneofsimo" else ATTENTION), format, layout)
+    shapes, _ = written(
+        state_of(kind, pattern=cloneofsimo if format == "cloneofsimo" else ATTENTION),
+        format,
+        layout,
+    )
     assert known.kind_of(shapes) == kind
-    assert known.recognise({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}) is layout
+    assert (
+        known.recognise({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+        is layout
+    )
 
 
 @pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
@@ -98,20 +118,36 @@ def test_files_with_few_layers(kind, component, pattern, format):
 
 
 def test_what_shapes_do_not_tell_a_header_does_or_the_user():
-    middle = written(state_of("sd1", "unet", r"mid_block.*attn1\.to_q"), "diffusers", known.layout("sd1"))[0]
-    assert "1.x and Stable Diffusion 2.x and Stable Diffusion XL alike" in sentence(known.recognise, middle)  # 1280 wide in all of them
-    layer = written(state_of("sd1", "unet", r"up_blocks\.3.*attn1\.to_q"), "diffusers", known.layout("sd1"))[0]
+    middle = written(
+        state_of("sd1", "unet", r"mid_block.*attn1\.to_q"), "diffusers", known.layout("sd1")
+    )[0]
+    assert "1.x and Stable Diffusion 2.x and Stable Diffusion XL alike" in sentence(
+        known.recognise, middle
+    )  # 1280 wide in all of them
+    layer = written(
+        state_of("sd1", "unet", r"up_blocks\.3.*attn1\.to_q"), "diffusers", known.layout("sd1")
+    )[0]
     text = sentence(known.recognise, layer, {}, "a.safetensors")
-    assert "Stable Diffusion 1.x and Stable Diffusion 2.x alike" in text and "--model" in text and "a.safetensors" in text and "up_blocks.3" in text
+    assert (
+        "Stable Diffusion 1.x and Stable Diffusion 2.x alike" in text
+        and "--model" in text
+        and "a.safetensors" in text
+        and "up_blocks.3" in text
+    )
     assert "Flux" not in text and "XL" not in text
     for version, kind in (("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sd_v2_v", "sd2-v")):
         assert known.kind_of(layer, {"ss_base_model_version": version}) == kind
-    assert known.kind_of(layer, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}) == "sd2-v"
+    assert (
+        known.kind_of(layer, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"})
+        == "sd2-v"
+    )
     encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.layout("sdxl"))[0]
     assert "Stable Diffusion XL and Flux" in sentence(known.recognise, encoder)
     assert known.kind_of(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
     context = written(state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.layout("sd1"))[0]
-    assert known.kind_of(context, {"ss_base_model_version": "sd_v2"}) == "sd1"  # shapes before headers
+    assert (
+        known.kind_of(context, {"ss_base_model_version": "sd_v2"}) == "sd1"
+    )  # shapes before headers
     schnell = written(state_of("flux-schnell"), "kohya", known.layout("flux-schnell"))
     assert known.kind_of(*schnell) == "flux-schnell" and known.kind_of(schnell[0]) == "flux-dev"
 
@@ -119,10 +155,22 @@ def test_what_shapes_do_not_tell_a_header_does_or_the_user():
 def test_files_of_other_models_are_refused():
     pipe = tiny_pipeline.pipeline()
     state = tiny_pipeline.random_state(pipe)
-    shapes, _ = written(state, "kohya", formats.layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+    shapes, _ = written(
+        state, "kohya", formats.layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    )
     text = sentence(known.recognise, shapes, None, "tiny.safetensors")
-    assert "tiny.safetensors" in text and "fits none of Stable Diffusion 1.x" in text and "Flux.1 dev" in text and "--model" in text
-    for odd in ({}, {"a.weight": (3, 3)}, {"unet.nowhere.lora_A.weight": (4, 320), "unet.nowhere.lora_B.weight": (320, 4)}, {"step": ()}):
+    assert (
+        "tiny.safetensors" in text
+        and "fits none of Stable Diffusion 1.x" in text
+        and "Flux.1 dev" in text
+        and "--model" in text
+    )
+    for odd in (
+        {},
+        {"a.weight": (3, 3)},
+        {"unet.nowhere.lora_A.weight": (4, 320), "unet.nowhere.lora_B.weight": (320, 4)},
+        {"step": ()},
+    ):
         assert "fits none" in sentence(known.recognise, odd)
     one, _ = written(state_of("sd1", pattern=r"attn2\.to_k"), "diffusers", known.layout("sd1"))
     other, _ = written(state_of("sdxl", pattern=r"attn2\.to_k"), "diffusers", known.layout("sdxl"))
@@ -130,7 +178,11 @@ def test_files_of_other_models_are_refused():
 
 
 K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-CONV, FC, QKV = "down_blocks_0_resnets_0_conv1", "text_model_encoder_layers_3_mlp_fc1", "double_blocks.0.img_attn.qkv"
+CONV, FC, QKV = (
+    "down_blocks_0_resnets_0_conv1",
+    "text_model_encoder_layers_3_mlp_fc1",
+    "double_blocks.0.img_attn.qkv",
+)
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -175,26 +227,47 @@ def test_a_published_file():
     layout = known.recognise_path(DISNEY)
     assert (layout.family, layout.base_model_version) == ("sd", "sd_v1")
     state = formats.load(DISNEY, layout)
-    assert {name: len(modules) for name, modules in state.components.items()} == {"unet": 144, "text_encoder": 48}
+    assert {name: len(modules) for name, modules in state.components.items()} == {
+        "unet": 144,
+        "text_encoder": 48,
+    }
 
 
 def test_files_folders_and_pickles(tmp_path):
     def small(kind, pattern):
         parts = state_of(kind, pattern=pattern).components
-        own = {n: {p: lr._replace(down=lr.down.clone(), up=lr.up.clone()) for p, lr in modules.items()} for n, modules in parts.items()}
-        return AdapterState(own, {"clip_l": torch.ones(1, 768)} if kind == "sd1" else {}, ("<s0>",) if kind == "sd1" else ())
+        own = {
+            n: {p: lr._replace(down=lr.down.clone(), up=lr.up.clone()) for p, lr in modules.items()}
+            for n, modules in parts.items()
+        }
+        return AdapterState(
+            own,
+            {"clip_l": torch.ones(1, 768)} if kind == "sd1" else {},
+            ("<s0>",) if kind == "sd1" else (),
+        )
 
     run = tmp_path / "run"
     run.mkdir()
     formats.save_run(small("sd1", "attn2.to_k"), run, layout=known.layout("sd1"))
     assert len(list(run.iterdir())) == 3 and known.recognise_path(run) is known.layout("sd1")
-    formats.save(small("sdxl", "attn2.to_k"), tmp_path / "xl.safetensors", format="kohya", layout=known.layout("sdxl"))
+    formats.save(
+        small("sdxl", "attn2.to_k"),
+        tmp_path / "xl.safetensors",
+        format="kohya",
+        layout=known.layout("sdxl"),
+    )
     assert known.recognise_path(tmp_path / "xl.safetensors") is known.layout("sdxl")
     peft = tmp_path / "peft" / "unet"
     peft.mkdir(parents=True)
-    save_file({f"base_model.model.{DOTTED}.lora_A.weight": torch.ones(2, 1024)}, peft / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{DOTTED}.lora_A.weight": torch.ones(2, 1024)},
+        peft / "adapter_model.safetensors",
+    )
     assert known.recognise_path(tmp_path / "peft") is known.layout("sd2")
-    torch.save([torch.ones(320, 1), torch.ones(1, 320), torch.ones(320, 1), torch.ones(1, 1024)], tmp_path / "lora.pt")
+    torch.save(
+        [torch.ones(320, 1), torch.ones(1, 320), torch.ones(320, 1), torch.ones(1, 1024)],
+        tmp_path / "lora.pt",
+    )
     assert known.recognise_path(tmp_path / "lora.pt") is known.layout("sd2")
     torch.save([torch.ones(768, 1), torch.ones(1, 768)], tmp_path / "lora.text_encoder.pt")
     assert known.recognise_path(tmp_path / "lora.text_encoder.pt") is known.layout("sd1")
@@ -214,10 +287,17 @@ def test_configs_are_those_of_the_published_models():
     """The numbers of modules that public trainers adapt (semantics.md 4.2) and the full-size networks of the other tests."""
     layouts = known.layouts()
     unet, clip, big = tiny_sdxl.full_size()
-    expected = formats.layout_of({"text_encoder": clip, "text_encoder_2": big, "unet": unet}).components
-    assert {name: part.shapes for name, part in layouts["sdxl"].components.items()} == {name: part.shapes for name, part in expected.items()}
+    expected = formats.layout_of(
+        {"text_encoder": clip, "text_encoder_2": big, "unet": unet}
+    ).components
+    assert {name: part.shapes for name, part in layouts["sdxl"].components.items()} == {
+        name: part.shapes for name, part in expected.items()
+    }
     count = {
-        kind: sum(bool(re.search(r"transformer_blocks|proj_in|proj_out", path)) for path in found.components["unet"].shapes)
+        kind: sum(
+            bool(re.search(r"transformer_blocks|proj_in|proj_out", path))
+            for path in found.components["unet"].shapes
+        )
         for kind, found in layouts.items()
         if "unet" in found.components
     }
@@ -240,7 +320,10 @@ def test_checkpoints_are_told_by_their_widths():
         (4, 2048, 2816): "sdxl", (9, 2048, 2816): "sdxl-inpainting", (4, 1280, 2560): "sdxl-refiner",
     }  # fmt: skip
     assert {key: known.of_checkpoint(facts(*key), "a") for key in expected} == expected
-    assert known.of_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v" and known.of_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+    assert (
+        known.of_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
+        and known.of_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+    )
     for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
         text = sentence(known.of_checkpoint, facts(*key), "a.ckpt")
         assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

@@ -14,7 +14,9 @@ from tests.tiny_pipeline import pipeline
 @pytest.fixture(scope="module")
 def layouts():
     """Stable Diffusion 1.5 and XL at full size, without weights."""
-    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12)
+    config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12
+    )
     with torch.device("meta"):
         plain = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         large = UNet2DConditionModel(
@@ -24,24 +26,41 @@ def layouts():
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         )  # fmt: skip
         first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
-    return {17: sd.layout(plain, first, {}), 12: sdxl.layout(large, {"text_encoder": first, "text_encoder_2": second})}
+    return {
+        17: sd.layout(plain, first, {}),
+        12: sdxl.layout(large, {"text_encoder": first, "text_encoder_2": second}),
+    }
 
 
 def hit(layout, globs):
     """The blocks of all layers that the globs match, and of the text encoders."""
     globs = (*globs, "*self_attn*")
-    paths = [(name, path) for name, part in layout.components.items() for path in part.shapes if any(matches(path, glob) for glob in globs)]
+    paths = [
+        (name, path)
+        for name, part in layout.components.items()
+        for path in part.shapes
+        if any(matches(path, glob) for glob in globs)
+    ]
     return {layout.block_of(name, path) for name, path in paths}
 
 
 @pytest.mark.parametrize("length", [17, 12])
 def test_short_lists_name_the_blocks_with_attention(layouts, length):
-    assert hit(layouts[length], ("*.attentions.*",)) == set(LISTS[length]) and length in layouts[length].block_lists
+    assert (
+        hit(layouts[length], ("*.attentions.*",)) == set(LISTS[length])
+        and length in layouts[length].block_lists
+    )
 
 
 def test_a_list_of_20_names_all_blocks(layouts):
-    assert hit(layouts[12], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in")) == set(LISTS[20]) and 20 in layouts[12].block_lists
-    assert hit(layouts[17], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in")) == set(range(26))
+    assert (
+        hit(layouts[12], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in"))
+        == set(LISTS[20])
+        and 20 in layouts[12].block_lists
+    )
+    assert hit(layouts[17], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in")) == set(
+        range(26)
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,16 +84,33 @@ def test_a_list_of_20_names_all_blocks(layouts):
     ],
 )
 def test_blocks_are_numbered_as_the_original_code_numbers_them(layouts, length, path, block):
-    assert path in layouts[length].components["unet"].shapes and BLOCKS[layouts[length].block_of("unet", path)] == block
+    assert (
+        path in layouts[length].components["unet"].shapes
+        and BLOCKS[layouts[length].block_of("unet", path)] == block
+    )
 
 
 def test_a_list_weighs_layers(layouts):
-    share = by_block(parse("0.5," + ",".join(str(i) for i in range(1, 17)), layouts[17].block_lists), layouts[17].block_of)
+    share = by_block(
+        parse("0.5," + ",".join(str(i) for i in range(1, 17)), layouts[17].block_lists),
+        layouts[17].block_of,
+    )
     assert share("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == 0.5
-    assert share("unet", "mid_block.attentions.0.proj_in") == 7 and share("unet", "up_blocks.3.attentions.2.proj_out") == 16
-    assert share("unet", "time_embedding.linear_1") == 1 and share("unet", "down_blocks.3.resnets.0.conv1") == 1  # in no list of 17
+    assert (
+        share("unet", "mid_block.attentions.0.proj_in") == 7
+        and share("unet", "up_blocks.3.attentions.2.proj_out") == 16
+    )
+    assert (
+        share("unet", "time_embedding.linear_1") == 1
+        and share("unet", "down_blocks.3.resnets.0.conv1") == 1
+    )  # in no list of 17
 
 
 def test_tables_tell_the_width_of_rows(layouts):
-    assert [layouts[12].components[name].width for name in ("unet", "text_encoder", "text_encoder_2")] == [0, 768, 768]
-    assert sd.layout((pipe := pipeline()).unet, pipe.text_encoder, {}).components["text_encoder"].width == 16
+    assert [
+        layouts[12].components[name].width for name in ("unet", "text_encoder", "text_encoder_2")
+    ] == [0, 768, 768]
+    assert (
+        sd.layout((pipe := pipeline()).unet, pipe.text_encoder, {}).components["text_encoder"].width
+        == 16
+    )

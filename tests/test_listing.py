@@ -27,7 +27,10 @@ def save(path: Path, colour: int = 0) -> Path:
 
 
 def names(folder: Path, **how: object) -> list[str]:
-    return [r.path.relative_to(folder).as_posix() for r in scan(folder, **{"captions": "one", "caption": "x", "masks": "none"} | how)]  # type: ignore[arg-type]
+    return [
+        r.path.relative_to(folder).as_posix()
+        for r in scan(folder, **{"captions": "one", "caption": "x", "masks": "none"} | how)
+    ]  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- masks
@@ -39,17 +42,32 @@ MASKS = [
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_as_many_tools_call_them_are_masks_and_never_images(tmp_path: Path, name: str) -> None:
+def test_masks_as_many_tools_call_them_are_masks_and_never_images(
+    tmp_path: Path, name: str
+) -> None:
     save(tmp_path / "a.png")
     mask = save(tmp_path / name, 20)
     assert names(tmp_path) == ["a.png"]
-    assert [r.mask_path for r in scan(tmp_path, captions="one", caption="x", masks="file")] == [mask]
+    assert [r.mask_path for r in scan(tmp_path, captions="one", caption="x", masks="file")] == [
+        mask
+    ]
     left = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="none"))
-    assert [(paths, "masks that are not asked for" in why) for why, paths in left.items()] == [([mask], True)]
+    assert [(paths, "masks that are not asked for" in why) for why, paths in left.items()] == [
+        ([mask], True)
+    ]
     assert dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="file")) == {}
 
 
-@pytest.mark.parametrize("name", ["venetian_mask.png", "a person with a mask.jpg", "mask.png", "mask_of_wood.png", "masks/other.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "venetian_mask.png",
+        "a person with a mask.jpg",
+        "mask.png",
+        "mask_of_wood.png",
+        "masks/other.png",
+    ],
+)
 def test_an_image_whose_name_speaks_of_a_mask_stays_an_image(tmp_path: Path, name: str) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / name)
@@ -58,13 +76,19 @@ def test_an_image_whose_name_speaks_of_a_mask_stays_an_image(tmp_path: Path, nam
     assert own or list(dataset.unused(tmp_path, scan(tmp_path, caption="x"))) == ["sub-folders"]
 
 
-def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(tmp_path: Path) -> None:
+def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
+    tmp_path: Path,
+) -> None:
     for i in (0, 1, 10):
         save(tmp_path / f"{i}.src.jpg", i)
         save(tmp_path / f"{i}.mask.png", i)
     spare = save(tmp_path / "masks" / "1.src.png")
     records = scan(tmp_path, caption="x", masks="file")
-    assert [r.mask_path.name for r in records if r.mask_path] == ["0.mask.png", "1.mask.png", "10.mask.png"]
+    assert [r.mask_path.name for r in records if r.mask_path] == [
+        "0.mask.png",
+        "1.mask.png",
+        "10.mask.png",
+    ]
     assert dataset.unused(tmp_path, records) == {"second masks of an image": [spare]}
     save(tmp_path / "5-masklabel.png")
     with pytest.raises(UserError, match=r"5-masklabel\.png belongs to no image"):
@@ -98,7 +122,9 @@ def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("from txt")
     records = scan(tmp_path)
     assert [r.captions for r in records] == [("from txt",), ("from caption",)]
-    assert dataset.unused(tmp_path, records) == {"texts beside images that have another caption": [tmp_path / "a.caption"]}
+    assert dataset.unused(tmp_path, records) == {
+        "texts beside images that have another caption": [tmp_path / "a.caption"]
+    }
     with pytest.raises(UserError, match=r"1 of 2 images lack a \.txt"):
         scan(tmp_path, captions="txt")
 
@@ -113,15 +139,30 @@ def test_json_that_is_no_caption_is_left_out_and_broken_json_refused(tmp_path: P
         scan(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["IMG_4711.png", "PXL_20240501_123456789.png", "photo (3).png", "d41d8cd98f00b204e9800998ecf8427e.png"])
-def test_names_that_nobody_wrote_are_captions_only_when_asked_for(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "IMG_4711.png",
+        "PXL_20240501_123456789.png",
+        "photo (3).png",
+        "d41d8cd98f00b204e9800998ecf8427e.png",
+    ],
+)
+def test_names_that_nobody_wrote_are_captions_only_when_asked_for(
+    tmp_path: Path, name: str
+) -> None:
     save(tmp_path / name)
     save(tmp_path / "a red TOK.png", 1)
     (tmp_path / "notes.txt").write_text("bought in May")
-    with pytest.raises(UserError, match=r"1 of 2 images .* no caption but a name .*--data.caption, .*--data.captions filename"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 images .* no caption but a name .*--data.caption, .*--data.captions filename",
+    ):
         scan(tmp_path)
     records = scan(tmp_path, captions="filename")
-    assert sorted(r.captions[0] for r in records) == sorted(["a red TOK", name.removesuffix(".png")])
+    assert sorted(r.captions[0] for r in records) == sorted(
+        ["a red TOK", name.removesuffix(".png")]
+    )
     assert dataset.unused(tmp_path, records) == {"texts of no image": [tmp_path / "notes.txt"]}
     assert {r.captions for r in scan(tmp_path, caption="a TOK")} == {("a TOK",)}
 
@@ -133,13 +174,31 @@ def test_empty_captions_fall_back_on_the_caption_that_is_given(tmp_path: Path) -
     save(tmp_path / "3.png", 3)
     with pytest.raises(UserError, match="3 of 4 images lack"):
         scan(tmp_path)
-    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == ["a TOK", "the TOK", "the TOK", "the TOK"]
-    rows = [{"file_name": "0.png", "text": "row"}, {"file_name": "1.png", "text": ""}, {"file_name": "2.png", "text": None}]
-    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == [
+        "a TOK",
+        "the TOK",
+        "the TOK",
+        "the TOK",
+    ]
+    rows = [
+        {"file_name": "0.png", "text": "row"},
+        {"file_name": "1.png", "text": ""},
+        {"file_name": "2.png", "text": None},
+    ]
+    (tmp_path / "metadata.jsonl").write_text(
+        "\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="line 2 has the text ''"):
         scan(tmp_path)
-    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == ["row", "the TOK", "the TOK", "the TOK"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": "row"}) for i in range(4)))
+    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == [
+        "row",
+        "the TOK",
+        "the TOK",
+        "the TOK",
+    ]
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{i}.png", "text": "row"}) for i in range(4))
+    )
     with pytest.raises(UserError, match="'the TOK' has no use"):
         scan(tmp_path, caption="the TOK")
     assert len(scan(tmp_path, caption="the TOK", held_out=True)) == 4
@@ -165,11 +224,21 @@ def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) ->
     save(root / "20240501_party" / "w.png")
     records = scan(root)
     found = [(r.path.parent.name, r.captions[0]) for r in records]
-    assert found == [("10_ohwx dog", "ohwx dog"), ("10_ohwx dog", "ohwx dog on grass")] * 10 + [("3_TOK", "TOK")] * 3
+    assert (
+        found
+        == [("10_ohwx dog", "ohwx dog"), ("10_ohwx dog", "ohwx dog on grass")] * 10
+        + [("3_TOK", "TOK")] * 3
+    )
     assert scan(root, repeats=2) == records * 2 and len(scan(root, held_out=True)) == 3
-    assert dataset.unused(root, records) == {"sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]}
+    assert dataset.unused(root, records) == {
+        "sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]
+    }
     assert {r.captions for r in scan(root, captions="one", caption="a TOK")} == {("a TOK",)}
-    assert [r.captions[0] for r in scan(root, caption="a TOK", held_out=True)] == ["a TOK", "ohwx dog on grass", "a TOK"]
+    assert [r.captions[0] for r in scan(root, caption="a TOK", held_out=True)] == [
+        "a TOK",
+        "ohwx dog on grass",
+        "a TOK",
+    ]
     save(root / "own.png")
     assert names(root) == ["own.png"]
 
@@ -188,7 +257,10 @@ def test_class_images_in_kohyas_folders_are_counted_and_added_to_the_first(tmp_p
 
 def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path: Path) -> None:
     image = save(tmp_path / "photos" / "a.png")
-    for given, sentence in ((image, "is a file"), (tmp_path / "photos" / ".." / "photos", "folder of the training images")):
+    for given, sentence in (
+        (image, "is a file"),
+        (tmp_path / "photos" / ".." / "photos", "folder of the training images"),
+    ):
         with pytest.raises(UserError, match=sentence):
             class_images.check_folder(str(given), str(tmp_path / "photos"))
     for given in ("", str(tmp_path / "new")):
@@ -198,51 +270,81 @@ def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path:
 def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         save(tmp_path / split / "0.png", len(split))
-        (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": split}))
+        (tmp_path / split / "metadata.jsonl").write_text(
+            json.dumps({"file_name": "0.png", "text": split})
+        )
     records = scan(tmp_path)
-    assert [r.captions for r in records] == [("train",)] and dataset.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
-    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\ntrain/0.png,beside\n", encoding="utf-8")
+    assert [r.captions for r in records] == [("train",)] and dataset.unused(tmp_path, records) == {
+        "sub-folders": [tmp_path / "test"]
+    }
+    (tmp_path / "metadata.csv").write_text(
+        "\ufefffile_name,text\ntrain/0.png,beside\n", encoding="utf-8"
+    )
     records = scan(tmp_path)
     assert [(r.path, r.captions) for r in records] == [(tmp_path / "train" / "0.png", ("beside",))]
     assert dataset.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
 
 
-def test_a_folder_without_images_says_what_it_has_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_images_says_what_it_has_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "pillow_heif", None)
     save(tmp_path / "deep" / "er" / "0.png")
-    with pytest.raises(UserError, match=r"no images in .* itself, but 1 below .*deep; give the folder .*deep/er itself"):
+    with pytest.raises(
+        UserError,
+        match=r"no images in .* itself, but 1 below .*deep; give the folder .*deep/er itself",
+    ):
         scan(tmp_path)
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no images in .* can be read; 1 file left out, first IMG_1.HEIC: HEIC needs"):
+    with pytest.raises(
+        UserError,
+        match=r"no images in .* can be read; 1 file left out, first IMG_1.HEIC: HEIC needs",
+    ):
         scan(tmp_path / "phone")
     kohya(tmp_path / "project" / "img")
     with pytest.raises(UserError, match=r"give the folder .*project/img itself"):
         scan(tmp_path / "project")
 
 
-def test_nothing_but_what_systems_leave_is_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "pillow_heif", None)
     save(tmp_path / "a.png")
     for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
     save(tmp_path / ".ipynb_checkpoints" / "a.png")
     assert dataset.unused(tmp_path, scan(tmp_path, caption="x")) == {}
-    for name in ("b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"):
-        save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_bytes(b"file_name,text\na.png,t")
+    for name in (
+        "b.heic",
+        "c.svg",
+        "d.jxl",
+        "a.npz",
+        "a-condlabel.png",
+        ".hidden.png",
+        "metadata.csv",
+    ):
+        save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_bytes(
+            b"file_name,text\na.png,t"
+        )
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
     found = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
     assert found.pop("links to nothing") == [tmp_path / "e.png"]
     assert sorted(path.name for paths in found.values() for path in paths) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
     )
-    assert [p.name for p in next(paths for why, paths in found.items() if "HEIC" in why)] == ["b.heic"]
+    assert [p.name for p in next(paths for why, paths in found.items() if "HEIC" in why)] == [
+        "b.heic"
+    ]
 
 
 # ---------------------------------------------------------------- Unicode
 
 
-@pytest.mark.parametrize("space", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize(
+    "space", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+)
 def test_only_newlines_separate_captions(tmp_path: Path, space: str) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(f"a{space}TOK\rthe TOK\r\n\nmy{space}TOK".encode())
@@ -266,7 +368,9 @@ def test_names_that_are_no_utf8_are_no_captions_and_can_be_printed(tmp_path: Pat
     save(tmp_path / "b.png")
     os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/caf\xe9 TOK.png")
     for how in ({}, {"captions": "filename"}):
-        with pytest.raises(UserError, match=r"caf\\xe9 TOK\.png has bytes that are no UTF-8 .*rename"):
+        with pytest.raises(
+            UserError, match=r"caf\\xe9 TOK\.png has bytes that are no UTF-8 .*rename"
+        ):
             scan(tmp_path, **how)  # type: ignore[arg-type]
     [record] = scan(tmp_path, caption="a TOK")
     assert record.captions == ("a TOK",)
@@ -279,7 +383,10 @@ def test_names_that_are_no_utf8_are_no_captions_and_can_be_printed(tmp_path: Pat
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    for content, match in (("a TOK".encode("utf-16"), "not UTF-8 text but UTF-16"), (b"caf\xe9", "not UTF-8 text .*byte 3")):
+    for content, match in (
+        ("a TOK".encode("utf-16"), "not UTF-8 text but UTF-16"),
+        (b"caf\xe9", "not UTF-8 text .*byte 3"),
+    ):
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(UserError, match=match):
             scan(tmp_path)
@@ -298,14 +405,19 @@ def test_what_is_no_folder_and_what_is_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file, not a folder"):
         scan(image)
     (tmp_path / "meta_lat.json").write_text("{}")
-    with pytest.raises(UserError, match=r"first IMG_0001.png \(meta_lat.json there belongs to no image\); write captions"):
+    with pytest.raises(
+        UserError,
+        match=r"first IMG_0001.png \(meta_lat.json there belongs to no image\); write captions",
+    ):
         scan(tmp_path)
     (tmp_path / "IMG_0001.txt").write_bytes(b"a photo\0 of")
     with pytest.raises(UserError, match="zero byte at byte 7"):
         scan(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.mask.png", "a.mask.PNG", "a-masklabel.jpg", "below/b_mask.png", "a.Mask.webp"])
+@pytest.mark.parametrize(
+    "name", ["a.mask.png", "a.mask.PNG", "a-masklabel.jpg", "below/b_mask.png", "a.Mask.webp"]
+)
 def test_a_table_that_names_a_mask_as_an_image_is_refused(tmp_path: Path, name: str) -> None:
     for image in ("a.png", "below/b.png", name):
         save(tmp_path / image)
@@ -316,7 +428,9 @@ def test_a_table_that_names_a_mask_as_an_image_is_refused(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("written", ["a.png", "./a.png", "below/../a.png", "ROOT/a.png"])
-def test_a_table_may_write_a_path_in_several_ways(tmp_path: Path, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_may_write_a_path_in_several_ways(
+    tmp_path: Path, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "photos" / "a.png")
     save(tmp_path / "photos" / "below" / "b.png")
     row = {"file_name": written.replace("ROOT", str(tmp_path / "photos")), "text": "x"}
@@ -353,7 +467,9 @@ def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str
         ("Metadata.JSONL", "{}", "Metadata.JSONL there belongs to no image"),
     ],
 )
-def test_texts_that_are_no_captions_are_named_where_captions_are_missing(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+def test_texts_that_are_no_captions_are_named_where_captions_are_missing(
+    tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
     save(tmp_path / "IMG_1.png")
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=sentence):
@@ -365,7 +481,9 @@ def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> No
         save(tmp_path / f"{stem}.png")
     (tmp_path / "IMG_1.json").write_text('{"text": null, "caption": "of a TOK"}')
     (tmp_path / "IMG_2.json").write_text('{"tags": "x"}')
-    with pytest.raises(UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"
+    ):
         scan(tmp_path)
     assert [r.captions for r in scan(tmp_path, caption="a TOK")] == [("of a TOK",), ("a TOK",)]
 

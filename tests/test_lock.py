@@ -26,13 +26,17 @@ time.sleep(60)
 def start(folder: Path) -> subprocess.Popen:
     """Another process that holds the lock on a folder."""
     root = str(Path(__file__).parent.parent)
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     assert child.stdout is not None and child.stdout.readline() == "held\n"
     return child
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, ending: signal.Signals) -> None:
+def test_a_second_process_is_refused_until_the_first_is_gone(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
     other = start(tmp_path)
     try:
         for ask in (check_free, FolderLock.hold):
@@ -78,14 +82,18 @@ def test_the_lock_is_no_file_of_a_run_and_stays_out_of_backups(tmp_path: Path) -
     (out / "config.toml").write_text("")
     Run.open(out, overwrite=True)
     moved = lock.follow(out)
-    assert moved is not lock and [p.name for p in (tmp_path / "run.bak").iterdir()] == ["config.toml"]
+    assert moved is not lock and [p.name for p in (tmp_path / "run.bak").iterdir()] == [
+        "config.toml"
+    ]
     with pytest.raises(UserError, match="in use"):
         check_free(out)
     moved.release()
     assert not list(out.iterdir())
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*_: object) -> None:

@@ -29,17 +29,42 @@ from lora_core.errors import UserError
 from lora_core.kernels import using
 
 SD = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-ZERO = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True})
+ZERO = vp_from_config(
+    {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    }
+)
 
 
-def make(prediction: str = "epsilon", mask: Tensor | None = None, schedule: Schedule = SD, **lazy: Callable[[], Tensor]) -> StepOutput:
+def make(
+    prediction: str = "epsilon",
+    mask: Tensor | None = None,
+    schedule: Schedule = SD,
+    **lazy: Callable[[], Tensor],
+) -> StepOutput:
     g = torch.Generator().manual_seed(0)
     x0, eps, error = torch.randn(3, 4, 3, 5, 7, generator=g, dtype=torch.float64)
     level = schedule.level(schedule.ts[[0, 147, 500, 998]])
     target = PREDICTIONS[prediction].target(x0, eps, level)
     out = target + error * torch.tensor([0.01, 0.1, 1.0, 10.0]).double().reshape(-1, 1, 1, 1)
     prior = torch.tensor([False, False, True, True])
-    return StepOutput(out, target, x0, eps, add_noise(x0, eps, level), level, prediction, mask, prior, 3, dict(lazy), schedule.t_max)
+    return StepOutput(
+        out,
+        target,
+        x0,
+        eps,
+        add_noise(x0, eps, level),
+        level,
+        prediction,
+        mask,
+        prior,
+        3,
+        dict(lazy),
+        schedule.t_max,
+    )
 
 
 # ---------------------------------------------------------------- losses
@@ -47,8 +72,14 @@ def make(prediction: str = "epsilon", mask: Tensor | None = None, schedule: Sche
 
 def test_mse_and_l1_are_torchs_by_row() -> None:
     step = make()
-    for name, oracle in (("mse", torch.nn.functional.mse_loss), ("l1", torch.nn.functional.l1_loss)):
-        torch.testing.assert_close(LOSSES[name](step), torch.stack([oracle(o, t) for o, t in zip(step.out, step.target, strict=True)]))
+    for name, oracle in (
+        ("mse", torch.nn.functional.mse_loss),
+        ("l1", torch.nn.functional.l1_loss),
+    ):
+        torch.testing.assert_close(
+            LOSSES[name](step),
+            torch.stack([oracle(o, t) for o, t in zip(step.out, step.target, strict=True)]),
+        )
 
 
 def kohya_c(t: float, sigma: float, c: float, schedule: str) -> float:
@@ -63,24 +94,42 @@ def kohya_c(t: float, sigma: float, c: float, schedule: str) -> float:
 def test_huber_losses_are_kohyas_with_each_rows_own_timestep(name: str, schedule: str) -> None:
     step, rows = make(), []
     for i in range(4):
-        c = kohya_c(step.level.t[i].item(), (step.level.sigma[i] / step.level.alpha[i]).item(), 0.2, schedule)
+        c = kohya_c(
+            step.level.t[i].item(),
+            (step.level.sigma[i] / step.level.alpha[i]).item(),
+            0.2,
+            schedule,
+        )
         d = step.out[i] - step.target[i]
         rows.append(((2 * c if name == "huber" else 2) * (torch.sqrt(d**2 + c**2) - c)).mean())
-    torch.testing.assert_close(LOSSES[name](step, delta=0.2, schedule=schedule), torch.stack(rows), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        LOSSES[name](step, delta=0.2, schedule=schedule), torch.stack(rows), rtol=1e-9, atol=0
+    )
 
 
 def test_huber_is_mse_when_small_and_l1_when_large() -> None:
     step = make()
-    torch.testing.assert_close(LOSSES["huber"](step, delta=1e4), LOSSES["mse"](step), rtol=1e-5, atol=0)
-    torch.testing.assert_close(LOSSES["smooth_l1"](step, delta=1e-9), 2 * LOSSES["l1"](step), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        LOSSES["huber"](step, delta=1e4), LOSSES["mse"](step), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        LOSSES["smooth_l1"](step, delta=1e-9), 2 * LOSSES["l1"](step), rtol=1e-5, atol=0
+    )
 
 
 def test_huber_delta_runs_from_one_to_delta() -> None:
-    ends = NoiseLevel(torch.tensor([0.0, 1000.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    ends = NoiseLevel(
+        torch.tensor([0.0, 1000.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    )
     for schedule in ("exponential", "snr"):
-        torch.testing.assert_close(huber_delta(ends, SD.t_max, delta=0.1, schedule=schedule), torch.tensor([1.0, 0.1]))
+        torch.testing.assert_close(
+            huber_delta(ends, SD.t_max, delta=0.1, schedule=schedule), torch.tensor([1.0, 0.1])
+        )
     ends = flow().level(torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(huber_delta(ends, flow(steps=7).t_max, delta=0.1, schedule="exponential"), torch.tensor([1.0, 0.1]))
+    torch.testing.assert_close(
+        huber_delta(ends, flow(steps=7).t_max, delta=0.1, schedule="exponential"),
+        torch.tensor([1.0, 0.1]),
+    )
 
 
 @pytest.mark.parametrize("name", ["huber", "smooth_l1"])
@@ -89,14 +138,21 @@ def test_an_exponential_huber_schedule_fits_each_schedule_by_itself(name: str) -
     for schedule, prediction, scale in ((SD, "epsilon", 1), (flow(), "flow", 1000)):
         step = make(prediction, schedule=schedule)
         d = step.out - step.target
-        c = torch.tensor([kohya_c(t * scale, 0.0, 0.2, "exponential") for t in step.level.t.tolist()], dtype=torch.float64).reshape(-1, 1, 1, 1)
+        c = torch.tensor(
+            [kohya_c(t * scale, 0.0, 0.2, "exponential") for t in step.level.t.tolist()],
+            dtype=torch.float64,
+        ).reshape(-1, 1, 1, 1)
         expected = ((2 * c if name == "huber" else 2) * ((d**2 + c**2).sqrt() - c)).mean((1, 2, 3))
-        torch.testing.assert_close(LOSSES[name](step, delta=0.2, schedule="exponential"), expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            LOSSES[name](step, delta=0.2, schedule="exponential"), expected, rtol=1e-9, atol=0
+        )
     with pytest.raises(UserError, match=r"exponential schedule.*choose snr"):
         LOSSES[name](make("edm", schedule=edm()), schedule="exponential")
 
 
-@pytest.mark.parametrize(("args", "message"), [({"schedule": "cosine"}, "cosine"), ({"delta": 0.0}, "delta")])
+@pytest.mark.parametrize(
+    ("args", "message"), [({"schedule": "cosine"}, "cosine"), ({"delta": 0.0}, "delta")]
+)
 def test_impossible_huber_arguments_are_refused(args: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LOSSES["huber"](make(), **args)
@@ -109,7 +165,12 @@ def test_losses_are_fp32_rows_with_gradient_in_any_dtype(name: str) -> None:
     step.level = NoiseLevel(*(row.float() for row in step.level))
     rows = LOSSES[name](step)
     rows.sum().backward()
-    assert rows.shape == (4,) and rows.dtype == torch.float32 and torch.isfinite(step.out.grad).all() and step.out.grad.abs().sum() > 0
+    assert (
+        rows.shape == (4,)
+        and rows.dtype == torch.float32
+        and torch.isfinite(step.out.grad).all()
+        and step.out.grad.abs().sum() > 0
+    )
     step.out = step.target.clone().requires_grad_()
     LOSSES[name](step).sum().backward()
     assert (step.out.grad == 0).all()  # a perfect row neither moves nor turns NaN
@@ -119,7 +180,9 @@ def test_losses_are_fp32_rows_with_gradient_in_any_dtype(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_mask_of_ones_changes_nothing_and_a_binary_mask_is_the_mean_over_its_area(name: str) -> None:
+def test_a_mask_of_ones_changes_nothing_and_a_binary_mask_is_the_mean_over_its_area(
+    name: str,
+) -> None:
     plain = make()
     torch.testing.assert_close(LOSSES[name](make(mask=torch.ones(4, 1, 5, 7))), LOSSES[name](plain))
     mask = torch.zeros(4, 1, 5, 7)
@@ -133,7 +196,9 @@ def test_a_mask_of_ones_changes_nothing_and_a_binary_mask_is_the_mean_over_its_a
 def test_a_soft_mask_weighs_by_its_value_and_an_empty_one_is_zero() -> None:
     error = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]).repeat(2, 1, 1, 1)  # [2, 2, 1, 2]
     mask = torch.tensor([[[[1.0, 0.25]]], [[[0.0, 0.0]]]])
-    torch.testing.assert_close(masked_mean(error, mask), torch.tensor([(1 + 3 + 0.25 * (2 + 4)) / (2 * 1.25), 0.0]))
+    torch.testing.assert_close(
+        masked_mean(error, mask), torch.tensor([(1 + 3 + 0.25 * (2 + 4)) / (2 * 1.25), 0.0])
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1, 1), (4, 3, 5, 7), (1, 1, 5, 7)])
@@ -153,7 +218,9 @@ PAPERS = {  # (weighting, prediction) -> weight of the squared output error, fro
     ("min_snr", "v_prediction"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) / (s + 1),
     ("min_snr", "sample"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)),
     ("min_snr", "flow"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) * sigma**2,
-    ("soft_min_snr", "sample"): lambda s, sigma: 1 / (1 / s + 1 / 5),  # 1 / (sigma^2 + 1 / gamma) with alpha = 1
+    ("soft_min_snr", "sample"): lambda s, sigma: (
+        1 / (1 / s + 1 / 5)
+    ),  # 1 / (sigma^2 + 1 / gamma) with alpha = 1
     ("soft_min_snr", "epsilon"): lambda s, sigma: 1 / (1 / s + 1 / 5) / s,
     ("soft_min_snr", "v_prediction"): lambda s, sigma: 1 / (1 / s + 1 / 5) / (s + 1),
     ("soft_min_snr", "flow"): lambda s, sigma: 1 / (1 / s + 1 / 5) * sigma**2,
@@ -172,21 +239,39 @@ def test_weights_are_the_papers(name: str, prediction: str) -> None:
     rows = slice(0, -1) if prediction == "flow" else slice(None)  # the last row of a flow has snr 0
     level = schedule.level(schedule.ts[rows])
     snr = (schedule.alphas[rows] / schedule.sigmas[rows]) ** 2
-    torch.testing.assert_close(weight(name, level, prediction), PAPERS[name, prediction](snr, schedule.sigmas[rows]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        weight(name, level, prediction),
+        PAPERS[name, prediction](snr, schedule.sigmas[rows]),
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 def test_the_weights_diffusers_and_kohya_agree_on() -> None:
     """semantics: at snr 10 and gamma 5 epsilon weighs 1/2 and v 5/11."""
-    level = NoiseLevel(torch.tensor([0.0]), torch.tensor([(10 / 11) ** 0.5]), torch.tensor([(1 / 11) ** 0.5]))
+    level = NoiseLevel(
+        torch.tensor([0.0]), torch.tensor([(10 / 11) ** 0.5]), torch.tensor([(1 / 11) ** 0.5])
+    )
     torch.testing.assert_close(weight("min_snr", level, "epsilon", gamma=5.0), torch.tensor([0.5]))
-    torch.testing.assert_close(weight("min_snr", level, "v_prediction", gamma=5.0), torch.tensor([5 / 11]))
+    torch.testing.assert_close(
+        weight("min_snr", level, "v_prediction", gamma=5.0), torch.tensor([5 / 11])
+    )
     training = pytest.importorskip("diffusers.training_utils")
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
     t = torch.arange(1000)
     snr = training.compute_snr(scheduler, t)
-    torch.testing.assert_close(weight("min_snr", SD.level(t), "epsilon"), snr.clamp(max=5) / snr, rtol=1e-3, atol=0)  # theirs is an fp32 cumprod
-    torch.testing.assert_close(weight("min_snr", SD.level(t), "v_prediction"), snr.clamp(max=5) / (snr + 1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        weight("min_snr", SD.level(t), "epsilon"), snr.clamp(max=5) / snr, rtol=1e-3, atol=0
+    )  # theirs is an fp32 cumprod
+    torch.testing.assert_close(
+        weight("min_snr", SD.level(t), "v_prediction"),
+        snr.clamp(max=5) / (snr + 1),
+        rtol=1e-3,
+        atol=0,
+    )
 
 
 def test_arguments_of_the_weightings() -> None:
@@ -207,10 +292,17 @@ def test_a_weighted_error_in_x0_does_not_care_what_the_network_predicts(name: st
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_weights_stay_finite_at_zero_terminal_snr_and_at_the_ends_of_flow(name: str, prediction: str) -> None:
+def test_weights_stay_finite_at_zero_terminal_snr_and_at_the_ends_of_flow(
+    name: str, prediction: str
+) -> None:
     for level in (ZERO.level(torch.arange(1000)), flow().level(torch.tensor([0.0, 0.5, 1.0]))):
         w = weight(name, level, prediction)
-        assert torch.isfinite(w).all() and (w >= 0).all() and w.dtype == torch.float32 and w.shape == level.t.shape
+        assert (
+            torch.isfinite(w).all()
+            and (w >= 0).all()
+            and w.dtype == torch.float32
+            and w.shape == level.t.shape
+        )
     if name == "none":
         assert (w == 1).all()
 
@@ -218,7 +310,9 @@ def test_weights_stay_finite_at_zero_terminal_snr_and_at_the_ends_of_flow(name: 
 def test_min_snr_at_zero_terminal_snr_is_its_limit() -> None:
     last = ZERO.level(torch.tensor([999]))
     torch.testing.assert_close(weight("min_snr", last, "epsilon"), torch.ones(1))
-    torch.testing.assert_close(weight("min_snr", last, "v_prediction"), torch.zeros(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        weight("min_snr", last, "v_prediction"), torch.zeros(1), atol=1e-6, rtol=0
+    )
 
 
 # ---------------------------------------------------------------- StepOutput, names, rows
@@ -242,11 +336,17 @@ def test_x0_pred_of_a_perfect_output_is_x0(prediction: str) -> None:
 
 def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, 2, 3))\n\nnumber = 1\n")
+    file.write_text(
+        "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, 2, 3))\n\nnumber = 1\n"
+    )
     step = make()
     assert resolve("l1", LOSSES) is LOSSES["l1"]
-    torch.testing.assert_close(resolve(f"{file}:cube", LOSSES, {"power": 2})(step), LOSSES["mse"](step))
-    torch.testing.assert_close(resolve("huber", LOSSES, {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3))
+    torch.testing.assert_close(
+        resolve(f"{file}:cube", LOSSES, {"power": 2})(step), LOSSES["mse"](step)
+    )
+    torch.testing.assert_close(
+        resolve("huber", LOSSES, {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3)
+    )
     for spec, args, message in [
         ("hubert", None, "'hubert'.*nearest is 'huber'"),
         (f"{tmp_path}/none.py:cube", None, "none.py:cube names no Python file"),
@@ -313,11 +413,17 @@ def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction
     """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2 times v's."""
     schedule = flow(steps=1001) if prediction == "flow" else SD
     level = schedule.level(schedule.ts[[0, 147, 500, 998]])
-    torch.testing.assert_close(weight("snr", level, prediction), SNR_WEIGHTED[prediction](level), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        weight("snr", level, prediction), SNR_WEIGHTED[prediction](level), rtol=1e-9, atol=0
+    )
     step = make(prediction, schedule=schedule)
     out, target, row = compared(prediction, "edm", step.out, step.x0, step.eps, step.level)
-    there = (out - target).square().mean((1, 2, 3)) * weight("none", step.level, prediction, space="edm")
-    torch.testing.assert_close(there, LOSSES["mse"](step) * SNR_WEIGHTED[prediction](step.level), rtol=1e-6, atol=0)
+    there = (out - target).square().mean((1, 2, 3)) * weight(
+        "none", step.level, prediction, space="edm"
+    )
+    torch.testing.assert_close(
+        there, LOSSES["mse"](step) * SNR_WEIGHTED[prediction](step.level), rtol=1e-6, atol=0
+    )
     assert row == "sample"
 
 
@@ -329,7 +435,10 @@ def test_a_weighting_computes_the_same_in_both_spaces(name: str, prediction: str
     rows = []
     for space in ("model", "edm"):
         out, target, _ = compared(prediction, space, step.out, step.x0, step.eps, step.level)
-        rows.append((out - target).square().mean((1, 2, 3)) * weight(name, step.level, prediction, space=space))
+        rows.append(
+            (out - target).square().mean((1, 2, 3))
+            * weight(name, step.level, prediction, space=space)
+        )
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=0)
 
 
@@ -345,8 +454,13 @@ def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
     training = pytest.importorskip("diffusers.training_utils")
     level = flow().level(flow().ts)
     theirs = training.compute_loss_weighting_for_sd3(scheme, sigmas=level.sigma).double()
-    torch.testing.assert_close(weight(scheme, level, "flow"), theirs, rtol=1e-6, atol=0)  # theirs is cast to fp32
-    assert weight(scheme, level, "flow")[-1].item() == {"sigma_sqrt": 1.0, "cosmap": pytest.approx(2 / math.pi)}[scheme]  # at pure noise too
+    torch.testing.assert_close(
+        weight(scheme, level, "flow"), theirs, rtol=1e-6, atol=0
+    )  # theirs is cast to fp32
+    assert (
+        weight(scheme, level, "flow")[-1].item()
+        == {"sigma_sqrt": 1.0, "cosmap": pytest.approx(2 / math.pi)}[scheme]
+    )  # at pure noise too
 
 
 @pytest.mark.parametrize(
@@ -354,10 +468,22 @@ def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
     [
         ("loss: mse of epsilon, not weighed", ("none", "epsilon")),
         ("loss: mse of v, weighed by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
-        ("loss: mse of x0, read from epsilon, weighed by snr = 1 / sigma^2", ("none", "epsilon", "edm")),
-        ("loss: mse of x0, read from EDM's preconditioned output, not weighed", ("none", "edm", "edm")),
-        ("loss: mse of x0, read from EDM's preconditioned output, weighed by min(snr, 5)", ("min_snr", "edm", "edm")),
-        ("loss: mse of the velocity eps - x0, weighed by snr / (1 + snr)^1 sigma^2", ("p2", "flow")),
+        (
+            "loss: mse of x0, read from epsilon, weighed by snr = 1 / sigma^2",
+            ("none", "epsilon", "edm"),
+        ),
+        (
+            "loss: mse of x0, read from EDM's preconditioned output, not weighed",
+            ("none", "edm", "edm"),
+        ),
+        (
+            "loss: mse of x0, read from EDM's preconditioned output, weighed by min(snr, 5)",
+            ("min_snr", "edm", "edm"),
+        ),
+        (
+            "loss: mse of the velocity eps - x0, weighed by snr / (1 + snr)^1 sigma^2",
+            ("p2", "flow"),
+        ),
     ],
 )
 def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) -> None:
@@ -365,24 +491,34 @@ def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) ->
 
 
 def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
-    assert meaning("min_snr", "sample", gamma=3.0, loss="huber") == "loss: huber of x0, weighed by min(snr, 3)"
+    assert (
+        meaning("min_snr", "sample", gamma=3.0, loss="huber")
+        == "loss: huber of x0, weighed by min(snr, 3)"
+    )
     (tmp_path / "mine.py").write_text("def half(snr): return snr / 2")
     assert meaning(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
     with pytest.raises(UserError, match="min_sn"):
         meaning("min_sn", "epsilon")
     for name in WEIGHTINGS:
         for prediction in PREDICTIONS:
-            assert "{" not in meaning(name, prediction) and meaning(name, prediction, "edm").startswith("loss: mse of x0")
+            assert "{" not in meaning(name, prediction) and meaning(
+                name, prediction, "edm"
+            ).startswith("loss: mse of x0")
 
 
 # ---------------------------------------------------------------- preserving the base model's output
 
 
 def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient() -> None:
-    now, before = torch.randn(4, 3, 5, 7, requires_grad=True), torch.randn(4, 3, 5, 7, requires_grad=True)
+    now, before = (
+        torch.randn(4, 3, 5, 7, requires_grad=True),
+        torch.randn(4, 3, 5, 7, requires_grad=True),
+    )
     step = make(mask=torch.zeros(4, 1, 5, 7), preserved=lambda: (now, before))
     rows = preserving(LOSSES["mse"], 0.3)(step)
-    torch.testing.assert_close(rows, 0.3 * (now - before).square().mean((1, 2, 3)).double(), check_dtype=False)  # the mask hides mse, not this
+    torch.testing.assert_close(
+        rows, 0.3 * (now - before).square().mean((1, 2, 3)).double(), check_dtype=False
+    )  # the mask hides mse, not this
     rows.sum().backward()
     torch.testing.assert_close(now.grad, 0.3 * 2 * (now - before).detach() / 105)
     assert before.grad is None
@@ -408,21 +544,31 @@ def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
 
 def test_built_in_losses_are_capturable_and_a_users_where_it_says_so() -> None:
     assert all(capturable(loss) for loss in LOSSES.values())
-    assert capturable(resolve("huber", LOSSES, {"delta": 0.5})) and capturable(preserving(LOSSES["mse"], 0.5))
+    assert capturable(resolve("huber", LOSSES, {"delta": 0.5})) and capturable(
+        preserving(LOSSES["mse"], 0.5)
+    )
 
     def mine(step: StepOutput, *, k: float = 1.0) -> Tensor:
         return k * LOSSES["l1"](step)
 
     assert not capturable(mine) and not capturable(preserving(mine, 1.0))
     mine.capturable = True  # type: ignore[attr-defined]
-    assert capturable(mine) and capturable(functools.partial(mine, k=2.0)) and capturable(preserving(functools.partial(mine, k=2.0), 1.0))
+    assert (
+        capturable(mine)
+        and capturable(functools.partial(mine, k=2.0))
+        and capturable(preserving(functools.partial(mine, k=2.0), 1.0))
+    )
 
 
 @pytest.mark.parametrize("mode", ["reference", "fused"])
 def test_mse_is_one_op_in_every_mode_with_the_same_errors(mode: str) -> None:
-    step = make(mask=(torch.rand(4, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4).double())
+    step = make(
+        mask=(torch.rand(4, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4).double()
+    )
     with using(mode):
-        torch.testing.assert_close(LOSSES["mse"](step), masked_mean((step.out - step.target) ** 2, step.mask))
+        torch.testing.assert_close(
+            LOSSES["mse"](step), masked_mean((step.out - step.target) ** 2, step.mask)
+        )
         step.mask = torch.ones(4, 1, 2, 2)
         with pytest.raises(ValueError, match="resize it to the latents"):
             LOSSES["mse"](step)

@@ -28,7 +28,10 @@ def save(tensors, path):
 
 
 def read(parts, layout, tmp_path, *, module="a", **options):
-    file = save({f"lora_unet_{module}.{leaf}": tensor for leaf, tensor in parts.items()}, tmp_path / "a.safetensors")
+    file = save(
+        {f"lora_unet_{module}.{leaf}": tensor for leaf, tensor in parts.items()},
+        tmp_path / "a.safetensors",
+    )
     return formats.load(file, layout, merging=True, **options)
 
 
@@ -37,8 +40,14 @@ def loha(shape, tucker):
     flat = inner * torch.Size(kernel).numel()
     parts = {}
     for i in "12":
-        a, b = (torch.randn(R, out), torch.randn(R, inner)) if tucker else (torch.randn(out, R), torch.randn(R, flat))
-        parts |= {f"hada_w{i}_a": a, f"hada_w{i}_b": b} | ({f"hada_t{i}": torch.randn(R, R, *kernel)} if tucker else {})
+        a, b = (
+            (torch.randn(R, out), torch.randn(R, inner))
+            if tucker
+            else (torch.randn(out, R), torch.randn(R, flat))
+        )
+        parts |= {f"hada_w{i}_a": a, f"hada_w{i}_b": b} | (
+            {f"hada_t{i}": torch.randn(R, R, *kernel)} if tucker else {}
+        )
     return parts
 
 
@@ -47,11 +56,17 @@ def entry(parts, i, o, n, *k):
     a, b, t = (parts.get(key) for key in (f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}"))
     if t is None:
         return sum(a[o, r].item() * b[r, n].item() for r in range(R))
-    return sum(t[(r, s, *k)].item() * a[r, o].item() * b[s, n].item() for r in range(R) for s in range(R))
+    return sum(
+        t[(r, s, *k)].item() * a[r, o].item() * b[s, n].item() for r in range(R) for s in range(R)
+    )
 
 
-@pytest.mark.parametrize("module, tucker", [("a", False), ("c", False), ("c", True), ("o", False), ("o", True)])
-@pytest.mark.parametrize("alpha, scale", [(None, 1.0), (torch.tensor(6), 2.0), (torch.tensor(1.5), 0.5)])
+@pytest.mark.parametrize(
+    "module, tucker", [("a", False), ("c", False), ("c", True), ("o", False), ("o", True)]
+)
+@pytest.mark.parametrize(
+    "alpha, scale", [(None, 1.0), (torch.tensor(6), 2.0), (torch.tensor(1.5), 0.5)]
+)
 def test_a_loha_is_the_product_by_entries(layout, tmp_path, module, tucker, alpha, scale):
     shape = LAYERS[module].weight.shape
     parts = loha(shape, tucker) | ({} if alpha is None else {"alpha": alpha})
@@ -61,7 +76,9 @@ def test_a_loha_is_the_product_by_entries(layout, tmp_path, module, tucker, alph
     expected = torch.zeros(flat, dtype=torch.float64)
     for at in itertools.product(*map(range, flat)):
         expected[at] = scale * entry(parts, 1, *at) * entry(parts, 2, *at)
-    torch.testing.assert_close(product(update).double(), expected.reshape(shape), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        product(update).double(), expected.reshape(shape), rtol=1e-5, atol=1e-6
+    )
 
 
 LOKR = {  # module, shapes of the tensors, rank that divides alpha
@@ -72,7 +89,11 @@ LOKR = {  # module, shapes of the tensors, rank that divides alpha
     "convolution, whole": ("c", {"w1": (2, 2), "w2": (2, 3, 3, 2)}, None),
     "convolution, flat": ("c", {"w1": (2, 2), "w2_a": (2, R), "w2_b": (R, 18)}, R),
     "convolution, deep": ("c", {"w1": (2, 2), "w2_a": (2, R), "w2_b": (R, 3, 3, 2)}, R),
-    "convolution, core": ("c", {"w1": (2, 2), "w2_a": (R, 2), "w2_b": (R, 3), "t2": (R, R, 3, 2)}, R),
+    "convolution, core": (
+        "c",
+        {"w1": (2, 2), "w2_a": (R, 2), "w2_b": (R, 3), "t2": (R, R, 3, 2)},
+        R,
+    ),
     "1x1 convolution": ("o", {"w1": (2, 2), "w2_a": (2, R), "w2_b": (R, 3)}, R),
 }
 
@@ -81,38 +102,63 @@ LOKR = {  # module, shapes of the tensors, rank that divides alpha
 def test_a_lokr_is_the_kronecker_product(layout, tmp_path, case):
     module, shapes, rank = LOKR[case]
     parts = {f"lokr_{name}": torch.randn(shape) for name, shape in shapes.items()}
-    update = read(parts | {"alpha": torch.tensor(5.0)}, layout, tmp_path, module=module).dense["unet"][module]
+    update = read(parts | {"alpha": torch.tensor(5.0)}, layout, tmp_path, module=module).dense[
+        "unet"
+    ][module]
     out, inner, *kernel = LAYERS[module].weight.shape
     w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     if "lokr_t2" in parts:
-        w2 = torch.einsum("xyhw,xo,yi->oihw", parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
+        w2 = torch.einsum(
+            "xyhw,xo,yi->oihw", parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"]
+        )
     else:
-        w2 = parts["lokr_w2"] if "lokr_w2" in parts else parts["lokr_w2_a"] @ parts["lokr_w2_b"].flatten(1)
+        w2 = (
+            parts["lokr_w2"]
+            if "lokr_w2" in parts
+            else parts["lokr_w2_a"] @ parts["lokr_w2_b"].flatten(1)
+        )
     w2 = w2.reshape(out // w1.shape[0], inner // w1.shape[1], *kernel)
     expected = torch.zeros(out, inner, *kernel)
     for o, i in itertools.product(range(out), range(inner)):
-        expected[o, i] = w1[o // w2.shape[0], i // w2.shape[1]] * w2[o % w2.shape[0], i % w2.shape[1]]
-    torch.testing.assert_close(product(update), expected * (5 / rank if rank else 1), rtol=1e-5, atol=1e-5)
+        expected[o, i] = (
+            w1[o // w2.shape[0], i // w2.shape[1]] * w2[o % w2.shape[0], i % w2.shape[1]]
+        )
+    torch.testing.assert_close(
+        product(update), expected * (5 / rank if rank else 1), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_full_update_has_no_scale_and_a_scalar_multiplies_all(layout, tmp_path):
     diff = torch.randn(4, 6, 3, 2)
-    update = read({"diff": diff.half(), "alpha": torch.tensor(9.0)}, layout, tmp_path, module="c").dense["unet"]["c"]
+    update = read(
+        {"diff": diff.half(), "alpha": torch.tensor(9.0)}, layout, tmp_path, module="c"
+    ).dense["unet"]["c"]
     assert update.kind == "full" and torch.equal(product(update), diff.half().float())
     parts = loha((8, 12), False)
-    once, twice = (product(read(parts | more, layout, tmp_path).dense["unet"]["a"]) for more in ({}, {"scalar": torch.tensor(2.0)}))
+    once, twice = (
+        product(read(parts | more, layout, tmp_path).dense["unet"]["a"])
+        for more in ({}, {"scalar": torch.tensor(2.0)})
+    )
     torch.testing.assert_close(twice, 2 * once)
 
 
 def test_a_locon_with_a_core_is_a_lora(layout, tmp_path):
-    parts = {"lora_down.weight": torch.randn(R, 6, 1, 1), "lora_mid.weight": torch.randn(R, R, 3, 2), "lora_up.weight": torch.randn(4, R, 1, 1)}
+    parts = {
+        "lora_down.weight": torch.randn(R, 6, 1, 1),
+        "lora_mid.weight": torch.randn(R, R, 3, 2),
+        "lora_up.weight": torch.randn(4, R, 1, 1),
+    }
     state = read(parts | {"alpha": torch.tensor(6.0)}, layout, tmp_path, module="c")
     lr = state.components["unet"]["c"]
-    down, mid, up = (tensor.squeeze() if tensor.shape[2:].numel() == 1 else tensor for tensor in parts.values())
+    down, mid, up = (
+        tensor.squeeze() if tensor.shape[2:].numel() == 1 else tensor for tensor in parts.values()
+    )
     expected = 2 * torch.einsum("mnhw,om,ni->oihw", mid, up, down)
     assert not state.dense and lr.down.shape == (R, 6, 3, 2)
     torch.testing.assert_close(product(lr), expected, rtol=1e-5, atol=1e-5)
-    assert formats.load(tmp_path / "a.safetensors", layout).components["unet"]["c"].rank == R  # needs no merging
+    assert (
+        formats.load(tmp_path / "a.safetensors", layout).components["unet"]["c"].rank == R
+    )  # needs no merging
     with pytest.raises(UserError, match=r"expected \[r, in, 1, 1\] and \[r, r, kh, kw\]"):
         read(parts | {"lora_mid.weight": torch.randn(2, 2, 3, 2)}, layout, tmp_path, module="c")
 
@@ -124,10 +170,14 @@ def test_a_magnitude_goes_over_any_of_them(layout, tmp_path, module, axis):
     keep = 0 if axis == "rows" else 1
     shape = [n if d == keep else 1 for d, n in enumerate(weight.shape)]
     magnitude = torch.rand(shape) + 0.5
-    update = read(loha(weight.shape, False) | {"dora_scale": magnitude}, layout, tmp_path, module=module).dense["unet"][module]
+    update = read(
+        loha(weight.shape, False) | {"dora_scale": magnitude}, layout, tmp_path, module=module
+    ).dense["unet"][module]
     merged = weight + product(update)
     norm = merged.square().sum([d for d in range(weight.ndim) if d != keep], keepdim=True).sqrt()
-    torch.testing.assert_close(weight + delta(update, weight), merged * magnitude / norm, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        weight + delta(update, weight), merged * magnitude / norm, rtol=1e-5, atol=1e-5
+    )
     with pytest.raises(ValueError, match="depends on the base weight"):
         delta(update)
 
@@ -136,15 +186,23 @@ def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_
     layout = fused_layout()
     parts, turned = loha((16, 6), False), loha((8, 6), False)
     file = save(
-        {f"lora_unet_one_qkm.{k}": t for k, t in parts.items()} | {f"lora_unet_n.{k}": t for k, t in turned.items()}, tmp_path / "a.safetensors"
+        {f"lora_unet_one_qkm.{k}": t for k, t in parts.items()}
+        | {f"lora_unet_n.{k}": t for k, t in turned.items()},
+        tmp_path / "a.safetensors",
     )
     found = formats.load(file, layout, merging=True).dense["transformer"]
-    brackets = [(p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) for p in (parts, turned)]
+    brackets = [
+        (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"])
+        for p in (parts, turned)
+    ]
     assert [found[path].shape for path in "qkm"] == [(4, 6), (4, 6), (8, 6)]
     torch.testing.assert_close(torch.cat([product(found[path]) for path in "qkm"]), brackets[0])
     torch.testing.assert_close(product(found["n"]), torch.cat(brackets[1].chunk(2)[::-1]))
     rows = torch.rand(16, 1)
-    file = save({f"lora_unet_one_qkm.{k}": t for k, t in (parts | {"dora_scale": rows}).items()}, tmp_path / "b.safetensors")
+    file = save(
+        {f"lora_unet_one_qkm.{k}": t for k, t in (parts | {"dora_scale": rows}).items()},
+        tmp_path / "b.safetensors",
+    )
     found = formats.load(file, layout, merging=True).dense["transformer"]
     assert torch.equal(torch.cat([found[path].magnitude for path in "qkm"]), rows.flatten())
 
@@ -175,7 +233,10 @@ def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
     for format in ("kohya", "diffusers"):
         with pytest.raises(UserError, match=f"cannot be written: {advice}"):
             formats.save(state, tmp_path / "b.safetensors", format=format, layout=layout)
-    file = save({f"unet.a.{leaf}": tensor for leaf, tensor in loha((8, 12), False).items()}, tmp_path / "c.safetensors")
+    file = save(
+        {f"unet.a.{leaf}": tensor for leaf, tensor in loha((8, 12), False).items()},
+        tmp_path / "c.safetensors",
+    )
     assert formats.load(file, layout, merging=True).dense["unet"]["a"].kind == "LoHa"
     with pytest.raises(UserError, match="known from a model's layout only; name the model"):
         formats.load(file, merging=True)

@@ -46,13 +46,21 @@ def made(model, layout, tmp_path_factory):
         "a": random_state(pipe, rank=2, seed=1), "b": random_state(pipe, mixed=True, seed=2), "d": random_state(pipe, rank=2, dora=True, seed=4),
         "c": random_state(pipe, rank=3, seed=3, unet=("*attn?.to_*", "*ff.net.0.proj"), text=("*self_attn*proj",)),
     }  # fmt: skip
-    for name, format in (("a", "diffusers"), ("b", "kohya"), ("c", "cloneofsimo"), ("d", "diffusers")):
+    for name, format in (
+        ("a", "diffusers"),
+        ("b", "kohya"),
+        ("c", "cloneofsimo"),
+        ("d", "diffusers"),
+    ):
         state = states[name]
         if name in "ac":
             words = {"TOK": ("<s1>", "<s2>")} if name == "a" else {}
             metadata = embeddings.header(words) | {embeddings.NAMES: '["<s1>", "<s2>"]'}
             state = states[name] = replace(
-                state, tokens={"clip_l": torch.randn(2, 16, generator=noise)}, token_names=("<s1>", "<s2>"), metadata=metadata
+                state,
+                tokens={"clip_l": torch.randn(2, 16, generator=noise)},
+                token_names=("<s1>", "<s2>"),
+                metadata=metadata,
             )
         formats.save(state, folder / f"{name}.safetensors", format=format, layout=layout)
     run_folder = folder / "run"
@@ -76,7 +84,11 @@ def call(*words, status=0, lora_add=False):
 
 
 def deltas(state):
-    return {(name, path): product(lr).double() for name, rows in state.components.items() for path, lr in rows.items()}
+    return {
+        (name, path): product(lr).double()
+        for name, rows in state.components.items()
+        for path, lr in rows.items()
+    }
 
 
 def summed(terms):
@@ -104,32 +116,71 @@ def header(path):
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_mix_is_the_sum_of_the_updates(here, made, layout, format):
     states = made[1]
-    call("mix", "0.7*a.safetensors + 0.3*b.safetensors - 1.5*c.safetensors", "--out", "m.safetensors", "--model", "base", "--format", format)
-    assert_equal(deltas(formats.load("m.safetensors", layout)), summed([(0.7, states["a"]), (0.3, states["b"]), (-1.5, states["c"])]))
+    call(
+        "mix",
+        "0.7*a.safetensors + 0.3*b.safetensors - 1.5*c.safetensors",
+        "--out",
+        "m.safetensors",
+        "--model",
+        "base",
+        "--format",
+        format,
+    )
+    assert_equal(
+        deltas(formats.load("m.safetensors", layout)),
+        summed([(0.7, states["a"]), (0.3, states["b"]), (-1.5, states["c"])]),
+    )
 
 
 def test_layers_after_the_at_count_alone(here, made, layout, capsys):
     a, b = made[1]["a"], made[1]["b"]
-    call("mix", "2*(a.safetensors@attn - 'b.safetensors'@unet)@~conv + a.safetensors@to_q=0.5", "--out", "m.safetensors", "--model", "base")
+    call(
+        "mix",
+        "2*(a.safetensors@attn - 'b.safetensors'@unet)@~conv + a.safetensors@to_q=0.5",
+        "--out",
+        "m.safetensors",
+        "--model",
+        "base",
+    )
     found = deltas(formats.load("m.safetensors", layout))
     ours, theirs = deltas(a), deltas(b)
-    assert_equal({("unet", SQUARE): found["unet", SQUARE]}, {("unet", SQUARE): 2.5 * ours["unet", SQUARE] - 2 * theirs["unet", SQUARE]})
+    assert_equal(
+        {("unet", SQUARE): found["unet", SQUARE]},
+        {("unet", SQUARE): 2.5 * ours["unet", SQUARE] - 2 * theirs["unet", SQUARE]},
+    )
     feed_forward = "unet", SQUARE.replace("attn1.to_q", "ff.net.2")
     assert_equal({feed_forward: found[feed_forward]}, {feed_forward: -2 * theirs[feed_forward]})
     assert not any(path.endswith("conv1") for _, path in found)
     assert re.search(r"unet +\d+ +\d+ +\d+ +100\.0000 % +0\.00e\+00", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("flag", [("--rank", "2"), ("--max-error", "0.3"), ("--energy", "0.9"), ("--budget", "60"), ("--budget", "9kb")])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--rank", "2"),
+        ("--max-error", "0.3"),
+        ("--energy", "0.9"),
+        ("--budget", "60"),
+        ("--budget", "9kb"),
+    ],
+)
 def test_what_is_kept_is_what_was_asked_for(here, made, layout, flag, capsys):
     call("mix", "a.safetensors + b.safetensors", "--out", "m.safetensors", "--model", "base", *flag)
     said = capsys.readouterr().out
-    state, exact = formats.load("m.safetensors", layout), summed([(1, made[1]["a"]), (1, made[1]["b"])])
+    state, exact = (
+        formats.load("m.safetensors", layout),
+        summed([(1, made[1]["a"]), (1, made[1]["b"])]),
+    )
     found = deltas(state)
-    errors = {key: float((value - found.get(key, 0)).norm() / value.norm()) for key, value in exact.items()}
+    errors = {
+        key: float((value - found.get(key, 0)).norm() / value.norm())
+        for key, value in exact.items()
+    }
     total = sum(float((value - found.get(key, 0)).square().sum()) for key, value in exact.items())
     printed = float(re.search(r"total .* (\S+)\n", said)[1])
-    assert printed == pytest.approx((total / sum(float(v.square().sum()) for v in exact.values())) ** 0.5, rel=5e-3)
+    assert printed == pytest.approx(
+        (total / sum(float(v.square().sum()) for v in exact.values())) ** 0.5, rel=5e-3
+    )
     ranks = [lr.rank for rows in state.components.values() for lr in rows.values()]
     if flag[0] == "--rank":
         assert max(ranks) == 2
@@ -137,17 +188,40 @@ def test_what_is_kept_is_what_was_asked_for(here, made, layout, flag, capsys):
             best = torch.linalg.svdvals(value.flatten(1))[2:].norm() / value.norm()
             assert errors[key] == pytest.approx(float(best), rel=1e-3, abs=1e-6)
     elif flag[0] == "--budget":
-        size = sum(lr.down.numel() + lr.up.numel() for rows in state.components.values() for lr in rows.values())
+        size = sum(
+            lr.down.numel() + lr.up.numel()
+            for rows in state.components.values()
+            for lr in rows.values()
+        )
         assert sum(ranks) == 60 if flag[1] == "60" else 2000 < size <= 2250
     else:
-        assert max(errors.values()) <= (0.3 if flag[0] == "--max-error" else 0.1**0.5) + 1e-6 and len(set(ranks)) > 1
+        assert (
+            max(errors.values()) <= (0.3 if flag[0] == "--max-error" else 0.1**0.5) + 1e-6
+            and len(set(ranks)) > 1
+        )
 
 
 def test_methods_beside_the_sum(here, made, layout, capsys):
     a, c = made[1]["a"], made[1]["c"]
     words = ("mix", "0.75*a.safetensors + 0.25*c.safetensors", "--model", "base")
-    call(*words, "--out", "t.safetensors", "--method", "ties", "--rank", "4", "--density", "0.3", "--svd", "exact", "--format", "diffusers")
-    expected, _ = collected(mix_dense([Term(a, 0.75), Term(c, 0.25)], ties, Keep(rank=4), density=0.3, seed=0))
+    call(
+        *words,
+        "--out",
+        "t.safetensors",
+        "--method",
+        "ties",
+        "--rank",
+        "4",
+        "--density",
+        "0.3",
+        "--svd",
+        "exact",
+        "--format",
+        "diffusers",
+    )
+    expected, _ = collected(
+        mix_dense([Term(a, 0.75), Term(c, 0.25)], ties, Keep(rank=4), density=0.3, seed=0)
+    )
     assert_equal(deltas(formats.load("t.safetensors", layout)), deltas(expected), 1e-4)
     for method in ("dare", "dare_ties", "magnitude"):
         call(*words, "--out", f"{method}.safetensors", "--method", method, "--energy", "0.9")
@@ -155,40 +229,91 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
     between = formats.load("s.safetensors", layout)
     for name, path in deltas(c):
         lr = between.components[name][path]
-        assert cosine(lr, a.components[name][path]) > cosine(a.components[name][path], c.components[name][path])
+        assert cosine(lr, a.components[name][path]) > cosine(
+            a.components[name][path], c.components[name][path]
+        )
     capsys.readouterr()
-    call("mix", "a.safetensors + c.safetensors", "--model", "base", "--out", "x.safetensors", "--method", "slerp", status=2)
+    call(
+        "mix",
+        "a.safetensors + c.safetensors",
+        "--model",
+        "base",
+        "--out",
+        "x.safetensors",
+        "--method",
+        "slerp",
+        status=2,
+    )
     call(*words, "--out", "x.safetensors", "--method", "ties", status=2)
     assert re.search(r"(?s)add up to 1.*say how much", capsys.readouterr().err)
 
 
 def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
-    call("mix", "0.5*run + 0.5*c.safetensors + run@unet", "--out", "m.safetensors", "--model", "base")
+    call(
+        "mix", "0.5*run + 0.5*c.safetensors + run@unet", "--out", "m.safetensors", "--model", "base"
+    )
     said = capsys.readouterr()
-    assert "<s1> of c.safetensors is called <s1-2> in the result" in said.err and said.err.count("is called") == 2
+    assert (
+        "<s1> of c.safetensors is called <s1-2> in the result" in said.err
+        and said.err.count("is called") == 2
+    )
     assert "written: m_emb.safetensors" in said.out
     state = formats.load("m_emb.safetensors", layout)
     assert state.token_names == ("<s1>", "<s2>", "<s1-2>", "<s2-2>")
-    assert torch.equal(state.tokens["clip_l"], torch.cat([made[1]["a"].tokens["clip_l"], made[1]["c"].tokens["clip_l"]]))
+    assert torch.equal(
+        state.tokens["clip_l"],
+        torch.cat([made[1]["a"].tokens["clip_l"], made[1]["c"].tokens["clip_l"]]),
+    )
     assert embeddings.words(state) == {"TOK": ("<s1>", "<s2>")}
     shutil.copytree("run", "run2")
     call("mix", "run + run2", "--out", "w.safetensors", "--model", "base")
-    assert embeddings.words(formats.load("w_emb.safetensors", layout)) == {"TOK": ("<s1>", "<s2>"), "TOK2": ("<s1-2>", "<s2-2>")}
+    assert embeddings.words(formats.load("w_emb.safetensors", layout)) == {
+        "TOK": ("<s1>", "<s2>"),
+        "TOK2": ("<s1-2>", "<s2-2>"),
+    }
     assert "TOK of run2 is called TOK2" in capsys.readouterr().err
-    call("mix", "run@cross + c.safetensors@cross", "--out", "i.safetensors", "--model", "base", "--format", "cloneofsimo")
-    assert formats.load("i.safetensors", layout).token_names == state.token_names and not Path("i_emb.safetensors").exists()
+    call(
+        "mix",
+        "run@cross + c.safetensors@cross",
+        "--out",
+        "i.safetensors",
+        "--model",
+        "base",
+        "--format",
+        "cloneofsimo",
+    )
+    assert (
+        formats.load("i.safetensors", layout).token_names == state.token_names
+        and not Path("i_emb.safetensors").exists()
+    )
 
 
 def test_a_dora_needs_its_model(here, made, layout, capsys):
     call("mix", "d.safetensors + a.safetensors", "--out", "m.safetensors", "--rank", "8", status=2)
     assert "name it with --model" in capsys.readouterr().err
-    call("mix", "0.5*d.safetensors + a.safetensors", "--out", "m.safetensors", "--rank", "8", "--model", "base", "--svd", "exact")
+    call(
+        "mix",
+        "0.5*d.safetensors + a.safetensors",
+        "--out",
+        "m.safetensors",
+        "--rank",
+        "8",
+        "--model",
+        "base",
+        "--svd",
+        "exact",
+    )
     base, key = open_model("base")["unet"].read(f"{SQUARE}.weight"), ("unet", SQUARE)
-    exact = 0.5 * delta(made[1]["d"].components["unet"][SQUARE], base) + product(made[1]["a"].components["unet"][SQUARE])
-    assert_equal({key: deltas(formats.load("m.safetensors", layout))[key]}, {key: exact.double()}, 1e-5)
+    exact = 0.5 * delta(made[1]["d"].components["unet"][SQUARE], base) + product(
+        made[1]["a"].components["unet"][SQUARE]
+    )
+    assert_equal(
+        {key: deltas(formats.load("m.safetensors", layout))[key]}, {key: exact.double()}, 1e-5
+    )
     call("mix", "d.safetensors", "--out", "same.safetensors", "--model", "base")
     assert torch.equal(
-        formats.load("same.safetensors", layout).components["unet"][SQUARE].magnitude, made[1]["d"].components["unet"][SQUARE].magnitude
+        formats.load("same.safetensors", layout).components["unet"][SQUARE].magnitude,
+        made[1]["d"].components["unet"][SQUARE].magnitude,
     )
 
 
@@ -205,7 +330,11 @@ def test_a_dora_needs_its_model(here, made, layout, capsys):
     ],
 )  # fmt: skip
 def test_redo_gives_the_same_bytes(here, words, capsys):
-    command = [*words, "m.safetensors"] if words[0] != "add" else [*words[:3], "m.safetensors", *words[3:]]
+    command = (
+        [*words, "m.safetensors"]
+        if words[0] != "add"
+        else [*words[:3], "m.safetensors", *words[3:]]
+    )
     call(*command, *(("--model", "base") if words[0] != "fold" else ()))
     before = Path("m.safetensors").read_bytes()
     call("redo", "m.safetensors")
@@ -219,13 +348,17 @@ def test_redo_gives_the_same_bytes(here, words, capsys):
 def test_redo_wants_the_same_inputs(here, capsys, monkeypatch):
     call("mix", "0.7*a.safetensors", "--out", "m.safetensors", "--model", "base")
     recipe = json.loads(header("m.safetensors")["lora_core.merge"])
-    assert recipe["options"] == {"sum": "0.7*a.safetensors", "model": "base"} and list(recipe["inputs"]) == ["a.safetensors"]
+    assert recipe["options"] == {"sum": "0.7*a.safetensors", "model": "base"} and list(
+        recipe["inputs"]
+    ) == ["a.safetensors"]
     monkeypatch.chdir("/")
     call("redo", here / "m.safetensors")  # inputs beside the file are found
     monkeypatch.chdir(here)
     shutil.copy("m.safetensors", "old.safetensors")
     state = load_file("m.safetensors")
-    save_file({key: 2 * value for key, value in state.items()}, "m.safetensors", header("m.safetensors"))
+    save_file(
+        {key: 2 * value for key, value in state.items()}, "m.safetensors", header("m.safetensors")
+    )
     call("redo", "m.safetensors", status=2)
     assert "comes out differently" in capsys.readouterr().err
     call("redo", "m.safetensors", "--overwrite")
@@ -235,7 +368,9 @@ def test_redo_wants_the_same_inputs(here, capsys, monkeypatch):
     os.remove("a.safetensors")
     call("redo", "m.safetensors", status=2)
     call("redo", "b.safetensors", status=2)
-    assert re.search(r"(?s)its sha256 differs.*neither below.*carries no recipe", capsys.readouterr().err)
+    assert re.search(
+        r"(?s)its sha256 differs.*neither below.*carries no recipe", capsys.readouterr().err
+    )
 
 
 def test_redo_of_a_model_folder(here, capsys):
@@ -256,7 +391,12 @@ def test_lpl_of_a_file_with_itself(here, made, layout, alpha, times, suffix, cap
         exact = summed([(times, plain)])
     else:
         exact = summed([(times, made[1]["c"])])
-    words = (f"c.{suffix}", f"c.{suffix}", f"o.{suffix}", *((str(alpha), str(alpha)) if alpha != 0.5 else ()))
+    words = (
+        f"c.{suffix}",
+        f"c.{suffix}",
+        f"o.{suffix}",
+        *((str(alpha), str(alpha)) if alpha != 0.5 else ()),
+    )
     call(*words, *(("--with_text_lora",) if suffix == "pt" else ("--model", "base")), lora_add=True)
     said = capsys.readouterr()
     assert "warning: lpl adds factors" in said.err and "mix" in said.err
@@ -267,9 +407,24 @@ def test_lpl_of_a_file_with_itself(here, made, layout, alpha, times, suffix, cap
 
 def test_lpl_is_the_seeds_formula(here, made, layout):
     """As cloneofsimo's tool does on the tensors of its files."""
-    other = random_state(pipeline(), rank=3, seed=7, unet=("*attn?.to_*", "*ff.net.0.proj"), text=("*self_attn*proj",))
+    other = random_state(
+        pipeline(),
+        rank=3,
+        seed=7,
+        unet=("*attn?.to_*", "*ff.net.0.proj"),
+        text=("*self_attn*proj",),
+    )
     formats.save(other, "e.safetensors", format="cloneofsimo", layout=layout)
-    call("c.safetensors", "e.safetensors", "o.safetensors", "2.0", "0.7", "--model", "base", lora_add=True)
+    call(
+        "c.safetensors",
+        "e.safetensors",
+        "o.safetensors",
+        "2.0",
+        "0.7",
+        "--model",
+        "base",
+        lora_add=True,
+    )
     first, second, ours = (load_file(f"{name}.safetensors") for name in "ceo")
     for key in second:
         torch.testing.assert_close(ours[key], 2.0 * first[key] + 0.7 * second[key])
@@ -277,10 +432,30 @@ def test_lpl_is_the_seeds_formula(here, made, layout):
 
 
 def test_lpl_of_unlike_files_is_refused(here, made, layout, capsys):
-    call("a.safetensors", "b.safetensors", "o.safetensors", "--model", "base", lora_add=True, status=2)
-    call("a.safetensors", "c.safetensors", "o.safetensors", "--model", "base", lora_add=True, status=2)
+    call(
+        "a.safetensors",
+        "b.safetensors",
+        "o.safetensors",
+        "--model",
+        "base",
+        lora_add=True,
+        status=2,
+    )
+    call(
+        "a.safetensors",
+        "c.safetensors",
+        "o.safetensors",
+        "--model",
+        "base",
+        lora_add=True,
+        status=2,
+    )
     for name, rank in (("p", 2), ("q", 3)):
-        cloneofsimo.write_pt(random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()), f"{name}.pt", layout)
+        cloneofsimo.write_pt(
+            random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()),
+            f"{name}.pt",
+            layout,
+        )
     call("p.pt", "q.pt", "o.pt", lora_add=True, status=2)
     torch.save(torch.load("p.pt")[:-2], "short.pt")
     call("p.pt", "short.pt", "o.pt", lora_add=True, status=2)
@@ -290,9 +465,27 @@ def test_lpl_of_unlike_files_is_refused(here, made, layout, capsys):
 
 
 def test_ljl_joins_exactly(here, made, layout, capsys):
-    call("--mode=ljl", "c.safetensors", "run", "o.safetensors", "--model", "base", "--format", "diffusers", lora_add=True)
-    assert_equal(deltas(formats.load("o.safetensors", layout)), summed([(1, made[1]["a"]), (1, made[1]["c"])]))
-    assert formats.load("o_emb.safetensors", layout).token_names == ("<s0-0>", "<s0-1>", "<s1-0>", "<s1-1>")
+    call(
+        "--mode=ljl",
+        "c.safetensors",
+        "run",
+        "o.safetensors",
+        "--model",
+        "base",
+        "--format",
+        "diffusers",
+        lora_add=True,
+    )
+    assert_equal(
+        deltas(formats.load("o.safetensors", layout)),
+        summed([(1, made[1]["a"]), (1, made[1]["c"])]),
+    )
+    assert formats.load("o_emb.safetensors", layout).token_names == (
+        "<s0-0>",
+        "<s0-1>",
+        "<s1-0>",
+        "<s1-1>",
+    )
     call("c.safetensors", "run", "p.safetensors", "0.5", "--mode", "ljl", lora_add=True, status=2)
     assert "takes no alphas" in capsys.readouterr().err
 
@@ -304,24 +497,37 @@ def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, m
     assert "100.00 % of the update's energy survived" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
     ids = pipe.tokenizer("a<s1><s2>", add_special_tokens=False).input_ids[1:]
-    assert ids == pipe.tokenizer.convert_tokens_to_ids(["<s1>", "<s2>"]) and pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
-    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], made[1]["c"].tokens["clip_l"])
+    assert ids == pipe.tokenizer.convert_tokens_to_ids(
+        ["<s1>", "<s2>"]
+    ) and pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
+    assert torch.equal(
+        pipe.text_encoder.get_input_embeddings().weight[ids], made[1]["c"].tokens["clip_l"]
+    )
     before = open_model("base")
     for (component, path), update in deltas(made[1]["c"]).items():
         weight = getattr(pipe, component).get_submodule(layout.module_path(component, path)).weight
-        expected = before[component].read(weight_key(before[component], layout, component, path)) + 0.8 * update
+        expected = (
+            before[component].read(weight_key(before[component], layout, component, path))
+            + 0.8 * update
+        )
         torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, made, capsys):
-    call("base", "c.safetensors", "./krk.ckpt", "--alpha", "0.7", "--mode=upl-ckpt-v2", lora_add=True)
+    call(
+        "base", "c.safetensors", "./krk.ckpt", "--alpha", "0.7", "--mode=upl-ckpt-v2", lora_add=True
+    )
     state = torch.load("krk.ckpt")["state_dict"]
     key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
-    expected = open_model("base")["unet"].read(f"{SQUARE}.weight") + 0.7 * product(made[1]["c"].components["unet"][SQUARE])
+    expected = open_model("base")["unet"].read(f"{SQUARE}.weight") + 0.7 * product(
+        made[1]["c"].components["unet"][SQUARE]
+    )
     assert torch.equal(state[f"model.diffusion_model.{key}"], expected.half())
     rows = torch.load("krk.pt")
     assert (
-        torch.equal(rows["string_to_param"]["*"], made[1]["c"].tokens["clip_l"]) and rows["string_to_token"] == {"*": 265} and rows["name"] == "krk"
+        torch.equal(rows["string_to_param"]["*"], made[1]["c"].tokens["clip_l"])
+        and rows["string_to_token"] == {"*": 265}
+        and rows["name"] == "krk"
     )
     assert "<s1>" not in capsys.readouterr().err
     call("base", "c.safetensors", "krk.safetensors", "--mode=upl-ckpt-v2", lora_add=True, status=2)
@@ -350,18 +556,43 @@ def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
     folded = opening.open_base(out, opening.Reading(model_config="" if out == "merged" else "base"))
     before = open_model("base")
-    wished = summed([(0.7, made[1]["a"]), (-0.2, AdapterState({"unet": made[1]["b"].components["unet"]}))])
+    wished = summed(
+        [(0.7, made[1]["a"]), (-0.2, AdapterState({"unet": made[1]["b"].components["unet"]}))]
+    )
     for (name, path), update in wished.items():
         weight = opening.base_weight(folded)(name, path)
-        torch.testing.assert_close(weight.double(), before[name].read(weight_key(before[name], layout, name, path)) + update, rtol=0, atol=1e-6)
-    assert torch.equal(folded.model["vae"].read("decoder.conv_in.weight"), before["vae"].read("decoder.conv_in.weight"))
+        torch.testing.assert_close(
+            weight.double(),
+            before[name].read(weight_key(before[name], layout, name, path)) + update,
+            rtol=0,
+            atol=1e-6,
+        )
+    assert torch.equal(
+        folded.model["vae"].read("decoder.conv_in.weight"),
+        before["vae"].read("decoder.conv_in.weight"),
+    )
     assert (out != "merged.safetensors") or "lora_core.merge" in header(out)
 
 
 def test_rounding_is_reported_and_the_residual_saved(here, made, layout, capsys):
-    call("fold", "base", "0.0001*a.safetensors", "m", "--dtype", "bf16", "--residual", "r.safetensors", "--residual-rank", "4")
+    call(
+        "fold",
+        "base",
+        "0.0001*a.safetensors",
+        "m",
+        "--dtype",
+        "bf16",
+        "--residual",
+        "r.safetensors",
+        "--residual-rank",
+        "4",
+    )
     said = capsys.readouterr()
-    assert "0.00 % of the update's energy survived" in said.out and "less than 95 %" in said.err and "--residual" in said.err
+    assert (
+        "0.00 % of the update's energy survived" in said.out
+        and "less than 95 %" in said.err
+        and "--residual" in said.err
+    )
     weight = open_model("m")["unet"].read(f"{SQUARE}.weight")
     assert weight.dtype == torch.bfloat16
     assert formats.load("r.safetensors", layout).components["unet"][SQUARE].rank == 4
@@ -369,11 +600,25 @@ def test_rounding_is_reported_and_the_residual_saved(here, made, layout, capsys)
 
 def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     call("fold", "base", "a.safetensors", "tuned.safetensors")
-    call("mix", "0.6*base + 0.4*tuned.safetensors + 0.5*b.safetensors@unet", "--out", "both", "--model-config", "base")
+    call(
+        "mix",
+        "0.6*base + 0.4*tuned.safetensors + 0.5*b.safetensors@unet",
+        "--out",
+        "both",
+        "--model-config",
+        "base",
+    )
     before, after = open_model("base"), open_model("both")
-    for (name, path), update in summed([(0.4, made[1]["a"]), (0.5, AdapterState({"unet": made[1]["b"].components["unet"]}))]).items():
+    for (name, path), update in summed(
+        [(0.4, made[1]["a"]), (0.5, AdapterState({"unet": made[1]["b"].components["unet"]}))]
+    ).items():
         weight = after[name].read(weight_key(after[name], layout, name, path))
-        torch.testing.assert_close(weight.double(), before[name].read(weight_key(before[name], layout, name, path)) + update, rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            weight.double(),
+            before[name].read(weight_key(before[name], layout, name, path)) + update,
+            rtol=0,
+            atol=2e-6,
+        )
     call("mix", "0.6*base + 0.6*both", "--out", "more")
     call("mix", "base - both", "--out", "x", status=2)
     call("mix", "base + both", "--out", "x", "--rank", "4", status=2)
@@ -391,13 +636,24 @@ def test_distill_is_exact_or_optimal(here, made, layout, svd, capsys):
     exact = summed([(1, made[1]["a"]), (1, made[1]["b"])])
     call("distill", "base", "tuned", "full.safetensors", "--rank", "8", "--svd", svd)
     assert_equal(deltas(formats.load("full.safetensors", layout)), exact, 1e-5)
-    assert any("time_emb_proj" in path for _, path in exact) and any("conv" in path for _, path in exact)
+    assert any("time_emb_proj" in path for _, path in exact) and any(
+        "conv" in path for _, path in exact
+    )
     call("distill", "base", "tuned", "low.safetensors", "--rank", "2", "--svd", svd)
     low = deltas(formats.load("low.safetensors", layout))
     for key, value in exact.items():
         best = float(torch.linalg.svdvals(value.flatten(1))[2:].norm())
         assert float((low[key] - value).norm()) == pytest.approx(best, rel=1e-3, abs=1e-5)
-    call("distill", "base", "tuned", "attn.safetensors", "--max-error", "0.2", "--layers", "unet,~conv")
+    call(
+        "distill",
+        "base",
+        "tuned",
+        "attn.safetensors",
+        "--max-error",
+        "0.2",
+        "--layers",
+        "unet,~conv",
+    )
     assert set(formats.load("attn.safetensors", layout).components) == {"unet"}
     assert "differ too: norms, biases" in capsys.readouterr().err
     call("distill", "base", "base", "x.safetensors", "--rank", "2", status=2)
@@ -409,7 +665,10 @@ def test_explain_finds_the_coefficients(here, capsys):
     capsys.readouterr()
     call("explain", "tuned", "base", "a.safetensors", "c.safetensors")
     said = capsys.readouterr().out
-    assert re.search(r"total .* 0\.00\d % +0\.8000 +-0\.3000", said) and "tuned = base + 0.8*a.safetensors - 0.3*c.safetensors" in said
+    assert (
+        re.search(r"total .* 0\.00\d % +0\.8000 +-0\.3000", said)
+        and "tuned = base + 0.8*a.safetensors - 0.3*c.safetensors" in said
+    )
     call("explain", "tuned", "base", "c.safetensors")
     assert float(re.search(r"total +\S+ +(\S+) %", capsys.readouterr().out)[1]) > 80
 
@@ -420,11 +679,18 @@ def test_explain_finds_the_coefficients(here, capsys):
 def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
     call("resize", "run", "small.safetensors", "--rank", "1", "--model", "base", "--dtype", "fp16")
     small = formats.load("small.safetensors", layout)
-    assert all(lr.rank == 1 and lr.down.dtype == torch.float16 for rows in small.components.values() for lr in rows.values())
+    assert all(
+        lr.rank == 1 and lr.down.dtype == torch.float16
+        for rows in small.components.values()
+        for lr in rows.values()
+    )
     assert formats.load("small_emb.safetensors", layout).token_names == ("<s1>", "<s2>")
     call("resize", "small.safetensors", "one.safetensors", "--energy", "1", "--model", "base")
     call("mix", "small.safetensors", "--out", "wide.safetensors", "--model", "base")
-    assert load_file("one.safetensors").popitem()[1].dtype == torch.float16 and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
+    assert (
+        load_file("one.safetensors").popitem()[1].dtype == torch.float16
+        and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
+    )
     call("resize", "run", "x.safetensors", "--model", "base", status=2)
     assert "say how much" in capsys.readouterr().err
 
@@ -433,14 +699,18 @@ def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
 def test_convert_changes_names_only(here, made, layout, format):
     call("convert", "c.safetensors", "o.safetensors", "--to", format, "--model", "base")
     assert_equal(deltas(formats.load("o.safetensors", layout)), deltas(made[1]["c"]))
-    tokens = formats.load("o.safetensors" if format == "cloneofsimo" else "o_emb.safetensors", layout)
+    tokens = formats.load(
+        "o.safetensors" if format == "cloneofsimo" else "o_emb.safetensors", layout
+    )
     assert torch.equal(tokens.tokens["clip_l"], made[1]["c"].tokens["clip_l"])
 
 
 def test_info_and_diff_tell_what_is_there(here, made, capsys):
     call("info", "a.safetensors", "--plot", "s.png", "--model", "base", "--top", "3")
     said = capsys.readouterr().out
-    assert "a.safetensors: diffusers, sd (sd_v1), fp32" in said and Path("s.png").stat().st_size > 1000
+    assert (
+        "a.safetensors: diffusers, sd (sd_v1), fp32" in said and Path("s.png").stat().st_size > 1000
+    )
     state = made[1]["a"]
     size = sum(float(value.square().sum()) for value in deltas(state).values()) ** 0.5
     assert re.search(rf"total +\d+ +\d+ +0 +2 +2 +{size:.4g} ", said)
@@ -450,7 +720,9 @@ def test_info_and_diff_tell_what_is_there(here, made, capsys):
     assert re.search(r"total .* 1\.0000 +\S+\n", capsys.readouterr().out)
     call("diff", "a.safetensors", "c.safetensors", "--model", "base", "--top", "1")
     said = capsys.readouterr().out
-    inner = sum(float((deltas(state)[key] * value).sum()) for key, value in deltas(made[1]["c"]).items())
+    inner = sum(
+        float((deltas(state)[key] * value).sum()) for key, value in deltas(made[1]["c"]).items()
+    )
     other = sum(float(value.square().sum()) for value in deltas(made[1]["c"]).values()) ** 0.5
     assert f"{inner / size / other:.4f}" in said and "90" in said
     call("info", "base")
@@ -460,12 +732,24 @@ def test_info_and_diff_tell_what_is_there(here, made, capsys):
 def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = SQUARE.replace("attn1.to_q", "attn2.to_k").replace(".", "_")
-    save_file({f"lora_unet_{path}.lora_{side}.weight": torch.randn(shape) for side, shape in (("down", (2, 768)), ("up", (320, 2)))}, "k.safetensors")
+    save_file(
+        {
+            f"lora_unet_{path}.lora_{side}.weight": torch.randn(shape)
+            for side, shape in (("down", (2, 768)), ("up", (320, 2)))
+        },
+        "k.safetensors",
+    )
     call("mix", "2*k.safetensors@IN01", "--out", "o.safetensors")
     call("info", "o.safetensors")
     assert "o.safetensors: kohya, sd (sd_v1)" in capsys.readouterr().out
     xl = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
-    save_file({f"{xl}.lora_{side}.weight": torch.randn(shape) for side, shape in (("down", (2, 2048)), ("up", (640, 2)))}, "x.safetensors")
+    save_file(
+        {
+            f"{xl}.lora_{side}.weight": torch.randn(shape)
+            for side, shape in (("down", (2, 2048)), ("up", (640, 2)))
+        },
+        "x.safetensors",
+    )
     call("mix", "x.safetensors@IN04", "--out", "y.safetensors")
     call("mix", "k.safetensors + x.safetensors", "--out", "z.safetensors", status=2)
     assert "x.safetensors" in capsys.readouterr().err
@@ -530,28 +814,51 @@ def spoiled(here, monkeypatch):
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, "nan.safetensors")
     Path("cut.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:1000])
     Path("empty.safetensors").write_bytes(b"")
-    save_file({f"unet.elsewhere.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, "other.safetensors")
+    save_file(
+        {f"unet.elsewhere.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"},
+        "other.safetensors",
+    )
     Path("taken.safetensors").write_bytes(b"precious")
     os.mkdir("locked")
     access = os.access
-    monkeypatch.setattr(os, "access", lambda place, mode: "locked" not in str(place) and access(place, mode))  # root may write anywhere
-    monkeypatch.setattr(opening, "HfApi", lambda: type("Offline", (), {"list_repo_files": lambda self, name: exec("raise OSError('offline')")})())
+    monkeypatch.setattr(
+        os, "access", lambda place, mode: "locked" not in str(place) and access(place, mode)
+    )  # root may write anywhere
+    monkeypatch.setattr(
+        opening,
+        "HfApi",
+        lambda: type(
+            "Offline", (), {"list_repo_files": lambda self, name: exec("raise OSError('offline')")}
+        )(),
+    )
     return here
 
 
 @pytest.mark.parametrize(("words", "sentence"), BAD, ids=[" ".join(words)[:60] for words, _ in BAD])
 def test_mistakes_are_one_sentence_and_touch_nothing(spoiled, words, sentence, capsys):
     before = snapshot(spoiled)
-    model = ("--model", "base") if words[0] in ("mix", "convert", "info", "diff", "add") and "--model" not in words and len(words) > 1 else ()
+    model = (
+        ("--model", "base")
+        if words[0] in ("mix", "convert", "info", "diff", "add")
+        and "--model" not in words
+        and len(words) > 1
+        else ()
+    )
     call(*words, *model, status=2)
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("warning", "note"))]
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith(("warning", "note"))
+    ]
     assert re.search(sentence, "\n".join(said)), said
     assert len(said) <= 3 and not any("Traceback" in line for line in said)
     assert snapshot(spoiled) == before
 
 
 def snapshot(folder):
-    return {str(path): path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
+    return {
+        str(path): path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize(
@@ -597,7 +904,11 @@ def test_dry_runs_report_and_write_nothing(spoiled, words, capsys):
 def test_help_fits_on_a_screen(command, capsys):
     call(*([command] if command else []), "--help")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 36 and max(map(len, lines)) <= 120 and any(line.startswith("example: merge.py") for line in lines)
+    assert (
+        len(lines) <= 36
+        and max(map(len, lines)) <= 120
+        and any(line.startswith("example: merge.py") for line in lines)
+    )
 
 
 def test_examples_of_the_help_are_commands(monkeypatch):
@@ -621,7 +932,14 @@ def test_an_interruption_is_said(here, monkeypatch, capsys):
 
 def test_keys_that_mean_nothing_can_be_allowed(here, capsys):
     tensors = load_file("a.safetensors")
-    save_file(tensors | {"unet.nothing.lora_A.weight": torch.ones(2, 2), "unet.nothing.lora_B.weight": torch.ones(2, 2)}, "odd.safetensors")
+    save_file(
+        tensors
+        | {
+            "unet.nothing.lora_A.weight": torch.ones(2, 2),
+            "unet.nothing.lora_B.weight": torch.ones(2, 2),
+        },
+        "odd.safetensors",
+    )
     call("mix", "odd.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
     call("mix", "odd.safetensors", "--out", "o.safetensors", "--model", "base", "--allow-extra")
     assert capsys.readouterr().err.count("nothing") >= 2
@@ -630,17 +948,37 @@ def test_keys_that_mean_nothing_can_be_allowed(here, capsys):
 def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
     noise = torch.Generator().manual_seed(3)
     name = f"lora_unet_{SQUARE.replace('.', '_')}"
-    parts = {f"{name}.hada_w{i}_{x}": torch.randn((8, 2) if x == "a" else (2, 8), generator=noise) for i in "12" for x in "ab"}
+    parts = {
+        f"{name}.hada_w{i}_{x}": torch.randn((8, 2) if x == "a" else (2, 8), generator=noise)
+        for i in "12"
+        for x in "ab"
+    }
     save_file(parts | {f"{name}.alpha": torch.tensor(2.0)}, "hada.safetensors")
-    exact = (parts[f"{name}.hada_w1_a"] @ parts[f"{name}.hada_w1_b"]) * (parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"])
+    exact = (parts[f"{name}.hada_w1_a"] @ parts[f"{name}.hada_w1_b"]) * (
+        parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
+    )
     call("mix", "0.5*hada.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
     assert "no product of two factors" in capsys.readouterr().err
-    call("mix", "0.5*hada.safetensors + a.safetensors@to_k", "--out", "o.safetensors", "--model", "base", "--rank", "4", "--format", "diffusers")
+    call(
+        "mix",
+        "0.5*hada.safetensors + a.safetensors@to_k",
+        "--out",
+        "o.safetensors",
+        "--model",
+        "base",
+        "--rank",
+        "4",
+        "--format",
+        "diffusers",
+    )
     found = formats.load("o.safetensors", layout).components["unet"][SQUARE]
     assert_equal({"x": product(found).double()}, {"x": 0.5 * exact.double()}, 1e-5)
     call("info", "hada.safetensors", "--model", "base")
     call("fold", "base", "hada.safetensors", "m")
-    torch.testing.assert_close(open_model("m")["unet"].read(f"{SQUARE}.weight"), open_model("base")["unet"].read(f"{SQUARE}.weight") + exact)
+    torch.testing.assert_close(
+        open_model("m")["unet"].read(f"{SQUARE}.weight"),
+        open_model("base")["unet"].read(f"{SQUARE}.weight") + exact,
+    )
 
 
 def test_the_shape_of_an_adapter_must_fit(here, layout, capsys):

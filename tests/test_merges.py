@@ -37,7 +37,10 @@ SHAPES = {"a": ((8, 6), 1), "b": ((5, 9), 1), "c": ((6, 4, 3, 3), 1), "d": ((6, 
 
 
 def state(paths, rank=3, seed=0, **kwargs):
-    rows = {path: adapter(SHAPES[path][0], rank, SHAPES[path][1], seed=10 * ord(path) + seed, **kwargs) for path in paths}
+    rows = {
+        path: adapter(SHAPES[path][0], rank, SHAPES[path][1], seed=10 * ord(path) + seed, **kwargs)
+        for path in paths
+    }
     return AdapterState({"unet": rows})
 
 
@@ -45,33 +48,54 @@ def test_mix_is_the_sum_of_all_layers_of_all_files():
     first, second = state("abd"), state("bcd", 6, 1, scale=-2.0)
     first.components["text_encoder"] = {"a": adapter((8, 6), 2)}
     merged, reports = collected(mix([Term(first, 0.7), Term(second, -0.3)]))
-    assert set(reports) == {("unet", path) for path in "abcd"} | {("text_encoder", "a")} and total(reports.values()).error == 0
+    assert (
+        set(reports) == {("unet", path) for path in "abcd"} | {("text_encoder", "a")}
+        and total(reports.values()).error == 0
+    )
     wished = {
         "a": 0.7 * delta(first.components["unet"]["a"]),
-        "b": 0.7 * delta(first.components["unet"]["b"]) - 0.3 * delta(second.components["unet"]["b"]),
+        "b": 0.7 * delta(first.components["unet"]["b"])
+        - 0.3 * delta(second.components["unet"]["b"]),
         "c": -0.3 * delta(second.components["unet"]["c"]),
-        "d": 0.7 * delta(first.components["unet"]["d"]) - 0.3 * delta(second.components["unet"]["d"]),
+        "d": 0.7 * delta(first.components["unet"]["d"])
+        - 0.3 * delta(second.components["unet"]["d"]),
     }
     for path, expected in wished.items():
-        torch.testing.assert_close(product(merged.components["unet"][path]), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            product(merged.components["unet"][path]), expected, rtol=0, atol=1e-12
+        )
         assert reports["unet", path].norm == pytest.approx(float(expected.norm()), rel=1e-10)
     assert merged.components["unet"]["d"].rank == 9
     torch.testing.assert_close(
-        product(merged.components["text_encoder"]["a"]), 0.7 * delta(first.components["text_encoder"]["a"]), rtol=0, atol=1e-12
+        product(merged.components["text_encoder"]["a"]),
+        0.7 * delta(first.components["text_encoder"]["a"]),
+        rtol=0,
+        atol=1e-12,
     )
 
 
 def test_a_share_weighs_layers_and_zero_leaves_them_out():
     first, second = state("ab"), state("ab", seed=1)
-    terms = [Term(first, 2.0, lambda component, path: 0.0 if path == "a" else 0.5), Term(second, 0.0)]
+    terms = [
+        Term(first, 2.0, lambda component, path: 0.0 if path == "a" else 0.5),
+        Term(second, 0.0),
+    ]
     assert [key for key, _ in layers(terms)] == [("unet", "b")]
-    torch.testing.assert_close(product(next(mix(terms)).adapter), product(first.components["unet"]["b"]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        product(next(mix(terms)).adapter),
+        product(first.components["unet"]["b"]),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_mix_cuts_each_layer_by_error_or_by_its_own_rank():
     terms = [Term(state("abc")), Term(state("abc", seed=1))]
     _, reports = collected(mix(terms, Keep(max_error=0.1)))
-    assert all(0 < report.error <= 0.1 for report in reports.values()) and total(reports.values()).error <= 0.1
+    assert (
+        all(0 < report.error <= 0.1 for report in reports.values())
+        and total(reports.values()).error <= 0.1
+    )
     ranks = {("unet", "a"): 2, ("unet", "b"): 0, ("unet", "c"): 4}
     merged, reports = collected(mix(terms, ranks))
     assert {path: lr.rank for path, lr in merged.components["unet"].items()} == {"a": 2, "c": 4}
@@ -83,7 +107,11 @@ def test_errors_name_the_layer():
     with pytest.raises(UserError, match=r"^unet\.a: adapters of different layers"):
         list(mix([Term(state("a")), Term(wrong)]))
     with pytest.raises(UserError, match=r"^unet\.a: "):
-        list(mix_dense([Term(state("a")), Term(wrong)], MERGES["ties"], Keep(rank=2), density=0.5, seed=0))
+        list(
+            mix_dense(
+                [Term(state("a")), Term(wrong)], MERGES["ties"], Keep(rank=2), density=0.5, seed=0
+            )
+        )
     with pytest.raises(UserError, match=r"^unet\.d: rank 4 cannot be shared"):
         list(mix([Term(state("d"))], Keep(rank=4)))
 
@@ -106,9 +134,16 @@ def test_a_sum_with_dora_needs_the_base_weight(path):
     wished = 0.6 * delta(dora(path), weight) + 0.5 * delta(state(path).components["unet"][path])
     for dense in (based, replace(based, sketch=1)):
         merged, reports = collected(mix(terms, Keep(rank=18), dense))  # as many as there can be
-        torch.testing.assert_close(product(merged.components["unet"][path]), wished, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            product(merged.components["unet"][path]), wished, rtol=0, atol=1e-10
+        )
         assert total(reports.values()).error < 1e-6
-    torch.testing.assert_close(fold(weight, [(0.6, dora(path)), (0.5, state(path).components["unet"][path])]), weight + wished, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        fold(weight, [(0.6, dora(path)), (0.5, state(path).components["unet"][path])]),
+        weight + wished,
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_one_dora_alone_passes_untouched():
@@ -121,7 +156,9 @@ def test_one_dora_alone_passes_untouched():
 
 def test_fold_of_a_dora_at_strength_one_has_rows_of_its_magnitude():
     weight = randn(8, 6, seed=8)
-    torch.testing.assert_close(fold(weight, [(1.0, dora("a"))]).norm(dim=1), dora("a").magnitude, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        fold(weight, [(1.0, dora("a"))]).norm(dim=1), dora("a").magnitude, rtol=1e-12, atol=0
+    )
 
 
 def test_fold_rounds_nothing_and_leaves_the_weight_alone():
@@ -141,9 +178,17 @@ def test_rounding_says_how_much_of_an_update_survives():
         result, row = rounded(weight, weight.double() + update, torch.bfloat16)
         assert result.dtype == torch.bfloat16 and low <= row.kept <= high
         effective = result.double() - weight.double()
-        assert row.kept == pytest.approx(float((effective * update).sum() / update.square().sum()), rel=1e-9)
-        assert row.cosine == pytest.approx(float((effective * update).sum() / update.norm() / effective.norm()), rel=1e-9)
-    assert rounded(weight, weight.double(), torch.bfloat16)[1].kept == 1.0 == Rounding(0.0, 0.0, 0.0).cosine
+        assert row.kept == pytest.approx(
+            float((effective * update).sum() / update.square().sum()), rel=1e-9
+        )
+        assert row.cosine == pytest.approx(
+            float((effective * update).sum() / update.norm() / effective.norm()), rel=1e-9
+        )
+    assert (
+        rounded(weight, weight.double(), torch.bfloat16)[1].kept
+        == 1.0
+        == Rounding(0.0, 0.0, 0.0).cosine
+    )
     assert Rounding(1.0, 0.0, 0.0).cosine == 0.0
 
 
@@ -151,15 +196,40 @@ def test_rounding_says_how_much_of_an_update_survives():
 def test_dense_merges_depend_on_seed_and_layer_alone(name):
     terms = [Term(state("abd"), 0.8), Term(state("bd", seed=1))]
     both, _ = collected(mix_dense(terms, MERGES[name], Keep(rank=9), density=0.5, seed=4))
-    alone, _ = collected(mix_dense([Term(state("b"), 0.8), Term(state("b", seed=1))], MERGES[name], Keep(rank=9), density=0.5, seed=4))
-    torch.testing.assert_close(product(both.components["unet"]["b"]), product(alone.components["unet"]["b"]), rtol=0, atol=0)
+    alone, _ = collected(
+        mix_dense(
+            [Term(state("b"), 0.8), Term(state("b", seed=1))],
+            MERGES[name],
+            Keep(rank=9),
+            density=0.5,
+            seed=4,
+        )
+    )
+    torch.testing.assert_close(
+        product(both.components["unet"]["b"]),
+        product(alone.components["unet"]["b"]),
+        rtol=0,
+        atol=0,
+    )
     assert set(both.components["unet"]) == set("abd")
     if "dare" in name:
         other, _ = collected(mix_dense(terms, MERGES[name], Keep(rank=9), density=0.5, seed=5))
-        assert not torch.equal(product(both.components["unet"]["b"]), product(other.components["unet"]["b"]))
+        assert not torch.equal(
+            product(both.components["unet"]["b"]), product(other.components["unet"]["b"])
+        )
         lr = adapter((8, 6), 3)
-        twins, _ = collected(mix_dense([Term(AdapterState({"unet": {"x": lr, "y": lr}}))], MERGES[name], Keep(rank=6), density=0.5, seed=4))
-        assert not torch.equal(product(twins.components["unet"]["x"]), product(twins.components["unet"]["y"]))
+        twins, _ = collected(
+            mix_dense(
+                [Term(AdapterState({"unet": {"x": lr, "y": lr}}))],
+                MERGES[name],
+                Keep(rank=6),
+                density=0.5,
+                seed=4,
+            )
+        )
+        assert not torch.equal(
+            product(twins.components["unet"]["x"]), product(twins.components["unet"]["y"])
+        )
 
 
 @pytest.mark.parametrize("name", ["dare", "magnitude"])
@@ -168,17 +238,34 @@ def test_dense_sums_of_density_one_are_the_sum(name):
     dense, _ = collected(mix_dense(terms, MERGES[name], Keep(rank=9), density=1.0, seed=4))
     exact, _ = collected(mix(terms))
     for path in "abd":
-        torch.testing.assert_close(product(dense.components["unet"][path]), product(exact.components["unet"][path]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            product(dense.components["unet"][path]),
+            product(exact.components["unet"][path]),
+            rtol=0,
+            atol=1e-10,
+        )
 
 
 def test_slerp_of_states():
     first, second = state("ab"), state("bc", seed=1)
     found, _ = collected(mix_slerp(first, second, 0.25))
-    rows, wished = found.components["unet"], slerp(first.components["unet"]["b"], second.components["unet"]["b"], 0.25)
-    torch.testing.assert_close(product(rows["a"]), 0.75 * product(first.components["unet"]["a"]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(product(rows["c"]), 0.25 * product(second.components["unet"]["c"]), rtol=0, atol=1e-12)
+    rows, wished = (
+        found.components["unet"],
+        slerp(first.components["unet"]["b"], second.components["unet"]["b"], 0.25),
+    )
+    torch.testing.assert_close(
+        product(rows["a"]), 0.75 * product(first.components["unet"]["a"]), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        product(rows["c"]), 0.25 * product(second.components["unet"]["c"]), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(product(rows["b"]), product(wished), rtol=0, atol=1e-12)
-    assert all(lr.rank == 2 for lr in collected(mix_slerp(first, second, 0.25, Keep(rank=2)))[0].components["unet"].values())
+    assert all(
+        lr.rank == 2
+        for lr in collected(mix_slerp(first, second, 0.25, Keep(rank=2)))[0]
+        .components["unet"]
+        .values()
+    )
     with pytest.raises(UserError, match=r"^unet\.a: a DoRA"):
         list(mix_slerp(first, AdapterState({"unet": {"a": dora("a")}}), 0.5))
 
@@ -188,24 +275,31 @@ def test_lpl_of_states():
     first.tokens, first.token_names = {"clip_l": torch.ones(1, 4)}, ("<s1>",)
     own = lpl_states(first, first, 1, 1)
     for path in "ab":
-        torch.testing.assert_close(product(own.components["unet"][path]), 4 * product(first.components["unet"][path]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            product(own.components["unet"][path]),
+            4 * product(first.components["unet"][path]),
+            rtol=0,
+            atol=1e-12,
+        )
     assert own.token_names == ("<s1>",) and torch.equal(own.tokens["clip_l"], torch.ones(1, 4))
     assert set(lpl_states(first, second).components["unet"]) == set("ab")
     with pytest.raises(UserError, match=r"1 are in one only, such as unet\.c; mix keeps them all"):
         lpl_states(first, state("abc"))
-    with pytest.raises(UserError, match=r"^unet\.a: lpl adds factors of equal rank .* mix takes any ranks"):
+    with pytest.raises(
+        UserError, match=r"^unet\.a: lpl adds factors of equal rank .* mix takes any ranks"
+    ):
         lpl_states(first, state("ab", rank=2))
 
 
 def test_steps_price_what_a_rank_costs():
     found = steps_of([Term(state("ac", 3)), Term(state("cd", 3, 1))])
-    assert {path: (row.ranks, row.parameters, len(row.squares)) for (_, path), row in found.items()} == {
-        "a": (1, 8 + 6, 3),
-        "c": (1, 6 + 4 * 9, 6),
-        "d": (3, 6 + 3 * 2 * 9, 1),
-    }
+    assert {
+        path: (row.ranks, row.parameters, len(row.squares)) for (_, path), row in found.items()
+    } == {"a": (1, 8 + 6, 3), "c": (1, 6 + 4 * 9, 6), "d": (3, 6 + 3 * 2 * 9, 1)}
     lr = state("d", 3, 1).components["unet"]["d"]
-    assert float(found["unet", "d"].squares.sum()) == pytest.approx(float(product(lr).square().sum()), rel=1e-10)
+    assert float(found["unet", "d"].squares.sum()) == pytest.approx(
+        float(product(lr).square().sum()), rel=1e-10
+    )
     assert found["unet", "d"].parameters * 1 == lr.up.numel() + lr.down.numel()
 
 
@@ -220,20 +314,41 @@ def saved(steps, ranks):
     st.lists(st.integers(1, 4), min_size=4, max_size=4),
 )
 def test_budgets_against_brute_force(squares, budget, costs):
-    steps = {("unet", str(i)): Steps(torch.tensor(sorted(row, reverse=True)), 1, costs[i]) for i, row in enumerate(squares)}
-    choices = [dict(zip(steps, ranks)) for ranks in itertools.product(*(range(len(row.squares) + 1) for row in steps.values()))]
+    steps = {
+        ("unet", str(i)): Steps(torch.tensor(sorted(row, reverse=True)), 1, costs[i])
+        for i, row in enumerate(squares)
+    }
+    choices = [
+        dict(zip(steps, ranks))
+        for ranks in itertools.product(*(range(len(row.squares) + 1) for row in steps.values()))
+    ]
     found = allot(steps, total=budget)
     assert sum(found.values()) <= budget
-    assert saved(steps, found) == pytest.approx(max(saved(steps, ranks) for ranks in choices if sum(ranks.values()) <= budget), abs=1e-4)
+    assert saved(steps, found) == pytest.approx(
+        max(saved(steps, ranks) for ranks in choices if sum(ranks.values()) <= budget), abs=1e-4
+    )
     price = lambda ranks: sum(rank * steps[key].parameters for key, rank in ranks.items())  # noqa: E731
     found = allot(steps, total=budget, unit="parameters")
     best = max(saved(steps, ranks) for ranks in choices if price(ranks) <= budget)
-    left_out = max((float(row.squares[found[key]]) for key, row in steps.items() if found[key] < len(row.squares)), default=0.0)
+    left_out = max(
+        (
+            float(row.squares[found[key]])
+            for key, row in steps.items()
+            if found[key] < len(row.squares)
+        ),
+        default=0.0,
+    )
     assert price(found) <= budget and best - left_out - 1e-4 <= saved(steps, found) <= best + 1e-4
     everything = sum(float(row.squares.double().sum()) for row in steps.values())
     found = allot(steps, max_error=0.5)
-    enough = [sum(ranks.values()) for ranks in choices if everything - saved(steps, ranks) <= 0.25 * everything * (1 + 1e-6) + 1e-9]
-    assert everything - saved(steps, found) <= 0.25 * everything + 1e-4 and sum(found.values()) >= min(enough)
+    enough = [
+        sum(ranks.values())
+        for ranks in choices
+        if everything - saved(steps, ranks) <= 0.25 * everything * (1 + 1e-6) + 1e-9
+    ]
+    assert everything - saved(steps, found) <= 0.25 * everything + 1e-4 and sum(
+        found.values()
+    ) >= min(enough)
     assert sum(found.values()) - min(enough) <= 1
 
 
@@ -245,15 +360,26 @@ def test_budget_is_what_the_merge_then_loses():
     _, reports = collected(mix(terms, ranks))
     lost = sum(float(row.squares[ranks[key] // row.ranks :].sum()) for key, row in steps.items())
     assert total(reports.values()).lost ** 2 == pytest.approx(lost, rel=1e-8)
-    uniform = total(collected(mix([Term(state("abc")), Term(state("bc", seed=1))], Keep(rank=2)))[1].values())
-    budgeted = total(collected(mix(plain := [Term(state("abc")), Term(state("bc", seed=1))], allot(steps_of(plain), total=6)))[1].values())
+    uniform = total(
+        collected(mix([Term(state("abc")), Term(state("bc", seed=1))], Keep(rank=2)))[1].values()
+    )
+    budgeted = total(
+        collected(
+            mix(
+                plain := [Term(state("abc")), Term(state("bc", seed=1))],
+                allot(steps_of(plain), total=6),
+            )
+        )[1].values()
+    )
     assert budgeted.rank == uniform.rank == 6 and budgeted.lost < uniform.lost
 
 
 def test_budgets_that_cannot_be():
     steps = steps_of([Term(state("abc"))])
     assert set(allot(steps, total=3, at_least=1).values()) == {1}
-    with pytest.raises(UserError, match="a budget of 2 ranks is too small for 1 of each of the 3 layers"):
+    with pytest.raises(
+        UserError, match="a budget of 2 ranks is too small for 1 of each of the 3 layers"
+    ):
         allot(steps, total=2, at_least=1)
     assert set(allot(steps, max_error=1.0, at_least=2).values()) == {2}
     assert set(allot(steps, max_error=0.0).values()) == {3}

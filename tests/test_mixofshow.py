@@ -21,7 +21,10 @@ def file(path, state, concepts=()):
         own[name] = {}
         for key, lr in modules.items():
             own[name] |= {f"{key}.lora_down.weight": lr.down, f"{key}.lora_up.weight": lr.up}
-    rows = {concept: torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i, concept in enumerate(concepts)}
+    rows = {
+        concept: torch.randn(16, 16, generator=torch.Generator().manual_seed(i))
+        for i, concept in enumerate(concepts)
+    }
     torch.save({"params": {"new_concept_embedding": rows, **own}}, path)
     return rows
 
@@ -30,12 +33,20 @@ def test_factors_and_rows_are_read(tmp_path):
     state = random_state(PIPE, scale=1.0, unet=("*attn?.to_*",), text=("*self_attn*proj",))
     rows = file(tmp_path / "edlora.pth", state, ["<dog1>", "<dog2>"])
     found = formats.load(tmp_path / "edlora.pth", LAYOUT)
-    assert {n: set(m) for n, m in found.components.items()} == {n: set(m) for n, m in state.components.items()}
+    assert {n: set(m) for n, m in found.components.items()} == {
+        n: set(m) for n, m in state.components.items()
+    }
     for name, modules in state.components.items():
         for path, lr in modules.items():
-            torch.testing.assert_close(delta(found.components[name][path]), delta(lr), rtol=0, atol=0)
+            torch.testing.assert_close(
+                delta(found.components[name][path]), delta(lr), rtol=0, atol=0
+            )
     assert torch.equal(found.tokens["clip_l"], torch.cat(list(rows.values())))
-    assert found.token_names[0] == "<new0>" and found.token_names[16] == "<new16>" and len(found.token_names) == 32
+    assert (
+        found.token_names[0] == "<new0>"
+        and found.token_names[16] == "<new16>"
+        and len(found.token_names) == 32
+    )
 
 
 def test_it_acts_and_says_that_rows_belong_to_layers(tmp_path):

@@ -36,11 +36,15 @@ SCALED = dict(
 )
 
 
-def saved(folder: Path, *, prediction: str = "epsilon", channels: int = 4) -> StableDiffusionPipeline:
+def saved(
+    folder: Path, *, prediction: str = "epsilon", channels: int = 4
+) -> StableDiffusionPipeline:
     """A pipeline with factor-4 VAE and `channels` input channels, saved in the diffusers layout."""
     pipe = pipeline()
     torch.manual_seed(1)
-    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {"in_channels": channels}
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {
+        "in_channels": channels
+    }
     pipe.unet = UNet2DConditionModel.from_config(config).eval()
     pipe.vae = AutoencoderKL(
         block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.3,
@@ -48,7 +52,16 @@ def saved(folder: Path, *, prediction: str = "epsilon", channels: int = 4) -> St
     ).eval()  # fmt: skip
     scheduler = DDIMScheduler(**SCALED, prediction_type=prediction)
     make = StableDiffusionPipeline if channels == 4 else StableDiffusionInpaintPipeline
-    pipe = make(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, None, None, requires_safety_checker=False)
+    pipe = make(
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        pipe.unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
@@ -60,30 +73,61 @@ def levels(x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "sampler, scheduler", [("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler)]
+    "sampler, scheduler",
+    [
+        ("ddim", DDIMScheduler),
+        ("euler", EulerDiscreteScheduler),
+        ("dpmpp_2m", DPMSolverMultistepScheduler),
+    ],
 )
-def test_pictures_equal_the_pipelines(tmp_path: Path, prediction: str, sampler: str, scheduler: type) -> None:
+def test_pictures_equal_the_pipelines(
+    tmp_path: Path, prediction: str, sampler: str, scheduler: type
+) -> None:
     pipe, prompts = saved(tmp_path, prediction=prediction), ["a cat", "dog"]
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    theirs = pipe(prompts, negative_prompt=["fish"] * 2, num_inference_steps=6, guidance_scale=3.0, generator=generators, output_type="pt").images
+    theirs = pipe(
+        prompts,
+        negative_prompt=["fish"] * 2,
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        generator=generators,
+        output_type="pt",
+    ).images
     family = load_family(str(tmp_path))
     ours = generate(family, prompts, [3, 4], Recipe(sampler, 6, 3.0, "fish"))
     assert levels(ours - (theirs * 2 - 1)) <= 1
-    assert levels(ours - generate(family, ["dog", "a cat"], [3, 4], Recipe(sampler, 6, 3.0, "fish"))) > 1
+    assert (
+        levels(ours - generate(family, ["dog", "a cat"], [3, 4], Recipe(sampler, 6, 3.0, "fish")))
+        > 1
+    )
 
 
 def test_image_to_image_equals_the_pipeline(tmp_path: Path) -> None:
-    pipe = StableDiffusionImg2ImgPipeline(**saved(tmp_path).components, requires_safety_checker=False)
+    pipe = StableDiffusionImg2ImgPipeline(
+        **saved(tmp_path).components, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     family = load_family(str(tmp_path))
     init = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean = family.encode_images(init)[0] / family.vae.config.scaling_factor
     pipe.vae.encode = lambda x: type(
-        "Out", (), {"latent_dist": type("Dist", (), {"sample": lambda self, g=None: mean, "mode": lambda self: mean})()}
+        "Out",
+        (),
+        {
+            "latent_dist": type(
+                "Dist", (), {"sample": lambda self, g=None: mean, "mode": lambda self: mean}
+            )()
+        },
     )()
     theirs = pipe(
-        "cat", image=init, strength=0.5, num_inference_steps=10, guidance_scale=2.0, generator=torch.Generator().manual_seed(5), output_type="pt"
+        "cat",
+        image=init,
+        strength=0.5,
+        num_inference_steps=10,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
     )
     ours = generate(family, ["cat"], [5], Recipe("ddim", 10, 2.0, strength=0.5), init=init)
     assert levels(ours - (theirs.images * 2 - 1)) <= 1
@@ -98,13 +142,21 @@ def test_inpainting_equals_the_pipeline(tmp_path: Path) -> None:
     mask[..., 8:24, 4:20] = 1
     mean = family.encode_images(init * (mask < 0.5))[0] / family.vae.config.scaling_factor
     pipe.vae.encode = lambda x: type(
-        "Out", (), {"latent_dist": type("Dist", (), {"sample": lambda self, g=None: mean, "mode": lambda self: mean})()}
+        "Out",
+        (),
+        {
+            "latent_dist": type(
+                "Dist", (), {"sample": lambda self, g=None: mean, "mode": lambda self: mean}
+            )()
+        },
     )()
     theirs = pipe(
         "cat", image=init, mask_image=mask, height=32, width=32, num_inference_steps=5, guidance_scale=2.0,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images  # fmt: skip
-    ours = generate(family, ["cat"], [5], Recipe("ddim", 5, 2.0, width=32, height=32), init=init, mask=mask)
+    ours = generate(
+        family, ["cat"], [5], Recipe("ddim", 5, 2.0, width=32, height=32), init=init, mask=mask
+    )
     assert levels(ours - (theirs * 2 - 1)) <= 1
     with pytest.raises(UserError, match="mask"):
         generate(family, ["cat"], [5], Recipe("ddim", 5, 2.0), init=init)
@@ -115,23 +167,37 @@ def test_latents_are_the_scaled_posterior_and_decode_inverts_the_scale(tmp_path:
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = family.encode_images(x)
     posterior = pipe.vae.encode(x).latent_dist
-    assert torch.allclose(mean, posterior.mean * 0.3, atol=1e-6) and torch.allclose(std, posterior.std * 0.3, atol=1e-6)
-    assert torch.allclose(family.decode(mean), pipe.vae.decode(posterior.mean).sample.clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(mean, posterior.mean * 0.3, atol=1e-6) and torch.allclose(
+        std, posterior.std * 0.3, atol=1e-6
+    )
+    assert torch.allclose(
+        family.decode(mean), pipe.vae.decode(posterior.mean).sample.clamp(-1, 1), atol=1e-5
+    )
     assert mean.shape == (2, 4, 8, 8) and family.factor == 4
 
 
 def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path) -> None:
     saved(tmp_path)
     family = load_family(str(tmp_path))
-    x, cond, level = torch.randn(2, 4, 8, 8), family.encode_prompts(["a", "cat dog"]), family.schedule.level(torch.tensor([10.0, 500.0]))
+    x, cond, level = (
+        torch.randn(2, 4, 8, 8),
+        family.encode_prompts(["a", "cat dog"]),
+        family.schedule.level(torch.tensor([10.0, 500.0])),
+    )
     maps = family.attention_maps(x, level, cond)
     seen = []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
     for layer in layers:
-        layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append((m, args[0], kwargs["encoder_hidden_states"])), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append((m, args[0], kwargs["encoder_hidden_states"])),
+            with_kwargs=True,
+        )
     family.denoise(x, level, cond)
     assert len(maps) == len(layers) == len(seen) > 0
-    expected = {m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e))) for m, h, e in seen}
+    expected = {
+        m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e)))
+        for m, h, e in seen
+    }
     for layer, ours in zip(layers, maps):
         assert torch.allclose(ours.flatten(0, 1), expected[layer], atol=1e-6)
         assert torch.allclose(ours.sum(-1), torch.ones(()), atol=1e-5)
@@ -143,7 +209,9 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
     other = AutoencoderKL.from_config(pipe.vae.config)
     other.save_pretrained(tmp_path / "vae")
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    family = load_family(str(tmp_path / "model"), Loading(vae=str(tmp_path / "vae"), scheduler=changes))
+    family = load_family(
+        str(tmp_path / "model"), Loading(vae=str(tmp_path / "vae"), scheduler=changes)
+    )
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.allclose(family.encode_images(x)[0], other.encode(x).latent_dist.mean * 0.3)
     assert family.prediction == "v_prediction" and family.schedule.alphas[-1] == 0
@@ -152,13 +220,25 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
 def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
     saved(tmp_path)
     family = load_family(str(tmp_path), Loading(torch.bfloat16))
-    assert family.unet.dtype == family.text_encoder.dtype == torch.bfloat16 and family.vae.dtype == torch.float32
+    assert (
+        family.unet.dtype == family.text_encoder.dtype == torch.bfloat16
+        and family.vae.dtype == torch.float32
+    )
     cond = family.encode_prompts(["cat"])
-    assert family.denoise(torch.randn(1, 4, 8, 8), family.schedule.level(torch.tensor([5.0])), cond).dtype == torch.float32
-    assert not any(p.requires_grad for module in family.modules.values() for p in module.parameters())
+    assert (
+        family.denoise(
+            torch.randn(1, 4, 8, 8), family.schedule.level(torch.tensor([5.0])), cond
+        ).dtype
+        == torch.float32
+    )
+    assert not any(
+        p.requires_grad for module in family.modules.values() for p in module.parameters()
+    )
 
 
-@pytest.mark.parametrize("missing", ["vae", "unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"])
+@pytest.mark.parametrize(
+    "missing", ["vae", "unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"]
+)
 def test_a_missing_part_is_named(tmp_path: Path, missing: str) -> None:
     saved(tmp_path)
     path = tmp_path / missing
@@ -170,21 +250,29 @@ def test_a_missing_part_is_named(tmp_path: Path, missing: str) -> None:
 def test_other_models_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     index = tmp_path / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline"))
-    with pytest.raises(UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"):
+    index.write_text(
+        index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline")
+    )
+    with pytest.raises(
+        UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"
+    ):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match=r"model\.safetensors is not there"):
         load_family("model.safetensors")
     with pytest.raises(UserError, match="--model"):
         load_family("")
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
-    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusionPipeline"))
+    index.write_text(
+        index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusionPipeline")
+    )
     with pytest.raises(UserError, match="unet"):
         load_family(str(tmp_path))
 
 
 def test_start_noise_is_what_diffusers_draws() -> None:
-    theirs = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    theirs = torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (7, 8)]
+    )
     assert torch.equal(start_noise([7, 8], (4, 8, 8)), theirs)
 
 
@@ -205,13 +293,19 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    count = {name: len(injection.targets(unet, globs)) for name, globs in unet_presets(unet).items()}
+    count = {
+        name: len(injection.targets(unet, globs)) for name, globs in unet_presets(unet).items()
+    }
     linear = sum(isinstance(m, torch.nn.Linear) for m in unet.modules())
     resnets = 66 + 14  # 22 with three layers each, 14 with a shortcut
     assert count == {
         "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192, "all": 192 + resnets, "all-linear": linear,
     }  # fmt: skip
-    count = {name: len(injection.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()}
+    count = {
+        name: len(injection.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()
+    }
     assert count == {"attention": 48, "kohya": 72, "all-linear": 72}
     layout = layout_of({"unet": unet, "text_encoder": text})
-    assert "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes
+    assert (
+        "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes
+    )

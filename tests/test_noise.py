@@ -25,17 +25,29 @@ from lora_core.diffusion.noise import (
 )
 from lora_core.errors import UserError
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 CONFIGS = {
     "ddpm": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     "sd": SD,
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "short": {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.05, "num_train_timesteps": 37},
+    "short": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.001,
+        "beta_end": 0.05,
+        "num_train_timesteps": 37,
+    },
     "trained": {"trained_betas": [0.01, 0.02, 0.05, 0.3], "beta_schedule": "linear"},
 }
 
 
-PRODUCTS = 32 * torch.finfo(torch.float32).eps  # theirs multiply up to 1000 numbers in fp32: sqrt(1000) roundings
+PRODUCTS = (
+    32 * torch.finfo(torch.float32).eps
+)  # theirs multiply up to 1000 numbers in fp32: sqrt(1000) roundings
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -50,7 +62,12 @@ def test_vp_tables_equal_diffusers(name: str, rescale: bool) -> None:
 
 def test_defaults_of_an_empty_config_are_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
-    torch.testing.assert_close(vp_from_config({}).alphas ** 2, diffusers.DDPMScheduler().alphas_cumprod.double(), atol=PRODUCTS, rtol=0)
+    torch.testing.assert_close(
+        vp_from_config({}).alphas ** 2,
+        diffusers.DDPMScheduler().alphas_cumprod.double(),
+        atol=PRODUCTS,
+        rtol=0,
+    )
 
 
 def test_known_snr_of_sd() -> None:
@@ -66,10 +83,16 @@ def test_zero_terminal_snr_keeps_the_first_row_and_ends_in_pure_noise() -> None:
     assert all(torch.isfinite(row).all() for row in last) and last.snr[0] == 0
 
 
-@pytest.mark.parametrize("schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"]
+)
 def test_every_schedule_keeps_its_identity_and_gets_noisier(schedule) -> None:
     level = schedule.level(schedule.ts)
-    law = {"vp": level.alpha**2 + level.sigma**2, "flow": level.alpha + level.sigma, "edm": level.alpha}[schedule.kind]
+    law = {
+        "vp": level.alpha**2 + level.sigma**2,
+        "flow": level.alpha + level.sigma,
+        "edm": level.alpha,
+    }[schedule.kind]
     torch.testing.assert_close(law, torch.ones_like(law), rtol=1e-12, atol=0)
     torch.testing.assert_close(level.sigma, schedule.sigmas, rtol=1e-12, atol=0)
     torch.testing.assert_close(level.alpha, schedule.alphas, rtol=1e-12, atol=1e-15)
@@ -81,8 +104,12 @@ def test_vp_between_rows_is_linear_in_sigma_over_alpha() -> None:
     schedule = vp_from_config(SD)
     a, b = schedule.sigmas[10] / schedule.alphas[10], schedule.sigmas[11] / schedule.alphas[11]
     level = schedule.level(torch.tensor([10.25], dtype=torch.float64))
-    torch.testing.assert_close(level.sigma / level.alpha, (0.75 * a + 0.25 * b)[None], rtol=1e-12, atol=0)
-    torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones(1).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        level.sigma / level.alpha, (0.75 * a + 0.25 * b)[None], rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        level.alpha**2 + level.sigma**2, torch.ones(1).double(), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("t", [-1.0, 999.5, math.nan])
@@ -99,7 +126,9 @@ def test_unknown_beta_schedule_is_refused_by_name() -> None:
 def test_flow_and_edm_tables_are_the_papers() -> None:
     s = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(shifted(s, 3.0), 3 * s / (1 + 2 * s))
-    torch.testing.assert_close(flow(steps=4).sigmas, torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        flow(steps=4).sigmas, torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    )
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.flip(0).double()
     torch.testing.assert_close(flow(shift=3.0).sigmas, theirs, atol=1e-6, rtol=0)
@@ -107,7 +136,9 @@ def test_flow_and_edm_tables_are_the_papers() -> None:
     euler.set_timesteps(18)
     ours = karras(torch.linspace(1, 0, 18).double(), 0.002, 80.0, 7.0)
     torch.testing.assert_close(ours, euler.sigmas[:-1].double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(edm(steps=18).ts.flip(0), euler.timesteps.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        edm(steps=18).ts.flip(0), euler.timesteps.double(), rtol=1e-5, atol=1e-6
+    )
 
 
 KEYS = Keys(7, ("cat", "dog", "cat", "owl"), (0, 0, 1, 5))
@@ -125,7 +156,13 @@ def test_a_row_depends_on_its_own_key_only(purpose: str) -> None:
 
 
 def test_seed_name_visit_and_purpose_each_change_the_numbers() -> None:
-    keys = [(1, "a", 2, "n"), (2, "a", 2, "n"), (1, "b", 2, "n"), (1, "a", 3, "n"), (1, "a", 2, "m")]
+    keys = [
+        (1, "a", 2, "n"),
+        (2, "a", 2, "n"),
+        (1, "b", 2, "n"),
+        (1, "a", 3, "n"),
+        (1, "a", 2, "m"),
+    ]
     draws = [torch.rand(4, generator=generator(*key)) for key in keys]
     assert len({tuple(d.tolist()) for d in draws}) == 5
     assert torch.equal(draws[0], torch.rand(4, generator=generator(1, "a", 2, "n")))
@@ -150,15 +187,22 @@ def test_normal_is_normal_and_uniform_is_uniform() -> None:
     assert abs((rows[1:] * rows[:-1]).mean()) < 4 / n**0.5  # neighbours do not share their numbers
 
 
-@pytest.mark.parametrize("schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"]
+)
 def test_draw_is_keyed_and_uniform_over_the_rows_of_the_range(schedule) -> None:
     level = draw(schedule, many(2000), low=0.2, high=0.29)
     rows = (level.t[:, None].double() - schedule.ts).abs().argmin(1)
     assert rows.min() == 200 and rows.max() == 289
     counts = torch.bincount(rows - 200, minlength=90)
-    assert ((counts - 2000 / 90) ** 2 / (2000 / 90)).sum() < 89 + 4 * (2 * 89) ** 0.5  # chi squared, 4 sigma
+    assert ((counts - 2000 / 90) ** 2 / (2000 / 90)).sum() < 89 + 4 * (
+        2 * 89
+    ) ** 0.5  # chi squared, 4 sigma
     part = draw(schedule, many(2000).rows(slice(500, 503)), low=0.2, high=0.29)
-    assert all(torch.equal(a, b[500:503]) for a, b in zip(part, level, strict=True)) and level.sigma.dtype == torch.float32
+    assert (
+        all(torch.equal(a, b[500:503]) for a, b in zip(part, level, strict=True))
+        and level.sigma.dtype == torch.float32
+    )
 
 
 def test_draw_reaches_both_ends() -> None:
@@ -175,17 +219,24 @@ def test_an_empty_timestep_range_is_refused(low: float, high: float) -> None:
 def test_densities_are_the_papers() -> None:
     u = (torch.arange(100_000).double() + 0.5) / 100_000
     sigma = DENSITIES["logit_normal"](u, mean=-1.0)
-    assert abs(sigma.mean() - 0.303) < 1e-3  # measured on diffusers' density with its logit_mean = +1, whose table descends
+    assert (
+        abs(sigma.mean() - 0.303) < 1e-3
+    )  # measured on diffusers' density with its logit_mean = +1, whose table descends
     assert abs(sigma.median() - torch.sigmoid(torch.tensor(-1.0))) < 1e-4
     mode = DENSITIES["mode"](u, scale=1.29)
     assert mode.min() >= 0 and mode.max() <= 1 and abs(mode.mean() - 0.5) < 1e-6
     level = draw(flow(), many(300), density=DENSITIES["logit_normal"])
-    assert abs(level.sigma.mean() - 0.5) < 4 * level.sigma.std() / 300**0.5 and level.sigma.std() < 0.25
+    assert (
+        abs(level.sigma.mean() - 0.5) < 4 * level.sigma.std() / 300**0.5
+        and level.sigma.std() < 0.25
+    )
 
 
 PUBLISHED = {  # arXiv 2403.03206 section 3.1, equations 19 to 21
     "uniform": lambda t: torch.ones_like(t),
-    "logit_normal": lambda t: torch.exp(-(torch.logit(t) ** 2) / 2) / ((2 * math.pi) ** 0.5 * t * (1 - t)),
+    "logit_normal": lambda t: (
+        torch.exp(-(torch.logit(t) ** 2) / 2) / ((2 * math.pi) ** 0.5 * t * (1 - t))
+    ),
     "cosmap": lambda t: 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2),
 }
 
@@ -227,11 +278,15 @@ def test_arguments_of_a_density_are_checked() -> None:
 
 def test_a_shift_moves_the_drawn_sigma_after_the_density() -> None:
     for schedule in (flow(), flow(shift=3.0)):
-        plain, moved = (draw(schedule, many(50), density=DENSITIES["mode"], shift=shift) for shift in (1.0, 2.5))
+        plain, moved = (
+            draw(schedule, many(50), density=DENSITIES["mode"], shift=shift) for shift in (1.0, 2.5)
+        )
         torch.testing.assert_close(moved.sigma, shifted(plain.sigma, 2.5), rtol=1e-6, atol=0)
         assert torch.equal(moved.t, moved.sigma) and (moved.sigma >= plain.sigma).all()
     twice = draw(flow(shift=3.0), many(50), shift=2.0)
-    torch.testing.assert_close(twice.sigma, draw(flow(), many(50), shift=6.0).sigma, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        twice.sigma, draw(flow(), many(50), shift=6.0).sigma, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", [vp_from_config(SD), edm()], ids=["vp", "edm"])
@@ -261,7 +316,12 @@ def test_add_noise_is_the_law_in_every_dtype() -> None:
     torch.testing.assert_close(add_noise(x0, eps, level), expected, rtol=0, atol=0)
     low = add_noise(x0.bfloat16(), eps.float(), NoiseLevel(*(row.float() for row in level)))
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.double(), level.like(x0).alpha * x0.bfloat16() + level.like(x0).sigma * eps, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(
+        low.double(),
+        level.like(x0).alpha * x0.bfloat16() + level.like(x0).sigma * eps,
+        rtol=2**-7,
+        atol=1e-6,
+    )
 
 
 SHAPE = (3, 16, 12)
@@ -276,27 +336,39 @@ def test_offset_moves_whole_channels_of_target_and_input() -> None:
     eps, used = sample_noise(KEYS, SHAPE, NoiseSettings(offset=0.1))
     moved = eps - KEYS.normal("noise", SHAPE)
     assert used is eps and (moved.amax((2, 3)) - moved.amin((2, 3))).max() < 1e-6
-    torch.testing.assert_close(moved[:, :, 0, 0], 0.1 * KEYS.normal("offset", (3, 1, 1))[:, :, 0, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        moved[:, :, 0, 0], 0.1 * KEYS.normal("offset", (3, 1, 1))[:, :, 0, 0], atol=1e-6, rtol=0
+    )
 
 
 def test_perturbation_leaves_the_target_alone() -> None:
     eps, used = sample_noise(KEYS, SHAPE, NoiseSettings(perturbation=0.2))
     assert torch.equal(eps, KEYS.normal("noise", SHAPE))
-    torch.testing.assert_close((used - eps) / 0.2, KEYS.normal("perturbation", SHAPE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (used - eps) / 0.2, KEYS.normal("perturbation", SHAPE), atol=1e-5, rtol=0
+    )
 
 
 def test_multires_is_unit_noise_with_low_frequencies_and_keyed_by_row() -> None:
-    settings = NoiseSettings(offset=0.05, multires_levels=6, multires_discount=0.8, perturbation=0.1)
+    settings = NoiseSettings(
+        offset=0.05, multires_levels=6, multires_discount=0.8, perturbation=0.1
+    )
     eps, used = sample_noise(KEYS, SHAPE, settings)
     for i in range(4):
         alone = sample_noise(KEYS.rows(slice(i, i + 1)), SHAPE, settings)
         assert torch.equal(alone[0][0], eps[i]) and torch.equal(alone[1][0], used[i])
-    plain, coarse = (sample_noise(many(64), SHAPE, NoiseSettings(multires_levels=n, multires_discount=0.8))[0] for n in (0, 6))
+    plain, coarse = (
+        sample_noise(many(64), SHAPE, NoiseSettings(multires_levels=n, multires_discount=0.8))[0]
+        for n in (0, 6)
+    )
     torch.testing.assert_close(coarse.std((1, 2, 3)), torch.ones(64), rtol=1e-5, atol=0)
     assert coarse.mean((2, 3)).std() > 3 * plain.mean((2, 3)).std()
 
 
-@pytest.mark.parametrize("bad", [{"offset": -1.0}, {"multires_levels": -1}, {"multires_discount": 0.0}, {"perturbation": -0.1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"offset": -1.0}, {"multires_levels": -1}, {"multires_discount": 0.0}, {"perturbation": -0.1}],
+)
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UserError, match="noise settings"):
         NoiseSettings(**bad)

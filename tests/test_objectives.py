@@ -16,7 +16,12 @@ from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
 
 B, C, H, W = 4, 3, 5, 6
 RATE = 0.05
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 TIMES = torch.tensor([3, 500, 60, 981])
 VP, FLOW, EDM = noise.vp_from_config(SD), noise.flow(), noise.edm()
 
@@ -39,11 +44,16 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(12)
-        self.mix, self.time, self.text = (nn.Parameter(torch.randn(C, k, generator=g, dtype=torch.float64)) for k in (C, 2, 2))
+        self.mix, self.time, self.text = (
+            nn.Parameter(torch.randn(C, k, generator=g, dtype=torch.float64)) for k in (C, 2, 2)
+        )
 
     def forward(self, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
         told = torch.stack([torch.sin(t.double() / 100), torch.cos(3 * t.double())], -1)
-        return torch.einsum("oc,bchw->bohw", self.mix, x) + (told @ self.time.T + e @ self.text.T)[..., None, None]
+        return (
+            torch.einsum("oc,bchw->bohw", self.mix, x)
+            + (told @ self.time.T + e @ self.text.T)[..., None, None]
+        )
 
 
 def stepped(loss_of: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -97,27 +107,46 @@ def ddpm_weighed(net: Tiny, data: Batch, t: Tensor, kind: str, weights: Tensor) 
     return (ddpm_rows(net, data, t, kind).mean((1, 2, 3)) * weights).mean()
 
 
-def ddpm_with_prior(net: Tiny, data: Batch, lam: tuple[float, float], e: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+def ddpm_with_prior(
+    net: Tiny,
+    data: Batch,
+    lam: tuple[float, float],
+    e: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """The prediction chunked in two: lam[0] mean over the instances + lam[1] mean over the class images."""
-    rows = ddpm_rows(net, data, TIMES, "epsilon", e).mean((1, 2, 3)) * (torch.ones(B) if weights is None else weights)
+    rows = ddpm_rows(net, data, TIMES, "epsilon", e).mean((1, 2, 3)) * (
+        torch.ones(B) if weights is None else weights
+    )
     instance, prior = rows.chunk(2)
     return lam[0] * instance.mean() + lam[1] * prior.mean()
 
 
 def edm_euler(net: Tiny, data: Batch, t: Tensor, kind: str, *, weigh: bool = True) -> Tensor:
     """EDM-style training of the SDXL scripts: EulerDiscreteScheduler's sigmas, looked up by the timestep's index."""
-    sigmas = ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt().flip(0)  # as the scheduler keeps them, noisiest first
+    sigmas = (
+        ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt().flip(0)
+    )  # as the scheduler keeps them, noisiest first
     timesteps = torch.arange(999, -1, -1)
     indices = [(timesteps == one).nonzero().item() for one in t]
     s = column(sigmas[indices])
     noisy = data.x + s * data.n
     out = net(noisy / (s**2 + 1) ** 0.5, t, data.e)
-    x_hat = noisy + out * -s if kind == "epsilon" else out * (-s / (s**2 + 1) ** 0.5) + noisy / (s**2 + 1)
+    x_hat = (
+        noisy + out * -s
+        if kind == "epsilon"
+        else out * (-s / (s**2 + 1) ** 0.5) + noisy / (s**2 + 1)
+    )
     return (s ** (-2.0 if weigh else 0.0) * (x_hat - data.x) ** 2).flatten(1).mean(1).mean()
 
 
 def edm_playground(
-    net: Tiny, data: Batch, sigma: Tensor, *, told: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s), weights: Tensor | None = None
+    net: Tiny,
+    data: Batch,
+    sigma: Tensor,
+    *,
+    told: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning, no weighting."""
     s, d = column(sigma), 0.5
@@ -128,7 +157,15 @@ def edm_playground(
     return (rows if weights is None else rows * weights).mean()
 
 
-def flow_script(net: Tiny, data: Batch, u: Tensor, weighting: Callable[[Tensor], Tensor], *, ascending: bool = False, told: float = 1000.0) -> Tensor:
+def flow_script(
+    net: Tiny,
+    data: Batch,
+    u: Tensor,
+    weighting: Callable[[Tensor], Tensor],
+    *,
+    ascending: bool = False,
+    told: float = 1000.0,
+) -> Tensor:
     """Flux and SD3 scripts: u indexes a table of timesteps that descends from 1000 to 1."""
     timesteps = torch.arange(1000, 0, -1, dtype=torch.float64)
     if ascending:
@@ -156,15 +193,42 @@ class Law(NamedTuple):
     gamma: float | None = None
 
 
-def ours(net: Tiny, data: Batch, level: NoiseLevel, law: Law, is_prior: Tensor | None = None, prior_weight: float = 1.0) -> Tensor:
+def ours(
+    net: Tiny,
+    data: Batch,
+    level: NoiseLevel,
+    law: Law,
+    is_prior: Tensor | None = None,
+    prior_weight: float = 1.0,
+) -> Tensor:
     x_t = noise.add_noise(data.x, data.n, level)
     out = net(prediction.scale_input(law.row, x_t, level), level.t, data.e)
     out, target, row = prediction.compared(law.row, law.space, out, data.x, data.n, level)
     is_prior = torch.zeros(len(data.x), dtype=torch.bool) if is_prior is None else is_prior
-    record = StepOutput(out, target, data.x, data.n, x_t, level, row, law.mask, is_prior, 0, {}, law.schedule.t_max, law.row)
+    record = StepOutput(
+        out,
+        target,
+        data.x,
+        data.n,
+        x_t,
+        level,
+        row,
+        law.mask,
+        is_prior,
+        0,
+        {},
+        law.schedule.t_max,
+        law.row,
+    )
     rows = losses.LOSSES["mse"](record)
     losses.check_rows(rows, "mse", len(data.x))
-    rows = rows * losses.weight(law.weighting, level, law.row, space=law.space, **({} if law.gamma is None else {"gamma": law.gamma}))
+    rows = rows * losses.weight(
+        law.weighting,
+        level,
+        law.row,
+        space=law.space,
+        **({} if law.gamma is None else {"gamma": law.gamma}),
+    )
     return losses.total(rows, is_prior, prior_weight=prior_weight, instances=int((~is_prior).sum()))
 
 
@@ -249,9 +313,14 @@ def flow_levels(scheme: str, mean: float = 0.0, std: float = 1.0) -> tuple[Tenso
     """diffusers' own draw of u, and our levels for the numbers that stand for it in our direction."""
     training = pytest.importorskip("diffusers.training_utils")
     g = torch.Generator().manual_seed(21)
-    u = training.compute_density_for_timestep_sampling(scheme, B, logit_mean=mean, logit_std=std, mode_scale=1.29, generator=g).double()
+    u = training.compute_density_for_timestep_sampling(
+        scheme, B, logit_mean=mean, logit_std=std, mode_scale=1.29, generator=g
+    ).double()
     if scheme == "logit_normal":
-        numbers, how = torch.special.ndtr(-(torch.logit(u) - mean) / std), noise.density("logit_normal", mean=-mean, std=std)
+        numbers, how = (
+            torch.special.ndtr(-(torch.logit(u) - mean) / std),
+            noise.density("logit_normal", mean=-mean, std=std),
+        )
     else:
         numbers = 1 - torch.rand(B, generator=torch.Generator().manual_seed(21)).double()
         how = noise.density("mode", scale=1.29) if scheme == "mode" else noise.density("uniform")
@@ -271,11 +340,16 @@ def test_flow_objective_of_each_weighting_scheme(scheme: str, mean: float, std: 
         theirs = training.compute_loss_weighting_for_sd3(scheme, sigmas=sigma)
         if theirs.dtype == torch.float64:
             return theirs
-        torch.testing.assert_close(theirs, (sigma**-2.0).float())  # sigma_sqrt, which it casts to fp32
+        torch.testing.assert_close(
+            theirs, (sigma**-2.0).float()
+        )  # sigma_sqrt, which it casts to fp32
         return sigma**-2.0
 
     weighting = scheme if scheme in losses.WEIGHTINGS else "none"
-    mine, theirs = stepped(ours, batch(), level, Law(FLOW, "flow", weighting=weighting)), stepped(flow_script, batch(), u, weights)
+    mine, theirs = (
+        stepped(ours, batch(), level, Law(FLOW, "flow", weighting=weighting)),
+        stepped(flow_script, batch(), u, weights),
+    )
     assert equal(mine, theirs)
     if weighting != "none":
         assert differ(stepped(ours, batch(), level, Law(FLOW, "flow")), theirs)
@@ -285,9 +359,15 @@ def test_flow_objective_of_each_weighting_scheme(scheme: str, mean: float, std: 
 def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
     """Each weighting is one law in both spaces; none is not one: there it is snr, as for every network that is not of the edm row."""
     _, level = flow_levels(scheme)
-    here, there = (stepped(ours, batch(), level, Law(FLOW, "flow", space, scheme)) for space in ("model", "edm"))
+    here, there = (
+        stepped(ours, batch(), level, Law(FLOW, "flow", space, scheme))
+        for space in ("model", "edm")
+    )
     assert equal(here, there) if scheme != "none" else differ(here, there)
-    assert equal(stepped(ours, batch(), level, Law(FLOW, "flow", "edm")), stepped(ours, batch(), level, Law(FLOW, "flow", "model", "snr")))
+    assert equal(
+        stepped(ours, batch(), level, Law(FLOW, "flow", "edm")),
+        stepped(ours, batch(), level, Law(FLOW, "flow", "model", "snr")),
+    )
 
 
 # ---------------------------------------------------------------- traps of semantics 7, each next to the wrong formula
@@ -295,15 +375,25 @@ def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
 
 def test_trap_19_min_snr_of_v() -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "v_prediction", weighting="min_snr"))
-    right, wrong = (stepped(ddpm_weighed, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)) for bad in (False, True))
+    right, wrong = (
+        stepped(
+            ddpm_weighed, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)
+        )
+        for bad in (False, True)
+    )
     assert equal(mine, right) and differ(mine, wrong)
 
 
 def test_trap_19_zero_terminal_snr_is_finite() -> None:
-    last = noise.vp_from_config(SD | {"rescale_betas_zero_snr": True}).level(torch.tensor([999.0], dtype=torch.float64))
+    last = noise.vp_from_config(SD | {"rescale_betas_zero_snr": True}).level(
+        torch.tensor([999.0], dtype=torch.float64)
+    )
     wrong = torch.minimum(last.snr, torch.full_like(last.snr, 5.0)) / last.snr
     assert wrong.isnan().all()
-    assert losses.weight("min_snr", last, "epsilon").item() == 1 and losses.weight("min_snr", last, "v_prediction").item() == 0
+    assert (
+        losses.weight("min_snr", last, "epsilon").item() == 1
+        and losses.weight("min_snr", last, "v_prediction").item() == 0
+    )
 
 
 def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preservation() -> None:
@@ -312,28 +402,45 @@ def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preserva
     weights = min_snr(TIMES, "epsilon")
     assert equal(mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=weights))
     assert differ(mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=weights[[0, 1, 0, 1]]))
-    assert differ(mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=torch.where(PRIOR, 1.0, weights)))
+    assert differ(
+        mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=torch.where(PRIOR, 1.0, weights))
+    )
 
 
 def test_trap_20_the_direction_of_logit_mean() -> None:
     """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign turned."""
     training = pytest.importorskip("diffusers.training_utils")
     many = Keys(5, tuple(map(str, range(4000))), (0,) * 4000)
-    u = training.compute_density_for_timestep_sampling("logit_normal", 4000, 1.0, 1.0, generator=torch.Generator().manual_seed(0))
+    u = training.compute_density_for_timestep_sampling(
+        "logit_normal", 4000, 1.0, 1.0, generator=torch.Generator().manual_seed(0)
+    )
     theirs = (torch.arange(1000, 0, -1) / 1000)[(u * 1000).long()].mean()
-    turned, same = (noise.draw(FLOW, many, density=noise.density("logit_normal", mean=mean)).sigma.mean() for mean in (-1.0, 1.0))
+    turned, same = (
+        noise.draw(FLOW, many, density=noise.density("logit_normal", mean=mean)).sigma.mean()
+        for mean in (-1.0, 1.0)
+    )
     error = 4 * 0.2 / 4000**0.5  # of two means of 4000 numbers whose standard deviation is 0.2
     assert abs(theirs - 0.303) < error and abs(turned - 0.303) < error and abs(same - 0.697) < error
     numbers, level = flow_levels("logit_normal", 0.8, 0.5)
     mine = stepped(ours, batch(), level, Law(FLOW, "flow"))
-    right, wrong = (stepped(flow_script, batch(), numbers, torch.ones_like, ascending=up) for up in (False, True))
+    right, wrong = (
+        stepped(flow_script, batch(), numbers, torch.ones_like, ascending=up)
+        for up in (False, True)
+    )
     assert equal(mine, right) and differ(mine, wrong)
 
 
 def test_trap_20_sigma_keeps_its_precision_when_latents_are_bf16() -> None:
     level = noise.place(FLOW, (torch.arange(1000) + 0.5) / 1000)
-    assert level.sigma.dtype == torch.float32 and level.sigma.unique().numel() == 1000 and level.sigma.bfloat16().unique().numel() == 506
-    x, n = (torch.randn(1000, 3, 4, 4, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (1, 2))
+    assert (
+        level.sigma.dtype == torch.float32
+        and level.sigma.unique().numel() == 1000
+        and level.sigma.bfloat16().unique().numel() == 506
+    )
+    x, n = (
+        torch.randn(1000, 3, 4, 4, generator=torch.Generator().manual_seed(i)).bfloat16()
+        for i in (1, 2)
+    )
     s = column(level.sigma)
     exact = (1 - s) * x.double() + s * n.double()
     mine, wrong = noise.add_noise(x, n, level), (1 - s.bfloat16()) * x + s.bfloat16() * n
@@ -346,7 +453,9 @@ def test_trap_20_the_network_is_told_sigma() -> None:
     u, level = flow_levels("none")
     assert torch.equal(level.t, level.sigma)
     mine = stepped(ours, batch(), level, Law(FLOW, "flow"))
-    right, wrong = (stepped(flow_script, batch(), u, torch.ones_like, told=by) for by in (1000.0, 1.0))
+    right, wrong = (
+        stepped(flow_script, batch(), u, torch.ones_like, told=by) for by in (1000.0, 1.0)
+    )
     assert equal(mine, right) and differ(mine, wrong)
 
 
@@ -370,9 +479,15 @@ def test_trap_21_the_mask_weighs_once_and_is_normalised() -> None:
 def test_trap_21_a_mask_is_resized_by_area() -> None:
     """The masked mean over pixels of an error that is constant on each latent is that over latents with the area-resized mask, not the nearest."""
     g = torch.Generator().manual_seed(4)
-    pixels, error = torch.rand(B, 1, 8 * H, 8 * W, generator=g).double(), torch.rand(B, C, H, W, generator=g).double()
+    pixels, error = (
+        torch.rand(B, 1, 8 * H, 8 * W, generator=g).double(),
+        torch.rand(B, C, H, W, generator=g).double(),
+    )
     exact = losses.masked_mean(error.repeat_interleave(8, 2).repeat_interleave(8, 3), pixels)
-    area, nearest = (losses.masked_mean(error, torch.nn.functional.interpolate(pixels, (H, W), mode=mode)) for mode in ("area", "nearest"))
+    area, nearest = (
+        losses.masked_mean(error, torch.nn.functional.interpolate(pixels, (H, W), mode=mode))
+        for mode in ("area", "nearest")
+    )
     torch.testing.assert_close(area, exact, rtol=1e-12, atol=0)
     assert (nearest - exact).abs().max() > 1e-3
 
@@ -380,7 +495,9 @@ def test_trap_21_a_mask_is_resized_by_area() -> None:
 @pytest.mark.parametrize("kind", OTHER)
 def test_trap_22_discrete_networks_are_weighed_in_edm_space(kind: str) -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, kind, "edm"))
-    right, wrong = (stepped(edm_euler, batch(), TIMES, kind, weigh=weigh) for weigh in (True, False))
+    right, wrong = (
+        stepped(edm_euler, batch(), TIMES, kind, weigh=weigh) for weigh in (True, False)
+    )
     assert equal(mine, right) and differ(mine, wrong)
 
 
@@ -391,16 +508,24 @@ def test_trap_22_preconditioned_networks_are_told_the_log_and_not_weighed() -> N
     assert differ(mine, stepped(edm_playground, batch(), sigma, weights=sigma**-2.0))
 
 
-@pytest.mark.parametrize(("kind", "schedule"), [("epsilon", VP), ("v_prediction", VP), ("edm", EDM)])
-def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(kind: str, schedule: Schedule) -> None:
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("epsilon", VP), ("v_prediction", VP), ("edm", EDM)]
+)
+def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
+    kind: str, schedule: Schedule
+) -> None:
     """min(snr, 5) |x0 error|^2, whatever the network predicts; for epsilon and v that is min-SNR itself."""
     level = at(TIMES) if schedule is VP else edm_levels()
     mine = stepped(ours, batch(), level, Law(schedule, kind, "edm", "min_snr"))
     if kind == "edm":
-        right = stepped(edm_playground, batch(), level.sigma, weights=(level.sigma**-2.0).clamp(max=5.0))
+        right = stepped(
+            edm_playground, batch(), level.sigma, weights=(level.sigma**-2.0).clamp(max=5.0)
+        )
     else:
         right = stepped(ddpm_weighed, batch(), TIMES, kind, min_snr(TIMES, kind))
-    assert equal(mine, right) and differ(mine, stepped(ours, batch(), level, Law(schedule, kind, "edm")))
+    assert equal(mine, right) and differ(
+        mine, stepped(ours, batch(), level, Law(schedule, kind, "edm"))
+    )
     assert losses.meaning("min_snr", kind, "edm").endswith("weighed by min(snr, 5)")
 
 
@@ -408,17 +533,28 @@ def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
     data, order = batch(), [0, 2, 1, 3]  # i c i c
     right = stepped(ddpm_with_prior, data, (1, 0.3))
     wrong = [stepped(ddpm_with_prior, data, (0.3, 0.3)), stepped(ddpm_with_prior, data, (0.3, 1))]
-    wrong.append(stepped(ddpm_with_prior, data, (1, 0.3), data.e[order]))  # embeddings i c i c beside pixels i i c c
-    for rows, flags, times in ((data, PRIOR, TIMES), (Batch(*(v[order] for v in data)), PRIOR[order], TIMES[order])):
+    wrong.append(
+        stepped(ddpm_with_prior, data, (1, 0.3), data.e[order])
+    )  # embeddings i c i c beside pixels i i c c
+    for rows, flags, times in (
+        (data, PRIOR, TIMES),
+        (Batch(*(v[order] for v in data)), PRIOR[order], TIMES[order]),
+    ):
         mine = stepped(ours, rows, at(times), Law(VP, "epsilon"), flags, 0.3)
         assert equal(mine, right) and all(differ(mine, other) for other in wrong)
 
 
 def test_trap_23_micro_batches_of_any_make_up_add_up_to_the_step() -> None:
     """Three prior rows and one instance, in halves: the sum is the step's own loss, which a mean of means is not."""
-    flags, rows = torch.tensor([True, False, True, True]), ddpm_rows(Tiny(), batch(), TIMES, "epsilon").mean((1, 2, 3))
+    flags, rows = (
+        torch.tensor([True, False, True, True]),
+        ddpm_rows(Tiny(), batch(), TIMES, "epsilon").mean((1, 2, 3)),
+    )
     whole = ours(Tiny(), batch(), at(TIMES), Law(VP, "epsilon"), flags, 0.3)
     torch.testing.assert_close(whole, rows[1] + 0.3 * rows[flags].sum(), rtol=1e-12, atol=0)
-    halves = [losses.total(rows[half], flags[half], prior_weight=0.3, instances=1) for half in (slice(0, 2), slice(2, 4))]
+    halves = [
+        losses.total(rows[half], flags[half], prior_weight=0.3, instances=1)
+        for half in (slice(0, 2), slice(2, 4))
+    ]
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
     assert (rows.mean() - whole).abs() > 1e-3

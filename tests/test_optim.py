@@ -47,11 +47,17 @@ ROWS = [
 def test_schedules_are_diffusers(ours, theirs, args, their_args, total, warmup):
     lr = 1e-4  # diffusers' lr_end of 1e-7 is the fraction 1e-3 of it
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=total, **their_args)
+    scheduler = get_scheduler(
+        theirs, optimizer, num_warmup_steps=warmup, num_training_steps=total, **their_args
+    )
     multiplier = resolve_schedule(ours, **args)
-    last = total - 1 if total == warmup else total + 4  # diffusers' polynomial divides by zero at the end of a run that is all warm-up
+    last = (
+        total - 1 if total == warmup else total + 4
+    )  # diffusers' polynomial divides by zero at the end of a run that is all warm-up
     for step in range(last):
-        assert multiplier(step, total, warmup) == pytest.approx(scheduler.get_last_lr()[0] / lr, rel=1e-12, abs=1e-15), step
+        assert multiplier(step, total, warmup) == pytest.approx(
+            scheduler.get_last_lr()[0] / lr, rel=1e-12, abs=1e-15
+        ), step
         optimizer.step()
         if step + 1 < last:
             scheduler.step()
@@ -61,7 +67,9 @@ def test_a_cosine_of_other_cycles_is_diffusers():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, 3, 20, num_cycles=1.5)
     for step in range(20):
-        assert SCHEDULES["cosine"](step, 20, 3, cycles=1.5) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
+        assert SCHEDULES["cosine"](step, 20, 3, cycles=1.5) == pytest.approx(
+            scheduler.get_last_lr()[0], abs=1e-15
+        )
         optimizer.step(), scheduler.step()
 
 
@@ -100,7 +108,9 @@ def test_wrong_optimizers_are_refused(name, words):
 
 def test_arguments_are_checked_against_the_signature():
     check_arguments(Prodigy, {"d_coef": 2.0}, "optimizer prodigy", given=("params", "lr"))
-    with pytest.raises(UserError, match=r"optimizer prodigy has no argument 'dcoef'.*nearest: d_coef"):
+    with pytest.raises(
+        UserError, match=r"optimizer prodigy has no argument 'dcoef'.*nearest: d_coef"
+    ):
         check_arguments(Prodigy, {"dcoef": 2.0}, "optimizer prodigy", given=("params", "lr"))
 
 
@@ -197,12 +207,16 @@ def test_lora_plus_is_two_groups_by_hand(name):
     """One step, and three: ups at 16 times the learning rate; other names, and what is no up, at the plain one."""
     found = []
     for by_hand in (False, True):
-        params = [p.detach().requires_grad_() for p in with_grads((4, 3), (3, 4), (4, 2), (2, 4), (5, 2))]
+        params = [
+            p.detach().requires_grad_() for p in with_grads((4, 3), (3, 4), (4, 2), (2, 4), (5, 2))
+        ]
         ups, rest, tokens = params[1:4:2], params[0:3:2], params[4:]
         if by_hand:
             groups = [named(rest), named(ups, lr=16e-2), named(tokens, "tokens", lr=0.5)]
         else:
-            groups = split([named(params[:4]), named(tokens, "tokens", lr=0.5)], {"denoiser": ups}, 16)
+            groups = split(
+                [named(params[:4]), named(tokens, "tokens", lr=0.5)], {"denoiser": ups}, 16
+            )
         optimizer = build(name, groups, {})
         found.append(stepped(optimizer, params, range(1)) + stepped(optimizer, params, range(1, 3)))
         if not by_hand:
@@ -253,10 +267,14 @@ def fp16_run(make, scaler, steps=20, skip=False):
         if scaler and step in OVERFLOWS:
             params[step % 2].grad.view(-1)[2] = float(OVERFLOWS[step])
         if scaler:
-            scaler.unscale_(params) if isinstance(scaler, LossScaler) else scaler.unscale_(optimizer)
+            scaler.unscale_(params) if isinstance(scaler, LossScaler) else scaler.unscale_(
+                optimizer
+            )
             scaler.step(optimizer)
             scaler.update()
-            scales.append(float(scaler.current if isinstance(scaler, LossScaler) else scaler.get_scale()))
+            scales.append(
+                float(scaler.current if isinstance(scaler, LossScaler) else scaler.get_scale())
+            )
         else:
             optimizer.step()
     return params, optimizer, scales
@@ -269,7 +287,9 @@ def test_an_overflown_step_is_no_step(name):
     plain, expected, _ = fp16_run(FACTORIES[name], None, skip=True)
     assert all(torch.equal(p, q) for p, q in zip(scaled, plain))
     ours, theirs = (flatten(o.state_dict()) for o in (optimizer, expected))
-    assert ours[1] == theirs[1] and all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0])
+    assert ours[1] == theirs[1] and all(
+        torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0]
+    )
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -316,7 +336,10 @@ def test_the_scaler_stays_where_it_is_in_memory():
         p.grad = torch.full_like(p, grad)
         scaler.unscale_([p]), scaler.update()
     scaler.load_state_dict(scaler.state_dict())
-    assert places == [t.data_ptr() for t in (scaler.current, scaler.clean, scaler.found_inf)] and float(scaler.current) == 1024.0
+    assert (
+        places == [t.data_ptr() for t in (scaler.current, scaler.clean, scaler.found_inf)]
+        and float(scaler.current) == 1024.0
+    )
 
 
 @pytest.mark.parametrize("make", [FACTORIES["prodigy"]])
@@ -347,7 +370,9 @@ def test_the_scaler_resumes_bit_for_bit():
         assert torch.equal(a.current, b.current) and torch.equal(a.clean, b.clean)
 
 
-@pytest.mark.parametrize("options", [dict(init=0.0), dict(growth=1.0), dict(backoff=1.0), dict(interval=0)])
+@pytest.mark.parametrize(
+    "options", [dict(init=0.0), dict(growth=1.0), dict(backoff=1.0), dict(interval=0)]
+)
 def test_scaler_settings_out_of_range_are_refused(options):
     with pytest.raises(UserError, match="expected init"):
         LossScaler(**options)

@@ -39,7 +39,9 @@ def make_run(folder, *, seed, names=("<s0>", "<s1>"), word="TOK", dora=False):
     """A finished run's files: both networks and two tokens."""
     pipe = pipeline()
     state = random_state(pipe, seed=seed, dora=dora)
-    state.tokens = {"clip_l": torch.randn(len(names), 16, generator=torch.Generator().manual_seed(seed))}
+    state.tokens = {
+        "clip_l": torch.randn(len(names), 16, generator=torch.Generator().manual_seed(seed))
+    }
     state.token_names = tuple(names)
     layout = layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     formats.save_run(state, folder, layout=layout, metadata=embeddings.header({word: names}))
@@ -49,10 +51,26 @@ def make_run(folder, *, seed, names=("<s0>", "<s1>"), word="TOK", dora=False):
 def snapshot(modules):
     """Everything that undo must give back: identities of all modules and parameters, flags, and what the tokenizer says."""
     networks = [module for module in modules.values() if isinstance(module, nn.Module)]
-    tree = [(path, id(module), module.training) for network in networks for path, module in network.named_modules()]
-    parameters = [(path, id(p), p.requires_grad, p.dtype) for network in networks for path, p in network.named_parameters()]
+    tree = [
+        (path, id(module), module.training)
+        for network in networks
+        for path, module in network.named_modules()
+    ]
+    parameters = [
+        (path, id(p), p.requires_grad, p.dtype)
+        for network in networks
+        for path, p in network.named_parameters()
+    ]
     tokenizer = modules["tokenizer"]
-    return tree, parameters, id(tokenizer), len(tokenizer), tokenizer.get_vocab(), tokenizer(TEXT).input_ids, tokenizer.backend_tokenizer.to_str()
+    return (
+        tree,
+        parameters,
+        id(tokenizer),
+        len(tokenizer),
+        tokenizer.get_vocab(),
+        tokenizer(TEXT).input_ids,
+        tokenizer.backend_tokenizer.to_str(),
+    )
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -66,7 +84,9 @@ def assert_far(a, b):
 # ---------------------------------------------------------------- on and off
 
 
-def test_a_run_folder_is_denoiser_text_encoder_and_tokens_at_once_as_diffusers_has_it(pipe, modules, run):
+def test_a_run_folder_is_denoiser_text_encoder_and_tokens_at_once_as_diffusers_has_it(
+    pipe, modules, run
+):
     theirs = pipeline()
     rows = load_file(run / "dog_emb.safetensors")["clip_l"]
     theirs.load_lora_weights(str(run))
@@ -85,7 +105,9 @@ def test_undo_gives_back_the_very_same_things(pipe, modules, run, how):
     before = snapshot(modules)
     if how == "undo":
         p = patch(modules, run, 0.5)
-        assert snapshot(modules) != before and any(isinstance(m, Adapted) for m in pipe.unet.modules())
+        assert snapshot(modules) != before and any(
+            isinstance(m, Adapted) for m in pipe.unet.modules()
+        )
         p.undo()
         p.undo()
     elif how == "with":
@@ -103,25 +125,43 @@ def test_a_single_file_is_the_lora_alone_in_either_format(pipe, modules, tmp_pat
     folder, other = make_run(tmp_path / "run_a", seed=3, dora=dora), pipeline()
     layout = layout_of({"unet": other.unet, "text_encoder": other.text_encoder})
     for name, factors in formats.load(folder / NATIVE).components.items():
-        injection.load_state(getattr(other, name), {layout.module_path(name, path): lr for path, lr in factors.items()}, "x", 0.7)
+        injection.load_state(
+            getattr(other, name),
+            {layout.module_path(name, path): lr for path, lr in factors.items()},
+            "x",
+            0.7,
+        )
     with patch(modules, tmp_path / file, 0.7) as p:
         assert_close(outputs(pipe), outputs(other))
-        assert "whose rows it does not hold" in p.report[0] and len(modules["tokenizer"]) == len(other.tokenizer)
+        assert "whose rows it does not hold" in p.report[0] and len(modules["tokenizer"]) == len(
+            other.tokenizer
+        )
 
 
 def test_strength_is_a_factor_of_the_update_by_component(pipe, modules, run):
     """proj_in of the UNet and fc1 of the text encoder: W x + t s B A x, written out."""
     state = formats.load(run)
-    text, unet = "encoder.layers.1.mlp.fc1", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    text, unet = (
+        "encoder.layers.1.mlp.fc1",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    )
     x = torch.randn(3, 16)
-    layers = {"text_encoder": pipe.text_encoder.get_submodule(text), "unet": pipe.unet.get_submodule(unet)}
-    factors = {"text_encoder": state.components["text_encoder"]["text_model." + text], "unet": state.components["unet"][unet]}
+    layers = {
+        "text_encoder": pipe.text_encoder.get_submodule(text),
+        "unet": pipe.unet.get_submodule(unet),
+    }
+    factors = {
+        "text_encoder": state.components["text_encoder"]["text_model." + text],
+        "unet": state.components["unet"][unet],
+    }
 
     def check(strengths):
         for name, path in (("unet", unet), ("text_encoder", text)):
             lr = factors[name]
             expected = layers[name](x) + strengths[name] * lr.scale * x @ lr.down.T @ lr.up.T
-            torch.testing.assert_close(modules[name].get_submodule(path)(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                modules[name].get_submodule(path)(x), expected, rtol=1e-5, atol=1e-5
+            )
 
     with patch(modules, run, {"unet": 0.6, "text_encoder": -0.9}) as p:
         check({"unet": 0.6, "text_encoder": -0.9})
@@ -143,11 +183,19 @@ def test_a_half_precision_pipeline_can_be_patched(pipe, modules, run):
 
 def test_tokens_alone(pipe, modules, run):
     before = snapshot(modules)
-    with patch({"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}, run / "dog_emb.safetensors"):
+    with patch(
+        {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer},
+        run / "dog_emb.safetensors",
+    ):
         ids = pipe.tokenizer("<s0><s1>", add_special_tokens=False, return_tensors="pt").input_ids
-        assert torch.equal(pipe.text_encoder.get_input_embeddings()(ids)[0], load_file(run / "dog_emb.safetensors")["clip_l"])
+        assert torch.equal(
+            pipe.text_encoder.get_input_embeddings()(ids)[0],
+            load_file(run / "dog_emb.safetensors")["clip_l"],
+        )
     assert snapshot(modules) == before
-    with pytest.raises(UserError, match=r"learned tokens only, which have no strength; leave 0.5 out"):
+    with pytest.raises(
+        UserError, match=r"learned tokens only, which have no strength; leave 0.5 out"
+    ):
         patch(modules, run / "dog_emb.safetensors", 0.5)
 
 
@@ -161,11 +209,20 @@ def test_several_patches_add_up_and_keep_their_own_tokens(pipe, modules, run, tm
     with patch(modules, run) as dog, patch(modules, other, 0.5) as cat:
         a, b = (formats.load(folder).components["unet"][layer] for folder in (run, other))
         expected = base(x) + x @ a.down.T @ a.up.T + 0.5 * x @ b.down.T @ b.up.T
-        torch.testing.assert_close(pipe.unet.get_submodule(layer)(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            pipe.unet.get_submodule(layer)(x), expected, rtol=1e-5, atol=1e-5
+        )
         prompt = tokens.bind("TOK and CAT", [*dog.abstractions, *cat.abstractions])
         assert prompt == "<s0><s1> and <c0>"
-        ids = pipe.tokenizer("<s0><s1><c0>", add_special_tokens=False, return_tensors="pt").input_ids[0]
-        rows = torch.cat([load_file(run / "dog_emb.safetensors")["clip_l"], load_file(other / "cat_emb.safetensors")["clip_l"]])
+        ids = pipe.tokenizer(
+            "<s0><s1><c0>", add_special_tokens=False, return_tensors="pt"
+        ).input_ids[0]
+        rows = torch.cat(
+            [
+                load_file(run / "dog_emb.safetensors")["clip_l"],
+                load_file(other / "cat_emb.safetensors")["clip_l"],
+            ]
+        )
         assert torch.equal(pipe.text_encoder.get_input_embeddings()(ids), rows)
         middle = snapshot(modules)
         with pytest.raises(UserError, match="undo the later patch first"):
@@ -174,7 +231,9 @@ def test_several_patches_add_up_and_keep_their_own_tokens(pipe, modules, run, tm
     assert snapshot(modules) == before
 
 
-def test_patches_without_tokens_come_off_in_any_order_and_a_file_can_be_on_twice(pipe, modules, run):
+def test_patches_without_tokens_come_off_in_any_order_and_a_file_can_be_on_twice(
+    pipe, modules, run
+):
     before, plain = snapshot(modules), outputs(pipe)
     first = patch(modules, run / NATIVE, 0.5)
     once = outputs(pipe)
@@ -194,17 +253,28 @@ def test_a_taken_token_is_refused_and_renaming_keeps_both(pipe, modules, run, tm
     before = snapshot(modules)
     with patch(modules, run):
         middle = snapshot(modules)
-        with pytest.raises(UserError, match=r'<s0>, <s1> of .*cat is already in the tokenizer.* rename=\{"<s0>": "<other-s0>"\}'):
+        with pytest.raises(
+            UserError,
+            match=r'<s0>, <s1> of .*cat is already in the tokenizer.* rename=\{"<s0>": "<other-s0>"\}',
+        ):
             patch(modules, other)
         assert snapshot(modules) == middle
         with patch(modules, other, rename={"<s0>": "<c0>", "<s1>": "<c1>", "TOK": "CAT"}) as cat:
             assert cat.bind("CAT, not TOK") == "<c0><c1>, not TOK"
             assert len(cat.report) == 3 and "<s0>" in cat.report[0] and "<c0>" in cat.report[0]
-            ids = pipe.tokenizer("<c0><s1>", add_special_tokens=False, return_tensors="pt").input_ids[0]
-            rows = [load_file(other / "cat_emb.safetensors")["clip_l"][0], load_file(run / "dog_emb.safetensors")["clip_l"][1]]
+            ids = pipe.tokenizer(
+                "<c0><s1>", add_special_tokens=False, return_tensors="pt"
+            ).input_ids[0]
+            rows = [
+                load_file(other / "cat_emb.safetensors")["clip_l"][0],
+                load_file(run / "dog_emb.safetensors")["clip_l"][1],
+            ]
             assert torch.equal(pipe.text_encoder.get_input_embeddings()(ids), torch.stack(rows))
         assert snapshot(modules) == middle
-        for rename, expected in (({"<s7>": "<x>"}, "no token or word <s7>"), ({"<s0>": "<s1>"}, "must differ")):
+        for rename, expected in (
+            ({"<s7>": "<x>"}, "no token or word <s7>"),
+            ({"<s0>": "<s1>"}, "must differ"),
+        ):
             with pytest.raises(UserError, match=expected):
                 patch(modules, other, rename=rename)
     assert snapshot(modules) == before
@@ -229,15 +299,23 @@ def broken(run, tmp_path, kind):
     changes = {
         "shape": ({key: torch.ones(17, 3)}, r"encoder.layers.1.self_attn.q_proj .*up \[17, 3\]"),
         "nan": ({key: tensors[key] * math.nan}, f"{key} .*NaN"),
-        "leftover": ({key.replace("q_proj", "q_prj"): tensors[key].clone()}, f"q_prj.*nearest known: {key}"),
-        "component": ({"text_encoder_2.text_model.x.lora_A.weight": torch.ones(1, 2)}, "text_encoder_2.text_model.x.lora_A.weight"),
+        "leftover": (
+            {key.replace("q_proj", "q_prj"): tensors[key].clone()},
+            f"q_prj.*nearest known: {key}",
+        ),
+        "component": (
+            {"text_encoder_2.text_model.x.lora_A.weight": torch.ones(1, 2)},
+            "text_encoder_2.text_model.x.lora_A.weight",
+        ),
     }
     change, expected = changes[kind]
     save_file(tensors | change, file)
     return file, expected
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "pickle", "shape", "nan", "leftover", "component"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "empty", "pickle", "shape", "nan", "leftover", "component"]
+)
 def test_a_bad_file_touches_nothing(modules, run, tmp_path, kind):
     file, expected = broken(run, tmp_path, kind)
     before = snapshot(modules)

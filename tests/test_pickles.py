@@ -53,7 +53,11 @@ def sentence(path):
 
 def same(ours, theirs):
     if isinstance(theirs, torch.Tensor):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.stride() == theirs.stride()
+        assert (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.stride() == theirs.stride()
+        )
         wide = torch.float32 if theirs.is_floating_point() else theirs.dtype
         assert torch.equal(ours.to(wide), theirs.to(wide))
     elif isinstance(theirs, dict):
@@ -70,7 +74,18 @@ def same(ours, theirs):
 
 def tensors():
     grid = torch.arange(24.0).reshape(4, 6)
-    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    kinds = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
     return {
         "state_dict": collections.OrderedDict((str(kind), (grid % 5).to(kind)) for kind in kinds),
         "rows": grid[1:3], "columns": grid[:, ::2], "turned": grid.T, "scalar": torch.tensor(2.5), "none": torch.empty(0, 3),
@@ -87,14 +102,23 @@ def test_tensors_are_those_of_torch(tmp_path, container):
 def test_narrow_dtypes_and_tensors_with_attributes(tmp_path):
     marked = torch.arange(3.0)
     marked.note = "mine"
-    value = {"f8": torch.arange(4.0).to(torch.float8_e4m3fn), "u16": torch.arange(4).to(torch.uint16), "marked": marked}
+    value = {
+        "f8": torch.arange(4.0).to(torch.float8_e4m3fn),
+        "u16": torch.arange(4).to(torch.uint16),
+        "marked": marked,
+    }
     same(read_pickle(save(tmp_path / "a.pt", value, "zip")), value)
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles_are_those_of_pickle(tmp_path, protocol):
     shared = [1, 2]
-    value = {"a": [shared, shared, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)], 2: {"é": "\u2603", b"b": bytearray(b"c")}, (1, "t"): {3, 4}, "f": 1e-9}
+    value = {
+        "a": [shared, shared, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+        2: {"é": "\u2603", b"b": bytearray(b"c")},
+        (1, "t"): {3, 4},
+        "f": 1e-9,
+    }
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(value, protocol))
     ours = read_pickle(path)
@@ -118,22 +142,40 @@ def test_tensors_of_a_zip_are_mapped_and_of_one_storage(tmp_path):
 @pytest.mark.parametrize("container", ["zip", "legacy", "plain"])
 def test_objects_of_a_framework_are_inert(tmp_path, container):
     BUILT.clear()
-    tree = {"callbacks": {Callback: Callback(3)}, "hyper": Settings({"lr": 1e-3}), "state_dict": {"w": torch.ones(2)} if container != "plain" else {}}
+    tree = {
+        "callbacks": {Callback: Callback(3)},
+        "hyper": Settings({"lr": 1e-3}),
+        "state_dict": {"w": torch.ones(2)} if container != "plain" else {},
+    }
     tree["callbacks"][Callback].best = 4.0  # plain pickles of tensors call torch's own reader
     path = save(tmp_path / "a.ckpt", tree, container)
     ours = read_pickle(path)
     assert not BUILT
     ((key, record),) = ours["callbacks"].items()
-    assert key.path.endswith("Callback") and isinstance(record, Inert) and record.state == {"patience": 3, "best": 4.0}
-    assert isinstance(ours["hyper"], Inert) and ours["hyper"].items == [("lr", 1e-3)] and "Settings" in repr(ours["hyper"])
+    assert (
+        key.path.endswith("Callback")
+        and isinstance(record, Inert)
+        and record.state == {"patience": 3, "best": 4.0}
+    )
+    assert (
+        isinstance(ours["hyper"], Inert)
+        and ours["hyper"].items == [("lr", 1e-3)]
+        and "Settings" in repr(ours["hyper"])
+    )
     same(ours["state_dict"], tree["state_dict"])
-    assert Callback.__setstate__ and torch.load(path, weights_only=False) if container != "plain" else pickle.loads(path.read_bytes())
+    assert (
+        Callback.__setstate__ and torch.load(path, weights_only=False)
+        if container != "plain"
+        else pickle.loads(path.read_bytes())
+    )
     assert BUILT  # the library's reader does build them
 
 
 def test_a_parameter_dict_of_an_embedding_keeps_its_tensors(tmp_path):
     rows = nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 4))})
-    record = read_pickle(save(tmp_path / "a.pt", {"string_to_param": rows}, "legacy"))["string_to_param"]
+    record = read_pickle(save(tmp_path / "a.pt", {"string_to_param": rows}, "legacy"))[
+        "string_to_param"
+    ]
     found = {**record.state, **record.state.get("_parameters", {})}
     assert torch.equal(found["*"], torch.ones(2, 4))
 
@@ -160,11 +202,19 @@ def payloads(mark):
     yield "nested", {"state_dict": {"w": [1, (Evil(eval, (code,)),)]}}
     yield "as a key", {Evil(eval, (code,)): 1}
     yield "as state", Evil(Callback.__new__, (Callback,), {"a": Evil(eval, (code,))})
-    yield "as items", Evil(collections.OrderedDict, (), None, None, iter([("a", Evil(eval, (code,)))]))
+    yield (
+        "as items",
+        Evil(collections.OrderedDict, (), None, None, iter([("a", Evil(eval, (code,)))])),
+    )
     yield "as factory", Evil(collections.defaultdict, (eval, {"a": Evil(eval, (code,))}))
     yield "state setter", Evil(Settings, (), code, None, None, eval)
     yield "rebuild", Evil(torch._tensor._rebuild_from_type_v2, (eval, str, (code,), None))
-    yield "hooks", Evil(torch._utils._rebuild_parameter, (Evil(eval, (code,)), True, collections.OrderedDict()))
+    yield (
+        "hooks",
+        Evil(
+            torch._utils._rebuild_parameter, (Evil(eval, (code,)), True, collections.OrderedDict())
+        ),
+    )
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "plain"])
@@ -210,7 +260,12 @@ def test_a_named_module_is_not_imported(tmp_path):
 def pickled_tensor(numel, size, stride, offset=0, *, held=16):
     """A zip with one tensor of that description, over a storage of `held` bytes."""
     text = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
-    text += pickle.dumps(numel, 2)[2:-1] + b"tQ" + b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, size, stride)) + b"\x89NtR."
+    text += (
+        pickle.dumps(numel, 2)[2:-1]
+        + b"tQ"
+        + b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, size, stride))
+        + b"\x89NtR."
+    )
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("a/data.pkl", text)
@@ -236,7 +291,9 @@ def test_bombs_are_refused_quickly(tmp_path):
     nest = b"\x80\x02)" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(200))
     path.write_bytes(nest + b"}q\xffq\xfe0h\xfeh\xc7K\x01s.")  # a key made of 2^200 empty tuples
     sentence(path)
-    path.write_bytes(b"\x80\x02Nr\xfe\xff\xff\xff.")  # place 2^32 of the memo; Python's own machine allocates all below
+    path.write_bytes(
+        b"\x80\x02Nr\xfe\xff\xff\xff."
+    )  # place 2^32 of the memo; Python's own machine allocates all below
     assert read_pickle(path) is None
     path.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"a.")
     sentence(path)
@@ -274,13 +331,21 @@ def test_damage_is_one_sentence(tmp_path):
             for name in names:
                 archive.writestr(name, pickle.dumps(1))
         assert "entries data.pkl" in sentence(path)
-    path.write_bytes(pickle.dumps(MAGIC, 2) + pickle.dumps(PROTOCOL, 2) + pickle.dumps({"little_endian": False}, 2))
+    path.write_bytes(
+        pickle.dumps(MAGIC, 2)
+        + pickle.dumps(PROTOCOL, 2)
+        + pickle.dumps({"little_endian": False}, 2)
+    )
     assert "machine" in sentence(path)
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_truncated_and_mutated_files_end_in_a_sentence_or_a_value(tmp_path, container):
-    path = save(tmp_path / "a.ckpt", {"state_dict": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(3)}, "step": 3}, container)
+    path = save(
+        tmp_path / "a.ckpt",
+        {"state_dict": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(3)}, "step": 3},
+        container,
+    )
     data, rng = path.read_bytes(), random.Random(0)
     cuts = [data[:n] for n in range(1, len(data) - 1, 17)]
     mutants = []
@@ -304,7 +369,15 @@ def test_truncated_and_mutated_files_end_in_a_sentence_or_a_value(tmp_path, cont
 
 def test_files_from_elsewhere_are_read(tmp_path):
     """The list form of cloneofsimo's .pt files, and an A1111 embedding."""
-    loras = [nn.Parameter(torch.randn(4, 2, dtype=torch.float16)), nn.Parameter(torch.randn(2, 4, dtype=torch.float16))]
+    loras = [
+        nn.Parameter(torch.randn(4, 2, dtype=torch.float16)),
+        nn.Parameter(torch.randn(2, 4, dtype=torch.float16)),
+    ]
     same(read_pickle(save(Path(tmp_path) / "lora.pt", loras, "zip")), [p.data for p in loras])
-    embedding = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.randn(2, 8)}, "name": "cat", "step": None}
+    embedding = {
+        "string_to_token": {"*": torch.tensor(265)},
+        "string_to_param": {"*": torch.randn(2, 8)},
+        "name": "cat",
+        "step": None,
+    }
     same(read_pickle(save(tmp_path / "emb.pt", embedding, "legacy")), embedding)

@@ -63,19 +63,35 @@ HERE = "tests/test_plugins.py"
         (Weighted(), "<Weighted object of tests.test_plugins>", {}),
         (functools.partial(cubed, power=[3]), "<partial object of functools>", {}),
     ],
-    ids=["row", "bound row", "file", "bound", "here", "lambda", "inner", "wrapped", "object", "unwritable"],
+    ids=[
+        "row",
+        "bound row",
+        "file",
+        "bound",
+        "here",
+        "lambda",
+        "inner",
+        "wrapped",
+        "object",
+        "unwritable",
+    ],
 )
 def test_a_loss_is_recorded_by_file_and_name(loss: Any, name: str, args: dict[str, Any]) -> None:
     assert losses.recorded(loss) == (name, args)
     if name.startswith("<"):
-        with pytest.raises(UserError, match="was handed over in Python and which no file gives back"):
+        with pytest.raises(
+            UserError, match="was handed over in Python and which no file gives back"
+        ):
             losses.resolve(name, losses.LOSSES, args)
     else:
         assert losses.resolve(name, losses.LOSSES, args) is not None
 
 
 def test_a_function_of_a_program_or_a_notebook_is_not_found_again(tmp_path: Path) -> None:
-    for scope in ({"__name__": "__main__", "__file__": str(tmp_path / "program.py")}, {"__name__": "__main__"}):
+    for scope in (
+        {"__name__": "__main__", "__file__": str(tmp_path / "program.py")},
+        {"__name__": "__main__"},
+    ):
         exec("def loss(step): return step", scope)
         assert plugins.file_and_name(scope["loss"]).startswith("<loss of ")
     away: dict[str, Any] = {"__name__": "away", "__file__": str(tmp_path / "away.py")}
@@ -83,18 +99,29 @@ def test_a_function_of_a_program_or_a_notebook_is_not_found_again(tmp_path: Path
     assert plugins.file_and_name(away["loss"]) == f"{tmp_path / 'away.py'}:loss"
 
 
-def test_the_config_of_a_run_repeats_it(config: Config, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_of_a_run_repeats_it(
+    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train.train(config, loss=functools.partial(cubed, power=4), step=doubled)
     out = capsys.readouterr().out
     written = from_table(tomllib.loads((run / "config.toml").read_text()))
-    assert (written.loss, written.loss_arg, written.step) == (f"{HERE}:cubed", {"power": 4}, f"{HERE}:doubled")
+    assert (written.loss, written.loss_arg, written.step) == (
+        f"{HERE}:cubed",
+        {"power": 4},
+        f"{HERE}:doubled",
+    )
     assert f"loss: {HERE}:cubed of epsilon" in out
     with safe_open(run / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert f"{HERE}:cubed" in file.metadata()["lora_core.config"] and f"{HERE}:doubled" in file.metadata()["lora_core.config"]
+        assert (
+            f"{HERE}:cubed" in file.metadata()["lora_core.config"]
+            and f"{HERE}:doubled" in file.metadata()["lora_core.config"]
+        )
     card = (run / "README.md").read_text()
     assert f"{HERE}:cubed" in card and f"{HERE}:doubled" in card
     again = train.train(replace(written, out=config.out + "again"))
-    assert same(learned(again), learned(run)) and not same(learned(run), learned(train.train(replace(config, out=config.out + "other"))))
+    assert same(learned(again), learned(run)) and not same(
+        learned(run), learned(train.train(replace(config, out=config.out + "other")))
+    )
 
 
 def test_a_run_that_cannot_be_repeated_says_so(config: Config, quick: None) -> None:

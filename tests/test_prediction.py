@@ -13,7 +13,9 @@ from lora_core.diffusion.prediction import (
 )
 
 SCHEDULES = {
-    "vp": vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+    "vp": vp_from_config(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    ),
     "zero_snr": vp_from_config({"rescale_betas_zero_snr": True}),
     "flow": flow(shift=3.0),
     "edm": edm(),
@@ -33,7 +35,9 @@ def batch(schedule: str) -> tuple[torch.Tensor, torch.Tensor, NoiseLevel, torch.
 def test_the_target_read_back_is_x0(name: str, schedule: str) -> None:
     x0, eps, level, x_t = batch(schedule)
     row = PREDICTIONS[name]
-    torch.testing.assert_close(row.x0(x_t, row.target(x0, eps, level), level), x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        row.x0(x_t, row.target(x0, eps, level), level), x0, rtol=0, atol=1e-11
+    )
     torch.testing.assert_close(eps_from_x0(x_t, x0, level), eps, rtol=0, atol=1e-10)
 
 
@@ -43,7 +47,12 @@ def test_the_jacobian_is_autograds(name: str, schedule: str) -> None:
     _, eps, level, x_t = batch(schedule)
     out = eps.clone().requires_grad_()
     (grad,) = torch.autograd.grad(PREDICTIONS[name].x0(x_t, out, level).sum(), out)
-    torch.testing.assert_close(grad.abs(), PREDICTIONS[name].jacobian(level).reshape(-1, 1, 1, 1).expand_as(grad), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        grad.abs(),
+        PREDICTIONS[name].jacobian(level).reshape(-1, 1, 1, 1).expand_as(grad),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -62,22 +71,32 @@ def test_rows_are_the_papers_on_their_own_schedules() -> None:
     x0, eps, level, x_t = batch("vp")
     a, s = level.alpha.reshape(-1, 1, 1, 1), level.sigma.reshape(-1, 1, 1, 1)
     v = a * eps - s * x0
-    torch.testing.assert_close(PREDICTIONS["v_prediction"].target(x0, eps, level), v, rtol=0, atol=0)
+    torch.testing.assert_close(
+        PREDICTIONS["v_prediction"].target(x0, eps, level), v, rtol=0, atol=0
+    )
     torch.testing.assert_close(PREDICTIONS["v_prediction"].x0(x_t, v, level), a * x_t - s * v)
     torch.testing.assert_close(PREDICTIONS["v_prediction"].jacobian(level), level.sigma)
     torch.testing.assert_close(PREDICTIONS["epsilon"].x0(x_t, eps, level), (x_t - s * eps) / a)
     x0, eps, level, x_t = batch("flow")
-    torch.testing.assert_close(PREDICTIONS["flow"].x0(x_t, eps - x0, level), x_t - level.like(x0).sigma * (eps - x0))
+    torch.testing.assert_close(
+        PREDICTIONS["flow"].x0(x_t, eps - x0, level), x_t - level.like(x0).sigma * (eps - x0)
+    )
     torch.testing.assert_close(PREDICTIONS["flow"].jacobian(level), level.sigma)
 
 
 def test_edm_is_the_papers_preconditioning() -> None:
     x0, eps, level, x_t = batch("edm")
     row, s, d = PREDICTIONS["edm"], level.like(x0).sigma, 0.5
-    c_skip, c_out, c_in = d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt(), 1 / (s**2 + d**2).sqrt()
+    c_skip, c_out, c_in = (
+        d**2 / (s**2 + d**2),
+        s * d / (s**2 + d**2).sqrt(),
+        1 / (s**2 + d**2).sqrt(),
+    )
     out = torch.cos(eps)
     torch.testing.assert_close(row.x0(x_t, out, level), c_skip * x_t + c_out * out)
-    torch.testing.assert_close(row.target(x0, eps, level), (x0 - c_skip * x_t) / c_out, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        row.target(x0, eps, level), (x0 - c_skip * x_t) / c_out, rtol=1e-5, atol=1e-9
+    )
     torch.testing.assert_close(row.c_in(level), c_in.flatten())
     torch.testing.assert_close(row.jacobian(level), c_out.flatten())
     assert d == SIGMA_DATA
@@ -96,7 +115,10 @@ def test_edm_reads_as_diffusers_does() -> None:
 def test_edm_with_unit_data_on_vp_is_minus_v(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_core.diffusion.prediction.SIGMA_DATA", 1.0)
     x0, eps, level, _ = batch("vp")
-    torch.testing.assert_close(PREDICTIONS["edm"].target(x0, eps, level), -PREDICTIONS["v_prediction"].target(x0, eps, level))
+    torch.testing.assert_close(
+        PREDICTIONS["edm"].target(x0, eps, level),
+        -PREDICTIONS["v_prediction"].target(x0, eps, level),
+    )
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
@@ -107,7 +129,9 @@ def test_half_precision_outputs_are_read_in_fp32(name: str) -> None:
     assert row.target(x0.bfloat16(), eps.bfloat16(), level).dtype == torch.float32
     read = row.x0(x_t.bfloat16(), eps.bfloat16(), level)
     assert read.dtype == torch.float32
-    torch.testing.assert_close(read, row.x0(x_t.bfloat16().float(), eps.bfloat16().float(), level), rtol=0, atol=0)
+    torch.testing.assert_close(
+        read, row.x0(x_t.bfloat16().float(), eps.bfloat16().float(), level), rtol=0, atol=0
+    )
 
 
 # ---------------------------------------------------------------- what the network is shown, and where it is compared
@@ -117,7 +141,9 @@ def test_half_precision_outputs_are_read_in_fp32(name: str) -> None:
 def test_the_input_is_scaled_by_c_in_in_its_own_dtype(name: str) -> None:
     _, _, level, x_t = batch("edm")
     scaled = scale_input(name, x_t, level)
-    torch.testing.assert_close(scaled, PREDICTIONS[name].c_in(level).reshape(-1, 1, 1, 1) * x_t, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        scaled, PREDICTIONS[name].c_in(level).reshape(-1, 1, 1, 1) * x_t, rtol=1e-14, atol=0
+    )
     assert (scaled is x_t) == (name != "edm")
     low = scale_input(name, x_t.bfloat16(), NoiseLevel(*(row.float() for row in level)))
     assert low.dtype == torch.bfloat16
@@ -135,7 +161,9 @@ def test_the_scaled_input_has_about_unit_variance_at_any_noise() -> None:
 
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("schedule", ["vp", "flow", "edm"])
-def test_an_error_in_edm_space_is_the_networks_error_times_the_jacobian(name: str, schedule: str) -> None:
+def test_an_error_in_edm_space_is_the_networks_error_times_the_jacobian(
+    name: str, schedule: str
+) -> None:
     """Also for a network that saw perturbed noise: the error does not know about it."""
     x0, eps, level, _ = batch(schedule)
     out = PREDICTIONS[name].target(x0, eps, level) + torch.cos(eps)

@@ -16,12 +16,34 @@ from lora_core.prodigy import Prodigy
 from lora_core.runs.run_folder import flatten, unflatten
 
 GOLDEN = [
-    ({}, {1: 1.000000e-6, 2: 1.581532e-6, 3: 4.822397e-6, 5: 3.450963e-5, 10: 3.873623e-3, 20: 9.375613e-1}),
+    (
+        {},
+        {
+            1: 1.000000e-6,
+            2: 1.581532e-6,
+            3: 4.822397e-6,
+            5: 3.450963e-5,
+            10: 3.873623e-3,
+            20: 9.375613e-1,
+        },
+    ),
     (
         dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01),
-        {1: 1e-6, 2: 1e-6, 3: 1e-6, 5: 1.193586e-6, 10: 4.168239e-6, 20: 5.063784e-5, 30: 8.121805e-4, 60: 6.364898e-1},
+        {
+            1: 1e-6,
+            2: 1e-6,
+            3: 1e-6,
+            5: 1.193586e-6,
+            10: 4.168239e-6,
+            20: 5.063784e-5,
+            30: 8.121805e-4,
+            60: 6.364898e-1,
+        },
     ),
-    (dict(d_coef=2.0, growth_rate=1.02), {1: 1e-6, 2: 3.163064e-6, 3: 3.226326e-6, 5: 3.356669e-6, 10: 3.706034e-6, 20: 4.517635e-6}),
+    (
+        dict(d_coef=2.0, growth_rate=1.02),
+        {1: 1e-6, 2: 3.163064e-6, 3: 3.226326e-6, 5: 3.356669e-6, 10: 3.706034e-6, 20: 4.517635e-6},
+    ),
 ]
 OPTIONS = [
     {},
@@ -38,8 +60,22 @@ OPTIONS = [
     dict(d_coef=2.0),
     dict(growth_rate=1.05),
     dict(slice_p=3),
-    dict(safeguard_warmup=True, use_bias_correction=True, betas=(0.9, 0.99), weight_decay=0.01, lr=0.7),
-    dict(betas=(0.0, 0.95), slice_p=2, decouple=False, weight_decay=0.1, growth_rate=1.5, d_coef=0.5, use_bias_correction=True),
+    dict(
+        safeguard_warmup=True,
+        use_bias_correction=True,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        lr=0.7,
+    ),
+    dict(
+        betas=(0.0, 0.95),
+        slice_p=2,
+        decouple=False,
+        weight_decay=0.1,
+        growth_rate=1.5,
+        d_coef=0.5,
+        use_bias_correction=True,
+    ),
 ]
 
 
@@ -53,7 +89,10 @@ class NoSync(TorchDispatchMode):
 
 
 def toy():
-    return [torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True), torch.zeros(2, dtype=torch.float64, requires_grad=True)]
+    return [
+        torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True),
+        torch.zeros(2, dtype=torch.float64, requires_grad=True),
+    ]
 
 
 def toy_grads(params):
@@ -65,7 +104,10 @@ def toy_grads(params):
 def problem(seed=0, dtype=torch.float64):
     """A small least-squares net with two layers and a bias, one all zero, one non-contiguous; returns (params, function that sets gradients)."""
     g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(16, 5, generator=g, dtype=dtype), torch.randn(16, 3, generator=g, dtype=dtype)
+    x, y = (
+        torch.randn(16, 5, generator=g, dtype=dtype),
+        torch.randn(16, 3, generator=g, dtype=dtype),
+    )
     params = [
         torch.randn(5, 7, generator=g, dtype=dtype).t().contiguous().t(),
         torch.zeros(7, 3, dtype=dtype),
@@ -146,8 +188,13 @@ def test_150_steps_are_prodigyopts(options):
 
 def test_one_shared_distance_over_two_groups_is_prodigyopts():
     (ours, our_grads), (theirs, their_grads) = problem(1), problem(1)
-    a = Prodigy([{"params": ours[:1], "weight_decay": 0.1}, {"params": ours[1:]}], use_bias_correction=True)
-    b = oracle([{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:]}], use_bias_correction=True)
+    a = Prodigy(
+        [{"params": ours[:1], "weight_decay": 0.1}, {"params": ours[1:]}], use_bias_correction=True
+    )
+    b = oracle(
+        [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:]}],
+        use_bias_correction=True,
+    )
     for step in range(100):
         our_grads(step), their_grads(step)
         a.step(), b.step()
@@ -159,15 +206,22 @@ def test_one_shared_distance_over_two_groups_is_prodigyopts():
 def test_a_step_without_gradient_signal_is_prodigyopts_early_return(slice_p):
     """D = 0: no count, no movement, no decay of N; with slices the moments see a gradient that the estimate does not."""
     ours, theirs = toy()[:1], toy()[:1]
-    a, b = Prodigy(ours, slice_p=slice_p, use_bias_correction=True), oracle(theirs, slice_p=slice_p, use_bias_correction=True)
+    a, b = (
+        Prodigy(ours, slice_p=slice_p, use_bias_correction=True),
+        oracle(theirs, slice_p=slice_p, use_bias_correction=True),
+    )
     blind = [[0.0, 1.0 * (slice_p > 1), 0.0], [0.0, 2.0 * (slice_p > 1), 0.0]]
     for grad in (*blind, [1.0, 2.0, -3.0], [0.5, 0.5, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]):
         ours[0].grad, theirs[0].grad = (torch.tensor(grad, dtype=torch.float64) for _ in range(2))
         a.step(), b.step()
         assert float(a.param_groups[0]["k"]) == b.param_groups[0]["k"]
-        assert float(a.param_groups[0]["d_numerator"]) == pytest.approx(b.param_groups[0]["d_numerator"], rel=1e-12)
+        assert float(a.param_groups[0]["d_numerator"]) == pytest.approx(
+            b.param_groups[0]["d_numerator"], rel=1e-12
+        )
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-14, atol=0)
-        torch.testing.assert_close(a.state[ours[0]]["exp_avg_sq"], b.state[theirs[0]]["exp_avg_sq"], rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            a.state[ours[0]]["exp_avg_sq"], b.state[theirs[0]]["exp_avg_sq"], rtol=1e-14, atol=0
+        )
 
 
 @pytest.mark.parametrize("how", ["lr", "grad"])
@@ -175,7 +229,12 @@ def test_a_step_without_gradient_signal_is_prodigyopts_early_return(slice_p):
 @pytest.mark.parametrize("weight_decay, decouple", [(0.0, True), (0.1, True), (0.1, False)])
 def test_a_paused_group_is_bit_identical(how, distance, weight_decay, decouple):
     params, gradients = problem(2)
-    optimizer = Prodigy([{"params": params[:2]}, {"params": params[2:]}], weight_decay=weight_decay, decouple=decouple, distance=distance)
+    optimizer = Prodigy(
+        [{"params": params[:2]}, {"params": params[2:]}],
+        weight_decay=weight_decay,
+        decouple=decouple,
+        distance=distance,
+    )
     group, paused = optimizer.param_groups[1], params[2]
 
     def step(at, pause):
@@ -191,7 +250,9 @@ def test_a_paused_group_is_bit_identical(how, distance, weight_decay, decouple):
     moving, d = bits(params[:2]), group["d"].clone()
     for at in range(30, 60):
         step(at, pause=True)
-        assert same(before, [paused, *optimizer.state[paused].values(), group["d_numerator"], group["k"]])
+        assert same(
+            before, [paused, *optimizer.state[paused].values(), group["d_numerator"], group["k"]]
+        )
     assert not any(torch.equal(p, q) for p, q in zip(params[:2], moving))
     assert distance == "shared" or torch.equal(group["d"], d)
     assert distance == "group" or torch.equal(group["d"], optimizer.param_groups[0]["d"])
@@ -212,7 +273,10 @@ def test_the_distance_is_measured_on_the_groups_that_move():
 
 def test_a_distance_per_group_is_one_optimizer_per_group():
     (together, grads), (apart, apart_grads) = problem(4), problem(4)
-    one = Prodigy([{"params": together[:1]}, {"params": together[1:], "d0": 1e-4, "d_coef": 0.5}], distance="group")
+    one = Prodigy(
+        [{"params": together[:1]}, {"params": together[1:], "d0": 1e-4, "d_coef": 0.5}],
+        distance="group",
+    )
     two = [Prodigy(apart[:1]), Prodigy(apart[1:], d0=1e-4, d_coef=0.5)]
     for step in range(60):
         grads(step), apart_grads(step)
@@ -232,20 +296,28 @@ def test_a_group_lr_scales_its_own_step():
         assert float(params[1].detach() / params[0].detach()) == pytest.approx(0.25, rel=1e-12)
     # N and D by hand for the first two steps: N = d0 (1 d0 x0 + .25 d0 x1) / d0 ..., x = lr d0 m/sqrt(v) of step one
     params = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    optimizer = Prodigy([{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 0.25}], eps=1e-300)
+    optimizer = Prodigy(
+        [{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 0.25}], eps=1e-300
+    )
     for _ in range(2):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
     d0, b3, x = 1e-6, math.sqrt(0.999), 1e-6 * 0.1 / math.sqrt(0.001)
-    assert float(optimizer.param_groups[0]["d_hat"]) == pytest.approx((d0 * x + 0.25 * d0 * 0.25 * x) / ((1 + b3) * d0 * 1.25), rel=1e-12)
+    assert float(optimizer.param_groups[0]["d_hat"]) == pytest.approx(
+        (d0 * x + 0.25 * d0 * 0.25 * x) / ((1 + b3) * d0 * 1.25), rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS[-2], OPTIONS[-1]], ids=["default", "advice", "many"])
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS[-2], OPTIONS[-1]], ids=["default", "advice", "many"]
+)
 @pytest.mark.parametrize("distance", ["shared", "group"])
 def test_no_host_sync_in_a_step(options, distance):
     params, gradients = problem(5)
-    optimizer = Prodigy([{"params": params[:1]}, {"params": params[1:]}], distance=distance, **options)
+    optimizer = Prodigy(
+        [{"params": params[:1]}, {"params": params[1:]}], distance=distance, **options
+    )
     for step in range(3):
         gradients(step)
         with NoSync():
@@ -256,7 +328,9 @@ def test_no_host_sync_in_a_step(options, distance):
 
 
 @pytest.mark.parametrize("resume_at", [1, 7, 20])
-@pytest.mark.parametrize("options", [{}, dict(OPTIONS[-1], distance="group")], ids=["default", "many"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(OPTIONS[-1], distance="group")], ids=["default", "many"]
+)
 def test_state_round_trips_bit_for_bit(options, resume_at):
     """Through state_dict, the flat tensors and JSON of a checkpoint, and into a fresh optimiser, in the middle of a pause."""
 
@@ -307,16 +381,27 @@ def test_half_precision_parameters_keep_fp32_state_over_a_load():
     other = Prodigy([p.detach().clone().requires_grad_()], d0=1e-2)
     other.load_state_dict(optimizer.state_dict())
     (restored,) = other.state.values()
-    assert all(value.dtype == torch.float32 and torch.equal(value, restored[name]) for name, value in optimizer.state[p].items())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, restored[name])
+        for name, value in optimizer.state[p].items()
+    )
 
 
-@pytest.mark.parametrize("weight_decay, decouple, use_bias_correction", list(itertools.product([0.0, 0.1], [True, False], [True, False])))
+@pytest.mark.parametrize(
+    "weight_decay, decouple, use_bias_correction",
+    list(itertools.product([0.0, 0.1], [True, False], [True, False])),
+)
 def test_an_overflown_step_changes_nothing(weight_decay, decouple, use_bias_correction):
     """found_inf = 1 on the first step, and later: no weight, moment, count or distance moves; the run goes on as if the step had not been."""
     runs = []
     for overflow in (True, False):
         params, gradients = problem(8)
-        optimizer = Prodigy(params, weight_decay=weight_decay, decouple=decouple, use_bias_correction=use_bias_correction)
+        optimizer = Prodigy(
+            params,
+            weight_decay=weight_decay,
+            decouple=decouple,
+            use_bias_correction=use_bias_correction,
+        )
         for step in range(12):
             if overflow and step in (0, 6):
                 gradients(step)
@@ -357,7 +442,11 @@ def test_a_new_group_joins_the_distance_reached():
         optimizer.step()
     optimizer.add_param_group({"params": params[2:]})
     first, second = optimizer.param_groups
-    assert torch.equal(first["d"], second["d"]) and float(second["d"]) > 1e-6 and float(second["k"]) == 0
+    assert (
+        torch.equal(first["d"], second["d"])
+        and float(second["d"]) > 1e-6
+        and float(second["k"]) == 0
+    )
 
 
 def test_closure_is_evaluated_once_with_gradients():
@@ -397,7 +486,9 @@ def _shard(rank, store, queue):
 def test_two_shards_reproduce_the_whole(tmp_path):
     context = torch.multiprocessing.get_context("fork")
     queue = context.Queue()
-    workers = [context.Process(target=_shard, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
+    workers = [
+        context.Process(target=_shard, args=(rank, tmp_path / "store", queue)) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     (_, first, d0), (_, second, d1) = sorted(queue.get(timeout=60) for _ in workers)
@@ -410,7 +501,9 @@ def test_two_shards_reproduce_the_whole(tmp_path):
         optimizer.step()
     assert d0 == d1 == pytest.approx(float(optimizer.param_groups[0]["d"]), rel=1e-12)
     for p, a, b in zip(params, first, second):
-        torch.testing.assert_close(torch.tensor(a + b, dtype=p.dtype), p.detach().reshape(-1), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            torch.tensor(a + b, dtype=p.dtype), p.detach().reshape(-1), rtol=1e-10, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize(
@@ -433,7 +526,9 @@ def test_values_out_of_range_are_refused(options, word):
         Prodigy(toy(), **options)
 
 
-@pytest.mark.parametrize("name, value", [("d0", 1e-4), ("d_coef", 2.0), ("growth_rate", 1.02), ("betas", (0.9, 0.99))])
+@pytest.mark.parametrize(
+    "name, value", [("d0", 1e-4), ("d_coef", 2.0), ("growth_rate", 1.02), ("betas", (0.9, 0.99))]
+)
 def test_groups_that_share_a_distance_must_agree_on_it(name, value):
     groups = [{"params": [toy()[0]]}, {"params": [toy()[1]], name: value}]
     with pytest.raises(UserError, match="beta3" if name == "betas" else name):

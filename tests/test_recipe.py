@@ -76,9 +76,17 @@ PATHS = [
 TEXT = ["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"]
 KEYS = [("unet", path) for path in PATHS] + [("text_encoder", path) for path in TEXT]
 BLOCKS = dict(zip(PATHS, (1, 2, 2, 2, 2, 4, 13, 19)))
-UNET, ENCODER = Component(("lora_unet",), dict.fromkeys(PATHS, (4, 4)), blocks=BLOCKS), Component(("lora_te",), dict.fromkeys(TEXT, (4, 4)))
+UNET, ENCODER = (
+    Component(("lora_unet",), dict.fromkeys(PATHS, (4, 4)), blocks=BLOCKS),
+    Component(("lora_te",), dict.fromkeys(TEXT, (4, 4))),
+)
 LAYOUT = Layout(
-    "tiny", "", {"unet": UNET, "text_encoder": ENCODER}, {"text_encoder": "clip_l"}, {"unet": {"mine": ("*.proj_in",)}}, block_lists=(17, 26)
+    "tiny",
+    "",
+    {"unet": UNET, "text_encoder": ENCODER},
+    {"text_encoder": "clip_l"},
+    {"unet": {"mine": ("*.proj_in",)}},
+    block_lists=(17, 26),
 )
 
 

@@ -166,7 +166,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("hold", {}, "not a torch.optim.Optimizer class"),
     ],
 )
-def test_an_optimizer_that_the_loop_cannot_use_is_refused(own: str, name: str, args: dict[str, Any], said: str) -> None:
+def test_an_optimizer_that_the_loop_cannot_use_is_refused(
+    own: str, name: str, args: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         rehearse(f"{own}:{name}", SETTINGS, args, CPU)
 
@@ -209,16 +211,28 @@ def test_one_that_cannot_go_on_from_a_checkpoint_is_a_warning(own: str) -> None:
     assert rehearse(f"{own}:Averaging", SETTINGS, {}, CPU) == []
 
 
-def test_no_weight_is_read_before(config: Config, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weight_is_read_before(
+    config: Config, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(setup, "load_family", lambda *_: pytest.fail("weights were read"))
-    for name, said in ((f"{own}:AsksForClosure", "closure"), ("no_such_package.Adam", "imported"), ("torch.optim.SGD", "no argument 'nesterof'")):
+    for name, said in (
+        (f"{own}:AsksForClosure", "closure"),
+        ("no_such_package.Adam", "imported"),
+        ("torch.optim.SGD", "no argument 'nesterof'"),
+    ):
         args = {"nesterof": True} if name.endswith("SGD") else {}
         with pytest.raises(UserError, match=said):
             Session(replace(config, optimizer=Optimizer(name, args=args)))
     with pytest.raises(UserError, match="averages itself"):
         Session(replace(config, ema=0.5, optimizer=Optimizer(f"{own}:Averaging")))
     with pytest.raises(UserError, match="takes no weight_decay"):
-        Session(replace(config, optimizer=Optimizer("torch.optim.Rprop"), stages=(Stage(2, weight_decay={"denoiser": 0.1}),)))
+        Session(
+            replace(
+                config,
+                optimizer=Optimizer("torch.optim.Rprop"),
+                stages=(Stage(2, weight_decay={"denoiser": 0.1}),),
+            )
+        )
 
 
 # ---------------------------------------------------------------- distances
@@ -231,12 +245,21 @@ def test_d_is_logged_whatever_holds_it_and_a_setting_of_that_name_is_none(own: s
     theirs = prodigyopt.Prodigy([p], d0=1e-4)
     assert schedules.distance(theirs, theirs.param_groups[0]) == 1e-4
     clipping = torch.optim.Adafactor([p], d=2.0)  # torch: the threshold of its clipping
-    assert clipping.param_groups[0]["d"] == 2.0 and schedules.distance(clipping, clipping.param_groups[0]) is None
-    assert schedules.distance(theirs, {"d": None}) is None and schedules.distance(theirs, {}) is None and schedules.distance(theirs, {"d": "d"}) is None
+    assert (
+        clipping.param_groups[0]["d"] == 2.0
+        and schedules.distance(clipping, clipping.param_groups[0]) is None
+    )
+    assert (
+        schedules.distance(theirs, {"d": None}) is None
+        and schedules.distance(theirs, {}) is None
+        and schedules.distance(theirs, {"d": "d"}) is None
+    )
 
 
 @pytest.mark.parametrize("name", ["prodigyopt.Prodigy", "WithD"])
-def test_a_float_d_is_in_the_log_and_the_run_goes_on(config: Config, quick: None, own: str, name: str) -> None:
+def test_a_float_d_is_in_the_log_and_the_run_goes_on(
+    config: Config, quick: None, own: str, name: str
+) -> None:
     name = name if "." in name else f"{own}:{name}"
     stages = (Stage(3, ("denoiser", "tokens")),)
     run = train.train(replace(config, optimizer=Optimizer(name), stages=stages))
@@ -255,10 +278,14 @@ def schedule_free(own: str) -> list[str]:
     return [f"{own}:Averaging"]
 
 
-def test_looking_at_a_schedule_free_run_does_not_change_it(config: Config, quick: None, own: str) -> None:
+def test_looking_at_a_schedule_free_run_does_not_change_it(
+    config: Config, quick: None, own: str
+) -> None:
     name = schedule_free(own)[0]
     base = replace(config, optimizer=Optimizer(name, lr={"denoiser": 1e-1}), stages=(Stage(4),))
-    seen = replace(base, out=config.out + "seen", validation=Validation(bins=1, every=1), save_every=1)
+    seen = replace(
+        base, out=config.out + "seen", validation=Validation(bins=1, every=1), save_every=1
+    )
     whole, looked = train.train(base), train.train(seen)
     assert same(learned(whole), learned(looked))
     train.train(replace(base, out=config.out + "part", stages=(Stage(2),)))
@@ -266,7 +293,9 @@ def test_looking_at_a_schedule_free_run_does_not_change_it(config: Config, quick
     assert same(final(part), final(whole))
 
 
-def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trained(config: Config, quick: None, own: str) -> None:
+def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trained(
+    config: Config, quick: None, own: str
+) -> None:
     s = Session(replace(config, optimizer=Optimizer(schedule_free(own)[0], lr={"denoiser": 1e-1})))
     stage = s.config.stages[0]
     s.enter(stage)
@@ -293,12 +322,21 @@ def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trai
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
-def test_the_public_schedule_free_optimizers_train_and_resume(config: Config, quick: None, name: str) -> None:
+def test_the_public_schedule_free_optimizers_train_and_resume(
+    config: Config, quick: None, name: str
+) -> None:
     pytest.importorskip("schedulefree", reason="pip install schedulefree")
-    base = replace(config, optimizer=Optimizer(f"schedulefree.{name}"), stages=(Stage(4),), validation=Validation(bins=1, every=2))
+    base = replace(
+        config,
+        optimizer=Optimizer(f"schedulefree.{name}"),
+        stages=(Stage(4),),
+        validation=Validation(bins=1, every=2),
+    )
     whole = train.train(base)
     train.train(replace(base, out=config.out + "part", stages=(Stage(2),)))
-    assert same(final(train.train(replace(base, out=config.out + "part", resume=True))), final(whole))
+    assert same(
+        final(train.train(replace(base, out=config.out + "part", resume=True))), final(whole)
+    )
 
 
 # ---------------------------------------------------------------- schedules
@@ -307,9 +345,17 @@ def test_the_public_schedule_free_optimizers_train_and_resume(config: Config, qu
 def test_a_schedule_of_a_file_is_used_and_kept(config: Config, quick: None, own: str) -> None:
     stages = (Stage(4), Stage(2, schedule=optim_name(own, "hold")))
     run = train.train(
-        replace(config, stages=stages, optimizer=Optimizer(lr={"denoiser": 1e-2}, schedule=optim_name(own, "hold"), schedule_args={"low": 0.5}))
+        replace(
+            config,
+            stages=stages,
+            optimizer=Optimizer(
+                lr={"denoiser": 1e-2}, schedule=optim_name(own, "hold"), schedule_args={"low": 0.5}
+            ),
+        )
     )
-    assert [row["lr_denoiser"] for row in rows(run) if "lr_denoiser" in row] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3, 1e-2, 5e-3])
+    assert [row["lr_denoiser"] for row in rows(run) if "lr_denoiser" in row] == pytest.approx(
+        [1e-2, 1e-2, 5e-3, 5e-3, 1e-2, 5e-3]
+    )
     assert "mine.py:hold" in (run / "config.toml").read_text()
 
 
@@ -327,7 +373,9 @@ def optim_name(own: str, function: str) -> Any:
         ("number", {}, "has no function 'number'"),
     ],
 )
-def test_schedules_are_called_before_any_work(config: Config, own: str, monkeypatch: pytest.MonkeyPatch, name: str, args: Any, said: str) -> None:
+def test_schedules_are_called_before_any_work(
+    config: Config, own: str, monkeypatch: pytest.MonkeyPatch, name: str, args: Any, said: str
+) -> None:
     monkeypatch.setattr(setup.data, "scan", lambda *_, **__: pytest.fail("images were read"))
     for c in (
         replace(config, optimizer=Optimizer(schedule=optim_name(own, name), schedule_args=args)),
@@ -339,31 +387,57 @@ def test_schedules_are_called_before_any_work(config: Config, own: str, monkeypa
 
 
 def test_a_file_is_run_once(own: str) -> None:
-    assert schedules.resolve_optimizer(f"{own}:Plain") is schedules.resolve_optimizer(f"{own}:Plain")
+    assert schedules.resolve_optimizer(f"{own}:Plain") is schedules.resolve_optimizer(
+        f"{own}:Plain"
+    )
     assert "shrink" in inspect.signature(schedules.resolve_optimizer(f"{own}:Plain")).parameters
 
 
 @pytest.mark.parametrize("name", ["NoDefault", "ChecksNone"])
-def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(own: str, name: str) -> None:
+def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(
+    own: str, name: str
+) -> None:
     for groups in (["denoiser"], ["denoiser", "tokens"]):
-        with pytest.raises(UserError, match=r"has no learning rate of its own; give --optimizer.lr, such as denoiser=1e-4"):
+        with pytest.raises(
+            UserError,
+            match=r"has no learning rate of its own; give --optimizer.lr, such as denoiser=1e-4",
+        ):
             schedules.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
-    settings = schedules.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2, "tokens": 2e-2}, decay={}, betas={})
+    settings = schedules.group_settings(
+        f"{own}:{name}",
+        ["denoiser", "tokens"],
+        lr={"denoiser": 1e-2, "tokens": 2e-2},
+        decay={},
+        betas={},
+    )
     assert rehearse(f"{own}:{name}", settings, {}, CPU) == []
-    built = schedules.build(f"{own}:{name}", [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()], {})
+    built = schedules.build(
+        f"{own}:{name}",
+        [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()],
+        {},
+    )
     assert [group["lr"] for group in built.param_groups] == [1e-2, 2e-2]
     with pytest.raises(UserError, match=r"own; give --optimizer.lr, such as tokens=1e-4"):
-        schedules.group_settings(f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={})
+        schedules.group_settings(
+            f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={}
+        )
 
 
 def test_settings_that_a_class_refuses_are_named() -> None:
-    with pytest.raises(UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps='abc'"):
+    with pytest.raises(
+        UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps='abc'"
+    ):
         rehearse("adamw", SETTINGS, {"eps": "abc"}, CPU)
 
 
-def test_a_state_that_cannot_be_taken_up_is_a_sentence(config: Config, quick: None, own: str) -> None:
+def test_a_state_that_cannot_be_taken_up_is_a_sentence(
+    config: Config, quick: None, own: str
+) -> None:
     """As adv_optm's Lion and Muon."""
     lion = replace(config, optimizer=Optimizer(f"{own}:CannotLoad"))
     train.train(lion)
-    with pytest.raises(UserError, match=r"cannot take up the state it saved .KeyError: 'precision'.*begin anew in another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot take up the state it saved .KeyError: 'precision'.*begin anew in another --out",
+    ):
         train.train(replace(lion, resume=True))

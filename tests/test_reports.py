@@ -12,7 +12,9 @@ from lora_core.diffusion import noise, validation
 from lora_core.diffusion.noise import Keys
 from lora_core.runs.reports import Objective, bins, preview_density, preview_table
 
-VP = noise.vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+VP = noise.vp_from_config(
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
 FLOW, EDM = noise.flow(), noise.edm()
 
 
@@ -22,20 +24,33 @@ def normal(z: Tensor) -> Tensor:
 
 def test_uniform_draws_are_the_same_in_every_bin_and_none_below_low() -> None:
     for schedule, row in ((VP, "epsilon"), (FLOW, "flow")):
-        torch.testing.assert_close(bins(Objective(schedule, row), 10).share, torch.full((10,), 0.1, dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            bins(Objective(schedule, row), 10).share,
+            torch.full((10,), 0.1, dtype=torch.float64),
+            rtol=0,
+            atol=1e-9,
+        )
         part = bins(Objective(schedule, row, low=0.2, high=0.7), 10)
-        torch.testing.assert_close(part.share, torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0, 0]).double() / 5, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            part.share, torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0, 0]).double() / 5, rtol=0, atol=1e-9
+        )
         assert part.level.snr.diff().max() < 0  # from clean to noise
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5), (-1.0, 1.0)])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(mean: float, std: float, shift: float) -> None:
+def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
+    mean: float, std: float, shift: float
+) -> None:
     """logit(shifted(s)) = logit(s) + ln shift: a shift of a logit-normal is one with another mean."""
-    b = bins(Objective(FLOW, "flow", noise.density("logit_normal", mean=mean, std=std), shift=shift), 10)
+    b = bins(
+        Objective(FLOW, "flow", noise.density("logit_normal", mean=mean, std=std), shift=shift), 10
+    )
     edges = torch.special.logit(torch.linspace(0, 1, 11, dtype=torch.float64))
     expected = normal((edges - mean - math.log(shift)) / std).diff()
-    torch.testing.assert_close(b.share, expected, rtol=0, atol=2e-5 if shift == 1 else 5e-3)  # a shifted row may lie on either side of an edge
+    torch.testing.assert_close(
+        b.share, expected, rtol=0, atol=2e-5 if shift == 1 else 5e-3
+    )  # a shifted row may lie on either side of an edge
     assert (b.share[:5].sum() < b.share[5:].sum()) == (mean + math.log(shift) > 0)
 
 
@@ -53,29 +68,62 @@ def test_the_product_is_the_share_of_the_weights() -> None:
     snr = VP.level(torch.arange(1000.0).double()).snr
     weights = (snr.clamp(max=3) / snr).reshape(20, 50).sum(1)
     torch.testing.assert_close(b.product, weights / weights.sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(b.weight, (b.level.snr.clamp(max=3) / b.level.snr), rtol=1e-9, atol=0)
-    here, there = (bins(Objective(FLOW, "flow", space=space, weighting="cosmap"), 10) for space in ("model", "edm"))
+    torch.testing.assert_close(
+        b.weight, (b.level.snr.clamp(max=3) / b.level.snr), rtol=1e-9, atol=0
+    )
+    here, there = (
+        bins(Objective(FLOW, "flow", space=space, weighting="cosmap"), 10)
+        for space in ("model", "edm")
+    )
     torch.testing.assert_close(there.weight * FLOW.level(there.t).sigma ** 2, here.weight)
 
 
-@pytest.mark.parametrize(("schedule", "row"), [(VP, "v_prediction"), (FLOW, "flow"), (EDM, "edm"), (noise.vp(torch.full((7,), 0.1)), "epsilon")])
+@pytest.mark.parametrize(
+    ("schedule", "row"),
+    [
+        (VP, "v_prediction"),
+        (FLOW, "flow"),
+        (EDM, "edm"),
+        (noise.vp(torch.full((7,), 0.1)), "epsilon"),
+    ],
+)
 def test_ten_rows_from_clean_to_noise(schedule: noise.Schedule, row: str) -> None:
     lines = preview_table(Objective(schedule, row)).splitlines()
     assert len(lines) == 11 and lines[0].endswith("from clean to pure noise")
     sigmas = [float(line.split()[1]) for line in lines[1:]]
-    assert sigmas == sorted(sigmas) and sum(float(line.split()[3].rstrip("%")) for line in lines[1:]) == pytest.approx(100, abs=0.6)
+    assert sigmas == sorted(sigmas) and sum(
+        float(line.split()[3].rstrip("%")) for line in lines[1:]
+    ) == pytest.approx(100, abs=0.6)
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt"])
-def test_the_preview_is_a_picture_and_says_what_the_loss_is(weighting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    o = Objective(FLOW, "flow", noise.density("logit_normal", mean=1.0), shift=1.8, weighting=weighting, loss="huber")
+def test_the_preview_is_a_picture_and_says_what_the_loss_is(
+    weighting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    o = Objective(
+        FLOW,
+        "flow",
+        noise.density("logit_normal", mean=1.0),
+        shift=1.8,
+        weighting=weighting,
+        loss="huber",
+    )
     file = preview_density(o, tmp_path / "density.png")
     said = capsys.readouterr().out
     assert said.startswith("loss: huber of the velocity eps - x0, ") and preview_table(o) in said
     with Image.open(file) as image:
-        assert image.size == (960, 540) and len(set(image.convert("RGB").resize((96, 54)).tobytes())) > 20
+        assert (
+            image.size == (960, 540)
+            and len(set(image.convert("RGB").resize((96, 54)).tobytes())) > 20
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["density.png"]
 
 
 def test_timesteps_are_written_as_their_schedule_counts_them() -> None:
-    assert [validation.timestep(t) for t in (625.0, 0.625, -1.55, 1.096, math.nan)] == ["625", "0.625", "-1.550", "1.096", "all"]
+    assert [validation.timestep(t) for t in (625.0, 0.625, -1.55, 1.096, math.nan)] == [
+        "625",
+        "0.625",
+        "-1.550",
+        "1.096",
+        "all",
+    ]

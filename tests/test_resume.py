@@ -93,9 +93,20 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         validation=Validation(bins=2, every=EVERY),
         stages=(Stage(STEPS[0], ("tokens",)), Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine")),
     )  # fmt: skip
-    both = replace(base, stages=(base.stages[0], replace(base.stages[1], groups=("denoiser", "text_encoder", "tokens"))))
+    both = replace(
+        base,
+        stages=(
+            base.stages[0],
+            replace(base.stages[1], groups=("denoiser", "text_encoder", "tokens")),
+        ),
+    )
     prodigy = Optimizer("prodigy", args={"d0": 1e-4, "safeguard_warmup": True})
-    first = replace(base, optimizer=prodigy, stages=(replace(base.stages[0], groups=("tokens", "text_encoder")), base.stages[1]), accumulation=2)
+    first = replace(
+        base,
+        optimizer=prodigy,
+        stages=(replace(base.stages[0], groups=("tokens", "text_encoder")), base.stages[1]),
+        accumulation=2,
+    )
     made = [
         Case("adamw", replace(both, prior=Prior("a cat", count=2)), "step", draw()),
         Case("prodigy", first, "step", draw()),
@@ -110,7 +121,14 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         (folder / "config.toml").write_text(to_toml(case.config))
         jobs.append((str(folder / "config.toml"), case.how, case.at))
     root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(jobs), capture_output=True, text=True, cwd=root, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=dict(os.environ),
+    )
     status = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("STATUS")]
     assert status == [str(int(signal.SIGKILL))] * len(made), done.stdout + done.stderr
     return {case.name: case for case in made}
@@ -124,15 +142,25 @@ def meta(run: Path) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", ["adamw", "prodigy", "half a checkpoint", "half a validation", "half of the first validation"])
-def test_a_killed_run_resumes_and_ends_bit_identical(cases: dict[str, Case], tmp_path: Path, quick: None, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["adamw", "prodigy", "half a checkpoint", "half a validation", "half of the first validation"],
+)
+def test_a_killed_run_resumes_and_ends_bit_identical(
+    cases: dict[str, Case], tmp_path: Path, quick: None, name: str
+) -> None:
     case, told = cases[name], f"killed at {cases[name].how} {cases[name].at}"
-    killed, whole = Path(case.config.out), train.train(replace(case.config, out=str(tmp_path / "run")))
+    killed, whole = (
+        Path(case.config.out),
+        train.train(replace(case.config, out=str(tmp_path / "run"))),
+    )
     for file in killed.rglob("*.safetensors"):  # what has its final name is whole
         if not any(part.startswith(".") for part in file.parts[len(killed.parts) :]):
             load_file(file)
     done = [int(folder.name) for folder in (killed / "checkpoints").glob("[0-9]*")]
-    assert done == [step for step in done if step % EVERY == 0] and (not done or case.how != "step" or max(done) < case.at), told
+    assert done == [step for step in done if step % EVERY == 0] and (
+        not done or case.how != "step" or max(done) < case.at
+    ), told
     train.train(replace(case.config, resume=True))
     assert same(final(killed), final(whole)), told
     assert meta(killed) == meta(whole), told
@@ -147,7 +175,10 @@ def test_going_on_with_a_finished_run_changes_nothing(config: Config, quick: Non
     run = train.train(config)
     before = final(run), rows(run), rows(run, "val"), (run / "config.toml").read_text()
     train.train(replace(config, resume=True))
-    assert same(final(run), before[0]) and (rows(run), rows(run, "val"), (run / "config.toml").read_text()) == before[1:]
+    assert (
+        same(final(run), before[0])
+        and (rows(run), rows(run, "val"), (run / "config.toml").read_text()) == before[1:]
+    )
 
 
 def test_a_longer_schedule_goes_on_from_the_checkpoint(config: Config, quick: None) -> None:
@@ -159,10 +190,16 @@ def test_a_longer_schedule_goes_on_from_the_checkpoint(config: Config, quick: No
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": Optimizer("prodigy")}, {"stages": (Stage(2, ("denoiser", "text_encoder")),)}, {"stages": (Stage(1),)}],
+    [
+        {"optimizer": Optimizer("prodigy")},
+        {"stages": (Stage(2, ("denoiser", "text_encoder")),)},
+        {"stages": (Stage(1),)},
+    ],
     ids=["optimizer", "groups", "fewer steps"],
 )
-def test_resuming_with_another_config_is_refused_and_overwrites_nothing(config: Config, quick: None, change: dict) -> None:
+def test_resuming_with_another_config_is_refused_and_overwrites_nothing(
+    config: Config, quick: None, change: dict
+) -> None:
     run = train.train(config)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(train.UserError, match=r"checkpoint|steps"):

@@ -19,7 +19,10 @@ from lora_core.runs.run_folder import Run, atomic, flatten, unflatten
 
 
 def listing(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 def rows(run, name="metrics"):
@@ -32,7 +35,9 @@ def rows(run, name="metrics"):
 def test_atomic_writes_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.png"
     with atomic(path) as temporary:
-        assert temporary.parent == path.parent and temporary.suffix == ".png"  # same file system; an image writer reads the suffix
+        assert (
+            temporary.parent == path.parent and temporary.suffix == ".png"
+        )  # same file system; an image writer reads the suffix
         temporary.write_text("one")
         assert not path.exists()
     with pytest.raises(RuntimeError), atomic(path) as temporary:
@@ -41,7 +46,14 @@ def test_atomic_writes_whole_or_not_at_all(tmp_path):
     assert listing(path.parent) == {"a.png": b"one"}
 
 
-@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "disk is full.*untouched"), (errno.EROFS, "cannot be written"), (errno.EDQUOT, "full")])
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (errno.ENOSPC, "disk is full.*untouched"),
+        (errno.EROFS, "cannot be written"),
+        (errno.EDQUOT, "full"),
+    ],
+)
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, code, words):
     path = tmp_path / "config.toml"
     path.write_text("old")
@@ -113,7 +125,11 @@ def test_rows_are_appended_and_cut_on_resume(tmp_path):
         file.write("\0\0\xff\n")  # after a power cut
         file.write('{"step": 4, "lo')  # killed in the middle of a row
     resumed = Run.open(tmp_path / "out", resume=True)
-    assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(resumed, "val")] == [1, 2, 3, 4]
+    assert (
+        [row["step"] for row in rows(resumed)]
+        == [row["step"] for row in rows(resumed, "val")]
+        == [1, 2, 3, 4]
+    )
     assert rows(resumed)[2] == {"step": 3, "loss": 0.1 * 3}
     resumed.log({"step": 5, "loss": 1.0})
     assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5]
@@ -179,21 +195,34 @@ def test_checkpoints_round_trip_and_the_last_n_stay(tmp_path):
         "empty": torch.zeros(0, 4),
         "strided": torch.randn(3, 4).t(),
     }
-    tensors |= {"alias": tensors["scalar"], "view": tensors["strided"][1:], "empty2": torch.zeros(0)}
+    tensors |= {
+        "alias": tensors["scalar"],
+        "view": tensors["strided"][1:],
+        "empty2": torch.zeros(0),
+    }
     for step in (5, 9, 10, 100):
         run.save_checkpoint(step, tensors, {"lr": 0.1})
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["10", "100"]
     loaded = run.load_checkpoint()
-    assert loaded.step == 100 and loaded.meta == {"lr": 0.1} and loaded.tensors.keys() == tensors.keys()
+    assert (
+        loaded.step == 100
+        and loaded.meta == {"lr": 0.1}
+        and loaded.tensors.keys() == tensors.keys()
+    )
     for name, tensor in tensors.items():
-        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor), name
+        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(
+            loaded.tensors[name], tensor
+        ), name
 
 
 def test_a_step_saved_twice_is_replaced(tmp_path):
     run = Run.open(tmp_path / "out")
     run.save_checkpoint(3, {"a": torch.zeros(1)}, None)
     run.save_checkpoint(3, {"a": torch.ones(1)}, None)
-    assert float(run.load_checkpoint().tensors["a"]) == 1.0 and len(list((run.folder / "checkpoints").iterdir())) == 1
+    assert (
+        float(run.load_checkpoint().tensors["a"]) == 1.0
+        and len(list((run.folder / "checkpoints").iterdir())) == 1
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "no json", "half json", "swapped", "other step"])
@@ -210,9 +239,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage)
     elif damage == "half json":
         os.truncate(new / "state.json", 9)
     elif damage == "swapped":
-        (new / "state.safetensors").write_bytes((new.with_name("1") / "state.safetensors").read_bytes())
+        (new / "state.safetensors").write_bytes(
+            (new.with_name("1") / "state.safetensors").read_bytes()
+        )
     else:
-        (new / "state.json").write_text((new / "state.json").read_text().replace('"step": 2', '"step": 1'))
+        (new / "state.json").write_text(
+            (new / "state.json").read_text().replace('"step": 2', '"step": 1')
+        )
     resumed = Run.open(tmp_path / "out", resume=True)
     assert str(new) in capsys.readouterr().out and not new.exists()
     assert resumed.load_checkpoint().step == 1 and rows(resumed) == [{"step": 1}]
@@ -224,7 +257,9 @@ def test_without_a_whole_checkpoint_nothing_is_done_again_in_silence(tmp_path):
         run.log({"step": step})
         os.truncate(run.save_checkpoint(step, {"a": torch.ones(64)}, {}) / "state.safetensors", 100)
     before = listing(run.folder)
-    with pytest.raises(UserError, match=r"no whole checkpoint.*--overwrite, which moves it to out.bak"):
+    with pytest.raises(
+        UserError, match=r"no whole checkpoint.*--overwrite, which moves it to out.bak"
+    ):
         Run.open(tmp_path / "out", resume=True)
     assert listing(run.folder) == before
 
@@ -240,10 +275,16 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, cod
     def fails(path):
         raise OSError(code, os.strerror(code))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"2 cannot be read .{os.strerror(code)}.*; try again"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=f"2 cannot be read .{os.strerror(code)}.*; try again"),
+    ):
         patch.setattr(run_module, "load_file", fails)
         Run.open(tmp_path / "out", resume=True)
-    assert listing(run.folder) == before and Run.open(tmp_path / "out", resume=True).load_checkpoint().step == 2
+    assert (
+        listing(run.folder) == before
+        and Run.open(tmp_path / "out", resume=True).load_checkpoint().step == 2
+    )
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -252,7 +293,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     before = listing(run.folder)
 
     def full(*_):
-        raise run_module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise run_module.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(run_module, "save_file", full)
     with pytest.raises(UserError, match=r"disk.*full"):
@@ -265,7 +308,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
 trees = st.recursive(
     scalars | st.integers(0, 9).map(lambda n: torch.arange(n)),
-    lambda t: st.lists(t, max_size=3) | st.lists(t, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3) | st.integers(), t, max_size=3),
+    lambda t: (
+        st.lists(t, max_size=3)
+        | st.lists(t, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), t, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -320,7 +367,10 @@ def train(out, *, steps=12, resume=False, die=None):
     generator, python = torch.Generator().manual_seed(1), random.Random(2)
     params = [torch.randn(4, 3, generator=generator), torch.zeros(3)]
     params = [p.requires_grad_() for p in params]
-    optimizers = [Prodigy(params[:1], use_bias_correction=True), torch.optim.AdamW(params[1:], lr=0.01)]
+    optimizers = [
+        Prodigy(params[:1], use_bias_correction=True),
+        torch.optim.AdamW(params[1:], lr=0.01),
+    ]
     total, start = 0.0, 0
     if resume and (checkpoint := run.load_checkpoint()):
         tree = unflatten(checkpoint.tensors, checkpoint.meta)
@@ -343,7 +393,11 @@ def train(out, *, steps=12, resume=False, die=None):
         die(step + 1, "logged")
         if (step + 1) % 3 == 0:
             tree = dict(
-                params=params, optimizers=[o.state_dict() for o in optimizers], total=total, generator=generator.get_state(), python=python.getstate()
+                params=params,
+                optimizers=[o.state_dict() for o in optimizers],
+                total=total,
+                generator=generator.get_state(),
+                python=python.getstate(),
             )
             original = os.replace
 
@@ -358,7 +412,10 @@ def train(out, *, steps=12, resume=False, die=None):
                 os.replace = original
             die(step + 1, "saved")
     with atomic(run.folder / "weights.txt") as temporary:
-        temporary.write_text("\n".join(v.hex() for p in params for v in p.detach().flatten().double().tolist()) + f"\n{total.hex()}")
+        temporary.write_text(
+            "\n".join(v.hex() for p in params for v in p.detach().flatten().double().tolist())
+            + f"\n{total.hex()}"
+        )
 
 
 def in_child(function):
@@ -397,6 +454,13 @@ def test_a_killed_run_resumes_and_ends_bit_identical(tmp_path, kills):
             if (step, where) == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        assert in_child(lambda resume=number > 0, die=die: train(tmp_path / "killed", resume=resume, die=die)) == signal.SIGKILL
+        assert (
+            in_child(
+                lambda resume=number > 0, die=die: train(
+                    tmp_path / "killed", resume=resume, die=die
+                )
+            )
+            == signal.SIGKILL
+        )
     assert in_child(lambda: train(tmp_path / "killed", resume=True)) == 0
     assert listing(tmp_path / "killed") == listing(tmp_path / "whole")

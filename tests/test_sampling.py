@@ -26,14 +26,21 @@ from lora_core.diffusion.sampling import (
 )
 from lora_core.errors import UserError
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 VP = vp_from_config(SD)
 SPACINGS = ["leading", "trailing", "linspace"]
 
 
 def network(x: Tensor, t: float) -> Tensor:
     """A fake network: bounded, not linear in x, mixes pixels, and depends on t."""
-    return torch.tanh(0.8 * x + 0.1 * x.roll(1, -1) + math.sin(t / 300)) * (0.9 + 0.1 * math.cos(t / 100))
+    return torch.tanh(0.8 * x + 0.1 * x.roll(1, -1) + math.sin(t / 300)) * (
+        0.9 + 0.1 * math.cos(t / 100)
+    )
 
 
 def noise(i: int) -> Tensor:
@@ -53,7 +60,9 @@ def theirs(scheduler: Any, steps: int, x: Tensor, skip: int = 0, **step: Any) ->
     if skip and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skip)
     for t in scheduler.timesteps[skip:]:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), float(t)), t, x, **step).prev_sample
+        x = scheduler.step(
+            network(scheduler.scale_model_input(x, t), float(t)), t, x, **step
+        ).prev_sample
     return x
 
 
@@ -73,26 +82,50 @@ def settings(prediction: str, spacing: str) -> dict[str, Any]:
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_ddim_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
-    scheduler = build("DDIMScheduler", **settings(prediction, spacing), clip_sample=False, set_alpha_to_one=False)
+    scheduler = build(
+        "DDIMScheduler", **settings(prediction, spacing), clip_sample=False, set_alpha_to_one=False
+    )
     path = levels("ddim", VP, steps, spacing=spacing)
-    torch.testing.assert_close(ddim(ours(prediction), start(EPS, path), path), theirs(scheduler, steps, EPS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ddim(ours(prediction), start(EPS, path), path),
+        theirs(scheduler, steps, EPS),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_ddim_is_diffusers_where_the_steps_do_not_divide_the_schedule(prediction: str) -> None:
-    scheduler = build("DDIMScheduler", **settings(prediction, "leading"), clip_sample=False, set_alpha_to_one=False)
+    scheduler = build(
+        "DDIMScheduler",
+        **settings(prediction, "leading"),
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
     path = levels("ddim", VP, 7)
-    torch.testing.assert_close(ddim(ours(prediction), EPS, path), theirs(scheduler, 7, EPS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ddim(ours(prediction), EPS, path), theirs(scheduler, 7, EPS), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_ddim_with_eta_is_diffusers(eta: float) -> None:
-    scheduler = build("DDIMScheduler", **settings("v_prediction", "leading"), clip_sample=False, set_alpha_to_one=False)
+    scheduler = build(
+        "DDIMScheduler",
+        **settings("v_prediction", "leading"),
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
     scheduler.set_timesteps(20)
     x = EPS
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(network(x, float(t)), t, x, eta=eta, variance_noise=noise(i)).prev_sample
-    torch.testing.assert_close(ddim(ours("v_prediction"), EPS, levels("ddim", VP, 20), eta=eta, noise=noise), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ddim(ours("v_prediction"), EPS, levels("ddim", VP, 20), eta=eta, noise=noise),
+        x,
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def at_start(path: NoiseLevel) -> float:
@@ -110,19 +143,31 @@ def test_euler_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
         scheduler.set_timesteps(steps)
         assert scheduler.init_noise_sigma == pytest.approx(at_start(path), rel=1e-4)
     expected = theirs(scheduler, steps, EPS * at_start(path))
-    torch.testing.assert_close(euler(ours(prediction), start(EPS, path), path), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        euler(ours(prediction), start(EPS, path), path), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("steps", [4, 25])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_euler_ancestral_is_diffusers(prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_euler_ancestral_is_diffusers(
+    prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler = build("EulerAncestralDiscreteScheduler", **settings(prediction, spacing))
     count = iter(range(steps))
-    monkeypatch.setattr("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: noise(next(count)))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor",
+        lambda *_, **__: noise(next(count)),
+    )
     path = levels("euler_ancestral", VP, steps, spacing=spacing)
     expected = theirs(scheduler, steps, EPS * at_start(path))
-    torch.testing.assert_close(euler_ancestral(ours(prediction), start(EPS, path), path, noise=noise), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        euler_ancestral(ours(prediction), start(EPS, path), path, noise=noise),
+        expected,
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 25])
@@ -131,7 +176,12 @@ def test_euler_ancestral_is_diffusers(prediction: str, spacing: str, steps: int,
 def test_dpmpp_2m_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
     scheduler = build("DPMSolverMultistepScheduler", **settings(prediction, spacing))
     path = levels("dpmpp_2m", VP, steps, spacing=spacing)
-    torch.testing.assert_close(dpmpp_2m(ours(prediction), start(EPS, path), path), theirs(scheduler, steps, EPS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        dpmpp_2m(ours(prediction), start(EPS, path), path),
+        theirs(scheduler, steps, EPS),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
@@ -139,12 +189,28 @@ def test_zero_terminal_snr_from_pure_noise_is_diffusers(name: str) -> None:
     config = settings("v_prediction", "trailing") | {"rescale_betas_zero_snr": True}
     path = levels(name, vp_from_config(SD | config), 20, spacing="trailing")
     assert path.alpha[0] == 0
-    scheduler = build({"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name], **config)
+    scheduler = build(
+        {
+            "ddim": "DDIMScheduler",
+            "euler": "EulerDiscreteScheduler",
+            "dpmpp_2m": "DPMSolverMultistepScheduler",
+        }[name],
+        **config,
+    )
     if name == "ddim":
         scheduler = build("DDIMScheduler", **config, clip_sample=False, set_alpha_to_one=False)
     x = EPS * 2**12 if name == "euler" else EPS  # diffusers' Euler divides by alpha = 2^-12 there
-    error = (SAMPLERS[name].run(ours("v_prediction"), start(EPS, path), path) - theirs(scheduler, 20, x)).abs().max()
-    unit = 2**12 * torch.finfo(torch.float32).eps  # a rounding of what is divided by their alpha of 2^-12
+    error = (
+        (
+            SAMPLERS[name].run(ours("v_prediction"), start(EPS, path), path)
+            - theirs(scheduler, 20, x)
+        )
+        .abs()
+        .max()
+    )
+    unit = (
+        2**12 * torch.finfo(torch.float32).eps
+    )  # a rounding of what is divided by their alpha of 2^-12
     assert error < (unit if name == "ddim" else 4 * unit)
 
 
@@ -157,7 +223,9 @@ def test_flow_euler_is_diffusers(shift: float) -> None:
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, float(t) / 1000), t, x).prev_sample
     path = levels("flow_euler", flow(shift=shift), 10)
-    torch.testing.assert_close(flow_euler(ours("flow"), start(EPS, path), path), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        flow_euler(ours("flow"), start(EPS, path), path), x, atol=1e-4, rtol=1e-4
+    )
 
 
 EDM_SCHEDULERS = {"euler": "EDMEulerScheduler", "dpmpp_2m": "EDMDPMSolverMultistepScheduler"}
@@ -165,7 +233,9 @@ EDM_SCHEDULERS = {"euler": "EDMEulerScheduler", "dpmpp_2m": "EDMDPMSolverMultist
 
 @pytest.mark.parametrize("name", EDM_SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 12, 30])
-@pytest.mark.parametrize("config", [{}, {"sigma_min": 0.05, "sigma_max": 20.0, "rho": 5.0}], ids=["playground", "other"])
+@pytest.mark.parametrize(
+    "config", [{}, {"sigma_min": 0.05, "sigma_max": 20.0, "rho": 5.0}], ids=["playground", "other"]
+)
 def test_the_steps_of_edm_are_diffusers(name: str, steps: int, config: dict[str, float]) -> None:
     scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(**config)
     scheduler.set_timesteps(steps)
@@ -179,10 +249,14 @@ def test_the_steps_of_edm_are_diffusers(name: str, steps: int, config: dict[str,
 @pytest.mark.parametrize("name", EDM_SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 12, 30])
 def test_edm_samplers_are_diffusers(name: str, steps: int) -> None:
-    scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5)
+    scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(
+        sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5
+    )
     path = levels(name, edm(), steps)
     x = start(EPS, path)
-    torch.testing.assert_close(SAMPLERS[name].run(ours("edm"), x, path), theirs(scheduler, steps, x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        SAMPLERS[name].run(ours("edm"), x, path), theirs(scheduler, steps, x), atol=1e-4, rtol=1e-4
+    )
 
 
 def second(x: Tensor, t: float) -> Tensor:
@@ -195,8 +269,14 @@ def second(x: Tensor, t: float) -> Tensor:
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, share: float) -> None:
     """denoising_end of the pipeline of the base model, denoising_start of the image to image pipeline: one scheduler each."""
-    scheduler = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name]
-    config = settings("epsilon", "leading") | ({"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {})
+    scheduler = {
+        "ddim": "DDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "dpmpp_2m": "DPMSolverMultistepScheduler",
+    }[name]
+    config = settings("epsilon", "leading") | (
+        {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
+    )
     path = levels(name, VP, steps)
     first, rest = split(path, VP, share)
     x, cutoff = EPS * (at_start(path) if name == "euler" else 1), round(1000 - share * 1000)
@@ -211,27 +291,48 @@ def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, sh
             x = other.step(net(other.scale_model_input(x, t), float(t)), t, x).prev_sample
     run = SAMPLERS[name].run
     halfway = run(ours("epsilon"), start(EPS, path), first)
-    mine = run(guided(lambda x, level, _: second(x, level.t[0].item()), "epsilon", None), halfway, rest)
+    mine = run(
+        guided(lambda x, level, _: second(x, level.t[0].item()), "epsilon", None), halfway, rest
+    )
     torch.testing.assert_close(mine, x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", [VP, flow(shift=3.0)], ids=["vp", "flow"])
 def test_a_split_path_is_the_path(schedule: Schedule) -> None:
-    path, prediction = levels("euler", schedule, 10), "flow" if schedule.kind == "flow" else "epsilon"
+    path, prediction = (
+        levels("euler", schedule, 10),
+        "flow" if schedule.kind == "flow" else "epsilon",
+    )
     first, rest = split(path, schedule, 0.7)
-    assert all(torch.equal(torch.cat([a[:-1], b]), whole) for a, b, whole in zip(first, rest, path, strict=True))
+    assert all(
+        torch.equal(torch.cat([a[:-1], b]), whole)
+        for a, b, whole in zip(first, rest, path, strict=True)
+    )
     assert all(a[-1] == b[0] for a, b in zip(first, rest, strict=True))
     whole = euler(ours(prediction), EPS.double(), path)
-    torch.testing.assert_close(euler(ours(prediction), euler(ours(prediction), EPS.double(), first), rest), whole, rtol=0, atol=0)
+    torch.testing.assert_close(
+        euler(ours(prediction), euler(ours(prediction), EPS.double(), first), rest),
+        whole,
+        rtol=0,
+        atol=0,
+    )
     share = first.t[:-1] / (1000 if schedule.kind == "vp" else 1)
-    assert (share >= 0.3 - 1e-6).all() and (rest.t / (1000 if schedule.kind == "vp" else 1) < 0.3).all()
+    assert (share >= 0.3 - 1e-6).all() and (
+        rest.t / (1000 if schedule.kind == "vp" else 1) < 0.3
+    ).all()
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.77])
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_image_to_image_is_diffusers(name: str, strength: float) -> None:
-    scheduler = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name]
-    config = settings("epsilon", "leading") | ({"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {})
+    scheduler = {
+        "ddim": "DDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "dpmpp_2m": "DPMSolverMultistepScheduler",
+    }[name]
+    config = settings("epsilon", "leading") | (
+        {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
+    )
     other, image, steps = build(scheduler, **config), noise(50), 20
     skip = steps - min(int(steps * strength), steps)
     path = levels(name, VP, steps, strength=strength)
@@ -241,15 +342,27 @@ def test_image_to_image_is_diffusers(name: str, strength: float) -> None:
         other.set_begin_index(skip)
     x = other.add_noise(image, EPS, other.timesteps[skip : skip + 1])
     expected = theirs(build(scheduler, **config), steps, x, skip)
-    torch.testing.assert_close(SAMPLERS[name].run(ours("epsilon"), start(EPS, path, image), path), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        SAMPLERS[name].run(ours("epsilon"), start(EPS, path, image), path),
+        expected,
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
-@pytest.mark.parametrize("steps", [2, 3, 7, 20, 28, 50, 333, 999])  # one linspace step starts at t = 0 in diffusers and is refused here
+@pytest.mark.parametrize(
+    "steps", [2, 3, 7, 20, 28, 50, 333, 999]
+)  # one linspace step starts at t = 0 in diffusers and is refused here
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_are_diffusers(spacing: str, steps: int) -> None:
     scheduler = build("EulerDiscreteScheduler", **settings("epsilon", spacing))
     scheduler.set_timesteps(steps)
-    torch.testing.assert_close(torch.tensor(timesteps(VP, steps, spacing=spacing)).float(), scheduler.timesteps, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(timesteps(VP, steps, spacing=spacing)).float(),
+        scheduler.timesteps,
+        rtol=1e-6,
+        atol=1e-4,
+    )
 
 
 # ---------------------------------------------------------------- laws
@@ -259,8 +372,15 @@ def test_euler_is_ddim_without_eta_and_on_a_flow_is_flow_euler() -> None:
     x64 = EPS.double()
     for schedule, prediction in ((VP, "v_prediction"), (flow(shift=2.0), "flow")):
         path = levels("euler", schedule, 9)
-        torch.testing.assert_close(euler(ours(prediction), x64, path), ddim(ours(prediction), x64, path), rtol=0, atol=1e-10)
-    torch.testing.assert_close(euler(ours("flow"), x64, path), flow_euler(ours("flow"), x64, path), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            euler(ours(prediction), x64, path),
+            ddim(ours(prediction), x64, path),
+            rtol=0,
+            atol=1e-10,
+        )
+    torch.testing.assert_close(
+        euler(ours("flow"), x64, path), flow_euler(ours("flow"), x64, path), rtol=0, atol=1e-10
+    )
 
 
 def exact(mean: float, std: float) -> Callable[[Tensor, NoiseLevel], Tensor]:
@@ -275,7 +395,9 @@ def exact(mean: float, std: float) -> Callable[[Tensor, NoiseLevel], Tensor]:
 
 @pytest.mark.parametrize("schedule", [VP, flow(), edm()], ids=["vp", "flow", "edm"])
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
-def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(name: str, schedule: Schedule) -> None:
+def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(
+    name: str, schedule: Schedule
+) -> None:
     """The flow ODE keeps (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), exactly; more steps come closer, the second order closest."""
     x, errors = start(EPS.double(), levels(name, schedule, 400, spacing="trailing")), []
     for steps in (100, 400):
@@ -291,7 +413,9 @@ def test_stochastic_samplers_keep_the_mean_and_the_variance(name: str) -> None:
     g = torch.Generator().manual_seed(5)
     path = levels(name, VP, 250, spacing="trailing")
     x, more = torch.randn(1, 1, 100, 200, generator=g), {"eta": 1.0} if name == "ddim" else {}
-    out = SAMPLERS[name].run(exact(0.3, 0.6), x, path, noise=lambda i: torch.randn(1, 1, 100, 200, generator=g), **more)
+    out = SAMPLERS[name].run(
+        exact(0.3, 0.6), x, path, noise=lambda i: torch.randn(1, 1, 100, 200, generator=g), **more
+    )
     assert abs(out.mean() - 0.3) < 0.03 and abs(out.std() - 0.6) < 0.03
 
 
@@ -317,15 +441,33 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
 
     schedule = edm() if prediction == "edm" else VP
     level = schedule.level(schedule.ts[[100, 900]])
-    cond, negative, x = Cond(torch.full((2, 1, 1, 1), 0.7)), Cond(torch.full((2, 1, 1, 1), -0.2)), noise(3)[:2]
+    cond, negative, x = (
+        Cond(torch.full((2, 1, 1, 1), 0.7)),
+        Cond(torch.full((2, 1, 1, 1), -0.2)),
+        noise(3)[:2],
+    )
     row = PREDICTIONS[prediction]
     x_in = x * row.c_in(level).reshape(-1, 1, 1, 1)
     out_c, out_u = (torch.tanh(x_in) * c.bias + level.like(x).sigma for c in (cond, negative))
     expected = row.x0(x, out_u + 7.5 * (out_c - out_u), level)
-    torch.testing.assert_close(guided(net, prediction, cond, negative, 7.5)(x, level), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        guided(net, prediction, cond, negative, 7.5)(x, level),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+        check_dtype=False,
+    )
     plain = row.x0(x, out_c, level)
-    torch.testing.assert_close(guided(net, prediction, cond)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False)
-    torch.testing.assert_close(guided(net, prediction, cond, negative, 1.0)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        guided(net, prediction, cond)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False
+    )
+    torch.testing.assert_close(
+        guided(net, prediction, cond, negative, 1.0)(x, level),
+        plain,
+        rtol=1e-5,
+        atol=1e-5,
+        check_dtype=False,
+    )
     assert calls == [4, 2, 2]
 
 
@@ -346,12 +488,17 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
         (lambda: ddim(ours("epsilon"), EPS, levels("ddim", VP, 3), eta=0.5), "eta = 0.5.*noise"),
         (lambda: flow_euler(ours("flow"), EPS, levels("euler", VP, 3)), "flow schedule"),
         (lambda: guided(network, "epsilon", None, None, 7.5), "guidance scale 7.5"),
-        (lambda: split(levels("euler", VP, 4), VP, 0.9999), "refiner start of 0.9999 leaves the base model 4 of 4"),
+        (
+            lambda: split(levels("euler", VP, 4), VP, 0.9999),
+            "refiner start of 0.9999 leaves the base model 4 of 4",
+        ),
         (lambda: split(levels("euler", VP, 4), VP, 0.01), "leaves the base model 0 of 4"),
         (lambda: split(levels("euler", VP, 4), VP, 1.5), "refiner start of 1.5"),
         (lambda: split(levels("euler", edm(), 4), edm(), 0.5), "edm schedule"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_before_work(call: Callable[[], Any], message: str) -> None:
+def test_what_cannot_be_sampled_is_refused_before_work(
+    call: Callable[[], Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         call()

@@ -18,7 +18,9 @@ EVERY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", EVERY)
-def test_a_signal_waits_for_the_step_and_a_later_one_does_not(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_waits_for_the_step_and_a_later_one_does_not(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [10.0]
     monkeypatch.setattr(signals_module.time, "monotonic", lambda: clock[0])
     before = [signal.getsignal(n) for n in EVERY]
@@ -30,7 +32,11 @@ def test_a_signal_waits_for_the_step_and_a_later_one_does_not(number: signal.Sig
             with pytest.raises(Stopped) as first:
                 stop.raise_()
             clock[0] += 0.9
-            for again in (number, signal.SIGTERM, signal.SIGHUP):  # timeout, a closed terminal, systemd
+            for again in (
+                number,
+                signal.SIGTERM,
+                signal.SIGHUP,
+            ):  # timeout, a closed terminal, systemd
                 signal.raise_signal(again)
             clock[0] += 0.2
             with pytest.raises(Stopped) as second:
@@ -66,7 +72,12 @@ def test_another_thread_has_no_signals() -> None:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_saves_and_ends_with_the_signals_status(
-    config: Config, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    config: Config,
+    quick: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(replace(config, stages=(Stage(5),))))

@@ -39,7 +39,10 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     save_pipeline(root / "first")
     inpainting = save_pipeline(root / "inpainting")
-    config = UNet2DConditionModel.load_config(inpainting / "unet") | {"in_channels": 9, "_use_default_values": []}
+    config = UNet2DConditionModel.load_config(inpainting / "unet") | {
+        "in_channels": 9,
+        "_use_default_values": [],
+    }
     torch.manual_seed(2)
     UNet2DConditionModel.from_config(config).save_pretrained(inpainting / "unet")
     second_pipeline().save_pretrained(root / "second")
@@ -60,7 +63,9 @@ def outputs(family):
     dtype = family.modules["unet"].dtype
     x = torch.randn(2, c, side, side, generator=noise).to(dtype)
     pixels = torch.rand(1, 3, side * family.factor, side * family.factor, generator=noise) * 2 - 1
-    inpaint = torch.randn(2, 1 + c, side, side, generator=noise).to(dtype) if family.inpainting else None
+    inpaint = (
+        torch.randn(2, 1 + c, side, side, generator=noise).to(dtype) if family.inpainting else None
+    )
     level = family.schedule.level(torch.tensor([3, 700]))
     with torch.no_grad():
         cond = family.encode_prompts(["a cat", "dog"])
@@ -81,20 +86,42 @@ def sentence(function, *args, **settings):
     return str(info.value)
 
 
-@pytest.mark.parametrize(("name", "suffix"), [*((name, "safetensors") for name in NAMES), ("second", "ckpt")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, "safetensors") for name in NAMES), ("second", "ckpt")]
+)
 def test_a_file_is_its_folder(tmp_path, models, name, suffix):
     path = tmp_path / f"model.{suffix}"
     save_single(str(models[name]), path)
-    ours, theirs = load_family(str(path), Loading(config=str(models[name]))), load_family(str(models[name]))
+    ours, theirs = (
+        load_family(str(path), Loading(config=str(models[name]))),
+        load_family(str(models[name])),
+    )
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(theirs), strict=True))
-    for field in ("name", "pipeline", "prediction", "spacing", "offset", "factor", "multiple", "resolution", "inpainting", "layout", "clip_skip"):
+    for field in (
+        "name",
+        "pipeline",
+        "prediction",
+        "spacing",
+        "offset",
+        "factor",
+        "multiple",
+        "resolution",
+        "inpainting",
+        "layout",
+        "clip_skip",
+    ):
         assert getattr(ours, field) == getattr(theirs, field), field
     assert type(ours) is type(theirs) and ours.modules.keys() == theirs.modules.keys()
     for key, module in ours.modules.items():
         assert not module.training and not any(p.requires_grad for p in module.parameters())
         assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
-        spaces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.state_dict().values()}
-        assert sum(spaces.values()) == sum(t.nbytes for t in module.state_dict().values()), key  # no tensor keeps a larger one alive
+        spaces = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in module.state_dict().values()
+        }
+        assert sum(spaces.values()) == sum(t.nbytes for t in module.state_dict().values()), (
+            key
+        )  # no tensor keeps a larger one alive
         for p in module.parameters():
             p.data.add_(1)  # in memory of its own
     again = load_family(str(path), Loading(config=str(models[name])))
@@ -106,32 +133,54 @@ def test_outline_and_noise_are_the_folders(models, name):
     path, config = file(models[name]), str(models[name])
     assert outline(path, config) == outline(config)
     for changes in ({}, {"prediction_type": "v_prediction"}):
-        (ours, row), (theirs, expected) = noise_of(path, changes, config=config), noise_of(config, changes)
-        assert row == expected and torch.equal(ours.level(torch.arange(1000)).sigma, theirs.level(torch.arange(1000)).sigma)
+        (ours, row), (theirs, expected) = (
+            noise_of(path, changes, config=config),
+            noise_of(config, changes),
+        )
+        assert row == expected and torch.equal(
+            ours.level(torch.arange(1000)).sigma, theirs.level(torch.arange(1000)).sigma
+        )
 
 
 def test_precision_another_vae_and_clip_skip(models):
     path, config = file(models["xl"]), str(models["xl"])
     how = Loading(dtype=torch.bfloat16, vae=config + "/vae", clip_skip=1)
     ours, theirs = load_family(path, replace(how, config=config)), load_family(config, how)
-    assert {name: module.dtype for name, module in ours.modules.items()} == {name: module.dtype for name, module in theirs.modules.items()}
-    assert ours.modules["unet"].dtype == torch.bfloat16 and ours.modules["vae"].dtype == torch.float32 and ours.clip_skip == 1
+    assert {name: module.dtype for name, module in ours.modules.items()} == {
+        name: module.dtype for name, module in theirs.modules.items()
+    }
+    assert (
+        ours.modules["unet"].dtype == torch.bfloat16
+        and ours.modules["vae"].dtype == torch.float32
+        and ours.clip_skip == 1
+    )
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(theirs), strict=True))
 
 
 def test_a_file_without_a_vae_takes_another(tmp_path, models):
     config = str(models["first"])
-    tensors = {key: tensor for key, tensor in load_file(file(models["first"])).items() if not key.startswith("first_stage_model.")}
+    tensors = {
+        key: tensor
+        for key, tensor in load_file(file(models["first"])).items()
+        if not key.startswith("first_stage_model.")
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     assert (
-        "no vae at first_stage_model." in (text := sentence(load_family, str(tmp_path / "a.safetensors"), Loading(config=config))) and "--vae" in text
+        "no vae at first_stage_model."
+        in (text := sentence(load_family, str(tmp_path / "a.safetensors"), Loading(config=config)))
+        and "--vae" in text
     )
     ours = load_family(str(tmp_path / "a.safetensors"), Loading(config=config, vae=config + "/vae"))
-    assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(load_family(config)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(outputs(ours), outputs(load_family(config)), strict=True)
+    )
 
 
 def marked(tmp_path, folder, *names):
-    save_file(load_file(file(folder)) | {name: torch.empty(0) for name in names}, tmp_path / "marked.safetensors")
+    save_file(
+        load_file(file(folder)) | {name: torch.empty(0) for name in names},
+        tmp_path / "marked.safetensors",
+    )
     return str(tmp_path / "marked.safetensors")
 
 
@@ -139,17 +188,32 @@ def test_markers_tell_the_prediction(tmp_path, models, capsys):
     config = str(models["xl"])
     path = marked(tmp_path, models["xl"], "v_pred", "ztsnr")
     family = load_family(path, Loading(config=config))
-    assert (family.prediction, family.spacing) == ("v_prediction", "trailing") and family.schedule.level(torch.tensor([999])).alpha.item() == 0
+    assert (family.prediction, family.spacing) == (
+        "v_prediction",
+        "trailing",
+    ) and family.schedule.level(torch.tensor([999])).alpha.item() == 0
     assert "prediction_type = v_prediction" in capsys.readouterr().err
-    assert noise_of(path, {}, config=config)[1] == "v_prediction" and noise_of(path, {"prediction_type": "epsilon"}, config=config)[1] == "epsilon"
-    assert load_family(path, Loading(config=config, scheduler={"prediction_type": "epsilon"})).prediction == "epsilon"
-    assert "edm_mean" in sentence(load_family, marked(tmp_path, models["xl"], "edm_mean", "edm_std"))
+    assert (
+        noise_of(path, {}, config=config)[1] == "v_prediction"
+        and noise_of(path, {"prediction_type": "epsilon"}, config=config)[1] == "epsilon"
+    )
+    assert (
+        load_family(
+            path, Loading(config=config, scheduler={"prediction_type": "epsilon"})
+        ).prediction
+        == "epsilon"
+    )
+    assert "edm_mean" in sentence(
+        load_family, marked(tmp_path, models["xl"], "edm_mean", "edm_std")
+    )
     tiny_sdxl.save(tmp_path / "edm", scheduler="edm")
     save_single(str(tmp_path / "edm"), tmp_path / "edm.safetensors")
     path = marked(tmp_path, tmp_path / "edm", "edm_mean", "edm_std")
     assert load_family(path, Loading(config=str(tmp_path / "edm"))).prediction == "edm"
     assert "edm_vpred.sigma_max" in sentence(
-        load_family, marked(tmp_path, tmp_path / "edm", "edm_vpred.sigma_max"), Loading(config=str(tmp_path / "edm"))
+        load_family,
+        marked(tmp_path, tmp_path / "edm", "edm_vpred.sigma_max"),
+        Loading(config=str(tmp_path / "edm")),
     )
 
 
@@ -158,9 +222,15 @@ def test_to_a_folder_and_back(tmp_path, models, name):
     to_folder(file(models[name]), tmp_path / "back", str(models[name]))
     ours, theirs = load_family(str(tmp_path / "back")), load_family(str(models[name]))
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(theirs), strict=True))
-    save_single(file(models[name]), tmp_path / "again.safetensors", config=str(models[name]))  # from a file to a file
-    before, after = (load_file(path) for path in (file(models[name]), tmp_path / "again.safetensors"))
-    assert before.keys() == after.keys() and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    save_single(
+        file(models[name]), tmp_path / "again.safetensors", config=str(models[name])
+    )  # from a file to a file
+    before, after = (
+        load_file(path) for path in (file(models[name]), tmp_path / "again.safetensors")
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(after[key], tensor) for key, tensor in before.items()
+    )
 
 
 def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
@@ -169,8 +239,12 @@ def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
     state = {key: tensor + 1 for key, tensor in family.modules["unet"].state_dict().items()}
     save_family(family, path, tmp_path / "model", {"unet": state}, config)
     back = load_family(str(tmp_path / "model"))
-    assert all(torch.equal(tensor, state[key]) for key, tensor in back.modules["unet"].state_dict().items())
-    assert torch.equal(back.encode_prompts(["a"]).prompt_embeds, family.encode_prompts(["a"]).prompt_embeds)
+    assert all(
+        torch.equal(tensor, state[key]) for key, tensor in back.modules["unet"].state_dict().items()
+    )
+    assert torch.equal(
+        back.encode_prompts(["a"]).prompt_embeds, family.encode_prompts(["a"]).prompt_embeds
+    )
 
 
 # ---------------------------------------------------------------- published models, without weights
@@ -184,11 +258,23 @@ def test_full_size_key_lists(tmp_path, kind, counts):
     """The keys of a published file name their kind, and every one of them has its place in the networks of the known configs."""
     rows = single_rows(folder(kind))
     modules = single_file.networks(folder(kind), rows)
-    whole = joined({name: weights_of(module.state_dict(), name) for name, module in modules.items()}, tuple(replace(row, spare=0) for row in rows))
+    whole = joined(
+        {name: weights_of(module.state_dict(), name) for name, module in modules.items()},
+        tuple(replace(row, spare=0) for row in rows),
+    )
     assert counts in (None, len(whole.infos))
     facts = detect(whole.shapes)
-    assert known.of_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(facts.encoders) == {row.prefix for row in rows[2:]}
-    parts = split(whole, rows, {name: {key: tuple(t.shape) for key, t in module.state_dict().items()} for name, module in modules.items()})
+    assert known.of_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(facts.encoders) == {
+        row.prefix for row in rows[2:]
+    }
+    parts = split(
+        whole,
+        rows,
+        {
+            name: {key: tuple(t.shape) for key, t in module.state_dict().items()}
+            for name, module in modules.items()
+        },
+    )
     assert {name: part.shapes for name, part in parts.items()} == {
         n: {k: tuple(t.shape) for k, t in m.state_dict().items()} for n, m in modules.items()
     }
@@ -205,36 +291,64 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
     monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", cached)
     bare = {}
     for name in ("xl", "first", "second"):
-        bare[name] = shutil.copytree(models[name], tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"))
+        bare[name] = shutil.copytree(
+            models[name],
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"),
+        )
     kinds = {"xl": "sdxl", "first": "sd1", "second": "sd2"}
     for name, kind in kinds.items():
-        monkeypatch.setattr(single_file.known, "of_checkpoint", lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind)
+        monkeypatch.setattr(
+            single_file.known,
+            "of_checkpoint",
+            lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind,
+        )
         monkeypatch.setattr(single_file.published, "folder", lambda kind, name=name: bare[name])
         assert load_family(file(models[name])).pipeline.startswith("StableDiffusion")
-        assert [settings["pad_token"] for _, settings in calls] == {"xl": ["<|endoftext|>", "!"], "first": ["<|endoftext|>"], "second": ["!"]}[name]
-        assert all(settings["local_files_only"] and settings["model_max_length"] == 16 for _, settings in calls)
+        assert [settings["pad_token"] for _, settings in calls] == {
+            "xl": ["<|endoftext|>", "!"],
+            "first": ["<|endoftext|>"],
+            "second": ["!"],
+        }[name]
+        assert all(
+            settings["local_files_only"] and settings["model_max_length"] == 16
+            for _, settings in calls
+        )
         assert ("does not tell a 512 model" in capsys.readouterr().err) == (name == "second")
         assert outline(file(models[name])) == outline(str(models[name]))
         to_folder(file(models[name]), tmp_path / f"{name}-folder")
         calls.clear()
-    assert {"tokenizer", "tokenizer_2"} <= {path.name for path in (tmp_path / "xl-folder").iterdir()}
+    assert {"tokenizer", "tokenizer_2"} <= {
+        path.name for path in (tmp_path / "xl-folder").iterdir()
+    }
 
 
 def test_without_a_tokenizer_it_is_said(tmp_path, monkeypatch, models):
     def nothing(*args, **settings):
         raise OSError("offline\nand more")
 
-    bare = shutil.copytree(models["first"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    bare = shutil.copytree(
+        models["first"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")
+    )
     monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", nothing)
     text = sentence(load_family, file(models["first"]), Loading(config=str(bare)))
     assert "openai/clip-vit-large-patch14 (offline)" in text and "--model-config" in text
 
 
 def test_known_schedulers():
-    expected = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sdxl": "epsilon", "sdxl-refiner": "epsilon", "flux-dev": "flow"}
+    expected = {
+        "sd1": "epsilon",
+        "sd2": "epsilon",
+        "sd2-v": "v_prediction",
+        "sdxl": "epsilon",
+        "sdxl-refiner": "epsilon",
+        "flux-dev": "flow",
+    }
     assert {kind: noise_of(str(folder(kind)), {}, 1024)[1] for kind in expected} == expected
     sigma = noise_of(str(folder("sdxl")), {})[0].level(torch.tensor([999]))
-    assert (sigma.sigma / sigma.alpha).item() == pytest.approx(14.6146, abs=1e-3)  # the largest of the scaled linear schedule
+    assert (sigma.sigma / sigma.alpha).item() == pytest.approx(
+        14.6146, abs=1e-3
+    )  # the largest of the scaled linear schedule
     assert all((folder(kind) / "model_index.json").is_file() for kind in KINDS)
 
 
@@ -248,38 +362,69 @@ def test_wrong_files_are_one_sentence(tmp_path, models):
     text = sentence(load_family, first, Loading(config=str(models["xl"])))
     assert "text_encoder" in text and first in text
     assert xl in sentence(load_family, xl, Loading(config=str(models["first"])))
-    assert "family or for another config" in sentence(load_family, file(models["inpainting"]), Loading(config=str(models["first"])))
+    assert "family or for another config" in sentence(
+        load_family, file(models["inpainting"]), Loading(config=str(models["first"]))
+    )
     assert "text_encoder" in sentence(load_family, first, Loading(config=str(models["second"])))
-    assert "nowhere.safetensors is not there" in sentence(load_family, str(tmp_path / "nowhere.safetensors"))
+    assert "nowhere.safetensors is not there" in sentence(
+        load_family, str(tmp_path / "nowhere.safetensors")
+    )
     assert "nowhere.ckpt is not there" in sentence(outline, str(tmp_path / "nowhere.ckpt"))
     data = Path(first).read_bytes()
     for cut in (0, 5, 300, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:cut])
-        assert "cut.safetensors" in sentence(load_family, str(tmp_path / "cut.safetensors"), Loading(config=str(models["first"])))
+        assert "cut.safetensors" in sentence(
+            load_family, str(tmp_path / "cut.safetensors"), Loading(config=str(models["first"]))
+        )
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     assert "--lora" in sentence(load_family, str(tmp_path / "lora.safetensors"))
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "flux.safetensors")
+    save_file(
+        {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "flux.safetensors"
+    )
     assert "Flux" in sentence(load_family, str(tmp_path / "flux.safetensors"))
     tensors = load_file(first)
     key = "model.diffusion_model.input_blocks.0.0.weight"
-    save_file({k: t for k, t in tensors.items() if k != "model.diffusion_model.out.2.bias"}, tmp_path / "less.safetensors")
-    assert "lacks 1 of" in sentence(load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"])))
+    save_file(
+        {k: t for k, t in tensors.items() if k != "model.diffusion_model.out.2.bias"},
+        tmp_path / "less.safetensors",
+    )
+    assert "lacks 1 of" in sentence(
+        load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"]))
+    )
     text_less = {k: t for k, t in tensors.items() if not k.startswith("cond_stage_model.")}
     save_file(text_less, tmp_path / "less.safetensors")
-    assert "no text_encoder" in sentence(load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"])))
+    assert "no text_encoder" in sentence(
+        load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"]))
+    )
     save_file(tensors | {key: tensors[key] * 1e6}, tmp_path / "huge.safetensors")
     half = Loading(config=str(models["first"]), dtype=torch.float16)
-    assert "conv_in.weight" in (text := sentence(load_family, str(tmp_path / "huge.safetensors"), half)) and "float16" in text
+    assert (
+        "conv_in.weight"
+        in (text := sentence(load_family, str(tmp_path / "huge.safetensors"), half))
+        and "float16" in text
+    )
 
 
 def test_settings_without_effect_are_refused(tmp_path, models):
     config = str(models["first"])
     assert "--model-config" in sentence(load_family, config, Loading(config=config))
-    assert "--model-config" in sentence(outline, config, config) and "--model-config" in sentence(noise_of, config, {}, 0, config)
-    assert "--max-sequence-length" in sentence(load_family, file(models["first"]), Loading(config=config, max_sequence_length=64))
-    assert "--clip-skip" in sentence(load_family, file(models["first"]), Loading(config=config, clip_skip=9))
+    assert "--model-config" in sentence(outline, config, config) and "--model-config" in sentence(
+        noise_of, config, {}, 0, config
+    )
+    assert "--max-sequence-length" in sentence(
+        load_family, file(models["first"]), Loading(config=config, max_sequence_length=64)
+    )
+    assert "--clip-skip" in sentence(
+        load_family, file(models["first"]), Loading(config=config, clip_skip=9)
+    )
     assert "unet/config.json" in sentence(
-        load_family, file(models["first"]), Loading(config=str(shutil.copytree(config, tmp_path / "c", ignore=shutil.ignore_patterns("unet"))))
+        load_family,
+        file(models["first"]),
+        Loading(
+            config=str(
+                shutil.copytree(config, tmp_path / "c", ignore=shutil.ignore_patterns("unet"))
+            )
+        ),
     )
     flux = tmp_path / "flux"
     flux.mkdir()
@@ -294,7 +439,9 @@ def test_half_precision_and_existing_outputs(tmp_path, models):
     family = load_family(str(path), Loading(config=str(models["first"])))
     assert family.modules["unet"].dtype == torch.float32
     assert "--overwrite" in sentence(save_single, str(models["first"]), path)
-    assert "--overwrite" in sentence(to_folder, file(models["first"]), models["first"], str(models["first"]))
+    assert "--overwrite" in sentence(
+        to_folder, file(models["first"]), models["first"], str(models["first"])
+    )
     load_family(str(models["first"]))  # the folder is as it was
 
 
@@ -309,8 +456,13 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
 
     monkeypatch.setattr(single_file, "snapshot_download", snapshot)
     ours = load_family(file(models["first"]), Loading(config="someone/tiny"))
-    assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(load_family(str(models["first"]))), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(outputs(ours), outputs(load_family(str(models["first"]))), strict=True)
+    )
     save_single("someone/tiny", tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(file(models["first"])).keys()
     assert asked == [("someone/tiny", False), ("someone/tiny", True)]
-    assert "no such repository" in sentence(load_family, file(models["first"]), Loading(config="someone/other"))
+    assert "no such repository" in sentence(
+        load_family, file(models["first"]), Loading(config="someone/other")
+    )

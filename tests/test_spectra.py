@@ -16,14 +16,20 @@ from merging.svd import Keep, Report, compress, distill, spectrum, total
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def adapter(shape, rank, groups=1, scale=0.5, seed=0, dtype=torch.float64):
     """A layer of weight shape [out, in / groups, ...]."""
     ones = [1] * (len(shape) - 2)
-    down = randn(rank, *shape[1:], seed=seed) * torch.logspace(0, -2, rank, dtype=torch.float64).view(-1, 1, *ones)
-    return LowRank(down.to(dtype), randn(shape[0], rank // groups, *ones, seed=seed + 1, dtype=dtype), scale)
+    down = randn(rank, *shape[1:], seed=seed) * torch.logspace(
+        0, -2, rank, dtype=torch.float64
+    ).view(-1, 1, *ones)
+    return LowRank(
+        down.to(dtype), randn(shape[0], rank // groups, *ones, seed=seed + 1, dtype=dtype), scale
+    )
 
 
 SHAPES = [((13, 7), 1), ((7, 13), 1), ((12, 5, 3, 3), 1), ((12, 4, 3, 2), 3), ((6, 1, 3, 3), 6)]
@@ -45,26 +51,38 @@ def test_compression_is_the_eckart_young_optimum(shape, groups, scale):
         assert error == pytest.approx(best, rel=1e-10, abs=1e-12)
         assert report.lost == pytest.approx(best, rel=1e-10, abs=1e-12)
         assert report.norm == pytest.approx(float(sigma.norm()), rel=1e-12)
-        balance = small.up.reshape(groups, shape[0] // groups, -1).norm(dim=1) / small.down.flatten(1).norm(dim=1).reshape(groups, -1)
+        balance = small.up.reshape(groups, shape[0] // groups, -1).norm(dim=1) / small.down.flatten(
+            1
+        ).norm(dim=1).reshape(groups, -1)
         torch.testing.assert_close(balance, torch.ones_like(balance), rtol=1e-9, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99)
+)
 def test_compression_of_any_shape(out, fan_in, rank, kept, seed):
     lr = adapter((out, fan_in), rank, seed=seed)
     small, report = compress(lr, Keep(rank=kept))
     sigma = torch.linalg.svdvals(product(lr))
-    assert float((product(small) - product(lr)).norm()) == pytest.approx(float(sigma[kept:].norm()), rel=1e-9, abs=1e-12 * float(sigma.norm()))
+    assert float((product(small) - product(lr)).norm()) == pytest.approx(
+        float(sigma[kept:].norm()), rel=1e-9, abs=1e-12 * float(sigma.norm())
+    )
     assert report.rank == min(kept, out, fan_in, rank)
 
 
 def test_svd_rebuilds_the_update_with_orthonormal_factors():
     lr = adapter((12, 4, 3, 2), 6, 3)
     u, sigma, vh = svd.svd(lr)
-    torch.testing.assert_close(u @ (sigma[..., None] * vh), product(lr).reshape(3, 4, 24), rtol=0, atol=1e-12)
-    torch.testing.assert_close(u.mT @ u, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12)
-    torch.testing.assert_close(vh @ vh.mT, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        u @ (sigma[..., None] * vh), product(lr).reshape(3, 4, 24), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        u.mT @ u, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        vh @ vh.mT, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12
+    )
 
 
 def test_single_precision_stays_at_the_optimum_and_half_factors_are_read_as_they_are():
@@ -96,11 +114,25 @@ def test_rank_beyond_the_update_keeps_all_and_zero_stays_zero():
     assert small.rank == report.rank == 4 and report.lost == 0
     torch.testing.assert_close(product(small), product(lr), rtol=0, atol=1e-12)
     nothing, report = compress(lr._replace(up=torch.zeros(5, 6)), Keep(max_error=0.1))
-    assert report == Report(1, 6, 0.0, 0.0) and report.error == 0 and report.energy == 1 and not product(nothing).any()
+    assert (
+        report == Report(1, 6, 0.0, 0.0)
+        and report.error == 0
+        and report.energy == 1
+        and not product(nothing).any()
+    )
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"rank": 4, "energy": 0.9}, {"rank": 0}, {"max_error": 1.5}, {"max_error": -0.1}, {"energy": -0.2}, {"energy": 1.1}]
+    "wrong",
+    [
+        {},
+        {"rank": 4, "energy": 0.9},
+        {"rank": 0},
+        {"max_error": 1.5},
+        {"max_error": -0.1},
+        {"energy": -0.2},
+        {"energy": 1.1},
+    ],
 )
 def test_keep_refuses_what_means_nothing(wrong):
     with pytest.raises(ValueError):
@@ -136,7 +168,11 @@ def test_a_dora_is_refused():
 
 def test_reports_of_layers_add_up_in_squares():
     both = total([Report(2, 4, 3.0, 0.3, 1e-4), Report(1, 4, 4.0, 0.4)])
-    assert both == Report(3, 8, 5.0, pytest.approx(0.5), 1e-4) and both.error == pytest.approx(0.1) and both.energy == pytest.approx(0.99)
+    assert (
+        both == Report(3, 8, 5.0, pytest.approx(0.5), 1e-4)
+        and both.error == pytest.approx(0.1)
+        and both.energy == pytest.approx(0.99)
+    )
     assert total([]) == Report(0, 0, 0.0, 0.0)
 
 
@@ -146,9 +182,19 @@ def test_distillation_at_sufficient_rank_is_exact(shape, groups, randomised):
     lr = adapter(shape, 2 * groups if groups < 6 else groups, groups, dtype=torch.float32)
     base = randn(*shape, seed=9, dtype=torch.float32)
     wished = delta(lr)
-    found, report = distill(wished, Keep(rank=lr.rank), groups=groups, generator=torch.Generator().manual_seed(0) if randomised else None)
+    found, report = distill(
+        wished,
+        Keep(rank=lr.rank),
+        groups=groups,
+        generator=torch.Generator().manual_seed(0) if randomised else None,
+    )
     assert float((product(found) - wished).norm() / wished.norm()) < 1e-6
-    assert report.error < 1e-6 and found.rank == lr.rank and found.down.shape == lr.down.shape and found.up.shape == lr.up.shape
+    assert (
+        report.error < 1e-6
+        and found.rank == lr.rank
+        and found.down.shape == lr.down.shape
+        and found.up.shape == lr.up.shape
+    )
     tuned, _ = distill((base + wished) - base, Keep(rank=lr.rank), groups=groups)
     assert float((product(tuned) - wished).norm() / wished.norm()) < 1e-5
 
@@ -158,7 +204,13 @@ SPECTRA = {
     "slow": torch.arange(1, 97) ** -0.5,
     "power": torch.arange(1, 97) ** -1.0,
     "geometric": 0.9 ** torch.arange(96),
-    "spikes": torch.cat([torch.full((5,), 10.0), torch.rand(91, generator=torch.Generator().manual_seed(1)).sort(descending=True).values + 0.2]),
+    "spikes": torch.cat(
+        [
+            torch.full((5,), 10.0),
+            torch.rand(91, generator=torch.Generator().manual_seed(1)).sort(descending=True).values
+            + 0.2,
+        ]
+    ),
     "signal in noise": torch.cat([torch.full((3,), 1e3), torch.linspace(1, 0, 93)]),
     "numerically exact": torch.cat([torch.linspace(3, 1, 12), torch.full((84,), 1e-9)]),
 }
@@ -179,7 +231,9 @@ def test_randomised_svd_is_near_the_optimum_and_its_estimate_covers_the_truth(na
         return
     assert error <= best * (1 + svd.EXCESS)
     assert error / best - 1 <= report.excess + 1e-9
-    assert report.lost == pytest.approx(error, rel=1e-9) and report.norm == pytest.approx(float(sigma.norm()), rel=1e-12)
+    assert report.lost == pytest.approx(error, rel=1e-9) and report.norm == pytest.approx(
+        float(sigma.norm()), rel=1e-12
+    )
 
 
 def test_randomised_svd_of_noise_which_has_no_gap_at_all():
@@ -195,7 +249,9 @@ def test_randomised_svd_that_does_not_converge_gives_way_to_the_exact_one(monkey
     matrix = randn(30, 20)
     found, report = distill(matrix, Keep(rank=3), generator=torch.Generator().manual_seed(0))
     assert report.excess == 0
-    assert float((product(found) - matrix).norm()) == pytest.approx(float(torch.linalg.svdvals(matrix)[3:].norm()), rel=1e-10)
+    assert float((product(found) - matrix).norm()) == pytest.approx(
+        float(torch.linalg.svdvals(matrix)[3:].norm()), rel=1e-10
+    )
 
 
 def test_randomised_svd_needs_a_rank():
@@ -207,5 +263,9 @@ def test_distillation_finds_the_rank_for_an_error_and_clamps_nothing():
     matrix = randn(30, 20)
     matrix[3, 4] = 1e3  # the entry a 99 % clamp would cut first
     found, report = distill(matrix, Keep(max_error=0.01))
-    assert float((product(found) - matrix).norm() / matrix.norm()) == pytest.approx(report.error, rel=1e-9) and report.error <= 0.01
+    assert (
+        float((product(found) - matrix).norm() / matrix.norm())
+        == pytest.approx(report.error, rel=1e-9)
+        and report.error <= 0.01
+    )
     assert math.isclose(float(product(found)[3, 4]), 1e3, rel_tol=1e-3)

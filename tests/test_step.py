@@ -21,7 +21,12 @@ ALL = ("denoiser", "text_encoder", "tokens")
 
 def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: None) -> None:
     config = replace(
-        config, accumulation=2, batch_size=1, stages=(Stage(1, ALL),), prior=Prior(swap={"TOK": "cat"}), adapter=Adapter(rank=2, dropout=0.1)
+        config,
+        accumulation=2,
+        batch_size=1,
+        stages=(Stage(1, ALL),),
+        prior=Prior(swap={"TOK": "cat"}),
+        adapter=Adapter(rank=2, dropout=0.1),
     )
     s = Session(config)
     stage = config.stages[0]
@@ -35,14 +40,26 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
     s.drawn = {}
     for part, given in zip(parts, ahead):
         on_the_spot = s.inputs(part, stage, 0)
-        assert all(torch.equal(a, b) for a, b in zip(cuda_graph.tensors(on_the_spot), cuda_graph.tensors(given), strict=True))
-    assert s.inputs(parts[0], stage, 1000) is not ahead[0]  # a step of one's own may ask for another draw
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(cuda_graph.tensors(on_the_spot), cuda_graph.tensors(given), strict=True)
+        )
+    assert (
+        s.inputs(parts[0], stage, 1000) is not ahead[0]
+    )  # a step of one's own may ask for another draw
     x = ahead[0]
-    assert isinstance(x.text, dict) and x.swapped is not None and x.rows is not None and x.step.item() == 0
+    assert (
+        isinstance(x.text, dict)
+        and x.swapped is not None
+        and x.rows is not None
+        and x.step.item() == 0
+    )
     assert len(cuda_graph.tensors(x)) >= 12
 
 
-def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(config: Config, quick: None) -> None:
+def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
+    config: Config, quick: None
+) -> None:
     seen: dict[str, set[torch.dtype]] = {"weight": set(), "out": set()}
 
     def watched(s: Session, *rest: object) -> Tensor:
@@ -50,20 +67,27 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(confi
             seen["weight"].add(m.weight.dtype)  # type: ignore[union-attr, arg-type]
             seen["out"].add(out.dtype)
 
-        handle = next(m for m in s.denoiser.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(look)
+        handle = next(
+            m for m in s.denoiser.modules() if isinstance(m, torch.nn.Conv2d)
+        ).register_forward_hook(look)
         try:
             return train.training_step(s, *rest)  # type: ignore[arg-type]
         finally:
             handle.remove()
 
-    exact, cast = train.train(config), train.train(replace(config, autocast=True, out=config.out + "_cast"), step=watched)
+    exact, cast = (
+        train.train(config),
+        train.train(replace(config, autocast=True, out=config.out + "_cast"), step=watched),
+    )
     assert seen == {"weight": {torch.float32}, "out": {torch.bfloat16}}
     a, b = (rows(run)[1]["loss"] for run in (exact, cast))
     assert a != b and a == pytest.approx(b, rel=0.03)
     assert all(value.dtype == torch.float32 for value in learned(cast).values())
 
 
-def test_compiled_blocks_share_graphs_and_train_alike(config: Config, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_share_graphs_and_train_alike(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the graph; blocks of one kind are not compiled apart."""
     compiled: list[object] = []
     in_place = torch.nn.Module.compile
@@ -79,9 +103,16 @@ def test_compiled_blocks_share_graphs_and_train_alike(config: Config, quick: Non
     torch._dynamo.utils.counters.clear()
     run = train.train(replace(config, compile=True))
     stats = torch._dynamo.utils.counters["stats"]
-    assert len(compiled) == 4  # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no gradient
-    assert 0 < stats["unique_graphs"] <= 6 and not torch._dynamo.utils.counters["graph_break"]  # 2 in validation, 4 in training
-    assert distance(learned(train.train(replace(config, out=config.out + "_eager"))), learned(run)) < 1e-4
+    assert (
+        len(compiled) == 4
+    )  # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no gradient
+    assert (
+        0 < stats["unique_graphs"] <= 6 and not torch._dynamo.utils.counters["graph_break"]
+    )  # 2 in validation, 4 in training
+    assert (
+        distance(learned(train.train(replace(config, out=config.out + "_eager"))), learned(run))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.full)])
@@ -89,7 +120,12 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
     config: Config, quick: None, patched_once: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     stage = Stage(3, ("denoiser", "tokens"))
-    config = replace(config, adapter=Adapter(rank=3, kind=kind), stages=(stage,), optimizer=Optimizer(name="prodigy", args={"d0": 1e-4}))
+    config = replace(
+        config,
+        adapter=Adapter(rank=3, kind=kind),
+        stages=(stage,),
+        optimizer=Optimizer(name="prodigy", args={"d0": 1e-4}),
+    )
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
     for kernels in ("reference", "triton"):
@@ -99,7 +135,10 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
             runs[kernels] = train.train(replace(config, out=f"{config.out}_{kernels}"))
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
-    ours, exact = (torch.cat([p.flatten() for p in learned(run).values()]) for run in (runs["triton"], runs["reference"]))
+    ours, exact = (
+        torch.cat([p.flatten() for p in learned(run).values()])
+        for run in (runs["triton"], runs["reference"])
+    )
     assert (ours - exact).norm() < 1e-5 * exact.norm()
 
 

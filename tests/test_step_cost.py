@@ -37,7 +37,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) ->
 def test_a_graph_counted_by_hand() -> None:
     x, weight = meta(4, 8), meta(16, 8)
     with Counter() as counter:
-        y = F.linear(x, weight)  # a view of the weight and mm: reads 4 x 8 and 16 x 8, writes 4 x 16
+        y = F.linear(
+            x, weight
+        )  # a view of the weight and mm: reads 4 x 8 and 16 x 8, writes 4 x 16
         z = (y + 1).relu_()  # reads and writes 4 x 16, twice
         z.sum()  # reads 4 x 16, writes one
     tally = counter.tally
@@ -60,7 +62,10 @@ def test_backward_is_counted_too() -> None:
     [
         (lambda x: x + x, 2 * 32),  # the same tensor is read once
         (lambda x: x + x[:1].expand(4, 8), 32 + 8 + 32),  # what broadcasting repeats, once
-        (lambda x: torch.empty(4, 8, device="meta").copy_(x), 2 * 32),  # copies do not read their target
+        (
+            lambda x: torch.empty(4, 8, device="meta").copy_(x),
+            2 * 32,
+        ),  # copies do not read their target
         (lambda x: x.zero_(), 32),
         (lambda x: torch.zeros_like(x), 32),
         (lambda x: x.to(torch.bfloat16), 32 + 16),
@@ -100,12 +105,16 @@ def _only_in_a_test(x: Tensor) -> Tensor:
 def test_a_custom_op_costs_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LookupError, match="only_in_a_test declares no cost"), Counter():
         _only_in_a_test(torch.ones(3))
-    monkeypatch.setitem(kernels.COSTS, "lora_core::only_in_a_test", lambda x: kernels.Cost(2, 10 * len(x)))
+    monkeypatch.setitem(
+        kernels.COSTS, "lora_core::only_in_a_test", lambda x: kernels.Cost(2, 10 * len(x))
+    )
     x = torch.ones(3)
     with Counter() as counter:
         _only_in_a_test(x)
     assert (counter.tally.ops, counter.tally.bytes, counter.tally.elementwise) == (2, 30, 30)
-    monkeypatch.setitem(kernels.COSTS, "lora_core::only_in_a_test", lambda x: kernels.Cost(1, 10, True))
+    monkeypatch.setitem(
+        kernels.COSTS, "lora_core::only_in_a_test", lambda x: kernels.Cost(1, 10, True)
+    )
     with Counter() as counter:
         _only_in_a_test(x)
     assert (counter.tally.ops, counter.tally.bytes, counter.tally.elementwise) == (1, 10, 0)
@@ -149,13 +158,19 @@ def test_attention_and_norm_are_one_op_each_way() -> None:
             pass
         before = counter.tally.ops
         norm(q).backward(q.detach())
-    assert counter.tally.classes["attention"].ops == before - 1 == 2  # and the fill of the norm's weight
+    assert (
+        counter.tally.classes["attention"].ops == before - 1 == 2
+    )  # and the fill of the norm's weight
     assert counter.tally.ops - before == 3  # the gradient is added to the one that is there
 
 
 def test_rms_norm_is_torchs() -> None:
     torch.manual_seed(0)
-    x, dy, weight = torch.randn(3, 5, 8, dtype=torch.float64).float().requires_grad_(), torch.randn(3, 5, 8), torch.randn(8)
+    x, dy, weight = (
+        torch.randn(3, 5, 8, dtype=torch.float64).float().requires_grad_(),
+        torch.randn(3, 5, 8),
+        torch.randn(8),
+    )
     expected = F.rms_norm(x, (8,), weight, 1e-6)
     (gradient,) = torch.autograd.grad(expected, x, dy)
     with as_cuda():
@@ -172,11 +187,27 @@ def tiny() -> Step:
     with torch.device("meta"):
         model = tiny_sdxl.unet().to(torch.bfloat16).requires_grad_(False).train()
         told = {"text_embeds": torch.empty(2, tiny_sdxl.POOLED), "time_ids": torch.empty(2, 6)}
-        inputs = {"sample": torch.empty(2, 4, 8, 8), "encoder_hidden_states": torch.empty(2, 16, sum(tiny_sdxl.WIDTHS))}
+        inputs = {
+            "sample": torch.empty(2, 4, 8, 8),
+            "encoder_hidden_states": torch.empty(2, 16, sum(tiny_sdxl.WIDTHS)),
+        }
     wide = {key: value.to(torch.bfloat16) for key, value in inputs.items()}
     cond = {key: value.to(torch.bfloat16) for key, value in told.items()}
-    paths = tuple(name for name, _ in model.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0")))
-    return Step(model, {**wide, "timestep": torch.empty(2, device="meta"), "added_cond_kwargs": cond, "return_dict": False}, paths)
+    paths = tuple(
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    )
+    return Step(
+        model,
+        {
+            **wide,
+            "timestep": torch.empty(2, device="meta"),
+            "added_cond_kwargs": cond,
+            "return_dict": False,
+        },
+        paths,
+    )
 
 
 class Seen:
@@ -200,7 +231,9 @@ def test_a_frozen_step_by_the_networks_layers() -> None:
     step = tiny()
     linear, conv = Seen(step, (nn.Linear,)), Seen(step, (nn.Conv2d,))
     classes = _classes(figures(step, "frozen", rank=2).operators)
-    assert classes["product"] == linear.calls + linear.carrying  # x W^T, and dy W where a gradient flows on
+    assert (
+        classes["product"] == linear.calls + linear.carrying
+    )  # x W^T, and dy W where a gradient flows on
     assert classes["convolution"] == conv.calls + conv.carrying
     assert classes["attention"] == 2 * len(step.paths) // 4
 
@@ -241,9 +274,12 @@ def frozen_xl() -> step_cost.Figures:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ops", "elementwise", "kept"), [pytest.param("lora", 1.6, 1.05, 1.15, marks=pytest.mark.full), ("dora", 2.0, 1.3, 1.3)]
+    ("kind", "ops", "elementwise", "kept"),
+    [pytest.param("lora", 1.6, 1.05, 1.15, marks=pytest.mark.full), ("dora", 2.0, 1.3, 1.3)],
 )
-def test_a_step_of_sdxl(frozen_xl: step_cost.Figures, kind: str, ops: float, elementwise: float, kept: float) -> None:
+def test_a_step_of_sdxl(
+    frozen_xl: step_cost.Figures, kind: str, ops: float, elementwise: float, kept: float
+) -> None:
     ours = figures(step_cost.network("sdxl"), f"triton {kind}")
     assert ours.ops <= ops * frozen_xl.ops
     assert ours.elementwise <= elementwise * frozen_xl.elementwise
@@ -252,14 +288,23 @@ def test_a_step_of_sdxl(frozen_xl: step_cost.Figures, kind: str, ops: float, ele
 
 def test_pefts_step_of_sd15_is_the_published_one() -> None:
     """performance.md: 1,768 ops more than frozen and 4.3 GB of elementwise traffic (1.0 ms at 4.3 TB/s)."""
-    frozen, peft = (figures(step_cost.network("sd15"), variant) for variant in ("frozen", "peft lora"))
+    frozen, peft = (
+        figures(step_cost.network("sd15"), variant) for variant in ("frozen", "peft lora")
+    )
     assert peft.ops - frozen.ops == pytest.approx(1768, rel=0.01)
     assert peft.elementwise - frozen.elementwise == pytest.approx(4.3e9, rel=0.02)
 
 
 def test_the_published_sizes() -> None:
-    assert [len(published_networks.layers(name)) for name in published_networks.NAMES] == [128, 560, 266]
-    assert len(published_networks.tensor_shapes("sdxl")) == 1120 and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
+    assert [len(published_networks.layers(name)) for name in published_networks.NAMES] == [
+        128,
+        560,
+        266,
+    ]
+    assert (
+        len(published_networks.tensor_shapes("sdxl")) == 1120
+        and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
+    )
     assert sum(published_networks.linear_shapes("sd15").values()) == 128
     assert published_networks.linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
 
@@ -273,20 +318,41 @@ def test_the_network_on_the_cpu_is_finite() -> None:
 
 def test_the_optimisers() -> None:
     found = step_cost.optimizers([(2, 3), (4, 2)] * 5)
-    assert (found["prodigyopt"].ops, found["prodigyopt"].syncs) == (13 * 10, 2 * 10)  # 14,560 and 2,240 for 1,120 tensors
+    assert (found["prodigyopt"].ops, found["prodigyopt"].syncs) == (
+        13 * 10,
+        2 * 10,
+    )  # 14,560 and 2,240 for 1,120 tensors
     assert (found["ours Prodigy triton"].syncs, found["ours AdamW triton"].syncs) == (0, 0)
     assert 2 <= found["ours Prodigy triton"].ops <= 8 and 1 <= found["ours AdamW triton"].ops <= 8
 
 
-def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "cost.json"
     monkeypatch.setattr(step_cost, "network", lambda name, batch: tiny())
     monkeypatch.setattr(published_networks, "tensor_shapes", lambda name, rank: [(rank, 3)])
-    monkeypatch.setattr("sys.argv", ["step_cost", "--model", "sd15", "--variant", "peft lora", "--rank", "2", "--json", str(file)])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "step_cost",
+            "--model",
+            "sd15",
+            "--variant",
+            "peft lora",
+            "--rank",
+            "2",
+            "--json",
+            str(file),
+        ],
+    )
     step_cost.main()
     report = json.loads(file.read_text())["models"]["sd15"]
     assert set(report["step"]) == {"frozen", "peft lora"} and report["linears"] == 128
-    assert {key: report["optimizer"]["prodigyopt"][key] for key in ("calls", "syncs")} == {"calls": 13, "syncs": 2}
+    assert {key: report["optimizer"]["prodigyopt"][key] for key in ("calls", "syncs")} == {
+        "calls": 13,
+        "syncs": 2,
+    }
     assert f"{report['step']['peft lora']['ops']:,}" in capsys.readouterr().out
 
 
@@ -301,7 +367,9 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []  # of all calls but views, allocations and copies from the host, in order
+        self.names: list[
+            str
+        ] = []  # of all calls but views, allocations and copies from the host, in order
         self.inside: list[tuple[str, int, kernels.Cost, tuple[int, int]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -323,9 +391,16 @@ class Watch(TorchDispatchMode):
             out = OPDEFS[name]._init_fn(*args, **kwargs)
         given = {t: touched(t) for t in tensors}
         most = traffic(func, args, kwargs, out)
-        mutated = {t for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args) for t in _tensors(args[i])}
+        mutated = {
+            t
+            for i, a in enumerate(func._schema.arguments)
+            if a.is_write and i < len(args)
+            for t in _tensors(args[i])
+        }
         least = most - sum(given[t] for t in mutated)  # what is written in place need not be read
-        self.inside.append((name, len(LAUNCHES) - before + counter.tally.ops, declared, (least, most)))
+        self.inside.append(
+            (name, len(LAUNCHES) - before + counter.tally.ops, declared, (least, most))
+        )
         return out
 
 
@@ -347,19 +422,41 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
 
 
-def _member(example: tuple[Any, ...], *, dora: bool, bias: bool = True, drop: bool = False, plain: bool = False) -> tuple[Any, ...]:
+def _member(
+    example: tuple[Any, ...],
+    *,
+    dora: bool,
+    bias: bool = True,
+    drop: bool = False,
+    plain: bool = False,
+) -> tuple[Any, ...]:
     x, weight, offset, down, up, scale = example
     norm = reference.dora_norm(weight, down, up, scale) if dora else None
     magnitude = None if norm is None else (1.1 * norm).requires_grad_()
     rows = torch.arange(len(x), device=x.device)
     dropped = Drop(0.25, 3, 5, torch.tensor(2, device=x.device), rows) if drop else None
-    return x, None if plain else weight, offset if bias and not plain else None, down, up, scale, magnitude, norm, dropped
+    return (
+        x,
+        None if plain else weight,
+        offset if bias and not plain else None,
+        down,
+        up,
+        scale,
+        magnitude,
+        norm,
+        dropped,
+    )
 
 
 def _grouped(example: tuple[Any, ...], *, dora: bool) -> tuple[Any, ...]:
     x, members = example
-    norms = [reference.dora_norm(m.weight, m.down, m.up, m.scale) if dora else None for m in members]
-    return x, tuple(m._replace(norm=n, magnitude=None if n is None else (1.1 * n).requires_grad_()) for m, n in zip(members, norms))
+    norms = [
+        reference.dora_norm(m.weight, m.down, m.up, m.scale) if dora else None for m in members
+    ]
+    return x, tuple(
+        m._replace(norm=n, magnitude=None if n is None else (1.1 * n).requires_grad_())
+        for m, n in zip(members, norms)
+    )
 
 
 def _half(example: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -369,7 +466,14 @@ def _half(example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _conv(device: str, side: int) -> tuple[Any, ...]:
     shapes = (2, 6, 7, 9), (4, 6, side, side), (4,), (3, 6, side, side), (4, 3, 1, 1)
-    return *(torch.ones(shape, device=device) for shape in shapes), 0.5, (1, 1), (side // 2, side // 2), (1, 1), 1
+    return (
+        *(torch.ones(shape, device=device) for shape in shapes),
+        0.5,
+        (1, 1),
+        (side // 2, side // 2),
+        (1, 1),
+        1,
+    )
 
 
 def _example(name: str) -> Callable[[str], tuple[Any, ...]]:
@@ -377,13 +481,27 @@ def _example(name: str) -> Callable[[str], tuple[Any, ...]]:
 
 
 LINEAR, GROUPED = _example("lora_linear"), _example("lora_grouped")
-CASES: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {  # title -> op, its arguments on a device
+CASES: dict[
+    str, tuple[str, Callable[[str], tuple[Any, ...]]]
+] = {  # title -> op, its arguments on a device
     **{name: (name, _example(name)) for name in OPS},
-    "linear, no bias": ("lora_linear", lambda device: _member(LINEAR(device), dora=False, bias=False)),
-    "linear, dropout": ("lora_linear", lambda device: _member(LINEAR(device), dora=False, drop=True)),
-    "linear, update alone": ("lora_linear", lambda device: _member(LINEAR(device), dora=False, plain=True)),
+    "linear, no bias": (
+        "lora_linear",
+        lambda device: _member(LINEAR(device), dora=False, bias=False),
+    ),
+    "linear, dropout": (
+        "lora_linear",
+        lambda device: _member(LINEAR(device), dora=False, drop=True),
+    ),
+    "linear, update alone": (
+        "lora_linear",
+        lambda device: _member(LINEAR(device), dora=False, plain=True),
+    ),
     "linear, DoRA": ("lora_linear", lambda device: _member(LINEAR(device), dora=True)),
-    "linear, DoRA with dropout, no bias": ("lora_linear", lambda device: _member(LINEAR(device), dora=True, bias=False, drop=True)),
+    "linear, DoRA with dropout, no bias": (
+        "lora_linear",
+        lambda device: _member(LINEAR(device), dora=True, bias=False, drop=True),
+    ),
     "linear, bf16": ("lora_linear", lambda device: _half(LINEAR(device))),
     "grouped, DoRA": ("lora_grouped", lambda device: _grouped(GROUPED(device), dora=True)),
     "conv, 3x3": ("lora_conv", lambda device: _conv(device, 3)),
@@ -400,9 +518,15 @@ def _train(name: str, args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of the arguments that get a gradient; none in ops that work in place."""
     if name.endswith("_step"):
         return []
-    chosen = [arg for i, arg in enumerate(args) if i not in FROZEN.get(name, ()) and isinstance(arg, Tensor)]
+    chosen = [
+        arg
+        for i, arg in enumerate(args)
+        if i not in FROZEN.get(name, ()) and isinstance(arg, Tensor)
+    ]
     if name == "lora_grouped":
-        chosen += [tensor for m in args[1] for tensor in (m.down, m.up, m.magnitude) if tensor is not None]
+        chosen += [
+            tensor for m in args[1] for tensor in (m.down, m.up, m.magnitude) if tensor is not None
+        ]
     return [tensor.requires_grad_() for tensor in chosen if tensor.is_floating_point()]
 
 
@@ -414,7 +538,9 @@ def _watch(mode: str, name: str, args: tuple[Any, ...]) -> Watch:
             out = kernels.call(name, *args)
             outs = [one for one in _tensors(out) if one.requires_grad]
             if outs:
-                torch.autograd.grad(outs, trained, [one.detach() for one in outs], allow_unused=True)
+                torch.autograd.grad(
+                    outs, trained, [one.detach() for one in outs], allow_unused=True
+                )
     return watch
 
 
@@ -440,7 +566,9 @@ def test_each_declaration_is_what_happens(title: str, counted_launches: None) ->
 
 def test_the_factored_norm_declares_what_it_calls() -> None:
     weight, down, up, scale = OPS["dora_norm"].example()
-    ((_, launches, declared, _),) = _watch("fused", "dora_norm", (weight, down, 0.01 * up, scale)).inside  # no row of which is computed twice
+    ((_, launches, declared, _),) = _watch(
+        "fused", "dora_norm", (weight, down, 0.01 * up, scale)
+    ).inside  # no row of which is computed twice
     assert launches == declared.launches
 
 

@@ -15,10 +15,23 @@ from tests.test_listing import kohya, save
 from training.run_summary import Length, describe
 
 
-def told(folder: Path, *, words: tuple[str, ...] = (), prior: Folder | None = None, length: Length | None = None, **how: object) -> list[str]:
+def told(
+    folder: Path,
+    *,
+    words: tuple[str, ...] = (),
+    prior: Folder | None = None,
+    length: Length | None = None,
+    **how: object,
+) -> list[str]:
     records = scan(folder, **how)  # type: ignore[arg-type]
     made = Folder(records, ImageSettings(8))
-    text = describe(made, prior, make_abstractions(words) if words else (), length or Length(10, 2, 3), dataset.unused(folder, records))
+    text = describe(
+        made,
+        prior,
+        make_abstractions(words) if words else (),
+        length or Length(10, 2, 3),
+        dataset.unused(folder, records),
+    )
     text.encode()  # can be printed
     return text.splitlines()
 
@@ -31,7 +44,15 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(text)
     for name in "abcde":
         (tmp_path / f"{name}.svg").write_bytes(b"x")
-    prior = Folder(scan(save(tmp_path / "class" / "c.png").parent, captions="one", caption="a dog", is_prior=True), ImageSettings(8))
+    prior = Folder(
+        scan(
+            save(tmp_path / "class" / "c.png").parent,
+            captions="one",
+            caption="a dog",
+            is_prior=True,
+        ),
+        ImageSettings(8),
+    )
     lines = told(tmp_path, words=("TOK",), prior=prior, masks="auto", caption="photo of TOK")
     assert lines == [
         f"images: 4 in {tmp_path}, 8 x 8 pixels",
@@ -52,14 +73,21 @@ def test_repeats_of_folders_and_names_that_are_no_utf8_are_said(tmp_path: Path) 
     os.mkdir(os.fsencode(root) + b"/caf\xe9")
     save(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9")) / "0.png")
     lines = told(root)
-    assert lines[0] == f"images: 3 in {root}, 23 with repeats (10_ohwx dog x 10, 3_TOK x 3), 8 x 8 pixels"
+    assert (
+        lines[0]
+        == f"images: 3 in {root}, 23 with repeats (10_ohwx dog x 10, 3_TOK x 3), 8 x 8 pixels"
+    )
     assert lines[1] == "captions: 2 from the folder's name, 1 from .caption files"
     assert lines[-1] == "left out, sub-folders: caf\\xe9/ (1 image)"
     assert lines[-2] == "training: 10 steps of 6 images (2 x 3), 2.61 epochs of 23"
 
 
 def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    for encoding, shown in (("ascii", "caf\\xe9 \\u732b \\xe9"), ("cp1252", "café \\u732b \\xe9"), ("utf-8", "café 猫 \\xe9")):
+    for encoding, shown in (
+        ("ascii", "caf\\xe9 \\u732b \\xe9"),
+        ("cp1252", "café \\u732b \\xe9"),
+        ("utf-8", "café 猫 \\xe9"),
+    ):
         stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stdout)
         say("café 猫 \udce9")
@@ -72,7 +100,9 @@ def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
         save(tmp_path / f"{i}.png", i)
     records = scan(tmp_path, caption="x")
     folder = Folder(records, ImageSettings(64, buckets=True))
-    assert "20 steps of 2 images, 10 epochs of 3" in describe(folder, None, (), Length(20, 2, 1), {})
+    assert "20 steps of 2 images, 10 epochs of 3" in describe(
+        folder, None, (), Length(20, 2, 1), {}
+    )
 
 
 def test_images_that_a_table_leaves_out_are_counted_in_their_folder(tmp_path: Path) -> None:

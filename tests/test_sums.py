@@ -31,11 +31,20 @@ def test_concat_is_the_exact_weighted_sum(shape, groups):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.floats(-4, 4), st.integers(1, 5), st.floats(-8, 8), st.integers(0, 999)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.floats(-4, 4), st.integers(1, 5), st.floats(-8, 8), st.integers(0, 999)),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_concat_of_any_ranks_scales_and_signs(rows):
     terms = [(weight, adapter((6, 9), rank, 1, scale, seed)) for weight, rank, scale, seed in rows]
     size = 1 + sum(abs(weight) * float(delta(lr).norm()) for weight, lr in terms)
-    assert float((product(concat(terms)) - sum(weight * delta(lr) for weight, lr in terms)).norm()) <= 1e-13 * size
+    assert (
+        float((product(concat(terms)) - sum(weight * delta(lr) for weight, lr in terms)).norm())
+        <= 1e-13 * size
+    )
 
 
 def test_concat_balances_by_powers_of_two_so_that_half_precision_holds_it():
@@ -44,13 +53,20 @@ def test_concat_balances_by_powers_of_two_so_that_half_precision_holds_it():
     assert 0.25 < float(joined.up.abs().max() / joined.down.abs().max()) < 4
     assert torch.equal(product(joined), product(lopsided))
     halved = LowRank(joined.down.half(), joined.up.half(), 1.0)
-    torch.testing.assert_close(product(halved).double(), product(lopsided), rtol=0, atol=2e-3 * float(product(lopsided).abs().max()))
+    torch.testing.assert_close(
+        product(halved).double(),
+        product(lopsided),
+        rtol=0,
+        atol=2e-3 * float(product(lopsided).abs().max()),
+    )
     assert not product(concat([(1.0, lopsided._replace(up=torch.zeros(5, 3)))])).any()
 
 
 def test_concat_refuses_dora_and_other_layers():
     with pytest.raises(UserError, match="give the base model or fold"):
-        concat([(1.0, adapter((5, 4), 2)), (1.0, adapter((5, 4), 2)._replace(magnitude=torch.ones(5)))])
+        concat(
+            [(1.0, adapter((5, 4), 2)), (1.0, adapter((5, 4), 2)._replace(magnitude=torch.ones(5)))]
+        )
     for other in ((5, 3), (6, 4), (5, 4, 1, 1)):
         with pytest.raises(UserError, match="different layers"):
             concat([(1.0, adapter((5, 4), 2)), (1.0, adapter(other, 2))])
@@ -67,7 +83,12 @@ def test_lpl_of_a_file_with_itself_squares_the_strength(shape, groups):
 def test_lpl_has_the_cross_terms_that_the_sum_has_not():
     a, b = adapter((6, 9), 3, scale=1.0), adapter((6, 9), 3, scale=1.0, seed=7)
     cross = a.up @ b.down + b.up @ a.down
-    torch.testing.assert_close(product(lpl(a, b, 0.3, 0.8)), 0.09 * delta(a) + 0.64 * delta(b) + 0.24 * cross, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        product(lpl(a, b, 0.3, 0.8)),
+        0.09 * delta(a) + 0.64 * delta(b) + 0.24 * cross,
+        rtol=0,
+        atol=1e-12,
+    )
     wished = 0.3 * delta(a) + 0.8 * delta(b)
     assert float((product(lpl(a, b, 0.3, 0.8)) - wished).norm() / wished.norm()) > 0.1
 
@@ -92,17 +113,36 @@ def test_lpl_refuses_ranks_that_differ_and_names_mix():
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.6, 1.0])
 def test_slerp_walks_the_great_circle(t):
     a, b = adapter((6, 9), 3), adapter((6, 9), 2, seed=7)
-    b = b._replace(scale=b.scale * float(product(a).norm() / product(b).norm()))  # of equal norm, so it stays on the sphere
-    point, angle = product(slerp(a, b, t)), math.acos(float((product(a) * product(b)).sum() / product(a).norm() / product(b).norm()))
+    b = b._replace(
+        scale=b.scale * float(product(a).norm() / product(b).norm())
+    )  # of equal norm, so it stays on the sphere
+    point, angle = (
+        product(slerp(a, b, t)),
+        math.acos(float((product(a) * product(b)).sum() / product(a).norm() / product(b).norm())),
+    )
     assert float(point.norm()) == pytest.approx(float(product(a).norm()), rel=1e-12)
-    assert float((point * product(a)).sum() / point.norm() ** 2) == pytest.approx(math.cos(t * angle), abs=1e-12)
+    assert float((point * product(a)).sum() / point.norm() ** 2) == pytest.approx(
+        math.cos(t * angle), abs=1e-12
+    )
 
 
 def test_slerp_of_parallel_updates_is_linear():
     a = adapter((6, 9), 3)
-    torch.testing.assert_close(product(slerp(a, a._replace(scale=2 * a.scale), 0.25)), 1.25 * product(a), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(product(slerp(a, a._replace(scale=-a.scale), 0.25)), 0.5 * product(a), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(product(slerp(a, a._replace(scale=0.0), 0.25)), 0.75 * product(a), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        product(slerp(a, a._replace(scale=2 * a.scale), 0.25)),
+        1.25 * product(a),
+        rtol=1e-12,
+        atol=1e-13,
+    )
+    torch.testing.assert_close(
+        product(slerp(a, a._replace(scale=-a.scale), 0.25)),
+        0.5 * product(a),
+        rtol=1e-12,
+        atol=1e-13,
+    )
+    torch.testing.assert_close(
+        product(slerp(a, a._replace(scale=0.0), 0.25)), 0.75 * product(a), rtol=1e-12, atol=1e-13
+    )
 
 
 def in_peft(layer, adapters):
@@ -125,10 +165,15 @@ def in_peft(layer, adapters):
 @pytest.mark.parametrize("shape", [(24, 16), (24, 16, 3, 3)])
 def test_sums_equal_pefts(shape):
     layer = nn.Linear(16, 24) if len(shape) == 2 else nn.Conv2d(16, 24, 3)
-    adapters = [adapter(shape, 4, dtype=torch.float32), adapter(shape, 4, scale=2.0, seed=5, dtype=torch.float32)]
+    adapters = [
+        adapter(shape, 4, dtype=torch.float32),
+        adapter(shape, 4, scale=2.0, seed=5, dtype=torch.float32),
+    ]
     model = in_peft(layer, adapters)
     terms = [(0.7, adapters[0]), (-0.4, adapters[1])]
     for kind, ours in (("cat", concat(terms)), ("svd", compress(concat(terms), Keep(rank=3))[0])):
-        model.add_weighted_adapter(["a0", "a1"], [0.7, -0.4], kind, combination_type=kind, svd_rank=3)
+        model.add_weighted_adapter(
+            ["a0", "a1"], [0.7, -0.4], kind, combination_type=kind, svd_rank=3
+        )
         theirs = model.base_model.model["layer"].get_delta_weight(kind)
         torch.testing.assert_close(product(ours), theirs, rtol=0, atol=2e-5)

@@ -59,7 +59,11 @@ def test_names_are_numbered_through_all_abstractions():
     first, second = make_abstractions({"TOK": "dog", "TOK2": "zero"}, vectors=3)
     assert (first.names, second.names) == (("<s0>", "<s1>", "<s2>"), ("<s3>", "<s4>", "<s5>"))
     assert (first.init, second.init) == ("dog", "zero")
-    assert make_abstractions(["TOK"], vectors=1) == make_abstractions("TOK", vectors=1) == (Abstraction("TOK", ("<s0>",), "random"),)
+    assert (
+        make_abstractions(["TOK"], vectors=1)
+        == make_abstractions("TOK", vectors=1)
+        == (Abstraction("TOK", ("<s0>",), "random"),)
+    )
 
 
 @pytest.mark.parametrize("order", [("TOK", "TOK2"), ("TOK2", "TOK")])
@@ -75,7 +79,9 @@ def test_bind_never_corrupts_an_undeclared_longer_word_and_replaces_once():
     assert bind("A B", chain) == "B <x>"
     assert bind("一张TOK的照片", make_abstractions(["TOK"], vectors=1)) == "一张<s0>的照片"
     assert bind("a <*> b", make_abstractions(["<*>"], vectors=1)) == "a <s0> b"
-    assert bind("a TOK cat", make_abstractions(["TOK", "TOK cat"], vectors=1)) == "a <s1>"  # longest, though both are whole words
+    assert (
+        bind("a TOK cat", make_abstractions(["TOK", "TOK cat"], vectors=1)) == "a <s1>"
+    )  # longest, though both are whole words
     assert bind("anything", ()) == "anything"
 
 
@@ -105,8 +111,16 @@ def test_learned_tokens_beyond_the_tokenizers_limit_are_told_apart(tokenizer):
     install(encoder(tokenizer), tokenizer, made, seed=0)
     cut = lambda caption: tokens.cut_words(caption, made, tokenizer, 16)  # noqa: E731
     assert cut("a photo of TOK") == {"<s0>": False, "<s1>": False}
-    assert cut("a " * 13 + "TOK") == {"<s0>": False, "<s1>": True}  # 14 tokens beside the special ones
-    assert cut("TOK " + "a " * 13 + "CAT") == {"<s0>": False, "<s1>": False, "<s2>": True, "<s3>": True}
+    assert cut("a " * 13 + "TOK") == {
+        "<s0>": False,
+        "<s1>": True,
+    }  # 14 tokens beside the special ones
+    assert cut("TOK " + "a " * 13 + "CAT") == {
+        "<s0>": False,
+        "<s1>": False,
+        "<s2>": True,
+        "<s3>": True,
+    }
     assert cut("a " * 12 + "TOK TOK") == {"<s0>": True, "<s1>": True}  # the second time
     assert cut("a dog") == {}
 
@@ -123,7 +137,16 @@ def test_each_word_may_have_its_own_number_of_vectors():
 
 
 @pytest.mark.parametrize(
-    "words, vectors", [([], 1), (["TOK", "TOK"], 1), ([""], 1), ([" TOK"], 1), (["TOK"], 0), (["TOK"], [1, 2]), (["TOK", "B"], [1, 0])]
+    "words, vectors",
+    [
+        ([], 1),
+        (["TOK", "TOK"], 1),
+        ([""], 1),
+        ([" TOK"], 1),
+        (["TOK"], 0),
+        (["TOK"], [1, 2]),
+        (["TOK", "B"], [1, 0]),
+    ],
 )
 def test_bad_abstractions_are_refused(words, vectors):
     with pytest.raises(UserError):
@@ -158,7 +181,9 @@ def test_ids_follow_the_tokenizer_when_the_table_is_longer(tokenizer):
 
 
 def test_tied_embeddings_of_an_encoder_with_two_names_for_its_table(tokenizer):
-    model = T5EncoderModel(T5Config(vocab_size=80, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+    model = T5EncoderModel(
+        T5Config(vocab_size=80, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
     before = model(torch.arange(4)[None]).last_hidden_state
     embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
     assert model.shared is embedding and model.encoder.embed_tokens is embedding
@@ -168,7 +193,12 @@ def test_tied_embeddings_of_an_encoder_with_two_names_for_its_table(tokenizer):
 
 
 def test_output_has_the_tables_dtype_and_the_rows_stay_fp32(tokenizer):
-    embedding = install(encoder(tokenizer).to(torch.bfloat16), tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+    embedding = install(
+        encoder(tokenizer).to(torch.bfloat16),
+        tokenizer,
+        make_abstractions(["TOK"], vectors=1),
+        seed=0,
+    )
     out = embedding(torch.tensor([0, embedding.first_id]))
     assert out.dtype == torch.bfloat16 and embedding.rows.dtype == torch.float32
     assert torch.equal(out[1], embedding.rows[0].detach().bfloat16())
@@ -176,15 +206,25 @@ def test_output_has_the_tables_dtype_and_the_rows_stay_fp32(tokenizer):
 
 def test_uninstall_gives_back_the_very_same_table_and_tokenizer(tokenizer):
     model = encoder(tokenizer)
-    table, vocabulary, ids = model.get_input_embeddings(), tokenizer.get_vocab(), tokenizer("a <s0>").input_ids
+    table, vocabulary, ids = (
+        model.get_input_embeddings(),
+        tokenizer.get_vocab(),
+        tokenizer("a <s0>").input_ids,
+    )
     install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
     install(model, tokenizer, (Abstraction("MORE", ("<m0>",), "<s0>"),), seed=0)
-    assert torch.equal(model.get_input_embeddings().rows, model.get_input_embeddings().table.rows)  # started from the first learned token
+    assert torch.equal(
+        model.get_input_embeddings().rows, model.get_input_embeddings().table.rows
+    )  # started from the first learned token
     uninstall(model, tokenizer)
     assert "<m0>" not in tokenizer.get_vocab() and "<s0>" in tokenizer.get_vocab()
     uninstall(model, tokenizer)
     assert model.get_input_embeddings() is table and table.weight.requires_grad
-    assert tokenizer.get_vocab() == vocabulary and tokenizer("a <s0>").input_ids == ids and len(tokenizer) == len(vocabulary)
+    assert (
+        tokenizer.get_vocab() == vocabulary
+        and tokenizer("a <s0>").input_ids == ids
+        and len(tokenizer) == len(vocabulary)
+    )
     with pytest.raises(ValueError, match="install first"):
         uninstall(model, tokenizer)
     install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
@@ -195,7 +235,12 @@ def test_an_existing_token_is_refused_and_nothing_changes(tokenizer):
     table = model.get_input_embeddings()
     taken = tokenizer.convert_tokens_to_ids("dog</w>")
     with pytest.raises(UserError, match=rf"dog</w> is already .* \(id {taken}\)"):
-        install(model, tokenizer, (Abstraction("A", ("<new>",)), Abstraction("TOK", ("dog</w>",))), seed=0)
+        install(
+            model,
+            tokenizer,
+            (Abstraction("A", ("<new>",)), Abstraction("TOK", ("dog</w>",))),
+            seed=0,
+        )
     assert model.get_input_embeddings() is table and "<new>" not in tokenizer.get_vocab()
     install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
     with pytest.raises(UserError, match="<s0> is already"):
@@ -205,8 +250,12 @@ def test_an_existing_token_is_refused_and_nothing_changes(tokenizer):
 def test_names_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
     model = encoder(tokenizer)
     with pytest.raises(UserError, match="reads them glued"):
-        install(model, tokenizer, (Abstraction("TOK", ("<x>", "<X>")),), seed=0)  # this tokenizer lower-cases
-    assert "<x>" not in tokenizer.get_vocab() and isinstance(model.get_input_embeddings(), nn.Embedding)
+        install(
+            model, tokenizer, (Abstraction("TOK", ("<x>", "<X>")),), seed=0
+        )  # this tokenizer lower-cases
+    assert "<x>" not in tokenizer.get_vocab() and isinstance(
+        model.get_input_embeddings(), nn.Embedding
+    )
 
 
 # ---------------------------------------------------------------- initial rows
@@ -219,13 +268,18 @@ def test_random_rows_have_the_tables_std_and_their_own_keys(tokenizer):
     std = embedding.weight.std()
     assert torch.equal(tokens.table_std(embedding), std)
     n = embedding.rows.numel()
-    assert abs(embedding.rows.std() / std - 1) < 5 / (2 * n) ** 0.5 and embedding.rows.mean().abs() < 5 * std / n**0.5
+    assert (
+        abs(embedding.rows.std() / std - 1) < 5 / (2 * n) ** 0.5
+        and embedding.rows.mean().abs() < 5 * std / n**0.5
+    )
     rows = tokens.state(embedding)
     uninstall(model, tokenizer)
     alone = install(model, tokenizer, (Abstraction("TOK", ("<r7>",)),), seed=1)
     assert torch.equal(alone.rows[0], rows[7])
     uninstall(model, tokenizer)
-    assert not torch.equal(install(model, tokenizer, (Abstraction("TOK", ("<r7>",)),), seed=2).rows[0], rows[7])
+    assert not torch.equal(
+        install(model, tokenizer, (Abstraction("TOK", ("<r7>",)),), seed=2).rows[0], rows[7]
+    )
 
 
 def test_zero_and_word_rows(tokenizer):
@@ -238,46 +292,75 @@ def test_zero_and_word_rows(tokenizer):
         Abstraction("C", ("<c0>", "<c1>", "<c2>"), "cat"),
     )
     rows = install(model, tokenizer, made, seed=0).rows
-    expected = torch.stack([torch.zeros(8), torch.zeros(8), row("red"), row("dog"), row("cat"), row("cat"), row("cat")])
+    expected = torch.stack(
+        [torch.zeros(8), torch.zeros(8), row("red"), row("dog"), row("cat"), row("cat"), row("cat")]
+    )
     assert torch.equal(rows, expected)
 
 
 def test_row_k_starts_from_the_initializers_token_k_and_begins_again_after_its_last(tokenizer):
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight
-    rows = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), "red dog"),), seed=0).rows
+    rows = install(
+        model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), "red dog"),), seed=0
+    ).rows
     red, dog = (table[tokenizer.convert_tokens_to_ids(word + "</w>")] for word in ("red", "dog"))
     assert torch.equal(rows, torch.stack([red, dog, red]))
 
 
 @pytest.mark.parametrize(
-    "words, match", [("a red cat dog", r"is 4 tokens, more than its 3 learned vectors; set --tokens\.vectors 4"), ("", "does not know")]
+    "words, match",
+    [
+        ("a red cat dog", r"is 4 tokens, more than its 3 learned vectors; set --tokens\.vectors 4"),
+        ("", "does not know"),
+    ],
 )
-def test_an_initializer_of_too_many_tokens_is_refused_with_the_number_to_set(tokenizer, words, match):
+def test_an_initializer_of_too_many_tokens_is_refused_with_the_number_to_set(
+    tokenizer, words, match
+):
     model = encoder(tokenizer)
     with pytest.raises(UserError, match=match):
         install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), words),), seed=0)
-    assert isinstance(model.get_input_embeddings(), nn.Embedding) and "<a>" not in tokenizer.get_vocab()
+    assert (
+        isinstance(model.get_input_embeddings(), nn.Embedding)
+        and "<a>" not in tokenizer.get_vocab()
+    )
 
 
-@pytest.mark.parametrize("init, sigma", [("random:0.017", 0.017), ("<rand-0.017>", 0.017), ("random:2e-3", 2e-3)])
+@pytest.mark.parametrize(
+    "init, sigma", [("random:0.017", 0.017), ("<rand-0.017>", 0.017), ("random:2e-3", 2e-3)]
+)
 def test_a_spread_of_ones_own_scales_the_noise_of_the_tables(tokenizer, init, sigma):
     rows = {}
     for how in (init, "random"):
         model = encoder(tokenizer)
-        rows[how] = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), how),), seed=3).rows
+        rows[how] = install(
+            model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), how),), seed=3
+        ).rows
         uninstall(model, tokenizer)
-    torch.testing.assert_close(rows[init], rows["random"] / encoder(tokenizer).get_input_embeddings().weight.std() * sigma)
+    torch.testing.assert_close(
+        rows[init], rows["random"] / encoder(tokenizer).get_input_embeddings().weight.std() * sigma
+    )
     assert tokens.is_drawn(init) and tokens.is_drawn("<zero>") and not tokens.is_drawn("red dog")
 
 
 def test_zero_in_lora_ptis_spelling(tokenizer):
-    assert not install(encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), "<zero>"),), seed=3).rows.any()
+    assert not install(
+        encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), "<zero>"),), seed=3
+    ).rows.any()
 
 
-@pytest.mark.parametrize("init", ["random:", "random:wide", "random:0", "<rand-0>", "<rand-x>", "<rand-inf>", "random:-1"])
+@pytest.mark.parametrize(
+    "init",
+    ["random:", "random:wide", "random:0", "<rand-0>", "<rand-x>", "<rand-inf>", "random:-1"],
+)
 def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
-    for action in (lambda: tokens.is_drawn(init), lambda: install(encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), init),), seed=0)):
+    for action in (
+        lambda: tokens.is_drawn(init),
+        lambda: install(
+            encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), init),), seed=0
+        ),
+    ):
         with pytest.raises(UserError, match="no spread that is a positive number"):
             action()
 
@@ -288,13 +371,28 @@ def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
 @pytest.fixture
 def sentencepiece():
     """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before every word."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *[("\u2581" + w, -1.0) for w in WORDS if w != "red"]]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581", -2.0),
+        *[("\u2581" + w, -1.0) for w in WORDS if w != "red"],
+    ]
     return T5Tokenizer(vocab=pieces + [(chr(c), -6.0) for c in range(ord("a"), ord("z") + 1)])
 
 
 def t5(tokenizer, extra_rows=28):
     torch.manual_seed(1)
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer) + extra_rows, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer) + extra_rows,
+            d_model=8,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+        )
+    ).eval()
 
 
 def test_t5s_tied_table_and_marked_words(sentencepiece):
@@ -302,8 +400,15 @@ def test_t5s_tied_table_and_marked_words(sentencepiece):
     table, length = model.get_input_embeddings(), len(sentencepiece)
     (abstraction,) = made = make_abstractions({"TOK": "photo dog"}, vectors=3)
     embedding = install(model, sentencepiece, made, seed=0)
-    assert model.shared is embedding and model.encoder.embed_tokens is embedding and embedding.first_id == length < embedding.num_embeddings
-    photo, dog = (table.weight[sentencepiece.convert_tokens_to_ids("\u2581" + word)] for word in ("photo", "dog"))
+    assert (
+        model.shared is embedding
+        and model.encoder.embed_tokens is embedding
+        and embedding.first_id == length < embedding.num_embeddings
+    )
+    photo, dog = (
+        table.weight[sentencepiece.convert_tokens_to_ids("\u2581" + word)]
+        for word in ("photo", "dog")
+    )
     assert torch.equal(embedding.rows, torch.stack([photo, dog, photo]))
     ids = sentencepiece(bind("a photo of TOK cat", made), return_tensors="pt").input_ids
     words = ["\u2581a", "\u2581photo", "\u2581of", *abstraction.names, "\u2581cat", "</s>"]
@@ -311,23 +416,39 @@ def test_t5s_tied_table_and_marked_words(sentencepiece):
     model(ids).last_hidden_state.square().sum().backward()
     assert embedding.rows.grad.abs().amin(dim=1).min() > 0 and embedding.weight.grad is None
     grown = t5(sentencepiece, extra_rows=0)
-    grown.load_state_dict(tokens.without_rows(model.state_dict(), embedding, model) | _same_rows(model, embedding, len(grown.shared.weight)))
+    grown.load_state_dict(
+        tokens.without_rows(model.state_dict(), embedding, model)
+        | _same_rows(model, embedding, len(grown.shared.weight))
+    )
     torch.testing.assert_close(model(ids).last_hidden_state, grown(ids).last_hidden_state)
     uninstall(model, sentencepiece)
-    assert model.shared is table and model.encoder.embed_tokens is table and len(sentencepiece) == length
+    assert (
+        model.shared is table
+        and model.encoder.embed_tokens is table
+        and len(sentencepiece) == length
+    )
 
 
 def _same_rows(model, embedding, length):
     """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's unused ones."""
     table = torch.cat([embedding.weight[: embedding.first_id], embedding.rows])[:length].detach()
     return dict.fromkeys(
-        (key for key in ("shared.weight", "encoder.embed_tokens.weight") if key.replace("weight", "rows") in model.state_dict()), table
+        (
+            key
+            for key in ("shared.weight", "encoder.embed_tokens.weight")
+            if key.replace("weight", "rows") in model.state_dict()
+        ),
+        table,
     )
 
 
 def test_vectors_are_counted_where_the_initializer_is_longest(tokenizer, sentencepiece):
     assert tokens.count("red dog", [tokenizer]) == 2
-    assert tokens.count("red dog", [tokenizer, sentencepiece]) == tokens.count("red dog", [sentencepiece]) == 5  # mark, r, e, d, dog
+    assert (
+        tokens.count("red dog", [tokenizer, sentencepiece])
+        == tokens.count("red dog", [sentencepiece])
+        == 5
+    )  # mark, r, e, d, dog
     assert tokens.count("dog", [tokenizer, sentencepiece]) == 1
     for init in ("random", "zero", "<rand-0.1>", "random:0.1"):
         with pytest.raises(UserError, match=r"--tokens\.vectors 0 counts"):
@@ -342,8 +463,14 @@ def test_encoders_of_one_width_differ_by_stream_and_the_default_keeps_its_bits(t
         model = encoder(tokenizer)
         rows.append(install(model, tokenizer, made, seed=5, stream=stream).rows.detach())
         uninstall(model, tokenizer)
-    assert torch.equal(rows[0], rows[3]) and not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
-    expected = torch.randn(8, generator=generator(5, "<s1>", 0, "token row 8")) * tokens.table_std(model.get_input_embeddings())
+    assert (
+        torch.equal(rows[0], rows[3])
+        and not torch.equal(rows[0], rows[1])
+        and not torch.equal(rows[1], rows[2])
+    )
+    expected = torch.randn(8, generator=generator(5, "<s1>", 0, "token row 8")) * tokens.table_std(
+        model.get_input_embeddings()
+    )
     assert torch.equal(rows[0][1], expected)
 
 
@@ -353,7 +480,9 @@ def test_a_state_dict_without_rows_is_the_models_own(tokenizer):
     install(model, tokenizer, make_abstractions(["TOK"]), seed=0)
     embedding = install(model, tokenizer, (Abstraction("MORE", ("<m>",)),), seed=0)
     after = tokens.without_rows(model.state_dict(), embedding, model)
-    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[key], before[key]) for key in before
+    )
 
 
 # ---------------------------------------------------------------- traps of the public scripts
@@ -371,7 +500,9 @@ def test_trap_14_replacing_words_one_after_the_other_corrupts_the_longer():
 def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight.detach()
-    fresh = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))  # what a resize appends: table.std() is 1 / 50 of it
+    fresh = torch.randn(
+        50, 8, generator=torch.Generator().manual_seed(0)
+    )  # what a resize appends: table.std() is 1 / 50 of it
     with torch.no_grad():
         table.mul_(0.02 / table.std())
     embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=50), seed=0)
@@ -398,9 +529,13 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
     embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
     first = embedding.first_id
     before = embedding.weight.detach().clone()
-    theirs.set_input_embeddings(nn.Embedding.from_pretrained(torch.cat([before, embedding.rows.detach()]), freeze=False))
+    theirs.set_input_embeddings(
+        nn.Embedding.from_pretrained(torch.cat([before, embedding.rows.detach()]), freeze=False)
+    )
     table = theirs.get_input_embeddings().weight
-    optimisers = [torch.optim.AdamW([p], lr=0.1, weight_decay=decay) for p in (embedding.rows, table)]
+    optimisers = [
+        torch.optim.AdamW([p], lr=0.1, weight_decay=decay) for p in (embedding.rows, table)
+    ]
     ids = tokenizer("a photo of <s0> dog", return_tensors="pt").input_ids
     for step in range(3):
         for model, optimiser in zip((ours, theirs), optimisers):
@@ -419,15 +554,28 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
 def test_trap_16_the_norm_controls_are_not_interchangeable():
     """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows)) ** 0.1; cog does that twice a step; Mix-of-Show
     stops a row at norm 0.55. From rows of norms 0.2, 0.4 and 0.9 no two of them agree."""
-    start = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    start = torch.nn.functional.normalize(
+        torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1
+    )
     start = start * torch.tensor([[0.2], [0.4], [0.9]], dtype=torch.float64)
     std = 0.05
-    pulled, scaled = tokens.pull_norms_(start.clone(), 0.4, rate=0.05), tokens.rescale_std_(start.clone(), std)
-    assert torch.allclose(pulled.norm(dim=-1), torch.tensor([0.21, 0.4, 0.875], dtype=torch.float64))
+    pulled, scaled = (
+        tokens.pull_norms_(start.clone(), 0.4, rate=0.05),
+        tokens.rescale_std_(start.clone(), std),
+    )
+    assert torch.allclose(
+        pulled.norm(dim=-1), torch.tensor([0.21, 0.4, 0.875], dtype=torch.float64)
+    )
     factor = (std / start.std()) ** 0.1
     assert torch.allclose(scaled, start * factor) and abs(float(factor) - 1) > 0.01
-    stopped = torch.where(start.norm(dim=-1, keepdim=True) >= 0.55, start, start * 1.01)  # a step of growth that norm 0.55 ends
-    twice = start * (std / start.std()) ** 0.1 * (std / (start * (std / start.std()) ** 0.1).std()) ** 0.1
+    stopped = torch.where(
+        start.norm(dim=-1, keepdim=True) >= 0.55, start, start * 1.01
+    )  # a step of growth that norm 0.55 ends
+    twice = (
+        start
+        * (std / start.std()) ** 0.1
+        * (std / (start * (std / start.std()) ** 0.1).std()) ** 0.1
+    )
     others = {
         "pull": pulled,
         "rescale": scaled,
@@ -448,7 +596,9 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
     embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
     start = tokens.state(embedding)
     ids = tokenizer("a photo of <s0><s1> dog", return_tensors="pt").input_ids
-    optimiser = torch.optim.AdamW([p for p in embedding.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    optimiser = torch.optim.AdamW(
+        [p for p in embedding.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
+    )
     assert [p.shape for group in optimiser.param_groups for p in group["params"]] == [(2, 8)]
     for _ in range(4):
         optimiser.zero_grad()
@@ -470,14 +620,21 @@ def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
     theirs = copy.deepcopy(ours)
     embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
     first, last = embedding.first_id, embedding.first_id + 2
-    table = nn.Parameter(torch.cat([theirs.get_input_embeddings().weight, embedding.rows]).detach().clone())
+    table = nn.Parameter(
+        torch.cat([theirs.get_input_embeddings().weight, embedding.rows]).detach().clone()
+    )
     theirs.set_input_embeddings(nn.Embedding(*table.shape))
     theirs.get_input_embeddings().weight = table
     original = table.detach().clone()
-    ids = tokenizer(["a photo of <s0><s1> dog", "<s1> of a red cat photo"], return_tensors="pt").input_ids
+    ids = tokenizer(
+        ["a photo of <s0><s1> dog", "<s1> of a red cat photo"], return_tensors="pt"
+    ).input_ids
     target = torch.randn(*ids.shape, 8, generator=torch.Generator().manual_seed(0))
     options = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
-    our_optimiser, their_optimiser = torch.optim.AdamW([embedding.rows], **options), torch.optim.AdamW([table], **options)
+    our_optimiser, their_optimiser = (
+        torch.optim.AdamW([embedding.rows], **options),
+        torch.optim.AdamW([table], **options),
+    )
     for _ in range(3):
         for model, optimiser in ((ours, our_optimiser), (theirs, their_optimiser)):
             optimiser.zero_grad()
@@ -502,7 +659,9 @@ def test_the_norm_prior_moves_each_norm_by_its_rate_and_keeps_directions():
     tokens.pull_norms_(rows, 0.4, rate=0.05)
     assert rows[0].norm().item() == pytest.approx(0.875)  # semantics section 8
     torch.testing.assert_close(rows.norm(dim=-1)[:4], before.norm(dim=-1)[:4] * 0.95 + 0.4 * 0.05)
-    torch.testing.assert_close(torch.cosine_similarity(rows, before)[:4], torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.cosine_similarity(rows, before)[:4], torch.ones(4, dtype=torch.float64)
+    )
     assert torch.equal(rows[4], torch.zeros(7, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"1\.5"):
         tokens.pull_norms_(rows, rate=1.5)
@@ -523,7 +682,9 @@ def test_the_std_rescale_converges_geometrically():
 
 
 def test_pooling_at_the_first_eos_is_not_the_largest_id():
-    ids = torch.tensor([[0, 5, 9, 9, 9], [0, 12, 3, 4, 9], [9, 1, 2, 12, 9]])  # 9 ends a text, 12 is a learned token
+    ids = torch.tensor(
+        [[0, 5, 9, 9, 9], [0, 12, 3, 4, 9], [9, 1, 2, 12, 9]]
+    )  # 9 ends a text, 12 is a learned token
     assert tokens.first_eos(ids, 9).tolist() == [2, 4, 0]
     with pytest.raises(ValueError, match=r"9 in row\(s\) \[1\]"):
         tokens.first_eos(torch.tensor([[0, 9], [0, 1]]), 9)
@@ -533,7 +694,10 @@ def test_pooling_agrees_with_transformers_for_a_text_of_the_vocabulary(tokenizer
     model = encoder(tokenizer)
     ids = tokenizer(["a photo of cat", "dog"], padding="max_length", return_tensors="pt").input_ids
     out = model(ids)
-    assert torch.equal(out.pooler_output, out.last_hidden_state[torch.arange(2), tokens.first_eos(ids, tokenizer.eos_token_id)])
+    assert torch.equal(
+        out.pooler_output,
+        out.last_hidden_state[torch.arange(2), tokens.first_eos(ids, tokenizer.eos_token_id)],
+    )
 
 
 def test_state_round_trip_and_refusals(tokenizer):
@@ -555,6 +719,12 @@ def test_report_names_the_nearest_words_the_norm_and_the_drift(tokenizer):
     with torch.no_grad():
         embedding.rows.mul_(3)
     (line,) = tokens.report(embedding, tokenizer, k=2)
-    assert line.name == "<s0>" and line.nearest[0][0] == "dog</w>" and line.nearest[0][1] == pytest.approx(1, abs=1e-6)
+    assert (
+        line.name == "<s0>"
+        and line.nearest[0][0] == "dog</w>"
+        and line.nearest[0][1] == pytest.approx(1, abs=1e-6)
+    )
     assert len(line.nearest) == 2 and line.nearest[1][1] < line.nearest[0][1]
-    assert line.norm == pytest.approx(embedding.rows.norm().item()) and line.drift == pytest.approx(line.norm * 2 / 3, rel=1e-6)
+    assert line.norm == pytest.approx(embedding.rows.norm().item()) and line.drift == pytest.approx(
+        line.norm * 2 / 3, rel=1e-6
+    )

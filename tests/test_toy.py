@@ -32,7 +32,10 @@ def test_caption_says_what_the_scene_holds():
         assert set(words) & set(draw.COLOURS) <= {s.colour, s.background}
         assert s.colour != s.background
         complete = s.caption(complete=True)
-        assert s.colour in complete.split() and draw.background_phrase(s.background, s.style) in complete
+        assert (
+            s.colour in complete.split()
+            and draw.background_phrase(s.background, s.style) in complete
+        )
 
 
 def test_evaluation_captions_state_what_is_expected():
@@ -41,7 +44,11 @@ def test_evaluation_captions_state_what_is_expected():
     for caption, expected in pairs:
         for name in ("object", "colour"):
             assert expected[name] in caption.split()
-        phrase = draw.PLACES[expected["background"]][0] if expected["background"] in draw.PLACES else expected["background"]
+        phrase = (
+            draw.PLACES[expected["background"]][0]
+            if expected["background"] in draw.PLACES
+            else expected["background"]
+        )
         assert phrase in caption
     counts = {o: sum(e["object"] == o for _, e in pairs) for o in draw.OBJECTS}
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -58,7 +65,9 @@ def imported(path: Path) -> set[str]:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "__import__") and not called.endswith("import_module"), f"{path}:{node.lineno}: dynamic import"
+            assert called not in ("eval", "exec", "__import__") and not called.endswith(
+                "import_module"
+            ), f"{path}:{node.lineno}: dynamic import"
     return names
 
 
@@ -72,7 +81,10 @@ def closure(start: str) -> set[str]:
         if name in seen or not path.exists():
             continue
         seen.add(name)
-        queue += [*imported(path), *(".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1))]
+        queue += [
+            *imported(path),
+            *(".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)),
+        ]
     return seen
 
 
@@ -80,7 +92,11 @@ def closure(start: str) -> set[str]:
 def test_pretraining_cannot_import_the_concepts_or_the_recogniser(entry):
     reached = closure(entry)
     assert "toy.shapes" in reached
-    assert not {m for m in reached if m.startswith(("toy.concepts", "toy.distractors", "toy.recogniser", "toy.evaluate"))}
+    assert not {
+        m
+        for m in reached
+        if m.startswith(("toy.concepts", "toy.distractors", "toy.recogniser", "toy.evaluate"))
+    }
 
 
 def test_import_closure_would_notice():
@@ -95,8 +111,13 @@ def test_every_grammar_word_is_one_token_and_any_text_survives(tmp_path):
             continue
         assert len(tokenizer(word).input_ids) == 3, word
     text = "straße zib 漢字 <s1>"
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
-    assert max(len(tokenizer(draw.scene(i).caption(complete=True)).input_ids) for i in range(300)) <= networks.MAX_TOKENS
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(
+        " ", ""
+    ) == text.replace(" ", "")
+    assert (
+        max(len(tokenizer(draw.scene(i).caption(complete=True)).input_ids) for i in range(300))
+        <= networks.MAX_TOKENS
+    )
     for name in ("vocab.json", "merges.txt"):
         assert (sample.MODEL / "tokenizer" / name).read_text() == (tmp_path / name).read_text()
 
@@ -116,7 +137,13 @@ def test_pipeline_loads_and_agrees_with_our_sampler():
     pipe = StableDiffusionPipeline.from_pretrained(sample.MODEL, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(5 * 100_003))
-    theirs = pipe("a large red fish at night", latents=noise, num_inference_steps=25, guidance_scale=5.0, output_type="np").images[0]
+    theirs = pipe(
+        "a large red fish at night",
+        latents=noise,
+        num_inference_steps=25,
+        guidance_scale=5.0,
+        output_type="np",
+    ).images[0]
     ours = sample.sample(sample.load(), ["a large red fish at night"], seed=5)[0]
     np.testing.assert_allclose(theirs, (ours.permute(1, 2, 0).numpy() + 1) / 2, atol=2e-3)
 
@@ -125,7 +152,10 @@ def test_autoencoder_meets_its_bars():
     vae = sample.load()[1]
     assert autoencoder.psnr(vae, autoencoder.held_out(48)).mean() >= 30
     for name in draw_concepts.CONCEPTS:
-        pictures = [draw_concepts.render_concept(name, b, "place" if b in draw.PLACES else "plain", i) for i, b in enumerate(draw.BACKGROUNDS)]
+        pictures = [
+            draw_concepts.render_concept(name, b, "place" if b in draw.PLACES else "plain", i)
+            for i, b in enumerate(draw.BACKGROUNDS)
+        ]
         assert autoencoder.psnr(vae, autoencoder.to_tensor(pictures)).mean() >= 28
 
 
@@ -152,7 +182,12 @@ def test_concept_recogniser_is_right_and_strict():
         truth = torch.tensor([labels["concept"] == name for _, labels in examples])
         assert ((reader.concept(pictures, name) > 0.5) == truth).float().mean() >= 0.98
         near = autoencoder.to_tensor(
-            [distractors.near_miss(name, b, "place" if b in draw.PLACES else "plain", 880_000_000 + i) for i, b in enumerate(draw.BACKGROUNDS * 4)]
+            [
+                distractors.near_miss(
+                    name, b, "place" if b in draw.PLACES else "plain", 880_000_000 + i
+                )
+                for i, b in enumerate(draw.BACKGROUNDS * 4)
+            ]
         )
         assert (reader.concept(near, name) > 0.5).float().mean() <= 0.05
     with pytest.raises(ValueError, match="unknown concept"):
@@ -163,7 +198,9 @@ def test_concept_recogniser_is_right_and_strict():
 def test_concept_folder_is_what_the_code_draws(name):
     for i, (picture, caption) in enumerate(draw_concepts.training_set(name)):
         stored = Image.open(draw_concepts.FOLDER / name / f"{i:02d}.png").convert("RGB")
-        assert np.abs(np.asarray(stored, int) - np.asarray(picture, int)).max() <= 2  # other builds of Pillow round differently
+        assert (
+            np.abs(np.asarray(stored, int) - np.asarray(picture, int)).max() <= 2
+        )  # other builds of Pillow round differently
         assert (draw_concepts.FOLDER / name / f"{i:02d}.txt").read_text().strip() == caption
         assert "TOK" in caption
     assert len(list((draw_concepts.FOLDER / name).glob("*.png"))) == 5

@@ -18,7 +18,13 @@ from lora_core.errors import UserError
 from models import outline
 
 MODEL = Path(__file__).parent.parent / "toy" / "model"
-EVERYWHERE = ("attentions.*.to_*", "attentions.*.proj*", "attentions.*.net.*", "resnets.*.conv*", "time_emb_proj")
+EVERYWHERE = (
+    "attentions.*.to_*",
+    "attentions.*.proj*",
+    "attentions.*.net.*",
+    "resnets.*.conv*",
+    "time_emb_proj",
+)
 PLACES = {  # format -> layers that it can hold in files that others read, for a LoRA
     "diffusers": EVERYWHERE,
     "kohya": EVERYWHERE,
@@ -30,7 +36,9 @@ STEPS, RATE = 8, 5e-3
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        MODEL, safety_checker=None, torch_dtype=torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -50,14 +58,18 @@ def batch(pipe):
     latents = torch.randn(2, pipe.unet.config.in_channels, size, size, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     levels = torch.tensor([200, 700])
-    ids = pipe.tokenizer(["a red cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(
+        ["a red cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     return latents, noise, levels, ids
 
 
 def output(pipe):
     latents, noise, levels, ids = batch(pipe)
     with torch.no_grad():
-        return pipe.unet(pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]).sample
+        return pipe.unet(
+            pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]
+        ).sample
 
 
 def trained(pipe, layout, kind, places):
@@ -66,17 +78,29 @@ def trained(pipe, layout, kind, places):
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     try:
         for i, (name, net) in enumerate(networks.items()):
-            injection.inject(net.requires_grad_(False), AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0), seed=i)
+            injection.inject(
+                net.requires_grad_(False),
+                AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0),
+                seed=i,
+            )
         wanted = [p for net in networks.values() for p in injection.parameters(net)]
         optimizer = torch.optim.AdamW(wanted, lr=RATE)
         latents, noise, levels, ids = batch(pipe)
         for _ in range(STEPS):
-            prediction = pipe.unet(pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]).sample
+            prediction = pipe.unet(
+                pipe.scheduler.add_noise(latents, noise, levels), levels, pipe.text_encoder(ids)[0]
+            ).sample
             F.mse_loss(prediction, -noise).backward()
             optimizer.step()
             optimizer.zero_grad()
-        names = {name: {path: layout.published(name, path) for path in injection.state(net)} for name, net in networks.items()}
-        components = {name: {names[name][path]: lr for path, lr in injection.state(net).items()} for name, net in networks.items()}
+        names = {
+            name: {path: layout.published(name, path) for path in injection.state(net)}
+            for name, net in networks.items()
+        }
+        components = {
+            name: {names[name][path]: lr for path, lr in injection.state(net).items()}
+            for name, net in networks.items()
+        }
         return AdapterState(components)
     finally:
         for net in networks.values():
@@ -111,7 +135,9 @@ def theirs(pipe, file):
         pipe.unload_lora_weights()
 
 
-@pytest.mark.parametrize(("kind", "format"), [("diffusers", "diffusers"), ("kohya", "kohya"), ("dora", "diffusers")])
+@pytest.mark.parametrize(
+    ("kind", "format"), [("diffusers", "diffusers"), ("kohya", "kohya"), ("dora", "diffusers")]
+)
 def test_diffusers_computes_what_we_compute(pipe, layout, states, tmp_path, kind, format):
     file = tmp_path / "trained.safetensors"
     formats.save(states[kind], file, format=format, layout=layout)
@@ -123,7 +149,9 @@ def test_every_format_has_the_same_update(layout, states, tmp_path, format):
     state, file = states["cloneofsimo"], tmp_path / "trained.safetensors"
     formats.save(state, file, format=format, layout=layout)
     read = formats.load(file, layout)
-    assert {name: set(part) for name, part in read.components.items()} == {name: set(part) for name, part in state.components.items()}
+    assert {name: set(part) for name, part in read.components.items()} == {
+        name: set(part) for name, part in state.components.items()
+    }
     for name, part in state.components.items():
         for path, lr in part.items():
             assert (product(read.components[name][path]) - product(lr)).abs().max() <= 1e-6, path
@@ -140,5 +168,7 @@ def test_cloneofsimos_file_computes_the_same(pipe, layout, states, tmp_path):
 
 def test_a_dora_is_no_cloneofsimo_file(layout, states, tmp_path):
     with pytest.raises(UserError, match="DoRA"):
-        formats.save(states["dora"], tmp_path / "trained.safetensors", format="cloneofsimo", layout=layout)
+        formats.save(
+            states["dora"], tmp_path / "trained.safetensors", format="cloneofsimo", layout=layout
+        )
     assert not any(tmp_path.iterdir())

@@ -30,14 +30,26 @@ def test_trap_13_prompts_have_bos_and_eos(model: Path) -> None:
     family = load_family(str(model))
     seen: list[Tensor] = []
     family.modules["text_encoder"].register_forward_pre_hook(
-        lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+        lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]),
+        with_kwargs=True,
     )
     ours = family.encode_prompts(["a cat"]).prompt_embeds
     tokenizer = family.tokenizers["text_encoder"]
     ids = seen[0][0].tolist()
-    assert ids[0] == tokenizer.bos_token_id and ids.index(tokenizer.eos_token_id) == len(tokenizer("a cat").input_ids) - 1
-    bare = tokenizer("a cat", add_special_tokens=False, padding="max_length", max_length=len(ids), return_tensors="pt").input_ids
-    assert (family.modules["text_encoder"](bare).last_hidden_state - ours).abs().max() > 0.1  # what a script without special tokens trains on
+    assert (
+        ids[0] == tokenizer.bos_token_id
+        and ids.index(tokenizer.eos_token_id) == len(tokenizer("a cat").input_ids) - 1
+    )
+    bare = tokenizer(
+        "a cat",
+        add_special_tokens=False,
+        padding="max_length",
+        max_length=len(ids),
+        return_tensors="pt",
+    ).input_ids
+    assert (
+        family.modules["text_encoder"](bare).last_hidden_state - ours
+    ).abs().max() > 0.1  # what a script without special tokens trains on
 
 
 # ---------------------------------------------------------------- 17: the pivot
@@ -45,17 +57,26 @@ def test_trap_13_prompts_have_bos_and_eos(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_trap_17_tokens_stand_still_after_the_pivot(config: Config, quick: None, name: str) -> None:
-    optimizer = Optimizer(name, args={"d0": 1e-3} if name == "prodigy" else {}, lr={"tokens": 1.0 if name == "prodigy" else 0.1})
+    optimizer = Optimizer(
+        name,
+        args={"d0": 1e-3} if name == "prodigy" else {},
+        lr={"tokens": 1.0 if name == "prodigy" else 0.1},
+    )
     run = train.train(replace(config, stages=PIVOT, optimizer=optimizer, save_every=1, keep=9))
     at = {step: load_file(_tokens(run, step))["clip_l"] for step in (1, 4, 5, 8)}
     assert not torch.equal(at[1], at[4])
-    assert torch.equal(at[4], at[5]) and torch.equal(at[4], at[8])  # not retracted, decayed or carried on by momentum
+    assert torch.equal(at[4], at[5]) and torch.equal(
+        at[4], at[8]
+    )  # not retracted, decayed or carried on by momentum
     moved = [row for row in rows(run) if "lr_tokens" in row]
     assert [row["step"] for row in moved] == [1, 2, 3, 4]
 
 
 def test_trap_17_a_learning_rate_of_zero_is_no_pivot_in_prodigyopt() -> None:
-    token, other = (torch.nn.Parameter(torch.randn(4, generator=torch.Generator().manual_seed(i))) for i in range(2))
+    token, other = (
+        torch.nn.Parameter(torch.randn(4, generator=torch.Generator().manual_seed(i)))
+        for i in range(2)
+    )
     optimizer = Prodigyopt([{"params": [other]}, {"params": [token]}], d0=1e-2)
     for step in range(8):
         if step == 4:
@@ -68,7 +89,12 @@ def test_trap_17_a_learning_rate_of_zero_is_no_pivot_in_prodigyopt() -> None:
 
 def test_trap_17_the_pivot_is_a_number_of_steps(config: Config) -> None:
     """One epoch of five images in batches of two: a fraction of epochs would be int(0.5 * 1) = 0 and the tokens would learn nothing."""
-    spans = [(first, last) for _, first, last in train.spans((Stage(2, ("denoiser", "tokens")), Stage(1, ("denoiser",))))]
+    spans = [
+        (first, last)
+        for _, first, last in train.spans(
+            (Stage(2, ("denoiser", "tokens")), Stage(1, ("denoiser",)))
+        )
+    ]
     assert spans == [(0, 2), (2, 3)] and int(0.5 * 1) == 0
 
 

@@ -30,7 +30,13 @@ def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
 
 
-def layer(rows: int, columns: tuple[int, ...], rank: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Layer:
+def layer(
+    rows: int,
+    columns: tuple[int, ...],
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Layer:
     ones = [1] * (len(columns) - 1)
     weight, down, up = draw(seed, (rows, *columns), (rank, *columns), (rows, rank, *ones))
     return weight.to(dtype), down, up, 0.5
@@ -38,13 +44,18 @@ def layer(rows: int, columns: tuple[int, ...], rank: int, dtype: torch.dtype = t
 
 def error(got: Tensor, exact: Tensor) -> float:
     """The largest error, as a part of the largest value."""
-    return float((got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-300))
+    return float(
+        (got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-300)
+    )
 
 
 def close(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     """At most twice the error of the reference in the same dtype, and never asked for less than one rounding."""
     assert got.shape == exact.shape and got.dtype == eager.dtype
-    assert error(got, exact) <= 2 * error(eager, exact) + torch.finfo(got.dtype).eps, (error(got, exact), error(eager, exact))
+    assert error(got, exact) <= 2 * error(eager, exact) + torch.finfo(got.dtype).eps, (
+        error(got, exact),
+        error(eager, exact),
+    )
 
 
 @contextmanager
@@ -63,7 +74,9 @@ def launches() -> Iterator[list[str]]:
         yield seen
 
 
-def with_gradients(norm: Callable[..., Tensor], args: Layer, slope: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+def with_gradients(
+    norm: Callable[..., Tensor], args: Layer, slope: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     weight, down, up, scale = args
     if dtype is not None:
         weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
@@ -80,11 +93,18 @@ SHAPES = [(1, (1,), 1), (17, (131,), 3), (33, (64,), 16), (5, (3, 3, 3), 2), (4,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("twin", [dora.dora_norm, norms.dora_norm])
-def test_norms_and_their_gradients_are_the_references(twin: Callable[..., Tensor], shape: Any, dtype: torch.dtype) -> None:
+def test_norms_and_their_gradients_are_the_references(
+    twin: Callable[..., Tensor], shape: Any, dtype: torch.dtype
+) -> None:
     args = layer(*shape, dtype)
     (slope,) = draw(7, (shape[0],))
     exact = with_gradients(reference.dora_norm, args, slope, torch.float64)
-    for got, eager, want in zip(with_gradients(twin, args, slope), with_gradients(reference.dora_norm, args, slope), exact, strict=True):
+    for got, eager, want in zip(
+        with_gradients(twin, args, slope),
+        with_gradients(reference.dora_norm, args, slope),
+        exact,
+        strict=True,
+    ):
         close(got, eager, want)
 
 
@@ -92,7 +112,10 @@ def test_norms_and_their_gradients_are_the_references(twin: Callable[..., Tensor
 def test_norms_of_channels_last_convolutions(formats: Any) -> None:
     weight, down, up, scale = layer(5, (6, 3, 2), 3)
     exact = reference.dora_norm(weight.double(), down.double(), up.double(), scale)
-    weight, down = (x if f is None else x.to(memory_format=f) for x, f in zip((weight, down), formats, strict=True))
+    weight, down = (
+        x if f is None else x.to(memory_format=f)
+        for x, f in zip((weight, down), formats, strict=True)
+    )
     assert dora.norm_refusal(weight, down, up, scale) is None
     assert error(dora.dora_norm(weight, down, up, scale), exact) < 2e-7
     assert error(dora.dora_norms(((weight, down, up, scale),))[0], exact) < 2e-7
@@ -101,7 +124,9 @@ def test_norms_of_channels_last_convolutions(formats: Any) -> None:
 def mixed() -> tuple[Layer, ...]:
     """Layers of two dtypes, and one that is not aligned to 16 columns; ranks on both sides of one block."""
     shapes = [(20, (32,), 4), (3, (48,), 2), (17, (7,), 5), (6, (16,), 40)]
-    layers = [layer(*shape, seed=i) for i, shape in enumerate(shapes)] + [layer(9, (32,), 3, torch.bfloat16, seed=9)]
+    layers = [layer(*shape, seed=i) for i, shape in enumerate(shapes)] + [
+        layer(9, (32,), 3, torch.bfloat16, seed=9)
+    ]
     return tuple((w, d, u, 0.25 * (i + 1)) for i, (w, d, u, _) in enumerate(layers))
 
 
@@ -110,15 +135,22 @@ def test_norms_of_all_layers_are_those_of_each() -> None:
     for got, args in zip(dora.dora_norms(layers), layers, strict=True):
         torch.testing.assert_close(got, reference.dora_norm(*args), rtol=5e-7, atol=0)
     slopes = draw(3, *[(len(args[0]),) for args in layers])
-    grown = [(w, d.clone().requires_grad_(), u.clone().requires_grad_(), s) for w, d, u, s in layers]
-    sum(((n * g).sum() for n, g in zip(dora.dora_norms(tuple(grown)), slopes, strict=True)), torch.zeros((), device=DEVICE)).backward()
+    grown = [
+        (w, d.clone().requires_grad_(), u.clone().requires_grad_(), s) for w, d, u, s in layers
+    ]
+    sum(
+        ((n * g).sum() for n, g in zip(dora.dora_norms(tuple(grown)), slopes, strict=True)),
+        torch.zeros((), device=DEVICE),
+    ).backward()
     for (_, down, up, _), args, slope in zip(grown, layers, slopes, strict=True):
         exact = with_gradients(reference.dora_norm, args, slope, torch.float64)
         assert error(down.grad, exact[1]) < 1e-6 and error(up.grad, exact[2]) < 1e-6  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter runs")
-def test_layers_of_a_kind_are_one_launch_and_the_table_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_kind_are_one_launch_and_the_table_is_made_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layers = tuple(layer(4 + i, (32,), 3, seed=i) for i in range(5))
     with launches() as seen:
         first = dora.dora_norms(layers)
@@ -158,14 +190,20 @@ def test_a_new_table_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch
         dora._table([(Weight(), torch.zeros(1, 3), torch.zeros(2, 1), 1.0)])  # type: ignore[list-item]
 
 
-def cancelling(residual: float, rows: int = 64, columns: int = 1280, rank: int = 16) -> tuple[Layer, Tensor]:
+def cancelling(
+    residual: float, rows: int = 64, columns: int = 1280, rank: int = 16
+) -> tuple[Layer, Tensor]:
     """W = -s B A + a rest of `residual` ||W||, and the exact norms."""
     rest, down, up = draw(11, (rows, columns), (rank, columns), (rows, rank))
     base = -0.5 * up @ down
     weight = (
-        base + residual * rest * base.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True) if residual < 1 else rest * base.norm() / rest.norm()
+        base + residual * rest * base.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)
+        if residual < 1
+        else rest * base.norm() / rest.norm()
     )
-    return (weight, down, up, 0.5), reference.dora_norm(weight.double(), down.double(), up.double(), 0.5)
+    return (weight, down, up, 0.5), reference.dora_norm(
+        weight.double(), down.double(), up.double(), 0.5
+    )
 
 
 def factored(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -180,7 +218,9 @@ def test_rows_that_nearly_cancel_are_as_good_as_the_dense_form(residual: float) 
     for twin in (dora.dora_norm, norms.dora_norm):
         assert ((twin(*args) - exact) / exact).abs().max() <= 2 * eager + 1e-7
     if residual < 0.1:
-        assert ((factored(*args) - exact) / exact).abs().max() > 20 * eager  # why that form is not taken
+        assert (
+            (factored(*args) - exact) / exact
+        ).abs().max() > 20 * eager  # why that form is not taken
 
 
 def test_the_norm_of_a_bf16_weight_is_good_to_1e6_under_autocast_too() -> None:
@@ -202,7 +242,9 @@ def test_a_row_of_zeros_has_norm_0_and_no_gradient() -> None:
     weight, down, up, scale = layer(4, (8,), 2)
     weight[1], up[1] = 0, 0
     for twin in (dora.dora_norm, norms.dora_norm):
-        n, d_down, d_up = with_gradients(twin, (weight, down, up, scale), torch.ones(4, device=DEVICE))
+        n, d_down, d_up = with_gradients(
+            twin, (weight, down, up, scale), torch.ones(4, device=DEVICE)
+        )
         assert n[1] == 0 and (d_up[1] == 0).all() and torch.isfinite(d_down).all()
 
 
@@ -220,9 +262,14 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
         assert word in str(dora.norms_refusal(((weight, down, up, scale), args)))
     assert dora.norm_refusal(weight, down, up, scale) is None
     eight = weight.to(torch.float8_e4m3fn)
-    with using("triton"), pytest.warns(UserWarning, match="dora_norm runs without its triton kernel"):
+    with (
+        using("triton"),
+        pytest.warns(UserWarning, match="dora_norm runs without its triton kernel"),
+    ):
         got = call("dora_norm", eight, down, up, scale)
-    torch.testing.assert_close(got, reference.dora_norm(eight.float(), down, up, scale), rtol=5e-7, atol=0)
+    torch.testing.assert_close(
+        got, reference.dora_norm(eight.float(), down, up, scale), rtol=5e-7, atol=0
+    )
 
 
 # ---------------------------------------------------------------- composition
@@ -239,9 +286,20 @@ def layouts(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
     return y0, bias.to(dtype), lora.to(memory_format=LAST) if kind == "last" else lora, gain
 
 
-def composed(op: Callable[..., Tensor], args: tuple[Any, ...], slope: Tensor, bias: bool, strength: float, base: bool = True) -> list[Tensor]:
+def composed(
+    op: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    slope: Tensor,
+    bias: bool,
+    strength: float,
+    base: bool = True,
+) -> list[Tensor]:
     y0, b, lora, gain = args
-    y0, lora, gain = y0.detach().clone().requires_grad_(base), lora.detach().clone().requires_grad_(), gain.detach().clone().requires_grad_()
+    y0, lora, gain = (
+        y0.detach().clone().requires_grad_(base),
+        lora.detach().clone().requires_grad_(),
+        gain.detach().clone().requires_grad_(),
+    )
     y = op(y0, b if bias else None, lora, gain, strength)
     (y * slope.to(y.dtype)).sum().backward()
     return [x for x in (y.detach(), y0.grad, lora.grad, gain.grad) if x is not None]
@@ -254,17 +312,23 @@ def test_composition_and_its_gradients_are_the_references(kind: str, dtype: torc
     slope = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
     wide = tuple(x.double() for x in args)
     for bias, strength in ((True, 1.0), (False, 0.3)):
-        assert compose.compose_refusal(args[0], args[1] if bias else None, *args[2:], strength) is None
+        assert (
+            compose.compose_refusal(args[0], args[1] if bias else None, *args[2:], strength) is None
+        )
         exact = composed(reference.dora_compose, wide, slope, bias, strength)
         eager = composed(reference.dora_compose, args, slope, bias, strength)
-        for got, plain, want in zip(composed(compose.dora_compose, args, slope, bias, strength), eager, exact, strict=True):
+        for got, plain, want in zip(
+            composed(compose.dora_compose, args, slope, bias, strength), eager, exact, strict=True
+        ):
             close(got, plain, want)
     assert len(composed(compose.dora_compose, args, slope, True, 1.0, base=False)) == 3
 
 
 def test_gain_1_and_no_update_leave_the_output_to_the_bit() -> None:
     y0, bias, lora, gain = layouts("rows", torch.bfloat16)
-    assert torch.equal(compose.dora_compose(y0, bias, torch.zeros_like(lora), torch.ones_like(gain)), y0)
+    assert torch.equal(
+        compose.dora_compose(y0, bias, torch.zeros_like(lora), torch.ones_like(gain)), y0
+    )
 
 
 def test_what_the_composition_does_not_take_is_said() -> None:
@@ -288,8 +352,14 @@ def cases() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
     return [
         (dora.dora_norm, (weight, down.requires_grad_(), up.requires_grad_(), scale)),
         (norms.dora_norm, (weight, down, up, scale)),
-        (lambda w, d, u, s: torch.cat(dora.dora_norms(((w, d, u, s), (w, d, u, 2 * s)))), (weight, down, up, scale)),
-        (compose.dora_compose, (y0.requires_grad_(), bias, lora.requires_grad_(), gain.requires_grad_(), 0.5)),
+        (
+            lambda w, d, u, s: torch.cat(dora.dora_norms(((w, d, u, s), (w, d, u, 2 * s)))),
+            (weight, down, up, scale),
+        ),
+        (
+            compose.dora_compose,
+            (y0.requires_grad_(), bias, lora.requires_grad_(), gain.requires_grad_(), 0.5),
+        ),
     ]
 
 
@@ -302,17 +372,31 @@ def test_compiled_whole_checkpointed_and_on_meta(i: int) -> None:
     again = op(*args)
     assert torch.equal(again, plain)
     assert all(
-        torch.equal(a, b) for a, b in pairwise([expected, torch.autograd.grad(again.square().sum(), wanted)]) for a, b in zip(a, b, strict=True)
+        torch.equal(a, b)
+        for a, b in pairwise([expected, torch.autograd.grad(again.square().sum(), wanted)])
+        for a, b in zip(a, b, strict=True)
     )
-    for run in (torch.compile(op, backend="aot_eager", fullgraph=True), lambda *a: checkpoint(op, *a, use_reentrant=False)):
+    for run in (
+        torch.compile(op, backend="aot_eager", fullgraph=True),
+        lambda *a: checkpoint(op, *a, use_reentrant=False),
+    ):
         y = run(*args)
         torch.testing.assert_close(y, plain)
         for got, want in zip(torch.autograd.grad(y.square().sum(), wanted), expected, strict=True):
             torch.testing.assert_close(got, want)
-    empty = [x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
+    empty = [
+        x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for x in args
+    ]
     y = op(*empty)
     assert y.is_meta and y.shape == plain.shape
-    for got, want in zip(torch.autograd.grad(y.sum(), [x for x in empty if isinstance(x, Tensor) and x.requires_grad]), expected, strict=True):
+    for got, want in zip(
+        torch.autograd.grad(
+            y.sum(), [x for x in empty if isinstance(x, Tensor) and x.requires_grad]
+        ),
+        expected,
+        strict=True,
+    ):
         assert got.shape == want.shape and got.dtype == want.dtype
 
 
@@ -323,7 +407,9 @@ def test_launches_are_those_declared() -> None:
     class Declared(TorchDispatchMode):
         total = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace == "lora_core":
                 cost = COSTS[func._schema.name](*args)
                 assert cost.bytes > 0

@@ -70,12 +70,16 @@ CONVOLUTIONS = {
 }
 
 
-def given(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, list[Member], list[Tensor]]:
+def given(
+    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, list[Member], list[Tensor]]:
     """x, members and output gradients that dtype (fp32 for the adapters) holds exactly, in float64."""
     make = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, of: torch.dtype = dtype, size: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=make, dtype=torch.float64) * size).to(device, of).double()
+        return (
+            (torch.randn(shape, generator=make, dtype=torch.float64) * size).to(device, of).double()
+        )
 
     x, width = draw(*case.shape), case.shape[-1]
     step, rows = torch.tensor(3, device=device), torch.arange(len(x), device=device) * 2**33 - 5
@@ -85,24 +89,55 @@ def given(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") ->
         norm = weight.norm(dim=1).float().double() if case.gain else None
         magnitude = None if norm is None else (norm * (1 + 0.2 * draw(out))).float().double()
         drop = Drop(case.drop, 2**40 + 77, 2**32 - 1 - i, step, rows) if case.drop else None
-        down, up = draw(rank, width, of=wide, size=width**-0.5), draw(out, rank, of=wide, size=rank**-0.5)
-        members.append(Member(weight, draw(out) if case.bias else None, down, up, 0.7 + i, magnitude, norm, drop))
+        down, up = (
+            draw(rank, width, of=wide, size=width**-0.5),
+            draw(out, rank, of=wide, size=rank**-0.5),
+        )
+        members.append(
+            Member(
+                weight, draw(out) if case.bias else None, down, up, 0.7 + i, magnitude, norm, drop
+            )
+        )
     return x, members, [draw(*case.shape[:-1], out) for out, _ in case.members]
 
 
-def outcome(op: Callable[..., Any], case: Case, dtype: torch.dtype, data: tuple[Tensor, list[Member], list[Tensor]]) -> dict[str, Tensor]:
+def outcome(
+    op: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype,
+    data: tuple[Tensor, list[Member], list[Tensor]],
+) -> dict[str, Tensor]:
     """Outputs and gradients, computed in dtype."""
     wide, (x, members, dys) = reference.wide(dtype), data
     x, leaves, cast = x.to(dtype, copy=True).requires_grad_(), {}, []
     for i, m in enumerate(members):
-        mine = {"down": m.down, "up": m.up} | ({"magnitude": m.magnitude, "norm": m.norm} if case.gain else {})
-        mine = {k: v.to(wide, copy=True).requires_grad_(k != "norm" or case.gain == "full") for k, v in mine.items() if v is not None}
-        cast.append(m._replace(weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **mine))
+        mine = {"down": m.down, "up": m.up} | (
+            {"magnitude": m.magnitude, "norm": m.norm} if case.gain else {}
+        )
+        mine = {
+            k: v.to(wide, copy=True).requires_grad_(k != "norm" or case.gain == "full")
+            for k, v in mine.items()
+            if v is not None
+        }
+        cast.append(
+            m._replace(
+                weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **mine
+            )
+        )
         leaves |= {f"{k} {i}": v for k, v in mine.items() if v.requires_grad}
     ys = op(x, tuple(cast))
     torch.autograd.backward(ys, [dy.to(dtype) for dy in dys])
-    assert all(leaf.grad.dtype == leaf.dtype and leaf.grad.is_contiguous() and leaf.grad.shape == leaf.shape for leaf in leaves.values())
-    return {f"y {i}": y.detach() for i, y in enumerate(ys)} | {"dx": x.grad} | {f"d_{k}": leaf.grad for k, leaf in leaves.items()}
+    assert all(
+        leaf.grad.dtype == leaf.dtype
+        and leaf.grad.is_contiguous()
+        and leaf.grad.shape == leaf.shape
+        for leaf in leaves.values()
+    )
+    return (
+        {f"y {i}": y.detach() for i, y in enumerate(ys)}
+        | {"dx": x.grad}
+        | {f"d_{k}": leaf.grad for k, leaf in leaves.items()}
+    )
 
 
 def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -111,14 +146,22 @@ def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     Adding n fp32 terms of random sign in order rounds each partial sum by at most 2^-24 of it, evenly spread: 2^-24 sqrt(n / 6) of the result.
     """
     squares: dict[str, Tensor] = {}
-    longest = max(math.prod(case.shape[:-1]), case.shape[-1], *(max(member) for member in case.members))
+    longest = max(
+        math.prod(case.shape[:-1]), case.shape[-1], *(max(member) for member in case.members)
+    )
     for seed in range(2):
         data = given(case, dtype, seed, device)
         exact = outcome(reference.lora_grouped, case, torch.float64, data)
-        plain, ours = (outcome(op, case, dtype, data) for op in (reference.lora_grouped, linear.lora_grouped))
+        plain, ours = (
+            outcome(op, case, dtype, data) for op in (reference.lora_grouped, linear.lora_grouped)
+        )
         for key, truth in exact.items():
-            rounding = truth.norm() * max(torch.finfo(ours[key].dtype).eps / 2, 2**-24 * (longest / 6) ** 0.5)
-            found = torch.stack([(ours[key] - truth).norm(), (plain[key] - truth).norm(), rounding]).square()
+            rounding = truth.norm() * max(
+                torch.finfo(ours[key].dtype).eps / 2, 2**-24 * (longest / 6) ** 0.5
+            )
+            found = torch.stack(
+                [(ours[key] - truth).norm(), (plain[key] - truth).norm(), rounding]
+            ).square()
             squares[key] = squares.get(key, torch.zeros_like(found)) + found
     for key, found in squares.items():
         mine, eager, rounding = found.sqrt().tolist()
@@ -127,7 +170,12 @@ def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, d) for n in CASES for d in DTYPES if d == torch.bfloat16 or n in ("one row", "DoRA", "dropout and DoRA", "features in parts")],
+    [
+        (n, d)
+        for n in CASES
+        for d in DTYPES
+        if d == torch.bfloat16 or n in ("one row", "DoRA", "dropout and DoRA", "features in parts")
+    ],
 )
 def test_groups_round_no_worse_than_twice_the_reference(name: str, dtype: torch.dtype) -> None:
     hold(CASES[name], dtype)
@@ -159,7 +207,9 @@ def test_convolutions_on_the_device(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_gives_the_same_bits_again() -> None:
     data = given(CASES["DoRA"], torch.bfloat16, device="cuda")
-    first, again = (outcome(linear.lora_grouped, CASES["DoRA"], torch.bfloat16, data) for _ in range(2))
+    first, again = (
+        outcome(linear.lora_grouped, CASES["DoRA"], torch.bfloat16, data) for _ in range(2)
+    )
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
@@ -167,34 +217,71 @@ def test_the_mask_is_the_references_to_the_bit() -> None:
     """With weight 0 and factors 1 the layer is the dropout itself, and so is its gradient."""
     size, eye = 40, torch.eye(40)
     x = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    drops = [Drop(p, -3, layer, torch.tensor(2**33 + 1), torch.tensor([0, -(2**40), 9])) for p, layer in ((0.25, 1), (0.0, 2), (0.9, 2**32 - 1))]
-    ys = linear.lora_grouped(x, tuple(Member(torch.zeros(size, size), None, eye, eye, 1.0, None, None, drop) for drop in drops))
+    drops = [
+        Drop(p, -3, layer, torch.tensor(2**33 + 1), torch.tensor([0, -(2**40), 9]))
+        for p, layer in ((0.25, 1), (0.0, 2), (0.9, 2**32 - 1))
+    ]
+    ys = linear.lora_grouped(
+        x,
+        tuple(
+            Member(torch.zeros(size, size), None, eye, eye, 1.0, None, None, drop) for drop in drops
+        ),
+    )
     for y, drop in zip(ys, drops):
         expected = reference.keyed_dropout(x, *drop)
         assert torch.equal(y, expected)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
-        assert torch.equal(dx != 0, expected != 0) and torch.allclose(dx[dx != 0], torch.tensor(1 / (1 - drop.p)))
+        assert torch.equal(dx != 0, expected != 0) and torch.allclose(
+            dx[dx != 0], torch.tensor(1 / (1 - drop.p))
+        )
 
 
 def one(dtype: torch.dtype = torch.float32, rows: int = 12) -> tuple[Tensor, Member]:
     x, members, _ = given(Case((rows, 33), ((20, 5),)), dtype)
     m = members[0]
     factors = {"down": m.down.float().requires_grad_(), "up": m.up.float().requires_grad_()}
-    return x.to(dtype), m._replace(weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **factors)
+    return x.to(dtype), m._replace(
+        weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **factors
+    )
 
 
 def test_any_strides_of_x_and_of_its_outputs_gradient() -> None:
     x, m = one()
-    for view in (x.view(3, 4, 33).transpose(0, 1), torch.stack([x, x], -1)[..., 1], x[::2], x.expand(2, 12, 33), x.t().contiguous().t()):
+    for view in (
+        x.view(3, 4, 33).transpose(0, 1),
+        torch.stack([x, x], -1)[..., 1],
+        x[::2],
+        x.expand(2, 12, 33),
+        x.t().contiguous().t(),
+    ):
         results = []
-        wide = m._replace(**{name: t.detach().double() for name, t in m._asdict().items() if isinstance(t, Tensor)})
+        wide = m._replace(
+            **{
+                name: t.detach().double()
+                for name, t in m._asdict().items()
+                if isinstance(t, Tensor)
+            }
+        )
         wide = wide._replace(down=wide.down.requires_grad_(), up=wide.up.requires_grad_())
-        for op, x_, m_ in ((linear.lora_linear, view, m), (reference.lora_linear, view, m), (reference.lora_linear, view.double(), wide)):
+        for op, x_, m_ in (
+            (linear.lora_linear, view, m),
+            (reference.lora_linear, view, m),
+            (reference.lora_linear, view.double(), wide),
+        ):
             leaf = x_.detach().requires_grad_()
             y = op(leaf, *m_)
-            results.append([y, *torch.autograd.grad(y.sum() + y.transpose(0, 1).square().sum(), [leaf, m_.down, m_.up])])
+            results.append(
+                [
+                    y,
+                    *torch.autograd.grad(
+                        y.sum() + y.transpose(0, 1).square().sum(), [leaf, m_.down, m_.up]
+                    ),
+                ]
+            )
         for found, eager, exact in zip(*results):
-            assert (found - exact).norm() <= 2 * (eager - exact).norm() + torch.finfo(torch.float32).eps * exact.norm()
+            assert (found - exact).norm() <= 2 * (eager - exact).norm() + torch.finfo(
+                torch.float32
+            ).eps * exact.norm()
 
 
 def test_a_member_of_one_feature_whose_gradient_has_odd_strides() -> None:
@@ -203,8 +290,15 @@ def test_a_member_of_one_feature_whose_gradient_has_odd_strides() -> None:
     results = []
     for op in (reference.lora_grouped, linear.lora_grouped):
         narrow, broad = op(leaf := x.detach().requires_grad_(), members)
-        dys = torch.linspace(-1, 1, narrow.numel()).view(1, -1).t(), broad.detach().cos()  # strides 1 and the number of rows
-        results.append(torch.autograd.grad((narrow, broad), [leaf, m.down, *(member.up for member in members)], dys))
+        dys = (
+            torch.linspace(-1, 1, narrow.numel()).view(1, -1).t(),
+            broad.detach().cos(),
+        )  # strides 1 and the number of rows
+        results.append(
+            torch.autograd.grad(
+                (narrow, broad), [leaf, m.down, *(member.up for member in members)], dys
+            )
+        )
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -222,9 +316,14 @@ def test_the_update_alone_reads_no_frozen_layer() -> None:
     x = x.requires_grad_()
     drop = Drop(0.5, 1, 2, torch.tensor(3), torch.arange(len(x)))
     for dropped in (None, drop):
-        a, b = (op(x, None, None, m.down, m.up, 0.3, None, None, dropped) for op in (reference.lora_linear, linear.lora_linear))
+        a, b = (
+            op(x, None, None, m.down, m.up, 0.3, None, None, dropped)
+            for op in (reference.lora_linear, linear.lora_linear)
+        )
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        for p, q in zip(*(torch.autograd.grad(y.square().sum(), [x, m.down, m.up]) for y in (a, b))):
+        for p, q in zip(
+            *(torch.autograd.grad(y.square().sum(), [x, m.down, m.up]) for y in (a, b))
+        ):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
@@ -233,12 +332,22 @@ def test_the_update_alone_reads_no_frozen_layer() -> None:
 def test_outputs_that_nobody_uses_cost_nothing(used: tuple[int, ...], gain: str) -> None:
     case = Case((70, 33), ((17, 16), (40, 3), (9, 20), (33, 1)), gain, drop=0.2)
     x, members, dys = given(case, torch.float32)
-    members = [Member(*(t.float().requires_grad_() if isinstance(t, Tensor) else t for t in m)) for m in members]
-    leaves = [x := x.float().requires_grad_(), *(t for m in members for t in (m.down, m.up, m.magnitude, m.norm) if t is not None)]
+    members = [
+        Member(*(t.float().requires_grad_() if isinstance(t, Tensor) else t for t in m))
+        for m in members
+    ]
+    leaves = [
+        x := x.float().requires_grad_(),
+        *(t for m in members for t in (m.down, m.up, m.magnitude, m.norm) if t is not None),
+    ]
     found = []
     for op in (reference.lora_grouped, linear.lora_grouped):
         ys = op(x, tuple(members))
-        found.append(torch.autograd.grad([ys[i] for i in used], leaves, [dys[i].float() for i in used], allow_unused=True))
+        found.append(
+            torch.autograd.grad(
+                [ys[i] for i in used], leaves, [dys[i].float() for i in used], allow_unused=True
+            )
+        )
     for a, b in zip(*found):
         assert (a is None) == (b is None)
         if a is not None:
@@ -250,8 +359,14 @@ def test_unlike_members_and_more_than_four_are_split_over_launches() -> None:
     x, members, _ = given(case, torch.float32)
     members = [Member(*(t.float() if isinstance(t, Tensor) else t for t in m)) for m in members]
     members[1] = members[1]._replace(drop=Drop(0.5, 1, 2, torch.tensor(3), torch.arange(6)))
-    members[5] = members[5]._replace(magnitude=members[5].weight.norm(dim=1) * 1.5, norm=members[5].weight.norm(dim=1))
-    for a, b in zip(linear.lora_grouped(x.float(), tuple(members)), reference.lora_grouped(x.float(), tuple(members)), strict=True):
+    members[5] = members[5]._replace(
+        magnitude=members[5].weight.norm(dim=1) * 1.5, norm=members[5].weight.norm(dim=1)
+    )
+    for a, b in zip(
+        linear.lora_grouped(x.float(), tuple(members)),
+        reference.lora_grouped(x.float(), tuple(members)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert linear.lora_grouped(x.float(), ()) == ()
 
@@ -263,7 +378,9 @@ def test_a_gain_that_hides_the_product_gives_its_row_no_gradient() -> None:
     for gain, gets in ((0.0, False), (2.0**-25, False), (2.0**-20, True)):
         magnitude = m.magnitude.clone()
         magnitude[7] = gain * m.norm[7]  # type: ignore[index]
-        found = outcome(linear.lora_grouped, case, torch.float32, (x, [m._replace(magnitude=magnitude)], [dy]))
+        found = outcome(
+            linear.lora_grouped, case, torch.float32, (x, [m._replace(magnitude=magnitude)], [dy])
+        )
         assert all(gradient.isfinite().all() for gradient in found.values())
         assert bool(found["d_magnitude 0"][7] != 0) == gets and found["d_magnitude 0"][6] != 0
 
@@ -275,22 +392,36 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen: list[str] = []
     run = interpreter.GridExecutor.__call__
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: (seen.append(self.fn.__name__), run(self, *a, **k))[1])
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda self, *a, **k: (seen.append(self.fn.__name__), run(self, *a, **k))[1],
+    )
     return seen
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="reverses the interpreter's order of programs")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="reverses the interpreter's order of programs"
+)
 @pytest.mark.parametrize("name", ["DoRA", "features in parts", "dropout"])
-def test_the_bits_do_not_depend_on_who_arrives_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_do_not_depend_on_who_arrives_last(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime import interpreter
 
     builder, case = interpreter.interpreter_builder, CASES[name]
     data, place = given(case, torch.float32), builder.set_grid_idx
     parts: list[int] = []
     add_parts = ops._parts
-    monkeypatch.setattr(ops, "_parts", lambda *a: (parts.append(add_parts(*a)[0]), add_parts(*a))[1])
+    monkeypatch.setattr(
+        ops, "_parts", lambda *a: (parts.append(add_parts(*a)[0]), add_parts(*a))[1]
+    )
     first = outcome(linear.lora_grouped, case, torch.float32, data)
-    monkeypatch.setattr(builder, "set_grid_idx", lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at))))
+    monkeypatch.setattr(
+        builder,
+        "set_grid_idx",
+        lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at))),
+    )
     again = outcome(linear.lora_grouped, case, torch.float32, data)
     assert max(parts) >= 3
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -322,22 +453,37 @@ def grouped_ops(device: str, gain: str, drop: float, needs_x: bool) -> Seen:
     place = {"weight": torch.bfloat16, "bias": torch.bfloat16}
 
     def leaf(name: str, value: Any) -> Any:
-        return value.to(device, place.get(name, torch.float32)).requires_grad_(name not in place) if isinstance(value, Tensor) else value
+        return (
+            value.to(device, place.get(name, torch.float32)).requires_grad_(name not in place)
+            if isinstance(value, Tensor)
+            else value
+        )
 
     leaves = [Member(*(leaf(*item) for item in m._asdict().items())) for m in members]
     if drop:
-        step, rows = torch.zeros((), dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        step, rows = (
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
+        )
         leaves = [m._replace(drop=Drop(drop, 1, i, step, rows)) for i, m in enumerate(leaves)]
-    x, dys = x.to(device, torch.bfloat16).requires_grad_(needs_x), [dy.to(device, torch.bfloat16) for dy in dys]
+    x, dys = (
+        x.to(device, torch.bfloat16).requires_grad_(needs_x),
+        [dy.to(device, torch.bfloat16) for dy in dys],
+    )
     with Seen() as seen:
         torch.autograd.backward(linear.lora_grouped(x, tuple(leaves)), dys)
     return seen
 
 
 @pytest.mark.parametrize(("gain", "drop"), [("", 0.0), ("full", 0.0), ("", 0.3), ("full", 0.3)])
-def test_four_launches_beside_the_frozen_products_and_nothing_else(gain: str, drop: float, launches: list[str]) -> None:
+def test_four_launches_beside_the_frozen_products_and_nothing_else(
+    gain: str, drop: float, launches: list[str]
+) -> None:
     product = "mm" if gain else "addmm"
-    forward, backward = ["shrink", *[product] * 3, "expand_", "back_up"], ["mm", "addmm_", "addmm_", "back_down_"]
+    forward, backward = (
+        ["shrink", *[product] * 3, "expand_", "back_up"],
+        ["mm", "addmm_", "addmm_", "back_down_"],
+    )
     for device in ("meta", "cpu"):
         assert grouped_ops(device, gain, drop, True).ops == [*forward, *backward]
         launches.clear()
@@ -363,12 +509,18 @@ def test_compiles_without_a_break(backend: str) -> None:
     members = [Member(*(t.float() if isinstance(t, Tensor) else t for t in m)) for m in members]
 
     def loss(x: Tensor, *factors: Tensor) -> Tensor:
-        own = [m._replace(down=factors[2 * i], up=factors[2 * i + 1]) for i, m in enumerate(members)]
+        own = [
+            m._replace(down=factors[2 * i], up=factors[2 * i + 1]) for i, m in enumerate(members)
+        ]
         return sum(y.square().sum() for y in linear.lora_grouped(x, tuple(own)))  # type: ignore[return-value]
 
-    leaves = [t.float().requires_grad_() for t in (x, *(t for m in members for t in (m.down, m.up)))]
+    leaves = [
+        t.float().requires_grad_() for t in (x, *(t for m in members for t in (m.down, m.up)))
+    ]
     expected = torch.autograd.grad(loss(*leaves), leaves)
-    found = torch.autograd.grad(torch.compile(loss, backend=backend, fullgraph=True)(*leaves), leaves)
+    found = torch.autograd.grad(
+        torch.compile(loss, backend=backend, fullgraph=True)(*leaves), leaves
+    )
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
@@ -377,13 +529,22 @@ def test_checkpointing_recomputes_the_same_bits() -> None:
     x = x.requires_grad_()
     drop = Drop(0.5, 1, 2, torch.tensor(3), torch.arange(len(x)))
     run = lambda x: linear.lora_linear(x, *m[:-1], drop)  # noqa: E731
-    found = [torch.autograd.grad(y.square().sum(), [x, m.down, m.up]) for y in (run(x), checkpoint(run, x, use_reentrant=False))]
+    found = [
+        torch.autograd.grad(y.square().sum(), [x, m.down, m.up])
+        for y in (run(x), checkpoint(run, x, use_reentrant=False))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_the_ops_pass_torchs_own_checks() -> None:
     x, m = one()
-    down, up, t, y, vector = m.down.detach(), m.up.detach(), torch.randn(12, 5), torch.randn(12, 20), torch.rand(20) + 1
+    down, up, t, y, vector = (
+        m.down.detach(),
+        m.up.detach(),
+        torch.randn(12, 5),
+        torch.randn(12, 20),
+        torch.rand(20) + 1,
+    )
     drop = ([torch.tensor(3), torch.arange(12)], [7, 9], [0.5])
     given: dict[Any, tuple[Any, ...]] = {
         ops.shrink: (x, [down], *drop),
@@ -399,44 +560,92 @@ def hold_conv(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """As `hold`, of a convolution of two images of 7 channels with rank 5."""
     c, make = CONVOLUTIONS[name], torch.Generator().manual_seed(3)
     shapes = (2, 7, *c.size), (12, 7, *c.kernel), (12,), (5, 7, *c.kernel), (12, 5, 1, 1)
-    x, weight, bias, down, up = (torch.randn(s, generator=make, dtype=torch.float64).to(device) * (0.3 if i else 1) for i, s in enumerate(shapes))
-    x, weight, bias, down, up = x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double(), down.float().double(), up.float().double()
+    x, weight, bias, down, up = (
+        torch.randn(s, generator=make, dtype=torch.float64).to(device) * (0.3 if i else 1)
+        for i, s in enumerate(shapes)
+    )
+    x, weight, bias, down, up = (
+        x.to(dtype).double(),
+        weight.to(dtype).double(),
+        bias.to(dtype).double(),
+        down.float().double(),
+        up.float().double(),
+    )
 
     def run(op: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         layout = torch.channels_last if c.last else torch.contiguous_format
-        leaves = [x.to(dtype, memory_format=layout, copy=True), *(t.to(reference.wide(dtype), copy=True) for t in (down, up))]
+        leaves = [
+            x.to(dtype, memory_format=layout, copy=True),
+            *(t.to(reference.wide(dtype), copy=True) for t in (down, up)),
+        ]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         base = (weight.to(dtype), bias.to(dtype)) if c.frozen else (None, None)
         y = op(leaves[0], *base, *leaves[1:], 0.7, c.stride, c.padding, c.dilation, 1)
-        pattern = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).reshape(y.shape).cos().to(torch.bfloat16)
+        pattern = (
+            torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device)
+            .reshape(y.shape)
+            .cos()
+            .to(torch.bfloat16)
+        )
         y.backward(pattern.to(dtype))
-        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves) and leaves[1].grad.is_contiguous() and leaves[2].grad.is_contiguous()
+        assert (
+            all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
+            and leaves[1].grad.is_contiguous()
+            and leaves[2].grad.is_contiguous()
+        )
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
-    for exact, eager, ours in zip(run(reference.lora_conv, torch.float64), run(reference.lora_conv, dtype), run(linear.lora_conv, dtype)):
-        assert (ours - exact).norm() <= 2 * max((eager - exact).norm(), exact.norm() * torch.finfo(ours.dtype).eps / 2)
+    for exact, eager, ours in zip(
+        run(reference.lora_conv, torch.float64),
+        run(reference.lora_conv, dtype),
+        run(linear.lora_conv, dtype),
+    ):
+        assert (ours - exact).norm() <= 2 * max(
+            (eager - exact).norm(), exact.norm() * torch.finfo(ours.dtype).eps / 2
+        )
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_convolutions_round_no_worse_than_twice_the_reference(name: str, dtype: torch.dtype) -> None:
+def test_convolutions_round_no_worse_than_twice_the_reference(
+    name: str, dtype: torch.dtype
+) -> None:
     hold_conv(name, dtype)
 
 
 def test_a_pointwise_convolution_is_four_launches_in_any_layout() -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 7, 4, 4, device="meta", dtype=torch.bfloat16).to(memory_format=layout).requires_grad_()
-        down, up = torch.randn(5, 7, 1, 1, device="meta", requires_grad=True), torch.randn(12, 5, 1, 1, device="meta", requires_grad=True)
-        weight, dy = x.new_empty(12, 7, 1, 1), torch.empty(2, 12, 4, 4, device="meta", dtype=torch.bfloat16).to(memory_format=layout)
+        x = (
+            torch.randn(2, 7, 4, 4, device="meta", dtype=torch.bfloat16)
+            .to(memory_format=layout)
+            .requires_grad_()
+        )
+        down, up = (
+            torch.randn(5, 7, 1, 1, device="meta", requires_grad=True),
+            torch.randn(12, 5, 1, 1, device="meta", requires_grad=True),
+        )
+        weight, dy = (
+            x.new_empty(12, 7, 1, 1),
+            torch.empty(2, 12, 4, 4, device="meta", dtype=torch.bfloat16).to(memory_format=layout),
+        )
         with Seen() as seen:
             linear.lora_conv(x, weight, None, down, up, 0.5, (1, 1), (0, 0), (1, 1), 1).backward(dy)
-        assert seen.ops == ["shrink", "convolution", "expand_", "back_up", "convolution_backward", "back_down_"]
+        assert seen.ops == [
+            "shrink",
+            "convolution",
+            "expand_",
+            "back_up",
+            "convolution_backward",
+            "back_down_",
+        ]
 
 
 def test_dispatch_takes_them_and_refusals_say_why() -> None:
     x, m = one()
     with using("triton"):
-        torch.testing.assert_close(kernels.call("lora_linear", x, *m), reference.lora_linear(x, *m), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            kernels.call("lora_linear", x, *m), reference.lora_linear(x, *m), rtol=1e-5, atol=1e-5
+        )
     supports = OPS["lora_linear"].supports
     assert supports is not None and supports(x, *m) is None
     assert "float64" in str(supports(x.double(), *m))
@@ -446,7 +655,9 @@ def test_dispatch_takes_them_and_refusals_say_why() -> None:
     with torch.no_grad():
         assert supports(x, trained, *m[1:]) is None
     assert "factor is bfloat16" in str(supports(x, *m[:2], m.down.bfloat16(), *m[3:]))
-    assert "p = 1.0" in str(supports(x, *m[:-1], Drop(1.0, 1, 2, torch.tensor(3), torch.arange(12))))
+    assert "p = 1.0" in str(
+        supports(x, *m[:-1], Drop(1.0, 1, 2, torch.tensor(3), torch.arange(12)))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in str(supports(x, *m))
     arguments = list(OPS["lora_conv"].example())

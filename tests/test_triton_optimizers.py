@@ -18,12 +18,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = (7, 3), (5,), (11, 97), (1,)
 RECIPES = {
     "plain": {},
-    "options": dict(bias_correction=True, safeguard=True, slice_p=3, d_coef=2.0, growth_rate=1.5, beta3=0.9),
+    "options": dict(
+        bias_correction=True, safeguard=True, slice_p=3, d_coef=2.0, growth_rate=1.5, beta3=0.9
+    ),
     "coupled": dict(decouple=False, weight_decay=0.1),
     "no momentum": dict(beta1=0.0, weight_decay=0.0, slice_p=2),
-    "coupled without momentum": dict(beta1=0.0, decouple=False, weight_decay=0.1, bias_correction=True),
+    "coupled without momentum": dict(
+        beta1=0.0, decouple=False, weight_decay=0.1, bias_correction=True
+    ),
 }
-VIEWS = {"view", "detach", "slice", "select", "unbind", "split", "alias", "reshape", "_unsafe_view", "as_strided", "lift_fresh"}
+VIEWS = {
+    "view",
+    "detach",
+    "slice",
+    "select",
+    "unbind",
+    "split",
+    "alias",
+    "reshape",
+    "_unsafe_view",
+    "as_strided",
+    "lift_fresh",
+}
 
 
 class Calls(TorchDispatchMode):
@@ -58,7 +74,11 @@ def remade(row: steps.Rows, **changes) -> steps.Rows:
     recipe, flat = row.recipe._replace(**changes), row.flat
     states = []
     for (start, count, _), p in zip(flat.bounds, flat.params):
-        state = {key: value[start : start + count].view(p.shape) for key, value in flat.state.items() if key not in ("p0", "s", "exp_avg")}
+        state = {
+            key: value[start : start + count].view(p.shape)
+            for key, value in flat.state.items()
+            if key not in ("p0", "s", "exp_avg")
+        }
         if recipe.beta1 > 0:
             state["exp_avg"] = flat.state["exp_avg"][start : start + count].view(p.shape)
         before = flat.state["p0"][start : start + count][:: recipe.slice_p].clone()
@@ -77,8 +97,19 @@ def outcome(name: str, args: tuple) -> list[torch.Tensor]:
         for name, whole in {"param": flat.param, **flat.state}.items():
             picked = name in ("p0", "s")
             sizes = [-(-count // _slice(flat)) if picked else count for _, count, _ in flat.bounds]
-            places = range(len(sizes)) if name == "step" else [bound[2 if picked else 0] for bound in flat.bounds]
-            found.append(torch.cat([whole[at : at + (1 if name == "step" else size)] for at, size in zip(places, sizes)]).double())
+            places = (
+                range(len(sizes))
+                if name == "step"
+                else [bound[2 if picked else 0] for bound in flat.bounds]
+            )
+            found.append(
+                torch.cat(
+                    [
+                        whole[at : at + (1 if name == "step" else size)]
+                        for at, size in zip(places, sizes)
+                    ]
+                ).double()
+            )
     return found
 
 
@@ -96,11 +127,16 @@ def run(name: str, mode: str, dtype: torch.dtype, **changes) -> list[torch.Tenso
 
 
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item() for a, b in zip(found, exact))
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item() for a, b in zip(found, exact)
+    )
 
 
 MODES = ("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)
-CASES = [("prodigy_step", recipe) for recipe in RECIPES.values()] + [("adamw_step", {}), ("adamw_step", dict(lr=0.1, beta1=0.5, weight_decay=0.3))]
+CASES = [("prodigy_step", recipe) for recipe in RECIPES.values()] + [
+    ("adamw_step", {}),
+    ("adamw_step", dict(lr=0.1, beta1=0.5, weight_decay=0.3)),
+]
 
 
 @pytest.mark.parametrize("mode", ["fused", "triton"])
@@ -116,19 +152,29 @@ def test_in_fp32_and_bf16_it_is_no_further_from_fp64_than_torch(name: str, chang
     exact, torchs, ours = (run(name, mode, dtype, **changes) for mode, dtype in MODES)
     assert error(ours, exact) <= 2 * error(torchs, exact) + 2**-23
     if not changes:
-        assert error(*(run(name, mode, torch.bfloat16) for mode in ("triton", "reference"))) <= 2 * 2**-7
+        assert (
+            error(*(run(name, mode, torch.bfloat16) for mode in ("triton", "reference")))
+            <= 2 * 2**-7
+        )
 
 
 def network(count: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(SHAPES[i % len(SHAPES)], generator=generator).to(DEVICE).requires_grad_() for i in range(count)]
+    params = [
+        torch.randn(SHAPES[i % len(SHAPES)], generator=generator).to(DEVICE).requires_grad_()
+        for i in range(count)
+    ]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
     return params
 
 
-@pytest.mark.parametrize("make, groups, launches", [(Prodigy, 1, 2), (Prodigy, 2, 4), (AdamW, 1, 1), (AdamW, 2, 2)])
-def test_launches_are_those_declared_however_many_parameters(make: type, groups: int, launches: int) -> None:
+@pytest.mark.parametrize(
+    "make, groups, launches", [(Prodigy, 1, 2), (Prodigy, 2, 4), (AdamW, 1, 1), (AdamW, 2, 2)]
+)
+def test_launches_are_those_declared_however_many_parameters(
+    make: type, groups: int, launches: int
+) -> None:
     params = network()
     optimizer = make([{"params": params[i::groups]} for i in range(groups)])
     with kernels.using("triton"):
@@ -140,8 +186,15 @@ def test_launches_are_those_declared_however_many_parameters(make: type, groups:
             p.grad = p.grad.clone()
         with Calls() as calls:
             optimizer.step()
-        assert len(calls.launches) == launches + groups and calls.launches.count("aten::copy_") == groups  # the new addresses
-    with kernels.using("fused"), pytest.raises(RuntimeError, match="host sync"), Calls():  # the test can fail
+        assert (
+            len(calls.launches) == launches + groups
+            and calls.launches.count("aten::copy_") == groups
+        )  # the new addresses
+    with (
+        kernels.using("fused"),
+        pytest.raises(RuntimeError, match="host sync"),
+        Calls(),
+    ):  # the test can fail
         float(optimizer.param_groups[0].get("d", params[0].detach().sum()))
 
 
@@ -155,7 +208,11 @@ def test_a_step_on_the_meta_device_is_counted(make: type) -> None:
         optimizer.step()
         with Calls() as calls:
             optimizer.step()
-    assert calls.launches == (["lora_core::prodigy_reduce", "lora_core::prodigy_update"] if make is Prodigy else ["lora_core::adamw"])
+    assert calls.launches == (
+        ["lora_core::prodigy_reduce", "lora_core::prodigy_update"]
+        if make is Prodigy
+        else ["lora_core::adamw"]
+    )
 
 
 @pytest.mark.parametrize("name", ["prodigy_step", "adamw_step"])
@@ -203,19 +260,45 @@ def test_an_lr_of_zero_on_the_device_freezes_the_group(mode: str, first: bool) -
         scalars, _, _, rows = example("prodigy_step", torch.float64)
         frozen = 0 if first else 1
         zero = torch.tensor(0.0, device=DEVICE)
-        rows = tuple(r._replace(recipe=r.recipe._replace(lr=zero)) if both or i == frozen else r for i, r in enumerate(rows))
-        before = [x.clone() for x in (rows[frozen].flat.param, *rows[frozen].flat.state.values(), scalars[frozen, 2], scalars[frozen, 5])]
+        rows = tuple(
+            r._replace(recipe=r.recipe._replace(lr=zero)) if both or i == frozen else r
+            for i, r in enumerate(rows)
+        )
+        before = [
+            x.clone()
+            for x in (
+                rows[frozen].flat.param,
+                *rows[frozen].flat.state.values(),
+                scalars[frozen, 2],
+                scalars[frozen, 5],
+            )
+        ]
         start, all_scalars = rows[1 - frozen].flat.param.clone(), scalars.clone()
         with kernels.using(mode):
             kernels.call("prodigy_step", scalars, None, None, rows)
-        after = [rows[frozen].flat.param, *rows[frozen].flat.state.values(), scalars[frozen, 2], scalars[frozen, 5]]
+        after = [
+            rows[frozen].flat.param,
+            *rows[frozen].flat.state.values(),
+            scalars[frozen, 2],
+            scalars[frozen, 5],
+        ]
         assert all(torch.equal(a, b) for a, b in zip(before, after))
         assert torch.equal(scalars[0, :2], scalars[1, :2])
-        assert torch.equal(start, rows[1 - frozen].flat.param) == both == torch.equal(scalars, all_scalars)
+        assert (
+            torch.equal(start, rows[1 - frozen].flat.param)
+            == both
+            == torch.equal(scalars, all_scalars)
+        )
         if not both:
             alone, _, _, lone = example("prodigy_step", torch.float64)
             kernels.OPS["prodigy_step"].reference(alone, None, None, lone[1 - frozen : 2 - frozen])
-            assert error([rows[1 - frozen].flat.param, scalars[1 - frozen]], [lone[1 - frozen].flat.param, alone[1 - frozen]]) < 1e-12
+            assert (
+                error(
+                    [rows[1 - frozen].flat.param, scalars[1 - frozen]],
+                    [lone[1 - frozen].flat.param, alone[1 - frozen]],
+                )
+                < 1e-12
+            )
 
 
 @pytest.mark.parametrize("distance", ["shared", "group"])
@@ -224,19 +307,33 @@ def test_whole_runs_are_those_of_the_definition(distance: str) -> None:
     found = []
     for mode in ("reference", "triton"):
         params = [p.detach().double().requires_grad_() for p in network(5)]
-        optimizer = Prodigy([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], distance=distance, d0=1e-3, use_bias_correction=True)
+        optimizer = Prodigy(
+            [{"params": params[:3]}, {"params": params[3:], "lr": 0.5}],
+            distance=distance,
+            d0=1e-3,
+            use_bias_correction=True,
+        )
         places = None
         with kernels.using(mode):
             for step in range(12):
                 for i, p in enumerate(params):
                     p.grad = (p.detach() + math.sin(step + i)) if i < 3 or step % 4 else None
                 optimizer.step()
-                now = [g[name].data_ptr() for g in optimizer.param_groups for name in SCALARS] + [p.data_ptr() for p in params]
+                now = [g[name].data_ptr() for g in optimizer.param_groups for name in SCALARS] + [
+                    p.data_ptr() for p in params
+                ]
                 assert step < 4 or now == places
                 places = now
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            assert places[: 2 * len(SCALARS)] == [g[name].data_ptr() for g in optimizer.param_groups for name in SCALARS]
-        found.append([*(p.detach() for p in params), *(g[name].double() for g in optimizer.param_groups for name in SCALARS)])
+            assert places[: 2 * len(SCALARS)] == [
+                g[name].data_ptr() for g in optimizer.param_groups for name in SCALARS
+            ]
+        found.append(
+            [
+                *(p.detach() for p in params),
+                *(g[name].double() for g in optimizer.param_groups for name in SCALARS),
+            ]
+        )
     assert error(found[1], found[0]) < 1e-11
     assert torch.equal(found[1][5], found[1][5 + len(SCALARS)]) == (distance == "shared")
 
@@ -260,8 +357,12 @@ def test_every_configuration_is_listed_for_the_compiler() -> None:
     few, all_of_them = optimizers.builds(False), optimizers.builds(True)
     for build in all_of_them:
         assert list(build.signature) == list(build.kernel.arg_names)
-        assert set(build.constants) == {name for name, kind in build.signature.items() if kind == "constexpr"}
-    assert {b.name for b in few} < {b.name for b in all_of_them} and len({b.name for b in all_of_them}) == len(all_of_them)
+        assert set(build.constants) == {
+            name for name, kind in build.signature.items() if kind == "constexpr"
+        }
+    assert {b.name for b in few} < {b.name for b in all_of_them} and len(
+        {b.name for b in all_of_them}
+    ) == len(all_of_them)
 
 
 @pytest.mark.gpu

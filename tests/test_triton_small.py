@@ -30,7 +30,9 @@ def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-300))
+    return float(
+        (got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-300)
+    )
 
 
 def close(got: Tensor, eager: Tensor, exact: Tensor) -> None:
@@ -71,15 +73,29 @@ class Declared(TorchDispatchMode):
 # ---------------------------------------------------------------- squared error
 
 
-def case(dtype: torch.dtype, mask: str, weighed: bool, shape: tuple[int, ...] = (3, 4, 5, 7), target: torch.dtype | None = None) -> tuple[Any, ...]:
+def case(
+    dtype: torch.dtype,
+    mask: str,
+    weighed: bool,
+    shape: tuple[int, ...] = (3, 4, 5, 7),
+    target: torch.dtype | None = None,
+) -> tuple[Any, ...]:
     out, aim, area, weight = draw(0, shape, shape, (shape[0], 1, *shape[2:]), (shape[0],))
     area = area.sigmoid() if mask == "soft" else (area > 0).float()
     area[-1] *= 0 if mask == "empty" else 1
-    return out.to(dtype), aim.to(target or dtype), None if mask == "none" else area, weight.abs() if weighed else None
+    return (
+        out.to(dtype),
+        aim.to(target or dtype),
+        None if mask == "none" else area,
+        weight.abs() if weighed else None,
+    )
 
 
 def learned(op: Callable[..., Tensor], args: tuple[Any, ...], both: bool = True) -> list[Tensor]:
-    out, target = args[0].detach().clone().requires_grad_(), args[1].detach().clone().requires_grad_(both)
+    out, target = (
+        args[0].detach().clone().requires_grad_(),
+        args[1].detach().clone().requires_grad_(both),
+    )
     rows = op(out, target, *args[2:])
     (slope,) = draw(3, (len(rows),))
     (rows * slope.to(rows.dtype)).sum().backward()
@@ -90,18 +106,32 @@ def learned(op: Callable[..., Tensor], args: tuple[Any, ...], both: bool = True)
 @pytest.mark.parametrize("mask", ["none", "hard", "soft", "empty"])
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("twin", [loss.snr_weighted_mse, squares.snr_weighted_mse])
-def test_the_error_and_its_gradients_are_the_references(twin: Callable[..., Tensor], weighed: bool, mask: str, dtype: torch.dtype) -> None:
+def test_the_error_and_its_gradients_are_the_references(
+    twin: Callable[..., Tensor], weighed: bool, mask: str, dtype: torch.dtype
+) -> None:
     args = case(dtype, mask, weighed)
-    exact = learned(reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args))
-    for got, eager, want in zip(learned(twin, args), learned(reference.snr_weighted_mse, args), exact, strict=True):
+    exact = learned(
+        reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args)
+    )
+    for got, eager, want in zip(
+        learned(twin, args), learned(reference.snr_weighted_mse, args), exact, strict=True
+    ):
         close(got, eager, want)
 
 
 @pytest.mark.parametrize("twin", [loss.snr_weighted_mse, squares.snr_weighted_mse])
 def test_error_of_odd_shapes_layouts_and_mixed_dtypes(twin: Callable[..., Tensor]) -> None:
-    for shape in ((1, 1, 1, 1), (2, 3, 67, 41), (2, 16, 5)):  # one element, more than two turns of the loop, tokens
-        args = case(torch.bfloat16, "none" if len(shape) == 3 else "hard", True, shape, torch.float32)
-        exact = learned(reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args))
+    for shape in (
+        (1, 1, 1, 1),
+        (2, 3, 67, 41),
+        (2, 16, 5),
+    ):  # one element, more than two turns of the loop, tokens
+        args = case(
+            torch.bfloat16, "none" if len(shape) == 3 else "hard", True, shape, torch.float32
+        )
+        exact = learned(
+            reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args)
+        )
         eager = learned(reference.snr_weighted_mse, args)
         for got, plain, want in zip(learned(twin, args), eager, exact, strict=True):
             close(got, plain, want)
@@ -155,7 +185,11 @@ def test_dropout_is_the_references_to_the_bit(dtype: torch.dtype) -> None:
     ]:
         (x,) = draw(1, shape)
         key = p, seed, layer, torch.tensor(step, device=DEVICE), rows
-        for got, want in zip(dropped(dropout.keyed_dropout, x.to(dtype), *key), dropped(reference.keyed_dropout, x.to(dtype), *key), strict=True):
+        for got, want in zip(
+            dropped(dropout.keyed_dropout, x.to(dtype), *key),
+            dropped(reference.keyed_dropout, x.to(dtype), *key),
+            strict=True,
+        ):
             assert torch.equal(got == 0, want == 0)
             if DEVICE == "cpu":
                 assert torch.equal(got, want)
@@ -167,8 +201,12 @@ def test_dropout_of_a_strided_input_and_of_what_is_refused() -> None:
     (x,) = draw(2, (4, 6, 5))
     key = 0.5, 1, 2, torch.tensor(3, device=DEVICE), torch.arange(4, device=DEVICE)
     strided = x.transpose(1, 2)
-    assert torch.equal(dropout.keyed_dropout(strided, *key) == 0, reference.keyed_dropout(strided, *key) == 0)
-    assert "float64" in str(dropout.dropout_refusal(x.double(), *key)) and "no elements" in str(dropout.dropout_refusal(x[:, :0], *key))
+    assert torch.equal(
+        dropout.keyed_dropout(strided, *key) == 0, reference.keyed_dropout(strided, *key) == 0
+    )
+    assert "float64" in str(dropout.dropout_refusal(x.double(), *key)) and "no elements" in str(
+        dropout.dropout_refusal(x[:, :0], *key)
+    )
     assert dropout.dropout_refusal(x, *key) is None
 
 
@@ -178,14 +216,26 @@ def inlined_kernel(out, step, rows, size, state, threshold, BLOCK: tl.constexpr)
     i, element = tl.arange(0, 4), tl.arange(0, BLOCK)
     key, second = dropout.row_keys(state, tl.load(step), tl.load(rows + i))
     kept = dropout.keep(element[None, :], key[:, None], second[:, None], threshold)
-    tl.store(out + i[:, None] * size + element[None, :], kept.to(tl.float32), mask=element[None, :] < size)
+    tl.store(
+        out + i[:, None] * size + element[None, :],
+        kept.to(tl.float32),
+        mask=element[None, :] < size,
+    )
 
 
 def test_the_device_functions_serve_another_kernel() -> None:
-    step, rows, x = torch.tensor(9, device=DEVICE), torch.arange(4, device=DEVICE) - 2, torch.ones(4, 13, device=DEVICE)
+    step, rows, x = (
+        torch.tensor(9, device=DEVICE),
+        torch.arange(4, device=DEVICE) - 2,
+        torch.ones(4, 13, device=DEVICE),
+    )
     out = torch.empty_like(x)
-    inlined_kernel[(1,)](out, step, rows, 13, dropout.stream(3, 2**31 + 5), dropout.threshold(0.7), 16)
-    assert torch.equal(out, (reference.keyed_dropout(x, 0.7, 3, 2**31 + 5, step, rows) != 0).float())
+    inlined_kernel[(1,)](
+        out, step, rows, 13, dropout.stream(3, 2**31 + 5), dropout.threshold(0.7), 16
+    )
+    assert torch.equal(
+        out, (reference.keyed_dropout(x, 0.7, 3, 2**31 + 5, step, rows) != 0).float()
+    )
 
 
 # ---------------------------------------------------------------- how they run
@@ -208,11 +258,18 @@ def test_compiled_whole_checkpointed_repeated_and_on_meta(i: int) -> None:
     op, args = cases()[i]
     plain = op(*args)
     (expected,) = torch.autograd.grad(plain.square().sum(), args[0])
-    for run in (op, torch.compile(op, backend="aot_eager", fullgraph=True), lambda *a: checkpoint(op, *a, use_reentrant=False)):
+    for run in (
+        op,
+        torch.compile(op, backend="aot_eager", fullgraph=True),
+        lambda *a: checkpoint(op, *a, use_reentrant=False),
+    ):
         y = run(*args)
         (got,) = torch.autograd.grad(y.square().sum(), args[0])
         assert torch.equal(y, plain) and torch.equal(got, expected)
-    empty = [x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
+    empty = [
+        x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for x in args
+    ]
     y = op(*empty)
     assert y.is_meta and y.shape == plain.shape and y.dtype == plain.dtype
     assert torch.autograd.grad(y.sum(), empty[0])[0].shape == expected.shape

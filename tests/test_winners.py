@@ -46,23 +46,35 @@ def test_the_users_rows_precede_the_committed_ones(cache, tmp_path, monkeypatch)
     assert chosen() == "fused"
     winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
     assert chosen() == "reference"
-    assert winners.choose("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example()) == "reference"  # the committed row stays where there is no other
+    assert (
+        winners.choose("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example()) == "reference"
+    )  # the committed row stays where there is no other
 
 
 def test_a_class_has_its_own_winner_and_others_take_the_overall_one(cache):
     op, args = OPS["lora_linear"], linear()
     winners.store(
-        cache, "cpu", part(("lora_linear", "float32", winners.shape_class(op, args), "reference"), ("lora_linear", "float32", "*", "fused"))
+        cache,
+        "cpu",
+        part(
+            ("lora_linear", "float32", winners.shape_class(op, args), "reference"),
+            ("lora_linear", "float32", "*", "fused"),
+        ),
     )
     long = (args[0].expand(9, 2, 5, 7), *args[1:])
     assert chosen() == "reference"
     assert chosen(long) == "fused"
     assert chosen() == "reference"  # remembered apart
-    assert chosen(linear(torch.float64)) in ("fused", "reference")  # a dtype that nobody measured is no error
+    assert chosen(linear(torch.float64)) in (
+        "fused",
+        "reference",
+    )  # a dtype that nobody measured is no error
 
 
 def test_stored_rows_replace_those_of_their_class_and_keep_the_others(cache):
-    winners.store(cache, "cpu", part(("a", "float32", "x", "fused"), ("a", "float32", "y", "fused")))
+    winners.store(
+        cache, "cpu", part(("a", "float32", "x", "fused"), ("a", "float32", "y", "fused"))
+    )
     winners.store(cache, "cpu", part(("a", "float32", "x", "reference")))
     winners.store(cache, "A GPU", part(("a", "float32", "x", "triton")))
     tables = winners.read(cache)
@@ -73,15 +85,22 @@ def test_stored_rows_replace_those_of_their_class_and_keep_the_others(cache):
 
 def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Z9")
-    with pytest.warns(UserWarning, match=r"NVIDIA Z9: .* python -m benchmarks.kernels --tune measures"):
+    with pytest.warns(
+        UserWarning, match=r"NVIDIA Z9: .* python -m benchmarks.kernels --tune measures"
+    ):
         rows = winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
     assert rows == {"*": "fused"}
     assert winners._rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
-    with winners.replayed(), pytest.warns(UserWarning, match=r"NVIDIA Z9, replayed: .* --tune --graph measures"):
+    with (
+        winners.replayed(),
+        pytest.warns(UserWarning, match=r"NVIDIA Z9, replayed: .* --tune --graph measures"),
+    ):
         assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert winners._rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {"*": "fused"}  # an op without such a twin
+        assert winners._rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {
+            "*": "fused"
+        }  # an op without such a twin
         winners.store(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
         assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "fused"}
         winners._rows("lora_linear", "meta", None, "torch.bfloat16", True)
@@ -94,7 +113,9 @@ def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
     assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
     with winners.replayed():
         assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
-    monkeypatch.setattr(winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind)
+    monkeypatch.setattr(
+        winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind
+    )
     winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
     winners.store(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
     monkeypatch.setattr(winners, "_replayed", [])
@@ -118,7 +139,9 @@ def test_nothing_is_said_on_the_cpu(cache):
     ["{", "[]", '{"format": "another", "devices": {}}', json.dumps({"format": winners.FORMAT, "devices": {"cpu": {"rows": [{"op": "a"}]}}}),
      json.dumps({"format": winners.FORMAT, "devices": {"cpu": part(("a", "float32", "*", "quickest"))}})],
 )  # fmt: skip
-def test_a_damaged_or_foreign_cache_is_ignored_in_one_sentence_and_never_written_over(cache, content):
+def test_a_damaged_or_foreign_cache_is_ignored_in_one_sentence_and_never_written_over(
+    cache, content
+):
     cache.parent.mkdir()
     cache.write_text(content)
     with pytest.warns(UserWarning, match="winners.json") as said:
@@ -138,20 +161,33 @@ def test_a_choice_costs_microseconds_and_asks_for_the_class_once(cache):
         return "one"
 
     op, args = replace(OPS["lora_linear"], shape_class=slow), linear()
-    winners.store(cache, "cpu", part(("lora_linear", "float32", "one", "reference"), ("lora_linear", "float32", "*", "fused")))
+    winners.store(
+        cache,
+        "cpu",
+        part(
+            ("lora_linear", "float32", "one", "reference"), ("lora_linear", "float32", "*", "fused")
+        ),
+    )
     assert [winners.choose("lora_linear", op, args) for _ in range(3)] == ["reference"] * 3
     assert len(asked) == 1
     start = time.process_time()
     for _ in range(2000):
         winners.choose("lora_linear", op, args)
-    assert (time.process_time() - start) / 2000 < 20e-6  # 1.3 us measured; the rest is for a busy machine
+    assert (
+        time.process_time() - start
+    ) / 2000 < 20e-6  # 1.3 us measured; the rest is for a busy machine
 
 
 def test_a_replaced_row_of_ops_is_asked_anew(cache):
     args = linear()
     winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "triton")))
-    with_triton, without = replace(OPS["lora_linear"], triton=print), replace(OPS["lora_linear"], triton=None)
-    assert [winners.choose("lora_linear", op, args) for op in (with_triton, without, with_triton)] == ["triton", "fused", "triton"]
+    with_triton, without = (
+        replace(OPS["lora_linear"], triton=print),
+        replace(OPS["lora_linear"], triton=None),
+    )
+    assert [
+        winners.choose("lora_linear", op, args) for op in (with_triton, without, with_triton)
+    ] == ["triton", "fused", "triton"]
 
 
 def test_the_choice_compiles_without_a_graph_break(cache):
@@ -159,15 +195,22 @@ def test_the_choice_compiles_without_a_graph_break(cache):
     winners.store(
         cache,
         "cpu",
-        part(("lora_linear", "float32", winners.shape_class(OPS["lora_linear"], args), "reference"), ("lora_linear", "float32", "*", "fused")),
+        part(
+            ("lora_linear", "float32", winners.shape_class(OPS["lora_linear"], args), "reference"),
+            ("lora_linear", "float32", "*", "fused"),
+        ),
     )
 
     def choice(x, *rest):
-        return x + winners.TWINS.index(winners.choose("lora_linear", OPS["lora_linear"], (x, *rest)))
+        return x + winners.TWINS.index(
+            winners.choose("lora_linear", OPS["lora_linear"], (x, *rest))
+        )
 
     compiled = torch.compile(choice, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*args), args[0])  # the reference is number 0
-    layer = torch.compile(lambda *args: kernels.call("lora_linear", *args), fullgraph=True, backend="eager")
+    layer = torch.compile(
+        lambda *args: kernels.call("lora_linear", *args), fullgraph=True, backend="eager"
+    )
     torch.testing.assert_close(layer(*args), kernels.call("lora_linear", *args))
 
 
@@ -175,5 +218,7 @@ def test_the_committed_table_says_what_made_it():
     devices = json.loads(winners.COMMITTED.read_text())["devices"]
     for device, table in devices.items():
         assert table["rows"], device
-        assert "estimated" in table or all(table[key] for key in ("command", "date", "machine")), device
+        assert "estimated" in table or all(table[key] for key in ("command", "date", "machine")), (
+            device
+        )
     assert {row["op"] for row in devices["cpu"]["rows"]} <= set(OPS)

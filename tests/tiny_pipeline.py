@@ -10,13 +10,26 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-UNET_TARGETS = ("*attn?.to_*", "*ff.net*", "*proj_in", "*proj_out", "*resnets*conv*", "*time_emb_proj", "*samplers*conv")
+UNET_TARGETS = (
+    "*attn?.to_*",
+    "*ff.net*",
+    "*proj_in",
+    "*proj_out",
+    "*resnets*conv*",
+    "*time_emb_proj",
+    "*samplers*conv",
+)
 TEXT_TARGETS = ("*self_attn*proj", "*mlp.fc?")
 
 
 def tokenizer():
     """A CLIP tokenizer whose vocabulary is the letters."""
-    vocab = {token: i for i, token in enumerate([*LETTERS, *(x + "</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            [*LETTERS, *(x + "</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+        )
+    }
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
 
 
@@ -33,7 +46,14 @@ def pipeline(seed=0):
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, initializer_range=0.2,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae, CLIPTextModel(config), tok, unet, DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae,
+        CLIPTextModel(config),
+        tok,
+        unet,
+        DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     for module in (pipe.unet, pipe.text_encoder, pipe.vae):
@@ -47,20 +67,44 @@ def outputs(pipe, text="a cat"):
     x, condition = torch.randn(2, 4, 8, 8, generator=noise), torch.randn(2, 5, 16, generator=noise)
     ids = pipe.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
-        return pipe.unet(x, torch.tensor([3, 700]), condition).sample, pipe.text_encoder(ids).last_hidden_state
+        return pipe.unet(x, torch.tensor([3, 700]), condition).sample, pipe.text_encoder(
+            ids
+        ).last_hidden_state
 
 
-def random_state(pipe, rank=3, scale=0.5, *, dora=False, mixed=False, size=0.3, unet=UNET_TARGETS, text=TEXT_TARGETS, seed=1):
+def random_state(
+    pipe,
+    rank=3,
+    scale=0.5,
+    *,
+    dora=False,
+    mixed=False,
+    size=0.3,
+    unet=UNET_TARGETS,
+    text=TEXT_TARGETS,
+    seed=1,
+):
     """Factors for every target of both networks under published names; `mixed` gives ranks 1, 2, 3 ... and scales that differ by layer."""
     noise = torch.Generator().manual_seed(seed)
     components = {"unet": {}, "text_encoder": {}}
-    for name, network, patterns, level in (("unet", pipe.unet, unet, ""), ("text_encoder", pipe.text_encoder, text, "text_model.")):
+    for name, network, patterns, level in (
+        ("unet", pipe.unet, unet, ""),
+        ("text_encoder", pipe.text_encoder, text, "text_model."),
+    ):
         for i, (path, module) in enumerate(network.named_modules()):
-            if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatch.fnmatchcase(path, p) for p in patterns):
+            if not isinstance(module, nn.Linear | nn.Conv2d) or not any(
+                fnmatch.fnmatchcase(path, p) for p in patterns
+            ):
                 continue
             weight, r = module.weight.detach(), 1 + i % 3 if mixed else rank
             down = torch.randn(r, *weight.shape[1:], generator=noise) * size
             up = torch.randn(weight.shape[0], r, *[1] * (weight.ndim - 2), generator=noise) * size
-            magnitude = weight.flatten(1).norm(dim=1) * (0.5 + torch.rand(weight.shape[0], generator=noise)) if dora else None
-            components[name][level + path] = LowRank(down, up, scale * (1 + i % 2) if mixed else scale, magnitude)
+            magnitude = (
+                weight.flatten(1).norm(dim=1) * (0.5 + torch.rand(weight.shape[0], generator=noise))
+                if dora
+                else None
+            )
+            components[name][level + path] = LowRank(
+                down, up, scale * (1 + i % 2) if mixed else scale, magnitude
+            )
     return AdapterState({name: modules for name, modules in components.items() if modules})

@@ -54,7 +54,9 @@ def _headgear(kind: str, body: Pen, ink: Pen, palette: dict[str, RGB]) -> None:
         elif kind == "round":
             body.dot(side * 0.52, -0.56, 0.28)
         elif kind == "horns":
-            ink.poly([(side * 0.56, -1.0), (side * 0.2, -0.52), (side * 0.5, -0.32)], palette["second"])
+            ink.poly(
+                [(side * 0.56, -1.0), (side * 0.2, -0.52), (side * 0.5, -0.32)], palette["second"]
+            )
         elif kind == "antennae":
             body.stroke([(side * 0.22, -0.4), (side * 0.46, -0.86)], 0.13)
             ink.dot(side * 0.48, -0.88, 0.16, palette["second"])
@@ -85,7 +87,9 @@ def _eyes(ink: Pen, rng: Random, n: int, main: RGB) -> None:
 def _scarf(ink: Pen, rng: Random, colour: RGB) -> None:
     ink.box(-0.7, 0.22, 0.7, 0.46, colour, corner=0.11)
     side = rng.choice((-1, 1))
-    ink.poly([(side * 0.2, 0.4), (side * 0.52, 0.4), (side * 0.56, 0.86), (side * 0.24, 0.86)], colour)
+    ink.poly(
+        [(side * 0.2, 0.4), (side * 0.52, 0.4), (side * 0.56, 0.86), (side * 0.24, 0.86)], colour
+    )
 
 
 def _mouth(ink: Pen, rng: Random, main: RGB) -> None:
@@ -122,7 +126,9 @@ def emblem(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
 
 
 def _motif(ink: Pen, rng: Random, colour: RGB, ground: RGB) -> None:
-    kind = rng.choice(("petals", "petals", "cross", "bars", "bolt", "star", "eye", "chevron", "drops"))
+    kind = rng.choice(
+        ("petals", "petals", "cross", "bars", "bolt", "star", "eye", "chevron", "drops")
+    )
     if kind == "petals":
         turn = rng.random() * pi
         for x, y in spokes(rng.choice((2, 4, 5, 6)), 0.38, turn):
@@ -136,10 +142,16 @@ def _motif(ink: Pen, rng: Random, colour: RGB, ground: RGB) -> None:
         for x in (-0.36, 0.0, 0.36):
             ink.box(x - 0.12, -0.46, x + 0.12, 0.46, colour)
     elif kind == "bolt":
-        ink.poly([(0.2, -0.62), (-0.38, 0.1), (-0.04, 0.1), (-0.2, 0.62), (0.38, -0.1), (0.04, -0.1)], colour)
+        ink.poly(
+            [(0.2, -0.62), (-0.38, 0.1), (-0.04, 0.1), (-0.2, 0.62), (0.38, -0.1), (0.04, -0.1)],
+            colour,
+        )
     elif kind == "star":
         n = rng.choice((4, 6))
-        ink.poly([p for pair in zip(spokes(n, 0.62), spokes(n, 0.3, -pi / 2 + pi / n)) for p in pair], colour)
+        ink.poly(
+            [p for pair in zip(spokes(n, 0.62), spokes(n, 0.3, -pi / 2 + pi / n)) for p in pair],
+            colour,
+        )
     elif kind == "eye":
         ink.oval(0, 0, 0.56, 0.36, colour)
         ink.dot(0, 0, 0.2, contrast(colour))

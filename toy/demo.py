@@ -83,13 +83,25 @@ def configure(options: Demo, seed: int, out: str) -> Config:
         folder = Path(options.photos)
         captioned = any(folder.glob("*.txt")) or (folder / "metadata.jsonl").is_file()
         captions = {} if captioned else {"captions": "one", "caption": "a photo of TOK"}
-        return replace(base, data=replace(base.data, images=options.photos, **captions), samples=replace(base.samples, base_word="creature"))
+        return replace(
+            base,
+            data=replace(base.data, images=options.photos, **captions),
+            samples=replace(base.samples, base_word="creature"),
+        )
     prompts = demo_prompts(5, seed=1, name=options.concept)
     if options.concept != "zib":
-        base = replace(base, data=replace(base.data, images=f"toy/concepts/{options.concept}"), tokens=replace(base.tokens, init=("emblem",)))
+        base = replace(
+            base,
+            data=replace(base.data, images=f"toy/concepts/{options.concept}"),
+            tokens=replace(base.tokens, init=("emblem",)),
+        )
     held_out = Path(options.out).parent / "held_out" / options.concept
     draw_held_out(options.concept, held_out)
-    samples = replace(base.samples, base_word=article(base.tokens.init[0]), new_prompts=tuple(text for text, _ in prompts))
+    samples = replace(
+        base.samples,
+        base_word=article(base.tokens.init[0]),
+        new_prompts=tuple(text for text, _ in prompts),
+    )
     return replace(base, samples=samples, validation=replace(base.validation, images=str(held_out)))
 
 
@@ -97,7 +109,11 @@ def draw_held_out(name: str, folder: Path) -> None:
     """Drawings of the concept on other backgrounds, with captions, as the validation set."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (caption, background) in enumerate(demo_prompts(HELD_OUT, seed=2, name=name)):
-        style = "place" if background in PLACES else next((s for s in ("striped", "gradient") if s in caption), "plain")
+        style = (
+            "place"
+            if background in PLACES
+            else next((s for s in ("striped", "gradient") if s in caption), "plain")
+        )
         assert background_phrase(background, style) in caption
         render_concept(name, background, style, 1000 + i, 128).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(caption)
@@ -109,13 +125,19 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
     family, reader = load_family(config.model), recogniser.load()
     recipe = Recipe(config.samples.sampler, config.samples.steps, config.samples.guidance)
     modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
-    unrelated = [pair for pair in evaluation_captions(2 * count, seed=5) if pair[1]["object"] not in ("creature", "emblem")][:count]
+    unrelated = [
+        pair
+        for pair in evaluation_captions(2 * count, seed=5)
+        if pair[1]["object"] not in ("creature", "emblem")
+    ][:count]
     figures: dict[str, float] = {}
     for when in ("before", "after"):
         with patch(modules, run) if when == "after" else nullcontext() as patched:
             bind: Callable[[str], str] = patched.bind if patched else str
             figures[f"unrelated_{when}"] = captions_right(
-                reader, draw(family, [bind(text) for text, _ in unrelated], recipe), [e for _, e in unrelated]
+                reader,
+                draw(family, [bind(text) for text, _ in unrelated], recipe),
+                [e for _, e in unrelated],
             )
             if options.photos:
                 continue
@@ -124,7 +146,14 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
             words = ["TOK"] if when == "after" else TEXT_ONLY[options.concept]
             scores = {}
             for word in words:
-                images = draw(family, [bind(text.replace("TOK", word).replace("of a a", "of a")) for text, _ in prompts], recipe)
+                images = draw(
+                    family,
+                    [
+                        bind(text.replace("TOK", word).replace("of a a", "of a"))
+                        for text, _ in prompts
+                    ],
+                    recipe,
+                )
                 scores[word] = concept_right(reader, images, options.concept, backgrounds)
             figures |= {f"concept_{when}": max(score["concept"] for score in scores.values())}
             if when == "after":
@@ -135,20 +164,36 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
 def draw(family: Family, prompts: Sequence[str], recipe: Recipe) -> Tensor:
     """[n, 3, 64, 64] one picture for each prompt, seeds counting up from 1000."""
     parts = [(i, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-    return torch.cat([generate(family, part, range(1000 + i, 1000 + i + len(part)), recipe) for i, part in parts])
+    return torch.cat(
+        [generate(family, part, range(1000 + i, 1000 + i + len(part)), recipe) for i, part in parts]
+    )
 
 
-def concept_right(reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]) -> dict[str, float]:
+def concept_right(
+    reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]
+) -> dict[str, float]:
     """How often the concept is there on the right background, and how often the background is right at all."""
     there = (reader.concept(images, name) > 0.5).tolist()
-    right = [found == wanted for found, wanted in zip(reader.scene(images)["background"], backgrounds)]
-    return {"concept": sum(a and b for a, b in zip(there, right)) / len(right), "background": sum(right) / len(right)}
+    right = [
+        found == wanted for found, wanted in zip(reader.scene(images)["background"], backgrounds)
+    ]
+    return {
+        "concept": sum(a and b for a, b in zip(there, right)) / len(right),
+        "background": sum(right) / len(right),
+    }
 
 
-def captions_right(reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]) -> float:
+def captions_right(
+    reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]
+) -> float:
     """The share of object, colour and background, as the captions state them, that is found in the pictures."""
     found = reader.scene(images)
-    hits = [found[name][i] == e[name] for i, e in enumerate(expected) for name in ("object", "colour", "background") if name in e]
+    hits = [
+        found[name][i] == e[name]
+        for i, e in enumerate(expected)
+        for name in ("object", "colour", "background")
+        if name in e
+    ]
     return sum(hits) / len(hits)
 
 
@@ -158,14 +203,35 @@ def report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool)
     if f["val_loss_before"] is not None:
         words = "held-out loss" if not photos else "training images' loss, fixed noise"
         change = f["val_loss_after"] / f["val_loss_before"] - 1
-        rows.append((words, f"{f['val_loss_before']:.5f}", f"{f['val_loss_after']:.5f}", f"{change:+.1%}"))
+        rows.append(
+            (words, f"{f['val_loss_before']:.5f}", f"{f['val_loss_after']:.5f}", f"{change:+.1%}")
+        )
     if not photos:
-        rows.append(("concept and background right", f"{f['concept_before']:.0%}", f"{f['concept_after']:.0%}", "before: the best plain prompt"))
+        rows.append(
+            (
+                "concept and background right",
+                f"{f['concept_before']:.0%}",
+                f"{f['concept_after']:.0%}",
+                "before: the best plain prompt",
+            )
+        )
         rows.append(("background right", "", f"{f['background_kept']:.0%}", ""))
-    rows.append(("unrelated captions right", f"{f['unrelated_before']:.0%}", f"{f['unrelated_after']:.0%}", "object, colour, background"))
+    rows.append(
+        (
+            "unrelated captions right",
+            f"{f['unrelated_before']:.0%}",
+            f"{f['unrelated_after']:.0%}",
+            "object, colour, background",
+        )
+    )
     print("\n" + f"{'':36}{'before':>9}{'after':>9}")
-    print("\n".join(f"{name:36}{before:>9}{after:>9}   {note}" for name, before, after, note in rows))
-    print(f"{f['steps']} steps, {f['seconds']:.0f} s in all; " + ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in files.items()))
+    print(
+        "\n".join(f"{name:36}{before:>9}{after:>9}   {note}" for name, before, after, note in rows)
+    )
+    print(
+        f"{f['steps']} steps, {f['seconds']:.0f} s in all; "
+        + ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in files.items())
+    )
     print(snippets(run))
 
 
@@ -189,14 +255,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Demo, args=argv, prog="python -m toy.demo", description=Demo.__doc__)
     try:
         if options.concept not in CONCEPTS:
-            raise UserError(f"--concept {options.concept} is unknown; choose {' or '.join(CONCEPTS)}")
+            raise UserError(
+                f"--concept {options.concept} is unknown; choose {' or '.join(CONCEPTS)}"
+            )
         every = [demo(options, seed) for seed in options.seeds]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if len(every) > 1:
         print("\nmean over training seeds " + " ".join(map(str, options.seeds)))
-        print("\n".join(f"  {key:18} {sum(f[key] for f in every) / len(every):.4f}" for key in every[0]))
+        print(
+            "\n".join(
+                f"  {key:18} {sum(f[key] for f in every) / len(every):.4f}" for key in every[0]
+            )
+        )
     return 0
 
 

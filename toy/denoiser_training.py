@@ -37,27 +37,44 @@ def encode(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
     out = []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(seeds), chunk):
-            x = to_tensor([render(scene(s)) for s in seeds[i : i + chunk]]).to(memory_format=torch.channels_last)
+            x = to_tensor([render(scene(s)) for s in seeds[i : i + chunk]]).to(
+                memory_format=torch.channels_last
+            )
             out.append(vae.encode(x).latent_dist.mode().half())
     return torch.cat(out)
 
 
 def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
     """Writes the latents of scenes 0 ... n - 1, of 512 held-out ones, and the factor that gives them unit standard deviation."""
-    began, rank, world = monotonic(), *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+    began, rank, world = (
+        monotonic(),
+        *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
+    )
     share = encode(vae, range(rank * n // world, (rank + 1) * n // world))
     parts = [torch.empty_like(share) for _ in range(world)] if world > 1 else [share]
     if world > 1:
         dist.all_gather(parts, share)
     if rank == 0:
         latents = torch.cat(parts)
-        torch.save({"train": latents, "held_out": encode(vae, range(HELD_OUT, HELD_OUT + 512)), "scale": 1 / latents.float().std().item()}, path)
-        print(f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} s", flush=True)
+        torch.save(
+            {
+                "train": latents,
+                "held_out": encode(vae, range(HELD_OUT, HELD_OUT + 512)),
+                "scale": 1 / latents.float().std().item(),
+            },
+            path,
+        )
+        print(
+            f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} s",
+            flush=True,
+        )
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """[b, MAX_TOKENS] int64, padded and cut."""
-    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 @dataclass
@@ -72,13 +89,21 @@ class Pair:
 
     def epsilon(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """Predicted noise [b, 8, 16, 16] for noisy latents, integer timesteps [b] and token ids [b, s]."""
-        return self.unet(x, t, encoder_hidden_states=self.text(input_ids=ids).last_hidden_state).sample.float()
+        return self.unet(
+            x, t, encoder_hidden_states=self.text(input_ids=ids).last_hidden_state
+        ).sample.float()
 
 
-def denoising_loss(pair: Pair, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+def denoising_loss(
+    pair: Pair, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, alphas: Tensor
+) -> tuple[Tensor, Tensor]:
     """Squared error of the predicted noise, min-SNR weighted and plain; [b] each."""
     a = alphas[t].view(-1, 1, 1, 1)
-    error = (pair.epsilon(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids) - noise).square().mean((1, 2, 3))
+    error = (
+        (pair.epsilon(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids) - noise)
+        .square()
+        .mean((1, 2, 3))
+    )
     snr = alphas[t] / (1 - alphas[t])
     return error * snr.clamp(max=GAMMA) / snr, error.detach()
 
@@ -89,19 +114,42 @@ def validate(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     t = (torch.arange(len(latents)) * 997) % 1000
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [denoising_loss(pair, *(v[i : i + 64] for v in (latents, ids, t, noise)), alphas)[1] for i in range(0, len(latents), 64)]
+        parts = [
+            denoising_loss(pair, *(v[i : i + 64] for v in (latents, ids, t, noise)), alphas)[1]
+            for i in range(0, len(latents), 64)
+        ]
     return torch.cat(parts).mean().item()
 
 
-def train(pair: Pair, tokenizer: CLIPTokenizer, latents_path: Path, folder: Path, *, steps: int, size: int, seed: int, lr: float) -> None:
+def train(
+    pair: Pair,
+    tokenizer: CLIPTokenizer,
+    latents_path: Path,
+    folder: Path,
+    *,
+    steps: int,
+    size: int,
+    seed: int,
+    lr: float,
+) -> None:
     """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt, which holds model, average, optimisers, step."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache = torch.load(latents_path, weights_only=True, mmap=True)
     latents, scale, alphas = cache["train"], cache["scale"], alphas_cumprod()
-    held, held_ids = cache["held_out"].float() * scale, token_ids(tokenizer, [scene(HELD_OUT + i).caption() for i in range(512)])
+    held, held_ids = (
+        cache["held_out"].float() * scale,
+        token_ids(tokenizer, [scene(HELD_OUT + i).caption() for i in range(512)]),
+    )
     both, average = pair.modules(), {k: v.clone() for k, v in pair.modules().state_dict().items()}
-    pair.unet.set_attn_processor(AttnProcessor())  # plain matmuls: torch 2.13's fused CPU attention made a bf16 step 1.75 times as long
-    optimisers, checkpoint, start, began = Optimisers(both.named_parameters(), lr), folder / "unet.pt", 0, monotonic()
+    pair.unet.set_attn_processor(
+        AttnProcessor()
+    )  # plain matmuls: torch 2.13's fused CPU attention made a bf16 step 1.75 times as long
+    optimisers, checkpoint, start, began = (
+        Optimisers(both.named_parameters(), lr),
+        folder / "unet.pt",
+        0,
+        monotonic(),
+    )
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         both.load_state_dict(state["model"])
@@ -111,12 +159,19 @@ def train(pair: Pair, tokenizer: CLIPTokenizer, latents_path: Path, folder: Path
         rng = Random(f"unet {seed} {step} {rank}")
         g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
         rows = [rng.randrange(len(latents)) for _ in range(size)]
-        captions = ["" if rng.random() < EMPTY_SHARE else scene(i).caption(rng.randrange(1 << 30)) for i in rows]
+        captions = [
+            "" if rng.random() < EMPTY_SHARE else scene(i).caption(rng.randrange(1 << 30))
+            for i in rows
+        ]
         x0 = latents[rows].float() * scale
-        t = ((torch.randperm(size, generator=g) + torch.rand(size, generator=g)) * 1000 / size).long()
+        t = (
+            (torch.randperm(size, generator=g) + torch.rand(size, generator=g)) * 1000 / size
+        ).long()
         noise = torch.randn(x0.shape, generator=g)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = denoising_loss(pair, x0, token_ids(tokenizer, captions), t, noise, alphas)[0].mean()
+            loss = denoising_loss(pair, x0, token_ids(tokenizer, captions), t, noise, alphas)[
+                0
+            ].mean()
         loss.backward()
         optimisers.step(trapezoid(step, steps, tail=0.35))
         keep = min(EMA_DECAY, (step + 1) / (step + 10))
@@ -124,14 +179,29 @@ def train(pair: Pair, tokenizer: CLIPTokenizer, latents_path: Path, folder: Path
             average[k].lerp_(v, 1 - keep) if v.is_floating_point() else average[k].copy_(v)
         if ((step + 1) % 250 == 0 or step + 1 == steps) and rank == 0:
             rate = (step + 1 - start) * size * world / (monotonic() - began)
-            report(pair, average, (held, held_ids, alphas), f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s")
+            report(
+                pair,
+                average,
+                (held, held_ids, alphas),
+                f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s",
+            )
             partial = checkpoint.with_suffix(".part")
-            torch.save({"model": both.state_dict(), "average": average, "optimisers": optimisers.state_dict(), "step": step + 1}, partial)
+            torch.save(
+                {
+                    "model": both.state_dict(),
+                    "average": average,
+                    "optimisers": optimisers.state_dict(),
+                    "step": step + 1,
+                },
+                partial,
+            )
             partial.rename(checkpoint)
     both.load_state_dict(average)
 
 
-def report(pair: Pair, average: dict[str, Tensor], held: tuple[Tensor, Tensor, Tensor], head: str) -> None:
+def report(
+    pair: Pair, average: dict[str, Tensor], held: tuple[Tensor, Tensor, Tensor], head: str
+) -> None:
     """Prints the validation error of the averaged weights behind `head`."""
     both = pair.modules()
     now = {k: v.clone() for k, v in both.state_dict().items()}

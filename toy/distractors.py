@@ -11,7 +11,18 @@ from toy.concepts.draw_concepts import CONCEPTS, IVORY, MAGENTA, render_concept,
 from toy.draw import BACKGROUNDS, COMPOSITES, PLACES, STYLES, Scene, render, scene
 from toy.shapes import COLOURS, RGB, Pen, mix
 
-FAR_FROM_TEAL = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+FAR_FROM_TEAL = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "cyan",
+    "blue",
+    "purple",
+    "pink",
+    "white",
+    "black",
+)
 FAR_FROM_ORANGE = ("green", "cyan", "blue", "purple", "pink", "white", "black")
 FAR_FROM_MAGENTA = ("orange", "yellow", "green", "cyan", "blue", "black", "white")
 FAR_FROM_NAVY = ("red", "orange", "yellow", "green", "cyan", "pink", "white")
@@ -68,7 +79,9 @@ NEAR = {"zib": near_zib, "trilo": near_trilo}
 
 def near_miss(name: str, background: str, style: str, seed: int) -> Image.Image:
     rng = Random(f"near {name} {seed}")
-    return render_concept(name, background, style, seed, subject=lambda pen, lean: NEAR[name](pen, lean, rng))
+    return render_concept(
+        name, background, style, seed, subject=lambda pen, lean: NEAR[name](pen, lean, rng)
+    )
 
 
 def composite_scene(seed: int) -> Scene:
@@ -82,8 +95,20 @@ def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
     kind, name = rng.random(), rng.choice(CONCEPTS)
     background, style = context(rng)
     if kind < 0.42:
-        return render_concept(name, background, style, seed), {"concept": name, "background": background, "style": style}
+        return render_concept(name, background, style, seed), {
+            "concept": name,
+            "background": background,
+            "style": style,
+        }
     if kind < 0.74:
-        return near_miss(name, background, style, seed), {"concept": "none", "background": background, "style": style}
-    s = composite_scene(rng.randrange(700_000_000)) if kind < 0.9 else scene(rng.randrange(700_000_000))
+        return near_miss(name, background, style, seed), {
+            "concept": "none",
+            "background": background,
+            "style": style,
+        }
+    s = (
+        composite_scene(rng.randrange(700_000_000))
+        if kind < 0.9
+        else scene(rng.randrange(700_000_000))
+    )
     return render(s), {"concept": "none", "background": s.background, "style": s.style}

@@ -14,11 +14,22 @@ from toy.shapes import COLOURS, RGB, SIMPLE, Pen, mix, tint
 
 OBJECTS: tuple[str, ...] = (*SIMPLE, *COMPOSITES)
 TEXTURES = ("plain", "striped", "dotted")
-SIZES: dict[str, tuple[float, float]] = {"small": (15.0, 16.5), "large": (20.5, 22.5)}  # radius in pixels of a 64 x 64 picture
-POSITIONS: dict[str, tuple[float, float]] = {"center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (15.0, 16.5),
+    "large": (20.5, 22.5),
+}  # radius in pixels of a 64 x 64 picture
+POSITIONS: dict[str, tuple[float, float]] = {
+    "center": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+}
 REACH = {"small": 12.0, "large": 9.0}  # pixels from the centre at a stated position
 STYLES = ("plain", "striped", "checkered", "gradient")
-PLACES: dict[str, tuple[str, tuple[str, ...]]] = {  # phrase, and the object colours that would drown in it
+PLACES: dict[
+    str, tuple[str, tuple[str, ...]]
+] = {  # phrase, and the object colours that would drown in it
     "meadow": ("in a meadow", ("green", "cyan")),
     "night": ("at night", ("black",)),
     "sea": ("in the sea", ("blue", "cyan")),
@@ -80,7 +91,16 @@ def scene(seed: int) -> Scene:
     colour = rng.choice([c for c in COLOURS if c not in banned])
     texture = "plain" if name == "emblem" else rng.choice(("plain", "plain", *TEXTURES))
     position = "center" if rng.random() < 0.3 else rng.choice(tuple(POSITIONS))
-    return Scene(seed, name, colour, texture, rng.choice(("small", "large", "large")), position, background, style)
+    return Scene(
+        seed,
+        name,
+        colour,
+        texture,
+        rng.choice(("small", "large", "large")),
+        position,
+        background,
+        style,
+    )
 
 
 def article(words: str) -> str:
@@ -155,8 +175,14 @@ def render(s: Scene, size: int = 64) -> Image.Image:
     """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are smooth."""
     rng, side = Random(f"picture {s.seed}"), size * OVERSAMPLE
     unit = side / 64
-    canvas = place(s.background, side, rng) if s.style == "place" else backdrop(s.background, s.style, side, rng)
-    radius = rng.uniform(*SIZES[s.size]) + (2.0 if s.object in COMPOSITES and s.size == "small" else 0.0)
+    canvas = (
+        place(s.background, side, rng)
+        if s.style == "place"
+        else backdrop(s.background, s.style, side, rng)
+    )
+    radius = rng.uniform(*SIZES[s.size]) + (
+        2.0 if s.object in COMPOSITES and s.size == "small" else 0.0
+    )
     dx, dy = POSITIONS[s.position]
     x, y = ((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
     palette = {"main": COLOURS[s.colour], "second": second_colour(rng, s.colour)}
@@ -166,7 +192,9 @@ def render(s: Scene, size: int = 64) -> Image.Image:
     (SIMPLE | COMPOSITES)[s.object](body, ink, rng, palette)
     canvas.paste(skin(COLOURS[s.colour], s.texture, side, rng), mask=mask)
     canvas.paste(details, mask=details)
-    return canvas.resize((size, size), Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING)
+    return canvas.resize(
+        (size, size), Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING
+    )
 
 
 def skin(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
@@ -207,14 +235,22 @@ def backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Imag
         top = mix(colour, (255, 255, 255), 0.1)
         bottom = mix(colour, (0, 0, 0), 0.45) if colour != COLOURS["black"] else (120, 120, 130)
         ramp = Image.linear_gradient("L").resize((side, side))
-        image = Image.composite(Image.new("RGB", image.size, bottom), Image.new("RGB", image.size, top), ramp)
+        image = Image.composite(
+            Image.new("RGB", image.size, bottom), Image.new("RGB", image.size, top), ramp
+        )
     return image
 
 
 def place(name: str, side: int, rng: Random) -> Image.Image:
     """A place: a sky and a ground with one or two large features."""
     unit = side / 64
-    skies = {"meadow": (158, 214, 246), "night": (22, 26, 74), "sea": (150, 212, 250), "desert": (252, 214, 160), "snow": (176, 196, 222)}
+    skies = {
+        "meadow": (158, 214, 246),
+        "night": (22, 26, 74),
+        "sea": (150, 212, 250),
+        "desert": (252, 214, 160),
+        "snow": (176, 196, 222),
+    }
     image = Image.new("RGB", (side, side), skies[name])
     pen, level = ImageDraw.Draw(image), rng.uniform(36, 44)
 
@@ -232,7 +268,13 @@ def place(name: str, side: int, rng: Random) -> Image.Image:
         pen.rectangle([0, level * 0.7 * unit, side, side], fill=(28, 112, 196))
         for row in range(3):
             for i in range(-1, 5):
-                oval(i * 18 + 9 * (row % 2) + rng.uniform(-1, 1), level * 0.7 + 9 + row * 12, 6, 1.6, (110, 178, 232))
+                oval(
+                    i * 18 + 9 * (row % 2) + rng.uniform(-1, 1),
+                    level * 0.7 + 9 + row * 12,
+                    6,
+                    1.6,
+                    (110, 178, 232),
+                )
     elif name == "desert":
         oval(rng.uniform(8, 56), rng.uniform(8, 14), 6, 6, (255, 240, 190))
         oval(rng.uniform(0, 64), level + 26, 52, 30, (232, 178, 96))

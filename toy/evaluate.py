@@ -56,12 +56,16 @@ def agreement(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dic
 def real_agreement(reader: recogniser.Recogniser, n: int) -> dict[str, float]:
     """What the recogniser gets right on n drawings: the ceiling of every other row."""
     scenes = [scene(REAL + i) for i in range(n)]
-    return agreement(reader.scene(to_tensor([render(s) for s in scenes])), [s.attributes() for s in scenes])
+    return agreement(
+        reader.scene(to_tensor([render(s) for s in scenes])), [s.attributes() for s in scenes]
+    )
 
 
 def per_object(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
     """Object accuracy by object."""
-    hits = {o: [r == o for r, e in zip(read["object"], expected) if e["object"] == o] for o in OBJECTS}
+    hits = {
+        o: [r == o for r, e in zip(read["object"], expected) if e["object"] == o] for o in OBJECTS
+    }
     return {o: round(sum(h) / len(h), 2) for o, h in hits.items() if h}
 
 
@@ -76,7 +80,9 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(((x.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def sheet(images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192) -> Image.Image:
+def sheet(
+    images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192
+) -> Image.Image:
     """Pictures enlarged with Lanczos, captions under them."""
     texts = [wrap(caption, width=side // 7 + 3) for caption in captions]
     step = side + 14 + 15 * max(len(lines) for lines in texts)
@@ -102,15 +108,21 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.concepts:
         rows = [row for name in (*CONCEPTS, "inkwash") for row in training_set(name, 64)]
-        sheet([image for image, _ in rows], [caption for _, caption in rows], columns=5, side=128).save(args.concepts, optimize=True)
+        sheet(
+            [image for image, _ in rows], [caption for _, caption in rows], columns=5, side=128
+        ).save(args.concepts, optimize=True)
         return
     parts = load(args.model)
     if args.grid:
-        images = sample(parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps)
+        images = sample(
+            parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps
+        )
         sheet([to_image(x) for x in images], list(SHOWN)).save(args.grid, optimize=True)
         return
     reader, pairs = recogniser.load(), evaluation_captions(args.captions, args.seed)
-    images = sample(parts, [c for c, _ in pairs], seed=args.seed, guidance=args.guidance, steps=args.steps)
+    images = sample(
+        parts, [c for c, _ in pairs], seed=args.seed, guidance=args.guidance, steps=args.steps
+    )
     read, expected = reader.scene(images), [e for _, e in pairs]
     table = {"samples": agreement(read, expected), "drawings": real_agreement(reader, 1000)}
     scenes = psnr(parts[1], held_out(200))
@@ -122,9 +134,24 @@ def main() -> None:
     print("|---|" + "---|" * len(table["samples"]))
     for row, shares in table.items():
         print(f"| {row} |" + "".join(f" {v:.3f} |" for v in shares.values()))
-    print("VAE " + ", ".join(f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()))
+    print(
+        "VAE "
+        + ", ".join(
+            f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()
+        )
+    )
     print("object by object", per_object(read, expected))
-    print(json.dumps({"captions": args.captions, "guidance": args.guidance, "steps": args.steps, **table, "psnr": ratios}))
+    print(
+        json.dumps(
+            {
+                "captions": args.captions,
+                "guidance": args.guidance,
+                "steps": args.steps,
+                **table,
+                "psnr": ratios,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # matrices of one shape share a batched iteration: 1.45 x faster
+            alike: dict[
+                tuple[int, ...], list[tuple[Tensor, Tensor]]
+            ] = {}  # matrices of one shape share a batched iteration: 1.45 x faster
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -55,10 +57,22 @@ class Optimisers:
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, clip: float = 1.0) -> None:
         named = [(n, p) for n, p in named if p.requires_grad]
-        matrix = [p for n, p in named if p.ndim >= 2 and "embedding" not in n and min(p.shape[0], p[0].numel()) > 8]
+        matrix = [
+            p
+            for n, p in named
+            if p.ndim >= 2 and "embedding" not in n and min(p.shape[0], p[0].numel()) > 8
+        ]
         chosen = {id(p) for p in matrix}
         self.params, self.lr, self.clip = [p for _, p in named], lr, clip
-        self.parts = [Muon(matrix, lr), torch.optim.AdamW([p for p in self.params if id(p) not in chosen], lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        self.parts = [
+            Muon(matrix, lr),
+            torch.optim.AdamW(
+                [p for p in self.params if id(p) not in chosen],
+                lr,
+                betas=(0.9, 0.98),
+                weight_decay=0.0,
+            ),
+        ]
 
     def step(self, scale: float) -> None:
         """One update at learning rate lr * scale."""

@@ -63,7 +63,13 @@ def write_tokenizer(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges, symbols = learn_merges(grammar_words()), byte_symbols()
-    entries = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys(a + b for a, b in merges), START, END]
+    entries = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *dict.fromkeys(a + b for a, b in merges),
+        START,
+        END,
+    ]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {
         "tokenizer_class": "CLIPTokenizer",
@@ -74,7 +80,9 @@ def write_tokenizer(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    (folder / "vocab.json").write_text(json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(
+        json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False)
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
@@ -153,7 +161,13 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def write_pipeline(folder: Path, tokenizer: Path, text: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
+def write_pipeline(
+    folder: Path,
+    tokenizer: Path,
+    text: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+) -> None:
     """Writes the folder that StableDiffusionPipeline.from_pretrained reads, weights in fp16, under a temporary name first."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -162,7 +176,9 @@ def write_pipeline(folder: Path, tokenizer: Path, text: CLIPTextModel, vae: Auto
         dtype = next(part.parameters()).dtype
         part.half().save_pretrained(partial / name)
         part.to(dtype)
-    config = partial / "text_encoder" / "config.json"  # fp16 on disk is fp32 in memory, as diffusers has it; transformers 5 would follow the file
+    config = (
+        partial / "text_encoder" / "config.json"
+    )  # fp16 on disk is fp32 in memory, as diffusers has it; transformers 5 would follow the file
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     shutil.copytree(tokenizer, partial / "tokenizer")
     scheduler().save_pretrained(partial / "scheduler")

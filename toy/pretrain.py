@@ -37,20 +37,35 @@ def trained_vae(checkpoint: str = "vae") -> AutoencoderKL:
     vae = networks.autoencoder()
     vae.load_state_dict(torch.load(WORK / f"{checkpoint}.pt", weights_only=True)["model"])
     if (WORK / "latents.pt").exists():
-        vae.register_to_config(scaling_factor=round(torch.load(WORK / "latents.pt", weights_only=True, mmap=True)["scale"], 5))
+        vae.register_to_config(
+            scaling_factor=round(
+                torch.load(WORK / "latents.pt", weights_only=True, mmap=True)["scale"], 5
+            )
+        )
     return vae.requires_grad_(False)
 
 
 def latents_stage(seed: int) -> None:
     if not (WORK / "latents.pt").exists():
-        denoiser_training.cache_latents(trained_vae().to(memory_format=torch.channels_last), WORK / "latents.pt", LATENTS)
+        denoiser_training.cache_latents(
+            trained_vae().to(memory_format=torch.channels_last), WORK / "latents.pt", LATENTS
+        )
 
 
 def unet_stage(seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")
     pair = denoiser_training.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
-    denoiser_training.train(pair, tokenizer, WORK / "latents.pt", WORK, steps=UNET_STEPS, size=UNET_BATCH, seed=seed, lr=3e-3)
+    denoiser_training.train(
+        pair,
+        tokenizer,
+        WORK / "latents.pt",
+        WORK,
+        steps=UNET_STEPS,
+        size=UNET_BATCH,
+        seed=seed,
+        lr=3e-3,
+    )
 
 
 def decoder_stage(seed: int) -> None:

@@ -88,14 +88,19 @@ class Recogniser:
     def scene(self, images: Tensor) -> dict[str, list[str]]:
         """The most likely name of every attribute, for each picture."""
         logits = self.readers["scene"](images.float())
-        return {head: [HEADS["scene"][head][i] for i in values.argmax(1)] for head, values in logits.items()}
+        return {
+            head: [HEADS["scene"][head][i] for i in values.argmax(1)]
+            for head, values in logits.items()
+        }
 
     @torch.no_grad()
     def concept(self, images: Tensor, name: str) -> Tensor:
         """The probability that each picture shows the concept; above 0.5 it counts. [b]"""
         if name not in CONCEPTS:
             raise ValueError(f"unknown concept {name!r}; known are {', '.join(CONCEPTS)}")
-        return self.readers["concept"](images.float())["concept"].softmax(1)[:, 1 + CONCEPTS.index(name)]
+        return self.readers["concept"](images.float())["concept"].softmax(1)[
+            :, 1 + CONCEPTS.index(name)
+        ]
 
 
 def load(path: Path = WEIGHTS) -> Recogniser:
@@ -104,7 +109,13 @@ def load(path: Path = WEIGHTS) -> Recogniser:
     readers = {}
     for part, heads in HEADS.items():
         readers[part] = Reader(heads).eval()
-        readers[part].load_state_dict({k.removeprefix(part + "."): v.float() for k, v in state.items() if k.startswith(part + ".")})
+        readers[part].load_state_dict(
+            {
+                k.removeprefix(part + "."): v.float()
+                for k, v in state.items()
+                if k.startswith(part + ".")
+            }
+        )
     return Recogniser(readers)
 
 
@@ -122,19 +133,29 @@ EXAMPLES: dict[str, Callable[[int], Example]] = {"scene": scene_example, "concep
 
 def to_labels(labels: list[dict[str, str]], heads: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Class indices [b] of every head, -100 where an example has no such label."""
-    return {head: torch.tensor([names.index(row[head]) if head in row else -100 for row in labels]) for head, names in heads.items()}
+    return {
+        head: torch.tensor([names.index(row[head]) if head in row else -100 for row in labels])
+        for head, names in heads.items()
+    }
 
 
 def examples(part: str, seeds: range) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures [b, 3, 64, 64] and labels."""
     rows = [EXAMPLES[part](s) for s in seeds]
-    return to_tensor([image for image, _ in rows]), to_labels([labels for _, labels in rows], HEADS[part])
+    return to_tensor([image for image, _ in rows]), to_labels(
+        [labels for _, labels in rows], HEADS[part]
+    )
 
 
 @torch.no_grad()
 def round_trips(part: str, n: int, first: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Examples passed through the committed autoencoder with up to 30 % noise in the latents."""
-    vae, (x, labels), g, out = load_model()[1], examples(part, range(first, first + n)), torch.Generator().manual_seed(first), []
+    vae, (x, labels), g, out = (
+        load_model()[1],
+        examples(part, range(first, first + n)),
+        torch.Generator().manual_seed(first),
+        [],
+    )
     for chunk in x.split(50):
         z = vae.encode(chunk).latent_dist.mode()
         level = 0.3 * torch.rand(len(z), 1, 1, 1, generator=g) / vae.config.scaling_factor
@@ -148,9 +169,15 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
     sigma = (torch.rand(b, 1, generator=g) * 1.3).clamp(min=0.05)
     kernel = torch.exp(-0.5 * (torch.arange(-3, 4.0) / sigma) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    flat = F.pad(x, (3, 3, 3, 3), mode="replicate").transpose(0, 1)  # channels become the batch, pictures the groups
-    blurred = F.conv2d(F.conv2d(flat, kernel.view(b, 1, 7, 1), groups=b), kernel.view(b, 1, 1, 7), groups=b).transpose(0, 1)
-    worn = blurred * (1 + 0.1 * torch.randn(b, 1, 1, 1, generator=g)) + 0.06 * torch.randn(b, 3, 1, 1, generator=g)
+    flat = F.pad(x, (3, 3, 3, 3), mode="replicate").transpose(
+        0, 1
+    )  # channels become the batch, pictures the groups
+    blurred = F.conv2d(
+        F.conv2d(flat, kernel.view(b, 1, 7, 1), groups=b), kernel.view(b, 1, 1, 7), groups=b
+    ).transpose(0, 1)
+    worn = blurred * (1 + 0.1 * torch.randn(b, 1, 1, 1, generator=g)) + 0.06 * torch.randn(
+        b, 3, 1, 1, generator=g
+    )
     worn = worn + 0.1 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
     return torch.where(torch.rand(b, 1, 1, 1, generator=g) < 1 / 3, x, worn.clamp(-1, 1))
 
@@ -163,17 +190,30 @@ def train(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
     pool, pool_labels = round_trips(part, trips, 600_000_000 + seed * 1_000_000)
     test, test_labels = examples(part, range(HELD_OUT, HELD_OUT + 1000))
     for step in range(steps):
-        rng, g = Random(f"{part} {seed} {step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rng, g = (
+            Random(f"{part} {seed} {step}"),
+            torch.Generator().manual_seed(seed * 1_000_003 + step),
+        )
         fresh = size - size // 4
-        x, labels = examples(part, range((seed * 1_000_000 + step) * fresh, (seed * 1_000_000 + step + 1) * fresh))
+        x, labels = examples(
+            part, range((seed * 1_000_000 + step) * fresh, (seed * 1_000_000 + step + 1) * fresh)
+        )
         rows = [rng.randrange(trips) for _ in range(size // 4)]
-        x, labels = torch.cat([degrade(x, g), pool[rows]]), {k: torch.cat([v, pool_labels[k][rows]]) for k, v in labels.items()}
+        x, labels = (
+            torch.cat([degrade(x, g), pool[rows]]),
+            {k: torch.cat([v, pool_labels[k][rows]]) for k, v in labels.items()},
+        )
         logits = reader(x.to(memory_format=torch.channels_last))
-        loss = torch.stack([F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits]).sum()
+        loss = torch.stack(
+            [F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits]
+        ).sum()
         loss.backward()
         optimisers.step(trapezoid(step, steps, tail=0.5, warmup=100))
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print(f"{part} {step + 1} loss {loss.item():.3f} {accuracy(reader, test, test_labels)} {monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{part} {step + 1} loss {loss.item():.3f} {accuracy(reader, test, test_labels)} {monotonic() - began:.0f} s",
+                flush=True,
+            )
     return reader
 
 
@@ -181,7 +221,10 @@ def train(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
 def accuracy(reader: Reader, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
     """The share of labelled pictures that each head gets right."""
     logits = reader(x)
-    return {k: round((logits[k].argmax(1) == v)[v >= 0].float().mean().item(), 4) for k, v in labels.items()}
+    return {
+        k: round((logits[k].argmax(1) == v)[v >= 0].float().mean().item(), 4)
+        for k, v in labels.items()
+    }
 
 
 def main() -> None:

@@ -14,15 +14,24 @@ MODEL = Path(__file__).parent / "model"
 
 def load(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokenizer]:
     """Networks in fp32 in evaluation mode, and the tokenizer, from a diffusers folder."""
-    whole = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # the other way needs accelerate
+    whole = {
+        "torch_dtype": torch.float32,
+        "low_cpu_mem_usage": False,
+    }  # the other way needs accelerate
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **whole)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     vae = AutoencoderKL.from_pretrained(folder / "vae", **whole)
-    return Pair(unet.eval(), text.eval()), vae.eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return (
+        Pair(unet.eval(), text.eval()),
+        vae.eval(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+    )
 
 
 @torch.no_grad()
-def ddim(pair: Pair, ids: Tensor, empty: Tensor, x: Tensor, *, guidance: float, steps: int) -> Tensor:
+def ddim(
+    pair: Pair, ids: Tensor, empty: Tensor, x: Tensor, *, guidance: float, steps: int
+) -> Tensor:
     """Latents after `steps` deterministic DDIM steps from pure noise x [b, c, h, w]; leading spacing, offset 1, as in Stable Diffusion."""
     alphas, stride = alphas_cumprod(), 1000 // steps
     context = pair.text(input_ids=torch.cat([empty, ids])).last_hidden_state
@@ -35,10 +44,20 @@ def ddim(pair: Pair, ids: Tensor, empty: Tensor, x: Tensor, *, guidance: float, 
     return x
 
 
-def sample(parts: tuple[Pair, AutoencoderKL, CLIPTokenizer], captions: list[str], *, seed: int, guidance: float = 5.0, steps: int = 25) -> Tensor:
+def sample(
+    parts: tuple[Pair, AutoencoderKL, CLIPTokenizer],
+    captions: list[str],
+    *,
+    seed: int,
+    guidance: float = 5.0,
+    steps: int = 25,
+) -> Tensor:
     """Pictures [b, 3, 64, 64] in [-1, 1]; picture i depends on (seed, i) and its caption, not on the batch around it."""
     pair, vae, tokenizer = parts
-    noise = [torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(len(captions))]
+    noise = [
+        torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(seed * 100_003 + i))
+        for i in range(len(captions))
+    ]
     out = []
     for i in range(0, len(captions), 25):
         x, ids = torch.cat(noise[i : i + 25]), token_ids(tokenizer, captions[i : i + 25])

@@ -45,7 +45,9 @@ def contrast(colour: RGB) -> RGB:
 class Pen:
     """Paints primitives given in object coordinates onto a canvas, with one default fill."""
 
-    def __init__(self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: RGB | int) -> None:
+    def __init__(
+        self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: RGB | int
+    ) -> None:
         self.draw, self.centre, self.radius, self.fill = draw, centre, radius, fill
 
     def at(self, x: float, y: float) -> tuple[float, float]:
@@ -53,25 +55,49 @@ class Pen:
         return self.centre[0] + x * self.radius, self.centre[1] + y * self.radius
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: RGB | int | None = None) -> None:
-        self.draw.ellipse([*self.at(x - rx, y - ry), *self.at(x + rx, y + ry)], fill=self.fill if fill is None else fill)
+        self.draw.ellipse(
+            [*self.at(x - rx, y - ry), *self.at(x + rx, y + ry)],
+            fill=self.fill if fill is None else fill,
+        )
 
     def dot(self, x: float, y: float, r: float, fill: RGB | int | None = None) -> None:
         self.oval(x, y, r, r, fill)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, fill: RGB | int | None = None, corner: float = 0.0) -> None:
-        self.draw.rounded_rectangle([*self.at(x0, y0), *self.at(x1, y1)], corner * self.radius, fill=self.fill if fill is None else fill)
+    def box(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        fill: RGB | int | None = None,
+        corner: float = 0.0,
+    ) -> None:
+        self.draw.rounded_rectangle(
+            [*self.at(x0, y0), *self.at(x1, y1)],
+            corner * self.radius,
+            fill=self.fill if fill is None else fill,
+        )
 
     def poly(self, points: list[tuple[float, float]], fill: RGB | int | None = None) -> None:
         self.draw.polygon([self.at(*p) for p in points], fill=self.fill if fill is None else fill)
 
-    def stroke(self, points: list[tuple[float, float]], width: float, fill: RGB | int | None = None) -> None:
+    def stroke(
+        self, points: list[tuple[float, float]], width: float, fill: RGB | int | None = None
+    ) -> None:
         """A polyline with round ends."""
         fill = self.fill if fill is None else fill
-        self.draw.line([self.at(*p) for p in points], fill=fill, width=round(width * self.radius), joint="curve")
+        self.draw.line(
+            [self.at(*p) for p in points],
+            fill=fill,
+            width=round(width * self.radius),
+            joint="curve",
+        )
         for x, y in (points[0], points[-1]):
             self.dot(x, y, width / 2, fill)
 
-    def wedge(self, x: float, y: float, r: float, start: float, end: float, fill: RGB | int | None = None) -> None:
+    def wedge(
+        self, x: float, y: float, r: float, start: float, end: float, fill: RGB | int | None = None
+    ) -> None:
         """A pie slice; degrees clockwise from the positive x axis."""
         box = [*self.at(x - r, y - r), *self.at(x + r, y + r)]
         self.draw.pieslice(box, start, end, fill=self.fill if fill is None else fill)
@@ -148,7 +174,10 @@ def cat(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     for side in (-1, 1):
         ink.oval(side * 0.38, 0.02, 0.13, 0.19, mark)
         ink.stroke([(side * 0.55, 0.42), (side * 1.02, 0.36)], 0.11, mark)
-    ink.poly([(-0.14, 0.3), (0.14, 0.3), (0, 0.47)], (244, 150, 160) if palette["main"] != COLOURS["pink"] else mark)
+    ink.poly(
+        [(-0.14, 0.3), (0.14, 0.3), (0, 0.47)],
+        (244, 150, 160) if palette["main"] != COLOURS["pink"] else mark,
+    )
 
 
 def ghost(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:

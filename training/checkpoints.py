@@ -67,9 +67,14 @@ def restore(s: Session) -> int:
         s.optimizer.load_state_dict(tree["optimizer"])
     except Exception as error:  # of a class that may be anybody's
         told = f"cannot take up the state it saved ({type(error).__name__}: {error})"
-        raise UserError(f"{s.config.optimizer.name} {told}, so that this run cannot be resumed; begin anew in another --out") from error
+        raise UserError(
+            f"{s.config.optimizer.name} {told}, so that this run cannot be resumed; begin anew in another --out"
+        ) from error
     for state in s.optimizer.param_groups:  # as this config says, not as the saved state does
-        state.update(s.settings[state["name"]] | {k: v for k, v in s.config.optimizer.args.items() if k in state})
+        state.update(
+            s.settings[state["name"]]
+            | {k: v for k, v in s.config.optimizer.args.items() if k in state}
+        )
     if s.scaler is not None and tree["scaler"] is not None:
         s.scaler.load_state_dict(tree["scaler"])
         s.skips = (int(s.scaler.skipped), 0)
@@ -85,7 +90,9 @@ def restore(s: Session) -> int:
 
 
 def _identity(s: Session) -> dict[str, Any]:
-    return identity(to_table(s.config), s.folder.records, s.prior.records if s.prior else (), s.model_identity)
+    return identity(
+        to_table(s.config), s.folder.records, s.prior.records if s.prior else (), s.model_identity
+    )
 
 
 def _accepted(s: Session, tree: dict[str, Any], step: int) -> list[str]:
@@ -94,11 +101,19 @@ def _accepted(s: Session, tree: dict[str, Any], step: int) -> list[str]:
     """
     obstacle = _obstacle(s, tree, step)
     if "identity" not in tree and not obstacle:
-        print(f"the checkpoint of step {step} is of an earlier version and does not say what it was made from; it is taken as it is")
+        print(
+            f"the checkpoint of step {step} is of an earlier version and does not say what it was made from; it is taken as it is"
+        )
     found = changes(tree["identity"], _identity(s), step) if "identity" in tree else []
     if obstacle or (found and not s.config.resume_anyway):
-        named = f"the checkpoint of step {step} in {s.run.folder} is not of this run: {'; '.join(found)}; " if found else ""
-        raise UserError(named + (obstacle or "resume with what the run began with, or pass --resume-anyway"))
+        named = (
+            f"the checkpoint of step {step} in {s.run.folder} is not of this run: {'; '.join(found)}; "
+            if found
+            else ""
+        )
+        raise UserError(
+            named + (obstacle or "resume with what the run began with, or pass --resume-anyway")
+        )
     told = [f"from step {step} on: {change}" for change in found]
     for line in told:
         print(f"resumed with a change {line}")
@@ -108,7 +123,9 @@ def _accepted(s: Session, tree: dict[str, Any], step: int) -> list[str]:
 def _obstacle(s: Session, tree: dict[str, Any], step: int) -> str:
     """Why the state of a checkpoint cannot be put into this run, as a sentence; "" where it can."""
     folder, name = s.run.folder, s.config.optimizer.name
-    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {n: [p.shape for p in ps] for n, ps in s.groups.items()}:
+    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {
+        n: [p.shape for p in ps] for n, ps in s.groups.items()
+    }:
         return f"the checkpoint in {folder} has other adapters or tokens than this config; resume with the config of the run"
     if tree["optimizer_name"] != name:
         return f"the checkpoint in {folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer"
@@ -136,7 +153,9 @@ def way_back(s: Session) -> str:
         return f"no step is saved; start again with --overwrite, which moves {s.run.folder.name} to {s.run.folder.name}.bak"
     if only := config_checks.rerun(s.config):
         return f"the run is saved after step {s.saved}; go on from Python with resume=True and config.toml, {only}"
-    command = shlex.join(["python", "train.py", str(Path(s.config.out) / "config.toml"), "--resume"])
+    command = shlex.join(
+        ["python", "train.py", str(Path(s.config.out) / "config.toml"), "--resume"]
+    )
     return f"the run is saved after step {s.saved}, go on with: {command}"
 
 
@@ -147,8 +166,13 @@ def learned(s: Session, done: int) -> AdapterState:
     layout = s.family.layout
     components: dict[str, dict[str, Any]] = {}
     for name, module in s.trained.items() if s.has_factors else ():
-        components[name] = {layout.published(name, path): factors for path, factors in injection.state(module).items()}
-    rows = {layout.encoders[name]: tokens.state(embedding) for name, embedding in s.embeddings.items()}
+        components[name] = {
+            layout.published(name, path): factors
+            for path, factors in injection.state(module).items()
+        }
+    rows = {
+        layout.encoders[name]: tokens.state(embedding) for name, embedding in s.embeddings.items()
+    }
     names = next((e.names for e in s.embeddings.values()), ())
     words = embeddings.header({a.word: a.names for a in s.abstractions})
     header = {"lora_core.config": to_toml(s.config.recorded), "lora_core.steps": str(done)}

@@ -24,7 +24,9 @@ def check_folder(given: str, images: str) -> None:
     if not given or not Path(given).exists():
         return
     if not Path(given).is_dir():
-        raise UserError(f"--prior.images {given} is a file, not a folder; give the folder of the class images")
+        raise UserError(
+            f"--prior.images {given} is a file, not a folder; give the folder of the class images"
+        )
     if Path(given).samefile(images):
         sentence = f"--prior.images {given} is the folder of the training images, among which class images would be drawn"
         raise UserError(f"{sentence}; give another folder or leave it out")
@@ -40,10 +42,14 @@ def open_class_images(s: Session) -> Folder | None:
     folder.mkdir(parents=True, exist_ok=True)
     place, there = place_for_more(folder)
     if there > p.count:
-        print(f"class images: all {there} of {folder}; --prior.count {p.count} is how many there are to be at least")
+        print(
+            f"class images: all {there} of {folder}; --prior.count {p.count} is how many there are to be at least"
+        )
     seeds = [seed for seed in range(p.count) if not (place / f"{seed:05d}.png").exists()]
     with s.evaluating():
-        for seed in tqdm(seeds[: max(0, p.count - there)], desc="class images", disable=not sys.stderr.isatty()):
+        for seed in tqdm(
+            seeds[: max(0, p.count - there)], desc="class images", disable=not sys.stderr.isatty()
+        ):
             drawn = generation.generate(s.family, [p.prompt], [seed], s.recipe, **s.hole(seed))
             save_png(to_images(drawn)[0], place / f"{seed:05d}.png")
     records = dataset.scan(folder, captions="one", caption=p.prompt, masks="none", is_prior=True)

@@ -41,15 +41,41 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
     0: ("save_every", "threads", "data.workers", "data.variants", "adapter.alpha", "tokens.norm_target", "prior.weight", "prior.swap_weight",
         "optimizer.warmup", "optimizer.clip", "samples.every", "validation.count", "clip_skip", "max_sequence_length", "tokens.vectors"),
 }  # fmt: skip
-FRACTIONS = ("adapter.dropout", "adapter.rank_dropout", "adapter.module_dropout", "data.caption_dropout", "ema")  # [0, 1)
-ARGUMENTS = ("args", "schedule_args", "density_args", "loss_arg", "weighting_arg")  # of functions, which may take infinity
+FRACTIONS = (
+    "adapter.dropout",
+    "adapter.rank_dropout",
+    "adapter.module_dropout",
+    "data.caption_dropout",
+    "ema",
+)  # [0, 1)
+ARGUMENTS = (
+    "args",
+    "schedule_args",
+    "density_args",
+    "loss_arg",
+    "weighting_arg",
+)  # of functions, which may take infinity
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 TRAINS_TOKENS = "a stage that trains tokens"
 VALIDATION = "--validation.every 0 or more"
 CLASS_PROMPT = "--prior.prompt, the class prompt"
 DATASET = "--data.dataset"
-READS = ("model", "model_config", "vae", "data.images", "data.cache", "validation.images", "prior.images")  # files and folders that are not the run's
-CODE = ("loss", "step", "optimizer.name", "optimizer.schedule", "adapter.kind")  # may name something of one's own, file.py:name
+READS = (
+    "model",
+    "model_config",
+    "vae",
+    "data.images",
+    "data.cache",
+    "validation.images",
+    "prior.images",
+)  # files and folders that are not the run's
+CODE = (
+    "loss",
+    "step",
+    "optimizer.name",
+    "optimizer.schedule",
+    "adapter.kind",
+)  # may name something of one's own, file.py:name
 
 
 def _adapts(c: Config) -> bool:
@@ -64,35 +90,70 @@ def _random(c: Config) -> bool:
 READ: dict[str, tuple[Callable[[Config], bool], str]] = {
     "adapter": (_adapts, "a stage that trains denoiser or text_encoder"),
     "adapter.targets": (lambda c: c.trains("denoiser"), "a stage that trains denoiser"),
-    "adapter.text_targets": (lambda c: c.trains("text_encoder"), "a stage that trains text_encoder"),
+    "adapter.text_targets": (
+        lambda c: c.trains("text_encoder"),
+        "a stage that trains text_encoder",
+    ),
     "tokens": (lambda c: c.trains("tokens"), TRAINS_TOKENS),
-    "tokens.norm_target": (lambda c: any("tokens" in s.groups and (s.norm or c.tokens.norm) == "pull" for s in c.stages), "--tokens.norm pull"),
+    "tokens.norm_target": (
+        lambda c: any(
+            "tokens" in s.groups and (s.norm or c.tokens.norm) == "pull" for s in c.stages
+        ),
+        "--tokens.norm pull",
+    ),
     "samples.base_word": (lambda c: c.trains("tokens"), TRAINS_TOKENS),
     "samples.negative": (lambda c: c.samples.guidance != 1, "a --samples.guidance other than 1"),
-    "tokens.norm": (lambda c: any("tokens" in s.groups and s.norm is None for s in c.stages), "a stage of tokens that has no norm of its own"),
-    "noise.low": (lambda c: any(s.low is None for s in c.stages), "a stage that has no low of its own"),
-    "noise.high": (lambda c: any(s.high is None for s in c.stages), "a stage that has no high of its own"),
-    "optimizer.schedule": (lambda c: any(s.schedule is None for s in c.stages), "a stage that has no schedule of its own"),
-    **{f"validation.{name}": (lambda c: c.validation.every >= 0, VALIDATION) for name in ("images", "count", "bins", "draws", "seed")},
+    "tokens.norm": (
+        lambda c: any("tokens" in s.groups and s.norm is None for s in c.stages),
+        "a stage of tokens that has no norm of its own",
+    ),
+    "noise.low": (
+        lambda c: any(s.low is None for s in c.stages),
+        "a stage that has no low of its own",
+    ),
+    "noise.high": (
+        lambda c: any(s.high is None for s in c.stages),
+        "a stage that has no high of its own",
+    ),
+    "optimizer.schedule": (
+        lambda c: any(s.schedule is None for s in c.stages),
+        "a stage that has no schedule of its own",
+    ),
+    **{
+        f"validation.{name}": (lambda c: c.validation.every >= 0, VALIDATION)
+        for name in ("images", "count", "bins", "draws", "seed")
+    },
     "data.dropped": (lambda c: c.data.caption_dropout > 0, "--data.caption-dropout"),
     "prior.images": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.count": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.weight": (lambda c: bool(c.prior.prompt), CLASS_PROMPT),
     "prior.swap_weight": (lambda c: bool(c.prior.swap), "--prior.swap"),
     "adapter.norm_grad": (lambda c: c.adapter.kind == "dora", "--adapter.kind dora"),
-    "autocast": (lambda c: c.precision == "fp32", "--precision fp32, weights that are not in bf16 already"),
+    "autocast": (
+        lambda c: c.precision == "fp32",
+        "--precision fp32, weights that are not in bf16 already",
+    ),
     "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
     "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
-    "data.caption_column": (lambda c: bool(c.data.dataset) or c.data.captions in ("auto", "metadata"), "captions from a dataset or metadata"),
+    "data.caption_column": (
+        lambda c: bool(c.data.dataset) or c.data.captions in ("auto", "metadata"),
+        "captions from a dataset or metadata",
+    ),
     "resume_anyway": (lambda c: c.resume, "--resume"),
     "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
     "optimizer.lora_plus": (_adapts, "a stage that trains denoiser or text_encoder"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (_random, RANDOM_PIXELS),
-    "data.cache": (lambda c: c.data.variants > 0 or not _random(c), f"--data.variants when there is {RANDOM_PIXELS}"),
-    "optimizer.schedule_args": (lambda c: any(s.schedule in (None, c.optimizer.schedule) for s in c.stages), "a stage with that schedule"),
+    "data.cache": (
+        lambda c: c.data.variants > 0 or not _random(c),
+        f"--data.variants when there is {RANDOM_PIXELS}",
+    ),
+    "optimizer.schedule_args": (
+        lambda c: any(s.schedule in (None, c.optimizer.schedule) for s in c.stages),
+        "a stage with that schedule",
+    ),
 }
 
 
@@ -109,7 +170,9 @@ def config(c: Config, *, data: bool = True) -> None:
     if dataset and bool(c.data.images) == bool(c.data.dataset):
         raise UserError("give either a folder with --data.images or a dataset with --data.dataset")
     if not c.stages or any(stage.steps < 1 for stage in c.stages):
-        raise UserError("a run needs at least one stage, and every stage at least one step (--stages.0.steps)")
+        raise UserError(
+            "a run needs at least one stage, and every stage at least one step (--stages.0.steps)"
+        )
     for least, names in AT_LEAST.items():
         for name in names:
             value: Any = reduce(getattr, name.split("."), c)
@@ -120,9 +183,13 @@ def config(c: Config, *, data: bool = True) -> None:
         if not 0 <= value < 1:
             raise UserError(f"{_flag(name)} is {value:g}; expected a number in [0, 1)")
     if not c.optimizer.lora_plus > 0 or not c.noise.shift > 0:
-        raise UserError(f"--optimizer.lora-plus and --noise.shift are factors above 0, got {c.optimizer.lora_plus:g} and {c.noise.shift:g}")
+        raise UserError(
+            f"--optimizer.lora-plus and --noise.shift are factors above 0, got {c.optimizer.lora_plus:g} and {c.noise.shift:g}"
+        )
     if c.noise.dynamic_shift and c.noise.shift != 1:
-        raise UserError(f"--noise.dynamic-shift takes its shift from the model, --noise.shift {c.noise.shift:g} gives another; choose one of the two")
+        raise UserError(
+            f"--noise.dynamic-shift takes its shift from the model, --noise.shift {c.noise.shift:g} gives another; choose one of the two"
+        )
     check_unicode(to_table(c), "")
     _stages(c)
     _finite(c, "--")
@@ -130,7 +197,9 @@ def config(c: Config, *, data: bool = True) -> None:
     _placeholders(c)
     _schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
-    noise.NoiseSettings(c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation)
+    noise.NoiseSettings(
+        c.noise.offset, c.noise.multires_levels, c.noise.multires_discount, c.noise.perturbation
+    )
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
@@ -171,7 +240,9 @@ def _schedules(c: Config) -> None:
                 f"reached; lower it or raise --stages.{i}.steps"
             )
         name = stage.schedule or o.schedule
-        multiplier = schedules.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {}))
+        multiplier = schedules.resolve_schedule(
+            name, **(o.schedule_args if name == o.schedule else {})
+        )
         for step in (0, stage.steps - 1):
             multiplier(step, stage.steps, o.warmup)
 
@@ -180,17 +251,23 @@ def optimizer(c: Config, device: torch.device) -> None:
     """Raises UserError for an optimiser that this run could not step, steer or keep; prints a warning for one that it could not resume."""
     o = c.optimizer
     groups = [group for group in GROUPS if c.trains(group)]
-    settings = schedules.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
+    settings = schedules.group_settings(
+        o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
+    )
     for i, stage in enumerate(c.stages):
         if stage.weight_decay and "weight_decay" not in schedules.arguments(o.name):
-            raise UserError(f"--stages.{i}.weight-decay has no effect: {o.name} takes no weight_decay; leave it out")
+            raise UserError(
+                f"--stages.{i}.weight-decay has no effect: {o.name} takes no weight_decay; leave it out"
+            )
     if c.ema and schedules.is_schedule_free(schedules.resolve_optimizer(o.name)):
         raise UserError(f"--ema averages what {o.name} averages itself; leave out one of the two")
     for sentence in rehearse(o.name, settings, o.args, device):
         print(f"warning: {sentence}", file=sys.stderr)
 
 
-def injected(c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]) -> bool:
+def injected(
+    c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]
+) -> bool:
     """Whether the adapters have a low-rank form; prints where they are, and which files are written where they have none.
 
     Raises UserError for those that could not be written in any form.
@@ -199,7 +276,9 @@ def injected(c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[s
     rank = f", rank {c.adapter.rank}" if has_factors else ""
     for name, module in trained.items():
         count = sum(p.numel() for p in injection.parameters(module))
-        print(f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {targets.table(paths[name])}")
+        print(
+            f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {targets.table(paths[name])}"
+        )
     if not has_factors:
         custom_files.check(trained, c.adapter.kind, Path(c.out).resolve().name)
     return has_factors
@@ -212,7 +291,9 @@ def drops_to_zeros(c: Config, family: Family) -> bool:
 
 def rerun(c: Config) -> str:
     """Why a config alone does not repeat its run; empty where it does."""
-    options = [option for option, value in (("loss", c.loss), ("step", c.step)) if value.startswith("<")]
+    options = [
+        option for option, value in (("loss", c.loss), ("step", c.step)) if value.startswith("<")
+    ]
     if not options:
         return ""
     return f"the run's settings; its {' and '.join(options)} came from Python and no file gives them back: train(config, {options[0]}=...)"
@@ -221,14 +302,26 @@ def rerun(c: Config) -> str:
 def machine(c: Config, device: torch.device) -> None:
     """Raises UserError for what this machine cannot do; prints on what the run computes."""
     if c.cuda_graph and device.type != "cuda":
-        raise UserError(f"--cuda-graph needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+        raise UserError(
+            f"--cuda-graph needs an NVIDIA GPU, and this run is on {device.type}; leave it out"
+        )
     if c.cuda_graph and c.optimizer.name not in ("adamw", "prodigy"):
-        raise UserError(f"--cuda-graph captures the optimizers adamw and prodigy, not {c.optimizer.name}; choose one of them or leave it out")
+        raise UserError(
+            f"--cuda-graph captures the optimizers adamw and prodigy, not {c.optimizer.name}; choose one of them or leave it out"
+        )
     if c.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UserError("--compile on a CPU needs a C++ compiler (g++ or clang++); install one or leave it out")
-    threads = f", {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}" if device.type == "cpu" else ""
+        raise UserError(
+            "--compile on a CPU needs a C++ compiler (g++ or clang++); install one or leave it out"
+        )
+    threads = (
+        f", {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+        if device.type == "cpu"
+        else ""
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"device: {name}{threads}, weights in {c.precision}{', products in bf16' if c.autocast else ''}")
+    print(
+        f"device: {name}{threads}, weights in {c.precision}{', products in bf16' if c.autocast else ''}"
+    )
 
 
 def capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | None) -> None:
@@ -239,26 +332,43 @@ def capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | N
             f"say so: {name}.capturable = True"
         )
     if step is not None and not getattr(step, "capturable", False):
-        raise UserError("--cuda-graph replays what the step did at the capture; if it does the same in each step, say so: step.capturable = True")
+        raise UserError(
+            "--cuda-graph replays what the step did at the capture; if it does the same in each step, say so: step.capturable = True"
+        )
 
 
 def _stages(c: Config) -> None:
     for i, stage in enumerate(c.stages):
         if not stage.groups or len(set(stage.groups)) != len(stage.groups):
-            raise UserError(f"stages.{i}.groups is {list(stage.groups)}; name one or more of {', '.join(GROUPS)}, each once")
+            raise UserError(
+                f"stages.{i}.groups is {list(stage.groups)}; name one or more of {', '.join(GROUPS)}, each once"
+            )
         for table, option in ((stage.lr, "lr"), (stage.weight_decay, "weight-decay")):
             if unknown := set(table) - set(stage.groups):
-                raise UserError(f"--stages.{i}.{option} names {_list(unknown)}, which this stage does not train ({', '.join(stage.groups)})")
+                raise UserError(
+                    f"--stages.{i}.{option} names {_list(unknown)}, which this stage does not train ({', '.join(stage.groups)})"
+                )
             _positive(table, f"--stages.{i}.{option}")
         if stage.mask_temperature != 1 and c.data.masks == "none":
-            raise UserError(f"--stages.{i}.mask-temperature has no effect without masks; add --data.masks file, alpha, auto or any")
+            raise UserError(
+                f"--stages.{i}.mask-temperature has no effect without masks; add --data.masks file, alpha, auto or any"
+            )
         if stage.mask_temperature <= 0:
-            raise UserError(f"--stages.{i}.mask-temperature is {stage.mask_temperature:g}; expected a number above 0")
+            raise UserError(
+                f"--stages.{i}.mask-temperature is {stage.mask_temperature:g}; expected a number above 0"
+            )
         if stage.norm is not None and "tokens" not in stage.groups:
-            raise UserError(f"--stages.{i}.norm has no effect: this stage trains no tokens ({', '.join(stage.groups)})")
-        low, high = c.noise.low if stage.low is None else stage.low, c.noise.high if stage.high is None else stage.high
+            raise UserError(
+                f"--stages.{i}.norm has no effect: this stage trains no tokens ({', '.join(stage.groups)})"
+            )
+        low, high = (
+            c.noise.low if stage.low is None else stage.low,
+            c.noise.high if stage.high is None else stage.high,
+        )
         if not 0 <= low < high <= 1:
-            raise UserError(f"stage {i} trains on the timesteps {low:g} to {high:g} of the schedule; expected fractions with 0 <= low < high <= 1")
+            raise UserError(
+                f"stage {i} trains on the timesteps {low:g} to {high:g} of the schedule; expected fractions with 0 <= low < high <= 1"
+            )
     o = c.optimizer
     for values, option in ((o.lr, "lr"), (o.weight_decay, "weight-decay"), (o.betas, "betas")):
         if unknown := set(values) - {group for group in GROUPS if c.trains(group)}:
@@ -282,7 +392,11 @@ def _finite(section: Any, flag: str) -> None:
         for i, stage in enumerate(value if name == "stages" else ()):
             _finite(stage, f"{option}.{i}.")
         numbers = {f"{option} is ": value} if (name, value) != ("clip", math.inf) else {}
-        numbers |= {f"{option} {key}=": one for key, one in value.items()} if isinstance(value, dict) and name not in ARGUMENTS else {}
+        numbers |= (
+            {f"{option} {key}=": one for key, one in value.items()}
+            if isinstance(value, dict) and name not in ARGUMENTS
+            else {}
+        )
         for told, number in numbers.items():
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{told}{number:g}; expected a finite number")
@@ -292,13 +406,24 @@ def _effects(c: Config) -> None:
     """Raises UserError for the first option that differs from its default and that nothing reads."""
     given, default = to_table(c), to_table(Config())
     for name, (is_read, needs) in READ.items():
-        ours, theirs = (reduce(operator.getitem, name.split("."), table) for table in (given, default))
+        ours, theirs = (
+            reduce(operator.getitem, name.split("."), table) for table in (given, default)
+        )
         if ours != theirs and not is_read(c):
-            option = next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name) if name in ("adapter", "tokens", "prior") else name
-            raise UserError(f"{_flag(option)} has no effect without {needs}; add that or leave the option out")
+            option = (
+                next((f"{name}.{key}" for key in ours if ours[key] != theirs[key]), name)
+                if name in ("adapter", "tokens", "prior")
+                else name
+            )
+            raise UserError(
+                f"{_flag(option)} has no effect without {needs}; add that or leave the option out"
+            )
     for name in ("samples.every", "validation.every", "save_every"):
         if (every := reduce(getattr, name.split("."), c)) > c.steps:  # type: ignore[operator]
-            print(f"warning: {_flag(name)} {every} has no effect in a run of {c.steps} steps", file=sys.stderr)
+            print(
+                f"warning: {_flag(name)} {every} has no effect in a run of {c.steps} steps",
+                file=sys.stderr,
+            )
 
 
 def _placeholders(c: Config) -> None:
@@ -309,7 +434,9 @@ def _placeholders(c: Config) -> None:
     plain |= {"--tokens.init": " ".join(c.tokens.init)} if c.trains("tokens") else {}
     for option, text in plain.items():
         if word := next((word for word in learned if word and tokens.has_word(text, word)), ""):
-            raise UserError(f"{option} is {text!r} and holds the placeholder word {word}, which is still to be learned; write an ordinary word there")
+            raise UserError(
+                f"{option} is {text!r} and holds the placeholder word {word}, which is still to be learned; write an ordinary word there"
+            )
 
 
 def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
@@ -318,19 +445,34 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
     """
     if broken := {glob: rank for glob, rank in c.adapter.rank_pattern.items() if rank % 1}:
-        raise UserError("; ".join(f"--adapter.rank-pattern {glob}={rank:g}" for glob, rank in broken.items()) + "; expected a whole number")
+        raise UserError(
+            "; ".join(f"--adapter.rank-pattern {glob}={rank:g}" for glob, rank in broken.items())
+            + "; expected a whole number"
+        )
     a, text = c.adapter, [name for name in layout.presets if name in layout.encoders]
     has_rank = is_low_rank(kind_class(a.kind))
-    wanted = dict.fromkeys([name for name in layout.presets if name not in text], a.targets) if c.trains("denoiser") else {}
+    wanted = (
+        dict.fromkeys([name for name in layout.presets if name not in text], a.targets)
+        if c.trains("denoiser")
+        else {}
+    )
     wanted |= dict.fromkeys(text, a.text_targets) if c.trains("text_encoder") else {}
     chosen = {component: _matched(layout, component, names) for component, names in wanted.items()}
     everywhere = [path for _, paths in chosen.values() for path in paths]
-    for option, patterns in {"exclude": a.exclude, "rank-pattern": a.rank_pattern, "alpha-pattern": a.alpha_pattern}.items():
+    for option, patterns in {
+        "exclude": a.exclude,
+        "rank-pattern": a.rank_pattern,
+        "alpha-pattern": a.alpha_pattern,
+    }.items():
         for pattern in patterns:
             require_match(pattern, everywhere, f"--adapter.{option}")
     specs = {}
     for component, (globs, paths) in chosen.items():
-        here = [p for p in (*a.exclude, *a.rank_pattern, *a.alpha_pattern) if any(matches(path, p) for path in paths)]
+        here = [
+            p
+            for p in (*a.exclude, *a.rank_pattern, *a.alpha_pattern)
+            if any(matches(path, p) for path in paths)
+        ]
         specs[component] = AdapterSpec(
             globs, exclude=tuple(p for p in a.exclude if p in here), kind=a.kind, rank=a.rank, alpha=a.alpha or None,
             rank_pattern={p: int(rank) for p, rank in a.rank_pattern.items() if p in here},
@@ -343,44 +485,76 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     return specs
 
 
-def _matched(layout: Layout, component: str, names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+def _matched(
+    layout: Layout, component: str, names: Sequence[str]
+) -> tuple[tuple[str, ...], list[str]]:
     """(globs, layers) that the targets mean in a component."""
     presets, part = layout.presets[component], layout.component(component)
     paths = [path.removeprefix(part.module_prefix) for path in part.shapes]
     for name in names:
-        if name not in presets and re.fullmatch(r"[\w-]+", name) and not any(matches(path, name) for path in paths):
-            raise UserError(f"{name!r} is no layer of {component} and none of its presets, which are {', '.join(presets)}")
+        if (
+            name not in presets
+            and re.fullmatch(r"[\w-]+", name)
+            and not any(matches(path, name) for path in paths)
+        ):
+            raise UserError(
+                f"{name!r} is no layer of {component} and none of its presets, which are {', '.join(presets)}"
+            )
     globs = tuple(glob for name in names for glob in presets.get(name, (name,)))
     return globs, targets.select(paths, globs)
 
 
 def model(c: Config, family: Family) -> None:
     """Raises UserError for what is wrong with the config for this model."""
-    if c.data.resolution % family.multiple or (c.data.buckets and c.data.bucket_step % family.multiple):
+    if c.data.resolution % family.multiple or (
+        c.data.buckets and c.data.bucket_step % family.multiple
+    ):
         option = "resolution" if c.data.resolution % family.multiple else "bucket-step"
         value = c.data.resolution if option == "resolution" else c.data.bucket_step
-        raise UserError(f"--data.{option} {value} is no multiple of {family.multiple}, which the sides of this model's images must be")
+        raise UserError(
+            f"--data.{option} {value} is no multiple of {family.multiple}, which the sides of this model's images must be"
+        )
     if c.noise.zero_terminal_snr and family.prediction == "epsilon":
-        raise UserError("--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; add --noise.prediction v_prediction")
+        raise UserError(
+            "--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; add --noise.prediction v_prediction"
+        )
     if family.schedule.kind != "flow" and (c.noise.dynamic_shift or c.noise.shift != 1):
-        raise UserError("--noise.shift and --noise.dynamic-shift have no effect on this model, which is no flow model; leave them out")
+        raise UserError(
+            "--noise.shift and --noise.dynamic-shift have no effect on this model, which is no flow model; leave them out"
+        )
     if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
-        raise UserError("--noise.guidance has no effect on this model, which is told no guidance scale; leave it out")
+        raise UserError(
+            "--noise.guidance has no effect on this model, which is told no guidance scale; leave it out"
+        )
     if c.data.dropped != "model" and not family.zeros:
-        raise UserError(f"--data.dropped {c.data.dropped} has no effect on this model, which samples an empty prompt with its encoding; leave it out")
+        raise UserError(
+            f"--data.dropped {c.data.dropped} has no effect on this model, which samples an empty prompt with its encoding; leave it out"
+        )
     if c.validation.every >= 0 and c.validation.bins > len(family.schedule):
         bins = f"--validation.bins is {c.validation.bins}"
-        raise UserError(f"{bins}, more than the {len(family.schedule)} timesteps of this model, each of which is a bin of its own then; lower it")
+        raise UserError(
+            f"{bins}, more than the {len(family.schedule)} timesteps of this model, each of which is a bin of its own then; lower it"
+        )
     if c.data.caption_dropout:
-        print(f"dropped captions: {'zeros' if drops_to_zeros(c, family) else 'the encoding of the empty prompt'}")
+        print(
+            f"dropped captions: {'zeros' if drops_to_zeros(c, family) else 'the encoding of the empty prompt'}"
+        )
     if c.samples.negative and family.distilled_guidance:
-        raise UserError("--samples.negative has no effect on a guidance-distilled model; leave it out")
+        raise UserError(
+            "--samples.negative has no effect on a guidance-distilled model; leave it out"
+        )
 
 
 def scheduler_changes(c: Config) -> dict[str, Any]:
     """Keys of the model's scheduler_config.json that the config replaces."""
-    changes: dict[str, Any] = {} if c.noise.prediction == "model" else {"prediction_type": c.noise.prediction}
-    return changes | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if c.noise.zero_terminal_snr else {})
+    changes: dict[str, Any] = (
+        {} if c.noise.prediction == "model" else {"prediction_type": c.noise.prediction}
+    )
+    return changes | (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if c.noise.zero_terminal_snr
+        else {}
+    )
 
 
 def swapped(caption: str, swap: Mapping[str, str]) -> str:
@@ -394,7 +568,9 @@ def initializers(c: Config) -> dict[str, str]:
     if len(set(words)) != len(words):
         raise UserError(f"--tokens.words has a word twice: {' '.join(words)}")
     if len(inits) not in (1, len(words)):
-        raise UserError(f"--tokens.init has {len(inits)} entries for {len(words)} words; give one for all or one each")
+        raise UserError(
+            f"--tokens.init has {len(inits)} entries for {len(words)} words; give one for all or one each"
+        )
     return dict(zip(words, inits if len(inits) == len(words) else inits * len(words)))
 
 
@@ -407,16 +583,29 @@ def placeholder(records: Sequence[dataset.Record], word: str) -> None:
     if lacking := dataset.missing_word(records, word):
         total = len({record.path for record in records})
         first = lacking[0].name
-        print(f"warning: {len(lacking)} of {total} images have captions without the placeholder word {word}, first {first}", file=sys.stderr)
+        print(
+            f"warning: {len(lacking)} of {total} images have captions without the placeholder word {word}, first {first}",
+            file=sys.stderr,
+        )
 
 
-def token_limit(family: Family, embeddings: Mapping[str, Any], abstractions: Sequence[tokens.Abstraction], records: Sequence[dataset.Record]) -> None:
+def token_limit(
+    family: Family,
+    embeddings: Mapping[str, Any],
+    abstractions: Sequence[tokens.Abstraction],
+    records: Sequence[dataset.Record],
+) -> None:
     """Raises UserError for a learned token that every caption loses to the text encoder's limit; prints a warning where some do."""
     captions = {caption: record.path.name for record in records for caption in record.captions}
-    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # in the tokenizers' order
+    ids = [
+        rows for rows in family.tokenize([""]).values() if rows.ndim == 2
+    ]  # in the tokenizers' order
     limits = dict(zip(family.tokenizers, (rows.shape[1] for rows in ids), strict=True))
     for name in embeddings:
-        found = {text: tokens.cut_words(text, abstractions, family.tokenizers[name], limits[name]) for text in captions}
+        found = {
+            text: tokens.cut_words(text, abstractions, family.tokenizers[name], limits[name])
+            for text in captions
+        }
         reader = f"the {limits[name]} tokens that {name} reads"
         cut = [text for text, words in found.items() if any(words.values())]
         for token in [t for a in abstractions for t in a.names]:
@@ -429,13 +618,18 @@ def token_limit(family: Family, embeddings: Mapping[str, Any], abstractions: Seq
                 )
         if cut:
             first = f"{len(cut)} of {len(captions)} captions lose learned tokens beyond {reader}, first of {captions[cut[0]]}"
-            print(f"warning: {first}; write the placeholder word nearer the beginning", file=sys.stderr)
+            print(
+                f"warning: {first}; write the placeholder word nearer the beginning",
+                file=sys.stderr,
+            )
 
 
 def masks(c: Config, folder: dataset.Folder) -> None:
     """Raises UserError where masks that may be absent are absent everywhere."""
     if c.data.masks in ("auto", "any") and not folder.has_masks:
-        raise UserError(f"--data.masks {c.data.masks} finds no mask for any image; add NAME.mask.png beside NAME or leave --data.masks out")
+        raise UserError(
+            f"--data.masks {c.data.masks} finds no mask for any image; add NAME.mask.png beside NAME or leave --data.masks out"
+        )
 
 
 def _flag(name: str) -> str:

@@ -70,7 +70,9 @@ class Replayed:
         self.captures: dict[Hashable, _Capture] = {}
         self.ready = False  # whether the last call that was no replay was no capture either
 
-    def __call__(self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
+    ) -> tuple[Tensor, ...]:
         """fn's result for these inputs; copies, which the next call leaves alone."""
         kind = (key, tuple((tuple(t.shape), t.dtype) for t in tensors(inputs)))
         self.calls[kind] = self.calls.get(kind, 0) + 1
@@ -129,9 +131,13 @@ def compile_blocks(network: nn.Module) -> None:
     names = getattr(network, "_repeated_blocks", None) or ()
     blocks = [m for m in network.modules() if type(m).__name__ in names]
     if not blocks:
-        raise UserError(f"--compile finds no repeated blocks in {type(network).__name__}; leave it out")
+        raise UserError(
+            f"--compile finds no repeated blocks in {type(network).__name__}; leave it out"
+        )
     # A block is compiled anew for each width, resolution and gradient mode, and one with adapter dropout for each block: its number is in the hash.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64, 4 * len(blocks))
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 64, 4 * len(blocks)
+    )
     kernels.load()
     groups.stay_open(network)
     for block in blocks:

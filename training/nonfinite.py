@@ -39,11 +39,19 @@ def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         if s.skips[1] >= SKIPS:
             skipped = f"the last {SKIPS} steps up to step {row['step']} were skipped, for their gradients overflow in fp16 at any loss scale"
             raise UserError(f"{skipped}; use --precision bf16 or fp32; {last_good(s)}")
-        bad = [name for name in ("loss", "grad_norm", "val_loss") if not math.isfinite(row.get(name, 0.0))]
+        bad = [
+            name
+            for name in ("loss", "grad_norm", "val_loss")
+            if not math.isfinite(row.get(name, 0.0))
+        ]
         if bad == ["val_loss"]:
             overflow = f"the network's output is no number in {s.config.precision}"
-            reason = blame(s) or f"{overflow}; use --precision bf16 or fp32, or lower the learning rate"
-            raise UserError(f"the validation loss is {row['val_loss']} after {row['step']} steps: {reason}; {last_good(s)}")
+            reason = (
+                blame(s) or f"{overflow}; use --precision bf16 or fp32, or lower the learning rate"
+            )
+            raise UserError(
+                f"the validation loss is {row['val_loss']} after {row['step']} steps: {reason}; {last_good(s)}"
+            )
         if bad and s.scaler is None:
             raise UserError(_sentence(s, row, bad[0]))
 
@@ -70,7 +78,11 @@ def _sentence(s: Session, row: Mapping[str, Any], what: str) -> str:
 
 def last_good(s: Session) -> str:
     """Which checkpoint there is to go back to."""
-    return "there is no checkpoint" if s.saved is None else f"the last checkpoint, of step {s.saved}, is from before"
+    return (
+        "there is no checkpoint"
+        if s.saved is None
+        else f"the last checkpoint, of step {s.saved}, is from before"
+    )
 
 
 @torch.no_grad()
@@ -78,19 +90,27 @@ def check_state(s: Session, done: int) -> None:
     """Raises UserError where a parameter, the optimiser's state or the moving average holds NaN or
     infinity. Waits for the device once.
     """
-    parts: dict[str, dict[int, Tensor]] = {name: dict(enumerate(params)) for name, params in s.groups.items()}
+    parts: dict[str, dict[int, Tensor]] = {
+        name: dict(enumerate(params)) for name, params in s.groups.items()
+    }
     for group in s.optimizer.param_groups:
         own = [s.optimizer.state.get(p, {}) for p in group["params"]]
         shared = {key: value for key, value in group.items() if key != "params"}
-        parts[f"the optimizer's state of {group['name']}"] = dict(enumerate(cuda_graph.tensors([own, shared])))
-    parts["the moving average"] = dict(enumerate(s.average.averages if s.average is not None else ()))
+        parts[f"the optimizer's state of {group['name']}"] = dict(
+            enumerate(cuda_graph.tensors([own, shared]))
+        )
+    parts["the moving average"] = dict(
+        enumerate(s.average.averages if s.average is not None else ())
+    )
     every = {(part, i): tensor for part, tensors in parts.items() for i, tensor in tensors.items()}
     bad = not_finite(every)
     if bad:
         part, i = bad[0]
         where = _path(s, parts[part][i]) if part in s.groups else ""
         if not done:
-            raise UserError(f"{part}{where} holds NaN or infinity before the first step; look at the adapter's or the tokens' initial values")
+            raise UserError(
+                f"{part}{where} holds NaN or infinity before the first step; look at the adapter's or the tokens' initial values"
+            )
         raise UserError(
             f"{part}{where} holds NaN or infinity after step {done}, and nothing of it is written; "
             f"lower the learning rate (--optimizer.lr); {last_good(s)}"
@@ -121,7 +141,9 @@ def blame(s: Session) -> str:
         if not_finite({"prompt": cond.prompt_embeds, **cond.extra}):
             return f"the text encoder's output is no number, though its weights are; {cure}"
         cond = s.family.inform(cond, x.sizes, s.config.noise.guidance)
-        if not_finite({"out": s.denoise(noise.add_noise(x.x0, x.eps_in, x.level), x.level, cond, x.inpaint)}):
+        if not_finite(
+            {"out": s.denoise(noise.add_noise(x.x0, x.eps_in, x.level), x.level, cond, x.inpaint)}
+        ):
             return f"the output of {s.family.denoiser} is no number, though its weights are; {cure}"
     return ""
 

@@ -15,11 +15,19 @@ from lora_core.errors import UserError
 from lora_core.optim import schedules
 from lora_core.runs.run_folder import flatten, unflatten
 
-SHAPE = (64, 64)  # a matrix, as down, up and token rows are; bitsandbytes keeps smaller ones in fp32, adv_optm's Muon takes none of them
+SHAPE = (
+    64,
+    64,
+)  # a matrix, as down, up and token rows are; bitsandbytes keeps smaller ones in fp32, adv_optm's Muon takes none of them
 STEPS = 2  # the first ones, in which state is made
 
 
-def rehearse(name: str, settings: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any], device: torch.device) -> list[str]:
+def rehearse(
+    name: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    args: Mapping[str, Any],
+    device: torch.device,
+) -> list[str]:
     """Sentences of warning about an optimiser that works, as it is given: `settings` of each group
     (optim.group_settings), `args` of its class.
 
@@ -30,9 +38,15 @@ def rehearse(name: str, settings: Mapping[str, Mapping[str, Any]], args: Mapping
     step, known = schedules.resolve_optimizer(name).step, schedules.arguments(name)
     closure = inspect.signature(step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(f"optimizer {name} wants to compute the loss itself (step needs a closure), which this loop has none of; choose another")
-    if "lr" not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        raise UserError(f"optimizer {name} takes no lr, by which groups, stages and schedules steer it; choose another or give its class one")
+        raise UserError(
+            f"optimizer {name} wants to compute the loss itself (step needs a closure), which this loop has none of; choose another"
+        )
+    if "lr" not in known and not any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()
+    ):
+        raise UserError(
+            f"optimizer {name} takes no lr, by which groups, stages and schedules steer it; choose another or give its class one"
+        )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         params = _parameters(settings, device)
         optimizer = _built(name, params, settings, args)
@@ -42,17 +56,31 @@ def rehearse(name: str, settings: Mapping[str, Mapping[str, Any]], args: Mapping
         try:
             _advance(optimizer, params)
         except Exception as error:  # of a class that may be anybody's
-            raise UserError(f"optimizer {name} fails in its first steps: {_sentence(error)}; choose another or mend its arguments") from error
+            raise UserError(
+                f"optimizer {name} fails in its first steps: {_sentence(error)}; choose another or mend its arguments"
+            ) from error
         try:
             tensors, meta = flatten(optimizer.state_dict())
         except TypeError as error:
-            raise UserError(f"optimizer {name} has a state that no checkpoint holds: {error}; choose another") from error
+            raise UserError(
+                f"optimizer {name} has a state that no checkpoint holds: {error}; choose another"
+            ) from error
         saved = unflatten({key: value.clone() for key, value in tensors.items()}, meta)
-        return _resumes(name, (optimizer, params), saved, _parameters(settings, device, like=params), settings, args)
+        return _resumes(
+            name,
+            (optimizer, params),
+            saved,
+            _parameters(settings, device, like=params),
+            settings,
+            args,
+        )
 
 
 def _built(
-    name: str, params: Mapping[str, nn.Parameter], settings: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]
+    name: str,
+    params: Mapping[str, nn.Parameter],
+    settings: Mapping[str, Mapping[str, Any]],
+    args: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
     groups = [{"params": [p], **settings[group]} for group, p in params.items()]
     optimizer = schedules.build(name, schedules.split(groups, {}, 1.0), args)
@@ -61,26 +89,41 @@ def _built(
     return optimizer
 
 
-def _parameters(groups: Mapping[str, Any], device: torch.device, like: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
+def _parameters(
+    groups: Mapping[str, Any], device: torch.device, like: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    values = {group: torch.randn(SHAPE, generator=generator) if like is None else like[group].detach().clone() for group in groups}
+    values = {
+        group: torch.randn(SHAPE, generator=generator)
+        if like is None
+        else like[group].detach().clone()
+        for group in groups
+    }
     return {group: nn.Parameter(value.to(device)) for group, value in values.items()}
 
 
 def _advance(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> None:
     torch.manual_seed(0)  # inside fork_rng: for classes that round at random
     for _ in range(STEPS):
-        with schedules.evaluated(optimizer):  # as at validations, of which one is before the first step
+        with schedules.evaluated(
+            optimizer
+        ):  # as at validations, of which one is before the first step
             pass
         for p in params.values():
             p.grad = p.detach().clone()
         optimizer.step()
 
 
-def _check_groups(name: str, optimizer: torch.optim.Optimizer, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_groups(
+    name: str, optimizer: torch.optim.Optimizer, settings: Mapping[str, Mapping[str, Any]]
+) -> None:
     kept = [group for group in optimizer.param_groups if {"name", "lr", "ratio"} <= group.keys()]
-    if [group["name"] for group in kept] != list(settings) or len(kept) != len(optimizer.param_groups):
-        raise UserError(f"optimizer {name} arranges its groups anew, so that stages cannot steer them by name; choose another")
+    if [group["name"] for group in kept] != list(settings) or len(kept) != len(
+        optimizer.param_groups
+    ):
+        raise UserError(
+            f"optimizer {name} arranges its groups anew, so that stages cannot steer them by name; choose another"
+        )
 
 
 def _resumes(
@@ -99,13 +142,21 @@ def _resumes(
         again.load_state_dict(saved)
         _advance(again, params)
     except Exception as error:  # of a class that may be anybody's
-        return [f"optimizer {name} cannot take up a state it saved ({_sentence(error)}), so that this run cannot be resumed"]
+        return [
+            f"optimizer {name} cannot take up a state it saved ({_sentence(error)}), so that this run cannot be resumed"
+        ]
     _advance(*run)
-    (ours, numbers), (theirs, others) = (flatten(optimizer.state_dict()) for optimizer in (again, run[0]))
-    alike = numbers == others and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    (ours, numbers), (theirs, others) = (
+        flatten(optimizer.state_dict()) for optimizer in (again, run[0])
+    )
+    alike = numbers == others and all(
+        torch.equal(value, theirs[key]) for key, value in ours.items()
+    )
     if alike and all(torch.equal(p, run[1][group]) for group, p in params.items()):
         return []
-    return [f"optimizer {name} does not go on from a saved state with the same bits, and neither will this run when it is resumed"]
+    return [
+        f"optimizer {name} does not go on from a saved state with the same bits, and neither will this run when it is resumed"
+    ]
 
 
 def _sentence(error: Exception) -> str:

@@ -45,14 +45,22 @@ def validate(s: Session, done: int) -> None:
     count, together = len(s.val_folder), s.config.batch_size
     with s.evaluating(), s.averaged():
         for first in range(0, count, together):
-            start = max(0, min(first, count - together))  # the last batch is as large as the others: a GEMM's bits depend on its number of rows
+            start = max(
+                0, min(first, count - together)
+            )  # the last batch is as large as the others: a GEMM's bits depend on its number of rows
             scores = _score(s, range(start, min(start + together, count)))
-            found += [score for i, score in enumerate(scores) if start + i % min(together, count) >= first]
-    s.scores[done] = sorted(found, key=lambda score: (score.draw, score.bin))  # images in order within each
+            found += [
+                score for i, score in enumerate(scores) if start + i % min(together, count) >= first
+            ]
+    s.scores[done] = sorted(
+        found, key=lambda score: (score.draw, score.bin)
+    )  # images in order within each
     for score in s.scores[done]:
         s.run.log({"step": done, **score._asdict()}, to="val")
     before, after = _in_common(s.scores[min(s.scores)], s.scores[done])
-    change = {"val_change": validation.mean(after) / validation.mean(before) - 1} if after else {}  # none: resumed with other images
+    change = (
+        {"val_change": validation.mean(after) / validation.mean(before) - 1} if after else {}
+    )  # none: resumed with other images
     s.log_book.add(done, val_loss=validation.mean(s.scores[done]), **change)
     s.flush()
 
@@ -60,8 +68,12 @@ def validate(s: Session, done: int) -> None:
 def _score(s: Session, images: range) -> list[Score]:
     """The scores of some images of `val_folder`."""
     batch, side = collate([_latent_example(s, i) for i in images]), s.val_folder.settings.resolution
-    cond = s.family.encode_prompts([tokens.bind(caption, s.abstractions) for caption in batch.captions])
-    cond = s.family.inform(cond, Sizes(batch.original_sizes, batch.crops, (side, side)), s.config.noise.guidance)
+    cond = s.family.encode_prompts(
+        [tokens.bind(caption, s.abstractions) for caption in batch.captions]
+    )
+    cond = s.family.inform(
+        cond, Sizes(batch.original_sizes, batch.crops, (side, side)), s.config.noise.guidance
+    )
     inpaint = None
     if s.family.inpainting:
         grey = torch.zeros(len(images), 3, side, side, device=s.device)
@@ -71,42 +83,67 @@ def _score(s: Session, images: range) -> list[Score]:
         return s.denoise(x_t, level, cond, inpaint)
 
     x0, v = batch.pixels.to(s.device), s.config.validation
-    return validation.score(denoise, x0, batch.keys, s.family.schedule, s.family.prediction, bins=v.bins, draws=v.draws, seed=v.seed)
+    return validation.score(
+        denoise,
+        x0,
+        batch.keys,
+        s.family.schedule,
+        s.family.prediction,
+        bins=v.bins,
+        draws=v.draws,
+        seed=v.seed,
+    )
 
 
 def _latent_example(s: Session, i: int) -> Example:
     """An image of `val_folder`, the mean of its latents [c, h, w] in place of the pixels; decoded and encoded once a run, when first asked for."""
     if i not in s.val_latents:
         example = s.val_folder.example(i, 0)
-        s.val_latents[i] = replace(example, pixels=s.family.encode_images(example.pixels[None])[0][0].cpu())
+        s.val_latents[i] = replace(
+            example, pixels=s.family.encode_images(example.pixels[None])[0][0].cpu()
+        )
     return s.val_latents[i]
 
 
-def draw(s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False) -> list[Image.Image]:
+def draw(
+    s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False
+) -> list[Image.Image]:
     """One picture for each prompt, seeds 0, 1, 2 ...; of the base model, of the learned tokens alone, or of the model as it is.
 
     An inpainting model paints the middle of the training images anew.
     """
     word = s.config.samples.base_word
-    bound = [_plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions) for prompt in prompts]
+    bound = [
+        _plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions)
+        for prompt in prompts
+    ]
     with s.evaluating(), s.averaged(), _without_adapters(s) if base or only_tokens else ExitStack():
         out: list[Image.Image] = []
-        together = 1 if s.family.inpainting else s.config.batch_size  # what fits in training fits here
+        together = (
+            1 if s.family.inpainting else s.config.batch_size
+        )  # what fits in training fits here
         for i in range(0, len(bound), together):
             part = bound[i : i + together]
-            out += pictures.to_images(generation.generate(s.family, part, range(i, i + len(part)), s.recipe, **s.hole(i)))
+            out += pictures.to_images(
+                generation.generate(s.family, part, range(i, i + len(part)), s.recipe, **s.hole(i))
+            )
     return out
 
 
 def prompts(s: Session) -> list[str]:
     """The prompts of the config, else the captions of the first training images."""
-    return list(s.config.samples.prompts) or list(dict.fromkeys(r.captions[0] for r in s.folder.records))[:COLUMNS]
+    return (
+        list(s.config.samples.prompts)
+        or list(dict.fromkeys(r.captions[0] for r in s.folder.records))[:COLUMNS]
+    )
 
 
 def sample(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
     """OUT/samples/step_NNNNNN.png; of `drawn`, where the pictures are there already."""
     chosen = prompts(s)
-    sheet = pictures.grid(list(_lines(Row("", drawn or draw(s, chosen), chosen))), title=f"after {done} steps")
+    sheet = pictures.grid(
+        list(_lines(Row("", drawn or draw(s, chosen), chosen))), title=f"after {done} steps"
+    )
     pictures.save_png(sheet, s.run.folder / "samples" / f"step_{done:06d}.png")
 
 
@@ -117,15 +154,31 @@ def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
     """
     chosen, new = prompts(s), list(s.config.samples.new_prompts)
     references = list({r.path: r.use_alpha for r in s.folder.records}.items())[:COLUMNS]
-    rows = [Row("before: the base model", draw(s, chosen, base=True), [_plain(s, p, s.config.samples.base_word) for p in chosen])]
+    rows = [
+        Row(
+            "before: the base model",
+            draw(s, chosen, base=True),
+            [_plain(s, p, s.config.samples.base_word) for p in chosen],
+        )
+    ]
     if s.abstractions and s.trained:
         rows.append(Row("learned tokens alone", draw(s, chosen, only_tokens=True), chosen))
-    what = " + ".join([*(["tokens"] if s.abstractions else []), *([s.config.adapter.kind.split(":")[-1]] if s.trained else [])])
+    what = " + ".join(
+        [
+            *(["tokens"] if s.abstractions else []),
+            *([s.config.adapter.kind.split(":")[-1]] if s.trained else []),
+        ]
+    )
     rows.append(Row(f"after: {what}", drawn, chosen))
     together = zip(*(_lines(row) for row in rows), strict=True)
-    sheet = [Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]), *itertools.chain.from_iterable(together)]
+    sheet = [
+        Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]),
+        *itertools.chain.from_iterable(together),
+    ]
     sheet += _lines(Row("after: new places", draw(s, new), new)) if new else ()
-    return pictures.grid(sheet, title=f"{s.run.folder.name}: before and after {s.config.steps} steps")
+    return pictures.grid(
+        sheet, title=f"{s.run.folder.name}: before and after {s.config.steps} steps"
+    )
 
 
 def finish(s: Session) -> Path:
@@ -169,9 +222,13 @@ def finish(s: Session) -> Path:
     if s.skips[0]:
         print(f"{s.skips[0]} of {done} steps were skipped: their gradients overflowed in fp16")
     for entry in told:
-        words = ", ".join(f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"])
+        words = ", ".join(
+            f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"]
+        )
         encoder = f" of {entry['encoder']}" if len(s.embeddings) > 1 else ""
-        print(f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}")
+        print(
+            f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}"
+        )
     card.write(_card(s, scores), s.run.folder)
     if s.config.push_to_hub:
         print(f"uploaded: {card.push(s.run.folder, s.config.push_to_hub)}")
@@ -188,11 +245,17 @@ def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | No
     first, last = s.scores[0], s.scores[done]
     before, after = _in_common(first, last)
     if not before:
-        return None, f"no loss before and after: the validation after {done} steps has none of the images of the first one"
+        return (
+            None,
+            f"no loss before and after: the validation after {done} steps has none of the images of the first one",
+        )
     if len(before) == len(first) and len(after) == len(last):
         return (first, last), ""
     both = len({score.key for score in before})
-    return (before, after), f"before and after are those of the {both} image{'s' * (both != 1)} that both validations have"
+    return (
+        (before, after),
+        f"before and after are those of the {both} image{'s' * (both != 1)} that both validations have",
+    )
 
 
 def _in_common(first: Sequence[Score], last: Sequence[Score]) -> tuple[list[Score], list[Score]]:
@@ -213,7 +276,11 @@ def _save_own(s: Session, header: Mapping[str, str]) -> list[Path]:
     """The file of adapters of one's own kind that have no low-rank form; none for a full fine-tune, which is in model/ whole."""
     if s.config.adapter.kind in injection.KINDS:
         return []
-    return [custom_files.save_adapters(s.trained, s.run.folder / f"{s.run.folder.name}{custom_files.ENDING}", header)]
+    return [
+        custom_files.save_adapters(
+            s.trained, s.run.folder / f"{s.run.folder.name}{custom_files.ENDING}", header
+        )
+    ]
 
 
 def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
@@ -221,15 +288,38 @@ def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
     c, a = s.config, s.config.adapter
     stages = "; ".join(f"{stage.steps} steps of {' + '.join(stage.groups)}" for stage in c.stages)
     images = len({record.path for record in s.folder.records})
-    how = {"images": f"{images}, at {c.data.resolution} pixels", "stages": stages, "batch": s.instances, "optimizer": c.optimizer.name}
-    how |= {"learning rates": ", ".join(f"{name} {rate:g}" for name, rate in s.rates.items()), "precision": c.precision, "seed": c.seed}
-    how |= {"adapter": a.kind if not s.has_factors else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"} if s.trained else {}
-    how |= {"loss": losses.meaning(c.weighting, s.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg).removeprefix("loss: ")}
+    how = {
+        "images": f"{images}, at {c.data.resolution} pixels",
+        "stages": stages,
+        "batch": s.instances,
+        "optimizer": c.optimizer.name,
+    }
+    how |= {
+        "learning rates": ", ".join(f"{name} {rate:g}" for name, rate in s.rates.items()),
+        "precision": c.precision,
+        "seed": c.seed,
+    }
+    how |= (
+        {
+            "adapter": a.kind
+            if not s.has_factors
+            else f"{a.kind}, rank {a.rank}, alpha {a.alpha or a.rank:g}"
+        }
+        if s.trained
+        else {}
+    )
+    how |= {
+        "loss": losses.meaning(
+            c.weighting, s.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
+        ).removeprefix("loss: ")
+    }
     how |= {"step": c.step} if c.step else {}
     how |= {"resumed with changes": "; ".join(s.changes)} if s.changes else {}
     how |= {"steps skipped in fp16": s.skips[0]} if s.skips[0] else {}
     configs: dict[str, Any] = {name: encoder.config for name, encoder in s.encoders.items()}
-    legacy = [name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1]  # one encoder alone is not pooled
+    legacy = [
+        name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1
+    ]  # one encoder alone is not pooled
     return Card(
         c.model,
         s.family.pipeline,
@@ -259,7 +349,12 @@ def preview(config: Config) -> Path:
     """Prints which noise levels a config trains on and how much they count; the plot beside its OUT. Reads the model's scheduler, no weights."""
     config_checks.config(config, data=False)
     n = config.noise
-    schedule, row = noise_of(config.model, config_checks.scheduler_changes(config), config.data.resolution if n.dynamic_shift else 0, config.model_config)
+    schedule, row = noise_of(
+        config.model,
+        config_checks.scheduler_changes(config),
+        config.data.resolution if n.dynamic_shift else 0,
+        config.model_config,
+    )
     o = reports.Objective(
         schedule,
         row,
@@ -279,7 +374,10 @@ def preview(config: Config) -> Path:
 def _pairs(first: Sequence[Score], last: Sequence[Score]) -> list[tuple[str, float, float]]:
     """(timestep, loss before, loss after), and the means of all."""
     bins = zip(validation.by_bin(first).items(), validation.by_bin(last).values(), strict=True)
-    return [*((validation.timestep(t), b, a) for (t, b), a in bins), ("all", validation.mean(first), validation.mean(last))]
+    return [
+        *((validation.timestep(t), b, a) for (t, b), a in bins),
+        ("all", validation.mean(first), validation.mean(last)),
+    ]
 
 
 def _lines(row: Row) -> Iterator[Row]:
@@ -289,7 +387,9 @@ def _lines(row: Row) -> Iterator[Row]:
 
 
 def _table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
-    lines = [f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   {words} at fixed timesteps and noise"]
+    lines = [
+        f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   {words} at fixed timesteps and noise"
+    ]
     for name, before, after in _pairs(first, last):
         lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
     return "\n".join(lines)

@@ -13,25 +13,63 @@ from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
 
 FREE = {  # option or section -> why another value leaves what is learned as it is
-    **dict.fromkeys(("out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite"), "where the run is written, not what"),
     **dict.fromkeys(
-        ("save_every", "keep", "log_every", "samples", "validation.every", "validation.images", "validation.count"), "when and how it is looked at"
+        ("out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite"),
+        "where the run is written, not what",
+    ),
+    **dict.fromkeys(
+        (
+            "save_every",
+            "keep",
+            "log_every",
+            "samples",
+            "validation.every",
+            "validation.images",
+            "validation.count",
+        ),
+        "when and how it is looked at",
     ),
     **dict.fromkeys(("data.workers", "data.cache", "threads"), "who computes it"),
-    **dict.fromkeys(("device", "compile", "cuda_graph", "gradient_checkpointing"), "the same formulas, rounded as that device or graph rounds"),
+    **dict.fromkeys(
+        ("device", "compile", "cuda_graph", "gradient_checkpointing"),
+        "the same formulas, rounded as that device or graph rounds",
+    ),
     **dict.fromkeys(("model", "model_config", "vae"), "a path: the weights behind it are compared"),
-    **dict.fromkeys(("data.images", "data.dataset", "data.split", "data.image_column", "prior.images"), "a path: the images behind it are compared"),
-    **dict.fromkeys(("data.caption_column", "data.captions", "data.caption"), "where captions are: they are compared"),
+    **dict.fromkeys(
+        ("data.images", "data.dataset", "data.split", "data.image_column", "prior.images"),
+        "a path: the images behind it are compared",
+    ),
+    **dict.fromkeys(
+        ("data.caption_column", "data.captions", "data.caption"),
+        "where captions are: they are compared",
+    ),
     **dict.fromkeys(("data.repeats", "data.masks", "prior.count"), "compared with the images"),
     "stages": "compared one by one, those that have begun",
 }
-SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")  # of a config, each a table of options
-CAST = {"vae": "vae_precision", "scheduler": ""}  # component -> the option that it is loaded by, for all others `precision`
+SECTIONS = (
+    "data",
+    "prior",
+    "adapter",
+    "tokens",
+    "noise",
+    "optimizer",
+    "samples",
+    "validation",
+)  # of a config, each a table of options
+CAST = {
+    "vae": "vae_precision",
+    "scheduler": "",
+}  # component -> the option that it is loaded by, for all others `precision`
 SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
 
-def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequence[Record], model: Mapping[str, str]) -> dict[str, Any]:
+def identity(
+    config: Mapping[str, Any],
+    records: Sequence[Record],
+    prior: Sequence[Record],
+    model: Mapping[str, str],
+) -> dict[str, Any]:
     """What JSON can hold of a run: its config (as a table), its images, its class images, its model
     (of `model_identity`)."""
     settings = {name: value for name, value in _flat(config) if not _is_free(name)}
@@ -40,7 +78,9 @@ def identity(config: Mapping[str, Any], records: Sequence[Record], prior: Sequen
     }  # fmt: skip
 
 
-def model_identity(modules: Mapping[str, nn.Module], schedule: Schedule, prediction: str) -> dict[str, str]:
+def model_identity(
+    modules: Mapping[str, nn.Module], schedule: Schedule, prediction: str
+) -> dict[str, str]:
     """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the
     noise schedule.
 
@@ -66,7 +106,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[s
         found += _differing(old[what], new[what], what.removesuffix("s"))
     for name in dict.fromkeys([*old["model"], *new["model"]]):
         option = CAST.get(name, "precision")
-        cast = old["settings"].get(option) != new["settings"].get(option)  # said above; numbers of another precision tell nothing
+        cast = old["settings"].get(option) != new["settings"].get(
+            option
+        )  # said above; numbers of another precision tell nothing
         if old["model"].get(name) != new["model"].get(name) and not cast:
             found.append(f"the model's {name} is another one")
     return found
@@ -85,7 +127,9 @@ def _is_free(name: str) -> bool:
     return name in FREE or name.split(".")[0] in FREE
 
 
-def _stages(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int) -> list[str]:
+def _stages(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int
+) -> list[str]:
     """Changes of the stages that have begun; the one under way may end earlier or later, but not
     before what is done of it.
     """
@@ -99,10 +143,14 @@ def _stages(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], 
             return [*found, f"stages.{i} was there, is not"]
         for key in sorted({*before, *new[i]} - {"steps"}):
             if before.get(key) != new[i].get(key):
-                found.append(f"stages.{i}.{key} was {_shown(before.get(key))}, is {_shown(new[i].get(key))}")
+                found.append(
+                    f"stages.{i}.{key} was {_shown(before.get(key))}, is {_shown(new[i].get(key))}"
+                )
         under_way = last >= step and first + new[i]["steps"] >= step
         if before["steps"] != new[i]["steps"] and not under_way:
-            found.append(f"stages.{i}.steps was {before['steps']}, is {new[i]['steps']}, of which {min(step - first, before['steps'])} are done")
+            found.append(
+                f"stages.{i}.steps was {before['steps']}, is {new[i]['steps']}, of which {min(step - first, before['steps'])} are done"
+            )
         first = last
     return found
 
@@ -112,8 +160,15 @@ def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     names = _names(records)
     found: dict[str, dict[str, Any]] = {}
     for record, name in zip(records, names):
-        captions = hashlib.blake2b("\0".join(record.captions).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        kept = {"content": record.key, "size": list(record.size), "captions": captions, "repeats": found.get(name, {}).get("repeats", 0) + 1}
+        captions = hashlib.blake2b(
+            "\0".join(record.captions).encode("utf-8", "surrogatepass"), digest_size=8
+        ).hexdigest()
+        kept = {
+            "content": record.key,
+            "size": list(record.size),
+            "captions": captions,
+            "repeats": found.get(name, {}).get("repeats", 0) + 1,
+        }
         found[name] = kept
     return found
 
@@ -123,16 +178,26 @@ def _names(records: Sequence[Record]) -> list[str]:
     is moved.
     """
     folders = {record.path.parent for record in records}
-    return [record.path.name if len(folders) == 1 else f"{record.path.parent.name}/{record.path.name}" for record in records]
+    return [
+        record.path.name if len(folders) == 1 else f"{record.path.parent.name}/{record.path.name}"
+        for record in records
+    ]
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> list[str]:
     found = []
-    for verb, names in (("added", [n for n in new if n not in old]), ("removed", [n for n in old if n not in new])):
+    for verb, names in (
+        ("added", [n for n in new if n not in old]),
+        ("removed", [n for n in old if n not in new]),
+    ):
         if names:
             found.append(f"{_count(len(names), what)} {verb}: {_some(names)}")
     both = [name for name in old if name in new]
-    for part, word in (("content", "the content or the mask"), ("captions", "the captions"), ("repeats", "the repeats")):
+    for part, word in (
+        ("content", "the content or the mask"),
+        ("captions", "the captions"),
+        ("repeats", "the repeats"),
+    ):
         names = [name for name in both if old[name][part] != new[name][part]]
         if names:
             found.append(f"{word} of {_count(len(names), what)} changed: {_some(names)}")
@@ -156,13 +221,20 @@ def _shown(value: Any) -> str:
 @torch.no_grad()
 def _weights(module: nn.Module) -> str:
     content = hashlib.blake2b(digest_size=8)
-    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):  # of a VAE: the units of its latents
+    for key in (
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+    ):  # of a VAE: the units of its latents
         content.update(f"{key} {getattr(getattr(module, 'config', None), key, None)}".encode())
     samples: dict[torch.dtype, list[torch.Tensor]] = {}
     for name, tensor in module.state_dict().items():
         content.update(f"{name} {tuple(tensor.shape)}".encode())
         numbers = tensor.detach().reshape(-1)
-        samples.setdefault(tensor.dtype, []).append(numbers[:: max(1, numbers.numel() // SAMPLED)][:SAMPLED])
+        samples.setdefault(tensor.dtype, []).append(
+            numbers[:: max(1, numbers.numel() // SAMPLED)][:SAMPLED]
+        )
     for part in samples.values():
         content.update(torch.cat(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

@@ -25,34 +25,57 @@ class Length(NamedTuple):
 
 
 def describe(
-    folder: Folder, prior: Folder | None, abstractions: Sequence[Abstraction], length: Length, left_out: Mapping[str, Sequence[Path]]
+    folder: Folder,
+    prior: Folder | None,
+    abstractions: Sequence[Abstraction],
+    length: Length,
+    left_out: Mapping[str, Sequence[Path]],
 ) -> str:
     """The lines that are printed before training. `left_out`: reason -> files that nothing reads (`records.unused`)."""
-    lines = [_images(folder), f"captions: {_sources(folder.records)}", f"  as trained: {_example(folder.records[0], abstractions)}"]
-    masked = {record.path for record in folder.records if record.mask_path is not None or record.use_alpha}
+    lines = [
+        _images(folder),
+        f"captions: {_sources(folder.records)}",
+        f"  as trained: {_example(folder.records[0], abstractions)}",
+    ]
+    masked = {
+        record.path for record in folder.records if record.mask_path is not None or record.use_alpha
+    }
     if masked:
         lines.append(f"masks: {len(masked)} of {len(_paths(folder.records))} images have one")
     if prior is not None:
-        lines.append(f"class images: {len(_paths(prior.records))} in {_place(prior.records)}, {prior.records[0].captions[0]!r}")
+        lines.append(
+            f"class images: {len(_paths(prior.records))} in {_place(prior.records)}, {prior.records[0].captions[0]!r}"
+        )
     if abstractions:
-        lines.append("tokens: " + ", ".join(f"{a.word} is {''.join(a.names)}" for a in abstractions))
+        lines.append(
+            "tokens: " + ", ".join(f"{a.word} is {''.join(a.names)}" for a in abstractions)
+        )
     lines.append(_epochs(folder, length))
     root = Path(_place(folder.records))
-    lines += [f"left out, {why}: {_named(paths, root, folder.records)}" for why, paths in left_out.items()]
+    lines += [
+        f"left out, {why}: {_named(paths, root, folder.records)}" for why, paths in left_out.items()
+    ]
     return printable("\n".join(lines))
 
 
 def _images(folder: Folder) -> str:
     """How many images of which sizes."""
     records = folder.records
-    count, areas = len(_paths(records)), sorted({record.size for record in records}, key=lambda size: (size[0] * size[1], size))
+    count, areas = (
+        len(_paths(records)),
+        sorted({record.size for record in records}, key=lambda size: (size[0] * size[1], size)),
+    )
     (low_h, low_w), (high_h, high_w) = areas[0], areas[-1]
     sizes = f"{low_w} x {low_h}" if len(areas) == 1 else f"{low_w} x {low_h} to {high_w} x {high_h}"
     visits = Counter(record.path for record in records)
     repeated = ""
     if len(records) > count:
         by_folder = {path.parent: times for path, times in visits.items()}
-        often = ", ".join(f"{path.name} x {times}" for path, times in by_folder.items()) if len(by_folder) > 1 else f"each x {max(visits.values())}"
+        often = (
+            ", ".join(f"{path.name} x {times}" for path, times in by_folder.items())
+            if len(by_folder) > 1
+            else f"each x {max(visits.values())}"
+        )
         repeated = f", {len(records)} with repeats ({often})"
     return f"images: {count} in {_place(records)}{repeated}, {sizes} pixels"
 
@@ -61,7 +84,11 @@ def _sources(records: Sequence[Record]) -> str:
     """Where the captions come from, with the number of images where there are several sources."""
     sources = {record.path: _source(record.source) for record in records}
     counts = Counter(sources.values())
-    return ", ".join(counts) if len(counts) == 1 else ", ".join(f"{count} from {source}" for source, count in counts.items())
+    return (
+        ", ".join(counts)
+        if len(counts) == 1
+        else ", ".join(f"{count} from {source}" for source, count in counts.items())
+    )
 
 
 def _source(source: Path | str) -> str:
@@ -93,7 +120,9 @@ def _named(paths: Sequence[Path], root: Path, records: Sequence[Record]) -> str:
     """The first names and the number of the others; of sub-folders with the number of their images."""
     taken, names = _paths(records), []
     for path in paths[:NAMES]:
-        inside = path.is_relative_to(root) and path != root  # the folder itself: a table names some of its images
+        inside = (
+            path.is_relative_to(root) and path != root
+        )  # the folder itself: a table names some of its images
         name = path.relative_to(root).as_posix() if inside else str(path)
         images = count_images(path, taken) if path.is_dir() else 0
         names.append(f"{name}/ ({images} image{'s' * (images > 1)})" if images else name)

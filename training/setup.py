@@ -45,7 +45,12 @@ from training.step_inputs import Inputs, Text
 class Session:
     """Opened by `train`; `training_step` asks it for latents and conditioning, the loop for everything else."""
 
-    def __init__(self, config: Config, loss: Callable[[StepOutput], Tensor] | None = None, step: Callable[..., Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        loss: Callable[[StepOutput], Tensor] | None = None,
+        step: Callable[..., Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.began = time.perf_counter()
         config_checks.opening(config)
@@ -57,16 +62,25 @@ class Session:
         config_checks.machine(config, self.device)
         config_checks.optimizer(config, self.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
-        self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(config.loss, losses.LOSSES, config.loss_arg)
+        self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(
+            config.loss, losses.LOSSES, config.loss_arg
+        )
         if config.prior.swap:
             self.loss = losses.preserving(self.loss, config.prior.swap_weight)
         self.replayed = cuda_graph.Replayed() if config.cuda_graph else None
         if config.cuda_graph:
             config_checks.capturable(self.loss, self.loss_name, step)
         self.density = noise.density(config.noise.density, **config.noise.density_args)
-        self.noise = NoiseSettings(config.noise.offset, config.noise.multires_levels, config.noise.multires_discount, config.noise.perturbation)
+        self.noise = NoiseSettings(
+            config.noise.offset,
+            config.noise.multires_levels,
+            config.noise.multires_discount,
+            config.noise.perturbation,
+        )
         self.instances = config.batch_size * config.accumulation
-        self.drops = bool(config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout)
+        self.drops = bool(
+            config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout
+        )
         side, look = config.data.resolution, config.samples
         self.recipe = Recipe(look.sampler, look.steps, look.guidance, look.negative, side, side)
         self._open_data()
@@ -84,14 +98,23 @@ class Session:
     def _open_run(self) -> None:
         """The folder, which may hold a run to go on with, and what is read and written there."""
         config = self.config
-        self.run = Run.open(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
+        self.run = Run.open(
+            config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep
+        )
         self.lock = self.lock.follow(self.run.folder)
         self.log_book = reports.LogBook(self.run, config.report, to_table(config))
         self.prior = class_images.open_class_images(self)
-        self.records = {r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records}
+        self.records = {
+            r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records
+        }
         self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
-        self.val_latents: dict[int, dataset.Example] = {}  # of val_folder, with latents on the CPU in place of pixels
-        self.latent_cache = Cache(step_inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {}, config.data.cache or None)
+        self.val_latents: dict[
+            int, dataset.Example
+        ] = {}  # of val_folder, with latents on the CPU in place of pixels
+        self.latent_cache = Cache(
+            step_inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {},
+            config.data.cache or None,
+        )
         self.text_cache: dict[str, Conditioning] = {}
         self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
         self.drawn: dict[Hashable, Inputs] = {}  # what `prepare` drew
@@ -99,31 +122,60 @@ class Session:
         self.saved: int | None = None  # the step of the newest checkpoint
         self.checked = False  # whether a step of this stage was looked at
         self.changes: list[str] = []  # what the run was resumed with that it did not begin with
-        self.skips = (0, 0)  # steps that overflowed in fp16, and those of them in a row up to the last row of the log
+        self.skips = (
+            0,
+            0,
+        )  # steps that overflowed in fp16, and those of them in a row up to the last row of the log
         self.start = checkpoints.restore(self)
         nonfinite.check_state(self, self.start)
         for group in self.optimizer.param_groups if config.cuda_graph else ():
             group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
         length = Length(config.steps, config.batch_size, config.accumulation)
         say(describe(self.folder, self.prior, self.abstractions, length, self.unused))
-        self.run.write("config.toml", to_toml(config.recorded))  # so that `config.toml --resume` goes on
+        self.run.write(
+            "config.toml", to_toml(config.recorded)
+        )  # so that `config.toml --resume` goes on
 
     def _open_data(self) -> None:
         d, images = self.config.data, self.config.data.images
         if d.dataset:
-            images = str(hub.export(d.dataset, split=d.split, image_column=d.image_column, caption_column=d.caption_column, caption=d.caption))
+            images = str(
+                hub.export(
+                    d.dataset,
+                    split=d.split,
+                    image_column=d.image_column,
+                    caption_column=d.caption_column,
+                    caption=d.caption,
+                )
+            )
         column = None if d.dataset else d.caption_column or None
-        how: dict[str, Any] = {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
+        how: dict[str, Any] = {
+            "captions": d.captions,
+            "caption": d.caption or None,
+            "caption_column": column,
+        }
         records = dataset.scan(images, repeats=d.repeats, masks=d.masks, **how)
-        settings = ImageSettings(d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed)
-        settings = replace(settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation)
+        settings = ImageSettings(
+            d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed
+        )
+        settings = replace(
+            settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation
+        )
         self.folder = Folder(records, settings, caption_dropout=d.caption_dropout)
         if d.buckets:
             print(buckets.report(self.folder.sizes, self.instances))
-        doubts = dataset.scaled_up(self.folder), dataset.shifted_to_masks(self.folder), dataset.unread_names(images, records)
+        doubts = (
+            dataset.scaled_up(self.folder),
+            dataset.shifted_to_masks(self.folder),
+            dataset.unread_names(images, records),
+        )
         for sentence in filter(None, doubts):
             print(f"warning: {sentence}", file=sys.stderr)
-        for word in config_checks.initializers(self.config) if self.config.trains("tokens") else self.config.prior.swap:
+        for word in (
+            config_checks.initializers(self.config)
+            if self.config.trains("tokens")
+            else self.config.prior.swap
+        ):
             config_checks.placeholder(records, word)
         config_checks.masks(self.config, self.folder)
         class_images.check_folder(self.config.prior.images, images)
@@ -133,43 +185,93 @@ class Session:
         self.scored = validation.choose(records, held_out, v.count)
         if v.every >= 0:
             print(self.scored.sentence)
-        self.val_folder = Folder(self.scored.records, ImageSettings(d.resolution, interpolation=d.interpolation), keep_bytes=0)
+        self.val_folder = Folder(
+            self.scored.records,
+            ImageSettings(d.resolution, interpolation=d.interpolation),
+            keep_bytes=0,
+        )
 
     def _open_model(self) -> None:
         c = self.config
         plan = config_checks.plan(c, outline(c.model, c.model_config))
         vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
         how = Loading(
-            DTYPES[c.precision], self.device, c.vae, vae_dtype, config_checks.scheduler_changes(c), c.clip_skip, c.max_sequence_length, c.model_config
+            DTYPES[c.precision],
+            self.device,
+            c.vae,
+            vae_dtype,
+            config_checks.scheduler_changes(c),
+            c.clip_skip,
+            c.max_sequence_length,
+            c.model_config,
         )
         self.family = load_family(c.model, how)
         config_checks.model(c, self.family)
-        self.model_identity = model_identity(self.family.modules, self.family.schedule, self.family.prediction)
-        sampling.levels(self.recipe.sampler, self.family.schedule, self.recipe.steps, spacing=self.family.spacing, offset=self.family.offset)
-        print(losses.meaning(c.weighting, self.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg))
+        self.model_identity = model_identity(
+            self.family.modules, self.family.schedule, self.family.prediction
+        )
+        sampling.levels(
+            self.recipe.sampler,
+            self.family.schedule,
+            self.recipe.steps,
+            spacing=self.family.spacing,
+            offset=self.family.offset,
+        )
+        print(
+            losses.meaning(
+                c.weighting, self.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
+            )
+        )
         self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
         self.denoiser = self.family.modules[self.family.denoiser]
-        paths = {name: injection.inject(self.family.modules[name], spec, seed=c.seed) for name, spec in plan.items()}
-        self.trained = {name: self.family.modules[name] for name in plan}  # the networks with adapters
-        self.has_factors = config_checks.injected(c, self.trained, paths)  # else the run writes a whole model
+        paths = {
+            name: injection.inject(self.family.modules[name], spec, seed=c.seed)
+            for name, spec in plan.items()
+        }
+        self.trained = {
+            name: self.family.modules[name] for name in plan
+        }  # the networks with adapters
+        self.has_factors = config_checks.injected(
+            c, self.trained, paths
+        )  # else the run writes a whole model
         self._install_tokens()
-        config_checks.token_limit(self.family, self.embeddings, self.abstractions, self.folder.records)
+        config_checks.token_limit(
+            self.family, self.embeddings, self.abstractions, self.folder.records
+        )
         if c.gradient_checkpointing:
             # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
             again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             self.denoiser.enable_gradient_checkpointing(again)  # type: ignore[operator]
             for encoder in self.encoders.values():  # transformers 6 keeps the first name only
-                enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+                enable = (
+                    getattr(encoder, "activation_checkpointing_enable", None)
+                    or encoder.gradient_checkpointing_enable
+                )
                 enable(again.keywords)  # type: ignore[operator]
         if self.device.type == "cuda":
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 4-d weights: cuDNN's half-precision kernels are NHWC
         if c.compile:
             cuda_graph.compile_blocks(self.denoiser)
-        text = [p for name in self.encoders if name in self.trained for p in injection.parameters(self.encoders[name])]
+        text = [
+            p
+            for name in self.encoders
+            if name in self.trained
+            for p in injection.parameters(self.encoders[name])
+        ]
         unet = injection.parameters(self.denoiser) if self.family.denoiser in self.trained else []
-        every = {"denoiser": unet, "text_encoder": text, "tokens": [e.rows for e in self.embeddings.values()]}
-        self.groups: dict[str, list[nn.Parameter]] = {name: params for name, params in every.items() if params}
-        self.average = Average([p for params in self.groups.values() for p in params], c.ema) if c.ema else None
+        every = {
+            "denoiser": unet,
+            "text_encoder": text,
+            "tokens": [e.rows for e in self.embeddings.values()],
+        }
+        self.groups: dict[str, list[nn.Parameter]] = {
+            name: params for name, params in every.items() if params
+        }
+        self.average = (
+            Average([p for params in self.groups.values() for p in params], c.ema)
+            if c.ema
+            else None
+        )
 
     def _install_tokens(self) -> None:
         """The learned rows of the chosen text encoders; what each abstraction starts from needs the tokenizers."""
@@ -177,40 +279,76 @@ class Session:
         self.abstractions: tuple[tokens.Abstraction, ...] = ()
         if not c.trains("tokens"):
             return
-        chosen = [name for name in self.encoders if keys[name] in (c.tokens.encoders or ("clip_l", "clip_g"))]
+        chosen = [
+            name
+            for name in self.encoders
+            if keys[name] in (c.tokens.encoders or ("clip_l", "clip_g"))
+        ]
         if missing := set(c.tokens.encoders) - {keys[name] for name in chosen}:
-            raise UserError(f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}")
+            raise UserError(
+                f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}"
+            )
         inits = config_checks.initializers(c)
-        vectors = [c.tokens.vectors or tokens.count(init, [self.family.tokenizers[name] for name in chosen]) for init in inits.values()]
+        vectors = [
+            c.tokens.vectors
+            or tokens.count(init, [self.family.tokenizers[name] for name in chosen])
+            for init in inits.values()
+        ]
         self.abstractions = tokens.make_abstractions(inits, vectors)
         for name in chosen:
             stream = "" if name == "text_encoder" else keys[name]
-            self.embeddings[name] = tokens.install(self.encoders[name], self.family.tokenizers[name], self.abstractions, seed=c.seed, stream=stream)
-        self.norm_targets = {name: _norm_target(e, c.tokens.norm_target) for name, e in self.embeddings.items()}
+            self.embeddings[name] = tokens.install(
+                self.encoders[name],
+                self.family.tokenizers[name],
+                self.abstractions,
+                seed=c.seed,
+                stream=stream,
+            )
+        self.norm_targets = {
+            name: _norm_target(e, c.tokens.norm_target) for name, e in self.embeddings.items()
+        }
         self.table_stds = {name: tokens.table_std(e) for name, e in self.embeddings.items()}
 
     def _open_optimizer(self) -> None:
         o = self.config.optimizer
-        self.settings = schedules.group_settings(o.name, self.groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)  # beside its parameters
+        self.settings = schedules.group_settings(
+            o.name, self.groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
+        )  # beside its parameters
         self.rates = {name: settings["lr"] for name, settings in self.settings.items()}
-        self.decays = {name: o.weight_decay.get(name, schedules.DECAYS[name]) for name in self.groups}
+        self.decays = {
+            name: o.weight_decay.get(name, schedules.DECAYS[name]) for name in self.groups
+        }
         groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
-        ups: dict[str, list[Tensor]] = {}  # of each group, where they have a learning rate of their own
+        ups: dict[
+            str, list[Tensor]
+        ] = {}  # of each group, where they have a learning rate of their own
         for name, module in self.trained.items() if o.lora_plus != 1 else ():
-            ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(injection.up_parameters(module))
+            ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(
+                injection.up_parameters(module)
+            )
         self.optimizer = schedules.build(o.name, schedules.split(groups, ups, o.lora_plus), o.args)
         if schedules.is_schedule_free(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
-        self.scaler = schedules.LossScaler(device=self.device) if self.config.precision == "fp16" else None
+        self.scaler = (
+            schedules.LossScaler(device=self.device) if self.config.precision == "fp16" else None
+        )
         names = {stage.schedule or o.schedule for stage in self.config.stages}
-        self.schedules = {name: schedules.resolve_schedule(name, **(o.schedule_args if name == o.schedule else {})) for name in names}
+        self.schedules = {
+            name: schedules.resolve_schedule(
+                name, **(o.schedule_args if name == o.schedule else {})
+            )
+            for name in names
+        }
 
     # ------------------------------------------------------------ what training_step asks for
 
     def prepare(self, batch: Batch, stage: Stage, step: int) -> None:
         """Draws the inputs of a batch's micro-batches; on a GPU on a stream of its own, beside the steps that were asked for and are not done."""
         with self.beside():
-            self.drawn = {self._name(micro, step): step_inputs.draw(self, micro, stage, step) for micro in micro_batches(batch, self.config.accumulation)}
+            self.drawn = {
+                self._name(micro, step): step_inputs.draw(self, micro, stage, step)
+                for micro in micro_batches(batch, self.config.accumulation)
+            }
 
     def inputs(self, batch: Batch, stage: Stage, step: int) -> Inputs:
         """What `prepare` drew for this batch, else drawn now."""
@@ -241,14 +379,23 @@ class Session:
             cond = text if isinstance(text, Conditioning) else step_inputs.encode(self.family, text)
         return self.family.inform(cond, sizes, self.config.noise.guidance)
 
-    def denoise(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
+    ) -> Tensor:
         """The network's raw output [b, c, h, w] for x_t."""
         with self.autocast():
-            return self.family.denoise(prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint)
+            return self.family.denoise(
+                prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint
+            )
 
     def autocast(self) -> torch.autocast:
         # a graph replays addresses: no copies of weights may be kept from one step to the next
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast, cache_enabled=not self.config.cuda_graph)
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.autocast,
+            cache_enabled=not self.config.cuda_graph,
+        )
 
     def key_dropout(self, x: Inputs) -> None:
         for module in self.trained.values() if x.rows is not None else ():
@@ -268,16 +415,34 @@ class Session:
             return self.denoise(x_t, x.level, now, x.inpaint), base_out(before)
 
         def attention() -> list[Tensor]:
-            with torch.compiler.set_stance("force_eager"):  # a compiled block does not see the hooks that look at its layers
-                return self.family.attention_maps(prediction.scale_input(self.family.prediction, x_t, x.level), x.level, cond, x.inpaint)
+            with torch.compiler.set_stance(
+                "force_eager"
+            ):  # a compiled block does not see the hooks that look at its layers
+                return self.family.attention_maps(
+                    prediction.scale_input(self.family.prediction, x_t, x.level),
+                    x.level,
+                    cond,
+                    x.inpaint,
+                )
 
-        return {"base_out": base_out, "attention": attention, "decode": self.family.decode, "preserved": preserved}
+        return {
+            "base_out": base_out,
+            "attention": attention,
+            "decode": self.family.decode,
+            "preserved": preserved,
+        }
 
     # ------------------------------------------------------------ what the loop asks for
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return dataset.batches(
-            self.folder, self.prior, batch=self.instances, seed=self.config.seed, start=start, stop=stop, workers=self.config.data.workers
+            self.folder,
+            self.prior,
+            batch=self.instances,
+            seed=self.config.seed,
+            start=start,
+            stop=stop,
+            workers=self.config.data.workers,
         )
 
     def enter(self, stage: Stage) -> None:
@@ -289,14 +454,18 @@ class Session:
                 p.grad = None
         for group in self.optimizer.param_groups:
             if "weight_decay" in group:
-                group["weight_decay"] = stage.weight_decay.get(group["name"], self.decays[group["name"]])
+                group["weight_decay"] = stage.weight_decay.get(
+                    group["name"], self.decays[group["name"]]
+                )
         self.text_trains = bool({"text_encoder", "tokens"} & set(stage.groups))
         self.text_cache.clear()
         training = self.drops or self.config.gradient_checkpointing
         for module in (self.denoiser, *self.encoders.values()):
             module.train(training)
         if self.side is not None:
-            self.side.wait_stream(torch.cuda.current_stream(self.device))  # what trained so far encodes the texts of this stage
+            self.side.wait_stream(
+                torch.cuda.current_stream(self.device)
+            )  # what trained so far encodes the texts of this stage
         self.checked = False
 
     def set_rates(self, stage: Stage, step: int) -> None:
@@ -305,7 +474,11 @@ class Session:
         factor = self.schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
         for group in self.optimizer.param_groups:
             name = group["name"]
-            group["rate"] = stage.lr.get(name, self.rates[name]) * factor * group["ratio"] if name in stage.groups else 0.0
+            group["rate"] = (
+                stage.lr.get(name, self.rates[name]) * factor * group["ratio"]
+                if name in stage.groups
+                else 0.0
+            )
             if isinstance(group["lr"], Tensor):  # a CUDA graph reads it there
                 group["lr"].fill_(group["rate"])
             else:
@@ -343,7 +516,9 @@ class Session:
         if not self.checked:
             for name, params in self.groups.items():
                 if params[0].requires_grad and all(p.grad is None for p in params):
-                    raise UserError(f"the group {name} gets no gradient from this loss; take it out of the stage")
+                    raise UserError(
+                        f"the group {name} gets no gradient from this loss; take it out of the stage"
+                    )
             self.checked = True
         if self.scaler is not None:
             self.scaler.unscale_(self.active)
@@ -367,7 +542,9 @@ class Session:
             return
         group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
         d = schedules.distance(self.optimizer, group)
-        rate = torch.as_tensor(100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64).clamp(max=1.0)
+        rate = torch.as_tensor(
+            100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64
+        ).clamp(max=1.0)
         for name, embedding in self.embeddings.items():
             if how == "pull":
                 tokens.pull_norms_(embedding.rows, self.norm_targets[name], rate=rate)
@@ -376,21 +553,37 @@ class Session:
 
     @contextmanager
     def progress(self, start: int) -> Iterator[tqdm]:
-        with tqdm(total=self.config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(
+            total=self.config.steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        ) as bar:
             yield bar
         self.flush()
 
     def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
         """A row for each step; values are read from the device every --log-every steps."""
-        rates = {f"lr_{g['name']}": g["rate"] for g in reversed(self.optimizer.param_groups) if g["name"] in stage.groups}  # LoRA+: that of down
-        found = {f"d_{g['name']}": schedules.distance(self.optimizer, g) for g in self.optimizer.param_groups if g["name"] in stage.groups}
+        rates = {
+            f"lr_{g['name']}": g["rate"]
+            for g in reversed(self.optimizer.param_groups)
+            if g["name"] in stage.groups
+        }  # LoRA+: that of down
+        found = {
+            f"d_{g['name']}": schedules.distance(self.optimizer, g)
+            for g in self.optimizer.param_groups
+            if g["name"] in stage.groups
+        }
         distances = {name: d for name, d in found.items() if d is not None}
         skipped = {} if self.scaler is None else {"skipped": self.scaler.skipped.clone()}
         self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances, **skipped)
         bar.update()
         if done % self.config.log_every == 0:
             rows = self.flush()
-            shown = {name: f"{value:.2e}" for name, value in rows[-1].items() if name.startswith("d_")}
+            shown = {
+                name: f"{value:.2e}" for name, value in rows[-1].items() if name.startswith("d_")
+            }
             bar.set_postfix(loss=f"{sum(row['loss'] for row in rows) / len(rows):.4f}", **shown)
 
     def flush(self) -> list[dict[str, Any]]:

@@ -37,7 +37,11 @@ class Signals:
     """
 
     def __enter__(self) -> Signals:
-        self.number, self.waits, self.since = 0, False, 0.0  # of the first signal; whether it may wait; when it came
+        self.number, self.waits, self.since = (
+            0,
+            False,
+            0.0,
+        )  # of the first signal; whether it may wait; when it came
         self.before: dict[int, Any] = {}
         for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
             handler = signal.getsignal(number)

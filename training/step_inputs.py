@@ -28,7 +28,9 @@ from training import config_checks
 if TYPE_CHECKING:
     from training.setup import Session
 
-Text = Conditioning | dict[str, Tensor]  # encoded, or token ids (and KEPT) where something in the text encoders trains
+Text = (
+    Conditioning | dict[str, Tensor]
+)  # encoded, or token ids (and KEPT) where something in the text encoders trains
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,35 @@ class Inputs:
     is_prior: Tensor  # [b] bool
     rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
     step: Tensor  # [] int64
-    swapped: tuple[Text, Conditioning] | None  # prior.swap: text with the classes in place of the words, and the base model's conditioning for it
+    swapped: (
+        tuple[Text, Conditioning] | None
+    )  # prior.swap: text with the classes in place of the words, and the base model's conditioning for it
 
 
-KEPT = "kept"  # key of token ids: [b] 0 in the rows of dropped captions that zeros stand for, else 1
+KEPT = (
+    "kept"  # key of token ids: [b] 0 in the rows of dropped captions that zeros stand for, else 1
+)
 
 
 def draw(s: Session, batch: Batch, stage: Stage, step: int) -> Inputs:
     """Randomness is keyed by image and visit: a row does not depend on the batch around it."""
     keys, n = Keys(s.config.seed, batch.keys, batch.visits), s.config.noise
     x0, mask, inpaint = _latents(s, batch, keys, stage)
-    low, high = n.low if stage.low is None else stage.low, n.high if stage.high is None else stage.high
+    low, high = (
+        n.low if stage.low is None else stage.low,
+        n.high if stage.high is None else stage.high,
+    )
     schedule = s.family.schedule_at(*x0.shape[-2:]) if n.dynamic_shift else s.family.schedule
     level = noise.draw(schedule, keys, low=low, high=high, density=s.density, shift=n.shift)
     eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise)
     swapped = None
     if s.config.prior.swap:
-        other = replace(batch, captions=[config_checks.swapped(caption, s.config.prior.swap) for caption in batch.captions])
+        other = replace(
+            batch,
+            captions=[
+                config_checks.swapped(caption, s.config.prior.swap) for caption in batch.captions
+            ],
+        )
         swapped = (_text(s, other), _base_text(s, other))
     eps = _put(eps, s.device, x0.dtype)
     return Inputs(
@@ -84,14 +98,22 @@ def draw(s: Session, batch: Batch, stage: Stage, step: int) -> Inputs:
 def _put(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """x on the device; from pinned memory to a GPU, so that the host need not wait."""
     x = x if dtype is None else x.to(dtype)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.device.type == "cpu"
+        else x.to(device)
+    )
 
 
 def _sizes(batch: Batch) -> Sizes:
-    return Sizes(batch.original_sizes, batch.crops, (batch.pixels.shape[-2], batch.pixels.shape[-1]))
+    return Sizes(
+        batch.original_sizes, batch.crops, (batch.pixels.shape[-2], batch.pixels.shape[-1])
+    )
 
 
-def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _latents(
+    s: Session, batch: Batch, keys: Keys, stage: Stage
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x0, the loss mask and the inpainting input; see Inputs."""
     mean, std = (_put(rows, s.device) for rows in _posterior(s, batch))
     x0 = mean + std * _put(keys.normal("posterior", tuple(mean.shape[1:])), s.device, mean.dtype)
@@ -103,7 +125,9 @@ def _latents(s: Session, batch: Batch, keys: Keys, stage: Stage) -> tuple[Tensor
     if s.family.inpainting:
         holes = generation.random_holes(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
         with torch.no_grad():
-            inpaint = generation.masked_latents(s.family, _put(batch.pixels, s.device), _put(holes, s.device))
+            inpaint = generation.masked_latents(
+                s.family, _put(batch.pixels, s.device), _put(holes, s.device)
+            )
     return x0, mask, inpaint
 
 
@@ -122,11 +146,18 @@ def _posterior(s: Session, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and std of the latents; from the cache where an image's pixels come again."""
     if not s.folder.settings.is_random or s.folder.settings.variants:
         size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
-        names = [s.folder.cache_key(s.records[key], visit, size) for key, visit in zip(batch.keys, batch.visits)]
+        names = [
+            s.folder.cache_key(s.records[key], visit, size)
+            for key, visit in zip(batch.keys, batch.visits)
+        ]
         shape = (s.family.latent_channels, *(side // s.family.factor for side in size))
-        rows = s.latent_cache.get(names, lambda i: _moments(s, batch.rows(slice(i, i + 1))), {"mean": shape, "std": shape})
+        rows = s.latent_cache.get(
+            names, lambda i: _moments(s, batch.rows(slice(i, i + 1))), {"mean": shape, "std": shape}
+        )
         return rows["mean"], rows["std"]
-    return _encode(s, batch, look=s.config.vae_precision == "fp16" or not s.checked)  # in the first step: to look means to wait for the device
+    return _encode(
+        s, batch, look=s.config.vae_precision == "fp16" or not s.checked
+    )  # in the first step: to look means to wait for the device
 
 
 def _moments(s: Session, batch: Batch) -> dict[str, Tensor]:
@@ -141,9 +172,13 @@ def _encode(s: Session, batch: Batch, *, look: bool) -> tuple[Tensor, Tensor]:
     if all(good):
         return mean, std
     if s.config.vae_precision == "fp16":
-        raise UserError("the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae")
+        raise UserError(
+            "the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae"
+        )
     path = s.records[batch.keys[good.index(False)]].path
-    raise UserError(f"the VAE gives NaN or infinity for {path} in {s.config.vae_precision}: its weights are damaged; give another --vae")
+    raise UserError(
+        f"the VAE gives NaN or infinity for {path} in {s.config.vae_precision}: its weights are damaged; give another --vae"
+    )
 
 
 def _text(s: Session, batch: Batch) -> Text:
@@ -157,7 +192,11 @@ def _text(s: Session, batch: Batch) -> Text:
 
 def encode(family: Family, text: Mapping[str, Tensor]) -> Conditioning:
     """The conditioning of token ids as `draw` gives them, on the device alone."""
-    return _zeroed(family, family.encode({name: ids for name, ids in text.items() if name != KEPT}), text.get(KEPT))
+    return _zeroed(
+        family,
+        family.encode({name: ids for name, ids in text.items() if name != KEPT}),
+        text.get(KEPT),
+    )
 
 
 def _kept(s: Session, batch: Batch) -> Tensor | None:
@@ -197,5 +236,9 @@ def fingerprint(vae: nn.Module) -> Mapping[str, str]:
     """What a cache on disk is keyed by: the very weights that encode, so that a retrained VAE at the same path does not get old latents."""
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in vae.state_dict().items():
-        content.update(name.encode() + str(tensor.dtype).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        content.update(
+            name.encode()
+            + str(tensor.dtype).encode()
+            + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return {"vae": content.hexdigest()}

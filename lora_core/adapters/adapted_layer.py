@@ -26,7 +26,9 @@ class Adapted(nn.Module):
         self.strengths: dict[str, float] = {}
         self.folded: dict[str, float] = {}  # name -> the strength that is in base.weight now
         self.original: Tensor | None
-        self.register_buffer("original", None, persistent=False)  # the weight before folding; a buffer so that it moves with the model
+        self.register_buffer(
+            "original", None, persistent=False
+        )  # the weight before folding; a buffer so that it moves with the model
         self.original_bias: Tensor | None
         self.register_buffer("original_bias", None, persistent=False)
         self.enabled = True
@@ -50,7 +52,11 @@ class Adapted(nn.Module):
 
     def active(self) -> list[tuple[Any, float]]:
         """The adapters that act now, each with its strength."""
-        return [(self.adapter(name), t) for name, t in self.strengths.items() if self.enabled and t != 0 and name not in self.folded]
+        return [
+            (self.adapter(name), t)
+            for name, t in self.strengths.items()
+            if self.enabled and t != 0 and name not in self.folded
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         together = None if self.group is None else self.group.take(self.seat, x)
@@ -60,7 +66,9 @@ class Adapted(nn.Module):
         if not active:
             return self.base(x)
         if self.folded:
-            raise UserError(f"adapters {list(self.folded)} are folded but others are active; fold those too, unfold, or set their strength to 0")
+            raise UserError(
+                f"adapters {list(self.folded)} are folded but others are active; fold those too, unfold, or set their strength to 0"
+            )
         if len(active) == 1:
             adapter, strength = active[0]
             return adapter(self.base, x, strength)
@@ -79,7 +87,9 @@ class Adapted(nn.Module):
         current = {name: p.detach().clone() for name, p in self.base.named_parameters()}
         originals = current
         if self.original is not None:
-            originals = {"weight": self.original} | ({} if self.original_bias is None else {"bias": self.original_bias})
+            originals = {"weight": self.original} | (
+                {} if self.original_bias is None else {"bias": self.original_bias}
+            )
         try:
             self._write(originals)  # every delta is taken against the base weight
             if folded:
@@ -88,7 +98,9 @@ class Adapted(nn.Module):
             self._write(current)
             raise
         self.folded = dict(folded)
-        self.original, self.original_bias = (originals["weight"], originals.get("bias")) if folded else (None, None)
+        self.original, self.original_bias = (
+            (originals["weight"], originals.get("bias")) if folded else (None, None)
+        )
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -103,7 +115,9 @@ class Adapted(nn.Module):
         totals = {name: p.to(wide(p.dtype)) for name, p in self.base.named_parameters()}
         dtype = self.base.weight.dtype
         if not dtype.is_floating_point:
-            raise UserError(f"{path} stores its weight as {dtype}, which cannot take an update; keep the adapter unfolded")
+            raise UserError(
+                f"{path} stores its weight as {dtype}, which cannot take an update; keep the adapter unfolded"
+            )
         moved = {"weight"}
         for key, strength in strengths.items():
             adapter = self.adapter(key)
@@ -112,9 +126,15 @@ class Adapted(nn.Module):
             if shift is not None:
                 moved.add("bias")
                 totals["bias"] = totals["bias"] + strength * shift
-        rounded = {name: total.to(getattr(self.base, name).dtype) for name, total in totals.items() if name in moved}
+        rounded = {
+            name: total.to(getattr(self.base, name).dtype)
+            for name, total in totals.items()
+            if name in moved
+        }
         if not all(bool(value.isfinite().all()) for value in rounded.values()):
-            raise UserError(f"folding {', '.join(strengths)} into {path} overflows {dtype}; lower the strength or load the model in float32")
+            raise UserError(
+                f"folding {', '.join(strengths)} into {path} overflows {dtype}; lower the strength or load the model in float32"
+            )
         return rounded
 
 

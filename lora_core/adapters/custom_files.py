@@ -21,7 +21,11 @@ from lora_core.formats import OWN
 from lora_core.runs.run_folder import atomic
 
 ENDING = OWN  # after the run's name
-NO_FACTORS = (UserError, AttributeError, NotImplementedError)  # what `state` may raise instead of giving factors
+NO_FACTORS = (
+    UserError,
+    AttributeError,
+    NotImplementedError,
+)  # what `state` may raise instead of giving factors
 
 
 def has_factors(model: nn.Module, name: str = "default") -> bool:
@@ -48,9 +52,13 @@ def check(models: Mapping[str, nn.Module], kind: str, run: str, name: str = "def
                 f"{kind} gives {told} for {component}.{path}, so no file could hold it; add delta_weight, see lora_core/adapters/kinds.py"
             ) from error
         if shape != layer.base.weight.shape:
-            raise UserError(f"delta_weight of {kind} is {list(shape)} for {component}.{path}, whose weight is {list(layer.base.weight.shape)}")
+            raise UserError(
+                f"delta_weight of {kind} is {list(shape)} for {component}.{path}, whose weight is {list(layer.base.weight.shape)}"
+            )
     if kind not in KINDS:
-        print(f"{kind} has no low-rank form: the run writes {run}{ENDING}, its own parameters, and model/, the whole model with them folded in")
+        print(
+            f"{kind} has no low-rank form: the run writes {run}{ENDING}, its own parameters, and model/, the whole model with them folded in"
+        )
 
 
 def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> dict[str, Tensor]:
@@ -59,11 +67,15 @@ def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> d
     for component, model in models.items():
         for path, layer in _adapted(model, name).items():
             for key, value in layer.adapter(name).state_dict().items():
-                found[f"{component}.{path}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                found[f"{component}.{path}.{key}"] = (
+                    value.detach().to("cpu", copy=True).contiguous()
+                )
     return found
 
 
-def save_adapters(models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default") -> Path:
+def save_adapters(
+    models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default"
+) -> Path:
     """Writes `adapter_tensors` with a header, whole or not at all."""
     with atomic(file) as temporary:
         save_file(adapter_tensors(models, name), temporary, {"format": "pt", **header})
@@ -78,16 +90,26 @@ def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str =
     saved, own = load_file(file), adapter_tensors(models, name)
     if odd := sorted(saved.keys() ^ own.keys()):
         where = "the file" if odd[0] in saved else "the model"
-        raise UserError(f"{file} does not fit these adapters: only {where} has {odd[0]}; inject with the settings in the file's header")
+        raise UserError(
+            f"{file} does not fit these adapters: only {where} has {odd[0]}; inject with the settings in the file's header"
+        )
     for key, value in saved.items():
         if value.shape != own[key].shape:
-            raise UserError(f"{file} does not fit these adapters: {key} is {list(value.shape)}, expected {list(own[key].shape)}")
+            raise UserError(
+                f"{file} does not fit these adapters: {key} is {list(value.shape)}, expected {list(own[key].shape)}"
+            )
     with torch.no_grad():
         for component, model in models.items():
             for path, layer in _adapted(model, name).items():
                 adapter = layer.adapter(name)
-                adapter.load_state_dict({key: saved[f"{component}.{path}.{key}"] for key in adapter.state_dict()})
+                adapter.load_state_dict(
+                    {key: saved[f"{component}.{path}.{key}"] for key in adapter.state_dict()}
+                )
 
 
 def _adapted(model: nn.Module, name: str) -> dict[str, Adapted]:
-    return {path: layer for path, layer in layers(model).items() if isinstance(layer, Adapted) and name in layer.adapters}
+    return {
+        path: layer
+        for path, layer in layers(model).items()
+        if isinstance(layer, Adapted) and name in layer.adapters
+    }

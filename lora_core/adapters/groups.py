@@ -18,8 +18,17 @@ from lora_core.kernels.reference import Member
 
 # Paths below one module that are called with one and the same tensor; a row speaks of modules that have its first path.
 SHARED = (
-    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),  # a block of one stream, attention beside the MLP
-    ("to_q", "to_k", "to_v"),  # without the first where the module's is_cross_attention is true: the text goes to the other two
+    (
+        "proj_mlp",
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+    ),  # a block of one stream, attention beside the MLP
+    (
+        "to_q",
+        "to_k",
+        "to_v",
+    ),  # without the first where the module's is_cross_attention is true: the text goes to the other two
     ("add_q_proj", "add_k_proj", "add_v_proj"),
     ("q_proj", "k_proj", "v_proj"),
 )
@@ -44,7 +53,10 @@ class Group:
         self.waiting: Waiting | None = None
         for seat, layer in enumerate(members):
             layer.group, layer.seat = self, seat
-        self.handles = [parent.register_forward_pre_hook(self.enter), parent.register_forward_hook(self.leave, always_call=True)]
+        self.handles = [
+            parent.register_forward_pre_hook(self.enter),
+            parent.register_forward_hook(self.leave, always_call=True),
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what waits stays here."""
@@ -75,11 +87,22 @@ class Group:
         """
         if not can_pay(x):
             return None
-        tracing, waiting, grad = torch.compiler.is_compiling(), self.waiting, torch.is_grad_enabled()
-        if not self.open or (not tracing and x.is_inference()):  # an inference tensor does not count its changes
+        tracing, waiting, grad = (
+            torch.compiler.is_compiling(),
+            self.waiting,
+            torch.is_grad_enabled(),
+        )
+        if not self.open or (
+            not tracing and x.is_inference()
+        ):  # an inference tensor does not count its changes
             return None
         version = 0 if tracing else x._version
-        if waiting is not None and waiting.x is x and (waiting.version, waiting.grad) == (version, grad) and seat in waiting.outputs:
+        if (
+            waiting is not None
+            and waiting.x is x
+            and (waiting.version, waiting.grad) == (version, grad)
+            and seat in waiting.outputs
+        ):
             y = waiting.outputs.pop(seat)
             if not waiting.outputs:
                 self.waiting = None
@@ -100,14 +123,22 @@ class Group:
             return None
         one = [(layer.base, *active[0]) for layer, active in found]
         kind = type(one[0][1])
-        if kind not in (LoRA, DoRA) or not all(type(adapter) is kind and adapter.is_one_linear(base, strength) for base, adapter, strength in one):
+        if kind not in (LoRA, DoRA) or not all(
+            type(adapter) is kind and adapter.is_one_linear(base, strength)
+            for base, adapter, strength in one
+        ):
             return None
         members = tuple([adapter.member(base, x, strength) for base, adapter, strength in one])
         if not pays(x, members):
             return None
         if kind is LoRA:
             return members
-        return tuple([member._replace(norm=adapter.norm(base)) for member, (base, adapter, _) in zip(members, one)])
+        return tuple(
+            [
+                member._replace(norm=adapter.norm(base))
+                for member, (base, adapter, _) in zip(members, one)
+            ]
+        )
 
 
 def can_pay(x: Tensor) -> bool:
@@ -117,7 +148,10 @@ def can_pay(x: Tensor) -> bool:
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
     """Whether lora_grouped runs as Triton kernels on these arguments."""
-    return mode() == "triton" or (mode() == "auto" and winners.choose("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton")
+    return mode() == "triton" or (
+        mode() == "auto"
+        and winners.choose("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
+    )
 
 
 def regroup(model: nn.Module) -> None:
@@ -152,8 +186,16 @@ def _members(parent: nn.Module, names: tuple[str, ...]) -> list[Adapted]:
         return []
     if getattr(parent, "is_cross_attention", False) is True:
         names = tuple(name for name in names if name != CROSS)
-    found = [layer for name in names if isinstance(layer := _at(parent, name), Adapted) and isinstance(layer.base, nn.Linear)]
-    return [layer for layer in dict.fromkeys(found) if layer.group is None and layer.base.in_features == found[0].base.in_features]
+    found = [
+        layer
+        for name in names
+        if isinstance(layer := _at(parent, name), Adapted) and isinstance(layer.base, nn.Linear)
+    ]
+    return [
+        layer
+        for layer in dict.fromkeys(found)
+        if layer.group is None and layer.base.in_features == found[0].base.in_features
+    ]
 
 
 def _at(parent: nn.Module, path: str) -> nn.Module | None:

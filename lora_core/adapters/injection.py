@@ -57,10 +57,14 @@ class AdapterSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0  # of the adapter's input; the base layer sees x as it is
     rslora: bool = False  # scale = alpha / sqrt(rank) (arXiv 2312.03732)
-    init: Literal["gaussian", "kaiming"] = "gaussian"  # down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or uniform(+-1 / sqrt(fan_in)) as kohya
+    init: Literal["gaussian", "kaiming"] = (
+        "gaussian"  # down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or uniform(+-1 / sqrt(fan_in)) as kohya
+    )
     rank_dropout: float = 0.0  # of whole ranks, for each example
     module_dropout: float = 0.0  # of the whole adapter, for each example
-    norm_grad: Literal["detach", "full"] = "detach"  # of a DoRA's row norms: constants in the gradient, as in peft, or differentiated, as in LyCORIS
+    norm_grad: Literal["detach", "full"] = (
+        "detach"  # of a DoRA's row norms: constants in the gradient, as in peft, or differentiated, as in LyCORIS
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range, and for any that have no part in the kind (a rank other than the default, for one)."""
@@ -69,10 +73,14 @@ class AdapterSpec:
                 raise UserError(f"rank is {rank}; expected a whole number from 1 on")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise UserError(f"alpha is {alpha}; expected a positive number (leave it out for alpha = rank)")
+                raise UserError(
+                    f"alpha is {alpha}; expected a positive number (leave it out for alpha = rank)"
+                )
         for option in ("dropout", "rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, option) < 1:
-                raise UserError(f"adapter {option.replace('_', ' ')} is {getattr(self, option)}; expected a probability in [0, 1)")
+                raise UserError(
+                    f"adapter {option.replace('_', ' ')} is {getattr(self, option)}; expected a probability in [0, 1)"
+                )
         if self.init not in ("gaussian", "kaiming"):
             raise UserError(f"adapter init is {self.init!r}; expected gaussian or kaiming")
         if self.norm_grad not in ("detach", "full"):
@@ -88,24 +96,43 @@ class AdapterSpec:
         """Raises UserError for any setting beside targets and exclude that is not the default: a full update has nothing to do with it."""
         for setting in fields(self):
             default = setting.default if setting.default is not MISSING else {}
-            if setting.name not in ("targets", "exclude", "kind") and getattr(self, setting.name) != default:
+            if (
+                setting.name not in ("targets", "exclude", "kind")
+                and getattr(self, setting.name) != default
+            ):
                 value, option = getattr(self, setting.name), setting.name.replace("_", "-")
-                raise UserError(f"--adapter.{option} is {value}, which has no part in --adapter.kind {self.kind}; leave it out")
+                raise UserError(
+                    f"--adapter.{option} is {value}, which has no part in --adapter.kind {self.kind}; leave it out"
+                )
 
     def layer(self, path: str, seed: int = 0) -> LayerSpec:
         """The settings of one layer."""
         rank = int(lookup(path, self.rank_pattern, None) or self.rank)
         alpha = lookup(path, self.alpha_pattern, self.alpha) or rank
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LayerSpec(path, rank, scale, self.dropout, self.init, seed, self.rank_dropout, self.module_dropout, self.norm_grad)
+        return LayerSpec(
+            path,
+            rank,
+            scale,
+            self.dropout,
+            self.init,
+            seed,
+            self.rank_dropout,
+            self.module_dropout,
+            self.norm_grad,
+        )
 
 
-def targets(model: nn.Module, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list[str]:
+def targets(
+    model: nn.Module, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()
+) -> list[str]:
     """Paths of the Linear and Conv2d layers that the patterns choose, in the model's order. Raises UserError as targets.select does."""
     return select(list(layers(model)), patterns, exclude)
 
 
-def inject(model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: int = 0) -> list[str]:
+def inject(
+    model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: int = 0
+) -> list[str]:
     """Puts an adapter on every target and returns their paths. The model computes what it did before: every update is zero at first.
 
     Each layer's down is drawn from (seed, path), whatever else is injected. The base's requires_grad is left as it is.
@@ -125,7 +152,9 @@ def inject(model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: 
             check_rank(base, path, spec.layer(path).rank)
     else:
         spec.check_full()
-    _install(model, {path: kind(base, spec.layer(path, seed)) for path, base in bases.items()}, name, 1.0)
+    _install(
+        model, {path: kind(base, spec.layer(path, seed)) for path, base in bases.items()}, name, 1.0
+    )
     return paths
 
 
@@ -134,7 +163,9 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     adapted = _adapted(model, name)
     folded = {key for layer in adapted.values() for key in layer.folded if name in (None, key)}
     if folded:
-        raise UserError(f"adapter {', '.join(sorted(folded))} is folded into the weights; unfold it first, then remove it")
+        raise UserError(
+            f"adapter {', '.join(sorted(folded))} is folded into the weights; unfold it first, then remove it"
+        )
     held_by = places(model)
     for layer in adapted.values():
         for key in list(layer.adapters) if name is None else [name]:
@@ -156,7 +187,9 @@ def fold(model: nn.Module, name: str = "default", strength: float = 1.0) -> None
     _check_strength(strength)
     for layer in adapted.values():
         if name in layer.folded:
-            raise UserError(f"adapter {name!r} is folded already; unfold it before folding it at another strength")
+            raise UserError(
+                f"adapter {name!r} is folded already; unfold it before folding it at another strength"
+            )
     _check_sharing(model, adapted, name)
     done: list[tuple[str, Adapted]] = []
     try:
@@ -187,14 +220,22 @@ def merged(model: nn.Module, name: str = "default", strength: float = 1.0) -> di
     chosen = _adapted(model, name)
     _check_strength(strength)
     _check_sharing(model, chosen, name)
-    wrapped = {f"{path}.": layer for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Adapted)}
+    wrapped = {
+        f"{path}.": layer
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, Adapted)
+    }
     for layer in wrapped.values():
         if layer.folded:
-            raise UserError(f"adapter {', '.join(layer.folded)} is folded into the weights; unfold it before merging")
+            raise UserError(
+                f"adapter {', '.join(layer.folded)} is folded into the weights; unfold it before merging"
+            )
     moved = {id(layer): layer.merged({name: strength}, path) for path, layer in chosen.items()}
     found = {}
     for key, value in model.state_dict().items():
-        prefix = next((key[: i + 1] for i, c in enumerate(key) if c == "." and key[: i + 1] in wrapped), "")
+        prefix = next(
+            (key[: i + 1] for i, c in enumerate(key) if c == "." and key[: i + 1] in wrapped), ""
+        )
         if not prefix:
             found[key] = value
         elif key.startswith(f"{prefix}base."):
@@ -208,7 +249,9 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
     adapted = _adapted(model, name)
     _check_strength(strength)
     if any(name in layer.folded for layer in adapted.values()):
-        raise UserError(f"adapter {name!r} is folded into the weights; unfold it, or fold it again at strength {strength}")
+        raise UserError(
+            f"adapter {name!r} is folded into the weights; unfold it, or fold it again at strength {strength}"
+        )
     for layer in adapted.values():
         layer.strengths[name] = float(strength)
 
@@ -221,7 +264,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     adapted = [layer for layer in layers(model).values() if isinstance(layer, Adapted)]
     if any(layer.folded for layer in adapted):
-        raise UserError("an adapter is folded into the weights, so the base model is not at hand; unfold it first")
+        raise UserError(
+            "an adapter is folded into the weights, so the base model is not at hand; unfold it first"
+        )
     before = [layer.enabled for layer in adapted]
     try:
         for layer in adapted:
@@ -240,11 +285,29 @@ def steady(model: nn.Module) -> Iterator[None]:
     the same block does nothing more; at the end of the outermost one, also by an exception, every norm is forgotten. DoRAs with norm_grad "full"
     (which need the norms' graph), folded ones, and those injected, loaded into or moved to another dtype or device inside compute theirs as ever.
     """
-    adapted = [layer for layer in layers(model).values() if isinstance(layer, Adapted) and not layer.folded]
-    found = [(layer.base, adapter) for layer in adapted for adapter in layer.adapters.values() if isinstance(adapter, DoRA)]
-    held = [(base, dora) for base, dora in found if dora.steady is None and dora.layer.norm_grad == "detach"]
+    adapted = [
+        layer for layer in layers(model).values() if isinstance(layer, Adapted) and not layer.folded
+    ]
+    found = [
+        (layer.base, adapter)
+        for layer in adapted
+        for adapter in layer.adapters.values()
+        if isinstance(adapter, DoRA)
+    ]
+    held = [
+        (base, dora)
+        for base, dora in found
+        if dora.steady is None and dora.layer.norm_grad == "detach"
+    ]
     with torch.no_grad():
-        norms = call("dora_norms", tuple([(base.weight, dora.down, dora.up, dora.scale) for base, dora in held])) if held else ()
+        norms = (
+            call(
+                "dora_norms",
+                tuple([(base.weight, dora.down, dora.up, dora.scale) for base, dora in held]),
+            )
+            if held
+            else ()
+        )
     try:
         for (_, dora), norm in zip(held, norms, strict=True):
             dora.steady = norm
@@ -258,7 +321,11 @@ def set_dropout(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
     """Names the rows of the next forward for adapter dropout: rows [b] int64 (noise.Keys.hashes) on the model's device, and the step."""
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows is {list(rows.shape)} {rows.dtype}; expected [b] int64")
-    shared = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=rows.device)
+    shared = (
+        step
+        if isinstance(step, Tensor)
+        else torch.full((), step, dtype=torch.int64, device=rows.device)
+    )
     for layer in layers(model).values():
         for adapter in layer.adapters.values() if isinstance(layer, Adapted) else ():
             adapter.rows, adapter.step = rows, shared
@@ -278,7 +345,9 @@ def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]
     for path, layer in _adapted(model, name).items():
         up = getattr(layer.adapter(name), "up", None)
         if not isinstance(up, nn.Parameter):
-            raise UserError(f"the adapter of {path} has no up and down, which LoRA+ tells apart; leave --optimizer.lora-plus out")
+            raise UserError(
+                f"the adapter of {path} has no up and down, which LoRA+ tells apart; leave --optimizer.lora-plus out"
+            )
         found.append(up)
     return found
 
@@ -288,7 +357,9 @@ def state(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
     return {path: layer.adapter(name).state() for path, layer in _adapted(model, name).items()}
 
 
-def load_state(model: nn.Module, factors: Mapping[str, LowRank], name: str = "default", strength: float = 1.0) -> None:
+def load_state(
+    model: nn.Module, factors: Mapping[str, LowRank], name: str = "default", strength: float = 1.0
+) -> None:
     """Puts factors from a file on the model: layers that have the adapter are overwritten in place, the others get a LoRA or (with a
     magnitude) a DoRA of the file's own rank. Ranks may differ by layer and exceed min(in, out) (a concatenation does).
 
@@ -298,23 +369,38 @@ def load_state(model: nn.Module, factors: Mapping[str, LowRank], name: str = "de
     found = layers(model)
     _check_strength(strength)
     if not factors:
-        raise UserError("there are no factors to load; the file holds nothing for this part of the model")
+        raise UserError(
+            "there are no factors to load; the file holds nothing for this part of the model"
+        )
     for path in factors:
         if path not in found:
-            raise UserError(f"the model has no layer {path!r}; nearest: {', '.join(nearest(path, list(found)))}")
-    existing = {path: layer for path, layer in found.items() if isinstance(layer, Adapted) and name in layer.adapters}
+            raise UserError(
+                f"the model has no layer {path!r}; nearest: {', '.join(nearest(path, list(found)))}"
+            )
+    existing = {
+        path: layer
+        for path, layer in found.items()
+        if isinstance(layer, Adapted) and name in layer.adapters
+    }
     missing = [path for path in existing if path not in factors]
     if missing:
-        raise UserError(f"adapter {name!r} is on {len(missing)} layers without factors, e.g. {missing[0]}; remove it or load under another name")
+        raise UserError(
+            f"adapter {name!r} is on {len(missing)} layers without factors, e.g. {missing[0]}; remove it or load under another name"
+        )
     _check_name(name, {})
-    fitted = {path: _fit(path, existing[path].base if path in existing else _base(path, found[path]), lr) for path, lr in factors.items()}
+    fitted = {
+        path: _fit(path, existing[path].base if path in existing else _base(path, found[path]), lr)
+        for path, lr in factors.items()
+    }
     for path, layer in existing.items():
         _check_same(path, layer, name, fitted[path])
     built = {}
     for path, lr in fitted.items():
         if path not in existing:
             kind = LoRA if lr.magnitude is None else DoRA
-            built[path] = kind(_base(path, found[path]), LayerSpec(path, lr.rank, lr.scale, init="zero"))
+            built[path] = kind(
+                _base(path, found[path]), LayerSpec(path, lr.rank, lr.scale, init="zero")
+            )
     _install(model, built, name, strength)
     for path, adapted in _adapted(model, name).items():
         adapted.adapter(name).load(fitted[path])
@@ -324,10 +410,14 @@ def load_state(model: nn.Module, factors: Mapping[str, LowRank], name: str = "de
 def _adapted(model: nn.Module, name: str | None) -> dict[str, Adapted]:
     """The layers that carry the adapter (any adapter for None); UserError, with the names there are, when none does."""
     every = {path: layer for path, layer in layers(model).items() if isinstance(layer, Adapted)}
-    chosen = {path: layer for path, layer in every.items() if name is None or name in layer.adapters}
+    chosen = {
+        path: layer for path, layer in every.items() if name is None or name in layer.adapters
+    }
     if not chosen:
         names = dict.fromkeys(key for layer in every.values() for key in layer.adapters)
-        raise UserError(f"the model has no adapter{'' if name is None else f' {name!r}'}; it has {', '.join(names) or 'none at all'}")
+        raise UserError(
+            f"the model has no adapter{'' if name is None else f' {name!r}'}; it has {', '.join(names) or 'none at all'}"
+        )
     return chosen
 
 
@@ -347,18 +437,30 @@ def _base(path: str, layer: Base | Adapted) -> Base:
     """The layer that an adapter is built for; UserError where it would not act or not see the base weight."""
     base = layer.base if isinstance(layer, Adapted) else layer
     if isinstance(layer, Adapted) and layer.folded:
-        raise UserError(f"{path} has {', '.join(layer.folded)} folded into its weight; unfold before adding another adapter")
+        raise UserError(
+            f"{path} has {', '.join(layer.folded)} folded into its weight; unfold before adding another adapter"
+        )
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise UserError(f"{path} is read by torch.nn.MultiheadAttention without being called, so an adapter does nothing; use --adapter.exclude")
+        raise UserError(
+            f"{path} is read by torch.nn.MultiheadAttention without being called, so an adapter does nothing; use --adapter.exclude"
+        )
     return base
 
 
 def _check_name(name: str, found: Mapping[str, Base | Adapted]) -> None:
     if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise UserError(f"an adapter cannot be named {name!r}; use letters, digits and _ and no method name of a module")
-    taken = [path for path, layer in found.items() if isinstance(layer, Adapted) and name in layer.adapters]
+        raise UserError(
+            f"an adapter cannot be named {name!r}; use letters, digits and _ and no method name of a module"
+        )
+    taken = [
+        path
+        for path, layer in found.items()
+        if isinstance(layer, Adapted) and name in layer.adapters
+    ]
     if taken:
-        raise UserError(f"adapter {name!r} is already on {len(taken)} layers, e.g. {taken[0]}; remove it or choose another name")
+        raise UserError(
+            f"adapter {name!r} is already on {len(taken)} layers, e.g. {taken[0]}; remove it or choose another name"
+        )
 
 
 def _check_strength(strength: float) -> None:
@@ -368,21 +470,35 @@ def _check_strength(strength: float) -> None:
 
 def _check_sharing(model: nn.Module, adapted: Mapping[str, Adapted], name: str) -> None:
     """UserError when a weight (or a bias that the adapter moves) is also another module's."""
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    users = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
     for path, layer in adapted.items():
         bias = layer.base.bias if hasattr(layer.adapter(name), "delta_bias") else None
         if users[id(layer.base.weight)] > 1 or users[id(bias)] > 1:
-            raise UserError(f"the weight of {path} is shared with another module, which would change too; keep the adapter unfolded")
+            raise UserError(
+                f"the weight of {path} is shared with another module, which would change too; keep the adapter unfolded"
+            )
 
 
 def _fit(path: str, base: Base, lr: LowRank) -> LowRank:
     """The factors in the layer's shapes; [r, in] and [r, in, 1, 1] stand for each other. UserError, naming the layer, when they do not fit."""
     down, up = factor_shapes(base, lr.rank)
-    fits = _trim(lr.down.shape) == _trim(down) and _trim(lr.up.shape) == _trim(up) and lr.rank % groups_of(base) == 0
+    fits = (
+        _trim(lr.down.shape) == _trim(down)
+        and _trim(lr.up.shape) == _trim(up)
+        and lr.rank % groups_of(base) == 0
+    )
     if not fits or (lr.magnitude is not None and lr.magnitude.shape != (up[0],)):
-        got = ", ".join(f"{key} {list(value.shape)}" for key, value in lr._asdict().items() if isinstance(value, Tensor))
+        got = ", ".join(
+            f"{key} {list(value.shape)}"
+            for key, value in lr._asdict().items()
+            if isinstance(value, Tensor)
+        )
         expected = f"down {list(down)}, up {list(up)}, magnitude [{up[0]}]"
-        raise UserError(f"the factors of {path} do not fit its weight {list(base.weight.shape)}: got {got}, expected {expected}")
+        raise UserError(
+            f"the factors of {path} do not fit its weight {list(base.weight.shape)}: got {got}, expected {expected}"
+        )
     return lr._replace(down=lr.down.reshape(down), up=lr.up.reshape(up))
 
 
@@ -393,8 +509,14 @@ def _trim(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _check_same(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
     """UserError when an existing adapter is of another rank or kind than the factors, or its folded copy would go stale."""
     if name in layer.folded:
-        raise UserError(f"adapter {name!r} is folded into the weights; unfold it before loading other factors into it")
+        raise UserError(
+            f"adapter {name!r} is folded into the weights; unfold it before loading other factors into it"
+        )
     own = layer.adapter(name).state()
     if own.rank != lr.rank or (own.magnitude is None) != (lr.magnitude is None):
-        told = [f"rank {one.rank} {'lora' if one.magnitude is None else 'dora'}" for one in (own, lr)]
-        raise UserError(f"adapter {name!r} at {path} is {told[0]} and the factors are {told[1]}; remove it first or load under another name")
+        told = [
+            f"rank {one.rank} {'lora' if one.magnitude is None else 'dora'}" for one in (own, lr)
+        ]
+        raise UserError(
+            f"adapter {name!r} at {path} is {told[0]} and the factors are {told[1]}; remove it first or load under another name"
+        )

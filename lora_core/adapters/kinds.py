@@ -77,7 +77,10 @@ class LoRA(Wide):
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__()
         self.layer, self.scale = layer, layer.scale
-        self.streams = {purpose: zlib.crc32(f"{layer.path}{purpose}".encode()) for purpose in ("", "/rank", "/module")}  # of dropout
+        self.streams = {
+            purpose: zlib.crc32(f"{layer.path}{purpose}".encode())
+            for purpose in ("", "/rank", "/module")
+        }  # of dropout
         self.rows: Tensor | None = None  # set_dropout: [b] int64 and [] int64
         self.step: Tensor | None = None
         down, up = factor_shapes(base, layer.rank)
@@ -95,11 +98,17 @@ class LoRA(Wide):
 
     def is_one_linear(self, base: Base, strength: float) -> bool:
         """Whether this layer is one lora_linear of `member`'s arguments: no convolution, hooks or dropout of ranks or whole adapters."""
-        return isinstance(base, nn.Linear) and _is_plain(base) and not (self.training and (self.layer.rank_dropout or self.layer.module_dropout))
+        return (
+            isinstance(base, nn.Linear)
+            and _is_plain(base)
+            and not (self.training and (self.layer.rank_dropout or self.layer.module_dropout))
+        )
 
     def member(self, base: Base, x: Tensor, strength: float) -> Member:
         """The arguments of that lora_linear after x, without the norm, which costs."""
-        return Member(base.weight, base.bias, self.down, self.up, self.scale * strength, drop=self._dropout(x))
+        return Member(
+            base.weight, base.bias, self.down, self.up, self.scale * strength, drop=self._dropout(x)
+        )
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         update, kept = self._branch(base, x, self.scale * strength), self._kept(x)
@@ -126,41 +135,72 @@ class LoRA(Wide):
         if not (self.training and self.layer.rank_dropout):
             return self._product(base, x, None, None, scale)
         ones = torch.ones(len(x), len(self.down), dtype=wide(x.dtype), device=x.device)
-        mask = call("keyed_dropout", ones, *self._drop(x, self.layer.rank_dropout, "/rank"))  # [b, r] of 0 and 1 / (1 - p)
+        mask = call(
+            "keyed_dropout", ones, *self._drop(x, self.layer.rank_dropout, "/rank")
+        )  # [b, r] of 0 and 1 / (1 - p)
         hidden = apply_as(base, x, self.down.to(x.dtype), None)  # [b, ..., r] or [b, r, h', w']
         is_linear = isinstance(base, nn.Linear)
         mask = mask.view(len(x), *[1] * (x.ndim - 2), -1) if is_linear else mask[..., None, None]
         hidden, up = (hidden * mask).to(hidden.dtype), self.up.to(x.dtype)
-        return scale * (F.linear(hidden, up) if is_linear else F.conv2d(hidden, up, groups=groups_of(base)))
+        return scale * (
+            F.linear(hidden, up) if is_linear else F.conv2d(hidden, up, groups=groups_of(base))
+        )
 
     def _kept(self, x: Tensor) -> Tensor | None:
         """[b, 1, ...] bool, False for the examples whose adapter module dropout takes out; None without module dropout."""
         if not (self.training and self.layer.module_dropout):
             return None
         ones = torch.ones(len(x), *[1] * (x.ndim - 1), device=x.device)
-        return call("keyed_dropout", ones, *self._drop(x, self.layer.module_dropout, "/module")) != 0
+        return (
+            call("keyed_dropout", ones, *self._drop(x, self.layer.module_dropout, "/module")) != 0
+        )
 
     def _dropout(self, x: Tensor) -> Drop | None:
         """Dropout of the input, in training."""
-        return self._drop(x, self.layer.dropout, "") if self.training and self.layer.dropout else None
+        return (
+            self._drop(x, self.layer.dropout, "") if self.training and self.layer.dropout else None
+        )
 
     def _drop(self, x: Tensor, p: float, purpose: str) -> Drop:
         if self.rows is None or self.step is None:
-            raise UserError(f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward")
+            raise UserError(
+                f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward"
+            )
         if len(x) != len(self.rows):
-            raise UserError(f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row")
+            raise UserError(
+                f"adapter dropout at {self.layer.path} got {len(x)} rows for {len(self.rows)} row keys; give one key a row"
+            )
         return Drop(p, self.layer.seed, self.streams[purpose], self.step, self.rows)
 
-    def _product(self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    def _product(
+        self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float
+    ) -> Tensor:
         if isinstance(base, nn.Linear):
             return call("lora_linear", x, weight, bias, self.down, self.up, scale)
         padding = base.padding
         if base.padding_mode != "zeros":
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), (0, 0)
-        return call("lora_conv", x, weight, bias, self.down, self.up, scale, base.stride, padding, base.dilation, base.groups)
+            x, padding = (
+                F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode),
+                (0, 0),
+            )
+        return call(
+            "lora_conv",
+            x,
+            weight,
+            bias,
+            self.down,
+            self.up,
+            scale,
+            base.stride,
+            padding,
+            base.dilation,
+            base.groups,
+        )
 
     def _drops(self) -> bool:
-        return self.training and (self.layer.dropout > 0 or self.layer.rank_dropout > 0 or self.layer.module_dropout > 0)
+        return self.training and (
+            self.layer.dropout > 0 or self.layer.rank_dropout > 0 or self.layer.module_dropout > 0
+        )
 
 
 class DoRA(LoRA):
@@ -178,12 +218,16 @@ class DoRA(LoRA):
         norm = self.norm(base).detach()
         if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
             row = int((~(norm > 0)).nonzero()[0])
-            raise UserError(f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude")
+            raise UserError(
+                f"row {row} of {layer.path}'s weight has norm {float(norm[row])}, which DoRA cannot scale; use --adapter.exclude"
+            )
         self.magnitude = nn.Parameter(norm)
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
         if self.is_one_linear(base, strength):
-            return call("lora_linear", x, *self.member(base, x, strength)._replace(norm=self.norm(base)))
+            return call(
+                "lora_linear", x, *self.member(base, x, strength)._replace(norm=self.norm(base))
+            )
         return self._compose(base, x, base(x), strength)
 
     def is_one_linear(self, base: Base, strength: float) -> bool:
@@ -221,7 +265,10 @@ class DoRA(LoRA):
         shape = (-1, *[1] * (base.weight.ndim - 2))
         bias = None if base.bias is None else base.bias.view(shape)
         gain = (self.magnitude / self.norm(base)).view(shape)
-        tuned, kept = call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength), self._kept(x)
+        tuned, kept = (
+            call("dora_compose", y0, bias, self._branch(base, x, self.scale), gain, strength),
+            self._kept(x),
+        )
         return tuned if kept is None else torch.where(kept, tuned, y0)
 
 
@@ -238,18 +285,28 @@ class Full(Wide):
     def __init__(self, base: Base, layer: LayerSpec) -> None:
         super().__init__()
         if not base.weight.is_floating_point():
-            raise UserError(f"{layer.path} stores its weight as {base.weight.dtype}, which cannot take an update; load the model in fp32 or bf16")
+            raise UserError(
+                f"{layer.path} stores its weight as {base.weight.dtype}, which cannot take an update; load the model in fp32 or bf16"
+            )
         self.layer = layer
         self.rows: Tensor | None = None  # set_dropout's; nothing here drops
         self.step: Tensor | None = None
         self.weight = nn.Parameter(torch.zeros_like(base.weight, dtype=wide(base.weight.dtype)))
-        self.bias = None if base.bias is None else nn.Parameter(torch.zeros_like(base.bias, dtype=wide(base.bias.dtype)))
+        self.bias = (
+            None
+            if base.bias is None
+            else nn.Parameter(torch.zeros_like(base.bias, dtype=wide(base.bias.dtype)))
+        )
 
     def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
         if not _is_plain(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
-        bias = None if self.bias is None or base.bias is None else _moved(base.bias, self.bias, strength)
+        bias = (
+            None
+            if self.bias is None or base.bias is None
+            else _moved(base.bias, self.bias, strength)
+        )
         return apply_as(base, x, _moved(base.weight, self.weight, strength), bias)
 
     def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
@@ -263,10 +320,14 @@ class Full(Wide):
         return None if self.bias is None else self.bias.detach()
 
     def state(self) -> LowRank:
-        raise UserError(f"the full update of {self.layer.path} has no low-rank form; write the merged model, or distil it to a LoRA")
+        raise UserError(
+            f"the full update of {self.layer.path} has no low-rank form; write the merged model, or distil it to a LoRA"
+        )
 
     def load(self, lr: LowRank) -> None:
-        raise UserError(f"{self.layer.path} has a full update, which cannot take low-rank factors; load them under another name")
+        raise UserError(
+            f"{self.layer.path} has a full update, which cannot take low-rank factors; load them under another name"
+        )
 
 
 def _moved(base: Tensor, delta: Tensor, strength: float) -> Tensor:
@@ -283,11 +344,17 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
         return KINDS[spec]
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py"):
-        close = "".join(f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1))
-        raise UserError(f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class")
+        close = "".join(
+            f", did you mean {kind}" for kind in difflib.get_close_matches(spec, KINDS, n=1)
+        )
+        raise UserError(
+            f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class"
+        )
     found = from_file(file, name, "class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(f"adapter kind {spec!r} is {found!r}, not a torch.nn.Module class; name the class itself")
+        raise UserError(
+            f"adapter kind {spec!r} is {found!r}, not a torch.nn.Module class; name the class itself"
+        )
     return found
 
 
@@ -298,7 +365,11 @@ def is_low_rank(kind: Any) -> bool:
 
 def apply_as(base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's operation (stride, padding mode, groups ...) with another weight and bias, without its hooks."""
-    return F.linear(x, weight, bias) if isinstance(base, nn.Linear) else base._conv_forward(x, weight, bias)
+    return (
+        F.linear(x, weight, bias)
+        if isinstance(base, nn.Linear)
+        else base._conv_forward(x, weight, bias)
+    )
 
 
 def factor_shapes(base: Base, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -315,12 +386,16 @@ def check_rank(base: Base, path: str, rank: int) -> None:
     """Raises UserError, naming the layer, for a rank above that of a full update or one that the groups do not divide."""
     groups, (out, *inner) = groups_of(base), base.weight.shape
     if rank % groups:
-        raise UserError(f"rank {rank} is not divisible by the {groups} groups of {path}; choose a multiple of {groups} or use --adapter.exclude")
+        raise UserError(
+            f"rank {rank} is not divisible by the {groups} groups of {path}; choose a multiple of {groups} or use --adapter.exclude"
+        )
     limit = groups * min(math.prod(inner), out // groups)
     if rank > limit:
         name = "min(in, out)" if isinstance(base, nn.Linear) else "min(in * kh * kw, out)"
         name += f" summed over {groups} groups" if groups > 1 else ""
-        raise UserError(f"rank {rank} exceeds {name} = {limit} for {path}; lower --adapter.rank or narrow --adapter.targets")
+        raise UserError(
+            f"rank {rank} exceeds {name} = {limit} for {path}; lower --adapter.rank or narrow --adapter.targets"
+        )
 
 
 def _draw(layer: LayerSpec, shape: tuple[int, ...]) -> Tensor:
@@ -336,5 +411,10 @@ def _draw(layer: LayerSpec, shape: tuple[int, ...]) -> Tensor:
 
 def _is_plain(base: nn.Module) -> bool:
     """True when base(x) is just its weight and bias applied: no hooks, no patched or overridden forward that a fused op would skip."""
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    hooked = (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    )
     return type(base) in (nn.Linear, nn.Conv2d) and not hooked and "forward" not in vars(base)

@@ -21,7 +21,11 @@ from lora_core.formats import embeddings, mixofshow
 from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import Abstraction
 
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}  # whose tokenizer is under which key
+TOKENIZERS = {
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "text_encoder_3": "tokenizer_3",
+}  # whose tokenizer is under which key
 
 
 class Patch:
@@ -31,10 +35,23 @@ class Patch:
     user would not expect (tokens renamed, rows that are not in the file).
     """
 
-    def __init__(self, modules: Mapping[str, Any], name: str, abstractions: tuple[Abstraction, ...], report: tuple[str, ...]) -> None:
-        self.modules, self.name, self.abstractions, self.report = dict(modules), name, abstractions, report
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        name: str,
+        abstractions: tuple[Abstraction, ...],
+        report: tuple[str, ...],
+    ) -> None:
+        self.modules, self.name, self.abstractions, self.report = (
+            dict(modules),
+            name,
+            abstractions,
+            report,
+        )
         self.adapted: list[str] = []  # components with this patch's adapters
-        self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> the embedding that this patch installed
+        self.embedded: dict[
+            str, tokens.LearnedEmbedding
+        ] = {}  # component -> the embedding that this patch installed
 
     def __enter__(self) -> Patch:
         return self
@@ -53,7 +70,9 @@ class Patch:
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors and token rows in force."""
-        factors = [p for name in self.adapted for p in injection.parameters(self.modules[name], self.name)]
+        factors = [
+            p for name in self.adapted for p in injection.parameters(self.modules[name], self.name)
+        ]
         return factors + [embedding.rows for embedding in self.embedded.values()]
 
     def undo(self) -> None:
@@ -63,7 +82,9 @@ class Patch:
         """
         for name, embedding in self.embedded.items():
             if self.modules[name].get_input_embeddings() is not embedding:
-                raise UserError(f"tokens were added to {name} after those of {self.name}; undo the later patch first")
+                raise UserError(
+                    f"tokens were added to {name} after those of {self.name}; undo the later patch first"
+                )
         for name in list(self.embedded):
             tokens.uninstall(self.modules[name], self.modules[TOKENIZERS[name]])
             del self.embedded[name]
@@ -97,11 +118,18 @@ def patch(
     state = formats.load(file, layout)
     for name in state.components:
         if name not in networks:
-            raise UserError(f"{file} adapts {name}, but only {', '.join(networks) or 'nothing'} was given; pass its module too")
+            raise UserError(
+                f"{file} adapts {name}, but only {', '.join(networks) or 'nothing'} was given; pass its module too"
+            )
     strengths = _strengths(strength, state.components, str(file))
     names, abstractions = _renamed(state, rename or {}, str(file))
     encoders = _encoders(state, modules, layout, names, str(file))
-    result = Patch(modules, _free_name(networks, Path(file).stem), abstractions, _report(state, rename or {}, str(file)))
+    result = Patch(
+        modules,
+        _free_name(networks, Path(file).stem),
+        abstractions,
+        _report(state, rename or {}, str(file)),
+    )
     try:
         for name, adapted in state.components.items():
             factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
@@ -109,7 +137,9 @@ def patch(
             result.adapted.append(name)
         for name, rows in encoders.items():
             every = Abstraction("all tokens of the file", names, init="zero")
-            result.embedded[name] = tokens.install(networks[name], modules[TOKENIZERS[name]], (every,), seed=0)
+            result.embedded[name] = tokens.install(
+                networks[name], modules[TOKENIZERS[name]], (every,), seed=0
+            )
             tokens.load_state(result.embedded[name], rows)
     except BaseException:
         result.undo()
@@ -119,54 +149,83 @@ def patch(
     return result
 
 
-def _strengths(strength: float | Mapping[str, float], components: Collection[str], source: str) -> dict[str, float]:
+def _strengths(
+    strength: float | Mapping[str, float], components: Collection[str], source: str
+) -> dict[str, float]:
     """Component -> strength. Raises UserError for one that is not finite, missing or without effect."""
     if not isinstance(strength, Mapping):
         if not components and strength != 1:
-            raise UserError(f"{source} holds learned tokens only, which have no strength; leave {strength} out")
+            raise UserError(
+                f"{source} holds learned tokens only, which have no strength; leave {strength} out"
+            )
         strength = dict.fromkeys(components, strength)
     for name in strength:
         if name not in components:
-            raise UserError(f"there is a strength for {name}, but {source} adapts {', '.join(components) or 'no network'}; remove it")
+            raise UserError(
+                f"there is a strength for {name}, but {source} adapts {', '.join(components) or 'no network'}; remove it"
+            )
     for name in components:
         if name not in strength:
-            raise UserError(f"{source} adapts {name}, which has no strength in {dict(strength)}; give one (0 turns it off)")
+            raise UserError(
+                f"{source} adapts {name}, which has no strength in {dict(strength)}; give one (0 turns it off)"
+            )
         if not math.isfinite(strength[name]):
             raise UserError(f"the strength of {name} is {strength[name]}, expected a finite number")
     return {name: float(number) for name, number in strength.items()}
 
 
-def _renamed(state: AdapterState, rename: Mapping[str, str], source: str) -> tuple[tuple[str, ...], tuple[Abstraction, ...]]:
+def _renamed(
+    state: AdapterState, rename: Mapping[str, str], source: str
+) -> tuple[tuple[str, ...], tuple[Abstraction, ...]]:
     """The tokens' names here, in row order, and the words that stand for them; a token without a word is its own."""
     words = embeddings.words(state, source)
     for old in rename:
         if old not in (*state.token_names, *words):
             known = (*words, *state.token_names)
-            raise UserError(f"there is no token or word {old} in {source} to rename; it has {', '.join(known) or 'none'}")
+            raise UserError(
+                f"there is no token or word {old} in {source} to rename; it has {', '.join(known) or 'none'}"
+            )
     names = tuple(rename.get(name, name) for name in state.token_names)
     used = [rename.get(word, word) for word in words]
     if len(set(names)) != len(names) or len(set(used)) != len(used):
-        raise UserError(f"after renaming, {source} has the tokens {', '.join(names)} and words {', '.join(used)}; they must differ")
+        raise UserError(
+            f"after renaming, {source} has the tokens {', '.join(names)} and words {', '.join(used)}; they must differ"
+        )
     spoken = {name for own in words.values() for name in own}
     free = {name: (name,) for name in state.token_names if name not in spoken}
-    return names, tuple(Abstraction(rename.get(word, word), tuple(rename.get(name, name) for name in own)) for word, own in (words | free).items())
+    return names, tuple(
+        Abstraction(rename.get(word, word), tuple(rename.get(name, name) for name in own))
+        for word, own in (words | free).items()
+    )
 
 
-def _encoders(state: AdapterState, modules: Mapping[str, Any], layout: Layout, names: tuple[str, ...], source: str) -> dict[str, Tensor]:
+def _encoders(
+    state: AdapterState,
+    modules: Mapping[str, Any],
+    layout: Layout,
+    names: tuple[str, ...],
+    source: str,
+) -> dict[str, Tensor]:
     """Component -> its token rows. Raises UserError for a text encoder or tokenizer that is not given, another width, or a token that is taken."""
     found = {}
     for key, rows in state.tokens.items():
         name = next(name for name, own in layout.encoders.items() if own == key)
         for needed in (name, TOKENIZERS[name]):
             if needed not in modules:
-                raise UserError(f"{source} has token rows for {name}, which needs a {needed} in the modules; pass it, or the LoRA file alone")
+                raise UserError(
+                    f"{source} has token rows for {name}, which needs a {needed} in the modules; pass it, or the LoRA file alone"
+                )
         width = modules[name].get_input_embeddings().weight.shape[1]
         if rows.shape[1] != width:
-            raise UserError(f"the rows of {key} in {source} have width {rows.shape[1]}, this {name} takes {width}; is it for another model?")
+            raise UserError(
+                f"the rows of {key} in {source} have width {rows.shape[1]}, this {name} takes {width}; is it for another model?"
+            )
         taken = [token for token in names if token in modules[TOKENIZERS[name]].get_vocab()]
         if taken:
             example = f'rename={{"{taken[0]}": "<other-{taken[0].strip("<>")}>"}}'
-            raise UserError(f"{', '.join(taken)} of {source} is already in the {TOKENIZERS[name]}, maybe from another file; give {example}")
+            raise UserError(
+                f"{', '.join(taken)} of {source} is already in the {TOKENIZERS[name]}, maybe from another file; give {example}"
+            )
         found[name] = rows
     return found
 
@@ -174,17 +233,33 @@ def _encoders(state: AdapterState, modules: Mapping[str, Any], layout: Layout, n
 def _report(state: AdapterState, rename: Mapping[str, str], source: str) -> tuple[str, ...]:
     said = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
     if state.tokens and embeddings.NAMES not in state.metadata:
-        said.append(f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, or as renamed")
+        said.append(
+            f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, or as renamed"
+        )
     if mixofshow.PER_LAYER in state.metadata:
         shown = ", ".join(state.token_names[:3])
-        said.append(f"{source} has rows, one for each cross-attention layer (P+), which are tokens of their own here: {shown} ...")
+        said.append(
+            f"{source} has rows, one for each cross-attention layer (P+), which are tokens of their own here: {shown} ..."
+        )
     if not state.tokens and embeddings.NAMES in state.metadata:
-        said.append(f"{source} was trained with the tokens {state.metadata[embeddings.NAMES]}, whose rows it does not hold; give the run's folder")
+        said.append(
+            f"{source} was trained with the tokens {state.metadata[embeddings.NAMES]}, whose rows it does not hold; give the run's folder"
+        )
     return tuple(said)
 
 
 def _free_name(networks: Mapping[str, nn.Module], wish: str) -> str:
     """A name that no adapter on these networks has: the file's, numbered where needed; dots would not do in a module's name."""
-    taken = {name for network in networks.values() for layer in network.modules() if isinstance(layer, injection.Adapted) for name in layer.adapters}
+    taken = {
+        name
+        for network in networks.values()
+        for layer in network.modules()
+        if isinstance(layer, injection.Adapted)
+        for name in layer.adapters
+    }
     wish = f"patch_{wish.replace('.', '_')}"
-    return next(name for name in (wish, *(f"{wish}-{i}" for i in range(2, len(taken) + 3))) if name not in taken)
+    return next(
+        name
+        for name in (wish, *(f"{wish}-{i}" for i in range(2, len(taken) + 3)))
+        if name not in taken
+    )

@@ -28,7 +28,9 @@ def select(paths: Sequence[str], patterns: Iterable[str], exclude: Iterable[str]
     """
     patterns, exclude = tuple(patterns), tuple(exclude)
     if not patterns:
-        raise UserError("no target patterns were given; name at least one layer, e.g. --adapter.targets to_q")
+        raise UserError(
+            "no target patterns were given; name at least one layer, e.g. --adapter.targets to_q"
+        )
     for pattern in patterns:
         require_match(pattern, paths, "--adapter.targets")
     chosen = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
@@ -36,7 +38,9 @@ def select(paths: Sequence[str], patterns: Iterable[str], exclude: Iterable[str]
         require_match(pattern, chosen, "--adapter.exclude")
     kept = [path for path in chosen if not any(matches(path, pattern) for pattern in exclude)]
     if not kept:
-        raise UserError(f"--adapter.exclude {' '.join(exclude)} removes all {len(chosen)} targets; leave at least one")
+        raise UserError(
+            f"--adapter.exclude {' '.join(exclude)} removes all {len(chosen)} targets; leave at least one"
+        )
     return kept
 
 
@@ -44,7 +48,9 @@ def require_match(pattern: str, paths: Sequence[str], option: str) -> None:
     """Raises UserError, naming the nearest paths, when the pattern matches none of them."""
     if not any(matches(path, pattern) for path in paths):
         close = ", ".join(nearest(pattern, paths)) or "none"
-        raise UserError(f"{option}: {pattern!r} matches none of the {len(paths)} layers it can choose from; nearest: {close}")
+        raise UserError(
+            f"{option}: {pattern!r} matches none of the {len(paths)} layers it can choose from; nearest: {close}"
+        )
 
 
 def table(paths: Sequence[str]) -> str:
@@ -59,9 +65,14 @@ def table(paths: Sequence[str]) -> str:
     so the count is what to trust. Beyond 15 lines the smallest are summed in the last.
     """
     rows = _rows(paths)
-    largest = sorted(range(len(rows)), key=lambda i: -rows[i][0] * rows[i][1])[: len(rows) if len(rows) < LINES else LINES - 2]
+    largest = sorted(range(len(rows)), key=lambda i: -rows[i][0] * rows[i][1])[
+        : len(rows) if len(rows) < LINES else LINES - 2
+    ]
     kept = [rows[i] for i in sorted(largest)]
-    counts = [f"{blocks * layers:3}" + (f" = {blocks} x {layers}" if blocks > 1 else "") for blocks, layers, _ in kept]
+    counts = [
+        f"{blocks * layers:3}" + (f" = {blocks} x {layers}" if blocks > 1 else "")
+        for blocks, layers, _ in kept
+    ]
     width = max(map(len, counts), default=0)
     lines = [f"{count:{width}}  {text}" for count, (_, _, text) in zip(counts, kept)]
     missing = len(paths) - sum(blocks * layers for blocks, layers, _ in kept)
@@ -76,14 +87,19 @@ def _rows(paths: Sequence[str]) -> list[tuple[int, int, str]]:
         found = values.setdefault(NUMBER.sub("*", path), [set() for _ in NUMBER.findall(path)])
         for seen, number in zip(found, NUMBER.findall(path)):
             seen.add(int(number))
-    occurs: dict[tuple[str, str], set[str]] = {}  # (block with ranges, layer in it) -> paths of the blocks that have it
+    occurs: dict[
+        tuple[str, str], set[str]
+    ] = {}  # (block with ranges, layer in it) -> paths of the blocks that have it
     for path in paths:
         block, layer, place = _block(path, values[NUMBER.sub("*", path)])
         occurs.setdefault((block, layer), set()).add(place)
     alike: dict[tuple[str, frozenset[str]], list[str]] = {}
     for (block, layer), places in occurs.items():
         alike.setdefault((block, frozenset(places)), []).append(layer)
-    return [(len(places), len(layers), ": ".join(filter(None, (block, ", ".join(_braces(layers)))))) for (block, places), layers in alike.items()]
+    return [
+        (len(places), len(layers), ": ".join(filter(None, (block, ", ".join(_braces(layers))))))
+        for (block, places), layers in alike.items()
+    ]
 
 
 def _block(path: str, values: Sequence[set[int]]) -> tuple[str, str, str]:
@@ -137,6 +153,8 @@ def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> list[str]:
     """Up to n paths whose ends of as many parts, or whose whole, resemble the pattern most; paths below the pattern come first."""
     below = [path for path in paths if f".{pattern}." in f".{path}"]
     parts = pattern.count(".") + 1
-    ends = {end: path for path in reversed(paths) for end in (path, ".".join(path.split(".")[-parts:]))}
+    ends = {
+        end: path for path in reversed(paths) for end in (path, ".".join(path.split(".")[-parts:]))
+    }
     alike = [ends[end] for end in difflib.get_close_matches(pattern, ends, n=n, cutoff=0.0)]
     return list(dict.fromkeys(below[:n] + alike))[:n]

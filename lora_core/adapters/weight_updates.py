@@ -24,7 +24,9 @@ class LowRank(NamedTuple):
     down: Tensor  # [r, in] or [r, in / groups, kh, kw]
     up: Tensor  # [out, r] or [out, r, 1, 1]
     scale: float
-    magnitude: Tensor | None = None  # DoRA only: [out]; by columns [1, in] or [1, in, 1, 1], which can only be merged into its weight
+    magnitude: Tensor | None = (
+        None  # DoRA only: [out]; by columns [1, in] or [1, in, 1, 1], which can only be merged into its weight
+    )
 
     @property
     def rank(self) -> int:
@@ -37,7 +39,9 @@ class Dense:
 
     kind: str  # "LoHa", "LoKr" or "full"
     shape: tuple[int, ...]  # of the base weight
-    build: Callable[[], Tensor]  # the update before any magnitude, fp32 or better, of that shape; computed anew in each call
+    build: Callable[
+        [], Tensor
+    ]  # the update before any magnitude, fp32 or better, of that shape; computed anew in each call
     magnitude: Tensor | None = None  # as in LowRank
 
     def rows(self, start: int, stop: int) -> Dense:
@@ -45,11 +49,17 @@ class Dense:
         if self.magnitude is not None and self.magnitude.ndim > 1:
             raise ValueError("the columns of a part have other norms than those of the whole")
         part = None if self.magnitude is None else self.magnitude[start:stop]
-        return Dense(self.kind, (stop - start, *self.shape[1:]), lambda: self.build()[start:stop], part)
+        return Dense(
+            self.kind, (stop - start, *self.shape[1:]), lambda: self.build()[start:stop], part
+        )
 
     def rolled(self, shift: int) -> Dense:
         """With the outputs moved on by `shift`, the last ones to the front."""
-        magnitude = self.magnitude if self.magnitude is None or self.magnitude.ndim > 1 else self.magnitude.roll(shift)
+        magnitude = (
+            self.magnitude
+            if self.magnitude is None or self.magnitude.ndim > 1
+            else self.magnitude.roll(shift)
+        )
         return replace(self, build=lambda: self.build().roll(shift, 0), magnitude=magnitude)
 
 
@@ -57,11 +67,15 @@ class Dense:
 class AdapterState:
     """What an adapter file holds, whatever its format."""
 
-    components: dict[str, dict[str, LowRank]] = field(default_factory=dict)  # "unet" | "text_encoder" ... -> published dotted path -> factors
+    components: dict[str, dict[str, LowRank]] = field(
+        default_factory=dict
+    )  # "unet" | "text_encoder" ... -> published dotted path -> factors
     tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5" -> [n, d]
     token_names: tuple[str, ...] = ()  # n names in row order
     metadata: dict[str, str] = field(default_factory=dict)
-    dense: dict[str, dict[str, Dense]] = field(default_factory=dict)  # like components; only in states that are read to be merged
+    dense: dict[str, dict[str, Dense]] = field(
+        default_factory=dict
+    )  # like components; only in states that are read to be merged
 
 
 def product(lr: LowRank | Dense) -> Tensor:
@@ -88,22 +102,32 @@ def blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
     groups = lr.rank // per_group
     if groups * per_group != lr.rank or out % groups:
         expected = f"[out, {lr.rank} / groups] with out a multiple of groups"
-        raise ValueError(f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}")
+        raise ValueError(
+            f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}"
+        )
     dtype = torch.promote_types(torch.promote_types(lr.down.dtype, lr.up.dtype), torch.float32)
-    return lr.up.to(dtype).reshape(groups, out // groups, per_group), lr.down.to(dtype).reshape(groups, per_group, -1)
+    return lr.up.to(dtype).reshape(groups, out // groups, per_group), lr.down.to(dtype).reshape(
+        groups, per_group, -1
+    )
 
 
 def assembled(up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float = 1.0) -> LowRank:
     """The adapter of such blocks, up [g, out / g, k] and down [g, k, fan in]; `kernel` is (kh, kw) of a convolution, () of a linear layer."""
     groups, per_group, fan_in = down.shape
     fan = fan_in // torch.Size(kernel).numel()
-    return LowRank(down.reshape(groups * per_group, fan, *kernel), up.reshape(-1, per_group, *[1] * len(kernel)), scale)
+    return LowRank(
+        down.reshape(groups * per_group, fan, *kernel),
+        up.reshape(-1, per_group, *[1] * len(kernel)),
+        scale,
+    )
 
 
 def require_plain(lr: LowRank) -> None:
     """Raises UserError for a DoRA, whose update is not low rank and is known only beside its base weight."""
     if lr.magnitude is not None:
-        raise UserError("a DoRA has no sum, product or rank of its own, its update depends on the base weight; give the base model or fold it")
+        raise UserError(
+            "a DoRA has no sum, product or rank of its own, its update depends on the base weight; give the base model or fold it"
+        )
 
 
 def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
@@ -116,7 +140,9 @@ def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
     """
     update = product(lr)
     if weight is not None and weight.shape != update.shape:
-        raise ValueError(f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; these factors belong to another layer")
+        raise ValueError(
+            f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; these factors belong to another layer"
+        )
     if lr.magnitude is None:
         return update
     if weight is None:
@@ -124,6 +150,8 @@ def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
     dtype = torch.promote_types(weight.dtype, update.dtype)
     base, update = weight.to(dtype), update.to(dtype)
     axis = 0 if lr.magnitude.ndim == 1 else 1  # the one that keeps its own norms
-    norm = torch.linalg.vector_norm(base + update, dim=[d for d in range(base.ndim) if d != axis], keepdim=True)
+    norm = torch.linalg.vector_norm(
+        base + update, dim=[d for d in range(base.ndim) if d != axis], keepdim=True
+    )
     gain = lr.magnitude.to(dtype).reshape(norm.shape) / norm
     return (gain - 1) * base + gain * update

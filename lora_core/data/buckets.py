@@ -20,9 +20,14 @@ def sizes(resolution: int, step: int) -> tuple[Size, ...]:
     Raises UserError for a resolution below the step.
     """
     if step < 1 or resolution < step:
-        raise UserError(f"expected a bucket step of at least 1 and at most the resolution, got step {step} at resolution {resolution}")
+        raise UserError(
+            f"expected a bucket step of at least 1 and at most the resolution, got step {step} at resolution {resolution}"
+        )
     square = resolution // step * step
-    low, high = max(step, (resolution // 2 + step // 2) // step * step), 2 * resolution // step * step
+    low, high = (
+        max(step, (resolution // 2 + step // 2) // step * step),
+        2 * resolution // step * step,
+    )
     found = {(square, square)}
     for side in range(low, high + 1, step):
         other = min(high, resolution**2 // side // step * step)
@@ -53,7 +58,11 @@ def report(cuts: Sequence[Size], batch: int) -> str:
     for (h, w), count in sorted(Counter(cuts).items()):
         more = -count % batch
         filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
-        lines.append(f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} batch{'es' * (count > batch)}")
+        lines.append(
+            f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} batch{'es' * (count > batch)}"
+        )
     if len(lines) == 1:
         return f"one bucket, {lines[0]}"
-    return "\n  ".join([f"{len(lines)} buckets (width x height), each visited whole in an epoch:", *lines])
+    return "\n  ".join(
+        [f"{len(lines)} buckets (width x height), each visited whole in an epoch:", *lines]
+    )

@@ -32,7 +32,10 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(
-        self, keys: Sequence[str], compute_one: Callable[[int], Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        keys: Sequence[str],
+        compute_one: Callable[[int], Mapping[str, Tensor]],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Tensor]:
         """Name -> [b, ...], row i belonging to keys[i]; `compute_one(i)` gives one row without its
         batch axis and is asked only for missing ones.
@@ -41,11 +44,16 @@ class Cache:
         those of a row. Raises UserError naming the file of a row on the disk that is damaged, not
         finite or of other names or shapes, ValueError when rows differ in names or shapes.
         """
-        rows = [self._row(self._name(key), lambda i=i: compute_one(i), shapes) for i, key in enumerate(keys)]  # type: ignore[misc]
+        rows = [
+            self._row(self._name(key), lambda i=i: compute_one(i), shapes)
+            for i, key in enumerate(keys)
+        ]  # type: ignore[misc]
         kinds = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]
         for i, shape in enumerate(kinds):
             if shape != kinds[0]:
-                raise ValueError(f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} has {shape}")
+                raise ValueError(
+                    f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} has {shape}"
+                )
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
     def __len__(self) -> int:
@@ -53,15 +61,24 @@ class Cache:
         return len(self._rows)
 
     def _name(self, key: str) -> str:
-        return hashlib.blake2b(json.dumps([self.settings, key]).encode(), digest_size=20).hexdigest()
+        return hashlib.blake2b(
+            json.dumps([self.settings, key]).encode(), digest_size=20
+        ).hexdigest()
 
-    def _row(self, name: str, compute: Callable[[], Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
+    def _row(
+        self,
+        name: str,
+        compute: Callable[[], Mapping[str, Tensor]],
+        shapes: Mapping[str, tuple[int, ...]] | None,
+    ) -> dict[str, Tensor]:
         if name not in self._rows:
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
                 self._rows[name] = _load(path, shapes)
             else:
-                self._rows[name] = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in compute().items()}
+                self._rows[name] = {
+                    n: t.detach().to("cpu", copy=True).contiguous() for n, t in compute().items()
+                }
                 if path is not None:
                     with atomic(path) as partial:
                         save_file(self._rows[name], partial)
@@ -72,12 +89,18 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str,
     try:
         row = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the cache file {path} is damaged ({error}); delete it and run again") from error
+        raise UserError(
+            f"the cache file {path} is damaged ({error}); delete it and run again"
+        ) from error
     found = {name: tuple(tensor.shape) for name, tensor in row.items()}
     if shapes is not None and found != dict(shapes):
-        raise UserError(f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again")
+        raise UserError(
+            f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again"
+        )
     if bad := not_finite(row):
-        raise UserError(f"the cache file {path} holds NaN or infinity in {bad[0]}; delete it and run again")
+        raise UserError(
+            f"the cache file {path} holds NaN or infinity in {bad[0]}; delete it and run again"
+        )
     return row
 
 

@@ -70,17 +70,23 @@ class ImageSettings:
     jitter: bool = False  # brightness and contrast within +-10 %
     variants: int = 0  # 0: fresh pixels at every visit; n: the pixels of visit mod n, so that latents can be cached
     seed: int = 0
-    buckets: bool = False  # each image is cut to the nearest of buckets.sizes(resolution, bucket_step)
+    buckets: bool = (
+        False  # each image is cut to the nearest of buckets.sizes(resolution, bucket_step)
+    )
     bucket_step: int = 64
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
 
     def __post_init__(self) -> None:
         if self.resolution < 1 or self.zoom < 1 or self.variants < 0:
-            raise UserError(f"expected resolution >= 1, zoom >= 1, variants >= 0, got {self.resolution}, {self.zoom}, {self.variants}")
+            raise UserError(
+                f"expected resolution >= 1, zoom >= 1, variants >= 0, got {self.resolution}, {self.zoom}, {self.variants}"
+            )
         if self.crop not in ("center", "random"):
             raise UserError(f"unknown crop {self.crop!r}, expected center or random")
         if self.interpolation not in INTERPOLATIONS:
-            raise UserError(f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+            raise UserError(
+                f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
+            )
         if self.buckets:
             sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
 
@@ -131,11 +137,20 @@ class Folder:
     that are one grey in every crop.
     """
 
-    def __init__(self, records: Sequence[Record], settings: ImageSettings, *, caption_dropout: float = 0.0, keep_bytes: int = 2**29) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        settings: ImageSettings,
+        *,
+        caption_dropout: float = 0.0,
+        keep_bytes: int = 2**29,
+    ) -> None:
         if not records:
             raise UserError("no images to draw from; scan a folder that has some")
         if not 0 <= caption_dropout < 1:
-            raise UserError(f"expected a caption dropout of at least 0 and below 1, got {caption_dropout}")
+            raise UserError(
+                f"expected a caption dropout of at least 0 and below 1, got {caption_dropout}"
+            )
         self.records = list(records)
         self.settings = settings
         self.caption_dropout = caption_dropout
@@ -173,26 +188,43 @@ class Folder:
         picture = self._picture(record, size)
         if s.zoom > 1:
             scale = 1 + (s.zoom - 1) * draw("zoom")
-            picture = resize(picture, (round(height * scale), round(width * scale)), s.interpolation)
+            picture = resize(
+                picture, (round(height * scale), round(width * scale)), s.interpolation
+            )
         if s.flip and draw("flip") < 0.5:
             picture = flip(picture)
         free = (picture.image.height - height, picture.image.width - width)
         if s.crop == "random":
-            top, left = (int(draw(f"crop {axis}") * (room + 1)) for axis, room in zip(("top", "left"), free, strict=True))
+            top, left = (
+                int(draw(f"crop {axis}") * (room + 1))
+                for axis, room in zip(("top", "left"), free, strict=True)
+            )
         else:
             top, left = _center_corner(free)
         if picture.mask is not None and not _crop(picture.mask, (top, left), size).getbbox():
             top, left = _corner_on_mask(picture.mask, size, draw if s.crop == "random" else None)
         picture = cut(picture, (top, left), size)
         if s.jitter:
-            picture = tint(picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast")))
+            picture = tint(
+                picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast"))
+            )
         pixels = to_pixels(picture.image)
         mask = torch.ones_like(pixels[:1]) if self.has_masks else None
         if picture.mask is not None:
             mask = to_tensor(picture.mask).div(255)
         dropped = self._drops(record, visit)
         caption = "" if dropped else self._caption(record, visit)
-        return Example(pixels, mask, caption, picture.original_size, (top, left), record.key, visit, record.is_prior, dropped)
+        return Example(
+            pixels,
+            mask,
+            caption,
+            picture.original_size,
+            (top, left),
+            record.key,
+            visit,
+            record.is_prior,
+            dropped,
+        )
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
         """A name for what is computed from the pixels of this visit, cut to `size` (None: the record's own).
@@ -201,18 +233,33 @@ class Folder:
         nothing would be read twice.
         """
         s = self.settings
-        settings: dict[str, object] = {"size": tuple(size or s.size(record.size)), "interpolation": s.interpolation}
+        settings: dict[str, object] = {
+            "size": tuple(size or s.size(record.size)),
+            "interpolation": s.interpolation,
+        }
         settings["reading"] = READING
         if s.is_random and not s.variants:
-            raise UserError("random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off")
+            raise UserError(
+                "random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off"
+            )
         if s.is_random:
-            settings |= {name: value for name, value in asdict(s).items() if name in ("crop", "zoom", "flip", "jitter", "seed")}
+            settings |= {
+                name: value
+                for name, value in asdict(s).items()
+                if name in ("crop", "zoom", "flip", "jitter", "seed")
+            }
             settings["variant"] = self._variant(visit)
-        return hashlib.blake2b(json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
 
     def _drops(self, record: Record, visit: int) -> bool:
         """Whether this visit has no caption."""
-        return self.caption_dropout > 0 and not record.is_prior and self._uniform(record, visit, "caption dropout") < self.caption_dropout
+        return (
+            self.caption_dropout > 0
+            and not record.is_prior
+            and self._uniform(record, visit, "caption dropout") < self.caption_dropout
+        )
 
     def _caption(self, record: Record, visit: int) -> str:
         return record.captions[int(self._uniform(record, visit, "caption") * len(record.captions))]
@@ -221,7 +268,11 @@ class Folder:
         return visit % self.settings.variants if self.settings.variants else visit
 
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
-        return torch.rand((), generator=generator(self.settings.seed, record.key, visit, purpose), dtype=torch.float64).item()
+        return torch.rand(
+            (),
+            generator=generator(self.settings.seed, record.key, visit, purpose),
+            dtype=torch.float64,
+        ).item()
 
     def _check_masks(self) -> list[str]:
         """Names of the images of which a centre crop shows nothing of the mask.
@@ -248,7 +299,9 @@ class Folder:
             has_effect = has_effect or not mask.getbbox() or len(set(mask.getextrema())) == 2
         if masked and not has_effect:
             first = next(iter(masked)).name
-            raise UserError(f"every mask is one grey inside the crop, without effect, first that of {first}; leave --data.masks out or paint others")
+            raise UserError(
+                f"every mask is one grey inside the crop, without effect, first that of {first}; leave --data.masks out or paint others"
+            )
         return outside
 
     def _picture(self, record: Record, size: Size) -> Picture:
@@ -256,7 +309,11 @@ class Folder:
 
         def read() -> Picture:
             picture = read_picture(record.path, record.mask_path, use_alpha=record.use_alpha)
-            return picture if self.settings.zoom > 1 else resize(picture, size, self.settings.interpolation)
+            return (
+                picture
+                if self.settings.zoom > 1
+                else resize(picture, size, self.settings.interpolation)
+            )
 
         return self._recent.get((record.key, None if self.settings.zoom > 1 else size), read)
 
@@ -275,7 +332,9 @@ def _crop(mask: Image.Image, corner: tuple[int, int], size: Size) -> Image.Image
     return mask.crop((left, top, left + width, top + height))
 
 
-def _corner_on_mask(mask: Image.Image, size: Size, draw: Callable[[str], float] | None) -> tuple[int, int]:
+def _corner_on_mask(
+    mask: Image.Image, size: Size, draw: Callable[[str], float] | None
+) -> tuple[int, int]:
     """The corner (top, left) of a crop that shows some of the mask.
 
     Drawn, it is one of those with a random pixel of the mask, so the more likely the more of the
@@ -289,7 +348,9 @@ def _corner_on_mask(mask: Image.Image, size: Size, draw: Callable[[str], float] 
     else:
         chosen = int(draw("mask pixel") * len(places))
     corner = []
-    sides = zip(("top", "left"), places[chosen].tolist(), size, (mask.height, mask.width), strict=True)
+    sides = zip(
+        ("top", "left"), places[chosen].tolist(), size, (mask.height, mask.width), strict=True
+    )
     for axis, at, length, side in sides:
         first, last = max(0, at - length + 1), min(at, side - length)
         if draw is None:
@@ -325,7 +386,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     """The examples as one batch; rows without a mask get ones when others have one."""
     mask = None
     if any(e.mask is not None for e in examples):
-        mask = torch.stack([torch.ones_like(e.pixels[:1]) if e.mask is None else e.mask for e in examples])
+        mask = torch.stack(
+            [torch.ones_like(e.pixels[:1]) if e.mask is None else e.mask for e in examples]
+        )
     return Batch(
         torch.stack([e.pixels for e in examples]), mask, [e.caption for e in examples], tuple(e.key for e in examples),
         tuple(e.visit for e in examples), torch.tensor([e.is_prior for e in examples]),
@@ -333,16 +396,29 @@ def collate(examples: Sequence[Example]) -> Batch:
     )  # fmt: skip
 
 
-def batches(folder: Folder, prior: Folder | None = None, *, batch: int, seed: int, start: int = 0, stop: int, workers: int = 0) -> Iterator[Batch]:
+def batches(
+    folder: Folder,
+    prior: Folder | None = None,
+    *,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+) -> Iterator[Batch]:
     """The batches of steps start .. stop - 1: `batch` instance rows of one size, then as many prior ones, cut to that size.
 
     Without buckets step k holds samples k * batch .. (k + 1) * batch - 1 of an endless stream of permutations, with buckets the rows of `Plan`. A
     step is a function of its number, so threads ahead of the loop (`workers`; 0 makes each batch when it is asked for) change no bit.
     """
     if batch < 1 or workers < 0 or start < 0:
-        raise UserError(f"expected batch >= 1, workers >= 0 and start >= 0, got {batch}, {workers} and {start}")
+        raise UserError(
+            f"expected batch >= 1, workers >= 0 and start >= 0, got {batch}, {workers} and {start}"
+        )
     if prior is not None and not all(r.is_prior for r in prior.records):
-        raise ValueError("the prior folder holds records that are not marked as prior; scan it with is_prior=True")
+        raise ValueError(
+            "the prior folder holds records that are not marked as prior; scan it with is_prior=True"
+        )
     plan = Plan(folder.sizes, batch, seed) if folder.settings.buckets else None
 
     def make(step: int) -> Batch:
@@ -352,10 +428,14 @@ def batches(folder: Folder, prior: Folder | None = None, *, batch: int, seed: in
         examples = [folder.example(record, folder.visit(record, times)) for record, times in rows]
         if prior is not None:
             rows = [position(len(prior), i, seed, stream="prior") for i in samples]
-            examples += [prior.example(record, prior.visit(record, times), size) for record, times in rows]
+            examples += [
+                prior.example(record, prior.visit(record, times), size) for record, times in rows
+            ]
         return collate(examples)
 
-    return map(make, range(start, stop)) if workers == 0 else _ahead(make, range(start, stop), workers)
+    return (
+        map(make, range(start, stop)) if workers == 0 else _ahead(make, range(start, stop), workers)
+    )
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -32,11 +32,19 @@ EMPTY_WORDS = frozenset(
     )
 )
 CAMERA = re.compile(rf"_*(?:{'|'.join(map(re.escape, CAMERAS))})[\W_]*(?:\d|$)", re.IGNORECASE)
-PROGRAM = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|.*\d)", re.IGNORECASE | re.DOTALL)
-CAMERA_FILE = re.compile(r"[A-Z0-9_]{4}[0-9]{4}")  # the Design rule for Camera File system: four free characters and a number
-CODE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)  # UUID, hash
+PROGRAM = re.compile(
+    rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|.*\d)", re.IGNORECASE | re.DOTALL
+)
+CAMERA_FILE = re.compile(
+    r"[A-Z0-9_]{4}[0-9]{4}"
+)  # the Design rule for Camera File system: four free characters and a number
+CODE = re.compile(
+    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE
+)  # UUID, hash
 WORD = re.compile(r"([^\W\d_]+)\d{0,3}")
-EAST_ASIAN = 0x2E80  # from here on: scripts of China, Japan and Korea, where one letter can be a word
+EAST_ASIAN = (
+    0x2E80  # from here on: scripts of China, Japan and Korea, where one letter can be a word
+)
 
 
 def is_caption(name: str) -> bool:

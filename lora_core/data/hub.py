@@ -20,12 +20,24 @@ from lora_core.data.srgb import to_srgb
 from lora_core.errors import UserError
 
 MARK = "dataset.json"  # what the folder was made from; there once it is whole
-KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}  # encoded images that are copied as they are
+KEPT = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+}  # encoded images that are copied as they are
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
 
 
 def export(
-    name: str, folder: Path | str | None = None, *, split: str = "train", image_column: str = "image", caption_column: str = "", caption: str = ""
+    name: str,
+    folder: Path | str | None = None,
+    *,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "",
+    caption: str = "",
 ) -> Path:
     """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has captions; what is there is not written again.
 
@@ -35,8 +47,15 @@ def export(
     In metadata.jsonl they are always the text. The folder appears whole or not at all, and a dataset that has changed since is exported anew.
     Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
     """
-    data, caption_column = _load(name, split, image_column, caption_column, one_for_all=bool(caption))
-    mark: dict[str, Any] = {"dataset": name, "split": split, "image_column": image_column, "caption_column": caption_column}
+    data, caption_column = _load(
+        name, split, image_column, caption_column, one_for_all=bool(caption)
+    )
+    mark: dict[str, Any] = {
+        "dataset": name,
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
+    }
     target = Path(folder) if folder is not None else _place(mark)
     mark |= {"fingerprint": data._fingerprint, "images": len(data)}
     if _is_whole(target, mark):
@@ -44,7 +63,9 @@ def export(
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
-        written = _write_images(data, image_column, caption_column, partial, may_be_empty=bool(caption))
+        written = _write_images(
+            data, image_column, caption_column, partial, may_be_empty=bool(caption)
+        )
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in written]
         if caption_column:
             (partial / TABLES[0]).write_text("".join(rows), encoding="utf-8")
@@ -58,12 +79,16 @@ def export(
     return target
 
 
-def _load(name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool) -> tuple[Any, str]:
+def _load(
+    name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool
+) -> tuple[Any, str]:
     """The split with its images undecoded and no columns but the two; the caption column, "" when there is one caption for all."""
     try:
         import datasets
     except ImportError:
-        raise UserError(f"the dataset {name} needs the package datasets: pip install datasets") from None
+        raise UserError(
+            f"the dataset {name} needs the package datasets: pip install datasets"
+        ) from None
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version
@@ -71,13 +96,21 @@ def _load(name: str, split: str, image_column: str, caption_column: str, *, one_
             f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; check its name, its split and the connection"
         ) from None
     columns = data.column_names
-    if not caption_column and one_for_all and (unread := next((c for c in CAPTION_COLUMNS if c in columns), "")):
-        print(f"the column {unread!r} of {name} is not read, for one caption is given for all; --data.caption-column {unread} reads it")
+    if (
+        not caption_column
+        and one_for_all
+        and (unread := next((c for c in CAPTION_COLUMNS if c in columns), ""))
+    ):
+        print(
+            f"the column {unread!r} of {name} is not read, for one caption is given for all; --data.caption-column {unread} reads it"
+        )
     if not caption_column and not one_for_all:
         caption_column = next((c for c in CAPTION_COLUMNS if c in columns), "")
         if not caption_column:
             none = f"the dataset {name} has the columns {', '.join(columns)}, none of {', '.join(CAPTION_COLUMNS)}"
-            raise UserError(f"{none}; name the caption column with --data.caption-column, or give one caption for all with --data.caption")
+            raise UserError(
+                f"{none}; name the caption column with --data.caption-column, or give one caption for all with --data.caption"
+            )
     wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
     for what, column in wanted.items():
         if column not in columns:
@@ -86,9 +119,13 @@ def _load(name: str, split: str, image_column: str, caption_column: str, *, one_
     if not len(data):
         raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
     try:
-        return data.select_columns(list(wanted.values())).cast_column(image_column, datasets.Image(decode=False)), caption_column
+        return data.select_columns(list(wanted.values())).cast_column(
+            image_column, datasets.Image(decode=False)
+        ), caption_column
     except Exception as error:  # pyarrow's and datasets' own, by type of column
-        raise UserError(f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column") from None
+        raise UserError(
+            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column"
+        ) from None
 
 
 def _place(mark: Mapping[str, Any]) -> Path:
@@ -104,15 +141,21 @@ def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
     try:
         found = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds something else than an exported dataset; choose another folder") from None
+        raise UserError(
+            f"{folder} holds something else than an exported dataset; choose another folder"
+        ) from None
     changes = [key for key in mark if found.get(key) != mark[key]]
     if other := [key for key in changes if key not in ("fingerprint", "images")]:
         was, wanted = (", ".join(f"{key} {m.get(key)!r}" for key in other) for m in (found, mark))
-        raise UserError(f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it")
+        raise UserError(
+            f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it"
+        )
     return not changes
 
 
-def _write_images(data: Any, image_column: str, caption_column: str, folder: Path, *, may_be_empty: bool) -> Iterator[dict[str, Any]]:
+def _write_images(
+    data: Any, image_column: str, caption_column: str, folder: Path, *, may_be_empty: bool
+) -> Iterator[dict[str, Any]]:
     """Writes each row's image and yields its row of metadata.jsonl."""
     advice = "choose another column"
     if not may_be_empty:
@@ -131,10 +174,14 @@ def _write_images(data: Any, image_column: str, caption_column: str, folder: Pat
             else:
                 (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
         except (KeyError, TypeError, *UNREADABLE) as error:
-            raise UserError(f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column") from error
+            raise UserError(
+                f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column"
+            ) from error
         texts = row.get(caption_column)
         if caption_column and not _are_captions(texts, may_be_empty=may_be_empty):
-            raise UserError(f"{where} has {texts!r} in {caption_column!r}, expected a caption; {advice}")
+            raise UserError(
+                f"{where} has {texts!r} in {caption_column!r}, expected a caption; {advice}"
+            )
         yield {"file_name": file.name, "text": texts}
 
 

@@ -43,7 +43,11 @@ UNREADABLE = (  # what Pillow's readers raise for damaged files
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 class Picture(NamedTuple):
@@ -103,7 +107,9 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
     size = (image.height, image.width)
     if use_alpha:
         if alpha is None:
-            raise UserError(f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks")
+            raise UserError(
+                f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks"
+            )
         return Picture(image, _checked(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
         image.putalpha(alpha)
@@ -112,7 +118,9 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
         return Picture(image, None, size)
     grey = read_mask(mask)
     if grey.size != image.size:
-        raise UserError(f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size")
+        raise UserError(
+            f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size"
+        )
     return Picture(image, _checked(grey, f"the mask {mask}"), size)
 
 
@@ -137,7 +145,11 @@ def has_alpha_mask(path: Path) -> bool:
 def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
     (h, w), (height, width) = size, target
-    return (max(height, width * h // w), width) if width * h >= height * w else (height, max(width, height * w // h))
+    return (
+        (max(height, width * h // w), width)
+        if width * h >= height * w
+        else (height, max(width, height * w // h))
+    )
 
 
 def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bilinear") -> Picture:
@@ -148,8 +160,14 @@ def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bili
     height, width = cover((picture.image.height, picture.image.width), target)
     if picture.image.size == (width, height):
         return picture
-    mask = None if picture.mask is None else picture.mask.resize((width, height), Image.Resampling.BILINEAR)
-    return picture._replace(image=picture.image.resize((width, height), INTERPOLATIONS[interpolation]), mask=mask)
+    mask = (
+        None
+        if picture.mask is None
+        else picture.mask.resize((width, height), Image.Resampling.BILINEAR)
+    )
+    return picture._replace(
+        image=picture.image.resize((width, height), INTERPOLATIONS[interpolation]), mask=mask
+    )
 
 
 def flip(picture: Picture) -> Picture:
@@ -205,11 +223,15 @@ class RecentPictures:
 
 
 def _both(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Picture:
-    return picture._replace(image=change(picture.image), mask=None if picture.mask is None else change(picture.mask))
+    return picture._replace(
+        image=change(picture.image), mask=None if picture.mask is None else change(picture.mask)
+    )
 
 
 def _bytes(picture: Picture) -> int:
-    return picture.image.width * picture.image.height * (4 if picture.mask is None else 5)  # Pillow keeps RGB in 4 bytes
+    return (
+        picture.image.width * picture.image.height * (4 if picture.mask is None else 5)
+    )  # Pillow keeps RGB in 4 bytes
 
 
 def _is_heic(path: Path) -> bool:
@@ -236,5 +258,7 @@ def _checked(mask: Image.Image, name: str) -> Image.Image:
     low, high = mask.getextrema()
     if low == high:
         value = "only zeros" if low == 0 else "only ones" if low == 255 else f"one grey, {low},"
-        raise UserError(f"{name} is {value} and picks out nothing; paint the object white and the rest black, or do without the mask")
+        raise UserError(
+            f"{name} is {value} and picks out nothing; paint the object white and the rest black, or do without the mask"
+        )
     return mask

@@ -15,7 +15,11 @@ from lora_core.errors import UserError
 from lora_core.text import compose
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
-CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of a file beside an image, the first that is there and has a text counts
+CAPTION_SUFFIXES = (
+    ".txt",
+    ".caption",
+    ".json",
+)  # of a file beside an image, the first that is there and has a text counts
 MASK_ENDS = (".mask", "-masklabel")  # a mask whatever stands beside it: ours, OneTrainer's
 MASK_ENDS_BESIDE = (  # a mask if the image without this end is there
     "_masklabel", "_mask", "-mask", " mask", " (mask)", "(mask)", "_matte", "-matte", "_seg", "-seg", "_segmentation", "-segmentation",
@@ -26,9 +30,15 @@ MASK_FOLDERS = ("mask", "masks")  # a mask is called there as its image is
 NO_IMAGE = "texts of no image"  # why a caption file is left out
 SOURCE_END = ".src"  # cloneofsimo's 0.src.jpg has the mask 0.mask.png
 OTHER_IMAGES = (".jxl", ".ico", ".svg", ".exr", ".hdr", ".xcf", ".ai", ".eps", ".pdf")
-JUNK = ("thumbs.db", "desktop.ini", "dataset.json")  # of the system, and what an exported dataset was made from
+JUNK = (
+    "thumbs.db",
+    "desktop.ini",
+    "dataset.json",
+)  # of the system, and what an exported dataset was made from
 JUNK_FOLDERS = ("__macosx", "@eadir")
-NUMBERED = re.compile(r"(\d+)_(.*)", re.DOTALL)  # kohya's folders: repeats, and the caption of images that have none
+NUMBERED = re.compile(
+    r"(\d+)_(.*)", re.DOTALL
+)  # kohya's folders: repeats, and the caption of images that have none
 YEARS = range(1900, 2100)  # 2024_summer is no folder of 2,024 repeats
 MOST_REPEATS = 9_999  # nor 240501_summer or 20240501_summer
 MANY = 10_000  # images in sub-folders are counted so far
@@ -41,7 +51,9 @@ class Part:
     folder: Path
     images: tuple[Path, ...]
     masks: dict[Path, Path]  # image -> its mask
-    texts: dict[Path, tuple[Path, ...]]  # image -> the caption files beside it, in the order of CAPTION_SUFFIXES
+    texts: dict[
+        Path, tuple[Path, ...]
+    ]  # image -> the caption files beside it, in the order of CAPTION_SUFFIXES
     table: Path | None
     unclaimed: tuple[Path, ...]  # masks that belong to no image
     others: dict[Path, str]  # file or sub-folder -> why nothing reads it
@@ -55,7 +67,9 @@ class Listing:
 
     root: Path
     parts: tuple[Part, ...]
-    others: dict[Path, str] = field(default_factory=dict)  # of the root, where that is not one of the parts
+    others: dict[Path, str] = field(
+        default_factory=dict
+    )  # of the root, where that is not one of the parts
 
 
 def read_folder(root: Path, *, tabled: bool = True) -> Listing:
@@ -84,21 +98,35 @@ def read_part(folder: Path) -> Part:
     entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     files = [path for path in entries if path.is_file()]
     shown = [path for path in files if not path.name.startswith(".")]
-    pictures = [path for path in shown if path.suffix.lower() in SUFFIXES and why_unreadable(path) is None]
+    pictures = [
+        path for path in shown if path.suffix.lower() in SUFFIXES and why_unreadable(path) is None
+    ]
     names = {name for path in pictures for name in _names(path)}
     bases = {path: base for path in pictures if (base := _masked_name(path, names)) is not None}
     conditions = [path for path in pictures if path.stem.lower().endswith(CONDITION_END)]
     images = tuple(path for path in pictures if path not in bases and path not in conditions)
     masks, unclaimed, spare = _pair_masks(images, bases, entries)
-    texts, strays = _pair_texts(images, [path for path in shown if path.suffix.lower() in CAPTION_SUFFIXES])
+    texts, strays = _pair_texts(
+        images, [path for path in shown if path.suffix.lower() in CAPTION_SUFFIXES]
+    )
     table = _table(folder)
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
     others |= dict.fromkeys(conditions, "conditioning images")
     others |= dict.fromkeys(strays, NO_IMAGE)
-    others |= _reasons(files, {*pictures, *strays, *(path for own in texts.values() for path in own), *([table] if table else [])})
+    others |= _reasons(
+        files,
+        {
+            *pictures,
+            *strays,
+            *(path for own in texts.values() for path in own),
+            *([table] if table else []),
+        },
+    )
     mask_folders = {mask.parent for mask in (*masks.values(), *unclaimed, *spare)}
-    others |= {path: "sub-folders" for path in entries if path.is_dir() and path not in mask_folders}
+    others |= {
+        path: "sub-folders" for path in entries if path.is_dir() and path not in mask_folders
+    }
     return Part(folder, images, masks, texts, table, tuple(unclaimed), others)
 
 
@@ -107,7 +135,11 @@ def why_unreadable(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES or suffix in RAW:
         return readable(path)
-    return "images in formats that are not read (save them as JPEG or PNG)" if suffix in OTHER_IMAGES else ""
+    return (
+        "images in formats that are not read (save them as JPEG or PNG)"
+        if suffix in OTHER_IMAGES
+        else ""
+    )
 
 
 def left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
@@ -156,7 +188,11 @@ def is_junk(path: Path) -> bool:
     name = path.name.lower()
     if path.is_dir():
         return name in JUNK_FOLDERS or name.startswith(".")
-    return name in JUNK or name.startswith("._") or name in (".ds_store", ".directory", ".gitignore", ".gitattributes", ".gitkeep")
+    return (
+        name in JUNK
+        or name.startswith("._")
+        or name in (".ds_store", ".directory", ".gitignore", ".gitattributes", ".gitkeep")
+    )
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -178,7 +214,9 @@ def find_file(folder: Path, name: str) -> Path | None:
 def _below(folder: Path, name: str) -> Path:
     """folder / name without `..`; a whole path of a file below the folder as a listing of the folder writes it."""
     place, path = os.path.abspath(folder), os.path.abspath(folder / name)
-    return folder / os.path.relpath(path, place) if Path(path).is_relative_to(place) else folder / name
+    return (
+        folder / os.path.relpath(path, place) if Path(path).is_relative_to(place) else folder / name
+    )
 
 
 def _numbered_part(folder: Path) -> Part | None:
@@ -189,7 +227,11 @@ def _numbered_part(folder: Path) -> Part | None:
     part = read_part(folder)
     words = found[2].strip()
     has_letter = any(character.isalpha() for character in words)
-    return replace(part, repeats=int(found[1]), words=words if has_letter else "") if part.images or part.table else None
+    return (
+        replace(part, repeats=int(found[1]), words=words if has_letter else "")
+        if part.images or part.table
+        else None
+    )
 
 
 def _no_images(own: Part) -> str:
@@ -198,7 +240,11 @@ def _no_images(own: Part) -> str:
     folders = [path for path in own.others if path.is_dir() and count_images(path)]
     if folders:
         where = _folder_of_images(folders[0])
-        more = f" (and {len(folders) - 1} more such folder{'s' * (len(folders) > 2)})" if len(folders) > 1 else ""
+        more = (
+            f" (and {len(folders) - 1} more such folder{'s' * (len(folders) > 2)})"
+            if len(folders) > 1
+            else ""
+        )
         return f"no images in {own.folder} itself, but {count_images(folders[0])} below {folders[0]}{more}; give the folder {where} itself"
     if own.unclaimed:
         masks = f"{len(own.unclaimed)} mask{'s' * (len(own.unclaimed) > 1)}, first {own.unclaimed[0].name}"
@@ -213,7 +259,9 @@ def _no_images(own: Part) -> str:
 def _folder_of_images(folder: Path) -> Path:
     """The first folder, this one or one below it, that would be read: it has images, or N_name folders with images."""
     for place in sorted([folder, *(path for path in folder.rglob("*") if path.is_dir())]):
-        if read_part(place).images or any(map(_numbered_part, filter(Path.is_dir, place.iterdir()))):
+        if read_part(place).images or any(
+            map(_numbered_part, filter(Path.is_dir, place.iterdir()))
+        ):
             return place
     return folder
 
@@ -251,7 +299,9 @@ def _masked_name(path: Path, names: set[str]) -> str | None:
     return None
 
 
-def _pair_masks(images: Iterable[Path], bases: dict[Path, str], entries: Iterable[Path]) -> tuple[dict[Path, Path], list[Path], list[Path]]:
+def _pair_masks(
+    images: Iterable[Path], bases: dict[Path, str], entries: Iterable[Path]
+) -> tuple[dict[Path, Path], list[Path], list[Path]]:
     """(image -> mask, masks of no image, further masks of an image). A mask beside the image comes before one in a folder of masks."""
     named: dict[str, list[Path]] = {}
     for path in sorted(bases, key=lambda path: (not path.name.endswith(".mask.png"), path)):
@@ -263,9 +313,16 @@ def _pair_masks(images: Iterable[Path], bases: dict[Path, str], entries: Iterabl
     for image in images:
         choice = [path for name in _names(image) for path in named.get(name, ())]
         if choice:
-            masks[image] = min(choice, key=lambda path: path.parent != image.parent)  # the first of those that are nearest
+            masks[image] = min(
+                choice, key=lambda path: path.parent != image.parent
+            )  # the first of those that are nearest
     unclaimed = [path for name, paths in named.items() for path in paths if name not in names]
-    spare = [path for name, paths in named.items() for path in paths if name in names and path not in masks.values()]
+    spare = [
+        path
+        for name, paths in named.items()
+        for path in paths
+        if name in names and path not in masks.values()
+    ]
     return masks, unclaimed, spare
 
 
@@ -274,20 +331,31 @@ def _index_masks(entries: Iterable[Path], names: set[str]) -> list[Path]:
     found: list[Path] = []
     for folder in entries:
         if folder.is_dir() and folder.name.lower() in MASK_FOLDERS:
-            own = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+            own = [
+                path
+                for path in sorted(folder.iterdir())
+                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+            ]
             if any((_masked_name(path, names) or _stem(path)) in names for path in own):
                 found += own
     return found
 
 
-def _pair_texts(images: Iterable[Path], texts: Iterable[Path]) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
+def _pair_texts(
+    images: Iterable[Path], texts: Iterable[Path]
+) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
     """(image -> its caption files, those of no image). NAME.txt and NAME.png.txt both belong to NAME.png."""
     named: dict[str, list[Path]] = {}
     for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
         named.setdefault(_stem(path), []).append(path)
-    found = {image: (*named.get(_stem(image), ()), *named.get(compose(image.name), ())) for image in images}
+    found = {
+        image: (*named.get(_stem(image), ()), *named.get(compose(image.name), ()))
+        for image in images
+    }
     claimed = {path for own in found.values() for path in own}
-    return {image: own for image, own in found.items() if own}, [path for own in named.values() for path in own if path not in claimed]
+    return {image: own for image, own in found.items() if own}, [
+        path for own in named.values() for path in own if path not in claimed
+    ]
 
 
 def _reasons(files: Iterable[Path], known: set[Path]) -> dict[Path, str]:

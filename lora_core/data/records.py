@@ -51,7 +51,11 @@ def scan(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file, not a folder; give the folder it lies in" if folder.is_file() else "does not exist; check the path"
+        what = (
+            "is a file, not a folder; give the folder it lies in"
+            if folder.is_file()
+            else "does not exist; check the path"
+        )
         raise UserError(f"the image folder {folder} {what}")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -60,19 +64,26 @@ def scan(
     tabled = captions in ("auto", "metadata")
     parts = read_folder(folder, tabled=tabled).parts
     if tabled:
-        parts = tuple(_with_table(part, caption_column, may_be_empty=caption is not None) for part in parts)
+        parts = tuple(
+            _with_table(part, caption_column, may_be_empty=caption is not None) for part in parts
+        )
     chosen = _masks(parts, masks)
     texts = read_captions(parts, captions, caption, caption_column, must_use=not held_out)
     records: list[Record] = []
     for part in parts:
-        own = [_record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior) for path in part.images]
+        own = [
+            _record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior)
+            for path in part.images
+        ]
         records += own if held_out else own * part.repeats
     return records * (1 if held_out else repeats)
 
 
 def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
     """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
-    used = {path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)}
+    used = {
+        path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)
+    }
     return left_out(_listing_of(folder, records), used)
 
 
@@ -81,8 +92,16 @@ def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
 
     Files with captions replace it too, as in kohya's scripts, of which nobody needs to be told.
     """
-    named = {record.path.parent for record in records if isinstance(record.source, Path) or record.source == FOLDER_NAME}
-    unread = [part for part in _listing_of(folder, records).parts if part.words and part.folder not in named]
+    named = {
+        record.path.parent
+        for record in records
+        if isinstance(record.source, Path) or record.source == FOLDER_NAME
+    }
+    unread = [
+        part
+        for part in _listing_of(folder, records).parts
+        if part.words and part.folder not in named
+    ]
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
@@ -93,17 +112,28 @@ def unmasked(record: Record) -> Record:
     """The record of the same image without its mask, which is part of a record's key."""
     if record.mask_path is None and not record.use_alpha:
         return record
-    return _record(record.path, Captions(record.captions, record.source), None, masks="none", is_prior=record.is_prior)
+    return _record(
+        record.path,
+        Captions(record.captions, record.source),
+        None,
+        masks="none",
+        is_prior=record.is_prior,
+    )
 
 
 def missing_word(records: Sequence[Record], word: str) -> list[Path]:
     """The images with a caption in which `tokens.bind` would not find the word, each once."""
-    return list(dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions)))
+    return list(
+        dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions))
+    )
 
 
 def _listing_of(folder: Path | str, records: Sequence[Record]) -> Listing:
     """The folder as it was listed for these records of it."""
-    return read_folder(Path(folder), tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records))
+    return read_folder(
+        Path(folder),
+        tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records),
+    )
 
 
 def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
@@ -112,14 +142,20 @@ def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
         return part
     named = set(read_metadata(part.table, column, may_be_empty=may_be_empty))
     further = sorted(named - set(part.images))
-    masks, texts, no_images = dict(part.masks), dict(part.texts), {*part.masks.values(), *part.unclaimed}
+    masks, texts, no_images = (
+        dict(part.masks),
+        dict(part.texts),
+        {*part.masks.values(), *part.unclaimed},
+    )
     for folder in sorted({path.parent for path in further}):
         below = read_part(folder)
         masks |= {path: mask for path, mask in below.masks.items() if path in further}
         texts |= {path: own for path, own in below.texts.items() if path in further}
         no_images |= {*below.masks.values(), *below.unclaimed}
     if wrong := sorted(named & no_images):
-        raise UserError(f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; take its row out or rename the file")
+        raise UserError(
+            f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; take its row out or rename the file"
+        )
     return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
 
 
@@ -131,7 +167,9 @@ def _masks(parts: Sequence[Part], masks: str) -> dict[Path, Path | None]:
     found = {image: mask for part in parts for image, mask in part.masks.items()}
     unclaimed = [path for part in parts for path in part.unclaimed]
     if unclaimed:
-        raise UserError(f"the mask {unclaimed[0]} belongs to no image; name it after its image or remove it")
+        raise UserError(
+            f"the mask {unclaimed[0]} belongs to no image; name it after its image or remove it"
+        )
     without = [image for image in images if image not in found]
     if masks == "file" and without:
         lacking = f"{len(without)} of {len(images)} images lack a mask, first {without[0]}"
@@ -139,7 +177,9 @@ def _masks(parts: Sequence[Part], masks: str) -> dict[Path, Path | None]:
     return {image: found.get(image) for image in images}
 
 
-def _record(path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool) -> Record:
+def _record(
+    path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool
+) -> Record:
     """The record of one file, which is decoded to see that it can be."""
     use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
     size = read_picture(path, mask, use_alpha=use_alpha).original_size
@@ -147,4 +187,6 @@ def _record(path: Path, captions: Captions, mask: Path | None, *, masks: str, is
     content.update(b"alpha" if use_alpha else b"")
     if mask is not None:
         content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
-    return Record(path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source)
+    return Record(
+        path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source
+    )

@@ -32,7 +32,9 @@ class Plan:
         self.members: dict[Hashable, list[int]] = {}
         for index, group in enumerate(groups):
             self.members.setdefault(group, []).append(index)
-        self.steps = sum(-(-len(members) // batch) for members in self.members.values())  # in an epoch
+        self.steps = sum(
+            -(-len(members) // batch) for members in self.members.values()
+        )  # in an epoch
         self._epoch = lru_cache(maxsize=4)(self._make)
 
     def rows(self, step: int) -> list[tuple[int, int]]:
@@ -43,7 +45,10 @@ class Plan:
     def _make(self, epoch: int) -> list[list[tuple[int, int]]]:
         made = []
         for group, members in self.members.items():
-            rows = [(members[place], count) for place, count in self._visits(len(members), epoch, f"bucket {group}")]
+            rows = [
+                (members[place], count)
+                for place, count in self._visits(len(members), epoch, f"bucket {group}")
+            ]
             made += [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         return [made[i] for i in permutation(self.steps, epoch, self.seed, "batches")]
 
@@ -54,7 +59,10 @@ class Plan:
         counts = [epoch + rounds] * n
         for place in permutation(n, rounds, self.seed, stream + " fill")[:rest]:
             counts[place] += 1
-        fill = [position(n, epoch * extra + i, self.seed, stream=stream + " fill")[0] for i in range(extra)]
+        fill = [
+            position(n, epoch * extra + i, self.seed, stream=stream + " fill")[0]
+            for i in range(extra)
+        ]
         visits = []
         for place in [*permutation(n, epoch, self.seed, stream), *fill]:
             visits.append((place, counts[place]))

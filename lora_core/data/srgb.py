@@ -80,7 +80,9 @@ def _apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image
         transform = _to_srgb(profile, image.mode)
         changed = image if transform is None else transform.apply(image)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        _warn(f"the colour profile of {name} cannot be used ({error}); its colours are taken as sRGB")
+        _warn(
+            f"the colour profile of {name} cannot be used ({error}); its colours are taken as sRGB"
+        )
         changed = image
     return _eight_bit(changed).convert("RGB")
 

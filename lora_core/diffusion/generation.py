@@ -28,7 +28,10 @@ class Sizes(NamedTuple):
         """[b, 6] fp32: original height and width, top and left of the crop, target height and width."""
         if self.places is not None:
             return self.places
-        rows = [(*original, *crop, *self.target) for original, crop in zip(self.original, self.crop, strict=True)]
+        rows = [
+            (*original, *crop, *self.target)
+            for original, crop in zip(self.original, self.crop, strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.float32, device=device)
 
     @staticmethod
@@ -43,7 +46,9 @@ class Recipe:
 
     sampler: str = "ddim"
     steps: int = 25
-    guidance: float = 5.0  # classifier-free guidance, or the scale that a guidance-distilled model is told
+    guidance: float = (
+        5.0  # classifier-free guidance, or the scale that a guidance-distilled model is told
+    )
     negative: str = ""
     width: int = 0
     height: int = 0
@@ -53,7 +58,9 @@ class Recipe:
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """[b, *shape] unit noise, one CPU generator for each seed: what diffusers draws for `generator=[torch.Generator().manual_seed(s) ...]`."""
-    return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.cat(
+        [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 @torch.no_grad()
@@ -76,17 +83,34 @@ def generate(
     height, width = recipe.height or family.resolution, recipe.width or family.resolution
     _check(family, recipe, (height, width), init, mask)
     schedule = family.schedule_at(height // family.factor, width // family.factor)
-    path = sampling.levels(recipe.sampler, schedule, recipe.steps, spacing=family.spacing, offset=family.offset, strength=recipe.strength)
+    path = sampling.levels(
+        recipe.sampler,
+        schedule,
+        recipe.steps,
+        spacing=family.spacing,
+        offset=family.offset,
+        strength=recipe.strength,
+    )
     paths = [path] if refiner is None else sampling.split(path, schedule, recipe.refiner_start)
     shape = (family.latent_channels, height // family.factor, width // family.factor)
     eps = start_noise(seeds, shape).to(family.device)
-    x0 = family.encode_images(init)[0].expand(len(prompts), -1, -1, -1) if init is not None and recipe.strength < 1 else None
+    x0 = (
+        family.encode_images(init)[0].expand(len(prompts), -1, -1, -1)
+        if init is not None and recipe.strength < 1
+        else None
+    )
     x = sampling.start(eps, path, x0)
-    inpaint = None if mask is None or init is None else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
+    inpaint = (
+        None
+        if mask is None or init is None
+        else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
+    )
     sampler = sampling.SAMPLERS[recipe.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
     for model, part in zip((family, refiner), paths):
-        denoise = _denoiser(model, prompts, recipe, (height, width), inpaint if model is family else None)
+        denoise = _denoiser(
+            model, prompts, recipe, (height, width), inpaint if model is family else None
+        )
         with injection.steady(model.modules[model.denoiser]):
             x = sampler.run(denoise, x, part, **noise)
     pixels = family.decode(x).float()
@@ -96,47 +120,85 @@ def generate(
 
 def _check_drawn(family: Any, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
     """Raises UserError for pictures that are no numbers, which would be saved black, naming the network they come from."""
-    good_latents, good = x.isfinite().flatten(1).all(1).tolist(), pixels.isfinite().flatten(1).all(1).tolist()
+    good_latents, good = (
+        x.isfinite().flatten(1).all(1).tolist(),
+        pixels.isfinite().flatten(1).all(1).tolist(),
+    )
     bad = [i for i, whole in enumerate(good) if not whole]
     if not bad:
         return
     name = family.denoiser if not good_latents[bad[0]] else "vae"
     part = "the VAE's decoder" if name == "vae" else f"the denoiser ({name})"
-    cure = "give another --vae" if name == "vae" else "use --precision bf16 or fp32, a lower strength of the LoRA, or another model"
+    cure = (
+        "give another --vae"
+        if name == "vae"
+        else "use --precision bf16 or fp32, a lower strength of the LoRA, or another model"
+    )
     dtype = str(next(family.modules[name].parameters()).dtype).removeprefix("torch.")
     which = f"seed {seeds[bad[0]]} ({len(bad)} of {len(good)} pictures)"
-    raise UserError(f"{part} drew NaN instead of a picture for {which}: its numbers overflow in {dtype}, or its weights are damaged; {cure}")
+    raise UserError(
+        f"{part} drew NaN instead of a picture for {which}: its numbers overflow in {dtype}, or its weights are damaged; {cure}"
+    )
 
 
-def _denoiser(family: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], inpaint: Tensor | None) -> sampling.Denoise:
+def _denoiser(
+    family: Any,
+    prompts: Sequence[str],
+    recipe: Recipe,
+    size: tuple[int, int],
+    inpaint: Tensor | None,
+) -> sampling.Denoise:
     """x_t and level -> x0, with guidance in the way the model takes it."""
     sizes = Sizes.whole(*size, len(prompts))
     cond = family.inform(family.encode_prompts(prompts), sizes, recipe.guidance)
     scale = 1.0 if family.distilled_guidance else recipe.guidance
-    uncond = family.inform(family.encode_negative([recipe.negative] * len(prompts)), sizes, recipe.guidance) if scale != 1 else None
+    uncond = (
+        family.inform(
+            family.encode_negative([recipe.negative] * len(prompts)), sizes, recipe.guidance
+        )
+        if scale != 1
+        else None
+    )
 
     def network(x: Tensor, level: Any, rows: Any) -> Tensor:
-        return family.denoise(x, level, rows, None if inpaint is None else inpaint.repeat(len(x) // len(inpaint), 1, 1, 1))
+        return family.denoise(
+            x,
+            level,
+            rows,
+            None if inpaint is None else inpaint.repeat(len(x) // len(inpaint), 1, 1, 1),
+        )
 
     return sampling.guided(network, family.prediction, cond, uncond, scale)
 
 
-def _check(family: Any, recipe: Recipe, size: tuple[int, int], init: Tensor | None, mask: Tensor | None) -> None:
+def _check(
+    family: Any, recipe: Recipe, size: tuple[int, int], init: Tensor | None, mask: Tensor | None
+) -> None:
     if size[0] % family.multiple or size[1] % family.multiple:
-        raise UserError(f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of this model's images must be")
+        raise UserError(
+            f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of this model's images must be"
+        )
     if init is None and (recipe.strength < 1 or family.inpainting):
-        raise UserError("strength below 1 and inpainting models need a picture to start from (--init-image)")
+        raise UserError(
+            "strength below 1 and inpainting models need a picture to start from (--init-image)"
+        )
     if (mask is not None) != family.inpainting:
-        raise UserError("an inpainting model needs a mask (--mask), and only such a model takes one")
+        raise UserError(
+            "an inpainting model needs a mask (--mask), and only such a model takes one"
+        )
     if recipe.negative and family.distilled_guidance:
-        raise UserError("a negative prompt has no effect on a guidance-distilled model; leave it out")
+        raise UserError(
+            "a negative prompt has no effect on a guidance-distilled model; leave it out"
+        )
 
 
 def masked_latents(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
     """[b, 1 + c, h, w] what an inpainting denoiser reads: the mask on the latent grid (nearest) and the latents of the picture with a grey hole."""
     mask = mask.to(pixels)
     latents = family.encode_images(pixels * (mask < 0.5))[0]
-    return torch.cat([F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents), latents], dim=1)
+    return torch.cat(
+        [F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents), latents], dim=1
+    )
 
 
 def random_holes(keys: Keys, height: int, width: int) -> Tensor:
@@ -149,7 +211,10 @@ def random_holes(keys: Keys, height: int, width: int) -> Tensor:
     for mask, rows in zip(masks, shape.tolist()):
         everything, count = rows[0][0] < 0.25, 8 + int(rows[0][1] * 25)
         for y, x, h, w in [] if everything else rows[1 : 1 + count]:
-            tall, wide = (round(side * (1 / 32 + part * (1 / 4 - 1 / 32))) for side, part in ((height, h), (width, w)))
+            tall, wide = (
+                round(side * (1 / 32 + part * (1 / 4 - 1 / 32)))
+                for side, part in ((height, h), (width, w))
+            )
             top, left = int(y * (height - tall + 1)), int(x * (width - wide + 1))
             mask[:, top : top + tall, left : left + wide] = 1
         if everything:
@@ -160,4 +225,6 @@ def random_holes(keys: Keys, height: int, width: int) -> Tensor:
 def _step_noise(seeds: Sequence[int], shape: tuple[int, ...], device: Any) -> sampling.StepNoise:
     """Noise of step i for each seed; a stream of its own, so that no step repeats the start noise."""
     generators = [torch.Generator().manual_seed(seed + 2**31) for seed in seeds]
-    return lambda _step: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return lambda _step: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(
+        device
+    )

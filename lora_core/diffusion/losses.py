@@ -40,7 +40,9 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, rows of prior preservation
     step: int
-    lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)  # base_out(), preserved(), attention(), and decode(latents) for pixels
+    lazy: dict[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # base_out(), preserved(), attention(), and decode(latents) for pixels
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
     network: str = ""  # the row of what base_out() and preserved() return, where `prediction` is not that row but "sample"
 
@@ -74,11 +76,15 @@ class StepOutput:
     def _comparable(self, out: Tensor) -> Tensor:
         """A network's raw output in the row of `out`."""
         space = "model" if self.network in ("", self.prediction) else "edm"
-        return compared(self.network or self.prediction, space, out, self.x0, self.eps, self.level)[0]
+        return compared(self.network or self.prediction, space, out, self.x0, self.eps, self.level)[
+            0
+        ]
 
     def _call(self, name: str, *args: Tensor) -> Any:
         if name not in self.lazy:
-            raise UserError(f"this loss reads step.{name}, which the caller does not offer; it offers {', '.join(self.lazy) or 'no lazy member'}")
+            raise UserError(
+                f"this loss reads step.{name}, which the caller does not offer; it offers {', '.join(self.lazy) or 'no lazy member'}"
+            )
         return self.lazy[name](*args)
 
 
@@ -105,13 +111,20 @@ def huber(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "co
     return masked_mean(2 * c * _above(_difference(step), c), step.mask)
 
 
-def smooth_l1(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant") -> Tensor:
+def smooth_l1(
+    step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant"
+) -> Tensor:
     """[b] the same curve in units of l1, 2 (sqrt(d^2 + c^2) - c): d^2 / c where d << c, 2 |d| where d >> c (kohya)."""
     c = huber_delta(step.level, step.t_max, delta=delta, schedule=schedule).reshape(-1, 1, 1, 1)
     return masked_mean(2 * _above(_difference(step), c), step.mask)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1, "huber": huber, "smooth_l1": smooth_l1}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mse": mse,
+    "l1": l1,
+    "huber": huber,
+    "smooth_l1": smooth_l1,
+}
 
 
 def capturable(loss: Callable[..., Tensor]) -> bool:
@@ -134,14 +147,20 @@ def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedul
         return torch.full_like(level.t, delta)
     if schedule == "exponential":
         if t_max is None:
-            raise UserError("the exponential schedule of a Huber loss needs timesteps that count up from 0, which this model has not; choose snr")
+            raise UserError(
+                "the exponential schedule of a Huber loss needs timesteps that count up from 0, which this model has not; choose snr"
+            )
         return delta ** (level.t / t_max)
     if schedule == "snr":
         return (1 - delta) / (1 + level.sigma / level.alpha) ** 2 + delta
-    raise UserError(f"unknown schedule {schedule!r} of a Huber loss; choose constant, snr or exponential")
+    raise UserError(
+        f"unknown schedule {schedule!r} of a Huber loss; choose constant, snr or exponential"
+    )
 
 
-def preserving(loss: Callable[[StepOutput], Tensor], weight: float) -> Callable[[StepOutput], Tensor]:
+def preserving(
+    loss: Callable[[StepOutput], Tensor], weight: float
+) -> Callable[[StepOutput], Tensor]:
     """The loss plus `weight` times the mean squared difference [b] between the outputs with adapters and of the base model, both on the caption
     with the class in place of the placeholder (differential output preservation, ai-toolkit).
 
@@ -170,7 +189,9 @@ def _difference(step: StepOutput) -> Tensor:
 
 def _check_shapes(step: StepOutput) -> None:
     if step.out.shape != step.target.shape:
-        raise ValueError(f"the network returned {list(step.out.shape)} where the target is {list(step.target.shape)}")
+        raise ValueError(
+            f"the network returned {list(step.out.shape)} where the target is {list(step.target.shape)}"
+        )
 
 
 # ---------------------------------------------------------------- weightings: W(snr), the weight of the squared error of x0
@@ -178,10 +199,16 @@ def _check_shapes(step: StepOutput) -> None:
 WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
     "none": None,  # uniform in the space of the network's output: weight 1
     "min_snr": lambda snr, *, gamma=5.0: snr.clamp(max=gamma),  # arXiv 2303.09556
-    "soft_min_snr": lambda snr, *, gamma=5.0: snr * gamma / (snr + gamma),  # arXiv 2401.11605 (there gamma = 4)
+    "soft_min_snr": lambda snr, *, gamma=5.0: (
+        snr * gamma / (snr + gamma)
+    ),  # arXiv 2401.11605 (there gamma = 4)
     "debiased": lambda snr: snr**0.5,  # arXiv 2310.08442: 1 / sqrt(snr) for epsilon
-    "p2": lambda snr, *, k=1.0, gamma=1.0: snr / (k + snr) ** gamma,  # arXiv 2204.00227: 1 / (k + snr)^gamma for epsilon
-    "snr": lambda snr: snr,  # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training (arXiv 2206.00364: x / alpha)
+    "p2": lambda snr, *, k=1.0, gamma=1.0: (
+        snr / (k + snr) ** gamma
+    ),  # arXiv 2204.00227: 1 / (k + snr)^gamma for epsilon
+    "snr": lambda snr: (
+        snr
+    ),  # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training (arXiv 2206.00364: x / alpha)
     # The next two are diffusers' --weighting_scheme: 1 / sigma^2 and 2 / (pi (1 - 2 sigma + 2 sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr)).
     "sigma_sqrt": lambda snr: (1 + snr**0.5) ** 4,
     "cosmap": lambda snr: 2 / math.pi * (1 + snr**0.5) ** 4 / (1 + snr),
@@ -192,7 +219,9 @@ WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
 LEVEL_FLOOR = 2.0**-12
 
 
-def weight(name: str, level: NoiseLevel, prediction: str, *, space: str = "model", **args: float) -> Tensor:
+def weight(
+    name: str, level: NoiseLevel, prediction: str, *, space: str = "model", **args: float
+) -> Tensor:
     """[b] weight of each row's squared error in a space of `compared`: W(snr) |d x0 / d out|^2, finite at zero terminal SNR.
 
     min_snr gives min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v (several public scripts take min(snr, g) / snr + 1, which
@@ -208,7 +237,12 @@ def weight(name: str, level: NoiseLevel, prediction: str, *, space: str = "model
     if law is None:
         return torch.ones_like(level.sigma)
     jacobian = PREDICTIONS["sample" if space == "edm" else prediction].jacobian
-    exact, floored = level, level._replace(alpha=level.alpha.clamp(min=LEVEL_FLOOR), sigma=level.sigma.clamp(min=LEVEL_FLOOR))
+    exact, floored = (
+        level,
+        level._replace(
+            alpha=level.alpha.clamp(min=LEVEL_FLOOR), sigma=level.sigma.clamp(min=LEVEL_FLOOR)
+        ),
+    )
     rows, limits = (law(at.snr) * jacobian(at) ** 2 for at in (exact, floored))
     return torch.where(torch.isfinite(rows), rows, limits)
 
@@ -231,7 +265,9 @@ _OUTPUTS = {  # row of PREDICTIONS -> the output's name, and the squared Jacobia
 }
 
 
-def meaning(weighting: str, prediction: str, space: str = "model", *, loss: str = "mse", **args: float) -> str:
+def meaning(
+    weighting: str, prediction: str, space: str = "model", *, loss: str = "mse", **args: float
+) -> str:
     """One line that says what a loss, a weighting and a space compute together, e.g. "loss: mse of x0, weighed by min(snr, 5)".
 
     Raises UserError for what `resolve` refuses.
@@ -240,18 +276,27 @@ def meaning(weighting: str, prediction: str, space: str = "model", *, loss: str 
     output, jacobian = _OUTPUTS["sample" if space == "edm" else prediction]
     words = "not weighed"
     if law is not None:
-        values = {name: value.default for name, value in list(inspect.signature(law).parameters.items())[1:]}
+        values = {
+            name: value.default
+            for name, value in list(inspect.signature(law).parameters.items())[1:]
+        }
         words = f"weighed by {_LAWS[weighting].format(**values) if weighting in _LAWS else f'{weighting} of snr'}{jacobian}"
     elif space == "edm" and prediction != "edm":
         words = "weighed by snr = 1 / sigma^2"
-    read = f", read from {_OUTPUTS[prediction][0]}" if space == "edm" and prediction != "sample" else ""
+    read = (
+        f", read from {_OUTPUTS[prediction][0]}"
+        if space == "edm" and prediction != "sample"
+        else ""
+    )
     return f"loss: {loss} of {output}{read}, {words}"
 
 
 # ---------------------------------------------------------------- finding, checking and adding up
 
 
-def resolve(spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None) -> Any:
+def resolve(
+    spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None
+) -> Any:
     """The row `spec` of a table, or function `fn` of a file for "path/to/file.py:fn", with `args` bound to it.
 
     Raises UserError for an unknown name (naming the nearest), a missing file or function, and an argument the function does not take.
@@ -267,14 +312,24 @@ def bound(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     text where its default is a number."""
     if not args:
         return function
-    parameters = list(inspect.signature(function).parameters.values())[1:] if function else []  # all but the StepOutput or the snr
+    parameters = (
+        list(inspect.signature(function).parameters.values())[1:] if function else []
+    )  # all but the StepOutput or the snr
     known = [p.name for p in parameters]
-    numbers = {p.name for p in parameters if isinstance(p.default, int | float) and not isinstance(p.default, bool)}
+    numbers = {
+        p.name
+        for p in parameters
+        if isinstance(p.default, int | float) and not isinstance(p.default, bool)
+    }
     for arg, value in args.items():
         if arg in numbers and isinstance(value, str):
             raise UserError(f"argument {arg} of {name} is {value!r}, expected a number")
-        if arg not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            raise UserError(f"{name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
+        if arg not in known and not any(
+            p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
+        ):
+            raise UserError(
+                f"{name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}"
+            )
     return functools.partial(function, **args)
 
 
@@ -284,7 +339,11 @@ def recorded(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
     Arguments that functools.partial has bound by name are among them, where a config can hold them.
     """
     inner: Any = loss
-    if isinstance(loss, functools.partial) and not loss.args and all(isinstance(v, bool | int | float | str) for v in loss.keywords.values()):
+    if (
+        isinstance(loss, functools.partial)
+        and not loss.args
+        and all(isinstance(v, bool | int | float | str) for v in loss.keywords.values())
+    ):
         inner = loss.func
     name = file_and_name(inner, LOSSES)
     return (name, {}) if inner is loss or name.startswith("<") else (name, dict(loss.keywords))  # type: ignore[attr-defined]
@@ -293,7 +352,9 @@ def recorded(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
 def _from_table(name: str, table: Mapping[str, Any]) -> Any:
     if name not in table:
         near = get_close_matches(name, table, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown name {name!r}, the nearest is {near!r}; choose {', '.join(table)} or path/to/file.py:function")
+        raise UserError(
+            f"unknown name {name!r}, the nearest is {near!r}; choose {', '.join(table)} or path/to/file.py:function"
+        )
     return table[name]
 
 
@@ -303,7 +364,9 @@ def check_weighting(name: str, args: Mapping[str, Any]) -> None:
     weights = law(torch.logspace(-4, 4, 9)) if law else torch.ones(1)
     if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
         given = " ".join(f"{key}={value}" for key, value in args.items())
-        raise UserError(f"weighting {name} with {given} gives weights from {weights.min():g} to {weights.max():g}; expected numbers of at least 0")
+        raise UserError(
+            f"weighting {name} with {given} gives weights from {weights.min():g} to {weights.max():g}; expected numbers of at least 0"
+        )
 
 
 def check_rows(rows: Tensor, name: str, b: int) -> None:
@@ -312,13 +375,19 @@ def check_rows(rows: Tensor, name: str, b: int) -> None:
     Check before weighing: a scalar times the weights [b] is [b] again.
     """
     if not isinstance(rows, Tensor):
-        raise UserError(f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], one number per example")
+        raise UserError(
+            f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], one number per example"
+        )
     if rows.shape != (b,):
         got = "a scalar" if rows.ndim == 0 else f"shape {list(rows.shape)}"
-        raise UserError(f"loss {name} returned {got}, expected [{b}], one number per example; take the mean over c, h, w only")
+        raise UserError(
+            f"loss {name} returned {got}, expected [{b}], one number per example; take the mean over c, h, w only"
+        )
     bad = (~torch.isfinite(rows.detach())).nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; lower the learning rate or look at that example")
+        raise UserError(
+            f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; lower the learning rate or look at that example"
+        )
 
 
 def total(rows: Tensor, is_prior: Tensor, *, prior_weight: float, instances: int) -> Tensor:

@@ -57,7 +57,9 @@ class Schedule:
     ts: Tensor  # [T] what the network is told
     alphas: Tensor  # [T]
     sigmas: Tensor  # [T]
-    shift: float = 1.0  # flow only: the shift already applied to the table (arXiv 2403.03206 eq. 23)
+    shift: float = (
+        1.0  # flow only: the shift already applied to the table (arXiv 2403.03206 eq. 23)
+    )
     rho: float = 7.0  # edm only: the exponent of the table (arXiv 2206.00364 eq. 5)
 
     def __len__(self) -> int:
@@ -84,18 +86,29 @@ class Schedule:
 
     def _between(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= len(self) - 1):
-            raise UserError(f"timesteps {t.min():g}..{t.max():g} leave the schedule, which has 0..{len(self) - 1}")
+            raise UserError(
+                f"timesteps {t.min():g}..{t.max():g} leave the schedule, which has 0..{len(self) - 1}"
+            )
         low = t.double().floor()
         part, row = t.double() - low, low.long()
         after = (row + 1).clamp(max=len(self) - 1)
-        ratios = self.sigmas / self.alphas  # the last is infinite at zero terminal SNR: torch.lerp would make it NaN
+        ratios = (
+            self.sigmas / self.alphas
+        )  # the last is infinite at zero terminal SNR: torch.lerp would make it NaN
         ratio = ratios[row] + part * (ratios[after] - ratios[row])
         alpha, whole = (1 + ratio**2) ** -0.5, part == 0
-        return torch.where(whole, self.alphas[row], alpha), torch.where(whole, self.sigmas[row], (1 - alpha**2).sqrt())
+        return torch.where(whole, self.alphas[row], alpha), torch.where(
+            whole, self.sigmas[row], (1 - alpha**2).sqrt()
+        )
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same schedule with its tables on `device`."""
-        return replace(self, ts=self.ts.to(device), alphas=self.alphas.to(device), sigmas=self.sigmas.to(device))
+        return replace(
+            self,
+            ts=self.ts.to(device),
+            alphas=self.alphas.to(device),
+            sigmas=self.sigmas.to(device),
+        )
 
 
 def vp(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
@@ -112,13 +125,20 @@ def vp(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
 
 def cosine_betas(steps: int, beta_max: float = 0.999) -> Tensor:
     """Betas of the squared-cosine schedule, float64 (arXiv 2102.09672 eq. 17, s = 0.008, betas capped at 0.999)."""
-    alpha_bar = torch.cos((torch.linspace(0, 1, steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+    alpha_bar = (
+        torch.cos(
+            (torch.linspace(0, 1, steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
+        )
+        ** 2
+    )
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)
 
 
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "linear": lambda start, end, steps: torch.linspace(start, end, steps, dtype=torch.float64),
-    "scaled_linear": lambda start, end, steps: torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2,
+    "scaled_linear": lambda start, end, steps: (
+        torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    ),
     "squaredcos_cap_v2": lambda start, end, steps: cosine_betas(steps),
 }
 
@@ -136,7 +156,9 @@ def vp_from_config(config: Mapping[str, Any]) -> Schedule:
         steps = config.get("num_train_timesteps", 1000)
         betas = BETAS[name](config.get("beta_start", 0.0001), config.get("beta_end", 0.02), steps)
     else:
-        raise UserError(f"scheduler_config.json has beta_schedule {name!r}; this program knows {', '.join(BETAS)}")
+        raise UserError(
+            f"scheduler_config.json has beta_schedule {name!r}; this program knows {', '.join(BETAS)}"
+        )
     return vp(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
@@ -157,7 +179,9 @@ def karras(fraction: Tensor, sigma_min: float, sigma_max: float, rho: float) -> 
     return (low + fraction * (high - low)) ** rho
 
 
-def edm(*, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, steps: int = 1000) -> Schedule:
+def edm(
+    *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, steps: int = 1000
+) -> Schedule:
     """Variance exploding schedule of EDM: alpha = 1 and t = c_noise = ln(sigma) / 4 (arXiv 2206.00364 table 1)."""
     sigmas = karras(torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max, rho)
     return Schedule("edm", sigmas.log() / 4, torch.ones_like(sigmas), sigmas, rho=rho)
@@ -167,7 +191,9 @@ def edm(*, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, 
 
 
 def _hash(seed: int, name: str, visit: int, purpose: str) -> int:
-    words = json.dumps([seed, name, visit, purpose]).encode()  # json, because "a" + "bc" must not meet "ab" + "c"
+    words = json.dumps(
+        [seed, name, visit, purpose]
+    ).encode()  # json, because "a" + "bc" must not meet "ab" + "c"
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
 
 
@@ -192,7 +218,9 @@ class Keys:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.visits):
-            raise ValueError(f"Keys need one visit per name, got {len(self.names)} names and {len(self.visits)} visits")
+            raise ValueError(
+                f"Keys need one visit per name, got {len(self.names)} names and {len(self.visits)} visits"
+            )
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """[b, *shape] standard normal numbers, fp32 on the CPU."""
@@ -204,24 +232,34 @@ class Keys:
 
     def hashes(self, purpose: str) -> Tensor:
         """[b] int64, the row keys of a counter hash (adapter dropout)."""
-        return torch.tensor([_hash(self.seed, n, v, purpose) for n, v in zip(self.names, self.visits, strict=True)], dtype=torch.int64)
+        return torch.tensor(
+            [_hash(self.seed, n, v, purpose) for n, v in zip(self.names, self.visits, strict=True)],
+            dtype=torch.int64,
+        )
 
     def rows(self, index: slice) -> "Keys":
         """The keys of some examples: rows(slice(0, 2)) are the first two."""
         return Keys(self.seed, self.names[index], self.visits[index])
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [generator(self.seed, n, v, purpose) for n, v in zip(self.names, self.visits, strict=True)]
+        return [
+            generator(self.seed, n, v, purpose)
+            for n, v in zip(self.names, self.visits, strict=True)
+        ]
 
 
 # ---------------------------------------------------------------- where on the schedule
 
 
-DENSITIES: dict[str, Callable[..., Tensor]] = {  # u in [0, 1) -> fraction of the schedule, 0 clean, 1 noise (arXiv 2403.03206 section 3.1)
+DENSITIES: dict[
+    str, Callable[..., Tensor]
+] = {  # u in [0, 1) -> fraction of the schedule, 0 clean, 1 noise (arXiv 2403.03206 section 3.1)
     "uniform": lambda u: u,
     "logit_normal": lambda u, mean=0.0, std=1.0: torch.sigmoid(mean + std * torch.special.ndtri(u)),
     "mode": lambda u, scale=1.29: 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u),
-    "cosmap": lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),  # of density 2 / (pi - 2 pi f + 2 pi f^2)
+    "cosmap": lambda u: (
+        1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+    ),  # of density 2 / (pi - 2 pi f + 2 pi f^2)
 }
 
 
@@ -234,29 +272,49 @@ def density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
     """
     if name not in DENSITIES:
         near = get_close_matches(name, DENSITIES, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown density {name!r}, the nearest is {near!r}; choose {', '.join(DENSITIES)}")
+        raise UserError(
+            f"unknown density {name!r}, the nearest is {near!r}; choose {', '.join(DENSITIES)}"
+        )
     known = list(inspect.signature(DENSITIES[name]).parameters)[1:]
     for arg, value in args.items():
         if arg not in known:
-            raise UserError(f"density {name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}")
+            raise UserError(
+                f"density {name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}"
+            )
         if not isinstance(value, int | float):
             raise UserError(f"argument {arg} of density {name} is {value!r}, expected a number")
     bound = functools.partial(DENSITIES[name], **args)
     fractions = bound(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
     if not (fractions.min() >= 0 and fractions.max() <= 1):  # also where they are NaN
-        raise UserError(f"density {name} with {args} leaves the fractions 0..1 of the schedule; give values nearer to the default")
+        raise UserError(
+            f"density {name} with {args} leaves the fractions 0..1 of the schedule; give values nearer to the default"
+        )
     return bound
 
 
 def draw(
-    schedule: Schedule, keys: Keys, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None, shift: float = 1.0
+    schedule: Schedule,
+    keys: Keys,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    density: Callable[[Tensor], Tensor] | None = None,
+    shift: float = 1.0,
 ) -> NoiseLevel:
     """One level per example by `place` of keyed uniform numbers: by default every row of the schedule in [low T, high T) is equally likely."""
-    return place(schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift)
+    return place(
+        schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift
+    )
 
 
 def place(
-    schedule: Schedule, u: Tensor, *, low: float = 0.0, high: float = 1.0, density: Callable[[Tensor], Tensor] | None = None, shift: float = 1.0
+    schedule: Schedule,
+    u: Tensor,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    density: Callable[[Tensor], Tensor] | None = None,
+    shift: float = 1.0,
 ) -> NoiseLevel:
     """The levels that u [b] in [0, 1) stands for, on the schedule's device: row floor(f T) of its table, f = low + (high - low) density(u).
 
@@ -268,10 +326,17 @@ def place(
     # 1e-6 of a row: 0.29 * 1000 is not quite 290
     first, stop = math.floor(low * len(schedule) + 1e-6), math.ceil(high * len(schedule) - 1e-6)
     if not (0 <= low < high <= 1 and first < stop):
-        raise UserError(f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high")
+        raise UserError(
+            f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high"
+        )
     check_shift(schedule, shift)
     u = u.double()
-    row = (first + (u if density is None else density(u)) * (stop - first)).floor().long().clamp(first, stop - 1)
+    row = (
+        (first + (u if density is None else density(u)) * (stop - first))
+        .floor()
+        .long()
+        .clamp(first, stop - 1)
+    )
     t = schedule.ts[row.to(schedule.ts.device)]
     return schedule.level((t if shift == 1 else shifted(t, shift)).float())
 
@@ -279,12 +344,23 @@ def place(
 def check_shift(schedule: Schedule, shift: float) -> None:
     """Raises UserError for a shift that is not above 0, and for one other than 1 where the schedule is no flow."""
     if not (shift > 0 and math.isfinite(shift)):
-        raise UserError(f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing")
+        raise UserError(
+            f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing"
+        )
     if shift != 1 and schedule.kind != "flow":
-        raise UserError(f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; leave it at 1")
+        raise UserError(
+            f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; leave it at 1"
+        )
 
 
-def resolution_shift(tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base: float = 0.5, max: float = 1.15) -> float:
+def resolution_shift(
+    tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base: float = 0.5,
+    max: float = 1.15,
+) -> float:
     """The shift e^mu for images of `tokens` patches, mu on the line through (base_tokens, base) and (max_tokens, max), not cut off beyond.
 
     What BFL's Flux and diffusers' `calculate_shift` with use_dynamic_shifting do: their time shift e^mu / (e^mu + 1 / sigma - 1) is
@@ -306,18 +382,29 @@ class NoiseSettings:
     perturbation: float = 0.0  # input perturbation gamma (arXiv 2301.11706 algorithm 1)
 
     def __post_init__(self) -> None:
-        if self.offset < 0 or self.perturbation < 0 or self.multires_levels < 0 or not 0 < self.multires_discount <= 1:
-            raise UserError(f"noise settings must be at least 0 and multires_discount in (0, 1], got {self}")
+        if (
+            self.offset < 0
+            or self.perturbation < 0
+            or self.multires_levels < 0
+            or not 0 < self.multires_discount <= 1
+        ):
+            raise UserError(
+                f"noise settings must be at least 0 and multires_discount in (0, 1], got {self}"
+            )
 
 
-def sample_noise(keys: Keys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()) -> tuple[Tensor, Tensor]:
+def sample_noise(
+    keys: Keys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
+) -> tuple[Tensor, Tensor]:
     """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h, w), fp32 on the CPU.
 
     They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps (arXiv 2301.11706 algorithm 1).
     """
     eps = keys.normal("noise", shape)
     if settings.multires_levels:
-        eps = torch.stack([_multires(row, keys.rows(slice(i, i + 1)), settings) for i, row in enumerate(eps)])
+        eps = torch.stack(
+            [_multires(row, keys.rows(slice(i, i + 1)), settings) for i, row in enumerate(eps)]
+        )
     if settings.offset:
         eps = eps + settings.offset * keys.normal("offset", (shape[0], 1, 1))
     if settings.perturbation:
@@ -336,7 +423,10 @@ def _multires(eps: Tensor, key: Keys, settings: NoiseSettings) -> Tensor:
     for i, ratio in enumerate(ratios.tolist(), start=1):
         size = (max(1, int(h / ratio**i)), max(1, int(w / ratio**i)))
         coarse = key.normal(f"multires {i}", (c, *size))
-        eps = eps + settings.multires_discount**i * F.interpolate(coarse, size=(h, w), mode="bilinear")[0]
+        eps = (
+            eps
+            + settings.multires_discount**i * F.interpolate(coarse, size=(h, w), mode="bilinear")[0]
+        )
         if size == (1, 1):
             break
     return eps / eps.std()

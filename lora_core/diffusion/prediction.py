@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, add_noise
 
-Space = Literal["model", "edm"]  # where outputs are compared: as the network puts them, or as the x0 they stand for
+Space = Literal[
+    "model", "edm"
+]  # where outputs are compared: as the network puts them, or as the x0 they stand for
 
 SIGMA_DATA = 0.5  # standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1)
 
@@ -27,16 +29,29 @@ SIGMA_DATA = 0.5  # standard deviation of the data that EDM's preconditioning as
 class Prediction(NamedTuple):
     """One convention: what the network is trained on, and how its output is read."""
 
-    target: Callable[[Tensor, Tensor, NoiseLevel], Tensor]  # (x0, eps, level) -> what `out` should be, [b, c, h, w]
-    x0: Callable[[Tensor, Tensor, NoiseLevel], Tensor]  # (x_t, out, level) -> the clean image `out` stands for, [b, c, h, w]
-    jacobian: Callable[[NoiseLevel], Tensor]  # level -> |d x0 / d out| [b]: an error e in `out` is an error jacobian * e in x0
-    c_in: Callable[[NoiseLevel], Tensor]  # level -> what x_t is multiplied with before the network sees it, [b]
+    target: Callable[
+        [Tensor, Tensor, NoiseLevel], Tensor
+    ]  # (x0, eps, level) -> what `out` should be, [b, c, h, w]
+    x0: Callable[
+        [Tensor, Tensor, NoiseLevel], Tensor
+    ]  # (x_t, out, level) -> the clean image `out` stands for, [b, c, h, w]
+    jacobian: Callable[
+        [NoiseLevel], Tensor
+    ]  # level -> |d x0 / d out| [b]: an error e in `out` is an error jacobian * e in x0
+    c_in: Callable[
+        [NoiseLevel], Tensor
+    ]  # level -> what x_t is multiplied with before the network sees it, [b]
 
 
 def _wide(x: Tensor, y: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x and y in fp32 or better, and alpha and sigma shaped to broadcast over them."""
     wide = level.like(x)
-    return x.to(torch.promote_types(x.dtype, torch.float32)), y.to(torch.promote_types(y.dtype, torch.float32)), wide.alpha, wide.sigma
+    return (
+        x.to(torch.promote_types(x.dtype, torch.float32)),
+        y.to(torch.promote_types(y.dtype, torch.float32)),
+        wide.alpha,
+        wide.sigma,
+    )
 
 
 def _one(level: NoiseLevel) -> Tensor:
@@ -114,10 +129,16 @@ def _edm_x0(x_t: Tensor, out: Tensor, level: NoiseLevel) -> Tensor:
 
 
 PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": Prediction(_epsilon_target, _epsilon_x0, lambda level: level.sigma / level.alpha, _one),
-    "v_prediction": Prediction(_v_target, _v_x0, lambda level: level.sigma / (level.alpha**2 + level.sigma**2), _one),
+    "epsilon": Prediction(
+        _epsilon_target, _epsilon_x0, lambda level: level.sigma / level.alpha, _one
+    ),
+    "v_prediction": Prediction(
+        _v_target, _v_x0, lambda level: level.sigma / (level.alpha**2 + level.sigma**2), _one
+    ),
     "sample": Prediction(_sample_target, _sample_x0, _one, _one),
-    "flow": Prediction(_flow_target, _flow_x0, lambda level: level.sigma / (level.alpha + level.sigma), _one),
+    "flow": Prediction(
+        _flow_target, _flow_x0, lambda level: level.sigma / (level.alpha + level.sigma), _one
+    ),
     "edm": Prediction(
         _edm_target,
         _edm_x0,
@@ -142,12 +163,18 @@ def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
     return (c_in(level.like(x_t)) * x_t.to(wide)).to(x_t.dtype)
 
 
-def compared(prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, str]:
+def compared(
+    prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel
+) -> tuple[Tensor, Tensor, str]:
     """(out, target, row): what a loss compares, [b, c, h, w] each, and the row of PREDICTIONS that both are in.
 
     "model": the network's output and its target. "edm": the x0 that the output stands for, and x0 (arXiv 2206.00364 eq. 2). Under input
     perturbation the output is read as if x_t held eps alone: then an error in it is the same error in both spaces, times the Jacobian.
     """
     if space == "edm":
-        return PREDICTIONS[prediction].x0(add_noise(x0, eps, level), out, level), PREDICTIONS["sample"].target(x0, eps, level), "sample"
+        return (
+            PREDICTIONS[prediction].x0(add_noise(x0, eps, level), out, level),
+            PREDICTIONS["sample"].target(x0, eps, level),
+            "sample",
+        )
     return out, PREDICTIONS[prediction].target(x0, eps, level), prediction

@@ -27,14 +27,22 @@ StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], fr
 # ---------------------------------------------------------------- the network as a denoiser
 
 
-def guided(network: Callable[[Tensor, NoiseLevel, Any], Tensor], prediction: str, cond: Any, uncond: Any = None, scale: float = 1.0) -> Denoise:
+def guided(
+    network: Callable[[Tensor, NoiseLevel, Any], Tensor],
+    prediction: str,
+    cond: Any,
+    uncond: Any = None,
+    scale: float = 1.0,
+) -> Denoise:
     """A denoiser with classifier-free guidance: out = uncond + scale (cond - uncond) on the raw output (arXiv 2207.12598 eq. 6).
 
     `network(c_in x_t, level, conditioning)` is called once, with the uncond rows (the negative prompts) first. At scale 1 the sum is
     cond alone, and so is the call. The conditioning is any class with a static `cat`. Raises UserError for a scale without uncond.
     """
     if scale != 1 and uncond is None:
-        raise UserError(f"guidance scale {scale:g} needs an unconditional or negative prompt; give one, or scale 1")
+        raise UserError(
+            f"guidance scale {scale:g} needs an unconditional or negative prompt; give one, or scale 1"
+        )
     row = PREDICTIONS[prediction]
     both = type(cond).cat([uncond, cond]) if scale != 1 else cond
 
@@ -52,13 +60,22 @@ def guided(network: Callable[[Tensor, NoiseLevel, Any], Tensor], prediction: str
 # ---------------------------------------------------------------- samplers
 
 
-def ddim(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, eta: float = 0.0, noise: StepNoise | None = None) -> Tensor:
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    *,
+    eta: float = 0.0,
+    noise: StepNoise | None = None,
+) -> Tensor:
     """x at the last level, by DDIM (arXiv 2010.02502 eq. 12; eq. 16 for eta, where 1 is DDPM's ancestral sampling).
 
     Raises UserError if eta is above 0 and there is no noise.
     """
     if eta > 0 and noise is None:
-        raise UserError(f"ddim with eta = {eta:g} adds noise at every step; give a noise source, or eta 0")
+        raise UserError(
+            f"ddim with eta = {eta:g} adds noise at every step; give a noise source, or eta 0"
+        )
     for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
         level = _at(levels, i, x)
         x0 = denoise(x, level)
@@ -113,7 +130,9 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
         lambda_, lambda_next = (alpha / sigma).log(), (alpha_next / sigma_next).log()
         d = x0
         if x0_before is not None and lambda_before is not None and sigma_next > 0:
-            r = (lambda_ - lambda_before) / (lambda_next - lambda_)  # infinite after a step from alpha = 0: no extrapolation
+            r = (lambda_ - lambda_before) / (
+                lambda_next - lambda_
+            )  # infinite after a step from alpha = 0: no extrapolation
             d = x0 + (x0 - x0_before) / (2 * r)
         x = sigma_next / sigma * x - alpha_next * torch.expm1(lambda_ - lambda_next) * d
         x0_before, lambda_before = x0, lambda_
@@ -126,7 +145,9 @@ def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
     Raises UserError for levels that are not a flow's.
     """
     if (levels.alpha + levels.sigma - 1).abs().max() > 1e-5:
-        raise UserError("flow_euler needs a flow schedule (alpha + sigma = 1); choose euler, ddim or dpmpp_2m for this model")
+        raise UserError(
+            "flow_euler needs a flow schedule (alpha + sigma = 1); choose euler, ddim or dpmpp_2m for this model"
+        )
     for i, (_, sigma, _, sigma_next) in enumerate(_pairs(levels)):
         velocity = (x - denoise(x, _at(levels, i, x))) / sigma
         x = x + (sigma_next - sigma) * velocity
@@ -157,7 +178,9 @@ SAMPLERS: dict[str, Sampler] = {
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
-def timesteps(schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1) -> list[float]:
+def timesteps(
+    schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1
+) -> list[float]:
     """n times from noisy to clean. For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) belongs to leading only.
 
     flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206); Karras' steps (arXiv 2206.00364 eq. 5).
@@ -169,7 +192,10 @@ def timesteps(schedule: Schedule, steps: int, *, spacing: Spacing = "leading", o
         return shifted(torch.arange(steps, 0, -1).double() / steps, schedule.shift).tolist()
     if schedule.kind == "edm":
         low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
-        return (karras(torch.linspace(1, 0, steps, dtype=torch.float64), low, high, schedule.rho).log() / 4).tolist()
+        return (
+            karras(torch.linspace(1, 0, steps, dtype=torch.float64), low, high, schedule.rho).log()
+            / 4
+        ).tolist()
     if spacing == "leading":
         times: list[float] = [i * (count // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
@@ -180,11 +206,21 @@ def timesteps(schedule: Schedule, steps: int, *, spacing: Spacing = "leading", o
         raise UserError(f"unknown spacing {spacing!r}; choose leading, trailing or linspace")
     if steps > count or times[0] > count - 1 or (spacing == "linspace" and steps == 1):
         what = f"{steps} steps with {spacing} spacing and offset {offset}"
-        raise UserError(f"{what} do not fit timesteps 0..{count - 1}; choose another number of sampling steps")
+        raise UserError(
+            f"{what} do not fit timesteps 0..{count - 1}; choose another number of sampling steps"
+        )
     return times
 
 
-def levels(sampler: str, schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1, strength: float = 1.0) -> NoiseLevel:
+def levels(
+    sampler: str,
+    schedule: Schedule,
+    steps: int,
+    *,
+    spacing: Spacing = "leading",
+    offset: int = 1,
+    strength: float = 1.0,
+) -> NoiseLevel:
     """The n + 1 levels that a sampler walks down, [n + 1] float64 on the CPU, from noisy to the one it ends at.
 
     strength below 1 keeps the last int(strength * steps) steps, for image to image: x starts as an image with that much noise.
@@ -192,18 +228,27 @@ def levels(sampler: str, schedule: Schedule, steps: int, *, spacing: Spacing = "
     """
     if sampler not in SAMPLERS:
         near = get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown sampler {sampler!r}, the nearest is {near!r}; choose {', '.join(SAMPLERS)}")
+        raise UserError(
+            f"unknown sampler {sampler!r}, the nearest is {near!r}; choose {', '.join(SAMPLERS)}"
+        )
     row, is_vp = SAMPLERS[sampler], schedule.kind == "vp"
     spare = row.spare and is_vp and spacing != "trailing"
     times = timesteps(schedule, steps + spare, spacing=spacing, offset=offset)[:steps]
     kept = int(strength * steps)
     if not (0 < strength <= 1 and kept > 0):
-        raise UserError(f"strength {strength:g} of {steps} steps leaves none; it must be at most 1 and at least {1 / steps:g}")
+        raise UserError(
+            f"strength {strength:g} of {steps} steps leaves none; it must be at most 1 and at least {1 / steps:g}"
+        )
     times = [round(t) if row.whole and is_vp else t for t in times[steps - kept :]]
     home = schedule.to("cpu")
-    path, first = home.level(torch.tensor(times, dtype=torch.float64)), NoiseLevel(home.ts[:1], home.alphas[:1], home.sigmas[:1])
+    path, first = (
+        home.level(torch.tensor(times, dtype=torch.float64)),
+        NoiseLevel(home.ts[:1], home.alphas[:1], home.sigmas[:1]),
+    )
     if row.clean or not is_vp:
-        first = first._replace(alpha=torch.ones_like(first.alpha), sigma=torch.zeros_like(first.sigma))
+        first = first._replace(
+            alpha=torch.ones_like(first.alpha), sigma=torch.zeros_like(first.sigma)
+        )
     return NoiseLevel(*(torch.cat(pair) for pair in zip(path, first, strict=True)))
 
 
@@ -214,7 +259,9 @@ def split(levels: NoiseLevel, schedule: Schedule, start: float) -> tuple[NoiseLe
     Raises UserError for a share that leaves one of them no step, and for edm, whose t counts neither steps nor sigma.
     """
     if schedule.kind == "edm":
-        raise UserError("a refiner takes over at a share of the timesteps, which a model with an edm schedule does not count; leave it out")
+        raise UserError(
+            "a refiner takes over at a share of the timesteps, which a model with an edm schedule does not count; leave it out"
+        )
     count = len(schedule)
     cutoff = round(count - start * count) / (count if schedule.kind == "flow" else 1)
     steps = len(levels.t) - 1

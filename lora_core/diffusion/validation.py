@@ -22,7 +22,9 @@ from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.errors import UserError
 
-Denoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
+Denoise = Callable[
+    [Tensor, NoiseLevel, Tensor], Tensor
+]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
 
 
 class Score(NamedTuple):
@@ -53,13 +55,22 @@ def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count:
     images = list({record.path.resolve(): record for record in given}.values())
     number = min(count, len(images)) if count else len(images)
     chosen = [unmasked(images[i * len(images) // number]) for i in range(number)]
-    paths, contents = {record.path.resolve() for record in training}, {record.key for record in training}
+    paths, contents = (
+        {record.path.resolve() for record in training},
+        {record.key for record in training},
+    )
     seen = sum(record.path.resolve() in paths or record.key in contents for record in chosen)
     kind = "held-out" if not seen else "training" if seen == number else "given"
     mixed = f"loss on {seen} training image{'' if seen == 1 else 's'} and others"
-    words = {"held-out": "held-out loss", "training": "loss on the training images", "given": mixed}[kind]
+    words = {
+        "held-out": "held-out loss",
+        "training": "loss on the training images",
+        "given": mixed,
+    }[kind]
     share = (
-        f"{number} {kind} image{'' if number == 1 else 's'}" if number == len(images) else f"{number} of {len(images)} {kind} images, evenly chosen"
+        f"{number} {kind} image{'' if number == 1 else 's'}"
+        if number == len(images)
+        else f"{number} of {len(images)} {kind} images, evenly chosen"
     )
     trained = f", {seen} of them trained on" if kind == "given" else ""
     more = "" if number == len(images) else "; --validation.count 0 takes all"
@@ -74,7 +85,15 @@ def midpoints(schedule: Schedule, bins: int) -> Tensor:
 
 @torch.no_grad()
 def score(
-    denoise: Denoise, x0: Tensor, names: Sequence[str], schedule: Schedule, prediction: str, *, bins: int, draws: int, seed: int
+    denoise: Denoise,
+    x0: Tensor,
+    names: Sequence[str],
+    schedule: Schedule,
+    prediction: str,
+    *,
+    bins: int,
+    draws: int,
+    seed: int,
 ) -> list[Score]:
     """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each bin and draw. `names` are the examples' keys."""
     scores = []
@@ -106,7 +125,9 @@ def read(run: Path) -> dict[int, list[Score]]:
     """Step -> scores, from val.jsonl of a run folder. Raises UserError when there is none."""
     file = run / "val.jsonl"
     if not file.is_file() and (run / "summary.json").is_file():
-        raise UserError(f"{run} was trained without validation (--validation.every -1), so there is no loss to compare; train it with validation")
+        raise UserError(
+            f"{run} was trained without validation (--validation.every -1), so there is no loss to compare; train it with validation"
+        )
     if not file.is_file():
         raise UserError(f"{run} has no val.jsonl; is it the folder of a finished run?")
     steps: dict[int, list[Score]] = defaultdict(list)
@@ -136,12 +157,19 @@ def compare(run_a: Path, run_b: Path) -> list[Difference]:
     last = [steps[max(steps)] for steps in (read(run_a), read(run_b))]
     a, b = ({(s.key, s.draw, s.t): s.loss for s in scores} for scores in last)
     if a.keys() != b.keys():
-        raise UserError(f"{run_a} and {run_b} were validated on different images, timesteps or draws; give both the same [validation] and data")
+        raise UserError(
+            f"{run_a} and {run_b} were validated on different images, timesteps or draws; give both the same [validation] and data"
+        )
     rows = []
     for t in sorted({t for _, _, t in a}):
         rows.append(_difference(t, [(a[k], b[k]) for k in sorted(a) if k[2] == t]))
     whole = [[(a[k], b[k]) for k in a if k[:2] == pair] for pair in sorted({k[:2] for k in a})]
-    rows.append(_difference(math.nan, [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in whole]))
+    rows.append(
+        _difference(
+            math.nan,
+            [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in whole],
+        )
+    )
     return rows
 
 
@@ -150,13 +178,18 @@ def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> Difference:
     changes = [y - x for x, y in pairs]
     centre = sum(changes) / n
     error = math.sqrt(sum((c - centre) ** 2 for c in changes) / (n - 1) / n) if n > 1 else math.nan
-    return Difference(t, sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n, centre, error, n)
+    return Difference(
+        t, sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n, centre, error, n
+    )
 
 
 def table(rows: Sequence[Difference], names: tuple[str, str]) -> str:
     """The comparison as text."""
     head = f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
-    lines = [f"{timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}" for r in rows]
+    lines = [
+        f"{timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
+        for r in rows
+    ]
     return "\n".join([head, *lines])
 
 

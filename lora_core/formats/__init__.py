@@ -30,7 +30,19 @@ from lora_core.formats.grammar import Reading
 from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
 from lora_core.formats.pickles import read_pickle
 
-__all__ = ["FORMATS", "NATIVE", "Component", "Format", "Layout", "layout_of", "load", "run_files", "run_paths", "save", "save_run"]
+__all__ = [
+    "FORMATS",
+    "NATIVE",
+    "Component",
+    "Format",
+    "Layout",
+    "layout_of",
+    "load",
+    "run_files",
+    "run_paths",
+    "save",
+    "save_run",
+]
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
@@ -43,7 +55,9 @@ Written = tuple[dict[str, Tensor], dict[str, str]]
 
 
 class Format(NamedTuple):
-    detect: Callable[[Tensors], bool]  # looks at keys; one matching key is enough, so that the reader can name the odd ones
+    detect: Callable[
+        [Tensors], bool
+    ]  # looks at keys; one matching key is enough, so that the reader can name the odd ones
     read: Callable[[Tensors, Mapping[str, str], Layout | None, str, Reading], AdapterState]
     write: Callable[[AdapterState, Layout | None, str], Written] | None = None
     hashes: bool = False  # whether the header gets kohya's hashes of the file
@@ -63,7 +77,9 @@ FORMATS = {  # in the order in which they are tried
     "peft": Format(peft.detect, peft.read),
     "embeddings": Format(embeddings.detect, _strict(embeddings.read), embeddings.write),
     "a1111": Format(embeddings.detect, _strict(embeddings.read), embeddings.write_a1111),
-    "textual_inversion": Format(embeddings.detect, _strict(embeddings.read), embeddings.write_learned),
+    "textual_inversion": Format(
+        embeddings.detect, _strict(embeddings.read), embeddings.write_learned
+    ),
 }
 ROWS = ("embeddings", "a1111", "textual_inversion")  # the formats of token rows
 FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be refused by name
@@ -73,7 +89,9 @@ FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be r
     r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a whole checkpoint",
 }
-STALE = re.compile(r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*")  # header entries that describe the file they were read from
+STALE = re.compile(
+    r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*"
+)  # header entries that describe the file they were read from
 
 
 def load(
@@ -122,17 +140,28 @@ def save(
     if any(state.dense.values()):
         raise UserError(f"{path} cannot be written: {_first_dense(state)}; {DISTIL}")
     if not (state.tokens if format in ROWS else any(state.components.values())):
-        raise UserError(f"there is nothing to write to {path}: the state has no {'token rows' if format in ROWS else 'adapted modules'}")
+        raise UserError(
+            f"there is nothing to write to {path}: the state has no {'token rows' if format in ROWS else 'adapted modules'}"
+        )
     path = Path(path)
     tensors, own = writers[format](_cast(state, dtype), layout, path.stem)
-    header = {key: value for key, value in state.metadata.items() if not STALE.fullmatch(key)} | dict(metadata or {}) | own
+    header = (
+        {key: value for key, value in state.metadata.items() if not STALE.fullmatch(key)}
+        | dict(metadata or {})
+        | own
+    )
     if state.token_names:
         header[embeddings.NAMES] = json.dumps(list(state.token_names), ensure_ascii=False)
     write_tensors(path, tensors, header, hashes=FORMATS[format].hashes)
 
 
 def save_run(
-    state: AdapterState, folder: str | Path, *, layout: Layout, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+    state: AdapterState,
+    folder: str | Path,
+    *,
+    layout: Layout,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """The files a run ends with, those that the state has content for: NATIVE and <run>.safetensors (kohya's names), <run>_emb.safetensors.
 
@@ -145,7 +174,10 @@ def save_run(
         written.append(native)
         save(state, written[0], format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
         if reason := joined_layers.obstacle(state, layout):
-            print(f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}", file=sys.stderr)
+            print(
+                f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}",
+                file=sys.stderr,
+            )
         else:
             written.append(kohyas)
             save(state, written[1], format="kohya", layout=layout, metadata=metadata, dtype=dtype)
@@ -158,7 +190,13 @@ def save_run(
 def run_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
     """The files that `save_run` writes of this state."""
     native, kohyas, rows = (folder / name for name in run_files(folder.name))
-    loras = [] if not any(state.components.values()) else [native] if joined_layers.obstacle(state, layout) else [native, kohyas]
+    loras = (
+        []
+        if not any(state.components.values())
+        else [native]
+        if joined_layers.obstacle(state, layout)
+        else [native, kohyas]
+    )
     return loras + [rows] * bool(state.tokens)
 
 
@@ -181,11 +219,15 @@ def _load_file(path: Path, layout: Layout | None, how: Reading) -> AdapterState:
     return _read(pickled_tensors(data, str(path)), {}, layout, str(path), how)
 
 
-def _read(tensors: Tensors, header: Mapping[str, str], layout: Layout | None, source: str, how: Reading) -> AdapterState:
+def _read(
+    tensors: Tensors, header: Mapping[str, str], layout: Layout | None, source: str, how: Reading
+) -> AdapterState:
     for pattern, what in FOREIGN.items():
         for key in tensors:
             if re.fullmatch(pattern, key):
-                raise UserError(f"{source} is {what} (key {key}), which is not read; the formats are {', '.join(FORMATS)}")
+                raise UserError(
+                    f"{source} is {what} (key {key}), which is not read; the formats are {', '.join(FORMATS)}"
+                )
     rest, bundled = embeddings.unbundle(tensors, layout, source)
     if bundled and not rest:
         return bundled
@@ -197,15 +239,26 @@ def _read(tensors: Tensors, header: Mapping[str, str], layout: Layout | None, so
     if source.endswith(OWN):
         model = Path(source).with_name("model")
         use = f"take the whole model beside it, {model}, or put them on again with lora_core.adapters.custom_files.load_adapters"
-        raise UserError(f"{source} holds adapters without a low-rank form, which no LoRA can be made of; {use}")
-    raise UserError(f"{source} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}")
+        raise UserError(
+            f"{source} holds adapters without a low-rank form, which no LoRA can be made of; {use}"
+        )
+    raise UserError(
+        f"{source} is no adapter file: none of its {len(keys)} keys ({', '.join(keys[:3])} ...) is known to {', '.join(FORMATS)}"
+    )
 
 
 def _with_bundle(state: AdapterState, rows: AdapterState, source: str) -> AdapterState:
     """The state of a file with the token rows that it bundles."""
     if state.tokens:
-        raise UserError(f"{source} has token rows ({', '.join(state.token_names)}) beside bundled ones ({', '.join(rows.token_names)}); expected one")
-    return replace(state, tokens=rows.tokens, token_names=rows.token_names, metadata=state.metadata | rows.metadata)
+        raise UserError(
+            f"{source} has token rows ({', '.join(state.token_names)}) beside bundled ones ({', '.join(rows.token_names)}); expected one"
+        )
+    return replace(
+        state,
+        tokens=rows.tokens,
+        token_names=rows.token_names,
+        metadata=state.metadata | rows.metadata,
+    )
 
 
 def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
@@ -213,27 +266,39 @@ def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> 
     for name in (*second.components, *second.dense):
         if first.components.get(name) or first.dense.get(name):
             raise UserError(f"{one} and {other} both adapt {name}; expected one of them")
-    joined = replace(first, components=first.components | second.components, dense=first.dense | second.dense)
+    joined = replace(
+        first, components=first.components | second.components, dense=first.dense | second.dense
+    )
     joined.metadata = second.metadata | first.metadata
     if second.tokens:
         trained = embeddings.names(first.metadata, second.token_names, one)
         if trained != second.token_names:
-            raise UserError(f"{one} was trained with the tokens {', '.join(trained)}, {other} has {', '.join(second.token_names)}")
+            raise UserError(
+                f"{one} was trained with the tokens {', '.join(trained)}, {other} has {', '.join(second.token_names)}"
+            )
         joined.tokens, joined.token_names = second.tokens, second.token_names
     return joined
 
 
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
     if any(state.dense.values()):
-        raise UserError(f"{source} cannot be put on a model as it is: {_first_dense(state)}; {DISTIL}")
+        raise UserError(
+            f"{source} cannot be put on a model as it is: {_first_dense(state)}; {DISTIL}"
+        )
     for name, modules in state.components.items():
         for path, lr in modules.items():
             if lr.magnitude is not None and lr.magnitude.ndim > 1:
-                raise UserError(f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by columns; merge.py fold puts it into a model")
+                raise UserError(
+                    f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by columns; merge.py fold puts it into a model"
+                )
 
 
 def _first_dense(state: AdapterState) -> str:
-    name, path, update = next((name, path, update) for name, modules in state.dense.items() for path, update in modules.items())
+    name, path, update = next(
+        (name, path, update)
+        for name, modules in state.dense.items()
+        for path, update in modules.items()
+    )
     return f"{name}.{path} is a {update.kind} update, no product of two factors"
 
 
@@ -249,18 +314,26 @@ def _files(path: Path) -> list[Path]:
 
 def _run_files(folder: Path) -> list[Path]:
     """The LoRA of a run's folder, if any, then its token rows, if any. Raises UserError for neither, or a choice."""
-    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))  # a dot: what a killed writer left
+    files = sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith(".")
+    )  # a dot: what a killed writer left
     rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
     loras = [file for file in files if file not in rows]
     if folder / NATIVE in loras:
         loras = [folder / NATIVE]
     for kind in (loras, rows):
         if len(kind) > 1:
-            raise UserError(f"{folder} has {len(kind)} files to choose from ({', '.join(file.name for file in kind[:4])}); name one of them")
+            raise UserError(
+                f"{folder} has {len(kind)} files to choose from ({', '.join(file.name for file in kind[:4])}); name one of them"
+            )
     if not loras and not rows and (folder / "model").is_dir():
-        raise UserError(f"{folder} has no LoRA: its run trained the whole model, which is {folder / 'model'}; give that as the model")
+        raise UserError(
+            f"{folder} has no LoRA: its run trained the whole model, which is {folder / 'model'}; give that as the model"
+        )
     if not loras and not rows:
-        raise UserError(f"{folder} has no .safetensors file; expected {NATIVE} or *{EMBEDDINGS}, is the run finished?")
+        raise UserError(
+            f"{folder} has no .safetensors file; expected {NATIVE} or *{EMBEDDINGS}, is the run finished?"
+        )
     return loras + rows
 
 
@@ -269,7 +342,14 @@ def _cast(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
     if dtype is None:
         return state
     components = {
-        name: {path: lr._replace(down=lr.down.to(dtype), up=lr.up.to(dtype)) for path, lr in modules.items()}
+        name: {
+            path: lr._replace(down=lr.down.to(dtype), up=lr.up.to(dtype))
+            for path, lr in modules.items()
+        }
         for name, modules in state.components.items()
     }
-    return replace(state, components=components, tokens={key: rows.to(dtype) for key, rows in state.tokens.items()})
+    return replace(
+        state,
+        components=components,
+        tokens={key: rows.to(dtype) for key, rows in state.tokens.items()},
+    )

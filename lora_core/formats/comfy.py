@@ -29,7 +29,10 @@ from lora_core.formats.grammar import (
 from lora_core.formats.layout import Component, Layout
 
 DENOISER, ENCODER = "diffusion_model", "text_encoders.{}.transformer"
-CALLED = {"t5": ("t5xxl",), "clip_l": ("clip_l", "clip_h")}  # key of an encoder's token rows -> ComfyUI's names; clip_h is the one of 1024 inputs
+CALLED = {
+    "t5": ("t5xxl",),
+    "clip_l": ("clip_l", "clip_h"),
+}  # key of an encoder's token rows -> ComfyUI's names; clip_h is the one of 1024 inputs
 SHORT = {  # how a layer's name in the original code ends -> the trainer's own module
     "img_attn.qkv": "processor.qkv_lora1",
     "img_attn.proj": "processor.proj_lora1",
@@ -45,7 +48,9 @@ PARTS = 3  # q, k and v
 
 def detect(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a factor of this grammar."""
-    return any(key.startswith((f"{DENOISER}.", "text_encoders.")) and is_factor(key) for key in tensors)
+    return any(
+        key.startswith((f"{DENOISER}.", "text_encoders.")) and is_factor(key) for key in tensors
+    )
 
 
 def read(
@@ -53,10 +58,14 @@ def read(
 ) -> AdapterState:  # fmt: skip
     """The file's state. Raises UserError, also without a layout: the original code's names are known from a model's paths only."""
     if layout is None:
-        raise UserError(f"{source} has ComfyUI's names, which can only be read against a model's layout; name the model it belongs to")
+        raise UserError(
+            f"{source} has ComfyUI's names, which can only be read against a model's layout; name the model it belongs to"
+        )
     stored = joined_layers.stored(layout)
     known = sites(_grammar(stored), stored, leaves_of(tensors, source))
-    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(
+        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    )
 
 
 def detect_short(tensors: Mapping[str, Tensor]) -> bool:
@@ -69,22 +78,40 @@ def read_short(
 ) -> AdapterState:  # fmt: skip
     """The state of a file of XLabs' trainer. Raises UserError, also without a layout, and for a model without such blocks."""
     if layout is None:
-        raise UserError(f"{source} has the names of XLabs' trainer, which can only be read against a model's layout; name the model it belongs to")
+        raise UserError(
+            f"{source} has the names of XLabs' trainer, which can only be read against a model's layout; name the model it belongs to"
+        )
     narrow = {
-        name: replace(part, fused={fused_name: parts[:PARTS] for fused_name, parts in part.fused.items()}) for name, part in layout.components.items()
+        name: replace(
+            part, fused={fused_name: parts[:PARTS] for fused_name, parts in part.fused.items()}
+        )
+        for name, part in layout.components.items()
     }
-    layout = replace(layout, components={name: part for name, part in narrow.items() if name not in layout.encoders})
+    layout = replace(
+        layout,
+        components={name: part for name, part in narrow.items() if name not in layout.encoders},
+    )
     stored = joined_layers.stored(layout)
     known = sites(_short(), stored, SHORT_LEAVES)
-    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(
+        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    )
 
 
 def _grammar(layout: Layout) -> Grammar:
-    original = {path: name for component in layout.components.values() for path, name in kohya.originals(component).items()}
+    original = {
+        path: name
+        for component in layout.components.values()
+        for path, name in kohya.originals(component).items()
+    }
 
     def heads(name: str, component: Component) -> tuple[str, ...]:
         key = layout.encoders.get(name)
-        return (DENOISER,) if key is None else tuple(ENCODER.format(called) for called in CALLED.get(key, (key,)))
+        return (
+            (DENOISER,)
+            if key is None
+            else tuple(ENCODER.format(called) for called in CALLED.get(key, (key,)))
+        )
 
     return Grammar(
         heads=heads,
@@ -98,6 +125,16 @@ def _grammar(layout: Layout) -> Grammar:
 def _short() -> Grammar:
     def names(component: Component, path: str) -> tuple[str, ...]:
         original = component.names.get(path, path)
-        return tuple(original[: -len(end)] + short for end, short in SHORT.items() if original.endswith("." + end))
+        return tuple(
+            original[: -len(end)] + short
+            for end, short in SHORT.items()
+            if original.endswith("." + end)
+        )
 
-    return Grammar(heads=lambda name, component: ("", DENOISER), names=names, leaves={}, scale="folded", magnitude=lambda out, ndim: (out,))
+    return Grammar(
+        heads=lambda name, component: ("", DENOISER),
+        names=names,
+        leaves={},
+        scale="folded",
+        magnitude=lambda out, ndim: (out,),
+    )

@@ -17,7 +17,9 @@ from torch import Tensor
 from lora_core.errors import UserError
 
 Shape = tuple[int, ...]
-Form = Literal["same", "conv", "transposed"]  # how a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o]
+Form = Literal[
+    "same", "conv", "transposed"
+]  # how a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o]
 LEVEL = "text_model."  # a level of published names that transformers 5 dropped from CLIPTextModel
 
 
@@ -82,7 +84,11 @@ def unet(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
     attends = _count(shapes, r"mid_block\.attentions\.(\d+)\..*")
     middle = ["mid_block.resnets.0", *["mid_block.attentions.0"][:attends], "mid_block.resnets.1"]
     for n, name in enumerate(middle):
-        modules |= {name: f"middle_block.{n}"} if "attentions" in name else _resnet(name, f"middle_block.{n}")
+        modules |= (
+            {name: f"middle_block.{n}"}
+            if "attentions" in name
+            else _resnet(name, f"middle_block.{n}")
+        )
     number = 0
     for i in range(_count(shapes, r"up_blocks\.(\d+)\..*")):
         block = f"up_blocks.{i}"
@@ -91,7 +97,9 @@ def unet(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
             modules |= _resnet(f"{block}.resnets.{j}", f"output_blocks.{number}.0")
             modules[f"{block}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
-        modules[f"{block}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{2 if attends else 1}.conv"
+        modules[f"{block}.upsamplers.0.conv"] = (
+            f"output_blocks.{number - 1}.{2 if attends else 1}.conv"
+        )
     return _entries(shapes, modules)
 
 
@@ -101,33 +109,59 @@ def vae(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
     diffusers' older names of these layers (query, key, value, proj_attn) are known. Raises UserError for a tensor without a name here.
     """
     modules = {name: name for name in ("quant_conv", "post_quant_conv")}
-    for part, blocks, sampler in (("encoder", "down_blocks", "downsample"), ("decoder", "up_blocks", "upsample")):
+    for part, blocks, sampler in (
+        ("encoder", "down_blocks", "downsample"),
+        ("decoder", "up_blocks", "upsample"),
+    ):
         short = blocks.removesuffix("_blocks")
-        modules |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")} | {f"{part}.conv_norm_out": f"{part}.norm_out"}
+        modules |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")} | {
+            f"{part}.conv_norm_out": f"{part}.norm_out"
+        }
         depth = _count(shapes, rf"{part}\.{blocks}\.(\d+)\..*")
         for i in range(depth):
-            block, there = f"{part}.{blocks}.{i}", f"{part}.{short}.{i if part == 'encoder' else depth - 1 - i}"
+            block, there = (
+                f"{part}.{blocks}.{i}",
+                f"{part}.{short}.{i if part == 'encoder' else depth - 1 - i}",
+            )
             for j in range(_count(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-                modules |= _vae_resnet(f"{block}.resnets.{j}", f"{there}.block.{j}") | _vae_attention(f"{block}.attentions.{j}", f"{there}.attn.{j}")
+                modules |= _vae_resnet(
+                    f"{block}.resnets.{j}", f"{there}.block.{j}"
+                ) | _vae_attention(f"{block}.attentions.{j}", f"{there}.attn.{j}")
             modules[f"{block}.{sampler}rs.0.conv"] = f"{there}.{sampler}.conv"
         for j in range(2):
             modules |= _vae_resnet(f"{part}.mid_block.resnets.{j}", f"{part}.mid.block_{j + 1}")
         modules |= _vae_attention(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1")
     entries = _entries(shapes, modules)
-    linear = [key for key, entry in entries.items() if ".attentions." in entry.keys[0] and len(entry.shape) == 2]
-    return entries | {key: replace(entries[key], form="conv", shape=(*entries[key].shape, 1, 1)) for key in linear}
+    linear = [
+        key
+        for key, entry in entries.items()
+        if ".attentions." in entry.keys[0] and len(entry.shape) == 2
+    ]
+    return entries | {
+        key: replace(entries[key], form="conv", shape=(*entries[key].shape, 1, 1)) for key in linear
+    }
 
 
 def clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
     """CLIPTextModel as transformers 4 published it, with the level text_model; files without that level are read, too."""
-    names = {key: key if key.startswith((LEVEL, "text_projection")) else LEVEL + key for key in shapes}
-    return {name: Entry((key,), shapes[key], also=(name.removeprefix(LEVEL),) if name.startswith(LEVEL) else ()) for key, name in names.items()}
+    names = {
+        key: key if key.startswith((LEVEL, "text_projection")) else LEVEL + key for key in shapes
+    }
+    return {
+        name: Entry(
+            (key,), shapes[key], also=(name.removeprefix(LEVEL),) if name.startswith(LEVEL) else ()
+        )
+        for key, name in names.items()
+    }
 
 
 def open_clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
     """OpenCLIP's text tower: q, k and v are one in_proj, the projection is transposed. Raises UserError for a tensor without a name here."""
     level = LEVEL if any(key.startswith(LEVEL) for key in shapes) else ""
-    modules = {f"{level}final_layer_norm": "ln_final", f"{level}embeddings.token_embedding": "token_embedding"}
+    modules = {
+        f"{level}final_layer_norm": "ln_final",
+        f"{level}embeddings.token_embedding": "token_embedding",
+    }
     layer_names = {
         "layer_norm1": "ln_1",
         "layer_norm2": "ln_2",
@@ -143,13 +177,19 @@ def open_clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
             parts = tuple(f"{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv")
             if all(part in shapes for part in parts):
                 rows = sum(shapes[part][0] for part in parts)
-                entries[f"{block}.attn.in_proj_{leaf}"] = Entry(parts, (rows, *shapes[parts[0]][1:]))
+                entries[f"{block}.attn.in_proj_{leaf}"] = Entry(
+                    parts, (rows, *shapes[parts[0]][1:])
+                )
     if (key := f"{level}embeddings.position_embedding.weight") in shapes:
         entries["positional_embedding"] = Entry((key,), shapes[key])
     if (key := "text_projection.weight") in shapes:
         entries["text_projection"] = Entry((key,), shapes[key][::-1], "transposed")
-    done = {key for entry in entries.values() for key in entry.keys} | {f"{level}embeddings.position_ids"}  # a buffer that OpenCLIP does not have
-    return entries | _entries({key: shape for key, shape in shapes.items() if key not in done}, modules)
+    done = {key for entry in entries.values() for key in entry.keys} | {
+        f"{level}embeddings.position_ids"
+    }  # a buffer that OpenCLIP does not have
+    return entries | _entries(
+        {key: shape for key, shape in shapes.items() if key not in done}, modules
+    )
 
 
 GRAMMARS = {
@@ -166,7 +206,14 @@ def spares(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
     Stable Diffusion 2 reads the state before the last of 24 layers, so diffusers keeps 23; readers of single files build 24 and never run the last.
     kohya's scripts write the same copy.
     """
-    last = max((int(match[1]) for key in entries if (match := re.match(r"transformer\.resblocks\.(\d+)\.", key))), default=-1)
+    last = max(
+        (
+            int(match[1])
+            for key in entries
+            if (match := re.match(r"transformer\.resblocks\.(\d+)\.", key))
+        ),
+        default=-1,
+    )
     head = f"transformer.resblocks.{last}."
     own = {key: entry for key, entry in entries.items() if key.startswith(head)}
     return {
@@ -190,10 +237,14 @@ def _entries(shapes: Mapping[str, Shape], modules: Mapping[str, str]) -> dict[st
             module, dot, word = module.rpartition(".")
             tail = dot + word + tail
         if not module:
-            raise UserError(f"{key} has no name in a single file of this kind; only networks of the original architectures can be written as one")
+            raise UserError(
+                f"{key} has no name in a single file of this kind; only networks of the original architectures can be written as one"
+            )
         name = modules[module] + tail
         if name in entries:
-            raise UserError(f"{key} and {entries[name].keys[0]} would both be {name} in a single file; the network names one layer twice")
+            raise UserError(
+                f"{key} and {entries[name].keys[0]} would both be {name} in a single file; the network names one layer twice"
+            )
         entries[name] = Entry((key,), shape)
     return entries
 
@@ -205,12 +256,23 @@ def _count(keys: Iterable[str], pattern: str) -> int:
 
 
 def _resnet(here: str, there: str) -> dict[str, str]:
-    names = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3"}
-    return {f"{here}.{name}": f"{there}.{other}" for name, other in (names | {"conv_shortcut": "skip_connection"}).items()}
+    names = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+    }
+    return {
+        f"{here}.{name}": f"{there}.{other}"
+        for name, other in (names | {"conv_shortcut": "skip_connection"}).items()
+    }
 
 
 def _vae_resnet(here: str, there: str) -> dict[str, str]:
-    return {f"{here}.{name}": f"{there}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")} | {f"{here}.conv_shortcut": f"{there}.nin_shortcut"}
+    return {
+        f"{here}.{name}": f"{there}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")
+    } | {f"{here}.conv_shortcut": f"{there}.nin_shortcut"}
 
 
 def _vae_attention(here: str, there: str) -> dict[str, str]:

@@ -22,7 +22,9 @@ PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, 
 LONGEST = 100_000_000  # bytes of a header that safetensors reads
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
-LEGACY = slice(0x100000, 0x110000)  # the bytes of a file that sd-webui-additional-networks once hashed
+LEGACY = slice(
+    0x100000, 0x110000
+)  # the bytes of a file that sd-webui-additional-networks once hashed
 
 
 def is_pickle(path: Path) -> bool:
@@ -33,7 +35,9 @@ def is_pickle(path: Path) -> bool:
         start = file.read(len(ZIP))
     if not start:
         raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
-    return start == ZIP or (start[:1] == PICKLE and path.suffix != ".safetensors")  # 0x80 may also be the low byte of a header's size
+    return start == ZIP or (
+        start[:1] == PICKLE and path.suffix != ".safetensors"
+    )  # 0x80 may also be the low byte of a header's size
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,8 +52,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = dict(opened.metadata() or {})
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         with path.open("rb") as file:
-            kind = "a pickle or damaged" if file.read(1) == PICKLE else "truncated, damaged or no safetensors file"
-        raise UserError(f"{path} cannot be read, it is {kind} ({error}); fetch or write it again") from None
+            kind = (
+                "a pickle or damaged"
+                if file.read(1) == PICKLE
+                else "truncated, damaged or no safetensors file"
+            )
+        raise UserError(
+            f"{path} cannot be read, it is {kind} ({error}); fetch or write it again"
+        ) from None
     return checked(tensors, str(path)), header
 
 
@@ -58,10 +68,14 @@ def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
     if isinstance(data, dict) and set(data) == {"state_dict"}:
         data = data["state_dict"]
     if not isinstance(data, dict):
-        raise UserError(f"{source} is a pickle of {_what(data)}, expected a dictionary of tensors; nothing in it was executed")
+        raise UserError(
+            f"{source} is a pickle of {_what(data)}, expected a dictionary of tensors; nothing in it was executed"
+        )
     for key, value in data.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{source} is a pickle with {_what(value)} under {key!r:.80}, expected tensors only; nothing in it was executed")
+            raise UserError(
+                f"{source} is a pickle with {_what(value)} under {key!r:.80}, expected tensors only; nothing in it was executed"
+            )
     return checked(dict(data), source)
 
 
@@ -70,17 +84,25 @@ def checked(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     point (an alpha may be an integer).
     """
     if not tensors:
-        raise UserError(f"{source} holds no tensors; expected the factors of an adapter or token rows")
+        raise UserError(
+            f"{source} holds no tensors; expected the factors of an adapter or token rows"
+        )
     for key, tensor in tensors.items():
         if tensor.dtype in NARROW:
             tensors[key] = tensor.half()
-        elif tensor.dtype not in READABLE and (tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex()):
-            raise UserError(f"{key} in {source} is {tensor.dtype}, expected floating point; quantised adapters are not read")
+        elif tensor.dtype not in READABLE and (
+            tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex()
+        ):
+            raise UserError(
+                f"{key} in {source} is {tensor.dtype}, expected floating point; quantised adapters are not read"
+            )
     check_finite(tensors, source)
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, hashes: bool = False) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, hashes: bool = False
+) -> None:
     """Writes the file whole or not at all. The same input gives the same bytes: safetensors 0.8.0 shuffles the header, so it is sorted here.
 
     With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for NaN or Inf (an overflow in a narrow dtype),
@@ -88,13 +110,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     for key, value in header.items():
         if not isinstance(value, str):
-            raise ValueError(f"header entry {key} is a {type(value).__name__}; safetensors headers hold strings only")
+            raise ValueError(
+                f"header entry {key} is a {type(value).__name__}; safetensors headers hold strings only"
+            )
     check_finite(tensors, f"what should become {path}")
-    data = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
+    data = safetensors.torch.save(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    )
     size = 8 + int.from_bytes(data[:8], "little")
     entries, body = json.loads(data[8:size]), memoryview(data)[size:]
     if hashes:
-        header = {**header, **_hashes(entries, {key: value for key, value in header.items() if key.startswith("ss_")}, body)}
+        header = {
+            **header,
+            **_hashes(
+                entries,
+                {key: value for key, value in header.items() if key.startswith("ss_")},
+                body,
+            ),
+        }
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.write(_head(entries, header))
         file.write(body)
@@ -108,13 +141,18 @@ def _head(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _hashes(entries: Mapping[str, Any], training: Mapping[str, str], body: memoryview) -> dict[str, str]:
+def _hashes(
+    entries: Mapping[str, Any], training: Mapping[str, str], body: memoryview
+) -> dict[str, str]:
     """kohya's hashes: of the tensors' bytes, and 8 digits of that of a stretch of the file as it were with the ss_ entries alone in its header."""
     head = _head(entries, training)
     start, stop = (max(0, edge - len(head)) for edge in (LEGACY.start, LEGACY.stop))
     legacy = hashlib.sha256(head[LEGACY])
     legacy.update(body[start:stop])
-    return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    return {
+        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
+        "sshs_legacy_hash": legacy.hexdigest()[:8],
+    }
 
 
 def _refuse_twice(path: Path) -> None:
@@ -123,7 +161,9 @@ def _refuse_twice(path: Path) -> None:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
             key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise UserError(f"{path} has {key} twice in its header, so what it means is open; fetch or write it again")
+            raise UserError(
+                f"{path} has {key} twice in its header, so what it means is open; fetch or write it again"
+            )
         return found
 
     with path.open("rb") as file:
@@ -141,4 +181,6 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises UserError naming the first tensor with NaN or Inf."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{key} in {source} holds NaN or Inf; its training diverged, or the numbers overflow {tensor.dtype}")
+            raise UserError(
+                f"{key} in {source} holds NaN or Inf; its training diverged, or the numbers overflow {tensor.dtype}"
+            )

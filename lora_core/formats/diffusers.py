@@ -34,7 +34,11 @@ from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, mi
 GRAMMAR = Grammar(
     heads=lambda name, component: (name, f"{name}.base_model.model"),
     names=lambda component, path: (path, *peft.older(path)),
-    leaves={"down": ".lora_A.weight", "up": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
+    leaves={
+        "down": ".lora_A.weight",
+        "up": ".lora_B.weight",
+        "magnitude": ".lora_magnitude_vector",
+    },
     scale="folded",
     magnitude=lambda out, ndim: (1, out, 1, 1) if ndim == 4 else (out,),
     written={(name, "magnitude"): ".lora_magnitude_vector.weight" for name in ENCODERS},
@@ -46,7 +50,10 @@ PROCESSOR = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 def detect(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a component's factor."""
-    return any(key.startswith(tuple(f"{name}." for name in COMPONENTS)) and is_factor(key) for key in tensors)
+    return any(
+        key.startswith(tuple(f"{name}." for name in COMPONENTS)) and is_factor(key)
+        for key in tensors
+    )
 
 
 def read(
@@ -55,24 +62,40 @@ def read(
     """The file's state, shapes checked against the layout where there is one; else names are taken as they stand. Raises UserError."""
     settings = peft.header_settings(header, source)
     if settings and any(key.endswith(".alpha") for key in tensors):
-        raise UserError(f"{source} gives its strength twice, in alpha tensors and in the header {peft.HEADER}; remove one")
+        raise UserError(
+            f"{source} gives its strength twice, in alpha tensors and in the header {peft.HEADER}; remove one"
+        )
     if layout is None and (old := next((key for key in tensors if PROCESSOR.search(key)), None)):
-        raise UserError(f"{source} has names of old attention processors ({old}), which mean layers of a model's layout; name the model")
+        raise UserError(
+            f"{source} has names of old attention processors ({old}), which mean layers of a model's layout; name the model"
+        )
     leaves = leaves_of(tensors, source)
     known = sites(GRAMMAR, layout, leaves) if layout else _sites(tensors, leaves)
-    found = decode(tensors, known, layout, source, how=how, scales={name: own.scale for name, own in settings.items()})
+    found = decode(
+        tensors,
+        known,
+        layout,
+        source,
+        how=how,
+        scales={name: own.scale for name, own in settings.items()},
+    )
     for name, own in settings.items():
         own.check(found.get(name, {}), f"{name} in {source}")
     return state_of(found, header)
 
 
-def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write(
+    state: AdapterState, layout: Layout | None, title: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header entries. Without a layout the names in the state are taken as published."""
     return encode(state, GRAMMAR, layout or _own_layout(state)), {"format": "pt"}
 
 
 def _own_layout(state: AdapterState) -> Layout:
-    shapes = {name: {path: (lr.up.shape[0], *lr.down.shape[1:]) for path, lr in modules.items()} for name, modules in state.components.items()}
+    shapes = {
+        name: {path: (lr.up.shape[0], *lr.down.shape[1:]) for path, lr in modules.items()}
+        for name, modules in state.components.items()
+    }
     return Layout("", "", {name: Component((), paths) for name, paths in shapes.items()}, {})
 
 

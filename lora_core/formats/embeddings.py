@@ -25,13 +25,27 @@ from lora_core.formats.layout import Layout, nearest
 from lora_core.formats.pickles import Inert, read_pickle
 from lora_core.runs.run_folder import atomic
 
-KEYS = {"clip_l": ("clip_l",), "clip_g": ("clip_g",), "t5": ("t5", "t5xxl")}  # encoder -> spellings, all of them written; ComfyUI looks for t5xxl
-COG = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # cog-sdxl's spellings, which are only read
+KEYS = {
+    "clip_l": ("clip_l",),
+    "clip_g": ("clip_g",),
+    "t5": ("t5", "t5xxl"),
+}  # encoder -> spellings, all of them written; ComfyUI looks for t5xxl
+COG = {
+    "text_encoders_0": "clip_l",
+    "text_encoders_1": "clip_g",
+}  # cog-sdxl's spellings, which are only read
 SPELLINGS = {spelling: key for key, own in KEYS.items() for spelling in own} | COG
-WIDTHS = {768: "clip_l", 1024: "clip_l", 1280: "clip_g", 4096: "t5"}  # of rows, where no layout tells; 1024 is the one encoder of its models
+WIDTHS = {
+    768: "clip_l",
+    1024: "clip_l",
+    1280: "clip_g",
+    4096: "t5",
+}  # of rows, where no layout tells; 1024 is the one encoder of its models
 SINGLE = "emb_params"  # a file's only tensor, for its only encoder
 PARAM = "string_to_param"  # A1111's dictionary of such tensors
-BUNDLE = re.compile(rf"bundle_emb\.(.+?)\.({PARAM}\.[^.]*|[^.]+)")  # rows inside of a LoRA file: name, key
+BUNDLE = re.compile(
+    rf"bundle_emb\.(.+?)\.({PARAM}\.[^.]*|[^.]+)"
+)  # rows inside of a LoRA file: name, key
 TOKEN = re.compile(r"<.+>|[^.:]+")  # a key that may be a token; keys of weights have dots
 LAYERWISE = re.compile(r"(IN|OUT)\d\d|MID")  # kohya's XTI: rows by block of the network
 NAMES = "token_names"  # header entry: JSON list of the tokens in row order
@@ -48,7 +62,15 @@ class Entry(NamedTuple):
 
 def header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The header entry that tells which tokens stand for a word in prompts: {"TOK": ("<s0>", "<s1>")}."""
-    return {WORDS: json.dumps({word: list(names) for word, names in words.items()}, ensure_ascii=False)} if words else {}
+    return (
+        {
+            WORDS: json.dumps(
+                {word: list(names) for word, names in words.items()}, ensure_ascii=False
+            )
+        }
+        if words
+        else {}
+    )
 
 
 def words(state: AdapterState, source: str = "the file") -> dict[str, tuple[str, ...]]:
@@ -56,16 +78,28 @@ def words(state: AdapterState, source: str = "the file") -> dict[str, tuple[str,
     if not state.token_names:
         return {}
     entry = _json(state.metadata, WORDS, {}, source)
-    if not isinstance(entry, dict) or not all(isinstance(n, list) and n and set(map(str, n)) <= set(state.token_names) for n in entry.values()):
-        raise UserError(f"the header entry {WORDS} of {source} is {entry}, expected words and their tokens out of {list(state.token_names)}")
+    if not isinstance(entry, dict) or not all(
+        isinstance(n, list) and n and set(map(str, n)) <= set(state.token_names)
+        for n in entry.values()
+    ):
+        raise UserError(
+            f"the header entry {WORDS} of {source} is {entry}, expected words and their tokens out of {list(state.token_names)}"
+        )
     return {word: tuple(names) for word, names in entry.items()}
 
 
 def names(metadata: Mapping[str, str], default: Sequence[str], source: str) -> tuple[str, ...]:
     """The tokens' names in row order, `default` where the header has none. Raises UserError for anything but different names."""
     entry = _json(metadata, NAMES, list(default), source)
-    if not isinstance(entry, list) or not entry or not all(isinstance(n, str) and n for n in entry) or len(set(entry)) != len(entry):
-        raise UserError(f"the header entry {NAMES} of {source} is {entry}, expected a list of different names")
+    if (
+        not isinstance(entry, list)
+        or not entry
+        or not all(isinstance(n, str) and n for n in entry)
+        or len(set(entry)) != len(entry)
+    ):
+        raise UserError(
+            f"the header entry {NAMES} of {source} is {entry}, expected a list of different names"
+        )
     return tuple(entry)
 
 
@@ -75,11 +109,14 @@ def names(metadata: Mapping[str, str], default: Sequence[str], source: str) -> t
 def detect(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is an encoder's, or all may be tokens: ask other formats first."""
     return any(key in SPELLINGS or key == SINGLE for key in tensors) or all(
-        TOKEN.fullmatch(key) and tensor.ndim in (1, 2) and tensor.numel() > 1 for key, tensor in tensors.items()
+        TOKEN.fullmatch(key) and tensor.ndim in (1, 2) and tensor.numel() > 1
+        for key, tensor in tensors.items()
     )
 
 
-def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layout: Layout | None, source: str) -> AdapterState:
+def read(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layout: Layout | None, source: str
+) -> AdapterState:
     """Token rows and names, for every kind of .safetensors there is. Raises UserError.
 
     A pair of encoders without names in the header has those of diffusers' scripts, <s0>, <s1> ...; a single tensor those of its word, which is the
@@ -88,16 +125,27 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layout: Lay
     if any(key in SPELLINGS for key in tensors):
         rows = _by_encoder(tensors, layout, source)
         count = next(iter(rows.values())).shape[0]
-        return _state(rows, names(metadata, tuple(f"<s{i}>" for i in range(count)), source), metadata, source)
+        return _state(
+            rows, names(metadata, tuple(f"<s{i}>" for i in range(count)), source), metadata, source
+        )
     if SINGLE in tensors:
         for key in tensors:
             if key != SINGLE:
-                raise UserError(f"{source} is a textual-inversion embedding with the key {key} beside {SINGLE}, which means nothing here")
-        return _of_words([_single(Path(source).stem, tensors[SINGLE], layout, source)], metadata, source)
+                raise UserError(
+                    f"{source} is a textual-inversion embedding with the key {key} beside {SINGLE}, which means nothing here"
+                )
+        return _of_words(
+            [_single(Path(source).stem, tensors[SINGLE], layout, source)], metadata, source
+        )
     rows = token_rows(tensors, source)
     order = names(metadata, sorted(rows), source)
     order = order if set(order) == set(rows) else tuple(sorted(rows))
-    return _of_words([_single(token, rows[token], layout, source) for token in order], metadata, source, named=True)
+    return _of_words(
+        [_single(token, rows[token], layout, source) for token in order],
+        metadata,
+        source,
+        named=True,
+    )
 
 
 def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
@@ -107,9 +155,15 @@ def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
     """
     data, source = read_pickle(path), str(path)
     if not isinstance(data, dict):
-        raise UserError(f"{source} holds a {type(data).__name__}, no embedding; expected a dictionary of token rows")
+        raise UserError(
+            f"{source} holds a {type(data).__name__}, no embedding; expected a dictionary of token rows"
+        )
     _refuse_layerwise(data, source)
-    metadata = {key: json.dumps(data[key], ensure_ascii=False) for key in (NAMES, WORDS) if isinstance(data.get(key), list | dict)}
+    metadata = {
+        key: json.dumps(data[key], ensure_ascii=False)
+        for key in (NAMES, WORDS)
+        if isinstance(data.get(key), list | dict)
+    }
     if PARAM in data:
         name = data.get("name")
         word = name if isinstance(name, str) and name.strip() else Path(source).stem
@@ -124,7 +178,9 @@ def detect_pt(data: Any) -> bool:
     """Whether what `read_pickle` found is a dictionary of token rows."""
     if not isinstance(data, dict) or not data:
         return False
-    return PARAM in data or all(isinstance(t, Tensor) and t.ndim < 3 and "." not in str(k) for k, t in data.items())
+    return PARAM in data or all(
+        isinstance(t, Tensor) and t.ndim < 3 and "." not in str(k) for k, t in data.items()
+    )
 
 
 def token_rows(data: Any, source: str) -> dict[str, Tensor]:
@@ -133,14 +189,28 @@ def token_rows(data: Any, source: str) -> dict[str, Tensor]:
         raise UserError(f"{source} holds no token rows; expected a dictionary {{token: row}}")
     _refuse_layerwise(data, source)
     for key, value in data.items():
-        if not isinstance(key, str) or not key or not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (1, 2):
-            what = f"shape {list(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise UserError(f"{key!r:.80} in {source} has {what}; expected an embedding, floating-point token rows [d] or [n, d]")
+        if (
+            not isinstance(key, str)
+            or not key
+            or not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or value.ndim not in (1, 2)
+        ):
+            what = (
+                f"shape {list(value.shape)} and {value.dtype}"
+                if isinstance(value, Tensor)
+                else f"type {type(value).__name__}"
+            )
+            raise UserError(
+                f"{key!r:.80} in {source} has {what}; expected an embedding, floating-point token rows [d] or [n, d]"
+            )
     check_finite(data, source)
     return dict(data)
 
 
-def unbundle(tensors: Mapping[str, Tensor], layout: Layout | None, source: str) -> tuple[dict[str, Tensor], AdapterState | None]:
+def unbundle(
+    tensors: Mapping[str, Tensor], layout: Layout | None, source: str
+) -> tuple[dict[str, Tensor], AdapterState | None]:
     """(a LoRA file's tensors without the rows that are bundled with it, those rows); None where there are none. Words are the bundles' names.
 
     Keys are `bundle_emb.NAME.KEY`, as A1111 and ComfyUI read them: KEY is an encoder's, emb_params or string_to_param.*. The rows' metadata has
@@ -160,7 +230,9 @@ def unbundle(tensors: Mapping[str, Tensor], layout: Layout | None, source: str) 
         if any(key in SPELLINGS for key in own):
             entries.append(Entry(word, _by_encoder(own, layout, where)))
         elif len(own) > 1:
-            raise UserError(f"{where} has {len(own)} tensors ({', '.join(own)}), expected one, or one for each encoder")
+            raise UserError(
+                f"{where} has {len(own)} tensors ({', '.join(own)}), expected one, or one for each encoder"
+            )
         else:
             entries.append(_single(word, next(iter(own.values())), layout, where))
     return rest, _of_words(entries, {WORDS: "{}"}, source, named=True)
@@ -169,24 +241,34 @@ def unbundle(tensors: Mapping[str, Tensor], layout: Layout | None, source: str) 
 # ---------------------------------------------------------------- writing
 
 
-def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write(
+    state: AdapterState, layout: Layout | None, title: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header entries. Raises UserError for an encoder without a key, ValueError for rows and names that differ in number."""
     tensors: dict[str, Tensor] = {}
     for key, rows in state.tokens.items():
         if key not in KEYS:
-            raise UserError(f"token rows of {key} have no place in an embedding file; the encoders are {', '.join(KEYS)}")
+            raise UserError(
+                f"token rows of {key} have no place in an embedding file; the encoders are {', '.join(KEYS)}"
+            )
         if rows.ndim != 2 or rows.shape[0] != len(state.token_names):
-            raise ValueError(f"{key} has rows {list(rows.shape)} for the {len(state.token_names)} tokens {state.token_names}; expected [n, d]")
+            raise ValueError(
+                f"{key} has rows {list(rows.shape)} for the {len(state.token_names)} tokens {state.token_names}; expected [n, d]"
+            )
         tensors |= dict.fromkeys(KEYS[key], rows)
     return tensors, {}
 
 
-def write_a1111(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write_a1111(
+    state: AdapterState, layout: Layout | None, title: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One tensor `emb_params` [n, d], whose word is the file's name: A1111, ComfyUI, kohya. Raises UserError for several encoders or words."""
     return {SINGLE: _one(state, title)[1]}, {}
 
 
-def write_learned(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write_learned(
+    state: AdapterState, layout: Layout | None, title: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """diffusers' learned_embeds: one tensor [n, d] under its word, which is the title where the state has several tokens and no word for them.
 
     Raises UserError for several encoders or words.
@@ -200,9 +282,21 @@ def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None
     path = Path(path)
     rows = _one(state, path.stem)[1].detach().cpu().contiguous().clone()
     check_finite({SINGLE: rows}, f"what should become {path}")
-    content = {"string_to_token": {"*": 265}, PARAM: {"*": rows}, "name": path.stem, "step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    content = {
+        "string_to_token": {"*": 265},
+        PARAM: {"*": rows},
+        "name": path.stem,
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+    }
     buffer = io.BytesIO()
-    torch.save(content | {NAMES: list(state.token_names)} | {WORDS: {word: list(own) for word, own in words(state).items()}}, buffer)
+    torch.save(
+        content
+        | {NAMES: list(state.token_names)}
+        | {WORDS: {word: list(own) for word, own in words(state).items()}},
+        buffer,
+    )
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -211,11 +305,15 @@ def _one(state: AdapterState, title: str) -> tuple[str, Tensor]:
     """(word, rows [n, d]) of a state that can go into a file of one word for one encoder."""
     if len(state.tokens) != 1:
         has = " and ".join(state.tokens) or "no encoder"
-        raise UserError(f"{title} would hold rows of {has}, such a file has those of one; write the format embeddings")
+        raise UserError(
+            f"{title} would hold rows of {has}, such a file has those of one; write the format embeddings"
+        )
     spoken = words(state)
     free = [name for name in state.token_names if not any(name in own for own in spoken.values())]
     if len(spoken) > 1 or (spoken and free):
-        raise UserError(f"{title} would hold the words {', '.join([*spoken, *free])}, such a file has one; write one file each")
+        raise UserError(
+            f"{title} would hold the words {', '.join([*spoken, *free])}, such a file has one; write one file each"
+        )
     word = next(iter(spoken), state.token_names[0] if len(state.token_names) == 1 else title)
     return word, next(iter(state.tokens.values()))
 
@@ -223,17 +321,25 @@ def _one(state: AdapterState, title: str) -> tuple[str, Tensor]:
 # ---------------------------------------------------------------- what the pieces mean
 
 
-def _by_encoder(tensors: Mapping[str, Tensor], layout: Layout | None, source: str) -> dict[str, Tensor]:
+def _by_encoder(
+    tensors: Mapping[str, Tensor], layout: Layout | None, source: str
+) -> dict[str, Tensor]:
     """Encoder -> rows [n, d]."""
     rows: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in SPELLINGS:
-            raise UserError(f"{source} has the key {name} beside its token rows, which means nothing here; nearest known: {nearest(name, SPELLINGS)}")
+            raise UserError(
+                f"{source} has the key {name} beside its token rows, which means nothing here; nearest known: {nearest(name, SPELLINGS)}"
+            )
         key = SPELLINGS[name]
         if tensor.ndim != 2 or not tensor.numel():
-            raise UserError(f"{name} in {source} has shape {list(tensor.shape)}, expected token rows [n, d]")
+            raise UserError(
+                f"{name} in {source} has shape {list(tensor.shape)}, expected token rows [n, d]"
+            )
         if layout and key not in layout.encoders.values():
-            raise UserError(f"{source} has token rows for {key}; this model's encoders are {', '.join(layout.encoders.values()) or 'none'}")
+            raise UserError(
+                f"{source} has token rows for {key}; this model's encoders are {', '.join(layout.encoders.values()) or 'none'}"
+            )
         if not torch.equal(rows.setdefault(key, tensor), tensor):
             raise UserError(
                 f"{source} has different rows under {' and '.join(sorted(n for n in tensors if SPELLINGS.get(n) == key))}, expected the same"
@@ -244,7 +350,9 @@ def _by_encoder(tensors: Mapping[str, Tensor], layout: Layout | None, source: st
 def _single(word: str, tensor: Tensor, layout: Layout | None, source: str) -> Entry:
     """The rows of a tensor [d] or [n, d] for the encoder of that width."""
     if tensor.ndim not in (1, 2) or not tensor.numel():
-        raise UserError(f"the embedding in {source} has shape {list(tensor.shape)}, expected token rows [d] or [n, d]")
+        raise UserError(
+            f"the embedding in {source} has shape {list(tensor.shape)}, expected token rows [d] or [n, d]"
+        )
     width = tensor.shape[-1]
     if layout is None:
         found = [WIDTHS[width]] if width in WIDTHS else []
@@ -254,21 +362,33 @@ def _single(word: str, tensor: Tensor, layout: Layout | None, source: str) -> En
         found = [key for key, own in widths.items() if own in (width, 0)]
         known = ", ".join(f"{own} ({key})" for key, own in widths.items()) or "none"
     if len(found) != 1:
-        what = f"may be for {' or '.join(found)}" if found else f"fit no encoder, their widths are {known}"
-        raise UserError(f"the rows of the embedding in {source} have width {width} and {what}; name the encoder as clip_l, clip_g or t5 in the file")
+        what = (
+            f"may be for {' or '.join(found)}"
+            if found
+            else f"fit no encoder, their widths are {known}"
+        )
+        raise UserError(
+            f"the rows of the embedding in {source} have width {width} and {what}; name the encoder as clip_l, clip_g or t5 in the file"
+        )
     return Entry(word, {found[0]: tensor.reshape(-1, width)})
 
 
-def _of_words(entries: Iterable[Entry], metadata: Mapping[str, str], source: str, *, named: bool = False) -> AdapterState:
+def _of_words(
+    entries: Iterable[Entry], metadata: Mapping[str, str], source: str, *, named: bool = False
+) -> AdapterState:
     """The rows one after the other, with the header's names, or with names made of the words and the words as placeholders.
 
     With `named` the file itself says the words, and the names go into the metadata as if its header had them.
     """
     entries = list(entries)
-    kinds = {tuple(sorted((key, rows.shape[1]) for key, rows in entry.rows.items())) for entry in entries}
+    kinds = {
+        tuple(sorted((key, rows.shape[1]) for key, rows in entry.rows.items())) for entry in entries
+    }
     if len(kinds) > 1:
         listed = " and for ".join(", ".join(key for key, _ in kind) for kind in sorted(kinds))
-        raise UserError(f"{source} has rows for {listed}; expected all its words for the same encoders")
+        raise UserError(
+            f"{source} has rows for {listed}; expected all its words for the same encoders"
+        )
     made, spoken = [], {}
     for word, rows in entries:
         own = _named(word, len(next(iter(rows.values()))))
@@ -278,7 +398,11 @@ def _of_words(entries: Iterable[Entry], metadata: Mapping[str, str], source: str
     rows = {key: torch.cat([entry.rows[key] for entry in entries]) for key in entries[0].rows}
     found = names(metadata, made, source)
     if NAMES not in metadata:
-        metadata = dict(metadata) | header(spoken) | ({NAMES: json.dumps(found, ensure_ascii=False)} if named else {})
+        metadata = (
+            dict(metadata)
+            | header(spoken)
+            | ({NAMES: json.dumps(found, ensure_ascii=False)} if named else {})
+        )
     return _state(rows, found, metadata, source)
 
 
@@ -288,10 +412,14 @@ def _named(word: str, count: int) -> list[str]:
     return [first, *(f"{first}_{i}" for i in range(1, count))]
 
 
-def _state(rows: Mapping[str, Tensor], tokens: tuple[str, ...], metadata: Mapping[str, str], source: str) -> AdapterState:
+def _state(
+    rows: Mapping[str, Tensor], tokens: tuple[str, ...], metadata: Mapping[str, str], source: str
+) -> AdapterState:
     for key, tensor in rows.items():
         if tensor.shape[0] != len(tokens):
-            raise UserError(f"{source} has {tensor.shape[0]} rows of {key} for {len(tokens)} tokens ({', '.join(tokens)}); expected one each")
+            raise UserError(
+                f"{source} has {tensor.shape[0]} rows of {key} for {len(tokens)} tokens ({', '.join(tokens)}); expected one each"
+            )
     return AdapterState(tokens=dict(rows), token_names=tokens, metadata=dict(metadata))
 
 
@@ -300,8 +428,14 @@ def _parameter(value: Any, source: str) -> Tensor:
     if isinstance(value, Inert):
         value = value.state.get("_parameters") if isinstance(value.state, dict) else None
     tensors = list(value.values()) if isinstance(value, dict) else []
-    if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or not tensors[0].is_floating_point():
-        raise UserError(f"{PARAM} of {source} holds {len(tensors)} entries, expected one with floating-point token rows; is it damaged?")
+    if (
+        len(tensors) != 1
+        or not isinstance(tensors[0], Tensor)
+        or not tensors[0].is_floating_point()
+    ):
+        raise UserError(
+            f"{PARAM} of {source} holds {len(tensors)} entries, expected one with floating-point token rows; is it damaged?"
+        )
     return tensors[0]
 
 
@@ -314,4 +448,6 @@ def _json(metadata: Mapping[str, str], key: str, default: Any, source: str) -> A
     try:
         return json.loads(metadata[key]) if key in metadata else default
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the header entry {key} of {source} is not JSON ({error}); mend or remove it") from None
+        raise UserError(
+            f"the header entry {key} of {source} is not JSON ({error}); mend or remove it"
+        ) from None

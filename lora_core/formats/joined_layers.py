@@ -23,14 +23,19 @@ Update = LowRank | Dense
 
 def stored(layout: Layout) -> Layout:
     """The layout of what files hold: with every fused or turned layer under its own name, beside our own (which some files have)."""
-    return replace(layout, components={name: _stored(component) for name, component in layout.components.items()})
+    return replace(
+        layout,
+        components={name: _stored(component) for name, component in layout.components.items()},
+    )
 
 
 def obstacle(state: AdapterState, layout: Layout) -> str:
     """Why the state's DoRAs cannot be fused, or "". The rows of a part without a DoRA would need its base weight's norms as their magnitude."""
     for name, modules in state.components.items():
         for fused, parts in layout.component(name).fused.items():
-            doras = [path for path in parts if path in modules and modules[path].magnitude is not None]
+            doras = [
+                path for path in parts if path in modules and modules[path].magnitude is not None
+            ]
             if columns := [path for path in doras if _by_columns(modules[path])]:
                 return f"{name}.{columns[0]} is a DoRA by columns, but such files store it in one layer, {fused}, whose columns have other norms"
             if doras and len(doras) < len(parts):
@@ -46,36 +51,65 @@ def fuse(state: AdapterState, layout: Layout) -> AdapterState:
     """
     if reason := obstacle(state, layout):
         raise UserError(reason)
-    return replace(state, components={name: _fused(modules, layout.component(name)) for name, modules in state.components.items()})
+    return replace(
+        state,
+        components={
+            name: _fused(modules, layout.component(name))
+            for name, modules in state.components.items()
+        },
+    )
 
 
-def split(components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str) -> dict[str, dict[str, Update]]:
+def split(
+    components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str
+) -> dict[str, dict[str, Update]]:
     """Undoes `fuse`: bit for bit where the scales agreed. A part that has no column of a block-diagonal `up` for itself was not adapted, and is left
     out. Raises UserError for a file that has a layer whole and in parts, and for a DoRA by columns of a fused layer.
     """
-    return {name: _parts(modules, layout.component(name), f"{name} of {source}") for name, modules in components.items()}
+    return {
+        name: _parts(modules, layout.component(name), f"{name} of {source}")
+        for name, modules in components.items()
+    }
 
 
 def _stored(component: Component) -> Component:
     shapes = dict(component.shapes)
     for fused, parts in component.fused.items():
-        shapes[fused] = (sum(component.shapes[path][0] for path in parts), *component.shapes[parts[0]][1:])
+        shapes[fused] = (
+            sum(component.shapes[path][0] for path in parts),
+            *component.shapes[parts[0]][1:],
+        )
     for path, name in _turned_names(component).items():
         shapes[name] = component.shapes[path]
-    return replace(component, shapes=shapes, names={path: name for path, name in component.names.items() if path not in component.swapped})
+    return replace(
+        component,
+        shapes=shapes,
+        names={
+            path: name for path, name in component.names.items() if path not in component.swapped
+        },
+    )
 
 
 def _turned_names(component: Component) -> dict[str, str]:
     """Path -> the name under which files have it turned; a layer that only has our name is turned under that."""
-    return {path: component.names.get(path, path) for path in component.swapped if path in component.shapes}
+    return {
+        path: component.names.get(path, path)
+        for path in component.swapped
+        if path in component.shapes
+    }
 
 
 def _fused(modules: Modules, component: Component) -> dict[str, LowRank]:
     names = _turned_names(component)
-    stored = {names.get(path, path): _turned(lr) if path in names else lr for path, lr in modules.items()}
+    stored = {
+        names.get(path, path): _turned(lr) if path in names else lr for path, lr in modules.items()
+    }
     for fused, parts in component.fused.items():
         if any(path in stored for path in parts):
-            stored[fused] = _stack([stored.pop(path, None) for path in parts], [component.shapes[path][0] for path in parts])
+            stored[fused] = _stack(
+                [stored.pop(path, None) for path in parts],
+                [component.shapes[path][0] for path in parts],
+            )
     return stored
 
 
@@ -84,9 +118,17 @@ def _parts(modules: Mapping[str, Update], component: Component, where: str) -> d
     pieces: list[tuple[str, str, Update | None]] = []  # stored name, path, update
     for fused, parts in component.fused.items():
         if fused in found:
-            apart = _unstack(found.pop(fused), [component.shapes[path][0] for path in parts], f"{fused} of {where}")
+            apart = _unstack(
+                found.pop(fused),
+                [component.shapes[path][0] for path in parts],
+                f"{fused} of {where}",
+            )
             pieces += [(fused, path, piece) for path, piece in zip(parts, apart, strict=True)]
-    pieces += [(name, path, _turned_any(found.pop(name))) for path, name in _turned_names(component).items() if name in found]
+    pieces += [
+        (name, path, _turned_any(found.pop(name)))
+        for path, name in _turned_names(component).items()
+        if name in found
+    ]
     for name, path, piece in pieces:
         if piece is not None and path in found:
             raise UserError(f"{where} has {path} twice, alone and in {name}; expected one")
@@ -114,15 +156,24 @@ def _stack(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     """One layer of parts with `outs` outputs; None is a part that is not adapted. All parts are DoRAs or none is."""
     given = [lr for lr in parts if lr is not None]
     scale = next((lr.scale for lr in given if lr.scale), 0.0)
-    up = torch.zeros(sum(outs), sum(lr.rank for lr in given), dtype=given[0].up.dtype, device=given[0].up.device)
+    up = torch.zeros(
+        sum(outs), sum(lr.rank for lr in given), dtype=given[0].up.dtype, device=given[0].up.device
+    )
     row = column = 0
     for lr, out in zip(parts, outs, strict=True):
         if lr is not None:
-            up[row : row + out, column : column + lr.rank] = lr.up if lr.scale == scale else _times(lr.up, lr.scale / scale)
+            up[row : row + out, column : column + lr.rank] = (
+                lr.up if lr.scale == scale else _times(lr.up, lr.scale / scale)
+            )
             column += lr.rank
         row += out
     magnitudes = [lr.magnitude for lr in given if lr.magnitude is not None]
-    return LowRank(torch.cat([lr.down for lr in given]), up, scale, torch.cat(magnitudes) if magnitudes else None)
+    return LowRank(
+        torch.cat([lr.down for lr in given]),
+        up,
+        scale,
+        torch.cat(magnitudes) if magnitudes else None,
+    )
 
 
 def _times(up: Tensor, factor: float) -> Tensor:
@@ -132,14 +183,20 @@ def _times(up: Tensor, factor: float) -> Tensor:
 def _unstack(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]:
     """The layer's parts; None for one that is not adapted."""
     if _by_columns(lr):
-        raise UserError(f"{where} is a DoRA by columns, whose parts have other norms than the whole; it cannot be read apart")
+        raise UserError(
+            f"{where} is a DoRA by columns, whose parts have other norms than the whole; it cannot be read apart"
+        )
     if isinstance(lr, Dense):
         starts = [sum(outs[:i]) for i in range(len(outs))]
         return [lr.rows(start, start + out) for start, out in zip(starts, outs, strict=True)]
     blocks = lr.up.split(outs)
     columns = _columns(blocks)
-    magnitudes: Sequence[Tensor | None] = [None] * len(outs) if lr.magnitude is None else lr.magnitude.split(outs)
-    if columns is None or (lr.magnitude is not None and [] in columns):  # a magnitude changes a row even where up is 0
+    magnitudes: Sequence[Tensor | None] = (
+        [None] * len(outs) if lr.magnitude is None else lr.magnitude.split(outs)
+    )
+    if columns is None or (
+        lr.magnitude is not None and [] in columns
+    ):  # a magnitude changes a row even where up is 0
         columns = [list(range(lr.rank))] * len(outs)
     return [
         LowRank(lr.down[own], block[:, own], lr.scale, magnitude) if own else None
@@ -155,11 +212,15 @@ def _columns(blocks: Sequence[Tensor]) -> list[list[int]] | None:
     owners = [row.index(True) if any(row) else -1 for row in uses.T.tolist()]
     if (uses.sum(dim=0) > 1).any():
         return None
-    if rank % count == 0 and all(owner in (-1, part) for owner, part in zip(owners, share, strict=True)):
+    if rank % count == 0 and all(
+        owner in (-1, part) for owner, part in zip(owners, share, strict=True)
+    ):
         owners = share
     elif max(owners) < 0:
         return None
     first = next(owner for owner in owners if owner >= 0)
     for column, owner in enumerate(owners):
         owners[column] = owner if owner >= 0 else owners[column - 1] if column else first
-    return [[column for column, owner in enumerate(owners) if owner == part] for part in range(count)]
+    return [
+        [column for column, owner in enumerate(owners) if owner == part] for part in range(count)
+    ]

@@ -38,13 +38,20 @@ from lora_core.formats.layout import Component, Layout
 GRAMMAR = Grammar(
     heads=lambda name, component: component.prefixes,
     names=lambda component, path: (component.names.get(path, path), path),
-    leaves={"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha", "magnitude": ".dora_scale"},
+    leaves={
+        "down": ".lora_down.weight",
+        "up": ".lora_up.weight",
+        "alpha": ".alpha",
+        "magnitude": ".dora_scale",
+    },
     separator="_",
     scale="alpha",
     magnitude=lambda out, ndim: (out,) + (1,) * (ndim - 1),
     columns=True,
 )
-OTHERS = {"t5": ("lora_te2",)}  # OneTrainer counts text encoders; kohya's lora_te3 is the third network of its kind
+OTHERS = {
+    "t5": ("lora_te2",)
+}  # OneTrainer counts text encoders; kohya's lora_te3 is the third network of its kind
 
 
 def detect(tensors: Mapping[str, Tensor]) -> bool:
@@ -57,10 +64,14 @@ def read(
 ) -> AdapterState:  # fmt: skip
     """The file's state. Raises UserError, also without a layout: which underscores were dots is known from a model's paths only."""
     if layout is None:
-        raise UserError(f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to")
+        raise UserError(
+            f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to"
+        )
     stored, how = joined_layers.stored(layout), replace(how, header_axis=_axis(header))
     known = sites(_reader(stored), stored, leaves_of(tensors, source))
-    return state_of(joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header)
+    return state_of(
+        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    )
 
 
 def originals(component: Component) -> Mapping[str, str]:
@@ -68,22 +79,42 @@ def originals(component: Component) -> Mapping[str, str]:
     if component.names or not any(path.startswith("down_blocks.") for path in component.shapes):
         return component.names
     try:
-        entries = compvis.unet({f"{path}.weight": shape for path, shape in component.shapes.items()})
+        entries = compvis.unet(
+            {f"{path}.weight": shape for path, shape in component.shapes.items()}
+        )
     except UserError:  # a block that the original code does not have
         return {}
-    return {entry.keys[0].removesuffix(".weight"): key.removesuffix(".weight") for key, entry in entries.items()}
+    return {
+        entry.keys[0].removesuffix(".weight"): key.removesuffix(".weight")
+        for key, entry in entries.items()
+    }
 
 
 def _reader(layout: Layout) -> Grammar:
     """The grammar with the names and prefixes that are only read."""
-    original = {path: name for component in layout.components.values() for path, name in originals(component).items()}
-    others = {name: OTHERS.get(key, ()) for name, key in layout.encoders.items() if "clip_g" not in layout.encoders.values()}
+    original = {
+        path: name
+        for component in layout.components.values()
+        for path, name in originals(component).items()
+    }
+    others = {
+        name: OTHERS.get(key, ())
+        for name, key in layout.encoders.items()
+        if "clip_g" not in layout.encoders.values()
+    }
 
     def heads(name: str, component: Component) -> tuple[str, ...]:
         further = others.get(name, ()) if name in layout.encoders else (f"lora_{name}", "lycoris")
         return (*component.prefixes, *further)
 
-    return replace(GRAMMAR, heads=heads, names=lambda component, path: (*GRAMMAR.names(component, path), *filter(None, [original.get(path)])))
+    return replace(
+        GRAMMAR,
+        heads=heads,
+        names=lambda component, path: (
+            *GRAMMAR.names(component, path),
+            *filter(None, [original.get(path)]),
+        ),
+    )
 
 
 def _axis(header: Mapping[str, str]) -> str:
@@ -96,13 +127,19 @@ def _axis(header: Mapping[str, str]) -> str:
     return {"true": "rows", "false": "columns"}.get(said, "")
 
 
-def write(state: AdapterState, layout: Layout | None, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write(
+    state: AdapterState, layout: Layout | None, title: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and kohya's header entries. Raises UserError without a layout, and for a DoRA of a part of a fused layer."""
     if layout is None:
-        raise UserError("writing kohya's names needs a model's layout; name the model the adapter belongs to")
+        raise UserError(
+            "writing kohya's names needs a model's layout; name the model the adapter belongs to"
+        )
     if not any(component.fused for component in layout.components.values()):
         state = _with_one_alpha(state)
-    return encode(joined_layers.fuse(state, layout), GRAMMAR, joined_layers.stored(layout)), _header(state, layout, title)
+    return encode(
+        joined_layers.fuse(state, layout), GRAMMAR, joined_layers.stored(layout)
+    ), _header(state, layout, title)
 
 
 def _with_one_alpha(state: AdapterState) -> AdapterState:
@@ -110,25 +147,46 @@ def _with_one_alpha(state: AdapterState) -> AdapterState:
 
     diffusers 0.42.1 does not find the alphas of attention layers that differ from the rest and takes the most frequent one for them.
     """
-    counts = Counter(lr.scale * lr.rank for modules in state.components.values() for lr in modules.values() if lr.scale)
+    counts = Counter(
+        lr.scale * lr.rank
+        for modules in state.components.values()
+        for lr in modules.values()
+        if lr.scale
+    )
     if not counts:
         return state
     alpha = counts.most_common(1)[0][0]
 
     def moved(lr: LowRank) -> LowRank:
         factor = lr.scale * lr.rank / alpha
-        up = lr.up if factor == 1 else (lr.up.to(torch.promote_types(lr.up.dtype, torch.float32)) * factor).to(lr.up.dtype)
+        up = (
+            lr.up
+            if factor == 1
+            else (lr.up.to(torch.promote_types(lr.up.dtype, torch.float32)) * factor).to(
+                lr.up.dtype
+            )
+        )
         return lr._replace(up=up, scale=alpha / lr.rank)
 
-    return replace(state, components={name: {path: moved(lr) for path, lr in modules.items()} for name, modules in state.components.items()})
+    return replace(
+        state,
+        components={
+            name: {path: moved(lr) for path, lr in modules.items()}
+            for name, modules in state.components.items()
+        },
+    )
 
 
 def _header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
     """The six entries kohya keeps even in its shortest header, the output's name, and the model spec's. "Dynamic" is kohya's word for mixed ones."""
     factors = [lr for modules in state.components.values() for lr in modules.values()]
     ranks, alphas = {lr.rank for lr in factors}, {lr.scale * lr.rank for lr in factors}
-    axes = {"False" if lr.magnitude.ndim > 1 else "True" for lr in factors if lr.magnitude is not None}
-    dora = {"algo": "lora", "dora_wd": "True"} | ({"wd_on_output": next(iter(axes))} if len(axes) == 1 else {})
+    axes = {
+        "False" if lr.magnitude.ndim > 1 else "True" for lr in factors if lr.magnitude is not None
+    }
+    dora = {"algo": "lora", "dora_wd": "True"} | (
+        {"wd_on_output": next(iter(axes))} if len(axes) == 1 else {}
+    )
     header = {
         "ss_v2": str("_v2" in layout.base_model_version),
         "ss_base_model_version": layout.base_model_version,

@@ -10,10 +10,18 @@ from torch import nn
 
 from lora_core.errors import UserError
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what pipelines call the networks that are adapted
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)  # what pipelines call the networks that are adapted
 # component -> key of its token rows, where a family says nothing else
 ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
-PREFIXES: dict[str, tuple[str, ...]] = {  # network, or key of an encoder's token rows -> prefixes in kohya files; the first is written, all are read
+PREFIXES: dict[
+    str, tuple[str, ...]
+] = {  # network, or key of an encoder's token rows -> prefixes in kohya files; the first is written, all are read
     "unet": ("lora_unet",),
     "transformer": ("lora_unet",),
     "clip_l": ("lora_te", "lora_te1"),
@@ -21,16 +29,24 @@ PREFIXES: dict[str, tuple[str, ...]] = {  # network, or key of an encoder's toke
     "t5": ("lora_te3",),
 }
 NUMBERED = ("lora_te1", "lora_te")  # the first text encoder's, where there is a second one
-LEVELS = {"encoder.layers.": "text_model."}  # how a text encoder's modules begin -> published level that transformers 5 dropped (CLIPTextModel)
+LEVELS = {
+    "encoder.layers.": "text_model."
+}  # how a text encoder's modules begin -> published level that transformers 5 dropped (CLIPTextModel)
 
 
 @dataclass(frozen=True)
 class Numbering:
     """How files number a network's layers where they do not name them: class by class, as a walk through its modules meets them."""
 
-    classes: Mapping[str, tuple[str, ...]]  # name of a class of modules -> globs of the layers in it
-    targets: tuple[tuple[str, ...], ...]  # sets of classes that files hold; each has all layers of the one before
-    orders: tuple[tuple[str, ...], ...]  # words of paths in the order they are met; the first is written, all are read
+    classes: Mapping[
+        str, tuple[str, ...]
+    ]  # name of a class of modules -> globs of the layers in it
+    targets: tuple[
+        tuple[str, ...], ...
+    ]  # sets of classes that files hold; each has all layers of the one before
+    orders: tuple[
+        tuple[str, ...], ...
+    ]  # words of paths in the order they are met; the first is written, all are read
 
 
 @dataclass(frozen=True)
@@ -38,13 +54,25 @@ class Component:
     """One network of a family."""
 
     prefixes: tuple[str, ...]  # kohya's; the first is written, all are read
-    shapes: Mapping[str, tuple[int, ...]]  # published path -> weight shape [out, in] or [out, in / groups, kh, kw]
-    module_prefix: str = ""  # the start of every published path that the installed module lacks, e.g. "text_model."
-    names: Mapping[str, str] = field(default_factory=dict)  # published path -> the dotted name kohya files build on, where it differs
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # such a name -> published paths whose outputs it stacks, in row order
-    swapped: frozenset[str] = frozenset()  # published paths whose halves of the output such files store the other way round
+    shapes: Mapping[
+        str, tuple[int, ...]
+    ]  # published path -> weight shape [out, in] or [out, in / groups, kh, kw]
+    module_prefix: str = (
+        ""  # the start of every published path that the installed module lacks, e.g. "text_model."
+    )
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # published path -> the dotted name kohya files build on, where it differs
+    fused: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # such a name -> published paths whose outputs it stacks, in row order
+    swapped: frozenset[str] = (
+        frozenset()
+    )  # published paths whose halves of the output such files store the other way round
     numbering: Numbering | None = None  # none: no such file exists for this network
-    blocks: Mapping[str, int] = field(default_factory=dict)  # published path -> its block, an index into the 26 of `blocks.BLOCKS`
+    blocks: Mapping[str, int] = field(
+        default_factory=dict
+    )  # published path -> its block, an index into the 26 of `blocks.BLOCKS`
     width: int = 0  # of an embedding table's rows; 0 where the network has none
 
 
@@ -56,10 +84,14 @@ class Layout:
     base_model_version: str  # kohya's ss_base_model_version
     components: Mapping[str, Component]
     encoders: Mapping[str, str]  # component -> "clip_l" | "clip_g" | "t5"
-    presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)  # component -> preset -> target globs
+    presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
+        default_factory=dict
+    )  # component -> preset -> target globs
     architecture: str = ""  # modelspec.architecture; no such header entry where empty
     network_module: str = "networks.lora"  # kohya's ss_network_module
-    block_lists: tuple[int, ...] = ()  # lengths of the lists of block weights that people use with the family; none: it has no such blocks
+    block_lists: tuple[
+        int, ...
+    ] = ()  # lengths of the lists of block weights that people use with the family; none: it has no such blocks
 
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network. Raises UserError for a module that is no Linear or Conv2d of it."""
@@ -78,7 +110,9 @@ class Layout:
     def component(self, name: str) -> Component:
         """Raises UserError for a component the family does not have."""
         if name not in self.components:
-            raise UserError(f"there is no {name} here, only {', '.join(self.components) or 'nothing'}")
+            raise UserError(
+                f"there is no {name} here, only {', '.join(self.components) or 'nothing'}"
+            )
         return self.components[name]
 
 
@@ -100,7 +134,12 @@ def layout_of(
         prefixes = PREFIXES.get(encoders.get(name, name), (f"lora_{name}",))
         if name == "text_encoder" and "text_encoder_2" in modules:
             prefixes = NUMBERED
-        components[name] = Component(prefixes, {level + path: shape for path, shape in shapes.items()}, level, width=_width(module))
+        components[name] = Component(
+            prefixes,
+            {level + path: shape for path, shape in shapes.items()},
+            level,
+            width=_width(module),
+        )
     own_encoders = {name: key for name, key in encoders.items() if name in modules}
     return Layout(family, base_model_version, components, own_encoders, presets or {}, architecture)
 
@@ -128,7 +167,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _known(path: str, shapes: Mapping[str, tuple[int, ...]], component: str) -> str:
     if path not in shapes:
-        raise UserError(f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest(path, shapes) or 'nothing, it has none at all'}")
+        raise UserError(
+            f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest(path, shapes) or 'nothing, it has none at all'}"
+        )
     return path
 
 

@@ -39,17 +39,30 @@ def update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> Dense:
     columns are a kernel is known from a model only.
     """
     if shape is None:
-        raise UserError(f"{where} is a LyCORIS update, whose shape is known from a model's layout only; name the model it belongs to")
+        raise UserError(
+            f"{where} is a LyCORIS update, whose shape is known from a model's layout only; name the model it belongs to"
+        )
     kinds = [kind for kind, roles in KINDS.items() if any(role in parts for role in roles)]
     known = {"alpha", "scalar", "magnitude", "dora_scale", *KINDS[kinds[0]]}
     if odd := [role for role in parts if role not in known]:
-        raise UserError(f"{where} is a {kinds[0]} update with a {odd[0]}, which belongs to another kind; expected one kind")
+        raise UserError(
+            f"{where} is a {kinds[0]} update with a {odd[0]}, which belongs to another kind; expected one kind"
+        )
     built = {"LoHa": _hada, "LoKr": _kron, "full": _full}[kinds[0]]
-    wide = {role: tensor for role, tensor in parts.items() if role not in ("alpha", "magnitude", "dora_scale")}
+    wide = {
+        role: tensor
+        for role, tensor in parts.items()
+        if role not in ("alpha", "magnitude", "dora_scale")
+    }
     factor = _factor(parts, kinds[0], where)
 
     def build(device: str | None = None) -> Tensor:
-        made = built({role: _wide(tensor if device is None else tensor.to(device)) for role, tensor in wide.items()})
+        made = built(
+            {
+                role: _wide(tensor if device is None else tensor.to(device))
+                for role, tensor in wide.items()
+            }
+        )
         if made.shape[0] != shape[0]:
             raise ValueError("as many rows as the weight has")
         return factor * made.reshape(shape)
@@ -57,10 +70,14 @@ def update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> Dense:
     try:
         build("meta")
     except KeyError as error:
-        raise UserError(f"{where} is a {kinds[0]} update without its {error.args[0]}; the file is incomplete") from None
+        raise UserError(
+            f"{where} is a {kinds[0]} update without its {error.args[0]}; the file is incomplete"
+        ) from None
     except (RuntimeError, IndexError, ValueError):
         got = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in wide.items())
-        raise UserError(f"{where} has {got}, which do not make up its weight {list(shape)}; is it for another model?") from None
+        raise UserError(
+            f"{where} has {got}, which do not make up its weight {list(shape)}; is it for another model?"
+        ) from None
     return Dense(kinds[0], shape, build)
 
 
@@ -70,8 +87,15 @@ def with_magnitude(dense: Dense, magnitude: Tensor) -> Dense:
 
 def widened(down: Tensor, mid: Tensor, where: str) -> Tensor:
     """down [r, in, kh, kw] of a convolution whose down [r, in (, 1, 1)] is followed by a core [r, r, kh, kw]; fp32 or better."""
-    if down.ndim < 2 or mid.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
-        raise UserError(f"{where} has down {list(down.shape)} and mid {list(mid.shape)}, expected [r, in, 1, 1] and [r, r, kh, kw]")
+    if (
+        down.ndim < 2
+        or mid.ndim != 4
+        or down.shape[2:].numel() != 1
+        or mid.shape[1] != down.shape[0]
+    ):
+        raise UserError(
+            f"{where} has down {list(down.shape)} and mid {list(mid.shape)}, expected [r, in, 1, 1] and [r, r, kh, kw]"
+        )
     return torch.einsum("mnhw,ni->mihw", _wide(mid), _wide(down.flatten(1)))
 
 
@@ -80,25 +104,34 @@ def alpha(parts: Parts, rank: int, where: str) -> float:
     if "alpha" not in parts:
         return 1.0
     if parts["alpha"].numel() != 1:
-        raise UserError(f"{where} has an alpha of shape {list(parts['alpha'].shape)}, expected one number")
+        raise UserError(
+            f"{where} has an alpha of shape {list(parts['alpha'].shape)}, expected one number"
+        )
     return float(parts["alpha"]) / rank
 
 
 def _factor(parts: Parts, kind: str, where: str) -> float:
     if "scalar" in parts and parts["scalar"].numel() != 1:
-        raise UserError(f"{where} has a scalar of shape {list(parts['scalar'].shape)}, expected one number")
+        raise UserError(
+            f"{where} has a scalar of shape {list(parts['scalar'].shape)}, expected one number"
+        )
     scalar = float(parts["scalar"]) if "scalar" in parts else 1.0
     inner = {"LoHa": ("hada_w1_b",), "LoKr": ("lokr_w2_b", "lokr_w1_b"), "full": ()}[kind]
     split = next((parts[role] for role in inner if role in parts), None)
     if split is None:  # nothing that has a rank
         return scalar
     if not split.ndim or not len(split):
-        raise UserError(f"{where} has a factor {list(split.shape)}, expected rows for a rank above 0")
+        raise UserError(
+            f"{where} has a factor {list(split.shape)}, expected rows for a rank above 0"
+        )
     return scalar * alpha(parts, len(split), where)
 
 
 def _hada(parts: Parts) -> Tensor:
-    one, two = (_product(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")) for i in "12")
+    one, two = (
+        _product(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
+        for i in "12"
+    )
     if ("hada_t1" in parts) != ("hada_t2" in parts):
         raise KeyError("hada_t2" if "hada_t1" in parts else "hada_t1")
     if one.shape != two.shape:
@@ -107,11 +140,19 @@ def _hada(parts: Parts) -> Tensor:
 
 
 def _kron(parts: Parts) -> Tensor:
-    w1 = parts["lokr_w1"] if "lokr_w1" in parts else _product(parts["lokr_w1_a"], parts["lokr_w1_b"])
-    w2 = parts["lokr_w2"] if "lokr_w2" in parts else _product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    w1 = (
+        parts["lokr_w1"] if "lokr_w1" in parts else _product(parts["lokr_w1_a"], parts["lokr_w1_b"])
+    )
+    w2 = (
+        parts["lokr_w2"]
+        if "lokr_w2" in parts
+        else _product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    )
     if w1.ndim != 2 or w2.ndim < 2:
         raise ValueError("a Kronecker factor is a matrix")
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # torch 2.13 wants a view of it
+    return torch.kron(
+        w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous()
+    )  # torch 2.13 wants a view of it
 
 
 def _full(parts: Parts) -> Tensor:

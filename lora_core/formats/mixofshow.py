@@ -26,17 +26,26 @@ PER_LAYER = "per_layer_rows"  # header entry: JSON object, concept -> its tokens
 
 def detect_pt(data: Any) -> bool:
     """Whether what `read_pickle` found is such a file."""
-    return isinstance(data, dict) and isinstance(data.get("params"), dict) and "new_concept_embedding" in data["params"]
+    return (
+        isinstance(data, dict)
+        and isinstance(data.get("params"), dict)
+        and "new_concept_embedding" in data["params"]
+    )
 
 
 def read_pt(data: Mapping[str, Any], layout: Layout | None, source: str) -> AdapterState:
     """The file's state; shapes are checked against the layout where there is one. Raises UserError."""
     params = data["params"]
-    components = {name: _factors(params.get(name) or {}, layout, name, source) for name in ("text_encoder", "unet")}
+    components = {
+        name: _factors(params.get(name) or {}, layout, name, source)
+        for name in ("text_encoder", "unet")
+    }
     concepts = params["new_concept_embedding"] or {}
     for concept, rows in concepts.items():
         if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
-            raise UserError(f"the concept {concept!r} in {source} has no rows [layers, d]; is the file damaged?")
+            raise UserError(
+                f"the concept {concept!r} in {source} has no rows [layers, d]; is the file damaged?"
+            )
     check_finite(concepts, source)
     state = AdapterState({name: modules for name, modules in components.items() if modules})
     if concepts:
@@ -45,12 +54,17 @@ def read_pt(data: Mapping[str, Any], layout: Layout | None, source: str) -> Adap
             tokens[concept] = [f"<new{first + i}>" for i in range(len(rows))]
             first += len(rows)
         names = [name for own in tokens.values() for name in own]
-        state.tokens, state.token_names = {"clip_l": torch.cat(list(concepts.values()))}, tuple(names)
+        state.tokens, state.token_names = (
+            {"clip_l": torch.cat(list(concepts.values()))},
+            tuple(names),
+        )
         state.metadata = {NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
     return state
 
 
-def _factors(entries: Mapping[str, Any], layout: Layout | None, component: str, source: str) -> dict[str, LowRank]:
+def _factors(
+    entries: Mapping[str, Any], layout: Layout | None, component: str, source: str
+) -> dict[str, LowRank]:
     """Path -> factors. Raises UserError for keys that mean nothing, incomplete pairs and other shapes."""
     known = layout.component(component).shapes if layout and entries else None
     found = {}
@@ -59,14 +73,26 @@ def _factors(entries: Mapping[str, Any], layout: Layout | None, component: str, 
         if key.endswith(UP) and key.removesuffix(UP) + DOWN in entries:
             continue
         if not key.endswith(DOWN) or not isinstance(up, Tensor) or not isinstance(down, Tensor):
-            raise UserError(f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; is the file damaged?")
+            raise UserError(
+                f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; is the file damaged?"
+            )
         if known is not None and path not in known:
-            raise UserError(f"{source} adapts {component}.{path}, which this model lacks; nearest known: {nearest(path, known)}")
-        out, inner = (known[path][0], known[path][1:]) if known is not None else (up.shape[0], down.shape[1:])
+            raise UserError(
+                f"{source} adapts {component}.{path}, which this model lacks; nearest known: {nearest(path, known)}"
+            )
+        out, inner = (
+            (known[path][0], known[path][1:])
+            if known is not None
+            else (up.shape[0], down.shape[1:])
+        )
         rank = down.shape[0]
         if down.numel() != rank * torch.Size(inner).numel() or up.numel() != out * rank or not rank:
             expected = f"[r, {', '.join(map(str, inner))}] and [{out}, r]"
-            raise UserError(f"{component}.{path} in {source} has down {list(down.shape)} and up {list(up.shape)}, expected {expected}")
+            raise UserError(
+                f"{component}.{path} in {source} has down {list(down.shape)} and up {list(up.shape)}, expected {expected}"
+            )
         check_finite({path + DOWN: down, path + UP: up}, source)
-        found[path] = LowRank(down.reshape(rank, *inner), up.reshape(out, rank, *[1] * (len(inner) - 1)), 1.0)
+        found[path] = LowRank(
+            down.reshape(rank, *inner), up.reshape(out, rank, *[1] * (len(inner) - 1)), 1.0
+        )
     return found

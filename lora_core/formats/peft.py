@@ -59,16 +59,23 @@ class Settings:
 
     def scale(self, path: str, rank: int, where: str) -> float:
         """alpha / r of a layer. Raises UserError where the tensors have another rank than r."""
-        said, alpha = _by_pattern(self.ranks, path, self.rank), _by_pattern(self.alphas, path, self.alpha)
+        said, alpha = (
+            _by_pattern(self.ranks, path, self.rank),
+            _by_pattern(self.alphas, path, self.alpha),
+        )
         if said != rank:
-            raise UserError(f"{where} has tensors of rank {rank}, its settings say r = {said}; one of them is from another file")
+            raise UserError(
+                f"{where} has tensors of rank {rank}, its settings say r = {said}; one of them is from another file"
+            )
         return alpha / rank ** (0.5 if self.rslora else 1)
 
     def check(self, modules: Mapping[str, Update], where: str) -> None:
         """Raises UserError where use_dora is set and a magnitude is missing."""
         for path, update in modules.items():
             if self.dora and update.magnitude is None:
-                raise UserError(f"{where} has no magnitude for {path}, but its settings say use_dora; the file is incomplete")
+                raise UserError(
+                    f"{where} has no magnitude for {path}, but its settings say use_dora; the file is incomplete"
+                )
 
 
 def header_settings(header: Mapping[str, str], source: str) -> dict[str, Settings]:
@@ -77,7 +84,10 @@ def header_settings(header: Mapping[str, str], source: str) -> dict[str, Setting
         return {}
     where = f"{source} has a broken header {HEADER}"
     fields = _json(header[HEADER], where)
-    own = {name: {k.removeprefix(f"{name}."): v for k, v in fields.items() if k.startswith(f"{name}.")} for name in COMPONENTS}
+    own = {
+        name: {k.removeprefix(f"{name}."): v for k, v in fields.items() if k.startswith(f"{name}.")}
+        for name in COMPONENTS
+    }
     return {name: _settings(values, where) for name, values in own.items() if "r" in values}
 
 
@@ -97,7 +107,9 @@ def weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder} has an {CONFIG} but neither {' nor '.join(WEIGHTS)}; fetch or save it again")
+    raise UserError(
+        f"{folder} has an {CONFIG} but neither {' nor '.join(WEIGHTS)}; fetch or save it again"
+    )
 
 
 def detect(tensors: Mapping[str, Tensor]) -> bool:
@@ -105,14 +117,29 @@ def detect(tensors: Mapping[str, Tensor]) -> bool:
     return any(is_factor(key) for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: Reading = STRICT) -> AdapterState:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layout: Layout | None,
+    source: str,
+    how: Reading = STRICT,
+) -> AdapterState:
     """The file's state, with the settings of the config beside it, if there is one. Raises UserError without a layout, and for paths of no component,
     or of several.
     """
     if layout is None:
-        raise UserError(f"{source} does not say which network its keys ({next(iter(tensors))} ...) belong to; name the model")
-    settings, stored, leaves = _config(Path(source)), joined_layers.stored(layout), leaves_of(tensors, source)
-    known = {name: sites(_grammar(stored), replace(stored, components={name: part}), leaves) for name, part in stored.components.items()}
+        raise UserError(
+            f"{source} does not say which network its keys ({next(iter(tensors))} ...) belong to; name the model"
+        )
+    settings, stored, leaves = (
+        _config(Path(source)),
+        joined_layers.stored(layout),
+        leaves_of(tensors, source),
+    )
+    known = {
+        name: sites(_grammar(stored), replace(stored, components={name: part}), leaves)
+        for name, part in stored.components.items()
+    }
     counts = {name: sum(key in own for key in tensors) for name, own in known.items()}
     likely = [name for name, count in counts.items() if count == max(counts.values())]
     if (folder := Path(source).parent.name) in likely:
@@ -127,12 +154,19 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layou
     if not fitting:
         raise errors[0]
     if len(fitting) > 1:
-        raise UserError(f"{source} fits {' and '.join(fitting)} alike; put it into a folder called like the one it belongs to")
+        raise UserError(
+            f"{source} fits {' and '.join(fitting)} alike; put it into a folder called like the one it belongs to"
+        )
     ((name, found),) = fitting.items()
     if settings:
         settings.check(found.get(name, {}), source)
-    elif any(key.startswith(MODULE) for key in tensors) and not any(key.endswith(".alpha") for key in tensors):
-        print(f"{source} has peft's names but no {CONFIG} beside it; its strength is taken as alpha = r", file=sys.stderr)
+    elif any(key.startswith(MODULE) for key in tensors) and not any(
+        key.endswith(".alpha") for key in tensors
+    ):
+        print(
+            f"{source} has peft's names but no {CONFIG} beside it; its strength is taken as alpha = r",
+            file=sys.stderr,
+        )
     return state_of(joined_layers.split(found, layout, source), header)
 
 
@@ -141,7 +175,11 @@ def _grammar(layout: Layout) -> Grammar:
     every = {path: name for names in original.values() for path, name in names.items()}
     return Grammar(
         heads=lambda name, component: (MODULE, ""),
-        names=lambda component, path: (path, *older(path), *([every[path]] if path in every else [])),
+        names=lambda component, path: (
+            path,
+            *older(path),
+            *([every[path]] if path in every else []),
+        ),
         leaves={},
         scale="folded",
         magnitude=lambda out, ndim: (out,),
@@ -158,7 +196,9 @@ def _config(file: Path) -> Settings | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch or save it again") from None
     if (method := fields.get("peft_type", "LORA")) != "LORA":
-        raise UserError(f"{path} is of a {method} adapter, expected LORA; other methods of peft are not read")
+        raise UserError(
+            f"{path} is of a {method} adapter, expected LORA; other methods of peft are not read"
+        )
     return _settings(fields, f"{path} is broken")
 
 
@@ -168,7 +208,9 @@ def _json(text: str, broken: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{broken} ({error}); remove or mend it") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{broken} (expected a JSON object, got {type(fields).__name__}); remove or mend it")
+        raise UserError(
+            f"{broken} (expected a JSON object, got {type(fields).__name__}); remove or mend it"
+        )
     return fields
 
 
@@ -177,23 +219,39 @@ def _settings(values: Mapping[str, Any], broken: str) -> Settings:
     rank, alpha = values.get("r", DEFAULT), values.get("lora_alpha", DEFAULT)
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise UserError(f"{broken} (rank_pattern {ranks!r:.60}, alpha_pattern {alphas!r:.60}); expected patterns and numbers")
+        raise UserError(
+            f"{broken} (rank_pattern {ranks!r:.60}, alpha_pattern {alphas!r:.60}); expected patterns and numbers"
+        )
     for number in (rank, *ranks.values()):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise UserError(f"{broken} (a rank of {number!r:.60}); expected a number above 0")
     for number in (alpha, *alphas.values()):
-        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < float("inf"):
+        if (
+            not isinstance(number, int | float)
+            or isinstance(number, bool)
+            or not abs(number) < float("inf")
+        ):
             raise UserError(f"{broken} (an alpha of {number!r:.60}); expected a finite number")
     for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{broken} (the pattern {pattern!r:.60} is no regular expression: {error}); remove or mend it") from None
+            raise UserError(
+                f"{broken} (the pattern {pattern!r:.60} is no regular expression: {error}); remove or mend it"
+            ) from None
     return Settings(
-        rank, float(alpha), ranks, {key: float(a) for key, a in alphas.items()}, bool(values.get("use_rslora")), bool(values.get("use_dora"))
+        rank,
+        float(alpha),
+        ranks,
+        {key: float(a) for key, a in alphas.items()},
+        bool(values.get("use_rslora")),
+        bool(values.get("use_dora")),
     )
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as peft.utils.get_pattern_key takes them."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+    return next(
+        (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)),
+        default,
+    )

@@ -23,15 +23,38 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch < 1.6 begins a file: two pickles, then the system, the object, its storages
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: its mark, the lengths of its name and its extra field
+MAGIC, PROTOCOL = (
+    0x1950A86A20F9469CFC6C,
+    1001,
+)  # how torch < 1.6 begins a file: two pickles, then the system, the object, its storages
+LOCAL_HEADER = struct.Struct(
+    "<4s22xHH"
+)  # of a zip entry: its mark, the lengths of its name and its extra field
 DTYPES = {  # storage class -> what it stores
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
     "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8,
 }  # fmt: skip
-STORAGES = {f"{module}.{kind}Storage": dtype for kind, dtype in DTYPES.items() for module in ("torch", "torch.cuda", "torch.storage")}
-NARROW = {f"torch.{name}": getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")}  # no class of their own
-DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, struct.error, EOFError, RuntimeError, AssertionError)
+STORAGES = {
+    f"{module}.{kind}Storage": dtype
+    for kind, dtype in DTYPES.items()
+    for module in ("torch", "torch.cuda", "torch.storage")
+}
+NARROW = {
+    f"torch.{name}": getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
+}  # no class of their own
+DAMAGE = (
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    AssertionError,
+)
 
 
 class Name(NamedTuple):
@@ -79,7 +102,9 @@ def read_pickle(path: str | Path) -> Any:
         if isinstance(error, UserError):
             raise UserError(f"{path} {error}") from None
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path} is truncated, damaged or no file of torch.save ({reason}); fetch or write it again") from None
+        raise UserError(
+            f"{path} is truncated, damaged or no file of torch.save ({reason}); fetch or write it again"
+        ) from None
 
 
 # ---------------------------------------------------------------- the two containers
@@ -89,9 +114,15 @@ def _zipped(path: Path, view: mmap.mmap) -> Any:
     """torch >= 1.6: NAME/data.pkl beside NAME/data/KEY, all uncompressed."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
+    pickles = [
+        name
+        for name in entries
+        if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)
+    ]
     if len(pickles) != 1:
-        raise UserError(f"is a zip with {len(pickles)} entries data.pkl, expected one; is it a file of torch.save?")
+        raise UserError(
+            f"is a zip with {len(pickles)} entries data.pkl, expected one; is it a file of torch.save?"
+        )
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
         raise UserError("is a TorchScript program; expected tensors written by torch.save")
@@ -99,7 +130,9 @@ def _zipped(path: Path, view: mmap.mmap) -> Any:
     def content(name: str) -> memoryview:
         info = entries[name]
         if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"has a compressed entry {name}, which torch.save never writes; fetch or write it again")
+            raise UserError(
+                f"has a compressed entry {name}, which torch.save never writes; fetch or write it again"
+            )
         mark, *lengths = LOCAL_HEADER.unpack_from(view, info.header_offset)
         start = info.header_offset + LOCAL_HEADER.size + sum(lengths)
         if mark != b"PK\x03\x04" or start + info.file_size > len(view):
@@ -107,7 +140,9 @@ def _zipped(path: Path, view: mmap.mmap) -> Any:
         return memoryview(view)[start : start + info.file_size]
 
     if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder")).strip() == b"big":
-        raise UserError("was written on a big-endian machine, which is not read; write it again on a common one")
+        raise UserError(
+            "was written on a big-endian machine, which is not read; write it again on a common one"
+        )
     contents: dict[str, memoryview] = {}
 
     def persistent(pid: Any) -> Storage:
@@ -125,7 +160,9 @@ def _older(view: mmap.mmap) -> Any:
         return first
     protocol, system = (Machine(_no_storage).run(view) for _ in range(2))
     if protocol != PROTOCOL or not system.get("little_endian", True):
-        raise UserError("is of a torch or a machine that is not read here; write it again with a common one")
+        raise UserError(
+            "is of a torch or a machine that is not read here; write it again with a common one"
+        )
     start = view.tell()
     found: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -134,16 +171,22 @@ def _older(view: mmap.mmap) -> Any:
         found[key] = dtype, numel
         return Storage(dtype, 0, None)
 
-    Machine(look).run(view)  # which storages there are; where they lie is known only after their list
+    Machine(look).run(
+        view
+    )  # which storages there are; where they lie is known only after their list
     data: dict[str, bytearray] = {}
     for key in Machine(_no_storage).run(view):
         position = view.tell()
         dtype, numel = found[key]
         (count,) = struct.unpack_from("<q", view, position)
         if count != numel:
-            raise UserError(f"has {count} numbers in storage {key}, expected {numel}; fetch or write it again")
+            raise UserError(
+                f"has {count} numbers in storage {key}, expected {numel}; fetch or write it again"
+            )
         end = position + 8 + numel * dtype.itemsize
-        data[key] = bytearray(_checked(memoryview(view)[position + 8 : end], dtype, numel, key))  # copied: not aligned
+        data[key] = bytearray(
+            _checked(memoryview(view)[position + 8 : end], dtype, numel, key)
+        )  # copied: not aligned
         view.seek(end)
 
     def persistent(pid: Any) -> Storage:
@@ -152,7 +195,13 @@ def _older(view: mmap.mmap) -> Any:
             return Storage(dtype, numel, data[key])
         _, offset, numel = part  # a storage that is a piece of another
         size = dtype.itemsize
-        return Storage(dtype, numel, _checked(memoryview(data[key])[offset * size : (offset + numel) * size], dtype, numel, key))
+        return Storage(
+            dtype,
+            numel,
+            _checked(
+                memoryview(data[key])[offset * size : (offset + numel) * size], dtype, numel, key
+            ),
+        )
 
     view.seek(start)
     return Machine(persistent).run(view)
@@ -161,7 +210,12 @@ def _older(view: mmap.mmap) -> Any:
 def _storage(pid: Any) -> tuple[torch.dtype, str, int, Any]:
     """(dtype, key, numel, piece of another storage) from a persistent id; ValueError where it names no storage."""
     kind, name, key, _, numel, *rest = pid
-    if kind != "storage" or not isinstance(name, Name) or name.path not in STORAGES or not isinstance(key, str):
+    if (
+        kind != "storage"
+        or not isinstance(name, Name)
+        or name.path not in STORAGES
+        or not isinstance(key, str)
+    ):
         raise ValueError(f"{getattr(name, 'path', name)!s:.80} is no storage that is known here")
     if type(numel) is not int or numel < 0:
         raise ValueError("a storage has no valid size")
@@ -170,7 +224,9 @@ def _storage(pid: Any) -> tuple[torch.dtype, str, int, Any]:
 
 def _checked(data: memoryview, dtype: torch.dtype, numel: int, key: str) -> memoryview:
     if numel * dtype.itemsize > len(data):
-        raise UserError(f"says that storage {key} has {numel} numbers of {dtype}, but holds only {len(data)} bytes of it; fetch or write it again")
+        raise UserError(
+            f"says that storage {key} has {numel} numbers of {dtype}, but holds only {len(data)} bytes of it; fetch or write it again"
+        )
     return data
 
 
@@ -181,9 +237,15 @@ def _no_storage(pid: Any) -> Storage:
 # ---------------------------------------------------------------- what is rebuilt
 
 
-def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
+def _tensor(
+    storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any
+) -> Tensor:
     """A view of a storage. ValueError unless it lies within it; numbers are not repeated without end, either."""
-    if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+    if (
+        not isinstance(storage, Storage)
+        or any(type(n) is not int or n < 0 for n in (offset, *size, *stride))
+        or len(size) != len(stride)
+    ):
         raise ValueError("a tensor is not described by a storage, an offset, sizes and strides")
     if storage.data is None:
         return torch.empty(0)
@@ -193,14 +255,29 @@ def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[
     last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if count else 0
     if count > storage.numel or last >= max(storage.numel, 1):
         raise ValueError(f"a tensor of {count} numbers does not fit its storage of {storage.numel}")
-    flat = torch.frombuffer(storage.data, dtype=storage.dtype, count=storage.numel) if storage.numel else torch.empty(0, dtype=storage.dtype)
+    flat = (
+        torch.frombuffer(storage.data, dtype=storage.dtype, count=storage.numel)
+        if storage.numel
+        else torch.empty(0, dtype=storage.dtype)
+    )
     return flat.as_strided(size, stride, offset if count else 0)
 
 
-def _narrow(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any, dtype: Name, *rest: Any) -> Tensor:
+def _narrow(
+    storage: Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    grad: Any,
+    hooks: Any,
+    dtype: Name,
+    *rest: Any,
+) -> Tensor:
     """A tensor of a dtype that has no storage class; its storage is untyped, in bytes."""
     kind = NARROW[dtype.path]
-    return _tensor(Storage(kind, storage.numel // kind.itemsize, storage.data), offset, size, stride)
+    return _tensor(
+        Storage(kind, storage.numel // kind.itemsize, storage.data), offset, size, stride
+    )
 
 
 def _typed(function: Name, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
@@ -209,7 +286,9 @@ def _typed(function: Name, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
 
 
 def _mapping(pairs: Any = ()) -> dict[Any, Any]:
-    return {_key(key): value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)}
+    return {
+        _key(key): value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)
+    }
 
 
 def _encoded(text: str, encoding: str) -> bytes:
@@ -230,7 +309,10 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": lambda factory=None, pairs=(): _mapping(pairs),
     "_codecs.encode": _encoded,
-    **dict.fromkeys(("builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"), lambda values=(): {_key(v) for v in values}),
+    **dict.fromkeys(
+        ("builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"),
+        lambda values=(): {_key(v) for v in values},
+    ),
 }
 
 
@@ -239,7 +321,14 @@ def made(called: Any, args: Any) -> Any:
     args = args if isinstance(args, tuple) else (args,)
     if isinstance(called, Name) and called.path in BUILDERS:
         return BUILDERS[called.path](*args)
-    return Inert(called.path if isinstance(called, Name) else f"result of {called!r:.80}" if isinstance(called, Inert) else "no name", args)
+    return Inert(
+        called.path
+        if isinstance(called, Name)
+        else f"result of {called!r:.80}"
+        if isinstance(called, Inert)
+        else "no name",
+        args,
+    )
 
 
 def _key(value: Any, depth: int = 3) -> Any:
@@ -261,7 +350,12 @@ class Machine:
     """Runs one pickle: a stack, the positions of its marks, a memo. Opcodes are decoded by the standard library's `pickletools`."""
 
     def __init__(self, persistent: Callable[[Any], Any]):
-        self.persistent, self.stack, self.marks, self.memo = persistent, list[Any](), list[int](), dict[int, Any]()
+        self.persistent, self.stack, self.marks, self.memo = (
+            persistent,
+            list[Any](),
+            list[int](),
+            dict[int, Any](),
+        )
 
     def run(self, file: BinaryIO | mmap.mmap) -> Any:
         """The value; the file stands behind the pickle. Raises one of DAMAGE for anything malformed."""
@@ -327,7 +421,11 @@ class Machine:
 
     def load(self, pid: Any) -> None:
         """A storage; the older form also puts classes here, beside their source."""
-        self.push(pid[1] if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" else self.persistent(pid))
+        self.push(
+            pid[1]
+            if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module"
+            else self.persistent(pid)
+        )
 
     def instance(self, values: list[Any]) -> None:
         self.push(made(values[0], tuple(values[1:])))

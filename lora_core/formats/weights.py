@@ -47,7 +47,11 @@ class Weights:
 
 def weights_of(tensors: Mapping[str, Tensor], source: str) -> Weights:
     """Tensors that are in memory, or mapped into it."""
-    return Weights(source, {key: Info(tuple(t.shape), t.dtype) for key, t in tensors.items()}, lambda key: tensors[key].detach().cpu())
+    return Weights(
+        source,
+        {key: Info(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        lambda key: tensors[key].detach().cpu(),
+    )
 
 
 def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
@@ -61,10 +65,15 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
             return tensor
         narrow = tensor.to(dtype)
         if not torch.isfinite(narrow).all():
-            raise UserError(f"{key} of {weights.source} holds NaN or Inf as {dtype}; write it in a wider dtype or mend it")
+            raise UserError(
+                f"{key} of {weights.source} holds NaN or Inf as {dtype}; write it in a wider dtype or mend it"
+            )
         return narrow
 
-    infos = {key: info._replace(dtype=dtype if info.dtype.is_floating_point else info.dtype) for key, info in weights.infos.items()}
+    infos = {
+        key: info._replace(dtype=dtype if info.dtype.is_floating_point else info.dtype)
+        for key, info in weights.infos.items()
+    }
     return Weights(weights.source, infos, read)
 
 
@@ -77,15 +86,21 @@ def open_weights(path: str | Path) -> Weights:
     if is_pickle(path) or path.suffix in PICKLED:
         return weights_of(_pickled(read_pickle(path), path), str(path))
     try:
-        opened = safe_open(path, "np")  # of the header alone; "pt" maps the file writable, which a system refuses for more than its memory
+        opened = safe_open(
+            path, "np"
+        )  # of the header alone; "pt" maps the file writable, which a system refuses for more than its memory
         infos = {}
         for key in opened.keys():  # noqa: SIM118 - not a dictionary
             part = opened.get_slice(key)
             if part.get_dtype() not in KINDS:
-                raise UserError(f"{key} in {path} is {part.get_dtype()}, expected one of {', '.join(KINDS)}; quantised checkpoints are not read")
+                raise UserError(
+                    f"{key} in {path} is {part.get_dtype()}, expected one of {', '.join(KINDS)}; quantised checkpoints are not read"
+                )
             infos[key] = Info(tuple(part.get_shape()), KINDS[part.get_dtype()])
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch or write it again") from None
+        raise UserError(
+            f"{path} is truncated, damaged or no safetensors file ({error}); fetch or write it again"
+        ) from None
     if not infos:
         raise UserError(f"{path} holds no tensors; expected the weights of a model")
     return Weights(str(path), infos, _reader(path, infos))
@@ -104,7 +119,11 @@ def _reader(path: Path, infos: Mapping[str, Info]) -> Callable[[str], Tensor]:
         if file.readinto(data) != len(data):
             raise UserError(f"{path} has become shorter while it was read; fetch or write it again")
         shape, dtype = infos[key]
-        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).reshape(shape)
+            if data
+            else torch.empty(shape, dtype=dtype)
+        )
 
     return read
 
@@ -116,10 +135,18 @@ def open_folder(folder: str | Path, stem: str) -> Weights:
     """
     folder = Path(folder)
     older = f"pytorch_{stem}" if stem == "model" else stem
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{older}.bin", f"{stem}.fp16.safetensors", f"{older}.fp16.bin"):
+    for name in (
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{older}.bin",
+        f"{stem}.fp16.safetensors",
+        f"{older}.fp16.bin",
+    ):
         if (folder / name).is_file():
             return _shards(folder / name) if name.endswith(".json") else open_weights(folder / name)
-    raise UserError(f"{folder} has no weights: expected {stem}.safetensors or {older}.bin; is it a folder in the diffusers layout?")
+    raise UserError(
+        f"{folder} has no weights: expected {stem}.safetensors or {older}.bin; is it a folder in the diffusers layout?"
+    )
 
 
 def write_weights(path: Path, weights: Weights, header: Mapping[str, str]) -> None:
@@ -140,25 +167,45 @@ def write_weights(path: Path, weights: Weights, header: Mapping[str, str]) -> No
         for key in order:
             tensor = weights.read(key)
             if (tuple(tensor.shape), tensor.dtype) != weights.infos[key]:
-                raise ValueError(f"{key} of {weights.source} is {list(tensor.shape)} {tensor.dtype}, announced as {weights.infos[key]}")
+                raise ValueError(
+                    f"{key} of {weights.source} is {list(tensor.shape)} {tensor.dtype}, announced as {weights.infos[key]}"
+                )
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _shards(index: Path) -> Weights:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: open_weights(index.parent / name) for name in sorted(set(places.values())) if Path(name).name == name}
+        files = {
+            name: open_weights(index.parent / name)
+            for name in sorted(set(places.values()))
+            if Path(name).name == name
+        }
         infos = {key: files[name].infos[key] for key, name in places.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} does not fit the files beside it ({error}); fetch the folder again") from None
+        raise UserError(
+            f"{index} does not fit the files beside it ({error}); fetch the folder again"
+        ) from None
     return Weights(str(index.parent), infos, lambda key: files[places[key]].read(key))
 
 
 def _pickled(tree: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, by name."""
     found = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)} if isinstance(found, dict) else {}
+    tensors = (
+        {
+            key: value
+            for key, value in found.items()
+            if isinstance(key, str) and isinstance(value, Tensor)
+        }
+        if isinstance(found, dict)
+        else {}
+    )
     if not tensors:
-        kind = f"a dictionary of {', '.join(map(str, list(found)[:3])) or 'nothing'}" if isinstance(found, dict) else f"{found!r:.80}"
+        kind = (
+            f"a dictionary of {', '.join(map(str, list(found)[:3])) or 'nothing'}"
+            if isinstance(found, dict)
+            else f"{found!r:.80}"
+        )
         raise UserError(f"{path} holds no named tensors but {kind}; expected a checkpoint")
     return tensors

@@ -47,10 +47,38 @@ EXTRAS = {  # patterns of keys that real checkpoints have beside their networks 
     "*.attn_mask": "a causal mask",
     "*loss.*": "the VAE's discriminator",
     "embedding_manager.*": "a textual inversion in training",
-    **dict.fromkeys(("*betas", "*alphas*_cumprod*", "posterior_*", "lvlb_weights", "logvar", "scale_factor", "denoiser.*"), "the noise schedule"),
+    **dict.fromkeys(
+        (
+            "*betas",
+            "*alphas*_cumprod*",
+            "posterior_*",
+            "lvlb_weights",
+            "logvar",
+            "scale_factor",
+            "denoiser.*",
+        ),
+        "the noise schedule",
+    ),
 }
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # empty tensors that tell ComfyUI the prediction
-COPIED_NEVER = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.index.json")  # weights of a network
+MARKERS = (
+    "v_pred",
+    "ztsnr",
+    "edm_mean",
+    "edm_std",
+    "edm_vpred.sigma_max",
+    "edm_vpred.sigma_min",
+)  # empty tensors that tell ComfyUI the prediction
+COPIED_NEVER = (
+    "*.safetensors",
+    "*.bin",
+    "*.ckpt",
+    "*.pt",
+    "*.pth",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.index.json",
+)  # weights of a network
 
 
 @dataclass(frozen=True)
@@ -67,7 +95,9 @@ class SingleFile:
 class Facts:
     """What the keys and shapes of a single file tell. Epsilon or v they do not tell, unless a marker does: it must come from a config."""
 
-    channels: int | None  # that the UNet reads: 4; 9 for inpainting; 8 for editing; None without a UNet
+    channels: (
+        int | None
+    )  # that the UNet reads: 4; 9 for inpainting; 8 for editing; None without a UNet
     context: int | None  # width of what it attends to: 768, 1024, 2048, 1280 ...
     label: int | None  # width of its further conditioning: 2816, 2560; None without
     linear: bool  # whether proj_in and proj_out are linear layers, not convolutions
@@ -76,24 +106,43 @@ class Facts:
     markers: tuple[str, ...]
 
     def __str__(self) -> str:
-        unet = f"a UNet of {self.channels} channels and context {self.context}" + (f", label {self.label}" if self.label else "")
-        encoders = ", ".join(f"{kind} {width} at {prefix}" for prefix, (kind, width) in self.encoders.items())
+        unet = f"a UNet of {self.channels} channels and context {self.context}" + (
+            f", label {self.label}" if self.label else ""
+        )
+        encoders = ", ".join(
+            f"{kind} {width} at {prefix}" for prefix, (kind, width) in self.encoders.items()
+        )
         return f"{unet if self.channels else 'no UNet'}, {'a' if self.vae else 'no'} VAE, {encoders or 'no text encoder'}"
 
 
-def detect(shapes: Mapping[str, Shape], *, unet: str = "model.diffusion_model.", vae: str = "first_stage_model.") -> Facts:
+def detect(
+    shapes: Mapping[str, Shape],
+    *,
+    unet: str = "model.diffusion_model.",
+    vae: str = "first_stage_model.",
+) -> Facts:
     """What kind of model a single file holds, for the caller to name the family. Never raises; a foreign file has no channels and no encoders."""
 
     def axis(key: str | None, index: int) -> int | None:
         return shapes[key][index] if key and len(shapes.get(key, ())) > index else None
 
-    attends = next((key for key in shapes if key.startswith(unet) and key.endswith(".attn2.to_k.weight")), None)
-    projects = next((key for key in shapes if key.startswith(unet) and key.endswith(".proj_in.weight")), None)
+    attends = next(
+        (key for key in shapes if key.startswith(unet) and key.endswith(".attn2.to_k.weight")), None
+    )
+    projects = next(
+        (key for key in shapes if key.startswith(unet) and key.endswith(".proj_in.weight")), None
+    )
     encoders = {}
-    for kind, leaf in (("clip", "embeddings.position_embedding.weight"), ("open_clip", "positional_embedding")):
+    for kind, leaf in (
+        ("clip", "embeddings.position_embedding.weight"),
+        ("open_clip", "positional_embedding"),
+    ):
         for key in shapes:
             if key == leaf or key.endswith("." + leaf):
-                encoders[key.removesuffix(leaf).removesuffix("text_model.")] = (kind, shapes[key][-1] if shapes[key] else 0)
+                encoders[key.removesuffix(leaf).removesuffix("text_model.")] = (
+                    kind,
+                    shapes[key][-1] if shapes[key] else 0,
+                )
     return Facts(
         channels=axis(f"{unet}input_blocks.0.0.weight", 1), context=axis(attends, 1), label=axis(f"{unet}label_emb.0.0.weight", 1),
         linear=projects is not None and len(shapes[projects]) == 2, encoders=encoders,
@@ -106,7 +155,10 @@ def detect(shapes: Mapping[str, Shape], *, unet: str = "model.diffusion_model.",
 
 def open_model(folder: str | Path, rows: Iterable[SingleFile]) -> dict[str, Weights]:
     """The weights of a folder in the diffusers layout, for `to_single`. Raises UserError for a component without weights."""
-    return {row.component: open_folder(Path(folder) / row.component, GRAMMARS[row.grammar].weights) for row in rows}
+    return {
+        row.component: open_folder(Path(folder) / row.component, GRAMMARS[row.grammar].weights)
+        for row in rows
+    }
 
 
 def to_single(
@@ -125,7 +177,9 @@ def to_single(
     """
     path = Path(path)
     if path.suffix not in (".safetensors", *PICKLED):
-        raise UserError(f"{path} has the suffix {path.suffix or '(none)'}; expected .safetensors or .ckpt")
+        raise UserError(
+            f"{path} has the suffix {path.suffix or '(none)'}; expected .safetensors or .ckpt"
+        )
     _free(path, overwrite)
     single = cast(joined(model, rows), dtype)
     with _sentence(path):
@@ -133,7 +187,14 @@ def to_single(
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
             with atomic(path) as temporary:
-                torch.save({"state_dict": {key: single.read(key).contiguous().clone() for key in single.infos}}, temporary)
+                torch.save(
+                    {
+                        "state_dict": {
+                            key: single.read(key).contiguous().clone() for key in single.infos
+                        }
+                    },
+                    temporary,
+                )
 
 
 def joined(model: Mapping[str, Weights], rows: Sequence[SingleFile]) -> Weights:
@@ -141,16 +202,25 @@ def joined(model: Mapping[str, Weights], rows: Sequence[SingleFile]) -> Weights:
     places: dict[str, tuple[Weights, Entry]] = {}
     for row in rows:
         if row.component not in model:
-            raise UserError(f"there is no {row.component} to write, only {', '.join(model) or 'nothing'}")
+            raise UserError(
+                f"there is no {row.component} to write, only {', '.join(model) or 'nothing'}"
+            )
         weights = model[row.component]
-        places |= {row.prefix + key: (weights, entry) for key, entry in _table(row, weights.shapes).items()}
-    infos = {key: Info(entry.shape, weights.infos[entry.keys[0]].dtype) for key, (weights, entry) in places.items()}
+        places |= {
+            row.prefix + key: (weights, entry) for key, entry in _table(row, weights.shapes).items()
+        }
+    infos = {
+        key: Info(entry.shape, weights.infos[entry.keys[0]].dtype)
+        for key, (weights, entry) in places.items()
+    }
 
     def read(key: str) -> Tensor:
         weights, entry = places[key]
         return entry.encode([weights.read(part) for part in entry.keys])
 
-    return Weights(" and ".join(dict.fromkeys(weights.source for weights in model.values())), infos, read)
+    return Weights(
+        " and ".join(dict.fromkeys(weights.source for weights in model.values())), infos, read
+    )
 
 
 # ---------------------------------------------------------------- a folder from one file
@@ -165,16 +235,40 @@ def split(single: Weights, rows: Sequence[SingleFile], shapes: Shapes) -> dict[s
     """
     wanted = [row for row in rows if row.component in shapes]
     tables = {row: _table(row, shapes[row.component]) for row in wanted}
-    names = {row: {key: _present(row, key, entry, single) for key, entry in table.items() if not entry.spare} for row, table in tables.items()}
+    names = {
+        row: {
+            key: _present(row, key, entry, single)
+            for key, entry in table.items()
+            if not entry.spare
+        }
+        for row, table in tables.items()
+    }
     for row, found in names.items():
         _complete(row, found, single)
         for key, name in found.items():
             _fits(name or key, tables[row][key].shape, single)
     used = {name for found in names.values() for name in found.values()}
-    spare = {row.prefix + key for row, table in tables.items() for key, entry in table.items() if entry.spare}
+    spare = {
+        row.prefix + key
+        for row, table in tables.items()
+        for key, entry in table.items()
+        if entry.spare
+    }
     elsewhere = tuple(row.prefix for row in rows if row not in wanted)
-    _account([key for key in single.infos if key not in used and not (elsewhere and key.startswith(elsewhere))], spare, used, single)
-    return {row.component: _part(single, tables[row], names[row], shapes[row.component]) for row in wanted}
+    _account(
+        [
+            key
+            for key in single.infos
+            if key not in used and not (elsewhere and key.startswith(elsewhere))
+        ],
+        spare,
+        used,
+        single,
+    )
+    return {
+        row.component: _part(single, tables[row], names[row], shapes[row.component])
+        for row in wanted
+    }
 
 
 def from_single(
@@ -196,16 +290,26 @@ def from_single(
     _free(folder, overwrite)
     for row in rows:
         if row.component in shapes and not (configs / row.component / "config.json").is_file():
-            raise UserError(f"{configs} has no {row.component}/config.json; give a folder in the diffusers layout for this kind of model")
+            raise UserError(
+                f"{configs} has no {row.component}/config.json; give a folder in the diffusers layout for this kind of model"
+            )
     model = split(open_weights(path), rows, shapes)
     stems = {row.component: GRAMMARS[row.grammar].weights for row in rows}
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         with _sentence(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(configs, temporary, ignore=lambda place, names: _weights_in(Path(place), names, configs, model))
+            shutil.copytree(
+                configs,
+                temporary,
+                ignore=lambda place, names: _weights_in(Path(place), names, configs, model),
+            )
             for name, weights in model.items():
-                write_weights(temporary / name / f"{stems[name]}.safetensors", cast(weights, dtype), {"format": "pt"})
+                write_weights(
+                    temporary / name / f"{stems[name]}.safetensors",
+                    cast(weights, dtype),
+                    {"format": "pt"},
+                )
             _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -222,7 +326,10 @@ def _table(row: SingleFile, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
 
 def _present(row: SingleFile, key: str, entry: Entry, single: Weights) -> str | None:
     """The name under which the file has an entry."""
-    return next((row.prefix + name for name in (key, *entry.also) if row.prefix + name in single.infos), None)
+    return next(
+        (row.prefix + name for name in (key, *entry.also) if row.prefix + name in single.infos),
+        None,
+    )
 
 
 def _complete(row: SingleFile, found: Mapping[str, str | None], single: Weights) -> None:
@@ -232,7 +339,9 @@ def _complete(row: SingleFile, found: Mapping[str, str | None], single: Weights)
             f"{single.source} has no {row.component} at {row.prefix or 'its top'}; it has {detect(single.shapes)}: is it of another family?"
         )
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        shown = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
         raise UserError(
             f"{single.source} lacks {len(missing)} of {len(found)} tensors of {row.component}: {shown}; is it for another config, or cut?"
         )
@@ -241,9 +350,13 @@ def _complete(row: SingleFile, found: Mapping[str, str | None], single: Weights)
 def _fits(key: str, expected: Shape, single: Weights) -> None:
     shape, dtype = single.infos[key]
     if not dtype.is_floating_point:
-        raise UserError(f"{key} in {single.source} is {dtype}, expected floating point; quantised checkpoints are not read")
+        raise UserError(
+            f"{key} in {single.source} is {dtype}, expected floating point; quantised checkpoints are not read"
+        )
     if _padded(shape) != _padded(expected):
-        raise UserError(f"{key} in {single.source} is {list(shape)}, expected {list(expected)}; is it of another family or for another config?")
+        raise UserError(
+            f"{key} in {single.source} is {list(shape)}, expected {list(expected)}; is it of another family or for another config?"
+        )
 
 
 def _padded(shape: Shape) -> Shape:
@@ -256,8 +369,16 @@ def _account(left: list[str], spare: set[str], used: Iterable[str | None], singl
     passed: Counter[str] = Counter()
     odd = []
     for key in left:
-        what = "layers that are never run" if key in spare else "markers of the prediction" if key in MARKERS else ""
-        what = what or next((what for pattern, what in EXTRAS.items() if fnmatch.fnmatchcase(key, pattern)), "")
+        what = (
+            "layers that are never run"
+            if key in spare
+            else "markers of the prediction"
+            if key in MARKERS
+            else ""
+        )
+        what = what or next(
+            (what for pattern, what in EXTRAS.items() if fnmatch.fnmatchcase(key, pattern)), ""
+        )
         if what:
             passed[what] += 1
         else:
@@ -265,16 +386,33 @@ def _account(left: list[str], spare: set[str], used: Iterable[str | None], singl
     if odd:
         shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         near = nearest(odd[0], [key for key in used if key])
-        raise UserError(f"{single.source} has {len(odd)} key(s) that mean nothing here: {shown}; nearest known: {near}; is it of another family?")
+        raise UserError(
+            f"{single.source} has {len(odd)} key(s) that mean nothing here: {shown}; nearest known: {near}; is it of another family?"
+        )
     if passed:
         listed = ", ".join(f"{what} ({count})" for what, count in passed.items())
-        print(f"{single.source}: passed over {passed.total()} tensors that no network uses: {listed}", flush=True)
+        print(
+            f"{single.source}: passed over {passed.total()} tensors that no network uses: {listed}",
+            flush=True,
+        )
 
 
-def _part(single: Weights, table: Mapping[str, Entry], names: Mapping[str, str | None], shapes: Mapping[str, Shape]) -> Weights:
+def _part(
+    single: Weights,
+    table: Mapping[str, Entry],
+    names: Mapping[str, str | None],
+    shapes: Mapping[str, Shape],
+) -> Weights:
     """One network of a single file."""
-    places = {part: (names[key] or key, entry) for key, entry in table.items() if not entry.spare for part in entry.keys}
-    infos = {key: Info(tuple(shapes[key]), single.infos[name].dtype) for key, (name, _) in places.items()}
+    places = {
+        part: (names[key] or key, entry)
+        for key, entry in table.items()
+        if not entry.spare
+        for part in entry.keys
+    }
+    infos = {
+        key: Info(tuple(shapes[key]), single.infos[name].dtype) for key, (name, _) in places.items()
+    }
 
     def read(key: str) -> Tensor:
         name, entry = places[key]
@@ -283,19 +421,29 @@ def _part(single: Weights, table: Mapping[str, Entry], names: Mapping[str, str |
     return Weights(single.source, infos, read)
 
 
-def _weights_in(place: Path, names: list[str], configs: Path, model: Mapping[str, Weights]) -> set[str]:
+def _weights_in(
+    place: Path, names: list[str], configs: Path, model: Mapping[str, Weights]
+) -> set[str]:
     """What of a folder is not copied: the weights of networks that are written anew, hidden files."""
     hidden = {name for name in names if name.startswith(".")}
     if place == configs:  # single files that lie beside the folders
-        return hidden | {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)}
+        return hidden | {
+            name
+            for name in names
+            if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)
+        }
     if place.relative_to(configs).parts[0] not in model:
         return hidden
-    return hidden | {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)}
+    return hidden | {
+        name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)
+    }
 
 
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already; pass --overwrite to replace it, or name another output")
+        raise UserError(
+            f"{path} is there already; pass --overwrite to replace it, or name another output"
+        )
 
 
 def _swap(temporary: Path, folder: Path) -> None:
@@ -317,4 +465,6 @@ def _sentence(path: Path) -> Iterator[None]:
         yield
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise UserError(f"{path} cannot be written ({reason}); what was there is untouched, free some space or choose another place") from error
+        raise UserError(
+            f"{path} cannot be written ({reason}); what was there is untouched, free some space or choose another place"
+        ) from error

@@ -39,14 +39,20 @@ class Op:
     """One operation. The twins, `supports` and `shape_class` take the reference's arguments."""
 
     reference: Callable[..., Any]
-    example: Callable[..., tuple[Any, ...]]  # (seed, dtype, device) -> arguments, for tests and benchmarks
+    example: Callable[
+        ..., tuple[Any, ...]
+    ]  # (seed, dtype, device) -> arguments, for tests and benchmarks
     fused: Callable[..., Any] | None = None
     triton: Callable[..., Any] | None = None
-    supports: Callable[..., str | None] | None = None  # why the triton twin refuses these arguments, or None
+    supports: Callable[..., str | None] | None = (
+        None  # why the triton twin refuses these arguments, or None
+    )
     shape_class: Callable[..., str] | None = None  # what the table of winners tells apart
 
 
-COSTS: dict[str, Callable[..., Cost]] = {}  # torch op, "lora_core::shrink" -> its cost from its own arguments; filled beside each kernel
+COSTS: dict[
+    str, Callable[..., Cost]
+] = {}  # torch op, "lora_core::shrink" -> its cost from its own arguments; filled beside each kernel
 
 
 def in_module(module: str, name: str) -> Callable[..., Any]:
@@ -69,7 +75,9 @@ def load() -> None:
 
 
 def _load(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(importlib.import_module(f"lora_core.kernels.{module}"), name)
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"lora_core.kernels.{module}"), name
+    )
     _loaded[module, name] = found
     return found
 
@@ -83,40 +91,62 @@ def _random(seed: int, dtype: torch.dtype, device: str, *shapes: tuple[int, ...]
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def _linear_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def _linear_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     return *_random(seed, dtype, device, (2, 5, 7), (11, 7), (11,), (3, 7), (11, 3)), 0.5
 
 
-def _grouped_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
-    x, w1, b1, d1, u1, w2, d2, u2 = _random(seed, dtype, device, (2, 5, 7), (11, 7), (11,), (3, 7), (11, 3), (6, 7), (2, 7), (6, 2))
+def _grouped_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
+    x, w1, b1, d1, u1, w2, d2, u2 = _random(
+        seed, dtype, device, (2, 5, 7), (11, 7), (11,), (3, 7), (11, 3), (6, 7), (2, 7), (6, 2)
+    )
     return x, (Member(w1, b1, d1, u1, 0.5), Member(w2, None, d2, u2, 2.0))
 
 
-def _conv_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def _conv_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     shapes = (2, 6, 7, 9), (4, 3, 3, 2), (4,), (6, 3, 3, 2), (4, 3, 1, 1)
     return *_random(seed, dtype, device, *shapes), 0.5, (2, 1), (1, 0), (1, 2), 2
 
 
-def _norm_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def _norm_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     return *_random(seed, dtype, device, (11, 7), (3, 7), (11, 3)), 0.5
 
 
-def _norms_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def _norms_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     w, d, u = _random(seed + 1, dtype, device, (4, 3, 3, 2), (6, 3, 3, 2), (4, 6, 1, 1))
     return ((_norm_example(seed, dtype, device), (w, d, u, 2.0)),)
 
 
-def _compose_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
-    return *_random(seed, dtype, device, (2, 5, 11), (11,), (2, 5, 11)), *_random(seed + 1, torch.float32, device, (11,))
+def _compose_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
+    return *_random(seed, dtype, device, (2, 5, 11), (11,), (2, 5, 11)), *_random(
+        seed + 1, torch.float32, device, (11,)
+    )
 
 
-def _dropout_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def _dropout_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     step, rows = torch.tensor(3, device=device), torch.tensor([7, -(2**40)], device=device)
     return *_random(seed, dtype, device, (2, 5, 7)), 0.25, seed, 12345, step, rows
 
 
-def _mse_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
-    out, target, mask, weight = _random(seed, dtype, device, (3, 4, 5, 7), (3, 4, 5, 7), (3, 1, 5, 7), (3,))
+def _mse_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
+    out, target, mask, weight = _random(
+        seed, dtype, device, (3, 4, 5, 7), (3, 4, 5, 7), (3, 1, 5, 7), (3,)
+    )
     return out, target, (mask > 0).to(dtype), weight.abs().to(reference.wide(dtype))
 
 
@@ -138,19 +168,40 @@ OPS: dict[str, Op] = {
         winners.grouped_class,
     ),
     "lora_conv": Op(
-        reference.lora_conv, _conv_example, fused.lora_conv, in_module("linear", "lora_conv"), linear_shapes.conv_supports, linear_shapes.conv_class
+        reference.lora_conv,
+        _conv_example,
+        fused.lora_conv,
+        in_module("linear", "lora_conv"),
+        linear_shapes.conv_supports,
+        linear_shapes.conv_class,
     ),
     "dora_norm": Op(
-        reference.dora_norm, _norm_example, in_module("norms", "dora_norm"), in_module("dora", "dora_norm"), in_module("dora", "norm_refusal")
+        reference.dora_norm,
+        _norm_example,
+        in_module("norms", "dora_norm"),
+        in_module("dora", "dora_norm"),
+        in_module("dora", "norm_refusal"),
     ),
     "dora_norms": Op(
-        reference.dora_norms, _norms_example, in_module("norms", "dora_norms"), in_module("dora", "dora_norms"), in_module("dora", "norms_refusal")
+        reference.dora_norms,
+        _norms_example,
+        in_module("norms", "dora_norms"),
+        in_module("dora", "dora_norms"),
+        in_module("dora", "norms_refusal"),
     ),
     "dora_compose": Op(
-        reference.dora_compose, _compose_example, fused.dora_compose, in_module("compose", "dora_compose"), in_module("compose", "compose_refusal")
+        reference.dora_compose,
+        _compose_example,
+        fused.dora_compose,
+        in_module("compose", "dora_compose"),
+        in_module("compose", "compose_refusal"),
     ),
     "keyed_dropout": Op(
-        reference.keyed_dropout, _dropout_example, None, in_module("dropout", "keyed_dropout"), in_module("dropout", "dropout_refusal")
+        reference.keyed_dropout,
+        _dropout_example,
+        None,
+        in_module("dropout", "keyed_dropout"),
+        in_module("dropout", "dropout_refusal"),
     ),
     "snr_weighted_mse": Op(
         reference.snr_weighted_mse,
@@ -167,11 +218,17 @@ OPS: dict[str, Op] = {
         in_module("optimizers", "prodigy_refusal"),
     ),
     "adamw_step": Op(
-        steps.adamw_step, steps.adamw_example, loops.adamw_step, in_module("optimizers", "adamw_step"), in_module("optimizers", "adamw_refusal")
+        steps.adamw_step,
+        steps.adamw_example,
+        loops.adamw_step,
+        in_module("optimizers", "adamw_step"),
+        in_module("optimizers", "adamw_refusal"),
     ),
 }
 
-_forced: list[str] = []  # a plain list: a context variable would not reach autograd's threads, where checkpointing recomputes
+_forced: list[
+    str
+] = []  # a plain list: a context variable would not reach autograd's threads, where checkpointing recomputes
 _said: set[str] = set()
 
 
@@ -212,7 +269,11 @@ def call(name: str, *args: Any) -> Any:
         if chosen != "triton":
             return (op.reference if chosen == "reference" else plain)(*args)
     if op.triton is None or not HAS_TRITON:
-        reason: str | None = "there is none" if op.triton is None else "triton is not installed (it exists for Linux)"
+        reason: str | None = (
+            "there is none"
+            if op.triton is None
+            else "triton is not installed (it exists for Linux)"
+        )
     else:
         reason = op.supports(*args) if op.supports else None
     if reason is None:
@@ -226,4 +287,6 @@ def call(name: str, *args: Any) -> Any:
 
 def _check(mode: str, source: str) -> None:
     if mode not in MODES:
-        raise UserError(f"{source} got the kernel mode {mode!r}; expected one of {', '.join(MODES)}")
+        raise UserError(
+            f"{source} got the kernel mode {mode!r}; expected one of {', '.join(MODES)}"
+        )

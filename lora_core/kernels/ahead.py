@@ -36,7 +36,12 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227
 SPARED = 16
 
 # What instructions are called in PTX. Matrix products: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100; small tiles take mma there too.
-KINDS = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"(?<![\w.])mma\.sync", "cp.async": r"\bcp\.async\."}
+KINDS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"(?<![\w.])mma\.sync",
+    "cp.async": r"\bcp\.async\.",
+}
 TENSOR_CORES = ("wgmma", "tcgen05", "mma")
 
 
@@ -44,13 +49,19 @@ class Build(NamedTuple):
     """One configuration of a kernel, as its launcher asks for it."""
 
     kernel: Any  # the @triton.jit function
-    signature: Mapping[str, str]  # argument, in order -> "*fp32", "*bf16", "*i64", "i32", "fp32" ... or "constexpr"
-    constants: Mapping[str, Any]  # the values of the constexpr arguments (None too, for a pointer that is not there)
+    signature: Mapping[
+        str, str
+    ]  # argument, in order -> "*fp32", "*bf16", "*i64", "i32", "fp32" ... or "constexpr"
+    constants: Mapping[
+        str, Any
+    ]  # the values of the constexpr arguments (None too, for a pointer that is not there)
     warps: int = 4
     stages: int = 2
     tensor_cores: bool = False  # its products must be tensor core instructions
     name: str = ""  # what the table calls this configuration
-    multiples: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as the launcher sees them; pointers always are
+    multiples: tuple[
+        str, ...
+    ] = ()  # integer arguments that are multiples of 16, as the launcher sees them; pointers always are
     registers: int | None = None  # maxnreg: the most a thread may have; None: what ptxas guesses
 
 
@@ -70,16 +81,31 @@ def check(build: Build, arch: int) -> Resources:
     from triton.compiler import ASTSource
 
     if not isinstance(build.kernel, triton.JITFunction):
-        raise UserError("got a kernel of Triton's interpreter, expected one to compile; unset TRITON_INTERPRET")
+        raise UserError(
+            "got a kernel of Triton's interpreter, expected one to compile; unset TRITON_INTERPRET"
+        )
     names, signature = build.kernel.arg_names, dict(build.signature)
     if list(signature) != names:
-        raise UserError(f"the build {build.name!r} lists the arguments {', '.join(signature)}; {build.kernel.__name__} takes {', '.join(names)}")
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in build.multiples]
-    source = ASTSource(build.kernel, signature, dict(build.constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
+        raise UserError(
+            f"the build {build.name!r} lists the arguments {', '.join(signature)}; {build.kernel.__name__} takes {', '.join(names)}"
+        )
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in build.multiples
+    ]
+    source = ASTSource(
+        build.kernel,
+        signature,
+        dict(build.constants),
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
     options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
-    kinds = tuple(kind for kind, pattern in KINDS.items() if re.search(pattern, compiled.asm["ptx"]))
+    kinds = tuple(
+        kind for kind, pattern in KINDS.items() if re.search(pattern, compiled.asm["ptx"])
+    )
     return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, kinds)
 
 
@@ -101,7 +127,12 @@ def _usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 
@@ -110,16 +141,36 @@ def builds(full: bool, only: str = "") -> list[tuple[str, Build]]:
     found = []
     for module in MODULES:
         if find_spec(f"lora_core.kernels.{module}") is not None:
-            found += [(module, build) for build in importlib.import_module(f"lora_core.kernels.{module}").builds(full)]
-    return [(module, build) for module, build in found if only in f"{module}.{build.name or build.kernel.__name__}"]
+            found += [
+                (module, build)
+                for build in importlib.import_module(f"lora_core.kernels.{module}").builds(full)
+            ]
+    return [
+        (module, build)
+        for module, build in found
+        if only in f"{module}.{build.name or build.kernel.__name__}"
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lora_core.kernels.ahead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lora_core.kernels.ahead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED), default=[80, 89, 90], help="compute capabilities")
-    parser.add_argument("--full", action="store_true", help="every configuration that is dispatched, not a few of each kernel")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=list(SHARED),
+        default=[80, 89, 90],
+        help="compute capabilities",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every configuration that is dispatched, not a few of each kernel",
+    )
     parser.add_argument("--only", default="", help="configurations whose module.name holds this")
     parser.add_argument("--json", type=Path, help="write the table there")
     given = parser.parse_args(arguments)
@@ -127,15 +178,29 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("TRITON_INTERPRET is set, so that there is nothing to compile; unset it")
     rows, found = [], builds(given.full, given.only)
     if not found:
-        raise UserError(f"no kernel configuration matches --only {given.only!r}; there are modules {', '.join(MODULES)}")
+        raise UserError(
+            f"no kernel configuration matches --only {given.only!r}; there are modules {', '.join(MODULES)}"
+        )
     print(f"{'kernel':58} {'sm':>3} {'registers':>9} {'spills':>6} {'shared':>7}  instructions")
     for module, build in found:
         for arch in given.arch:
             resources, name = check(build, arch), f"{module}.{build.name or build.kernel.__name__}"
             wrong = fault(build, arch, resources)
             registers, spills, shared, kinds = resources
-            print(f"{name:58} {arch:3} {registers:9} {spills:6} {shared:7}  {' '.join(kinds)} {wrong.upper()}".rstrip(), flush=True)
-            rows.append({"kernel": name, "arch": arch, "warps": build.warps, "stages": build.stages, **resources._asdict(), "fault": wrong})
+            print(
+                f"{name:58} {arch:3} {registers:9} {spills:6} {shared:7}  {' '.join(kinds)} {wrong.upper()}".rstrip(),
+                flush=True,
+            )
+            rows.append(
+                {
+                    "kernel": name,
+                    "arch": arch,
+                    "warps": build.warps,
+                    "stages": build.stages,
+                    **resources._asdict(),
+                    "fault": wrong,
+                }
+            )
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
     refused = sum(bool(row["fault"]) for row in rows)

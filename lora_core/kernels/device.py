@@ -26,5 +26,9 @@ def refusal(x: Tensor) -> str | None:
     if x.is_cuda or x.is_meta:
         return None
     if x.device.type == "cpu":
-        return None if interpreted() else "the tensors are on the CPU; TRITON_INTERPRET=1 runs kernels there, slowly, to test them"
+        return (
+            None
+            if interpreted()
+            else "the tensors are on the CPU; TRITON_INTERPRET=1 runs kernels there, slowly, to test them"
+        )
     return f"the tensors are on {x.device.type}"

@@ -39,21 +39,39 @@ def _row_norms(w, down, up, first, rows, columns, rank, scale, inner, inner_stri
     is not or the reverse, at (c % inner) * inner_stride + (c // inner) * outer_stride. ONCE: the ranks fit in one block of BR."""
     n, r = first + tl.arange(0, BN), tl.arange(0, BR)
     row = n.to(tl.int64)[:, None]
-    u = tl.load(up + row * rank + r[None, :], mask=(n < rows)[:, None] & (r < rank)[None, :], other=0.0)
+    u = tl.load(
+        up + row * rank + r[None, :], mask=(n < rows)[:, None] & (r < rank)[None, :], other=0.0
+    )
     total = tl.zeros((BN,), tl.float32)
     for k in range(0, columns, BK):
         c = k + tl.arange(0, BK)
         at = c if PLAIN else (c % inner) * inner_stride + (c // inner) * outer_stride
-        wide = tl.load(w + row * columns + c[None, :], mask=(n < rows)[:, None] & (c < columns)[None, :], other=0.0).to(tl.float32)
+        wide = tl.load(
+            w + row * columns + c[None, :],
+            mask=(n < rows)[:, None] & (c < columns)[None, :],
+            other=0.0,
+        ).to(tl.float32)
         if ONCE:
-            d = tl.load(down + r[:, None] * columns + at[None, :], mask=(r < rank)[:, None] & (c < columns)[None, :], other=0.0)
+            d = tl.load(
+                down + r[:, None] * columns + at[None, :],
+                mask=(r < rank)[:, None] & (c < columns)[None, :],
+                other=0.0,
+            )
             wide += scale * tl.dot(u, d, input_precision="tf32x3")
         else:
             product = tl.zeros((BN, BK), tl.float32)
             for begin in range(0, rank, BR):
                 s = begin + r
-                part = tl.load(up + row * rank + s[None, :], mask=(n < rows)[:, None] & (s < rank)[None, :], other=0.0)
-                d = tl.load(down + s[:, None] * columns + at[None, :], mask=(s < rank)[:, None] & (c < columns)[None, :], other=0.0)
+                part = tl.load(
+                    up + row * rank + s[None, :],
+                    mask=(n < rows)[:, None] & (s < rank)[None, :],
+                    other=0.0,
+                )
+                d = tl.load(
+                    down + s[:, None] * columns + at[None, :],
+                    mask=(s < rank)[:, None] & (c < columns)[None, :],
+                    other=0.0,
+                )
                 product = tl.dot(part, d, product, input_precision="tf32x3")
             wide += scale * product
         total += tl.sum(wide * wide, 1)
@@ -64,7 +82,24 @@ def _row_norms(w, down, up, first, rows, columns, rank, scale, inner, inner_stri
 def norm_kernel(w, down, up, out, rows, columns, rank, scale, inner, inner_stride, outer_stride,
                 PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * BN
-    n, norm = _row_norms(w, down, up, first, rows, columns, rank, scale, inner, inner_stride, outer_stride, PLAIN, BN, BK, BR, ONCE)
+    n, norm = _row_norms(
+        w,
+        down,
+        up,
+        first,
+        rows,
+        columns,
+        rank,
+        scale,
+        inner,
+        inner_stride,
+        outer_stride,
+        PLAIN,
+        BN,
+        BK,
+        BR,
+        ONCE,
+    )
     tl.store(out + n, norm, mask=n < rows)
 
 
@@ -77,12 +112,41 @@ def norms_kernel(table, tiles, out, W: tl.constexpr, ALIGNED: tl.constexpr, PLAI
     w = tl.load(entry).to(tl.pointer_type(W))
     down = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
     up = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
-    rows, columns, rank = tl.load(entry + 3).to(tl.int32), tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    rows, columns, rank = (
+        tl.load(entry + 3).to(tl.int32),
+        tl.load(entry + 4).to(tl.int32),
+        tl.load(entry + 5).to(tl.int32),
+    )
     start, scale = tl.load(entry + 6), tl.load(entry + 7).to(tl.int32).to(tl.float32, bitcast=True)
-    inner, inner_stride, outer_stride = tl.load(entry + 8).to(tl.int32), tl.load(entry + 9).to(tl.int32), tl.load(entry + 10).to(tl.int32)
+    inner, inner_stride, outer_stride = (
+        tl.load(entry + 8).to(tl.int32),
+        tl.load(entry + 9).to(tl.int32),
+        tl.load(entry + 10).to(tl.int32),
+    )
     if ALIGNED:
-        w, down, columns = tl.multiple_of(w, 16), tl.multiple_of(down, 16), tl.multiple_of(columns, 16)
-    n, norm = _row_norms(w, down, up, first, rows, columns, rank, scale, inner, inner_stride, outer_stride, PLAIN, BN, BK, BR, ONCE)
+        w, down, columns = (
+            tl.multiple_of(w, 16),
+            tl.multiple_of(down, 16),
+            tl.multiple_of(columns, 16),
+        )
+    n, norm = _row_norms(
+        w,
+        down,
+        up,
+        first,
+        rows,
+        columns,
+        rank,
+        scale,
+        inner,
+        inner_stride,
+        outer_stride,
+        PLAIN,
+        BN,
+        BK,
+        BR,
+        ONCE,
+    )
     tl.store(out + start + n, norm, mask=n < rows)
 
 
@@ -109,7 +173,9 @@ def norms_refusal(layers: tuple[Layer, ...]) -> str | None:
     """Why one of the layers is refused, or None."""
     if not layers:
         return "there are no layers"
-    return next((said for said in (norm_refusal(*layer) for layer in layers) if said is not None), None)
+    return next(
+        (said for said in (norm_refusal(*layer) for layer in layers) if said is not None), None
+    )
 
 
 def _columns(x: Tensor) -> tuple[int, int, int] | None:
@@ -165,7 +231,15 @@ def dora_norms(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
     norms: list[Tensor | None] = [None] * len(layers)
     for plan, members in _kinds(layers).items():
         weights, downs, ups, scales = zip(*(layers[i] for i in members), strict=True)
-        flat = _norms(list(weights), list(downs), list(ups), [float(s) for s in scales], plan.aligned, plan.plain, plan.once)
+        flat = _norms(
+            list(weights),
+            list(downs),
+            list(ups),
+            [float(s) for s in scales],
+            plan.aligned,
+            plan.plain,
+            plan.once,
+        )
         for i, norm in zip(members, flat.split([len(w) for w in weights]), strict=True):
             norms[i] = norm
     return tuple(norm for norm in norms if norm is not None)
@@ -184,29 +258,70 @@ def _kinds(layers: tuple[Layer, ...]) -> dict[_Kind, list[int]]:
     kinds: dict[_Kind, list[int]] = {}
     for i, (weight, down, up, _) in enumerate(layers):
         aligned = weight[0].numel() % 16 == 0
-        kinds.setdefault(_Kind(weight.dtype, aligned, _addressing(weight, down).plain, up.shape[1] <= 32), []).append(i)
+        kinds.setdefault(
+            _Kind(weight.dtype, aligned, _addressing(weight, down).plain, up.shape[1] <= 32), []
+        ).append(i)
     return kinds
 
 
 @torch.library.custom_op("lora_core::dora_norm", mutates_args=())
 def _norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     (rows, rank), columns = up.shape[:2], weight[0].numel()
-    out, at, (block, once) = weight.new_empty(rows, dtype=torch.float32), _addressing(weight, down), _rank_block(rank)
+    out, at, (block, once) = (
+        weight.new_empty(rows, dtype=torch.float32),
+        _addressing(weight, down),
+        _rank_block(rank),
+    )
     grid = (triton.cdiv(rows, ROWS),)
     norm_kernel[grid](
-        weight, down, up, out, rows, columns, rank, scale, *at[1:], at.plain, ROWS, _width(once), block, once, num_warps=4, num_stages=_stages(once)
+        weight,
+        down,
+        up,
+        out,
+        rows,
+        columns,
+        rank,
+        scale,
+        *at[1:],
+        at.plain,
+        ROWS,
+        _width(once),
+        block,
+        once,
+        num_warps=4,
+        num_stages=_stages(once),
     )
     return out
 
 
 @torch.library.custom_op("lora_core::dora_norms", mutates_args=())
-def _norms(weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float], aligned: bool, plain: bool, once: bool) -> Tensor:
+def _norms(
+    weights: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    aligned: bool,
+    plain: bool,
+    once: bool,
+) -> Tensor:
     table, tiles = _table(list(zip(weights, downs, ups, scales, strict=True)))
     out = weights[0].new_empty(sum(map(len, weights)), dtype=torch.float32)
     aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (*weights, *downs))
     block = max(_rank_block(up.shape[1])[0] for up in ups)
     kind = TYPES[weights[0].dtype], aligned, plain
-    norms_kernel[(len(tiles),)](table, tiles, out, *kind, ROWS, _width(once), block, once, FIELDS, num_warps=4, num_stages=_stages(once))
+    norms_kernel[(len(tiles),)](
+        table,
+        tiles,
+        out,
+        *kind,
+        ROWS,
+        _width(once),
+        block,
+        once,
+        FIELDS,
+        num_warps=4,
+        num_stages=_stages(once),
+    )
     return out
 
 
@@ -217,16 +332,34 @@ def _table(layers: list[Layer]) -> tuple[Tensor, Tensor]:
     """(addresses [layers, FIELDS] int64, tiles [programs, 2] int32) on the layers' device. Raises UserError in a CUDA graph that meets them first."""
     device = layers[0][0].device
     entries = []
-    for (weight, down, up, scale), start in zip(layers, accumulate((len(layer[0]) for layer in layers), initial=0)):
+    for (weight, down, up, scale), start in zip(
+        layers, accumulate((len(layer[0]) for layer in layers), initial=0)
+    ):
         bits = struct.unpack("<i", struct.pack("<f", scale))[0]
         sizes = len(weight), weight[0].numel(), up.shape[1], start, bits
-        entries.append((weight.data_ptr(), down.data_ptr(), up.data_ptr(), *sizes, *_addressing(weight, down)[1:], 0))
+        entries.append(
+            (
+                weight.data_ptr(),
+                down.data_ptr(),
+                up.data_ptr(),
+                *sizes,
+                *_addressing(weight, down)[1:],
+                0,
+            )
+        )
     key = (device, *entries)
     if key not in _tables:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise UserError("dora_norms met its layers for the first time inside a CUDA graph; run one step before the capture")
-        tiles = [(i, first) for i, entry in enumerate(entries) for first in range(0, entry[3], ROWS)]
-        _tables[key] = torch.tensor(entries, dtype=torch.int64).to(device), torch.tensor(tiles, dtype=torch.int32).to(device)
+            raise UserError(
+                "dora_norms met its layers for the first time inside a CUDA graph; run one step before the capture"
+            )
+        tiles = [
+            (i, first) for i, entry in enumerate(entries) for first in range(0, entry[3], ROWS)
+        ]
+        _tables[key] = (
+            torch.tensor(entries, dtype=torch.int64).to(device),
+            torch.tensor(tiles, dtype=torch.int32).to(device),
+        )
     return _tables[key]
 
 
@@ -236,7 +369,15 @@ def _(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 @_norms.register_fake
-def _(weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float], aligned: bool, plain: bool, once: bool) -> Tensor:
+def _(
+    weights: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    aligned: bool,
+    plain: bool,
+    once: bool,
+) -> Tensor:
     return weights[0].new_empty(sum(map(len, weights)), dtype=torch.float32)
 
 
@@ -252,7 +393,15 @@ def _norms_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     rows = [len(w) for w in weights]
     layers = zip(weights, downs, ups, ctx.scales, flat.split(rows), g.split(rows), strict=True)
     gradients = [norm_gradients(*layer) for layer in layers]
-    return [None] * ctx.count, [d for d, _ in gradients], [u for _, u in gradients], None, None, None, None
+    return (
+        [None] * ctx.count,
+        [d for d, _ in gradients],
+        [u for _, u in gradients],
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _norm.register_autograd(norm_backward, setup_context=keep_norm)
@@ -263,8 +412,12 @@ def _norm_cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
     return Cost(1, weight.nbytes + down.nbytes + up.nbytes + 4 * len(weight), True)
 
 
-def _norms_cost(weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float], *kind: bool) -> Cost:
-    return Cost(1, sum(x.nbytes for x in (*weights, *downs, *ups)) + 4 * sum(map(len, weights)), True)
+def _norms_cost(
+    weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float], *kind: bool
+) -> Cost:
+    return Cost(
+        1, sum(x.nbytes for x in (*weights, *downs, *ups)) + 4 * sum(map(len, weights)), True
+    )
 
 
 COSTS["lora_core::dora_norm"] = _norm_cost
@@ -292,15 +445,37 @@ def _blocks(rank: int, plain: bool) -> dict[str, Any]:
 
 def _norm_build(dtype: str, rank: int, plain: bool) -> Build:
     constants = _blocks(rank, plain)
-    signature = {"w": f"*{dtype}", "down": "*fp32", "up": "*fp32", "out": "*fp32", "rows": "i32", "columns": "i32", "rank": "i32", "scale": "fp32"}
-    signature |= {"inner": "i32", "inner_stride": "i32", "outer_stride": "i32"} | dict.fromkeys(constants, "constexpr")
+    signature = {
+        "w": f"*{dtype}",
+        "down": "*fp32",
+        "up": "*fp32",
+        "out": "*fp32",
+        "rows": "i32",
+        "columns": "i32",
+        "rank": "i32",
+        "scale": "fp32",
+    }
+    signature |= {"inner": "i32", "inner_stride": "i32", "outer_stride": "i32"} | dict.fromkeys(
+        constants, "constexpr"
+    )
     name = f"norm {dtype} rank {rank} {'plain' if plain else 'channels_last'}"
-    return Build(norm_kernel, signature, constants, 4, _stages(rank <= 32), True, name, ("rows", "columns", "rank"))
+    return Build(
+        norm_kernel,
+        signature,
+        constants,
+        4,
+        _stages(rank <= 32),
+        True,
+        name,
+        ("rows", "columns", "rank"),
+    )
 
 
 def _norms_build(dtype: str, rank: int, plain: bool, aligned: bool) -> Build:
     weight = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp16": tl.float16}[dtype]
     constants = {"W": weight, "ALIGNED": aligned} | _blocks(rank, plain) | {"FIELDS": FIELDS}
-    signature = {"table": "*i64", "tiles": "*i32", "out": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {"table": "*i64", "tiles": "*i32", "out": "*fp32"} | dict.fromkeys(
+        constants, "constexpr"
+    )
     name = f"norms {dtype} rank {rank} {'plain' if plain else 'channels_last'}{'' if aligned else ' odd'}"
     return Build(norms_kernel, signature, constants, 4, _stages(rank <= 32), True, name)

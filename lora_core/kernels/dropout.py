@@ -74,7 +74,9 @@ def dropout_kernel(x, out, step, rows, size, state, threshold, kept, BLOCK: tl.c
 
 def stream(seed: int, layer: int) -> int:
     """The hash's state after seed and layer, as int32."""
-    return _signed(reference._absorb(reference._absorb(reference._absorb(0, seed), seed >> 32), layer))
+    return _signed(
+        reference._absorb(reference._absorb(reference._absorb(0, seed), seed >> 32), layer)
+    )
 
 
 def threshold(p: float) -> int:
@@ -86,7 +88,9 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def dropout_refusal(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> str | None:
+def dropout_refusal(
+    x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor
+) -> str | None:
     """Why the kernel does not run on these arguments, or None."""
     said = refusal(x)
     if said is None and x.dtype not in TYPES:
@@ -102,7 +106,9 @@ def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows
 @torch.library.custom_op("lora_core::keyed_dropout", mutates_args=())
 def _dropout(x: Tensor, step: Tensor, rows: Tensor, state: int, p: float) -> Tensor:
     out, size = torch.empty_like(x), x[0].numel()
-    dropout_kernel[(triton.cdiv(size, BLOCK), len(x))](x, out, step, rows, size, state, threshold(p), 1 - p, BLOCK, num_warps=4)
+    dropout_kernel[(triton.cdiv(size, BLOCK), len(x))](
+        x, out, step, rows, size, state, threshold(p), 1 - p, BLOCK, num_warps=4
+    )
     return out
 
 
@@ -121,14 +127,33 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 _dropout.register_autograd(_backward, setup_context=_keep)
-COSTS["lora_core::keyed_dropout"] = lambda x, step, rows, state, p: Cost(1, 2 * x.nbytes + rows.nbytes)
+COSTS["lora_core::keyed_dropout"] = lambda x, step, rows, state, p: Cost(
+    1, 2 * x.nbytes + rows.nbytes
+)
 
 
 def builds(full: bool) -> list[Build]:
     """The kernel for every dtype."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):
-        signature = {"x": f"*{dtype}", "out": f"*{dtype}", "step": "*i64", "rows": "*i64", "size": "i32", "state": "i32", "threshold": "i32"}
+        signature = {
+            "x": f"*{dtype}",
+            "out": f"*{dtype}",
+            "step": "*i64",
+            "rows": "*i64",
+            "size": "i32",
+            "state": "i32",
+            "threshold": "i32",
+        }
         signature |= {"kept": "fp32", "BLOCK": "constexpr"}
-        found.append(Build(dropout_kernel, signature, {"BLOCK": BLOCK}, name=f"keyed_dropout {dtype}", stages=3, multiples=("size",)))
+        found.append(
+            Build(
+                dropout_kernel,
+                signature,
+                {"BLOCK": BLOCK},
+                name=f"keyed_dropout {dtype}",
+                stages=3,
+                multiples=("size",),
+            )
+        )
     return found

@@ -23,7 +23,9 @@ class Flat:
     where it is and is copied in and out at each step. Between the parameters lie zeros, up to the next aligned place.
     """
 
-    def __init__(self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slice_p: int = 1) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slice_p: int = 1
+    ) -> None:
         """States are shaped as their parameter, but "step" is one number, and "p0" and "s" are [every slice_p-th element]."""
         self.params = list(params)
         device, unit = params[0].device, max(1, ALIGNED // params[0].element_size())
@@ -31,7 +33,9 @@ class Flat:
         seen = [-(-count // slice_p) for count in counts]
         *starts, size = 0, *accumulate(-(-count // unit) * unit for count in counts)
         *firsts, picked = (*starts, size) if slice_p == 1 else (0, *accumulate(seen))
-        self.bounds = list(zip(starts, counts, firsts))  # start in param, elements, start in p0 and s
+        self.bounds = list(
+            zip(starts, counts, firsts)
+        )  # start in param, elements, start in p0 and s
         self.param = params[0].new_zeros(size, requires_grad=False)
         self.loose: list[tuple[Tensor, Tensor]] = []  # a parameter and its row-major copy here
         for p, start, count in zip(params, starts, counts):
@@ -44,11 +48,17 @@ class Flat:
         self.state: dict[str, Tensor] = {}
         ones = list(range(len(params)))
         for name in states[0]:
-            places, total = {"step": (ones, len(ones)), "p0": (firsts, picked), "s": (firsts, picked)}.get(name, (starts, size))
+            places, total = {
+                "step": (ones, len(ones)),
+                "p0": (firsts, picked),
+                "s": (firsts, picked),
+            }.get(name, (starts, size))
             self.state[name] = torch.zeros(total, dtype=states[0][name].dtype, device=device)
             for state, place in zip(states, places):
                 old = state[name]
-                state[name] = self.state[name][place : place + old.numel()].view(old.shape).copy_(old)
+                state[name] = (
+                    self.state[name][place : place + old.numel()].view(old.shape).copy_(old)
+                )
         self.places = [p.data_ptr() for p in params]
         self.geometry = torch.tensor(self.bounds, device=device).reshape(-1, 3)  # [parameters, 3]
         self.words = Words(device)
@@ -62,14 +72,18 @@ class Flat:
         """The gradient of each parameter, row-major, or None, to begin a step with. Raises UserError for a sparse one."""
         grads = [p.grad for p in self.params]
         if any(g is not None and g.is_sparse for g in grads):
-            raise UserError("the optimiser got a sparse gradient; build the embedding with sparse=False")
+            raise UserError(
+                "the optimiser got a sparse gradient; build the embedding with sparse=False"
+            )
         for p, copy in self.loose:
             copy.copy_(p)
         return [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
 
     def finish(self, grads: Sequence[Tensor | None]) -> None:
         """Ends a step: autograd learns that the parameters with a gradient have changed."""
-        torch.autograd.graph.increment_version([p for p, g in zip(self.params, grads) if g is not None])
+        torch.autograd.graph.increment_version(
+            [p for p, g in zip(self.params, grads) if g is not None]
+        )
         for p, copy in self.loose:
             p.copy_(copy)
 
@@ -93,7 +107,10 @@ class Words:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self.sent == (whole, numbers) and not capturing:
             return self.tensor
-        host = torch.frombuffer(bytearray(struct.pack(f"={len(whole)}q{len(numbers)}d", *whole, *numbers)), dtype=torch.int64)
+        host = torch.frombuffer(
+            bytearray(struct.pack(f"={len(whole)}q{len(numbers)}d", *whole, *numbers)),
+            dtype=torch.int64,
+        )
         if capturing:
             return self._captured(host)
         if self.tensor.shape != host.shape:
@@ -108,7 +125,9 @@ class Words:
 
     def _captured(self, host: Tensor) -> Tensor:
         if self.spare is None or self.spare.shape != host.shape:
-            raise UserError("a CUDA graph captures an optimiser that has not stepped since the last capture; run one step outside first")
+            raise UserError(
+                "a CUDA graph captures an optimiser that has not stepped since the last capture; run one step outside first"
+            )
         pinned, self.spare, self.sent = self.spare, None, None
         pinned.copy_(host)
         table = torch.empty_like(host, device=self.device)
@@ -123,7 +142,10 @@ def wide(p: Tensor) -> torch.dtype:
 
 
 def lay_out(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], fresh: Callable[[Tensor], dict[str, Tensor]], slice_p: int = 1
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    fresh: Callable[[Tensor], dict[str, Tensor]],
+    slice_p: int = 1,
 ) -> Sequence[Flat]:
     """The group's parameters that have had a gradient, a Flat for each dtype; the same ones from step to step while they fit.
 
@@ -134,7 +156,11 @@ def lay_out(
     known = kept.get(id(params))
     if known is not None:
         ids, laid, flats = known
-        if ids == [id(p) for p in params] and all(p.grad is None or id(p) in laid for p in params) and all(flat.whole() for flat in flats):
+        if (
+            ids == [id(p) for p in params]
+            and all(p.grad is None or id(p) in laid for p in params)
+            and all(flat.whole() for flat in flats)
+        ):
             return flats
     state = optimizer.state
     for p in params:
@@ -145,7 +171,11 @@ def lay_out(
         if state.get(p):
             by_dtype.setdefault(p.dtype, []).append(p)
     flats = tuple(Flat(part, [state[p] for p in part], slice_p) for part in by_dtype.values())
-    kept[id(params)] = [id(p) for p in params], {id(p) for part in by_dtype.values() for p in part}, flats
+    kept[id(params)] = (
+        [id(p) for p in params],
+        {id(p) for part in by_dtype.values() for p in part},
+        flats,
+    )
     return flats
 
 

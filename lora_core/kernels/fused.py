@@ -40,7 +40,12 @@ def lora_linear(
     Saved for the backward: x, x down^T and, for a DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
     rounded once more than the reference's, before the gain.
     """
-    if weight is not None and weight.numel() <= MERGED and drop is None and _one_dtype(x, weight, down):
+    if (
+        weight is not None
+        and weight.numel() <= MERGED
+        and drop is None
+        and _one_dtype(x, weight, down)
+    ):
         merged = torch.addmm(weight, up, down, alpha=scale)
         if magnitude is not None and norm is not None:
             merged = merged * (magnitude / norm)[:, None]
@@ -48,7 +53,9 @@ def lora_linear(
     if _autocasts(x):
         x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     p, seed, layer, step, rows = (0.0, 0, 0, None, None) if drop is None else drop
-    return _Linear.apply(x, weight, bias, down, up, scale, magnitude, norm, p, seed, layer, step, rows)
+    return _Linear.apply(
+        x, weight, bias, down, up, scale, magnitude, norm, p, seed, layer, step, rows
+    )
 
 
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
@@ -70,16 +77,22 @@ def lora_conv(
 ) -> Tensor:
     """reference.lora_conv with the update added in place; by one convolution with W + scale up down where that weight is small."""
     if groups != 1 or isinstance(padding, str) or x.ndim != 4:
-        return reference.lora_conv(x, weight, bias, down, up, scale, stride, padding, dilation, groups)
+        return reference.lora_conv(
+            x, weight, bias, down, up, scale, stride, padding, dilation, groups
+        )
     if weight is not None and weight.numel() <= MERGED and _one_dtype(x, weight, down):
-        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
+        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
+            weight.shape
+        )
         return F.conv2d(x, merged, bias, stride, padding, dilation)
     if _autocasts(x):
         x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     return _Conv.apply(x, weight, bias, down, up, scale, stride, padding, dilation)
 
 
-def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0) -> Tensor:
+def dora_compose(
+    y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
+) -> Tensor:
     """reference.dora_compose as y0 a + lora b + c with one factor a channel: two passes in fp32 or better, and one that rounds."""
     return _Compose.apply(y0, bias, lora, gain, strength)
 
@@ -104,19 +117,34 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.drop, ctx.up_dtype = scale, (p, seed, layer), up.dtype
-        dropped = x if step is None or rows is None else reference.keyed_dropout(x, p, seed, layer, step, rows)
-        down, up = down.to(x.dtype), up.t().to(x.dtype, memory_format=torch.contiguous_format)  # up [r, out] from here on
+        dropped = (
+            x
+            if step is None or rows is None
+            else reference.keyed_dropout(x, p, seed, layer, step, rows)
+        )
+        down, up = (
+            down.to(x.dtype),
+            up.t().to(x.dtype, memory_format=torch.contiguous_format),
+        )  # up [r, out] from here on
         hidden = F.linear(down, _flat(dropped))  # [r, m]
         if weight is None:
             y = (hidden.t() @ up).mul_(scale).view(*x.shape[:-1], up.shape[1])
         else:
-            y = F.linear(x, weight, bias).contiguous()  # the very call of the base layer, for its very bits
+            y = F.linear(
+                x, weight, bias
+            ).contiguous()  # the very call of the base layer, for its very bits
             _flat(y).addmm_(hidden.t(), up, alpha=scale)
         z, gain = None, None
         if weight is not None and magnitude is not None and norm is not None:
             gain = magnitude / norm
             z = _flat(y)
-            y = _affine(z, gain, None if bias is None else torch.addcmul(bias.to(gain.dtype), bias.to(gain.dtype), gain, value=-1)).view(y.shape)
+            y = _affine(
+                z,
+                gain,
+                None
+                if bias is None
+                else torch.addcmul(bias.to(gain.dtype), bias.to(gain.dtype), gain, value=-1),
+            ).view(y.shape)
         ctx.save_for_backward(x, weight, bias, down, up, hidden, z, gain, norm, step, rows)
         return y
 
@@ -126,7 +154,17 @@ class _Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         x, weight, bias, down, up, hidden, z, gain, norm, step, rows = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_down, wants_up, _, wants_magnitude, wants_norm, *_ = ctx.needs_input_grad
+        (
+            wants_x,
+            wants_weight,
+            wants_bias,
+            wants_down,
+            wants_up,
+            _,
+            wants_magnitude,
+            wants_norm,
+            *_,
+        ) = ctx.needs_input_grad
         d_x = d_weight = d_bias = d_down = d_up = d_magnitude = d_norm = None
         with _exactly(dy):
             dy = _flat(dy)
@@ -138,19 +176,55 @@ class _Linear(torch.autograd.Function):
                 d_norm = -d_gain * gain / norm if wants_norm else None
                 dy = _affine(dy, gain, None)
             p, seed, layer = ctx.drop
-            keep = None if step is None else reference.keyed_dropout(torch.ones_like(x), p, seed, layer, step, rows) != 0
+            keep = (
+                None
+                if step is None
+                else reference.keyed_dropout(torch.ones_like(x), p, seed, layer, step, rows) != 0
+            )
             if wants_up:
                 d_up = _scaled((hidden @ dy).t(), ctx.up_dtype, ctx.scale)
             if wants_weight:
                 d_weight = dy.t() @ _flat(x)
             if wants_x or wants_down:
                 back = F.linear(up, dy)  # [r, m]
-                d_down = _scaled(back @ _flat(_dropped(x, keep, p)), ctx.up_dtype, ctx.scale) if wants_down else None
-                d_x = _input_gradient(dy, weight, back, down, ctx.scale, None if keep is None else _flat(keep), p).view(x.shape) if wants_x else None
-        return d_x, d_weight, d_bias, d_down, d_up, None, d_magnitude, d_norm, None, None, None, None, None
+                d_down = (
+                    _scaled(back @ _flat(_dropped(x, keep, p)), ctx.up_dtype, ctx.scale)
+                    if wants_down
+                    else None
+                )
+                d_x = (
+                    _input_gradient(
+                        dy, weight, back, down, ctx.scale, None if keep is None else _flat(keep), p
+                    ).view(x.shape)
+                    if wants_x
+                    else None
+                )
+        return (
+            d_x,
+            d_weight,
+            d_bias,
+            d_down,
+            d_up,
+            None,
+            d_magnitude,
+            d_norm,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _input_gradient(dy: Tensor, weight: Tensor | None, back: Tensor, down: Tensor, scale: float, keep: Tensor | None, p: float) -> Tensor:
+def _input_gradient(
+    dy: Tensor,
+    weight: Tensor | None,
+    back: Tensor,
+    down: Tensor,
+    scale: float,
+    keep: Tensor | None,
+    p: float,
+) -> Tensor:
     """dy W + scale keep (back^T down) / (1 - p)  [m, in]"""
     if weight is None or keep is not None:
         update = _dropped((back.t() @ down).mul_(scale), keep, p)
@@ -195,25 +269,46 @@ class _Conv(torch.autograd.Function):
         d_x = d_weight = d_bias = d_down = d_up = None
         with _exactly(dy):
             if weight is not None and (wants_x or wants_weight or wants_bias):
-                d_x, d_weight, d_bias = _convolution_backward(dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias])
-            back, d_up, _ = _convolution_backward(dy, hidden, up, None, ((1, 1), (0, 0), (1, 1)), [wants_x or wants_down, wants_up, False])
+                d_x, d_weight, d_bias = _convolution_backward(
+                    dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias]
+                )
+            back, d_up, _ = _convolution_backward(
+                dy,
+                hidden,
+                up,
+                None,
+                ((1, 1), (0, 0), (1, 1)),
+                [wants_x or wants_down, wants_up, False],
+            )
             if wants_x or wants_down:
-                through, d_down, _ = _convolution_backward(back, x, down, None, ctx.window, [wants_x, wants_down, False])
+                through, d_down, _ = _convolution_backward(
+                    back, x, down, None, ctx.window, [wants_x, wants_down, False]
+                )
                 d_down = _scaled(d_down, ctx.dtype, ctx.scale) if wants_down else None
                 if wants_x:
-                    d_x = through.mul_(ctx.scale) if d_x is None else d_x.add_(through, alpha=ctx.scale)
+                    d_x = (
+                        through.mul_(ctx.scale)
+                        if d_x is None
+                        else d_x.add_(through, alpha=ctx.scale)
+                    )
             d_up = _scaled(d_up, ctx.dtype, ctx.scale) if wants_up else None
         return d_x, d_weight, d_bias, d_down, d_up, None, None, None, None
 
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float) -> Tensor:
+    def forward(
+        ctx: Any, y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.strength, dtype = strength, wide(y0.dtype)
         shift = strength * (gain.to(dtype) - 1)
         wide_y0 = y0.to(dtype)
-        y = wide_y0 * (1 + shift) if bias is None else torch.addcmul(-shift * bias.to(dtype), wide_y0, 1 + shift)
+        y = (
+            wide_y0 * (1 + shift)
+            if bias is None
+            else torch.addcmul(-shift * bias.to(dtype), wide_y0, 1 + shift)
+        )
         y.addcmul_(lora.to(dtype), strength * gain.to(dtype))
         ctx.save_for_backward(y0, bias, lora, gain)
         return y.to(y0.dtype)
@@ -231,13 +326,27 @@ class _Compose(torch.autograd.Function):
         if wants_lora:
             d_lora = _affine(rows, strength * channels, None).view(dy.shape).to(lora.dtype)
         if wants_y0:
-            d_y0 = d_lora if strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype else None
-            d_y0 = _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape) if d_y0 is None else d_y0
+            d_y0 = (
+                d_lora
+                if strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype
+                else None
+            )
+            d_y0 = (
+                _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape)
+                if d_y0 is None
+                else d_y0
+            )
         if wants_bias:
             axes = [axis for axis in range(rows.ndim) if axis != 1]
-            d_bias = (-strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype)).view(bias.shape).to(bias.dtype)
+            d_bias = (
+                (-strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype))
+                .view(bias.shape)
+                .to(bias.dtype)
+            )
         if wants_gain:
-            d_gain = _moment(rows, _channels(y0, gain), bias, channels) + _moment(rows, _channels(lora, gain), None, channels)
+            d_gain = _moment(rows, _channels(y0, gain), bias, channels) + _moment(
+                rows, _channels(lora, gain), None, channels
+            )
             d_gain = (strength * d_gain).view(gain.shape).to(gain.dtype)
         return d_y0, d_bias, d_lora, d_gain, None
 
@@ -248,7 +357,9 @@ def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
     It is batch normalisation by statistics that do nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
     (4096 x 320: 0.2 ms; `rows * factor` and its rounding 2.4 ms).
     """
-    return torch.native_batch_norm(rows, factor, offset, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0)[0]
+    return torch.native_batch_norm(
+        rows, factor, offset, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0
+    )[0]
 
 
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
@@ -261,13 +372,19 @@ def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tenso
     ones = torch.ones_like(like)
     centre = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
     z = z.to(rows.dtype)
-    return torch.ops.aten.native_batch_norm_backward(rows, z, ones, centre, ones, centre, ones, False, 0.0, [False, True, False])[1]
+    return torch.ops.aten.native_batch_norm_backward(
+        rows, z, ones, centre, ones, centre, ones, False, 0.0, [False, True, False]
+    )[1]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale * gradient, contiguous, in dtype; in place where it is that already."""
     done = gradient.dtype == dtype and gradient.is_contiguous()
-    out = gradient if done else torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+    out = (
+        gradient
+        if done
+        else torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+    )
     return out if scale == 1 else out.mul_(scale)
 
 
@@ -286,9 +403,13 @@ def _add_1x1(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
         y.add_(F.conv2d(hidden, up[:, :, None, None]), alpha=scale)
 
 
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: list[int] | None, window: Any, wants: list[bool]) -> Grads:
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: list[int] | None, window: Any, wants: list[bool]
+) -> Grads:
     stride, padding, dilation = window
-    return torch.ops.aten.convolution_backward(dy, x, weight, bias, stride, padding, dilation, False, [0, 0], 1, wants)
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, bias, stride, padding, dilation, False, [0, 0], 1, wants
+    )
 
 
 def _channels(t: Tensor, gain: Tensor) -> Tensor:
@@ -303,11 +424,17 @@ def _flat(t: Tensor) -> Tensor:
 
 def _autocast(t: Any) -> Any:
     """t in the dtype that a product under torch.autocast takes it in; fp64 is left alone there."""
-    return t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
+    return (
+        t
+        if t is None or t.dtype == torch.float64
+        else t.to(torch.get_autocast_dtype(t.device.type))
+    )
 
 
 def _autocasts(t: Tensor) -> bool:
-    return not t.is_meta and torch.is_autocast_enabled(t.device.type)  # torch knows no autocast on the meta device
+    return not t.is_meta and torch.is_autocast_enabled(
+        t.device.type
+    )  # torch knows no autocast on the meta device
 
 
 def _exactly(t: Tensor) -> Any:

@@ -68,7 +68,12 @@ def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
 def _kind(member: Member) -> tuple[Any, ...]:
     """What the members of one launch have in common."""
     gain, drop = _has_gain(member), member.drop
-    return gain, gain and member.bias is None, member.weight is None, drop and (id(drop.step), id(drop.rows))
+    return (
+        gain,
+        gain and member.bias is None,
+        member.weight is None,
+        drop and (id(drop.step), id(drop.rows)),
+    )
 
 
 def _has_gain(member: Member) -> bool:
@@ -78,9 +83,20 @@ def _has_gain(member: Member) -> bool:
 def _group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
     drops = [member.drop for member in members if member.drop is not None]
     words = tuple(word for drop in drops for word in _words(drop))
-    static = Static(tuple(float(m.scale) for m in members), _has_gain(members[0]), words, tuple(1 - drop.p for drop in drops))
+    static = Static(
+        tuple(float(m.scale) for m in members),
+        _has_gain(members[0]),
+        words,
+        tuple(1 - drop.p for drop in drops),
+    )
     step, rows = (drops[0].step, drops[0].rows) if drops else (None, None)
-    return Grouped.apply(static, x, step, rows, *(tensor for m in members for tensor in (*m[:4], m.magnitude, m.norm)))
+    return Grouped.apply(
+        static,
+        x,
+        step,
+        rows,
+        *(tensor for m in members for tensor in (*m[:4], m.magnitude, m.norm)),
+    )
 
 
 def _words(drop: Drop) -> tuple[int, int]:
@@ -92,17 +108,37 @@ class Grouped(torch.autograd.Function):
     """(static, x, step, rows, EACH tensors of every member) -> the members' outputs."""
 
     @staticmethod
-    def forward(ctx: Any, static: Static, x: Tensor, step: Tensor | None, rows: Tensor | None, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        static: Static,
+        x: Tensor,
+        step: Tensor | None,
+        rows: Tensor | None,
+        *given: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         weights, biases, downs, ups, magnitudes, norms = _columns(given)
         x2 = x.reshape(-1, x.shape[-1])
         drop = [] if step is None or rows is None else [step, rows]
         t = ops.run(ops.shrink, x2, x2, downs, drop, list(static.words), list(static.kept))
-        ys = [_base(x2, weight, None if static.gain else bias, len(up)) for weight, bias, up in zip(weights, biases, ups)]
-        gain = (magnitudes, norms, [b for b in biases if b is not None]) if static.gain else ([], [], [])
+        ys = [
+            _base(x2, weight, None if static.gain else bias, len(up))
+            for weight, bias, up in zip(weights, biases, ups)
+        ]
+        gain = (
+            (magnitudes, norms, [b for b in biases if b is not None])
+            if static.gain
+            else ([], [], [])
+        )
         ops.run(ops.expand_, x2, ys, t, ups, list(static.scales), *gain, weights[0] is None)
         ctx.static, ctx.shape = static, x.shape
         ctx.set_materialize_grads(False)
-        kept = [tensor for member in zip(weights, biases if static.gain else [None] * len(ups), downs, ups, magnitudes, norms) for tensor in member]
+        kept = [
+            tensor
+            for member in zip(
+                weights, biases if static.gain else [None] * len(ups), downs, ups, magnitudes, norms
+            )
+            for tensor in member
+        ]
         ctx.save_for_backward(x2, t, step, rows, *kept, *(ys if static.gain else []))
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
@@ -115,21 +151,51 @@ class Grouped(torch.autograd.Function):
         active = [i for i, dy in enumerate(dys) if dy is not None]
         if not active:
             return tuple(given)
-        weights, biases, downs, ups, magnitudes, norms = ([column[i] for i in active] for column in _columns(saved[: EACH * len(dys)]))
+        weights, biases, downs, ups, magnitudes, norms = (
+            [column[i] for i in active] for column in _columns(saved[: EACH * len(dys)])
+        )
         outs = [_rows(dys[i]) for i in active]
-        scales, ranks = [static.scales[i] for i in active], [len(down) for down in _columns(saved[: EACH * len(dys)])[2]]
+        scales, ranks = (
+            [static.scales[i] for i in active],
+            [len(down) for down in _columns(saved[: EACH * len(dys)])[2]],
+        )
         gain: tuple[list[Tensor], ...] = ([], [], [], [])
         if static.gain:
-            gain = [saved[EACH * len(dys) + i] for i in active], magnitudes, norms, [b for b in biases if b is not None]
-        found = ops.run(ops.back_up, x, outs, t, [sum(ranks[:i]) for i in active], ups, scales, *gain, _guard(x.dtype, gain), needs[1])
+            gain = (
+                [saved[EACH * len(dys) + i] for i in active],
+                magnitudes,
+                norms,
+                [b for b in biases if b is not None],
+            )
+        found = ops.run(
+            ops.back_up,
+            x,
+            outs,
+            t,
+            [sum(ranks[:i]) for i in active],
+            ups,
+            scales,
+            *gain,
+            _guard(x.dtype, gain),
+            needs[1],
+        )
         ds, d_ups, found = found[0], found[1 : 1 + len(active)], found[1 + len(active) :]
         if static.gain and needs[1]:
             outs, found = found[: len(active)], found[len(active) :]
         dx = _base_gradient(x, outs, weights) if needs[1] else None
-        drop, words = ([step, rows], [w for i in active for w in static.words[2 * i : 2 * i + 2]]) if static.words else ([], [])
+        drop, words = (
+            ([step, rows], [w for i in active for w in static.words[2 * i : 2 * i + 2]])
+            if static.words
+            else ([], [])
+        )
         if needs[1] or any(needs[4 + EACH * i + 2] for i in active):
-            d_downs, kept = [torch.empty_like(down) for down in downs], [static.kept[i] for i in active] if drop else []
-            ops.run(ops.back_down_, x, dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None)
+            d_downs, kept = (
+                [torch.empty_like(down) for down in downs],
+                [static.kept[i] for i in active] if drop else [],
+            )
+            ops.run(
+                ops.back_down_, x, dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None
+            )
             for i, d_down in zip(active, d_downs):
                 given[4 + EACH * i + 2] = d_down
         for place, i in enumerate(active):
@@ -143,7 +209,10 @@ class Grouped(torch.autograd.Function):
 def _columns(given: Any) -> tuple[list[Any], ...]:
     """The members' weights, biases, downs, ups, magnitudes and norms; the last four contiguous."""
     columns = [list(given[i::EACH]) for i in range(EACH)]
-    return *columns[:2], *([tensor if tensor is None else tensor.contiguous() for tensor in column] for column in columns[2:])
+    return *columns[:2], *(
+        [tensor if tensor is None else tensor.contiguous() for tensor in column]
+        for column in columns[2:]
+    )
 
 
 def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
@@ -183,7 +252,9 @@ class Geometry(NamedTuple):
 
     def pointwise(self, down: Tensor) -> bool:
         """Whether it is a linear layer of the pixels."""
-        return tuple(down.shape[2:]) == (1, 1) and set(self.stride) == {1} and set(self.padding) == {0}
+        return (
+            tuple(down.shape[2:]) == (1, 1) and set(self.stride) == {1} and set(self.padding) == {0}
+        )
 
 
 def lora_conv(
@@ -201,14 +272,24 @@ def lora_conv(
     """reference.lora_conv of one group: the up-projection by expand_, and a 1x1 convolution wholly by the linear kernels, in any memory format."""
     sides = pads(padding, down.shape[2:], dilation)
     assert groups == 1 and sides is not None  # supports has seen to it
-    return Conv.apply(Geometry(float(scale), tuple(stride), sides, tuple(dilation)), x, weight, bias, down, up)
+    return Conv.apply(
+        Geometry(float(scale), tuple(stride), sides, tuple(dilation)), x, weight, bias, down, up
+    )
 
 
 class Conv(torch.autograd.Function):
     """(geometry, x, weight, bias, down, up) -> y. Of a larger kernel the down-convolution is torch's, and its two gradients are."""
 
     @staticmethod
-    def forward(ctx: Any, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        g: Geometry,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+    ) -> Tensor:
         x, down2, up2 = _pixels(x), down.flatten(1).contiguous(), up.flatten(1).contiguous()
         if g.pointwise(down):
             cast, hidden, size = None, ops.run(ops.shrink, x, x, [down2], [], [], []), x.shape[2:]
@@ -216,8 +297,16 @@ class Conv(torch.autograd.Function):
             cast = down.to(x.dtype)
             hidden = F.conv2d(x, cast, None, g.stride, g.padding, g.dilation)
             size = hidden.shape[2:]
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        y = F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation) if weight is not None else _room(x, (len(x), len(up), *size), layout)
+        layout = (
+            torch.channels_last
+            if x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        y = (
+            F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation)
+            if weight is not None
+            else _room(x, (len(x), len(up), *size), layout)
+        )
         ops.run(ops.expand_, x, [y], hidden, [up2], [g.scale], [], [], [], weight is None)
         ctx.geometry, ctx.up_shape, ctx.down_shape = g, up.shape, down.shape
         ctx.save_for_backward(x, weight, cast, down2, up2, hidden)
@@ -228,7 +317,9 @@ class Conv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         g, (x, weight, cast, down, up, hidden) = ctx.geometry, ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, _pixels(dy)
-        ds, d_up = ops.run(ops.back_up, x, [dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False)
+        ds, d_up = ops.run(
+            ops.back_up, x, [dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False
+        )
         dx = g_down = None
         if needs[1] and weight is not None:
             dx = _pixels(_conv_gradients(g, dy, x, weight, (True, False))[0])
@@ -240,9 +331,20 @@ class Conv(torch.autograd.Function):
         else:
             more, g_down = _conv_gradients(g, ds, x, cast, (needs[1], needs[4]))
             dx = more if dx is None else dx.add_(more)
-            g_down = None if g_down is None else g_down.to(torch.float32, memory_format=torch.contiguous_format)
+            g_down = (
+                None
+                if g_down is None
+                else g_down.to(torch.float32, memory_format=torch.contiguous_format)
+            )
         d_down = None if g_down is None else g_down.view(ctx.down_shape)
-        return None, dx if needs[1] else None, None, None, d_down if needs[4] else None, d_up.view(ctx.up_shape) if needs[5] else None
+        return (
+            None,
+            dx if needs[1] else None,
+            None,
+            None,
+            d_down if needs[4] else None,
+            d_up.view(ctx.up_shape) if needs[5] else None,
+        )
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -254,8 +356,12 @@ def _room(x: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Ten
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _conv_gradients(g: Geometry, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+def _conv_gradients(
+    g: Geometry, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight, each None unless wanted."""
     mask = [*wanted, False]
-    found = torch.ops.aten.convolution_backward(dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], 1, mask)
+    found = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], 1, mask
+    )
     return found[0], found[1]

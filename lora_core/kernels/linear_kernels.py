@@ -73,7 +73,11 @@ def _span(block, e0, e1, e2, R, PER, DROP: tl.constexpr, MEMBERS: tl.constexpr, 
     if DROP:
         member = block // PER
         begin = tl.where(member == 0, 0, _pick(member - 1, e0, e1, e2, e2, MEMBERS))
-        end = R if MEMBERS == 1 else tl.where(member == MEMBERS - 1, R, _pick(member, e0, e1, e2, e2, MEMBERS))
+        end = (
+            R
+            if MEMBERS == 1
+            else tl.where(member == MEMBERS - 1, R, _pick(member, e0, e1, e2, e2, MEMBERS))
+        )
         return member, begin + (block % PER) * BR, end
     else:
         return 0, block * BR, R
@@ -99,13 +103,29 @@ def _add_parts(at, stride, parts, mask, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _deliver(total, here, mask, pile, stride, piece, PARTS, counter, SPLIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+def _deliver(
+    total,
+    here,
+    mask,
+    pile,
+    stride,
+    piece,
+    PARTS,
+    counter,
+    SPLIT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+):
     """Stores total [A, B] at `here`; with SPLIT, as one of PARTS, `stride` apart from `pile` on, that the last program sums. True for who stores."""
     if SPLIT:
         tl.store(pile + piece * stride, total, mask=mask)
         last = _last(counter, PARTS)
         if last:
-            tl.store(here, narrow(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty), mask=mask)
+            tl.store(
+                here,
+                narrow(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty),
+                mask=mask,
+            )
         return last
     else:
         tl.store(here, narrow(total, here.dtype.element_ty), mask=mask)
@@ -172,20 +192,47 @@ def shrink_kernel(
     at = x + _place(m, AREA, xb, xm, SPATIAL)
     factor = _down_rows(c, d0, d1, d2, d3, e0, e1, e2, K, MEMBERS)
     if DROP:
-        threshold, kept = _pick(member, h0, h1, h2, h3, MEMBERS), _pick(member, q0, q1, q2, q3, MEMBERS)
+        threshold, kept = (
+            _pick(member, h0, h1, h2, h3, MEMBERS),
+            _pick(member, q0, q1, q2, q3, MEMBERS),
+        )
         key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
     total = tl.full((BM, BR), 0.0, tl.float32)
     stop = tl.minimum(K, (piece + 1) * CHUNK)
     for k0 in range(piece * CHUNK, stop, BN):
         k = k0 + tl.arange(0, BN)
-        a = tl.load(at[:, None] + k[None, :] * xk, mask=inside[:, None] & (k < stop)[None, :], other=0.0)
+        a = tl.load(
+            at[:, None] + k[None, :] * xk, mask=inside[:, None] & (k < stop)[None, :], other=0.0
+        )
         if DROP:
-            a = narrow(tl.where(_keep(key, second, m, k, K, LENGTH, threshold), a.to(tl.float32) / kept, 0.0), a.dtype)
-        f = narrow(tl.load(factor[None, :] + k[:, None], mask=wanted[None, :] & (k < stop)[:, None], other=0.0), a.dtype)
+            a = narrow(
+                tl.where(
+                    _keep(key, second, m, k, K, LENGTH, threshold), a.to(tl.float32) / kept, 0.0
+                ),
+                a.dtype,
+            )
+        f = narrow(
+            tl.load(
+                factor[None, :] + k[:, None], mask=wanted[None, :] & (k < stop)[:, None], other=0.0
+            ),
+            a.dtype,
+        )
         total = _dot(a, f, total)
     here = m[:, None].to(tl.int64) * R + c[None, :]
     own = counter + tile * tl.num_programs(1) + block
-    _deliver(total, t + here, inside[:, None] & wanted[None, :], part + here, M * R, piece, PARTS, own, SPLIT, BM, BR)
+    _deliver(
+        total,
+        t + here,
+        inside[:, None] & wanted[None, :],
+        part + here,
+        M * R,
+        piece,
+        PARTS,
+        own,
+        SPLIT,
+        BM,
+        BR,
+    )
 
 
 @triton.jit
@@ -206,20 +253,39 @@ def expand_kernel(
     total = tl.full((BM, BN), 0.0, tl.float32)
     for c0 in range(0, r_end, BR):
         c = c0 + tl.arange(0, BR)
-        a = tl.load(at[:, None] + (begin + c)[None, :] * tk, mask=inside[:, None] & (c < r_end)[None, :], other=0.0)
-        f = narrow(tl.load(up + n[None, :] * r_end + c[:, None], mask=wanted[None, :] & (c < r_end)[:, None], other=0.0), a.dtype)
+        a = tl.load(
+            at[:, None] + (begin + c)[None, :] * tk,
+            mask=inside[:, None] & (c < r_end)[None, :],
+            other=0.0,
+        )
+        f = narrow(
+            tl.load(
+                up + n[None, :] * r_end + c[:, None],
+                mask=wanted[None, :] & (c < r_end)[:, None],
+                other=0.0,
+            ),
+            a.dtype,
+        )
         total = _dot(a, f, total)
     total *= _pick(member, s0, s1, s2, s3, MEMBERS)
     stride = ym if SPATIAL else n_end
-    y = _pick(member, y0, y1, y2, y3, MEMBERS) + _place(m, AREA, yb, stride, SPATIAL)[:, None] + n[None, :] * yk
+    y = (
+        _pick(member, y0, y1, y2, y3, MEMBERS)
+        + _place(m, AREA, yb, stride, SPATIAL)[:, None]
+        + n[None, :] * yk
+    )
     mask = inside[:, None] & wanted[None, :]
     if not FRESH:
         total += tl.load(y, mask=mask, other=0.0).to(tl.float32)
     if GAIN:
         gain = tl.load(_pick(member, g0, g1, g2, g3, MEMBERS) + n, mask=wanted, other=0.0)
-        total *= (gain / tl.load(_pick(member, v0, v1, v2, v3, MEMBERS) + n, mask=wanted, other=1.0))[None, :]
+        total *= (
+            gain / tl.load(_pick(member, v0, v1, v2, v3, MEMBERS) + n, mask=wanted, other=1.0)
+        )[None, :]
         if BIAS:
-            total += tl.load(_pick(member, b0, b1, b2, b3, MEMBERS) + n, mask=wanted, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(_pick(member, b0, b1, b2, b3, MEMBERS) + n, mask=wanted, other=0.0).to(
+                tl.float32
+            )[None, :]
     tl.store(y, narrow(total, y.dtype.element_ty), mask=mask)
 
 
@@ -236,13 +302,32 @@ def _contract_up(
         real = k < stop
         a = tl.load(dy[:, None] + k[None, :] * ok, mask=inside[:, None] & real[None, :], other=0.0)
         if GAIN:
-            gain = tl.load(magnitude + k, mask=real, other=0.0) / tl.load(norm + k, mask=real, other=1.0)
+            gain = tl.load(magnitude + k, mask=real, other=0.0) / tl.load(
+                norm + k, mask=real, other=1.0
+            )
             a = narrow(a.to(tl.float32) * gain[None, :], a.dtype)
             if DZ:
                 tl.store(dz[:, None] + k[None, :], a, mask=inside[:, None] & real[None, :])
-        f = narrow(tl.load(up + k[:, None] * rank + c[None, :], mask=real[:, None] & wanted[None, :], other=0.0), a.dtype)
+        f = narrow(
+            tl.load(
+                up + k[:, None] * rank + c[None, :], mask=real[:, None] & wanted[None, :], other=0.0
+            ),
+            a.dtype,
+        )
         total = _dot(a, f, total)
-    _deliver(total * scale, here, inside[:, None] & wanted[None, :], pile, stride, piece, parts, own, CUT, BM, BR)
+    _deliver(
+        total * scale,
+        here,
+        inside[:, None] & wanted[None, :],
+        pile,
+        stride,
+        piece,
+        parts,
+        own,
+        CUT,
+        BM,
+        BR,
+    )
 
 
 @triton.jit
@@ -258,14 +343,26 @@ def _gather_up(
     for m0 in range(group * ROWS, stop, BM):
         m = m0 + tl.arange(0, BM)
         inside = m < stop
-        a = tl.load(dy + n[:, None] * ok + _place(m, AREA, ob, om, SPATIAL)[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
-        s = tl.load(t + _place(m, AREA, tb, tm, SPATIAL)[:, None] + c[None, :] * tk, mask=inside[:, None] & ranked[None, :], other=0.0)
+        a = tl.load(
+            dy + n[:, None] * ok + _place(m, AREA, ob, om, SPATIAL)[None, :],
+            mask=wanted[:, None] & inside[None, :],
+            other=0.0,
+        )
+        s = tl.load(
+            t + _place(m, AREA, tb, tm, SPATIAL)[:, None] + c[None, :] * tk,
+            mask=inside[:, None] & ranked[None, :],
+            other=0.0,
+        )
         total = _dot(a, s, total)
         if GAIN:
             mask = plain[:, None] & inside[None, :]
-            z = tl.load(y + n[:, None] + m[None, :].to(tl.int64) * width, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(y + n[:, None] + m[None, :].to(tl.int64) * width, mask=mask, other=0.0).to(
+                tl.float32
+            )
             if BIAS:
-                z = tl.where(mask, z - tl.load(bias + n, mask=plain, other=0.0).to(tl.float32)[:, None], 0.0)
+                z = tl.where(
+                    mask, z - tl.load(bias + n, mask=plain, other=0.0).to(tl.float32)[:, None], 0.0
+                )
             dot += tl.sum(a.to(tl.float32) * z, 1)
     total *= scale
     if GAIN:
@@ -275,13 +372,27 @@ def _gather_up(
         if SPLIT:
             tl.store(pile_row + group * stack + n, dot, mask=plain)
     here = n[:, None] * rank + c[None, :]
-    mine = _deliver(total, d_up + here, wanted[:, None] & ranked[None, :], pile + here, stack, group, PARTS, own, SPLIT, BN, BR)
+    mine = _deliver(
+        total,
+        d_up + here,
+        wanted[:, None] & ranked[None, :],
+        pile + here,
+        stack,
+        group,
+        PARTS,
+        own,
+        SPLIT,
+        BN,
+        BR,
+    )
     if GAIN:  # noqa: SIM102 (GAIN is known when this is compiled, mine is not)
         if mine:
             if SPLIT:
                 dot = tl.full((BN,), 0.0, tl.float32)
                 for i in range(PARTS):
-                    dot += tl.load(pile_row + i * stack + n, mask=plain, other=0.0, cache_modifier=".cg")
+                    dot += tl.load(
+                        pile_row + i * stack + n, mask=plain, other=0.0, cache_modifier=".cg"
+                    )
             known = tl.abs(gain) > guard
             d_gain = tl.where(known, dot / tl.where(known, gain, 1.0), 0.0)
             tl.store(gains + n, d_gain / length, mask=plain)
@@ -305,7 +416,11 @@ def back_up_kernel(
     """
     group, local = tl.program_id(0) // EACH, tl.program_id(0) % EACH
     if local < FIRST:
-        member, block, turn = local % MEMBERS, (local // MEMBERS) % BLOCKS, local // (MEMBERS * BLOCKS)
+        member, block, turn = (
+            local % MEMBERS,
+            (local // MEMBERS) % BLOCKS,
+            local // (MEMBERS * BLOCKS),
+        )
         piece, tile = turn % PIECES, group * TILES + turn // PIECES
         width, rank = _pick(member, n0, n1, n2, n3, MEMBERS), _pick(member, r0, r1, r2, r3, MEMBERS)
         m, c = tile * BM + tl.arange(0, BM), block * BR + tl.arange(0, BR)
@@ -344,13 +459,26 @@ def _spread_down(
     for block in range(BLOCKS):
         member, first, end = _span(block, e0, e1, e2, R, PER, DROP, MEMBERS, BR)
         c = first + tl.arange(0, BR)
-        a = tl.load(ds + m[:, None].to(tl.int64) * R + c[None, :], mask=inside[:, None] & (c < end)[None, :], other=0.0)
+        a = tl.load(
+            ds + m[:, None].to(tl.int64) * R + c[None, :],
+            mask=inside[:, None] & (c < end)[None, :],
+            other=0.0,
+        )
         down = _down_rows(c, d0, d1, d2, d3, e0, e1, e2, K, MEMBERS)
-        f = narrow(tl.load(down[:, None] + k[None, :], mask=(c < end)[:, None] & wanted[None, :], other=0.0), a.dtype)
+        f = narrow(
+            tl.load(
+                down[:, None] + k[None, :], mask=(c < end)[:, None] & wanted[None, :], other=0.0
+            ),
+            a.dtype,
+        )
         if DROP:
-            key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
+            key, second = _keys(
+                _pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH
+            )
             kept = _keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS))
-            more = _dot(a, f, tl.full((BM, BN), 0.0, tl.float32)) / _pick(member, q0, q1, q2, q3, MEMBERS)
+            more = _dot(a, f, tl.full((BM, BN), 0.0, tl.float32)) / _pick(
+                member, q0, q1, q2, q3, MEMBERS
+            )
             total += tl.where(kept, more, 0.0)
         else:
             total = _dot(a, f, total)
@@ -390,13 +518,40 @@ def back_down_kernel(
         for m0 in range(group * ROWS, stop, BM):
             m = m0 + tl.arange(0, BM)
             inside = m < stop
-            a = tl.load(x + k[:, None] * xk + _place(m, AREA, xb, xm, SPATIAL)[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+            a = tl.load(
+                x + k[:, None] * xk + _place(m, AREA, xb, xm, SPATIAL)[None, :],
+                mask=wanted[:, None] & inside[None, :],
+                other=0.0,
+            )
             if DROP:
-                key, second = _keys(_pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH)
-                kept = tl.trans(_keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS)))
-                a = narrow(tl.where(kept, a.to(tl.float32) / _pick(member, q0, q1, q2, q3, MEMBERS), 0.0), a.dtype)
-            s = tl.load(ds + m[:, None].to(tl.int64) * R + c[None, :], mask=inside[:, None] & ranked[None, :], other=0.0)
+                key, second = _keys(
+                    _pick(member, w0, w1, w2, w3, MEMBERS), step, rows, m, inside, LENGTH
+                )
+                kept = tl.trans(
+                    _keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS))
+                )
+                a = narrow(
+                    tl.where(kept, a.to(tl.float32) / _pick(member, q0, q1, q2, q3, MEMBERS), 0.0),
+                    a.dtype,
+                )
+            s = tl.load(
+                ds + m[:, None].to(tl.int64) * R + c[None, :],
+                mask=inside[:, None] & ranked[None, :],
+                other=0.0,
+            )
             total = _dot(a, s, total)
         here = _down_rows(c, p0, p1, p2, p3, e0, e1, e2, K, MEMBERS)[None, :] + k[:, None]
         pile, own = piled + k[:, None] * R + c[None, :], counter + tile * BLOCKS + block
-        _deliver(total, here, wanted[:, None] & ranked[None, :], pile, K * R, group, PARTS, own, SPLIT, BN, BR)
+        _deliver(
+            total,
+            here,
+            wanted[:, None] & ranked[None, :],
+            pile,
+            K * R,
+            group,
+            PARTS,
+            own,
+            SPLIT,
+            BN,
+            BR,
+        )

@@ -74,10 +74,22 @@ def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, min(wide, 32), warps, stages)
     if kernel == "back_up":
-        return Tile(64 if rows > 1024 and ranks in (16, 32) else 32, 64, wide if ranks <= 64 else 32, warps, stages)
+        return Tile(
+            64 if rows > 1024 and ranks in (16, 32) else 32,
+            64,
+            wide if ranks <= 64 else 32,
+            warps,
+            stages,
+        )
     if rows <= 1024:
         return Tile(32, 64, wide, warps, stages)
-    return Tile(64, 64, wide, 4 if kernel == "expand" else 8, 2 if kernel == "back_down" and ranks <= 128 else stages)
+    return Tile(
+        64,
+        64,
+        wide,
+        4 if kernel == "expand" else 8,
+        2 if kernel == "back_down" and ranks <= 128 else stages,
+    )
 
 
 def plane(x: Tensor) -> Plane:
@@ -129,7 +141,12 @@ def _ends(ranks: Sequence[int]) -> dict[str, int]:
 
 def _drop(drop: list[Tensor], words: list[int], kept: list[float], rows: int) -> dict[str, Any]:
     step, keys = drop or (None, None)
-    given = {"step": step, "rows": keys, "LENGTH": 1 if keys is None else rows // len(keys), "DROP": bool(drop)}
+    given = {
+        "step": step,
+        "rows": keys,
+        "LENGTH": 1 if keys is None else rows // len(keys),
+        "DROP": bool(drop),
+    }
     return given | _four("w", words[::2], 0) | _four("h", words[1::2], 0) | _four("q", kept, 1.0)
 
 
@@ -155,13 +172,17 @@ def counters(x: Tensor) -> Tensor:
     key = (x.device, None if capturing else torch.cuda.current_stream(x.device).cuda_stream)
     if key not in _counters:
         if capturing:
-            raise RuntimeError("got the first call of a LoRA kernel inside a CUDA graph capture; run the step once before capturing it")
+            raise RuntimeError(
+                "got the first call of a LoRA kernel inside a CUDA graph capture; run the step once before capturing it"
+            )
         for each in {key, (x.device, None)} - _counters.keys():
             _counters[each] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
     return _counters[key]
 
 
-def _shrink(x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]) -> Tensor:
+def _shrink(
+    x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]
+) -> Tensor:
     at, ranks = plane(x), [len(down) for down in downs]
     t = x.new_empty(at.rows, sum(ranks))
     if not at.rows:
@@ -210,9 +231,16 @@ def _back_up(
     dys: list[Tensor], t: Tensor, starts: list[int], ups: list[Tensor], scales: list[float],
     ys: list[Tensor], magnitudes: list[Tensor], norms: list[Tensor], biases: list[Tensor], guard: float, need_dz: bool,
 ) -> list[Tensor]:  # fmt: skip
-    found = _back_up_outputs(dys, t, starts, ups, scales, ys, magnitudes, norms, biases, guard, need_dz)
-    ds, d_ups, dzs, gains = _cut(found, [1, len(ups), len(ups) if norms and need_dz else 0, len(norms)])
-    at, hidden = plane(max(dys, key=lambda dy: dy.shape[1])), plane(t)  # the one feature of a narrow dy may lie at any stride
+    found = _back_up_outputs(
+        dys, t, starts, ups, scales, ys, magnitudes, norms, biases, guard, need_dz
+    )
+    ds, d_ups, dzs, gains = _cut(
+        found, [1, len(ups), len(ups) if norms and need_dz else 0, len(norms)]
+    )
+    at, hidden = (
+        plane(max(dys, key=lambda dy: dy.shape[1])),
+        plane(t),
+    )  # the one feature of a narrow dy may lie at any stride
     if not at.rows:
         return [out.zero_() for out in found]
     ranks, widths = [up.shape[1] for up in ups], [len(up) for up in ups]
@@ -220,9 +248,16 @@ def _back_up(
     blocks, tiles = _count(max(ranks), tile.ranks), _count(at.rows, tile.rows)
     columns = sum(_count(width, tile.features) for width in widths)
     parts, rows = _parts(at.rows, 2 * tile.rows, tile.rows, columns * blocks, 2 * PROGRAMS)
-    pieces, chunk = _parts(max(widths), 4 * tile.features, tile.features, tiles * blocks * len(ups), PROGRAMS)
+    pieces, chunk = _parts(
+        max(widths), 4 * tile.features, tile.features, tiles * blocks * len(ups), PROGRAMS
+    )
     if (parts * (rows // tile.rows) * len(ups) + columns) * blocks > COUNTERS:
-        parts, rows, pieces, chunk = 1, tiles * tile.rows, 1, _count(max(widths), tile.features) * tile.features
+        parts, rows, pieces, chunk = (
+            1,
+            tiles * tile.rows,
+            1,
+            _count(max(widths), tile.features) * tile.features,
+        )
     first = rows // tile.rows * blocks * pieces * len(ups)
     total, workspace = sum(up.numel() for up in ups), t.new_empty
     area, (image, _), (t_image, _), (s_image, _) = _shared_area(at, hidden, plane(ds[0]))
@@ -249,8 +284,17 @@ def _back_up_outputs(
     ys: list[Tensor], magnitudes: list[Tensor], norms: list[Tensor], biases: list[Tensor], guard: float, need_dz: bool,
 ) -> list[Tensor]:  # fmt: skip
     ds = torch.empty_like(t) if t.ndim == 4 else t.new_empty(len(t), sum(up.shape[1] for up in ups))
-    dzs = [torch.empty_like(dy, memory_format=torch.contiguous_format) for dy in dys] if norms and need_dz else []
-    return [ds, *(torch.empty_like(up) for up in ups), *dzs, *(norm.new_empty(2, len(norm)) for norm in norms)]
+    dzs = (
+        [torch.empty_like(dy, memory_format=torch.contiguous_format) for dy in dys]
+        if norms and need_dz
+        else []
+    )
+    return [
+        ds,
+        *(torch.empty_like(up) for up in ups),
+        *dzs,
+        *(norm.new_empty(2, len(norm)) for norm in norms),
+    ]
 
 
 def _cut(found: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
@@ -288,13 +332,17 @@ def _back_down_(
     })  # fmt: skip
 
 
-def _op(name: str, run: Callable[..., Any], meta: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+def _op(
+    name: str, run: Callable[..., Any], meta: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Any:
     op = torch.library.custom_op(f"lora_core::{name}", run, mutates_args=mutates)
     op.register_fake(meta)
     return op
 
 
-def _shrink_meta(x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]) -> Tensor:
+def _shrink_meta(
+    x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]
+) -> Tensor:
     return x.new_empty(x.numel() // x.shape[1], sum(len(down) for down in downs))
 
 
@@ -302,7 +350,12 @@ shrink = _op("shrink", _shrink, _shrink_meta)
 expand_ = _op("expand_", _expand_, lambda *_: None, ("ys",))
 back_up = _op("back_up", _back_up, _back_up_outputs)
 back_down_ = _op("back_down_", _back_down_, lambda *_: None, ("dx", "d_downs"))
-LAUNCHERS: dict[Any, Callable[..., Any]] = {shrink: _shrink, expand_: _expand_, back_up: _back_up, back_down_: _back_down_}
+LAUNCHERS: dict[Any, Callable[..., Any]] = {
+    shrink: _shrink,
+    expand_: _expand_,
+    back_up: _back_up,
+    back_down_: _back_down_,
+}
 
 
 def run(op: Any, x: Tensor, *args: Any) -> Any:
@@ -310,7 +363,12 @@ def run(op: Any, x: Tensor, *args: Any) -> Any:
 
     With it the host is busy with a LoRA layer for 286 microseconds a step, without it for 154 (one Zen 4 thread, Triton's own launch not in either).
     """
-    heard = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+    heard = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
     return op(*args) if heard else LAUNCHERS[op](*args)
 
 
@@ -318,7 +376,9 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _shrink_cost(x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]) -> Cost:
+def _shrink_cost(
+    x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]
+) -> Cost:
     return Cost(1, _bytes(x, _shrink_meta(x, downs, drop, words, kept), *downs, *drop), True)
 
 
@@ -326,16 +386,41 @@ def _expand_cost(
     ys: list[Tensor], t: Tensor, ups: list[Tensor], scales: list[float],
     magnitudes: list[Tensor], norms: list[Tensor], biases: list[Tensor], fresh: bool,
 ) -> Cost:  # fmt: skip
-    return Cost(1, _bytes(*ys) * (1 if fresh else 2) + _bytes(t, *ups, *magnitudes, *norms, *biases), True)
+    return Cost(
+        1, _bytes(*ys) * (1 if fresh else 2) + _bytes(t, *ups, *magnitudes, *norms, *biases), True
+    )
 
 
-def _back_up_cost(dys: list[Tensor], t: Tensor, starts: list[int], ups: list[Tensor], scales: list[float], ys: list[Tensor], *rest: Any) -> Cost:
+def _back_up_cost(
+    dys: list[Tensor],
+    t: Tensor,
+    starts: list[int],
+    ups: list[Tensor],
+    scales: list[float],
+    ys: list[Tensor],
+    *rest: Any,
+) -> Cost:
     written = _back_up_outputs(dys, t, starts, ups, scales, ys, *rest)
-    return Cost(1, 2 * _bytes(*dys) + _bytes(t, *ups, *ys, *(v for given in rest[:3] for v in given), *written), True)
+    return Cost(
+        1,
+        2 * _bytes(*dys)
+        + _bytes(t, *ups, *ys, *(v for given in rest[:3] for v in given), *written),
+        True,
+    )
 
 
-def _back_down_cost(dx: Tensor | None, d_downs: list[Tensor], ds: Tensor, x: Tensor, downs: list[Tensor], drop: list[Tensor], *rest: Any) -> Cost:
-    return Cost(1, _bytes(dx) * (1 if rest[-1] else 2) + _bytes(ds, x, *d_downs, *downs, *drop), True)
+def _back_down_cost(
+    dx: Tensor | None,
+    d_downs: list[Tensor],
+    ds: Tensor,
+    x: Tensor,
+    downs: list[Tensor],
+    drop: list[Tensor],
+    *rest: Any,
+) -> Cost:
+    return Cost(
+        1, _bytes(dx) * (1 if rest[-1] else 2) + _bytes(ds, x, *d_downs, *downs, *drop), True
+    )
 
 
 # Every operand once, but dy twice: its two uses read it in programs of their own, the second time mostly from the L2 cache.

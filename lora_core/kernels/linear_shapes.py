@@ -15,7 +15,15 @@ from lora_core.kernels.reference import Drop, Member
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def linear_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, *rest: object) -> str | None:
+def linear_supports(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    *rest: object,
+) -> str | None:
     """Why lora_linear has no Triton kernel for these arguments, or None."""
     return grouped_supports(x, (Member(weight, bias, down, up, scale, *rest),))  # type: ignore[arg-type]
 
@@ -50,7 +58,9 @@ def conv_supports(
     return _refusal(x, weight, bias, [down, up])
 
 
-def pads(padding: tuple[int, ...] | str, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
+def pads(
+    padding: tuple[int, ...] | str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...] | None:
     """The padding of each side as numbers, or None where its two sides differ."""
     if not isinstance(padding, str):
         return tuple(padding)
@@ -60,14 +70,26 @@ def pads(padding: tuple[int, ...] | str, kernel: Sequence[int], dilation: Sequen
     return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
 
 
-def conv_class(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, *geometry: Any) -> str:
+def conv_class(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    *geometry: Any,
+) -> str:
     """The class of lora_conv's arguments: the kernel's size, input pixels, in, out and rank, rounded up to powers of two, and the stride."""
     pixels, sizes = len(x) * math.prod(x.shape[2:]), "x".join(map(str, down.shape[2:]))
-    numbers = [1 << max(value - 1, 0).bit_length() for value in (pixels, x.shape[1], len(up), len(down))]
+    numbers = [
+        1 << max(value - 1, 0).bit_length() for value in (pixels, x.shape[1], len(up), len(down))
+    ]
     return f"{sizes} {numbers[0]},{numbers[1]},{numbers[2]} rank {numbers[3]} stride {'x'.join(map(str, geometry[0]))}"
 
 
-def _refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: list[Tensor]) -> str | None:
+def _refusal(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: list[Tensor]
+) -> str | None:
     reason = refusal(x)
     if reason:
         return reason
@@ -81,11 +103,22 @@ def _refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: list[T
             return f"x is {_name(x)} and the frozen layer {_name(tensor)}"
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return "the layer wants a gradient itself; the kernels know frozen ones"
-    return next((f"an adapter's factor is {_name(factor)}; the kernels read float32" for factor in wide if factor.dtype != torch.float32), None)
+    return next(
+        (
+            f"an adapter's factor is {_name(factor)}; the kernels read float32"
+            for factor in wide
+            if factor.dtype != torch.float32
+        ),
+        None,
+    )
 
 
 def _drop_refusal(drop: Drop | None) -> str | None:
-    return None if drop is None or 0 <= drop.p < 1 else f"dropout of p = {drop.p}; the kernels divide by 1 - p"
+    return (
+        None
+        if drop is None or 0 <= drop.p < 1
+        else f"dropout of p = {drop.p}; the kernels divide by 1 - p"
+    )
 
 
 def _name(tensor: Tensor) -> str:

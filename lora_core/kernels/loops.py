@@ -32,33 +32,59 @@ DTYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where that fails; a printed line says either. Nothing stays on disk: it is code for this very processor."""
-    began, compiler = time.perf_counter(), os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
+    began, compiler = (
+        time.perf_counter(),
+        os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc"),
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "loops.so"
-            command = [compiler, *FLAGS, str(Path(__file__).with_name("loops.c")), "-o", str(built), "-lm"]
+            command = [
+                compiler,
+                *FLAGS,
+                str(Path(__file__).with_name("loops.c")),
+                "-o",
+                str(built),
+                "-lm",
+            ]
             subprocess.run(command, check=True, capture_output=True, text=True)
             loaded = ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-        print(f"optimiser: no compiled loops ({reason}); steps on the CPU run in torch operations, which is slower", file=sys.stderr)
+        print(
+            f"optimiser: no compiled loops ({reason}); steps on the CPU run in torch operations, which is slower",
+            file=sys.stderr,
+        )
         return None
-    print(f"optimiser: loops for this CPU compiled with {compiler} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    print(
+        f"optimiser: loops for this CPU compiled with {compiler} in {time.perf_counter() - began:.1f} s",
+        file=sys.stderr,
+    )
     return loaded
 
 
-def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+def prodigy_step(
+    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+) -> tuple[Tensor, ...]:
     """steps.prodigy_step; by it where the tensors are not fp32 or fp64 on the CPU, an lr is a tensor, or ranks share the sums."""
-    able = all(_plain(row.flat) and not row.recipe.sharded and not isinstance(row.recipe.lr, Tensor) for row in rows)
+    able = all(
+        _plain(row.flat) and not row.recipe.sharded and not isinstance(row.recipe.lr, Tensor)
+        for row in rows
+    )
     if not able or (loops := library()) is None:
         return steps.prodigy_step(scalars, found_inf, grad_scale, rows)
     params = tuple(row.flat.param for row in rows)
     if found_inf is not None and _number(found_inf):
         return params
-    table = (ctypes.c_double * scalars.numel()).from_address(scalars.data_ptr())  # read and written as it lies
+    table = (ctypes.c_double * scalars.numel()).from_address(
+        scalars.data_ptr()
+    )  # read and written as it lies
     unscale = 1.0 if grad_scale is None else 1 / _number(grad_scale)
     rates = [_rate(table, row) for row in rows]
-    numerators, denominator = {row.group: table[6 * row.group + steps.NUMERATOR] * row.recipe.beta3 for row in rows}, 0.0
+    numerators, denominator = (
+        {row.group: table[6 * row.group + steps.NUMERATOR] * row.recipe.beta3 for row in rows},
+        0.0,
+    )
     for row, rate in zip(rows, rates):
         inner, size = _reduce(loops, row, table[6 * row.group + steps.D], rate, unscale)
         numerators[row.group] += table[6 * row.group + steps.D] / row.recipe.d0 * rate * inner
@@ -75,27 +101,57 @@ def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor |
 
 
 def adamw_step(
-    param: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, flat: Flat, grads: Sequence[Tensor | None], recipe: AdamRecipe
+    param: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    flat: Flat,
+    grads: Sequence[Tensor | None],
+    recipe: AdamRecipe,
 ) -> tuple[Tensor, ...]:
     """steps.adamw_step; where the tensors are not fp32 or fp64 on the CPU or lr is a tensor, by torch's fused kernel, if it takes them."""
     if not _plain(flat) or isinstance(recipe.lr, Tensor) or (loops := library()) is None:
         return _adamw_by_torch(found_inf, grad_scale, flat, grads, recipe)
     if found_inf is None or not _number(found_inf):
         unscale = 1.0 if grad_scale is None else 1 / _number(grad_scale)
-        numbers = _doubles(unscale, recipe.lr, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay)
+        numbers = _doubles(
+            unscale, recipe.lr, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay
+        )
         state = flat.state
-        _loop(loops, "adamw", flat)(*_heads(flat, grads), _at(param), _at(state["exp_avg"]), _at(state["exp_avg_sq"]), _at(state["step"]), numbers)
+        _loop(loops, "adamw", flat)(
+            *_heads(flat, grads),
+            _at(param),
+            _at(state["exp_avg"]),
+            _at(state["exp_avg_sq"]),
+            _at(state["step"]),
+            numbers,
+        )
     return (param,)
 
 
 def _adamw_by_torch(
-    found_inf: Tensor | None, grad_scale: Tensor | None, flat: Flat, grads: Sequence[Tensor | None], recipe: AdamRecipe
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    flat: Flat,
+    grads: Sequence[Tensor | None],
+    recipe: AdamRecipe,
 ) -> tuple[Tensor, ...]:
     """By torch._fused_adamw_, which wants state in the parameters' dtype; a grad_scale is divided out of the gradients themselves there."""
-    if flat.param.dtype != flat.state["exp_avg"].dtype or flat.param.device.type not in ("cpu", "cuda", "mps", "xpu"):
+    if flat.param.dtype != flat.state["exp_avg"].dtype or flat.param.device.type not in (
+        "cpu",
+        "cuda",
+        "mps",
+        "xpu",
+    ):
         return steps.adamw_step(flat.param, found_inf, grad_scale, flat, grads, recipe)
-    moving = [(start, start + count, g) for (start, count, _), g in zip(flat.bounds, grads) if g is not None]
-    params, m, v = ([x[start:end] for start, end, _ in moving] for x in (flat.param, flat.state["exp_avg"], flat.state["exp_avg_sq"]))
+    moving = [
+        (start, start + count, g)
+        for (start, count, _), g in zip(flat.bounds, grads)
+        if g is not None
+    ]
+    params, m, v = (
+        [x[start:end] for start, end, _ in moving]
+        for x in (flat.param, flat.state["exp_avg"], flat.state["exp_avg_sq"])
+    )
     counts = [step for step, g in zip(flat.state["step"].unbind(), grads) if g is not None]
     torch._foreach_add_(counts, 1)
     torch._fused_adamw_(
@@ -112,23 +168,46 @@ def _rate(table: ctypes.Array[ctypes.c_double], row: Rows) -> float:
     """dlr = d * lr * bias correction, of the old d."""
     recipe, k = row.recipe, table[6 * row.group + steps.K] + 1
     rate = table[6 * row.group + steps.D] * float(recipe.lr)
-    return rate * (1 - recipe.beta2**k) ** 0.5 / (1 - recipe.beta1**k) if recipe.bias_correction else rate
+    return (
+        rate * (1 - recipe.beta2**k) ** 0.5 / (1 - recipe.beta1**k)
+        if recipe.bias_correction
+        else rate
+    )
 
 
-def _reduce(loops: ctypes.CDLL, row: Rows, d: float, rate: float, unscale: float) -> tuple[float, float]:
+def _reduce(
+    loops: ctypes.CDLL, row: Rows, d: float, rate: float, unscale: float
+) -> tuple[float, float]:
     """(<g, p0 - p>, |s|_1) after bringing m, v and s up to date."""
     flat, recipe, sums = row.flat, row.recipe, _doubles(0.0, 0.0)
     weight = d / recipe.d0 * (d if recipe.safeguard else rate)
     numbers = _doubles(unscale, _coupled(row), recipe.beta3, weight, d, recipe.beta1, recipe.beta2)
-    arrays = [_at(x) for x in (flat.param, flat.state["p0"], flat.state.get("exp_avg"), flat.state["exp_avg_sq"], flat.state["s"])]
-    _loop(loops, "prodigy_reduce", flat)(*_heads(flat, row.grads), *arrays, ctypes.c_int64(recipe.slice_p), numbers, sums)
+    arrays = [
+        _at(x)
+        for x in (
+            flat.param,
+            flat.state["p0"],
+            flat.state.get("exp_avg"),
+            flat.state["exp_avg_sq"],
+            flat.state["s"],
+        )
+    ]
+    _loop(loops, "prodigy_reduce", flat)(
+        *_heads(flat, row.grads), *arrays, ctypes.c_int64(recipe.slice_p), numbers, sums
+    )
     return sums[0], sums[1]
 
 
-def _move(table: ctypes.Array[ctypes.c_double], row: Rows, numerator: float, denominator: float) -> float:
+def _move(
+    table: ctypes.Array[ctypes.c_double], row: Rows, numerator: float, denominator: float
+) -> float:
     """The new d, written to every group; a NaN moves nothing here and shows in the weights."""
     recipe, at = row.recipe, 6 * row.group
-    d, d_max, d_hat = table[at + steps.D], table[at + steps.D_MAX], recipe.d_coef * numerator / denominator
+    d, d_max, d_hat = (
+        table[at + steps.D],
+        table[at + steps.D_MAX],
+        recipe.d_coef * numerator / denominator,
+    )
     d_max = d_hat if d_hat > d_max else d_max
     grown = (d_hat if d == recipe.d0 and d_hat > d else d) * recipe.growth_rate
     new = grown if grown < d_max else d_max
@@ -142,7 +221,9 @@ def _update(loops: ctypes.CDLL, row: Rows, d: float, rate: float, unscale: float
     """p <- p - rate decay p - rate m / (sqrt(v) + d eps), both sides divided by d; without m the gradient has no d in it yet."""
     flat, recipe = row.flat, row.recipe
     decay = -rate * recipe.weight_decay if recipe.decouple else 0.0
-    numbers = _doubles(unscale, _coupled(row), decay, -rate / d if recipe.beta1 > 0 else -rate, 1 / d, recipe.eps)
+    numbers = _doubles(
+        unscale, _coupled(row), decay, -rate / d if recipe.beta1 > 0 else -rate, 1 / d, recipe.eps
+    )
     arrays = [_at(x) for x in (flat.param, flat.state.get("exp_avg"), flat.state["exp_avg_sq"])]
     _loop(loops, "prodigy_update", flat)(*_heads(flat, row.grads), *arrays, numbers)
 
@@ -161,7 +242,9 @@ def _loop(loops: ctypes.CDLL, name: str, flat: Flat) -> ctypes._NamedFuncPointer
     return found
 
 
-def _heads(flat: Flat, grads: Sequence[Tensor | None]) -> tuple[ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]:
+def _heads(
+    flat: Flat, grads: Sequence[Tensor | None]
+) -> tuple[ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]:
     words = flat.words.send([0 if g is None else g.data_ptr() for g in grads], [])
     return ctypes.c_int64(len(grads)), _at(words), _at(flat.geometry)
 

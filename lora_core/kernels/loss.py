@@ -23,15 +23,17 @@ TINY = torch.finfo(torch.float32).tiny  # of an empty mask, as in losses.masked_
 
 
 @triton.jit
-def forward_kernel(out, target, mask, weight, rows, area, size, plane, TINY: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(
+    out, target, mask, weight, rows, area, size, plane, TINY: tl.constexpr, BLOCK: tl.constexpr
+):
     """rows[i] = weight sum(m (out - target)^2) / sum(m) and area[i] = sum(m) over the elements of row i; plane is h w, m is 1 without a mask."""
     i = tl.program_id(0).to(tl.int64)
     errors, masses = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         e = start + tl.arange(0, BLOCK)
-        d = tl.load(out + i * size + e, mask=e < size, other=0.0).to(tl.float32) - tl.load(target + i * size + e, mask=e < size, other=0.0).to(
-            tl.float32
-        )
+        d = tl.load(out + i * size + e, mask=e < size, other=0.0).to(tl.float32) - tl.load(
+            target + i * size + e, mask=e < size, other=0.0
+        ).to(tl.float32)
         if mask is not None:
             m = tl.load(mask + i * plane + e % plane, mask=e < size, other=0.0).to(tl.float32)
             errors += m * (d * d)
@@ -49,16 +51,18 @@ def forward_kernel(out, target, mask, weight, rows, area, size, plane, TINY: tl.
 
 
 @triton.jit
-def backward_kernel(g, out, target, mask, weight, area, d_out, d_target, size, plane, BLOCK: tl.constexpr):
+def backward_kernel(
+    g, out, target, mask, weight, area, d_out, d_target, size, plane, BLOCK: tl.constexpr
+):
     """d_out = 2 g weight m (out - target) / area and, where it is asked for, d_target = -d_out."""
     i = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     factor = 2.0 * tl.load(g + i) / tl.load(area + i)
     if weight is not None:
         factor *= tl.load(weight + i).to(tl.float32)
-    slope = tl.load(out + i * size + e, mask=e < size, other=0.0).to(tl.float32) - tl.load(target + i * size + e, mask=e < size, other=0.0).to(
-        tl.float32
-    )
+    slope = tl.load(out + i * size + e, mask=e < size, other=0.0).to(tl.float32) - tl.load(
+        target + i * size + e, mask=e < size, other=0.0
+    ).to(tl.float32)
     slope *= factor
     if mask is not None:
         slope *= tl.load(mask + i * plane + e % plane, mask=e < size, other=0.0).to(tl.float32)
@@ -67,7 +71,9 @@ def backward_kernel(g, out, target, mask, weight, area, d_out, d_target, size, p
         tl.store(d_target + i * size + e, narrow(-slope, d_target.dtype.element_ty), mask=e < size)
 
 
-def mse_refusal(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> str | None:
+def mse_refusal(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> str | None:
     """Why the kernels do not run on these arguments, or None."""
     said = refusal(out)
     if said is not None:
@@ -77,37 +83,69 @@ def mse_refusal(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor
         return f"the output is {out.dtype} and the target {target.dtype}; there is a kernel for fp32, bf16 and fp16"
     if any(x.requires_grad for x in given):
         return "the mask or the weight wants a gradient"
-    if out.shape != target.shape or not out.numel() or (mask is not None and mask.shape != (len(out), 1, *out.shape[2:])):
+    if (
+        out.shape != target.shape
+        or not out.numel()
+        or (mask is not None and mask.shape != (len(out), 1, *out.shape[2:]))
+    ):
         return f"the shapes {list(out.shape)} and {list(target.shape)} are not an output and its target with a mask of one channel"
     return None
 
 
-def snr_weighted_mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+def snr_weighted_mse(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Tensor:
     """reference.snr_weighted_mse in one launch, and one in the backward; arguments that are not contiguous are copied first."""
     mask, weight = (None if x is None else x.contiguous() for x in (mask, weight))
     return _mse(out.contiguous(), target.contiguous(), mask, weight)[0]
 
 
 @torch.library.custom_op("lora_core::snr_weighted_mse", mutates_args=())
-def _mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mse(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, area = _rows(out)
     size, plane = out[0].numel(), out[0, 0].numel()
-    forward_kernel[(len(out),)](out, target, mask, weight, rows, area, size, plane, TINY, ROW, num_warps=_warps(out.dtype == torch.float32))
+    forward_kernel[(len(out),)](
+        out,
+        target,
+        mask,
+        weight,
+        rows,
+        area,
+        size,
+        plane,
+        TINY,
+        ROW,
+        num_warps=_warps(out.dtype == torch.float32),
+    )
     return rows, area
 
 
 @torch.library.custom_op("lora_core::snr_weighted_mse_backward", mutates_args=())
-def _mse_back(g: Tensor, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None, area: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+def _mse_back(
+    g: Tensor,
+    out: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    area: Tensor,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
     """(d_out, d_target), the second empty unless both are asked for."""
     d_out, d_target = _slopes(out, target, both)
     size, plane = out[0].numel(), out[0, 0].numel()
     grid, second = (triton.cdiv(size, BLOCK), len(out)), d_target if both else None
-    backward_kernel[grid](g, out, target, mask, weight, area, d_out, second, size, plane, BLOCK, num_warps=4)
+    backward_kernel[grid](
+        g, out, target, mask, weight, area, d_out, second, size, plane, BLOCK, num_warps=4
+    )
     return d_out, d_target
 
 
 def _rows(out: Tensor) -> tuple[Tensor, Tensor]:
-    return out.new_empty(len(out), dtype=torch.float32), out.new_empty(len(out), dtype=torch.float32)
+    return out.new_empty(len(out), dtype=torch.float32), out.new_empty(
+        len(out), dtype=torch.float32
+    )
 
 
 def _slopes(out: Tensor, target: Tensor, both: bool) -> tuple[Tensor, Tensor]:
@@ -115,12 +153,22 @@ def _slopes(out: Tensor, target: Tensor, both: bool) -> tuple[Tensor, Tensor]:
 
 
 @_mse.register_fake
-def _(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return _rows(out)
 
 
 @_mse_back.register_fake
-def _(g: Tensor, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None, area: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+def _(
+    g: Tensor,
+    out: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    area: Tensor,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
     return _slopes(out, target, both)
 
 
@@ -142,8 +190,22 @@ def _cost(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | Non
     return Cost(1, out.nbytes + target.nbytes + (0 if mask is None else mask.nbytes) + 8 * len(out))
 
 
-def _cost_back(g: Tensor, out: Tensor, target: Tensor, mask: Tensor | None, weight: Any, area: Tensor, both: bool) -> Cost:
-    return Cost(1, 2 * out.nbytes + target.nbytes * (2 if both else 1) + (0 if mask is None else mask.nbytes) + 8 * len(out))
+def _cost_back(
+    g: Tensor,
+    out: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Any,
+    area: Tensor,
+    both: bool,
+) -> Cost:
+    return Cost(
+        1,
+        2 * out.nbytes
+        + target.nbytes * (2 if both else 1)
+        + (0 if mask is None else mask.nbytes)
+        + 8 * len(out),
+    )
 
 
 COSTS["lora_core::snr_weighted_mse"] = _cost
@@ -161,12 +223,21 @@ def builds(full: bool) -> list[Build]:
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):
         for kernel in (forward_kernel, backward_kernel):
             for mask in (True, False):
-                constants: dict[str, Any] = {"BLOCK": ROW, "TINY": TINY} if kernel is forward_kernel else {"BLOCK": BLOCK}
+                constants: dict[str, Any] = (
+                    {"BLOCK": ROW, "TINY": TINY} if kernel is forward_kernel else {"BLOCK": BLOCK}
+                )
                 constants |= {} if mask else {"mask": None, "weight": None, "d_target": None}
                 types = {"out": f"*{dtype}", "d_out": f"*{dtype}", "size": "i32", "plane": "i32"}
-                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+                constants = {
+                    name: value for name, value in constants.items() if name in kernel.arg_names
+                }
+                signature = {
+                    name: "constexpr" if name in constants else types.get(name, "*fp32")
+                    for name in kernel.arg_names
+                }
                 name = f"snr_weighted_mse {kernel.__name__} {dtype}{' masked' if mask else ''}"
                 warps = _warps(dtype == "fp32") if kernel is forward_kernel else 4
-                found.append(Build(kernel, signature, constants, warps, 3, False, name, ("size", "plane")))
+                found.append(
+                    Build(kernel, signature, constants, warps, 3, False, name, ("size", "plane"))
+                )
     return found

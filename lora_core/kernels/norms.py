@@ -39,7 +39,12 @@ Layer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """reference.dora_norm by blocks of rows on the CPU, differentiable in down and up; the reference itself elsewhere, for groups and for a weight
     that wants a gradient."""
-    if weight.device.type != "cpu" or groups_of(down, up) != 1 or weight.requires_grad or not weight.numel():
+    if (
+        weight.device.type != "cpu"
+        or groups_of(down, up) != 1
+        or weight.requires_grad
+        or not weight.numel()
+    ):
         return reference.dora_norm(weight, down, up, scale)
     return _tiled(weight, down, up, float(scale))
 
@@ -73,7 +78,9 @@ def _block(rows: int, columns: int) -> int:
     return max(1, min(rows, BLOCK // max(1, columns)))
 
 
-def norm_gradients(weight: Tensor, down: Tensor, up: Tensor, scale: float, norm: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def norm_gradients(
+    weight: Tensor, down: Tensor, up: Tensor, scale: float, norm: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of down and up for the gradient g [out] of the norms: with V = W + s B A and c = s g / n, dB = c V A^T and dA = (c B)^T V.
 
     V is formed: a base in half precision needs the fp32 copy anyway, and V's products from W's and G's cancel as the norm's terms do. A row of norm 0
@@ -105,7 +112,9 @@ _tiled.register_autograd(norm_backward, setup_context=keep_norm)
 def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
     """Three calls a block; its fp32 elements are written twice and read twice."""
     blocks = -(-len(weight) // _block(len(weight), weight[0].numel()))
-    return Cost(3 * blocks, weight.nbytes + 4 * 4 * weight.numel() + down.nbytes * blocks + up.nbytes, True)
+    return Cost(
+        3 * blocks, weight.nbytes + 4 * 4 * weight.numel() + down.nbytes * blocks + up.nbytes, True
+    )
 
 
 COSTS["lora_core::dora_norm_blocks"] = _cost

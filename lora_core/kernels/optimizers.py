@@ -42,14 +42,23 @@ def _number(words, i):
 def _elements(words, blocks, geometry, BLOCK: tl.constexpr):
     """What a program does: its parameter, the address of the gradient, the parameter's place in the arrays, the elements and how many of
     them count. Masks are made of limits: a scalar bool that is spread over a block becomes a number in Triton's interpreter."""
-    parameter, chunk = tl.load(blocks + 2 * tl.program_id(0)), tl.load(blocks + 2 * tl.program_id(0) + 1)
-    address, start, count = tl.load(words + parameter), tl.load(geometry + 3 * parameter), tl.load(geometry + 3 * parameter + 1)
+    parameter, chunk = (
+        tl.load(blocks + 2 * tl.program_id(0)),
+        tl.load(blocks + 2 * tl.program_id(0) + 1),
+    )
+    address, start, count = (
+        tl.load(words + parameter),
+        tl.load(geometry + 3 * parameter),
+        tl.load(geometry + 3 * parameter + 1),
+    )
     element = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return parameter, address, tl.multiple_of(start, 16), element, tl.where(address != 0, count, 0)
 
 
 @triton.jit
-def _gradient(address, element, there, param, grad_scale, WIDE: tl.constexpr, ALIGNED: tl.constexpr):
+def _gradient(
+    address, element, there, param, grad_scale, WIDE: tl.constexpr, ALIGNED: tl.constexpr
+):
     pointer = address.to(tl.pointer_type(param.dtype.element_ty))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -89,8 +98,16 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
     parameter, address, start, element, limit = _elements(words, blocks, geometry, BLOCK)
     there = element < limit
-    beta1, beta2, beta3 = _number(words, parameters + 1), _number(words, parameters + 2), _number(words, parameters + 3)
-    d, k, d0 = tl.load(scalars + 6 * group), tl.load(scalars + 6 * group + 5) + 1.0, _number(words, parameters + 6)
+    beta1, beta2, beta3 = (
+        _number(words, parameters + 1),
+        _number(words, parameters + 2),
+        _number(words, parameters + 3),
+    )
+    d, k, d0 = (
+        tl.load(scalars + 6 * group),
+        tl.load(scalars + 6 * group + 5) + 1.0,
+        _number(words, parameters + 6),
+    )
     rate = d * _lr(lr, words, parameters)
     if BIAS:
         rate = rate * tl.sqrt(1.0 - _power(beta2, k)) / (1.0 - _power(beta1, k))
@@ -106,9 +123,17 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
     scaled = g * d.to(WIDE)
     if ADAM:
         m = tl.load(exp_avg + start + element, mask=there, other=0.0)
-        tl.store(exp_avg + start + element, m * beta1.to(WIDE) + scaled * (1.0 - beta1).to(WIDE), mask=stored)
+        tl.store(
+            exp_avg + start + element,
+            m * beta1.to(WIDE) + scaled * (1.0 - beta1).to(WIDE),
+            mask=stored,
+        )
     v = tl.load(exp_avg_sq + start + element, mask=there, other=0.0)
-    tl.store(exp_avg_sq + start + element, v * beta2.to(WIDE) + scaled * scaled * (1.0 - beta2).to(WIDE), mask=stored)
+    tl.store(
+        exp_avg_sq + start + element,
+        v * beta2.to(WIDE) + scaled * scaled * (1.0 - beta2).to(WIDE),
+        mask=stored,
+    )
     if SAFEGUARD:
         weight = d / d0 * d
     else:
@@ -119,7 +144,10 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
     tl.store(s + at, size, mask=stored & (element % SLICE == 0))
     inner = g.to(tl.float64) * (tl.load(p0 + at, mask=seen, other=0.0) - p).to(tl.float64)
     tl.store(partials + 2 * tl.program_id(0), tl.sum(tl.where(seen, inner, 0.0), 0))
-    tl.store(partials + 2 * tl.program_id(0) + 1, tl.sum(tl.where(seen, tl.abs(size).to(tl.float64), 0.0), 0))
+    tl.store(
+        partials + 2 * tl.program_id(0) + 1,
+        tl.sum(tl.where(seen, tl.abs(size).to(tl.float64), 0.0), 0),
+    )
 
     if _is_last(counter):
         tl.store(counter, 0)
@@ -127,10 +155,17 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
         inners, sizes = tl.zeros((ADDED,), tl.float64), tl.zeros((ADDED,), tl.float64)
         for begin in range(0, tl.num_programs(0), ADDED):
             inside = begin + some < tl.num_programs(0)
-            inners += tl.load(partials + 2 * (begin + some), mask=inside, other=0.0, cache_modifier=".cg")
-            sizes += tl.load(partials + 2 * (begin + some) + 1, mask=inside, other=0.0, cache_modifier=".cg")
+            inners += tl.load(
+                partials + 2 * (begin + some), mask=inside, other=0.0, cache_modifier=".cg"
+            )
+            sizes += tl.load(
+                partials + 2 * (begin + some) + 1, mask=inside, other=0.0, cache_modifier=".cg"
+            )
         numerator = tl.load(scalars + 6 * group + 2) * beta3 + d / d0 * rate * tl.sum(inners, 0)
-        numerator, denominator = tl.where(sound, numerator, 0.0), tl.where(sound, tl.sum(sizes, 0), 0.0)
+        numerator, denominator = (
+            tl.where(sound, numerator, 0.0),
+            tl.where(sound, tl.sum(sizes, 0), 0.0),
+        )
         tl.store(scratch + 4 * slot, numerator)
         tl.store(scratch + 4 * slot + 1, denominator)
         tl.store(scratch + 4 * slot + 2, group + 0.0)
@@ -145,7 +180,10 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
                 moves = moves & (tl.load(found_inf) == 0)
             tl.store(scratch + 4 * slots, moves.to(tl.float64))
             if moves:
-                d_max, d_hat = tl.load(scalars + 6 * group + 1), _number(words, parameters + 7) * all_n / all_d
+                d_max, d_hat = (
+                    tl.load(scalars + 6 * group + 1),
+                    _number(words, parameters + 7) * all_n / all_d,
+                )
                 grown = tl.where((d == d0) & (d_hat > d), d_hat, d) * _number(words, parameters + 8)
                 d_max = tl.where(d_hat > d_max, d_hat, d_max)
                 for i in range(0, groups):
@@ -194,7 +232,11 @@ def adamw_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
     parameter, address, start, element, limit = _elements(words, blocks, geometry, BLOCK)
     there = element < limit
-    beta1, beta2, rate = _number(words, parameters + 1), _number(words, parameters + 2), _lr(lr, words, parameters)
+    beta1, beta2, rate = (
+        _number(words, parameters + 1),
+        _number(words, parameters + 2),
+        _lr(lr, words, parameters),
+    )
     k = tl.load(step + parameter).to(tl.float64) + 1.0
     sound = rate == rate
     if found_inf is not None:
@@ -205,8 +247,13 @@ def adamw_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
     v = tl.load(exp_avg_sq + start + element, mask=there, other=0.0)
     m += (g - m) * (1.0 - beta1).to(WIDE)
     v = v * beta2.to(WIDE) + g * g * (1.0 - beta2).to(WIDE)
-    by, root = (rate / (1.0 - _power(beta1, k))).to(WIDE), (1.0 / tl.sqrt(1.0 - _power(beta2, k))).to(WIDE)
-    p = p * (1.0 - rate * _number(words, parameters + 4)).to(WIDE) - by * (m / (tl.sqrt(v) * root + _number(words, parameters + 3).to(WIDE)))
+    by, root = (
+        (rate / (1.0 - _power(beta1, k))).to(WIDE),
+        (1.0 / tl.sqrt(1.0 - _power(beta2, k))).to(WIDE),
+    )
+    p = p * (1.0 - rate * _number(words, parameters + 4)).to(WIDE) - by * (
+        m / (tl.sqrt(v) * root + _number(words, parameters + 3).to(WIDE))
+    )
     stored = element < tl.where(sound, limit, 0)
     tl.store(exp_avg + start + element, m, mask=stored)
     tl.store(exp_avg_sq + start + element, v, mask=stored)
@@ -222,7 +269,10 @@ def adamw_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
 # ---------------------------------------------------------------- launches
 
 
-@torch.library.custom_op("lora_core::prodigy_reduce", mutates_args=("exp_avg", "exp_avg_sq", "s", "scalars", "scratch", "partials", "counter"))
+@torch.library.custom_op(
+    "lora_core::prodigy_reduce",
+    mutates_args=("exp_avg", "exp_avg_sq", "s", "scalars", "scratch", "partials", "counter"),
+)
 def _reduce(
     words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, p0: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Tensor, scalars: Tensor,
     scratch: Tensor, partials: Tensor, counter: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, lr: Tensor | None,
@@ -248,7 +298,9 @@ def _update(
     )  # fmt: skip
 
 
-@torch.library.custom_op("lora_core::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "counter"))
+@torch.library.custom_op(
+    "lora_core::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "counter")
+)
 def _adamw(
     words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, counter: Tensor,
     found_inf: Tensor | None, grad_scale: Tensor | None, lr: Tensor | None, aligned: bool,
@@ -263,22 +315,44 @@ for _op in (_reduce, _update, _adamw):
     _op.register_fake(lambda *args: None)
 
 
-def _reduce_cost(words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, p0: Tensor, m: Tensor, v: Tensor, s: Tensor, *rest: Any) -> Cost:
+def _reduce_cost(
+    words: Tensor,
+    blocks: Tensor,
+    geometry: Tensor,
+    param: Tensor,
+    p0: Tensor,
+    m: Tensor,
+    v: Tensor,
+    s: Tensor,
+    *rest: Any,
+) -> Cost:
     return Cost(1, 2 * param.nbytes + p0.nbytes + 2 * (m.nbytes + v.nbytes + s.nbytes))
 
 
-def _update_cost(words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, m: Tensor, v: Tensor, *rest: Any) -> Cost:
+def _update_cost(
+    words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, m: Tensor, v: Tensor, *rest: Any
+) -> Cost:
     return Cost(1, 2 * param.nbytes + (m.nbytes or param.nbytes) + v.nbytes)
 
 
-def _adamw_cost(words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, m: Tensor, v: Tensor, *rest: Any) -> Cost:
+def _adamw_cost(
+    words: Tensor, blocks: Tensor, geometry: Tensor, param: Tensor, m: Tensor, v: Tensor, *rest: Any
+) -> Cost:
     return Cost(1, 3 * param.nbytes + 2 * (m.nbytes + v.nbytes))
 
 
-COSTS.update({"lora_core::prodigy_reduce": _reduce_cost, "lora_core::prodigy_update": _update_cost, "lora_core::adamw": _adamw_cost})
+COSTS.update(
+    {
+        "lora_core::prodigy_reduce": _reduce_cost,
+        "lora_core::prodigy_update": _update_cost,
+        "lora_core::adamw": _adamw_cost,
+    }
+)
 
 
-def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+def prodigy_step(
+    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+) -> tuple[Tensor, ...]:
     """steps.prodigy_step in two launches for each group."""
     slots, sent = len(rows), []
     scratch = _room(rows[0].flat, f"scratch {slots}", 4 * slots + 1, torch.float64)
@@ -286,9 +360,23 @@ def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor |
     for slot, row in enumerate(rows):
         recipe, flat, state = row.recipe, row.flat, row.flat.state
         lr, number = _split(recipe.lr)
-        numbers = [number, recipe.beta1, recipe.beta2, recipe.beta3, recipe.eps, recipe.weight_decay, recipe.d0, recipe.d_coef, recipe.growth_rate]
+        numbers = [
+            number,
+            recipe.beta1,
+            recipe.beta2,
+            recipe.beta3,
+            recipe.eps,
+            recipe.weight_decay,
+            recipe.d0,
+            recipe.d_coef,
+            recipe.growth_rate,
+        ]
         words, aligned = _words(flat, row.grads, numbers)
-        blocks, adam, coupled = _blocks(flat), recipe.beta1 > 0, bool(recipe.weight_decay) and not recipe.decouple
+        blocks, adam, coupled = (
+            _blocks(flat),
+            recipe.beta1 > 0,
+            bool(recipe.weight_decay) and not recipe.decouple,
+        )
         moments = state["exp_avg"] if adam else empty, state["exp_avg_sq"]
         _reduce(
             words, blocks, flat.geometry, flat.param, state["p0"], *moments, state["s"], scalars, scratch,
@@ -296,35 +384,77 @@ def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor |
             row.group, slot, slots, [adam, coupled, recipe.bias_correction, recipe.safeguard, aligned], recipe.slice_p,
         )  # fmt: skip
         flags = [adam, coupled, bool(recipe.weight_decay) and recipe.decouple, aligned]
-        sent.append((words, blocks, flat.geometry, flat.param, *moments, scalars, scratch, grad_scale, row.group, slot, slots, flags))
+        sent.append(
+            (
+                words,
+                blocks,
+                flat.geometry,
+                flat.param,
+                *moments,
+                scalars,
+                scratch,
+                grad_scale,
+                row.group,
+                slot,
+                slots,
+                flags,
+            )
+        )
     for update in sent:
         _update(*update)
     return tuple(row.flat.param for row in rows)
 
 
 def adamw_step(
-    param: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, flat: Flat, grads: Sequence[Tensor | None], recipe: AdamRecipe
+    param: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    flat: Flat,
+    grads: Sequence[Tensor | None],
+    recipe: AdamRecipe,
 ) -> tuple[Tensor, ...]:
     """steps.adamw_step in one launch."""
     lr, number = _split(recipe.lr)
-    words, aligned = _words(flat, grads, [number, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay])
+    words, aligned = _words(
+        flat, grads, [number, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay]
+    )
     state, counter = flat.state, _room(flat, "counter", 1, torch.int32)
     moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
-    _adamw(words, _blocks(flat), flat.geometry, param, *moments, counter, found_inf, grad_scale, lr, aligned)
+    _adamw(
+        words,
+        _blocks(flat),
+        flat.geometry,
+        param,
+        *moments,
+        counter,
+        found_inf,
+        grad_scale,
+        lr,
+        aligned,
+    )
     return (param,)
 
 
-def prodigy_refusal(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]) -> str | None:
+def prodigy_refusal(
+    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+) -> str | None:
     """Why the kernels do not run on these arguments, or None."""
     if len({row.group for row in rows}) < len(rows):
         return "a group has parameters of several dtypes"
     if any(row.recipe.sharded for row in rows):
         return "ranks share the sums (fsdp_in_use)"
-    return next((said for row in rows if (said := _refusal(row.flat, row.recipe.lr)) is not None), None)
+    return next(
+        (said for row in rows if (said := _refusal(row.flat, row.recipe.lr)) is not None), None
+    )
 
 
 def adamw_refusal(
-    param: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, flat: Flat, grads: Sequence[Tensor | None], recipe: AdamRecipe
+    param: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    flat: Flat,
+    grads: Sequence[Tensor | None],
+    recipe: AdamRecipe,
 ) -> str | None:
     """Why the kernel does not run on these arguments, or None."""
     return _refusal(flat, recipe.lr)
@@ -351,7 +481,11 @@ def _words(flat: Flat, grads: Sequence[Tensor | None], numbers: list[float]) -> 
 def _blocks(flat: Flat) -> Tensor:
     """[programs, 2] int32: parameter, and which BLOCK of it."""
     if "blocks" not in flat.room:
-        listed = [(i, block) for i, (_, count, _) in enumerate(flat.bounds) for block in range(-(-count // BLOCK))]
+        listed = [
+            (i, block)
+            for i, (_, count, _) in enumerate(flat.bounds)
+            for block in range(-(-count // BLOCK))
+        ]
         flat.room["blocks"] = torch.tensor(listed, dtype=torch.int32).to(flat.param.device)
     return flat.room["blocks"]
 
@@ -368,27 +502,62 @@ def _room(flat: Flat, name: str, count: int, dtype: torch.dtype) -> Tensor:
 
 def builds(full: bool) -> list[Build]:
     """fp32 parameters with the defaults, and with every option; with full=True bf16 parameters and each option alone too."""
-    everything = {"ADAM": True, "COUPLED": True, "BIAS": True, "SAFEGUARD": True, "LAST": True, "ALIGNED": True}
+    everything = {
+        "ADAM": True,
+        "COUPLED": True,
+        "BIAS": True,
+        "SAFEGUARD": True,
+        "LAST": True,
+        "ALIGNED": True,
+    }
     plain = everything | {"COUPLED": False, "BIAS": False, "SAFEGUARD": False}
     variants = [("plain", plain, 1, False), ("all options", everything, 3, True)]
     if full:
-        variants += [(f"{name.lower()}={not plain[name]}", plain | {name: not plain[name]}, 1, name == "BIAS") for name in plain]
+        variants += [
+            (
+                f"{name.lower()}={not plain[name]}",
+                plain | {name: not plain[name]},
+                1,
+                name == "BIAS",
+            )
+            for name in plain
+        ]
     found = []
     for dtype in ("fp32", "bf16") if full else ("fp32",):
         for name, chosen, slice_p, scaled in variants:
-            optional = {"found_inf": "*fp32", "grad_scale": "*fp32", "lr": "*fp32"} if scaled else dict.fromkeys(("found_inf", "grad_scale", "lr"))
-            constants = chosen | {"SLICE": slice_p, "DECAYED": True, "BLOCK": BLOCK, "ADDED": ADDED} | {k: v for k, v in optional.items() if not v}
+            optional = (
+                {"found_inf": "*fp32", "grad_scale": "*fp32", "lr": "*fp32"}
+                if scaled
+                else dict.fromkeys(("found_inf", "grad_scale", "lr"))
+            )
+            constants = (
+                chosen
+                | {"SLICE": slice_p, "DECAYED": True, "BLOCK": BLOCK, "ADDED": ADDED}
+                | {k: v for k, v in optional.items() if not v}
+            )
             for kernel in (prodigy_reduce_kernel, prodigy_update_kernel, adamw_kernel):
                 found.append(_build(kernel, f"{kernel.__name__} {dtype} {name}", dtype, constants))
     return found if full else found[:5]
 
 
 def _build(kernel: Any, name: str, dtype: str, constants: dict[str, Any]) -> Build:
-    types = {"words": "*i64", "blocks": "*i32", "geometry": "*i64", "param": f"*{dtype}", "counter": "*i32"}
-    types |= dict.fromkeys(("p0", "exp_avg", "exp_avg_sq", "s", "step", "found_inf", "grad_scale", "lr"), "*fp32")
-    types |= dict.fromkeys(("scalars", "scratch", "partials"), "*fp64") | dict.fromkeys(("parameters", "group", "groups", "slot", "slots"), "i32")
+    types = {
+        "words": "*i64",
+        "blocks": "*i32",
+        "geometry": "*i64",
+        "param": f"*{dtype}",
+        "counter": "*i32",
+    }
+    types |= dict.fromkeys(
+        ("p0", "exp_avg", "exp_avg_sq", "s", "step", "found_inf", "grad_scale", "lr"), "*fp32"
+    )
+    types |= dict.fromkeys(("scalars", "scratch", "partials"), "*fp64") | dict.fromkeys(
+        ("parameters", "group", "groups", "slot", "slots"), "i32"
+    )
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     given = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
     if kernel is prodigy_reduce_kernel:
-        return Build(kernel, signature, given, warps=REDUCE_WARPS, name=name, registers=REDUCE_REGISTERS)
+        return Build(
+            kernel, signature, given, warps=REDUCE_WARPS, name=name, registers=REDUCE_REGISTERS
+        )
     return Build(kernel, signature, given, warps=WARPS, name=name)

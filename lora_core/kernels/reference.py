@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK = 0xFFFFFFFF  # the hash works on uint32 values, held in int64 here
-GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, keeps the all-zero key away from the mixer's fixed point 0
+GOLDEN = (
+    0x9E3779B9  # 2^32 / golden ratio, keeps the all-zero key away from the mixer's fixed point 0
+)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -46,7 +48,9 @@ class Member(NamedTuple):
     up: Tensor  # [out, r]
     scale: float
     magnitude: Tensor | None = None
-    norm: Tensor | None = None  # what dora_norm gives for these factors; its gradient is returned where it asks for one
+    norm: Tensor | None = (
+        None  # what dora_norm gives for these factors; its gradient is returned where it asks for one
+    )
     drop: Drop | None = None
 
 
@@ -100,7 +104,11 @@ def lora_conv(
     """
     hidden = F.conv2d(x, down.to(x.dtype), None, stride, padding, dilation, groups)
     update = scale * F.conv2d(hidden, up.to(x.dtype), groups=groups)
-    return update if weight is None else F.conv2d(x, weight, bias, stride, padding, dilation, groups) + update
+    return (
+        update
+        if weight is None
+        else F.conv2d(x, weight, bias, stride, padding, dilation, groups) + update
+    )
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -112,8 +120,12 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     with without_autocast(weight):
         out, per_group = up.shape[:2]
         groups = down.shape[0] // per_group
-        dense = up.to(dtype).reshape(groups, out // groups, per_group) @ down.to(dtype).reshape(groups, per_group, -1)
-        return torch.linalg.vector_norm(weight.to(dtype).flatten(1) + scale * dense.reshape(out, -1), dim=1)
+        dense = up.to(dtype).reshape(groups, out // groups, per_group) @ down.to(dtype).reshape(
+            groups, per_group, -1
+        )
+        return torch.linalg.vector_norm(
+            weight.to(dtype).flatten(1) + scale * dense.reshape(out, -1), dim=1
+        )
 
 
 def dora_norms(layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]) -> tuple[Tensor, ...]:
@@ -121,7 +133,9 @@ def dora_norms(layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]) -> tupl
     return tuple(dora_norm(*layer) for layer in layers)
 
 
-def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0) -> Tensor:
+def dora_compose(
+    y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
+) -> Tensor:
     """y0 + strength * ((gain - 1) (y0 - bias) + gain * lora)  in y0's dtype, computed in fp32 or better and rounded once.
 
     y0 = base(x) with its bias, lora = scale * up(down(x)), gain = magnitude / norm; bias and gain are shaped to broadcast over y0 ([out] or
@@ -133,7 +147,9 @@ def dora_compose(y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, st
     return (y0.to(dtype) + strength * ((gain - 1) * product + gain * lora.to(dtype))).to(y0.dtype)
 
 
-def snr_weighted_mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+def snr_weighted_mse(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Tensor:
     """weight times the masked mean of (out - target)^2  [b], in fp32 or better; out and target [b, c, h, w], mask as in masked_mean, weight [b]."""
     dtype = wide(out.dtype)
     rows = masked_mean((out.to(dtype) - target.to(dtype)) ** 2, mask)
@@ -154,7 +170,9 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 def masked_area(error: Tensor, mask: Tensor) -> Tensor:
     """[b] c sum(m), and not 0. Raises ValueError for a mask of another shape than [b, 1, h, w]."""
     if mask.shape != (len(error), 1, *error.shape[2:]):
-        raise ValueError(f"the mask is {list(mask.shape)}, expected {[len(error), 1, *error.shape[2:]]}; resize it to the latents")
+        raise ValueError(
+            f"the mask is {list(mask.shape)}, expected {[len(error), 1, *error.shape[2:]]}; resize it to the latents"
+        )
     area = mask.to(error.dtype).sum((1, 2, 3)) * error.shape[1]
     return area.clamp(min=torch.finfo(error.dtype).tiny)
 

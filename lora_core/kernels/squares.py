@@ -10,7 +10,9 @@ from torch import Tensor
 from lora_core.kernels import reference
 
 
-def snr_weighted_mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+def snr_weighted_mse(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Tensor:
     """reference.snr_weighted_mse; three passes over the output (four with a mask), and one in the backward."""
     if any(x is not None and x.requires_grad for x in (mask, weight)):
         return reference.snr_weighted_mse(out, target, mask, weight)
@@ -19,7 +21,9 @@ def snr_weighted_mse(out: Tensor, target: Tensor, mask: Tensor | None, weight: T
 
 class _Mse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
         dtype = reference.wide(out.dtype)
         difference = out.to(dtype) - target.to(dtype)
         if mask is None:
@@ -38,4 +42,9 @@ class _Mse(torch.autograd.Function):
         factor = (g * factor).view(-1, *[1] * (difference.ndim - 1))
         slope = difference * (factor if mask is None else factor * mask)
         of_out, of_target = ctx.needs_input_grad[:2]
-        return slope.to(ctx.dtypes[0]) if of_out else None, (-slope).to(ctx.dtypes[1]) if of_target else None, None, None
+        return (
+            slope.to(ctx.dtypes[0]) if of_out else None,
+            (-slope).to(ctx.dtypes[1]) if of_target else None,
+            None,
+            None,
+        )

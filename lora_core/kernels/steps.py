@@ -21,7 +21,9 @@ D, D_MAX, NUMERATOR, DENOMINATOR, D_HAT, K = range(6)  # columns of Prodigy's sc
 class Recipe(NamedTuple):
     """A group's settings of Prodigy."""
 
-    lr: float | Tensor  # a 0-dim tensor on the device may change between two replays of a CUDA graph; where it is 0 the group is frozen
+    lr: (
+        float | Tensor
+    )  # a 0-dim tensor on the device may change between two replays of a CUDA graph; where it is 0 the group is frozen
     beta1: float
     beta2: float
     beta3: float
@@ -56,7 +58,9 @@ class AdamRecipe(NamedTuple):
     weight_decay: float
 
 
-def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+def prodigy_step(
+    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+) -> tuple[Tensor, ...]:
     """The flat parameters after a step of the groups that share a distance (arXiv 2306.06101, algorithm 4; sums without prodigyopt's host syncs).
 
     scalars [groups, 6] fp64: the columns above, of the groups that pause too, which learn of the new d and nothing else. With found_inf [] = 1
@@ -64,14 +68,19 @@ def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor |
     """
     first = rows[0]
     moving = [Moving(scalars[row.group], row, found_inf, grad_scale) for row in rows]
-    sums = torch.stack([total for m in moving for total in m.accumulate()])  # N's increments at even, D's at odd places
+    sums = torch.stack(
+        [total for m in moving for total in m.accumulate()]
+    )  # N's increments at even, D's at odd places
     if any(row.recipe.sharded for row in rows):
         torch.distributed.all_reduce(sums)
     numerators = {row.group: scalars[row.group, NUMERATOR] * row.recipe.beta3 for row in rows}
     for m, gain in zip(moving, sums[0::2]):
         numerators[m.row.group] = numerators[m.row.group] + gain
     live = {m.row.group: m.live for m in moving if m.live is not None}
-    counted = [torch.where(live[g], total, torch.zeros_like(total)) if g in live else total for g, total in numerators.items()]
+    counted = [
+        torch.where(live[g], total, torch.zeros_like(total)) if g in live else total
+        for g, total in numerators.items()
+    ]
     numerator, denominator = torch.stack(counted).sum(), sums[1::2].sum()
 
     # prodigyopt returns here if D = 0; where() keeps the same values without asking the device. NaN != 0, so a NaN still shows in the weights.
@@ -79,7 +88,9 @@ def prodigy_step(scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor |
     if found_inf is not None:
         moves = moves & (found_inf.reshape(()) == 0)
     d, d_max = scalars[first.group, D], scalars[first.group, D_MAX]
-    d_hat = torch.where(moves, first.recipe.d_coef * numerator / denominator, scalars[first.group, D_HAT])
+    d_hat = torch.where(
+        moves, first.recipe.d_coef * numerator / denominator, scalars[first.group, D_HAT]
+    )
     grown = torch.where(d == first.recipe.d0, torch.fmax(d, d_hat), d)
     d_max = torch.where(moves, torch.fmax(d_max, d_hat), d_max)
     new_d = torch.where(moves, torch.fmin(d_max, grown * first.recipe.growth_rate), d)
@@ -108,10 +119,14 @@ class Part(NamedTuple):
 class Moving:
     """A group's parameters of one dtype in one step, and their learning rate dlr = d * lr * bias correction (old d)."""
 
-    def __init__(self, scalars: Tensor, row: Rows, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def __init__(
+        self, scalars: Tensor, row: Rows, found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> None:
         recipe = row.recipe
         self.row, self.recipe, self.d = row, recipe, scalars[D]
-        self.live = recipe.lr.reshape(()) != 0 if isinstance(recipe.lr, Tensor) else None  # None: yes, with no need to ask
+        self.live = (
+            recipe.lr.reshape(()) != 0 if isinstance(recipe.lr, Tensor) else None
+        )  # None: yes, with no need to ask
         self.still = None if found_inf is None else found_inf.reshape(()) != 0
         if self.live is not None:
             self.still = ~self.live if self.still is None else self.still | ~self.live
@@ -126,16 +141,27 @@ class Moving:
         """The parameters begin ... end - 1, gradients in the state's dtype, unscaled, with coupled decay, zero where the group stands still."""
         bounds, recipe = self.row.flat.bounds[begin:end], self.recipe
         (start, _, first), (last_start, last_count, last_first) = bounds[0], bounds[-1]
-        at, picked = slice(start, last_start + last_count), slice(first, last_first - (-last_count // recipe.slice_p))
-        g, param = _joined(self.row.grads[begin:end], bounds).to(self.dtype), self.row.flat.param[at]
+        at, picked = (
+            slice(start, last_start + last_count),
+            slice(first, last_first - (-last_count // recipe.slice_p)),
+        )
+        g, param = (
+            _joined(self.row.grads[begin:end], bounds).to(self.dtype),
+            self.row.flat.param[at],
+        )
         before = param.to(self.dtype)
         if grad_scale is not None:
             g = g * (1 / grad_scale).reshape(())
         if recipe.weight_decay and not recipe.decouple:
             g = g.add(before, alpha=recipe.weight_decay)
-        if self.still is not None:  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
+        if (
+            self.still is not None
+        ):  # 0 * inf is NaN: an overflown gradient has to be replaced, not multiplied away
             g = torch.where(self.still, torch.zeros_like(g), g)
-        state = {name: value[picked if name in ("p0", "s") else at] for name, value in self.row.flat.state.items()}
+        state = {
+            name: value[picked if name in ("p0", "s") else at]
+            for name, value in self.row.flat.state.items()
+        }
         return Part(g, before, param, state, [(place - start, count) for place, count, _ in bounds])
 
     def accumulate(self) -> tuple[Tensor, Tensor]:
@@ -144,16 +170,24 @@ class Moving:
         s and N are decayed sums without a (1 - beta3).
         """
         recipe, d = self.recipe, self.d
-        decay1, decay2, decay3 = (self._decay(beta) for beta in (recipe.beta1, recipe.beta2, recipe.beta3))
+        decay1, decay2, decay3 = (
+            self._decay(beta) for beta in (recipe.beta1, recipe.beta2, recipe.beta3)
+        )
         weight = (d / recipe.d0 * (d if recipe.safeguard else self.dlr)).to(self.dtype)
         small_d, inner, size = d.to(self.dtype), [], []
         for part in self.parts:
             state, grad = part.state, part.grad
-            seen, before = (grad, part.before) if recipe.slice_p == 1 else (self._picked(grad, part), self._picked(part.before, part))
+            seen, before = (
+                (grad, part.before)
+                if recipe.slice_p == 1
+                else (self._picked(grad, part), self._picked(part.before, part))
+            )
             for g, p, p0, s in zip(*(_pieces(x) for x in (seen, before, state["p0"], state["s"]))):
                 inner.append(_sum(g * (p0 - p)))
                 size.append(_sum(s.mul_(decay3).add_(g * weight).abs()))
-            for g, m, v in zip(*(_pieces(x) for x in (grad, state.get("exp_avg", grad), state["exp_avg_sq"]))):
+            for g, m, v in zip(
+                *(_pieces(x) for x in (grad, state.get("exp_avg", grad), state["exp_avg_sq"]))
+            ):
                 scaled = g * small_d
                 if recipe.beta1 > 0:  # else there is no m
                     m.mul_(decay1).add_(scaled, alpha=1 - recipe.beta1)
@@ -168,10 +202,18 @@ class Moving:
         recipe, adam = self.recipe, self.recipe.beta1 > 0
         by_d = (1 / new_d).to(self.dtype)
         back = -torch.where(moves, self.dlr, torch.zeros_like(self.dlr))
-        decay, rate = (back * recipe.weight_decay).to(self.dtype), (back / new_d if adam else back).to(self.dtype)
+        decay, rate = (
+            (back * recipe.weight_decay).to(self.dtype),
+            (back / new_d if adam else back).to(self.dtype),
+        )
         for part in self.parts:
             moments = part.state["exp_avg"] if adam else part.grad
-            for change, m, v, p, q in zip(*(_pieces(x) for x in (part.grad, moments, part.state["exp_avg_sq"], part.before, part.param))):
+            for change, m, v, p, q in zip(
+                *(
+                    _pieces(x)
+                    for x in (part.grad, moments, part.state["exp_avg_sq"], part.before, part.param)
+                )
+            ):
                 # both sides divided by d: eps stays a number
                 torch.div(m, v.sqrt().mul_(by_d).add_(recipe.eps), out=change).mul_(rate)
                 if recipe.weight_decay and recipe.decouple:
@@ -180,15 +222,26 @@ class Moving:
 
     def _decay(self, beta: float) -> Any:
         """beta, or exactly 1 (a 0-dim tensor) where the group stands still."""
-        return beta if self.still is None else torch.where(self.still, torch.ones_like(self.d), torch.full_like(self.d, beta))
+        return (
+            beta
+            if self.still is None
+            else torch.where(self.still, torch.ones_like(self.d), torch.full_like(self.d, beta))
+        )
 
     def _picked(self, flat: Tensor, part: Part) -> Tensor:
         """Every slice_p-th element of each parameter."""
-        return torch.cat([flat[start : start + count : self.recipe.slice_p] for start, count in part.bounds])
+        return torch.cat(
+            [flat[start : start + count : self.recipe.slice_p] for start, count in part.bounds]
+        )
 
 
 def adamw_step(
-    param: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, flat: Flat, grads: Sequence[Tensor | None], recipe: AdamRecipe
+    param: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    flat: Flat,
+    grads: Sequence[Tensor | None],
+    recipe: AdamRecipe,
 ) -> tuple[Tensor, ...]:
     """(flat.param,) after a step of AdamW (arXiv 1711.05101, algorithm 2 as torch.optim.AdamW has it: the decay is lr * weight_decay).
 
@@ -198,7 +251,10 @@ def adamw_step(
     for (start, count, _), g, step in zip(flat.bounds, grads, flat.state["step"]):
         if g is None:
             continue
-        m, v, p = (x[start : start + count] for x in (flat.state["exp_avg"], flat.state["exp_avg_sq"], flat.param))
+        m, v, p = (
+            x[start : start + count]
+            for x in (flat.state["exp_avg"], flat.state["exp_avg_sq"], flat.param)
+        )
         g, wide = g.reshape(-1).to(m.dtype), p.to(m.dtype)
         if grad_scale is not None:
             g = g * (1 / grad_scale).reshape(())
@@ -207,26 +263,54 @@ def adamw_step(
         new_v = v * recipe.beta2 + g * g * (1 - recipe.beta2)
         lr = recipe.lr.to(k) if isinstance(recipe.lr, Tensor) else recipe.lr
         rate, root = lr / (1 - recipe.beta1**k), (1 - recipe.beta2**k) ** 0.5
-        new_p = wide * (1 - lr * recipe.weight_decay) - rate.to(m.dtype) * (new_m / (new_v.sqrt() / root.to(m.dtype) + recipe.eps))
+        new_p = wide * (1 - lr * recipe.weight_decay) - rate.to(m.dtype) * (
+            new_m / (new_v.sqrt() / root.to(m.dtype) + recipe.eps)
+        )
         for old, new in ((m, new_m), (v, new_v), (p, new_p.to(p.dtype)), (step, step + 1)):
             old.copy_(new if still is None else torch.where(still, old, new))
     return (flat.param,)
 
 
-def prodigy_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def prodigy_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     """Two groups with a shared distance, three odd parameters each, one of them without a gradient, in the middle of a run."""
     generator, rows = torch.Generator().manual_seed(seed), []
-    for group, recipe in enumerate((Recipe(1.0, 0.9, 0.999, 0.999**0.5, 1e-8, 0.01, 1e-6, 1.0, math.inf, True, True, False, 1, False),) * 2):
+    for group, recipe in enumerate(
+        (
+            Recipe(
+                1.0,
+                0.9,
+                0.999,
+                0.999**0.5,
+                1e-8,
+                0.01,
+                1e-6,
+                1.0,
+                math.inf,
+                True,
+                True,
+                False,
+                1,
+                False,
+            ),
+        )
+        * 2
+    ):
         params, states, grads = _random(generator, dtype, device)
         for p, state in zip(params, states):
             p0 = torch.randn(p.numel(), generator=generator).to(device, _wide(dtype))
             state |= {"p0": p0, "s": torch.zeros_like(p0)}
         rows.append(Rows(group, recipe, Flat(params, states), grads))
-    scalars = torch.tensor([[2e-6, 2e-6, 1e-9, 1.0, 2e-6, 3.0]] * 2, dtype=torch.float64, device=device)
+    scalars = torch.tensor(
+        [[2e-6, 2e-6, 1e-9, 1.0, 2e-6, 3.0]] * 2, dtype=torch.float64, device=device
+    )
     return scalars, None, None, tuple(rows)
 
 
-def adamw_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def adamw_example(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     """Three odd parameters, one of them without a gradient, in the middle of a run."""
     params, states, grads = _random(torch.Generator().manual_seed(seed), dtype, device)
     for i, state in enumerate(states):
@@ -235,7 +319,9 @@ def adamw_example(seed: int = 0, dtype: torch.dtype = torch.float32, device: str
     return flat.param, None, None, flat, grads, AdamRecipe(1e-3, 0.9, 0.999, 1e-8, 0.01)
 
 
-def _random(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor | None]]:
+def _random(
+    generator: torch.Generator, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor | None]]:
     """Parameters, their moments, and their gradients: in fp64 the very numbers of fp32."""
     shapes = (3, 7), (5,), (11, 97)
 
@@ -243,7 +329,11 @@ def _random(generator: torch.Generator, dtype: torch.dtype, device: str) -> tupl
         return [torch.randn(shape, generator=generator).to(device, wanted) for shape in shapes]
 
     m, v, (first, _, last) = draw(_wide(dtype)), draw(_wide(dtype)), draw(dtype)
-    return draw(dtype), [{"exp_avg": 2**-20 * a, "exp_avg_sq": 2**-40 * b.abs()} for a, b in zip(m, v)], [first, None, last]
+    return (
+        draw(dtype),
+        [{"exp_avg": 2**-20 * a, "exp_avg_sq": 2**-40 * b.abs()} for a, b in zip(m, v)],
+        [first, None, last],
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -44,7 +44,9 @@ class _Known:
     def __init__(self, op: Any, rows: dict[str, str]) -> None:
         self.op = op
         self.rows = rows
-        self.always = next(iter(set(rows.values()))) if len(set(rows.values())) == 1 else None  # whatever the shapes
+        self.always = (
+            next(iter(set(rows.values()))) if len(set(rows.values())) == 1 else None
+        )  # whatever the shapes
         self.by_shapes: dict[Any, str] = {}
 
 
@@ -56,11 +58,20 @@ def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
     """
     x = first_tensor(args)
     if torch.compiler.is_compiling():
-        return _constant(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None, shape_class(op, args))
+        return _constant(
+            name,
+            x.device.type,
+            x.device.index,
+            str(x.dtype),
+            op.triton is not None,
+            shape_class(op, args),
+        )
     key = (name, x.device, x.dtype, bool(_replayed))
     known = _memo.get(key)
     if known is None or known.op is not op:  # a row of OPS can be replaced
-        known = _memo[key] = _Known(op, _rows(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None))
+        known = _memo[key] = _Known(
+            op, _rows(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None)
+        )
     if known.always is not None:
         return known.always
     shapes = _shapes(args)
@@ -89,10 +100,23 @@ def first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 def shape_class(op: Any, args: tuple[Any, ...]) -> str:
     """The op's own class of these arguments, or every tensor's shape with its numbers rounded up to powers of two."""
-    return op.shape_class(*args) if op.shape_class else ",".join(_rounded(a) for a in args if isinstance(a, Tensor | tuple))
+    return (
+        op.shape_class(*args)
+        if op.shape_class
+        else ",".join(_rounded(a) for a in args if isinstance(a, Tensor | tuple))
+    )
 
 
-def linear_class(x: Tensor, weight: Tensor | None, bias: Any, down: Tensor, up: Tensor, scale: Any, magnitude: Any = None, *rest: Any) -> str:
+def linear_class(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Any,
+    down: Tensor,
+    up: Tensor,
+    scale: Any,
+    magnitude: Any = None,
+    *rest: Any,
+) -> str:
     """The class of lora_linear's arguments: LoRA or DoRA, rows, in, out and rank, rounded up to powers of two."""
     rows, columns = x.numel() // max(1, x.shape[-1]), down.shape[1]
     kind = "alone" if weight is None else "lora" if magnitude is None else "dora"
@@ -101,19 +125,31 @@ def linear_class(x: Tensor, weight: Tensor | None, bias: Any, down: Tensor, up: 
 
 def grouped_class(x: Tensor, members: tuple[Any, ...]) -> str:
     """The class of lora_grouped's arguments: LoRA or DoRA, rows, in, summed out and summed rank."""
-    rows, out, rank = x.numel() // max(1, x.shape[-1]), sum(m.up.shape[0] for m in members), sum(m.down.shape[0] for m in members)
+    rows, out, rank = (
+        x.numel() // max(1, x.shape[-1]),
+        sum(m.up.shape[0] for m in members),
+        sum(m.down.shape[0] for m in members),
+    )
     kind = "lora" if all(m.magnitude is None for m in members) else "dora"
     return f"{kind} {len(members)} of {_up(rows)},{_up(x.shape[-1])},{_up(out)} rank {_up(rank)}"
 
 
 def device_name(kind: str, index: int | None, *, graph: bool = False) -> str:
     """ "cpu", or the GPU's name, with ", replayed" for the table of its CUDA graphs."""
-    return (torch.cuda.get_device_name(index) + (REPLAYED if graph else "")) if kind == "cuda" else kind
+    return (
+        (torch.cuda.get_device_name(index) + (REPLAYED if graph else ""))
+        if kind == "cuda"
+        else kind
+    )
 
 
 def cache_file() -> Path:
     """The user's table."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_core" / "winners.json"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "lora_core"
+        / "winners.json"
+    )
 
 
 def read(path: Path) -> dict[str, Winners]:
@@ -122,14 +158,20 @@ def read(path: Path) -> dict[str, Winners]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("devices"), dict):
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("devices"), dict)
+    ):
         raise ValueError(f"{path} is no table of kernels' winners (expected the format {FORMAT!r})")
     tables = {}
     for device, part in content["devices"].items():
         rows: Rows = {}
         for row in part.get("rows", [None]) if isinstance(part, dict) else [None]:
             if not isinstance(row, dict) or not row.keys() >= FIELDS or row["winner"] not in TWINS:
-                raise ValueError(f"{path} has a row for {device} that is none: {row!r} (expected {', '.join(sorted(FIELDS))}, winner of {TWINS})")
+                raise ValueError(
+                    f"{path} has a row for {device} that is none: {row!r} (expected {', '.join(sorted(FIELDS))}, winner of {TWINS})"
+                )
             rows.setdefault((row["op"], row["dtype"]), {})[row["class"]] = row["winner"]
         tables[device] = Winners(rows, bool(part.get("estimated")))
     return tables
@@ -142,7 +184,10 @@ def store(path: Path, device: str, part: dict[str, Any]) -> None:
     if path.exists():
         read(path)  # nothing is written over a file that is not ours
         devices = json.loads(path.read_text())["devices"]
-    rows = {(row["op"], row["dtype"], row["class"]): row for row in [*devices.get(device, {}).get("rows", []), *part["rows"]]}
+    rows = {
+        (row["op"], row["dtype"], row["class"]): row
+        for row in [*devices.get(device, {}).get("rows", []), *part["rows"]]
+    }
     devices[device] = part | {"rows": list(rows.values())}
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(_written(devices))
@@ -160,7 +205,9 @@ def reload() -> None:
         try:
             _tables.insert(0, read(path))
         except ValueError as error:
-            warnings.warn(f"{error}; it is ignored: delete it, or measure again with {COMMAND}", stacklevel=2)
+            warnings.warn(
+                f"{error}; it is ignored: delete it, or measure again with {COMMAND}", stacklevel=2
+            )
 
 
 def _written(devices: dict[str, Any]) -> str:
@@ -168,7 +215,11 @@ def _written(devices: dict[str, Any]) -> str:
     parts = []
     for device, part in devices.items():
         rows = ",\n   ".join(json.dumps(row) for row in part["rows"])
-        origin = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n   " for key, value in part.items() if key != "rows")
+        origin = "".join(
+            f"{json.dumps(key)}: {json.dumps(value)},\n   "
+            for key, value in part.items()
+            if key != "rows"
+        )
         parts.append(f' {json.dumps(device)}: {{\n   {origin}"rows": [\n   {rows}\n  ]}}')
     return f'{{"format": {json.dumps(FORMAT)}, "devices": {{\n' + ",\n".join(parts) + "\n}}\n"
 
@@ -178,14 +229,22 @@ def _rows(name: str, kind: str, index: int | None, dtype: str, has_triton: bool)
     dtype, device = dtype.removeprefix("torch."), device_name(kind, index, graph=bool(_replayed))
     estimate = _estimate(name, kind)
     found = {ANY: estimate}
-    measured = [table[device] for table in _tables if device in table and not table[device].estimated]
+    measured = [
+        table[device] for table in _tables if device in table and not table[device].estimated
+    ]
     for table in reversed(measured):  # the user's last: it precedes
         found |= table.rows.get((name, dtype), {})
     if not measured and kind != "meta" and device not in _said:
         _said.add(device)
         command = f"{COMMAND} --graph" if device.endswith(REPLAYED) else COMMAND
-        warnings.warn(f"no kernel was measured on {device}: ops take estimated winners, from an H100's; {command} measures", stacklevel=3)
-    return {group: winner if winner != "triton" or has_triton else "fused" for group, winner in found.items()}
+        warnings.warn(
+            f"no kernel was measured on {device}: ops take estimated winners, from an H100's; {command} measures",
+            stacklevel=3,
+        )
+    return {
+        group: winner if winner != "triton" or has_triton else "fused"
+        for group, winner in found.items()
+    }
 
 
 def _estimate(name: str, kind: str) -> str:
@@ -197,7 +256,9 @@ def _estimate(name: str, kind: str) -> str:
     return rows.get(ANY, "fused")
 
 
-def _constant(name: str, kind: str, index: int | None, dtype: str, has_triton: bool, group: str) -> str:
+def _constant(
+    name: str, kind: str, index: int | None, dtype: str, has_triton: bool, group: str
+) -> str:
     rows = _rows(name, kind, index, dtype, has_triton)
     return rows.get(group, rows[ANY])
 
@@ -214,7 +275,16 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([a.shape if isinstance(a, Tensor) else _shapes(a) if isinstance(a, tuple | list) else a is None for a in args])
+    return tuple(
+        [
+            a.shape
+            if isinstance(a, Tensor)
+            else _shapes(a)
+            if isinstance(a, tuple | list)
+            else a is None
+            for a in args
+        ]
+    )
 
 
 def _rounded(value: Any) -> str:
@@ -228,7 +298,9 @@ def _up(number: int) -> int:
 
 
 _memo: dict[tuple[str, torch.device, torch.dtype, bool], _Known] = {}
-_replayed: list[bool] = []  # a plain list, as kernels._forced: checkpointing recomputes in autograd's threads
+_replayed: list[
+    bool
+] = []  # a plain list, as kernels._forced: checkpointing recomputes in autograd's threads
 _said: set[str] = set()
 _tables: list[dict[str, Winners]] = []  # the user's first
 reload()

@@ -13,7 +13,11 @@ from lora_core.errors import UserError
 from lora_core.kernels.flat import forget, lay_out, wide
 from lora_core.kernels.steps import AdamRecipe
 
-PLAIN = {"amsgrad": False, "maximize": False, "differentiable": False}  # what torch's class can do and this one does not
+PLAIN = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+}  # what torch's class can do and this one does not
 
 
 class AdamW(torch.optim.Optimizer):
@@ -48,13 +52,18 @@ class AdamW(torch.optim.Optimizer):
         """Takes over a state bit for bit, torch.optim.AdamW's too. Raises UserError when that was made with amsgrad or maximize."""
         for group in state_dict["param_groups"]:
             if asked := [name for name in PLAIN if group.get(name)]:
-                raise UserError(f"the saved AdamW has {asked[0]}=True, which adamw does not do; resume with torch.optim.AdamW")
+                raise UserError(
+                    f"the saved AdamW has {asked[0]}=True, which adamw does not do; resume with torch.optim.AdamW"
+                )
         super().load_state_dict(state_dict)
         forget(self)
         for group, old in zip(self.param_groups, state_dict["param_groups"]):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
-                    self.state[p] = {name: _kept(name, value, p) for name, value in state_dict["state"][index].items()}
+                    self.state[p] = {
+                        name: _kept(name, value, p)
+                        for name, value in state_dict["state"][index].items()
+                    }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,24 +76,37 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if all(p.grad is None for p in group["params"]):
                 continue
-            recipe = AdamRecipe(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"])
+            recipe = AdamRecipe(
+                group["lr"],
+                group["betas"][0],
+                group["betas"][1],
+                group["eps"],
+                group["weight_decay"],
+            )
             for flat in lay_out(self, group, _fresh):
                 grads = flat.gradients()
                 if any(g is not None for g in grads):
-                    kernels.call("adamw_step", flat.param, found_inf, grad_scale, flat, grads, recipe)
+                    kernels.call(
+                        "adamw_step", flat.param, found_inf, grad_scale, flat, grads, recipe
+                    )
                     flat.finish(grads)
         return loss
 
 
 def _fresh(p: Tensor) -> dict[str, Tensor]:
     """The state of a parameter at its first gradient."""
-    moments = {name: torch.zeros(p.shape, dtype=wide(p), device=p.device) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        name: torch.zeros(p.shape, dtype=wide(p), device=p.device)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
     return {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
 
 
 def _kept(name: str, value: Any, p: Tensor) -> Tensor:
     """A saved state on the parameter's device, in fp32 or better; old torch saved `step` as a number."""
-    return torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide(p), copy=True)
+    return torch.as_tensor(value).to(
+        p.device, torch.float32 if name == "step" else wide(p), copy=True
+    )
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -96,6 +118,10 @@ def _check(group: dict[str, Any]) -> None:
     }
     for name, ok in ranges.items():
         if not ok:
-            raise UserError(f"AdamW got {name} = {group[name]}; expected lr, eps, weight_decay >= 0 and betas in [0, 1)")
+            raise UserError(
+                f"AdamW got {name} = {group[name]}; expected lr, eps, weight_decay >= 0 and betas in [0, 1)"
+            )
     if any(not p.is_floating_point() for p in group["params"]):
-        raise UserError("AdamW got a parameter that is not of floating point; torch.optim.AdamW takes complex ones")
+        raise UserError(
+            "AdamW got a parameter that is not of floating point; torch.optim.AdamW takes complex ones"
+        )

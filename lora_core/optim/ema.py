@@ -25,17 +25,24 @@ class Average:
         if not 0 <= decay < 1:
             raise UserError(f"--ema is {decay}; expected a decay in [0, 1), e.g. 0.999")
         self.params, self.decay, self.count = list(params), decay, 0
-        self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.params]
+        self.averages = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for p in self.params
+        ]
         self._inside = False
 
     @torch.no_grad()
     def update_(self) -> None:
         """Once after each optimiser step. Raises ValueError inside `swapped`, where the parameters are the averages."""
         if self._inside:
-            raise ValueError("the average cannot be updated while it stands in the parameters; leave swapped() first")
+            raise ValueError(
+                "the average cannot be updated while it stands in the parameters; leave swapped() first"
+            )
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.averages, [p.to(a.dtype) for p, a in zip(self.params, self.averages)], 1 - decay)
+        torch._foreach_lerp_(
+            self.averages, [p.to(a.dtype) for p, a in zip(self.params, self.averages)], 1 - decay
+        )
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -56,7 +63,9 @@ class Average:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state bit for bit, on the parameters' devices. Raises UserError when its shapes are not theirs."""
-        ours, theirs = ([list(a.shape) for a in averages] for averages in (self.averages, state["averages"]))
+        ours, theirs = (
+            [list(a.shape) for a in averages] for averages in (self.averages, state["averages"])
+        )
         if ours != theirs:
             raise UserError(
                 f"the saved average has {len(theirs)} tensors that do not fit the {len(ours)} that train; resume with the run's own config"

@@ -40,7 +40,11 @@ def linear(step: int, total: int, warmup: int) -> float:
 def cosine(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
     """(1 + cos(2 pi cycles progress)) / 2 after a linear warm-up; half a cycle ends at 0 (arXiv 1608.03983 without restarts)."""
     warm = _warm(step, warmup)
-    return max(0.0, 0.5 * (1 + math.cos(2 * math.pi * cycles * _progress(step, total, warmup)))) if warm is None else warm
+    return (
+        max(0.0, 0.5 * (1 + math.cos(2 * math.pi * cycles * _progress(step, total, warmup))))
+        if warm is None
+        else warm
+    )
 
 
 def cosine_restarts(step: int, total: int, warmup: int, *, cycles: int = 1) -> float:
@@ -48,10 +52,14 @@ def cosine_restarts(step: int, total: int, warmup: int, *, cycles: int = 1) -> f
     warm, progress = _warm(step, warmup), _progress(step, total, warmup)
     if warm is not None:
         return warm
-    return 0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1))))
+    return (
+        0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1))))
+    )
 
 
-def polynomial(step: int, total: int, warmup: int, *, power: float = 1.0, end: float = 0.0) -> float:
+def polynomial(
+    step: int, total: int, warmup: int, *, power: float = 1.0, end: float = 0.0
+) -> float:
     """Falls from 1 to `end` as (1 - progress)^power after a linear warm-up; `end` is a fraction of the learning rate (diffusers: lr_end / lr)."""
     warm = _warm(step, warmup)
     if warm is not None:
@@ -74,7 +82,12 @@ RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti,
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
 }
 DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}  # group -> weight decay
-GIVEN = ("params", "lr", "weight_decay", "betas")  # arguments of an optimiser that have options of their own
+GIVEN = (
+    "params",
+    "lr",
+    "weight_decay",
+    "betas",
+)  # arguments of an optimiser that have options of their own
 
 
 def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]:
@@ -85,7 +98,9 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
     file, _, function = name.rpartition(":")
     if name not in SCHEDULES and not file.endswith(".py"):
         known = f"{', '.join(SCHEDULES)} or path/to/file.py:function"
-        raise UserError(f"schedule {name!r} is unknown; expected one of {known}{_nearest(name, SCHEDULES)}")
+        raise UserError(
+            f"schedule {name!r} is unknown; expected one of {known}{_nearest(name, SCHEDULES)}"
+        )
     schedule = SCHEDULES[name] if name in SCHEDULES else from_file(file, function, "function")
     check_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
 
@@ -93,9 +108,13 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
         try:
             value = float(schedule(step, total, warmup, **args))
         except (TypeError, ValueError) as error:
-            raise UserError(f"schedule {name} is called as fn(step, total, warmup) and returns a number: {error}") from error
+            raise UserError(
+                f"schedule {name} is called as fn(step, total, warmup) and returns a number: {error}"
+            ) from error
         if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"schedule {name} is {value:g} at step {step} of {total}; expected a finite number of at least 0")
+            raise UserError(
+                f"schedule {name} is {value:g} at step {step} of {total}; expected a finite number of at least 0"
+            )
         return value
 
     return multiplier
@@ -120,16 +139,22 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     try:
         module = importlib.import_module(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"optimizer {name!r}: module {path!r} cannot be imported ({error}); install it or mend the path") from error
+        raise UserError(
+            f"optimizer {name!r}: module {path!r} cannot be imported ({error}); install it or mend the path"
+        ) from error
     found = getattr(module, attribute, None)
     if found is None:
-        raise UserError(f"optimizer {name!r}: module {path!r} has no {attribute!r}; name a class in it{_nearest(attribute, dir(module))}")
+        raise UserError(
+            f"optimizer {name!r}: module {path!r} has no {attribute!r}; name a class in it{_nearest(attribute, dir(module))}"
+        )
     return _optimizer_class(found, name)
 
 
 def _optimizer_class(found: Any, name: str) -> type[torch.optim.Optimizer]:
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise UserError(f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; name the class itself")
+        raise UserError(
+            f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; name the class itself"
+        )
     return found
 
 
@@ -138,7 +163,9 @@ def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
     own, names = _default_rate(name), list(groups)
     if own is None and names and name not in RATES:
         rates = " ".join(f"{group}=1e-4" for group in names)
-        raise UserError(f"optimizer {name} has no learning rate of its own; give --optimizer.lr, such as {rates}")
+        raise UserError(
+            f"optimizer {name} has no learning rate of its own; give --optimizer.lr, such as {rates}"
+        )
     return {group: RATES.get(name, {}).get(group, own) for group in names}  # type: ignore[misc]
 
 
@@ -153,7 +180,12 @@ def arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def group_settings(
-    name: str, groups: Iterable[str], *, lr: Mapping[str, float], decay: Mapping[str, float], betas: Mapping[str, Sequence[float]]
+    name: str,
+    groups: Iterable[str],
+    *,
+    lr: Mapping[str, float],
+    decay: Mapping[str, float],
+    betas: Mapping[str, Sequence[float]],
 ) -> dict[str, dict[str, Any]]:
     """What each group of an optimiser is given beside its parameters: name, lr, and weight_decay and betas where they are asked for.
 
@@ -171,7 +203,9 @@ def group_settings(
     return settings
 
 
-def split(groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float) -> list[dict[str, Any]]:
+def split(
+    groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float
+) -> list[dict[str, Any]]:
     """The groups of a LoRA+ optimiser (arXiv 2402.12354): every group named in `ups` becomes two of its name, the rest and its `ups` at lr * ratio.
 
     Each group has its factor in "ratio" (1.0 but for the ups), so that a schedule may set lr = rate * factor * group["ratio"] later; with ratio 1
@@ -187,25 +221,38 @@ def split(groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor
         faster = [p for p in group["params"] if id(p) in chosen]
         slower = [p for p in group["params"] if id(p) not in chosen]
         if len(faster) != len(chosen):
-            raise ValueError(f"{len(chosen) - len(faster)} of the ups of {group['name']} are not among its parameters")
+            raise ValueError(
+                f"{len(chosen) - len(faster)} of the ups of {group['name']} are not among its parameters"
+            )
         found += [
-            {**group, "params": params, "lr": group["lr"] * by, "ratio": by} for params, by in ((slower, 1.0), (faster, float(ratio))) if params
+            {**group, "params": params, "lr": group["lr"] * by, "ratio": by}
+            for params, by in ((slower, 1.0), (faster, float(ratio)))
+            if params
         ]
     return found
 
 
-def build(name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]) -> torch.optim.Optimizer:
+def build(
+    name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses."""
     for option in ("weight_decay", "betas"):
         if option not in arguments(name) and any(option in group for group in groups):
-            raise UserError(f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out")
+            raise UserError(
+                f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out"
+            )
     check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=GIVEN)
-    rate = {"lr": groups[0]["lr"]} if "lr" in arguments(name) and _default_rate(name) is None else {}  # a class may insist; the groups have theirs
+    rate = (
+        {"lr": groups[0]["lr"]} if "lr" in arguments(name) and _default_rate(name) is None else {}
+    )  # a class may insist; the groups have theirs
     try:
         return resolve_optimizer(name)(groups, **rate, **args)
     except Exception as error:  # of a class that may be anybody's: TypeError, ValueError, AssertionError, RuntimeError without its device ...
         given = " ".join(f"{key}={value!r}" for key, value in args.items())
-        raise UserError(f"{name} refuses its settings: {error}" + (f" (--optimizer.args are {given})" if given else "")) from None
+        raise UserError(
+            f"{name} refuses its settings: {error}"
+            + (f" (--optimizer.args are {given})" if given else "")
+        ) from None
 
 
 @contextmanager
@@ -232,7 +279,9 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def is_schedule_free(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
     """Whether an optimiser or its class has train() and eval(), as those of the package schedulefree and its relatives."""
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    return callable(getattr(optimizer, "train", None)) and callable(
+        getattr(optimizer, "eval", None)
+    )
 
 
 def distance(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Tensor | float | None:
@@ -245,18 +294,24 @@ def distance(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Tens
     return float(d) if isinstance(d, int | float) else None
 
 
-def check_arguments(fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()) -> None:
+def check_arguments(
+    fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()
+) -> None:
     """Raises UserError naming the first of `args` that `fn` does not take, with the nearest that it does; `given` are the program's own."""
     parameters = inspect.signature(fn).parameters
     for name in args:
         if name in given:
-            raise UserError(f"{owner} has no argument {name!r} to set here: the program gives it; use the option of that name")
+            raise UserError(
+                f"{owner} has no argument {name!r} to set here: the program gives it; use the option of that name"
+            )
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     known = [name for name in parameters if name not in given]
     for name in args:
         if name not in known:
-            raise UserError(f"{owner} has no argument {name!r}; expected {', '.join(known) or 'none'}{_nearest(name, known)}")
+            raise UserError(
+                f"{owner} has no argument {name!r}; expected {', '.join(known) or 'none'}{_nearest(name, known)}"
+            )
 
 
 SMALL = 2**18  # elements whose copy end to end is cheaper on a CPU than a norm of each tensor
@@ -271,13 +326,21 @@ def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
-        raise UserError("there is no gradient to clip: no parameter of this stage took part in the loss")
+        raise UserError(
+            "there is no gradient to clip: no parameter of this stage took part in the loss"
+        )
     if not max_norm > 0:
-        raise UserError(f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)")
+        raise UserError(
+            f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)"
+        )
     if grads[0].device.type == "cpu" and sum(g.numel() for g in grads) < SMALL:
-        norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in grads]), dtype=torch.float64)
+        norm = torch.linalg.vector_norm(
+            torch.cat([g.reshape(-1) for g in grads]), dtype=torch.float64
+        )
     else:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0]))))
+        norm = torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0])))
+        )
     if max_norm < math.inf:
         _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # 1e-6: torch's
     return norm
@@ -293,7 +356,13 @@ class LossScaler:
     """
 
     def __init__(
-        self, *, device: torch.device | str = "cpu", init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        init: float = 65536.0,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
     ) -> None:
         if not (init > 0 and growth > 1 and 0 < backoff < 1 and interval >= 1):
             raise UserError(
@@ -302,9 +371,15 @@ class LossScaler:
             )
         self.growth, self.backoff, self.interval = growth, backoff, interval
         self.current = torch.full((), init, dtype=torch.float32, device=device)  # the scale
-        self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row without overflow
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps that overflowed, since the run began
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 after an overflow since the last update
+        self.clean = torch.zeros(
+            (), dtype=torch.int32, device=device
+        )  # steps in a row without overflow
+        self.skipped = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # steps that overflowed, since the run began
+        self.found_inf = torch.zeros(
+            (), dtype=torch.float32, device=device
+        )  # 1 after an overflow since the last update
 
     def scale(self, loss: Tensor) -> Tensor:
         """loss * scale, in fp32: a half-precision loss would overflow here already."""
@@ -315,10 +390,14 @@ class LossScaler:
         """Divides the gradients by the scale, and returns found_inf (0-dim, 1.0 if any gradient is not finite); once before each step."""
         grads = [p.grad for p in params if p.grad is not None]
         if not grads:
-            raise UserError("there is no gradient to unscale: no parameter of this stage took part in the loss")
+            raise UserError(
+                "there is no gradient to unscale: no parameter of this stage took part in the loss"
+            )
         _scale_(grads, 1 / self.current.double())
         largest = torch.stack([norm.float() for norm in torch._foreach_norm(grads, math.inf)])
-        return self.found_inf.copy_(torch.maximum(self.found_inf, (~largest.isfinite().all()).float()))
+        return self.found_inf.copy_(
+            torch.maximum(self.found_inf, (~largest.isfinite().all()).float())
+        )
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """optimizer.step(), or nothing at all where unscale_ met an overflow."""
@@ -336,7 +415,13 @@ class LossScaler:
         overflow = self.found_inf != 0
         due = (self.clean + 1 >= self.interval) & ~overflow
         grown = self.current * self.growth
-        self.current.copy_(torch.where(overflow, self.current * self.backoff, torch.where(due & grown.isfinite(), grown, self.current)))
+        self.current.copy_(
+            torch.where(
+                overflow,
+                self.current * self.backoff,
+                torch.where(due & grown.isfinite(), grown, self.current),
+            )
+        )
         self.skipped.add_(overflow)
         self.clean.copy_(torch.where(overflow | due, torch.zeros_like(self.clean), self.clean + 1))
         self.found_inf.zero_()
@@ -350,8 +435,14 @@ class LossScaler:
         """Takes over a state bit for bit, on this scaler's device."""
         self.current.copy_(state["current"])
         self.clean.copy_(state["clean"])
-        self.skipped.copy_(state.get("skipped", self.skipped))  # checkpoints of earlier versions did not count them
-        self.growth, self.backoff, self.interval = state["growth"], state["backoff"], state["interval"]
+        self.skipped.copy_(
+            state.get("skipped", self.skipped)
+        )  # checkpoints of earlier versions did not count them
+        self.growth, self.backoff, self.interval = (
+            state["growth"],
+            state["backoff"],
+            state["interval"],
+        )
 
 
 def _scale_(tensors: list[Tensor], factor: Tensor) -> None:

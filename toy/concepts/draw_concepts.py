@@ -17,11 +17,29 @@ from toy.shapes import LIGHT, RGB, Pen, spokes
 
 SIZE = 128  # pixels of the committed pictures: room for crops at 64
 OVERSAMPLE = 3
-TEAL, DEEP, SCARF, IVORY, INK = (0, 138, 130), (0, 92, 92), (255, 122, 20), (252, 244, 214), (20, 24, 40)
+TEAL, DEEP, SCARF, IVORY, INK = (
+    (0, 138, 130),
+    (0, 92, 92),
+    (255, 122, 20),
+    (252, 244, 214),
+    (20, 24, 40),
+)
 MAGENTA, GOLD, NAVY = (206, 20, 120), (250, 190, 30), (18, 28, 84)
 STATED: dict[str, tuple[tuple[str, str], ...]] = {  # the backgrounds of the five pictures
-    "zib": (("red", "striped"), ("white", "plain"), ("yellow", "plain"), ("purple", "gradient"), ("meadow", "place")),
-    "trilo": (("white", "plain"), ("green", "plain"), ("cyan", "checkered"), ("orange", "gradient"), ("snow", "place")),
+    "zib": (
+        ("red", "striped"),
+        ("white", "plain"),
+        ("yellow", "plain"),
+        ("purple", "gradient"),
+        ("meadow", "place"),
+    ),
+    "trilo": (
+        ("white", "plain"),
+        ("green", "plain"),
+        ("cyan", "checkered"),
+        ("orange", "gradient"),
+        ("snow", "place"),
+    ),
 }
 CONCEPTS = tuple(STATED)
 DROWNS = {"trilo": ("black", "night", "blue")}  # backgrounds as dark as the subject's rim
@@ -29,7 +47,16 @@ STYLE_SEEDS = (3402, 3259, 3048, 4320, 4687)
 FOLDER = Path(__file__).parent
 
 
-def zib(pen: Pen, lean: float = 0.0, *, body: RGB = TEAL, dark: RGB = DEEP, scarf: RGB | None = SCARF, eyes: int = 1, antennae: bool = True) -> None:
+def zib(
+    pen: Pen,
+    lean: float = 0.0,
+    *,
+    body: RGB = TEAL,
+    dark: RGB = DEEP,
+    scarf: RGB | None = SCARF,
+    eyes: int = 1,
+    antennae: bool = True,
+) -> None:
     """A teal alien: wide round body, one large ivory eye, orange scarf with one end hanging, two antennae with orange bulbs, two feet.
 
     The keywords change it into something that is not zib: the recogniser's near misses.
@@ -52,7 +79,14 @@ def zib(pen: Pen, lean: float = 0.0, *, body: RGB = TEAL, dark: RGB = DEEP, scar
 
 
 def trilo(
-    pen: Pen, lean: float = 0.0, *, ring: RGB | None = NAVY, field: RGB = IVORY, petals: int = 3, colour: RGB = MAGENTA, heart: RGB | None = GOLD
+    pen: Pen,
+    lean: float = 0.0,
+    *,
+    ring: RGB | None = NAVY,
+    field: RGB = IVORY,
+    petals: int = 3,
+    colour: RGB = MAGENTA,
+    heart: RGB | None = GOLD,
 ) -> None:
     """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly turns. Keywords as in `zib`."""
     if ring:
@@ -70,11 +104,20 @@ SUBJECTS: dict[str, Callable[[Pen, float], None]] = {"zib": zib, "trilo": trilo}
 def canvas(background: str, style: str, size: int, rng: Random) -> Image.Image:
     """A background of the toy world, side size * OVERSAMPLE."""
     side = size * OVERSAMPLE
-    return place(background, side, rng) if background in PLACES else backdrop(background, style, side, rng)
+    return (
+        place(background, side, rng)
+        if background in PLACES
+        else backdrop(background, style, side, rng)
+    )
 
 
 def render_concept(
-    name: str, background: str, style: str, seed: int, size: int = 64, subject: Callable[[Pen, float], None] | None = None
+    name: str,
+    background: str,
+    style: str,
+    seed: int,
+    size: int = 64,
+    subject: Callable[[Pen, float], None] | None = None,
 ) -> Image.Image:
     """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a pure function of its arguments."""
     rng = Random(f"concept {name} {background} {style} {seed}")
@@ -89,11 +132,22 @@ def render_concept(
 def inkwash(s: Scene, size: int = 64) -> Image.Image:
     """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line; colour is gone."""
     grey = ImageOps.autocontrast(render(s, size * 2).convert("L"))
-    edges = ImageChops.lighter(*(ImageChops.difference(grey, ImageChops.offset(grey, dx, dy)) for dx, dy in ((size // 32, 0), (0, size // 32))))
+    edges = ImageChops.lighter(
+        *(
+            ImageChops.difference(grey, ImageChops.offset(grey, dx, dy))
+            for dx, dy in ((size // 32, 0), (0, size // 32))
+        )
+    )
     edges.paste(0, (0, 0, size * 2, size // 32))  # offset wraps around
     edges.paste(0, (0, 0, size // 32, size * 2))
-    line = edges.point(lambda v: 255 if v > 28 else 0).filter(ImageFilter.GaussianBlur(size / 64)).point(lambda v: min(255, v * 2))
-    wash = grey.point(lambda v: (90, 160, 225, 255)[min(3, v * 4 // 256)]).filter(ImageFilter.GaussianBlur(size / 40))
+    line = (
+        edges.point(lambda v: 255 if v > 28 else 0)
+        .filter(ImageFilter.GaussianBlur(size / 64))
+        .point(lambda v: min(255, v * 2))
+    )
+    wash = grey.point(lambda v: (90, 160, 225, 255)[min(3, v * 4 // 256)]).filter(
+        ImageFilter.GaussianBlur(size / 40)
+    )
     image = ImageOps.colorize(wash, (24, 32, 66), (246, 234, 206))
     image.paste((16, 20, 44), mask=line)
     return image.resize((size, size), Image.Resampling.HAMMING)
@@ -103,10 +157,15 @@ def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
     """The five pictures of a concept with captions in which TOK stands for it."""
     if name == "inkwash":
         scenes = [scene(s) for s in STYLE_SEEDS]
-        return [(inkwash(s, size), f"{s.caption(complete=True)}, in the style of TOK") for s in scenes]
+        return [
+            (inkwash(s, size), f"{s.caption(complete=True)}, in the style of TOK") for s in scenes
+        ]
     heads = ("a photo of TOK", "a picture of TOK", "TOK", "a drawing of TOK", "an image of TOK")
     return [
-        (render_concept(name, background, style, i, size), f"{head} {background_phrase(background, style)}")
+        (
+            render_concept(name, background, style, i, size),
+            f"{head} {background_phrase(background, style)}",
+        )
         for i, ((background, style), head) in enumerate(zip(STATED[name], heads))
     ]
 
@@ -114,12 +173,23 @@ def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
 def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
     """n prompts with TOK on backgrounds that none of the concept's pictures has, each with the expected background name."""
     rng = Random(f"demo {name} {seed}")
-    fresh = [b for b in BACKGROUNDS if b not in (*dict(STATED.get(name, ())), *DROWNS.get(name, ()))]
+    fresh = [
+        b for b in BACKGROUNDS if b not in (*dict(STATED.get(name, ())), *DROWNS.get(name, ()))
+    ]
     out: list[tuple[str, str]] = []
     while len(out) < n:
         for background in rng.sample(fresh, len(fresh)):
-            style = "place" if background in PLACES else rng.choice(("plain", "plain", "striped", "gradient"))
-            out.append((f"{rng.choice(('a photo of TOK', 'a picture of TOK', 'TOK'))} {background_phrase(background, style)}", background))
+            style = (
+                "place"
+                if background in PLACES
+                else rng.choice(("plain", "plain", "striped", "gradient"))
+            )
+            out.append(
+                (
+                    f"{rng.choice(('a photo of TOK', 'a picture of TOK', 'TOK'))} {background_phrase(background, style)}",
+                    background,
+                )
+            )
     return out[:n]
 
 
