@@ -9,7 +9,7 @@ import torch
 
 from lora_core.adapters.weight_updates import LowRank, product
 from merging.compare import cosine, fit, inner, inner_dense, norm, principal_angles, sums
-from tests.test_spectra import SHAPES, adapter, randn
+from tests.test_svd import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)

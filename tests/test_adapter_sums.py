@@ -31,7 +31,7 @@ from merging.adapter_sums import (
 from merging.factor_sums import slerp
 from merging.svd import Keep, total
 from merging.ties_dare import MERGES
-from tests.test_spectra import adapter, randn
+from tests.test_svd import adapter, randn
 
 SHAPES = {"a": ((8, 6), 1), "b": ((5, 9), 1), "c": ((6, 4, 3, 3), 1), "d": ((6, 2, 3, 3), 3)}
 

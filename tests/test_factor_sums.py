@@ -14,7 +14,7 @@ from lora_core.adapters.weight_updates import LowRank, delta, product
 from lora_core.errors import UserError
 from merging.factor_sums import LPL_WARNING, concat, lpl, slerp
 from merging.svd import Keep, compress
-from tests.test_spectra import SHAPES, adapter, randn
+from tests.test_svd import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)

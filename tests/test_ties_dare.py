@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merging.ties_dare import MERGES, dare, dare_ties, dropped, elected, magnitude, ties, trimmed
-from tests.test_spectra import randn
+from tests.test_svd import randn
 
 
 def keyed(seed=0):

@@ -28,7 +28,7 @@ from models import (
 from models.published import KINDS, folder
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
-from tests.test_checkpoint import second_pipeline
+from tests.test_whole_models import second_pipeline
 
 NAMES = ("first", "inpainting", "second", "xl", "refiner")
 
