@@ -24,18 +24,24 @@ import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from lora_core import Patch, formats, tokens
-from lora_core.adapters import patch
-from lora_core.data.images import UNREADABLE, decode, read_mask, read_picture, to_pixels, to_tensor
-from lora_core.diffusion.generation import Recipe, generate
+from lora_core import Patch, formats, patch, tokens
+from lora_core.data.images import (
+    READ_ERRORS,
+    decode_image,
+    image_to_pixels,
+    image_to_tensor,
+    read_image,
+    read_mask,
+)
+from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.runs import destination
-from lora_core.runs.pictures import Row, grid, save_png, to_images
+from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
 from lora_core.runs.run_folder import temporary_name
 from lora_core.text import parse_json, read_lines
-from lora_core.toml import command_line, from_table, to_table
-from models import DTYPES, Family, Loading, choose_device, load_family
+from lora_core.toml import from_table, parse_command_line, to_table
+from models import DTYPES, Family, LoadOptions, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'
 CHUNK = "lora_core"  # the PNG text chunk with the recipe
@@ -140,7 +146,7 @@ def infer(config: Infer) -> list[Path]:
             f"--refiner {config.refiner} works on other latents than {config.model}; give the refiner of that family"
         )
     with ExitStack() as stack:
-        patches = apply(family, arguments, stack)
+        patches = apply_loras(family, arguments, stack)
         draw = _drawer(config, family, patches, refiner)
         if axes:
             return [_draw_grid(config, axes, prompts[0], patches, arguments, draw)]
@@ -156,7 +162,7 @@ def infer(config: Infer) -> list[Path]:
     ]
 
 
-def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -> list[Patch]:
+def apply_loras(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -> list[Patch]:
     """Every LoRA on the model, in order, until the stack closes; then the tokens that lie beside LoRAs given as single files.
 
     Words and tokens that an earlier file has already taken are renamed and reported.
@@ -175,7 +181,7 @@ def apply(family: Family, arguments: Sequence[LoraArgument], stack: ExitStack) -
         taken = {name for p in patches for a in p.abstractions for name in (a.word, *a.names)}
         rename = {
             name: _free(name, taken)
-            for name in (*embeddings.words(state, argument.path), *state.token_names)
+            for name in (*embeddings.placeholder_words(state, argument.path), *state.token_names)
             if name in taken
         }
         strength = argument.strength
@@ -197,7 +203,9 @@ def tokens_beside(path: str) -> str:
     """The token file in the folder of a LoRA file that was trained with tokens; "" where there is none, or more than one."""
     found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
     trained = (
-        Path(path).is_file() and path not in map(str, found) and embeddings.NAMES in _header(path)
+        Path(path).is_file()
+        and path not in map(str, found)
+        and embeddings.TOKEN_NAMES in _header(path)
     )
     return str(found[0]) if trained and len(found) == 1 else ""
 
@@ -301,7 +309,7 @@ def _check(config: Infer, axes: list[Axis], prompts: list[str], loras: int) -> N
     ):
         raise UserError(f"--out {config.out} lies below {file}, which is a file; name a folder")
     pictures = _paths(config, 1 if axes else len(prompts) * config.count)
-    destination.check_lengths("--out", map(temporary_name, pictures))
+    destination.check_path_lengths("--out", map(temporary_name, pictures))
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
         if (
@@ -342,9 +350,11 @@ def _drawer(
 ) -> Callable[[Sequence[tuple[str, int]], Infer], list[Image.Image]]:
     """A function from (prompt, seed) pairs and a config to pictures; start image and mask are read once."""
     height, width = config.height or family.resolution, config.width or family.resolution
-    init = to_pixels(_fit(config.init_image, height, width))[None] if config.init_image else None
+    init = (
+        image_to_pixels(_fit(config.init_image, height, width))[None] if config.init_image else None
+    )
     hole = (
-        to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127
+        image_to_tensor(_fit(config.mask, height, width, is_mask=True))[None] > 127
         if config.mask
         else None
     )
@@ -355,22 +365,22 @@ def _drawer(
     abstractions = [a for p in patches for a in p.abstractions]
 
     def draw(jobs: Sequence[tuple[str, int]], c: Infer) -> list[Image.Image]:
-        recipe = Recipe(
+        recipe = SamplerSettings(
             c.sampler,
             c.steps,
             c.guidance,
-            tokens.bind(c.negative, abstractions),
+            tokens.bind_placeholders(c.negative, abstractions),
             width,
             height,
             c.strength,
             c.refiner_start,
         )
         bound, seeds = (
-            [tokens.bind(prompt, abstractions) for prompt, _ in jobs],
+            [tokens.bind_placeholders(prompt, abstractions) for prompt, _ in jobs],
             [seed for _, seed in jobs],
         )
         return to_images(
-            generate(
+            generate_images(
                 family,
                 bound,
                 seeds,
@@ -408,8 +418,10 @@ def _draw_grid(
             cell = replace(config, **changed)  # type: ignore[arg-type]
             cells += draw([(prompt, cell.seed)], cell)
         label = ", ".join(f"{axis.setting} {value:g}" for axis, value in zip(vertical, down))
-        rows.append(Row(label, cells, [f"{across.setting} {value:g}" for value in across.values]))
-    return _save(grid(rows, title=prompt), Path(config.out), config)
+        rows.append(
+            ImageRow(label, cells, [f"{across.setting} {value:g}" for value in across.values])
+        )
+    return _save(draw_grid(rows, title=prompt), Path(config.out), config)
 
 
 def _set_strengths(
@@ -465,7 +477,7 @@ def _whole_model(given: str, run: Path) -> None:
         )
 
 
-def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
+def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> LoadOptions:
     """How the model is opened: by the flags, else as the runs that made the LoRAs did; said, because it changes the pictures."""
     scheduler: dict[str, Any] = {}
     text = {"clip_skip": config.clip_skip, "max_sequence_length": config.max_sequence_length}
@@ -484,7 +496,7 @@ def _loading(config: Infer, arguments: Sequence[LoraArgument]) -> Loading:
         print(
             f"note: sampling with {scheduler | changes}, as the LoRA was trained", file=sys.stderr
         )
-    return Loading(
+    return LoadOptions(
         DTYPES[config.precision],
         choose_device(config.device),
         config.vae,
@@ -516,7 +528,7 @@ def _fit(path: str, height: int, width: int, *, is_mask: bool = False) -> Image.
     """The picture, or the mask's greys, scaled to cover (height, width) and centre-cropped to it."""
     if not Path(path).is_file():
         raise UserError(f"there is no picture {path}")
-    image = read_mask(Path(path)) if is_mask else read_picture(Path(path)).image
+    image = read_mask(Path(path)) if is_mask else read_image(Path(path)).image
     scale = max(width / image.width, height / image.height)
     image = image.resize(
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
@@ -555,8 +567,8 @@ def _save(image: Image.Image, path: Path, config: Infer) -> Path:
 def read_recipe(path: str) -> Infer:
     """The config in a picture's text chunk. Raises UserError when it has none."""
     try:
-        text = decode(Path(path)).info.get(CHUNK)
-    except UNREADABLE as error:
+        text = decode_image(Path(path)).info.get(CHUNK)
+    except READ_ERRORS as error:
         raise UserError(f"--from {path}: {error}") from None
     if not text:
         raise UserError(
@@ -576,9 +588,9 @@ def read_recipe(path: str) -> Infer:
         ) from None
 
 
-def parse(argv: Sequence[str]) -> Infer:
+def parse_arguments(argv: Sequence[str]) -> Infer:
     """The config of a command line; with --from, what the picture says where no flag says otherwise."""
-    config = command_line(Infer, argv, prog="infer.py", example=EXAMPLE)
+    config = parse_command_line(Infer, argv, prog="infer.py", example=EXAMPLE)
     if not config.source:
         return config
     default = Infer()
@@ -593,7 +605,7 @@ def parse(argv: Sequence[str]) -> Infer:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains."""
     try:
-        for path in infer(parse(list(sys.argv[1:] if argv is None else argv))):
+        for path in infer(parse_arguments(list(sys.argv[1:] if argv is None else argv))):
             print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,14 +17,14 @@ from functools import partial
 from typing import NamedTuple, NoReturn
 
 from lora_core.errors import UserError
-from lora_core.formats.layout import nearest
+from lora_core.formats.layout import nearest_name
 from lora_core.text import check_unicode
 from merging import add, flags, inspection, mix, model_sums, redo
-from merging.add import Addition
-from merging.expression import Entry, parse, render
-from merging.mix import Amount, Method
-from merging.opening import Reading, digest, is_model
-from merging.output import Output, check
+from merging.add import LoraAddition
+from merging.expression import WeightedFile, parse_sum, render_sum
+from merging.mix import KeepOptions, MergeMethod
+from merging.opening import OpenOptions, is_whole_model, sha256_digest
+from merging.output import Output, check_output
 from merging.ties_dare import MERGES
 
 HIDDEN = {
@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = (
-            nearest(found[1], [flag for action in self._actions for flag in action.option_strings])
+            nearest_name(
+                found[1], [flag for action in self._actions for flag in action.option_strings]
+            )
             if found
             else ""
         )
@@ -65,52 +67,54 @@ class Parser(argparse.ArgumentParser):
 
 def run_mix(args: argparse.Namespace) -> None:
     entries = _entries(args.sum)
-    amount, method = _amount(args), Method(args.method, args.density, args.seed, args.svd)
+    amount, method = _amount(args), MergeMethod(args.method, args.density, args.seed, args.svd)
     if not args.out:
         raise UserError("no output; name a file with --out")
     output = _output(args, [entry.path for entry in entries])
-    whole = any(is_model(entry.path) for entry in entries)
+    whole = any(is_whole_model(entry.path) for entry in entries)
     idle = {
         "--residual": bool(args.residual) and not whole,
         "--format": bool(args.format) and whole,
-        "--density": args.density != Method().density and args.method not in MERGES,
+        "--density": args.density != MergeMethod().density and args.method not in MERGES,
     }
     if found := [flag for flag, is_idle in idle.items() if is_idle]:
         raise UserError(
             f"{found[0]} has no effect on {'a sum of models' if whole else f'{args.method} of adapters'}; leave it out"
         )
     if not whole:
-        mix.mix(entries, output, _reading(args), amount=amount, method=method)
+        mix.mix_adapters(entries, output, _reading(args), amount=amount, method=method)
         return
     if amount or args.method != "sum":
         raise UserError(
-            f"{render(entries)} has a whole model in it, which has no rank to choose and no --method but sum; drop these options"
+            f"{render_sum(entries)} has a whole model in it, which has no rank to choose and no --method but sum; drop these options"
         )
-    model_sums.add_models(entries, output, _reading(args), model_sums.Folding(args.residual))
+    model_sums.write_model_sum(
+        entries, output, _reading(args), model_sums.FoldOptions(args.residual)
+    )
 
 
 def run_fold(args: argparse.Namespace) -> None:
     entries = _entries(args.sum)
-    if not is_model(args.base):
+    if not is_whole_model(args.base):
         raise UserError(
             f"{args.base} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id first"
         )
-    if wrong := [entry.path for entry in entries if is_model(entry.path)]:
+    if wrong := [entry.path for entry in entries if is_whole_model(entry.path)]:
         raise UserError(
             f'{wrong[0]} is a whole model, fold adds adapters to {args.base}; mix adds models: mix "0.6*A + 0.4*B" --out C'
         )
-    entries = [Entry(1.0, args.base), *entries]
+    entries = [WeightedFile(1.0, args.base), *entries]
     output = _output(args, [entry.path for entry in entries])
-    model_sums.add_models(
-        entries, output, _reading(args), model_sums.Folding(args.residual, args.residual_rank)
+    model_sums.write_model_sum(
+        entries, output, _reading(args), model_sums.FoldOptions(args.residual, args.residual_rank)
     )
 
 
 def run_distill(args: argparse.Namespace) -> None:
     output = _output(args, [args.base, args.tuned])
-    method = Method(seed=args.seed, svd=args.svd)
-    model_sums.distil(
-        model_sums.Difference(args.base, args.tuned, args.layers),
+    method = MergeMethod(seed=args.seed, svd=args.svd)
+    model_sums.distill_difference(
+        model_sums.ModelDifference(args.base, args.tuned, args.layers),
         output,
         _reading(args),
         amount=_amount(args),
@@ -119,43 +123,45 @@ def run_distill(args: argparse.Namespace) -> None:
 
 
 def run_resize(args: argparse.Namespace) -> None:
-    mix.resize(
+    mix.resize_adapter(
         args.file,
         _output(args, [args.file]),
         _reading(args),
         amount=_amount(args),
-        method=Method(seed=args.seed, svd=args.svd),
+        method=MergeMethod(seed=args.seed, svd=args.svd),
     )
 
 
 def run_convert(args: argparse.Namespace) -> None:
     output = _output(args, [args.file])
-    if not is_model(args.file):
-        mix.convert(args.file, replace(output, format=args.to or "diffusers"), _reading(args))
+    if not is_whole_model(args.file):
+        mix.convert_adapter(
+            args.file, replace(output, format=args.to or "diffusers"), _reading(args)
+        )
         return
     if args.to:
         raise UserError(
             f"{args.file} is a whole model, whose form the output's ending says; drop --to {args.to}"
         )
-    model_sums.add_models([Entry(1.0, args.file)], output, _reading(args))
+    model_sums.write_model_sum([WeightedFile(1.0, args.file)], output, _reading(args))
 
 
 def run_info(args: argparse.Namespace) -> None:
-    inspection.info(
+    inspection.print_info(
         args.file, _reading(args), top=args.top, plot=args.plot, overwrite=args.overwrite
     )
 
 
 def run_diff(args: argparse.Namespace) -> None:
-    inspection.diff(args.first, args.second, _reading(args), top=args.top)
+    inspection.print_diff(args.first, args.second, _reading(args), top=args.top)
 
 
 def run_explain(args: argparse.Namespace) -> None:
-    inspection.explain(args.checkpoint, args.base, args.loras, _reading(args))
+    inspection.print_explanation(args.checkpoint, args.base, args.loras, _reading(args))
 
 
 def run_redo(args: argparse.Namespace) -> None:
-    redo.redo(args.file, args.out, overwrite=args.overwrite, dry_run=args.dry_run, run=_again)
+    redo.redo_merge(args.file, args.out, overwrite=args.overwrite, dry_run=args.dry_run, run=_again)
 
 
 def run_add(args: argparse.Namespace) -> None:
@@ -168,7 +174,7 @@ def run_add(args: argparse.Namespace) -> None:
         got = f"got {rest[0]!r} besides" if rest else "one of these is missing"
         raise UserError(f"add takes PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]], {got}")
     alphas = [None if alpha is None else _number(alpha) for alpha in (args.alpha_1, args.alpha_2)]
-    job = Addition(
+    job = LoraAddition(
         args.path_1,
         args.path_2,
         alphas[0],
@@ -177,23 +183,25 @@ def run_add(args: argparse.Namespace) -> None:
         args.with_text_lora,
         args.residual,
     )
-    add.add(job, _output(args, [args.path_1, args.path_2]), _reading(args))
+    add.add_files(job, _output(args, [args.path_1, args.path_2]), _reading(args))
 
 
 # ---------------------------------------------------------------- helpers
 
 
-def _entries(text: str) -> list[Entry]:
+def _entries(text: str) -> list[WeightedFile]:
     """The files of a sum; ~ at the start of a path is the home folder, which no shell expands inside quotes."""
-    return [replace(entry, path=os.path.expanduser(entry.path)) for entry in parse(text)]
+    return [replace(entry, path=os.path.expanduser(entry.path)) for entry in parse_sum(text)]
 
 
-def _reading(args: argparse.Namespace) -> Reading:
-    return Reading(getattr(args, "model", ""), args.model_config, args.allow_extra, args.dora_axis)
+def _reading(args: argparse.Namespace) -> OpenOptions:
+    return OpenOptions(
+        getattr(args, "model", ""), args.model_config, args.allow_extra, args.dora_axis
+    )
 
 
-def _amount(args: argparse.Namespace) -> Amount:
-    return Amount(args.rank, args.max_error, args.energy, getattr(args, "budget", ""))
+def _amount(args: argparse.Namespace) -> KeepOptions:
+    return KeepOptions(args.rank, args.max_error, args.energy, getattr(args, "budget", ""))
 
 
 def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
@@ -206,11 +214,11 @@ def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
         getattr(args, "format", ""),
     )
     for path in inputs:
-        is_model(path)  # refuses a path that is not there
+        is_whole_model(path)  # refuses a path that is not there
     if args.dry_run:
         return output
     if os.path.isfile(args.out):
-        check(output)  # before gigabytes are hashed
+        check_output(output)  # before gigabytes are hashed
     default = vars(_parser(args.command).parse_intermixed_args(_least(args.command)))
     options = {
         name: value
@@ -222,7 +230,7 @@ def _output(args: argparse.Namespace, inputs: Sequence[str]) -> Output:
         recipe={
             "command": args.command,
             "options": options,
-            "inputs": {path: digest(path) for path in inputs},
+            "inputs": {path: sha256_digest(path) for path in inputs},
         },
     )
 

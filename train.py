@@ -29,7 +29,7 @@ from lora_core.diffusion import losses, noise, prediction, validation
 from lora_core.diffusion.losses import StepOutput
 from lora_core.errors import UserError
 from lora_core.runs import destination, pictures
-from lora_core.toml import command_line
+from lora_core.toml import parse_command_line
 from training import checkpoints, results
 from training.setup import Session
 from training.signals import Signals, Stopped
@@ -38,7 +38,7 @@ EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 )
-PREVIEW = "--preview-density"
+PREVIEW_FLAG = "--preview-density"
 Loss = Callable[[StepOutput], Tensor]
 Step = Callable[[Session, Batch, Stage, int], Tensor]
 
@@ -47,12 +47,12 @@ def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     """[b] loss rows, weighed by noise level. All on the device, nothing read back: the step can be captured as a CUDA graph."""
     x = s.inputs(
         batch, stage, step
-    )  # latents, noise and its level, text, sizes, keyed by image and visit: inputs.draw
+    )  # latents, noise and its level, text, sizes, keyed by image and visit: step_inputs.make_step_inputs
     s.key_dropout(x)
     x_t = noise.add_noise(x.x0, x.eps_in, x.level)
     cond = s.conditioning(x.text, x.sizes)
     out = s.denoise(x_t, x.level, cond, x.inpaint)
-    out, target, row = prediction.compared(
+    out, target, row = prediction.to_loss_space(
         s.family.prediction, s.config.noise.space, out, x.x0, x.eps, x.level
     )
     lazy, t_max = s.lazy(x, x_t, cond), s.family.schedule.t_max
@@ -76,7 +76,7 @@ def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     s.check_rows(
         rows, s.loss_name, len(batch.keys)
     )  # before weighing, which would spread a scalar over the rows
-    return rows * losses.weight(
+    return rows * losses.loss_weights(
         s.config.weighting,
         x.level,
         s.family.prediction,
@@ -85,7 +85,7 @@ def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
     )
 
 
-def advance(
+def optimizer_step(
     s: Session, batch: Batch, stage: Stage, number: int, step: Step
 ) -> tuple[Tensor, Tensor]:
     """(loss, norm of the gradient) of one step of the optimiser on a batch, cut into micro-batches. This is what a CUDA graph captures."""
@@ -96,7 +96,7 @@ def advance(
             rows = step(s, micro, stage, number)
             s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
             is_prior = s.inputs(micro, stage, number).is_prior
-            part = losses.total(
+            part = losses.sum_losses(
                 rows, is_prior, prior_weight=s.config.prior.weight, instances=s.instances
             )
             s.backward(part)
@@ -108,14 +108,14 @@ def advance(
 
 def train(config: Config, *, loss: Loss | None = None, step: Step = training_step) -> Path:
     """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
-    config, loss, step = _own_functions(config, loss, step)
+    config, loss, step = _resolve_functions(config, loss, step)
     with Signals() as signals:
         s = Session(config, loss, None if step is training_step else step)
         with _resumable(s):
             if s.start == 0:
-                results.validate(s, 0)
+                results.run_validation(s, 0)
             with signals.deferred() as stop, s.progress(s.start) as bar:
-                for stage, first, last in spans(config.stages):
+                for stage, first, last in stage_spans(config.stages):
                     if s.start >= last:
                         continue
                     s.enter(stage)
@@ -124,23 +124,24 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                         s.set_rates(stage, done - 1 - first)
                         s.prepare(batch, stage, done - 1)
                         total, norm = s.replay(
-                            functools.partial(advance, s, batch, stage, done - 1, step), stage
+                            functools.partial(optimizer_step, s, batch, stage, done - 1, step),
+                            stage,
                         )
                         s.average_()
                         s.log(done, stage, total, norm, bar)
-                        if _due(done, config.validation.every):
-                            results.validate(s, done)
-                        if _due(done, config.samples.every):
-                            results.sample(s, done)
-                        if stop or _due(
+                        if _is_due(done, config.validation.every):
+                            results.run_validation(s, done)
+                        if _is_due(done, config.samples.every):
+                            results.save_sample_grid(s, done)
+                        if stop or _is_due(
                             done, config.save_every
                         ):  # last: a checkpoint says that all before it is done
-                            checkpoints.save(s, done)
-                        stop.raise_()
-            return results.finish(s)
+                            checkpoints.write_checkpoint(s, done)
+                        stop.raise_if_received()
+            return results.finish_run(s)
 
 
-def _own_functions(
+def _resolve_functions(
     config: Config, loss: Loss | None, step: Step
 ) -> tuple[Config, Loss | None, Step]:
     """A config that names the loss and the step that the caller gives, so that it repeats the run where a file has them, and those two.
@@ -148,15 +149,15 @@ def _own_functions(
     The config's own step stands where the caller gives none, as its loss does in Session. --loss-arg is for the loss that is given as well.
     """
     if loss is not None:
-        loss = losses.bound(loss, getattr(loss, "__name__", "loss"), config.loss_arg)
-        name, args = losses.recorded(loss)
+        loss = losses.bind_arguments(loss, getattr(loss, "__name__", "loss"), config.loss_arg)
+        name, args = losses.name_and_arguments(loss)
         config = replace(config, loss=name, loss_arg=args)
     if step is not training_step:
-        return replace(config, step=plugins.file_and_name(step)), loss, step
-    return config, loss, plugins.named(config.step, "step") if config.step else step
+        return replace(config, step=plugins.name_function(step)), loss, step
+    return config, loss, plugins.load_function(config.step, "step") if config.step else step
 
 
-def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
+def stage_spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
     """(stage, its first step, one after its last) in order."""
     first = 0
     for stage in stages:
@@ -164,7 +165,7 @@ def spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
         first += stage.steps
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
@@ -174,19 +175,21 @@ def _resumable(s: Session) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Stopped(checkpoints.way_back(s), getattr(stop, "number", signal.SIGINT)) from None
+        raise Stopped(
+            checkpoints.resume_advice(s), getattr(stop, "number", signal.SIGINT)
+        ) from None
     finally:
         s.lock.release()
 
 
-def compare(run_a: Path, run_b: Path) -> None:
+def print_comparison(run_a: Path, run_b: Path) -> None:
     """Prints the paired difference B - A of the last validations of two runs, and writes RUN_B/compare_RUN_A.png."""
-    rows = validation.compare(run_a, run_b)
-    print(validation.table(rows, (run_a.name, run_b.name)))
+    rows = validation.compare_scores(run_a, run_b)
+    print(validation.comparison_table(rows, (run_a.name, run_b.name)))
     bins, out = rows[:-1], run_b / f"compare_{run_a.name}.png"
     series = {f"{run_b.name} - {run_a.name}": ([r.t for r in bins], [r.mean for r in bins])}
     errors = {name: [r.error for r in bins] for name in series}
-    pictures.plot(
+    pictures.plot_lines(
         series,
         out,
         axes=("timestep", "loss difference (std. error)"),
@@ -206,17 +209,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(
                     "--compare takes two run folders: python train.py --compare runs/a runs/b"
                 )
-            compare(Path(words[1]), Path(words[2]))
+            print_comparison(Path(words[1]), Path(words[2]))
             return 0
-        preview = PREVIEW in words
-        config = command_line(
-            Config, [word for word in words if word != PREVIEW], prog="train.py", example=EXAMPLE
+        preview = PREVIEW_FLAG in words
+        config = parse_command_line(
+            Config,
+            [word for word in words if word != PREVIEW_FLAG],
+            prog="train.py",
+            example=EXAMPLE,
         )
         if preview:
-            print(f"plot: {results.preview(config)}")
+            print(f"plot: {results.preview_noise_levels(config)}")
             return 0
         if config.overwrite and words and not words[0].startswith("-"):
-            destination.check_inputs(config.out, {"the config file": words[0]}, overwrite=True)
+            destination.check_apart_from_inputs(
+                config.out, {"the config file": words[0]}, overwrite=True
+            )
         print(f"done: {train(config)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,50 +30,60 @@ HERE = Path(__file__).parent
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "prodigyopt")
 
 
-class Part(NamedTuple):
+class BenchmarkPart(NamedTuple):
     """One benchmark: python -m benchmarks.`words`, which has `seconds` and is given --json."""
 
     words: str
     seconds: int
 
 
-PARTS: dict[str, dict[str, Part]] = {  # device -> part; the sum of a GPU's seconds is 9 minutes
+PARTS: dict[
+    str, dict[str, BenchmarkPart]
+] = {  # device -> part; the sum of a GPU's seconds is 9 minutes
     "cpu": {
-        "step cost": Part("step_cost", 600),
-        "kernels": Part("kernels --device cpu", 900),
-        "optimizer": Part("optimizer --device cpu", 600),
-        "train step": Part("train_step --device cpu --limit 600", 1500),
-        "merge": Part("merge --quick --threads 1", 300),
+        "step cost": BenchmarkPart("step_cost", 600),
+        "kernels": BenchmarkPart("kernels --device cpu", 900),
+        "optimizer": BenchmarkPart("optimizer --device cpu", 600),
+        "train step": BenchmarkPart("train_step --device cpu --limit 600", 1500),
+        "merge": BenchmarkPart("merge --quick --threads 1", 300),
     },
     "cuda": {
-        "kernels": Part("kernels --device cuda --no-compile --rounds 5", 80),
-        "kernels, graph": Part("kernels --device cuda --graph --no-compile --rounds 5", 60),
-        "optimizer": Part("optimizer --device cuda --networks sd15", 50),
-        "train step sd15": Part(
+        "kernels": BenchmarkPart("kernels --device cuda --no-compile --rounds 5", 80),
+        "kernels, graph": BenchmarkPart(
+            "kernels --device cuda --graph --no-compile --rounds 5", 60
+        ),
+        "optimizer": BenchmarkPart("optimizer --device cuda --networks sd15", 50),
+        "train step sd15": BenchmarkPart(
             "train_step --device cuda --model sd15 --rounds 7 --limit 25", 110
         ),  # more than 45 on an H100, and less than 116
-        "train step sdxl": Part("train_step --device cuda --model sdxl --rounds 5 --limit 25", 200),
-        "merge": Part("merge --quick --threads 1", 30),
+        "train step sdxl": BenchmarkPart(
+            "train_step --device cuda --model sdxl --rounds 5 --limit 25", 200
+        ),
+        "merge": BenchmarkPart("merge --quick --threads 1", 30),
     },
 }
 QUICK: dict[
-    str, dict[str, Part]
+    str, dict[str, BenchmarkPart]
 ] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU
     "cpu": {
-        "step cost": Part("step_cost --model sd15", 200),
-        "kernels": Part("kernels --device cpu --quick", 300),
-        "optimizer": Part("optimizer --device cpu", 300),
-        "train step": Part("train_step --device cpu --model toy --rounds 5 --limit 60", 120),
-        "merge": Part("merge --quick --threads 1", 200),
+        "step cost": BenchmarkPart("step_cost --model sd15", 200),
+        "kernels": BenchmarkPart("kernels --device cpu --quick", 300),
+        "optimizer": BenchmarkPart("optimizer --device cpu", 300),
+        "train step": BenchmarkPart(
+            "train_step --device cpu --model toy --rounds 5 --limit 60", 120
+        ),
+        "merge": BenchmarkPart("merge --quick --threads 1", 200),
     },
     "cuda": {
-        "kernels": Part("kernels --device cuda --quick", 60),
-        "train step": Part("train_step --device cuda --model sd15 --rounds 3 --limit 20", 90),
+        "kernels": BenchmarkPart("kernels --device cuda --quick", 60),
+        "train step": BenchmarkPart(
+            "train_step --device cuda --model sd15 --rounds 3 --limit 20", 90
+        ),
     },
 }
 
 
-def run(part: Part, file: Path) -> dict[str, Any]:
+def run_part(part: BenchmarkPart, file: Path) -> dict[str, Any]:
     """The part's command, seconds, and "results" or "error" or both; what it prints passes through."""
     module, *words = part.words.split()
     command = [sys.executable, "-m", f"benchmarks.{module}", *words, "--json", str(file)]
@@ -85,7 +95,7 @@ def run(part: Part, file: Path) -> dict[str, Any]:
             command, cwd=HERE.parent, timeout=part.seconds, stderr=subprocess.PIPE, text=True
         )
         if done.returncode:
-            record["error"] = f"exit status {done.returncode}: {_last(done.stderr)}"
+            record["error"] = f"exit status {done.returncode}: {_last_line(done.stderr)}"
     except subprocess.TimeoutExpired:
         record["error"] = f"not done after {part.seconds} s"
     record["seconds"] = round(time.perf_counter() - begin, 1)
@@ -100,13 +110,13 @@ def run(part: Part, file: Path) -> dict[str, Any]:
     return record
 
 
-def _last(text: str) -> str:
+def _last_line(text: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -116,7 +126,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
+def measured_commit() -> str:
     """The commit that was measured, with "+" where files differ from it; empty outside of a repository."""
     try:
         head = _git("rev-parse", "HEAD")
@@ -133,25 +143,25 @@ def _git(*words: str) -> str:
 
 def default_out(device: str) -> Path:
     """results/<the processor's or the GPU's name>.json"""
-    name = timing.machine(device).split(",")[0]
+    name = timing.describe_machine(device).split(",")[0]
     return HERE / "results" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
-def collect(device: str, parts: dict[str, Part], out: Path) -> int:
+def collect(device: str, parts: dict[str, BenchmarkPart], out: Path) -> int:
     """Runs the parts one after another and writes `out` after each, so that an interruption leaves what was measured; how many failed."""
-    began, head = datetime.now(UTC).isoformat(timespec="seconds"), commit()
+    began, head = datetime.now(UTC).isoformat(timespec="seconds"), measured_commit()
     report: dict[str, Any] = {
-        "machine": timing.machine(device),
+        "machine": timing.describe_machine(device),
         "device": device,
         "began": began,
         "commit": head,
-        "versions": versions(),
+        "versions": package_versions(),
         "parts": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, part) in enumerate(parts.items()):
-            report["parts"][name] = run(part, Path(folder) / f"{i}.json")
+            report["parts"][name] = run_part(part, Path(folder) / f"{i}.json")
             timing.write_json(out, report)
     failed = [name for name, record in report["parts"].items() if "error" in record]
     seconds = sum(record["seconds"] for record in report["parts"].values())

@@ -24,12 +24,12 @@ from lora_core import kernels
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.kernels import Member
-from lora_core.kernels.reference import wide
+from lora_core.kernels.reference import wide_dtype
 
 LAYERS: dict[str, dict[str, list[Any]]] = json.loads(
     Path(__file__).with_name("layers.json").read_text()
 )
-SIX = {  # rows, features in, features out: small enough for one thread, and those that a GPU meets in SD 1.5, SDXL and Flux
+DEFAULT_SHAPES = {  # rows, features in, features out: small enough for one thread, and those that a GPU meets in SD 1.5, SDXL and Flux
     "cpu": (
         (4096, 320, 320),
         (1024, 640, 640),
@@ -80,7 +80,7 @@ class Setting(NamedTuple):
     rank: int
 
 
-class Drawn:
+class RandomTensors:
     """Random tensors of one seed."""
 
     def __init__(self, setting: Setting, seed: int = 0) -> None:
@@ -97,13 +97,13 @@ class Drawn:
                 shape,
                 generator=self.generator,
                 device=self.setting.device,
-                dtype=wide(self.setting.dtype),
+                dtype=wide_dtype(self.setting.dtype),
             )
             * size
         )
 
 
-def cases(
+def make_cases(
     op: str, setting: Setting, model: str | None, shapes: Sequence[tuple[int, ...]]
 ) -> list[Case]:
     """The cases of an op: of a model's layers, else of the given [rows, in, out]; an op without shapes of its own has its example."""
@@ -113,45 +113,50 @@ def cases(
         else [(*shape, 1) for shape in shapes]
     )
     if op == "lora_linear":
-        return [linear(row, setting, dora=dora) for dora in (False, True) for row in linears]
+        return [linear_case(row, setting, dora=dora) for dora in (False, True) for row in linears]
     if op == "lora_grouped":
         groups = (
             LAYERS[model]["groups"]
             if model
             else [[rows, fan_in, [out] * 3, 1] for rows, fan_in, out in shapes if fan_in == out]
         )
-        return [grouped(row, setting, dora=dora) for dora in (False, True) for row in groups]
+        return [grouped_case(row, setting, dora=dora) for dora in (False, True) for row in groups]
     if op == "lora_conv":
-        return [convolution(tuple(row), setting) for row in convolutions(model, shapes)]
+        return [convolution_case(tuple(row), setting) for row in convolution_shapes(model, shapes)]
     if op == "dora_norm":
         return [
-            norms(fan_in, out, count, setting) for fan_in, out, count in merged(linears, (1, 2))
+            norm_case(fan_in, out, count, setting)
+            for fan_in, out, count in count_shape_pairs(linears, (1, 2))
         ]
     if op == "dora_norms":
         return [
-            all_norms(
+            norms_case(
                 [
-                    norms(fan_in, out, count, setting)
-                    for fan_in, out, count in merged(linears, (1, 2))
+                    norm_case(fan_in, out, count, setting)
+                    for fan_in, out, count in count_shape_pairs(linears, (1, 2))
                 ]
             )
         ]
     if op in ("dora_compose", "keyed_dropout"):
-        make = composed if op == "dora_compose" else dropped
+        make = compose_case if op == "dora_compose" else dropout_case
         return [
             make(rows, width, count, setting)
-            for rows, width, count in merged(linears, (0, 2) if op == "dora_compose" else (0, 1))
+            for rows, width, count in count_shape_pairs(
+                linears, (0, 2) if op == "dora_compose" else (0, 1)
+            )
         ]
     if op == "snr_weighted_mse":
-        return [squared(name, setting) for name in ([model] if model else LATENTS)]
+        return [loss_case(name, setting) for name in ([model] if model else LATENTS)]
     example = kernels.OPS[op].example
     args = example(0, setting.dtype, setting.device)
     if is_plain(args):
-        return [Case(op, "its example", trained(kernels.OPS[op].reference, args))]
-    return [Case(op, "its example", example(0, wide(setting.dtype), setting.device))]
+        return [Case(op, "its example", mark_trained(kernels.OPS[op].reference, args))]
+    return [Case(op, "its example", example(0, wide_dtype(setting.dtype), setting.device))]
 
 
-def merged(linears: Sequence[tuple[int, ...]], axes: tuple[int, int]) -> list[tuple[int, int, int]]:
+def count_shape_pairs(
+    linears: Sequence[tuple[int, ...]], axes: tuple[int, int]
+) -> list[tuple[int, int, int]]:
     """The distinct pairs of two numbers of the layers' shapes, with their counts."""
     counts: dict[tuple[int, int], int] = {}
     for row in linears:
@@ -160,7 +165,7 @@ def merged(linears: Sequence[tuple[int, ...]], axes: tuple[int, int]) -> list[tu
     return [(*pair, count) for pair, count in counts.items()]
 
 
-def convolutions(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+def convolution_shapes(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """[pixels, in, kernel, stride, out, count]: a model's with the stride 1 that fill the most time, or 3 x 3 and 1 x 1 on shapes that are square."""
     if model:
         rows = [row for row in LAYERS[model]["convolutions"] if row[3] == 1]
@@ -173,7 +178,7 @@ def convolutions(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[l
     ]
 
 
-def trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def mark_trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with requires_grad where training asks for a gradient: floating, and not FROZEN by the name of the reference's argument."""
 
     def mark(name: str, value: Any) -> Any:
@@ -190,15 +195,15 @@ def trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, 
     )
 
 
-def leaves(args: Any) -> list[Tensor]:
+def trained_tensors(args: Any) -> list[Tensor]:
     """The tensors that a gradient is asked for."""
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def linear(row: tuple[int, ...], setting: Setting, *, dora: bool) -> Case:
+def linear_case(row: tuple[int, ...], setting: Setting, *, dora: bool) -> Case:
     """lora_linear with bias; DoRA's norm is an argument, as a run computes it once per optimiser step, but "ours" and "peft" are whole layers."""
     rows, fan_in, out, count = row
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     x, weight, bias = (
         drawn.base(1, rows, fan_in),
         drawn.base(out, fan_in, size=fan_in**-0.5),
@@ -212,12 +217,12 @@ def linear(row: tuple[int, ...], setting: Setting, *, dora: bool) -> Case:
     if dora:
         norm = kernels.reference.dora_norm(weight, down, up, SCALE)
         args = (*args, norm * (1 + drawn.adapter(out, size=0.01)), norm)
-    args = trained(kernels.reference.lora_linear, args)
+    args = mark_trained(kernels.reference.lora_linear, args)
     host = frozen_layer(weight, bias)
-    others = {"frozen": call_of(host["layer"], x)}
+    others = {"frozen": layer_call(host["layer"], x)}
     state = {"down": down, "up": up} | ({"magnitude": args[6]} if dora else {})
-    others["ours"] = call_of(our_layer(weight, bias, setting, state), x)
-    others["peft"] = call_of(peft_layer(frozen_layer(weight, bias), setting, state), x)
+    others["ours"] = layer_call(our_layer(weight, bias, setting, state), x)
+    others["peft"] = layer_call(peft_layer(frozen_layer(weight, bias), setting, state), x)
     return Case(
         "lora_linear", f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{out}", args, count, others
     )
@@ -238,7 +243,7 @@ def frozen_layer(weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
     return nn.ModuleDict({"layer": layer})
 
 
-def call_of(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], list[Tensor]]:
+def layer_call(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], list[Tensor]]:
     """The layer on x of its own, and what it trains."""
     x = x.detach().clone().requires_grad_()
     return lambda: layer(x), [x, *(p for p in layer.parameters() if p.requires_grad)]
@@ -286,10 +291,10 @@ def peft_layer(host: Any, setting: Setting, state: dict[str, Tensor]) -> nn.Modu
     return layer
 
 
-def grouped(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
+def grouped_case(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
     """lora_grouped of layers without bias, as attention has them; the others are the same layers one by one."""
     rows, fan_in, outs, count = row
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     x, members = drawn.base(1, rows, fan_in), []
     calls: dict[str, list[nn.Module]] = {"frozen": [], "ours": [], "peft": []}
     for out in outs:
@@ -305,8 +310,8 @@ def grouped(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
         calls["frozen"].append(frozen_layer(weight, None)["layer"])
         calls["ours"].append(our_layer(weight, None, setting, state))
         calls["peft"].append(peft_layer(frozen_layer(weight, None), setting, state))
-    others = {name: call_of(Together(layers), x) for name, layers in calls.items()}
-    args = trained(kernels.reference.lora_grouped, (x, tuple(members)))
+    others = {name: layer_call(Together(layers), x) for name, layers in calls.items()}
+    args = mark_trained(kernels.reference.lora_grouped, (x, tuple(members)))
     return Case(
         "lora_grouped",
         f"{'DoRA' if dora else 'LoRA'} {rows},{fan_in},{'+'.join(map(str, outs))}",
@@ -327,10 +332,10 @@ class Together(nn.Module):
         return tuple(layer(x) for layer in self.layers)
 
 
-def convolution(row: tuple[int, ...], setting: Setting) -> Case:
+def convolution_case(row: tuple[int, ...], setting: Setting) -> Case:
     """lora_conv with bias on a square picture, padded so that its size stays."""
     pixels, fan_in, kernel, stride, out, count = row
-    drawn, side = Drawn(setting), math.isqrt(pixels) * stride
+    drawn, side = RandomTensors(setting), math.isqrt(pixels) * stride
     size = (fan_in * kernel * kernel) ** -0.5
     x, weight, bias = (
         drawn.base(1, fan_in, side, side),
@@ -355,22 +360,22 @@ def convolution(row: tuple[int, ...], setting: Setting) -> Case:
     )
     state = {"down": down, "up": up}
     others = {
-        "frozen": call_of(frozen_layer(weight, bias, stride)["layer"], x),
-        "ours": call_of(our_layer(weight, bias, setting, state, stride), x),
-        "peft": call_of(peft_layer(frozen_layer(weight, bias, stride), setting, state), x),
+        "frozen": layer_call(frozen_layer(weight, bias, stride)["layer"], x),
+        "ours": layer_call(our_layer(weight, bias, setting, state, stride), x),
+        "peft": layer_call(peft_layer(frozen_layer(weight, bias, stride), setting, state), x),
     }
     return Case(
         "lora_conv",
         f"{pixels},{fan_in},{kernel}x{kernel},{out}",
-        trained(kernels.reference.lora_conv, args),
+        mark_trained(kernels.reference.lora_conv, args),
         count,
         others,
     )
 
 
-def norms(fan_in: int, out: int, count: int, setting: Setting) -> Case:
+def norm_case(fan_in: int, out: int, count: int, setting: Setting) -> Case:
     """dora_norm; "peft" is what its layer computes in every forward: B A by way of an identity matrix, W + s B A, its norm."""
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     weight, down = (
         drawn.base(out, fan_in, size=fan_in**-0.5),
         drawn.adapter(setting.rank, fan_in, size=fan_in**-0.5),
@@ -400,10 +405,12 @@ def norms(fan_in: int, out: int, count: int, setting: Setting) -> Case:
     )
 
 
-def all_norms(layers: list[Case]) -> Case:
+def norms_case(layers: list[Case]) -> Case:
     """dora_norms of SEVERAL layers of each shape, or as many as there are, in one call; "peft" computes them one by one."""
     counts = [min(layer.count, SEVERAL) for layer in layers]
-    args = tuple(copied(layer.args) for layer, count in zip(layers, counts) for _ in range(count))
+    args = tuple(
+        copy_arguments(layer.args) for layer, count in zip(layers, counts) for _ in range(count)
+    )
     calls = [layer.others["peft"][0] for layer, count in zip(layers, counts) for _ in range(count)]
     return Case(
         "dora_norms",
@@ -413,9 +420,9 @@ def all_norms(layers: list[Case]) -> Case:
     )
 
 
-def composed(rows: int, out: int, count: int, setting: Setting) -> Case:
+def compose_case(rows: int, out: int, count: int, setting: Setting) -> Case:
     """dora_compose with a bias."""
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     args = (
         drawn.base(1, rows, out),
         drawn.base(out, size=0.1),
@@ -423,16 +430,16 @@ def composed(rows: int, out: int, count: int, setting: Setting) -> Case:
         1 + drawn.adapter(out, size=0.01),
     )
     return Case(
-        "dora_compose", f"{rows},{out}", trained(kernels.reference.dora_compose, args), count
+        "dora_compose", f"{rows},{out}", mark_trained(kernels.reference.dora_compose, args), count
     )
 
 
-def dropped(rows: int, fan_in: int, count: int, setting: Setting) -> Case:
+def dropout_case(rows: int, fan_in: int, count: int, setting: Setting) -> Case:
     """keyed_dropout; "torch" is F.dropout, whose mask depends on what was drawn before."""
-    x = Drawn(setting).base(1, rows, fan_in)
+    x = RandomTensors(setting).base(1, rows, fan_in)
     step, keys = torch.tensor(3, device=setting.device), torch.tensor([7], device=setting.device)
     own = x.clone().requires_grad_()
-    args = trained(kernels.reference.keyed_dropout, (x, 0.1, 1, 12345, step, keys))
+    args = mark_trained(kernels.reference.keyed_dropout, (x, 0.1, 1, 12345, step, keys))
     return Case(
         "keyed_dropout",
         f"{rows},{fan_in}",
@@ -450,22 +457,22 @@ def is_plain(args: Any) -> bool:
     )
 
 
-def squared(model: str, setting: Setting) -> Case:
+def loss_case(model: str, setting: Setting) -> Case:
     """snr_weighted_mse of one latent picture with a mask and a weight."""
-    drawn, shape = Drawn(setting), LATENTS[model]
+    drawn, shape = RandomTensors(setting), LATENTS[model]
     out, target, mask = (
         drawn.base(1, *shape),
         drawn.base(1, *shape),
         drawn.base(1, 1, *shape[1:]) > 0,
     )
-    args = trained(
+    args = mark_trained(
         kernels.reference.snr_weighted_mse,
         (out, target, mask.to(out.dtype), drawn.adapter(1).abs()),
     )
     return Case("snr_weighted_mse", f"{model} {'x'.join(map(str, shape))}", args)
 
 
-def copied(args: Any, dtype: torch.dtype | None = None) -> Any:
+def copy_arguments(args: Any, dtype: torch.dtype | None = None) -> Any:
     """Plain arguments of the same values in storages of their own, floating ones in `dtype`."""
 
     def one(value: Any) -> Any:

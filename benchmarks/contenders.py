@@ -28,18 +28,18 @@ from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.diffusion import losses, noise, prediction
 from lora_core.diffusion.losses import StepOutput
-from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
+from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.family import read_json
-from lora_core.kernels import using
+from lora_core.kernels import use_kernels
 from lora_core.optim import schedules
 from models import flux, load_family, sd
-from models.published import KINDS
+from models.published import PUBLISHED_MODELS
 from training import cuda_graph
 
 TOY = Path(__file__).parent.parent / "toy" / "model"
 RANK = 16
 RATE, DECAY, CLIP = 1e-4, 1e-2, 1.0  # defaults of the scripts; clipping and decay are ours too
-SPREAD = 0.1  # std of the cached posteriors beside latents of std 1
+POSTERIOR_STD = 0.1  # std of the cached posteriors beside latents of std 1
 
 
 class Problem(NamedTuple):
@@ -59,14 +59,14 @@ class Problem(NamedTuple):
 
     @property
     def paths(self) -> list[str]:
-        return injection.targets(self.network, self.targets)
+        return injection.target_paths(self.network, self.targets)
 
     @property
     def schedule(self) -> Schedule:
         return (
-            flux.schedule_of(self.scheduler)
+            flux.flux_schedule(self.scheduler)
             if self.is_flow
-            else noise.vp_from_config(self.scheduler)
+            else noise.vp_schedule_from_config(self.scheduler)
         )
 
     def out(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
@@ -74,12 +74,15 @@ class Problem(NamedTuple):
         x_t = x_t.to(self.told["encoder_hidden_states"].dtype)
         if not self.is_flow:
             return network(sample=x_t, timestep=t, **self.told)[0]
-        return flux.unpack(
-            network(hidden_states=flux.pack(x_t), timestep=t, **self.told)[0], *x_t.shape[-2:]
+        return flux.unpack_latents(
+            network(hidden_states=flux.pack_latents(x_t), timestep=t, **self.told)[0],
+            *x_t.shape[-2:],
         )
 
 
-def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK) -> Problem:
+def open_problem(
+    name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK
+) -> Problem:
     """The embedded model in fp32 at its own size ("toy"), or a random network of benchmarks.published_networks in bf16 for side x side pixels (0: its own)."""
     if name == "toy":
         family = load_family(str(TOY))
@@ -93,7 +96,7 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int
             generator=torch.Generator().manual_seed(0),
         )
         scheduler = read_json(str(TOY), "scheduler/scheduler_config.json")
-        return problem(
+        return build_problem(
             name,
             network,
             {"encoder_hidden_states": text},
@@ -102,16 +105,18 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int
             sd.ATTENTION,
             rank,
         )
-    told = published_networks.inputs(name, batch, side, device)
+    told = published_networks.network_inputs(name, batch, side, device)
     pixels, latents = (
         side or published_networks.SIDES[name],
         told.pop("hidden_states" if name == "flux" else "sample").float(),
     )
-    mean = flux.unpack(latents, pixels // 8, pixels // 8) if name == "flux" else latents
-    scheduler = KINDS[published_networks.CLASSES[name][1]].files["scheduler/scheduler_config.json"]
-    return problem(
+    mean = flux.unpack_latents(latents, pixels // 8, pixels // 8) if name == "flux" else latents
+    scheduler = PUBLISHED_MODELS[published_networks.CLASSES[name][1]].files[
+        "scheduler/scheduler_config.json"
+    ]
+    return build_problem(
         name,
-        published_networks.network(name, device),
+        published_networks.build_network(name, device),
         told,
         mean,
         scheduler,
@@ -120,7 +125,7 @@ def make(name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int
     )
 
 
-def problem(
+def build_problem(
     name: str,
     network: nn.Module,
     told: dict[str, Any],
@@ -136,7 +141,7 @@ def problem(
     )
 
 
-def twin(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
+def clone_network(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
     """The same network on the same parameters with modules of its own; with channels_last, convolution weights of its own in that layout."""
     shared = {id(p): p for p in network.parameters() if not (channels_last and p.ndim == 4)}
     made = copy.deepcopy(network, shared)
@@ -146,7 +151,7 @@ def twin(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
 # ---------------------------------------------------------------- ours
 
 
-class Drawn(NamedTuple):
+class StepNoise(NamedTuple):
     """What a step is given, keyed by image and visit."""
 
     posterior: Tensor  # [b, c, h, w] of N(0, 1), as eps
@@ -154,7 +159,7 @@ class Drawn(NamedTuple):
     level: NoiseLevel
 
 
-class Loop:
+class OurLoop:
     """What train.py does in a step, with `update` its device part: fixed shapes, nothing read back. `graph` replays that (CUDA)."""
 
     def __init__(self, problem: Problem, network: nn.Module, *, graph: bool = False) -> None:
@@ -166,48 +171,53 @@ class Loop:
         )
         self.schedule, self.row = problem.schedule, "flow" if problem.is_flow else "epsilon"
         self.std, self.prior = (
-            torch.full_like(problem.mean, SPREAD),
+            torch.full_like(problem.mean, POSTERIOR_STD),
             torch.zeros(len(problem.mean), dtype=torch.bool, device=self.device),
         )
-        self.replayed = cuda_graph.Replayed() if graph else None
+        self.replayed = cuda_graph.GraphReplay() if graph else None
 
     def __call__(self) -> Tensor:
         """The loss of one step, for which nothing waits."""
-        drawn = cuda_graph.mapped(self.draw(), self._put)
+        drawn = cuda_graph.map_tensors(self.draw(), self._put)
         return (self.update(drawn) if self.replayed is None else self.replayed(self.update, drawn))[
             0
         ]
 
-    def draw(self) -> Drawn:
+    def draw(self) -> StepNoise:
         """The host's part, on the CPU."""
         self.visit += 1
         names = tuple(map(str, range(len(self.problem.mean))))
-        keys, shape = Keys(0, names, (self.visit,) * len(names)), tuple(self.problem.mean.shape[1:])
-        level = noise.draw(self.schedule, keys)
-        return Drawn(keys.normal("posterior", shape), noise.sample_noise(keys, shape)[0], level)
+        keys, shape = (
+            RandomKeys(0, names, (self.visit,) * len(names)),
+            tuple(self.problem.mean.shape[1:]),
+        )
+        level = noise.sample_levels(self.schedule, keys)
+        return StepNoise(keys.normal("posterior", shape), noise.sample_noise(keys, shape)[0], level)
 
     def _put(self, x: Tensor) -> Tensor:
         return (
             x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
         )
 
-    def update(self, drawn: Drawn) -> tuple[Tensor]:
+    def update(self, drawn: StepNoise) -> tuple[Tensor]:
         raise NotImplementedError
 
-    def loss(self, drawn: Drawn) -> Tensor:
+    def loss(self, drawn: StepNoise) -> Tensor:
         """0-dim: train.training_step's rows, weighed and averaged."""
         x0 = self.problem.mean + self.std * drawn.posterior
         x_t = noise.add_noise(x0, drawn.eps, drawn.level)
         out = self.problem.out(self.network, x_t, drawn.level.t).float()
-        out, target, row = prediction.compared(self.row, "model", out, x0, drawn.eps, drawn.level)
+        out, target, row = prediction.to_loss_space(
+            self.row, "model", out, x0, drawn.eps, drawn.level
+        )
         rows = losses.mse(
             StepOutput(out, target, x0, drawn.eps, x_t, drawn.level, row, None, self.prior, 0)
         )
-        rows = rows * losses.weight("none", drawn.level, self.row)
-        return losses.total(rows, self.prior, prior_weight=1.0, instances=len(rows))
+        rows = rows * losses.loss_weights("none", drawn.level, self.row)
+        return losses.sum_losses(rows, self.prior, prior_weight=1.0, instances=len(rows))
 
 
-class Ours(Loop):
+class OurStep(OurLoop):
     """Adapters of lora_core on every target, clipping and AdamW as the training loop has them; `mode` of the kernels."""
 
     def __init__(
@@ -221,25 +231,25 @@ class Ours(Loop):
     ) -> None:
         super().__init__(problem, network, graph=graph)
         injection.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
-        self.parameters, self.mode = injection.parameters(network), mode
+        self.parameters, self.mode = injection.adapter_parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
-        self.optimizer = schedules.build("adamw", [group], {})
+        self.optimizer = schedules.build_optimizer("adamw", [group], {})
         for held in self.optimizer.param_groups if graph else ():
             held["lr"] = torch.full(
                 (), held["lr"], dtype=torch.float64, device=self.device
             )  # as training/setup.py has it: a graph reads it there
 
-    def update(self, drawn: Drawn) -> tuple[Tensor]:
+    def update(self, drawn: StepNoise) -> tuple[Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with using(self.mode), injection.steady(self.network):
+        with use_kernels(self.mode), injection.cache_dora_norms(self.network):
             loss = self.loss(drawn)
             loss.backward()
-        schedules.clip_(self.parameters, CLIP)
+        schedules.clip_gradients_(self.parameters, CLIP)
         self.optimizer.step()
         return (loss.detach(),)
 
 
-class Frozen(Loop):
+class FrozenStep(OurLoop):
     """No adapters, no optimiser: forward, and backward to the outputs of the first layers that an adapter would sit on."""
 
     def __init__(self, problem: Problem, network: nn.Module, *, graph: bool = False) -> None:
@@ -247,16 +257,16 @@ class Frozen(Loop):
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         for path in problem.paths:
             network.get_submodule(path).register_forward_hook(
-                lambda _m, _x, y: y if y.requires_grad else Root.apply(y, anchor)
+                lambda _m, _x, y: y if y.requires_grad else GradientRoot.apply(y, anchor)
             )
 
-    def update(self, drawn: Drawn) -> tuple[Tensor]:
+    def update(self, drawn: StepNoise) -> tuple[Tensor]:
         loss = self.loss(drawn)
         loss.backward()
         return (loss.detach(),)
 
 
-class Root(torch.autograd.Function):
+class GradientRoot(torch.autograd.Function):
     """y itself, from which on a gradient is asked for, as if a parameter had made it. No work either way."""
 
     @staticmethod
@@ -271,7 +281,7 @@ class Root(torch.autograd.Function):
 # ---------------------------------------------------------------- diffusers' scripts with peft
 
 
-class Peer:
+class PeftStep:
     """The loop body of train_dreambooth_lora_sdxl.py (UNets) and train_dreambooth_lora_flux.py (diffusers 0.4x), written anew from its behaviour.
 
     Its adapters are fp32 like ours, which the scripts see to for fp16 (cast_training_params); with bf16=True they are what add_adapter makes beside a
@@ -308,7 +318,7 @@ class Peer:
         self.scheduler = schedulers.from_config(
             {key: value for key, value in problem.scheduler.items() if not key.startswith("_")}
         )
-        self.mean, self.std = problem.mean, torch.full_like(problem.mean, SPREAD)
+        self.mean, self.std = problem.mean, torch.full_like(problem.mean, POSTERIOR_STD)
         self.dtype, self.device = problem.told["encoder_hidden_states"].dtype, device
 
     def __call__(self) -> float:

@@ -95,7 +95,7 @@ CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_convolution",
 
 
 @dataclass
-class Row:
+class OperatorCount:
     """One operator's share."""
 
     ops: int = 0
@@ -106,10 +106,10 @@ class Row:
 class Tally:
     """Sums by class and by operator."""
 
-    classes: dict[str, Row] = field(
-        default_factory=lambda: defaultdict(Row)
+    classes: dict[str, OperatorCount] = field(
+        default_factory=lambda: defaultdict(OperatorCount)
     )  # product, convolution, attention, elementwise
-    operators: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))
+    operators: dict[str, OperatorCount] = field(default_factory=lambda: defaultdict(OperatorCount))
     syncs: int = 0
 
     @property
@@ -164,7 +164,7 @@ class Counter(TorchDispatchMode):
             and not is_view(func)
             and any(t.numel() for t in _tensors((args, kwargs, out)))
         ):
-            self.tally.add(name, class_of(name), 1, traffic(func, args, kwargs, out))
+            self.tally.add(name, operator_class(name), 1, traffic_bytes(func, args, kwargs, out))
 
 
 def is_view(func: Any) -> bool:
@@ -175,7 +175,7 @@ def is_view(func: Any) -> bool:
     )
 
 
-def class_of(name: str) -> str:
+def operator_class(name: str) -> str:
     if name in PRODUCTS:
         return "product"
     if name in CONVOLUTIONS:
@@ -183,7 +183,7 @@ def class_of(name: str) -> str:
     return "attention" if name.startswith("_scaled_dot_product") else "elementwise"
 
 
-def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def traffic_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Bytes that one call reads and writes."""
     read: dict[Any, int] = {}
     written: dict[Any, int] = {}
@@ -193,15 +193,15 @@ def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         writes = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in _tensors(value):
             if writes:
-                written[_place(tensor)] = touched(tensor)
+                written[_place(tensor)] = touched_bytes(tensor)
             if name not in SHAPED and not (writes and (argument.is_out or name in OVERWRITES)):
-                read[_place(tensor)] = touched(tensor)
+                read[_place(tensor)] = touched_bytes(tensor)
     for tensor in _tensors(out):
-        written[_place(tensor)] = touched(tensor)
+        written[_place(tensor)] = touched_bytes(tensor)
     return sum(read.values()) + sum(written.values())
 
 
-def touched(tensor: Tensor) -> int:
+def touched_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor without the elements that an expanded axis repeats."""
     size = tensor.element_size()
     for n, stride in zip(tensor.shape, tensor.stride()):
@@ -234,7 +234,7 @@ class _Held:
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """The distinct storages that autograd still held at the end of the block, each by one of its tensors."""
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -245,9 +245,9 @@ class Kept:
 
 
 @contextmanager
-def saved(*excluded: Any) -> Iterator[Kept]:
+def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
     """What autograd saved inside the block and still holds at its end, but for the storages of `excluded`: parameters, inputs."""
-    kept, held = Kept(), weakref.WeakSet[_Held]()
+    kept, held = SavedActivations(), weakref.WeakSet[_Held]()
 
     def pack(tensor: Tensor) -> _Held:
         one = _Held(tensor)

@@ -19,13 +19,21 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import LAYERS, SIX, Case, Setting, cases, leaves
-from benchmarks.measure import Plan, Rates, both, check, measured_rates, report, twins
+from benchmarks.cases import DEFAULT_SHAPES, LAYERS, Case, Setting, make_cases, trained_tensors
+from benchmarks.measure import (
+    DeviceRates,
+    MeasurementPlan,
+    check_implementations,
+    forward_and_backward,
+    implementations,
+    measure_case,
+    measure_device_rates,
+)
 from benchmarks.model_cost import model_cost
 from lora_core import kernels
 from lora_core.errors import UserError
 from lora_core.kernels import OPS, winners
-from lora_core.plugins import from_file
+from lora_core.plugins import load_from_file
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -43,15 +51,15 @@ SLACK = 0.03  # by so much a twin has to beat the fused one to be the winner: le
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = kernels_parser().parse_args(argv)
     try:
-        return run(args)
+        return run_kernels(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
+def kernels_parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n\n")[0]
     )
@@ -117,27 +125,31 @@ def parser() -> argparse.ArgumentParser:
     return new
 
 
-def run(args: argparse.Namespace) -> int:
-    plan = plan_of(args)
+def run_kernels(args: argparse.Namespace) -> int:
+    plan = read_plan(args)
     torch.set_num_threads(args.threads)
     shapes: list[tuple[int, ...]] = (
-        [shape_of(text) for text in args.shape] if args.shape else list(SIX[args.device])
+        [parse_shape(text) for text in args.shape]
+        if args.shape
+        else list(DEFAULT_SHAPES[args.device])
     )
     names = args.op or (
         ["lora_linear"] if args.candidate else list(QUICK) if args.quick else list(OPS)
     )
-    print(timing.machine(args.device), flush=True)
+    print(timing.describe_machine(args.device), flush=True)
     if args.tune:
-        return tune(args, plan, names, shapes + ([] if args.shape or args.model else list(SMALL)))
-    found = [case for name in names for case in cases(name, plan.setting, args.model, shapes)]
+        return tune_kernels(
+            args, plan, names, shapes + ([] if args.shape or args.model else list(SMALL))
+        )
+    found = [case for name in names for case in make_cases(name, plan.setting, args.model, shapes)]
     if args.profile:
-        profile(found[0], plan)
+        profile_case(found[0], plan)
         return 0
     if args.device == "cpu" and not args.quick:
         print(
             "triton twins are left out: on the CPU they run in an interpreter, whose time says nothing"
         )
-    rates = measured_rates(plan.setting)
+    rates = measure_device_rates(plan.setting)
     copy, product = rates.bandwidth / 1e9, rates.products / 1e9
     print(
         f"{plan.setting.dtype}, rank {args.rank}; in this run a copy moves {copy:.1f} GB/s and a product does {product:.0f} GFLOP/s\n",
@@ -145,19 +157,22 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = []
     for case in found:
-        rows.append(report(case, plan, rates))
-        show(rows[-1])
-        store(args, rates, rows, {})  # what an interruption leaves
-    store(args, rates, rows, summarise(rows, args.model, plan))
+        rows.append(measure_case(case, plan, rates))
+        print_case(rows[-1])
+        write_results(args, rates, rows, {})  # what an interruption leaves
+    write_results(args, rates, rows, summarise(rows, args.model, plan))
     return 1 if any(row["broken"] for row in rows) else 0
 
 
-def store(
-    args: argparse.Namespace, rates: Rates, rows: list[dict[str, Any]], summary: dict[str, Any]
+def write_results(
+    args: argparse.Namespace,
+    rates: DeviceRates,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
 ) -> None:
     if args.json:
         where = {
-            "machine": timing.machine(args.device),
+            "machine": timing.describe_machine(args.device),
             "device": args.device,
             "dtype": args.dtype or "bf16",
             "rank": args.rank,
@@ -168,9 +183,9 @@ def store(
         )
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
+def read_plan(args: argparse.Namespace) -> MeasurementPlan:
     """Raises UserError for what does not go together."""
-    timing.check(args, "rank", "rounds", "threads")
+    timing.check_positive(args, "rank", "rounds", "threads")
     if args.graph and args.device == "cpu":
         raise UserError("--graph is given with --device cpu; CUDA graphs need a GPU, leave it out")
     mode, idle = (
@@ -198,10 +213,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
                 f"--candidate is measured as one op, got --op {' '.join(args.op)}; name one"
             )
         file, _, name = args.candidate.rpartition(":")
-        candidate = from_file(file, name, "function")
+        candidate = load_from_file(file, name, "function")
     setting = Setting(args.device, DTYPES[args.dtype or "bf16"], args.rank)
     compiled = args.device == "cuda" and not args.quick if args.compile is None else args.compile
-    return Plan(
+    return MeasurementPlan(
         setting,
         3 if args.quick else args.rounds,
         1.0 if args.quick else 5.0,
@@ -212,14 +227,14 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def shape_of(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--shape got {text!r}; expected rows,in,out such as 1024,640,640")
     return tuple(int(part) for part in parts)
 
 
-def show(row: dict[str, Any]) -> None:
+def print_case(row: dict[str, Any]) -> None:
     """The table of one case."""
     floor, line = row["minimum"], f"{row['op']} {row['case']}, {row['rounds']} rounds"
     if floor:
@@ -251,10 +266,12 @@ def show(row: dict[str, Any]) -> None:
             found.get("gradient error"),
         ]
         lines.append([name, 1e3 * found["forward"], 1e3 * found["backward"], *ratios, *tail])
-    print(timing.table(heads, lines) + "\n", flush=True)
+    print(timing.text_table(heads, lines) + "\n", flush=True)
 
 
-def summarise(rows: list[dict[str, Any]], model: str | None, plan: Plan) -> dict[str, Any]:
+def summarise(
+    rows: list[dict[str, Any]], model: str | None, plan: MeasurementPlan
+) -> dict[str, Any]:
     """Geometric means of ours over peft and over the frozen layer, by op and kind, the norm's figures, and a model's cost; printed and returned."""
     summary: dict[str, Any] = {}
     for key in dict.fromkeys(
@@ -298,14 +315,14 @@ def summarise(rows: list[dict[str, Any]], model: str | None, plan: Plan) -> dict
     return summary
 
 
-def tune(
-    args: argparse.Namespace, plan: Plan, names: list[str], shapes: list[tuple[int, ...]]
+def tune_kernels(
+    args: argparse.Namespace, plan: MeasurementPlan, names: list[str], shapes: list[tuple[int, ...]]
 ) -> int:
     """Times reference, fused and triton forward and backward, and stores a row for every op, dtype and class of shapes."""
     path = args.winners or winners.cache_file()
     if path.exists():
         try:
-            winners.read(path)
+            winners.read_winners(path)
         except ValueError as error:
             raise UserError(f"{error}; delete it, or give --winners another file") from error
     rows: list[dict[str, Any]] = []
@@ -314,44 +331,47 @@ def tune(
     origin = {
         "command": command,
         "date": date.today().isoformat(),
-        "machine": timing.machine(args.device),
+        "machine": timing.describe_machine(args.device),
     }
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
         setting = plan.setting._replace(dtype=DTYPES[dtype])
         for name in names:
-            rows += tuned(
+            rows += tune_op(
                 name,
-                cases(name, setting, args.model, shapes),
+                make_cases(name, setting, args.model, shapes),
                 plan._replace(setting=setting, compiled=False, candidate=None),
             )
-            winners.store(
+            winners.store_winners(
                 path, device, origin | {"rows": rows}
             )  # an interruption leaves what was measured
     print(f"{len(rows)} rows for {device} in {path}")
     return 0
 
 
-def tuned(name: str, found: list[Case], plan: Plan) -> list[dict[str, Any]]:
+def tune_op(name: str, found: list[Case], plan: MeasurementPlan) -> list[dict[str, Any]]:
     """The rows of one op in one dtype; that of winners.ANY is the fastest over all its cases and their counts."""
     op, rows = OPS[name], []
     sums: dict[str, list[float]] = {}
     dtype = str(winners.first_tensor(found[0].args).dtype).removeprefix("torch.")
     for case in found:
-        functions = twins(case, plan)
-        wrong = check(case, functions)[1]
+        functions = implementations(case, plan)
+        wrong = check_implementations(case, functions)[1]
         calls = {
-            key: both(lambda f=f, case=case: f(*case.args), leaves(case.args))
+            key: forward_and_backward(
+                lambda f=f, case=case: f(*case.args), trained_tensors(case.args)
+            )
             for key, f in functions.items()
             if key not in wrong
         }  # type: ignore[misc]
         times = timing.alternate(
             calls, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit
         )
-        seconds = {key: timing.median(times, key) for key in times}
+        seconds = {key: timing.median_seconds(times, key) for key in times}
         for key, value in seconds.items():
             sums.setdefault(key, []).append(value * case.count)
         ratios = {
-            key: timing.ratio(times, key, "fused") if "fused" in times else 1.0 for key in times
+            key: timing.median_ratio(times, key, "fused") if "fused" in times else 1.0
+            for key in times
         }
         group = winners.shape_class(op, case.args)
         rows.append(
@@ -359,12 +379,12 @@ def tuned(name: str, found: list[Case], plan: Plan) -> list[dict[str, Any]]:
                 "op": name,
                 "dtype": dtype,
                 "class": group,
-                "winner": best(ratios),
+                "winner": fastest_implementation(ratios),
                 "seconds": {key: float(f"{value:.4g}") for key, value in seconds.items()},
             }
         )
         took = ", ".join(f"{key} {1e3 * value:.3g} ms" for key, value in seconds.items())
-        print(f"{name} {dtype} {case.label}: {best(ratios)}; {took}", flush=True)
+        print(f"{name} {dtype} {case.label}: {fastest_implementation(ratios)}; {took}", flush=True)
     totals = {key: sum(values) for key, values in sums.items() if len(values) == len(found)}
     every = {key: value / totals.get("fused", value) for key, value in totals.items()}
     return [
@@ -373,19 +393,19 @@ def tuned(name: str, found: list[Case], plan: Plan) -> list[dict[str, Any]]:
             "op": name,
             "dtype": dtype,
             "class": winners.ANY,
-            "winner": best(every),
+            "winner": fastest_implementation(every),
             "seconds": totals,
         },
     ]
 
 
-def best(ratios: dict[str, float]) -> str:
+def fastest_implementation(ratios: dict[str, float]) -> str:
     """The fastest by its time over the fused twin's, which keeps its place unless it is beaten by more than SLACK."""
     first = min(ratios, key=lambda key: ratios[key])
     return "fused" if "fused" in ratios and ratios[first] > 1 - SLACK else first
 
 
-def profile(case: Case, plan: Plan) -> None:
+def profile_case(case: Case, plan: MeasurementPlan) -> None:
     """torch.profiler's table of forward and backward of the reference and of what `kernels.call` takes, or of the candidate."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -399,7 +419,7 @@ def profile(case: Case, plan: Plan) -> None:
     contenders["ours"] = lambda *args: kernels.call(case.op, *args)
     for name, function in contenders.items():
         assert function is not None
-        step = both(lambda f=function: f(*case.args), leaves(case.args))  # type: ignore[misc]
+        step = forward_and_backward(lambda f=function: f(*case.args), trained_tensors(case.args))  # type: ignore[misc]
         step()
         with profiler(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

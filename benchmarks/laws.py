@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from benchmarks.cases import copied, leaves
+from benchmarks.cases import copy_arguments, trained_tensors
 
 ALLOWED = 2.0  # times the reference's own error
 
@@ -36,11 +36,11 @@ class Error(NamedTuple):
     worst: float  # largest difference, over the largest true value
 
 
-def outcome(
+def run_outcome(
     call: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]
 ) -> Outcome:
     """Results of the call on copies of the arguments, their gradients for a fixed random slope, and the tensor arguments that it wrote."""
-    mine, before = copied(args), copied(args)
+    mine, before = copy_arguments(args), copy_arguments(args)
     results = [leaf for leaf in tree_leaves(call(*mine)) if isinstance(leaf, Tensor)]
     values = {
         f"result {i}" if len(results) > 1 else "result": result.detach()
@@ -48,12 +48,12 @@ def outcome(
     }
     names = list(inspect.signature(reference).parameters)
     smooth = [result for result in results if result.requires_grad]
-    trains = leaves(mine)
+    trains = trained_tensors(mine)
     found: list[Tensor | None] = [None] * len(trains)
     if smooth and trains:
         found = list(
             torch.autograd.grad(
-                smooth, trains, [slope(result) for result in smooth], allow_unused=True
+                smooth, trains, [output_gradient(result) for result in smooth], allow_unused=True
             )
         )
     gradients = {id(leaf): gradient for leaf, gradient in zip(trains, found)}
@@ -68,11 +68,14 @@ def outcome(
     largest = max(leaf.numel() for leaf in tree_leaves(mine) if isinstance(leaf, Tensor))
     return Outcome(
         values,
-        {name: _running(value, largest / max(1, value.numel())) for name, value in values.items()},
+        {
+            name: _running_sum_error(value, largest / max(1, value.numel()))
+            for name, value in values.items()
+        },
     )
 
 
-def _running(value: Tensor, terms: float) -> float:
+def _running_sum_error(value: Tensor, terms: float) -> float:
     """u sqrt(terms / 6), at least u; 0 for whole numbers."""
     return (
         torch.finfo(value.dtype).eps / 2 * math.sqrt(max(1.0, terms / 6))
@@ -81,7 +84,7 @@ def _running(value: Tensor, terms: float) -> float:
     )
 
 
-def slope(result: Tensor) -> Tensor:
+def output_gradient(result: Tensor) -> Tensor:
     """A random gradient of a result, the same for a shape whatever the dtype: its values are bf16's."""
     generator = torch.Generator(result.device).manual_seed(1)
     return (
@@ -91,7 +94,7 @@ def slope(result: Tensor) -> Tensor:
     )
 
 
-def errors(got: Outcome, truth: Outcome) -> dict[str, Error]:
+def errors_to_truth(got: Outcome, truth: Outcome) -> dict[str, Error]:
     """Of everything that the truth names. ValueError, a sentence, where something is missing, has another shape, or is not finite."""
     found = {}
     for name, true in truth.values.items():
@@ -113,10 +116,10 @@ def errors(got: Outcome, truth: Outcome) -> dict[str, Error]:
     return found
 
 
-def broken(got: Outcome, truth: Outcome, eager: dict[str, Error]) -> str | None:
+def broken_law(got: Outcome, truth: Outcome, eager: dict[str, Error]) -> str | None:
     """How an outcome breaks the law, in words; None where it keeps it."""
     try:
-        mine = errors(got, truth)
+        mine = errors_to_truth(got, truth)
     except ValueError as error:
         return str(error)
     for name, found in mine.items():

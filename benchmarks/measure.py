@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import laws, timing
-from benchmarks.cases import Case, Setting, copied, is_plain, leaves
-from benchmarks.counting import Counter, saved, touched
+from benchmarks.cases import Case, Setting, copy_arguments, is_plain, trained_tensors
+from benchmarks.counting import Counter, saved_activations, touched_bytes
 from lora_core import kernels
 from lora_core.errors import UserError
 from lora_core.kernels import OPS
@@ -26,7 +26,7 @@ NO_INPUT = ("keyed_dropout",)  # whose backward needs none of its arguments
 Call = tuple[Callable[[], Any], list[Tensor]]  # and what it trains
 
 
-class Plan(NamedTuple):
+class MeasurementPlan(NamedTuple):
     """How a case is measured."""
 
     setting: Setting
@@ -38,14 +38,14 @@ class Plan(NamedTuple):
     candidate: Callable[..., Any] | None = None
 
 
-class Rates(NamedTuple):
+class DeviceRates(NamedTuple):
     """What the device can do, measured in this run."""
 
     bandwidth: float  # bytes a second of a copy, read and written
     products: float  # FLOP a second of a large matrix product in the run's dtype
 
 
-def twins(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
+def implementations(case: Case, plan: MeasurementPlan) -> dict[str, Callable[..., Any]]:
     """The op's implementations that run here."""
     op = OPS[case.op]
     found: dict[str, Callable[..., Any]] = {"reference": op.reference}
@@ -65,30 +65,33 @@ def twins(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def report(case: Case, plan: Plan, rates: Rates) -> dict[str, Any]:
+def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[str, Any]:
     """The row of one case. Raises UserError for a candidate that breaks the law."""
-    functions = twins(case, plan)
-    checked, broken = check(case, functions)
-    if "compile" in functions and (why := untraceable(case, functions["compile"])):
+    functions = implementations(case, plan)
+    checked, broken = check_implementations(case, functions)
+    if "compile" in functions and (why := compile_failure(case, functions["compile"])):
         print(f"{case.op} {case.label}: torch.compile of the reference is left out, it {why}")
         del functions["compile"]
     calls: dict[str, Call] = {
-        name: (lambda f=f: f(*case.args), leaves(case.args)) for name, f in functions.items()
+        name: (lambda f=f: f(*case.args), trained_tensors(case.args))
+        for name, f in functions.items()
     }  # type: ignore[misc]
-    calls |= {"ours": (lambda: kernels.call(case.op, *case.args), leaves(case.args))} | case.others
+    calls |= {
+        "ours": (lambda: kernels.call(case.op, *case.args), trained_tensors(case.args))
+    } | case.others
     if plan.quick:
         calls = {
             name: call
             for name, call in calls.items()
             if name in ("ours", "candidate") or name in case.others
         }
-    times = measure(calls, plan)
+    times = time_calls(calls, plan)
     contenders = {
-        name: figures(name, call, case, times, plan)
+        name: measure_call(name, call, case, times, plan)
         for name, call in calls.items()
         if name in times
     }
-    floor = roofline(case, rates)
+    floor = minimum_cost(case, rates)
     for name, row in contenders.items():
         row.update(checked.get(name, {}))
         bounded = floor and name != "frozen"
@@ -108,15 +111,17 @@ def report(case: Case, plan: Plan, rates: Rates) -> dict[str, Any]:
     }
     for other in ("frozen", "peft", "torch", "compile"):
         if other in times:
-            row[f"to {other}"] = {name: timing.ratio(times, name, other) for name in contenders}
+            row[f"to {other}"] = {
+                name: timing.median_ratio(times, name, other) for name in contenders
+            }
             row[f"to {other}, clock"] = {
-                name: timing.ratio(times, name, other, clock=True) for name in contenders
+                name: timing.median_ratio(times, name, other, clock=True) for name in contenders
             }
     row["rounds"] = len(times[next(iter(contenders))])
     return row
 
 
-def untraceable(case: Case, compiled: Callable[..., Any]) -> str:
+def compile_failure(case: Case, compiled: Callable[..., Any]) -> str:
     """Why torch.compile cannot have the op; empty where it can."""
     try:
         compiled(*case.args)
@@ -125,7 +130,7 @@ def untraceable(case: Case, compiled: Callable[..., Any]) -> str:
     return ""
 
 
-def check(
+def check_implementations(
     case: Case, functions: dict[str, Callable[..., Any]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Per twin its errors to float64 (of results; the largest of gradients), and how those that break the law do."""
@@ -139,14 +144,14 @@ def check(
             )
         return {}, {}
     truth, eager = (
-        laws.outcome(reference, reference, copied(case.args, torch.float64)),
-        laws.outcome(reference, reference, case.args),
+        laws.run_outcome(reference, reference, copy_arguments(case.args, torch.float64)),
+        laws.run_outcome(reference, reference, case.args),
     )
-    own, rows, broken = laws.errors(eager, truth), {}, {}
+    own, rows, broken = laws.errors_to_truth(eager, truth), {}, {}
     for name, function in functions.items():
         try:
-            got = eager if name == "reference" else laws.outcome(function, reference, case.args)
-            said = laws.broken(got, truth, own)
+            got = eager if name == "reference" else laws.run_outcome(function, reference, case.args)
+            said = laws.broken_law(got, truth, own)
         except Exception as error:  # whatever a user's file raises
             if name == "compile":  # `untraceable` says so
                 continue
@@ -154,7 +159,7 @@ def check(
                 raise
             said = f"raises {type(error).__name__}: {error}"
         if said is None:
-            found = laws.errors(got, truth)
+            found = laws.errors_to_truth(got, truth)
             gradients = [error.norm for key, error in found.items() if key.startswith("gradient")]
             rows[name] = {
                 "error": max(
@@ -174,9 +179,9 @@ def check(
     return rows, broken
 
 
-def measure(calls: dict[str, Call], plan: Plan) -> timing.Times:
+def time_calls(calls: dict[str, Call], plan: MeasurementPlan) -> timing.Times:
     """Seconds of forward and backward together under the contender's name, of forward alone under "forward NAME"."""
-    whole = {name: both(*call) for name, call in calls.items()}
+    whole = {name: forward_and_backward(*call) for name, call in calls.items()}
     forward = {f"forward {name}": call for name, (call, trains) in calls.items() if trains}
     times = timing.alternate(
         whole | forward, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit
@@ -186,29 +191,35 @@ def measure(calls: dict[str, Call], plan: Plan) -> timing.Times:
     return times
 
 
-def both(call: Callable[[], Any], trains: list[Tensor]) -> Callable[[], Any]:
+def forward_and_backward(call: Callable[[], Any], trains: list[Tensor]) -> Callable[[], Any]:
     """Forward and backward for a fixed slope; forward alone where nothing is trained."""
     if not trains:
         return call
-    slopes = [laws.slope(result) for result in results(call()) if result.requires_grad]
+    slopes = [
+        laws.output_gradient(result) for result in result_tensors(call()) if result.requires_grad
+    ]
     return lambda: torch.autograd.grad(
-        [result for result in results(call()) if result.requires_grad],
+        [result for result in result_tensors(call()) if result.requires_grad],
         trains,
         slopes,
         allow_unused=True,
     )
 
 
-def results(out: Any) -> list[Tensor]:
+def result_tensors(out: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
-def figures(name: str, call: Call, case: Case, times: timing.Times, plan: Plan) -> dict[str, Any]:
+def measure_call(
+    name: str, call: Call, case: Case, times: timing.Times, plan: MeasurementPlan
+) -> dict[str, Any]:
     """Seconds, bytes moved, memory."""
-    whole = timing.median(times, name)
-    forward = timing.median(times, f"forward {name}") if f"forward {name}" in times else whole
+    whole = timing.median_seconds(times, name)
+    forward = (
+        timing.median_seconds(times, f"forward {name}") if f"forward {name}" in times else whole
+    )
     row: dict[str, Any] = {"forward": forward, "backward": max(0.0, whole - forward)}
-    step = both(*call)
+    step = forward_and_backward(*call)
     if plan.setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -216,7 +227,7 @@ def figures(name: str, call: Call, case: Case, times: timing.Times, plan: Plan) 
         torch.cuda.synchronize()
         row["memory"] = torch.cuda.max_memory_allocated() - before
     else:
-        with saved(case.args[1:], call[1][1:]) as kept:
+        with saved_activations(case.args[1:], call[1][1:]) as kept:
             out = call[0]()
         row["memory"] = kept.bytes
         del out
@@ -229,7 +240,7 @@ def figures(name: str, call: Call, case: Case, times: timing.Times, plan: Plan) 
     return row | {"bytes": counter.tally.bytes, "operations": counter.tally.ops}
 
 
-def roofline(case: Case, rates: Rates) -> dict[str, float]:
+def minimum_cost(case: Case, rates: DeviceRates) -> dict[str, float]:
     """Bytes (every argument and result once forward, and again with their gradients backward), FLOP of the reference, and the seconds they take.
 
     Empty for arguments that hold objects, whose tensors are not known.
@@ -237,14 +248,14 @@ def roofline(case: Case, rates: Rates) -> dict[str, float]:
     if not is_plain(case.args):
         return {}
     tensors = [leaf for leaf in tree_leaves(case.args) if isinstance(leaf, Tensor)]
-    trains, call = leaves(case.args), lambda: OPS[case.op].reference(*case.args)
-    made = results(call())
-    size = sum(map(touched, tensors)) + sum(map(touched, made))
+    trains, call = trained_tensors(case.args), lambda: OPS[case.op].reference(*case.args)
+    made = result_tensors(call())
+    size = sum(map(touched_bytes, tensors)) + sum(map(touched_bytes, made))
     if trains:
         again = trains if case.op in NO_INPUT else [*trains, *tensors]
-        size += sum(map(touched, again)) + sum(map(touched, made))
+        size += sum(map(touched_bytes, again)) + sum(map(touched_bytes, made))
     with FlopCounterMode(display=False) as counter:
-        both(call, trains)()
+        forward_and_backward(call, trains)()
     flops = counter.get_total_flops()
     return {
         "bytes": size,
@@ -253,7 +264,7 @@ def roofline(case: Case, rates: Rates) -> dict[str, float]:
     }
 
 
-def measured_rates(setting: Setting) -> Rates:
+def measure_device_rates(setting: Setting) -> DeviceRates:
     """Of a copy of 128 MB (1 GB on a GPU) and a product of 2048 (8192) squared, each at its fastest of seven.
 
     A CPU without instructions for the dtype, which would take over a second, does a smaller product.
@@ -267,7 +278,7 @@ def measured_rates(setting: Setting) -> Rates:
         {"copy": lambda: target.copy_(source), "product": lambda: a @ a}, 7, device=setting.device
     )
     copy, product = (min((times.processor or times)[name]) for name in ("copy", "product"))
-    return Rates(2 * source.numel() / copy, 2 * n**3 / product)
+    return DeviceRates(2 * source.numel() / copy, 2 * n**3 / product)
 
 
 def _affordable_side(dtype: torch.dtype) -> int:

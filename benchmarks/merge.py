@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge [--threads 2] [--quick] [--json FILE]
 
-`ours` is merging.svd.compress(concat(...)), which takes one thread whatever is set. `dense` forms B A of both and takes torch.linalg.svd, as
+`ours` is svd.compress_adapter(concat(...)), which takes one thread whatever is set. `dense` forms B A of both and takes torch.linalg.svd, as
 sd-scripts' svd_merge_lora.py does, without its 99 % clamp. `peft` is add_weighted_adapter(combination_type="svd") on a model of that one layer.
 Both get the thin SVD, which neither takes by default, so both are faster here than for their users. All fp32, the three take turns, figures are
 medians ("best" is dense / ours of the fastest rounds); the error is measured in fp64 on the dense sum, as excess over the optimum (the fp64
@@ -30,16 +30,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import timing
-from lora_core.adapters.weight_updates import AdapterState, LowRank, product
-from merging.adapter_sums import Term, mix
-from merging.factor_sums import concat
-from merging.svd import Keep, compress, one_thread, spectrum, total
+from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
+from merging.adapter_sums import Term, mix_layers
+from merging.factor_sums import concat_factors
+from merging.svd import Keep, compress_adapter, one_thread, singular_values, total_report
 
 Contender = Callable[[list[LowRank], int], tuple[Tensor, Tensor]]
 WEIGHTS = (0.7, 0.3)
 RANKS = (4, 16, 32, 64, 128)
-SQUARE = {f"attention {n} x {n}": (n, n) for n in (320, 640, 1280)}
-OTHERS = {  # of the 1.5 and XL networks: keys of cross attention, feed-forward, convolutions
+SQUARE_LAYERS = {f"attention {n} x {n}": (n, n) for n in (320, 640, 1280)}
+OTHER_LAYERS = {  # of the 1.5 and XL networks: keys of cross attention, feed-forward, convolutions
     "keys 1280 x 768": (1280, 768),
     "keys 1280 x 2048": (1280, 2048),
     "ff 5120 x 640": (5120, 640),
@@ -50,7 +50,7 @@ OTHERS = {  # of the 1.5 and XL networks: keys of cross attention, feed-forward,
     "conv 640 x 640 x 3 x 3": (640, 640, 3, 3),
     "conv 1280 x 1280 x 3 x 3": (1280, 1280, 3, 3),
 }
-XL = {  # config.json of stabilityai/stable-diffusion-xl-base-1.0, unet
+SDXL_UNET = {  # config.json of stabilityai/stable-diffusion-xl-base-1.0, unet
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": (320, 640, 1280),
@@ -65,8 +65,8 @@ XL = {  # config.json of stabilityai/stable-diffusion-xl-base-1.0, unet
     "projection_class_embeddings_input_dim": 2816,
 }
 FILE_RANK = 32
-ENOUGH = 0.05  # seconds that a contender runs in a round
-SLOW = 2.0  # seconds of a dense SVD from which three rounds have to do instead of five
+MINIMUM_SECONDS = 0.05  # seconds that a contender runs in a round
+SLOW_SECONDS = 2.0  # seconds of a dense SVD from which three rounds have to do instead of five
 
 
 def main() -> None:
@@ -88,51 +88,55 @@ def main() -> None:
         return
     ranks = (16,) if args.quick else RANKS
     cases: list[tuple[str, tuple[int, ...], int]] = [
-        (name, shape, rank) for name, shape in SQUARE.items() for rank in ranks
+        (name, shape, rank) for name, shape in SQUARE_LAYERS.items() for rank in ranks
     ]
     cases += (
         []
         if args.quick
-        else [(name, shape, rank) for name, shape in OTHERS.items() for rank in (16, 64)]
+        else [(name, shape, rank) for name, shape in OTHER_LAYERS.items() for rank in (16, 64)]
     )
-    machine = timing.machine()
+    machine = timing.describe_machine()
     print(f"{machine}; milliseconds are medians")
     heads = "".join(
         f"{head:>11}"
         for head in ("ours ms", "dense ms", "peft ms", "dense/ours", "peft/ours", "(best)")
     )
     print(f"{'layer':26}{'rank':>5}{heads}   excess error ours, dense, peft")
-    rows = [report(*case, rounds=5) for case in cases]
-    whole = whole_file(args.threads)
+    rows = [report_case(*case, rounds=5) for case in cases]
+    whole = time_whole_file(args.threads)
     if args.json:
         timing.write_json(
             args.json, {"machine": machine, "threads": args.threads, "layers": rows, "whole": whole}
         )
 
 
-def report(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict[str, Any]:
+def report_case(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict[str, Any]:
     """One row of the table, printed and returned."""
-    adapters = [synthetic(shape, rank, seed) for seed in (0, 1)]
-    exact = concat(
+    adapters = [synthetic_adapter(shape, rank, seed) for seed in (0, 1)]
+    exact = concat_factors(
         [
             (weight, LowRank(lr.down.double(), lr.up.double(), lr.scale))
             for weight, lr in zip(WEIGHTS, adapters)
         ]
     )
-    wished = product(exact).flatten(1)
-    best = float(spectrum(exact)[:, rank:].norm())
-    contenders: dict[str, Contender] = {"ours": ours, "dense": dense, "peft": Peft(adapters)}
+    wished = scaled_product(exact).flatten(1)
+    best = float(singular_values(exact)[:, rank:].norm())
+    contenders: dict[str, Contender] = {
+        "ours": merge_in_factor_space,
+        "dense": merge_dense,
+        "peft": Peft(adapters),
+    }
     seconds: dict[str, list[float]] = {key: [] for key in contenders}
     excess = {}
     for key, merge in contenders.items():  # untimed: memory, threads, and the error
         start = time.perf_counter()
         up, down = merge(adapters, rank)
-        if key == "dense" and time.perf_counter() - start > SLOW:
+        if key == "dense" and time.perf_counter() - start > SLOW_SECONDS:
             rounds = 3
         excess[key] = float((up.double() @ down.double() - wished).norm()) / best - 1
     for _ in range(rounds):
         for key, merge in contenders.items():
-            seconds[key].append(timed(lambda merge=merge: merge(adapters, rank)))  # type: ignore[misc]
+            seconds[key].append(time_call(lambda merge=merge: merge(adapters, rank)))  # type: ignore[misc]
     ms = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
     errors = ", ".join(f"{value:.0e}" for value in excess.values())
     figures = f"{ms['ours']:11.2f}{ms['dense']:11.1f}{ms['peft']:11.1f}{ms['dense'] / ms['ours']:10.0f}x{ms['peft'] / ms['ours']:10.0f}x"
@@ -152,16 +156,16 @@ def report(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict
     }
 
 
-def timed(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     """Seconds of one call, in the mean of as many as fill ENOUGH: layers come by the hundred in a file, none finds the caches of another job."""
     calls, start = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < ENOUGH:
+    while calls == 0 or time.perf_counter() - start < MINIMUM_SECONDS:
         call()
         calls += 1
     return (time.perf_counter() - start) / calls
 
 
-def synthetic(
+def synthetic_adapter(
     shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> LowRank:
     """An adapter with a decaying spectrum."""
@@ -176,13 +180,13 @@ def synthetic(
     return LowRank(down.to(dtype), up.to(dtype), 0.5)
 
 
-def ours(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
+def merge_in_factor_space(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
     """(up [out, r], down [r, fan in]) in factor space."""
-    small, _ = compress(concat(list(zip(WEIGHTS, adapters))), Keep(rank=rank))
+    small, _ = compress_adapter(concat_factors(list(zip(WEIGHTS, adapters))), Keep(rank=rank))
     return small.up.flatten(1), small.down.flatten(1)
 
 
-def dense(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
+def merge_dense(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
     """The same through the dense matrix."""
     merged = torch.zeros(adapters[0].up.shape[0], adapters[0].down[0].numel())
     for weight, lr in zip(WEIGHTS, adapters):
@@ -223,14 +227,14 @@ class Peft:
         ].weight.data.flatten(1)
 
 
-def whole_file(threads: int) -> dict[str, Any]:
+def time_whole_file(threads: int) -> dict[str, Any]:
     """Two synthetic files, merged in a process of its own; the figures, printed and returned."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.safetensors" for i in (0, 1)]
         for seed, path in enumerate(paths):
             tensors: dict[str, Tensor] = {}
-            for name, shape in network().items():
-                lr = synthetic(shape, FILE_RANK, hash_of(name, seed), torch.float16)
+            for name, shape in sdxl_attention_layers().items():
+                lr = synthetic_adapter(shape, FILE_RANK, layer_seed(name, seed), torch.float16)
                 tensors |= {f"{name}.down": lr.down, f"{name}.up": lr.up}
             save_file(tensors, path)
         size = sum(path.stat().st_size for path in paths)
@@ -257,12 +261,12 @@ def whole_file(threads: int) -> dict[str, Any]:
     return figures
 
 
-def network() -> dict[str, tuple[int, ...]]:
+def sdxl_attention_layers() -> dict[str, tuple[int, ...]]:
     """Path -> weight shape of the Linear layers in SDXL's attention blocks, those of a kohya file."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**XL)
+        unet = UNet2DConditionModel(**SDXL_UNET)
     return {
         name: tuple(m.weight.shape)
         for name, m in unet.named_modules()
@@ -270,7 +274,7 @@ def network() -> dict[str, tuple[int, ...]]:
     }
 
 
-def hash_of(name: str, seed: int) -> int:
+def layer_seed(name: str, seed: int) -> int:
     """A seed for a layer, the same in every process."""
     return sum(ord(letter) * (i + 1) for i, letter in enumerate(name)) * 2 + seed
 
@@ -278,11 +282,11 @@ def hash_of(name: str, seed: int) -> int:
 def merge_files(first: Path, second: Path) -> dict[str, float]:
     """Reads two files, mixes them, cuts to FILE_RANK, writes fp16; seconds and megabytes."""
     start_mb, begin, cpu = peak_mb(), time.perf_counter(), time.process_time()
-    states = [read(path) for path in (first, second)]
+    states = [read_file(path) for path in (first, second)]
     reading, reports = time.perf_counter() - begin, []
     tensors: dict[str, Tensor] = {}
     with one_thread():
-        for layer in mix(
+        for layer in mix_layers(
             [Term(state, weight) for state, weight in zip(states, WEIGHTS)], Keep(rank=FILE_RANK)
         ):
             assert layer.adapter is not None
@@ -294,7 +298,7 @@ def merge_files(first: Path, second: Path) -> dict[str, float]:
     writing = time.perf_counter()
     save_file(tensors, first.with_name("sum.safetensors"))
     end = time.perf_counter()
-    row = total(reports)
+    row = total_report(reports)
     times = {
         "seconds": end - begin,
         "cpu": time.process_time() - cpu,
@@ -309,7 +313,7 @@ def merge_files(first: Path, second: Path) -> dict[str, float]:
     } | times
 
 
-def read(path: Path) -> AdapterState:
+def read_file(path: Path) -> AdapterState:
     """A file of whole_file."""
     tensors = load_file(path)
     names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)

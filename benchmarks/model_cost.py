@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import laws, timing
-from benchmarks.cases import LAYERS, Drawn, Setting
+from benchmarks.cases import LAYERS, RandomTensors, Setting
 
 ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one term of a sum
 
@@ -25,14 +25,14 @@ def model_cost(
     """
     linears = [row for row in rows if row["op"] == "lora_linear"]
     cost: dict[str, Any] = {}
-    rest = frozen_rest(model, setting, graph=graph) if linears else 0.0
+    rest = time_frozen_rest(model, setting, graph=graph) if linears else 0.0
     for kind in ("LoRA", "DoRA"):
         group = [row for row in linears if row["case"].startswith(kind)]
         names = set.intersection(*(set(row["contenders"]) for row in group)) if group else set()
         if not {"frozen", "ours", "peft"} <= names:
             continue
         sums = {
-            name: sum(row["count"] * seconds(row["contenders"][name]) for row in group)
+            name: sum(row["count"] * step_seconds(row["contenders"][name]) for row in group)
             for name in ("frozen", "ours", "peft")
         }
         whole = rest + sums["frozen"]
@@ -47,17 +47,17 @@ def model_cost(
     return cost
 
 
-def seconds(row: dict[str, Any]) -> float:
+def step_seconds(row: dict[str, Any]) -> float:
     return row["forward"] + row["backward"]
 
 
-def frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
+def time_frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
     """Seconds of everything but the adapted layers."""
     layers, total = LAYERS[model], 0.0
     made = [
-        (linear, layers["linears"]),
-        (convolution, layers["convolutions"]),
-        (attention, layers["attention"]),
+        (frozen_linear, layers["linears"]),
+        (frozen_convolution, layers["convolutions"]),
+        (frozen_attention, layers["attention"]),
     ]
     for make, shapes in made:
         for *shape, count in shapes:
@@ -65,38 +65,40 @@ def frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
             times = timing.alternate(
                 {"it": call}, ROUNDS, device=setting.device, graph=graph, limit=LIMIT
             )
-            total += count * timing.median(times, "it")
+            total += count * timing.median_seconds(times, "it")
     return total
 
 
-def linear(shape: list[int], setting: Setting) -> Callable[[], object]:
+def frozen_linear(shape: list[int], setting: Setting) -> Callable[[], object]:
     rows, fan_in, out = shape
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     x, weight = (
         drawn.base(rows, fan_in).requires_grad_(rows > 1),
         drawn.base(out, fan_in, size=fan_in**-0.5),
     )
-    return step(lambda: F.linear(x, weight), [x] if rows > 1 else [])
+    return gradient_call(lambda: F.linear(x, weight), [x] if rows > 1 else [])
 
 
-def convolution(shape: list[int], setting: Setting) -> Callable[[], object]:
+def frozen_convolution(shape: list[int], setting: Setting) -> Callable[[], object]:
     pixels, fan_in, kernel, stride, out = shape
-    drawn, side = Drawn(setting), math.isqrt(pixels) * stride
+    drawn, side = RandomTensors(setting), math.isqrt(pixels) * stride
     x = drawn.base(1, fan_in, side, side).requires_grad_()
     weight = drawn.base(out, fan_in, kernel, kernel, size=(fan_in * kernel * kernel) ** -0.5)
-    return step(lambda: F.conv2d(x, weight, None, stride, kernel // 2), [x])
+    return gradient_call(lambda: F.conv2d(x, weight, None, stride, kernel // 2), [x])
 
 
-def attention(shape: list[int], setting: Setting) -> Callable[[], object]:
+def frozen_attention(shape: list[int], setting: Setting) -> Callable[[], object]:
     heads, queries, keys, width = shape
-    drawn = Drawn(setting)
+    drawn = RandomTensors(setting)
     q, k, v = (drawn.base(1, heads, n, width).requires_grad_() for n in (queries, keys, keys))
-    return step(lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
+    return gradient_call(lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
 
 
-def step(call: Callable[[], torch.Tensor], trains: list[torch.Tensor]) -> Callable[[], object]:
+def gradient_call(
+    call: Callable[[], torch.Tensor], trains: list[torch.Tensor]
+) -> Callable[[], object]:
     """Forward and backward."""
     if not trains:
         return call
-    slope = laws.slope(call())
+    slope = laws.output_gradient(call())
     return lambda: torch.autograd.grad(call(), trains, slope)

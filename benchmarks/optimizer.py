@@ -42,7 +42,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second
 }
 
 
-def parameters(
+def make_parameters(
     shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """As an adapter starts: down random, up zero."""
@@ -62,18 +62,18 @@ def set_gradients(params: list[Tensor], step: int) -> None:
         p.grad = p.detach() - goal.to(p) + 1e-3 * torch.randn(p.shape, generator=noise).to(p)
 
 
-def made(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
+def make_quietly(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
     with contextlib.redirect_stdout(io.StringIO()):  # prodigyopt prints
         return make(params)
 
 
-def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tally:
+def count_step(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tally:
     """A step that is not the first, on the meta device, but for torch's fused kernel, which refuses it and issues the same calls on the CPU."""
-    params = parameters(shapes, "cpu" if contender == "torch, fused" else "meta")
+    params = make_parameters(shapes, "cpu" if contender == "torch, fused" else "meta")
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer = made(make, params)
-    with kernels.using("triton" if contender == "ours" else kernels.mode()):
+    optimizer = make_quietly(make, params)
+    with kernels.use_kernels("triton" if contender == "ours" else kernels.current_mode()):
         with Counter():
             optimizer.step()
         with Counter() as counted:
@@ -81,12 +81,12 @@ def issued(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tal
     return counted.tally
 
 
-def trajectory(
+def run_trajectory(
     make: Make, shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype
 ) -> tuple[Tensor, float | None]:
     """(all parameters end to end, d or None) after STEPS steps."""
-    params = parameters(shapes, device, dtype)
-    optimizer = made(make, params)
+    params = make_parameters(shapes, device, dtype)
+    optimizer = make_quietly(make, params)
     for step in range(STEPS):
         set_gradients(params, step)
         optimizer.step()
@@ -94,27 +94,31 @@ def trajectory(
     return torch.cat([p.detach().reshape(-1) for p in params]), None if d is None else float(d)
 
 
-def measure(network: str, name: str, rank: int, rounds: int, device: str) -> list[dict[str, Any]]:
+def measure_optimizer(
+    network: str, name: str, rank: int, rounds: int, device: str
+) -> list[dict[str, Any]]:
     """A row for each contender."""
     shapes, contenders = tensor_shapes(network, rank), CONTENDERS[name]
     peer = list(contenders)[1]
-    exact, exact_d = trajectory(contenders[peer], shapes, device, torch.float64)
+    exact, exact_d = run_trajectory(contenders[peer], shapes, device, torch.float64)
     moved = (
         exact
-        - torch.cat([p.detach().reshape(-1) for p in parameters(shapes, device, torch.float64)])
+        - torch.cat(
+            [p.detach().reshape(-1) for p in make_parameters(shapes, device, torch.float64)]
+        )
     ).norm()
     rows, steps = [], {}
     for contender, make in contenders.items():
-        found, d = trajectory(make, shapes, device, torch.float32)
-        counted = issued(make, shapes, contender)
+        found, d = run_trajectory(make, shapes, device, torch.float32)
+        counted = count_step(make, shapes, contender)
         rows.append({
             "network": network, "tensors": len(shapes), "parameters": exact.numel(), "optimiser": name, "contender": contender,
             "launches": counted.ops, "waits": counted.syncs, "error": ((found.double() - exact).norm() / moved).item(),
             "error of d": None if d is None or exact_d is None else abs(d / exact_d - 1),
         })  # fmt: skip
-        params = parameters(shapes, device)
+        params = make_parameters(shapes, device)
         set_gradients(params, 0)
-        optimizer = made(make, params)
+        optimizer = make_quietly(make, params)
         for (
             group
         ) in optimizer.param_groups:  # the same gradient at every step would let d grow without end
@@ -123,8 +127,8 @@ def measure(network: str, name: str, rank: int, rounds: int, device: str) -> lis
     times = timing.alternate(steps, rounds, device=device)
     for row in rows:
         row |= {
-            "ms": 1e3 * timing.median(times, row["contender"]),
-            "ratio": timing.ratio(times, row["contender"], peer),
+            "ms": 1e3 * timing.median_seconds(times, row["contender"]),
+            "ratio": timing.median_ratio(times, row["contender"], peer),
             "peer": peer,
         }
     return rows
@@ -150,16 +154,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows there")
     given = parser.parse_args(argv)
     try:
-        timing.check(given, "rank", "rounds", "threads")
+        timing.check_positive(given, "rank", "rounds", "threads")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(given.threads)
-    print(timing.machine(given.device))
+    print(timing.describe_machine(given.device))
     rows = []
     for network in given.networks:
         for name in CONTENDERS:
-            rows += measure(network, name, given.rank, given.rounds, given.device)
+            rows += measure_optimizer(network, name, given.rank, given.rounds, given.device)
     heads = [
         "network",
         "tensors",
@@ -172,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "error",
         "error of d",
     ]
-    print(timing.table(heads, [[row[head] for head in heads] for row in rows]))
+    print(timing.text_table(heads, [[row[head] for head in heads] for row in rows]))
     print(
         f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps"
     )
@@ -180,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         timing.write_json(
             given.json,
             {
-                "machine": timing.machine(given.device),
+                "machine": timing.describe_machine(given.device),
                 "threads": given.threads,
                 "rank": given.rank,
                 "rows": rows,

@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.runs.pictures import INK
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
@@ -35,12 +35,12 @@ PANEL, ROW, EDGE = (
 )  # inches: a panel's width, a row's height, above and below the rows
 GAP = 0.35  # rows between two models
 
-Row = dict[str, float]  # "ours" or "peft" -> times the frozen model
+CostRatios = dict[str, float]  # "ours" or "peft" -> times the frozen model
 
 
-def gather(report: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
+def gather_panels(report: Mapping[str, Any]) -> dict[str, dict[str, CostRatios]]:
     """Panel -> row -> times the frozen model, from a file of benchmarks.all."""
-    panels: dict[str, dict[str, Row]] = {title: {} for title in COUNTS.values()}
+    panels: dict[str, dict[str, CostRatios]] = {title: {} for title in COUNTS.values()}
     found = [part["results"] for part in report["parts"].values() if "results" in part]
     for results in found:
         for model, row in (
@@ -56,7 +56,7 @@ def gather(report: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
 
 
 def _counts(
-    panels: dict[str, dict[str, Row]], model: str, step: Mapping[str, Mapping[str, float]]
+    panels: dict[str, dict[str, CostRatios]], model: str, step: Mapping[str, Mapping[str, float]]
 ) -> None:
     for key, title in COUNTS.items():
         for kind, name in KINDS.items():
@@ -70,7 +70,7 @@ def _counts(
                 panels[title][f"{TITLES[model]} {name}"] = row
 
 
-def _times(panel: dict[str, Row], one: Mapping[str, Any]) -> None:
+def _times(panel: dict[str, CostRatios], one: Mapping[str, Any]) -> None:
     batch = f", batch {one['batch']}" if one["batch"] > 1 else ""
     for kind, name in KINDS.items():
         ratios = {
@@ -81,7 +81,7 @@ def _times(panel: dict[str, Row], one: Mapping[str, Any]) -> None:
             panel[f"{TITLES[one['model']]} {name}{batch}"] = row
 
 
-def draw(panels: Mapping[str, Mapping[str, Row]], out: Path, note: str) -> None:
+def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note: str) -> None:
     """The picture as PNG, whole or not at all."""
     import matplotlib.pyplot as plt  # one second of import
 
@@ -110,7 +110,7 @@ def draw(panels: Mapping[str, Mapping[str, Row]], out: Path, note: str) -> None:
             color=INK,
         )
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#6a737d")
-        with atomic(out) as temporary:
+        with atomic_write(out) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
     finally:
         plt.close(figure)
@@ -125,7 +125,9 @@ def _places(names: Sequence[str]) -> dict[str, float]:
     return places
 
 
-def _panel(axis: Any, title: str, rows: Mapping[str, Row], places: Mapping[str, float]) -> None:
+def _panel(
+    axis: Any, title: str, rows: Mapping[str, CostRatios], places: Mapping[str, float]
+) -> None:
     most = max(value for row in rows.values() for value in row.values())
     room = max(most - 1, 0.1)
     for name, i in places.items():
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report = json.loads(args.result.read_text())
-        panels = gather(report)
+        panels = gather_panels(report)
         if not panels:
             raise UserError(
                 f"{args.result} has neither counts nor times of steps; make it with python -m benchmarks.all"
@@ -208,12 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(panels, args.out, caption(report, panels))
+    draw_panels(panels, args.out, figure_caption(report, panels))
     print(f"plot: {args.out}")
     return 0
 
 
-def caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
+def figure_caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
     """How and where the figures were made."""
     times = "Times: not run."
     if TIMES[report["device"]] in panels:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_core.adapters import injection
 from models import flux, sd
-from models.known import KINDS
+from models.known import PUBLISHED_MODELS
 
 NAMES = ("sd15", "sdxl", "flux")
 SIDES = {"sd15": 512, "sdxl": 1024, "flux": 1024}  # pixels that each model was trained at
@@ -30,14 +30,14 @@ CLASSES = {
 CLIP_TOKENS, T5_TOKENS = 77, 512
 
 
-def network(
+def build_network(
     name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> nn.Module:
     """The denoiser, frozen, in training mode. Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1."""
     build, kind, part = CLASSES[name]
     config = {
         key: value
-        for key, value in KINDS[kind].files[f"{part}/config.json"].items()
+        for key, value in PUBLISHED_MODELS[kind].files[f"{part}/config.json"].items()
         if not key.startswith("_")
     }
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
             weight.fill_(1)
 
 
-def inputs(
+def network_inputs(
     name: str,
     batch: int = 1,
     side: int = 0,
@@ -92,7 +92,7 @@ def inputs(
             "pooled_projections": draw(batch, 768),
             "timestep": torch.full((batch,), 0.5, device=device),
             "guidance": torch.full((batch,), 1.0, device=device),
-            "img_ids": flux.image_ids(2 * tokens, 2 * tokens, torch.device(device)),
+            "img_ids": flux.image_position_ids(2 * tokens, 2 * tokens, torch.device(device)),
             "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
         }
     told |= {
@@ -110,19 +110,19 @@ def inputs(
 
 
 @cache
-def layers(name: str) -> tuple[str, ...]:
+def adapted_paths(name: str) -> tuple[str, ...]:
     """Paths of the adapted linears in the model's order: 128 of SD1.5, 560 of SDXL, 266 of Flux."""
-    return tuple(injection.targets(network(name), TARGETS[name]))
+    return tuple(injection.target_paths(build_network(name), TARGETS[name]))
 
 
 @cache
 def _weights(name: str) -> dict[str, tuple[int, ...]]:
-    shapes = {key: tuple(p.shape) for key, p in network(name).named_parameters()}
-    return {path: shapes[f"{path}.weight"] for path in layers(name)}
+    shapes = {key: tuple(p.shape) for key, p in build_network(name).named_parameters()}
+    return {path: shapes[f"{path}.weight"] for path in adapted_paths(name)}
 
 
 def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the adapters' tensors in the order of adapters.parameters: down and up (and magnitude) of each layer."""
+    """Shapes of the adapters' tensors in the order of injection.adapter_parameters: down and up (and magnitude) of each layer."""
     shapes: list[tuple[int, ...]] = []
     for out, fan in _weights(name).values():
         shapes += [(rank, fan), (out, rank), *([(out,)] if dora else [])]
@@ -130,11 +130,11 @@ def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tupl
 
 
 @cache
-def linear_shapes(
+def count_linear_shapes(
     name: str, batch: int = 1, side: int = 0, *, every: bool = False
 ) -> Counter[tuple[int, int, int]]:
     """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward; with `every`, all linears of the network."""
-    model, found = network(name), Counter[tuple[int, int, int]]()
+    model, found = build_network(name), Counter[tuple[int, int, int]]()
 
     def seen(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         found[args[0].numel() // module.in_features, module.in_features, module.out_features] += 1
@@ -142,10 +142,10 @@ def linear_shapes(
     chosen = (
         [m for m in model.modules() if isinstance(m, nn.Linear)]
         if every
-        else [model.get_submodule(path) for path in layers(name)]
+        else [model.get_submodule(path) for path in adapted_paths(name)]
     )
     for module in chosen:
         module.register_forward_pre_hook(seen)
     with torch.no_grad():
-        model(**inputs(name, batch, side))
+        model(**network_inputs(name, batch, side))
     return found

@@ -99,7 +99,7 @@ def make_model(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
-def make_pictures(folder: Path) -> Path:
+def make_images(folder: Path) -> Path:
     folder.mkdir()
     rows = []
     for i in range(PICTURES):
@@ -116,7 +116,7 @@ def make_pictures(folder: Path) -> Path:
 # ---------------------------------------------------------------- the script's loop
 
 
-class Peer:
+class AdvancedScript:
     """The state that the script's main() holds when its loop begins."""
 
     def __init__(self, model: Path, pictures: Path) -> None:
@@ -298,7 +298,7 @@ class Peer:
 # ---------------------------------------------------------------- ours
 
 
-def ours(
+def run_ours(
     model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None
 ) -> list[Clock]:
     """Clocks of the two stages of our config."""
@@ -325,23 +325,25 @@ def ours(
 # ---------------------------------------------------------------- the table
 
 
-def quiet(work: Callable[[], list[Clock]]) -> list[tuple[float, float]]:
+def run_quietly(work: Callable[[], list[Clock]]) -> list[tuple[float, float]]:
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return [clock.rates for clock in work()]
 
 
-def measure(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
+def measure_loops(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
     """{"wall": ..., "cpu": ...} of medians of alternating rounds, steps per second and ours / peer; "rounds" has them all."""
     mine, theirs = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, pictures = (
             make_model(folder / "model", vocabulary),
-            make_pictures(folder / "pictures"),
+            make_images(folder / "pictures"),
         )
         for i in range(rounds):
-            mine.append(quiet(functools.partial(ours, model, pictures, folder / f"run{i}", steps)))
-            theirs.append(quiet(lambda: Peer(model, pictures).run(steps)))
+            mine.append(
+                run_quietly(functools.partial(run_ours, model, pictures, folder / f"run{i}", steps))
+            )
+            theirs.append(run_quietly(lambda: AdvancedScript(model, pictures).run(steps)))
     found: dict[str, Any] = {"rounds": {"ours": mine, "peer": theirs}}
     for k, clock in enumerate(("wall", "cpu")):
         our, peer = (
@@ -356,15 +358,15 @@ def measure(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def top(vocabulary: int, steps: int, rows: int = 25) -> str:
+def profile_ours(vocabulary: int, steps: int, rows: int = 25) -> str:
     """Where our loop's time goes, both stages, by own time."""
     profile, text = cProfile.Profile(), StringIO()
     with tempfile.TemporaryDirectory() as name:
         model, pictures = (
             make_model(Path(name) / "model", vocabulary),
-            make_pictures(Path(name) / "pictures"),
+            make_images(Path(name) / "pictures"),
         )
-        quiet(lambda: ours(model, pictures, Path(name) / "run", steps, profile))
+        run_quietly(lambda: run_ours(model, pictures, Path(name) / "run", steps, profile))
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
     return text.getvalue()
 
@@ -387,13 +389,15 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where our time goes, instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(timing.machine())
+    print(timing.describe_machine())
     if args.profile:
-        print(top(args.vocabulary[0], args.steps))
+        print(profile_ours(args.vocabulary[0], args.steps))
         return
     found = {}
     for vocabulary in args.vocabulary:
-        found[str(vocabulary or "own")] = result = measure(vocabulary, args.steps, args.rounds)
+        found[str(vocabulary or "own")] = result = measure_loops(
+            vocabulary, args.steps, args.rounds
+        )
         print(
             f"\nvocabulary: {vocabulary or 'own'}; medians of {args.rounds} rounds of {args.steps} steps"
         )
@@ -406,7 +410,7 @@ def main() -> None:
             )
     if args.json:
         timing.write_json(
-            args.json, {"machine": timing.machine(), "steps": args.steps, "results": found}
+            args.json, {"machine": timing.describe_machine(), "steps": args.steps, "results": found}
         )
 
 

@@ -27,7 +27,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks import published_networks, timing
-from benchmarks.counting import Counter, Tally, as_cuda, saved
+from benchmarks.counting import Counter, Tally, as_cuda, saved_activations
 from lora_core import kernels
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
@@ -47,7 +47,7 @@ VARIANTS = (
 )
 
 
-class Figures(NamedTuple):
+class StepCost(NamedTuple):
     """One variant of one model, forward and backward."""
 
     ops: int
@@ -57,7 +57,7 @@ class Figures(NamedTuple):
     operators: dict[str, int]  # ops by operator
 
 
-class Step(NamedTuple):
+class NetworkStep(NamedTuple):
     """A denoiser, its inputs and the paths to adapt: what `figures` measures."""
 
     model: nn.Module
@@ -65,15 +65,15 @@ class Step(NamedTuple):
     paths: tuple[str, ...]
 
 
-def network(name: str, batch: int = 1) -> Step:
-    return Step(
-        published_networks.network(name),
-        published_networks.inputs(name, batch),
-        published_networks.layers(name),
+def open_step(name: str, batch: int = 1) -> NetworkStep:
+    return NetworkStep(
+        published_networks.build_network(name),
+        published_networks.network_inputs(name, batch),
+        published_networks.adapted_paths(name),
     )
 
 
-def figures(step: Step, variant: str, rank: int = 16) -> Figures:
+def count_cost(step: NetworkStep, variant: str, rank: int = 16) -> StepCost:
     """The cost of one step after turning the frozen model (any device) into the variant; the model is not to be used again."""
     model, kwargs, paths = step
     side, _, kind = variant.partition(" ")
@@ -85,15 +85,15 @@ def figures(step: Step, variant: str, rank: int = 16) -> Figures:
             _peft(model, paths, rank, kind)
         else:
             injection.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
-            stack.enter_context(kernels.using(side))
+            stack.enter_context(kernels.use_kernels(side))
         counter = stack.enter_context(Counter())
         if side in ("fused", "triton"):
-            stack.enter_context(injection.steady(model))
-        with saved([*model.parameters(), kwargs]) as kept:
+            stack.enter_context(injection.cache_dora_norms(model))
+        with saved_activations([*model.parameters(), kwargs]) as kept:
             out = model(**kwargs)[0]
         out.backward(torch.empty_like(out))
     tally = counter.tally
-    return Figures(
+    return StepCost(
         tally.ops,
         tally.elementwise,
         tally.bytes,
@@ -122,7 +122,7 @@ def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> Non
 # ---------------------------------------------------------------- the optimiser
 
 
-def optimizers(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
+def count_optimizer_steps(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
     """Name -> tally of one step over fp32 tensors of these shapes, after a first one that makes its state."""
     made: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
         "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
@@ -149,7 +149,7 @@ def _optimizer_step(
     for _ in range(2):
         for p in tensors:
             p.grad = torch.ones_like(p)
-        with Counter() as counter, kernels.using("triton"):
+        with Counter() as counter, kernels.use_kernels("triton"):
             optimizer.step()
     return counter.tally
 
@@ -157,7 +157,7 @@ def _optimizer_step(
 # ---------------------------------------------------------------- the table
 
 
-def table(name: str, count: int, found: dict[str, Figures]) -> str:
+def cost_table(name: str, count: int, found: dict[str, StepCost]) -> str:
     """One model's rows; count is its number of adapted linears, x the ratio to the frozen model."""
     base = found["frozen"]
     lines = [
@@ -174,7 +174,7 @@ def table(name: str, count: int, found: dict[str, Figures]) -> str:
     return "\n".join(lines)
 
 
-def _pairs(f: Figures, base: Figures) -> list[tuple[int, int, int]]:
+def _pairs(f: StepCost, base: StepCost) -> list[tuple[int, int, int]]:
     return [
         (f.elementwise, base.elementwise, 15),
         (f.bytes, base.bytes, 7),
@@ -182,7 +182,7 @@ def _pairs(f: Figures, base: Figures) -> list[tuple[int, int, int]]:
     ]
 
 
-def summary(name: str, found: dict[str, Figures]) -> str:
+def cost_summary(name: str, found: dict[str, StepCost]) -> str:
     """The cost of all adapters over the frozen model, one line."""
     base = found["frozen"]
     rows = [
@@ -193,7 +193,7 @@ def summary(name: str, found: dict[str, Figures]) -> str:
     return f"cost of all adapters over the frozen {name}: " + "; ".join(rows)
 
 
-def optimizer_table(name: str, found: dict[str, Tally]) -> str:
+def optimizer_cost_table(name: str, found: dict[str, Tally]) -> str:
     lines = [f"{name}: the optimiser's step", f"{'':<20} {'calls':>7} {'syncs':>6} {'GB':>6}"]
     lines += [
         f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {tally.bytes / GB:6.2f}"
@@ -220,31 +220,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for all the numbers")
     args = parser.parse_args(argv)
     try:
-        timing.check(args, "batch", "rank")
+        timing.check_positive(args, "batch", "rank")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     variants = [variant for variant in VARIANTS if variant == "frozen" or variant in args.variant]
     report: dict[str, Any] = {
-        "machine": timing.machine(),
+        "machine": timing.describe_machine(),
         "batch": args.batch,
         "rank": args.rank,
         "models": {},
     }
     for name in args.model:
         found = {
-            variant: figures(network(name, args.batch), variant, args.rank) for variant in variants
+            variant: count_cost(open_step(name, args.batch), variant, args.rank)
+            for variant in variants
         }
-        steps = optimizers(published_networks.tensor_shapes(name, args.rank))
+        steps = count_optimizer_steps(published_networks.tensor_shapes(name, args.rank))
         print(
-            table(name, len(published_networks.layers(name)), found),
-            summary(name, found),
-            optimizer_table(name, steps),
+            cost_table(name, len(published_networks.adapted_paths(name)), found),
+            cost_summary(name, found),
+            optimizer_cost_table(name, steps),
             sep="\n",
             end="\n\n",
         )
         report["models"][name] = {
-            "linears": len(published_networks.layers(name)),
+            "linears": len(published_networks.adapted_paths(name)),
             "step": {variant: f._asdict() for variant, f in found.items()},
             "optimizer": {
                 title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes}

@@ -22,12 +22,12 @@ NOT_RUN = "not run"
 Report = Mapping[str, Any]
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [list(heads), ["---"] * len(heads), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def results(report: Report, module: str) -> list[Mapping[str, Any]]:
+def part_results(report: Report, module: str) -> list[Mapping[str, Any]]:
     """What the parts of one benchmark left."""
     parts = report["parts"].values()
     return [
@@ -37,7 +37,7 @@ def results(report: Report, module: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def where(report: Report) -> str:
+def origin_table(report: Report) -> str:
     """Machine, commit, day, and the command of each part with the seconds that it took."""
     rows = [
         [f"`{part['command']}`", f"{part['seconds']:.0f} s", part.get("error", "")]
@@ -45,14 +45,14 @@ def where(report: Report) -> str:
     ]
     return (
         f"{report['machine']}; commit {report['commit'][:8]}, {report['began'][:10]}.\n\n"
-        + markdown(["part", "took", "error"], rows)
+        + markdown_table(["part", "took", "error"], rows)
     )
 
 
-def step_cost(report: Report) -> str:
+def step_cost_table(report: Report) -> str:
     heads = ["", "ops", "extra ops a linear", "elementwise GB", "moved GB", "saved GB"]
     rows: list[list[str]] = []
-    for found in results(report, "step_cost"):
+    for found in part_results(report, "step_cost"):
         for model, one in found["models"].items():
             base = one["step"]["frozen"]
             for variant, f in one["step"].items():
@@ -69,24 +69,24 @@ def step_cost(report: Report) -> str:
                         *cells,
                     ]
                 )
-    return markdown(heads, rows) if rows else NOT_RUN
+    return markdown_table(heads, rows) if rows else NOT_RUN
 
 
-def layers(report: Report) -> str:
+def layers_table(report: Report) -> str:
     """Geometric means over the six shapes."""
     rows, others = [], ("ours / peft", "ours / compile", "ours / torch", "ours / frozen")
-    for found in results(report, "kernels"):
+    for found in part_results(report, "kernels"):
         for name, row in found["summary"].items():
             if isinstance(row, Mapping) and any(key.startswith("ours / ") for key in row):
                 cells = [f"{row[key]:.3f}" if key in row else "" for key in others]
                 rows.append([f"{name}{', graph' if found['graph'] else ''}", *cells])
-    return markdown(["", *others], rows) if rows else NOT_RUN
+    return markdown_table(["", *others], rows) if rows else NOT_RUN
 
 
-def optimizer(report: Report) -> str:
+def optimizer_table(report: Report) -> str:
     heads = ["", "ms", "to the peer", "launches", "waits", "error", "error of d"]
     rows = []
-    for found in results(report, "optimizer"):
+    for found in part_results(report, "optimizer"):
         for row in found["rows"]:
             d = "" if row["error of d"] is None else f"{row['error of d']:.0e}"
             name = f"{row['network']}, {row['tensors']:,} tensors, {row['optimiser']}: {row['contender']}"
@@ -101,10 +101,10 @@ def optimizer(report: Report) -> str:
                     d,
                 ]
             )
-    return markdown(heads, rows) if rows else NOT_RUN
+    return markdown_table(heads, rows) if rows else NOT_RUN
 
 
-def train_step(report: Report) -> str:
+def train_step_table(report: Report) -> str:
     heads = [
         "",
         "steps/s",
@@ -116,7 +116,7 @@ def train_step(report: Report) -> str:
         "peak MB",
     ]
     rows = []
-    for found in results(report, "train_step"):
+    for found in part_results(report, "train_step"):
         for one in found["results"]:
             for name, row in one["contenders"].items():
                 spread = (
@@ -140,12 +140,12 @@ def train_step(report: Report) -> str:
                         memory,
                     ]
                 )
-    return markdown(heads, rows) if rows else NOT_RUN
+    return markdown_table(heads, rows) if rows else NOT_RUN
 
 
-def merge(report: Report) -> str:
+def merge_table(report: Report) -> str:
     rows = []
-    for found in results(report, "merge"):
+    for found in part_results(report, "merge"):
         for row in found["layers"]:
             ms, errors = (
                 row["ms"],
@@ -161,7 +161,7 @@ def merge(report: Report) -> str:
                 ]
             )
     return (
-        markdown(
+        markdown_table(
             ["layer", "ours", "dense", "peft", "dense / ours", "excess error: ours, dense, peft"],
             rows,
         )
@@ -173,12 +173,12 @@ def merge(report: Report) -> str:
 # ---------------------------------------------------------------- the figures to reach (issue 5)
 
 
-def targets(report: Report) -> str:
+def targets_table(report: Report) -> str:
     """Each figure with the peer's and ours, from whichever part has it; `gpu` has those of a GPU."""
-    cost, steps = _first(results(report, "step_cost"), "models"), _contenders(report)
+    cost, steps = _first(part_results(report, "step_cost"), "models"), _contenders(report)
     xl, kernels = (
         cost.get("sdxl", {}),
-        [r["summary"] for r in results(report, "kernels") if not r["graph"]],
+        [r["summary"] for r in part_results(report, "kernels") if not r["graph"]],
     )
     ours, peers = (f"{side} {{}}" for side in ("triton", "peft"))
     rows: list[tuple[str, str, str, str]] = [
@@ -241,7 +241,7 @@ def targets(report: Report) -> str:
             _cpu(report, steps, "ours"),
         ),
     ]
-    return markdown(["what", "peer", "to reach", "ours"], rows)
+    return markdown_table(["what", "peer", "to reach", "ours"], rows)
 
 
 def _first(found: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
@@ -255,7 +255,7 @@ def _contenders(report: Report) -> dict[tuple[str, int], Mapping[str, Any]]:
     """(model, batch) -> contender -> its row."""
     return {
         (one["model"], one["batch"]): one["contenders"]
-        for found in results(report, "train_step")
+        for found in part_results(report, "train_step")
         for one in found["results"]
     }
 
@@ -280,7 +280,7 @@ def _optimizers(report: Report) -> list[tuple[str, str, str, str]]:
     """Rows of SDXL's tensors."""
     found = {
         (row["optimiser"], row["contender"]): row
-        for one in results(report, "optimizer")
+        for one in part_results(report, "optimizer")
         for row in one["rows"]
         if row["network"] == "sdxl"
     }
@@ -317,10 +317,10 @@ def _cpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]], sid
     return " / ".join(f"{ratio:.3f}" for ratio in ratios) or NOT_RUN
 
 
-def gpu(report: Report) -> str:
+def gpu_table(report: Report) -> str:
     """The figures of a GPU; what is to be reached was set for an H200."""
     steps = _contenders(report) if report["device"] == "cuda" else {}
-    graphs = [found["summary"] for found in results(report, "kernels") if found["graph"]]
+    graphs = [found["summary"] for found in part_results(report, "kernels") if found["graph"]]
     kinds = [f"lora_linear {kind}" for kind in ("LoRA", "DoRA")]
     means = [next((g[kind]["ours / peft"] for g in graphs if kind in g), None) for kind in kinds]
     name = report["machine"].split(" (")[0]
@@ -359,22 +359,27 @@ def gpu(report: Report) -> str:
             faster("flux"),
         ),
     ]
-    return markdown(["what", "peer", "to reach", name], rows)
+    return markdown_table(["what", "peer", "to reach", name], rows)
 
 
 TABLES = {
-    "where": where,
-    "targets": targets,
-    "step_cost": step_cost,
-    "layers": layers,
-    "optimizer": optimizer,
-    "train_step": train_step,
-    "merge": merge,
+    "where": origin_table,
+    "targets": targets_table,
+    "step_cost": step_cost_table,
+    "layers": layers_table,
+    "optimizer": optimizer_table,
+    "train_step": train_step_table,
+    "merge": merge_table,
 }
-GPU_TABLES = {"gpu_where": where, "gpu": gpu, "gpu_layers": layers, "gpu_train_step": train_step}
+GPU_TABLES = {
+    "gpu_where": origin_table,
+    "gpu": gpu_table,
+    "gpu_layers": layers_table,
+    "gpu_train_step": train_step_table,
+}
 
 
-def written(
+def fill_tables(
     text: str, report: Report, tables: Mapping[str, Callable[[Report], str]] = TABLES
 ) -> str:
     """The text with each table between its marks. Raises UserError for a table without marks: it would be left out in silence."""
@@ -405,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path, tables in given:
             report = json.loads(path.read_text())
             if args.write:
-                args.write.write_text(written(args.write.read_text(), report, tables))
+                args.write.write_text(fill_tables(args.write.read_text(), report, tables))
             else:
                 print("\n\n".join(f"{name}\n\n{table(report)}" for name, table in tables.items()))
     except (UserError, OSError, json.JSONDecodeError) as error:

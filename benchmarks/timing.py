@@ -101,13 +101,13 @@ def alternate(
 def _warm(call: Callable[[], object], device: torch.device, graph: bool) -> Callable[[], object]:
     if graph and device.type == "cuda":
         with winners.replayed():
-            return captured(call)
+            return capture_graph(call)
     for _ in range(WARM):
         call()
     return call
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
+def capture_graph(call: Callable[[], object]) -> Callable[[], None]:
     """Replays the CUDA graph of one call, which has to read and write the same tensors each time; RuntimeError where it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -167,18 +167,18 @@ def _events(
     return run
 
 
-def median(times: Times, name: str) -> float:
+def median_seconds(times: Times, name: str) -> float:
     """Seconds of one call: the median of rounds, in processor seconds on the CPU."""
     return statistics.median((times.processor or times)[name])
 
 
-def ratio(times: Times, name: str, other: str, *, clock: bool = False) -> float:
+def median_ratio(times: Times, name: str, other: str, *, clock: bool = False) -> float:
     """Median over the rounds of name / other in the same round; in processor seconds on the CPU unless the clock's are asked for."""
     rows = times if clock or not times.processor else times.processor
     return statistics.median(a / b for a, b in zip(rows[name], rows[other], strict=True))
 
 
-def spread(times: Times, name: str, other: str) -> tuple[float, float]:
+def middle_half(times: Times, name: str, other: str) -> tuple[float, float]:
     """The middle half of the rounds' name / other, where `ratio` is their median: (first quartile, third)."""
     rows = times.processor or times
     low, _, high = statistics.quantiles(
@@ -192,7 +192,7 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def check(args: argparse.Namespace, *counts: str) -> None:
+def check_positive(args: argparse.Namespace, *counts: str) -> None:
     """Raises UserError for an option among `counts` that is below 1, and for a GPU that there is not."""
     for name in counts:
         given = getattr(args, name)
@@ -208,7 +208,7 @@ def check(args: argparse.Namespace, *counts: str) -> None:
         raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
 
 
-def machine(device: str | torch.device = "cpu") -> str:
+def describe_machine(device: str | torch.device = "cpu") -> str:
     """Where the figures come from, in one line: processor or GPU, torch, triton, threads, and how busy other programs keep the machine."""
     name = _processor()
     if torch.device(device).type == "cuda":
@@ -229,7 +229,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns: text to the left, numbers to the right with three digits, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
@@ -267,4 +267,4 @@ def write_json(path: Path | str, results: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    print(machine("cuda" if torch.cuda.is_available() else "cpu"))
+    print(describe_machine("cuda" if torch.cuda.is_available() else "cpu"))

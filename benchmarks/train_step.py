@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, timing
-from benchmarks.contenders import Frozen, Ours, Peer, Problem
+from benchmarks.contenders import FrozenStep, OurStep, PeftStep, Problem
 from lora_core.errors import UserError
 from training import cuda_graph
 
@@ -49,7 +49,7 @@ MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
-def words_of(name: str) -> tuple[str, str, set[str]]:
+def parse_contender(name: str) -> tuple[str, str, set[str]]:
     """(frozen, ours or peft; lora, dora or ""; the other words) of a contender. Raises UserError for one that there is not."""
     who, *words = name.split()
     kind = words.pop(0) if who in ("ours", "peft") and words else ""
@@ -68,35 +68,37 @@ def words_of(name: str) -> tuple[str, str, set[str]]:
     return who, kind, set(words)
 
 
-def build(problem: Problem, name: str) -> Callable[[], object]:
+def build_contender(problem: Problem, name: str) -> Callable[[], object]:
     """A contender by its name. Raises UserError as words_of does."""
-    who, kind, words = words_of(name)
+    who, kind, words = parse_contender(name)
     cuda = problem.mean.device.type == "cuda"
-    network = contenders.twin(
+    network = contenders.clone_network(
         problem.network,
         channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow),
     )
     mode, graph = next((word for word in words if word in KERNELS), "auto"), "graph" in words
     step: Callable[[], object]
     if who == "peft":
-        step = Peer(problem, kind, network, bf16="bf16" in words, fused="adamw" in words)
+        step = PeftStep(problem, kind, network, bf16="bf16" in words, fused="adamw" in words)
     elif who == "ours":
-        step = Ours(problem, kind, network, mode=mode, graph=graph)
+        step = OurStep(problem, kind, network, mode=mode, graph=graph)
     else:
-        step = Frozen(problem, network, graph=graph)
+        step = FrozenStep(problem, network, graph=graph)
     if "compile" in words:
         cuda_graph.compile_blocks(network)
     return step
 
 
-def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -> dict[str, Any]:
+def measure_model(
+    problem: Problem, names: Sequence[str], rounds: int, limit: float
+) -> dict[str, Any]:
     """Everything about one model: seconds of each round, memory, ratios."""
     device = problem.mean.device
-    steps = {name: build(problem, name) for name in names}
+    steps = {name: build_contender(problem, name) for name in names}
     many = STEPS.get((device.type, problem.name), 1)
-    memory = {name: peak(step, device) for name, step in steps.items()}
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
     times = timing.alternate(
-        {name: _repeat(step, many) for name, step in steps.items()},
+        {name: _repeat_step(step, many) for name, step in steps.items()},
         rounds,
         device=device,
         floor=0,
@@ -104,7 +106,7 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
     )
     found = {}
     for name in names:
-        base = frozen_of(name, names)
+        base = frozen_contender(name, names)
         row: dict[str, Any] = {
             "clock": [s / many for s in times[name]],
             "processor": [s / many for s in times.processor.get(name, [])],
@@ -114,12 +116,12 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
         if base and base != name:
             row |= {
                 "over": base,
-                "ratio": timing.ratio(times, name, base),
-                "spread": timing.spread(times, name, base),
+                "ratio": timing.median_ratio(times, name, base),
+                "spread": timing.middle_half(times, name, base),
             }
-            row |= {"clock_ratio": timing.ratio(times, name, base, clock=True)}
+            row |= {"clock_ratio": timing.median_ratio(times, name, base, clock=True)}
         if name.startswith("ours") and (peer := f"peft {name.split()[1]}") in names:
-            row |= {"peer": peer, "to_peer": timing.ratio(times, name, peer)}
+            row |= {"peer": peer, "to_peer": timing.median_ratio(times, name, peer)}
         found[name] = row
     side = problem.mean.shape[-1]
     return {
@@ -132,7 +134,7 @@ def measure(problem: Problem, names: Sequence[str], rounds: int, limit: float) -
     }
 
 
-def _repeat(step: Callable[[], object], many: int) -> Callable[[], None]:
+def _repeat_step(step: Callable[[], object], many: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(many):
             step()
@@ -140,14 +142,14 @@ def _repeat(step: Callable[[], object], many: int) -> Callable[[], None]:
     return run
 
 
-def frozen_of(name: str, names: Sequence[str]) -> str:
+def frozen_contender(name: str, names: Sequence[str]) -> str:
     """The frozen contender that `name` is measured over: of its own words, else the plain one, if it is there."""
     words = name.split()[0 if name.startswith("frozen") else 2 :]
     own = " ".join(["frozen", *(word for word in words if word in ("compile", "graph"))])
     return own if own in names else "frozen" if "frozen" in names else ""
 
 
-def peak(step: Callable[[], object], device: torch.device) -> int | None:
+def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
     """Most bytes in use during a contender's second step beyond those before it. On the CPU from Linux's resident memory; None where that cannot be
     asked. A CUDA graph is not captured yet in its second step; it will hold as much all the time."""
     step()
@@ -183,7 +185,7 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def show(result: Mapping[str, Any]) -> str:
+def result_table(result: Mapping[str, Any]) -> str:
     """The table of one model."""
     rows = []
     for name, row in result["contenders"].items():
@@ -215,14 +217,16 @@ def show(result: Mapping[str, Any]) -> str:
         "peak MB",
     ]
     title = f"{result['model']}, batch {result['batch']}, latents {result['latents']}, medians of {result['rounds']} rounds"
-    return f"{title}\n{timing.table(heads, rows)}"
+    return f"{title}\n{timing.text_table(heads, rows)}"
 
 
-def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14) -> str:
+def profile_difference(
+    problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
+) -> str:
     """Operations called more often than in the first contender, ms a step by the clock; the time of all others together, which is noise."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in names:
-        step = build(problem, name)
+        step = build_contender(problem, name)
         step()
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(steps):
@@ -250,7 +254,7 @@ def where(problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
+def train_step_parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
@@ -300,33 +304,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = train_step_parser().parse_args(argv)
     warnings.filterwarnings("ignore")
     names, results = args.contenders or CONTENDERS[args.device], []
     try:
-        timing.check(args, "batch", "rank", "rounds", "threads")
+        timing.check_positive(args, "batch", "rank", "rounds", "threads")
         if args.json and args.profile:
             raise UserError("--json has no effect with --profile; leave it out")
         torch.set_num_threads(args.threads)
         for name in names:
-            words_of(name)
-        print(timing.machine(args.device))
+            parse_contender(name)
+        print(timing.describe_machine(args.device))
         for model in args.model or MODELS[args.device]:
             for batch in args.batch or BATCHES.get((args.device, model), (1,)):
                 side = args.side or (SIDES.get(model, 0) if args.device == "cpu" else 0)
-                problem = contenders.make(
+                problem = contenders.open_problem(
                     model, batch=batch, side=side, device=args.device, rank=args.rank
                 )
                 if args.profile:
-                    print(where(problem, names))
+                    print(profile_difference(problem, names))
                     continue
-                results.append(measure(problem, names, args.rounds, args.limit))
-                print(f"\n{show(results[-1])}", flush=True)
+                results.append(measure_model(problem, names, args.rounds, args.limit))
+                print(f"\n{result_table(results[-1])}", flush=True)
                 if args.json:  # what an interruption leaves
                     timing.write_json(
                         args.json,
                         {
-                            "machine": timing.machine(args.device),
+                            "machine": timing.describe_machine(args.device),
                             "device": args.device,
                             "results": results,
                         },

@@ -7,7 +7,7 @@ It has no low-rank form, so the run writes its own parameters (runs/ia3/ia3_adap
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import Base, LayerSpec
+from lora_core.adapters.kinds import BaseLayer, LayerSpec
 
 
 class IA3(nn.Module):
@@ -15,23 +15,23 @@ class IA3(nn.Module):
 
     low_rank = False  # rank, alpha and dropout have no part in it
 
-    def __init__(self, base: Base, layer: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
         self.layer = layer
         self.scale = nn.Parameter(torch.zeros(base.weight.shape[0], device=base.weight.device))  # l
 
-    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         y0 = base(x)
         return y0 + self.update(base, x, y0, strength).to(y0.dtype)
 
-    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+    def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         scale = self.scale if isinstance(base, nn.Linear) else self.scale[:, None, None]
         return strength * scale * y0
 
-    def delta_weight(self, base: Base) -> Tensor:
+    def delta_weight(self, base: BaseLayer) -> Tensor:
         return self.scale.detach().view(-1, *[1] * (base.weight.ndim - 1)) * base.weight.float()
 
-    def delta_bias(self, base: Base) -> Tensor | None:
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
         return None if base.bias is None else self.scale.detach() * base.bias.float()
 
 

@@ -62,7 +62,7 @@ Arguments = Annotated[dict[str, Any], _pairs(_value, "KEY=VALUE ...")]
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """What is learned from."""
 
     images: str = ""
@@ -117,7 +117,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorConfig:
     """Prior preservation (DreamBooth, arXiv 2208.12242)."""
 
     prompt: str = ""
@@ -136,7 +136,7 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterConfig:
     """The low-rank adapters of the denoiser and of the text encoder."""
 
     kind: str = "lora"
@@ -169,7 +169,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokensConfig:
     """Learned tokens (textual inversion, arXiv 2208.01618)."""
 
     words: tuple[str, ...] = ("TOK",)
@@ -187,7 +187,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseConfig:
     """How training images are noised."""
 
     low: float = 0.0
@@ -221,7 +221,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """One optimiser; a group each for denoiser, text_encoder and tokens."""
 
     name: str = "adamw"
@@ -268,7 +268,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplesConfig:
     """Pictures on the way and at the end."""
 
     prompts: tuple[str, ...] = ()
@@ -290,7 +290,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationConfig:
     """Loss at fixed timesteps and fixed noise."""
 
     images: str = ""
@@ -375,15 +375,15 @@ class Config:
     """With --resume: go on although the data, the model or options are others than those of the checkpoint; README.md and summary.json say so."""
     overwrite: bool = False
     """Move a run that is already in OUT to OUT.bak."""
-    data: Data = Data()
-    prior: Prior = Prior()
-    adapter: Adapter = field(default_factory=Adapter)
-    tokens: Tokens = Tokens()
-    noise: Noise = Noise()
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tokens: TokensConfig = TokensConfig()
+    noise: NoiseConfig = NoiseConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))
-    samples: Samples = Samples()
-    validation: Validation = Validation()
+    samples: SamplesConfig = SamplesConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @property
     def steps(self) -> int:

@@ -23,20 +23,20 @@ __all__ = [
     "Conditioning",
     "Family",
     "Layout",
-    "Loading",
+    "LoadOptions",
     "Sizes",
-    "config_of",
+    "read_encoder_config",
     "decode_latents",
     "encode_pixels",
     "load_network",
-    "part",
+    "load_part",
     "read_json",
-    "tokenize",
+    "tokenize_prompts",
 ]
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadOptions:
     """How a model is opened."""
 
     dtype: torch.dtype = torch.float32  # of the denoiser and the text encoders
@@ -143,7 +143,9 @@ class Family(Protocol):
         """The prompts as the unconditional rows of guidance; some models take zeros for the empty one."""
         ...
 
-    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+    def add_size_embeddings(
+        self, cond: Conditioning, sizes: Sizes, guidance: float
+    ) -> Conditioning:
         """The conditioning with what the denoiser is told beside the prompt: sizes, guidance scale, or nothing."""
         ...
 
@@ -189,7 +191,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}") from None
 
 
-def part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
+def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
     """One component of a model through its library class; the model itself where `subfolder` is empty. Raises UserError naming what is wrong."""
     if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
         raise UserError(
@@ -217,7 +219,7 @@ def load_network(
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:
         settings = {"dtype": dtype}
-    loaded, report = part(
+    loaded, report = load_part(
         kind.from_pretrained, path, subfolder, output_loading_info=True, **settings
     )
     if missing := sorted(report["missing_keys"]):
@@ -229,7 +231,7 @@ def load_network(
     return loaded.to(device)
 
 
-def config_of(path: str, component: str, config_class: Any) -> Any:
+def read_encoder_config(path: str, component: str, config_class: Any) -> Any:
     """A text encoder's configuration object, read without its weights."""
     return config_class(**read_json(path, f"{component}/config.json"))
 
@@ -269,7 +271,7 @@ def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     )  # type: ignore[return-value]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]) -> Tensor:
+def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]) -> Tensor:
     """Token ids [b, length] with the special tokens, padded as the tokenizer pads. What does not fit is named once a prompt; `said` remembers."""
     reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
     for prompt in prompts:

@@ -14,7 +14,7 @@ from typing import Any
 from lora_core.errors import UserError
 
 
-def from_file(path: str, name: str, what: str) -> Any:
+def load_from_file(path: str, name: str, what: str) -> Any:
     """What `name` is in the Python file `path`, which is run; `what` it should be ("function", "class") is said in errors.
 
     Raises UserError for a file that is not there, that raises when run, or that has nothing callable of that name.
@@ -43,7 +43,7 @@ def _run(path: str, content: bytes) -> ModuleType | None:
     return module
 
 
-def file_and_name(fn: Callable[..., Any], table: Mapping[str, Any] | None = None) -> str:
+def name_function(fn: Callable[..., Any], table: Mapping[str, Any] | None = None) -> str:
     """How a config names a function: its row of `table`, "path/to/file.py:name", or in "<...>" what it is, where no file gives it back by name.
 
     The path is relative to the working folder where the file is inside it.
@@ -59,14 +59,14 @@ def file_and_name(fn: Callable[..., Any], table: Mapping[str, Any] | None = None
     return f"<{what} of {_short(file) if file else scope.get('__name__') or type(fn).__module__}>"
 
 
-def named(spec: str, option: str) -> Any:
+def load_function(spec: str, option: str) -> Any:
     """The function that `spec`, "path/to/file.py:name", names. Raises UserError where only the Python program that ran it has the function."""
-    check_named(spec, option)
+    check_names_file(spec, option)
     path, _, name = spec.rpartition(":")
-    return from_file(path, name, "function")
+    return load_from_file(path, name, "function")
 
 
-def check_named(spec: str, option: str) -> None:
+def check_names_file(spec: str, option: str) -> None:
     """Raises UserError for what `file_and_name` wrote of a function that no file gives back."""
     if spec.startswith("<"):
         raise UserError(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lora_core import kernels
 from lora_core.errors import UserError
-from lora_core.kernels.flat import forget, lay_out, wide
-from lora_core.kernels.steps import Recipe, Rows
+from lora_core.kernels.flat import forget_layout, lay_out_flat, state_dtype
+from lora_core.kernels.steps import MovingGroup, ProdigySettings
 
 SCALARS = (
     "d",
@@ -33,7 +33,7 @@ SCALARS = (
     "d_hat",
     "k",
 )  # in the order of the columns of kernels.steps
-ONE_DISTANCE = (
+SHARED_SETTINGS = (
     "d0",
     "d_coef",
     "growth_rate",
@@ -113,7 +113,7 @@ class Prodigy(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group, self.param_groups[0], shared=self.distance == "shared")
+            _check_group(group, self.param_groups[0], shared=self.distance == "shared")
         except UserError:
             self.param_groups.pop()
             raise
@@ -146,7 +146,7 @@ class Prodigy(torch.optim.Optimizer):
             )
         places = [{name: group[name] for name in SCALARS} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        forget(self)
+        forget_layout(self)
         for group, old, place in zip(self.param_groups, state_dict["param_groups"], places):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
@@ -178,22 +178,24 @@ class Prodigy(torch.optim.Optimizer):
                     row.flat.finish(row.grads)
         return loss
 
-    def _rows(self, index: int, group: dict[str, Any]) -> list[Rows]:
+    def _rows(self, index: int, group: dict[str, Any]) -> list[MovingGroup]:
         """What moves in a group: nothing where its lr is the number 0 or no parameter has a gradient."""
         lr = group["lr"]
         if not (isinstance(lr, Tensor) or lr > 0) or all(p.grad is None for p in group["params"]):
             return []
-        recipe = Recipe(
+        recipe = ProdigySettings(
             lr, group["betas"][0], group["betas"][1], _beta3(group), group["eps"], group["weight_decay"], group["d0"], group["d_coef"],
             group["growth_rate"], group["decouple"], group["use_bias_correction"], group["safeguard_warmup"], group["slice_p"],
             sharded=group["fsdp_in_use"] or any(hasattr(p, "_fsdp_flattened") for p in group["params"]),
         )  # fmt: skip
         flats = [
             (flat, flat.gradients())
-            for flat in lay_out(self, group, lambda p: _fresh(p, group), group["slice_p"])
+            for flat in lay_out_flat(
+                self, group, lambda p: _initial_state(p, group), group["slice_p"]
+            )
         ]
         return [
-            Rows(index, recipe, flat, grads)
+            MovingGroup(index, recipe, flat, grads)
             for flat, grads in flats
             if any(g is not None for g in grads)
         ]
@@ -214,9 +216,9 @@ class Prodigy(torch.optim.Optimizer):
         return block
 
 
-def _fresh(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def _initial_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter at its first gradient."""
-    dtype = wide(p)
+    dtype = state_dtype(p)
     p0 = p.detach().reshape(-1)[:: group["slice_p"]].to(dtype, copy=True)
     moments = (
         {"exp_avg": torch.zeros(p.shape, dtype=dtype, device=p.device)}
@@ -231,7 +233,7 @@ def _fresh(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
+def _check_group(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
     ranges = {
         "lr": group["lr"] >= 0,
         "weight_decay": group["weight_decay"] >= 0,
@@ -253,7 +255,7 @@ def _check(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> Non
         raise UserError(
             f"the parameters lie on {sorted(devices)}; a distance is measured on one device, move them together or use distance='group'"
         )
-    for name in ONE_DISTANCE if shared else ():
+    for name in SHARED_SETTINGS if shared else ():
         ours, theirs = (
             (_beta3(group), _beta3(first)) if name == "beta3" else (group[name], first[name])
         )

@@ -50,13 +50,13 @@ def parse_json(text: str, name: str, advice: str) -> Any:
         raise UserError(f"{name} is JSON in too many brackets; {advice}") from None
 
 
-def say(text: str) -> None:
+def print_escaped(text: str) -> None:
     """Prints a text; characters that the encoding of the terminal or file lacks are written as \\xe9."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
-def compose(text: str) -> str:
+def normalize_unicode(text: str) -> str:
     """The text in the normal form C: one character for é, where macOS writes e and an accent."""
     return unicodedata.normalize("NFC", text)
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core.diffusion.noise import generator
+from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from lora_core.text import compose
+from lora_core.text import normalize_unicode
 
 # How Unicode's names of letters begin in scripts without spaces between words, or with particles that are glued to any word.
 UNSPACED = (
@@ -28,7 +28,7 @@ UNSPACED = (
 
 
 @dataclass(frozen=True)
-class Abstraction:
+class Placeholder:
     """One concept: the word that stands for it in captions, the tokens that replace the word, and where their rows start from."""
 
     word: str  # "TOK"
@@ -43,9 +43,9 @@ class TokenReport(NamedTuple):
     drift: float  # L2 distance from the row's start
 
 
-def make_abstractions(
+def make_placeholders(
     words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
-) -> tuple[Abstraction, ...]:
+) -> tuple[Placeholder, ...]:
     """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ... through all of them (diffusers' numbering).
 
     `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
@@ -53,7 +53,7 @@ def make_abstractions(
     if isinstance(words, str):
         words = (words,)
     given = words.items() if isinstance(words, Mapping) else ((word, "random") for word in words)
-    inits = {compose(word): init for word, init in given}
+    inits = {normalize_unicode(word): init for word, init in given}
     if not inits or len(inits) != len(words):
         raise UserError(f"expected one or more different placeholder words, got {list(words)}")
     counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
@@ -70,27 +70,27 @@ def make_abstractions(
             )
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     names = [tuple(f"<s{first + j}>" for j in range(count)) for first, count in zip(firsts, counts)]
-    return tuple(Abstraction(word, own, init) for (word, init), own in zip(inits.items(), names))
+    return tuple(Placeholder(word, own, init) for (word, init), own in zip(inits.items(), names))
 
 
-def count(init: str, tokenizers: Iterable[Any]) -> int:
+def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
     """How many tokens the words of an initializer are, in the tokenizer that makes most of them: the rows that hold all of it.
 
     Raises UserError for a random or zero start, which has no tokens, and for words that a tokenizer does not know.
     """
-    if is_drawn(init):
+    if is_random_init(init):
         raise UserError(
             f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; give a number of vectors or initializing words"
         )
     return max(len(_words(init, tokenizer)) for tokenizer in tokenizers)
 
 
-def is_drawn(init: str) -> bool:
+def is_random_init(init: str) -> bool:
     """Whether an initializer is random or zero, not words of the vocabulary; UserError for a random one without a usable spread."""
     return _sigma(init) is not None
 
 
-def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
+def bind_placeholders(caption: str, abstractions: Sequence[Placeholder]) -> str:
     """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a photo of <s0><s1>".
 
     One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced
@@ -99,8 +99,8 @@ def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
     """
     if not abstractions:
         return caption
-    caption = compose(caption)
-    glued = {compose(a.word): "".join(a.names) for a in abstractions}
+    caption = normalize_unicode(caption)
+    glued = {normalize_unicode(a.word): "".join(a.names) for a in abstractions}
     parts, end = [], 0
     for start, word in _find_words(caption, tuple(glued)):
         parts += [caption[end:start], glued[word]]
@@ -108,17 +108,19 @@ def bind(caption: str, abstractions: Sequence[Abstraction]) -> str:
     return "".join([*parts, caption[end:]])
 
 
-def has_word(caption: str, word: str) -> bool:
+def has_placeholder(caption: str, word: str) -> bool:
     """Whether `bind` would find the word in the caption."""
-    return next(_find_words(compose(caption), (compose(word),)), None) is not None
+    return (
+        next(_find_words(normalize_unicode(caption), (normalize_unicode(word),)), None) is not None
+    )
 
 
-def cut_words(
-    caption: str, abstractions: Sequence[Abstraction], tokenizer: Any, length: int
+def truncated_tokens(
+    caption: str, abstractions: Sequence[Placeholder], tokenizer: Any, length: int
 ) -> dict[str, bool]:
     """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length` tokens, cuts them off."""
     bound, names = (
-        bind(caption, abstractions),
+        bind_placeholders(caption, abstractions),
         {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names},
     )
     whole = tokenizer(bound, verbose=False).input_ids
@@ -181,10 +183,10 @@ class LearnedEmbedding(nn.Module):
         return self.weight.shape[1]
 
 
-def install(
+def install_tokens(
     text_encoder: Any,
     tokenizer: Any,
-    abstractions: Sequence[Abstraction],
+    abstractions: Sequence[Placeholder],
     *,
     seed: int,
     stream: str = "",
@@ -219,7 +221,7 @@ def install(
     return embedding
 
 
-def uninstall(text_encoder: Any, tokenizer: Any) -> None:
+def uninstall_tokens(text_encoder: Any, tokenizer: Any) -> None:
     """Undoes the latest `install`: the very same table stands again, and the tokenizer is as it was before (later additions to it go too).
 
     Raises ValueError when nothing is installed.
@@ -234,12 +236,12 @@ def uninstall(text_encoder: Any, tokenizer: Any) -> None:
     _restore(tokenizer, embedding.tokenizer_before)
 
 
-def state(embedding: LearnedEmbedding) -> Tensor:
+def copy_token_rows(embedding: LearnedEmbedding) -> Tensor:
     """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of `embedding.names`."""
     return embedding.rows.detach().float().cpu().clone().contiguous()
 
 
-def without_rows(
+def strip_token_rows(
     state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module
 ) -> dict[str, Tensor]:
     """A state dict of the text encoder under the keys it has without learned tokens: the table's weight where it stood, no rows."""
@@ -259,7 +261,7 @@ def without_rows(
     return found
 
 
-def load_state(embedding: LearnedEmbedding, rows: Tensor) -> None:
+def load_token_rows(embedding: LearnedEmbedding, rows: Tensor) -> None:
     """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold NaN or Inf."""
     if rows.shape != embedding.rows.shape:
         raise UserError(
@@ -323,7 +325,7 @@ def first_eos(ids: Tensor, eos_id: int) -> Tensor:
 
 
 @torch.no_grad()
-def report(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
+def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
     """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     known = [
@@ -397,7 +399,7 @@ def _is_accent(character: str) -> bool:
 
 @torch.no_grad()
 def _initial_rows(
-    abstraction: Abstraction, table: Any, tokenizer: Any, *, seed: int, stream: str
+    abstraction: Placeholder, table: Any, tokenizer: Any, *, seed: int, stream: str
 ) -> Tensor:
     """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is installed."""
     n, d = len(abstraction.names), table.weight.shape[1]
@@ -408,7 +410,7 @@ def _initial_rows(
         purpose = f"token row {d} {stream}".rstrip()
         noise = torch.stack(
             [
-                torch.randn(d, generator=generator(seed, name, 0, purpose))
+                torch.randn(d, generator=keyed_generator(seed, name, 0, purpose))
                 for name in abstraction.names
             ]
         )

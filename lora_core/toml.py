@@ -141,7 +141,7 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(to_table(config))
 
 
-def command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example: str) -> C:
+def parse_command_line(cls: type[C], argv: Sequence[str] | None, *, prog: str, example: str) -> C:
     """The config that a command line describes: an optional TOML file first, then flags. Ends with status 2 and the nearest flag on a wrong one."""
     words = list(sys.argv[1:] if argv is None else argv)
     check_unicode(words, "the argument")

@@ -15,22 +15,30 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, LowRank, delta
-from lora_core.diffusion.noise import generator
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
+from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from merging.block_weights import Share
-from merging.compare import norm
-from merging.factor_sums import Weighted, concat, lpl, slerp
-from merging.svd import Keep, Report, compress, distill, one_thread, spectrum, steps_within
-from merging.ties_dare import Merge
+from merging.block_weights import LayerFactor
+from merging.compare import frobenius_norm
+from merging.factor_sums import WeightedAdapters, concat_factors, lpl, slerp
+from merging.svd import (
+    ApproximationReport,
+    Keep,
+    compress_adapter,
+    distill_update,
+    one_thread,
+    singular_values,
+    steps_within,
+)
+from merging.ties_dare import DenseMerge
 
-Key = tuple[str, str]  # component, published path
+LayerKey = tuple[str, str]  # component, published path
 BaseWeight = Callable[
     [str, str], Tensor
 ]  # (component, published path) -> weight of the model before any adapter
 
 
-def everywhere(component: str, path: str) -> float:
+def every_layer(component: str, path: str) -> float:
     """1.0 for every layer."""
     return 1.0
 
@@ -40,19 +48,21 @@ class Term(NamedTuple):
 
     state: AdapterState
     weight: float = 1.0
-    share: Share = everywhere  # factor of the weight by layer; 0 leaves the layer of this file out
+    share: LayerFactor = (
+        every_layer  # factor of the weight by layer; 0 leaves the layer of this file out
+    )
 
 
-class Layer(NamedTuple):
+class MergedLayer(NamedTuple):
     """One layer of a merge."""
 
     component: str
     path: str
     adapter: LowRank | None  # None where a budget leaves the layer nothing
-    report: Report
+    report: ApproximationReport
 
 
-class Steps(NamedTuple):
+class RankSteps(NamedTuple):
     """What the ranks of one layer are worth and cost. A step is one rank, or one of each group of a grouped convolution."""
 
     squares: Tensor  # [k] energy of each step, descending
@@ -61,7 +71,7 @@ class Steps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseOptions:
     """How layers merge that only have a dense update."""
 
     base: BaseWeight | None = None  # needed for DoRA
@@ -70,7 +80,7 @@ class Dense:
     )
 
 
-def layers(terms: Sequence[Term]) -> Iterator[tuple[Key, Weighted]]:
+def weighted_layers(terms: Sequence[Term]) -> Iterator[tuple[LayerKey, WeightedAdapters]]:
     """Every layer that at least one term holds with a weight other than 0, in order of first appearance, with its weighted adapters."""
     keys = dict.fromkeys(
         (component, path)
@@ -93,21 +103,23 @@ def layers(terms: Sequence[Term]) -> Iterator[tuple[Key, Weighted]]:
             yield (component, path), kept
 
 
-def mix(
-    terms: Sequence[Term], keep: Keep | Mapping[Key, int] | None = None, dense: Dense = Dense()
-) -> Iterator[Layer]:
+def mix_layers(
+    terms: Sequence[Term],
+    keep: Keep | Mapping[LayerKey, int] | None = None,
+    dense: DenseOptions = DenseOptions(),
+) -> Iterator[MergedLayer]:
     """The weighted sum of files: exact of rank the sum of ranks, or the nearest adapter of what `keep` says, one for all or a rank for each layer.
 
     A single DoRA of weight 1 passes as it is. Any other sum with a DoRA in it is of full rank: with base weights its dense update is distilled.
 
     Raises UserError, with the layer's name, for a DoRA without a base weight or without something to keep, and for shapes that do not fit.
     """
-    for key, weighted in layers(terms):
+    for key, weighted in weighted_layers(terms):
         wanted = keep[key] if isinstance(keep, Mapping) else keep
         try:
-            yield Layer(
+            yield MergedLayer(
                 *key,
-                *_merged(
+                *_merge_layer(
                     key,
                     weighted,
                     Keep(rank=wanted) if isinstance(wanted, int) and wanted else wanted,
@@ -118,54 +130,59 @@ def mix(
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def mix_dense(
+def mix_layers_dense(
     terms: Sequence[Term],
-    merge: Merge,
+    merge: DenseMerge,
     keep: Keep,
     *,
     density: float,
     seed: int,
-    dense: Dense = Dense(),
-) -> Iterator[Layer]:
+    dense: DenseOptions = DenseOptions(),
+) -> Iterator[MergedLayer]:
     """A merge of MERGES by layer, on dense updates, then the nearest adapter. What is drawn depends on (seed, layer) alone.
 
     Raises UserError, with the layer's name, for a DoRA without a base weight and for shapes that do not fit.
     """
-    for key, weighted in layers(terms):
+    for key, weighted in weighted_layers(terms):
         try:
             updates = [
-                weight * delta(lr, dense.base(*key) if dense.base else None)
+                weight * delta_weight(lr, dense.base(*key) if dense.base else None)
                 for weight, lr in weighted
             ]
-            merged = merge(updates, density, generator(seed, ".".join(key), 0, "merge"))
-            yield Layer(
+            merged = merge(updates, density, keyed_generator(seed, ".".join(key), 0, "merge"))
+            yield MergedLayer(
                 *key,
-                *distill(
-                    merged, keep, groups=_groups(weighted[0][1]), generator=_sketch(key, dense)
+                *distill_update(
+                    merged,
+                    keep,
+                    groups=_group_count(weighted[0][1]),
+                    generator=_sketch_generator(key, dense),
                 ),
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def mix_slerp(
+def mix_layers_slerp(
     first: AdapterState, second: AdapterState, t: float, keep: Keep | None = None
-) -> Iterator[Layer]:
+) -> Iterator[MergedLayer]:
     """`sums.slerp` of every layer; one that a single file holds is scaled by that file's 1 - t or t.
 
     Raises UserError, with the layer's name, for a DoRA and for shapes that do not fit.
     """
-    for key, weighted in layers([Term(first, 1 - t), Term(second, t)]):
+    for key, weighted in weighted_layers([Term(first, 1 - t), Term(second, t)]):
         try:
             lr = (
-                slerp(weighted[0][1], weighted[1][1], t) if len(weighted) == 2 else concat(weighted)
+                slerp(weighted[0][1], weighted[1][1], t)
+                if len(weighted) == 2
+                else concat_factors(weighted)
             )
-            yield Layer(*key, *_merged(key, [(1.0, lr)], keep, Dense()))
+            yield MergedLayer(*key, *_merge_layer(key, [(1.0, lr)], keep, DenseOptions()))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
 
 
-def lpl_states(
+def lpl_layers(
     first: AdapterState, second: AdapterState, alpha_1: float = 0.5, alpha_2: float = 0.5
 ) -> AdapterState:
     """`sums.lpl` of every layer; tokens are the first file's, unscaled, as in cloneofsimo's tool.
@@ -194,7 +211,9 @@ def lpl_states(
     return merged
 
 
-def collected(merged: Iterable[Layer]) -> tuple[AdapterState, dict[Key, Report]]:
+def collect_layers(
+    merged: Iterable[MergedLayer],
+) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """A merge as one record without tokens or header, and the reports of all layers, dropped ones included."""
     state, reports = AdapterState(), {}
     for layer in merged:
@@ -204,7 +223,7 @@ def collected(merged: Iterable[Layer]) -> tuple[AdapterState, dict[Key, Report]]
     return state, reports
 
 
-def fold(weight: Tensor, weighted: Weighted) -> Tensor:
+def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
     """The base weight plus the weighted updates, in fp32 or better, for the caller to round once.
 
     Each DoRA counts as the update it makes to the base weight alone, W + t (W_dora - W), so the order does not matter. Raises ValueError when
@@ -212,7 +231,7 @@ def fold(weight: Tensor, weighted: Weighted) -> Tensor:
     """
     folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for strength, lr in weighted:
-        folded = folded + strength * delta(lr, weight)
+        folded = folded + strength * delta_weight(lr, weight)
     return folded
 
 
@@ -238,7 +257,7 @@ class Rounding(NamedTuple):
         )
 
 
-def rounded(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
+def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
     """`folded` in the output dtype, and how much of folded - weight is left in it; folded - result is what rounding lost."""
     result = folded.to(dtype)
     wished, effective = folded.double() - weight.double(), result.double() - weight.double()
@@ -250,14 +269,14 @@ def rounded(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     )
 
 
-def steps_of(terms: Sequence[Term]) -> dict[Key, Steps]:
+def rank_steps(terms: Sequence[Term]) -> dict[LayerKey, RankSteps]:
     """What the ranks of each layer of a weighted sum are worth and cost, for `allot`. Raises UserError for a DoRA."""
     found = {}
-    for key, weighted in layers(terms):
+    for key, weighted in weighted_layers(terms):
         with one_thread():
-            lr = concat(weighted)
-            sigma = spectrum(lr)
-        found[key] = Steps(
+            lr = concat_factors(weighted)
+            sigma = singular_values(lr)
+        found[key] = RankSteps(
             sigma.square().sum(0),
             len(sigma),
             len(sigma) * (lr.down[0].numel() + lr.up.shape[0] // len(sigma)),
@@ -265,14 +284,14 @@ def steps_of(terms: Sequence[Term]) -> dict[Key, Steps]:
     return found
 
 
-def allot(
-    steps: Mapping[Key, Steps],
+def allot_ranks(
+    steps: Mapping[LayerKey, RankSteps],
     *,
     total: int | None = None,
     max_error: float | None = None,
     unit: Literal["ranks", "parameters"] = "ranks",
     at_least: int = 0,
-) -> dict[Key, int]:
+) -> dict[LayerKey, int]:
     """The rank of each layer: the largest squared singular values of all layers first, per unit of cost, until a total or an error is reached.
 
     A total in ranks gives the smallest sum of squared errors there is; a total in parameters the smallest but for what the last step that no longer
@@ -311,30 +330,32 @@ def allot(
     return taken
 
 
-def _merged(
-    key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense
-) -> tuple[LowRank | None, Report]:
+def _merge_layer(
+    key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
+) -> tuple[LowRank | None, ApproximationReport]:
     """The adapter of one layer and its report; `keep` is 0 where a budget leaves the layer nothing."""
     if any(lr.magnitude is not None for _, lr in weighted):
         if len(weighted) == 1 and weighted[0][0] == 1 and keep is None:
             lr = weighted[0][1]
-            return lr, Report(lr.rank, lr.rank, norm(lr._replace(magnitude=None)), 0.0)
-        return _distilled(key, weighted, keep, dense)
+            return lr, ApproximationReport(
+                lr.rank, lr.rank, frobenius_norm(lr._replace(magnitude=None)), 0.0
+            )
+        return _distill_layer(key, weighted, keep, dense)
     with one_thread():
-        lr = concat(weighted)
+        lr = concat_factors(weighted)
         if isinstance(keep, Keep):
-            return compress(lr, keep)
-        size = norm(lr)
+            return compress_adapter(lr, keep)
+        size = frobenius_norm(lr)
         return (
-            (lr, Report(lr.rank, lr.rank, size, 0.0))
+            (lr, ApproximationReport(lr.rank, lr.rank, size, 0.0))
             if keep is None
-            else (None, Report(0, lr.rank, size, size))
+            else (None, ApproximationReport(0, lr.rank, size, size))
         )
 
 
-def _distilled(
-    key: Key, weighted: Weighted, keep: Keep | int | None, dense: Dense
-) -> tuple[LowRank, Report]:
+def _distill_layer(
+    key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
+) -> tuple[LowRank, ApproximationReport]:
     if dense.base is None:
         raise UserError(
             "a sum with a DoRA in it depends on the base weight; give the base model, or fold the files into it"
@@ -344,13 +365,17 @@ def _distilled(
             "a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the files into the base model"
         )
     weight = dense.base(*key)
-    update = torch.stack([strength * delta(lr, weight) for strength, lr in weighted]).sum(0)
-    return distill(update, keep, groups=_groups(weighted[0][1]), generator=_sketch(key, dense))
+    update = torch.stack([strength * delta_weight(lr, weight) for strength, lr in weighted]).sum(0)
+    return distill_update(
+        update, keep, groups=_group_count(weighted[0][1]), generator=_sketch_generator(key, dense)
+    )
 
 
-def _sketch(key: Key, dense: Dense) -> torch.Generator | None:
-    return None if dense.sketch is None else generator(dense.sketch, ".".join(key), 0, "sketch")
+def _sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:
+    return (
+        None if dense.sketch is None else keyed_generator(dense.sketch, ".".join(key), 0, "sketch")
+    )
 
 
-def _groups(lr: LowRank) -> int:
+def _group_count(lr: LowRank) -> int:
     return lr.rank // lr.up.shape[1]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from lora_core.errors import UserError
 
 BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12)))
-LISTS: dict[
+BLOCK_LISTS: dict[
     int, tuple[int, ...]
 ] = {  # length of a list -> the blocks it weighs (sd-scripts, networks/svd_merge_lora.py)
     12: (0, 5, 6, 8, 9, 13, *range(14, 20)),
@@ -22,10 +22,12 @@ LISTS: dict[
     26: tuple(range(26)),
 }
 BlockOf = Callable[[str, str], int | None]  # (component, published path) -> index into BLOCKS
-Share = Callable[[str, str], float]  # (component, published path) -> factor of the weight
+LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
 
 
-def parse(text: str, lengths: Collection[int] = tuple(LISTS)) -> tuple[float, ...]:
+def parse_block_weights(
+    text: str, lengths: Collection[int] = tuple(BLOCK_LISTS)
+) -> tuple[float, ...]:
     """The 26 weights of "1,0,0,0.5,..." or "[1, 0, ...]", with or without a leading "NAME:"; blocks that a shorter list does not name weigh 1.
 
     Raises UserError for anything that is not a number, or for a length that is not among `lengths`, the family's.
@@ -37,17 +39,17 @@ def parse(text: str, lengths: Collection[int] = tuple(LISTS)) -> tuple[float, ..
         raise UserError(
             f"block weights are numbers with commas between them, got {text!r}"
         ) from None
-    if len(values) not in lengths or len(values) not in LISTS:
+    if len(values) not in lengths or len(values) not in BLOCK_LISTS:
         raise UserError(
             f"got {len(values)} block weights; this model takes a list of {' or '.join(map(str, sorted(lengths)))}"
         )
     weights = [1.0] * len(BLOCKS)
-    for index, value in zip(LISTS[len(values)], values):
+    for index, value in zip(BLOCK_LISTS[len(values)], values):
         weights[index] = value
     return tuple(weights)
 
 
-def by_block(weights: Sequence[float], block_of: BlockOf) -> Share:
+def factor_by_block(weights: Sequence[float], block_of: BlockOf) -> LayerFactor:
     """The share of each layer by its block; a layer that belongs to no block has 1."""
 
     def share(component: str, path: str) -> float:

@@ -26,7 +26,7 @@ PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # what needs no quotes
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightedFile:
     """One file of a sum."""
 
     weight: float
@@ -44,43 +44,45 @@ class Entry:
         )
 
 
-def parse(text: str) -> list[Entry]:
+def parse_sum(text: str) -> list[WeightedFile]:
     """The files of a sum in order, parentheses multiplied out; what names one file with the same layers twice is added up.
 
     Raises UserError, with a second and a third line that point at the place, for what is no sum, and for weights that cancel.
     """
-    reader = _Reader(text)
+    reader = _SumParser(text)
     entries = reader.sum()
     reader.end()
     added: dict[tuple[str, tuple[str, ...]], float] = {}
     for entry in entries:
         key = (entry.path, entry.choices)
         added[key] = added.get(key, 0.0) + entry.weight
-    kept = [Entry(weight, path, choices) for (path, choices), weight in added.items() if weight]
+    kept = [
+        WeightedFile(weight, path, choices) for (path, choices), weight in added.items() if weight
+    ]
     if not kept:
         raise UserError(f"nothing is left of the sum {text!r}; every weight in it is 0")
     return kept
 
 
-def render(entries: Sequence[Entry]) -> str:
+def render_sum(entries: Sequence[WeightedFile]) -> str:
     """The sum as text that `parse` reads as the same."""
     words = [f"{'-' if entry.weight < 0 else '+'} {entry}" for entry in entries]
     return " ".join(words).removeprefix("+ ")
 
 
-class _Reader:
+class _SumParser:
     """A position in a text. Every method reads one thing of the grammar from there on."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
 
-    def sum(self) -> list[Entry]:
+    def sum(self) -> list[WeightedFile]:
         entries = list(self._scaled(self._sign(required=False), self.term()))
         while (sign := self._sign(required=True)) is not None:
             entries += self._scaled(sign, self.term())
         return entries
 
-    def term(self) -> list[Entry]:
+    def term(self) -> list[WeightedFile]:
         inner = self._sign(required=False)
         if inner == -1:
             return list(self._scaled(inner, self.term()))
@@ -97,7 +99,7 @@ class _Reader:
                     else self.error("expected + , - or )")
                 )
         else:
-            entries = [Entry(1.0, self._path())]
+            entries = [WeightedFile(1.0, self._path())]
         while self._take("@"):
             choice = self._choice()
             entries = [replace(entry, choices=(*entry.choices, choice)) for entry in entries]
@@ -177,7 +179,7 @@ class _Reader:
         return found[0].strip("\"'")
 
     @staticmethod
-    def _scaled(factor: float | None, entries: Sequence[Entry]) -> Iterator[Entry]:
+    def _scaled(factor: float | None, entries: Sequence[WeightedFile]) -> Iterator[WeightedFile]:
         return (
             replace(entry, weight=entry.weight * (1.0 if factor is None else factor))
             for entry in entries

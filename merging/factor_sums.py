@@ -2,7 +2,7 @@
 
 sum_i w_i delta W_i = [w_1 s_1 up_1, w_2 s_2 up_2, ...] [down_1; down_2; ...]     exact for any ranks, scales and signs
 
-A DoRA has no place in such a sum, its update is neither low rank nor known without the base weight: `merges.mix` and `merges.fold` take that.
+A DoRA has no place in such a sum, its update is neither low rank nor known without the base weight: `adapter_sums.mix_layers` and `adapter_sums.add_updates` take that.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import LowRank, assembled, blocks, require_plain
+from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
 from lora_core.errors import UserError
-from merging.compare import cosine, norm
+from merging.compare import cosine_similarity, frobenius_norm
 
-Weighted = Sequence[tuple[float, LowRank]]  # (weight, adapter), all of one layer
+WeightedAdapters = Sequence[tuple[float, LowRank]]  # (weight, adapter), all of one layer
 LPL_WARNING = (
     "lpl adds factors, not updates: (a1 up1 + a2 up2)(a1 down1 + a2 down2) squares the strengths and mixes unrelated bases in its cross terms; "
     "mix computes the exact sum"
 )
 
 
-def concat(terms: Weighted) -> LowRank:
+def concat_factors(terms: WeightedAdapters) -> LowRank:
     """The exact weighted sum, of rank the sum of ranks and scale 1, fp32 or better.
 
     Weight times scale goes into `up`, then powers of two, which round nothing, bring the largest entries of both factors of a term together: neither
@@ -34,19 +34,19 @@ def concat(terms: Weighted) -> LowRank:
     """
     ups, downs = [], []
     for weight, lr in terms:
-        require_plain(lr)
-        up, down = blocks(lr)
-        up, down = balanced(up * (weight * lr.scale), down)
+        refuse_dora(lr)
+        up, down = factor_blocks(lr)
+        up, down = balance_factors(up * (weight * lr.scale), down)
         ups.append(up)
         downs.append(down)
     if len({(up.shape[:2], lr.down.shape[1:]) for up, (_, lr) in zip(ups, terms)}) > 1:
         raise UserError(
-            f"adapters of different layers cannot be added: {', '.join(described(lr) for _, lr in terms)}; merge files of one model"
+            f"adapters of different layers cannot be added: {', '.join(describe_shapes(lr) for _, lr in terms)}; merge files of one model"
         )
-    return assembled(torch.cat(ups, 2), torch.cat(downs, 1), tuple(terms[0][1].down.shape[2:]))
+    return from_blocks(torch.cat(ups, 2), torch.cat(downs, 1), tuple(terms[0][1].down.shape[2:]))
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """up * t and down / t with t a power of two that brings their largest entries together; as they are where one of them is zero."""
     largest = float(up.abs().max()), float(down.abs().max())
     if not all(0 < value < math.inf for value in largest):
@@ -62,15 +62,15 @@ def lpl(first: LowRank, second: LowRank, alpha_1: float = 0.5, alpha_2: float = 
 
     Raises UserError for a DoRA and for different shapes or ranks.
     """
-    require_plain(first)
-    require_plain(second)
+    refuse_dora(first)
+    refuse_dora(second)
     if first.down.shape != second.down.shape or first.up.shape != second.up.shape:
         raise UserError(
-            f"lpl adds factors of equal rank and shape, got {described(first)} and {described(second)}; mix takes any ranks"
+            f"lpl adds factors of equal rank and shape, got {describe_shapes(first)} and {describe_shapes(second)}; mix takes any ranks"
         )
-    (up_1, down_1), (up_2, down_2) = blocks(first), blocks(second)
+    (up_1, down_1), (up_2, down_2) = factor_blocks(first), factor_blocks(second)
     up = alpha_1 * first.scale * up_1 + alpha_2 * second.scale * up_2
-    return assembled(up, alpha_1 * down_1 + alpha_2 * down_2, tuple(first.down.shape[2:]))
+    return from_blocks(up, alpha_1 * down_1 + alpha_2 * down_2, tuple(first.down.shape[2:]))
 
 
 def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
@@ -81,11 +81,11 @@ def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
 
     Raises UserError for a DoRA.
     """
-    require_plain(first)
-    require_plain(second)
+    refuse_dora(first)
+    refuse_dora(second)
     angle = (
-        math.acos(max(-1.0, min(1.0, cosine(first, second))))
-        if norm(first) and norm(second)
+        math.acos(max(-1.0, min(1.0, cosine_similarity(first, second))))
+        if frobenius_norm(first) and frobenius_norm(second)
         else 0.0
     )
     shares = (1 - t, t)
@@ -94,9 +94,9 @@ def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
             math.sin((1 - t) * angle) / math.sin(angle),
             math.sin(t * angle) / math.sin(angle),
         )
-    return concat([(shares[0], first), (shares[1], second)])
+    return concat_factors([(shares[0], first), (shares[1], second)])
 
 
-def described(lr: LowRank) -> str:
+def describe_shapes(lr: LowRank) -> str:
     """Its shapes for an error sentence."""
     return f"up {list(lr.up.shape)} x down {list(lr.down.shape)}"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lora_core.formats import FORMATS
-from merging.add import ALPHA, MODES
-from merging.inspection import TOP
-from merging.mix import METHODS
+from merging.add import ADD_MODES, DEFAULT_ALPHA
+from merging.inspection import LISTED_LAYERS
+from merging.mix import MERGE_METHODS
 
 WRITTEN = [name for name, row in FORMATS.items() if row.write]
 DTYPES = {
@@ -35,9 +35,9 @@ def mix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="M",
-        choices=METHODS,
+        choices=MERGE_METHODS,
         default="sum",
-        help=f"{', '.join(METHODS)} (%(default)s)",
+        help=f"{', '.join(MERGE_METHODS)} (%(default)s)",
     )
     parser.add_argument(
         "--density",
@@ -118,7 +118,7 @@ def convert(parser: argparse.ArgumentParser) -> None:
 def info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="an adapter file or run folder, or a whole model")
     parser.add_argument(
-        "--top", metavar="N", type=int, default=TOP, help="layers to list (%(default)s)"
+        "--top", metavar="N", type=int, default=LISTED_LAYERS, help="layers to list (%(default)s)"
     )
     parser.add_argument(
         "--plot", metavar="PNG", default="", help="draw the spectra of singular values"
@@ -131,7 +131,7 @@ def diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", help="a LoRA file or run folder")
     parser.add_argument("second", help="another one of the same model")
     parser.add_argument(
-        "--top", metavar="N", type=int, default=TOP, help="layers to list (%(default)s)"
+        "--top", metavar="N", type=int, default=LISTED_LAYERS, help="layers to list (%(default)s)"
     )
     _declare_reading(parser)
 
@@ -167,7 +167,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         metavar="M",
-        choices=MODES,
+        choices=ADD_MODES,
         default="lpl",
         help="LoRA + LoRA: lpl, ljl; model + LoRA: upl, upl-ckpt-v2",
     )
@@ -175,9 +175,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--alpha-1",
         "--alpha",
         metavar="A",
-        help=f"weight of the first LoRA, or of the only one ({ALPHA})",
+        help=f"weight of the first LoRA, or of the only one ({DEFAULT_ALPHA})",
     )
-    parser.add_argument("--alpha-2", metavar="A", help=f"weight of the second ({ALPHA})")
+    parser.add_argument("--alpha-2", metavar="A", help=f"weight of the second ({DEFAULT_ALPHA})")
     for name, dest in (("--path-1", "path_1"), ("--path-2", "path_2"), ("--output-path", "out")):
         parser.add_argument(name, dest=dest, help=argparse.SUPPRESS)
     truth: dict[str, Any] = {

@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
-from lora_core.diffusion.noise import generator
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
+from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from lora_core.formats.compvis import LEVEL
-from lora_core.formats.layout import ENCODERS, Layout, nearest
-from lora_core.formats.weights import Info, Weights, open_folder, write_weights
-from merging.adapter_sums import Key, Rounding, Term, layers, rounded
-from merging.adapter_sums import fold as add
-from merging.factor_sums import Weighted
-from merging.svd import Keep, Report, distill, total
+from lora_core.formats.compvis import TEXT_MODEL_LEVEL
+from lora_core.formats.layout import ENCODERS, Layout, nearest_name
+from lora_core.formats.weights import TensorInfo, Weights, open_network_weights, write_weights
+from merging.adapter_sums import LayerKey, Rounding, Term, round_weight, weighted_layers
+from merging.adapter_sums import add_updates as add
+from merging.factor_sums import WeightedAdapters
+from merging.svd import ApproximationReport, Keep, distill_update, total_report
 
-Model = Mapping[str, Weights]
-WEIGHTS = (
+ModelWeights = Mapping[str, Weights]
+WEIGHT_PATTERNS = (
     "*.safetensors",
     "*.bin",
     "*.ckpt",
@@ -41,42 +41,49 @@ WEIGHTS = (
     "*.onnx",
     "*.index.json",
 )  # files that a rewritten network leaves behind
-MARGIN = 1e-6  # a coefficient this near to 1 is 1
+ONE_TOLERANCE = 1e-6  # a coefficient this near to 1 is 1
 
 
 @dataclass
-class Ledger:
+class FoldStatistics:
     """What a fold came to; filled while its tensors are read."""
 
     residual_rank: int = 0  # of the adapter of what rounding lost; 0 makes none
-    roundings: dict[Key, Rounding] = field(default_factory=dict)
-    ranks: dict[Key, int] = field(default_factory=dict)  # of the folded update
+    roundings: dict[LayerKey, Rounding] = field(default_factory=dict)
+    ranks: dict[LayerKey, int] = field(default_factory=dict)  # of the folded update
     residual: AdapterState = field(default_factory=AdapterState)
-    residual_reports: dict[Key, Report] = field(default_factory=dict)
+    residual_reports: dict[LayerKey, ApproximationReport] = field(default_factory=dict)
 
     def add(
-        self, key: Key, exact: Tensor, result: Tensor, rounding: Rounding, weighted: Weighted
+        self,
+        key: LayerKey,
+        exact: Tensor,
+        result: Tensor,
+        rounding: Rounding,
+        weighted: WeightedAdapters,
     ) -> None:
         """Of one layer, however often it is read."""
         if key in self.roundings:
             return
-        self.roundings[key], self.ranks[key] = rounding, rank_of(weighted)
+        self.roundings[key], self.ranks[key] = rounding, rank_of_sum(weighted)
         if self.residual_rank:
-            groups = max(groups_of(lr) for _, lr in weighted)
+            groups = max(conv_groups(lr) for _, lr in weighted)
             keep = Keep(rank=math.ceil(self.residual_rank / groups) * groups)
             lost = exact - result.to(exact.dtype)
-            adapter, report = distill(
-                lost, keep, groups=groups, generator=generator(0, ".".join(key), 0, "sketch")
+            adapter, report = distill_update(
+                lost, keep, groups=groups, generator=keyed_generator(0, ".".join(key), 0, "sketch")
             )
             self.residual.components.setdefault(key[0], {})[key[1]] = adapter
             self.residual_reports[key] = report
 
-    def reports(self) -> dict[Key, Report]:
+    def reports(self) -> dict[LayerKey, ApproximationReport]:
         """By layer: the update's norm and what the rounded weights miss of it."""
         found = {}
         for key, row in self.roundings.items():
             lost = math.sqrt(max(0.0, row.square - 2 * row.product + row.effective))
-            found[key] = Report(self.ranks[key], self.ranks[key], math.sqrt(row.square), lost)
+            found[key] = ApproximationReport(
+                self.ranks[key], self.ranks[key], math.sqrt(row.square), lost
+            )
         return found
 
     @property
@@ -85,10 +92,10 @@ class Ledger:
 
         0 when nothing of it is left, and when rounding did as much as the update.
         """
-        return max(0.0, total(self.reports().values()).energy)
+        return max(0.0, total_report(self.reports().values()).energy)
 
 
-def open_model(folder: str | Path) -> dict[str, Weights]:
+def open_model_folder(folder: str | Path) -> dict[str, Weights]:
     """The networks of a folder in the diffusers layout that have weights, opened but not read: denoiser, text encoders, VAE.
 
     Raises UserError for a folder without model_index.json or a network without weights.
@@ -101,22 +108,24 @@ def open_model(folder: str | Path) -> dict[str, Weights]:
         for name in ("unet", "transformer", *ENCODERS, "vae")
         if (folder / name / "config.json").is_file()
     ]
-    return {name: open_folder(folder / name, stem(name)) for name in names}
+    return {name: open_network_weights(folder / name, network_stem(name)) for name in names}
 
 
-def rank_of(weighted: Weighted) -> int:
+def rank_of_sum(weighted: WeightedAdapters) -> int:
     """The rank of a sum, as far as it is known without computing it."""
     return sum(
-        min(lr.shape[0], torch.Size(lr.shape[1:]).numel()) if isinstance(lr, Dense) else lr.rank
+        min(lr.shape[0], torch.Size(lr.shape[1:]).numel())
+        if isinstance(lr, DenseUpdate)
+        else lr.rank
         for _, lr in weighted
     )
 
 
-def groups_of(lr: LowRank | Dense) -> int:
-    return 1 if isinstance(lr, Dense) else lr.rank // lr.up.shape[1]
+def conv_groups(lr: LowRank | DenseUpdate) -> int:
+    return 1 if isinstance(lr, DenseUpdate) else lr.rank // lr.up.shape[1]
 
 
-def stem(component: str) -> str:
+def network_stem(component: str) -> str:
     """The name of a network's file of weights in its folder, without its ending."""
     return "model" if component in ENCODERS else "diffusion_pytorch_model"
 
@@ -127,15 +136,15 @@ def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> s
         if f"{name}.weight" in weights.infos:
             return f"{name}.weight"
     raise UserError(
-        f"{weights.source} has no {component} layer {path}; nearest: {nearest(f'{path}.weight', weights.infos)}"
+        f"{weights.source} has no {component} layer {path}; nearest: {nearest_name(f'{path}.weight', weights.infos)}"
     )
 
 
-def fold(
-    models: Sequence[tuple[float, Model]],
+def fold_adapters(
+    models: Sequence[tuple[float, ModelWeights]],
     terms: Sequence[Term],
     layout: Layout,
-    ledger: Ledger,
+    ledger: FoldStatistics,
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Weights]:
@@ -153,9 +162,9 @@ def fold(
                 f"one model has {', '.join(first)}, another {', '.join(model)}; only models of one kind can be added"
             )
         for name, weights in first.items():
-            parts[name].append((coefficient, _aligned(name, weights, model[name])))
-    places: dict[str, dict[str, tuple[Key, Weighted]]] = {}
-    for key, weighted in layers(terms):
+            parts[name].append((coefficient, _align_keys(name, weights, model[name])))
+    places: dict[str, dict[str, tuple[LayerKey, WeightedAdapters]]] = {}
+    for key, weighted in weighted_layers(terms):
         component, path = key
         if component not in first:
             raise UserError(
@@ -165,10 +174,10 @@ def fold(
             key,
             weighted,
         )
-    return {name: _folded(parts[name], places.get(name, {}), ledger, dtype) for name in first}
+    return {name: _fold_network(parts[name], places.get(name, {}), ledger, dtype) for name in first}
 
 
-def with_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights:
+def with_embedding_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights:
     """The same with rows of an embedding table set, which grows where an index lies behind its end (by zeros where indices leave gaps)."""
     shape, dtype = weights.infos[key]
     count = max(shape[0], *(index + 1 for index in rows))
@@ -182,11 +191,13 @@ def with_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights
             grown[index] = row.to(dtype)
         return grown
 
-    return Weights(weights.source, {**weights.infos, key: Info((count, *shape[1:]), dtype)}, read)
+    return Weights(
+        weights.source, {**weights.infos, key: TensorInfo((count, *shape[1:]), dtype)}, read
+    )
 
 
-def write_folder(
-    model: Model,
+def write_model_folder(
+    model: ModelWeights,
     source: str | Path,
     out: str | Path,
     *,
@@ -210,10 +221,12 @@ def write_folder(
         shutil.copytree(
             source,
             temporary,
-            ignore=lambda place, names: _left_behind(Path(place), names, source, model),
+            ignore=lambda place, names: _ignored_files(Path(place), names, source, model),
         )
         for name, weights in model.items():
-            write_weights(temporary / name / f"{stem(name)}.safetensors", weights, {"format": "pt"})
+            write_weights(
+                temporary / name / f"{network_stem(name)}.safetensors", weights, {"format": "pt"}
+            )
         if finish:
             finish(temporary)
         if out.exists():
@@ -239,10 +252,10 @@ def edit_json(path: Path, **changes: object) -> None:
     )
 
 
-def _folded(
+def _fold_network(
     parts: Sequence[tuple[float, Weights]],
-    places: Mapping[str, tuple[Key, Weighted]],
-    ledger: Ledger,
+    places: Mapping[str, tuple[LayerKey, WeightedAdapters]],
+    ledger: FoldStatistics,
     dtype: torch.dtype | None,
 ) -> Weights:
     """One network."""
@@ -251,7 +264,7 @@ def _folded(
         key: dtype if dtype and info.dtype.is_floating_point else info.dtype
         for key, info in infos.items()
     }
-    alone = len(parts) == 1 and abs(parts[0][0] - 1) < MARGIN
+    alone = len(parts) == 1 and abs(parts[0][0] - 1) < ONE_TOLERANCE
 
     def read(key: str) -> Tensor:
         if not infos[key].dtype.is_floating_point:
@@ -259,7 +272,7 @@ def _folded(
         base = (
             parts[0][1].read(key)
             if alone
-            else _sum([(c, weights.read(key)) for c, weights in parts])
+            else _weighted_sum([(c, weights.read(key)) for c, weights in parts])
         )
         if key not in places:
             result = base.to(to[key])
@@ -269,7 +282,7 @@ def _folded(
                 exact = add(base, weighted)
             except ValueError as error:
                 raise UserError(f"{'.'.join(layer)}: {error}") from None
-            result, rounding = rounded(base, exact, to[key])
+            result, rounding = round_weight(base, exact, to[key])
             ledger.add(layer, exact, result, rounding, weighted)
         if not torch.isfinite(result).all():
             raise UserError(
@@ -277,24 +290,26 @@ def _folded(
             )
         return result
 
-    return Weights(source, {key: Info(info.shape, to[key]) for key, info in infos.items()}, read)
+    return Weights(
+        source, {key: TensorInfo(info.shape, to[key]) for key, info in infos.items()}, read
+    )
 
 
-def _sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+def _weighted_sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     exact = [
         (c, tensor.to(torch.promote_types(tensor.dtype, torch.float32))) for c, tensor in parts
     ]
     return torch.stack([c * tensor for c, tensor in exact]).sum(0)
 
 
-def _aligned(name: str, first: Weights, other: Weights) -> Weights:
+def _align_keys(name: str, first: Weights, other: Weights) -> Weights:
     """`other` under the keys of `first`, which may have a level that the other lacks. Raises UserError naming the first difference in keys or shapes.
 
     Position numbers, which only older files hold, are no difference.
     """
-    plain = {key.removeprefix(LEVEL): key for key in other.infos}
+    plain = {key.removeprefix(TEXT_MODEL_LEVEL): key for key in other.infos}
     names = {
-        key: key if key in other.infos else plain.get(key.removeprefix(LEVEL), "")
+        key: key if key in other.infos else plain.get(key.removeprefix(TEXT_MODEL_LEVEL), "")
         for key in first.infos
     }
     only = [key for key, there in names.items() if not there] + sorted(
@@ -317,9 +332,13 @@ def _aligned(name: str, first: Weights, other: Weights) -> Weights:
     )
 
 
-def _left_behind(place: Path, names: Sequence[str], source: Path, model: Model) -> set[str]:
+def _ignored_files(
+    place: Path, names: Sequence[str], source: Path, model: ModelWeights
+) -> set[str]:
     """What of a folder is not copied: hidden files, weights of networks that are written anew, single files beside the networks' folders."""
     hidden = {name for name in names if name.startswith(".")}
     if place == source or place.relative_to(source).parts[0] in model:
-        hidden |= {name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHTS)}
+        hidden |= {
+            name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
+        }
     return hidden

@@ -12,30 +12,36 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.weights import open_weights
-from lora_core.formats.whole_models import detect
+from lora_core.formats.whole_models import describe_single_file
 from lora_core.runs import pictures
-from merging.adapter_sums import Key
-from merging.compare import Sums, cosine, fit, principal_angles, sums
-from merging.opening import (
-    Reading,
-    base_weight,
-    format_of,
-    is_model,
-    layout_for,
-    open_adapter,
-    open_base,
-    widest,
+from merging.adapter_sums import LayerKey
+from merging.compare import (
+    GramSums,
+    cosine_similarity,
+    fit_coefficients,
+    gram_sums,
+    principal_angles,
 )
-from merging.output import RECIPE, Output, aligned, check, note
-from merging.redo import described, parsed
-from merging.svd import one_thread, spectrum
+from merging.opening import (
+    OpenOptions,
+    base_weight_reader,
+    detect_format,
+    find_layout,
+    is_whole_model,
+    open_adapter,
+    open_base_model,
+    widest_dtype,
+)
+from merging.output import RECIPE, Output, align_columns, check_output, print_note
+from merging.redo import describe_recipe, parse_recipe
+from merging.svd import one_thread, singular_values
 
-TOP = 10  # layers that are listed
-NAMES = {
+LISTED_LAYERS = 10  # layers that are listed
+DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -43,25 +49,29 @@ NAMES = {
 }
 
 
-class Row(NamedTuple):
+class LayerSpectrum(NamedTuple):
     """One layer of an adapter."""
 
-    key: Key
-    adapter: LowRank | Dense
+    key: LayerKey
+    adapter: LowRank | DenseUpdate
     sigma: torch.Tensor  # singular values of all groups, descending
 
     @property
     def rank(self) -> int:
-        return len(self.sigma) if isinstance(self.adapter, Dense) else self.adapter.rank
+        return len(self.sigma) if isinstance(self.adapter, DenseUpdate) else self.adapter.rank
 
     @property
     def alpha(self) -> float:
-        return self.rank * (1.0 if isinstance(self.adapter, Dense) else self.adapter.scale)
+        return self.rank * (1.0 if isinstance(self.adapter, DenseUpdate) else self.adapter.scale)
 
     @property
     def is_conv(self) -> bool:
         return (
-            len(self.adapter.shape if isinstance(self.adapter, Dense) else self.adapter.down.shape)
+            len(
+                self.adapter.shape
+                if isinstance(self.adapter, DenseUpdate)
+                else self.adapter.down.shape
+            )
             == 4
         )
 
@@ -76,23 +86,28 @@ class Row(NamedTuple):
         return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
 
-def info(
-    path: str, reading: Reading, *, top: int = TOP, plot: str = "", overwrite: bool = False
+def print_info(
+    path: str,
+    reading: OpenOptions,
+    *,
+    top: int = LISTED_LAYERS,
+    plot: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Prints what a file holds. `plot` draws the spectra as PNG. Raises UserError for a file that cannot be read."""
-    if is_model(path):
+    if is_whole_model(path):
         if plot:
             raise UserError(
                 f"--plot draws the spectra of an adapter, and {path} is a whole model; leave it out"
             )
-        _model_info(path, reading)
+        _print_model_info(path, reading)
         return
     if plot:
-        check(Output(plot, overwrite))
-    layout = layout_for([path], reading)
+        check_output(Output(plot, overwrite))
+    layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
-    dtype = widest([state])
-    kind = NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else "dense"
+    dtype = widest_dtype([state])
+    kind = DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else "dense"
     family = (
         f"{layout.family} ({layout.base_model_version})"
         if layout and layout.base_model_version
@@ -100,70 +115,75 @@ def info(
         if layout
         else "family unknown"
     )
-    print(f"{path}: {format_of(path)}, {family}, {kind}, {_size(path)}")
-    rows = list(_rows(state, path))
+    print(f"{path}: {detect_format(path)}, {family}, {kind}, {_file_size(path)}")
+    rows = list(_layer_spectra(state, path))
     if rows:
-        print("\n".join(aligned(_components(rows))))
+        print("\n".join(align_columns(_component_table(rows))))
         print(
             f"\nranks that hold so much of the energy, and the {min(top, len(rows))} largest of {len(rows)} layers"
         )
-        print("\n".join(aligned(_layers(rows, top))))
-    for line in (*_tokens(state, path), *_header(state)):
+        print("\n".join(align_columns(_layer_table(rows, top))))
+    for line in (*_token_lines(state, path), *_header_lines(state)):
         print(line)
     if plot:
         if not rows:
             raise UserError(f"{path} holds tokens only, there is no spectrum to plot")
-        _plot(rows, Path(plot), Path(path).name)
+        _plot_spectra(rows, Path(plot), Path(path).name)
         print(f"plot: {plot}")
 
 
-def diff(path_1: str, path_2: str, reading: Reading, *, top: int = TOP) -> None:
+def print_diff(path_1: str, path_2: str, reading: OpenOptions, *, top: int = LISTED_LAYERS) -> None:
     """Prints how two adapters differ: by component and by layer, cosines, relative differences and principal angles."""
     for path in (path_1, path_2):
-        if is_model(path):
+        if is_whole_model(path):
             raise UserError(
                 f"{path} is a whole model, diff compares adapters; for models see distill and explain"
             )
-    layout = layout_for([path_1, path_2], reading)
+    layout = find_layout([path_1, path_2], reading)
     first, second = (
-        {row.key: row for row in _rows(open_adapter(path, layout, reading), path)}
+        {row.key: row for row in _layer_spectra(open_adapter(path, layout, reading), path)}
         for path in (path_1, path_2)
     )
     _refuse_dense([*first.values(), *second.values()])
     if any(row.adapter.magnitude is not None for row in [*first.values(), *second.values()]):
-        note(
+        print_note(
             "of a DoRA only the low-rank part is compared; the magnitudes act through the base model's weights"
         )
     both = [key for key in first if key in second]
     for key in both:
         shapes = [
-            (lr.up.shape[0], *lr.down.shape[1:]) for lr in (_plain(first[key]), _plain(second[key]))
+            (lr.up.shape[0], *lr.down.shape[1:])
+            for lr in (_low_rank(first[key]), _low_rank(second[key]))
         ]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{'.'.join(key)} is {list(shapes[0])} in {path_1} and {list(shapes[1])} in {path_2}; they are for different models"
             )
     products = {
-        key: cosine(_plain(first[key]), _plain(second[key])) * first[key].norm * second[key].norm
+        key: cosine_similarity(_low_rank(first[key]), _low_rank(second[key]))
+        * first[key].norm
+        * second[key].norm
         for key in both
     }
     table: list[tuple[str, ...]] = [
         ("", "layers", "only A", "only B", "|A|", "|B|", "cosine", "|A - B| / |A|")
     ]
     for name in [*dict.fromkeys(key[0] for key in (*first, *second)), ""]:
-        table.append(_compared(name, first, second, products))
+        table.append(_comparison_row(name, first, second, products))
     print(f"A = {path_1}\nB = {path_2}")
-    print("\n".join(aligned(table)))
+    print("\n".join(align_columns(table)))
     if both:
         print(
             f"\nthe {min(top, len(both))} layers where they are largest; principal angles in degrees, smallest and median (90: nothing in common)"
         )
-        print("\n".join(aligned(_angles(first, second, products, top))))
+        print("\n".join(align_columns(_angle_table(first, second, products, top))))
 
 
-def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Reading) -> None:
+def print_explanation(
+    checkpoint: str, base_path: str, paths: Sequence[str], reading: OpenOptions
+) -> None:
     """Prints the sum of adapters that is nearest to checkpoint - base, and how much of the difference none of them explains."""
-    tuned, base = open_base(checkpoint, reading), open_base(base_path, reading)
+    tuned, base = open_base_model(checkpoint, reading), open_base_model(base_path, reading)
     states = [open_adapter(path, base.layout, reading) for path in paths]
     for state, path in zip(states, paths):
         if any(
@@ -172,13 +192,13 @@ def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Read
             raise UserError(
                 f"{path} is a DoRA, whose update grows with no factor; explain takes plain LoRAs"
             )
-    before, after = base_weight(base), base_weight(tuned)
+    before, after = base_weight_reader(base), base_weight_reader(tuned)
     keys = [
         (component, path)
         for component, part in base.layout.components.items()
         for path in part.shapes
     ]
-    found: dict[str, list[Sums]] = {}
+    found: dict[str, list[GramSums]] = {}
     with one_thread():
         for key in tqdm(keys, desc="explain", unit="layer", disable=None, leave=False):
             exact, old = after(*key), before(*key)
@@ -188,10 +208,10 @@ def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Read
                 )
             delta = exact.double() - old.double()
             found.setdefault(key[0], []).append(
-                sums(delta, [state.components.get(key[0], {}).get(key[1]) for state in states])
+                gram_sums(delta, [state.components.get(key[0], {}).get(key[1]) for state in states])
             )
-    parts = {name: fit(rows) for name, rows in found.items()} | {
-        "total": fit([row for rows in found.values() for row in rows])
+    parts = {name: fit_coefficients(rows) for name, rows in found.items()} | {
+        "total": fit_coefficients([row for rows in found.values() for row in rows])
     }
     squares = {name: sum(row.square for row in rows) for name, rows in found.items()}
     squares["total"] = sum(squares.values())
@@ -212,7 +232,9 @@ def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Read
                     *(f"{c:.4f}" for c in part.coefficients.tolist()),
                 )
             )
-    print("\n".join([*(f"L{i + 1} = {path}" for i, path in enumerate(paths)), *aligned(table)]))
+    print(
+        "\n".join([*(f"L{i + 1} = {path}" for i, path in enumerate(paths)), *align_columns(table)])
+    )
     weights = " ".join(
         f"{'-' if c < 0 else '+'} {abs(c):.4g}*{path}"
         for c, path in zip(parts["total"].coefficients.tolist(), paths)
@@ -225,7 +247,7 @@ def explain(checkpoint: str, base_path: str, paths: Sequence[str], reading: Read
 # ---------------------------------------------------------------- info, line by line
 
 
-def _rows(state: AdapterState, path: str) -> Iterator[Row]:
+def _layer_spectra(state: AdapterState, path: str) -> Iterator[LayerSpectrum]:
     layers = [
         ((component, name), lr)
         for component, rows in state.components.items()
@@ -236,20 +258,20 @@ def _rows(state: AdapterState, path: str) -> Iterator[Row]:
             try:
                 sigma = (
                     torch.linalg.svdvals(lr.build().flatten(1).double())
-                    if isinstance(lr, Dense)
-                    else spectrum(lr._replace(magnitude=None))
+                    if isinstance(lr, DenseUpdate)
+                    else singular_values(lr._replace(magnitude=None))
                 )
-                yield Row(key, lr, sigma.flatten().sort(descending=True).values)
+                yield LayerSpectrum(key, lr, sigma.flatten().sort(descending=True).values)
             except ValueError as error:
                 raise UserError(f"{'.'.join(key)} of {path}: {error}") from None
 
 
-def _plain(row: Row) -> LowRank:
+def _low_rank(row: LayerSpectrum) -> LowRank:
     assert isinstance(row.adapter, LowRank)
     return row.adapter._replace(magnitude=None)
 
 
-def _components(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def _component_table(rows: Sequence[LayerSpectrum]) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [
         ("", "layers", "conv", "DoRA", "rank", "alpha", "|delta W|", "effective rank")
     ]
@@ -268,8 +290,8 @@ def _components(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 str(len(own)),
                 str(conv),
                 str(dora),
-                _span(ranks),
-                _span(alphas),
+                _value_range(ranks),
+                _value_range(alphas),
                 f"{size:.4g}",
                 f"{mean:.2f}",
             )
@@ -277,7 +299,7 @@ def _components(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return table
 
 
-def _layers(rows: Sequence[Row], top: int) -> list[tuple[str, ...]]:
+def _layer_table(rows: Sequence[LayerSpectrum], top: int) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("", "rank", "|delta W|", "sigma 1", "90 %", "99 %", "99.9 %")]
     for row in sorted(rows, key=lambda row: -row.norm)[:top]:
         energy = row.sigma.square().cumsum(0) / row.sigma.square().sum().clamp_min(1e-300)
@@ -291,12 +313,12 @@ def _layers(rows: Sequence[Row], top: int) -> list[tuple[str, ...]]:
     return table
 
 
-def _span(values: Sequence[float]) -> str:
+def _value_range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.6g}" if low == high else f"{low:.4g}..{high:.4g}"
 
 
-def _tokens(state: AdapterState, path: str) -> list[str]:
+def _token_lines(state: AdapterState, path: str) -> list[str]:
     lines = []
     for key, rows in state.tokens.items():
         norms = ", ".join(
@@ -307,22 +329,24 @@ def _tokens(state: AdapterState, path: str) -> list[str]:
         )
     return lines + [
         f"word {word} stands for {''.join(names)}"
-        for word, names in (embeddings.words(state, path) if state.tokens else {}).items()
+        for word, names in (
+            embeddings.placeholder_words(state, path) if state.tokens else {}
+        ).items()
     ]
 
 
-def _header(state: AdapterState) -> list[str]:
+def _header_lines(state: AdapterState) -> list[str]:
     lines = []
     with contextlib.suppress(UserError):  # a recipe of something else
         lines += (
-            [described(parsed(state.metadata[RECIPE], "the file"))]
+            [describe_recipe(parse_recipe(state.metadata[RECIPE], "the file"))]
             if RECIPE in state.metadata
             else []
         )
     shown = {
         key: value
         for key, value in state.metadata.items()
-        if key not in (RECIPE, embeddings.NAMES, embeddings.WORDS)
+        if key not in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS)
     }
     short = [
         f"{key}={value}" for key, value in shown.items() if len(value) <= 60 and "\n" not in value
@@ -335,12 +359,12 @@ def _header(state: AdapterState) -> list[str]:
     return lines + ([f"header: {', '.join(short + long)}"] if shown else [])
 
 
-def _size(path: str) -> str:
+def _file_size(path: str) -> str:
     files = [Path(path)] if Path(path).is_file() else list(Path(path).glob("*.safetensors"))
     return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
 
 
-def _plot(rows: Sequence[Row], path: Path, title: str) -> None:
+def _plot_spectra(rows: Sequence[LayerSpectrum], path: Path, title: str) -> None:
     """Singular values of the largest layers, and the median over all layers of a component."""
     series = {}
     for name in dict.fromkeys(row.key[0] for row in rows):
@@ -356,40 +380,46 @@ def _plot(rows: Sequence[Row], path: Path, title: str) -> None:
             list(range(1, len(row.sigma) + 1)),
             [max(float(s), 1e-12) for s in row.sigma],
         )
-    pictures.plot(series, path, axes=("index", "singular value of delta W"), title=title, log=True)
+    pictures.plot_lines(
+        series, path, axes=("index", "singular value of delta W"), title=title, log=True
+    )
 
 
-def _model_info(path: str, reading: Reading) -> None:
+def _print_model_info(path: str, reading: OpenOptions) -> None:
     if Path(path).is_file():
         print(
-            f"{path}: a single-file checkpoint with {detect(open_weights(path).shapes)}, {_size(path)}"
+            f"{path}: a single-file checkpoint with {describe_single_file(open_weights(path).shapes)}, {_file_size(path)}"
         )
-    base = open_base(path, reading)
+    base = open_base_model(path, reading)
     table: list[tuple[str, ...]] = [("", "tensors", "parameters", "dtype", "layers for adapters")]
     for name, weights in base.model.items():
         dtypes = Counter(
-            NAMES.get(i.dtype, str(i.dtype).removeprefix("torch.")) for i in weights.infos.values()
+            DTYPE_NAMES.get(i.dtype, str(i.dtype).removeprefix("torch."))
+            for i in weights.infos.values()
         )
         count = sum(torch.Size(i.shape).numel() for i in weights.infos.values())
         layers = len(base.layout.components[name].shapes) if name in base.layout.components else 0
         table.append((name, str(len(weights.infos)), f"{count:,}", ", ".join(dtypes), str(layers)))
     print(f"{path}: {base.layout.family} {base.layout.base_model_version}".rstrip())
-    print("\n".join(aligned(table)))
+    print("\n".join(align_columns(table)))
 
 
 # ---------------------------------------------------------------- diff, line by line
 
 
-def _refuse_dense(rows: Sequence[Row]) -> None:
+def _refuse_dense(rows: Sequence[LayerSpectrum]) -> None:
     for row in rows:
-        if isinstance(row.adapter, Dense):
+        if isinstance(row.adapter, DenseUpdate):
             raise UserError(
                 f"{'.'.join(row.key)} is a {row.adapter.kind} update, no product of two factors; resize makes a LoRA of it"
             )
 
 
-def _compared(
-    name: str, first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float]
+def _comparison_row(
+    name: str,
+    first: Mapping[LayerKey, LayerSpectrum],
+    second: Mapping[LayerKey, LayerSpectrum],
+    products: Mapping[LayerKey, float],
 ) -> tuple[str, ...]:
     a, b = ([key for key in rows if name in (key[0], "")] for rows in (first, second))
     size_a, size_b = (
@@ -405,8 +435,11 @@ def _compared(
     )  # fmt: skip
 
 
-def _angles(
-    first: Mapping[Key, Row], second: Mapping[Key, Row], products: Mapping[Key, float], top: int
+def _angle_table(
+    first: Mapping[LayerKey, LayerSpectrum],
+    second: Mapping[LayerKey, LayerSpectrum],
+    products: Mapping[LayerKey, float],
+    top: int,
 ) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("", "cosine", "|B| / |A|", "outputs", "inputs")]
     for key in sorted(products, key=lambda key: -first[key].norm * second[key].norm)[:top]:
@@ -414,7 +447,7 @@ def _angles(
         size = a.norm * b.norm
         if not size:
             continue
-        angles = principal_angles(_plain(a), _plain(b))
+        angles = principal_angles(_low_rank(a), _low_rank(b))
         shown = [
             f"{math.degrees(part[0]):.1f} {math.degrees(part[len(part) // 2]):.1f}"
             for part in (angles.outputs, angles.inputs)

@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable, Collection
 from functools import cache
 
-from lora_core.adapters.targets import matches, nearest
+from lora_core.adapters.targets import matches_pattern, nearest_paths
 from lora_core.errors import UserError
 from lora_core.formats.layout import ENCODERS, Layout
-from merging.block_weights import BLOCKS, Share, by_block, parse
+from merging.block_weights import BLOCKS, LayerFactor, factor_by_block, parse_block_weights
 
-Keys = Collection[tuple[str, str]]  # (component, published path)
+LayerKeys = Collection[tuple[str, str]]  # (component, published path)
 
-GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
+LAYER_GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
     "attn": ("*.attn.*", "*.attn?.*", "*.self_attn.*", "*.SelfAttention.*"),
     "self": ("*.attn1.*", "*.self_attn.*", "*.SelfAttention.*"),
     "cross": ("*.attn2.*",),
@@ -28,23 +28,23 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
     "unet": ("unet.*", "transformer.*"),
     "text": tuple(f"{name}.*" for name in ENCODERS),
 }
-LISTED = 17  # length of the lists below
-PRESETS = {  # A1111's extension of LoRA block weights: name -> the ones of its list of 17, beside the first, BASE
+PRESET_LENGTH = 17  # length of the lists below
+BLOCK_PRESETS = {  # A1111's extension of LoRA block weights: name -> the ones of its list of 17, beside the first, BASE
     "INS": range(1, 4), "IND": range(4, 7), "INALL": range(1, 7),
     "MIDD": range(4, 12), "OUTD": range(8, 12), "OUTS": range(12, 17), "OUTALL": range(8, 17),
 }  # fmt: skip
 
 
-def share(text: str, keys: Keys, layout: Layout | None = None) -> Share:
+def parse_layer_choice(text: str, keys: LayerKeys, layout: Layout | None = None) -> LayerFactor:
     """The factor of each layer's weight that a choice says. `keys` are the layers of the file it stands behind, `layout` those of its model.
 
     Raises UserError for a part that matches no layer (with the nearest), a list of another length than the model's, and blocks without a layout.
     """
     numbers = re.fullmatch(r"\[.*\]|[-+\d.eE\s]+(,[-+\d.eE\s]+)+", text)
-    if numbers or (text in PRESETS and text not in BLOCKS):
-        return _listed(text, layout)
+    if numbers or (text in BLOCK_PRESETS and text not in BLOCKS):
+        return _parse_block_list(text, layout)
     parts = [part.strip() for part in text.split(",")]
-    tables = [_part(part, keys, layout) for part in parts]
+    tables = [_parse_part(part, keys, layout) for part in parts]
     default = 1.0 if all(part.startswith("~") for part in parts) else 0.0
 
     @cache
@@ -55,7 +55,7 @@ def share(text: str, keys: Keys, layout: Layout | None = None) -> Share:
     return weight
 
 
-def product(shares: Collection[Share]) -> Share:
+def multiply_factors(shares: Collection[LayerFactor]) -> LayerFactor:
     """All of them together."""
 
     def weight(component: str, path: str) -> float:
@@ -67,18 +67,18 @@ def product(shares: Collection[Share]) -> Share:
     return weight
 
 
-def _listed(text: str, layout: Layout | None) -> Share:
-    layout = _with_blocks(text, layout)
-    if text in PRESETS:
-        if LISTED not in layout.block_lists:
+def _parse_block_list(text: str, layout: Layout | None) -> LayerFactor:
+    layout = _require_blocks(text, layout)
+    if text in BLOCK_PRESETS:
+        if PRESET_LENGTH not in layout.block_lists:
             raise UserError(
-                f"{text} is a list of {LISTED} block weights; this model takes {' or '.join(map(str, layout.block_lists))} numbers"
+                f"{text} is a list of {PRESET_LENGTH} block weights; this model takes {' or '.join(map(str, layout.block_lists))} numbers"
             )
-        text = ",".join(str(int(i in PRESETS[text] or i == 0)) for i in range(LISTED))
-    return by_block(parse(text, layout.block_lists), layout.block_of)
+        text = ",".join(str(int(i in BLOCK_PRESETS[text] or i == 0)) for i in range(PRESET_LENGTH))
+    return factor_by_block(parse_block_weights(text, layout.block_lists), layout.block_of)
 
 
-def _with_blocks(text: str, layout: Layout | None) -> Layout:
+def _require_blocks(text: str, layout: Layout | None) -> Layout:
     """The layout. Raises UserError where there is none, or where its network has no blocks that lists could weigh."""
     if layout is None:
         raise UserError(f"the block weights {text} need to know the model; name it with --model")
@@ -89,7 +89,9 @@ def _with_blocks(text: str, layout: Layout | None) -> Layout:
     return layout
 
 
-def _part(part: str, keys: Keys, layout: Layout | None) -> tuple[Callable[[str, str], bool], float]:
+def _parse_part(
+    part: str, keys: LayerKeys, layout: Layout | None
+) -> tuple[Callable[[str, str], bool], float]:
     """(whether a layer is meant, its weight) of one part of a choice."""
     name, equals, number = part.removeprefix("~").partition("=")
     try:
@@ -102,13 +104,13 @@ def _part(part: str, keys: Keys, layout: Layout | None) -> tuple[Callable[[str, 
         raise UserError(
             f"{part!r} after the @ takes layers away and gives them a weight; drop the ~ or the ="
         )
-    holds = _holds(name, layout)
+    holds = _layer_predicate(name, layout)
     if not any(holds(component, path) for component, path in keys):
         names = [f"{component}.{path}" for component, path in keys]
         near = (
-            ", ".join(nearest(name, [*GROUPS, *names]))
-            if name not in GROUPS and name not in BLOCKS
-            else f"it has {', '.join(nearest(name, names))} ..."
+            ", ".join(nearest_paths(name, [*LAYER_GROUPS, *names]))
+            if name not in LAYER_GROUPS and name not in BLOCKS
+            else f"it has {', '.join(nearest_paths(name, names))} ..."
         )
         raise UserError(
             f"@{part} means none of the {len(names)} layers of this file; nearest: {near}"
@@ -116,20 +118,22 @@ def _part(part: str, keys: Keys, layout: Layout | None) -> tuple[Callable[[str, 
     return holds, value
 
 
-def _holds(name: str, layout: Layout | None) -> Callable[[str, str], bool]:
+def _layer_predicate(name: str, layout: Layout | None) -> Callable[[str, str], bool]:
     if name in BLOCKS:
-        known, index = _with_blocks(name, layout), BLOCKS.index(name)
+        known, index = _require_blocks(name, layout), BLOCKS.index(name)
         return lambda component, path: known.block_of(component, path) == index
     presets = (
         {}
-        if layout is None or name in GROUPS
+        if layout is None or name in LAYER_GROUPS
         else {owner: own[name] for owner, own in layout.presets.items() if name in own}
     )
     if presets:
         return lambda component, path: any(
-            matches(path, glob) for glob in presets.get(component, ())
+            matches_pattern(path, glob) for glob in presets.get(component, ())
         )
-    globs = GROUPS.get(
+    globs = LAYER_GROUPS.get(
         name, (name, f"{name}.*")
     )  # the second: a component or a block by its own name
-    return lambda component, path: any(matches(f"{component}.{path}", glob) for glob in globs)
+    return lambda component, path: any(
+        matches_pattern(f"{component}.{path}", glob) for glob in globs
+    )

@@ -27,13 +27,13 @@ from lora_core.formats import NATIVE, cloneofsimo
 from lora_core.formats.container import is_pickle
 from lora_core.formats.pickles import read_pickle
 from lora_core.formats.weights import Weights
-from lora_core.formats.whole_models import SingleFile
-from merging.folding import Model, open_model, weight_key
-from models import Layout, is_single, known, outline, single_file, single_rows
-from models.published import KINDS
+from lora_core.formats.whole_models import NetworkLocation
+from merging.folding import ModelWeights, open_model_folder, weight_key
+from models import Layout, is_single_file, known, locate_networks, read_layout, single_file
+from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MODELS = (
+MODEL_KEY_PREFIXES = (
     "model.diffusion_model.",
     "first_stage_model.",
     "cond_stage_model.",
@@ -42,7 +42,7 @@ MODELS = (
     "single_blocks.",
 )  # keys of single files
 SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
-NEAREST = {
+WRITABLE_FORMATS = {
     "comfyui": "kohya",
     "xlabs": "diffusers",
     "peft": "diffusers",
@@ -52,7 +52,7 @@ CHUNK = 1 << 22  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
-class Reading:
+class OpenOptions:
     """How files are opened."""
 
     model: str = ""  # folder, single file, hub id or published name of the model that adapters belong to; empty: told by their keys
@@ -62,17 +62,17 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A whole model, opened and not read."""
 
     path: str
     layout: Layout
-    model: Model
+    model: ModelWeights
     folder: Path | None  # None: a single file
-    rows: tuple[SingleFile, ...] = ()  # where a single file has its networks
+    rows: tuple[NetworkLocation, ...] = ()  # where a single file has its networks
 
 
-def is_model(path: str) -> bool:
+def is_whole_model(path: str) -> bool:
     """Whether a path is a whole model, not an adapter; the keys of a file decide. Raises UserError for a path that is not there.
 
     What does not exist and looks like NAME/NAME without a file's ending is an id of the hub, and so a model.
@@ -94,12 +94,14 @@ def is_model(path: str) -> bool:
         return True
     try:
         with safe_open(place, "np") as opened:
-            return any(key.startswith(MODELS) and ".lora" not in key for key in opened.keys())  # noqa: SIM118 - not a dictionary
+            return any(
+                key.startswith(MODEL_KEY_PREFIXES) and ".lora" not in key for key in opened.keys()
+            )  # noqa: SIM118 - not a dictionary
     except (SafetensorError, OSError, RuntimeError):
         return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
 
 
-def layout_for(paths: Sequence[str], reading: Reading) -> Layout | None:
+def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
     """The layout that adapters belong to: of --model, else of the published model that their keys and shapes tell.
 
     None where they tell none, which files that spell their layers out can do without. Raises UserError for others.
@@ -109,29 +111,29 @@ def layout_for(paths: Sequence[str], reading: Reading) -> Layout | None:
     reasons = []
     for path in paths:
         try:
-            return known.recognise_path(path)
+            return known.recognize_path(path)
         except UserError as error:
-            reasons += [error] if format_of(path) not in SPELLED_OUT else []
+            reasons += [error] if detect_format(path) not in SPELLED_OUT else []
     if reasons:
         raise reasons[0]
     return None
 
 
-def open_layout(path: str, reading: Reading) -> Layout:
+def open_layout(path: str, reading: OpenOptions) -> Layout:
     """What can be adapted in a model, from its configs or the keys of a single file; no weight is read. Published models have names, such as sdxl."""
-    if path in KINDS and not Path(path).exists():
-        return known.layout(path)
-    return outline(path, reading.model_config if is_single(path) else "")
+    if path in PUBLISHED_MODELS and not Path(path).exists():
+        return known.published_layout(path)
+    return read_layout(path, reading.model_config if is_single_file(path) else "")
 
 
 def open_adapter(
-    path: str, layout: Layout | None, reading: Reading, *, merging: bool = False
+    path: str, layout: Layout | None, reading: OpenOptions, *, merging: bool = False
 ) -> AdapterState:
     """What an adapter's file or a run's folder holds. Raises UserError for a whole model, and as `formats.load` does.
 
     `merging` also reads updates that are no two factors; they stand among the components as `Dense`.
     """
-    if is_model(path):
+    if is_whole_model(path):
         raise UserError(
             f"{path} is a whole model where an adapter is expected; distill makes an adapter of the difference of two models"
         )
@@ -144,42 +146,44 @@ def open_adapter(
     return state
 
 
-def open_base(path: str, reading: Reading) -> Base:
+def open_base_model(path: str, reading: OpenOptions) -> BaseModel:
     """A whole model: folder in the diffusers layout, single file or hub id. Raises UserError for an adapter."""
-    if not is_model(path):
+    if not is_whole_model(path):
         raise UserError(
             f"{path} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id"
         )
     if Path(path).is_file():
-        model, rows = single_file.parts(path, reading.model_config)
-        return Base(path, open_layout(path, reading), model, None, rows)
-    folder = Path(path) if Path(path).is_dir() else download(path)
-    return Base(path, outline(str(folder)), open_model(folder), folder)
+        model, rows = single_file.open_parts(path, reading.model_config)
+        return BaseModel(path, open_layout(path, reading), model, None, rows)
+    folder = Path(path) if Path(path).is_dir() else download_model(path)
+    return BaseModel(path, read_layout(str(folder)), open_model_folder(folder), folder)
 
 
-def rows_of(base: Base) -> tuple[SingleFile, ...]:
+def single_file_parts(base: BaseModel) -> tuple[NetworkLocation, ...]:
     """Where the networks of a model lie in a single file. Raises UserError for a family without such files."""
-    return base.rows or single_rows(str(base.folder))
+    return base.rows or locate_networks(str(base.folder))
 
 
 @contextlib.contextmanager
-def configs_of(base: Base, reading: Reading) -> Iterator[Path]:
+def model_configs(base: BaseModel, reading: OpenOptions) -> Iterator[Path]:
     """A folder with everything of a model that is no weight: its own, that of --model-config, or published configs with CLIP's tokenizers."""
     if base.folder:
         yield base.folder
     elif reading.model_config:
-        yield single_file.configs(reading.model_config)
+        yield single_file.find_configs(reading.model_config)
     else:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "configs"
-            published = single_file.open_single(base.path).folder
+            published = single_file.open_single_file(base.path).folder
             shutil.copytree(published, folder)
-            for name, tokenizer in single_file.tokenizers(published, base.rows, base.path).items():
+            for name, tokenizer in single_file.load_tokenizers(
+                published, base.rows, base.path
+            ).items():
                 tokenizer.save_pretrained(folder / TOKENIZERS[name])
             yield folder
 
 
-def format_of(path: str) -> str:
+def detect_format(path: str) -> str:
     """The row of FORMATS that reads an adapter; diffusers for what none knows, whose reader then says so."""
     place = Path(path)
     if place.is_dir():
@@ -192,7 +196,7 @@ def format_of(path: str) -> str:
             place,
         )
     if place.is_file() and is_pickle(place):
-        return "cloneofsimo" if cloneofsimo.detect_pt(read_pickle(place)) else "embeddings"
+        return "cloneofsimo" if cloneofsimo.is_factor_list(read_pickle(place)) else "embeddings"
     try:
         with safe_open(place, "np") as opened:
             keys = dict.fromkeys(opened.keys(), torch.empty(0))
@@ -201,16 +205,18 @@ def format_of(path: str) -> str:
     return next((name for name, row in formats.FORMATS.items() if row.detect(keys)), "diffusers")
 
 
-def written_like(paths: Sequence[str]) -> str:
+def choose_output_format(paths: Sequence[str]) -> str:
     """The format for a result: that of the first file with factors, or the nearest one for a format that is only read."""
     for path in paths:
-        found = format_of(path)
+        found = detect_format(path)
         if found != "embeddings":
-            return found if formats.FORMATS[found].write else NEAREST.get(found, "diffusers")
+            return (
+                found if formats.FORMATS[found].write else WRITABLE_FORMATS.get(found, "diffusers")
+            )
     return "diffusers"
 
 
-def base_weight(base: Base) -> Callable[[str, str], Tensor]:
+def base_weight_reader(base: BaseModel) -> Callable[[str, str], Tensor]:
     """A reader of the weight of (component, published path)."""
 
     def read(component: str, path: str) -> Tensor:
@@ -222,7 +228,7 @@ def base_weight(base: Base) -> Callable[[str, str], Tensor]:
     return read
 
 
-def download(name: str) -> Path:
+def download_model(name: str) -> Path:
     """The folder with a model of the hub: configs, tokenizers, and one file of weights a network. Raises UserError when the hub gives none."""
     try:
         files = HfApi().list_repo_files(name)
@@ -242,7 +248,7 @@ def download(name: str) -> Path:
         ) from None
 
 
-def digest(path: str) -> str:
+def sha256_digest(path: str) -> str:
     """sha256 of a file; of a folder, over the names and digests of the files in it that are not hidden."""
     place = Path(path)
     if place.is_file():
@@ -252,18 +258,18 @@ def digest(path: str) -> str:
                 found.update(part)
         return found.hexdigest()
     if not place.is_dir():
-        place = download(path)
+        place = download_model(path)
     files = sorted(
         file
         for file in place.rglob("*")
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(place).parts)
     )
-    lines = [f"{file.relative_to(place).as_posix()} {digest(str(file))}" for file in files]
+    lines = [f"{file.relative_to(place).as_posix()} {sha256_digest(str(file))}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def watched(model: Model, title: str) -> dict[str, Weights]:
+def with_progress(model: ModelWeights, title: str) -> dict[str, Weights]:
     """The same model with a progress bar over the tensors that are read, on a terminal only."""
     bar = tqdm(
         total=sum(len(weights.infos) for weights in model.values()),
@@ -305,7 +311,7 @@ def _weights_of(folder: str, files: Sequence[str]) -> list[str]:
     return []
 
 
-def widest(states: Sequence[AdapterState]) -> torch.dtype | None:
+def widest_dtype(states: Sequence[AdapterState]) -> torch.dtype | None:
     """The widest dtype of the factors in some adapters or, without any, of their token rows."""
     factors = [
         lr

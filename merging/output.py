@@ -17,14 +17,14 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import EMBEDDINGS, cloneofsimo
 from lora_core.formats.layout import Layout
-from merging.adapter_sums import Key
-from merging.compare import norm
-from merging.factor_sums import concat
-from merging.svd import Report, total
+from merging.adapter_sums import LayerKey
+from merging.compare import frobenius_norm
+from merging.factor_sums import concat_factors
+from merging.svd import ApproximationReport, total_report
 
 RECIPE = "lora_core.merge"  # header entry: JSON, the command with its options and the sha256 of its inputs
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
-INSIDE = ("cloneofsimo",)  # formats that hold tokens beside factors
+FORMATS_WITH_TOKENS = ("cloneofsimo",)  # formats that hold tokens beside factors
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Output:
         )
 
 
-def check(output: Output, *, folder: bool = False) -> None:
+def check_output(output: Output, *, folder: bool = False) -> None:
     """Raises UserError, before any work, for an output that exists (without --overwrite), is of the other kind, or cannot be written."""
     path = Path(output.path)
     if path.is_dir() and not folder:
@@ -71,27 +71,27 @@ def check(output: Output, *, folder: bool = False) -> None:
         )
 
 
-def tokens_path(path: str | Path) -> Path:
+def token_file_path(path: str | Path) -> Path:
     """Where an adapter's token rows go when its format has no place for them."""
     path = Path(path)
     return path.with_name(path.stem + EMBEDDINGS)
 
 
-def check_adapter(output: Output, *, tokens: bool = False) -> None:
+def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
     """`check` of an adapter's file, and of its tokens' where it has some; of all three of cloneofsimo's .pt files."""
     if not output.path:
         raise UserError("no output; name a file")
     path = Path(output.path)
-    check(output)
+    check_output(output)
     if path.suffix not in (".safetensors", ".pt"):
         raise UserError(
             f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists"
         )
     if path.suffix == ".pt":
         for end in (".text_encoder.pt", ".ti.pt"):
-            check(replace(output, path=str(path.with_suffix(end))))
-    elif tokens and output.format not in INSIDE:
-        check(replace(output, path=str(tokens_path(path))))
+            check_output(replace(output, path=str(path.with_suffix(end))))
+    elif tokens and output.format not in FORMATS_WITH_TOKENS:
+        check_output(replace(output, path=str(token_file_path(path))))
 
 
 def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:
@@ -104,10 +104,10 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return cloneofsimo.write_pt(state, path, layout)
+        return cloneofsimo.write_factor_lists(state, path, layout)
     written = []
     if factors:
-        inside = output.format in INSIDE
+        inside = output.format in FORMATS_WITH_TOKENS
         own = (
             state
             if inside
@@ -125,7 +125,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
         if inside:
             return written
     if state.tokens:
-        rows = tokens_path(path) if factors else path
+        rows = token_file_path(path) if factors else path
         formats.save(state, rows, format="embeddings", layout=layout, metadata=output.header)
         written.append(rows)
     if not written:
@@ -133,7 +133,9 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     return written
 
 
-def rounded(adapter: LowRank, report: Report, dtype: torch.dtype | None) -> tuple[LowRank, Report]:
+def round_adapter(
+    adapter: LowRank, report: ApproximationReport, dtype: torch.dtype | None
+) -> tuple[LowRank, ApproximationReport]:
     """The factors in the dtype of the file, and the report with what that loses."""
     if dtype is None or (adapter.down.dtype == dtype and adapter.up.dtype == dtype):
         return adapter, report
@@ -142,21 +144,21 @@ def rounded(adapter: LowRank, report: Report, dtype: torch.dtype | None) -> tupl
         raise UserError(f"the factors overflow {dtype}; choose --dtype bf16 or fp32")
     if adapter.magnitude is not None:
         return cast, report
-    lost = norm(concat([(1.0, adapter), (-1.0, cast)]))
+    lost = frobenius_norm(concat_factors([(1.0, adapter), (-1.0, cast)]))
     return cast, report._replace(lost=(report.lost**2 + lost**2) ** 0.5)
 
 
 # ---------------------------------------------------------------- on the screen
 
 
-def table(reports: Mapping[Key, Report], *, extra: str = "") -> str:
+def report_table(reports: Mapping[LayerKey, ApproximationReport], *, extra: str = "") -> str:
     """By component and in total: layers, rank kept, energy kept, relative error."""
-    components: dict[str, list[Report]] = {}
+    components: dict[str, list[ApproximationReport]] = {}
     for (component, _), report in reports.items():
         components.setdefault(component, []).append(report)
     rows = [("", "layers", "rank", "of", "energy kept", "relative error")]
     for name, found in [*components.items(), ("total", list(reports.values()))]:
-        whole = total(found)
+        whole = total_report(found)
         rows.append(
             (
                 name,
@@ -167,8 +169,8 @@ def table(reports: Mapping[Key, Report], *, extra: str = "") -> str:
                 f"{whole.error:.2e}",
             )
         )
-    excess = total(reports.values()).excess
-    lines = aligned(rows)
+    excess = total_report(reports.values()).excess
+    lines = align_columns(rows)
     if excess:
         lines.append(
             f"randomised SVD: at most about {100 * excess:.2g} % above the smallest possible error (--svd exact for that)"
@@ -176,7 +178,7 @@ def table(reports: Mapping[Key, Report], *, extra: str = "") -> str:
     return "\n".join([*lines, *([extra] if extra else [])])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
@@ -188,7 +190,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def say_written(paths: Iterable[str | Path], output: Output) -> None:
+def print_written(paths: Iterable[str | Path], output: Output) -> None:
     """Which files there are now, or that it was a dry run."""
     if output.dry_run:
         print(f"dry run: {output.path} was not written")
@@ -196,10 +198,10 @@ def say_written(paths: Iterable[str | Path], output: Output) -> None:
         print(f"written: {path}")
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """One line on stderr about something that a user would not expect."""
     print(f"note: {text}", file=sys.stderr)
 
 
-def warn(text: str) -> None:
+def print_warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)

@@ -16,10 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from merging.opening import digest
+from merging.opening import sha256_digest
 from merging.output import RECIPE, SIDECAR
 
-POSITIONAL = (
+POSITIONAL_OPTIONS = (
     "sum",
     "base",
     "tuned",
@@ -31,7 +31,7 @@ POSITIONAL = (
 )  # options that are typed without a flag
 
 
-def recipe_of(path: str) -> dict[str, Any]:
+def read_recipe(path: str) -> dict[str, Any]:
     """The recipe in a file's header or a model's folder. Raises UserError where there is none."""
     place = Path(path)
     if not place.exists():
@@ -52,10 +52,10 @@ def recipe_of(path: str) -> dict[str, Any]:
         raise UserError(
             f"{path} carries no recipe; only .safetensors files and model folders that merge.py made have one"
         )
-    return parsed(text, path)
+    return parse_recipe(text, path)
 
 
-def parsed(text: str, source: str) -> dict[str, Any]:
+def parse_recipe(text: str, source: str) -> dict[str, Any]:
     """A recipe from its JSON. Raises UserError for anything else."""
     try:
         recipe = json.loads(text)
@@ -70,11 +70,11 @@ def parsed(text: str, source: str) -> dict[str, Any]:
     return recipe
 
 
-def described(recipe: Mapping[str, Any]) -> str:
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
     """The command of a recipe, as it may be typed again, and the beginnings of its inputs' digests."""
     words = [f"merge.py {recipe['command']}"]
     for name, value in recipe["options"].items():
-        flag = [] if name in POSITIONAL else [f"--{name.replace('_', '-')}"]
+        flag = [] if name in POSITIONAL_OPTIONS else [f"--{name.replace('_', '-')}"]
         words += flag + (
             []
             if value is True
@@ -84,7 +84,7 @@ def described(recipe: Mapping[str, Any]) -> str:
     return f"made by: {' '.join(words)}   (sha256 of {inputs} ...)"
 
 
-def redo(
+def redo_merge(
     path: str,
     out: str,
     *,
@@ -97,16 +97,16 @@ def redo(
     `run` carries out a recipe to a path. Raises UserError for inputs that are gone or have changed, and for an output that differs (without
     `overwrite`).
     """
-    recipe = recipe_of(path)
-    print(described(recipe))
+    recipe = read_recipe(path)
+    print(describe_recipe(recipe))
     target = Path(os.path.abspath(out or path))
     if out and target.exists() and not overwrite and not dry_run:
         raise UserError(
             f"{out} is there already; pass --overwrite to replace it, or name another output"
         )
-    with contextlib.chdir(_place_of(recipe, path)):
+    with contextlib.chdir(_input_folder(recipe, path)):
         for name, known in recipe["inputs"].items():
-            if digest(name) != known:
+            if sha256_digest(name) != known:
                 raise UserError(
                     f"{name} is not what it was when {path} was made (its sha256 differs); the same result cannot come out of it"
                 )
@@ -115,7 +115,7 @@ def redo(
             workshop.mkdir(parents=True)
             with contextlib.redirect_stdout(io.StringIO()):  # names of a place that is soon gone
                 run(recipe, str(workshop / target.name))
-            _deliver(workshop, target, Path(out or path), overwrite=overwrite, dry_run=dry_run)
+            _move_results(workshop, target, Path(out or path), overwrite=overwrite, dry_run=dry_run)
         except OSError as error:
             raise UserError(
                 f"{target} cannot be written ({error.strerror or error}); what was there is untouched"
@@ -124,14 +124,16 @@ def redo(
             shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _deliver(workshop: Path, target: Path, shown: Path, *, overwrite: bool, dry_run: bool) -> None:
+def _move_results(
+    workshop: Path, target: Path, shown: Path, *, overwrite: bool, dry_run: bool
+) -> None:
     """Moves what was made to its place, file by file, where it differs from what is there."""
     made = sorted(workshop.iterdir())
     same = [
         file
         for file in made
         if target.with_name(file.name).exists()
-        and digest(str(file)) == digest(str(target.with_name(file.name)))
+        and sha256_digest(str(file)) == sha256_digest(str(target.with_name(file.name)))
     ]
     changed = [file for file in made if file not in same]
     for file in same:
@@ -149,7 +151,7 @@ def _deliver(workshop: Path, target: Path, shown: Path, *, overwrite: bool, dry_
         print(f"written: {shown.with_name(file.name)}")
 
 
-def _place_of(recipe: dict[str, Any], path: str) -> Path:
+def _input_folder(recipe: dict[str, Any], path: str) -> Path:
     """The folder from which all inputs are found: the current one, or that of the file. Raises UserError for an input that is gone."""
     for place in (Path.cwd(), Path(path).resolve().parent):
         missing = [

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import LowRank, assembled, blocks, require_plain
+from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
 
 ITERATIONS = 32  # of the randomised SVD; Gaussian matrices, which have no gap at all, take 5 to 15
 EXCESS = 1e-3  # of the optimum: what the randomised SVD may lose on top of it
@@ -70,7 +70,7 @@ class Keep:
         return min(self.rank // groups, len(squares))
 
 
-class Report(NamedTuple):
+class ApproximationReport(NamedTuple):
     """What an approximation kept. A rank above what the update has keeps all of it, and `rank` says so."""
 
     rank: int
@@ -90,13 +90,13 @@ class Report(NamedTuple):
         return 1 - self.error**2
 
 
-def total(reports: Iterable[Report]) -> Report:
+def total_report(reports: Iterable[ApproximationReport]) -> ApproximationReport:
     """Of all layers together: ranks add up, norms and losses add up in squares, the excess is the largest."""
     rows = list(reports)
     norm, lost = (
         math.sqrt(sum(getattr(row, name) ** 2 for row in rows)) for name in ("norm", "lost")
     )
-    return Report(
+    return ApproximationReport(
         sum(row.rank for row in rows),
         sum(row.full for row in rows),
         norm,
@@ -105,13 +105,13 @@ def total(reports: Iterable[Report]) -> Report:
     )
 
 
-def svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def factor_svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """(u [g, out / g, k], sigma [g, k] in fp64, vh [g, k, fan in]) of the update, k = min(r / g, out / g, fan in).
 
     Raises UserError for a DoRA.
     """
-    require_plain(lr)
-    up, down = blocks(lr)
+    refuse_dora(lr)
+    up, down = factor_blocks(lr)
     with one_thread():
         (q1, r1), (q2, r2) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
         u, sigma, vh = torch.linalg.svd(
@@ -120,26 +120,26 @@ def svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
         return q1 @ u.to(up.dtype), sigma, vh.to(up.dtype) @ q2.mT
 
 
-def spectrum(lr: LowRank) -> Tensor:
+def singular_values(lr: LowRank) -> Tensor:
     """Singular values [g, k] of the update in fp64, descending; half the work of `svd`. Raises UserError for a DoRA."""
-    require_plain(lr)
-    up, down = blocks(lr)
+    refuse_dora(lr)
+    up, down = factor_blocks(lr)
     with one_thread():
         r1, r2 = torch.linalg.qr(up, mode="r").R, torch.linalg.qr(down.mT, mode="r").R
         return torch.linalg.svdvals(lr.scale * (r1.double() @ r2.double().mT))
 
 
-def compress(lr: LowRank, keep: Keep) -> tuple[LowRank, Report]:
+def compress_adapter(lr: LowRank, keep: Keep) -> tuple[LowRank, ApproximationReport]:
     """The nearest adapter of the wished rank or error, scale 1, sqrt(sigma) in either factor; fp32 or better. Raises UserError for a DoRA."""
-    u, sigma, vh = svd(lr)
-    return _cut(
+    u, sigma, vh = factor_svd(lr)
+    return _truncate(
         u, sigma, vh, lr.down.shape[2:], keep.steps(sigma.square().sum(0), len(sigma)), lr.rank
     )
 
 
-def distill(
+def distill_update(
     delta: Tensor, keep: Keep, *, groups: int = 1, generator: torch.Generator | None = None
-) -> tuple[LowRank, Report]:
+) -> tuple[LowRank, ApproximationReport]:
     """The nearest adapter of a dense update [out, in] or [out, in / groups, kh, kw], such as tuned - base; nothing is clamped.
 
     By the exact SVD; with a generator by the randomised one (arXiv 0909.4061, algorithm 4.4) in fp64, iterated until the estimated excess over the
@@ -156,13 +156,13 @@ def distill(
             "the randomised SVD needs a rank; without a generator the exact one finds the rank for an error"
         )
     found = (
-        _randomised(dense.double(), keep.steps(torch.ones(full // groups), groups), generator)
+        _randomized_svd(dense.double(), keep.steps(torch.ones(full // groups), groups), generator)
         if generator
         else None
     )
     u, sigma, vh, excess = found or (*torch.linalg.svd(dense, full_matrices=False), 0.0)
     steps = keep.steps(sigma.double().square().sum(0), groups)
-    adapter, report = _cut(
+    adapter, report = _truncate(
         u.to(dense.dtype), sigma.double(), vh.to(dense.dtype), delta.shape[2:], steps, full
     )
     if found is None:
@@ -193,18 +193,18 @@ def steps_within(squares: Tensor, allowance: float) -> int:
     return int((tails > allowance).sum())
 
 
-def _cut(
+def _truncate(
     u: Tensor, sigma: Tensor, vh: Tensor, kernel: Iterable[int], steps: int, full: int
-) -> tuple[LowRank, Report]:
+) -> tuple[LowRank, ApproximationReport]:
     root = sigma[:, :steps].sqrt().to(u.dtype)
-    adapter = assembled(
+    adapter = from_blocks(
         u[..., :steps] * root[:, None, :], root[:, :, None] * vh[:, :steps], tuple(kernel)
     )
     norm, lost = (float(part.square().sum().sqrt()) for part in (sigma, sigma[:, steps:]))
-    return adapter, Report(adapter.rank, full, norm, lost)
+    return adapter, ApproximationReport(adapter.rank, full, norm, lost)
 
 
-def _randomised(
+def _randomized_svd(
     a: Tensor, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """(u, sigma, vh, estimated excess of cutting after `steps`) of the leading triples of a [g, m, n]; None when the excess stays above EXCESS."""
@@ -217,7 +217,7 @@ def _randomised(
     for _ in range(ITERATIONS):
         y = a.mT @ q  # [g, n, width]
         kept.append(float(torch.linalg.eigvalsh(y.mT @ y)[:, -steps:].sum()))
-        excess = _excess(square, kept)
+        excess = _estimate_excess(square, kept)
         if excess < EXCESS:
             v, sigma, uh = torch.linalg.svd(y, full_matrices=False)
             return q @ uh.mT, sigma, v.mT, excess
@@ -225,7 +225,7 @@ def _randomised(
     return None
 
 
-def _excess(square: float, kept: list[float]) -> float:
+def _estimate_excess(square: float, kept: list[float]) -> float:
     """Estimated lost / optimum - 1 from the energy kept after each iteration, which grows toward the optimum.
 
     Where the spectrum has a gap the gains shrink geometrically, by a ratio that grows toward its limit (so its square root is taken);

@@ -11,22 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Merge = Callable[[Sequence[Tensor], float, torch.Generator], Tensor]
+DenseMerge = Callable[[Sequence[Tensor], float, torch.Generator], Tensor]
 
 
-def trimmed(update: Tensor, density: float) -> Tensor:
+def trim_to_density(update: Tensor, density: float) -> Tensor:
     """The update with all but its `density` share of largest magnitudes set to 0; equals at the threshold all stay."""
-    count = kept_entries(update.numel(), density)
+    count = count_kept_entries(update.numel(), density)
     threshold = update.abs().flatten().kthvalue(update.numel() - count + 1).values
     return update * (update.abs() >= threshold)
 
 
-def dropped(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """DARE's drop and rescale (arXiv 2311.03099, equation 3): each entry stays with probability `density` = 1 - p, divided by it, else 0.
 
     The expectation over the generator is the update.
     """
-    kept_entries(update.numel(), density)
+    count_kept_entries(update.numel(), density)
     stays = (
         torch.rand(
             update.shape, generator=generator, dtype=torch.float32, device=generator.device
@@ -36,7 +36,7 @@ def dropped(update: Tensor, density: float, generator: torch.Generator) -> Tenso
     return update * stays / density
 
 
-def elected(updates: Sequence[Tensor]) -> Tensor:
+def elect_and_average(updates: Sequence[Tensor]) -> Tensor:
     """The sign election and disjoint mean of TIES (arXiv 2306.01708, section 3, steps 2 and 3).
 
     The sign of an entry is that of its sum; the mean runs over the updates that have that sign there. Where the sum is 0 so is the result.
@@ -49,34 +49,36 @@ def elected(updates: Sequence[Tensor]) -> Tensor:
 
 def ties(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
     """Trim, elect, mean (arXiv 2306.01708). Note the mean: files that agree give their average, not their sum. Draws nothing."""
-    return elected([trimmed(update, density) for update in updates])
+    return elect_and_average([trim_to_density(update, density) for update in updates])
 
 
 def dare(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
     """The sum of the updates after drop and rescale (arXiv 2311.03099)."""
-    return torch.stack([dropped(update, density, generator) for update in updates]).sum(0)
+    return torch.stack([drop_and_rescale(update, density, generator) for update in updates]).sum(0)
 
 
 def dare_ties(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
     """Drop and rescale in place of the trimming, then the election and mean of TIES (arXiv 2311.03099, section 4.3)."""
-    return elected([dropped(update, density, generator) for update in updates])
+    return elect_and_average([drop_and_rescale(update, density, generator) for update in updates])
 
 
-def magnitude(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
+def prune_by_magnitude(
+    updates: Sequence[Tensor], density: float, generator: torch.Generator
+) -> Tensor:
     """The sum of the updates after each is trimmed to its largest entries. Draws nothing."""
-    return torch.stack([trimmed(update, density) for update in updates]).sum(0)
+    return torch.stack([trim_to_density(update, density) for update in updates]).sum(0)
 
 
-def kept_entries(entries: int, density: float) -> int:
+def count_kept_entries(entries: int, density: float) -> int:
     """How many of so many entries a density keeps, at least 1. Raises ValueError for a density outside (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"a density is above 0 and at most 1, got {density}")
     return max(1, int(density * entries))
 
 
-MERGES: dict[str, Merge] = {
+MERGES: dict[str, DenseMerge] = {
     "ties": ties,
     "dare": dare,
     "dare_ties": dare_ties,
-    "magnitude": magnitude,
+    "magnitude": prune_by_magnitude,
 }

@@ -12,10 +12,10 @@ from huggingface_hub import hf_hub_download
 
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
-from lora_core.family import Conditioning, Family, Layout, Loading, Sizes, read_json
+from lora_core.family import Conditioning, Family, Layout, LoadOptions, Sizes, read_json
 from models import flux, sd, sdxl, single_file
-from models.known import recognise, recognise_path
-from models.single_file import is_single, save_single, single_rows, to_folder
+from models.known import recognize_adapter, recognize_path
+from models.single_file import convert_to_folder, is_single_file, locate_networks, save_single_file
 
 __all__ = [
     "DTYPES",
@@ -23,19 +23,19 @@ __all__ = [
     "Conditioning",
     "Family",
     "Layout",
-    "Loading",
+    "LoadOptions",
     "Sizes",
     "choose_device",
-    "is_single",
+    "is_single_file",
     "load_family",
-    "noise_of",
-    "outline",
-    "recognise",
-    "recognise_path",
+    "read_schedule",
+    "read_layout",
+    "recognize_adapter",
+    "recognize_path",
     "save_family",
-    "save_single",
-    "single_rows",
-    "to_folder",
+    "save_single_file",
+    "locate_networks",
+    "convert_to_folder",
 ]
 
 DTYPES = {
@@ -46,50 +46,54 @@ DTYPES = {
 }  # --precision
 
 
-PLAIN = Loading()  # fp32 on the CPU
+DEFAULT_LOADING = LoadOptions()  # fp32 on the CPU
 
 
-class Row(NamedTuple):
-    load: Callable[[str, Loading], Family]
+class FamilyEntry(NamedTuple):
+    load: Callable[[str, LoadOptions], Family]
     outline: Callable[[str], Layout]
     noise_of: Callable[[str, Mapping[str, Any], int], tuple[Schedule, str]]
 
 
-FAMILIES: dict[str, Row] = {  # `_class_name` of model_index.json -> its family
-    **dict.fromkeys(sd.PIPELINES, Row(sd.load, sd.outline, sd.noise_of)),
-    **dict.fromkeys(sdxl.PIPELINES, Row(sdxl.load, sdxl.outline, sdxl.noise_of)),
-    **dict.fromkeys(flux.PIPELINES, Row(flux.load, flux.outline, flux.noise_of)),
+FAMILIES: dict[str, FamilyEntry] = {  # `_class_name` of model_index.json -> its family
+    **dict.fromkeys(sd.PIPELINES, FamilyEntry(sd.load, sd.read_sd_layout, sd.read_sd_schedule)),
+    **dict.fromkeys(
+        sdxl.PIPELINES, FamilyEntry(sdxl.load, sdxl.read_sdxl_layout, sdxl.read_sdxl_schedule)
+    ),
+    **dict.fromkeys(
+        flux.PIPELINES, FamilyEntry(flux.load, flux.read_flux_layout, flux.read_flux_schedule)
+    ),
 }
 
 
-def load_family(path: str, how: Loading = PLAIN) -> Family:
+def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     """The model at `path`, a folder in the diffusers layout, a hub id, or a single file, frozen and in eval mode.
 
     Raises UserError for a path that is not there, another family, a missing or broken part, and configs for what has its own.
     """
-    if is_single(path):
+    if is_single_file(path):
         return single_file.load(path, how)
     _refuse_config(path, how.config)
     return _row(path).load(path, how)
 
 
-def outline(path: str, config: str = "") -> Layout:
+def read_layout(path: str, config: str = "") -> Layout:
     """What can be adapted in the model at `path`, and how files name it; reads its configs, not its weights. `config` is that of `Loading`.
 
     Raises UserError like `load_family`.
     """
-    if is_single(path):
+    if is_single_file(path):
         return single_file.outline(path, config)
     _refuse_config(path, config)
     return _row(path).outline(path)
 
 
-def noise_of(
+def read_schedule(
     path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
 ) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
     scheduler takes for it. `changes` and `config` are those of `Loading`. Raises UserError like `load_family`."""
-    if is_single(path):
+    if is_single_file(path):
         return single_file.noise_of(path, changes, resolution, config)
     _refuse_config(path, config)
     return _row(path).noise_of(path, changes, resolution)
@@ -103,8 +107,8 @@ def save_family(
     config: str = "",
 ) -> None:
     """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
-    if is_single(path):
-        single_file.to_folder(path, folder, config, overwrite=True)
+    if is_single_file(path):
+        single_file.convert_to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
             _save(family.modules[name], state, folder / name)
         return
@@ -142,7 +146,7 @@ def _refuse_config(path: str, config: str) -> None:
         )
 
 
-def _row(path: str) -> Row:
+def _row(path: str) -> FamilyEntry:
     if not path:
         raise UserError("no base model; name a folder, a file or a hub id with --model")
     name = read_json(path, "model_index.json").get("_class_name", "")

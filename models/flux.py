@@ -26,15 +26,15 @@ from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
 from lora_core.family import (
     Conditioning,
-    Loading,
+    LoadOptions,
     Sizes,
-    config_of,
     decode_latents,
     encode_pixels,
     load_network,
-    part,
+    load_part,
+    read_encoder_config,
     read_json,
-    tokenize,
+    tokenize_prompts,
 )
 from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import first_eos
@@ -163,7 +163,7 @@ class Flux:
             modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
         )
         self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
-        self.schedule = schedule_of(scheduler)
+        self.schedule = flux_schedule(scheduler)
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
         self.zeros: tuple[str, ...] = ()
         self.latent_channels = self.vae.config.latent_channels
@@ -171,7 +171,7 @@ class Flux:
         self.multiple = PATCH * self.factor
         self.resolution = self.vae.config.sample_size
         check_channels(self.transformer.config.in_channels, self.latent_channels)
-        self.layout = layout({name: modules[name] for name in ADAPTABLE})
+        self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
         for module in modules.values():
             module.requires_grad_(False).eval()
 
@@ -182,7 +182,7 @@ class Flux:
         )  # diffusers' own property looks at every module
 
     def schedule_at(self, height: int, width: int) -> Schedule:
-        return schedule_of(self.scheduler, (height // PATCH) * (width // PATCH))
+        return flux_schedule(self.scheduler, (height // PATCH) * (width // PATCH))
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encode_pixels(self.vae, pixels)
@@ -196,8 +196,10 @@ class Flux:
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for on the CPU."""
         tokenizer = self.tokenizers["text_encoder"]
-        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"])
-        t5 = tokenize(
+        ids = tokenize_prompts(
+            tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"]
+        )
+        t5 = tokenize_prompts(
             self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"]
         )
         end = first_eos(ids, tokenizer.eos_token_id)
@@ -222,7 +224,9 @@ class Flux:
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)
 
-    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+    def add_size_embeddings(
+        self, cond: Conditioning, sizes: Sizes, guidance: float
+    ) -> Conditioning:
         """With the guidance scale [b] fp32 where the transformer is told one."""
         if not self.distilled_guidance:
             return cond
@@ -241,15 +245,15 @@ class Flux:
             )
         dtype, (height, width) = self.transformer.x_embedder.weight.dtype, x_t.shape[-2:]
         out = self.transformer(
-            hidden_states=pack(x_t).to(dtype),
+            hidden_states=pack_latents(x_t).to(dtype),
             timestep=level.t,
             guidance=cond.extra["guidance"] if self.distilled_guidance else None,
             pooled_projections=cond.extra["pooled_prompt_embeds"].to(dtype),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
-            img_ids=image_ids(height, width, x_t.device),
+            img_ids=image_position_ids(height, width, x_t.device),
             txt_ids=torch.zeros(cond.prompt_embeds.shape[1], 3, device=x_t.device),
         ).sample
-        return unpack(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
+        return unpack_latents(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
 
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
@@ -276,7 +280,7 @@ class Flux:
             for hook in hooks:
                 hook.remove()
         cos, sin = self.transformer.pos_embed(
-            image_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
+            image_position_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
         )  # [tokens, d]
         maps = []
         for name in layers:
@@ -284,7 +288,7 @@ class Flux:
                 seen[name, which].transpose(1, 2).float()
                 for which in ("norm_q", "norm_k", "norm_added_k")
             )  # [b, heads, s, d]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
             scores = q @ torch.cat([text, k], dim=2).transpose(-1, -2) * q.shape[-1] ** -0.5
             maps.append(scores.softmax(-1)[..., : text.shape[2]])
         return maps
@@ -293,12 +297,12 @@ class Flux:
 # ---------------------------------------------------------------- packed latents
 
 
-def pack(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor) -> Tensor:
     """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w]: one for each 2 x 2 patch, channels outermost."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     """Latents [b, c, height, width]; undoes `pack`."""
     return rearrange(
         tokens,
@@ -310,7 +314,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     )
 
 
-def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def image_position_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """(0, row, column) of every token of latents [b, c, height, width]: [(h / 2) (w / 2), 3] fp32."""
     return torch.cartesian_prod(
         *(
@@ -320,7 +324,7 @@ def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Te
     )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864 eq. 34) of x [b, heads, s, d]: each pair of neighbours turns by its angle, cos and sin [s, d]."""
     even, odd = x[..., ::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
@@ -329,7 +333,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------- loading
 
 
-def load(path: str, how: Loading) -> Flux:
+def load(path: str, how: LoadOptions) -> Flux:
     """The model in a folder or on the hub, in the diffusers layout.
 
     Raises UserError, before any weight is read, for settings that mean nothing to a flow or to a pooled vector, and for a transformer with further
@@ -346,8 +350,8 @@ def load(path: str, how: Loading) -> Flux:
     )
     length = _length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
-        "text_encoder": part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
-        "text_encoder_2": part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
+        "text_encoder": load_part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
+        "text_encoder_2": load_part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
     }
     modules = {
         "transformer": load_network(
@@ -366,37 +370,39 @@ def load(path: str, how: Loading) -> Flux:
     return family
 
 
-def outline(path: str) -> Layout:
+def read_flux_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(read_json(path, "transformer/config.json"))
-        clip = CLIPTextModel(config_of(path, "text_encoder", CLIPTextConfig))
-        t5 = T5EncoderModel(config_of(path, "text_encoder_2", T5Config))
-    return layout(dict(zip(ADAPTABLE, (transformer, clip, t5))))
+        clip = CLIPTextModel(read_encoder_config(path, "text_encoder", CLIPTextConfig))
+        t5 = T5EncoderModel(read_encoder_config(path, "text_encoder_2", T5Config))
+    return flux_layout(dict(zip(ADAPTABLE, (transformer, clip, t5))))
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+def read_flux_schedule(
+    path: str, changes: Mapping[str, Any], resolution: int
+) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution (pixels) in the shift for it."""
     side = resolution // (
         PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1)
     )
-    return schedule_of(_scheduler(path, changes), side * side), "flow"
+    return flux_schedule(_scheduler(path, changes), side * side), "flow"
 
 
-def schedule_of(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
+def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
     """The flow of a scheduler_config.json. With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is constant."""
     c = scheduler
     if not c.get("use_dynamic_shifting"):
-        return noise.flow(shift=c.get("shift", 1.0))
+        return noise.flow_schedule(shift=c.get("shift", 1.0))
     if not tokens:
-        return noise.flow()
+        return noise.flow_schedule()
     law = dict(
         base_tokens="base_image_seq_len",
         max_tokens="max_image_seq_len",
         base="base_shift",
         max="max_shift",
     )  # ours -> diffusers' key
-    return noise.flow(
+    return noise.flow_schedule(
         shift=noise.resolution_shift(
             tokens, **{ours: c[key] for ours, key in law.items() if key in c}
         )
@@ -443,7 +449,7 @@ def _length(asked: int, guidance: bool) -> int:
 # ---------------------------------------------------------------- names
 
 
-def layout(modules: Mapping[str, nn.Module]) -> Layout:
+def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is adapted."""
     guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
     plain = layout_of(

@@ -19,7 +19,7 @@ from models import flux, sd, sdxl
 Config = dict[str, Any]
 
 
-class Kind(NamedTuple):
+class PublishedModel(NamedTuple):
     title: str  # for sentences
     files: Mapping[str, Config]  # of a folder in the diffusers layout: path -> its JSON
     outline: Callable[[str], Layout]
@@ -96,7 +96,7 @@ FLOW: Config = dict(
     _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
     base_image_seq_len=256, max_image_seq_len=4096,
 )  # fmt: skip
-V = dict(prediction_type="v_prediction")
+V_PREDICTION = dict(prediction_type="v_prediction")
 CLASSES = {  # what a model_index.json says of a component
     "unet": ["diffusers", "UNet2DConditionModel"],
     "transformer": ["diffusers", "FluxTransformer2DModel"],
@@ -104,7 +104,7 @@ CLASSES = {  # what a model_index.json says of a component
 }
 
 
-def _files(
+def _config_files(
     pipeline: str, parts: Mapping[str, Config], scheduler: Config, **index: Any
 ) -> dict[str, Config]:
     """The JSON files of a model: its parts' configs and a model_index.json that lists them."""
@@ -124,7 +124,9 @@ def _files(
     }
 
 
-def _sd(title: str, unet: Config, text: Config, scheduler: Config = STEPS, like: str = "") -> Kind:
+def _sd_model(
+    title: str, unet: Config, text: Config, scheduler: Config = STEPS, like: str = ""
+) -> PublishedModel:
     pipeline = (
         "StableDiffusionInpaintPipeline" if unet["in_channels"] == 9 else "StableDiffusionPipeline"
     )
@@ -132,31 +134,33 @@ def _sd(title: str, unet: Config, text: Config, scheduler: Config = STEPS, like:
         safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False
     )
     vae = VAE | {"sample_size": 8 * unet["sample_size"]}
-    return Kind(
+    return PublishedModel(
         title,
-        _files(pipeline, {"unet": unet, "vae": vae, "text_encoder": text}, scheduler, **nothing),
-        sd.outline,
+        _config_files(
+            pipeline, {"unet": unet, "vae": vae, "text_encoder": text}, scheduler, **nothing
+        ),
+        sd.read_sd_layout,
         like,
     )
 
 
-def _xl(
+def _sdxl_model(
     title: str,
     pipeline: str,
     unet: Config,
     texts: Mapping[str, Config],
     like: str = "",
     **index: Any,
-) -> Kind:
-    return Kind(
+) -> PublishedModel:
+    return PublishedModel(
         title,
-        _files(pipeline, {"unet": unet, "vae": VAE_XL, **texts}, STEPS_XL, **index),
-        sdxl.outline,
+        _config_files(pipeline, {"unet": unet, "vae": VAE_XL, **texts}, STEPS_XL, **index),
+        sdxl.read_sdxl_layout,
         like,
     )
 
 
-def _flux(title: str, scheduler: Config, like: str = "", *, guidance: bool) -> Kind:
+def _flux_model(title: str, scheduler: Config, like: str = "", *, guidance: bool) -> PublishedModel:
     network = dict(
         _class_name="FluxTransformer2DModel", in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
         joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=guidance,
@@ -167,7 +171,9 @@ def _flux(title: str, scheduler: Config, like: str = "", *, guidance: bool) -> K
         "text_encoder": CLIP_L,
         "text_encoder_2": T5_XXL,
     }
-    return Kind(title, _files("FluxPipeline", parts, scheduler), flux.outline, like)
+    return PublishedModel(
+        title, _config_files("FluxPipeline", parts, scheduler), flux.read_flux_layout, like
+    )
 
 
 BOTH, SECOND = {"text_encoder": CLIP_L, "text_encoder_2": BIG_G}, {"text_encoder_2": BIG_G}
@@ -177,35 +183,39 @@ SCORED = {
     "requires_aesthetics_score": True,
     "force_zeros_for_empty_prompt": False,
 }
-KINDS: dict[
-    str, Kind
+PUBLISHED_MODELS: dict[
+    str, PublishedModel
 ] = {  # where a variant and its original both fit a file, the original is meant
-    "sd1": _sd("Stable Diffusion 1.x", UNET_1, CLIP_L),
-    "sd1-inpainting": _sd("Stable Diffusion 1.x inpainting", UNET_1 | MASKED, CLIP_L, like="sd1"),
-    "sd2": _sd("Stable Diffusion 2.x", UNET_2, CLIP_H),
-    "sd2-v": _sd(
+    "sd1": _sd_model("Stable Diffusion 1.x", UNET_1, CLIP_L),
+    "sd1-inpainting": _sd_model(
+        "Stable Diffusion 1.x inpainting", UNET_1 | MASKED, CLIP_L, like="sd1"
+    ),
+    "sd2": _sd_model("Stable Diffusion 2.x", UNET_2, CLIP_H),
+    "sd2-v": _sd_model(
         "Stable Diffusion 2.x 768-v",
         UNET_2 | dict(sample_size=96, upcast_attention=True),
         CLIP_H,
-        STEPS | V,
+        STEPS | V_PREDICTION,
         like="sd2",
     ),
-    "sd2-inpainting": _sd("Stable Diffusion 2.x inpainting", UNET_2 | MASKED, CLIP_H, like="sd2"),
-    "sdxl": _xl(
+    "sd2-inpainting": _sd_model(
+        "Stable Diffusion 2.x inpainting", UNET_2 | MASKED, CLIP_H, like="sd2"
+    ),
+    "sdxl": _sdxl_model(
         "Stable Diffusion XL",
         "StableDiffusionXLPipeline",
         UNET_XL,
         BOTH,
         force_zeros_for_empty_prompt=True,
     ),
-    "sdxl-inpainting": _xl(
+    "sdxl-inpainting": _sdxl_model(
         "Stable Diffusion XL inpainting",
         "StableDiffusionXLInpaintPipeline",
         UNET_XL | MASKED,
         BOTH,
         like="sdxl",
     ),
-    "sdxl-refiner": _xl(
+    "sdxl-refiner": _sdxl_model(
         "Stable Diffusion XL's refiner",
         "StableDiffusionXLImg2ImgPipeline",
         UNET_REFINER,
@@ -213,24 +223,24 @@ KINDS: dict[
         like="sdxl",
         **SCORED,
     ),
-    "flux-dev": _flux("Flux.1 dev", FLOW, guidance=True),
-    "flux-schnell": _flux(
+    "flux-dev": _flux_model("Flux.1 dev", FLOW, guidance=True),
+    "flux-schnell": _flux_model(
         "Flux.1 schnell",
         FLOW | dict(shift=1.0, use_dynamic_shifting=False),
         like="flux-dev",
         guidance=False,
     ),
 }
-CACHE = tempfile.TemporaryDirectory(
+CONFIG_FOLDERS = tempfile.TemporaryDirectory(
     prefix="lora_core-known-", ignore_cleanup_errors=True
 )  # gone when the process ends
 
 
 @cache
-def folder(kind: str) -> Path:
+def published_configs(kind: str) -> Path:
     """A folder with all configs of a kind in the diffusers layout, without weights and tokenizers, that lives as long as the process."""
-    root = Path(CACHE.name) / kind
-    for name, config in KINDS[kind].files.items():
+    root = Path(CONFIG_FOLDERS.name) / kind
+    for name, config in PUBLISHED_MODELS[kind].files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(json.dumps(config, indent=2) + "\n")
     return root

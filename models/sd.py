@@ -17,15 +17,15 @@ from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError
 from lora_core.family import (
     Conditioning,
-    Loading,
+    LoadOptions,
     Sizes,
-    config_of,
     decode_latents,
     encode_pixels,
     load_network,
-    part,
+    load_part,
+    read_encoder_config,
     read_json,
-    tokenize,
+    tokenize_prompts,
 )
 from lora_core.formats.layout import Layout, Numbering, layout_of
 
@@ -120,7 +120,7 @@ class StableDiffusion:
         self.pipeline, self.clip_skip, self.said = PIPELINES[0], 0, set[str]()
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.prediction = (
-            noise.vp_from_config(scheduler),
+            noise.vp_schedule_from_config(scheduler),
             scheduler.get("prediction_type", "epsilon"),
         )
         self.latent_channels = vae.config.latent_channels
@@ -128,8 +128,8 @@ class StableDiffusion:
         self.offset = scheduler.get("steps_offset", 0)
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
-        self.inpainting = reads_mask(unet, self.latent_channels)
-        self.layout = layout(unet, text_encoder, scheduler)
+        self.inpainting = is_inpainting_unet(unet, self.latent_channels)
+        self.layout = sd_layout(unet, text_encoder, scheduler)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 
@@ -151,9 +151,9 @@ class StableDiffusion:
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {
-            "ids": tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, self.said).to(
-                self.text_encoder.device
-            )
+            "ids": tokenize_prompts(
+                self.tokenizer, prompts, self.tokenizer.model_max_length, self.said
+            ).to(self.text_encoder.device)
         }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
@@ -170,7 +170,9 @@ class StableDiffusion:
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)
 
-    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+    def add_size_embeddings(
+        self, cond: Conditioning, sizes: Sizes, guidance: float
+    ) -> Conditioning:
         return cond
 
     def denoise(
@@ -218,12 +220,12 @@ class StableDiffusion:
         return maps
 
 
-def load(path: str, how: Loading) -> StableDiffusion:
+def load(path: str, how: LoadOptions) -> StableDiffusion:
     """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part."""
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
-    tokenizer = part(CLIPTokenizer.from_pretrained, path, "tokenizer")
+    tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "tokenizer")
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
     vae = load_network(
         AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
@@ -232,26 +234,28 @@ def load(path: str, how: Loading) -> StableDiffusion:
     family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
     family.pipeline, family.clip_skip = (
         read_json(path, "model_index.json")["_class_name"],
-        skipped(how.clip_skip, [text_encoder]),
+        check_clip_skip(how.clip_skip, [text_encoder]),
     )
     return family
 
 
-def outline(path: str) -> Layout:
+def read_sd_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
-        text_encoder = CLIPTextModel(config_of(path, "text_encoder", CLIPTextConfig))
-    return layout(unet, text_encoder, read_json(path, "scheduler/scheduler_config.json"))
+        text_encoder = CLIPTextModel(read_encoder_config(path, "text_encoder", CLIPTextConfig))
+    return sd_layout(unet, text_encoder, read_json(path, "scheduler/scheduler_config.json"))
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+def read_sd_schedule(
+    path: str, changes: Mapping[str, Any], resolution: int
+) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
     config = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
-    return noise.vp_from_config(config), config.get("prediction_type", "epsilon")
+    return noise.vp_schedule_from_config(config), config.get("prediction_type", "epsilon")
 
 
-def layout(
+def sd_layout(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]
 ) -> Layout:
     """Names and presets of Stable Diffusion 1.x or 2.x (which has OpenCLIP's text encoder)."""
@@ -273,16 +277,16 @@ def layout(
         for name, component in found.components.items()
     }
     components["unet"] = replace(
-        components["unet"], blocks=blocks_of(unet, components["unet"].shapes)
+        components["unet"], blocks=block_indices(unet, components["unet"].shapes)
     )
     return replace(found, components=components, block_lists=(17, 26))
 
 
-def blocks_of(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
+def block_indices(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
     """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down, 13 in the middle, from 14 on the way up."""
     starts = {"input_blocks": 1, "middle_block": 13, "output_blocks": 14}
     found = {"conv_in": 1}
-    for place, name in places(unet):
+    for place, name in compvis_block_names(unet):
         kind, number, *_ = name.split(".")
         index = starts[kind] + (0 if kind == "middle_block" else int(number))
         found |= {path: index for path in paths if path == place or path.startswith(place + ".")}
@@ -304,7 +308,7 @@ def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
     }
 
 
-def reads_mask(unet: UNet2DConditionModel, latent_channels: int) -> bool:
+def is_inpainting_unet(unet: UNet2DConditionModel, latent_channels: int) -> bool:
     """Whether the UNet is for inpainting. Raises UserError for a number of channels that is neither."""
     takes, c = unet.config.in_channels, latent_channels
     if takes not in (c, 2 * c + 1):
@@ -319,7 +323,7 @@ def final_norm(text_encoder: nn.Module) -> nn.Module:
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # type: ignore[return-value]
 
 
-def skipped(clip_skip: int, encoders: Sequence[Any]) -> int:
+def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
     """clip_skip, if every encoder has so many layers to leave out. Raises UserError otherwise."""
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
     if not 0 <= clip_skip < layers:
@@ -329,7 +333,7 @@ def skipped(clip_skip: int, encoders: Sequence[Any]) -> int:
     return clip_skip
 
 
-def places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+def compvis_block_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
     """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
     entry = 1  # input_blocks.0 is conv_in
     for i, block in enumerate(unet.down_blocks):

@@ -20,13 +20,13 @@ from lora_core.diffusion.prediction import SIGMA_DATA
 from lora_core.errors import UserError
 from lora_core.family import (
     Conditioning,
-    Loading,
+    LoadOptions,
     Sizes,
-    config_of,
     load_network,
-    part,
+    load_part,
+    read_encoder_config,
     read_json,
-    tokenize,
+    tokenize_prompts,
 )
 from lora_core.formats.layout import Component, Layout, layout_of
 from lora_core.tokens import first_eos
@@ -57,7 +57,7 @@ PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, ko
 
 
 @dataclass(frozen=True)
-class Parts:
+class SDXLParts:
     """What a checkpoint is made of; components of one name in `encoders` and `tokenizers` belong together."""
 
     unet: UNet2DConditionModel
@@ -75,7 +75,7 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
 
-    def __init__(self, parts: Parts, scheduler: Mapping[str, Any], how: Loading):
+    def __init__(self, parts: SDXLParts, scheduler: Mapping[str, Any], how: LoadOptions):
         unet, vae, config = parts.unet, parts.vae, {**scheduler, **how.scheduler}
         self.unet, self.vae, self.encoders, self.tokenizers = (
             unet,
@@ -85,14 +85,14 @@ class StableDiffusionXL(StableDiffusion):
         )
         self.modules: dict[str, nn.Module] = {"unet": unet, **parts.encoders, "vae": vae}
         self.pipeline, self.said = parts.index["_class_name"], set[str]()
-        self.clip_skip = sd.skipped(how.clip_skip, list(parts.encoders.values()))
+        self.clip_skip = sd.check_clip_skip(how.clip_skip, list(parts.encoders.values()))
         self.zeros = (
             ("prompt_embeds", "text_embeds")
             if parts.index.get("force_zeros_for_empty_prompt", True)
             else ()
         )
         self.scored = parts.index.get("requires_aesthetics_score", False)
-        self.schedule, self.prediction = schedule_of(scheduler, how.scheduler)
+        self.schedule, self.prediction = sdxl_schedule(scheduler, how.scheduler)
         self.spacing, self.offset = (
             config.get("timestep_spacing", "leading"),
             config.get("steps_offset", 0),
@@ -100,8 +100,8 @@ class StableDiffusionXL(StableDiffusion):
         self.latent_channels = vae.config.latent_channels
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
-        self.inpainting = sd.reads_mask(unet, self.latent_channels)
-        self.layout = layout(unet, parts.encoders)
+        self.inpainting = sd.is_inpainting_unet(unet, self.latent_channels)
+        self.layout = sdxl_layout(unet, parts.encoders)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 
@@ -111,7 +111,7 @@ class StableDiffusionXL(StableDiffusion):
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on the CPU, so that nothing waits for the device."""
         found = {
-            name: tokenize(t, prompts, t.model_max_length, self.said)
+            name: tokenize_prompts(t, prompts, t.model_max_length, self.said)
             for name, t in self.tokenizers.items()
         }
         found["end"] = first_eos(
@@ -145,7 +145,9 @@ class StableDiffusionXL(StableDiffusion):
         kept = torch.tensor([float(bool(prompt)) for prompt in prompts])
         return self._scored(cond.zeroed(self.zeros, kept), SCORES[1])
 
-    def inform(self, cond: Conditioning, sizes: Sizes, guidance: float) -> Conditioning:
+    def add_size_embeddings(
+        self, cond: Conditioning, sizes: Sizes, guidance: float
+    ) -> Conditioning:
         """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
         extra, places = dict(cond.extra), sizes.on(self.device)
         told = (
@@ -166,7 +168,7 @@ class StableDiffusionXL(StableDiffusion):
 # ---------------------------------------------------------------- loading
 
 
-def load(path: str, how: Loading) -> StableDiffusionXL:
+def load(path: str, how: LoadOptions) -> StableDiffusionXL:
     """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part, and for parts that do not fit."""
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
@@ -174,32 +176,36 @@ def load(path: str, how: Loading) -> StableDiffusionXL:
         read_json(path, "model_index.json"),
         read_json(path, "scheduler/scheduler_config.json"),
     )
-    schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
-    names = present(path, index)
+    sdxl_schedule(scheduler, how.scheduler)  # refuses before any weight is read
+    names = present_encoders(path, index)
     vae = load_network(
         AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
     )
     tokenizers = {
-        name: part(CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer"))
+        name: load_part(
+            CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")
+        )
         for name in names
     }
     encoders = {
         name: load_network(ENCODERS[name], path, name, how.dtype, how.device) for name in names
     }
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
-    return StableDiffusionXL(Parts(unet, vae, encoders, tokenizers, index), scheduler, how)
+    return StableDiffusionXL(SDXLParts(unet, vae, encoders, tokenizers, index), scheduler, how)
 
 
-def outline(path: str) -> Layout:
+def read_sdxl_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    names = present(path, read_json(path, "model_index.json"))
+    names = present_encoders(path, read_json(path, "model_index.json"))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
-        encoders = {name: ENCODERS[name](config_of(path, name, CLIPTextConfig)) for name in names}
-    return layout(unet, encoders)
+        encoders = {
+            name: ENCODERS[name](read_encoder_config(path, name, CLIPTextConfig)) for name in names
+        }
+    return sdxl_layout(unet, encoders)
 
 
-def present(path: str, index: Mapping[str, Any]) -> list[str]:
+def present_encoders(path: str, index: Mapping[str, Any]) -> list[str]:
     """The text encoders that model_index.json lists. Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet."""
     names = [name for name in ENCODERS if (index.get(name) or [None])[-1] is not None]
     if "text_encoder_2" not in names:
@@ -208,7 +214,7 @@ def present(path: str, index: Mapping[str, Any]) -> list[str]:
         )
     unet, encoders = (
         read_json(path, "unet/config.json"),
-        [config_of(path, name, CLIPTextConfig) for name in names],
+        [read_encoder_config(path, name, CLIPTextConfig) for name in names],
     )
     numbers = 5 if index.get("requires_aesthetics_score", False) else 6
     told = numbers * (unet.get("addition_time_embed_dim") or 0) + encoders[-1].projection_dim
@@ -226,7 +232,7 @@ def present(path: str, index: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
+def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed; vp, or edm for the schedulers named so.
 
     Their training tables are Karras' sigmas too; EDMEulerScheduler's has one row more between the same ends.
@@ -238,7 +244,7 @@ def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[
             f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only"
         )
     if "EDM" not in name:
-        return noise.vp_from_config(merged), merged.get("prediction_type", "epsilon")
+        return noise.vp_schedule_from_config(merged), merged.get("prediction_type", "epsilon")
     known = {
         "sigma_min": 0.002,
         "sigma_max": 80.0,
@@ -260,18 +266,20 @@ def schedule_of(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[
                 f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only"
             )
     low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
-    return noise.edm(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
+    return noise.edm_schedule(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
 
 
-def noise_of(path: str, changes: Mapping[str, Any], resolution: int) -> tuple[Schedule, str]:
+def read_sdxl_schedule(
+    path: str, changes: Mapping[str, Any], resolution: int
+) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
-    return schedule_of(read_json(path, "scheduler/scheduler_config.json"), changes)
+    return sdxl_schedule(read_json(path, "scheduler/scheduler_config.json"), changes)
 
 
 # ---------------------------------------------------------------- names
 
 
-def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
+def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
     """Names and presets of an SDXL model; kohya's files name the UNet's modules as Stability's code does."""
     kind = "base" if "text_encoder" in encoders else "refiner"
     found = layout_of(
@@ -288,7 +296,7 @@ def layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
     named = replace(
         component,
         names=stability_names(unet, component.shapes),
-        blocks=sd.blocks_of(unet, component.shapes),
+        blocks=sd.block_indices(unet, component.shapes),
     )
     return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
 
@@ -317,7 +325,7 @@ def stability_names(
     Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
     upsampler is the last member of its block's last entry.
     """
-    places = dict(sd.places(unet))
+    places = dict(sd.compvis_block_names(unet))
     names = {}
     for path in paths:
         start = next(

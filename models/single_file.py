@@ -22,40 +22,51 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
-from lora_core.family import Family, Loading, config_of, load_network, part, read_json
+from lora_core.family import (
+    Family,
+    LoadOptions,
+    load_network,
+    load_part,
+    read_encoder_config,
+    read_json,
+)
 from lora_core.formats.layout import Layout
-from lora_core.formats.weights import PICKLED, Weights, cast, open_weights
+from lora_core.formats.weights import PICKLED, Weights, cast_weights, open_weights
 from lora_core.formats.whole_models import (
-    Facts,
-    SingleFile,
-    detect,
-    from_single,
-    open_model,
-    split,
-    to_single,
+    NetworkLocation,
+    SingleFileFacts,
+    describe_single_file,
+    open_located_networks,
+    split_networks,
+    write_checkpoint_file,
+    write_folder_from_single_file,
 )
 from models import known, published, sd, sdxl
 
 UNET, VAE = (
-    SingleFile("unet", "model.diffusion_model.", "unet"),
-    SingleFile("vae", "first_stage_model.", "vae"),
+    NetworkLocation("unet", "model.diffusion_model.", "unet"),
+    NetworkLocation("vae", "first_stage_model.", "vae"),
 )
-ROWS: dict[str, tuple[SingleFile, ...]] = {  # where the networks of a model lie
-    "sd1": (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.transformer.", "clip")),
-    "sd2": (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.model.", "open_clip", spare=1)),
+NETWORK_LOCATIONS: dict[str, tuple[NetworkLocation, ...]] = {  # where the networks of a model lie
+    "sd1": (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.transformer.", "clip")),
+    "sd2": (
+        UNET,
+        VAE,
+        NetworkLocation("text_encoder", "cond_stage_model.model.", "open_clip", spare=1),
+    ),
     "sdxl": (
         UNET,
         VAE,
-        SingleFile("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
-        SingleFile("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
+        NetworkLocation("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
+        NetworkLocation("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
     ),
     "refiner": (
         UNET,
         VAE,
-        SingleFile("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
+        NetworkLocation("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
     ),
 }
-MARKS: dict[
+SCHEDULER_MARKERS: dict[
     str, dict[str, Any]
 ] = {  # empty tensor that ComfyUI looks for -> keys of scheduler_config.json
     "v_pred": {"prediction_type": "v_prediction"},
@@ -65,36 +76,36 @@ TOKENIZERS = (
     "openai/clip-vit-large-patch14",
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
 )  # CLIP and OpenCLIP have one vocabulary
-PADS = {"clip": "<|endoftext|>", "open_clip": "!"}  # what they pad with
-CONFIGS = ("*.json", "*.txt", "*.model")  # of a model on the hub, without its weights
-WEIGHTS = ("*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
+PAD_TOKENS = {"clip": "<|endoftext|>", "open_clip": "!"}  # what they pad with
+CONFIG_FILES = ("*.json", "*.txt", "*.model")  # of a model on the hub, without its weights
+HUB_WEIGHT_FILES = ("*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSingleFile:
     """A single file and what is known of it; no weight is read yet."""
 
     weights: Weights
-    facts: Facts
+    facts: SingleFileFacts
     folder: Path  # configs in the diffusers layout
     kind: str  # the published model whose configs they are; "" where the user named them
     marks: dict[str, Any]  # what the file says of its scheduler
 
 
-def is_single(path: str) -> bool:
+def is_single_file(path: str) -> bool:
     """Whether a model's path means a file, there or not."""
     return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)
 
 
-def open_single(
+def open_single_file(
     path: str | Path, config: str = "", changes: Mapping[str, Any] | None = None
-) -> Opened:
+) -> OpenedSingleFile:
     """A single file with its configs. `changes` are those of `Loading.scheduler`, for files that do not tell epsilon from v.
 
     Raises UserError for a damaged file, one that is no model, and a model that is not known where no configs are given.
     """
     weights = open_weights(path)
-    facts = detect(weights.shapes)
+    facts = describe_single_file(weights.shapes)
     if facts.channels is None:
         other = (
             "; Flux is read from a folder in the diffusers layout"
@@ -111,65 +122,68 @@ def open_single(
         )
     marks = {
         key: value
-        for name, own in MARKS.items()
+        for name, own in SCHEDULER_MARKERS.items()
         if name in facts.markers
         for key, value in own.items()
     }
     if config:
-        return Opened(weights, facts, configs(config), "", marks)
+        return OpenedSingleFile(weights, facts, find_configs(config), "", marks)
     v = {**marks, **(changes or {})}.get("prediction_type") == "v_prediction"
-    kind = known.of_checkpoint(facts, str(path), v=v)
-    return Opened(weights, facts, published.folder(kind), kind, marks)
+    kind = known.recognize_checkpoint(facts, str(path), v=v)
+    return OpenedSingleFile(weights, facts, published.published_configs(kind), kind, marks)
 
 
-def load(path: str, how: Loading) -> Family:
+def load(path: str, how: LoadOptions) -> Family:
     """The model in a single file. Raises UserError for a damaged file, missing networks, another family or another config."""
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
-    opened = open_single(path, how.config, how.scheduler)
-    how = replace(how, scheduler=_scheduler(opened, how.scheduler, path))
+    opened = open_single_file(path, how.config, how.scheduler)
+    how = replace(how, scheduler=_scheduler_changes(opened, how.scheduler, path))
     folder, index = str(opened.folder), read_json(str(opened.folder), "model_index.json")
     rows = tuple(
-        row for row in single_rows(opened.folder) if not (how.vae and row.component == "vae")
+        row for row in locate_networks(opened.folder) if not (how.vae and row.component == "vae")
     )
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
-    if _is_xl(index):
-        sdxl.schedule_of(scheduler, how.scheduler)  # refuses before any weight is read
-    modules, tokens = networks(opened.folder, rows), tokenizers(opened.folder, rows, path)
-    for name, weights in split_single(opened, rows, modules).items():
-        _fill(modules[name], weights, how.exact if name == "vae" else how.dtype, how.device)
+    if _is_sdxl(index):
+        sdxl.sdxl_schedule(scheduler, how.scheduler)  # refuses before any weight is read
+    modules, tokens = (
+        build_meta_networks(opened.folder, rows),
+        load_tokenizers(opened.folder, rows, path),
+    )
+    for name, weights in split_single_file(opened, rows, modules).items():
+        _fill_network(modules[name], weights, how.exact if name == "vae" else how.dtype, how.device)
     if how.vae:
         modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.exact, how.device)
     unet, vae, encoders = modules["unet"], modules["vae"], {name: modules[name] for name in tokens}
-    if _is_xl(index):
+    if _is_sdxl(index):
         return sdxl.StableDiffusionXL(
-            sdxl.Parts(unet, vae, encoders, tokens, index), scheduler, how
+            sdxl.SDXLParts(unet, vae, encoders, tokens, index), scheduler, how
         )
     family = sd.StableDiffusion(
         unet, vae, encoders["text_encoder"], tokens["text_encoder"], scheduler | how.scheduler
     )
     family.pipeline, family.clip_skip = (
         index["_class_name"],
-        sd.skipped(how.clip_skip, list(encoders.values())),
+        sd.check_clip_skip(how.clip_skip, list(encoders.values())),
     )
     return family
 
 
 def outline(path: str, config: str = "") -> Layout:
     """The layout of the model in a single file, from its keys and configs: no weight is read."""
-    opened = open_single(path, config)
+    opened = open_single_file(path, config)
     index = read_json(str(opened.folder), "model_index.json")
-    single_rows(opened.folder)
-    return (sdxl if _is_xl(index) else sd).outline(str(opened.folder))
+    locate_networks(opened.folder)
+    return (sdxl if _is_sdxl(index) else sd).outline(str(opened.folder))
 
 
 def noise_of(
     path: str, changes: Mapping[str, Any], resolution: int, config: str = ""
 ) -> tuple[Schedule, str]:
     """(schedule, row of PREDICTIONS) of the model in a single file: its configs', what markers in the file say, and then `changes`."""
-    opened = open_single(path, config, changes)
+    opened = open_single_file(path, config, changes)
     index = read_json(str(opened.folder), "model_index.json")
-    return (sdxl if _is_xl(index) else sd).noise_of(
+    return (sdxl if _is_sdxl(index) else sd).noise_of(
         str(opened.folder), {**opened.marks, **changes}, resolution
     )
 
@@ -177,7 +191,7 @@ def noise_of(
 # ---------------------------------------------------------------- files and folders
 
 
-def single_rows(model: str | Path) -> tuple[SingleFile, ...]:
+def locate_networks(model: str | Path) -> tuple[NetworkLocation, ...]:
     """Where the networks of a model lie in a single file, from its configs: a folder or a hub id. Raises UserError for other families.
 
     OpenCLIP's encoders are told by their activation, gelu; OpenAI's has quick_gelu.
@@ -185,11 +199,14 @@ def single_rows(model: str | Path) -> tuple[SingleFile, ...]:
     index = read_json(str(model), "model_index.json")
     pipeline = index.get("_class_name", "")
     if pipeline in sdxl.PIPELINES:
-        return ROWS["sdxl" if "text_encoder" in sdxl.present(str(model), index) else "refiner"]
+        return NETWORK_LOCATIONS[
+            "sdxl" if "text_encoder" in sdxl.present_encoders(str(model), index) else "refiner"
+        ]
     if pipeline in sd.PIPELINES:
-        return ROWS[
+        return NETWORK_LOCATIONS[
             "sd1"
-            if config_of(str(model), "text_encoder", CLIPTextConfig).hidden_act == "quick_gelu"
+            if read_encoder_config(str(model), "text_encoder", CLIPTextConfig).hidden_act
+            == "quick_gelu"
             else "sd2"
         ]
     raise UserError(
@@ -197,21 +214,23 @@ def single_rows(model: str | Path) -> tuple[SingleFile, ...]:
     )
 
 
-def parts(model: str, config: str = "") -> tuple[dict[str, Weights], tuple[SingleFile, ...]]:
+def open_parts(
+    model: str, config: str = ""
+) -> tuple[dict[str, Weights], tuple[NetworkLocation, ...]]:
     """The weights of a model's networks, each tensor read when it is asked for, and where they lie in a single file.
 
     The model is a folder, a hub id, or a single file. Raises UserError.
     """
-    if is_single(model):
-        opened = open_single(model, config)
-        rows = single_rows(opened.folder)
-        return split_single(opened, rows, networks(opened.folder, rows)), rows
-    folder = configs(model, weights=True)
-    rows = single_rows(folder)
-    return open_model(folder, rows), rows
+    if is_single_file(model):
+        opened = open_single_file(model, config)
+        rows = locate_networks(opened.folder)
+        return split_single_file(opened, rows, build_meta_networks(opened.folder, rows)), rows
+    folder = find_configs(model, weights=True)
+    rows = locate_networks(folder)
+    return open_located_networks(folder, rows), rows
 
 
-def save_single(
+def save_single_file(
     model: str,
     path: str | Path,
     *,
@@ -220,12 +239,12 @@ def save_single(
     header: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model (a folder, a hub id, a single file) as one .safetensors or .ckpt, as `checkpoint.to_single` does."""
-    weights, rows = parts(model, config)
-    to_single(weights, rows, path, dtype=dtype, header=header, overwrite=overwrite)
+    """Writes a model (a folder, a hub id, a single file) as one .safetensors or .ckpt, as `whole_models.write_checkpoint_file` does."""
+    weights, rows = open_parts(model, config)
+    write_checkpoint_file(weights, rows, path, dtype=dtype, header=header, overwrite=overwrite)
 
 
-def to_folder(
+def convert_to_folder(
     path: str,
     folder: str | Path,
     config: str = "",
@@ -234,27 +253,31 @@ def to_folder(
     overwrite: bool = False,
 ) -> None:
     """Writes the model in a single file as a folder in the diffusers layout: configs, tokenizers, scheduler and weights. Raises UserError."""
-    opened = open_single(path, config)
-    rows = single_rows(opened.folder)
-    shapes = _shapes(networks(opened.folder, rows))
-    _check_parts(opened, rows)
+    opened = open_single_file(path, config)
+    rows = locate_networks(opened.folder)
+    shapes = _shapes_of_modules(build_meta_networks(opened.folder, rows))
+    _check_present(opened, rows)
     with tempfile.TemporaryDirectory() as place:
         source = opened.folder
         if opened.kind:  # published configs have no tokenizers beside them
             source = Path(place) / "configs"
             shutil.copytree(opened.folder, source)
-            for name, tokenizer in tokenizers(opened.folder, rows, path).items():
+            for name, tokenizer in load_tokenizers(opened.folder, rows, path).items():
                 tokenizer.save_pretrained(source / name.replace("text_encoder", "tokenizer"))
-        from_single(path, rows, shapes, folder, configs=source, dtype=dtype, overwrite=overwrite)
+        write_folder_from_single_file(
+            path, rows, shapes, folder, configs=source, dtype=dtype, overwrite=overwrite
+        )
 
 
-def configs(model: str, *, weights: bool = False) -> Path:
+def find_configs(model: str, *, weights: bool = False) -> Path:
     """A model's folder, or a copy of it from the hub: its configs and tokenizers, with or without weights. Raises UserError where there is none."""
     if Path(model).is_dir():
         return Path(model)
     try:
         return Path(
-            snapshot_download(model, allow_patterns=[*CONFIGS, *(WEIGHTS if weights else ())])
+            snapshot_download(
+                model, allow_patterns=[*CONFIG_FILES, *(HUB_WEIGHT_FILES if weights else ())]
+            )
         )
     except (
         Exception
@@ -268,44 +291,50 @@ def configs(model: str, *, weights: bool = False) -> Path:
 # ---------------------------------------------------------------- networks
 
 
-def networks(folder: Path, rows: tuple[SingleFile, ...]) -> dict[str, nn.Module]:
+def build_meta_networks(folder: Path, rows: tuple[NetworkLocation, ...]) -> dict[str, nn.Module]:
     """The networks that `rows` name, on the meta device, from the configs in a folder."""
     found: dict[str, nn.Module] = {}
     with torch.device("meta"):
         for name in (row.component for row in rows):
             if name in sdxl.ENCODERS:
-                found[name] = sdxl.ENCODERS[name](config_of(str(folder), name, CLIPTextConfig))
+                found[name] = sdxl.ENCODERS[name](
+                    read_encoder_config(str(folder), name, CLIPTextConfig)
+                )
             else:
                 make = UNet2DConditionModel if name == "unet" else AutoencoderKL
                 found[name] = make.from_config(read_json(str(folder), f"{name}/config.json"))
     return found
 
 
-def split_single(
-    opened: Opened, rows: tuple[SingleFile, ...], modules: Mapping[str, nn.Module]
+def split_single_file(
+    opened: OpenedSingleFile, rows: tuple[NetworkLocation, ...], modules: Mapping[str, nn.Module]
 ) -> dict[str, Weights]:
-    """The networks in a single file under the keys of `modules`. Raises UserError as `checkpoint.split` does."""
-    _check_parts(opened, rows)
+    """The networks in a single file under the keys of `modules`. Raises UserError as `whole_models.split_networks` does."""
+    _check_present(opened, rows)
     left = tuple(
-        row for row in single_rows(opened.folder) if row not in rows
+        row for row in locate_networks(opened.folder) if row not in rows
     )  # passed over, not unknown
-    return split(opened.weights, (*rows, *left), _shapes(modules))
+    return split_networks(opened.weights, (*rows, *left), _shapes_of_modules(modules))
 
 
-def tokenizers(folder: Path, rows: tuple[SingleFile, ...], path: str) -> dict[str, CLIPTokenizer]:
+def load_tokenizers(
+    folder: Path, rows: tuple[NetworkLocation, ...], path: str
+) -> dict[str, CLIPTokenizer]:
     """Text encoder -> its tokenizer: the folder's, else CLIP's from the hub's cache, else from the hub. Raises UserError where none is to be had."""
     found = {}
     for row in rows:
         own = row.component.replace("text_encoder", "tokenizer")
         if row.component in sdxl.ENCODERS and (folder / own).is_dir():
-            found[row.component] = part(CLIPTokenizer.from_pretrained, str(folder), own)
+            found[row.component] = load_part(CLIPTokenizer.from_pretrained, str(folder), own)
         elif row.component in sdxl.ENCODERS:
-            length = config_of(str(folder), row.component, CLIPTextConfig).max_position_embeddings
-            found[row.component] = _published_tokenizer(PADS[row.grammar], length, path)
+            length = read_encoder_config(
+                str(folder), row.component, CLIPTextConfig
+            ).max_position_embeddings
+            found[row.component] = _load_clip_tokenizer(PAD_TOKENS[row.grammar], length, path)
     return found
 
 
-def _published_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
+def _load_clip_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
     reason = ""
     for cached in (True, False):
         for name in TOKENIZERS:
@@ -320,11 +349,11 @@ def _published_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
     )
 
 
-def _fill(
+def _fill_network(
     network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Puts weights in the place of those on the meta device."""
-    exact = cast(weights, dtype)
+    exact = cast_weights(weights, dtype)
     copies = {}  # files are mapped into memory, and parts of a fused layer are views of it
     for key in exact.infos:
         copies[key] = exact.read(key).to(device, copy=True, memory_format=torch.contiguous_format)
@@ -339,14 +368,14 @@ def _fill(
                 )
 
 
-def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
+def _shapes_of_modules(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
     return {
         name: {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
         for name, module in modules.items()
     }
 
 
-def _check_parts(opened: Opened, rows: tuple[SingleFile, ...]) -> None:
+def _check_present(opened: OpenedSingleFile, rows: tuple[NetworkLocation, ...]) -> None:
     """Raises UserError for a part that is not in the file at all."""
     for row in rows:
         if not any(key.startswith(row.prefix) for key in opened.weights.infos):
@@ -360,7 +389,9 @@ def _check_parts(opened: Opened, rows: tuple[SingleFile, ...]) -> None:
             )
 
 
-def _scheduler(opened: Opened, changes: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _scheduler_changes(
+    opened: OpenedSingleFile, changes: Mapping[str, Any], path: str
+) -> dict[str, Any]:
     """Changes of the scheduler's config, the file's own markers before the user's. Says what is read from markers, and what a file cannot tell."""
     if opened.marks:
         print(
@@ -375,5 +406,5 @@ def _scheduler(opened: Opened, changes: Mapping[str, Any], path: str) -> dict[st
     return {**opened.marks, **changes}
 
 
-def _is_xl(index: Mapping[str, Any]) -> bool:
+def _is_sdxl(index: Mapping[str, Any]) -> bool:
     return index.get("_class_name") in sdxl.PIPELINES

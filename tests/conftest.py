@@ -16,7 +16,15 @@ if not torch.cuda.is_available():
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_core.config import Adapter, Config, Data, Optimizer, Samples, Stage, Validation
+from lora_core.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    SamplesConfig,
+    Stage,
+    ValidationConfig,
+)
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
@@ -87,10 +95,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(model: Path, photos: Path, tmp_path: Path) -> Config:
     """Two steps of the denoiser's LoRA at 16 pixels, with as little around them as there can be."""
     return Config(
-        model=str(model), out=str(tmp_path / "run"), device="cpu", batch_size=2, log_every=1, adapter=Adapter(rank=4),
-        data=Data(images=str(photos), resolution=16),
-        optimizer=Optimizer(lr={"denoiser": 1e-2}), stages=(Stage(steps=2),),
-        samples=Samples(steps=1, guidance=1.0, prompts=("a TOK",)), validation=Validation(bins=1),
+        model=str(model), out=str(tmp_path / "run"), device="cpu", batch_size=2, log_every=1, adapter=AdapterConfig(rank=4),
+        data=DataConfig(images=str(photos), resolution=16),
+        optimizer=OptimizerConfig(lr={"denoiser": 1e-2}), stages=(Stage(steps=2),),
+        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)), validation=ValidationConfig(bins=1),
     )  # fmt: skip
 
 
@@ -99,9 +107,13 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures and plots at their end."""
     from training import results
 
-    monkeypatch.setattr(results, "before_after", lambda session, drawn: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(
-        results, "draw", lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts]
+        results, "before_after_grid", lambda session, drawn: Image.new("RGB", (1, 1))
+    )
+    monkeypatch.setattr(
+        results,
+        "generate_samples",
+        lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts],
     )
     monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
 

@@ -9,7 +9,7 @@ import torch
 from lora_core import kernels
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
-from lora_core.runs.run_folder import flatten, unflatten
+from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 SHAPES = (7, 3), (130,), (1,), (2, 3, 5), ()
 OPTIONS = [
@@ -59,7 +59,7 @@ def test_twenty_steps_are_torchs(options: dict, mode: str) -> None:
     for dtype in (torch.float64, torch.float32):
         for cls in (AdamW, torch.optim.AdamW):
             params = parameters(dtype)
-            with kernels.using(mode):
+            with kernels.use_kernels(mode):
                 found[cls, dtype] = train(cls(params, **options), params, range(20), skip=1)
     exact = found[torch.optim.AdamW, torch.float64]
     assert error(found[AdamW, torch.float64], exact) < 1e-12
@@ -80,7 +80,7 @@ def test_either_class_takes_over_the_state_of_the_other(torch_first: bool, fused
         (theirs, AdamW(params, lr=1e-2)) if torch_first else (AdamW(params, lr=1e-2), theirs)
     )
     train(first, params, range(5), skip=0)
-    second.load_state_dict(unflatten(*flatten(first.state_dict())))
+    second.load_state_dict(unflatten_state(*flatten_state(first.state_dict())))
     assert error(train(second, params, range(5, 9), skip=0), expected) < 1e-12
     for p in params:
         assert {name: value.shape for name, value in first.state[p].items()} == {
@@ -95,12 +95,12 @@ def test_it_resumes_bit_for_bit_and_does_not_alias() -> None:
     optimizer = AdamW(params)
     train(optimizer, params, range(4))
     saved = copy.deepcopy(optimizer.state_dict())
-    kept = [t.clone() for t in flatten(saved)[0].values()]
+    kept = [t.clone() for t in flatten_state(saved)[0].values()]
     fresh = [p.detach().clone().requires_grad_() for p in params]
     again = AdamW(fresh)
     again.load_state_dict(saved)
     assert all(torch.equal(a, b) for a, b in zip(train(again, fresh, range(4, 10)), expected))
-    assert all(torch.equal(a, b) for a, b in zip(kept, flatten(saved)[0].values()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, flatten_state(saved)[0].values()))
 
 
 def test_groups_have_their_own_settings() -> None:
@@ -147,21 +147,23 @@ def test_a_tensor_lr_a_scale_and_an_overflow(
     plain, params = parameters(), parameters()
     expected = train(AdamW(plain, lr=0.1), plain, range(3))
     optimizer = AdamW(params, lr=torch.tensor(0.1, dtype=torch.float64))
-    with kernels.using(mode):
+    with kernels.use_kernels(mode):
         for step in range(3):
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
             generator = torch.Generator().manual_seed(1000 + step)
             for p in params:
                 p.grad = 4 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
             optimizer.step()
-            kept = [t.clone() for t in [*params, *flatten(optimizer.state_dict())[0].values()]]
+            kept = [
+                t.clone() for t in [*params, *flatten_state(optimizer.state_dict())[0].values()]
+            ]
             for p in params:
                 p.grad = torch.full_like(p, math.inf)
             optimizer.found_inf = torch.tensor([1.0])
             optimizer.step()
             assert all(
                 torch.equal(a, b)
-                for a, b in zip(kept, [*params, *flatten(optimizer.state_dict())[0].values()])
+                for a, b in zip(kept, [*params, *flatten_state(optimizer.state_dict())[0].values()])
             )
     assert error([p.detach() for p in params], expected) < 1e-12
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 import train
-from lora_core.config import Config, Prior, Samples, Stage
+from lora_core.config import Config, PriorConfig, SamplesConfig, Stage
 from lora_core.errors import UserError
 from lora_core.runs import run_folder as run_module
 from lora_core.toml import read_toml, to_toml
@@ -274,7 +274,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "density args": (
         {"noise": {"density_args": {"mean": 1.0}}},
-        "--noise.density-args has no effect without --noise.density",
+        "--noise.bind_density-args has no effect without --noise.bind_density",
     ),
     "encoders": (
         ONLY | {"tokens": {"encoders": ("t5",)}},
@@ -433,7 +433,7 @@ def test_numbers_that_are_none_are_refused_before_anything_is_read(
     with pytest.raises(
         UserError, match=rf"--{name[0]}\.{name[1].replace('_', '-')}.*{value}.*expected"
     ):
-        config_checks.config(merged(config, table))  # type: ignore[arg-type]
+        config_checks.check_config(merged(config, table))  # type: ignore[arg-type]
 
 
 def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config) -> None:
@@ -442,7 +442,7 @@ def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
-            config_checks.config(merged(config, change))
+            config_checks.check_config(merged(config, change))
 
 
 @pytest.mark.parametrize(
@@ -795,7 +795,7 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(
 def test_the_second_ctrl_c_ends_at_once(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "ONE_REQUEST", 0.0)
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
     interrupt_in(monkeypatch, Session, "prepare", 2)
     interrupt_in(monkeypatch, Session, "conditioning", 2)
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
@@ -805,13 +805,15 @@ def test_the_second_ctrl_c_ends_at_once(
 def test_the_committed_configs_pass_the_checks() -> None:
     for file in (Path(__file__).parent.parent / "configs").glob("*.toml"):
         found = read_toml(file)
-        config_checks.config(
+        config_checks.check_config(
             replace(found, data=replace(found.data, images=found.data.images or "photos"))
         )
     with pytest.raises(UserError, match="prior"):
-        config_checks.config(
+        config_checks.check_config(
             Config(
-                data=replace(Config().data, images="x"), prior=Prior(weight=2), samples=Samples()
+                data=replace(Config().data, images="x"),
+                prior=PriorConfig(weight=2),
+                samples=SamplesConfig(),
             )
         )
 
@@ -852,9 +854,9 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(
 def test_what_is_never_due_is_said(
     config: Config, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flag: str
 ) -> None:
-    config_checks.config(merged(config, change))
+    config_checks.check_config(merged(config, change))
     assert capsys.readouterr().err == f"warning: {flag} has no effect in a run of 2 steps\n"
-    config_checks.config(merged(config, {**change, "stages": (Stage(250),)}))
+    config_checks.check_config(merged(config, {**change, "stages": (Stage(250),)}))
     assert not capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import all as every
 from benchmarks import contenders, plot, tables, train_step
-from benchmarks.contenders import Frozen, Ours, Peer
+from benchmarks.contenders import FrozenStep, OurStep, PeftStep
 from models import flux
 from tests import tiny_flux, tiny_pipeline, tiny_sdxl
 from training import cuda_graph
@@ -32,8 +32,8 @@ def tiny(name: str = "sd") -> contenders.Problem:
             "pooled_projections": random(2, 16),
             "guidance": torch.ones(2),
         }
-        told |= {"img_ids": flux.image_ids(8, 8), "txt_ids": torch.zeros(6, 3)}
-        return contenders.problem(
+        told |= {"img_ids": flux.image_position_ids(8, 8), "txt_ids": torch.zeros(6, 3)}
+        return contenders.build_problem(
             name,
             pipe.transformer,
             told,
@@ -50,7 +50,7 @@ def tiny(name: str = "sd") -> contenders.Problem:
         }
     else:
         pipe, told = tiny_pipeline.pipeline(), {"encoder_hidden_states": random(2, 5, 16)}
-    return contenders.problem(
+    return contenders.build_problem(
         name, pipe.unet, told, random(2, 4, 8, 8), dict(pipe.scheduler.config), ATTENTION, 4
     )
 
@@ -60,10 +60,10 @@ def tiny(name: str = "sd") -> contenders.Problem:
 
 def test_a_twin_shares_every_parameter():
     network = tiny().network
-    twin = contenders.twin(network)
+    twin = contenders.clone_network(network)
     assert twin is not network
     assert all(a is b for a, b in zip(network.parameters(), twin.parameters(), strict=True))
-    last = contenders.twin(network, channels_last=True)
+    last = contenders.clone_network(network, channels_last=True)
     for a, b in zip(network.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)
         assert (a is b) == (a.ndim != 4)
@@ -74,12 +74,12 @@ def test_a_twin_shares_every_parameter():
 def test_ours_begins_where_the_frozen_network_is_and_both_peers_train(name):
     problem = tiny(name)
     before = [p.clone() for p in problem.network.parameters()]
-    frozen = Frozen(problem, contenders.twin(problem.network))
+    frozen = FrozenStep(problem, contenders.clone_network(problem.network))
     expected = float(frozen())
     for kind in ("lora", "dora"):
-        ours = Ours(problem, kind, contenders.twin(problem.network))
+        ours = OurStep(problem, kind, contenders.clone_network(problem.network))
         assert float(ours()) == pytest.approx(expected, rel=1e-5)
-        peer = Peer(problem, kind, contenders.twin(problem.network))
+        peer = PeftStep(problem, kind, contenders.clone_network(problem.network))
         peer()
         for step in (ours, peer):
             start = [p.detach().clone() for p in step.parameters]
@@ -99,8 +99,8 @@ def test_ours_begins_where_the_frozen_network_is_and_both_peers_train(name):
 def test_ours_and_the_peer_compute_the_same_gradients(kind):
     problem = tiny()
     ours, peer = (
-        Ours(problem, kind, contenders.twin(problem.network)),
-        Peer(problem, kind, contenders.twin(problem.network)),
+        OurStep(problem, kind, contenders.clone_network(problem.network)),
+        PeftStep(problem, kind, contenders.clone_network(problem.network)),
     )
     theirs = {name: p for name, p in peer.network.named_parameters() if p.requires_grad}
     pairs = []
@@ -134,8 +134,8 @@ def test_ours_and_the_peer_compute_the_same_gradients(kind):
 def test_frozen_goes_back_to_the_first_adapted_layers_and_no_further():
     problem = tiny()
     reached = []
-    network = contenders.twin(problem.network)
-    frozen = Frozen(problem, network)
+    network = contenders.clone_network(problem.network)
+    frozen = FrozenStep(problem, network)
 
     def watch(name):
         def seen(_module, _args, y):
@@ -164,12 +164,12 @@ def test_a_graph_replays_the_device_part_on_new_draws(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "CudaGraph", Kept)
     problem, seen = tiny(), []
-    step = Ours(problem, "lora", contenders.twin(problem.network), graph=True)
+    step = OurStep(problem, "lora", contenders.clone_network(problem.network), graph=True)
     monkeypatch.setattr(step, "update", lambda drawn: (seen.append(drawn) or drawn.eps.sum(),))
     assert isinstance(step.optimizer.param_groups[0]["lr"], torch.Tensor)
-    draws = [float(step()) for _ in range(cuda_graph.WARM + 3)]
-    assert len(seen) == cuda_graph.WARM + 1, "captured once, after the warm calls"
-    assert len(set(draws[: cuda_graph.WARM + 1])) == cuda_graph.WARM + 1
+    draws = [float(step()) for _ in range(cuda_graph.WARMUP_CALLS + 3)]
+    assert len(seen) == cuda_graph.WARMUP_CALLS + 1, "captured once, after the warm calls"
+    assert len(set(draws[: cuda_graph.WARMUP_CALLS + 1])) == cuda_graph.WARMUP_CALLS + 1
     held, fresh = seen[-1], step.draw()
     assert not torch.equal(held.eps, fresh.eps)
     step.visit -= 1
@@ -206,8 +206,8 @@ def test_memory_is_that_of_the_step():
         held.append(y[:1].clone())
 
     large, small = (
-        train_step.peak(step, torch.device("cpu")),
-        train_step.peak(lambda: torch.ones(2**10), torch.device("cpu")),
+        train_step.peak_memory(step, torch.device("cpu")),
+        train_step.peak_memory(lambda: torch.ones(2**10), torch.device("cpu")),
     )
     if large is not None:  # Linux
         assert 120e6 < large < 160e6
@@ -225,19 +225,21 @@ def test_gradients_that_a_loop_leaves_are_not_taken_off_its_peak():
             found.append(weight.grad)
             weight.grad = torch.ones(3)
 
-    train_step.peak(Step(), torch.device("cpu"))
+    train_step.peak_memory(Step(), torch.device("cpu"))
     assert found == [None, None]
 
 
 def test_each_contender_is_measured_over_the_frozen_one_of_its_words():
-    assert train_step.frozen_of("ours lora", NAMES) == "frozen"
-    assert train_step.frozen_of("ours lora graph", (*NAMES, "frozen graph")) == "frozen graph"
-    assert train_step.frozen_of("ours dora fused", (*NAMES, "frozen graph")) == "frozen"
-    assert train_step.frozen_of("ours dora", ("ours dora",)) == ""
+    assert train_step.frozen_contender("ours lora", NAMES) == "frozen"
+    assert (
+        train_step.frozen_contender("ours lora graph", (*NAMES, "frozen graph")) == "frozen graph"
+    )
+    assert train_step.frozen_contender("ours dora fused", (*NAMES, "frozen graph")) == "frozen"
+    assert train_step.frozen_contender("ours dora", ("ours dora",)) == ""
 
 
 def test_train_step_measures_all_contenders(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(contenders, "make", lambda name, **_: tiny())
+    monkeypatch.setattr(contenders, "open_problem", lambda name, **_: tiny())
     assert (
         train_step.main(
             [
@@ -270,7 +272,7 @@ def test_train_step_measures_all_contenders(monkeypatch, capsys, tmp_path):
 
 def test_the_profile_names_what_is_called_more_often():
     problem = tiny()
-    said = train_step.where(problem, ("frozen", "peft lora"), steps=1, rows=100)
+    said = train_step.profile_difference(problem, ("frozen", "peft lora"), steps=1, rows=100)
     assert "peft lora beyond frozen" in said
     calls = {
         line.split()[0]: int(line.split()[-2])
@@ -304,10 +306,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_all_collects_what_works_and_records_what_does_not(folder, monkeypatch, capsys, tmp_path):
     parts = {
-        "one": every.Part("bad", 60),
-        "two": every.Part("mute", 60),
-        "three": every.Part("slow", 1),
-        "four": every.Part("good --model x", 60),
+        "one": every.BenchmarkPart("bad", 60),
+        "two": every.BenchmarkPart("mute", 60),
+        "three": every.BenchmarkPart("slow", 1),
+        "four": every.BenchmarkPart("good --model x", 60),
     }
     monkeypatch.setitem(every.PARTS, "cpu", parts)
     out = tmp_path / "results" / "here.json"
@@ -335,7 +337,7 @@ def test_a_gpu_is_done_in_nine_minutes_and_every_command_is_one():
     ):
         module, *words = part.words.split()
         if module == "train_step":
-            args = train_step.parser().parse_args(words)
+            args = train_step.train_step_parser().parse_args(words)
             models = set(args.model or train_step.MODELS[args.device])
             assert models <= {"toy", "sd15", "sdxl", "flux"}
             assert args.limit * len(models) <= part.seconds
@@ -382,7 +384,7 @@ def report(tmp_path, **changes):
 
 def test_the_plot_shows_what_the_file_has(tmp_path, capsys):
     file = report(tmp_path)
-    panels = plot.gather(json.loads(file.read_text()))
+    panels = plot.gather_panels(json.loads(file.read_text()))
     assert panels["operations launched"] == {
         "SDXL LoRA": {"ours": 1.5, "peft": 3.0},
         "SDXL DoRA": {"ours": pytest.approx(1.9)},
@@ -394,7 +396,7 @@ def test_the_plot_shows_what_the_file_has(tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
     assert (
         "times: not run"
-        in plot.caption(json.loads(file.read_text()), {"saved activations": {}}).lower()
+        in plot.figure_caption(json.loads(file.read_text()), {"saved activations": {}}).lower()
     )
 
 
@@ -534,7 +536,7 @@ def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
 def test_the_figures_to_reach():
     lines = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[1:]
-        for line in tables.targets(full_report()).splitlines()
+        for line in tables.targets_table(full_report()).splitlines()
     }
     assert lines["extra ops an adapted linear, SDXL: LoRA / DoRA"] == [
         "20.00 / 40.00",
@@ -566,13 +568,13 @@ def test_the_figures_to_reach():
         "1.05 / 1.12",
         "1.030 |",
     ]
-    assert "1.030" not in tables.targets(full_report() | {"device": "cuda"}), (
+    assert "1.030" not in tables.targets_table(full_report() | {"device": "cuda"}), (
         "a CPU's figure in the CPU's row only"
     )
 
 
 def test_the_figures_of_a_gpu():
-    assert "| NVIDIA L40S |" in tables.gpu(
+    assert "| NVIDIA L40S |" in tables.gpu_table(
         full_report() | {"machine": "NVIDIA L40S (CUDA 13), a CPU", "device": "cuda"}
     )
     cuda_graph = {
@@ -581,7 +583,7 @@ def test_the_figures_of_a_gpu():
             "results": {"graph": True, "summary": {"lora_linear LoRA": {"ours / peft": 0.6}}},
         }
     }
-    table = tables.gpu(full_report() | {"device": "cuda", "parts": cuda_graph})
+    table = tables.gpu_table(full_report() | {"device": "cuda", "parts": cuda_graph})
     assert "ours / peft: LoRA / DoRA | 1 / 1 | 0.65 / 0.35 | 0.60 |" in table
     assert table.count("not run") == 5, (
         "of a part that the file does not have; one row's peer was not run either"
@@ -590,4 +592,4 @@ def test_the_figures_of_a_gpu():
 
 def test_the_readme_has_every_table():
     for wanted in (tables.TABLES, tables.GPU_TABLES):
-        tables.written((every.HERE / "README.md").read_text(), full_report(), wanted)
+        tables.fill_tables((every.HERE / "README.md").read_text(), full_report(), wanted)

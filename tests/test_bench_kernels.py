@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import kernels as program
 from benchmarks import laws, timing
-from benchmarks.cases import LAYERS, Setting, cases, copied
-from benchmarks.measure import Rates
+from benchmarks.cases import LAYERS, Setting, copy_arguments, make_cases
+from benchmarks.measure import DeviceRates
 from lora_core.kernels import OPS, reference, winners
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def crashes(*args):
 def main(capsys, monkeypatch, tmp_path):
     """Runs the program in this process with its repeats as short as can be: (exit status, what it prints, what it says on stderr)."""
     monkeypatch.setattr(timing, "FLOOR", 0.0)
-    monkeypatch.setattr(program, "measured_rates", lambda setting: Rates(1e10, 1e11))
+    monkeypatch.setattr(program, "measure_device_rates", lambda setting: DeviceRates(1e10, 1e11))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -51,7 +51,7 @@ def main(capsys, monkeypatch, tmp_path):
 
     yield run
     monkeypatch.undo()
-    winners.reload()
+    winners.reload_winners()
 
 
 def test_the_command_prints_ratios_to_peft_and_stores_them(tmp_path):
@@ -188,15 +188,15 @@ def test_more_shapes_than_dynamo_keeps_are_compiled_and_what_it_cannot_trace_is_
 def test_tuning_writes_the_rows_that_choose_reads(main, tmp_path):
     status, _, err = main(*TINY, "--tune", "--op", "lora_linear", "--dtype", "bf16")
     assert status == 0, err
-    table = winners.read(winners.cache_file())["cpu"]
+    table = winners.read_winners(winners.cache_file())["cpu"]
     group = table.rows["lora_linear", "bfloat16"]
     assert set(group) == {"lora 16,32,32 rank 4", "dora 16,32,32 rank 4", winners.ANY}
-    (case, _) = cases("lora_linear", Setting("cpu", torch.bfloat16, 4), None, [(16, 24, 24)])
+    (case, _) = make_cases("lora_linear", Setting("cpu", torch.bfloat16, 4), None, [(16, 24, 24)])
     for winner in ("reference", "fused"):
         part = json.loads(winners.cache_file().read_text())["devices"]["cpu"]
         part["rows"] = [row | {"winner": winner} for row in part["rows"]]
-        winners.store(winners.cache_file(), "cpu", part)
-        assert winners.choose("lora_linear", OPS["lora_linear"], case.args) == winner
+        winners.store_winners(winners.cache_file(), "cpu", part)
+        assert winners.choose_winner("lora_linear", OPS["lora_linear"], case.args) == winner
     winners.cache_file().write_text("{")
     assert (
         main(*TINY, "--tune", "--op", "lora_linear")[0] == 2
@@ -216,12 +216,12 @@ def test_mistakes_are_told(main):
 
 
 def test_the_law_finds_one_wrong_element_and_passes_another_order_of_a_sum():
-    (case,) = cases("dora_compose", Setting("cpu", torch.bfloat16, 4), None, [(64, 24, 24)])
-    truth = laws.outcome(
-        reference.dora_compose, reference.dora_compose, copied(case.args, torch.float64)
+    (case,) = make_cases("dora_compose", Setting("cpu", torch.bfloat16, 4), None, [(64, 24, 24)])
+    truth = laws.run_outcome(
+        reference.dora_compose, reference.dora_compose, copy_arguments(case.args, torch.float64)
     )
-    eager = laws.outcome(reference.dora_compose, reference.dora_compose, case.args)
-    own = laws.errors(eager, truth)
+    eager = laws.run_outcome(reference.dora_compose, reference.dora_compose, case.args)
+    own = laws.errors_to_truth(eager, truth)
 
     def one_wrong(*args):
         out = reference.dora_compose(*args)
@@ -232,13 +232,17 @@ def test_the_law_finds_one_wrong_element_and_passes_another_order_of_a_sum():
 
     for function in (one_wrong, rounded_early):
         assert (
-            laws.broken(laws.outcome(function, reference.dora_compose, case.args), truth, own)
+            laws.broken_law(
+                laws.run_outcome(function, reference.dora_compose, case.args), truth, own
+            )
             is not None
         )
     running = dict(truth.values) | {"gradient of gain": running_sum(case.args)}
     spare = eager.spare
     assert (
-        laws.broken(laws.Outcome({key: value for key, value in running.items()}, spare), truth, own)
+        laws.broken_law(
+            laws.Outcome({key: value for key, value in running.items()}, spare), truth, own
+        )
         is None
     )
 
@@ -246,7 +250,7 @@ def test_the_law_finds_one_wrong_element_and_passes_another_order_of_a_sum():
 def running_sum(args):
     """The gradient of gain, summed over the rows one after another in fp32."""
     y0, bias, lora, _ = (arg.detach().float() for arg in args)
-    terms = laws.slope(y0).float() * (y0 - bias + lora)
+    terms = laws.output_gradient(y0).float() * (y0 - bias + lora)
     total = torch.zeros(y0.shape[-1])
     for row in terms[0]:
         total = total + row
@@ -275,11 +279,14 @@ def test_contenders_take_turns_and_the_ratio_is_of_the_same_round():
     assert {len(rows) for rows in [*times.values(), *times.processor.values()]} == {4}
     made = timing.Times()
     made.update({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 2.0]})
-    assert timing.ratio(made, "a", "b") == 1.5
+    assert timing.median_ratio(made, "a", "b") == 1.5
     made.processor.update({"a": [1.0, 1.0, 1.0], "b": [4.0, 4.0, 4.0]})
-    assert timing.ratio(made, "a", "b") == 0.25 and timing.ratio(made, "a", "b", clock=True) == 1.5
+    assert (
+        timing.median_ratio(made, "a", "b") == 0.25
+        and timing.median_ratio(made, "a", "b", clock=True) == 1.5
+    )
     assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
     assert (
-        timing.table(["", "ms"], [["x", 1.25], ["long", None]])
+        timing.text_table(["", "ms"], [["x", 1.25], ["long", None]])
         == "        ms\nx     1.25\nlong     -"
     )

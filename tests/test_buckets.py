@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from lora_core.data import buckets
-from lora_core.data.dataset import Folder, ImageSettings, batches, scaled_up, scan
-from lora_core.data.sample_order import Plan
+from lora_core.data.dataset import (
+    ImageDataset,
+    ImageSettings,
+    describe_upscaled,
+    iterate_batches,
+    scan_folder,
+)
+from lora_core.data.sample_order import BucketOrder
 from lora_core.errors import UserError
 
 SHAPES = [
@@ -70,14 +76,14 @@ def kohya_sizes(area, low, high, step):
 
 
 def test_at_512_the_sizes_are_those_of_sd_scripts():
-    assert set(buckets.sizes(512, 64)) == kohya_sizes(512**2, 256, 1024, 64)
-    assert len(buckets.sizes(512, 64)) == len(set(buckets.sizes(512, 64))) and list(
-        buckets.sizes(512, 64)
-    ) == sorted(buckets.sizes(512, 64))
+    assert set(buckets.bucket_sizes(512, 64)) == kohya_sizes(512**2, 256, 1024, 64)
+    assert len(buckets.bucket_sizes(512, 64)) == len(set(buckets.bucket_sizes(512, 64))) and list(
+        buckets.bucket_sizes(512, 64)
+    ) == sorted(buckets.bucket_sizes(512, 64))
     assert (
-        (1024, 1024) in buckets.sizes(1024, 64)
-        and (832, 1216) in buckets.sizes(1024, 64)
-        and (768, 1344) in buckets.sizes(1024, 64)
+        (1024, 1024) in buckets.bucket_sizes(1024, 64)
+        and (832, 1216) in buckets.bucket_sizes(1024, 64)
+        and (768, 1344) in buckets.bucket_sizes(1024, 64)
     )  # SDXL's own
 
 
@@ -85,7 +91,7 @@ def test_at_512_the_sizes_are_those_of_sd_scripts():
 @given(st.integers(1, 80), st.integers(1, 700))
 def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
     resolution = step + more
-    found = buckets.sizes(resolution, step)
+    found = buckets.bucket_sizes(resolution, step)
     low, high = (
         max(step, round(resolution // 2 / step + 1e-9) * step),
         2 * resolution // step * step,
@@ -111,21 +117,21 @@ def test_a_step_beyond_the_resolution_is_refused():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_nearest_is_the_least_difference_of_log_aspects_and_a_neighbour_of_kohyas_choice(h, w):
-    choice = buckets.sizes(512, 64)
-    chosen = buckets.nearest((h, w), choice)
+    choice = buckets.bucket_sizes(512, 64)
+    chosen = buckets.nearest_size((h, w), choice)
     gap = {size: abs(math.log(h / w) - math.log(size[0] / size[1])) for size in choice}
     assert (h, w) in choice or gap[chosen] <= min(gap.values()) + 1e-12
     kohya = min(choice, key=lambda size: abs(w / h - size[1] / size[0]))  # sd-scripts
     order = sorted({Fraction(*size) for size in choice})
     assert abs(order.index(Fraction(*chosen)) - order.index(Fraction(*kohya))) <= 1
-    assert buckets.nearest((w, h), choice) == chosen[::-1] or h == w
+    assert buckets.nearest_size((w, h), choice) == chosen[::-1] or h == w
 
 
 def test_nearest_takes_the_exact_size_then_the_larger_area_then_the_first():
-    assert buckets.nearest((320, 704), buckets.sizes(512, 64)) == (320, 704)
-    assert buckets.nearest((100, 200), [(10, 20), (40, 80), (20, 40)]) == (40, 80)
-    assert buckets.nearest((10, 20), [(40, 80), (10, 20)]) == (10, 20)
-    assert buckets.nearest((7, 7), [(4, 6), (6, 4)]) == (4, 6) and buckets.nearest(
+    assert buckets.nearest_size((320, 704), buckets.bucket_sizes(512, 64)) == (320, 704)
+    assert buckets.nearest_size((100, 200), [(10, 20), (40, 80), (20, 40)]) == (40, 80)
+    assert buckets.nearest_size((10, 20), [(40, 80), (10, 20)]) == (10, 20)
+    assert buckets.nearest_size((7, 7), [(4, 6), (6, 4)]) == (4, 6) and buckets.nearest_size(
         (7, 7), [(6, 4), (4, 6)]
     ) == (6, 4)
 
@@ -140,7 +146,7 @@ def test_nearest_takes_the_exact_size_then_the_larger_area_then_the_first():
     st.integers(0, 5),
 )
 def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch, seed):
-    plan = Plan(groups, batch, seed)
+    plan = BucketOrder(groups, batch, seed)
     assert plan.steps == sum(math.ceil(n / batch) for n in Counter(groups).values())
     counts, fillers = Counter(), Counter()
     for epoch in range(7):
@@ -164,10 +170,10 @@ def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch
 
 def test_a_step_is_a_function_of_its_number_and_epochs_differ():
     groups = ["a"] * 9 + ["b"] * 4 + ["c"]
-    plan = Plan(groups, 3, 1)
+    plan = BucketOrder(groups, 3, 1)
     forward = [plan.rows(step) for step in range(40)]
-    assert [Plan(groups, 3, 1).rows(step) for step in reversed(range(40))] == forward[::-1]
-    assert forward != [Plan(groups, 3, 2).rows(step) for step in range(40)]
+    assert [BucketOrder(groups, 3, 1).rows(step) for step in reversed(range(40))] == forward[::-1]
+    assert forward != [BucketOrder(groups, 3, 2).rows(step) for step in range(40)]
     order = [
         "".join(groups[forward[step][0][0]] for step in range(e * plan.steps, (e + 1) * plan.steps))
         for e in range(6)
@@ -198,9 +204,9 @@ def everything(batch):
 def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(folder, batch, repeats):
     (folder / "99.png").write_bytes((folder / "03.png").read_bytes())  # a copy
     (folder / "99.txt").write_text("the same again")
-    made = Folder(scan(folder, repeats=repeats), WILD)
-    steps = Plan(made.sizes, batch, 0).steps
-    stream = list(batches(made, batch=batch, seed=0, stop=4 * steps))
+    made = ImageDataset(scan_folder(folder, repeats=repeats), WILD)
+    steps = BucketOrder(made.sizes, batch, 0).steps
+    stream = list(iterate_batches(made, batch=batch, seed=0, stop=4 * steps))
     seen = [(k, v) for b in stream for k, v in zip(b.keys, b.visits, strict=True)]
     assert len(set(seen)) == len(seen) == 4 * steps * batch
     assert all(
@@ -220,20 +226,31 @@ def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(fold
 
 def test_workers_and_resume_change_no_bit(folder):
     noise_image(20, 20, 3, "L").save(folder / "00.mask.png")
-    prior = Folder(
-        scan(folder, captions="one", caption="a photo", masks="none", is_prior=True), WILD
+    prior = ImageDataset(
+        scan_folder(folder, captions="one", caption="a photo", masks="none", is_prior=True), WILD
     )
     serial = [
-        everything(b) for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20)
+        everything(b)
+        for b in iterate_batches(
+            ImageDataset(scan_folder(folder), WILD), prior, batch=2, seed=3, stop=20
+        )
     ]
     assert [
         everything(b)
-        for b in batches(Folder(scan(folder), WILD), prior, batch=2, seed=3, stop=20, workers=3)
+        for b in iterate_batches(
+            ImageDataset(scan_folder(folder), WILD), prior, batch=2, seed=3, stop=20, workers=3
+        )
     ] == serial
     assert [
         everything(b)
-        for b in batches(
-            Folder(scan(folder), WILD), prior, batch=2, seed=3, start=13, stop=20, workers=1
+        for b in iterate_batches(
+            ImageDataset(scan_folder(folder), WILD),
+            prior,
+            batch=2,
+            seed=3,
+            start=13,
+            stop=20,
+            workers=1,
         )
     ] == serial[13:]
 
@@ -245,7 +262,7 @@ def test_a_cut_is_the_resized_image_at_its_crop(folder):
         ImageSettings(16, buckets=True, bucket_step=4),
         ImageSettings(16, crop="random", flip=True, buckets=True, bucket_step=4),
     ):
-        made = Folder(scan(folder), how)
+        made = ImageDataset(scan_folder(folder), how)
         for i, record in enumerate(made.records):
             image = Image.open(record.path)
             height, width = made.sizes[i]
@@ -276,7 +293,7 @@ def test_a_cut_is_the_resized_image_at_its_crop(folder):
 
 
 def test_images_of_every_aspect_lose_little(folder):
-    made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
+    made = ImageDataset(scan_folder(folder), ImageSettings(16, buckets=True, bucket_step=4))
     assert all(h * w <= 256 and h % 4 == w % 4 == 0 for h, w in made.sizes)
     of = {r.path.stem: size for r, size in zip(made.records, made.sizes, strict=True)}
     assert (
@@ -291,12 +308,12 @@ def test_prior_rows_are_cut_to_the_size_of_the_batch(folder, tmp_path):
     (tmp_path / "class").mkdir()
     for i in range(3):
         noise_image(19, 13, 50 + i).save(tmp_path / "class" / f"{i}.png")
-    instance = Folder(scan(folder), WILD)
-    prior = Folder(scan(tmp_path / "class", caption="a dog", is_prior=True), WILD)
+    instance = ImageDataset(scan_folder(folder), WILD)
+    prior = ImageDataset(scan_folder(tmp_path / "class", caption="a dog", is_prior=True), WILD)
     sizes = set()
     for alone, both in zip(
-        batches(instance, batch=2, seed=0, stop=12),
-        batches(instance, prior, batch=2, seed=0, stop=12),
+        iterate_batches(instance, batch=2, seed=0, stop=12),
+        iterate_batches(instance, prior, batch=2, seed=0, stop=12),
         strict=True,
     ):
         assert everything(both.rows(slice(0, 2))) == everything(
@@ -304,31 +321,33 @@ def test_prior_rows_are_cut_to_the_size_of_the_batch(folder, tmp_path):
         ) and both.is_prior.tolist() == [False, False, True, True]
         sizes.add(tuple(both.pixels.shape[-2:]))
     assert len(sizes) > 3
-    still = Folder(prior.records, ImageSettings(16))
+    still = ImageDataset(prior.records, ImageSettings(16))
     for size in sizes:
         assert prior.example(0, 3, size).pixels.shape == (3, *size)
         assert torch.equal(
             still.example(0, 0, size).pixels,
-            Folder(prior.records, ImageSettings(16)).example(0, 0, size).pixels,
+            ImageDataset(prior.records, ImageSettings(16)).example(0, 0, size).pixels,
         )
 
 
 def test_the_size_enters_the_cache_key(folder):
-    made = Folder(scan(folder), ImageSettings(16, buckets=True, bucket_step=4))
+    made = ImageDataset(scan_folder(folder), ImageSettings(16, buckets=True, bucket_step=4))
     record = made.records[1]
-    keys = {made.cache_key(record, 0, size) for size in buckets.sizes(16, 4)}
+    keys = {made.cache_key(record, 0, size) for size in buckets.bucket_sizes(16, 4)}
     assert (
-        len(keys) == len(buckets.sizes(16, 4))
+        len(keys) == len(buckets.bucket_sizes(16, 4))
         and made.cache_key(record, 0) == made.cache_key(record, 7, made.sizes[1]) in keys
     )
-    squares = Folder(made.records, ImageSettings(16))
+    squares = ImageDataset(made.records, ImageSettings(16))
     assert squares.cache_key(record, 0) == made.cache_key(record, 0, (16, 16))  # the same pixels
     assert torch.equal(squares.example(1, 0).pixels, made.example(1, 0, (16, 16)).pixels)
 
 
 def test_the_report_counts_images_and_further_visits():
-    assert buckets.report([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 batches"
-    text = buckets.report([(16, 16)] * 3 + [(8, 28)], 4)
+    assert (
+        buckets.describe_buckets([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 batches"
+    )
+    text = buckets.describe_buckets([(16, 16)] * 3 + [(8, 28)], 4)
     assert text.splitlines()[1:] == [
         "  28 x 8: 1 image and 3 more visits in 1 batch",
         "  16 x 16: 3 images and 1 more visit in 1 batch",
@@ -336,20 +355,20 @@ def test_the_report_counts_images_and_further_visits():
 
 
 def test_images_that_are_scaled_up_are_counted(folder):
-    records = scan(folder, repeats=2)
-    assert scaled_up(Folder(records, ImageSettings(8))) == ""
+    records = scan_folder(folder, repeats=2)
+    assert describe_upscaled(ImageDataset(records, ImageSettings(8))) == ""
     assert (
-        scaled_up(Folder(records, ImageSettings(20)))
+        describe_upscaled(ImageDataset(records, ImageSettings(20)))
         == "5 of 11 images are smaller than 20 pixels and scaled up, first 04.png (16 x 16)"
     )
     assert (
-        scaled_up(Folder(records, ImageSettings(11)))
+        describe_upscaled(ImageDataset(records, ImageSettings(11)))
         == "2 of 11 images are smaller than 11 pixels and scaled up, first 05.png (90 x 10)"
     )
     assert (
-        scaled_up(Folder(records[8:9], ImageSettings(9)))
+        describe_upscaled(ImageDataset(records[8:9], ImageSettings(9)))
         == "1 of 1 images is smaller than 9 pixels and scaled up, first 08.png (8 x 12)"
     )
-    assert "are smaller than their bucket and scaled up, first " in scaled_up(
-        Folder(records, ImageSettings(24, buckets=True, bucket_step=4))
+    assert "are smaller than their bucket and scaled up, first " in describe_upscaled(
+        ImageDataset(records, ImageSettings(24, buckets=True, bucket_step=4))
     )

@@ -8,15 +8,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoCard
+from huggingface_hub import RepoCard
 from PIL import Image
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import layout_of, save_run
 from lora_core.runs import card as cards
-from lora_core.runs.card import Card, push, write
-from models import outline
+from lora_core.runs.card import ModelCard, push_to_hub, write_card
+from models import read_layout
 
 TOKENS = {"TOK": ("<s0>", "<s1>")}
 
@@ -74,8 +74,8 @@ def run_code(card: Path, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
 
 
 @pytest.fixture
-def card(model: Path) -> Card:
-    return Card(
+def card(model: Path) -> ModelCard:
+    return ModelCard(
         base_model=str(model), pipeline="StableDiffusionPipeline", encoders={"text_encoder": "clip_l"}, words=TOKENS,
         prompts=("a TOK in the snow", "b"), instance_prompt='a photo of TOK: "x" # y', tags=("template:sd-lora",),
         sampling={"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16},
@@ -85,13 +85,13 @@ def card(model: Path) -> Card:
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path) -> Path:
-    return leave(tmp_path / "my run", outline(str(model)), rows={"clip_l": 16})
+    return leave(tmp_path / "my run", read_layout(str(model)), rows={"clip_l": 16})
 
 
-def test_repo_card_reads_it(card: Card, run: Path) -> None:
-    path = write(card, run)
+def test_repo_card_reads_it(card: ModelCard, run: Path) -> None:
+    path = write_card(card, run)
     assert path == run / "README.md"
-    for kind in (RepoCard, ModelCard):
+    for kind in (RepoCard, huggingface_hub.ModelCard):
         data = kind.load(path).data.to_dict()
         assert (
             data["base_model"] == card.base_model
@@ -118,8 +118,8 @@ def test_repo_card_reads_it(card: Card, run: Path) -> None:
         )
 
 
-def test_body_says_how_it_was_made(card: Card, run: Path) -> None:
-    text = write(card, run).read_text()
+def test_body_says_how_it_was_made(card: ModelCard, run: Path) -> None:
+    text = write_card(card, run).read_text()
     assert "| `TOK` | `<s0><s1>` |" in section(text, "Trigger words")
     training = section(text, "Training")
     assert "| steps | 10 |" in training and "| groups | denoiser \\| tokens |" in training
@@ -131,26 +131,26 @@ def test_body_says_how_it_was_made(card: Card, run: Path) -> None:
 
 
 def test_python_runs_and_the_files_matter(
-    card: Card, run: Path, monkeypatch: pytest.MonkeyPatch
+    card: ModelCard, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    with_lora = run_code(write(card, run), monkeypatch)
+    with_lora = run_code(write_card(card, run), monkeypatch)
     assert with_lora.size == (16, 16)
     assert "load_lora_weights" in code((run / "README.md").read_text())
     bare = shutil.copytree(
         run, run.parent / "bare", ignore=shutil.ignore_patterns("pytorch_lora*", "*_emb*")
     )
     torch.manual_seed(0)
-    without = run_code(write(replace(card, words={}), bare), monkeypatch)
+    without = run_code(write_card(replace(card, words={}), bare), monkeypatch)
     assert "load" not in code((bare / "README.md").read_text())
     assert with_lora.tobytes() != without.tobytes()
 
 
 def test_only_tokens(
-    card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: ModelCard, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = leave(tmp_path / "words", outline(str(model)), lora=False, rows={"clip_l": 16})
-    text = write(card, run).read_text()
+    run = leave(tmp_path / "words", read_layout(str(model)), lora=False, rows={"clip_l": 16})
+    text = write_card(card, run).read_text()
     assert (
         "load_lora_weights" not in text
         and "<lora:" not in text
@@ -161,9 +161,9 @@ def test_only_tokens(
     assert run_code(run / "README.md", monkeypatch).size == (16, 16)
 
 
-def test_only_lora(card: Card, model: Path, tmp_path: Path) -> None:
-    run = leave(tmp_path / "plain", outline(str(model)))
-    text = write(
+def test_only_lora(card: ModelCard, model: Path, tmp_path: Path) -> None:
+    run = leave(tmp_path / "plain", read_layout(str(model)))
+    text = write_card(
         replace(card, words={}, prompts=("a photo of sks dog",), instance_prompt=""), run
     ).read_text()
     assert "textual" not in text and "embedding" not in text and "load_file" not in text
@@ -173,12 +173,12 @@ def test_only_lora(card: Card, model: Path, tmp_path: Path) -> None:
 
 
 def test_whole_model(
-    card: Card, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: ModelCard, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = leave(tmp_path / "full", outline(str(model)), lora=False)
+    run = leave(tmp_path / "full", read_layout(str(model)), lora=False)
     shutil.copytree(model, run / "model")
     card = replace(card, words={}, base_model="nowhere/at-all")
-    text = write(card, run).read_text()
+    text = write_card(card, run).read_text()
     assert 'from_pretrained(f"{folder}/model")' in text and "ComfyUI" not in text
     assert run_code(run / "README.md", monkeypatch).size == (16, 16)
 
@@ -186,8 +186,8 @@ def test_whole_model(
 def test_without_pictures_prompts_or_numbers(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    text = write(
-        Card(base_model=str(model), pipeline="StableDiffusionPipeline"), folder
+    text = write_card(
+        ModelCard(base_model=str(model), pipeline="StableDiffusionPipeline"), folder
     ).read_text()
     data = RepoCard.load(folder / "README.md").data.to_dict()
     assert (
@@ -198,8 +198,8 @@ def test_without_pictures_prompts_or_numbers(model: Path, tmp_path: Path) -> Non
     )
 
 
-def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: Card, run: Path) -> None:
-    text = write(card, run).read_text()
+def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: ModelCard, run: Path) -> None:
+    text = write_card(card, run).read_text()
     for title, prompt in {
         "A1111": "a my run_emb in the snow <lora:my run:1>",
         "ComfyUI": "a embedding:my run_emb in the snow",
@@ -208,17 +208,17 @@ def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: Card, run: Pa
         assert prompt in part
         assert all((run / name).is_file() for name in re.findall(r"`([^`]*\.safetensors)`", part))
     assert "apart" not in text
-    two = write(replace(card, words={"TOK": ("<s0>",), "TOK2": ("<s1>",)}), run).read_text()
+    two = write_card(replace(card, words={"TOK": ("<s0>",), "TOK2": ("<s1>",)}), run).read_text()
     assert "cannot tell TOK, TOK2 apart" in two and "| `TOK2` | `<s1>` |" in two
 
 
-def test_a_card_for_the_hub(card: Card, run: Path) -> None:
-    text = write(replace(card, repo="me/run"), run).read_text()
+def test_a_card_for_the_hub(card: ModelCard, run: Path) -> None:
+    text = write_card(replace(card, repo="me/run"), run).read_text()
     assert 'snapshot_download("me/run")' in code(text)
     assert (
         "base_model" not in RepoCard.load(run / "README.md").data.to_dict()
     )  # a folder of this disk: the hub refuses such a card
-    write(replace(card, repo="me/run", base_model="org/model"), run)
+    write_card(replace(card, repo="me/run", base_model="org/model"), run)
     assert RepoCard.load(run / "README.md").data.base_model == "org/model"
 
 
@@ -247,7 +247,7 @@ def test_python_runs_for_two_encoders(
     pipeline: str,
     denoiser: str,
     encoders: dict,
-    card: Card,
+    card: ModelCard,
     tmp_path: Path,
     monkeypatch,
 ) -> None:
@@ -268,7 +268,7 @@ def test_python_runs_for_two_encoders(
     }
     run = leave(tmp_path / "two", layout, rows=widths, denoiser=denoiser)
     card = replace(card, base_model=str(model), pipeline=pipeline, encoders=encoders)
-    text = write(card, run).read_text()
+    text = write_card(card, run).read_text()
     for name, key in encoders.items():
         assert (
             f'rows["{key}"]' in text
@@ -282,7 +282,7 @@ def test_python_runs_for_two_encoders(
 
 
 def test_push_makes_the_repository_and_leaves_checkpoints_here(
-    card: Card, run: Path, monkeypatch: pytest.MonkeyPatch
+    card: ModelCard, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -295,12 +295,13 @@ def test_push_makes_the_repository_and_leaves_checkpoints_here(
             calls.append(("upload", settings))
 
     monkeypatch.setattr(cards, "HfApi", Api)
-    write(card, run)
+    write_card(card, run)
     for name in ("checkpoints/10/state.safetensors", "class_images/0.png", "latents/a.safetensors"):
         (run / name).parent.mkdir(parents=True)
         (run / name).touch()
     assert (
-        push(run, "me/run", ignore=(*cards.IGNORED, "latents/*")) == "https://huggingface.co/me/run"
+        push_to_hub(run, "me/run", ignore=(*cards.IGNORED, "latents/*"))
+        == "https://huggingface.co/me/run"
     )
     (_, repo, made), (_, sent) = calls
     assert (
@@ -332,10 +333,10 @@ def test_a_refused_push_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         UserError, match=r"not uploaded to me/run: Token is required; mend that"
     ) as caught:
-        push(run, "me/run")
+        push_to_hub(run, "me/run")
     assert "\n" not in str(caught.value)
     with pytest.raises(
         UserError, match="not uploaded to a/b/c"
     ):  # the client's own check of the id
         monkeypatch.undo()
-        push(run, "a/b/c")
+        push_to_hub(run, "a/b/c")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank, product
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, diffusers, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
@@ -57,7 +57,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def layout(pipe):
-    return sd.layout(pipe.unet, pipe.text_encoder, {})
+    return sd.sd_layout(pipe.unet, pipe.text_encoder, {})
 
 
 def same(read, written):
@@ -107,9 +107,11 @@ def test_files_of_either_order_are_read_by_a_live_walk(layout, old, extended, sa
         ],
     }
     tensors, header = file_of(state, walks, {"unet": classes, "text_encoder": ["CLIPAttention"]})
-    assert cloneofsimo.detect(tensors)
+    assert cloneofsimo.detect_cloneofsimo(tensors)
     same(
-        cloneofsimo.read(dict(reversed(tensors.items())), header if said else {}, layout, "x"),
+        cloneofsimo.read_cloneofsimo(
+            dict(reversed(tensors.items())), header if said else {}, layout, "x"
+        ),
         state,
     )
 
@@ -135,9 +137,11 @@ def test_written_files_have_the_older_order_and_read_back_bit_for_bit(
             for c, m in state.components.items()
         }
     )
-    tensors, header = cloneofsimo.write(state, layout, "x")
+    tensors, header = cloneofsimo.write_cloneofsimo(state, layout, "x")
     write_tensors(tmp_path / "x.safetensors", tensors, header)
-    same(cloneofsimo.read(*read_tensors(tmp_path / "x.safetensors"), layout, "x"), folded)
+    same(
+        cloneofsimo.read_cloneofsimo(*read_tensors(tmp_path / "x.safetensors"), layout, "x"), folded
+    )
     layers = nn.Linear if "ResnetBlock2D" not in header["unet"] else (nn.Linear, nn.Conv2d)
     paths = walk(old_order(pipe.unet), json.loads(header["unet"]), layers)
     assert sum(key.startswith("unet:") for key in tensors) == 2 * len(
@@ -165,7 +169,7 @@ def test_a_file_for_linear_layers_of_all_classes_is_read(layout):
     tensors, header = file_of(
         state, {"unet": walk(old_order(pipe.unet), classes)}, {"unet": classes}
     )
-    same(cloneofsimo.read(tensors, header, layout, "x"), state)
+    same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
 
 
 def test_shapes_that_tell_no_order_are_refused():
@@ -176,7 +180,7 @@ def test_shapes_that_tell_no_order_are_refused():
     )
     tensors = {f"unet:{i}:{role}": torch.ones(2, 2) for i in range(2) for role in ("up", "down")}
     with pytest.raises(UserError, match="may mean a or b by unet:0, both fit"):
-        cloneofsimo.read(tensors, {"unet": '["X"]'}, layout, "x")
+        cloneofsimo.read_cloneofsimo(tensors, {"unet": '["X"]'}, layout, "x")
 
 
 # ---------------------------------------------------------------- the real file
@@ -205,7 +209,7 @@ def full():
                         if store is module._parameters
                         else zero
                     )
-    return unet, text, sd.layout(unet, text, {})
+    return unet, text, sd.sd_layout(unet, text, {})
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +217,7 @@ def disney(full):
     if not DISNEY.exists():
         pytest.skip(f"{DISNEY} is not on this machine")
     tensors, header = read_tensors(DISNEY)
-    return tensors, header, cloneofsimo.read(tensors, header, full[2], str(DISNEY))
+    return tensors, header, cloneofsimo.read_cloneofsimo(tensors, header, full[2], str(DISNEY))
 
 
 def test_the_real_file_fits_its_model(full, disney):
@@ -249,7 +253,7 @@ def test_the_real_file_fits_its_model(full, disney):
 
 def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
     tensors, header, state = disney
-    again, own = cloneofsimo.write(state, full[2], "x")
+    again, own = cloneofsimo.write_cloneofsimo(state, full[2], "x")
     assert again.keys() == tensors.keys() and all(
         torch.equal(again[key], tensors[key]) for key in tensors
     )
@@ -257,8 +261,8 @@ def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
         own[key] == header[key] for key in header if key != "unet"
     )
     assert set(json.loads(own["unet"])) == set(json.loads(header["unet"]))
-    cloneofsimo.write_pt(state, tmp_path / "disney.pt", full[2])
-    read = cloneofsimo.read_pt(tmp_path / "disney.pt", full[2])
+    cloneofsimo.write_factor_lists(state, tmp_path / "disney.pt", full[2])
+    read = cloneofsimo.read_factor_lists(tmp_path / "disney.pt", full[2])
     same(read, state)
     assert (
         torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
@@ -273,7 +277,7 @@ def test_the_real_file_does_not_fit_the_newer_order(full, disney):
     newer = replace(unet, numbering=replace(unet.numbering, orders=unet.numbering.orders[1:]))
     expected = r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, .*attn2.to_q \[320, 320\] would be the nearest"
     with pytest.raises(UserError, match=expected):
-        cloneofsimo.read(
+        cloneofsimo.read_cloneofsimo(
             tensors, header, replace(layout, components={**layout.components, "unet": newer}), "x"
         )
 
@@ -306,7 +310,9 @@ def test_diffusers_loads_the_converted_real_file_to_the_same_updates(
             assert torch.equal(layer.lora_A[name].weight, lr.down) and torch.equal(
                 layer.lora_B[name].weight * layer.scaling[name], lr.up * lr.scale
             )
-        torch.testing.assert_close(layer.get_delta_weight(name), product(lr), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            layer.get_delta_weight(name), scaled_product(lr), rtol=1e-6, atol=0
+        )
 
 
 # ---------------------------------------------------------------- tokens, .pt
@@ -318,18 +324,18 @@ def with_tokens(state, names=("<s2>", "<s10>", "<dog>")):
 
 def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe, layout):
     state = with_tokens(random_state(pipe, unet=PLAIN, text=TEXT, scale=1.0))
-    tensors, header = cloneofsimo.write(state, layout, "x")
+    tensors, header = cloneofsimo.write_cloneofsimo(state, layout, "x")
     assert [key for key, value in header.items() if value == "<embed>"] == [
         "<s2>",
         "<s10>",
         "<dog>",
     ] and tensors["<s2>"].shape == (16,)
-    read = cloneofsimo.read(tensors, header | {"seed": "1"}, layout, "x")
+    read = cloneofsimo.read_cloneofsimo(tensors, header | {"seed": "1"}, layout, "x")
     assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
         read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
     )
     assert read.metadata["seed"] == "1"
-    read = cloneofsimo.read(
+    read = cloneofsimo.read_cloneofsimo(
         tensors, header | {"token_names": '["<s2>", "<s10>", "<dog>"]'}, layout, "x"
     )
     assert read.token_names == state.token_names and torch.equal(
@@ -339,7 +345,7 @@ def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe
 
 def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     state = with_tokens(random_state(pipe, unet=EXTENDED, text=TEXT, scale=1.0, mixed=False))
-    written = cloneofsimo.write_pt(state, tmp_path / "my.lora.pt", layout)
+    written = cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert [file.name for file in written] == [
         "my.lora.pt",
         "my.lora.text_encoder.pt",
@@ -348,24 +354,24 @@ def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     data = torch.load(written[0], weights_only=True)
     assert (
         type(data) is list
-        and cloneofsimo.detect_pt(data)
+        and cloneofsimo.is_factor_list(data)
         and data[0].shape == (8, 3)
         and data[1].shape == (3, 8)
     )
     assert set(torch.load(written[2], weights_only=True)) == {"<s2>", "<s10>", "<dog>"}
-    read = cloneofsimo.read_pt(written[0], layout)
+    read = cloneofsimo.read_factor_lists(written[0], layout)
     same(read, state)
     assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
         read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
     )
-    alone = cloneofsimo.read_pt(written[1], layout)
+    alone = cloneofsimo.read_factor_lists(written[1], layout)
     assert set(alone.components) == {"text_encoder"} and not alone.tokens
-    tensors, header = cloneofsimo.write(
+    tensors, header = cloneofsimo.write_cloneofsimo(
         read, layout, "x"
     )  # cloneofsimo's own convert, with the ranks that the factors have
-    same(cloneofsimo.read(tensors, header, layout, "x"), state)
+    same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
     first = written[0].read_bytes()
-    cloneofsimo.write_pt(state, tmp_path / "my.lora.pt", layout)
+    cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert written[0].read_bytes() == first
 
 
@@ -388,7 +394,7 @@ class Danger:
 def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
-        cloneofsimo.read_pt(tmp_path / "x.pt", layout)
+        cloneofsimo.read_factor_lists(tmp_path / "x.pt", layout)
 
 
 # ---------------------------------------------------------------- refusals
@@ -415,7 +421,7 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}), "fc1 has no number .* holds layers of CLIPAttention only"),
         (AdapterState({"unet": one("nowhere")}), "no Linear or Conv2d named nowhere"),
         (AdapterState({"unet": one(TO_Q, dora=True)}), "to_q is a DoRA"),
-        (AdapterState(dense={"unet": {TO_Q: Dense("LoHa", (8, 8), lambda: torch.ones(8, 8))}}), "to_q is a LoHa update"),
+        (AdapterState(dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}), "to_q is a LoHa update"),
         (AdapterState({"unet": one(TO_Q, rank=9)}), "to_q has rank 9, cloneofsimo's reader takes 8 at most"),
         (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)), "token a:b reads like a factor .* <a-b>"),
         (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)), "token unety reads like a factor"),
@@ -425,8 +431,8 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 )  # fmt: skip
 def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected):
     for write in (
-        lambda: cloneofsimo.write(state, layout, "x"),
-        lambda: cloneofsimo.write_pt(state, tmp_path / "x.pt", layout),
+        lambda: cloneofsimo.write_cloneofsimo(state, layout, "x"),
+        lambda: cloneofsimo.write_factor_lists(state, tmp_path / "x.pt", layout),
     ):
         with pytest.raises(UserError, match=expected) as error:
             write()
@@ -435,17 +441,19 @@ def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected)
 
 
 def test_a_layout_that_numbers_its_layers_is_needed(pipe, layout):
-    tensors, header = cloneofsimo.write(random_state(pipe, unet=PLAIN, text=()), layout, "x")
+    tensors, header = cloneofsimo.write_cloneofsimo(
+        random_state(pipe, unet=PLAIN, text=()), layout, "x"
+    )
     with pytest.raises(
         UserError,
         match="cloneofsimo's index-keyed format, whose numbers mean layers of a model's layout",
     ):
-        cloneofsimo.read(tensors, header, None, "x")
+        cloneofsimo.read_cloneofsimo(tensors, header, None, "x")
     with pytest.raises(
         UserError,
         match="cloneofsimo's index-keyed format numbers the layers of no network of this model",
     ):
-        cloneofsimo.read(tensors, header, layout_of({"unet": pipe.unet}), "x")
+        cloneofsimo.read_cloneofsimo(tensors, header, layout_of({"unet": pipe.unet}), "x")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +481,7 @@ def test_a_layout_that_numbers_its_layers_is_needed(pipe, layout):
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(pipe, layout, change, expected):
-    tensors, header = cloneofsimo.write(
+    tensors, header = cloneofsimo.write_cloneofsimo(
         with_tokens(random_state(pipe, unet=PLAIN, text=()), ("<s1>",)), layout, "x"
     )
     assert sum(key.endswith(":up") for key in tensors) == 36
@@ -491,12 +499,12 @@ def test_bad_files_are_refused_in_a_sentence(pipe, layout, change, expected):
         if t is not None and not key.startswith("header ")
     }
     with pytest.raises(UserError, match=expected) as error:
-        cloneofsimo.read(tensors, header, layout, "x")
+        cloneofsimo.read_cloneofsimo(tensors, header, layout, "x")
     assert "\n" not in str(error.value)
 
 
 def test_mutated_files_are_read_or_refused_in_a_sentence(pipe, layout):
-    good, header = cloneofsimo.write(
+    good, header = cloneofsimo.write_cloneofsimo(
         with_tokens(random_state(pipe, unet=PLAIN, text=TEXT)), layout, "x"
     )
     dice, refused = random.Random(0), 0
@@ -527,7 +535,7 @@ def test_mutated_files_are_read_or_refused_in_a_sentence(pipe, layout):
                     }
                 )
         try:
-            cloneofsimo.read(tensors, meta, layout, "x")
+            cloneofsimo.read_cloneofsimo(tensors, meta, layout, "x")
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)

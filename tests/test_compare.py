@@ -7,24 +7,36 @@ import math
 import pytest
 import torch
 
-from lora_core.adapters.weight_updates import LowRank, product
-from merging.compare import cosine, fit, inner, inner_dense, norm, principal_angles, sums
+from lora_core.adapters.weight_updates import LowRank, scaled_product
+from merging.compare import (
+    cosine_similarity,
+    fit_coefficients,
+    frobenius_norm,
+    gram_sums,
+    inner_product,
+    inner_product_with_dense,
+    principal_angles,
+)
 from tests.test_svd import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)
 def test_inner_products_are_those_of_the_dense_updates(shape, groups):
     a, b = adapter(shape, 6, groups, -0.5), adapter(shape, 2 * groups, groups, 3.0, 5)
-    dense_a, dense_b = product(a), product(b)
-    assert inner(a, b) == pytest.approx(float((dense_a * dense_b).sum()), rel=1e-11, abs=1e-11)
-    assert inner_dense(dense_a, b) == pytest.approx(inner(a, b), rel=1e-11, abs=1e-11)
-    assert norm(a) == pytest.approx(float(dense_a.norm()), rel=1e-12)
-    assert cosine(a, b) == pytest.approx(
+    dense_a, dense_b = scaled_product(a), scaled_product(b)
+    assert inner_product(a, b) == pytest.approx(
+        float((dense_a * dense_b).sum()), rel=1e-11, abs=1e-11
+    )
+    assert inner_product_with_dense(dense_a, b) == pytest.approx(
+        inner_product(a, b), rel=1e-11, abs=1e-11
+    )
+    assert frobenius_norm(a) == pytest.approx(float(dense_a.norm()), rel=1e-12)
+    assert cosine_similarity(a, b) == pytest.approx(
         float((dense_a * dense_b).sum() / dense_a.norm() / dense_b.norm()), rel=1e-11
     )
     assert (
-        cosine(a, a._replace(scale=-7.0)) == pytest.approx(1.0)
-        and cosine(a, a._replace(scale=0.0)) == 0.0
+        cosine_similarity(a, a._replace(scale=-7.0)) == pytest.approx(1.0)
+        and cosine_similarity(a, a._replace(scale=0.0)) == 0.0
     )
 
 
@@ -76,18 +88,19 @@ def test_fit_finds_the_coefficients_and_what_they_leave():
     ]  # two layers, three files
     rest = [randn(8, 6, seed=90 + i) for i in range(2)]
     wished = torch.tensor([0.71, -0.4, 0.0], dtype=torch.float64)
-    exact = fit(
-        sums(sum(c * product(lr) for c, lr in zip(wished, layer)), layer) for layer in files
+    exact = fit_coefficients(
+        gram_sums(sum(c * scaled_product(lr) for c, lr in zip(wished, layer)), layer)
+        for layer in files
     )
     torch.testing.assert_close(exact.coefficients, wished, rtol=0, atol=1e-12)
     assert exact.unexplained < 1e-6
     deltas = [
-        sum(c * product(lr) for c, lr in zip(wished, layer)) + extra
+        sum(c * scaled_product(lr) for c, lr in zip(wished, layer)) + extra
         for layer, extra in zip(files, rest)
     ]
-    found = fit(sums(d, layer) for d, layer in zip(deltas, files))
+    found = fit_coefficients(gram_sums(d, layer) for d, layer in zip(deltas, files))
     design = torch.stack(
-        [torch.cat([product(layer[j]).flatten() for layer in files]) for j in range(3)], 1
+        [torch.cat([scaled_product(layer[j]).flatten() for layer in files]) for j in range(3)], 1
     )
     target = torch.cat([d.flatten() for d in deltas])
     expected = torch.linalg.lstsq(design, target).solution
@@ -99,14 +112,16 @@ def test_fit_finds_the_coefficients_and_what_they_leave():
 
 def test_fit_of_equal_files_absent_layers_and_nothing():
     a, weak = adapter((8, 6), 2), adapter((8, 6), 2, scale=1e-9, seed=3)
-    twice = fit([sums(product(a), [a, a])])
+    twice = fit_coefficients([gram_sums(scaled_product(a), [a, a])])
     torch.testing.assert_close(
         twice.coefficients, torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-9, atol=0
     )
-    parts = fit([sums(product(a), [a, None]), sums(product(weak), [None, weak])])
+    parts = fit_coefficients(
+        [gram_sums(scaled_product(a), [a, None]), gram_sums(scaled_product(weak), [None, weak])]
+    )
     torch.testing.assert_close(
         parts.coefficients, torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0
     )
-    assert fit([sums(torch.zeros(8, 6), [a])]).unexplained == 0
+    assert fit_coefficients([gram_sums(torch.zeros(8, 6), [a])]).unexplained == 0
     with pytest.raises(ValueError, match="no layer"):
-        fit([])
+        fit_coefficients([])

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from infer import Infer
-from lora_core.config import Adapter, Config, Optimizer, Stage
+from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
-from lora_core.toml import command_line, from_table, read_toml, to_table, to_toml
+from lora_core.toml import from_table, parse_command_line, read_toml, to_table, to_toml
 
 ROOT = Path(__file__).parent.parent
 
 
 def parse(*words: str) -> Config:
-    return command_line(Config, list(words), prog="train.py", example="python train.py")
+    return parse_command_line(Config, list(words), prog="train.py", example="python train.py")
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_config_survives_its_own_toml() -> None:
     )
     config = replace(
         Config(), stages=stages, loss_arg={"delta": 0.5},
-        optimizer=Optimizer(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}), adapter=Adapter(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
+        optimizer=OptimizerConfig(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}), adapter=AdapterConfig(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
     )  # fmt: skip
     assert from_table(tomllib.loads(to_toml(config))) == config
     assert from_table({}) == Config() and from_table(
@@ -150,7 +150,7 @@ def test_words_that_are_no_utf8_are_refused_escaped() -> None:
         with pytest.raises(
             UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are no UTF-8"
         ):
-            command_line(Config, words, prog="train.py", example="")
+            parse_command_line(Config, words, prog="train.py", example="")
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_wrong_flag_names_the_nearest_and_ends_with_2(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("cls", [Config, Infer])
 def test_help_explains_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command_line(cls, ["--help"], prog="x.py", example="python x.py --seed 3")
+        parse_command_line(cls, ["--help"], prog="x.py", example="python x.py --seed 3")
     shown = capsys.readouterr().out
     assert "python x.py --seed 3" in shown
 

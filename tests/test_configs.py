@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from lora_core.config import Config
 from lora_core.data import captions
-from lora_core.toml import command_line, read_toml
+from lora_core.toml import parse_command_line, read_toml
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
 from training import config_checks, results
@@ -110,7 +110,7 @@ def get(config: Any, path: str) -> Any:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
 def test_parses_and_says_how_to_run_it(path: Path) -> None:
     config = read_toml(path)
-    config_checks.config(put(config, {"data.images": config.data.images or "photos"}))
+    config_checks.check_config(put(config, {"data.images": config.data.images or "photos"}))
     assert path.name in path.read_text() or path.stem == "toy_pti"
 
 
@@ -136,7 +136,7 @@ FLUX = PRODIGY | {
     "model": "black-forest-labs/FLUX.1-dev",
     "batch_size": 1,
     "noise.guidance": 3.5,
-    "noise.density": "uniform",
+    "noise.bind_density": "uniform",
     "weighting": "none",
 }
 LORA = {"adapter.rank": 8, "optimizer.lr": {"denoiser": 1.0, "tokens": 1.0}}
@@ -203,11 +203,11 @@ def variants(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", [name for name in FAMILY if variants(name)])
 def test_variants_in_the_comments_are_command_lines(name: str) -> None:
     for words in variants(name):
-        config = command_line(
+        config = parse_command_line(
             Config, [str(FOLDER / f"{name}.toml"), *words], prog="train.py", example=""
         )
         assert config != CONFIGS[name], words
-        config_checks.config(replace(config, report="none"))  # the package may not be here
+        config_checks.check_config(replace(config, report="none"))  # the package may not be here
 
 
 # ---------------------------------------------------------------- the table of flags
@@ -409,10 +409,10 @@ def steps_only(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Config], dict[str, torch.Tensor]]:
     """A run that ends after its steps, without validation, checkpoint and files: what it has learned, group and number -> parameter."""
-    monkeypatch.setattr(results, "validate", lambda session, done: None)
+    monkeypatch.setattr(results, "run_validation", lambda session, done: None)
     monkeypatch.setattr(
         results,
-        "finish",
+        "finish_run",
         lambda session: {
             f"{name}/{i}": p.detach().clone()
             for name, group in session.groups.items()
@@ -475,7 +475,7 @@ def test_flipping_an_option_of_samples_changes_the_pictures(
     drawn: list[list[Image.Image]] = []
     for i, values in enumerate(({}, flipped(option, name, CONFIGS[name]))):
         session = Session(put(config, values | {"out": str(tmp_path / str(i))}))
-        drawn.append(results.draw(session, results.prompts(session)[:1]))
+        drawn.append(results.generate_samples(session, results.sample_prompts(session)[:1]))
     assert drawn[0][0].tobytes() != drawn[1][0].tobytes()
 
 

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
+from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
 from lora_core.errors import UserError
 from tests.conftest import distance, final, rows
 from training import config_checks, cuda_graph
-from training.cuda_graph import Replayed
+from training.cuda_graph import GraphReplay
 
 READ_BACK = (
     "_local_scalar_dense",
@@ -94,12 +94,12 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> None:
         "LORA_KERNELS", "reference"
     )  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
     monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
-    monkeypatch.setattr(config_checks, "machine", lambda *_: None)
+    monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
     Tape.made = 0
 
 
 def test_a_replay_copies_new_inputs_in_and_results_out(taped: None) -> None:
-    state, replayed = torch.zeros(3), Replayed()
+    state, replayed = torch.zeros(3), GraphReplay()
 
     def fn(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         state.add_(inputs["x"] * inputs["n"].more)
@@ -114,7 +114,7 @@ def test_a_replay_copies_new_inputs_in_and_results_out(taped: None) -> None:
 
 
 def test_each_shape_and_key_has_its_own_graph(taped: None) -> None:
-    replayed = Replayed()
+    replayed = GraphReplay()
     for _ in range(6):
         for key, n in (("a", 2), ("a", 3), ("b", 2)):
             (out,) = replayed(lambda x: (x * 2,), torch.ones(n), key)
@@ -123,7 +123,7 @@ def test_each_shape_and_key_has_its_own_graph(taped: None) -> None:
 
 
 def test_two_captures_never_follow_each_other_directly(taped: None) -> None:
-    replayed, ran = Replayed(), []
+    replayed, ran = GraphReplay(), []
 
     def fn(x: Tensor) -> tuple[Tensor, ...]:
         ran.append((len(x), Tape.made))
@@ -140,7 +140,7 @@ def test_two_captures_never_follow_each_other_directly(taped: None) -> None:
 
 def test_the_tape_refuses_what_a_capture_refuses(taped: None) -> None:
     for fn in (lambda x: (x * float(x.sum()),), lambda x: (x + torch.tensor([1.0, 2.0]),)):
-        replayed = Replayed()
+        replayed = GraphReplay()
         with pytest.raises(RuntimeError, match="a capture refuses"):
             for _ in range(4):
                 replayed(fn, torch.ones(2))
@@ -150,19 +150,19 @@ ALL = ("denoiser", "text_encoder", "tokens")
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora, accumulated, warm-up": {
-        "adapter": Adapter(rank=2, kind="dora"), "accumulation": 2, "batch_size": 1, "optimizer": Optimizer(warmup=3, schedule="cosine"),
+        "adapter": AdapterConfig(rank=2, kind="dora"), "accumulation": 2, "batch_size": 1, "optimizer": OptimizerConfig(warmup=3, schedule="cosine"),
     },
-    "dora through the norm": {"adapter": Adapter(rank=2, kind="dora", norm_grad="full")},
-    "dropout": {"adapter": Adapter(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)},
-    "everything, prodigy": {"stages": (Stage(6, ALL),), "optimizer": Optimizer(name="prodigy")},
+    "dora through the norm": {"adapter": AdapterConfig(rank=2, kind="dora", norm_grad="full")},
+    "dropout": {"adapter": AdapterConfig(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)},
+    "everything, prodigy": {"stages": (Stage(6, ALL),), "optimizer": OptimizerConfig(name="prodigy")},
     "two stages, adamw, average": {"stages": (Stage(5, ("tokens",)), Stage(5, ("denoiser", "text_encoder"))), "ema": 0.9},
     "prodigy, a distance each, warm-up": {
-        "stages": (Stage(7, ALL),), "optimizer": Optimizer(name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2),
+        "stages": (Stage(7, ALL),), "optimizer": OptimizerConfig(name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2),
     },
     "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
     "l1": {"loss": "l1"},
-    "preservation": {"stages": (Stage(6, ALL),), "prior": Prior(swap={"TOK": "cat"})},
+    "preservation": {"stages": (Stage(6, ALL),), "prior": PriorConfig(swap={"TOK": "cat"})},
     "checkpointing": {"gradient_checkpointing": True},
     "autocast": {"autocast": True},
 }  # fmt: skip
@@ -202,7 +202,7 @@ def test_a_graph_needs_a_gpu_and_a_loss_that_is_the_same_each_step(
 ) -> None:
     with pytest.raises(UserError, match="--cuda-graph needs an NVIDIA GPU"):
         train.train(replace(config, cuda_graph=True, device="cpu"))
-    monkeypatch.setattr(config_checks, "machine", lambda *_: None)
+    monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
 
     def fickle(step: Any) -> Tensor:
         return (step.out - step.target).square().mean((1, 2, 3))

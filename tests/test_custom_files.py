@@ -15,7 +15,7 @@ import train
 from lora_core import formats
 from lora_core.adapters import custom_files, injection
 from lora_core.adapters.injection import AdapterSpec
-from lora_core.config import Config, Optimizer, Stage
+from lora_core.config import Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
 from models import load_family
 from tests.conftest import final, same
@@ -112,7 +112,9 @@ def test_whether_there_are_factors_is_asked_of_the_class(forms: str, kind: str, 
 )
 def test_what_no_file_could_hold_is_refused(forms: str, kind: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        custom_files.check({"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run")
+        custom_files.check_custom_kind(
+            {"unet": injected(f"{forms}:{kind}")}, f"{forms}:{kind}", "run"
+        )
 
 
 @pytest.mark.parametrize("kind", ["Shift", "IA3"])
@@ -122,14 +124,14 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(
     kind = IA3 if kind == "IA3" else f"{forms}:{kind}"
     model, other = injected(kind), injected(kind)
     with torch.no_grad():
-        for p in injection.parameters(model):
+        for p in injection.adapter_parameters(model):
             p.normal_()
     x = torch.randn(3, 4)
     file = custom_files.save_adapters({"unet": model}, tmp_path / "a.safetensors", {"k": "v"})
     assert not torch.equal(model[0](x), other[0](x))
     custom_files.load_adapters({"unet": other}, file)
     assert torch.equal(model[0](x), other[0](x))
-    folded = injection.merged(model)
+    folded = injection.merged_state_dict(model)
     assert torch.allclose(
         torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6
     )
@@ -141,10 +143,10 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(
         (tensors | {name: torch.ones(9)}, "9"),
     ):
         save_file(changed, tmp_path / "b.safetensors")
-        before = [p.clone() for p in injection.parameters(other)]
+        before = [p.clone() for p in injection.adapter_parameters(other)]
         with pytest.raises(UserError, match=said):
             custom_files.load_adapters({"unet": other}, tmp_path / "b.safetensors")
-        assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(other)))
+        assert all(torch.equal(a, b) for a, b in zip(before, injection.adapter_parameters(other)))
 
 
 def test_a_run_writes_its_own_form_and_the_whole_model(
@@ -154,7 +156,7 @@ def test_a_run_writes_its_own_form_and_the_whole_model(
         config,
         adapter=replace(config.adapter, kind=IA3, rank=16),
         stages=(Stage(4, ("denoiser", "text_encoder")),),
-        optimizer=Optimizer(),
+        optimizer=OptimizerConfig(),
     )
     run = train.train(own)
     out = capsys.readouterr().out
@@ -192,7 +194,7 @@ def test_a_run_writes_its_own_form_and_the_whole_model(
     modules = {name: plain.modules[name] for name in ("unet", "text_encoder")}
     custom_files.load_adapters(modules, run / "run_adapter.safetensors")
     for name, module in modules.items():
-        folded, written = injection.merged(module), tuned.modules[name].state_dict()
+        folded, written = injection.merged_state_dict(module), tuned.modules[name].state_dict()
         assert all(torch.allclose(folded[key], written[key], atol=1e-6) for key in written)
     train.train(
         replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),))

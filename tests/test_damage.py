@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_core import formats
-from lora_core.adapters.weight_updates import AdapterState, LowRank, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 
@@ -313,7 +313,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_sentence(which, seed):
             )
             for modules in (*read.components.values(), *read.dense.values()):
                 for update in modules.values():
-                    product(update)
+                    scaled_product(update)
             formats.save(
                 read,
                 out,

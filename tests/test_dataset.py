@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from lora_core.data import dataset
 from lora_core.data.dataset import (
-    Cache,
-    Folder,
+    ImageDataset,
     ImageSettings,
-    batches,
-    missing_word,
-    position,
-    scan,
+    TensorCache,
+    images_missing_word,
+    iterate_batches,
+    sample_position,
+    scan_folder,
 )
 from lora_core.errors import UserError
 
@@ -61,12 +61,14 @@ def pixels_of(image):
 
 def test_text_files_may_hold_several_captions(folder):
     (folder / "1.txt").write_text("a TOK\n\n  the TOK  \n")
-    records = scan(folder)
+    records = scan_folder(folder)
     assert [r.path.name for r in records] == [f"{i}.png" for i in range(5)]
     assert records[1].captions == ("a TOK", "the TOK") and records[2].captions == (
         "a photo of TOK 2",
     )
-    drawn = [Folder(records, ImageSettings(8)).example(1, visit).caption for visit in range(40)]
+    drawn = [
+        ImageDataset(records, ImageSettings(8)).example(1, visit).caption for visit in range(40)
+    ]
     assert set(drawn) == {"a TOK", "the TOK"}
 
 
@@ -75,24 +77,24 @@ def test_a_metadata_table_pairs_files_with_their_own_text_whatever_its_order(fol
     rows = [{"file_name": f"{i}.png", "text": f"row {i}"} for i in (3, 0, 4, 2, 1)]
     rows += [{"file_name": "more/x.png", "text": ["one", "two"]}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    found = {r.path.relative_to(folder).as_posix(): r.captions for r in scan(folder)}
+    found = {r.path.relative_to(folder).as_posix(): r.captions for r in scan_folder(folder)}
     assert found == {**{f"{i}.png": (f"row {i}",) for i in range(5)}, "more/x.png": ("one", "two")}
 
 
 def test_captions_in_file_names_one_for_all_and_templates(tmp_path):
     save(noise_image(8, 8), tmp_path / "a photo of TOK.src.jpg")
     assert (
-        scan(tmp_path)[0].captions
-        == scan(tmp_path, captions="filename")[0].captions
+        scan_folder(tmp_path)[0].captions
+        == scan_folder(tmp_path, captions="filename")[0].captions
         == ("a photo of TOK",)
     )
     assert (
-        scan(tmp_path, caption="the TOK")[0].captions
-        == scan(tmp_path, captions="one", caption="the TOK")[0].captions
+        scan_folder(tmp_path, caption="the TOK")[0].captions
+        == scan_folder(tmp_path, captions="one", caption="the TOK")[0].captions
         == ("the TOK",)
     )
     for kind in ("object", "style"):
-        captions = scan(tmp_path, captions=kind, caption="TOK")[0].captions
+        captions = scan_folder(tmp_path, captions=kind, caption="TOK")[0].captions
         assert len(set(captions)) == len(captions) >= 10 and all(
             c.split().count("TOK") == 1 and "{" not in c for c in captions
         )
@@ -102,8 +104,13 @@ def test_captions_in_file_names_one_for_all_and_templates(tmp_path):
 def test_captions_without_the_word_are_listed_once_each(folder):
     (folder / "2.txt").write_text("a photo of TOK2")
     (folder / "4.txt").write_text("TOK\nsomething else")
-    assert missing_word(scan(folder, repeats=3), "TOK") == [folder / "2.png", folder / "4.png"]
-    assert missing_word(scan(folder), "TOK2") == [folder / f"{i}.png" for i in (0, 1, 3, 4)]
+    assert images_missing_word(scan_folder(folder, repeats=3), "TOK") == [
+        folder / "2.png",
+        folder / "4.png",
+    ]
+    assert images_missing_word(scan_folder(folder), "TOK2") == [
+        folder / f"{i}.png" for i in (0, 1, 3, 4)
+    ]
 
 
 def test_a_named_column_and_a_csv_table(folder):
@@ -114,29 +121,29 @@ def test_a_named_column_and_a_csv_table(folder):
     (folder / "metadata.jsonl").write_text(
         "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
     )
-    assert [r.captions for r in scan(folder, caption_column="tags")] == [
+    assert [r.captions for r in scan_folder(folder, caption_column="tags")] == [
         (f"tag {i}", "zwei\u2028drei") for i in range(5)
     ]
     with pytest.raises(
         UserError,
         match="line 1 has the columns file_name, text, tags; expected the caption under 'label'",
     ):
-        scan(folder, caption_column="label")
+        scan_folder(folder, caption_column="label")
     (folder / "metadata.csv").write_text(
         '\ufefffile_name,text,note\r\n4.png,"a, ""quoted""\r\ntext",x\r\n', encoding="utf-8"
     )
     with pytest.raises(UserError, match=r"both metadata\.jsonl and metadata\.csv; keep one"):
-        scan(folder)
+        scan_folder(folder)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match=r"4 of 5 images lack a row in metadata\.csv"):
-        scan(folder)
+        scan_folder(folder)
     with open(folder / "metadata.csv", "a") as table:
         table.write("".join(f"{i}.png,row {i},note {i}\n" for i in range(4)))
-    assert [r.captions for r in scan(folder)] == [
+    assert [r.captions for r in scan_folder(folder)] == [
         *((f"row {i}",) for i in range(4)),
         ('a, "quoted"\ntext',),
     ]
-    assert scan(folder, caption_column="note")[4].captions == ("x",)
+    assert scan_folder(folder, caption_column="note")[4].captions == ("x",)
     for bad, match in (
         ("0.png\n", "line 2 has the text None"),
         ('0.png,"a', r"metadata\.csv is not CSV \(unexpected end"),
@@ -145,18 +152,18 @@ def test_a_named_column_and_a_csv_table(folder):
     ):
         (folder / "metadata.csv").write_text("file_name,text\n" + bad)
         with pytest.raises(UserError, match=match):
-            scan(folder)
+            scan_folder(folder)
     (folder / "metadata.csv").unlink()
     with pytest.raises(
         UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"
     ):
-        scan(folder, caption_column="note")
+        scan_folder(folder, caption_column="note")
 
 
 def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and cache keys stay, prior rows keep theirs."""
-    records = scan(folder)
-    plain, dropped = Folder(records, WILD), Folder(records, WILD, caption_dropout=0.3)
+    records = scan_folder(folder)
+    plain, dropped = ImageDataset(records, WILD), ImageDataset(records, WILD, caption_dropout=0.3)
     lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
     assert abs(sum(lost) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
     assert (
@@ -166,29 +173,31 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     assert abs(twice - 0.09) < 5 * (0.09 * 0.91 / 300) ** 0.5  # and each visit
     streams = []
     for batch, workers in ((1, 0), (3, 0), (4, 2)):
-        made = batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
+        made = iterate_batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
         streams.append(
             [(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)]
         )
     assert streams[0] == streams[1] == streams[2] and 0 < sum(c == "" for *_, c in streams[0]) < 20
     for without, with_ in zip(
-        batches(plain, batch=4, seed=0, stop=6),
-        batches(dropped, batch=4, seed=0, stop=6),
+        iterate_batches(plain, batch=4, seed=0, stop=6),
+        iterate_batches(dropped, batch=4, seed=0, stop=6),
         strict=True,
     ):
         assert torch.equal(without.pixels, with_.pixels) and without.visits == with_.visits
         assert all(b in (a, "") for a, b in zip(without.captions, with_.captions, strict=True))
     still = ImageSettings(8)
-    assert Folder(records, still).cache_key(records[0], 0) == Folder(
+    assert ImageDataset(records, still).cache_key(records[0], 0) == ImageDataset(
         records, still, caption_dropout=0.3
     ).cache_key(records[0], 0)
-    prior = Folder(
-        scan(folder, captions="one", caption="a dog", is_prior=True), WILD, caption_dropout=0.9
+    prior = ImageDataset(
+        scan_folder(folder, captions="one", caption="a dog", is_prior=True),
+        WILD,
+        caption_dropout=0.9,
     )
     assert {prior.example(0, v).caption for v in range(50)} == {"a dog"}
     for bad in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match="caption dropout"):
-            Folder(records, WILD, caption_dropout=bad)
+            ImageDataset(records, WILD, caption_dropout=bad)
 
 
 @pytest.mark.parametrize(
@@ -205,26 +214,26 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
 def test_a_bad_metadata_table_is_refused(folder, table, match):
     (folder / "metadata.jsonl").write_text(table)
     with pytest.raises(UserError, match=match):
-        scan(folder)
+        scan_folder(folder)
 
 
 def test_missing_or_useless_captions_are_refused(folder):
     with pytest.raises(UserError, match="'a TOK' has no use"):
-        scan(folder, caption="a TOK")
+        scan_folder(folder, caption="a TOK")
     for mode in ("one", "object", "style"):
         with pytest.raises(UserError, match="need the caption"):
-            scan(folder, captions=mode)
+            scan_folder(folder, captions=mode)
     with pytest.raises(UserError, match=r"metadata\.jsonl, which is missing"):
-        scan(folder, captions="metadata")
+        scan_folder(folder, captions="metadata")
     with pytest.raises(UserError, match="unknown caption mode 'tags'"):
-        scan(folder, captions="tags")
+        scan_folder(folder, captions="tags")
     (folder / "3.txt").write_text("  \n")
     (folder / "4.txt").unlink()
     with pytest.raises(UserError, match=r"2 of 5 images lack a \.txt .*3\.png"):
-        scan(folder)
+        scan_folder(folder)
     (folder / "4.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        scan(folder)
+        scan_folder(folder)
 
 
 # ---------------------------------------------------------------- images and masks
@@ -232,12 +241,12 @@ def test_missing_or_useless_captions_are_refused(folder):
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone does not exist"):
-        scan(tmp_path / "gone")
+        scan_folder(tmp_path / "gone")
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(UserError, match="no images in"):
-        scan(tmp_path)
+        scan_folder(tmp_path)
     with pytest.raises(UserError, match="no images"):
-        Folder([], ImageSettings(8))
+        ImageDataset([], ImageSettings(8))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -245,26 +254,26 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
 def test_a_truncated_image_is_refused_by_name(folder, suffix, part):
     path = save(noise_image(64, 64), folder / f"9.{suffix}")
     (folder / "9.txt").write_text("a TOK")
-    assert len(scan(folder)) == 6
+    assert len(scan_folder(folder)) == 6
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
     with pytest.raises(UserError, match=rf"cannot read the image .*9\.{suffix}"):
-        scan(folder)
+        scan_folder(folder)
 
 
 def test_content_that_is_not_an_image_is_refused_by_name(folder):
     (folder / "2.png").write_text("an HTML page, perhaps")
     with pytest.raises(UserError, match=r"cannot read the image .*2\.png"):
-        scan(folder)
+        scan_folder(folder)
 
 
 def test_pixels_are_the_centre_of_the_image_resized_to_cover(folder):
-    for i, record in enumerate(scan(folder)):
+    for i, record in enumerate(scan_folder(folder)):
         image = Image.open(record.path)
         short = min(image.size)
         size = tuple(8 if side == short else int(8 * side / short) for side in image.size)
         resized = image.resize(size, Image.Resampling.BILINEAR)
         left, top = round((size[0] - 8) / 2), round((size[1] - 8) / 2)
-        example = Folder([record], ImageSettings(8)).example(0, 0)
+        example = ImageDataset([record], ImageSettings(8)).example(0, 0)
         assert torch.equal(
             example.pixels, pixels_of(resized.crop((left, top, left + 8, top + 8)))
         ), i
@@ -279,11 +288,11 @@ def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
     image, mask = noise_image(20, 14), noise_image(20, 14, 1, "L")
     save(image, tmp_path / "x.png")
     save(mask, tmp_path / "x.mask.png")
-    records = scan(tmp_path, caption="TOK")
+    records = scan_folder(tmp_path, caption="TOK")
     soft = mask.resize((11, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
     seen = []
     for name in ("bilinear", "bicubic", "lanczos"):
-        example = Folder(records, ImageSettings(8, interpolation=name)).example(0, 0)
+        example = ImageDataset(records, ImageSettings(8, interpolation=name)).example(0, 0)
         whole = image.resize((11, 8), Image.Resampling[name.upper()])
         assert example.crop == (0, 2) and torch.equal(
             example.pixels, pixels_of(whole.crop((2, 0, 10, 8)))
@@ -292,10 +301,12 @@ def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
         seen.append(
             (
                 example.pixels,
-                Folder(records, ImageSettings(8, interpolation=name)).cache_key(records[0], 0),
+                ImageDataset(records, ImageSettings(8, interpolation=name)).cache_key(
+                    records[0], 0
+                ),
             )
         )
-        wide = Folder(records, ImageSettings(8, zoom=1.5, interpolation=name)).example(0, 0)
+        wide = ImageDataset(records, ImageSettings(8, zoom=1.5, interpolation=name)).example(0, 0)
         assert wide.pixels.shape == (3, 8, 8)
         seen[-1] += (wide.pixels,)
     assert len({key for _, key, _ in seen}) == 3
@@ -310,11 +321,11 @@ def test_interpolation_is_pillows_and_masks_stay_bilinear(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (7, 3), (101, 100)])
 def test_any_image_fills_any_resolution(tmp_path, size):
     save(noise_image(*size), tmp_path / "x.png")
-    records = scan(tmp_path, caption="TOK")
+    records = scan_folder(tmp_path, caption="TOK")
     for resolution in (1, 7, 16):
         settings = ImageSettings(resolution, crop="random", zoom=1.7, flip=True, jitter=True)
         for visit in range(5):
-            pixels = Folder(records, settings).example(0, visit).pixels
+            pixels = ImageDataset(records, settings).example(0, visit).pixels
             assert (
                 pixels.shape == (3, resolution, resolution)
                 and pixels.dtype == torch.float32
@@ -335,7 +346,7 @@ def test_exif_orientation_palette_grey_and_transparency(tmp_path):
     Image.new("I;16", (8, 8), 65535 // 2).save(tmp_path / "d.png")
     save(noise_image(8, 8, 3, "CMYK"), tmp_path / "e.jpg")
     save(image.quantize(8), tmp_path / "f.png")
-    made = Folder(scan(tmp_path, caption="TOK"), ImageSettings(8))
+    made = ImageDataset(scan_folder(tmp_path, caption="TOK"), ImageSettings(8))
     upright = wide.transpose(Image.Transpose.ROTATE_270)
     assert made.example(0, 0).original_size == (16, 8)
     assert torch.equal(made.example(0, 0).pixels, pixels_of(upright.crop((0, 4, 8, 12))))
@@ -350,12 +361,12 @@ def test_a_mask_follows_crop_and_flip_and_never_the_jitter(tmp_path):
     image = noise_image(20, 14)
     save(image, tmp_path / "x.png")
     save(image.getchannel("R"), tmp_path / "x.mask.png")
-    records = scan(tmp_path, caption="TOK")
+    records = scan_folder(tmp_path, caption="TOK")
     settings = ImageSettings(8, crop="random", zoom=1.5, flip=True)
     seen = set()
     for visit in range(30):
         plain, jittered = (
-            Folder(records, replace(settings, jitter=jitter)).example(0, visit)
+            ImageDataset(records, replace(settings, jitter=jitter)).example(0, visit)
             for jitter in (False, True)
         )
         assert torch.allclose(plain.mask, (plain.pixels[:1] + 1) / 2, atol=1e-6)
@@ -372,23 +383,28 @@ def test_alpha_as_mask_and_masks_in_a_mixed_batch(tmp_path):
     clear = image.copy()
     clear.putalpha(alpha)
     save(clear, tmp_path / "x.png")
-    record = scan(tmp_path, caption="TOK", masks="alpha")[0]
-    example = Folder([record], ImageSettings(8)).example(0, 0)
+    record = scan_folder(tmp_path, caption="TOK", masks="alpha")[0]
+    example = ImageDataset([record], ImageSettings(8)).example(0, 0)
     assert torch.equal(example.pixels, pixels_of(image))  # colours under the mask are kept
     torch.testing.assert_close(example.mask[0], (pixels_of(alpha.convert("RGB"))[0] + 1) / 2)
-    assert scan(tmp_path, caption="TOK")[0].key != record.key
+    assert scan_folder(tmp_path, caption="TOK")[0].key != record.key
     save(noise_image(8, 8, 6), tmp_path / "y.png")
     save(alpha, tmp_path / "y.mask.png")
     both = next(
-        batches(Folder(scan(tmp_path, caption="TOK"), ImageSettings(8)), batch=2, seed=0, stop=1)
+        iterate_batches(
+            ImageDataset(scan_folder(tmp_path, caption="TOK"), ImageSettings(8)),
+            batch=2,
+            seed=0,
+            stop=1,
+        )
     )
     means = dict(zip(both.keys, both.mask.mean(dim=(1, 2, 3)).tolist(), strict=True))
-    assert means[scan(tmp_path, caption="TOK")[0].key] == 1 and min(means.values()) < 0.9
+    assert means[scan_folder(tmp_path, caption="TOK")[0].key] == 1 and min(means.values()) < 0.9
     with pytest.raises(UserError, match=r"y\.png has no alpha channel"):
-        scan(tmp_path, caption="TOK", masks="alpha")
+        scan_folder(tmp_path, caption="TOK", masks="alpha")
     with pytest.raises(UserError, match=r"1 of 2 images lack a mask, first .*x\.png"):
-        scan(tmp_path, caption="TOK", masks="file")
-    assert all(r.mask_path is None for r in scan(tmp_path, caption="TOK", masks="none"))
+        scan_folder(tmp_path, caption="TOK", masks="file")
+    assert all(r.mask_path is None for r in scan_folder(tmp_path, caption="TOK", masks="none"))
 
 
 def test_masks_that_cannot_work_are_refused(tmp_path):
@@ -401,15 +417,15 @@ def test_masks_that_cannot_work_are_refused(tmp_path):
     ):
         save(mask, tmp_path / "x.mask.png")
         with pytest.raises(UserError, match=match):
-            scan(tmp_path, caption="TOK")
+            scan_folder(tmp_path, caption="TOK")
     save(noise_image(8, 10, 1, "L"), tmp_path / "x.mask.png")
     save(noise_image(8, 10, 1, "L"), tmp_path / "other.mask.png")
     with pytest.raises(UserError, match=r"other\.mask\.png belongs to no image"):
-        scan(tmp_path, caption="TOK")
+        scan_folder(tmp_path, caption="TOK")
     opaque = noise_image(8, 10).convert("RGBA")
     save(opaque, tmp_path / "x.png")
     with pytest.raises(UserError, match=r"alpha channel of .*x\.png is only ones"):
-        scan(tmp_path, caption="TOK", masks="alpha")
+        scan_folder(tmp_path, caption="TOK", masks="alpha")
 
 
 # ---------------------------------------------------------------- augmentation
@@ -418,10 +434,10 @@ def test_masks_that_cannot_work_are_refused(tmp_path):
 def test_flip_mirrors_half_the_visits_and_jitter_stays_within_ten_percent(tmp_path):
     image = noise_image(8, 8)
     save(image, tmp_path / "x.png")
-    records = scan(tmp_path, caption="TOK")
+    records = scan_folder(tmp_path, caption="TOK")
     straight, mirrored = pixels_of(image), pixels_of(ImageOps.mirror(image))
     made = [
-        Folder(records, ImageSettings(8, flip=True)).example(0, visit).pixels
+        ImageDataset(records, ImageSettings(8, flip=True)).example(0, visit).pixels
         for visit in range(200)
     ]
     flips = sum(torch.equal(p, mirrored) for p in made)
@@ -429,7 +445,7 @@ def test_flip_mirrors_half_the_visits_and_jitter_stays_within_ten_percent(tmp_pa
         flips + sum(torch.equal(p, straight) for p in made) == 200 and 65 < flips < 135
     )  # five standard deviations
     save(Image.new("RGB", (8, 8), (100, 100, 100)), tmp_path / "x.png")
-    flat = Folder(scan(tmp_path, caption="TOK"), ImageSettings(8, jitter=True))
+    flat = ImageDataset(scan_folder(tmp_path, caption="TOK"), ImageSettings(8, jitter=True))
     levels = torch.tensor(
         [((flat.example(0, v).pixels + 1) * 127.5).mean().item() for v in range(200)]
     )
@@ -438,8 +454,8 @@ def test_flip_mirrors_half_the_visits_and_jitter_stays_within_ten_percent(tmp_pa
 
 def test_variants_repeat_pixels_but_not_captions(folder):
     (folder / "0.txt").write_text("\n".join(f"TOK number {i}" for i in range(50)))
-    records = scan(folder)
-    made = Folder(
+    records = scan_folder(folder)
+    made = ImageDataset(
         records, ImageSettings(8, crop="random", zoom=1.4, flip=True, jitter=True, variants=3)
     )
     examples = [made.example(0, visit) for visit in range(9)]
@@ -486,31 +502,39 @@ WILD = ImageSettings(8, crop="random", zoom=1.5, flip=True, jitter=True, seed=4)
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    epochs = [[position(7, 7 * e + i, seed=1) for i in range(7)] for e in range(4)]
+    epochs = [[sample_position(7, 7 * e + i, seed=1) for i in range(7)] for e in range(4)]
     assert all(
         sorted(r for r, _ in epoch) == list(range(7)) and {v for _, v in epoch} == {e}
         for e, epoch in enumerate(epochs)
     )
     assert len({tuple(r for r, _ in epoch) for epoch in epochs}) > 1
-    assert [position(7, i, seed=1) for i in range(20)] != [
-        position(7, i, seed=2) for i in range(20)
+    assert [sample_position(7, i, seed=1) for i in range(20)] != [
+        sample_position(7, i, seed=2) for i in range(20)
     ]
-    assert position(7, 17, seed=1) == position(7, 17, seed=1)
+    assert sample_position(7, 17, seed=1) == sample_position(7, 17, seed=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_change_no_bit(folder, workers):
     save(noise_image(12, 10, 3, "L"), folder / "0.mask.png")
-    serial = list(batches(Folder(scan(folder), WILD), batch=3, seed=0, stop=9))
-    threaded = list(batches(Folder(scan(folder), WILD), batch=3, seed=0, stop=9, workers=workers))
+    serial = list(iterate_batches(ImageDataset(scan_folder(folder), WILD), batch=3, seed=0, stop=9))
+    threaded = list(
+        iterate_batches(
+            ImageDataset(scan_folder(folder), WILD), batch=3, seed=0, stop=9, workers=workers
+        )
+    )
     assert len(serial) == len(threaded) == 9
     for left, right in zip(serial, threaded, strict=True):
         assert_same(left, right)
 
 
 def test_a_resumed_stream_goes_on_where_it_was(folder):
-    whole = list(batches(Folder(scan(folder), WILD), batch=2, seed=0, stop=8))
-    rest = list(batches(Folder(scan(folder), WILD), batch=2, seed=0, start=5, stop=8, workers=2))
+    whole = list(iterate_batches(ImageDataset(scan_folder(folder), WILD), batch=2, seed=0, stop=8))
+    rest = list(
+        iterate_batches(
+            ImageDataset(scan_folder(folder), WILD), batch=2, seed=0, start=5, stop=8, workers=2
+        )
+    )
     for left, right in zip(whole[5:], rest, strict=True):
         assert_same(left, right)
 
@@ -518,7 +542,9 @@ def test_a_resumed_stream_goes_on_where_it_was(folder):
 def test_a_sample_looks_the_same_for_any_batch_size(folder):
     streams = []
     for batch in (1, 2, 3, 6):
-        made = batches(Folder(scan(folder), WILD), batch=batch, seed=0, stop=12 // batch)
+        made = iterate_batches(
+            ImageDataset(scan_folder(folder), WILD), batch=batch, seed=0, stop=12 // batch
+        )
         streams.append(
             [
                 (b.keys[i], b.visits[i], b.captions[i], b.pixels[i], b.crops[i])
@@ -534,11 +560,11 @@ def test_a_sample_looks_the_same_for_any_batch_size(folder):
 def test_copies_of_an_image_take_turns_so_no_visit_comes_twice(folder):
     (folder / "7.png").write_bytes((folder / "0.png").read_bytes())
     (folder / "7.txt").write_text("the same file again")
-    records = scan(folder, repeats=2)
+    records = scan_folder(folder, repeats=2)
     assert len(records) == 12
     drawn = [
         (k, v)
-        for b in batches(Folder(records, WILD), batch=4, seed=0, stop=9)
+        for b in iterate_batches(ImageDataset(records, WILD), batch=4, seed=0, stop=9)
         for k, v in zip(b.keys, b.visits, strict=True)
     ]
     assert len(set(drawn)) == 36
@@ -547,23 +573,25 @@ def test_copies_of_an_image_take_turns_so_no_visit_comes_twice(folder):
 
 
 def test_an_abandoned_stream_ends_its_threads_and_a_bad_file_is_named(folder):
-    made = Folder(scan(folder), WILD)
-    stream = batches(made, batch=1, seed=0, stop=10**9, workers=2)
+    made = ImageDataset(scan_folder(folder), WILD)
+    stream = iterate_batches(made, batch=1, seed=0, stop=10**9, workers=2)
     next(stream)
     stream.close()
     (folder / "3.png").unlink()
     with pytest.raises(UserError, match=r"3\.png"):
-        list(batches(Folder(made.records, WILD), batch=5, seed=0, stop=1, workers=2))
+        list(iterate_batches(ImageDataset(made.records, WILD), batch=5, seed=0, stop=1, workers=2))
 
 
 def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
     for i in range(3):
         save(noise_image(9, 9, 20 + i), tmp_path / "class" / f"{i}.jpg")
-    prior = Folder(scan(tmp_path / "class", caption="a photo of a dog", is_prior=True), WILD)
-    instance = Folder(scan(folder), WILD)
+    prior = ImageDataset(
+        scan_folder(tmp_path / "class", caption="a photo of a dog", is_prior=True), WILD
+    )
+    instance = ImageDataset(scan_folder(folder), WILD)
     for alone, both in zip(
-        batches(instance, batch=2, seed=0, stop=6),
-        batches(instance, prior, batch=2, seed=0, stop=6),
+        iterate_batches(instance, batch=2, seed=0, stop=6),
+        iterate_batches(instance, prior, batch=2, seed=0, stop=6),
         strict=True,
     ):
         assert (
@@ -571,20 +599,22 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
             and both.captions[2:] == ["a photo of a dog"] * 2
         )
         assert_same(both.rows(slice(0, 2)), alone)
-    seen = [k for b in batches(instance, prior, batch=1, seed=0, stop=3) for k in b.keys[1:]]
+    seen = [
+        k for b in iterate_batches(instance, prior, batch=1, seed=0, stop=3) for k in b.keys[1:]
+    ]
     assert sorted(seen) == sorted(r.key for r in prior.records)
     with pytest.raises(ValueError, match="is_prior=True"):
-        batches(instance, instance, batch=1, seed=0, stop=1)
+        iterate_batches(instance, instance, batch=1, seed=0, stop=1)
 
 
 def test_rows_of_a_batch_keep_their_pairing(folder):
     save(noise_image(12, 10, 3, "L"), folder / "0.mask.png")
-    batch = next(batches(Folder(scan(folder), WILD), batch=5, seed=0, stop=1))
+    batch = next(iterate_batches(ImageDataset(scan_folder(folder), WILD), batch=5, seed=0, stop=1))
     place = batch.captions.index(
         "a photo of TOK 0"
     )  # the one with a mask, so that alone it has the same members
     assert_same(
-        dataset.collate([Folder(scan(folder), WILD).example(0, batch.visits[place])]),
+        dataset.collate([ImageDataset(scan_folder(folder), WILD).example(0, batch.visits[place])]),
         batch.rows(slice(place, place + 1)),
     )
     part = batch.rows(slice(1, 3))
@@ -599,30 +629,30 @@ def test_rows_of_a_batch_keep_their_pairing(folder):
         and part.visits == batch.visits[1:3]
     )
     with pytest.raises(UserError, match="batch >= 1"):
-        batches(Folder(scan(folder), WILD), batch=0, seed=0, stop=1)
+        iterate_batches(ImageDataset(scan_folder(folder), WILD), batch=0, seed=0, stop=1)
 
 
 def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     reads = []
-    made = Folder(scan(folder), replace(WILD, zoom=1.0))
-    read = dataset.read_picture
+    made = ImageDataset(scan_folder(folder), replace(WILD, zoom=1.0))
+    read = dataset.read_image
     monkeypatch.setattr(
         dataset,
-        "read_picture",
+        "read_image",
         lambda path, *args, **kwargs: reads.append(path) or read(path, *args, **kwargs),
     )
-    list(batches(made, batch=5, seed=0, stop=4))
+    list(iterate_batches(made, batch=5, seed=0, stop=4))
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert (
         made._recent.bytes
         == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
         > 0
     )
-    bounded = Folder(made.records, made.settings)
+    bounded = ImageDataset(made.records, made.settings)
     bounded._recent.limit_bytes = 0
     for left, right in zip(
-        batches(made, batch=5, seed=0, stop=2),
-        batches(bounded, batch=5, seed=0, stop=2),
+        iterate_batches(made, batch=5, seed=0, stop=2),
+        iterate_batches(bounded, batch=5, seed=0, stop=2),
         strict=True,
     ):
         assert_same(left, right)
@@ -633,9 +663,9 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
 
 
 def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder):
-    record = scan(folder)[0]
+    record = scan_folder(folder)[0]
     base = replace(WILD, variants=4)
-    key = Folder([record], base).cache_key(record, 1)
+    key = ImageDataset([record], base).cache_key(record, 1)
     changes = [
         {"resolution": 9},
         {"interpolation": "lanczos"},
@@ -646,34 +676,34 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
         {"seed": 5},
     ]
     keys = {key} | {
-        Folder([record], replace(base, **change)).cache_key(record, 1) for change in changes
+        ImageDataset([record], replace(base, **change)).cache_key(record, 1) for change in changes
     }
     assert len(keys) == 8
-    made = Folder([record], base)
+    made = ImageDataset([record], base)
     assert made.cache_key(record, 5) == key != made.cache_key(record, 2)
     (folder / "0.txt").write_text("another caption")
     (folder / "0.png").rename(folder / "99.png")
     (folder / "0.txt").rename(folder / "99.txt")
-    moved = next(r for r in scan(folder) if r.path.name == "99.png")
+    moved = next(r for r in scan_folder(folder) if r.path.name == "99.png")
     assert made.cache_key(moved, 1) == key  # neither the name, nor the place, nor the caption
     save(noise_image(12, 10, 3, "L"), folder / "99.mask.png")
-    assert made.cache_key(next(r for r in scan(folder) if r.path.name == "99.png"), 1) != key
-    still = Folder([record], ImageSettings(8))
+    assert made.cache_key(next(r for r in scan_folder(folder) if r.path.name == "99.png"), 1) != key
+    still = ImageDataset([record], ImageSettings(8))
     assert (
         still.cache_key(record, 0)
         == still.cache_key(record, 9)
-        == Folder([record], ImageSettings(8, seed=3)).cache_key(record, 1)
+        == ImageDataset([record], ImageSettings(8, seed=3)).cache_key(record, 1)
     )
     with pytest.raises(UserError, match="set variants"):
-        Folder([record], WILD).cache_key(record, 0)
+        ImageDataset([record], WILD).cache_key(record, 0)
 
 
 def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_path):
     """The public defect: a cache filled in one order and read in another. Here the 'latents' are the pixels' own mean."""
-    made = Folder(scan(folder), replace(WILD, variants=2))
-    for cache in (Cache({"vae": "x"}), Cache({"vae": "x"}, tmp_path / "cache")):
+    made = ImageDataset(scan_folder(folder), replace(WILD, variants=2))
+    for cache in (TensorCache({"vae": "x"}), TensorCache({"vae": "x"}, tmp_path / "cache")):
         computed = 0
-        for batch in batches(made, batch=3, seed=0, stop=10):
+        for batch in iterate_batches(made, batch=3, seed=0, stop=10):
             places = {r.key: i for i, r in enumerate(made.records)}
 
             def compute(i, batch=batch):
@@ -698,10 +728,10 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
 
     The public scripts read a list of batches by step number while the loader shuffles anew; on this stream that gives other rows.
     """
-    made = Folder(scan(folder), replace(WILD, variants=2, buckets=wide, bucket_step=2))
+    made = ImageDataset(scan_folder(folder), replace(WILD, variants=2, buckets=wide, bucket_step=2))
     records = {r.key: r for r in made.records}
     captions = {r.key: r.captions[0] for r in made.records}
-    cache, by_step, wrong, sizes = Cache({}), [], 0, set()
+    cache, by_step, wrong, sizes = TensorCache({}), [], 0, set()
 
     def rows(batch):
         size = tuple(batch.pixels.shape[-2:])
@@ -713,9 +743,9 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
             keys, lambda i: {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])}
         )
 
-    for batch in batches(made, batch=2, seed=0, stop=10):
+    for batch in iterate_batches(made, batch=2, seed=0, stop=10):
         by_step.append(rows(batch)["pixels"])
-    for step, batch in enumerate(batches(made, batch=2, seed=1, stop=10)):
+    for step, batch in enumerate(iterate_batches(made, batch=2, seed=1, stop=10)):
         found = rows(batch)
         assert torch.equal(found["pixels"], batch.pixels) and found["crop"].tolist() == [
             list(crop) for crop in batch.crops
@@ -738,12 +768,12 @@ def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
         (tmp_path / "class" / f"{i}.txt").write_text(f"a dog {i}")
     how = replace(WILD, buckets=wide, bucket_step=2)
     instance, prior = (
-        Folder(scan(folder), how),
-        Folder(scan(tmp_path / "class", is_prior=True), how),
+        ImageDataset(scan_folder(folder), how),
+        ImageDataset(scan_folder(tmp_path / "class", is_prior=True), how),
     )
     records = {r.key: r for r in (*instance.records, *prior.records)}
     for b in (1, 2, 3):
-        for batch in batches(instance, prior, batch=b, seed=0, stop=8):
+        for batch in iterate_batches(instance, prior, batch=b, seed=0, stop=8):
             assert (
                 batch.is_prior.tolist()
                 == [False] * b + [True] * b
@@ -778,18 +808,18 @@ def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
         "ids": torch.arange(3, dtype=torch.int32),
         "half": torch.randn(2).bfloat16(),
     }
-    first = Cache({"model": "a", "dtype": torch.float16}, tmp_path / "c").get(
+    first = TensorCache({"model": "a", "dtype": torch.float16}, tmp_path / "c").get(
         ["k/1: odd", "k2"], lambda i: rows
     )
     refuse = lambda i: pytest.fail("computed again")  # noqa: E731
-    again = Cache({"dtype": torch.float16, "model": "a"}, tmp_path / "c").get(
+    again = TensorCache({"dtype": torch.float16, "model": "a"}, tmp_path / "c").get(
         ["k2", "k/1: odd"], refuse
     )
     assert all(
         torch.equal(first[n], again[n]) and first[n].dtype == rows[n].dtype for n in rows
     ) and first["mean"].shape == (2, 3, 2)
     asked = []
-    Cache({"model": "b", "dtype": torch.float16}, tmp_path / "c").get(
+    TensorCache({"model": "b", "dtype": torch.float16}, tmp_path / "c").get(
         ["k2"], lambda i: asked.append(i) or rows
     )
     assert asked == [0]
@@ -802,7 +832,7 @@ def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
 
 def test_a_cache_keeps_its_own_copies_and_refuses_what_does_not_fit(tmp_path):
     row = torch.zeros(3)
-    cache = Cache({}, tmp_path)
+    cache = TensorCache({}, tmp_path)
     cache.get(["a"], lambda i: {"x": row})
     row.add_(1)
     assert torch.equal(cache.get(["a"], lambda i: {"x": row})["x"], torch.zeros(1, 3))
@@ -812,7 +842,7 @@ def test_a_cache_keeps_its_own_copies_and_refuses_what_does_not_fit(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="damaged"):
         for key in ("a", "b"):
-            Cache({}, tmp_path).get([key], lambda i: {"x": torch.zeros(4)})
+            TensorCache({}, tmp_path).get([key], lambda i: {"x": torch.zeros(4)})
 
     def fail(i):
         raise RuntimeError("out of memory")
@@ -829,12 +859,12 @@ def test_a_cache_keeps_its_own_copies_and_refuses_what_does_not_fit(tmp_path):
 def test_real_photos(name, count, side):
     if not (PHOTOS / name).is_dir():
         pytest.skip(f"the photos of {PHOTOS / name} are not on this machine")
-    records = scan(
+    records = scan_folder(
         PHOTOS / name, **({} if name == "monster_toy" else {"captions": "object", "caption": "TOK"})
     )
-    assert len(records) == count and missing_word(records, "TOK") == []
-    made = Folder(records, ImageSettings(64, crop="random", zoom=1.3, flip=True, jitter=True))
-    for batch in batches(made, batch=3, seed=0, stop=2):
+    assert len(records) == count and images_missing_word(records, "TOK") == []
+    made = ImageDataset(records, ImageSettings(64, crop="random", zoom=1.3, flip=True, jitter=True))
+    for batch in iterate_batches(made, batch=3, seed=0, stop=2):
         assert (
             batch.pixels.shape == (3, 3, 64, 64)
             and batch.pixels.std() > 0.1

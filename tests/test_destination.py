@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 import infer
-from lora_core.config import Config, Data, Prior, Validation
+from lora_core.config import Config, DataConfig, PriorConfig, ValidationConfig
 from lora_core.errors import UserError
-from lora_core.formats import run_files
+from lora_core.formats import run_file_names
 from lora_core.runs import destination
-from lora_core.runs.run_folder import Run, atomic
+from lora_core.runs.run_folder import Run, atomic_write
 from training import config_checks
 
 OPTIONS = {
-    "--data.images": lambda path: {"data": Data(images=path)},
-    "--data.cache": lambda path: {"data": Data(images="elsewhere", cache=path)},
+    "--data.images": lambda path: {"data": DataConfig(images=path)},
+    "--data.cache": lambda path: {"data": DataConfig(images="elsewhere", cache=path)},
     "--model": lambda path: {"model": path},
     "--model-config": lambda path: {"model_config": path},
     "--vae": lambda path: {"vae": path},
-    "--validation.images": lambda path: {"validation": Validation(images=path)},
-    "--prior.images": lambda path: {"prior": Prior("a cat", images=path)},
+    "--validation.images": lambda path: {"validation": ValidationConfig(images=path)},
+    "--prior.images": lambda path: {"prior": PriorConfig("a cat", images=path)},
 }
 
 
@@ -43,7 +43,7 @@ def test_a_folder_with_what_the_run_reads_is_refused(
     ):
         config = replace(Config(out=str(out), overwrite=overwrite), **OPTIONS[option](str(given)))
         with pytest.raises(UserError, match=rf"{word} {option} .*name another --out"):
-            config_checks.folder(config)
+            config_checks.check_run_folder(config)
     assert inside.is_dir() and not (tmp_path / "project.bak").exists()
 
 
@@ -56,19 +56,21 @@ def test_code_of_ones_own_is_not_moved_away(tmp_path: Path, option: str) -> None
     given: dict = {name: f"{out}/mine.py:mine"}
     given = {section: replace(getattr(Config(), section), **given)} if section else given
     with pytest.raises(UserError, match=f"holds --{option} .*mine.py: --overwrite would move"):
-        config_checks.folder(replace(Config(out=str(out), overwrite=True), **given))
-    config_checks.folder(replace(Config(out=str(tmp_path / "new"), overwrite=True), **given))
+        config_checks.check_run_folder(replace(Config(out=str(out), overwrite=True), **given))
+    config_checks.check_run_folder(
+        replace(Config(out=str(tmp_path / "new"), overwrite=True), **given)
+    )
 
 
 def test_a_run_below_the_images_is_fine_until_it_is_moved(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     config = Config(
-        out=str(tmp_path / "photos" / "run"), data=Data(images=str(tmp_path / "photos"))
+        out=str(tmp_path / "photos" / "run"), data=DataConfig(images=str(tmp_path / "photos"))
     )
-    config_checks.folder(config)
+    config_checks.check_run_folder(config)
     with pytest.raises(UserError, match=r"lies in --data\.images"):
-        config_checks.folder(replace(config, overwrite=True))
-    config_checks.folder(replace(config, out=str(tmp_path / "run"), model="a/hub-id"))
+        config_checks.check_run_folder(replace(config, overwrite=True))
+    config_checks.check_run_folder(replace(config, out=str(tmp_path / "run"), model="a/hub-id"))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_the_longest_name_that_passes_is_the_longest_that_can_be_written(
     for count in range(limit // size, 0, -1):
         out = tmp_path / (letter * count)
         try:
-            destination.check_names(out)
+            destination.check_file_names(out)
         except UserError as error:
             assert "shorten the name by" in str(error)
             continue
@@ -118,8 +120,8 @@ def test_the_longest_name_that_passes_is_the_longest_that_can_be_written(
     for count, works in ((fits[0], True), (fits[0] + 1, False)):
         run = Run.open(tmp_path / (letter * count))
         try:
-            for name in run_files(run.folder.name):
-                with atomic(run.folder / name) as temporary:
+            for name in run_file_names(run.folder.name):
+                with atomic_write(run.folder / name) as temporary:
                     temporary.touch()
             assert works
         except OSError:
@@ -129,15 +131,15 @@ def test_the_longest_name_that_passes_is_the_longest_that_can_be_written(
 def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
     out = tmp_path.joinpath(*["x" * 200] * 20, "run")
     with pytest.raises(UserError, match="a path of"):
-        destination.check_names(out)
+        destination.check_file_names(out)
     for option in ("--data.cache", "--prior.images"):
         long = (
-            {"data": Data(images="here", cache="y" * 300)}
+            {"data": DataConfig(images="here", cache="y" * 300)}
             if "cache" in option
-            else {"prior": Prior("a cat", images="y" * 300)}
+            else {"prior": PriorConfig("a cat", images="y" * 300)}
         )
         with pytest.raises(UserError, match=f"{option} leads to a file name of 300 bytes"):
-            config_checks.folder(replace(Config(out=str(tmp_path / "o")), **long))
+            config_checks.check_run_folder(replace(Config(out=str(tmp_path / "o")), **long))
 
 
 def test_a_picture_with_too_long_a_name_is_refused_before_it_is_drawn(
@@ -158,7 +160,7 @@ def test_only_runs_are_resumed(tmp_path: Path, held: str) -> None:
         (False, "name another --out"),
     ):
         with pytest.raises(UserError, match=rf"holds {held} and none of a run's .*; {cure}"):
-            config_checks.folder(Config(out=str(tmp_path), resume=resume))
+            config_checks.check_run_folder(Config(out=str(tmp_path), resume=resume))
         with pytest.raises(UserError, match=cure):
             Run.open(tmp_path, resume=resume)
     (tmp_path / "config.toml").touch()  # even then nothing of others is cut or cleared away
@@ -174,7 +176,7 @@ def test_the_beginning_of_a_run_is_resumed_or_moved(tmp_path: Path, mark: str) -
     (out / mark).touch() if "." in mark else (out / mark).mkdir()
     (out / "x.txt").touch()
     for resume in (True, False):
-        config_checks.folder(Config(out=str(out), resume=resume, overwrite=not resume))
+        config_checks.check_run_folder(Config(out=str(out), resume=resume, overwrite=not resume))
 
 
 def test_a_place_where_no_folder_can_be_is_named(
@@ -189,12 +191,12 @@ def test_a_place_where_no_folder_can_be_is_named(
         ("link/a", "link to"),
     ):
         with pytest.raises(UserError, match=rf"{told}.*name another --out"):
-            config_checks.folder(Config(out=str(tmp_path / name)))
+            config_checks.check_run_folder(Config(out=str(tmp_path / name)))
     monkeypatch.setattr(
         os, "access", lambda path, mode: path != tmp_path
     )  # root may write everywhere
     with pytest.raises(UserError, match="read-only or another user's"):
-        config_checks.folder(Config(out=str(tmp_path / "new" / "run")))
+        config_checks.check_run_folder(Config(out=str(tmp_path / "new" / "run")))
 
 
 def test_a_link_and_a_mount_point_are_not_moved(

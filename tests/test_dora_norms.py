@@ -10,16 +10,16 @@ import torch
 from lora_core.adapters import injection
 from lora_core.adapters.injection import (
     AdapterSpec,
-    fold,
+    adapter_factors,
+    fold_adapter,
     inject,
-    load_state,
+    load_factors,
     remove,
     set_strength,
-    state,
-    unfold,
+    unfold_adapter,
 )
 from lora_core.errors import UserError
-from lora_core.kernels import OPS, using
+from lora_core.kernels import OPS, use_kernels
 from tests.test_kinds import adapted_layers, injected, net, noise, shake
 
 
@@ -53,7 +53,7 @@ def test_the_gradient_stops_at_doras_norms_or_flows_through_them(norm_grad, stre
     """Strength 1/2 takes the general path; its gradients are those of W + (W' - W) / 2."""
     model, x = injected("dora", norm_grad=norm_grad), noise(3, 4, 6, 5)
     shake(model)
-    found = injection.parameters(model)
+    found = injection.adapter_parameters(model)
     if strength == 1:
         grads = torch.autograd.grad(model(x).square().sum(), found)
         for a, b in zip(grads, dense_gradients(model, x, norm_grad == "detach"), strict=True):
@@ -107,7 +107,7 @@ def norms(monkeypatch):
 
     for name in ("dora_norm", "dora_norms"):
         monkeypatch.setitem(OPS, name, replace(OPS[name], reference=counted(name, OPS[name])))
-    with using("reference"):
+    with use_kernels("reference"):
         yield seen
 
 
@@ -120,26 +120,26 @@ def test_steady_computes_every_norm_once_and_changes_no_bit(norms, strength):
     expected = model(x)
     assert len(norms) == 5 + 5  # at injection and in the forward
     norms.clear()
-    with injection.steady(model):
+    with injection.cache_dora_norms(model):
         assert len(norms) == 5
-        with injection.steady(model):  # does nothing more
+        with injection.cache_dora_norms(model):  # does nothing more
             y = model(x)
         assert torch.equal(model(x), y) and torch.equal(y, expected)
         y.sum().backward()
-        with injection.disabled(model):
+        with injection.disable_adapters(model):
             assert torch.equal(model(x), net()(x))
         assert torch.equal(model(x), y) and len(norms) == 5
     model(x)
-    assert len(norms) == 10 and all(p.grad is not None for p in injection.parameters(model))
+    assert len(norms) == 10 and all(p.grad is not None for p in injection.adapter_parameters(model))
 
 
 def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
-    with pytest.raises(RuntimeError, match="stop"), injection.steady(model):
+    with pytest.raises(RuntimeError, match="stop"), injection.cache_dora_norms(model):
         raise RuntimeError("stop")
-    with injection.steady(model):
+    with injection.cache_dora_norms(model):
         remove(model)
-    with injection.steady(model):
+    with injection.cache_dora_norms(model):
         assert torch.equal(model(x), net()(x))
     model = injected("dora")
     shake(model)
@@ -152,28 +152,28 @@ def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
 def test_what_changes_inside_steady_computes_its_own_norms(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     shake(model)
-    factors = state(model)
+    factors = adapter_factors(model)
     expected = model(x)
     shake(model, size=0.5)
-    with injection.steady(model):
-        load_state(model, factors)
+    with injection.cache_dora_norms(model):
+        load_factors(model, factors)
         assert torch.equal(model(x), expected)
-    with injection.steady(model):
+    with injection.cache_dora_norms(model):
         model.float()
         y = model(x.float())
     assert torch.equal(model(x.float()), y)
     model = injected("dora", norm_grad="full")
     shake(model)
     norms.clear()
-    with injection.steady(model):
+    with injection.cache_dora_norms(model):
         assert not norms
-        grads = torch.autograd.grad(model(x).square().sum(), injection.parameters(model))
+        grads = torch.autograd.grad(model(x).square().sum(), injection.adapter_parameters(model))
     for a, b in zip(grads, dense_gradients(model, x, False), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     model = injected("dora")
     shake(model)
     expected = model(x)
-    fold(model)
-    with injection.steady(model):  # norms of a folded weight would be wrong
-        unfold(model)
+    fold_adapter(model)
+    with injection.cache_dora_norms(model):  # norms of a folded weight would be wrong
+        unfold_adapter(model)
         assert torch.equal(model(x), expected)

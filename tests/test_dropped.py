@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train
-from lora_core.config import Adapter, Config, Data, Stage
-from lora_core.data.dataset import Batch, Folder, ImageSettings, collate, scan
+from lora_core.config import AdapterConfig, Config, DataConfig, Stage
+from lora_core.data.dataset import Batch, ImageDataset, ImageSettings, collate, scan_folder
 from lora_core.errors import UserError
 from models import load_family
 from tests import tiny_sdxl
@@ -37,7 +37,7 @@ def opened(config: Config, model: Path, photos: Path, name: str = "", **data: An
             config,
             model=str(model),
             out=config.out + name,
-            data=Data(images=str(photos), resolution=SIDE, **how),
+            data=DataConfig(images=str(photos), resolution=SIDE, **how),
         )
     )
 
@@ -49,9 +49,10 @@ def batch_of(s: Session, captions: list[str], dropped: list[bool]) -> Batch:
 
 def test_the_rows_that_are_dropped_are_known_and_as_many_as_before(photos: Path) -> None:
     records = [
-        replace(record, captions=("",)) for record in scan(photos, captions="txt", masks="none")
+        replace(record, captions=("",))
+        for record in scan_folder(photos, captions="txt", masks="none")
     ]  # captions that are really empty
-    folder = Folder(records, ImageSettings(SIDE), caption_dropout=0.4)
+    folder = ImageDataset(records, ImageSettings(SIDE), caption_dropout=0.4)
     seen = [folder.example(i, visit) for visit in range(60) for i in range(5)]
     share = sum(e.dropped for e in seen) / len(seen)
     assert 0.3 < share < 0.5 and all(e.caption == "" for e in seen)
@@ -60,7 +61,9 @@ def test_the_rows_that_are_dropped_are_known_and_as_many_as_before(photos: Path)
         batch.dropped == tuple(e.dropped for e in seen[:6])
         and batch.rows(slice(1, None, 2)).dropped == batch.dropped[1::2]
     )
-    assert not any(Folder(records, ImageSettings(SIDE)).example(i, 0).dropped for i in range(5))
+    assert not any(
+        ImageDataset(records, ImageSettings(SIDE)).example(i, 0).dropped for i in range(5)
+    )
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["cached", "text trains"])
@@ -70,12 +73,12 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
     s = opened(config, sdxl, photos)
     s.text_trains = trains
     batch = batch_of(s, ["a cat", "", ""], [False, True, False])
-    text = step_inputs._text(s, batch)
+    text = step_inputs._make_text(s, batch)
     assert isinstance(text, dict) is trains and (not trains or text[KEPT].tolist() == [1, 0, 1])
-    sizes = step_inputs._sizes(batch)
+    sizes = step_inputs._image_sizes(batch)
     with torch.no_grad():
         cond, plain = s.conditioning(text, sizes), s.family.encode_prompts(["a cat", "", ""])
-        negative = s.family.inform(
+        negative = s.family.add_size_embeddings(
             s.family.encode_negative([""]),
             sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]),
             1.0,
@@ -99,19 +102,19 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
 def test_the_empty_prompts_encoding_is_an_option(config: Config, sdxl: Path, photos: Path) -> None:
     s = opened(config, sdxl, photos, dropped="empty")
     s.text_trains = False
-    text = step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
+    text = step_inputs._make_text(s, batch_of(s, ["a cat", ""], [False, True]))
     assert torch.allclose(
         text.prompt_embeds, s.family.encode_prompts(["a cat", ""]).prompt_embeds, atol=1e-5
     )
     s.text_trains = True
-    assert KEPT not in step_inputs._text(s, batch_of(s, ["a cat", ""], [False, True]))
+    assert KEPT not in step_inputs._make_text(s, batch_of(s, ["a cat", ""], [False, True]))
 
 
 def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> None:
     family = load_family(str(sdxl))
     ids = {**family.tokenize(["a cat", "a dog"]), KEPT: torch.tensor([1.0, 0.0])}
     weight = family.modules["text_encoder"].get_input_embeddings().weight.requires_grad_()
-    cond = step_inputs.encode(family, ids)
+    cond = step_inputs.encode_text(family, ids)
     cond.prompt_embeds[1].sum().backward(retain_graph=True)
     assert weight.grad is not None and not weight.grad.any()
     cond.prompt_embeds[0].square().sum().backward()
@@ -142,17 +145,17 @@ def test_models_without_zeros_refuse_the_choice(
         opened(config, other, photos, dropped="zeros")
     s = opened(config, other, photos)
     s.text_trains = False
-    assert step_inputs._text(s, batch_of(s, ["", ""], [True, False])).prompt_embeds.any()
+    assert step_inputs._make_text(s, batch_of(s, ["", ""], [True, False])).prompt_embeds.any()
 
 
 def test_class_prompts_in_their_place_are_dropped_too(sdxl: Path) -> None:
     family = load_family(str(sdxl))
     s = SimpleNamespace(
-        config=Config(data=Data(caption_dropout=0.5)), family=family, device=torch.device("cpu"), encoders={}, base_text_cache={},
+        config=Config(data=DataConfig(caption_dropout=0.5)), family=family, device=torch.device("cpu"), encoders={}, base_text_cache={},
         evaluating=torch.no_grad,
     )  # fmt: skip
     batch = SimpleNamespace(captions=["", "a dog"], dropped=(True, False))
-    base = step_inputs._base_text(s, batch)  # type: ignore[arg-type]
+    base = step_inputs._make_base_text(s, batch)  # type: ignore[arg-type]
     assert not base.prompt_embeds[0].any() and base.prompt_embeds[1].any()
 
 
@@ -161,7 +164,7 @@ def test_the_two_choices_train_to_different_weights(
 ) -> None:
     runs = []
     for dropped in ("model", "zeros", "empty"):
-        data = Data(
+        data = DataConfig(
             images=str(photos),
             resolution=SIDE,
             captions="txt",
@@ -176,7 +179,7 @@ def test_the_two_choices_train_to_different_weights(
             out=f"{config.out}_{dropped}",
             data=data,
             stages=stages,
-            adapter=Adapter(rank=2),
+            adapter=AdapterConfig(rank=2),
         )  # type: ignore[arg-type]
         runs.append(learned(train.train(c)))
         assert ("dropped captions: zeros" in capsys.readouterr().out) == (dropped != "empty")

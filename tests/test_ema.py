@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.errors import UserError
-from lora_core.optim.ema import Average
-from lora_core.runs.run_folder import flatten, unflatten
+from lora_core.optim.ema import ParameterAverage
+from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 
 def params(dtype=torch.float64):
@@ -32,7 +32,7 @@ def train_(ps, step):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_the_average_is_its_formula(decay):
     ps = params()
-    average, expected = Average(ps, decay), [p.detach().clone() for p in ps]
+    average, expected = ParameterAverage(ps, decay), [p.detach().clone() for p in ps]
     for n in range(1, 31):
         train_(ps, n)
         average.update_()
@@ -44,7 +44,7 @@ def test_the_average_is_its_formula(decay):
 
 def test_the_warm_up_forgets_the_start():
     p = torch.nn.Parameter(torch.ones(2))
-    average = Average([p], 0.999)
+    average = ParameterAverage([p], 0.999)
     with torch.no_grad():
         p.zero_()
     for _ in range(30):
@@ -56,7 +56,7 @@ def test_the_warm_up_forgets_the_start():
 
 def test_a_bf16_parameter_is_averaged_in_fp32_where_bf16_would_stand_still():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    average = Average([p], 0.999)
+    average = ParameterAverage([p], 0.999)
     average.count = 100_000
     with torch.no_grad():
         p.fill_(1.5)
@@ -77,7 +77,7 @@ def test_a_bf16_parameter_is_averaged_in_fp32_where_bf16_would_stand_still():
 
 def test_factors_are_averaged_not_their_product():
     up, down = torch.nn.Parameter(torch.tensor([[0.0]])), torch.nn.Parameter(torch.tensor([[1.0]]))
-    average = Average([up, down], 0.5)
+    average = ParameterAverage([up, down], 0.5)
     with torch.no_grad():
         up.fill_(1.0), down.fill_(2.0)
     average.update_()
@@ -92,7 +92,7 @@ def test_factors_are_averaged_not_their_product():
 @pytest.mark.parametrize("fails", [False, True])
 def test_swapped_puts_the_averages_in_and_the_trained_values_back(fails):
     ps = params(torch.float32)
-    average = Average(ps, 0.9)
+    average = ParameterAverage(ps, 0.9)
     train_(ps, 1)
     average.update_()
     trained, averages = ([p.detach().clone() for p in values] for values in (ps, average.averages))
@@ -119,18 +119,18 @@ def test_swapped_puts_the_averages_in_and_the_trained_values_back(fails):
 
 def test_it_resumes_bit_for_bit():
     whole = params(torch.float32)
-    average = Average(whole, 0.999)
+    average = ParameterAverage(whole, 0.999)
     for n in range(6):
         train_(whole, n)
         average.update_()
     first = params(torch.float32)
-    half = Average(first, 0.999)
+    half = ParameterAverage(first, 0.999)
     for n in range(3):
         train_(first, n)
         half.update_()
-    saved = unflatten(*flatten(half.state_dict()))
+    saved = unflatten_state(*flatten_state(half.state_dict()))
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
-    again = Average(second, 0.999)
+    again = ParameterAverage(second, 0.999)
     again.load_state_dict(saved)
     for n in range(3, 6):
         train_(second, n)
@@ -151,7 +151,7 @@ def test_an_update_waits_for_nothing():
                 raise RuntimeError("host sync")
             return func(*args, **(kwargs or {}))
 
-    average = Average(params(), 0.9)
+    average = ParameterAverage(params(), 0.9)
     with NoSync():
         average.update_()
         with average.swapped():
@@ -161,4 +161,4 @@ def test_an_update_waits_for_nothing():
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(UserError, match=r"--ema is .*expected a decay in \[0, 1\)"):
-        Average(params(), decay)
+        ParameterAverage(params(), decay)

@@ -65,16 +65,16 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(
     file = tmp_path / ("cat.bin" if pickled else "cat.safetensors")
     if pickled:
         torch.save(tensors, file)
-        assert embeddings.detect_pt(read_pickle(file))
-        state = embeddings.read_pt(file, PAIR)
+        assert embeddings.is_pickled_embedding(read_pickle(file))
+        state = embeddings.read_pickled_embeddings(file, PAIR)
     else:
         write_tensors(file, tensors, {"seed": "1"})
-        assert embeddings.detect(load_file(file))
-        state = embeddings.read(*read_tensors(file), PAIR, str(file))
+        assert embeddings.detect_embeddings(load_file(file))
+        state = embeddings.read_embeddings(*read_tensors(file), PAIR, str(file))
         assert state.metadata["seed"] == "1"
     rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in sorted(tensors.items())])
     assert list(state.tokens) == [encoder] and torch.equal(state.tokens[encoder], rows)
-    assert state.token_names == names and embeddings.words(state) == words
+    assert state.token_names == names and embeddings.placeholder_words(state) == words
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(
 @pytest.mark.parametrize("older", [False, True])
 def test_a1111_dictionaries(tmp_path, change, older):
     torch.save(A1111 | change, tmp_path / "cat.pt", _use_new_zipfile_serialization=not older)
-    state = embeddings.read_pt(tmp_path / "cat.pt", ONE)
+    state = embeddings.read_pickled_embeddings(tmp_path / "cat.pt", ONE)
     word = "dog" if "name" not in change else "cat"
-    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.words(state) == {
+    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.placeholder_words(state) == {
         word: (f"<{word}>", f"<{word}>_1")
     }
 
@@ -102,8 +102,8 @@ def test_pairs_of_encoders(tmp_path, tensors):
     write_tensors(tmp_path / "e.pti", tensors, {})  # cog's .pti is a .safetensors
     torch.save(tensors, tmp_path / "e.pt")
     for state in (
-        embeddings.read(*read_tensors(tmp_path / "e.pti"), PAIR, "e"),
-        embeddings.read_pt(tmp_path / "e.pt", PAIR),
+        embeddings.read_embeddings(*read_tensors(tmp_path / "e.pti"), PAIR, "e"),
+        embeddings.read_pickled_embeddings(tmp_path / "e.pt", PAIR),
     ):
         assert (
             torch.equal(state.tokens["clip_l"], ROWS)
@@ -115,22 +115,24 @@ def test_pairs_of_encoders(tmp_path, tensors):
 def test_without_a_layout_the_usual_widths_decide():
     for width, encoder in ((768, "clip_l"), (1024, "clip_l"), (1280, "clip_g"), (4096, "t5")):
         assert list(
-            embeddings.read({"emb_params": torch.ones(1, width)}, {}, None, "x").tokens
+            embeddings.read_embeddings({"emb_params": torch.ones(1, width)}, {}, None, "x").tokens
         ) == [encoder]
     plain = layout_of(
         {"text_encoder": nn.ModuleDict({"a": nn.Linear(2, 2)})}
     )  # no table, no width: there is one choice
-    assert list(embeddings.read({"emb_params": ROWS}, {}, plain, "x").tokens) == ["clip_l"]
+    assert list(embeddings.read_embeddings({"emb_params": ROWS}, {}, plain, "x").tokens) == [
+        "clip_l"
+    ]
 
 
 def test_the_headers_order_of_tokens_is_kept():
     tensors = {"<s2>": ROWS[1], "<s10>": ROWS[0]}
-    state = embeddings.read(tensors, {"token_names": '["<s2>", "<s10>"]'}, ONE, "x")
+    state = embeddings.read_embeddings(tensors, {"token_names": '["<s2>", "<s10>"]'}, ONE, "x")
     assert state.token_names == ("<s2>", "<s10>") and torch.equal(
         state.tokens["clip_l"], ROWS[[1, 0]]
     )
     with pytest.raises(UserError, match="2 rows of clip_l for 1 tokens"):
-        embeddings.read(tensors, {"token_names": '["<s2>"]'}, ONE, "x")
+        embeddings.read_embeddings(tensors, {"token_names": '["<s2>"]'}, ONE, "x")
 
 
 def test_rows_bundled_in_a_lora_are_taken_out_of_it():
@@ -142,26 +144,28 @@ def test_rows_bundled_in_a_lora_are_taken_out_of_it():
         "bundle_emb.a dog.clip_l": ROWS[:1],
         "bundle_emb.a dog.clip_g": WIDE[:1],
     }
-    rest, state = embeddings.unbundle(lora | bundles, PAIR, "x")
+    rest, state = embeddings.split_bundled_tokens(lora | bundles, PAIR, "x")
     assert rest == lora and state.token_names == ("<a-dog>", "<b>", "<b>_1")
     assert torch.equal(state.tokens["clip_g"], torch.cat([WIDE[:1], WIDE]))
-    assert embeddings.words(state) == {"a dog": ("<a-dog>",), "b": ("<b>", "<b>_1")}
+    assert embeddings.placeholder_words(state) == {"a dog": ("<a-dog>",), "b": ("<b>", "<b>_1")}
     merged = replace(
         state,
         metadata={"token_names": '["<old>"]', "placeholders": '{"TOK": ["<old>"]}'}
         | state.metadata,
     )  # as a LoRA's header has it
-    assert embeddings.words(merged) == embeddings.words(state) and json.loads(
-        merged.metadata["token_names"]
-    ) == list(state.token_names)
+    assert embeddings.placeholder_words(merged) == embeddings.placeholder_words(
+        state
+    ) and json.loads(merged.metadata["token_names"]) == list(state.token_names)
     for key in ("string_to_param.*", "emb_params", "<a>"):
-        rest, state = embeddings.unbundle(lora | {f"bundle_emb.<a>.{key}": ROWS[0]}, ONE, "x")
+        rest, state = embeddings.split_bundled_tokens(
+            lora | {f"bundle_emb.<a>.{key}": ROWS[0]}, ONE, "x"
+        )
         assert (
             torch.equal(state.tokens["clip_l"], ROWS[:1])
             and state.token_names == ("<a>",)
-            and embeddings.words(state) == {}
+            and embeddings.placeholder_words(state) == {}
         )
-    assert embeddings.unbundle(lora, ONE, "x") == (lora, None)
+    assert embeddings.split_bundled_tokens(lora, ONE, "x") == (lora, None)
     for more, expected in (
         (
             {"bundle_emb.b.emb_params": ROWS, "bundle_emb.b.<x>": ROWS},
@@ -177,7 +181,7 @@ def test_rows_bundled_in_a_lora_are_taken_out_of_it():
         ),
     ):
         with pytest.raises(UserError, match=expected):
-            embeddings.unbundle(lora | more, PAIR, "x")
+            embeddings.split_bundled_tokens(lora | more, PAIR, "x")
 
 
 # ---------------------------------------------------------------- writing
@@ -195,7 +199,9 @@ WORD = {"placeholders": '{"TOK": ["<s0>", "<s1>"]}'}
 
 
 @pytest.mark.parametrize("words", [{}, WORD])
-@pytest.mark.parametrize("writer", [embeddings.write_a1111, embeddings.write_learned, None])
+@pytest.mark.parametrize(
+    "writer", [embeddings.write_a1111, embeddings.write_textual_inversion, None]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words, writer, dtype):
     state = AdapterState(
@@ -203,13 +209,13 @@ def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words
     )
     file = tmp_path / "dog.pt"
     if writer is None:
-        embeddings.write_pt(state, file)
+        embeddings.write_pickled_embedding(state, file)
         first, read, raw = (
             file.read_bytes(),
-            embeddings.read_pt(file, ONE),
+            embeddings.read_pickled_embeddings(file, ONE),
             torch.load(file, weights_only=True),
         )
-        embeddings.write_pt(state, file)
+        embeddings.write_pickled_embedding(state, file)
         assert file.read_bytes() == first and raw["name"] == "dog"
     else:
         tensors, own = writer(state, ONE, "dog")
@@ -217,7 +223,7 @@ def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words
             state.metadata | own | {"token_names": json.dumps(state.token_names)}
         )  # as formats.save does
         write_tensors(file, tensors, header)
-        raw, read = tensors, embeddings.read(*read_tensors(file), ONE, str(file))
+        raw, read = tensors, embeddings.read_embeddings(*read_tensors(file), ONE, str(file))
         assert list(raw) == (
             ["emb_params"] if writer is embeddings.write_a1111 else ["TOK" if words else "dog"]
         )
@@ -226,33 +232,35 @@ def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words
         torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
         and read.tokens["clip_l"].dtype == dtype
     )
-    assert read.token_names == state.token_names and embeddings.words(read) == embeddings.words(
-        state
-    )
+    assert read.token_names == state.token_names and embeddings.placeholder_words(
+        read
+    ) == embeddings.placeholder_words(state)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["a1111.pt", "emb_params", "learned", "learned.bin"])
 def test_diffusers_loads_what_is_written(tmp_path, kind, count):
     pipe, rows = pipeline(), torch.randn(count, 16)
-    own = sd.layout(pipe.unet, pipe.text_encoder, {})
+    own = sd.sd_layout(pipe.unet, pipe.text_encoder, {})
     names = ("<dog>",) if count == 1 else ("<dog>", "<dog>_1", "<dog>_2")
     state = AdapterState(
         tokens={"clip_l": rows},
         token_names=names,
-        metadata={} if count == 1 else embeddings.header({"<dog>": names}),
+        metadata={} if count == 1 else embeddings.placeholder_header({"<dog>": names}),
     )
     file = tmp_path / ("<dog>" + (".safetensors" if kind in ("emb_params", "learned") else ".pt"))
     if kind == "a1111.pt":
-        embeddings.write_pt(state, file)
+        embeddings.write_pickled_embedding(state, file)
     elif kind == "learned.bin":
-        torch.save(embeddings.write_learned(state, own, "x")[0], file)
+        torch.save(embeddings.write_textual_inversion(state, own, "x")[0], file)
     else:
         write_tensors(
             file,
-            *(embeddings.write_a1111 if kind == "emb_params" else embeddings.write_learned)(
-                state, own, "x"
-            ),
+            *(
+                embeddings.write_a1111
+                if kind == "emb_params"
+                else embeddings.write_textual_inversion
+            )(state, own, "x"),
         )
     pipe.load_textual_inversion(str(file), token="<dog>" if kind == "emb_params" else None)
     ids = pipe.tokenizer(
@@ -265,8 +273,8 @@ def test_diffusers_loads_what_is_written(tmp_path, kind, count):
     "write",
     [
         embeddings.write_a1111,
-        embeddings.write_learned,
-        lambda s, own, title: embeddings.write_pt(s, title, own),
+        embeddings.write_textual_inversion,
+        lambda s, own, title: embeddings.write_pickled_embedding(s, title, own),
     ],
 )
 def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
@@ -332,7 +340,7 @@ class Danger:
 def test_pickles_that_are_no_plain_rows_are_refused_unexecuted(tmp_path, content, expected):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=expected) as error:
-        embeddings.read_pt(tmp_path / "x.pt", PAIR)
+        embeddings.read_pickled_embeddings(tmp_path / "x.pt", PAIR)
     assert "\n" not in str(error.value)
 
 
@@ -340,24 +348,24 @@ def test_a_width_that_two_encoders_have_is_refused():
     with pytest.raises(
         UserError, match="width 4 and may be for clip_l or clip_g; name the encoder"
     ):
-        embeddings.read({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
+        embeddings.read_embeddings({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
     with pytest.raises(UserError, match="width 4 and fit no encoder, their widths are 768"):
-        embeddings.read({"emb_params": ROWS}, {}, None, "x")
+        embeddings.read_embeddings({"emb_params": ROWS}, {}, None, "x")
     with pytest.raises(UserError, match="the key more beside emb_params"):
-        embeddings.read({"emb_params": ROWS, "more": ROWS}, {}, ONE, "x")
+        embeddings.read_embeddings({"emb_params": ROWS, "more": ROWS}, {}, ONE, "x")
 
 
 def test_weights_of_networks_are_not_taken_for_tokens():
-    assert not embeddings.detect({"down_blocks.0.weight": ROWS}) and not embeddings.detect(
-        {"<a>": torch.ones(2, 2, 2)}
-    )
-    assert not embeddings.detect({"unet:0:up": ROWS}) and not embeddings.detect(
-        {"alpha": torch.ones(())}
-    )
+    assert not embeddings.detect_embeddings(
+        {"down_blocks.0.weight": ROWS}
+    ) and not embeddings.detect_embeddings({"<a>": torch.ones(2, 2, 2)})
+    assert not embeddings.detect_embeddings(
+        {"unet:0:up": ROWS}
+    ) and not embeddings.detect_embeddings({"alpha": torch.ones(())})
     assert (
-        not embeddings.detect_pt([ROWS])
-        and not embeddings.detect_pt({})
-        and not embeddings.detect_pt({"a.weight": ROWS, "b": 1})
+        not embeddings.is_pickled_embedding([ROWS])
+        and not embeddings.is_pickled_embedding({})
+        and not embeddings.is_pickled_embedding({"a.weight": ROWS, "b": 1})
     )
 
 
@@ -389,8 +397,10 @@ def test_mutated_files_are_read_or_refused_in_a_sentence():
                     ["", "[]", "null", "[" * 3000, '["<x>", "<y>"]', '{"A": 3}']
                 )
         try:
-            rest, bundled = embeddings.unbundle(tensors, PAIR, "x")
-            embeddings.words(embeddings.read(rest, header, PAIR, "x") if rest else bundled)
+            rest, bundled = embeddings.split_bundled_tokens(tensors, PAIR, "x")
+            embeddings.placeholder_words(
+                embeddings.read_embeddings(rest, header, PAIR, "x") if rest else bundled
+            )
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)

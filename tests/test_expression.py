@@ -6,44 +6,44 @@ from hypothesis import strategies as st
 
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout
-from merging.expression import Entry, parse, render
-from merging.layer_choice import GROUPS, PRESETS, product, share
+from merging.expression import WeightedFile, parse_sum, render_sum
+from merging.layer_choice import BLOCK_PRESETS, LAYER_GROUPS, multiply_factors, parse_layer_choice
 
 
 @pytest.mark.parametrize(
     ("text", "entries"),
     [
-        ("a.safetensors", [Entry(1.0, "a.safetensors")]),
-        ("-a", [Entry(-1.0, "a")]),
-        ("0.7*a + 0.3*b@attn - 0.2*c", [Entry(0.7, "a"), Entry(0.3, "b", ("attn",)), Entry(-0.2, "c")]),
-        ("0.5*(a - 2*(c - d)@unet)@attn", [Entry(0.5, "a", ("attn",)), Entry(-1, "c", ("unet", "attn")), Entry(1, "d", ("unet", "attn"))]),
-        ("my-lora.safetensors - x/other-1.safetensors", [Entry(1.0, "my-lora.safetensors"), Entry(-1.0, "x/other-1.safetensors")]),
-        ("'my (c) + d.st'@[1, 0, 0.5] + 1e-3*\"it's\"", [Entry(1.0, "my (c) + d.st", ("[1, 0, 0.5]",)), Entry(0.001, "it's")]),
-        ("a@unet.*.attn?.to_q,conv=0.5 - 2(b)", [Entry(1.0, "a", ("unet.*.attn?.to_q,conv=0.5",)), Entry(-2.0, "b")]),
-        ("a@b-lora-content+0.5*b", [Entry(1.0, "a", ("b-lora-content",)), Entry(0.5, "b")]),
-        ("0.5*a + 2*(b + 0.25*a)", [Entry(1.0, "a"), Entry(2.0, "b")]),
-        ("2*.5*00.safetensors + +3*0.7a", [Entry(1.0, "00.safetensors"), Entry(3.0, "0.7a")]),
-        ("runwayml/sd-v1-5 + -0.5*C:\\loras\\x.pt", [Entry(1.0, "runwayml/sd-v1-5"), Entry(-0.5, "C:\\loras\\x.pt")]),
-        ("a.safetensors+0.3*b", [Entry(1.0, "a.safetensors"), Entry(0.3, "b")]),
+        ("a.safetensors", [WeightedFile(1.0, "a.safetensors")]),
+        ("-a", [WeightedFile(-1.0, "a")]),
+        ("0.7*a + 0.3*b@attn - 0.2*c", [WeightedFile(0.7, "a"), WeightedFile(0.3, "b", ("attn",)), WeightedFile(-0.2, "c")]),
+        ("0.5*(a - 2*(c - d)@unet)@attn", [WeightedFile(0.5, "a", ("attn",)), WeightedFile(-1, "c", ("unet", "attn")), WeightedFile(1, "d", ("unet", "attn"))]),
+        ("my-lora.safetensors - x/other-1.safetensors", [WeightedFile(1.0, "my-lora.safetensors"), WeightedFile(-1.0, "x/other-1.safetensors")]),
+        ("'my (c) + d.st'@[1, 0, 0.5] + 1e-3*\"it's\"", [WeightedFile(1.0, "my (c) + d.st", ("[1, 0, 0.5]",)), WeightedFile(0.001, "it's")]),
+        ("a@unet.*.attn?.to_q,conv=0.5 - 2(b)", [WeightedFile(1.0, "a", ("unet.*.attn?.to_q,conv=0.5",)), WeightedFile(-2.0, "b")]),
+        ("a@b-lora-content+0.5*b", [WeightedFile(1.0, "a", ("b-lora-content",)), WeightedFile(0.5, "b")]),
+        ("0.5*a + 2*(b + 0.25*a)", [WeightedFile(1.0, "a"), WeightedFile(2.0, "b")]),
+        ("2*.5*00.safetensors + +3*0.7a", [WeightedFile(1.0, "00.safetensors"), WeightedFile(3.0, "0.7a")]),
+        ("runwayml/sd-v1-5 + -0.5*C:\\loras\\x.pt", [WeightedFile(1.0, "runwayml/sd-v1-5"), WeightedFile(-0.5, "C:\\loras\\x.pt")]),
+        ("a.safetensors+0.3*b", [WeightedFile(1.0, "a.safetensors"), WeightedFile(0.3, "b")]),
     ],
 )  # fmt: skip
 def test_sums_are_read_and_written(text, entries):
-    assert parse(text) == entries
-    assert parse(render(entries)) == entries
+    assert parse_sum(text) == entries
+    assert parse_sum(render_sum(entries)) == entries
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.builds(
-            Entry, st.floats(-1e6, 1e6).filter(bool), st.text("ab-+. ()@*'é0", min_size=1, max_size=6),
+            WeightedFile, st.floats(-1e6, 1e6).filter(bool), st.text("ab-+. ()@*'é0", min_size=1, max_size=6),
             st.lists(st.sampled_from(["attn", "[1, 0]", "IN04,MID=0.5", "unet.*"]), max_size=2).map(tuple),
         ),
         min_size=1, max_size=4, unique_by=lambda e: (e.path, e.choices),
     )
 )  # fmt: skip
 def test_what_is_written_is_read_the_same(entries):
-    assert parse(render(entries)) == entries
+    assert parse_sum(render_sum(entries)) == entries
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_what_is_written_is_read_the_same(entries):
 )  # fmt: skip
 def test_mistakes_are_pointed_at(text, sentence, place):
     with pytest.raises(UserError, match=sentence) as info:
-        parse(text)
+        parse_sum(text)
     assert str(info.value).splitlines()[1:] == [f"  {text}", f"  {' ' * place}^"]
 
 
 def test_weights_that_cancel_are_refused():
     with pytest.raises(UserError, match="nothing is left"):
-        parse("a - 0.5*(a + a)")
+        parse_sum("a - 0.5*(a + a)")
 
 
 # ---------------------------------------------------------------- layers
@@ -109,14 +109,18 @@ LAYOUT = Layout(
 def test_choices_mean_layers(text, weights):
     if weights is None:
         with pytest.raises(UserError, match="got 18 block weights"):
-            share(text, KEYS, LAYOUT)
+            parse_layer_choice(text, KEYS, LAYOUT)
         return
-    chosen = share(text, KEYS, LAYOUT)  # IN00 and IN03 are not in a list of 17, and so weigh 1
+    chosen = parse_layer_choice(
+        text, KEYS, LAYOUT
+    )  # IN00 and IN03 are not in a list of 17, and so weigh 1
     assert [chosen(*key) for key in KEYS] == weights
 
 
 def test_choices_multiply():
-    both = product([share("attn=0.5", KEYS, LAYOUT), share("unet", KEYS, LAYOUT)])
+    both = multiply_factors(
+        [parse_layer_choice("attn=0.5", KEYS, LAYOUT), parse_layer_choice("unet", KEYS, LAYOUT)]
+    )
     assert [both(*key) for key in KEYS] == [0, 0.5, 0.5, 0, 0, 0, 0, 0, 0, 0]
 
 
@@ -131,11 +135,13 @@ def test_choices_multiply():
 )  # fmt: skip
 def test_choices_without_effect_are_refused(text, layout, sentence):
     if sentence is None:
-        assert share(text, KEYS, layout)("unet", PATHS[1]) == 1
+        assert parse_layer_choice(text, KEYS, layout)("unet", PATHS[1]) == 1
         return
     with pytest.raises(UserError, match=sentence):
-        share(text, KEYS, layout)
+        parse_layer_choice(text, KEYS, layout)
 
 
 def test_lists_of_presets_fit_their_length():
-    assert all(max(ones) < 17 for ones in PRESETS.values()) and not set(PRESETS) & set(GROUPS)
+    assert all(max(ones) < 17 for ones in BLOCK_PRESETS.values()) and not set(BLOCK_PRESETS) & set(
+        LAYER_GROUPS
+    )

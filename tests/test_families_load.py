@@ -12,30 +12,38 @@ from torch import Tensor
 import train
 from lora_core import formats
 from lora_core.adapters.patch import patch
-from lora_core.config import Adapter, Config, Optimizer, Stage, Tokens
-from lora_core.diffusion.generation import Recipe, generate
-from models import Loading, load_family
+from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage, TokensConfig
+from lora_core.diffusion.generation import SamplerSettings, generate_images
+from models import LoadOptions, load_family
 from tests import tiny_flux, tiny_sdxl
 
 ALL = ("denoiser", "text_encoder", "tokens")
 CASES = {  # name -> (tiny model, encoders that learn rows, sampler, pipeline's arguments)
-    "xl": (lambda folder: tiny_sdxl.save(folder), (), Recipe("euler", 4, 3.0)),
-    "legacy_xl": (lambda folder: tiny_sdxl.save(folder, legacy=True), (), Recipe("euler", 4, 3.0)),
-    "flow": (lambda folder: tiny_flux.save(folder), ("clip_l", "t5"), Recipe("flow_euler", 4, 3.5)),
+    "xl": (lambda folder: tiny_sdxl.save(folder), (), SamplerSettings("euler", 4, 3.0)),
+    "legacy_xl": (
+        lambda folder: tiny_sdxl.save(folder, legacy=True),
+        (),
+        SamplerSettings("euler", 4, 3.0),
+    ),
+    "flow": (
+        lambda folder: tiny_flux.save(folder),
+        ("clip_l", "t5"),
+        SamplerSettings("flow_euler", 4, 3.5),
+    ),
 }
 
 
 @pytest.fixture(params=CASES)
 def case(
     request: pytest.FixtureRequest, tmp_path: Path, config: Config, quick: None
-) -> tuple[Path, Path, Recipe]:
+) -> tuple[Path, Path, SamplerSettings]:
     """(model, run, recipe): four steps that move everything far enough to be seen."""
     save, encoders, recipe = CASES[request.param]
     save(tmp_path / "model")
     rates = dict.fromkeys(ALL, 2e-2)
     config = replace(
-        config, model=str(tmp_path / "model"), stages=(Stage(4, ALL),), optimizer=Optimizer(lr=rates), tokens=Tokens(encoders=encoders),
-        adapter=Adapter(rank=4, alpha=16), samples=replace(config.samples, prompts=("a TOK in b",)),
+        config, model=str(tmp_path / "model"), stages=(Stage(4, ALL),), optimizer=OptimizerConfig(lr=rates), tokens=TokensConfig(encoders=encoders),
+        adapter=AdapterConfig(rank=4, alpha=16), samples=replace(config.samples, prompts=("a TOK in b",)),
     )  # fmt: skip
     return tmp_path / "model", train.train(config), recipe
 
@@ -46,7 +54,7 @@ def levels(a: Tensor, b: Tensor) -> float:
 
 
 def test_the_readme_of_a_run_loads_it_into_diffusers(
-    case: tuple[Path, Path, Recipe], monkeypatch: pytest.MonkeyPatch
+    case: tuple[Path, Path, SamplerSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, run, recipe = case
     (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
@@ -59,7 +67,7 @@ def test_the_readme_of_a_run_loads_it_into_diffusers(
     scope["pipe"].set_progress_bar_config(disable=True)
 
     family = load_family(
-        str(model), Loading(max_sequence_length=32) if family_has_t5(model) else Loading()
+        str(model), LoadOptions(max_sequence_length=32) if family_has_t5(model) else LoadOptions()
     )
     side = family.resolution
     given = dict(
@@ -81,11 +89,11 @@ def test_the_readme_of_a_run_loads_it_into_diffusers(
             },
         }
         with patch(modules, folder, layout=family.layout) as p:
-            return (generate(family, [p.bind("a TOK in b")], [5], recipe)[0] + 1) / 2
+            return (generate_images(family, [p.bind("a TOK in b")], [5], recipe)[0] + 1) / 2
 
     assert levels(ours(run), theirs) <= 1
     assert (
-        levels((generate(family, ["a in b"], [5], recipe)[0] + 1) / 2, theirs) > 8
+        levels((generate_images(family, ["a in b"], [5], recipe)[0] + 1) / 2, theirs) > 8
     )  # what was learned matters
 
 
@@ -93,7 +101,9 @@ def family_has_t5(model: Path) -> bool:
     return (model / "transformer").is_dir()
 
 
-def test_the_kohya_file_of_a_run_is_the_same_update(case: tuple[Path, Path, Recipe]) -> None:
+def test_the_kohya_file_of_a_run_is_the_same_update(
+    case: tuple[Path, Path, SamplerSettings],
+) -> None:
     model, run, _ = case
     family = load_family(str(model))
     native, kohya = (

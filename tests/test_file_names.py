@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_core.data.file_names import is_caption
+from lora_core.data.file_names import looks_like_caption
 
 UNWRITTEN = [
     "IMG_4711", "IMG_E4711", "img_4711 (2)", "IMG-20240501-WA0001", "IMG_20240501_123456_HDR", "DSC0001", "DSC_0001", "DSCF1234", "_MG_1234",
@@ -21,9 +21,9 @@ WRITTEN = [
 
 @pytest.mark.parametrize("name", UNWRITTEN)
 def test_names_of_cameras_and_programs_are_no_captions(name: str) -> None:
-    assert not is_caption(name)
+    assert not looks_like_caption(name)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_words_are_captions(name: str) -> None:
-    assert is_caption(name)
+    assert looks_like_caption(name)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.errors import UserError
-from lora_core.kernels.flat import ALIGNED, Words
+from lora_core.kernels.flat import ALIGNED, DeviceTable
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
@@ -173,7 +173,7 @@ def test_a_sparse_gradient_is_refused(name: str) -> None:
 
 
 def test_words_hold_whole_numbers_and_doubles() -> None:
-    words = Words(torch.device("cpu"))
+    words = DeviceTable(torch.device("cpu"))
     sent = words.send([3, -(2**62)], [0.1, -1e-300])
     assert sent[:2].tolist() == [3, -(2**62)] and sent[2:].view(torch.float64).tolist() == [
         0.1,

@@ -16,10 +16,10 @@ from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.diffusion import noise
-from lora_core.diffusion.generation import Recipe, generate
+from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, joined_layers
-from models import Loading, Sizes, flux, load_family, noise_of, outline
+from models import LoadOptions, Sizes, flux, load_family, read_layout, read_schedule
 from tests import tiny_flux
 
 DEV, SCHNELL = {"guidance": True, "dynamic": True}, {"guidance": False, "dynamic": False}
@@ -40,13 +40,13 @@ def folders(tmp_path_factory):
 def both(folders, request):
     """(family, pipeline); T5 prompts of 24 tokens."""
     path, pipe = folders[request.param]
-    return load_family(path, Loading(max_sequence_length=24)), pipe
+    return load_family(path, LoadOptions(max_sequence_length=24)), pipe
 
 
 @pytest.fixture
 def dev(folders):
     path, pipe = folders["dev"]
-    return load_family(path, Loading(max_sequence_length=24)), pipe
+    return load_family(path, LoadOptions(max_sequence_length=24)), pipe
 
 
 def levels(x):
@@ -54,7 +54,7 @@ def levels(x):
 
 
 def informed(family, prompts=PROMPTS, guidance=3.5):
-    return family.inform(
+    return family.add_size_embeddings(
         family.encode_prompts(prompts), Sizes.whole(16, 24, len(prompts)), guidance
     )
 
@@ -65,11 +65,11 @@ def informed(family, prompts=PROMPTS, guidance=3.5):
 @pytest.mark.parametrize("h, w", [(2, 2), (8, 6), (4, 14)])
 def test_packing_is_the_pipelines_and_unpacking_undoes_it(h, w):
     x = torch.randn(2, 4, h, w)
-    packed = flux.pack(x)
+    packed = flux.pack_latents(x)
     assert torch.equal(packed, FluxPipeline._pack_latents(x, 2, 4, h, w))
-    assert torch.equal(flux.unpack(packed, h, w), x)
+    assert torch.equal(flux.unpack_latents(packed, h, w), x)
     assert torch.equal(
-        flux.image_ids(h, w),
+        flux.image_position_ids(h, w),
         FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32),
     )
 
@@ -142,7 +142,9 @@ def test_latents_are_shifted_and_scaled(dev):
 
 def test_precision_reaches_the_networks_but_not_the_vae_and_the_level(folders, monkeypatch):
     """Of 1000 sigmas 1000 reach the network; rounded to bf16 half of them would be gone (semantics, trap 20)."""
-    family = load_family(folders["dev"][0], Loading(dtype=torch.bfloat16, max_sequence_length=8))
+    family = load_family(
+        folders["dev"][0], LoadOptions(dtype=torch.bfloat16, max_sequence_length=8)
+    )
     assert family.vae.dtype == torch.float32 and {
         m.dtype for n, m in family.modules.items() if n != "vae"
     } == {torch.bfloat16}
@@ -183,18 +185,21 @@ def test_pictures_equal_the_pipelines(both):
             PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance, generator=generators, max_sequence_length=24,
             output_type="pt",
         ).images  # fmt: skip
-        ours = generate(
-            family, PROMPTS, [3, 4], Recipe("flow_euler", 4, guidance, width=width, height=height)
+        ours = generate_images(
+            family,
+            PROMPTS,
+            [3, 4],
+            SamplerSettings("flow_euler", 4, guidance, width=width, height=height),
         )
         assert levels(ours - (theirs * 2 - 1)) <= 1
     assert (
         levels(
             ours
-            - generate(
+            - generate_images(
                 family,
                 PROMPTS[::-1],
                 [3, 4],
-                Recipe("flow_euler", 4, guidance, width=width, height=height),
+                SamplerSettings("flow_euler", 4, guidance, width=width, height=height),
             )
         )
         > 1
@@ -204,7 +209,7 @@ def test_pictures_equal_the_pipelines(both):
 def test_image_to_image_equals_the_pipeline(folders):
     path, pipe = folders["dev"]
     family, pipe = (
-        load_family(path, Loading(max_sequence_length=24)),
+        load_family(path, LoadOptions(max_sequence_length=24)),
         FluxImg2ImgPipeline(**pipe.components),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -219,11 +224,11 @@ def test_image_to_image_equals_the_pipeline(folders):
         generator=torch.Generator().manual_seed(5), max_sequence_length=24, output_type="pt",
     ).images  # fmt: skip
     pipe.vae.encode = encode
-    ours = generate(
+    ours = generate_images(
         family,
         ["cat"],
         [5],
-        Recipe("flow_euler", 8, 2.0, width=48, height=32, strength=0.5),
+        SamplerSettings("flow_euler", 8, 2.0, width=48, height=32, strength=0.5),
         init=init,
     )
     assert levels(ours - (theirs * 2 - 1)) <= 1
@@ -243,7 +248,7 @@ def test_trap_20_sigmas_run_as_in_the_pipeline(both):
         max_sequence_length=24,
         output_type="latent",
     )
-    generate(family, ["a"], [0], Recipe("flow_euler", 5, 1.0, width=32, height=32))
+    generate_images(family, ["a"], [0], SamplerSettings("flow_euler", 5, 1.0, width=32, height=32))
     for hook in hooks:
         hook.remove()
     ours = torch.cat(seen)
@@ -268,14 +273,16 @@ def test_the_shift_follows_the_resolution_where_the_model_says_so(folders):
         assert family.schedule_at(side, side).shift == pytest.approx(
             torch.tensor({256: 0.5, 4096: 1.15}[tokens_]).exp().item()
         )
-    other = load_family(folders["dev"][0], Loading(scheduler={"base_shift": 1.0, "max_shift": 1.0}))
+    other = load_family(
+        folders["dev"][0], LoadOptions(scheduler={"base_shift": 1.0, "max_shift": 1.0})
+    )
     assert other.schedule_at(2, 2).shift == pytest.approx(2.718281828)
     fixed = load_family(
-        folders["dev"][0], Loading(scheduler={"use_dynamic_shifting": False, "shift": 3.0})
+        folders["dev"][0], LoadOptions(scheduler={"use_dynamic_shifting": False, "shift": 3.0})
     )
     assert fixed.schedule_at(2, 2).shift == fixed.schedule.shift == 3
     for resolution, shift in ((0, 1), (16, family.schedule_at(8, 8).shift)):
-        schedule, prediction = noise_of(folders["dev"][0], {}, resolution)
+        schedule, prediction = read_schedule(folders["dev"][0], {}, resolution)
         assert (schedule.shift, prediction) == (shift, "flow")
 
 
@@ -332,9 +339,9 @@ def test_trap_12_the_pooled_vector_is_read_at_the_first_end_of_text(tmp_path):
     tiny_flux.save(tmp_path)
     file = tmp_path / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 2}))
-    family = load_family(str(tmp_path), Loading(max_sequence_length=8))
+    family = load_family(str(tmp_path), LoadOptions(max_sequence_length=8))
     tokenizer = family.tokenizers["text_encoder"]
-    tokens.install(family.clip, tokenizer, tokens.make_abstractions(["TOK"], 2), seed=0)
+    tokens.install_tokens(family.clip, tokenizer, tokens.make_placeholders(["TOK"], 2), seed=0)
     ids = tokenizer(
         "a <s0><s1> cat", padding="max_length", max_length=16, return_tensors="pt"
     ).input_ids
@@ -350,7 +357,9 @@ def test_the_tied_table_of_t5_learns_rows_and_comes_back(dev):
     tokenizer, before = family.tokenizers["text_encoder_2"], family.encode_prompts(["a <s0><s1>"])
     table = family.t5.shared
     assert family.t5.encoder.embed_tokens.weight is table.weight
-    embedding = tokens.install(family.t5, tokenizer, tokens.make_abstractions(["TOK"], 2), seed=0)
+    embedding = tokens.install_tokens(
+        family.t5, tokenizer, tokens.make_placeholders(["TOK"], 2), seed=0
+    )
     assert family.t5.shared is family.t5.encoder.embed_tokens is embedding
     learned = family.encode_prompts(["a <s0><s1>"])
     assert not torch.allclose(learned.prompt_embeds, before.prompt_embeds)
@@ -359,7 +368,7 @@ def test_the_tied_table_of_t5_learns_rows_and_comes_back(dev):
     )  # CLIP learned nothing: the names are plain text
     learned.prompt_embeds.square().sum().backward()
     assert embedding.rows.grad.abs().min(dim=-1).values.gt(0).all() and table.weight.grad is None
-    tokens.uninstall(family.t5, tokenizer)
+    tokens.uninstall_tokens(family.t5, tokenizer)
     assert family.t5.shared is family.t5.encoder.embed_tokens is table
     assert torch.equal(family.encode_prompts(["a <s0><s1>"]).prompt_embeds, before.prompt_embeds)
 
@@ -403,7 +412,7 @@ def full():
 
 def test_presets_match_as_many_modules_as_the_peers_do(full):
     count = {
-        name: len(injection.targets(full["transformer"], globs))
+        name: len(injection.target_paths(full["transformer"], globs))
         for name, globs in flux.PRESETS["transformer"].items()
     }
     assert count == {
@@ -414,18 +423,18 @@ def test_presets_match_as_many_modules_as_the_peers_do(full):
         "all-linear": 494 + 10,
     }
     assert {
-        n: len(injection.targets(full["text_encoder"], globs))
+        n: len(injection.target_paths(full["text_encoder"], globs))
         for n, globs in flux.PRESETS["text_encoder"].items()
     } == {"all-linear": 72, "attention": 48, "kohya": 72}
-    layout = flux.layout(full)
-    paths = set(injection.targets(full["transformer"], flux.PRESETS["transformer"]["kohya"]))
+    layout = flux.flux_layout(full)
+    paths = set(injection.target_paths(full["transformer"], flux.PRESETS["transformer"]["kohya"]))
     factors = {
         path: LowRank(
             torch.zeros(1, 1), torch.zeros(layout.components["transformer"].shapes[path][0], 1), 1.0
         )
         for path in paths
     }
-    names = joined_layers.fuse(AdapterState({"transformer": factors}), layout).components[
+    names = joined_layers.join_layers(AdapterState({"transformer": factors}), layout).components[
         "transformer"
     ]
     assert len(names) == 304
@@ -445,12 +454,14 @@ def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
         transformer = FluxTransformer2DModel(
             num_layers=2, num_single_layers=2, guidance_embeds=True
         )
-    layout = flux.layout({"transformer": transformer})
+    layout = flux.flux_layout({"transformer": transformer})
     component = layout.components["transformer"]
     parts = {path for stack in component.fused.values() for path in stack}
     shapes = {
         component.names.get(name, name): shape
-        for name, shape in joined_layers.stored(layout).components["transformer"].shapes.items()
+        for name, shape in joined_layers.join_layout(layout)
+        .components["transformer"]
+        .shapes.items()
         if name not in parts
     }
     ups = {name: torch.randn(shape[0], 1) for name, shape in shapes.items()}
@@ -480,7 +491,7 @@ def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
 
 def test_the_outline_is_the_layout(folders):
     for path, _ in folders.values():
-        layout = outline(path)
+        layout = read_layout(path)
         assert layout == load_family(path).layout and layout.base_model_version == "flux1"
     assert (layout.architecture, layout.network_module) == (
         "flux-1-schnell/lora",
@@ -507,7 +518,7 @@ def random_state(family, targets, *, scale=0.5, dora=False, rank=2):
     generator, components = torch.Generator().manual_seed(1), {}
     for name, globs in targets.items():
         network = family.modules[name]
-        for path in injection.targets(network, globs):
+        for path in injection.target_paths(network, globs):
             weight = network.get_submodule(path).weight
             down, up = (
                 torch.randn(*shape, generator=generator) * 0.3
@@ -535,7 +546,7 @@ def outputs(transformer, clip):
             text,
             pooled,
             torch.tensor([0.2, 0.9]),
-            flux.image_ids(4, 6),
+            flux.image_position_ids(4, 6),
             torch.zeros(5, 3),
             torch.full([2], 3.5),
         ).sample
@@ -571,7 +582,7 @@ def test_diffusers_loads_the_file_to_the_same_outputs(dev, tmp_path, format, tar
     for component, modules in formats.load(
         tmp_path / "run" / name, family.layout
     ).components.items():
-        injection.load_state(
+        injection.load_factors(
             family.modules[component],
             {family.layout.module_path(component, p): lr for p, lr in modules.items()},
             "ours",
@@ -590,7 +601,7 @@ def test_diffusers_converts_a_full_width_file_to_the_same_factors(tmp_path):
         transformer = FluxTransformer2DModel(
             num_layers=1, num_single_layers=1, guidance_embeds=True
         )
-    layout = flux.layout({"transformer": transformer})
+    layout = flux.flux_layout({"transformer": transformer})
     shapes = {
         path: shape
         for path, shape in layout.components["transformer"].shapes.items()
@@ -654,16 +665,16 @@ def test_a_run_reads_back_bit_for_bit_with_its_token_rows(dev, tmp_path):
 def test_what_means_nothing_to_a_flow_is_refused(folders):
     path = folders["dev"][0]
     for how, expected in (
-        (Loading(clip_skip=1), "--clip-skip has no effect"),
+        (LoadOptions(clip_skip=1), "--clip-skip has no effect"),
         (
-            Loading(scheduler={"prediction_type": "v_prediction"}),
+            LoadOptions(scheduler={"prediction_type": "v_prediction"}),
             "prediction_type has no effect .* use_dynamic_shifting",
         ),
         (
-            Loading(scheduler={"rescale_betas_zero_snr": True}),
+            LoadOptions(scheduler={"rescale_betas_zero_snr": True}),
             "rescale_betas_zero_snr has no effect",
         ),
-        (Loading(max_sequence_length=513), "513; expected 1 to 512 tokens"),
+        (LoadOptions(max_sequence_length=513), "513; expected 1 to 512 tokens"),
     ):
         with pytest.raises(UserError, match=expected):
             load_family(path, how)

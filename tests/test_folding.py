@@ -9,12 +9,25 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_core.adapters import injection
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank, delta, product
+from lora_core.adapters.weight_updates import (
+    AdapterState,
+    DenseUpdate,
+    LowRank,
+    delta_weight,
+    scaled_product,
+)
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from lora_core.formats.weights import Weights, weights_of
+from lora_core.formats.weights import Weights, weights_in_memory
 from merging.adapter_sums import Term
-from merging.folding import Ledger, fold, open_model, weight_key, with_rows, write_folder
+from merging.folding import (
+    FoldStatistics,
+    fold_adapters,
+    open_model_folder,
+    weight_key,
+    with_embedding_rows,
+    write_model_folder,
+)
 from tests.conftest import save_pipeline
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -41,19 +54,19 @@ def tensors(weights: Weights) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dora", [False, True])
 def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dora):
     state = random_state(pipe, mixed=True, dora=dora)
-    ledger = Ledger()
-    made = fold([(1.0, open_model(folder))], [Term(state, 0.7)], layout, ledger)
+    ledger = FoldStatistics()
+    made = fold_adapters([(1.0, open_model_folder(folder))], [Term(state, 0.7)], layout, ledger)
     fresh = pipeline()
     for name, modules in state.components.items():
         network = getattr(fresh, name)
         network.load_state_dict(getattr(pipe, name).state_dict())
-        injection.load_state(
+        injection.load_factors(
             network, {layout.module_path(name, path): lr for path, lr in modules.items()}, "x"
         )
         injection.set_strength(network, "x", 0.7)
         for path in modules:
             wrapper = network.get_submodule(layout.module_path(name, path))
-            expected = wrapper.base.weight + 0.7 * delta(modules[path], wrapper.base.weight)
+            expected = wrapper.base.weight + 0.7 * delta_weight(modules[path], wrapper.base.weight)
             torch.testing.assert_close(
                 made[name].read(weight_key(made[name], layout, name, path)),
                 expected,
@@ -66,14 +79,17 @@ def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dor
     assert ledger.survived == pytest.approx(1, abs=1e-6)
     untouched = [key for key in made["vae"].infos]
     assert all(
-        torch.equal(made["vae"].read(key), open_model(folder)["vae"].read(key)) for key in untouched
+        torch.equal(made["vae"].read(key), open_model_folder(folder)["vae"].read(key))
+        for key in untouched
     )
 
 
 def test_the_folded_model_draws_like_the_patched_one(folder, pipe, layout, tmp_path):
     state = random_state(pipe)
-    write_folder(
-        fold([(1.0, open_model(folder))], [Term(state)], layout, Ledger()), folder, tmp_path / "out"
+    write_model_folder(
+        fold_adapters([(1.0, open_model_folder(folder))], [Term(state)], layout, FoldStatistics()),
+        folder,
+        tmp_path / "out",
     )
     folded, patched = (
         StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None),
@@ -81,7 +97,7 @@ def test_the_folded_model_draws_like_the_patched_one(folder, pipe, layout, tmp_p
     )
     for name, modules in state.components.items():
         getattr(patched, name).load_state_dict(getattr(pipe, name).state_dict())
-        injection.load_state(
+        injection.load_factors(
             getattr(patched, name),
             {layout.module_path(name, path): lr for path, lr in modules.items()},
             "x",
@@ -96,10 +112,10 @@ def test_the_folded_model_draws_like_the_patched_one(folder, pipe, layout, tmp_p
 
 
 def test_models_add_up_under_other_names_of_keys(folder, layout):
-    first = open_model(folder)
+    first = open_model_folder(folder)
     noise = torch.Generator().manual_seed(1)
     other = {
-        name: weights_of(
+        name: weights_in_memory(
             {
                 key.removeprefix("text_model."): torch.randn(
                     i.shape, generator=noise, dtype=torch.float64
@@ -110,14 +126,16 @@ def test_models_add_up_under_other_names_of_keys(folder, layout):
         )
         for name, w in first.items()
     }
-    first["text_encoder"] = weights_of(
+    first["text_encoder"] = weights_in_memory(
         {
             f"text_model.{key.removeprefix('text_model.')}": t
             for key, t in tensors(first["text_encoder"]).items()
         },
         "a",
     )
-    made = fold([(0.6, first), (0.4, other)], [], layout, Ledger(), dtype=torch.float64)
+    made = fold_adapters(
+        [(0.6, first), (0.4, other)], [], layout, FoldStatistics(), dtype=torch.float64
+    )
     for name, weights in first.items():
         for key in weights.infos:
             expected = 0.6 * weights.read(key).double() + 0.4 * other[name].read(
@@ -131,12 +149,12 @@ def test_models_add_up_under_other_names_of_keys(folder, layout):
 def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
     """At a thousandth of the weights' size most of the update is lost in bfloat16; the residual gives it back."""
     state = random_state(pipe, rank=2, size=0.05 * size**0.5)
-    ledger = Ledger(residual_rank=8)
+    ledger = FoldStatistics(residual_rank=8)
     base = {
-        name: weights_of({key: t.bfloat16() for key, t in tensors(w).items()}, "b")
-        for name, w in open_model(folder).items()
+        name: weights_in_memory({key: t.bfloat16() for key, t in tensors(w).items()}, "b")
+        for name, w in open_model_folder(folder).items()
     }
-    made = fold([(1.0, base)], [Term(state)], layout, ledger)
+    made = fold_adapters([(1.0, base)], [Term(state)], layout, ledger)
     wished = whole = lost = 0.0
     for name, modules in state.components.items():
         for path, lr in modules.items():
@@ -144,10 +162,10 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
             before, after, update = (
                 base[name].read(key).double(),
                 made[name].read(key).double(),
-                product(lr).double(),
+                scaled_product(lr).double(),
             )
             assert made[name].infos[key].dtype == torch.bfloat16
-            residual = product(ledger.residual.components[name][path]).double()
+            residual = scaled_product(ledger.residual.components[name][path]).double()
             wished, whole = (
                 wished + float(update.square().sum()),
                 whole + float((before + update - after).square().sum()),
@@ -170,9 +188,11 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
 def test_updates_that_are_no_factors_are_folded(folder, layout):
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     update = torch.randn(8, 8)
-    state = AdapterState({"unet": {path: Dense("LoHa", (8, 8), lambda: update)}})  # type: ignore[dict-item]
-    ledger, base = Ledger(residual_rank=1), open_model(folder)
-    made = fold([(1.0, base)], [Term(state, 2.0)], layout, ledger)["unet"].read(f"{path}.weight")
+    state = AdapterState({"unet": {path: DenseUpdate("LoHa", (8, 8), lambda: update)}})  # type: ignore[dict-item]
+    ledger, base = FoldStatistics(residual_rank=1), open_model_folder(folder)
+    made = fold_adapters([(1.0, base)], [Term(state, 2.0)], layout, ledger)["unet"].read(
+        f"{path}.weight"
+    )
     torch.testing.assert_close(made, base["unet"].read(f"{path}.weight") + 2 * update)
     assert ledger.ranks["unet", path] == 8
 
@@ -191,21 +211,24 @@ def test_what_does_not_fit_is_refused(folder, pipe, layout, change, sentence):
         "shape": {"unet": {path: good._replace(down=torch.ones(1, 9))}}, "overflow": {"unet": {path: good._replace(scale=1e6)}},
     }  # fmt: skip
     with pytest.raises(UserError, match=sentence):
-        made = fold(
-            [(1.0, open_model(folder))],
+        made = fold_adapters(
+            [(1.0, open_model_folder(folder))],
             [Term(AdapterState(bad[change]))],
             layout,
-            Ledger(),
+            FoldStatistics(),
             dtype=torch.float16,
         )
         tensors(made["unet"])
 
 
 def test_models_of_two_kinds_are_refused(folder, layout):
-    first = open_model(folder)
+    first = open_model_folder(folder)
     for other, sentence in (
         ({name: w for name, w in first.items() if name != "vae"}, "only models of one kind"),
-        (first | {"vae": weights_of({"x": torch.zeros(1)}, "b")}, "differ in .* tensors of vae"),
+        (
+            first | {"vae": weights_in_memory({"x": torch.zeros(1)}, "b")},
+            "differ in .* tensors of vae",
+        ),
         (
             first
             | {
@@ -219,13 +242,13 @@ def test_models_of_two_kinds_are_refused(folder, layout):
         ),
     ):
         with pytest.raises(UserError, match=sentence):
-            fold([(0.5, first), (0.5, other)], [], layout, Ledger())
+            fold_adapters([(0.5, first), (0.5, other)], [], layout, FoldStatistics())
 
 
 def test_rows_are_set_and_tables_grow():
     table = torch.arange(6.0).reshape(3, 2).half()
-    grown = with_rows(
-        weights_of({"t": table, "other": table}, "x"),
+    grown = with_embedding_rows(
+        weights_in_memory({"t": table, "other": table}, "x"),
         "t",
         {1: torch.tensor([9.0, 9.0]), 4: torch.tensor([7.0, 7.0])},
     )
@@ -237,29 +260,29 @@ def test_rows_are_set_and_tables_grow():
 
 
 def test_a_folder_is_copied_whole_or_not_at_all(folder, tmp_path, monkeypatch):
-    model, out = open_model(folder), tmp_path / "out"
-    write_folder(model, folder, out)
+    model, out = open_model_folder(folder), tmp_path / "out"
+    write_model_folder(model, folder, out)
     assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
         p.relative_to(folder) for p in folder.rglob("*")
     )
-    for name, weights in open_model(out).items():
+    for name, weights in open_model_folder(out).items():
         assert all(
             torch.equal(weights.read(key), model[name].read(key)) for key in model[name].infos
         )
     with pytest.raises(UserError, match="--overwrite"):
-        write_folder(model, folder, out)
+        write_model_folder(model, folder, out)
     before = (out / "model_index.json").read_bytes()
 
     def full(path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        write_folder(model, folder, out, overwrite=True, finish=full)
+        write_model_folder(model, folder, out, overwrite=True, finish=full)
     broken = model | {"unet": Weights("x", model["unet"].infos, lambda key: full(key))}
     with pytest.raises(UserError, match=r"No space left|disk is full"):
-        write_folder(broken, folder, out, overwrite=True)
+        write_model_folder(broken, folder, out, overwrite=True)
     assert (out / "model_index.json").read_bytes() == before and os.listdir(tmp_path) == ["out"]
-    write_folder(
+    write_model_folder(
         model, folder, out, overwrite=True, finish=lambda new: (new / "more.json").write_text("{}")
     )
     assert json.loads((out / "more.json").read_text()) == {} and os.listdir(tmp_path) == ["out"]

@@ -18,10 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core import formats
 from lora_core.adapters import injection
-from lora_core.adapters.weight_updates import AdapterState, LowRank, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, Layout, embeddings, kohya, layout_of
-from lora_core.formats.grammar import sites
+from lora_core.formats.grammar import list_known_keys
 from tests.tiny_pipeline import outputs, pipeline, random_state
 
 DISNEY = (
@@ -55,7 +55,7 @@ def header(path):
 
 def apply(pipe, state, layout):
     for name, modules in state.components.items():
-        injection.load_state(
+        injection.load_factors(
             getattr(pipe, name),
             {layout.module_path(name, path): lr for path, lr in modules.items()},
             "ours",
@@ -109,16 +109,17 @@ def test_kohya_with_one_alpha_for_all_is_the_same_update(pipe, layout, tmp_path)
         for path, lr in modules.items():
             other = read.components[component][path]
             exact, got = (
-                product(x._replace(down=x.down.double(), up=x.up.double())) for x in (lr, other)
+                scaled_product(x._replace(down=x.down.double(), up=x.up.double()))
+                for x in (lr, other)
             )
-            size = product(lr._replace(down=lr.down.double().abs(), up=lr.up.double().abs()))
+            size = scaled_product(lr._replace(down=lr.down.double().abs(), up=lr.up.double().abs()))
             # alpha, the factor that up is multiplied by, and up are rounded once each
             assert ((got - exact).abs() <= 1.5 * torch.finfo(torch.float32).eps * size).all()
     off = AdapterState(
         {"unet": {path: lr._replace(scale=0.0) for path, lr in state.components["unet"].items()}}
     )
     formats.save(off, tmp_path / "b.safetensors", format="kohya", layout=layout)
-    assert not product(
+    assert not scaled_product(
         next(iter(formats.load(tmp_path / "b.safetensors", layout).components["unet"].values()))
     ).any()
 
@@ -321,7 +322,9 @@ def test_the_real_architecture_has_kohyas_module_counts():
             )
         )
     layout = layout_of({"unet": unet, "text_encoder": text})
-    names = {key.split(".")[0] for key in sites(kohya.GRAMMAR, layout, {".alpha": "alpha"})}
+    names = {
+        key.split(".")[0] for key in list_known_keys(kohya.GRAMMAR, layout, {".alpha": "alpha"})
+    }
     unet_names = {name for name in names if name.startswith("lora_unet_")}
     assert sum("_attentions_" in name for name in unet_names) == 192
     assert sum("_resnets_" in name or "samplers_0_conv" in name for name in unet_names) == 86
@@ -433,10 +436,10 @@ def test_trap_7_a_fused_layer_is_the_stack_of_its_parts(tmp_path):
         "lora_unet_n",
     }
     assert tensors["lora_unet_one_qkm.alpha"] == 3 and tensors["lora_unet_one_proj.alpha"] == 1
-    stack = torch.cat([product(parts[path]) for path in "qkm"])
+    stack = torch.cat([scaled_product(parts[path]) for path in "qkm"])
     torch.testing.assert_close(dense(tensors, "lora_unet_one_qkm"), stack)
     torch.testing.assert_close(
-        dense(tensors, "lora_unet_n"), torch.cat(product(parts["n"]).chunk(2)[::-1])
+        dense(tensors, "lora_unet_n"), torch.cat(scaled_product(parts["n"]).chunk(2)[::-1])
     )
     meta = header(tmp_path / "a.safetensors")
     assert (meta["ss_network_dim"], meta["ss_network_alpha"]) == ("2", "1.0")
@@ -456,10 +459,11 @@ def test_parts_of_other_scales_are_brought_to_one_and_modules_keep_their_alphas(
     assert header(tmp_path / "a.safetensors")["ss_network_alpha"] == "Dynamic"
     parts = state.components["transformer"]
     torch.testing.assert_close(
-        dense(tensors, "lora_unet_one_qkm"), torch.cat([product(parts[path]) for path in "qkm"])
+        dense(tensors, "lora_unet_one_qkm"),
+        torch.cat([scaled_product(parts[path]) for path in "qkm"]),
     )
     for path in "kmpn":
-        torch.testing.assert_close(product(read[path]), product(parts[path]))
+        torch.testing.assert_close(scaled_product(read[path]), scaled_product(parts[path]))
     half = {path: lr._replace(down=lr.down.half(), up=lr.up.half()) for path, lr in parts.items()}
     formats.save(
         AdapterState({"transformer": half}),
@@ -526,7 +530,8 @@ def test_columns_of_zeros_change_nothing(tmp_path):
     read = formats.load(tmp_path / "a.safetensors", layout).components["transformer"]
     assert set(read) == {"q", "m"} and read["q"].rank + read["m"].rank == 7
     torch.testing.assert_close(
-        torch.cat([product(read["q"]), torch.zeros(4, 6), product(read["m"])]), up @ down
+        torch.cat([scaled_product(read["q"]), torch.zeros(4, 6), scaled_product(read["m"])]),
+        up @ down,
     )
 
 
@@ -687,7 +692,7 @@ def test_kohya_dora_is_lycoris_formula(pipe, layout, tmp_path):
 
 def test_diffusers_loads_the_token_rows(tmp_path, layout):
     pipe, rows = pipeline(), torch.randn(2, 16, dtype=torch.float64).float()
-    words = embeddings.header({"TOK": ("<s0>", "<s1>")})
+    words = embeddings.placeholder_header({"TOK": ("<s0>", "<s1>")})
     state = AdapterState(tokens={"clip_l": rows}, token_names=("<s0>", "<s1>"))
     (file,) = formats.save_run(state, tmp_path / "dog", layout=layout, metadata=words)
     assert file.name == "dog_emb.safetensors"
@@ -706,7 +711,7 @@ def test_diffusers_loads_the_token_rows(tmp_path, layout):
     assert (
         torch.equal(read.tokens["clip_l"], rows)
         and read.token_names == ("<s0>", "<s1>")
-        and embeddings.words(read) == {"TOK": ("<s0>", "<s1>")}
+        and embeddings.placeholder_words(read) == {"TOK": ("<s0>", "<s1>")}
     )
 
 
@@ -716,7 +721,7 @@ def test_diffusers_loads_the_token_rows(tmp_path, layout):
 def test_a_run_writes_three_files_and_reads_back_as_one(pipe, layout, tmp_path):
     state = random_state(pipe, scale=1.0)
     state.tokens, state.token_names = {"clip_l": torch.randn(3, 16)}, ("<s0>", "<s1>", "<s2>")
-    recipe = {"config": "x = 1", **embeddings.header({"TOK": state.token_names})}
+    recipe = {"config": "x = 1", **embeddings.placeholder_header({"TOK": state.token_names})}
     written = formats.save_run(state, tmp_path / "my.run", layout=layout, metadata=recipe)
     assert [p.name for p in written] == [NATIVE, "my.run.safetensors", "my.run_emb.safetensors"]
     assert all(
@@ -727,9 +732,9 @@ def test_a_run_writes_three_files_and_reads_back_as_one(pipe, layout, tmp_path):
     assert header(written[1])["ss_output_name"] == "my.run"
     read = formats.load(tmp_path / "my.run", layout)
     assert_same(read, state, folded=True)
-    assert torch.equal(read.tokens["clip_l"], state.tokens["clip_l"]) and embeddings.words(
-        read
-    ) == {"TOK": state.token_names}
+    assert torch.equal(
+        read.tokens["clip_l"], state.tokens["clip_l"]
+    ) and embeddings.placeholder_words(read) == {"TOK": state.token_names}
     (tmp_path / "my.run" / ".left.0a1b.tmp_emb.safetensors").write_bytes(b"")  # of a killed writer
     assert formats.load(tmp_path / "my.run", layout).token_names == state.token_names
     embeddings_alone = AdapterState(tokens={"clip_l": torch.randn(1, 16)}, token_names=("<x>",))
@@ -962,7 +967,9 @@ def test_broken_token_files_are_refused(layout, tmp_path):
     )  # diffusers' scripts do not write names
     for entry in ('{"TOK": ["<s7>"]}', '{"TOK": []}', "[1]"):
         with pytest.raises(UserError, match="expected words and their tokens"):
-            embeddings.words(AdapterState(token_names=("<s0>",), metadata={"placeholders": entry}))
+            embeddings.placeholder_words(
+                AdapterState(token_names=("<s0>",), metadata={"placeholders": entry})
+            )
 
 
 def test_saving_refuses_what_it_cannot_write(pipe, layout, tmp_path):

@@ -12,8 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.kernels import OPS, call, fused, reference, using
-from lora_core.kernels.reference import Drop, Member, wide
+from lora_core.kernels import OPS, call, fused, reference, use_kernels
+from lora_core.kernels.reference import Drop, Member, wide_dtype
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -28,8 +28,8 @@ def draw(seed, *shapes, dtype=torch.float64):
 def linear(b=2, s=5, i=24, o=20, r=4, *, bias=True, dora=False, p=0.0, seed=0, dtype=torch.float64):
     """lora_linear's arguments, factors in fp32 or better and with a dimension's spread."""
     x, weight, offset, down, up = draw(seed, (b, s, i), (o, i), (o,), (r, i), (o, r))
-    down, up = (t.to(wide(dtype)) for t in (down / i**0.5, up / r**0.5))
-    magnitude, norm = (t.abs().to(wide(dtype)) + 0.5 for t in draw(seed + 1, (o,), (o,)))
+    down, up = (t.to(wide_dtype(dtype)) for t in (down / i**0.5, up / r**0.5))
+    magnitude, norm = (t.abs().to(wide_dtype(dtype)) + 0.5 for t in draw(seed + 1, (o,), (o,)))
     drop = Drop(p, 7, zlib.crc32(b"path"), torch.tensor(3), torch.arange(b) * 2**40) if p else None
     weight = weight / i**0.5
     args = (
@@ -61,7 +61,7 @@ def run(f, args, wanted=None, dy=None):
 @pytest.fixture
 def split(monkeypatch):
     """No weight is small enough to be merged."""
-    monkeypatch.setattr(fused, "MERGED", 0)
+    monkeypatch.setattr(fused, "MERGE_LIMIT", 0)
 
 
 def close(ours, theirs, tolerance=1e-12):
@@ -195,8 +195,8 @@ def conv(
         x.to(dtype),
         weight.to(dtype) / 6,
         offset.to(dtype) if bias else None,
-        down.to(wide(dtype)) / 6,
-        up.to(wide(dtype)) / 2,
+        down.to(wide_dtype(dtype)) / 6,
+        up.to(wide_dtype(dtype)) / 2,
     ]
     if needs is not None:
         args[needs].requires_grad_()
@@ -204,10 +204,10 @@ def conv(
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("merged", [0, fused.MERGED])
+@pytest.mark.parametrize("merged", [0, fused.MERGE_LIMIT])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conv_is_the_reference(monkeypatch, layout, merged, bias):
-    monkeypatch.setattr(fused, "MERGED", merged)
+    monkeypatch.setattr(fused, "MERGE_LIMIT", merged)
     for kernel, window in (((3, 2), ((2, 1), (1, 0), (1, 2))), ((1, 1), ((1, 1), (0, 0), (1, 1)))):
         for b in (2, 0):
             x, *rest = conv(b=b, kernel=kernel, window=window, bias=bias)
@@ -255,7 +255,7 @@ def test_grouped_is_lora_linear_of_every_member(split):
         call("lora_grouped", x, members), reference.lora_grouped(x, members), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    with using("fused"):
+    with use_kernels("fused"):
         assert torch.equal(call("lora_grouped", x, members)[1], fused.lora_linear(x, *two))
 
 
@@ -285,7 +285,7 @@ def errors(name, make, dtype, twin, draws=12):
 )
 def test_rounding_is_at_most_twice_the_references(monkeypatch, dtype, case):
     if not case.startswith("merged"):
-        monkeypatch.setattr(fused, "MERGED", 0)
+        monkeypatch.setattr(fused, "MERGE_LIMIT", 0)
 
     def make(seed, dtype):
         if case == "compose":
@@ -310,11 +310,12 @@ def test_rounding_is_at_most_twice_the_references(monkeypatch, dtype, case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize(
-    ("bias", "merged", "dora"), itertools.product([True, False], [0, fused.MERGED], [True, False])
+    ("bias", "merged", "dora"),
+    itertools.product([True, False], [0, fused.MERGE_LIMIT], [True, False]),
 )
 def test_at_init_the_layer_is_the_base_layer_to_the_bit(monkeypatch, dtype, bias, merged, dora):
     """Also for x in odd strides, where torch adds the bias after rounding the product."""
-    monkeypatch.setattr(fused, "MERGED", merged)
+    monkeypatch.setattr(fused, "MERGE_LIMIT", merged)
     x, weight, offset, down, up, *_ = linear(3, 9, 40, 33, bias=bias, dtype=dtype)
     norm = reference.dora_norm(weight, down, 0 * up, 0.7)
     for other in (x, x.transpose(0, 1), x[0]):

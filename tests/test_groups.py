@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_core.adapters import groups, injection
 from lora_core.adapters.injection import AdapterSpec, inject
 from lora_core.adapters.kinds import KINDS, LoRA
-from lora_core.kernels import OPS, using
+from lora_core.kernels import OPS, use_kernels
 from lora_core.kernels.reference import lora_grouped
 
 WIDTH = 6
@@ -92,7 +92,7 @@ def net(kind="lora", settings=None, dtype=torch.float64):
 def shake(model, name="default"):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in injection.parameters(model, name):
+        for p in injection.adapter_parameters(model, name):
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
 
 
@@ -106,7 +106,10 @@ def trained(model, x):
     """The output and every gradient."""
     x = x.clone().requires_grad_()
     y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *injection.parameters(model)])]
+    return [
+        y.detach(),
+        *torch.autograd.grad(y.square().sum(), [x, *injection.adapter_parameters(model)]),
+    ]
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def sizes(monkeypatch):
         return lora_grouped(x, members)
 
     monkeypatch.setitem(OPS, "lora_grouped", replace(OPS["lora_grouped"], reference=grouped))
-    with using("reference"):
+    with use_kernels("reference"):
         yield seen
 
 
@@ -137,7 +140,7 @@ def alone(run):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_model_with_groups_is_the_one_without(sizes, kind, settings, recompute):
     model, x = net(kind, settings), noise()
-    injection.set_dropout(model, torch.tensor([5, 9]), 3)
+    injection.set_dropout_keys(model, torch.tensor([5, 9]), 3)
     model.recompute = recompute
     results = [trained(model, x), alone(lambda: trained(model, x))]
     assert sizes == [3, 2, 4] * (1 + recompute)
@@ -150,14 +153,14 @@ def found(model):
     return list(
         dict.fromkeys(
             layer.group
-            for layer in injection.layers(model).values()
+            for layer in injection.adaptable_layers(model).values()
             if getattr(layer, "group", None)
         )
     )
 
 
 def members(model):
-    paths = {layer: path for path, layer in injection.layers(model).items()}
+    paths = {layer: path for path, layer in injection.adaptable_layers(model).items()}
     return [[paths[layer] for layer in group.members] for group in found(model)]
 
 
@@ -172,7 +175,7 @@ def test_compiled_without_a_graph_break(sizes, kind):
         assert sizes == [3, 2, 4]
         y = compiled(x.requires_grad_())
         assert sizes == [3, 2, 4] * 2
-        grads = torch.autograd.grad(y.square().sum(), [x, *injection.parameters(model)])
+        grads = torch.autograd.grad(y.square().sum(), [x, *injection.adapter_parameters(model)])
         assert all(torch.equal(a, b) for a, b in zip([y, *grads], whole, strict=True))
         assert all(group.waiting is None and not group.open for group in found(model))
 
@@ -224,7 +227,7 @@ def test_groups_follow_what_is_put_on_and_taken_off(sizes):
         )
     ]
     assert not found(model) and not any(hooks) and list(model.state_dict()) == before
-    injection.load_state(model, injection.state(net()))
+    injection.load_factors(model, injection.adapter_factors(net()))
     assert len(found(model)) == 3
 
 
@@ -245,16 +248,16 @@ def disturbed():
     yield "another kind", "lora", lambda m: (injection.remove(m), inject(m, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2)),
                                            inject(m, AdapterSpec(targets=("own.to_[kv]",), rank=2), name="b"))  # fmt: skip
     yield "hook", "lora", lambda m: m.own.to_v.base.register_forward_hook(lambda *_: None)
-    yield "folded", "lora", lambda m: injection.fold(m)
+    yield "folded", "lora", lambda m: injection.fold_adapter(m)
     yield (
         "rank dropout",
         {"rank_dropout": 0.5},
-        lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0),
+        lambda m: injection.set_dropout_keys(m, torch.tensor([1, 2]), 0),
     )
     yield (
         "module dropout",
         {"module_dropout": 0.5},
-        lambda m: injection.set_dropout(m, torch.tensor([1, 2]), 0),
+        lambda m: injection.set_dropout_keys(m, torch.tensor([1, 2]), 0),
     )
     yield "a kind of one's own", "twice", lambda m: None
 
@@ -276,7 +279,7 @@ def test_any_strength_of_a_lora_is_grouped_and_disabled_is_the_base(sizes):
     injection.set_strength(model, "default", -0.3)
     y = model.own(x)
     assert sizes == [3] and torch.equal(y, alone(lambda: model.own(x)))
-    with injection.disabled(model):
+    with injection.disable_adapters(model):
         assert not torch.equal(model.own(x), y)
     assert sizes == [3]
 
@@ -377,8 +380,8 @@ def test_the_cpu_has_no_groups_by_itself():
     model, x = net(), noise()
     members = model.own.to_q.group.shared(x)
     assert members is None
-    with using("triton"):
+    with use_kernels("triton"):
         assert len(model.own.to_q.group.shared(x)) == 3
     for mode in ("reference", "fused"):
-        with using(mode):
+        with use_kernels(mode):
             assert model.own.to_q.group.shared(x) is None

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from lora_core.data import hub
-from lora_core.data.dataset import Folder, ImageSettings, scan
-from lora_core.data.hub import export
+from lora_core.data.dataset import ImageDataset, ImageSettings, scan_folder
+from lora_core.data.hub import export_dataset
 from lora_core.errors import UserError
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
@@ -70,18 +70,18 @@ def parquet(folder, **columns):
 
 
 def test_an_image_folder_keeps_its_bytes_and_reads_as_itself(photos, tmp_path):
-    out = export(str(photos), tmp_path / "out")
+    out = export_dataset(str(photos), tmp_path / "out")
     files = sorted(p.name for p in out.iterdir())
     assert files == ["000000.jpg", "000001.png", "000002.bmp", "dataset.json", "metadata.jsonl"]
-    before, after = scan(photos), scan(out)
+    before, after = scan_folder(photos), scan_folder(out)
     assert [(r.key, r.captions, r.size) for r in after] == [
         (r.key, r.captions, r.size) for r in before
     ] and after[0].size == (16, 8)
     settings = ImageSettings(8, crop="random", flip=True)
     for i in range(3):
         assert torch.equal(
-            Folder(before, settings).example(i, 2).pixels,
-            Folder(after, settings).example(i, 2).pixels,
+            ImageDataset(before, settings).example(i, 2).pixels,
+            ImageDataset(after, settings).example(i, 2).pixels,
         )
 
 
@@ -93,23 +93,23 @@ def test_parquet_with_encoded_images_other_formats_and_lists_of_captions(tmp_pat
     ]
     texts = [["one", "zwei\u2028drei"], ["two"]]
     name = parquet(tmp_path / "data", picture=cells, words=texts, count=[1, 2])
-    out = export(name, tmp_path / "out", image_column="picture", caption_column="words")
+    out = export_dataset(name, tmp_path / "out", image_column="picture", caption_column="words")
     assert (out / "000000.webp").read_bytes() == cells[0]["bytes"]
     assert (
         Image.open(out / "000001.png").tobytes() == images[1].tobytes()
     )  # TIFF is not read by scan, so written as PNG
-    assert [r.captions for r in scan(out)] == [tuple(t) for t in texts]
+    assert [r.captions for r in scan_folder(out)] == [tuple(t) for t in texts]
 
 
 def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_path):
-    assert [r.captions for r in scan(export(str(photos), tmp_path / "1"))] == [
+    assert [r.captions for r in scan_folder(export_dataset(str(photos), tmp_path / "1"))] == [
         (f"a photo of {c}",) for c in "abc"
     ]
-    named = export(str(photos), tmp_path / "2", caption_column="tags")
-    assert [r.captions for r in scan(named)] == [(f"tag {c}",) for c in "abc"]
-    one = export(str(photos), tmp_path / "3", caption="a TOK")
+    named = export_dataset(str(photos), tmp_path / "2", caption_column="tags")
+    assert [r.captions for r in scan_folder(named)] == [(f"tag {c}",) for c in "abc"]
+    one = export_dataset(str(photos), tmp_path / "3", caption="a TOK")
     assert not (one / "metadata.jsonl").exists() and {
-        r.captions for r in scan(one, caption="a TOK")
+        r.captions for r in scan_folder(one, caption="a TOK")
     } == {("a TOK",)}
 
 
@@ -117,10 +117,15 @@ def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_p
     """As in train_dreambooth_lora_sdxl.py, where --instance_prompt stands for empty rows of --caption_column."""
     good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
     name = parquet(tmp_path / "data", image=[good] * 4, text=["one", "", None, " "])
-    out = export(name, tmp_path / "out", caption="a TOK", caption_column="text")
-    assert [r.captions[0] for r in scan(out, caption="a TOK")] == ["one", "a TOK", "a TOK", "a TOK"]
+    out = export_dataset(name, tmp_path / "out", caption="a TOK", caption_column="text")
+    assert [r.captions[0] for r in scan_folder(out, caption="a TOK")] == [
+        "one",
+        "a TOK",
+        "a TOK",
+        "a TOK",
+    ]
     assert "is not read" not in capsys.readouterr().out
-    export(name, tmp_path / "one", caption="a TOK")
+    export_dataset(name, tmp_path / "one", caption="a TOK")
     assert (
         "the column 'text' of" in (said := capsys.readouterr().out)
         and "--data.caption-column text reads it" in said
@@ -129,27 +134,30 @@ def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_p
         UserError,
         match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text",
     ):
-        export(name, tmp_path / "none")
+        export_dataset(name, tmp_path / "none")
     lists = parquet(tmp_path / "lists", image=[good] * 2, text=[["a", "b"], ["c", ""]])
     with pytest.raises(UserError, match=r"row 1 of the dataset has \['c', ''\]"):
-        export(lists, tmp_path / "none")
+        export_dataset(lists, tmp_path / "none")
 
 
 def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
-    out = export(str(photos))
+    out = export_dataset(str(photos))
     assert "3 images of" in capsys.readouterr().out and out.parent.name == "photos"
     times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     assert (
-        export(str(photos)) == out
+        export_dataset(str(photos)) == out
         and {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
         and capsys.readouterr().out == ""
     )
-    assert export(str(photos), caption="a TOK") != out  # other settings, another folder
+    assert export_dataset(str(photos), caption="a TOK") != out  # other settings, another folder
     (photos / "c.bmp").unlink()
     (photos / "metadata.jsonl").write_text(
         '{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b.png", "text": "y"}\n'
     )
-    assert export(str(photos)) == out and [r.captions for r in scan(out)] == [("x",), ("y",)]
+    assert export_dataset(str(photos)) == out and [r.captions for r in scan_folder(out)] == [
+        ("x",),
+        ("y",),
+    ]
     assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
 
 
@@ -164,19 +172,19 @@ def test_a_broken_row_leaves_nothing_behind(tmp_path):
     ]):  # fmt: skip
         name = parquet(tmp_path / f"data{i}", image=[good, cell], text=["a", text])
         with pytest.raises(UserError, match=match):
-            export(name, tmp_path / "out")
+            export_dataset(name, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_a_folder_of_something_else_is_refused_and_an_empty_one_taken(photos, tmp_path):
     with pytest.raises(UserError, match="something else than an exported dataset"):
-        export(str(photos), photos)
+        export_dataset(str(photos), photos)
     (tmp_path / "out").mkdir()
-    export(str(photos), tmp_path / "out")
+    export_dataset(str(photos), tmp_path / "out")
     with pytest.raises(
         UserError, match=r"another export \(caption_column 'text'; wanted caption_column 'tags'\)"
     ):
-        export(str(photos), tmp_path / "out", caption_column="tags")
+        export_dataset(str(photos), tmp_path / "out", caption_column="tags")
 
 
 def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
@@ -184,21 +192,21 @@ def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="cannot load split 'train' of the dataset nobody/nothing: "
     ):
-        export("nobody/nothing", out)
+        export_dataset("nobody/nothing", out)
     with pytest.raises(
         UserError, match=r"cannot load split 'test' of the dataset .*; check its name"
     ):
-        export(name, out, split="test")
+        export_dataset(name, out, split="test")
     with pytest.raises(
         UserError, match="no image column 'photo'; its columns are image, text, tags"
     ):
-        export(name, out, image_column="photo")
+        export_dataset(name, out, image_column="photo")
     with pytest.raises(
         UserError, match="no caption column 'label'; its columns are image, text, tags"
     ):
-        export(name, out, caption_column="label")
+        export_dataset(name, out, caption_column="label")
     with pytest.raises(UserError, match=r"holds no images|no readable image in 'tags'"):
-        export(name, out, image_column="tags")
+        export_dataset(name, out, image_column="tags")
     bare = parquet(
         tmp_path / "bare",
         image=[{"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}],
@@ -207,12 +215,12 @@ def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="none of text, caption, prompt; name the caption column with --data"
     ):
-        export(bare, out)
+        export_dataset(bare, out)
     with pytest.raises(
         UserError, match="row 0 of the dataset has 3 in 'label', expected a caption"
     ):
-        export(bare, out, caption_column="label")
+        export_dataset(bare, out, caption_column="label")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install datasets"):
-        export(name, out)
+        export_dataset(name, out)
     assert not out.exists()

@@ -20,14 +20,21 @@ from PIL import Image, ImageChops, ImageCms, ImageOps
 import infer
 import train
 from lora_core.data import images
-from lora_core.data.dataset import Folder, ImageSettings, batches, collate, scan, shifted_to_masks
-from lora_core.data.images import SUFFIXES, read_mask, read_picture, readable
+from lora_core.data.dataset import (
+    ImageDataset,
+    ImageSettings,
+    collate,
+    describe_moved_crops,
+    iterate_batches,
+    scan_folder,
+)
+from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask
 from lora_core.data.srgb import to_srgb
 from lora_core.diffusion.losses import masked_mean
 from lora_core.errors import UserError
 from tests.conftest import rows
 from training import step_inputs
-from training.results import _square
+from training.results import _center_crop
 
 ROOT = Path(__file__).parent.parent
 D50 = (0.9642, 1.0, 0.8249)
@@ -180,7 +187,7 @@ def test_rgb_profiles_are_applied_in_every_format(tmp_path, name, gamma, suffix)
         **({"lossless": True} if suffix == "webp" else {}),
     )
     stored = Image.open(tmp_path / f"x.{suffix}").convert("RGB")
-    got = read_picture(tmp_path / f"x.{suffix}").image
+    got = read_image(tmp_path / f"x.{suffix}").image
     assert difference(got, true_colours(stored, profile)) == 0
     assert difference(got, stored) > 20
 
@@ -196,7 +203,7 @@ def test_orientations_of_every_format(tmp_path, suffix):
     for orientation, turn in TURNS.items():
         image.save(tmp_path / f"x.{suffix}", exif=turned(orientation), quality=95)
         upright = image if turn is None else image.transpose(Image.Transpose(turn))
-        got = read_picture(tmp_path / f"x.{suffix}")
+        got = read_image(tmp_path / f"x.{suffix}")
         assert got.original_size == upright.size[::-1]
         for at in (
             (2, 2),
@@ -224,8 +231,8 @@ def test_profile_alpha_and_orientation_together(tmp_path, orientation):
 
     colours = turn(true_colours(image, profile))
     expected = Image.composite(colours, Image.new("RGB", colours.size, "white"), turn(alpha))
-    assert difference(read_picture(tmp_path / "x.png").image, expected) <= 1
-    masked = read_picture(tmp_path / "x.png", use_alpha=True)
+    assert difference(read_image(tmp_path / "x.png").image, expected) <= 1
+    masked = read_image(tmp_path / "x.png", use_alpha=True)
     assert (
         difference(masked.image, colours) == 0
         and masked.mask is not None
@@ -237,21 +244,19 @@ def test_profiles_of_greys_palettes_and_inks(tmp_path):
     grey, p3 = noise(8, 8, "L"), rgb_profile("Display P3")
     grey.save(tmp_path / "grey.png", icc_profile=grey_profile(1.8))
     assert (
-        difference(read_picture(tmp_path / "grey.png").image, true_colours(grey, grey_profile(1.8)))
+        difference(read_image(tmp_path / "grey.png").image, true_colours(grey, grey_profile(1.8)))
         <= 1
     )
     grey.save(tmp_path / "screen.png", icc_profile=p3)  # greys with the profile of the screen
     assert (
-        difference(
-            read_picture(tmp_path / "screen.png").image, true_colours(grey.convert("RGB"), p3)
-        )
+        difference(read_image(tmp_path / "screen.png").image, true_colours(grey.convert("RGB"), p3))
         == 0
     )
     palette = noise(8, 8).quantize(16)
     palette.save(tmp_path / "palette.png", icc_profile=p3)
     assert (
         difference(
-            read_picture(tmp_path / "palette.png").image, true_colours(palette.convert("RGB"), p3)
+            read_image(tmp_path / "palette.png").image, true_colours(palette.convert("RGB"), p3)
         )
         == 0
     )
@@ -259,7 +264,7 @@ def test_profiles_of_greys_palettes_and_inks(tmp_path):
     clear.save(tmp_path / "clear.png", icc_profile=grey_profile(2.2))
     assert (
         difference(
-            read_picture(tmp_path / "clear.png", use_alpha=True).image,
+            read_image(tmp_path / "clear.png", use_alpha=True).image,
             true_colours(clear.getchannel("L"), grey_profile(2.2)),
         )
         <= 1
@@ -270,9 +275,9 @@ def test_profiles_of_greys_palettes_and_inks(tmp_path):
         stored = Image.open(tmp_path / name)
         assert (
             stored.mode == "CMYK"
-            and difference(read_picture(tmp_path / name).image, true_colours(stored, printer)) == 0
+            and difference(read_image(tmp_path / name).image, true_colours(stored, printer)) == 0
         )
-        assert difference(read_picture(tmp_path / name).image, stored.convert("RGB")) > 20
+        assert difference(read_image(tmp_path / name).image, stored.convert("RGB")) > 20
 
 
 def linear_to_srgb(x: float) -> float:
@@ -285,7 +290,7 @@ def test_sixteen_bit_greys_go_through_their_profile_with_all_their_bits(tmp_path
     row = struct.pack(f">{len(levels)}H", *levels)
     image = Image.open(io.BytesIO(png((len(levels), 1), 16, 0, [row])))
     image.save(tmp_path / "x.png", icc_profile=grey_profile(1.0))
-    got = [value[0] for value in pixels(read_picture(tmp_path / "x.png").image)]
+    got = [value[0] for value in pixels(read_image(tmp_path / "x.png").image)]
     assert all(
         abs(value - linear_to_srgb(level / 65535)) <= 1
         for value, level in zip(got, levels, strict=True)
@@ -295,7 +300,7 @@ def test_sixteen_bit_greys_go_through_their_profile_with_all_their_bits(tmp_path
     )  # 16-bit grey with alpha is RGBA in Pillow
     profile = b"x\0\0" + zlib.compress(grey_profile(1.0))
     (tmp_path / "y.png").write_bytes(png((2, 1), 16, 4, [pairs], iCCP=profile))
-    got = [value[0] for value in pixels(read_picture(tmp_path / "y.png", use_alpha=True).image)]
+    got = [value[0] for value in pixels(read_image(tmp_path / "y.png", use_alpha=True).image)]
     assert all(
         abs(value - linear_to_srgb(level / 65535)) <= 1
         for value, level in zip(got, (20000, 40000), strict=True)
@@ -307,13 +312,13 @@ def test_srgb_and_no_profile_leave_every_bit(tmp_path):
     made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name, profile in (("with", made), ("without", None)):
         image.save(tmp_path / f"{name}.png", icc_profile=profile)
-        assert read_picture(tmp_path / f"{name}.png").image.tobytes() == image.tobytes()
+        assert read_image(tmp_path / f"{name}.png").image.tobytes() == image.tobytes()
     inks = noise(8, 8, "CMYK")
     inks.save(tmp_path / "inks.tiff")
-    assert read_picture(tmp_path / "inks.tiff").image.tobytes() == inks.convert("RGB").tobytes()
+    assert read_image(tmp_path / "inks.tiff").image.tobytes() == inks.convert("RGB").tobytes()
     gamma = struct.pack(">I", 100000)  # gAMA 1.0, which viewers disagree about, is not applied
     (tmp_path / "gamma.png").write_bytes(png((1, 1), 8, 2, [bytes((10, 20, 30))], gAMA=gamma))
-    assert pixels(read_picture(tmp_path / "gamma.png").image) == [(10, 20, 30)]
+    assert pixels(read_image(tmp_path / "gamma.png").image) == [(10, 20, 30)]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +337,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
     image = noise(8, 8, mode)
     image.save(tmp_path / "x.tiff", icc_profile=profile)
     for _ in range(2):
-        assert read_picture(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
+        assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
         said.count("warning: the colour profile of") == 1
@@ -445,17 +450,15 @@ def test_bit_depths_and_transparency_of_png_files(tmp_path, name):
     depth, kind, row, chunks, colours, alpha = DEPTHS[name]
     (tmp_path / "x.png").write_bytes(png((2, 1), depth, kind, [row], **chunks))
     if alpha is None:
-        assert pixels(read_picture(tmp_path / "x.png").image) == colours
+        assert pixels(read_image(tmp_path / "x.png").image) == colours
         return
-    got = read_picture(tmp_path / "x.png", use_alpha=True)
+    got = read_image(tmp_path / "x.png", use_alpha=True)
     assert pixels(got.image) == colours and got.mask is not None and pixels(got.mask) == alpha
     on_white = [
         tuple(c * a / 255 + 255 - a for c in colour)
         for colour, a in zip(colours, alpha, strict=True)
     ]
-    for shown, expected in zip(
-        pixels(read_picture(tmp_path / "x.png").image), on_white, strict=True
-    ):
+    for shown, expected in zip(pixels(read_image(tmp_path / "x.png").image), on_white, strict=True):
         assert all(abs(s - e) <= 1 for s, e in zip(shown, expected, strict=True))
 
 
@@ -463,7 +466,7 @@ def test_integers_and_floats_of_tiff_files(tmp_path):
     ramp = torch.tensor([[0.0, 0.25, 1.0]])
     for scale in (1, 255):
         Image.fromarray((ramp * scale).numpy()).save(tmp_path / "f.tiff")
-        assert pixels(read_picture(tmp_path / "f.tiff").image) == greys(
+        assert pixels(read_image(tmp_path / "f.tiff").image) == greys(
             0, 64 if scale == 1 else 63, 255
         )
     for bad in (-0.1, 4.0, 1000.0, float("nan")):
@@ -471,15 +474,15 @@ def test_integers_and_floats_of_tiff_files(tmp_path):
         with pytest.raises(
             UserError, match=r"f\.tiff has floats from .* expected 0 to 1 or 0 to 255"
         ):
-            read_picture(tmp_path / "f.tiff")
+            read_image(tmp_path / "f.tiff")
     levels = torch.tensor([[0, 20000, 65535]], dtype=torch.int32)
     Image.fromarray(levels.numpy()).save(tmp_path / "i.tiff")
-    assert pixels(read_picture(tmp_path / "i.tiff").image) == greys(0, 77, 255)
+    assert pixels(read_image(tmp_path / "i.tiff").image) == greys(0, 77, 255)
     Image.fromarray((levels * 2).numpy()).save(tmp_path / "i.tiff")
     with pytest.raises(
         UserError, match=r"i\.tiff has integers from 0 to 131070, expected 0 to 65535"
     ):
-        read_picture(tmp_path / "i.tiff")
+        read_image(tmp_path / "i.tiff")
 
 
 # ---------------------------------------------------------------- formats
@@ -488,16 +491,16 @@ def test_integers_and_floats_of_tiff_files(tmp_path):
 def test_every_suffix_is_a_format_that_pillow_reads_and_what_it_writes_is_read(tmp_path):
     known = Image.registered_extensions()
     heic = [".heic", ".heif", ".hif"]
-    assert [s for s in SUFFIXES if known.get(s) not in Image.OPEN and s not in heic] == []
+    assert [s for s in IMAGE_SUFFIXES if known.get(s) not in Image.OPEN and s not in heic] == []
     image, written = noise(16, 16), []
     for suffix in (
         s
-        for s in SUFFIXES
+        for s in IMAGE_SUFFIXES
         if s not in heic and known[s] in Image.SAVE and s not in (".pgm", ".pbm", ".pfm")
     ):
         file = tmp_path / f"x{suffix}"
         image.save(file)
-        assert readable(file) is None and read_picture(file).original_size == (16, 16)
+        assert format_problem(file) is None and read_image(file).original_size == (16, 16)
         written.append(suffix)
     assert {".gif", ".tiff", ".avif", ".jfif", ".jp2", ".apng"} <= set(written)
 
@@ -514,16 +517,14 @@ def test_a_photoshop_file_shows_its_merged_picture(tmp_path):
         head + struct.pack(">II", 0, len(resource)) + resource + struct.pack(">IH", 0, 0) + planes
     )
     (tmp_path / "x.psd").write_bytes(content)
-    assert difference(read_picture(tmp_path / "x.psd").image, true_colours(image, profile)) == 0
+    assert difference(read_image(tmp_path / "x.psd").image, true_colours(image, profile)) == 0
 
 
 def test_threads_share_a_profile(tmp_path):
     noise(200, 200).save(tmp_path / "x.png", icc_profile=rgb_profile("Display P3"))
     with ThreadPoolExecutor(4) as pool:
         assert (
-            len(
-                {read.image.tobytes() for read in pool.map(read_picture, [tmp_path / "x.png"] * 16)}
-            )
+            len({read.image.tobytes() for read in pool.map(read_image, [tmp_path / "x.png"] * 16)})
             == 1
         )
 
@@ -535,7 +536,7 @@ def test_transparent_gif_and_webp_are_on_white(tmp_path):
     image.save(tmp_path / "x.gif", transparency=0)
     Image.open(tmp_path / "x.gif").convert("RGBA").save(tmp_path / "x.webp", lossless=True)
     for name in ("x.gif", "x.webp"):
-        got = read_picture(tmp_path / name).image
+        got = read_image(tmp_path / name).image
         assert got.getpixel((1, 1)) == (200, 100, 50) and got.getpixel((6, 1)) == (255, 255, 255)
 
 
@@ -549,7 +550,7 @@ def test_the_first_frame_of_an_animation_and_of_a_phones_double_picture(tmp_path
         ("x.jpg", {"format": "MPO", "quality": 95}),
     ):
         first.save(tmp_path / name, save_all=True, append_images=[second], **how)
-        assert difference(read_picture(tmp_path / name).image, first) <= 2
+        assert difference(read_image(tmp_path / name).image, first) <= 2
 
 
 def test_what_cannot_be_read_has_its_reason(tmp_path, monkeypatch):
@@ -558,19 +559,22 @@ def test_what_cannot_be_read_has_its_reason(tmp_path, monkeypatch):
     for name in ("a.heic", "b.HEIF", "c.jpg"):  # photos of phones are often renamed
         (tmp_path / name).write_bytes(head)
         assert (
-            readable(tmp_path / name)
+            format_problem(tmp_path / name)
             == "HEIC needs the package pillow-heif: pip install pillow-heif"
         )
         with pytest.raises(
             UserError,
             match=rf"cannot read the image .*{name}: HEIC needs .* pip install pillow-heif$",
         ):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     assert "raw file; export it as" in str(
-        readable(Path("x.NEF"))
-    ) and ".mp4 is no image format" in str(readable(Path("x.mp4")))
+        format_problem(Path("x.NEF"))
+    ) and ".mp4 is no image format" in str(format_problem(Path("x.mp4")))
     monkeypatch.setattr(images.features, "check", lambda name: False)
-    assert "lacks avif" in str(readable(Path("x.avif"))) and readable(Path("x.png")) is None
+    assert (
+        "lacks avif" in str(format_problem(Path("x.avif")))
+        and format_problem(Path("x.png")) is None
+    )
 
 
 def test_heic_with_the_profile_of_a_phone(tmp_path):
@@ -578,8 +582,8 @@ def test_heic_with_the_profile_of_a_phone(tmp_path):
     pillow_heif.register_heif_opener()
     image, profile = Image.new("RGB", (64, 48), (200, 60, 50)), rgb_profile("Display P3")
     image.save(tmp_path / "x.heic", icc_profile=profile, quality=-1, chroma=444)
-    assert difference(read_picture(tmp_path / "x.heic").image, true_colours(image, profile)) <= 3
-    assert readable(tmp_path / "x.heic") is None
+    assert difference(read_image(tmp_path / "x.heic").image, true_colours(image, profile)) <= 3
+    assert format_problem(tmp_path / "x.heic") is None
 
 
 def test_image_files_are_opened_in_one_place():
@@ -611,16 +615,19 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
     Image.new("I;16", (40, 40), 20000).save(tmp_path / "deep.png")
     Image.new("RGBA", (40, 40), (9, 9, 9, 100)).save(tmp_path / "clear.png")
     for name in ("phone.png", "deep.png", "clear.png"):
-        assert _square(tmp_path / name).tobytes() == read_picture(tmp_path / name).image.tobytes()
+        assert (
+            _center_crop(tmp_path / name).tobytes() == read_image(tmp_path / name).image.tobytes()
+        )
         assert (
             infer._fit(str(tmp_path / name), 40, 40).tobytes()
-            == read_picture(tmp_path / name).image.tobytes()
+            == read_image(tmp_path / name).image.tobytes()
         )
     clear = noise(8, 8)
     clear.putalpha(noise(8, 8, "L", 1))
     clear.save(tmp_path / "alpha.png")
     assert (
-        _square(tmp_path / "alpha.png", use_alpha=True).tobytes() == clear.convert("RGB").tobytes()
+        _center_crop(tmp_path / "alpha.png", use_alpha=True).tobytes()
+        == clear.convert("RGB").tobytes()
     )
     paint = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     paint.paste((255, 255, 255, 255), (10, 10, 30, 30))
@@ -677,8 +684,8 @@ def save_masked(
 def test_a_mask_outside_the_centre_crop_moves_the_crop_and_is_counted(tmp_path, box):
     save_masked(tmp_path, "a", (192, 64), box)
     save_masked(tmp_path, "b", (192, 64), (60, 0, 100, 64), 1)
-    records = scan(tmp_path, caption="x", masks="file")
-    folder = Folder(records, ImageSettings(64))
+    records = scan_folder(tmp_path, caption="x", masks="file")
+    folder = ImageDataset(records, ImageSettings(64))
     moved, kept = folder.example(0, 0), folder.example(1, 0)
     assert (
         kept.crop == (0, 64)
@@ -687,19 +694,21 @@ def test_a_mask_outside_the_centre_crop_moves_the_crop_and_is_counted(tmp_path, 
         and moved.mask.sum() > 0
     )
     left = moved.crop[1]
-    whole = read_picture(records[0].path, records[0].mask_path)
-    assert torch.equal(moved.pixels, images.to_pixels(whole.image.crop((left, 0, left + 64, 64))))
+    whole = read_image(records[0].path, records[0].mask_path)
     assert torch.equal(
-        moved.mask, images.to_tensor(whole.mask.crop((left, 0, left + 64, 64))).div(255)
+        moved.pixels, images.image_to_pixels(whole.image.crop((left, 0, left + 64, 64)))
+    )
+    assert torch.equal(
+        moved.mask, images.image_to_tensor(whole.mask.crop((left, 0, left + 64, 64))).div(255)
     )
     for seed, visit in ((0, 5), (3, 0)):  # cached latents have neither in their key
-        again = Folder(records, ImageSettings(64, seed=seed)).example(0, visit)
+        again = ImageDataset(records, ImageSettings(64, seed=seed)).example(0, visit)
         assert again.crop == moved.crop
     said = "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; they are cropped around their masks instead"
-    assert shifted_to_masks(folder).startswith(said) and "--data.buckets" in shifted_to_masks(
-        folder
-    )
-    assert shifted_to_masks(Folder(records, ImageSettings(64, crop="random"))) == ""
+    assert describe_moved_crops(folder).startswith(
+        said
+    ) and "--data.buckets" in describe_moved_crops(folder)
+    assert describe_moved_crops(ImageDataset(records, ImageSettings(64, crop="random"))) == ""
 
 
 WILD = ImageSettings(16, crop="random", seed=2)
@@ -714,7 +723,7 @@ WILD = ImageSettings(16, crop="random", seed=2)
 )  # fmt: skip
 def test_no_visit_has_an_empty_mask_and_visits_that_had_some_keep_their_crop(tmp_path, settings):
     save_masked(tmp_path, "a", (90, 30), (80, 3, 84, 6))
-    masked = Folder(scan(tmp_path, caption="x", masks="file"), settings)
+    masked = ImageDataset(scan_folder(tmp_path, caption="x", masks="file"), settings)
     crops = set()
     for visit in range(60):
         example = masked.example(0, visit)
@@ -723,7 +732,7 @@ def test_no_visit_has_an_empty_mask_and_visits_that_had_some_keep_their_crop(tmp
             and example.mask.sum() > 0
             and example.pixels.shape[1:] == example.mask.shape[1:]
         )
-        again = Folder(masked.records, settings).example(0, visit)
+        again = ImageDataset(masked.records, settings).example(0, visit)
         assert again.crop == example.crop and torch.equal(again.pixels, example.pixels)
         crops.add(example.crop)
     assert len(crops) > 5 or settings.crop == "center" or settings.variants
@@ -731,12 +740,12 @@ def test_no_visit_has_an_empty_mask_and_visits_that_had_some_keep_their_crop(tmp
 
 def test_random_crops_with_some_of_the_mask_are_those_that_no_mask_would_give(tmp_path):
     save_masked(tmp_path, "a", (90, 30), (40, 0, 50, 30))
-    record = scan(tmp_path, caption="x", masks="file")[0]
-    whole = images.resize(read_picture(record.path, record.mask_path), (16, 16)).mask
+    record = scan_folder(tmp_path, caption="x", masks="file")[0]
+    whole = images.resize_image(read_image(record.path, record.mask_path), (16, 16)).mask
     assert whole is not None
     shown, plain = (
-        Folder([record], WILD),
-        Folder([replace(record, mask_path=None)], WILD),
+        ImageDataset([record], WILD),
+        ImageDataset([replace(record, mask_path=None)], WILD),
     )  # the same key
     kept = 0
     for visit in range(60):
@@ -754,23 +763,26 @@ def test_masks_that_vanish_or_say_nothing_after_the_crop_are_refused(tmp_path):
             UserError,
             match=r"nothing is left of the mask of .*a\.png when it is scaled to 16 x 16 pixels; .* --data\.resolution",
         ):
-            Folder(scan(tmp_path / "dot", caption="x", masks="file"), ImageSettings(16, crop=crop))
+            ImageDataset(
+                scan_folder(tmp_path / "dot", caption="x", masks="file"),
+                ImageSettings(16, crop=crop),
+            )
     save_masked(tmp_path / "full", "a", (90, 30), (20, 0, 70, 30))
-    records = scan(tmp_path / "full", caption="x", masks="file")
+    records = scan_folder(tmp_path / "full", caption="x", masks="file")
     with pytest.raises(
         UserError,
         match=r"every mask is one grey inside the crop, without effect, first that of a\.png; leave --data\.masks out",
     ):
-        Folder(records, ImageSettings(30))
+        ImageDataset(records, ImageSettings(30))
     for settings in (
         ImageSettings(30, zoom=1.2),
         ImageSettings(30, crop="random"),
         ImageSettings(30, buckets=True, bucket_step=5),
     ):
-        assert Folder(records, settings).has_masks
+        assert ImageDataset(records, settings).has_masks
     save_masked(tmp_path / "full", "b", (90, 30), (40, 0, 50, 30), 1)
-    assert Folder(
-        scan(tmp_path / "full", caption="x", masks="file"), ImageSettings(30)
+    assert ImageDataset(
+        scan_folder(tmp_path / "full", caption="x", masks="file"), ImageSettings(30)
     ).has_masks  # one of them does say something
 
 
@@ -786,17 +798,18 @@ def test_masked_and_whole_images_give_the_same_rows_alone_and_together(tmp_path)
     )  # opaque, so it has no mask
     kinds = {
         how: [
-            (r.mask_path is not None, r.use_alpha) for r in scan(tmp_path, caption="x", masks=how)
+            (r.mask_path is not None, r.use_alpha)
+            for r in scan_folder(tmp_path, caption="x", masks=how)
         ]
         for how in ("auto", "any")
     }
     assert kinds["auto"] == [(True, False), (False, False), (False, False), (False, False)]
     assert kinds["any"] == [(True, False), (False, False), (False, True), (False, False)]
-    prior = Folder(
-        scan(tmp_path / "class", caption="y", masks="none", is_prior=True), ImageSettings(16)
+    prior = ImageDataset(
+        scan_folder(tmp_path / "class", caption="y", masks="none", is_prior=True), ImageSettings(16)
     )
     for settings in (ImageSettings(16), ImageSettings(16, buckets=True, bucket_step=8)):
-        folder = Folder(scan(tmp_path, caption="x", masks="any"), settings)
+        folder = ImageDataset(scan_folder(tmp_path, caption="x", masks="any"), settings)
         examples = [folder.example(i, 0, (16, 16)) for i in range(4)] + [prior.example(0, 0)]
         together = collate(examples)
         error = torch.rand(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -815,7 +828,8 @@ def test_masked_and_whole_images_give_the_same_rows_alone_and_together(tmp_path)
         assert together.mask[1].min() == together.mask[4].min() == 1 and together.mask[0].min() == 0
         torch.testing.assert_close(rows[[1, 4]], error[[1, 4]].mean((1, 2, 3)))
         assert all(
-            batch.mask is not None for batch in batches(folder, prior, batch=1, seed=0, stop=6)
+            batch.mask is not None
+            for batch in iterate_batches(folder, prior, batch=1, seed=0, stop=6)
         )
 
 
@@ -824,7 +838,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs._raise_mask(mask, temperature)
+        raised = step_inputs._sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was

@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infer
-from lora_core import formats
-from lora_core.adapters import patch
+from lora_core import formats, patch
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.runs.pictures import save_png
@@ -33,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "clip_l": torch.randn(2, 16, generator=torch.Generator().manual_seed(i)) * 0.3
         }
         state.token_names = ("<s0>", "<s1>")
-        state.metadata = embeddings.header({"TOK": ("<s0>", "<s1>")})
+        state.metadata = embeddings.placeholder_header({"TOK": ("<s0>", "<s1>")})
         (folder / name).mkdir()
         formats.save_run(state, folder / name, layout=family.layout)
     return folder

@@ -14,18 +14,18 @@ from lora_core.adapters import injection
 from lora_core.adapters.injection import (
     Adapted,
     AdapterSpec,
-    fold,
+    adapter_factors,
+    fold_adapter,
     inject,
-    load_state,
+    load_factors,
     remove,
     set_strength,
-    state,
-    unfold,
+    unfold_adapter,
 )
-from lora_core.adapters.targets import select, table
-from lora_core.adapters.weight_updates import LowRank, delta
+from lora_core.adapters.targets import select_paths, target_table
+from lora_core.adapters.weight_updates import LowRank, delta_weight
 from lora_core.errors import UserError
-from lora_core.kernels import using
+from lora_core.kernels import use_kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["lora", "dora"]
@@ -79,7 +79,7 @@ def shake(model, name="default", size=0.3, seed=5):
     """Moves every parameter of the adapter off its start, so that no branch is zero."""
     generator = seeded(seed)
     with torch.no_grad():
-        for p in injection.parameters(model, name):
+        for p in injection.adapter_parameters(model, name):
             p.add_(
                 size
                 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -115,7 +115,7 @@ def test_adapters_are_fp32_on_a_half_base_and_get_fp32_gradients(kind, dtype):
     assert out.dtype == dtype
     out.float().square().sum().backward()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    for p in injection.parameters(model):
+    for p in injection.adapter_parameters(model):
         assert p.dtype == p.grad.dtype == wanted
         assert p.grad.abs().max() > 0
 
@@ -129,12 +129,14 @@ def test_half_precision_error_is_that_of_the_base(kind):
             a.copy_(b)
     shake(low, size=0.1)
     with torch.no_grad():
-        for a, b in zip(injection.parameters(double), injection.parameters(low), strict=True):
+        for a, b in zip(
+            injection.adapter_parameters(double), injection.adapter_parameters(low), strict=True
+        ):
             a.copy_(b)
     x = image(torch.bfloat16)
     exact = double(x.double())
     error = (low(x).double() - exact).norm()
-    fold(low)
+    fold_adapter(low)
     assert error < 2 * (low(x).double() - exact).norm()
 
 
@@ -150,30 +152,32 @@ def test_autocast_over_an_fp32_base(kind):
         low.float().sum().backward()
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), model(x), rtol=0.05, atol=0.05)
-    assert all(p.grad.dtype == torch.float32 for p in injection.parameters(model))
+    assert all(p.grad.dtype == torch.float32 for p in injection.adapter_parameters(model))
 
 
 def test_casting_the_model_leaves_adapters_fp32():
     model = injected("dora", torch.float32)
     shake(model)
-    before = [p.detach().clone() for p in injection.parameters(model)]
+    before = [p.detach().clone() for p in injection.adapter_parameters(model)]
     model.to(torch.bfloat16)
     assert model.to_q.weight.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(model), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, injection.adapter_parameters(model), strict=True)
+    )
     assert model.double().to_q.adapter("default").down.dtype == torch.float64
 
 
 def test_down_depends_on_seed_and_path_only_and_has_the_documented_spread():
     wide, narrow = injected(), injected(targets=("to_k",))
-    assert torch.equal(state(wide)["to_k"].down, state(narrow)["to_k"].down)
-    assert not torch.equal(state(wide)["to_k"].down, state(wide)["to_q"].down)
+    assert torch.equal(adapter_factors(wide)["to_k"].down, adapter_factors(narrow)["to_k"].down)
+    assert not torch.equal(adapter_factors(wide)["to_k"].down, adapter_factors(wide)["to_q"].down)
     big = nn.Sequential(nn.Linear(1000, 1000))
     inject(big, AdapterSpec(targets=("0",), rank=8), seed=1)
-    assert abs(state(big)["0"].down.std() * 8 - 1) < 0.05
+    assert abs(adapter_factors(big)["0"].down.std() * 8 - 1) < 0.05
     inject(big, AdapterSpec(targets=("0",), rank=8, init="kaiming"), name="other", seed=1)
-    down = state(big, "other")["0"].down
+    down = adapter_factors(big, "other")["0"].down
     assert down.abs().max() <= 1000**-0.5 and abs(down.std() * (3 * 1000) ** 0.5 - 1) < 0.05
-    assert not state(big)["0"].up.any()
+    assert not adapter_factors(big)["0"].up.any()
 
 
 # --- fold, strength, several adapters ---
@@ -185,9 +189,9 @@ def test_fold_is_forward_and_unfold_restores_the_bits(kind, strength):
     shake(model)
     set_strength(model, "default", strength)
     before, out = copy.deepcopy(net().state_dict()), model(image())
-    fold(model, "default", strength)
+    fold_adapter(model, "default", strength)
     torch.testing.assert_close(model(image()), out, rtol=1e-12, atol=1e-12)
-    unfold(model)
+    unfold_adapter(model)
     assert torch.equal(model(image()), out)
     remove(model)
     assert model.state_dict().keys() == before.keys() and all(
@@ -202,11 +206,12 @@ def test_fold_into_half_weights_rounds_once(kind, dtype):
     model = injected(kind, dtype)
     shake(model, size=0.05)
     exact = {
-        path: adapted.weight.double() + 0.8 * delta(state(model)[path], adapted.weight.double())
+        path: adapted.weight.double()
+        + 0.8 * delta_weight(adapter_factors(model)[path], adapted.weight.double())
         for path, adapted in adapted_layers(model)
     }
     bits = {path: adapted.weight.clone() for path, adapted in adapted_layers(model)}
-    fold(model, "default", 0.8)
+    fold_adapter(model, "default", 0.8)
     for path, adapted in adapted_layers(model):
         folded = adapted.weight.detach()
         ulp = 2.0 ** (
@@ -214,14 +219,14 @@ def test_fold_into_half_weights_rounds_once(kind, dtype):
             - (7 if dtype == torch.bfloat16 else 10)
         )
         assert ((folded.double() - exact[path]).abs() <= 0.5001 * ulp).all()
-    unfold(model)
+    unfold_adapter(model)
     assert all(torch.equal(adapted.weight, bits[path]) for path, adapted in adapted_layers(model))
 
 
 def adapted_layers(model):
     return [
         (path, layer)
-        for path, layer in injection.layers(model).items()
+        for path, layer in injection.adaptable_layers(model).items()
         if isinstance(layer, Adapted)
     ]
 
@@ -229,23 +234,23 @@ def adapted_layers(model):
 def test_folding_never_counts_twice():
     model = injected()
     shake(model)
-    fold(model)
+    fold_adapter(model)
     weight = model.to_q.weight.clone()
-    for action in (fold, remove):
+    for action in (fold_adapter, remove):
         with pytest.raises(UserError, match="folded"):
             action(model)
     with pytest.raises(UserError, match="folded"):
         set_strength(model, "default", 0.5)
-    with pytest.raises(UserError, match="folded"), injection.disabled(model):
+    with pytest.raises(UserError, match="folded"), injection.disable_adapters(model):
         pass
     with pytest.raises(UserError, match="folded"):
-        load_state(model, state(model))
+        load_factors(model, adapter_factors(model))
     with pytest.raises(UserError, match="folded"):
         inject(model, AdapterSpec(kind="dora", targets=("to_q",), rank=2), name="second")
     assert torch.equal(model.to_q.weight, weight)
-    unfold(model)
+    unfold_adapter(model)
     with pytest.raises(UserError, match="not folded"):
-        unfold(model)
+        unfold_adapter(model)
 
 
 def two_adapters():
@@ -261,24 +266,27 @@ def two_adapters():
 def test_several_adapters_add_their_updates_of_the_base_weight():
     model, expected = two_adapters(), net()
     with torch.no_grad():
-        for path, layer in injection.layers(expected).items():
+        for path, layer in injection.adaptable_layers(expected).items():
             w = layer.weight.clone()
-            layer.weight += 0.4 * delta(state(model)[path], w) - 0.7 * delta(
-                state(model, "second")[path], w
-            )
+            layer.weight += 0.4 * delta_weight(
+                adapter_factors(model)[path], w
+            ) - 0.7 * delta_weight(adapter_factors(model, "second")[path], w)
     torch.testing.assert_close(model(image()), expected(image()), rtol=1e-11, atol=1e-11)
-    fold(model, "second", -0.7)
+    fold_adapter(model, "second", -0.7)
     with pytest.raises(UserError, match="others are active"):
         model(image())
-    fold(model, "default", 0.4)
+    fold_adapter(model, "default", 0.4)
     torch.testing.assert_close(model.to_q.weight, expected.to_q.weight, rtol=1e-13, atol=1e-13)
-    unfold(model, "second")
+    unfold_adapter(model, "second")
     remove(model, "second")
     one = net()
     torch.testing.assert_close(
-        model.to_q.weight, one.to_q.weight + 0.4 * delta(state(model)["to_q"]), rtol=0, atol=1e-14
+        model.to_q.weight,
+        one.to_q.weight + 0.4 * delta_weight(adapter_factors(model)["to_q"]),
+        rtol=0,
+        atol=1e-14,
     )
-    unfold(model)
+    unfold_adapter(model)
     assert torch.equal(model.to_q.weight, one.to_q.weight)
 
 
@@ -287,7 +295,7 @@ def test_dora_strength_interpolates_the_weight():
     shake(model)
     set_strength(model, "default", 0.3)
     x = torch.randn(2, 7, 8, generator=seeded(), dtype=torch.float64)
-    w, lr = model.to_q.weight, state(model)["to_q"]
+    w, lr = model.to_q.weight, adapter_factors(model)["to_q"]
     bracket = w + lr.scale * lr.up @ lr.down
     tuned = lr.magnitude[:, None] / bracket.norm(dim=1, keepdim=True) * bracket
     torch.testing.assert_close(
@@ -298,8 +306,8 @@ def test_dora_strength_interpolates_the_weight():
 def test_disabled_and_zero_strength_are_the_base_and_nest():
     model, base = two_adapters(), net()
     tuned = model(image())
-    with injection.disabled(model):
-        with injection.disabled(model):
+    with injection.disable_adapters(model):
+        with injection.disable_adapters(model):
             pass
         assert torch.equal(model(image()), base(image()))
     assert torch.equal(model(image()), tuned)
@@ -315,7 +323,7 @@ def test_fold_that_overflows_leaves_the_model_as_it_was():
     with torch.no_grad():
         model.to_out[0].adapter("default").up.fill_(60000.0)
     with pytest.raises(UserError, match=r"to_out.0 overflows torch.float16"):
-        fold(model)
+        fold_adapter(model)
     assert all(
         torch.equal(w, layer.weight) and not layer.folded
         for w, (_, layer) in zip(before, adapted_layers(model), strict=True)
@@ -329,7 +337,7 @@ def test_a_shared_weight_is_not_folded():
     model.tied.weight = model.to_q.weight
     inject(model, AdapterSpec(targets=("to_q",), rank=2))
     with pytest.raises(UserError, match="to_q is shared"):
-        fold(model)
+        fold_adapter(model)
 
 
 # --- merged ---
@@ -348,7 +356,7 @@ def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dty
     inject(model, AdapterSpec(targets=("to_q", "mid.0"), rank=1), name="other")
     x, before = image(dtype), {key: value.clone() for key, value in model.state_dict().items()}
     out = model(x)
-    found = injection.merged(model, strength=strength)
+    found = injection.merged_state_dict(model, strength=strength)
     assert list(found) == list(plain.state_dict()) and all(
         value.dtype == dtype and not value.requires_grad for value in found.values()
     )
@@ -362,14 +370,14 @@ def test_merged_is_fold_under_the_models_own_keys_and_leaves_the_model(kind, dty
     }
     biases = {"conv_in.bias", "mid.0.bias", "to_q.bias", "to_out.0.bias"}
     assert untouched == {"norm.weight", "norm.bias"} | (set() if kind == "full" else biases)
-    fold(model, strength=strength)
+    fold_adapter(model, strength=strength)
     for path, layer in adapted_layers(model):
         assert torch.equal(found[f"{path}.weight"], layer.weight) and (
             layer.bias is None or torch.equal(found[f"{path}.bias"], layer.bias)
         )
         assert not torch.equal(layer.weight, plain.get_submodule(path).weight)
     with pytest.raises(UserError, match="folded into the weights; unfold it before merging"):
-        injection.merged(model, "other")
+        injection.merged_state_dict(model, "other")
     plain.load_state_dict(found)
     set_strength(model, "other", 0.0)
     assert torch.equal(plain(x), model(x))
@@ -381,22 +389,22 @@ def test_merged_names_every_place_of_a_layer_and_refuses_what_fold_refuses():
     keys = list(model.state_dict())
     inject(model, AdapterSpec(targets=("*",), rank=2))
     shake(model)
-    found = injection.merged(model)
+    found = injection.merged_state_dict(model)
     assert list(found) == keys and found["base.0.weight"] is found["base.1.0.weight"]
     with pytest.raises(UserError, match="no adapter 'x'; it has default"):
-        injection.merged(model, "x")
+        injection.merged_state_dict(model, "x")
     with torch.no_grad():
         model["base"][0].adapter("default").up.fill_(float("inf"))
     with pytest.raises(UserError, match=r"base\.0 overflows"):
-        injection.merged(model)
+        injection.merged_state_dict(model)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].bias = tied[0].bias
     inject(tied, AdapterSpec(targets=("0",), rank=2))
-    injection.merged(tied)  # a LoRA leaves the bias alone
+    injection.merged_state_dict(tied)  # a LoRA leaves the bias alone
     remove(tied)
     inject(tied, AdapterSpec(kind="full", targets=("0",)))
     with pytest.raises(UserError, match="0 is shared"):
-        injection.merged(tied)
+        injection.merged_state_dict(tied)
 
 
 # --- the wrapper ---
@@ -476,7 +484,7 @@ def test_odd_convolutions_fold_exactly(kind):
         }
         before = {path: model[path](x[path]) for path in layers}
         alone = {path: model[path](x[path][0]) for path in layers if path != "circular"}
-        fold(model)
+        fold_adapter(model)
         for path in layers:
             torch.testing.assert_close(model[path](x[path]), before[path], rtol=0, atol=1e-12)
         for path, y in alone.items():
@@ -490,9 +498,9 @@ def test_gradient_checkpointing_of_the_host(kind):
         model = injected(kind, dropout=0.25)
         shake(model)
         model.train().recompute = recompute
-        injection.set_dropout(model, torch.tensor([3, 1, 2]), 7)
+        injection.set_dropout_keys(model, torch.tensor([3, 1, 2]), 7)
         model(image()).square().sum().backward()
-        grads.append([p.grad for p in injection.parameters(model)])
+        grads.append([p.grad for p in injection.adapter_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -506,14 +514,14 @@ def test_dropout_does_not_depend_on_the_batch_size(kind):
     model.train()
     x, rows = image(b=4), torch.tensor([5, 6, -7, 8])
     step = torch.tensor(11)
-    injection.set_dropout(model, rows, step)
+    injection.set_dropout_keys(model, rows, step)
     whole = model(x)
     halves = []
     for part in (slice(0, 2), slice(2, 4)):
-        injection.set_dropout(model, rows[part], step)
+        injection.set_dropout_keys(model, rows[part], step)
         halves.append(model(x[part]))
     torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-13, atol=1e-13)
-    injection.set_dropout(model, rows, 12)
+    injection.set_dropout_keys(model, rows, 12)
     assert not torch.allclose(model(x), whole)
     model.eval()
     plain = injected(kind).eval()
@@ -526,7 +534,7 @@ def test_dropout_differs_between_layers_and_seeds():
     for seed in (0, 1):
         model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
         inject(model, AdapterSpec(targets=("*",), rank=64, alpha=64, dropout=0.5), seed=seed)
-        injection.set_dropout(model, torch.tensor([3]), 0)
+        injection.set_dropout_keys(model, torch.tensor([3]), 0)
         with torch.no_grad():
             for layer in model:
                 layer.weight.zero_()
@@ -542,7 +550,7 @@ def test_dropout_is_unbiased_in_training():
     inject(model, AdapterSpec(targets=("0",), rank=2, dropout=0.3))
     shake(model)
     x = torch.randn(1, 6, generator=seeded(), dtype=torch.float64).expand(20_000, 6)
-    injection.set_dropout(model, torch.arange(20_000), 0)
+    injection.set_dropout_keys(model, torch.arange(20_000), 0)
     with torch.no_grad():
         y = model(x)
         exact = model.eval()(x[:1])
@@ -551,13 +559,13 @@ def test_dropout_is_unbiased_in_training():
 
 def test_dropout_refuses_missing_or_wrong_row_keys():
     model = injected(dropout=0.5)
-    with pytest.raises(UserError, match=r"conv_in has dropout; call adapters.set_dropout"):
+    with pytest.raises(UserError, match=r"conv_in has dropout; call injection.set_dropout_keys"):
         model(image())
-    injection.set_dropout(model, torch.tensor([1, 2]), 0)
+    injection.set_dropout_keys(model, torch.tensor([1, 2]), 0)
     with pytest.raises(UserError, match="3 rows for 2 row keys"):
         model(image())
     with pytest.raises(ValueError, match=r"expected \[b\] int64"):
-        injection.set_dropout(model, torch.zeros(2), 0)
+        injection.set_dropout_keys(model, torch.zeros(2), 0)
 
 
 # --- parameters ---
@@ -570,7 +578,7 @@ def test_ups_are_the_ups_among_the_parameters(kind):
     assert [id(p) for p in ups] == [
         id(layer.adapter("default").up) for _, layer in adapted_layers(model)
     ]
-    assert {id(p) for p in ups} < {id(p) for p in injection.parameters(model)} and not any(
+    assert {id(p) for p in ups} < {id(p) for p in injection.adapter_parameters(model)} and not any(
         p.any() for p in ups
     )
 
@@ -589,7 +597,7 @@ def test_rank_and_alpha_per_glob():
             alpha_pattern={"to_q": 8.0},
         ),
     )
-    found = state(model)
+    found = adapter_factors(model)
     assert {path: lr.rank for path, lr in found.items()} == {
         "conv_in": 4,
         "mid.0": 2,
@@ -599,8 +607,8 @@ def test_rank_and_alpha_per_glob():
         "to_out.0": 4,
     }
     assert found["to_q"].scale == 2 and found["to_k"].scale == 1 and found["mid.1"].scale == 1
-    assert state(injected(rank=4, alpha=2.0, rslora=True))["to_q"].scale == 1.0
-    assert state(injected(rank=4, alpha=2.0))["to_q"].scale == 0.5
+    assert adapter_factors(injected(rank=4, alpha=2.0, rslora=True))["to_q"].scale == 1.0
+    assert adapter_factors(injected(rank=4, alpha=2.0))["to_q"].scale == 0.5
     with pytest.raises(UserError, match=r"rank-pattern: 'nid.1' matches none.*mid.1"):
         inject(net(), AdapterSpec(targets=TARGETS, rank_pattern={"nid.1": 3}))
 
@@ -614,23 +622,23 @@ def test_globs_respect_the_dot_and_exclude():
             for p in ("", "single_")
         }
     )
-    assert injection.targets(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
-    assert injection.targets(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
-    assert injection.targets(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
-    assert injection.targets(model, ("single_blocks.*",)) == [
+    assert injection.target_paths(model, ("blocks.0.to_q",)) == ["blocks.0.to_q"]
+    assert injection.target_paths(model, ("to_?",)) == ["blocks.0.to_q", "single_blocks.0.to_q"]
+    assert injection.target_paths(model, ("*",), ("proj", "single_*")) == ["blocks.0.to_q"]
+    assert injection.target_paths(model, ("single_blocks.*",)) == [
         "single_blocks.0.to_q",
         "single_blocks.0.proj",
     ]
     with pytest.raises(UserError, match=r"'q' matches none of the 4 layers.*to_q"):
-        injection.targets(model, ("to_q", "q"))
+        injection.target_paths(model, ("to_q", "q"))
     with pytest.raises(UserError, match="exclude: 'proj' matches none of the 2"):
-        injection.targets(model, ("to_q",), ("proj",))
+        injection.target_paths(model, ("to_q",), ("proj",))
     with pytest.raises(UserError, match="removes all 2"):
-        injection.targets(model, ("to_q",), ("*",))
+        injection.target_paths(model, ("to_q",), ("*",))
     with pytest.raises(
         UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"
     ):
-        injection.targets(model, ("blocks",))
+        injection.target_paths(model, ("blocks",))
 
 
 def test_trap_11_suffixes_respect_the_dot():
@@ -654,7 +662,7 @@ def test_trap_11_suffixes_respect_the_dot():
         "net.?": ["transformer_blocks.3.ff.net.2"],
     }
     for pattern, chosen in expected.items():
-        assert select(paths, [pattern]) == chosen
+        assert select_paths(paths, [pattern]) == chosen
     wrong = [path for path in paths if path.endswith("transformer_blocks.3.attn.to_q")]
     assert wrong == ["transformer_blocks.3.attn.to_q", "single_transformer_blocks.3.attn.to_q"]
     assert [path for path in paths if path.endswith("2")] == [
@@ -662,7 +670,7 @@ def test_trap_11_suffixes_respect_the_dot():
         "transformer_blocks.3.ff.net.12",
     ]
     with pytest.raises(UserError, match="'q' matches none of the 8"):
-        select(paths, ["q"])
+        select_paths(paths, ["q"])
 
 
 def test_the_table_of_targets_counts_every_layer_once():
@@ -681,7 +689,7 @@ def test_the_table_of_targets_counts_every_layer_once():
         for i in range(38)
         for name in ("attn.to_q", "proj_out")
     ] + ["proj_out"]
-    assert table(paths).splitlines() == [
+    assert target_table(paths).splitlines() == [
         "191 layers",
         "114 = 19 x 6  transformer_blocks.0-18: attn.{to_q,to_k}, {ff,ff_context}.net.{0.proj,2}",
         " 76 = 38 x 2  single_transformer_blocks.0-37: attn.to_q, proj_out",
@@ -695,12 +703,12 @@ def test_the_table_of_targets_counts_every_layer_once():
         "up.4.a.0.to_q",
         "conv_in",
     ]
-    assert table(some).splitlines() == [
+    assert target_table(some).splitlines() == [
         "6 layers",
         "  2          mid.0.attn1.to_out.0, conv_in",
         "  4 = 4 x 1  up.1-2,4.a.0-1: to_q",
     ]
-    assert table(["conv"]) == "1 layer\n  1  conv"
+    assert target_table(["conv"]) == "1 layer\n  1  conv"
 
 
 def test_a_long_table_sums_the_smallest_kinds():
@@ -709,7 +717,7 @@ def test_a_long_table_sums_the_smallest_kinds():
         for n, letter in enumerate("abcdefghijklmnopqrst")
         for i in range(2 + n)
     ]
-    lines = table(kinds).splitlines()
+    lines = target_table(kinds).splitlines()
     assert len(lines) == 15 and lines[0].split() == [str(len(kinds)), "layers"]
     assert sum(int(line.split()[0]) for line in lines[1:]) == len(kinds)
     assert (
@@ -796,8 +804,8 @@ def test_names_are_checked():
             inject(model, AdapterSpec(targets=("to_q",), rank=2), name=name)
     for action in (
         lambda: set_strength(model, "other", 1.0),
-        lambda: fold(model, "other"),
-        lambda: state(model, "other"),
+        lambda: fold_adapter(model, "other"),
+        lambda: adapter_factors(model, "other"),
     ):
         with pytest.raises(UserError, match="no adapter 'other'; it has default"):
             action()
@@ -829,15 +837,15 @@ def test_a_kind_from_a_file(tmp_path):
 def test_state_round_trip_into_a_fresh_and_into_the_same_model(kind):
     model, fresh = injected(kind, rank_pattern={"to_q": 5}), net()
     shake(model)
-    saved = state(model)
-    load_state(fresh, saved, "other", 1.0)
+    saved = adapter_factors(model)
+    load_factors(fresh, saved, "other", 1.0)
     assert torch.equal(fresh(image()), model(image()))
-    trained = injection.parameters(model)
+    trained = injection.adapter_parameters(model)
     out = model(image())
     shake(model, seed=9)
-    load_state(model, saved)
+    load_factors(model, saved)
     assert torch.equal(model(image()), out) and all(
-        a is b for a, b in zip(trained, injection.parameters(model), strict=True)
+        a is b for a, b in zip(trained, injection.adapter_parameters(model), strict=True)
     )
     saved["to_q"].down.zero_()
     assert torch.equal(model(image()), out)
@@ -848,7 +856,7 @@ def test_load_state_accepts_both_spellings_of_a_1x1_and_any_rank():
     lr = LowRank(
         torch.randn(20, 12, generator=seeded()), torch.randn(8, 20, generator=seeded(1)), 0.1
     )
-    load_state(
+    load_factors(
         model, {"mid.1": lr, "to_q": LowRank(torch.ones(1, 8, 1, 1), torch.ones(8, 1, 1, 1), 1.0)}
     )
     assert model.mid[1].adapter("default").down.shape == (20, 12, 1, 1) and model.to_q.adapter(
@@ -857,7 +865,7 @@ def test_load_state_accepts_both_spellings_of_a_1x1_and_any_rank():
 
 
 def test_load_state_refuses_what_does_not_fit_before_any_change():
-    good = state(injected())
+    good = adapter_factors(injected())
     wrong = LowRank(torch.zeros(2, 7), torch.zeros(8, 2), 1.0)
     for factors, message in [
         ({}, "no factors"),
@@ -870,25 +878,27 @@ def test_load_state_refuses_what_does_not_fit_before_any_change():
     ]:
         model = net()
         with pytest.raises(UserError, match=message):
-            load_state(model, factors)
+            load_factors(model, factors)
         assert not adapted_layers(model)
     model = injected()
     with pytest.raises(UserError, match=r"on 5 layers without factors, e.g. conv_in"):
-        load_state(model, {"to_q": good["to_q"]})
+        load_factors(model, {"to_q": good["to_q"]})
     lora = "rank 2 lora and the factors are"
     for other, told in (
         (injected(rank=1), f"{lora} rank 1 lora"),
         (injected("dora"), f"{lora} rank 2 dora"),
     ):
         with pytest.raises(UserError, match=told):
-            load_state(model, state(other))
+            load_factors(model, adapter_factors(other))
 
 
 def test_dense_up_of_a_grouped_convolution_is_refused():
     """cloneofsimo's grouped form (up over all groups) has the shape of the base's update with groups = 1 and means another map."""
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
     with pytest.raises(UserError, match=r"expected down \[2, 2, 3, 3\], up \[6, 1, 1, 1\]"):
-        load_state(model, {"conv": LowRank(torch.zeros(2, 2, 3, 3), torch.zeros(6, 2, 1, 1), 1.0)})
+        load_factors(
+            model, {"conv": LowRank(torch.zeros(2, 2, 3, 3), torch.zeros(6, 2, 1, 1), 1.0)}
+        )
 
 
 # --- peft as the oracle ---
@@ -935,7 +945,7 @@ def test_forward_gradients_and_folded_weights_equal_peft(kind, dtype):
     outs = []
     for network in (model, other):
         x = image(dtype).requires_grad_()
-        with using("reference"):  # the fused twins' own rounding is held in test_kernels.py
+        with use_kernels("reference"):  # the fused twins' own rounding is held in test_kernels.py
             y = network(x)
         (y - 1).square().mean().backward()
         outs.append((y.detach(), x.grad))
@@ -943,7 +953,7 @@ def test_forward_gradients_and_folded_weights_equal_peft(kind, dtype):
         assert relative(ours, theirs) < tolerance
     for ours, theirs in pairs:
         assert relative(ours.grad, theirs.grad.view_as(ours)) < tolerance
-    fold(model)
+    fold_adapter(model)
     for path, adapted in adapted_layers(model):
         layer = other.get_submodule(path)
         layer.merge()
@@ -969,8 +979,8 @@ def test_grouped_convolution_equals_pefts_with_a_block_down(kind):
     x = torch.randn(2, 6, 7, 5, generator=seeded(), dtype=torch.float64)
     with torch.no_grad():
         if kind == "dora":
-            lr, conv = state(ours)["conv"], ours["conv"]
-            tuned = conv.weight + delta(lr, conv.weight)
+            lr, conv = adapter_factors(ours)["conv"], ours["conv"]
+            tuned = conv.weight + delta_weight(lr, conv.weight)
             expected = torch.nn.functional.conv2d(x, tuned, conv.bias, 2, 1, groups=2)
         else:
             with pytest.warns(UserWarning, match="groups > 1"):

@@ -10,7 +10,7 @@ import torch
 
 from lora_core import kernels
 from lora_core.errors import UserError
-from lora_core.kernels import OPS, call, reference, using
+from lora_core.kernels import OPS, call, reference, use_kernels
 
 
 def dense(down, up, scale, groups=1):
@@ -34,7 +34,7 @@ def test_reference_runs_its_example_and_keeps_the_dtype(name):
         for y in out if isinstance(out, tuple) else (out,):
             assert torch.isfinite(y).all()
             assert y.dtype == (
-                reference.wide(dtype)
+                reference.wide_dtype(dtype)
                 if name in ("dora_norm", "dora_norms", "snr_weighted_mse")
                 else dtype
             )
@@ -143,7 +143,7 @@ def test_fused_lora_linear_is_the_reference(shape, bias):
             t.clone().requires_grad_()
             for t in (x.transpose(0, 1).contiguous().transpose(0, 1), down, up)
         ]
-        with using(mode):
+        with use_kernels(mode):
             y = call("lora_linear", leaves[0], weight, offset if bias else None, *leaves[1:], 0.7)
         y.backward(dy)
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
@@ -166,7 +166,7 @@ def test_fused_lora_conv_is_the_reference(channels):
     results = []
     for mode in ("reference", "fused"):
         leaves = [t.clone().requires_grad_() for t in (x, down, up)]
-        with using(mode):
+        with use_kernels(mode):
             y = call(
                 "lora_conv", leaves[0], weight, None, *leaves[1:], 0.7, (2, 1), (1, 0), (1, 2), 1
             )
@@ -191,7 +191,7 @@ def test_fused_lora_linear_rounds_no_worse_than_the_reference(width):
         def run(dtype, mode, given=given):
             x, weight, bias, down, up, dy = (t.to(dtype, copy=True) for t in given)
             leaves = [t.requires_grad_() for t in (x, down, up)]
-            with using(mode):
+            with use_kernels(mode):
                 y = call("lora_linear", x, weight, bias, down, up, 0.7)
             y.backward(dy)
             return [y.detach().double(), *(leaf.grad.double() for leaf in leaves)]
@@ -211,9 +211,9 @@ def test_fused_keeps_small_updates_of_a_half_precision_weight():
         torch.full((1, 8), 1e-3),
         torch.full((8, 1), 1e-3),
     )
-    with using("fused"):
+    with use_kernels("fused"):
         y = call("lora_linear", x, weight, None, down, up, 1.0)
-    with using("reference"):
+    with use_kernels("reference"):
         assert torch.equal(y, call("lora_linear", x, weight, None, down, up, 1.0))
 
 
@@ -225,27 +225,27 @@ def test_a_mode_without_a_twin_takes_the_next_plainer_one_and_says_it(monkeypatc
     monkeypatch.setattr(kernels, "_said", set())
     args = OPS["dora_norm"].example()
     expected = OPS["dora_norm"].reference(*args)
-    with using("fused"):
+    with use_kernels("fused"):
         assert torch.equal(call("dora_norm", *args), expected)
     with (
-        using("triton"),
+        use_kernels("triton"),
         pytest.warns(UserWarning, match="dora_norm runs without its triton kernel: there is none"),
     ):
         assert torch.equal(call("dora_norm", *args), expected)
-    assert kernels.mode() == "auto"
+    assert kernels.current_mode() == "auto"
 
 
 def test_modes_nest_and_read_the_environment(monkeypatch):
-    with using("reference"):
-        with using("fused"):
-            assert kernels.mode() == "fused"
-        assert kernels.mode() == "reference"
+    with use_kernels("reference"):
+        with use_kernels("fused"):
+            assert kernels.current_mode() == "fused"
+        assert kernels.current_mode() == "reference"
     monkeypatch.setenv("LORA_KERNELS", "reference")
-    assert kernels.mode() == "reference"
+    assert kernels.current_mode() == "reference"
     monkeypatch.setenv("LORA_KERNELS", "fast")
     with pytest.raises(UserError, match=r"'fast'.*auto, reference, fused, triton"):
-        kernels.mode()
-    with pytest.raises(UserError, match="'quick'"), using("quick"):
+        kernels.current_mode()
+    with pytest.raises(UserError, match="'quick'"), use_kernels("quick"):
         pass
 
 
@@ -262,14 +262,14 @@ def test_auto_takes_fused_and_triton_only_for_cuda(monkeypatch):
     assert call("lora_linear", *args) == 1
     monkeypatch.setattr(kernels, "_said", set())
     with (
-        using("triton"),
+        use_kernels("triton"),
         pytest.warns(UserWarning, match="lora_linear runs without its triton kernel: in is odd"),
     ):
         assert call("lora_linear", *args) == 1
-    with using("reference"):
+    with use_kernels("reference"):
         assert call("lora_linear", *args).shape == (2, 5, 11)
     monkeypatch.setitem(OPS, "lora_linear", replace(op, supports=lambda *a: None))
-    with using("triton"):
+    with use_kernels("triton"):
         assert call("lora_linear", *args) == 2
 
 
@@ -361,7 +361,7 @@ def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
             ),
             args,
         )
-        with using("triton" if mode == "triton" else "reference"):
+        with use_kernels("triton" if mode == "triton" else "reference"):
             results[mode] = torch.cat(
                 [y.double().flatten() for y in torch.utils._pytree.tree_leaves(call(name, *args))]
             )

@@ -15,16 +15,16 @@ from lora_core.adapters import injection
 from lora_core.adapters.injection import (
     Adapted,
     AdapterSpec,
-    fold,
+    adapter_factors,
+    fold_adapter,
     inject,
-    load_state,
+    load_factors,
     remove,
-    set_dropout,
+    set_dropout_keys,
     set_strength,
-    state,
-    unfold,
+    unfold_adapter,
 )
-from lora_core.adapters.weight_updates import delta
+from lora_core.adapters.weight_updates import delta_weight
 from lora_core.errors import UserError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -72,7 +72,7 @@ def injected(kind="full", dtype=torch.float64, **settings):
 def shake(model, name="default", size=0.1, seed=5):
     generator = seeded(seed)
     with torch.no_grad():
-        for p in injection.parameters(model, name):
+        for p in injection.adapter_parameters(model, name):
             p.add_(
                 size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             )
@@ -81,7 +81,7 @@ def shake(model, name="default", size=0.1, seed=5):
 def adapted_layers(model):
     return [
         (path, layer)
-        for path, layer in injection.layers(model).items()
+        for path, layer in injection.adaptable_layers(model).items()
         if isinstance(layer, Adapted)
     ]
 
@@ -96,7 +96,7 @@ def test_a_full_update_starts_as_the_base_and_gets_wide_gradients(dtype):
     assert torch.equal(out, base(x)) and out.dtype == dtype
     out.float().square().sum().backward()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    found = injection.parameters(model)
+    found = injection.adapter_parameters(model)
     assert [tuple(p.shape) for p in found] == [
         tuple(p.shape) for n, p in base.named_parameters() if "norm" not in n
     ]
@@ -110,9 +110,9 @@ def test_forward_is_fold_to_the_bit_and_unfold_restores_weights_and_biases(dtype
     set_strength(model, "default", strength)
     out, before = model(x), net(dtype).state_dict()
     assert not torch.equal(out, net(dtype)(x))
-    fold(model, "default", strength)
+    fold_adapter(model, "default", strength)
     assert torch.equal(model(x), out) and not torch.equal(model.to_q.bias, before["to_q.bias"])
-    unfold(model)
+    unfold_adapter(model)
     assert torch.equal(model(x), out)
     remove(model)
     after = model.state_dict()
@@ -128,14 +128,17 @@ def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
             layer.requires_grad_(False)
     optimizers = [
         torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay)
-        for ps in (injection.parameters(ours), [p for p in plain.parameters() if p.requires_grad])
+        for ps in (
+            injection.adapter_parameters(ours),
+            [p for p in plain.parameters() if p.requires_grad],
+        )
     ]
     for _ in range(3):
         for model, optimizer in zip((ours, plain), optimizers):
             optimizer.zero_grad()
             (model(x) - 1).square().mean().backward()
             optimizer.step()
-    found = injection.merged(ours)
+    found = injection.merged_state_dict(ours)
     same = all(
         torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items()
     )
@@ -149,19 +152,19 @@ def test_full_and_low_rank_updates_add():
     shake(model, "second", seed=6)
     set_strength(model, "default", 0.4)
     with torch.no_grad():
-        for path, layer in injection.layers(expected).items():
+        for path, layer in injection.adaptable_layers(expected).items():
             full = dict(adapted_layers(model))[path].adapter("default")
-            layer.weight += 0.4 * full.weight + delta(
-                state(model, "second")[path], layer.weight.clone()
+            layer.weight += 0.4 * full.weight + delta_weight(
+                adapter_factors(model, "second")[path], layer.weight.clone()
             )
             if layer.bias is not None:
                 layer.bias += 0.4 * full.bias
     torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
-    fold(model, "default", 0.4)
-    fold(model, "second")
+    fold_adapter(model, "default", 0.4)
+    fold_adapter(model, "second")
     torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
-    unfold(model)
-    unfold(model, "second")
+    unfold_adapter(model)
+    unfold_adapter(model, "second")
     assert torch.equal(model.to_q.bias, net().to_q.bias)
 
 
@@ -178,8 +181,8 @@ def test_hooks_of_the_base_still_run():
 
 def test_a_full_update_has_no_factors():
     model = injected()
-    factors = state(injected("lora"))
-    for action in (lambda: state(model), lambda: load_state(model, factors)):
+    factors = adapter_factors(injected("lora"))
+    for action in (lambda: adapter_factors(model), lambda: load_factors(model, factors)):
         with pytest.raises(
             UserError, match="no low-rank form; write the merged model, or distil it"
         ):
@@ -214,10 +217,12 @@ def test_what_has_no_part_in_a_full_update_is_refused(settings, option):
 def test_casting_the_model_leaves_a_full_update_fp32():
     model = injected(dtype=torch.float32)
     shake(model)
-    before = [p.detach().clone() for p in injection.parameters(model)]
+    before = [p.detach().clone() for p in injection.adapter_parameters(model)]
     model.to(torch.bfloat16)
     assert model.to_q.weight.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(before, injection.parameters(model), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, injection.adapter_parameters(model), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -227,7 +232,7 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     inject(
         model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2}))
     )
-    ours = injection.parameters(model)[0]
+    ours = injection.adapter_parameters(model)[0]
     with torch.no_grad():
         ours.fill_(0.05)
     wrong = nn.Parameter(ours.detach().bfloat16())
@@ -241,7 +246,9 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     torch.testing.assert_close(start[0] - ours, torch.full_like(ours, 20e-4), rtol=1e-3, atol=0)
     assert torch.equal(wrong, start[1])
     if kind == "full":  # and the base sees the sum of the small steps
-        moved = injection.merged(model)["0.weight"].float() - model[0].base.weight.float()
+        moved = (
+            injection.merged_state_dict(model)["0.weight"].float() - model[0].base.weight.float()
+        )
         torch.testing.assert_close(moved, ours.detach(), rtol=0, atol=2.0**-9)
 
 
@@ -255,9 +262,9 @@ def masks(layer, settings, rows, step=3, seed=0, x=None):
     with torch.no_grad():
         for p in model[0].base.parameters():
             p.zero_()
-        for p in injection.parameters(model):
+        for p in injection.adapter_parameters(model):
             p.copy_(torch.eye(16).view(p.shape))
-    set_dropout(model, rows, step)
+    set_dropout_keys(model, rows, step)
     return model(torch.ones(len(rows), *(x or (16,)), dtype=torch.float64))
 
 
@@ -314,7 +321,7 @@ def test_every_dropout_has_its_own_stream():
     with torch.no_grad():
         for layer in model:
             layer.adapter("default").up.fill_(1.0)
-    set_dropout(model, ROWS, 0)
+    set_dropout_keys(model, ROWS, 0)
     first, second = (
         layer(torch.ones(len(ROWS), 8).double()) != layer.base(torch.ones(len(ROWS), 8).double())
         for layer in model
@@ -337,12 +344,12 @@ def test_masks_do_not_depend_on_the_batch(kind, settings):
     model = injected(kind, **settings).train()
     shake(model, size=0.3)
     x, rows = noise(6, 4, 6, 5), torch.tensor([5, 6, -7, 8, 9, 10])
-    set_dropout(model, rows, 11)
+    set_dropout_keys(model, rows, 11)
     whole = model(x)
     for part in ([3, 0], [5, 4, 1, 2], [2]):
-        set_dropout(model, rows[part], 11)
+        set_dropout_keys(model, rows[part], 11)
         torch.testing.assert_close(model(x[part]), whole[part], rtol=0, atol=1e-12)
-    set_dropout(model, rows, 12)
+    set_dropout_keys(model, rows, 12)
     assert not torch.allclose(model(x), whole)
     plain = injected(kind).eval()
     shake(plain, size=0.3)
@@ -358,7 +365,7 @@ def test_rank_dropout_is_unbiased_and_module_dropout_keeps_its_share(kind):
         inject(model, AdapterSpec(targets=("0",), kind=kind, rank=3, **settings))
         shake(model, size=0.3)
         x, rows = noise(1, 6).expand(20_000, 6), torch.arange(20_000)
-        set_dropout(model, rows, 0)
+        set_dropout_keys(model, rows, 0)
         with torch.no_grad():
             y, base = model(x), model[0].base(x[:1])
             exact = model.eval()(x[:1])
@@ -373,8 +380,12 @@ def test_dropped_examples_are_the_base_to_the_bit_and_dropped_ranks_leave_doras_
         model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))
         inject(model, AdapterSpec(targets=("0",), kind="dora", rank=16, **{name: 0.5}))
         shake(model, size=0.3)
-        set_dropout(model, ROWS[:50], 3)
-        lr, base, mask = state(model)["0"], model[0].base, masks(LINEAR, {name: 0.5}, ROWS[:50])
+        set_dropout_keys(model, ROWS[:50], 3)
+        lr, base, mask = (
+            adapter_factors(model)["0"],
+            model[0].base,
+            masks(LINEAR, {name: 0.5}, ROWS[:50]),
+        )
         with torch.no_grad():
             y, y0 = model(x), base(x)
             if name == "module_dropout":
@@ -394,8 +405,8 @@ def test_grouped_convolutions_drop_ranks_within_their_groups():
     inject(model, AdapterSpec(targets=("conv",), rank=4, rank_dropout=0.5))
     shake(model, size=0.3)
     x, rows = noise(3, 4, 5, 4), torch.tensor([1, 2, 3])
-    set_dropout(model, rows, 0)
-    lr, base = state(model)["conv"], model["conv"].base
+    set_dropout_keys(model, rows, 0)
+    lr, base = adapter_factors(model)["conv"], model["conv"].base
     mask = (model["conv"](x) - base(x)).detach()
     for i in range(3):
         hidden = F.conv2d(x[i : i + 1], lr.down, padding=1, groups=2)
@@ -417,12 +428,12 @@ def test_checkpointing_redraws_the_same_masks(kind):
     for recompute in (False, True):
         model = injected(kind, rank_dropout=0.3, module_dropout=0.3).train()
         shake(model)
-        set_dropout(model, torch.tensor([3, 1, 2]), 7)
+        set_dropout_keys(model, torch.tensor([3, 1, 2]), 7)
         x = noise(3, 4, 6, 5)
         (
             checkpoint(model, x, use_reentrant=False) if recompute else model(x)
         ).square().sum().backward()
-        grads.append([p.grad for p in injection.parameters(model)])
+        grads.append([p.grad for p in injection.adapter_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

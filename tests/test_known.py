@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.whole_models import Facts
-from models import known, outline
-from models.published import KINDS, folder
+from lora_core.formats.whole_models import SingleFileFacts
+from models import known, read_layout
+from models.published import PUBLISHED_MODELS, published_configs
 from tests import tiny_pipeline, tiny_sdxl
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
-ORIGINALS = [kind for kind, row in KINDS.items() if not row.like]
+ORIGINALS = [kind for kind, row in PUBLISHED_MODELS.items() if not row.like]
 WRITTEN = [
     "diffusers",
     "kohya",
@@ -35,7 +35,7 @@ def factors(shape, rank=2):
 
 def state_of(kind, component="", pattern=""):
     """An adapter of a kind; of one component and the layers that match a pattern, where they are given. No memory is used for its factors."""
-    layout = known.layout(kind)
+    layout = known.published_layout(kind)
     components = {
         name: {
             path: factors(shape) for path, shape in part.shapes.items() if re.search(pattern, path)
@@ -64,7 +64,7 @@ ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
 @pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
 @pytest.mark.parametrize("format", WRITTEN)
 def test_every_format_is_recognised_as_its_own_family(kind, format):
-    layout = known.layout(kind)
+    layout = known.published_layout(kind)
     if (
         format == "cloneofsimo"
         and not layout.components.get("unet", layout.components.get("transformer")).numbering
@@ -76,19 +76,21 @@ def test_every_format_is_recognised_as_its_own_family(kind, format):
         format,
         layout,
     )
-    assert known.kind_of(shapes) == kind
+    assert known.recognize_kind(shapes) == kind
     assert (
-        known.recognise({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+        known.recognize_adapter(
+            {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        )
         is layout
     )
 
 
 @pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
 def test_whole_networks_are_recognised(kind):
-    shapes, header = written(state_of(kind), "diffusers", known.layout(kind))
-    assert known.kind_of(shapes, header) == kind
-    shapes, header = written(state_of(kind), "kohya", known.layout(kind))
-    assert known.kind_of(shapes) == known.kind_of(shapes, header) == kind
+    shapes, header = written(state_of(kind), "diffusers", known.published_layout(kind))
+    assert known.recognize_kind(shapes, header) == kind
+    shapes, header = written(state_of(kind), "kohya", known.published_layout(kind))
+    assert known.recognize_kind(shapes) == known.recognize_kind(shapes, header) == kind
 
 
 @pytest.mark.parametrize(("kind", "component", "pattern", "format"), [
@@ -113,21 +115,25 @@ def test_files_with_few_layers(kind, component, pattern, format):
     if kind == "flux-schnell":
         assert not state.components  # it has no guidance, all else is as in dev
         return
-    shapes, _ = written(state, format, known.layout(kind))
-    assert known.kind_of(shapes) == kind
+    shapes, _ = written(state, format, known.published_layout(kind))
+    assert known.recognize_kind(shapes) == kind
 
 
 def test_what_shapes_do_not_tell_a_header_does_or_the_user():
     middle = written(
-        state_of("sd1", "unet", r"mid_block.*attn1\.to_q"), "diffusers", known.layout("sd1")
+        state_of("sd1", "unet", r"mid_block.*attn1\.to_q"),
+        "diffusers",
+        known.published_layout("sd1"),
     )[0]
     assert "1.x and Stable Diffusion 2.x and Stable Diffusion XL alike" in sentence(
-        known.recognise, middle
+        known.recognize_adapter, middle
     )  # 1280 wide in all of them
     layer = written(
-        state_of("sd1", "unet", r"up_blocks\.3.*attn1\.to_q"), "diffusers", known.layout("sd1")
+        state_of("sd1", "unet", r"up_blocks\.3.*attn1\.to_q"),
+        "diffusers",
+        known.published_layout("sd1"),
     )[0]
-    text = sentence(known.recognise, layer, {}, "a.safetensors")
+    text = sentence(known.recognize_adapter, layer, {}, "a.safetensors")
     assert (
         "Stable Diffusion 1.x and Stable Diffusion 2.x alike" in text
         and "--model" in text
@@ -136,20 +142,25 @@ def test_what_shapes_do_not_tell_a_header_does_or_the_user():
     )
     assert "Flux" not in text and "XL" not in text
     for version, kind in (("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sd_v2_v", "sd2-v")):
-        assert known.kind_of(layer, {"ss_base_model_version": version}) == kind
+        assert known.recognize_kind(layer, {"ss_base_model_version": version}) == kind
     assert (
-        known.kind_of(layer, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"})
+        known.recognize_kind(layer, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"})
         == "sd2-v"
     )
-    encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.layout("sdxl"))[0]
-    assert "Stable Diffusion XL and Flux" in sentence(known.recognise, encoder)
-    assert known.kind_of(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
-    context = written(state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.layout("sd1"))[0]
+    encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.published_layout("sdxl"))[0]
+    assert "Stable Diffusion XL and Flux" in sentence(known.recognize_adapter, encoder)
+    assert known.recognize_kind(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
+    context = written(
+        state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.published_layout("sd1")
+    )[0]
     assert (
-        known.kind_of(context, {"ss_base_model_version": "sd_v2"}) == "sd1"
+        known.recognize_kind(context, {"ss_base_model_version": "sd_v2"}) == "sd1"
     )  # shapes before headers
-    schnell = written(state_of("flux-schnell"), "kohya", known.layout("flux-schnell"))
-    assert known.kind_of(*schnell) == "flux-schnell" and known.kind_of(schnell[0]) == "flux-dev"
+    schnell = written(state_of("flux-schnell"), "kohya", known.published_layout("flux-schnell"))
+    assert (
+        known.recognize_kind(*schnell) == "flux-schnell"
+        and known.recognize_kind(schnell[0]) == "flux-dev"
+    )
 
 
 def test_files_of_other_models_are_refused():
@@ -158,7 +169,7 @@ def test_files_of_other_models_are_refused():
     shapes, _ = written(
         state, "kohya", formats.layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     )
-    text = sentence(known.recognise, shapes, None, "tiny.safetensors")
+    text = sentence(known.recognize_adapter, shapes, None, "tiny.safetensors")
     assert (
         "tiny.safetensors" in text
         and "fits none of Stable Diffusion 1.x" in text
@@ -171,10 +182,14 @@ def test_files_of_other_models_are_refused():
         {"unet.nowhere.lora_A.weight": (4, 320), "unet.nowhere.lora_B.weight": (320, 4)},
         {"step": ()},
     ):
-        assert "fits none" in sentence(known.recognise, odd)
-    one, _ = written(state_of("sd1", pattern=r"attn2\.to_k"), "diffusers", known.layout("sd1"))
-    other, _ = written(state_of("sdxl", pattern=r"attn2\.to_k"), "diffusers", known.layout("sdxl"))
-    assert "fits none" in sentence(known.recognise, one | other)
+        assert "fits none" in sentence(known.recognize_adapter, odd)
+    one, _ = written(
+        state_of("sd1", pattern=r"attn2\.to_k"), "diffusers", known.published_layout("sd1")
+    )
+    other, _ = written(
+        state_of("sdxl", pattern=r"attn2\.to_k"), "diffusers", known.published_layout("sdxl")
+    )
+    assert "fits none" in sentence(known.recognize_adapter, one | other)
 
 
 K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -219,12 +234,12 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     ("flux-dev", {"clip_l": (2, 768), "t5": (2, 4096), "t5xxl": (2, 4096)}),
 ])  # fmt: skip
 def test_spellings_from_elsewhere(kind, tensors):
-    assert known.kind_of(tensors) == kind
+    assert known.recognize_kind(tensors) == kind
 
 
 @pytest.mark.skipif(not DISNEY.is_file(), reason="the published file is not here")
 def test_a_published_file():
-    layout = known.recognise_path(DISNEY)
+    layout = known.recognize_path(DISNEY)
     assert (layout.family, layout.base_model_version) == ("sd", "sd_v1")
     state = formats.load(DISNEY, layout)
     assert {name: len(modules) for name, modules in state.components.items()} == {
@@ -248,44 +263,46 @@ def test_files_folders_and_pickles(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    formats.save_run(small("sd1", "attn2.to_k"), run, layout=known.layout("sd1"))
-    assert len(list(run.iterdir())) == 3 and known.recognise_path(run) is known.layout("sd1")
+    formats.save_run(small("sd1", "attn2.to_k"), run, layout=known.published_layout("sd1"))
+    assert len(list(run.iterdir())) == 3 and known.recognize_path(run) is known.published_layout(
+        "sd1"
+    )
     formats.save(
         small("sdxl", "attn2.to_k"),
         tmp_path / "xl.safetensors",
         format="kohya",
-        layout=known.layout("sdxl"),
+        layout=known.published_layout("sdxl"),
     )
-    assert known.recognise_path(tmp_path / "xl.safetensors") is known.layout("sdxl")
+    assert known.recognize_path(tmp_path / "xl.safetensors") is known.published_layout("sdxl")
     peft = tmp_path / "peft" / "unet"
     peft.mkdir(parents=True)
     save_file(
         {f"base_model.model.{DOTTED}.lora_A.weight": torch.ones(2, 1024)},
         peft / "adapter_model.safetensors",
     )
-    assert known.recognise_path(tmp_path / "peft") is known.layout("sd2")
+    assert known.recognize_path(tmp_path / "peft") is known.published_layout("sd2")
     torch.save(
         [torch.ones(320, 1), torch.ones(1, 320), torch.ones(320, 1), torch.ones(1, 1024)],
         tmp_path / "lora.pt",
     )
-    assert known.recognise_path(tmp_path / "lora.pt") is known.layout("sd2")
+    assert known.recognize_path(tmp_path / "lora.pt") is known.published_layout("sd2")
     torch.save([torch.ones(768, 1), torch.ones(1, 768)], tmp_path / "lora.text_encoder.pt")
-    assert known.recognise_path(tmp_path / "lora.text_encoder.pt") is known.layout("sd1")
+    assert known.recognize_path(tmp_path / "lora.text_encoder.pt") is known.published_layout("sd1")
     torch.save({"string_to_param": {"*": torch.ones(2, 1024)}, "name": "TOK"}, tmp_path / "emb.pt")
-    assert known.recognise_path(tmp_path / "emb.pt") is known.layout("sd2")
+    assert known.recognize_path(tmp_path / "emb.pt") is known.published_layout("sd2")
     torch.save({f"lora_unet_{K}.lora_down.weight": torch.ones(4, 768)}, tmp_path / "k.pt")
-    assert known.recognise_path(tmp_path / "k.pt") is known.layout("sd1")
+    assert known.recognize_path(tmp_path / "k.pt") is known.published_layout("sd1")
     (tmp_path / "none").mkdir()
-    assert "no .safetensors file" in sentence(known.recognise_path, tmp_path / "none")
-    assert "not there" in sentence(known.recognise_path, tmp_path / "nowhere.safetensors")
+    assert "no .safetensors file" in sentence(known.recognize_path, tmp_path / "none")
+    assert "not there" in sentence(known.recognize_path, tmp_path / "nowhere.safetensors")
     data = (tmp_path / "xl.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-9])
-    assert "cut.safetensors" in sentence(known.recognise_path, tmp_path / "cut.safetensors")
+    assert "cut.safetensors" in sentence(known.recognize_path, tmp_path / "cut.safetensors")
 
 
 def test_configs_are_those_of_the_published_models():
     """The numbers of modules that public trainers adapt (semantics.md 4.2) and the full-size networks of the other tests."""
-    layouts = known.layouts()
+    layouts = known.published_layouts()
     unet, clip, big = tiny_sdxl.full_size()
     expected = formats.layout_of(
         {"text_encoder": clip, "text_encoder_2": big, "unet": unet}
@@ -307,23 +324,23 @@ def test_configs_are_those_of_the_published_models():
         "sdxl-inpainting": "sdxl_base_v1-0", "sdxl-refiner": "sdxl_refiner_v1-0", "flux-dev": "flux1", "flux-schnell": "flux1",
     }  # fmt: skip
     assert layouts["sd2"].components["text_encoder"].width == 1024
-    for kind in KINDS:
-        assert outline(str(folder(kind))).components == layouts[kind].components
+    for kind in PUBLISHED_MODELS:
+        assert read_layout(str(published_configs(kind))).components == layouts[kind].components
 
 
 def test_checkpoints_are_told_by_their_widths():
     def facts(channels, context, label=None):
-        return Facts(channels, context, label, True, {}, True, ())
+        return SingleFileFacts(channels, context, label, True, {}, True, ())
 
     expected = {
         (4, 768, None): "sd1", (9, 768, None): "sd1-inpainting", (4, 1024, None): "sd2", (9, 1024, None): "sd2-inpainting",
         (4, 2048, 2816): "sdxl", (9, 2048, 2816): "sdxl-inpainting", (4, 1280, 2560): "sdxl-refiner",
     }  # fmt: skip
-    assert {key: known.of_checkpoint(facts(*key), "a") for key in expected} == expected
+    assert {key: known.recognize_checkpoint(facts(*key), "a") for key in expected} == expected
     assert (
-        known.of_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
-        and known.of_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+        known.recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
+        and known.recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
     )
     for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
-        text = sentence(known.of_checkpoint, facts(*key), "a.ckpt")
+        text = sentence(known.recognize_checkpoint, facts(*key), "a.ckpt")
         assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapters.targets import matches
-from merging.block_weights import BLOCKS, LISTS, by_block, parse
+from lora_core.adapters.targets import matches_pattern
+from merging.block_weights import BLOCK_LISTS, BLOCKS, factor_by_block, parse_block_weights
 from models import sd, sdxl
 from tests.tiny_pipeline import pipeline
 
@@ -27,8 +27,8 @@ def layouts():
         )  # fmt: skip
         first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     return {
-        17: sd.layout(plain, first, {}),
-        12: sdxl.layout(large, {"text_encoder": first, "text_encoder_2": second}),
+        17: sd.sd_layout(plain, first, {}),
+        12: sdxl.sdxl_layout(large, {"text_encoder": first, "text_encoder_2": second}),
     }
 
 
@@ -39,7 +39,7 @@ def hit(layout, globs):
         (name, path)
         for name, part in layout.components.items()
         for path in part.shapes
-        if any(matches(path, glob) for glob in globs)
+        if any(matches_pattern(path, glob) for glob in globs)
     ]
     return {layout.block_of(name, path) for name, path in paths}
 
@@ -47,7 +47,7 @@ def hit(layout, globs):
 @pytest.mark.parametrize("length", [17, 12])
 def test_short_lists_name_the_blocks_with_attention(layouts, length):
     assert (
-        hit(layouts[length], ("*.attentions.*",)) == set(LISTS[length])
+        hit(layouts[length], ("*.attentions.*",)) == set(BLOCK_LISTS[length])
         and length in layouts[length].block_lists
     )
 
@@ -55,7 +55,7 @@ def test_short_lists_name_the_blocks_with_attention(layouts, length):
 def test_a_list_of_20_names_all_blocks(layouts):
     assert (
         hit(layouts[12], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in"))
-        == set(LISTS[20])
+        == set(BLOCK_LISTS[20])
         and 20 in layouts[12].block_lists
     )
     assert hit(layouts[17], ("*.attentions.*", "*.resnets.*", "*samplers.*", "conv_in")) == set(
@@ -91,8 +91,10 @@ def test_blocks_are_numbered_as_the_original_code_numbers_them(layouts, length, 
 
 
 def test_a_list_weighs_layers(layouts):
-    share = by_block(
-        parse("0.5," + ",".join(str(i) for i in range(1, 17)), layouts[17].block_lists),
+    share = factor_by_block(
+        parse_block_weights(
+            "0.5," + ",".join(str(i) for i in range(1, 17)), layouts[17].block_lists
+        ),
         layouts[17].block_of,
     )
     assert share("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == 0.5
@@ -111,6 +113,8 @@ def test_tables_tell_the_width_of_rows(layouts):
         layouts[12].components[name].width for name in ("unet", "text_encoder", "text_encoder_2")
     ] == [0, 768, 768]
     assert (
-        sd.layout((pipe := pipeline()).unet, pipe.text_encoder, {}).components["text_encoder"].width
+        sd.sd_layout((pipe := pipeline()).unet, pipe.text_encoder, {})
+        .components["text_encoder"]
+        .width
         == 16
     )

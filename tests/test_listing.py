@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from lora_core.data import dataset, images
-from lora_core.data.dataset import scan
-from lora_core.data.listing import place_for_more
+from lora_core.data.dataset import scan_folder
+from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
 from training import class_images
 
@@ -29,7 +29,7 @@ def save(path: Path, colour: int = 0) -> Path:
 def names(folder: Path, **how: object) -> list[str]:
     return [
         r.path.relative_to(folder).as_posix()
-        for r in scan(folder, **{"captions": "one", "caption": "x", "masks": "none"} | how)
+        for r in scan_folder(folder, **{"captions": "one", "caption": "x", "masks": "none"} | how)
     ]  # type: ignore[arg-type]
 
 
@@ -48,14 +48,21 @@ def test_masks_as_many_tools_call_them_are_masks_and_never_images(
     save(tmp_path / "a.png")
     mask = save(tmp_path / name, 20)
     assert names(tmp_path) == ["a.png"]
-    assert [r.mask_path for r in scan(tmp_path, captions="one", caption="x", masks="file")] == [
-        mask
-    ]
-    left = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="none"))
+    assert [
+        r.mask_path for r in scan_folder(tmp_path, captions="one", caption="x", masks="file")
+    ] == [mask]
+    left = dataset.find_unused_files(
+        tmp_path, scan_folder(tmp_path, captions="one", caption="x", masks="none")
+    )
     assert [(paths, "masks that are not asked for" in why) for why, paths in left.items()] == [
         ([mask], True)
     ]
-    assert dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x", masks="file")) == {}
+    assert (
+        dataset.find_unused_files(
+            tmp_path, scan_folder(tmp_path, captions="one", caption="x", masks="file")
+        )
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,9 @@ def test_an_image_whose_name_speaks_of_a_mask_stays_an_image(tmp_path: Path, nam
     save(tmp_path / name)
     own = "/" not in name
     assert names(tmp_path) == sorted(["a.png", name] if own else ["a.png"])
-    assert own or list(dataset.unused(tmp_path, scan(tmp_path, caption="x"))) == ["sub-folders"]
+    assert own or list(dataset.find_unused_files(tmp_path, scan_folder(tmp_path, caption="x"))) == [
+        "sub-folders"
+    ]
 
 
 def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
@@ -83,16 +92,16 @@ def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
         save(tmp_path / f"{i}.src.jpg", i)
         save(tmp_path / f"{i}.mask.png", i)
     spare = save(tmp_path / "masks" / "1.src.png")
-    records = scan(tmp_path, caption="x", masks="file")
+    records = scan_folder(tmp_path, caption="x", masks="file")
     assert [r.mask_path.name for r in records if r.mask_path] == [
         "0.mask.png",
         "1.mask.png",
         "10.mask.png",
     ]
-    assert dataset.unused(tmp_path, records) == {"second masks of an image": [spare]}
+    assert dataset.find_unused_files(tmp_path, records) == {"second masks of an image": [spare]}
     save(tmp_path / "5-masklabel.png")
     with pytest.raises(UserError, match=r"5-masklabel\.png belongs to no image"):
-        scan(tmp_path, caption="x", masks="file")
+        scan_folder(tmp_path, caption="x", masks="file")
     assert len(names(tmp_path)) == 3
 
 
@@ -110,9 +119,9 @@ def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
 def test_files_beside_an_image_are_its_captions(tmp_path: Path, name: str, content: str) -> None:
     save(tmp_path / "IMG_1.png")
     (tmp_path / name).write_text(content, encoding="utf-8")
-    [record] = scan(tmp_path)
+    [record] = scan_folder(tmp_path)
     assert record.captions == ("a red TOK",) and record.source == tmp_path / name
-    assert dataset.unused(tmp_path, [record]) == {}
+    assert dataset.find_unused_files(tmp_path, [record]) == {}
 
 
 def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> None:
@@ -120,23 +129,23 @@ def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> 
         save(tmp_path / f"{stem}.png", ord(stem) - 97)
         (tmp_path / f"{stem}.caption").write_text("from caption")
     (tmp_path / "a.txt").write_text("from txt")
-    records = scan(tmp_path)
+    records = scan_folder(tmp_path)
     assert [r.captions for r in records] == [("from txt",), ("from caption",)]
-    assert dataset.unused(tmp_path, records) == {
+    assert dataset.find_unused_files(tmp_path, records) == {
         "texts beside images that have another caption": [tmp_path / "a.caption"]
     }
     with pytest.raises(UserError, match=r"1 of 2 images lack a \.txt"):
-        scan(tmp_path, captions="txt")
+        scan_folder(tmp_path, captions="txt")
 
 
 def test_json_that_is_no_caption_is_left_out_and_broken_json_refused(tmp_path: Path) -> None:
     save(tmp_path / "a red TOK.png")
     for content in ('{"title": "IMG"}', '{"prompt": {"3": {}}}', "[]", ""):
         (tmp_path / "a red TOK.json").write_text(content)
-        assert scan(tmp_path)[0].captions == ("a red TOK",)
+        assert scan_folder(tmp_path)[0].captions == ("a red TOK",)
     (tmp_path / "a red TOK.json").write_text('{"text": "a')
     with pytest.raises(UserError, match="is not JSON"):
-        scan(tmp_path)
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +167,15 @@ def test_names_that_nobody_wrote_are_captions_only_when_asked_for(
         UserError,
         match=r"1 of 2 images .* no caption but a name .*--data.caption, .*--data.captions filename",
     ):
-        scan(tmp_path)
-    records = scan(tmp_path, captions="filename")
+        scan_folder(tmp_path)
+    records = scan_folder(tmp_path, captions="filename")
     assert sorted(r.captions[0] for r in records) == sorted(
         ["a red TOK", name.removesuffix(".png")]
     )
-    assert dataset.unused(tmp_path, records) == {"texts of no image": [tmp_path / "notes.txt"]}
-    assert {r.captions for r in scan(tmp_path, caption="a TOK")} == {("a TOK",)}
+    assert dataset.find_unused_files(tmp_path, records) == {
+        "texts of no image": [tmp_path / "notes.txt"]
+    }
+    assert {r.captions for r in scan_folder(tmp_path, caption="a TOK")} == {("a TOK",)}
 
 
 def test_empty_captions_fall_back_on_the_caption_that_is_given(tmp_path: Path) -> None:
@@ -173,8 +184,8 @@ def test_empty_captions_fall_back_on_the_caption_that_is_given(tmp_path: Path) -
         (tmp_path / f"{i}.txt").write_text(text)
     save(tmp_path / "3.png", 3)
     with pytest.raises(UserError, match="3 of 4 images lack"):
-        scan(tmp_path)
-    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == [
+        scan_folder(tmp_path)
+    assert [r.captions[0] for r in scan_folder(tmp_path, caption="the TOK")] == [
         "a TOK",
         "the TOK",
         "the TOK",
@@ -189,8 +200,8 @@ def test_empty_captions_fall_back_on_the_caption_that_is_given(tmp_path: Path) -
         "\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8"
     )
     with pytest.raises(UserError, match="line 2 has the text ''"):
-        scan(tmp_path)
-    assert [r.captions[0] for r in scan(tmp_path, caption="the TOK")] == [
+        scan_folder(tmp_path)
+    assert [r.captions[0] for r in scan_folder(tmp_path, caption="the TOK")] == [
         "row",
         "the TOK",
         "the TOK",
@@ -200,8 +211,8 @@ def test_empty_captions_fall_back_on_the_caption_that_is_given(tmp_path: Path) -
         "\n".join(json.dumps({"file_name": f"{i}.png", "text": "row"}) for i in range(4))
     )
     with pytest.raises(UserError, match="'the TOK' has no use"):
-        scan(tmp_path, caption="the TOK")
-    assert len(scan(tmp_path, caption="the TOK", held_out=True)) == 4
+        scan_folder(tmp_path, caption="the TOK")
+    assert len(scan_folder(tmp_path, caption="the TOK", held_out=True)) == 4
 
 
 # ---------------------------------------------------------------- folders
@@ -222,19 +233,21 @@ def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) ->
     save(root / "2024_summer" / "y.png")
     save(root / "0_off" / "z.png")
     save(root / "20240501_party" / "w.png")
-    records = scan(root)
+    records = scan_folder(root)
     found = [(r.path.parent.name, r.captions[0]) for r in records]
     assert (
         found
         == [("10_ohwx dog", "ohwx dog"), ("10_ohwx dog", "ohwx dog on grass")] * 10
         + [("3_TOK", "TOK")] * 3
     )
-    assert scan(root, repeats=2) == records * 2 and len(scan(root, held_out=True)) == 3
-    assert dataset.unused(root, records) == {
+    assert (
+        scan_folder(root, repeats=2) == records * 2 and len(scan_folder(root, held_out=True)) == 3
+    )
+    assert dataset.find_unused_files(root, records) == {
         "sub-folders": [root / "0_off", root / "20240501_party", root / "2024_summer", root / "reg"]
     }
-    assert {r.captions for r in scan(root, captions="one", caption="a TOK")} == {("a TOK",)}
-    assert [r.captions[0] for r in scan(root, caption="a TOK", held_out=True)] == [
+    assert {r.captions for r in scan_folder(root, captions="one", caption="a TOK")} == {("a TOK",)}
+    assert [r.captions[0] for r in scan_folder(root, caption="a TOK", held_out=True)] == [
         "a TOK",
         "ohwx dog on grass",
         "a TOK",
@@ -245,14 +258,16 @@ def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) ->
 
 def test_class_images_in_kohyas_folders_are_counted_and_added_to_the_first(tmp_path: Path) -> None:
     root = kohya(tmp_path / "reg")
-    assert place_for_more(root) == (root / "10_ohwx dog", 3)
-    assert len(scan(root, captions="one", caption="a dog", masks="none", is_prior=True)) == 23
+    assert folder_for_new_images(root) == (root / "10_ohwx dog", 3)
+    assert (
+        len(scan_folder(root, captions="one", caption="a dog", masks="none", is_prior=True)) == 23
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert place_for_more(empty) == (empty, 0)
+    assert folder_for_new_images(empty) == (empty, 0)
     save(empty / "a" / "b.png")
     with pytest.raises(UserError, match=r"1 below .*give the folder .*a itself"):
-        place_for_more(empty)
+        folder_for_new_images(empty)
 
 
 def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path: Path) -> None:
@@ -262,9 +277,9 @@ def test_class_images_are_neither_a_file_nor_among_the_training_images(tmp_path:
         (tmp_path / "photos" / ".." / "photos", "folder of the training images"),
     ):
         with pytest.raises(UserError, match=sentence):
-            class_images.check_folder(str(given), str(tmp_path / "photos"))
+            class_images.check_class_folder(str(given), str(tmp_path / "photos"))
     for given in ("", str(tmp_path / "new")):
-        class_images.check_folder(given, str(tmp_path / "photos"))
+        class_images.check_class_folder(given, str(tmp_path / "photos"))
 
 
 def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) -> None:
@@ -273,16 +288,16 @@ def test_a_train_folder_is_read_and_other_sub_folders_are_named(tmp_path: Path) 
         (tmp_path / split / "metadata.jsonl").write_text(
             json.dumps({"file_name": "0.png", "text": split})
         )
-    records = scan(tmp_path)
-    assert [r.captions for r in records] == [("train",)] and dataset.unused(tmp_path, records) == {
-        "sub-folders": [tmp_path / "test"]
-    }
+    records = scan_folder(tmp_path)
+    assert [r.captions for r in records] == [("train",)] and dataset.find_unused_files(
+        tmp_path, records
+    ) == {"sub-folders": [tmp_path / "test"]}
     (tmp_path / "metadata.csv").write_text(
         "\ufefffile_name,text\ntrain/0.png,beside\n", encoding="utf-8"
     )
-    records = scan(tmp_path)
+    records = scan_folder(tmp_path)
     assert [(r.path, r.captions) for r in records] == [(tmp_path / "train" / "0.png", ("beside",))]
-    assert dataset.unused(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
+    assert dataset.find_unused_files(tmp_path, records) == {"sub-folders": [tmp_path / "test"]}
 
 
 def test_a_folder_without_images_says_what_it_has_instead(
@@ -294,17 +309,17 @@ def test_a_folder_without_images_says_what_it_has_instead(
         UserError,
         match=r"no images in .* itself, but 1 below .*deep; give the folder .*deep/er itself",
     ):
-        scan(tmp_path)
+        scan_folder(tmp_path)
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"x")
     with pytest.raises(
         UserError,
         match=r"no images in .* can be read; 1 file left out, first IMG_1.HEIC: HEIC needs",
     ):
-        scan(tmp_path / "phone")
+        scan_folder(tmp_path / "phone")
     kohya(tmp_path / "project" / "img")
     with pytest.raises(UserError, match=r"give the folder .*project/img itself"):
-        scan(tmp_path / "project")
+        scan_folder(tmp_path / "project")
 
 
 def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
@@ -315,7 +330,7 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
     for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
     save(tmp_path / ".ipynb_checkpoints" / "a.png")
-    assert dataset.unused(tmp_path, scan(tmp_path, caption="x")) == {}
+    assert dataset.find_unused_files(tmp_path, scan_folder(tmp_path, caption="x")) == {}
     for name in (
         "b.heic",
         "c.svg",
@@ -329,7 +344,7 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
             b"file_name,text\na.png,t"
         )
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
-    found = dataset.unused(tmp_path, scan(tmp_path, captions="one", caption="x"))
+    found = dataset.find_unused_files(tmp_path, scan_folder(tmp_path, captions="one", caption="x"))
     assert found.pop("links to nothing") == [tmp_path / "e.png"]
     assert sorted(path.name for paths in found.values() for path in paths) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
@@ -348,7 +363,7 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
 def test_only_newlines_separate_captions(tmp_path: Path, space: str) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(f"a{space}TOK\rthe TOK\r\n\nmy{space}TOK".encode())
-    assert scan(tmp_path)[0].captions == (f"a{space}TOK", "the TOK", f"my{space}TOK")
+    assert scan_folder(tmp_path)[0].captions == (f"a{space}TOK", "the TOK", f"my{space}TOK")
 
 
 @pytest.mark.parametrize("disk, table", [(NFC, NFD), (NFD, NFC)])
@@ -356,12 +371,12 @@ def test_normal_forms_of_unicode_are_one_name(tmp_path: Path, disk: str, table: 
     save(tmp_path / f"{disk}.png")
     save(tmp_path / f"{table}.mask.png", 3)
     (tmp_path / f"{table}.txt").write_text(f"un {NFD}", encoding="utf-8")
-    [record] = scan(tmp_path)
+    [record] = scan_folder(tmp_path)
     assert record.captions == (f"un {NFC}",) and record.mask_path == tmp_path / f"{table}.mask.png"
     save(tmp_path / disk / f"{disk}.png", 1)
     rows = [{"file_name": name, "text": NFD} for name in (f"{table}.png", f"{table}/{table}.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert [r.captions for r in scan(tmp_path)] == [(NFC,)] * 2
+    assert [r.captions for r in scan_folder(tmp_path)] == [(NFC,)] * 2
 
 
 def test_names_that_are_no_utf8_are_no_captions_and_can_be_printed(tmp_path: Path) -> None:
@@ -371,14 +386,14 @@ def test_names_that_are_no_utf8_are_no_captions_and_can_be_printed(tmp_path: Pat
         with pytest.raises(
             UserError, match=r"caf\\xe9 TOK\.png has bytes that are no UTF-8 .*rename"
         ):
-            scan(tmp_path, **how)  # type: ignore[arg-type]
-    [record] = scan(tmp_path, caption="a TOK")
+            scan_folder(tmp_path, **how)  # type: ignore[arg-type]
+    [record] = scan_folder(tmp_path, caption="a TOK")
     assert record.captions == ("a TOK",)
     (tmp_path / "k").mkdir()
     os.mkdir(os.fsencode(tmp_path / "k") + b"/5_caf\xe9")
     save(Path(os.fsdecode(os.fsencode(tmp_path / "k") + b"/5_caf\xe9")) / "a.png")
     with pytest.raises(UserError, match=r"5_caf\\xe9 has bytes"):
-        scan(tmp_path / "k")
+        scan_folder(tmp_path / "k")
 
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:
@@ -389,30 +404,32 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
     ):
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(UserError, match=match):
-            scan(tmp_path)
+            scan_folder(tmp_path)
 
 
 def test_names_of_kohyas_folders_that_no_image_takes_are_said(tmp_path: Path) -> None:
     kohya(tmp_path)
     root = tmp_path
-    assert dataset.unread_names(root, scan(root)) == ""
-    said = dataset.unread_names(root, scan(root, captions="one", caption="x"))
+    assert dataset.describe_unread_folder_names(root, scan_folder(root)) == ""
+    said = dataset.describe_unread_folder_names(
+        root, scan_folder(root, captions="one", caption="x")
+    )
     assert said.startswith("folder names are no captions here") and " of " in said
 
 
 def test_what_is_no_folder_and_what_is_no_text_is_named(tmp_path: Path) -> None:
     image = save(tmp_path / "IMG_0001.png")
     with pytest.raises(UserError, match="is a file, not a folder"):
-        scan(image)
+        scan_folder(image)
     (tmp_path / "meta_lat.json").write_text("{}")
     with pytest.raises(
         UserError,
         match=r"first IMG_0001.png \(meta_lat.json there belongs to no image\); write captions",
     ):
-        scan(tmp_path)
+        scan_folder(tmp_path)
     (tmp_path / "IMG_0001.txt").write_bytes(b"a photo\0 of")
     with pytest.raises(UserError, match="zero byte at byte 7"):
-        scan(tmp_path)
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +441,7 @@ def test_a_table_that_names_a_mask_as_an_image_is_refused(tmp_path: Path, name: 
     rows = [{"file_name": image, "text": "x"} for image in ("a.png", "below/b.png", name)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="makes a mask and not an image; take its row out"):
-        scan(tmp_path)
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize("written", ["a.png", "./a.png", "below/../a.png", "ROOT/a.png"])
@@ -436,7 +453,7 @@ def test_a_table_may_write_a_path_in_several_ways(
     row = {"file_name": written.replace("ROOT", str(tmp_path / "photos")), "text": "x"}
     (tmp_path / "photos" / "metadata.jsonl").write_text(json.dumps(row))
     monkeypatch.chdir(tmp_path)
-    assert [r.path for r in scan("photos")] == [Path("photos/a.png")]
+    assert [r.path for r in scan_folder("photos")] == [Path("photos/a.png")]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +471,7 @@ def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(row)
     with pytest.raises(UserError, match=sentence):
-        scan(tmp_path)
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +490,7 @@ def test_texts_that_are_no_captions_are_named_where_captions_are_missing(
     save(tmp_path / "IMG_1.png")
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=sentence):
-        scan(tmp_path)
+        scan_folder(tmp_path)
 
 
 def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> None:
@@ -484,12 +501,15 @@ def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"
     ):
-        scan(tmp_path)
-    assert [r.captions for r in scan(tmp_path, caption="a TOK")] == [("of a TOK",), ("a TOK",)]
+        scan_folder(tmp_path)
+    assert [r.captions for r in scan_folder(tmp_path, caption="a TOK")] == [
+        ("of a TOK",),
+        ("a TOK",),
+    ]
 
 
 def test_masks_without_images_are_named(tmp_path: Path) -> None:
     for name in ("a.mask.png", "b-masklabel.png"):
         save(tmp_path / name)
     with pytest.raises(UserError, match=r"but 2 masks, first a\.mask\.png"):
-        scan(tmp_path)
+        scan_folder(tmp_path)

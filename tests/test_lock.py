@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import UserError
-from lora_core.runs.lock import LOCK, FolderLock, check_free
+from lora_core.runs.lock import LOCK, FolderLock, check_lock_free
 from lora_core.runs.run_folder import Run
 
 HOLD = """
@@ -39,7 +39,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
 ) -> None:
     other = start(tmp_path)
     try:
-        for ask in (check_free, FolderLock.hold):
+        for ask in (check_lock_free, FolderLock.hold):
             with pytest.raises(UserError, match=f"in use by process {other.pid} on .*--out"):
                 ask(tmp_path)
         other.send_signal(ending)
@@ -47,7 +47,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
         other.wait()
         other.stdout.close()
     assert (tmp_path / LOCK).exists()  # what a killed process leaves
-    check_free(tmp_path)
+    check_lock_free(tmp_path)
     FolderLock.hold(tmp_path).release()
     assert not list(tmp_path.iterdir())
 
@@ -67,7 +67,7 @@ def test_a_half_written_holder_is_another_process(tmp_path: Path) -> None:
     for text in ("", "[]", '{"process": 1}', "\xff"):
         (tmp_path / LOCK).write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="in use by another process"):
-            check_free(tmp_path)
+            check_lock_free(tmp_path)
     lock.release()
 
 
@@ -86,7 +86,7 @@ def test_the_lock_is_no_file_of_a_run_and_stays_out_of_backups(tmp_path: Path) -
         "config.toml"
     ]
     with pytest.raises(UserError, match="in use"):
-        check_free(out)
+        check_lock_free(out)
     moved.release()
     assert not list(out.iterdir())
 

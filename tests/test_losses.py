@@ -13,23 +13,32 @@ from lora_core.diffusion.losses import (
     LOSSES,
     WEIGHTINGS,
     StepOutput,
-    capturable,
-    check_rows,
+    add_preservation,
+    check_loss_rows,
+    describe_loss,
+    find_function,
     huber_delta,
+    is_capturable,
+    loss_weights,
     masked_mean,
-    meaning,
-    preserving,
-    resolve,
-    total,
-    weight,
+    sum_losses,
 )
-from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, edm, flow, vp_from_config
-from lora_core.diffusion.prediction import PREDICTIONS, compared
+from lora_core.diffusion.noise import (
+    NoiseLevel,
+    Schedule,
+    add_noise,
+    edm_schedule,
+    flow_schedule,
+    vp_schedule_from_config,
+)
+from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
-from lora_core.kernels import using
+from lora_core.kernels import use_kernels
 
-SD = vp_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-ZERO = vp_from_config(
+SD = vp_schedule_from_config(
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
+ZERO = vp_schedule_from_config(
     {
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -125,9 +134,9 @@ def test_huber_delta_runs_from_one_to_delta() -> None:
         torch.testing.assert_close(
             huber_delta(ends, SD.t_max, delta=0.1, schedule=schedule), torch.tensor([1.0, 0.1])
         )
-    ends = flow().level(torch.tensor([0.0, 1.0]))
+    ends = flow_schedule().level(torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(
-        huber_delta(ends, flow(steps=7).t_max, delta=0.1, schedule="exponential"),
+        huber_delta(ends, flow_schedule(steps=7).t_max, delta=0.1, schedule="exponential"),
         torch.tensor([1.0, 0.1]),
     )
 
@@ -135,7 +144,7 @@ def test_huber_delta_runs_from_one_to_delta() -> None:
 @pytest.mark.parametrize("name", ["huber", "smooth_l1"])
 def test_an_exponential_huber_schedule_fits_each_schedule_by_itself(name: str) -> None:
     """kohya's exp(t ln c / 1000), whose t of a flow is 1000 sigma."""
-    for schedule, prediction, scale in ((SD, "epsilon", 1), (flow(), "flow", 1000)):
+    for schedule, prediction, scale in ((SD, "epsilon", 1), (flow_schedule(), "flow", 1000)):
         step = make(prediction, schedule=schedule)
         d = step.out - step.target
         c = torch.tensor(
@@ -147,7 +156,7 @@ def test_an_exponential_huber_schedule_fits_each_schedule_by_itself(name: str) -
             LOSSES[name](step, delta=0.2, schedule="exponential"), expected, rtol=1e-9, atol=0
         )
     with pytest.raises(UserError, match=r"exponential schedule.*choose snr"):
-        LOSSES[name](make("edm", schedule=edm()), schedule="exponential")
+        LOSSES[name](make("edm", schedule=edm_schedule()), schedule="exponential")
 
 
 @pytest.mark.parametrize(
@@ -235,12 +244,12 @@ PAPERS = {  # (weighting, prediction) -> weight of the squared output error, fro
 
 @pytest.mark.parametrize(("name", "prediction"), PAPERS)
 def test_weights_are_the_papers(name: str, prediction: str) -> None:
-    schedule = flow() if prediction == "flow" else SD
+    schedule = flow_schedule() if prediction == "flow" else SD
     rows = slice(0, -1) if prediction == "flow" else slice(None)  # the last row of a flow has snr 0
     level = schedule.level(schedule.ts[rows])
     snr = (schedule.alphas[rows] / schedule.sigmas[rows]) ** 2
     torch.testing.assert_close(
-        weight(name, level, prediction),
+        loss_weights(name, level, prediction),
         PAPERS[name, prediction](snr, schedule.sigmas[rows]),
         rtol=1e-9,
         atol=0,
@@ -252,9 +261,11 @@ def test_the_weights_diffusers_and_kohya_agree_on() -> None:
     level = NoiseLevel(
         torch.tensor([0.0]), torch.tensor([(10 / 11) ** 0.5]), torch.tensor([(1 / 11) ** 0.5])
     )
-    torch.testing.assert_close(weight("min_snr", level, "epsilon", gamma=5.0), torch.tensor([0.5]))
     torch.testing.assert_close(
-        weight("min_snr", level, "v_prediction", gamma=5.0), torch.tensor([5 / 11])
+        loss_weights("min_snr", level, "epsilon", gamma=5.0), torch.tensor([0.5])
+    )
+    torch.testing.assert_close(
+        loss_weights("min_snr", level, "v_prediction", gamma=5.0), torch.tensor([5 / 11])
     )
     training = pytest.importorskip("diffusers.training_utils")
     diffusers = pytest.importorskip("diffusers")
@@ -264,10 +275,10 @@ def test_the_weights_diffusers_and_kohya_agree_on() -> None:
     t = torch.arange(1000)
     snr = training.compute_snr(scheduler, t)
     torch.testing.assert_close(
-        weight("min_snr", SD.level(t), "epsilon"), snr.clamp(max=5) / snr, rtol=1e-3, atol=0
+        loss_weights("min_snr", SD.level(t), "epsilon"), snr.clamp(max=5) / snr, rtol=1e-3, atol=0
     )  # theirs is an fp32 cumprod
     torch.testing.assert_close(
-        weight("min_snr", SD.level(t), "v_prediction"),
+        loss_weights("min_snr", SD.level(t), "v_prediction"),
         snr.clamp(max=5) / (snr + 1),
         rtol=1e-3,
         atol=0,
@@ -277,15 +288,19 @@ def test_the_weights_diffusers_and_kohya_agree_on() -> None:
 def test_arguments_of_the_weightings() -> None:
     level = SD.level(torch.tensor([200.0], dtype=torch.float64))
     s = level.snr
-    torch.testing.assert_close(weight("p2", level, "epsilon", k=2.0, gamma=0.5), (2 + s) ** -0.5)
-    torch.testing.assert_close(weight("soft_min_snr", level, "sample", gamma=4.0), 4 * s / (4 + s))
+    torch.testing.assert_close(
+        loss_weights("p2", level, "epsilon", k=2.0, gamma=0.5), (2 + s) ** -0.5
+    )
+    torch.testing.assert_close(
+        loss_weights("soft_min_snr", level, "sample", gamma=4.0), 4 * s / (4 + s)
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in WEIGHTINGS if n != "none"])
 def test_a_weighted_error_in_x0_does_not_care_what_the_network_predicts(name: str) -> None:
     """weight * (output error)^2 is W(snr) * (x0 error)^2 for every row of PREDICTIONS."""
     level = SD.level(torch.arange(0, 1000, 37).double())
-    rows = [weight(name, level, p) / PREDICTIONS[p].jacobian(level) ** 2 for p in PREDICTIONS]
+    rows = [loss_weights(name, level, p) / PREDICTIONS[p].jacobian(level) ** 2 for p in PREDICTIONS]
     for row in rows[1:]:
         torch.testing.assert_close(row, rows[0], rtol=1e-9, atol=0)
 
@@ -295,8 +310,11 @@ def test_a_weighted_error_in_x0_does_not_care_what_the_network_predicts(name: st
 def test_weights_stay_finite_at_zero_terminal_snr_and_at_the_ends_of_flow(
     name: str, prediction: str
 ) -> None:
-    for level in (ZERO.level(torch.arange(1000)), flow().level(torch.tensor([0.0, 0.5, 1.0]))):
-        w = weight(name, level, prediction)
+    for level in (
+        ZERO.level(torch.arange(1000)),
+        flow_schedule().level(torch.tensor([0.0, 0.5, 1.0])),
+    ):
+        w = loss_weights(name, level, prediction)
         assert (
             torch.isfinite(w).all()
             and (w >= 0).all()
@@ -309,9 +327,9 @@ def test_weights_stay_finite_at_zero_terminal_snr_and_at_the_ends_of_flow(
 
 def test_min_snr_at_zero_terminal_snr_is_its_limit() -> None:
     last = ZERO.level(torch.tensor([999]))
-    torch.testing.assert_close(weight("min_snr", last, "epsilon"), torch.ones(1))
+    torch.testing.assert_close(loss_weights("min_snr", last, "epsilon"), torch.ones(1))
     torch.testing.assert_close(
-        weight("min_snr", last, "v_prediction"), torch.zeros(1), atol=1e-6, rtol=0
+        loss_weights("min_snr", last, "v_prediction"), torch.zeros(1), atol=1e-6, rtol=0
     )
 
 
@@ -340,12 +358,12 @@ def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> Non
         "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, 2, 3))\n\nnumber = 1\n"
     )
     step = make()
-    assert resolve("l1", LOSSES) is LOSSES["l1"]
+    assert find_function("l1", LOSSES) is LOSSES["l1"]
     torch.testing.assert_close(
-        resolve(f"{file}:cube", LOSSES, {"power": 2})(step), LOSSES["mse"](step)
+        find_function(f"{file}:cube", LOSSES, {"power": 2})(step), LOSSES["mse"](step)
     )
     torch.testing.assert_close(
-        resolve("huber", LOSSES, {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3)
+        find_function("huber", LOSSES, {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3)
     )
     for spec, args, message in [
         ("hubert", None, "'hubert'.*nearest is 'huber'"),
@@ -356,13 +374,13 @@ def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> Non
         (f"{file}:cube", {"step": 1}, "'step'.*takes power"),
     ]:
         with pytest.raises(UserError, match=message):
-            resolve(spec, LOSSES, args)
+            find_function(spec, LOSSES, args)
 
 
 @pytest.mark.parametrize("name", ["min_sn", "none"])
 def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=name):
-        weight(name, SD.level(torch.tensor([1])), "epsilon", gama=5.0)
+        loss_weights(name, SD.level(torch.tensor([1])), "epsilon", gama=5.0)
 
 
 @pytest.mark.parametrize(
@@ -378,23 +396,23 @@ def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
 )
 def test_what_is_not_a_row_per_example_is_refused_by_name(rows: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_rows(rows, "mine", 2)
-    check_rows(torch.ones(2, requires_grad=True), "mine", 2)
+        check_loss_rows(rows, "mine", 2)
+    check_loss_rows(torch.ones(2, requires_grad=True), "mine", 2)
 
 
 def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:
     rows = torch.rand(8, dtype=torch.float64)
     prior = torch.arange(8) >= 4
-    whole = total(rows, prior, prior_weight=0.3, instances=4)
+    whole = sum_losses(rows, prior, prior_weight=0.3, instances=4)
     torch.testing.assert_close(whole, rows[:4].mean() + 0.3 * rows[4:].mean())
-    parts = [total(rows[i::3], prior[i::3], prior_weight=0.3, instances=4) for i in range(3)]
+    parts = [sum_losses(rows[i::3], prior[i::3], prior_weight=0.3, instances=4) for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
 
 
 def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("def loss(step) return 1")
     with pytest.raises(UserError, match=r"broken\.py cannot be run: SyntaxError"):
-        resolve(f"{tmp_path / 'broken.py'}:loss", LOSSES)
+        find_function(f"{tmp_path / 'broken.py'}:loss", LOSSES)
 
 
 # ---------------------------------------------------------------- spaces
@@ -411,14 +429,14 @@ SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, 
 @pytest.mark.parametrize("prediction", SNR_WEIGHTED)
 def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction: str) -> None:
     """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2 times v's."""
-    schedule = flow(steps=1001) if prediction == "flow" else SD
+    schedule = flow_schedule(steps=1001) if prediction == "flow" else SD
     level = schedule.level(schedule.ts[[0, 147, 500, 998]])
     torch.testing.assert_close(
-        weight("snr", level, prediction), SNR_WEIGHTED[prediction](level), rtol=1e-9, atol=0
+        loss_weights("snr", level, prediction), SNR_WEIGHTED[prediction](level), rtol=1e-9, atol=0
     )
     step = make(prediction, schedule=schedule)
-    out, target, row = compared(prediction, "edm", step.out, step.x0, step.eps, step.level)
-    there = (out - target).square().mean((1, 2, 3)) * weight(
+    out, target, row = to_loss_space(prediction, "edm", step.out, step.x0, step.eps, step.level)
+    there = (out - target).square().mean((1, 2, 3)) * loss_weights(
         "none", step.level, prediction, space="edm"
     )
     torch.testing.assert_close(
@@ -430,35 +448,37 @@ def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", [n for n in WEIGHTINGS if n != "none"])
 def test_a_weighting_computes_the_same_in_both_spaces(name: str, prediction: str) -> None:
-    schedule = {"flow": flow(steps=1001), "edm": edm()}.get(prediction, SD)
+    schedule = {"flow": flow_schedule(steps=1001), "edm": edm_schedule()}.get(prediction, SD)
     step = make(prediction, schedule=schedule)
     rows = []
     for space in ("model", "edm"):
-        out, target, _ = compared(prediction, space, step.out, step.x0, step.eps, step.level)
+        out, target, _ = to_loss_space(prediction, space, step.out, step.x0, step.eps, step.level)
         rows.append(
             (out - target).square().mean((1, 2, 3))
-            * weight(name, step.level, prediction, space=space)
+            * loss_weights(name, step.level, prediction, space=space)
         )
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=0)
 
 
 def test_a_network_of_the_edm_row_is_not_weighed_in_edm_space() -> None:
-    level = edm().level(edm().ts[::100])
-    assert (weight("none", level, "edm", space="edm") == 1).all()
-    torch.testing.assert_close(weight("min_snr", level, "edm", space="edm"), level.snr.clamp(max=5))
-    torch.testing.assert_close(weight("none", level, "epsilon", space="edm"), level.sigma**-2)
+    level = edm_schedule().level(edm_schedule().ts[::100])
+    assert (loss_weights("none", level, "edm", space="edm") == 1).all()
+    torch.testing.assert_close(
+        loss_weights("min_snr", level, "edm", space="edm"), level.snr.clamp(max=5)
+    )
+    torch.testing.assert_close(loss_weights("none", level, "epsilon", space="edm"), level.sigma**-2)
 
 
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
 def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
     training = pytest.importorskip("diffusers.training_utils")
-    level = flow().level(flow().ts)
+    level = flow_schedule().level(flow_schedule().ts)
     theirs = training.compute_loss_weighting_for_sd3(scheme, sigmas=level.sigma).double()
     torch.testing.assert_close(
-        weight(scheme, level, "flow"), theirs, rtol=1e-6, atol=0
+        loss_weights(scheme, level, "flow"), theirs, rtol=1e-6, atol=0
     )  # theirs is cast to fp32
     assert (
-        weight(scheme, level, "flow")[-1].item()
+        loss_weights(scheme, level, "flow")[-1].item()
         == {"sigma_sqrt": 1.0, "cosmap": pytest.approx(2 / math.pi)}[scheme]
     )  # at pure noise too
 
@@ -487,21 +507,21 @@ def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
     ],
 )
 def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) -> None:
-    assert meaning(*args) == words
+    assert describe_loss(*args) == words
 
 
 def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
     assert (
-        meaning("min_snr", "sample", gamma=3.0, loss="huber")
+        describe_loss("min_snr", "sample", gamma=3.0, loss="huber")
         == "loss: huber of x0, weighed by min(snr, 3)"
     )
     (tmp_path / "mine.py").write_text("def half(snr): return snr / 2")
-    assert meaning(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
+    assert describe_loss(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
     with pytest.raises(UserError, match="min_sn"):
-        meaning("min_sn", "epsilon")
+        describe_loss("min_sn", "epsilon")
     for name in WEIGHTINGS:
         for prediction in PREDICTIONS:
-            assert "{" not in meaning(name, prediction) and meaning(
+            assert "{" not in describe_loss(name, prediction) and describe_loss(
                 name, prediction, "edm"
             ).startswith("loss: mse of x0")
 
@@ -515,7 +535,7 @@ def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient
         torch.randn(4, 3, 5, 7, requires_grad=True),
     )
     step = make(mask=torch.zeros(4, 1, 5, 7), preserved=lambda: (now, before))
-    rows = preserving(LOSSES["mse"], 0.3)(step)
+    rows = add_preservation(LOSSES["mse"], 0.3)(step)
     torch.testing.assert_close(
         rows, 0.3 * (now - before).square().mean((1, 2, 3)).double(), check_dtype=False
     )  # the mask hides mse, not this
@@ -523,12 +543,12 @@ def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient
     torch.testing.assert_close(now.grad, 0.3 * 2 * (now - before).detach() / 105)
     assert before.grad is None
     with pytest.raises(UserError, match=r"step\.preserved"):
-        preserving(LOSSES["mse"], 0.3)(make())
+        add_preservation(LOSSES["mse"], 0.3)(make())
 
 
 def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
     raw = make("v_prediction")
-    out, target, row = compared("v_prediction", "edm", raw.out, raw.x0, raw.eps, raw.level)
+    out, target, row = to_loss_space("v_prediction", "edm", raw.out, raw.x0, raw.eps, raw.level)
     other = raw.out * 0.9
     step = make(row, base_out=lambda: other, preserved=lambda: (raw.out, other))
     step.out, step.target, step.network = out, target, "v_prediction"
@@ -543,20 +563,20 @@ def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
 
 
 def test_built_in_losses_are_capturable_and_a_users_where_it_says_so() -> None:
-    assert all(capturable(loss) for loss in LOSSES.values())
-    assert capturable(resolve("huber", LOSSES, {"delta": 0.5})) and capturable(
-        preserving(LOSSES["mse"], 0.5)
+    assert all(is_capturable(loss) for loss in LOSSES.values())
+    assert is_capturable(find_function("huber", LOSSES, {"delta": 0.5})) and is_capturable(
+        add_preservation(LOSSES["mse"], 0.5)
     )
 
     def mine(step: StepOutput, *, k: float = 1.0) -> Tensor:
         return k * LOSSES["l1"](step)
 
-    assert not capturable(mine) and not capturable(preserving(mine, 1.0))
+    assert not is_capturable(mine) and not is_capturable(add_preservation(mine, 1.0))
     mine.capturable = True  # type: ignore[attr-defined]
     assert (
-        capturable(mine)
-        and capturable(functools.partial(mine, k=2.0))
-        and capturable(preserving(functools.partial(mine, k=2.0), 1.0))
+        is_capturable(mine)
+        and is_capturable(functools.partial(mine, k=2.0))
+        and is_capturable(add_preservation(functools.partial(mine, k=2.0), 1.0))
     )
 
 
@@ -565,7 +585,7 @@ def test_mse_is_one_op_in_every_mode_with_the_same_errors(mode: str) -> None:
     step = make(
         mask=(torch.rand(4, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4).double()
     )
-    with using(mode):
+    with use_kernels(mode):
         torch.testing.assert_close(
             LOSSES["mse"](step), masked_mean((step.out - step.target) ** 2, step.mask)
         )

@@ -8,7 +8,12 @@ from safetensors.torch import save_file as save_distinct
 from torch import nn
 
 from lora_core import formats
-from lora_core.adapters.weight_updates import AdapterState, Dense, delta, product
+from lora_core.adapters.weight_updates import (
+    AdapterState,
+    DenseUpdate,
+    delta_weight,
+    scaled_product,
+)
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 from tests.test_formats import fused_layout
@@ -77,7 +82,7 @@ def test_a_loha_is_the_product_by_entries(layout, tmp_path, module, tucker, alph
     for at in itertools.product(*map(range, flat)):
         expected[at] = scale * entry(parts, 1, *at) * entry(parts, 2, *at)
     torch.testing.assert_close(
-        product(update).double(), expected.reshape(shape), rtol=1e-5, atol=1e-6
+        scaled_product(update).double(), expected.reshape(shape), rtol=1e-5, atol=1e-6
     )
 
 
@@ -124,7 +129,7 @@ def test_a_lokr_is_the_kronecker_product(layout, tmp_path, case):
             w1[o // w2.shape[0], i // w2.shape[1]] * w2[o % w2.shape[0], i % w2.shape[1]]
         )
     torch.testing.assert_close(
-        product(update), expected * (5 / rank if rank else 1), rtol=1e-5, atol=1e-5
+        scaled_product(update), expected * (5 / rank if rank else 1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -133,10 +138,10 @@ def test_a_full_update_has_no_scale_and_a_scalar_multiplies_all(layout, tmp_path
     update = read(
         {"diff": diff.half(), "alpha": torch.tensor(9.0)}, layout, tmp_path, module="c"
     ).dense["unet"]["c"]
-    assert update.kind == "full" and torch.equal(product(update), diff.half().float())
+    assert update.kind == "full" and torch.equal(scaled_product(update), diff.half().float())
     parts = loha((8, 12), False)
     once, twice = (
-        product(read(parts | more, layout, tmp_path).dense["unet"]["a"])
+        scaled_product(read(parts | more, layout, tmp_path).dense["unet"]["a"])
         for more in ({}, {"scalar": torch.tensor(2.0)})
     )
     torch.testing.assert_close(twice, 2 * once)
@@ -155,7 +160,7 @@ def test_a_locon_with_a_core_is_a_lora(layout, tmp_path):
     )
     expected = 2 * torch.einsum("mnhw,om,ni->oihw", mid, up, down)
     assert not state.dense and lr.down.shape == (R, 6, 3, 2)
-    torch.testing.assert_close(product(lr), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled_product(lr), expected, rtol=1e-5, atol=1e-5)
     assert (
         formats.load(tmp_path / "a.safetensors", layout).components["unet"]["c"].rank == R
     )  # needs no merging
@@ -173,13 +178,13 @@ def test_a_magnitude_goes_over_any_of_them(layout, tmp_path, module, axis):
     update = read(
         loha(weight.shape, False) | {"dora_scale": magnitude}, layout, tmp_path, module=module
     ).dense["unet"][module]
-    merged = weight + product(update)
+    merged = weight + scaled_product(update)
     norm = merged.square().sum([d for d in range(weight.ndim) if d != keep], keepdim=True).sqrt()
     torch.testing.assert_close(
-        weight + delta(update, weight), merged * magnitude / norm, rtol=1e-5, atol=1e-5
+        weight + delta_weight(update, weight), merged * magnitude / norm, rtol=1e-5, atol=1e-5
     )
     with pytest.raises(ValueError, match="depends on the base weight"):
-        delta(update)
+        delta_weight(update)
 
 
 def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_path):
@@ -196,8 +201,10 @@ def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_
         for p in (parts, turned)
     ]
     assert [found[path].shape for path in "qkm"] == [(4, 6), (4, 6), (8, 6)]
-    torch.testing.assert_close(torch.cat([product(found[path]) for path in "qkm"]), brackets[0])
-    torch.testing.assert_close(product(found["n"]), torch.cat(brackets[1].chunk(2)[::-1]))
+    torch.testing.assert_close(
+        torch.cat([scaled_product(found[path]) for path in "qkm"]), brackets[0]
+    )
+    torch.testing.assert_close(scaled_product(found["n"]), torch.cat(brackets[1].chunk(2)[::-1]))
     rows = torch.rand(16, 1)
     file = save(
         {f"lora_unet_one_qkm.{k}": t for k, t in (parts | {"dora_scale": rows}).items()},
@@ -243,7 +250,7 @@ def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
 
 
 def test_a_magnitude_by_columns_has_no_rows():
-    update = Dense("full", (4, 3), lambda: torch.ones(4, 3), torch.ones(1, 3))
+    update = DenseUpdate("full", (4, 3), lambda: torch.ones(4, 3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="other norms"):
         update.rows(0, 2)
     assert update.rolled(1).magnitude is update.magnitude and AdapterState().dense == {}

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from lora_core import formats
-from lora_core.adapters.weight_updates import AdapterState, LowRank, delta, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
 from lora_core.formats import cloneofsimo, embeddings
 from lora_core.runs import run_folder
 from merging import opening
-from merging.adapter_sums import Term, collected, mix_dense
-from merging.compare import cosine
-from merging.folding import open_model, weight_key
+from merging.adapter_sums import Term, collect_layers, mix_layers_dense
+from merging.compare import cosine_similarity
+from merging.folding import open_model_folder, weight_key
 from merging.svd import Keep
 from merging.ties_dare import ties
-from models import outline
+from models import read_layout
 from tests.tiny_pipeline import pipeline, random_state
 
 SQUARE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -33,7 +33,7 @@ SQUARE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture(scope="module")
 def layout(model):
-    return outline(str(model))
+    return read_layout(str(model))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def made(model, layout, tmp_path_factory):
         state = states[name]
         if name in "ac":
             words = {"TOK": ("<s1>", "<s2>")} if name == "a" else {}
-            metadata = embeddings.header(words) | {embeddings.NAMES: '["<s1>", "<s2>"]'}
+            metadata = embeddings.placeholder_header(words) | {
+                embeddings.TOKEN_NAMES: '["<s1>", "<s2>"]'
+            }
             state = states[name] = replace(
                 state,
                 tokens={"clip_l": torch.randn(2, 16, generator=noise)},
@@ -85,7 +87,7 @@ def call(*words, status=0, lora_add=False):
 
 def deltas(state):
     return {
-        (name, path): product(lr).double()
+        (name, path): scaled_product(lr).double()
         for name, rows in state.components.items()
         for path, lr in rows.items()
     }
@@ -219,8 +221,8 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
         "--format",
         "diffusers",
     )
-    expected, _ = collected(
-        mix_dense([Term(a, 0.75), Term(c, 0.25)], ties, Keep(rank=4), density=0.3, seed=0)
+    expected, _ = collect_layers(
+        mix_layers_dense([Term(a, 0.75), Term(c, 0.25)], ties, Keep(rank=4), density=0.3, seed=0)
     )
     assert_equal(deltas(formats.load("t.safetensors", layout)), deltas(expected), 1e-4)
     for method in ("dare", "dare_ties", "magnitude"):
@@ -229,7 +231,7 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
     between = formats.load("s.safetensors", layout)
     for name, path in deltas(c):
         lr = between.components[name][path]
-        assert cosine(lr, a.components[name][path]) > cosine(
+        assert cosine_similarity(lr, a.components[name][path]) > cosine_similarity(
             a.components[name][path], c.components[name][path]
         )
     capsys.readouterr()
@@ -264,10 +266,10 @@ def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
         state.tokens["clip_l"],
         torch.cat([made[1]["a"].tokens["clip_l"], made[1]["c"].tokens["clip_l"]]),
     )
-    assert embeddings.words(state) == {"TOK": ("<s1>", "<s2>")}
+    assert embeddings.placeholder_words(state) == {"TOK": ("<s1>", "<s2>")}
     shutil.copytree("run", "run2")
     call("mix", "run + run2", "--out", "w.safetensors", "--model", "base")
-    assert embeddings.words(formats.load("w_emb.safetensors", layout)) == {
+    assert embeddings.placeholder_words(formats.load("w_emb.safetensors", layout)) == {
         "TOK": ("<s1>", "<s2>"),
         "TOK2": ("<s1-2>", "<s2-2>"),
     }
@@ -303,8 +305,8 @@ def test_a_dora_needs_its_model(here, made, layout, capsys):
         "--svd",
         "exact",
     )
-    base, key = open_model("base")["unet"].read(f"{SQUARE}.weight"), ("unet", SQUARE)
-    exact = 0.5 * delta(made[1]["d"].components["unet"][SQUARE], base) + product(
+    base, key = open_model_folder("base")["unet"].read(f"{SQUARE}.weight"), ("unet", SQUARE)
+    exact = 0.5 * delta_weight(made[1]["d"].components["unet"][SQUARE], base) + scaled_product(
         made[1]["a"].components["unet"][SQUARE]
     )
     assert_equal(
@@ -387,7 +389,7 @@ def test_redo_of_a_model_folder(here, capsys):
 def test_lpl_of_a_file_with_itself(here, made, layout, alpha, times, suffix, capsys):
     if suffix == "pt":
         plain = replace(made[1]["c"], tokens={}, token_names=())
-        cloneofsimo.write_pt(plain, "c.pt", layout)
+        cloneofsimo.write_factor_lists(plain, "c.pt", layout)
         exact = summed([(times, plain)])
     else:
         exact = summed([(times, made[1]["c"])])
@@ -451,7 +453,7 @@ def test_lpl_of_unlike_files_is_refused(here, made, layout, capsys):
         status=2,
     )
     for name, rank in (("p", 2), ("q", 3)):
-        cloneofsimo.write_pt(
+        cloneofsimo.write_factor_lists(
             random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()),
             f"{name}.pt",
             layout,
@@ -492,7 +494,7 @@ def test_ljl_joins_exactly(here, made, layout, capsys):
 
 @pytest.mark.parametrize("name", ["base", "runwayml/stable-diffusion-v1-5"])
 def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, monkeypatch, capsys):
-    monkeypatch.setattr(opening, "download", lambda _: model)
+    monkeypatch.setattr(opening, "download_model", lambda _: model)
     call(name, "./c.safetensors", "./output_merged", "0.8", "--mode", "upl", lora_add=True)
     assert "100.00 % of the update's energy survived" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
@@ -503,7 +505,7 @@ def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, m
     assert torch.equal(
         pipe.text_encoder.get_input_embeddings().weight[ids], made[1]["c"].tokens["clip_l"]
     )
-    before = open_model("base")
+    before = open_model_folder("base")
     for (component, path), update in deltas(made[1]["c"]).items():
         weight = getattr(pipe, component).get_submodule(layout.module_path(component, path)).weight
         expected = (
@@ -519,7 +521,7 @@ def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, made, capsys):
     )
     state = torch.load("krk.ckpt")["state_dict"]
     key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
-    expected = open_model("base")["unet"].read(f"{SQUARE}.weight") + 0.7 * product(
+    expected = open_model_folder("base")["unet"].read(f"{SQUARE}.weight") + 0.7 * scaled_product(
         made[1]["c"].components["unet"][SQUARE]
     )
     assert torch.equal(state[f"model.diffusion_model.{key}"], expected.half())
@@ -554,13 +556,15 @@ def test_flags_of_python_fire_are_understood(here, made, layout, words):
 @pytest.mark.parametrize("out", ["merged", "merged.safetensors", "merged.ckpt"])
 def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
-    folded = opening.open_base(out, opening.Reading(model_config="" if out == "merged" else "base"))
-    before = open_model("base")
+    folded = opening.open_base_model(
+        out, opening.OpenOptions(model_config="" if out == "merged" else "base")
+    )
+    before = open_model_folder("base")
     wished = summed(
         [(0.7, made[1]["a"]), (-0.2, AdapterState({"unet": made[1]["b"].components["unet"]}))]
     )
     for (name, path), update in wished.items():
-        weight = opening.base_weight(folded)(name, path)
+        weight = opening.base_weight_reader(folded)(name, path)
         torch.testing.assert_close(
             weight.double(),
             before[name].read(weight_key(before[name], layout, name, path)) + update,
@@ -593,7 +597,7 @@ def test_rounding_is_reported_and_the_residual_saved(here, made, layout, capsys)
         and "less than 95 %" in said.err
         and "--residual" in said.err
     )
-    weight = open_model("m")["unet"].read(f"{SQUARE}.weight")
+    weight = open_model_folder("m")["unet"].read(f"{SQUARE}.weight")
     assert weight.dtype == torch.bfloat16
     assert formats.load("r.safetensors", layout).components["unet"][SQUARE].rank == 4
 
@@ -608,7 +612,7 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
         "--model-config",
         "base",
     )
-    before, after = open_model("base"), open_model("both")
+    before, after = open_model_folder("base"), open_model_folder("both")
     for (name, path), update in summed(
         [(0.4, made[1]["a"]), (0.5, AdapterState({"unet": made[1]["b"].components["unet"]}))]
     ).items():
@@ -624,8 +628,10 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     call("mix", "base + both", "--out", "x", "--rank", "4", status=2)
     assert re.search(r"(?s)add up to 1.2.*distill makes.*no rank", capsys.readouterr().err)
     call("convert", "tuned.safetensors", "tuned", "--model-config", "base")
-    single = opening.open_base("tuned.safetensors", opening.Reading(model_config="base")).model
-    for name, weights in open_model("tuned").items():
+    single = opening.open_base_model(
+        "tuned.safetensors", opening.OpenOptions(model_config="base")
+    ).model
+    for name, weights in open_model_folder("tuned").items():
         assert all(torch.equal(weights.read(key), single[name].read(key)) for key in weights.infos)
 
 
@@ -972,12 +978,12 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
         "diffusers",
     )
     found = formats.load("o.safetensors", layout).components["unet"][SQUARE]
-    assert_equal({"x": product(found).double()}, {"x": 0.5 * exact.double()}, 1e-5)
+    assert_equal({"x": scaled_product(found).double()}, {"x": 0.5 * exact.double()}, 1e-5)
     call("info", "hada.safetensors", "--model", "base")
     call("fold", "base", "hada.safetensors", "m")
     torch.testing.assert_close(
-        open_model("m")["unet"].read(f"{SQUARE}.weight"),
-        open_model("base")["unet"].read(f"{SQUARE}.weight") + exact,
+        open_model_folder("m")["unet"].read(f"{SQUARE}.weight"),
+        open_model_folder("base")["unet"].read(f"{SQUARE}.weight") + exact,
     )
 
 

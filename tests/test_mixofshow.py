@@ -5,7 +5,7 @@ import torch
 
 from lora_core import formats
 from lora_core.adapters.patch import patch
-from lora_core.adapters.weight_updates import delta
+from lora_core.adapters.weight_updates import delta_weight
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
 from tests.tiny_pipeline import outputs, pipeline, random_state
@@ -39,7 +39,7 @@ def test_factors_and_rows_are_read(tmp_path):
     for name, modules in state.components.items():
         for path, lr in modules.items():
             torch.testing.assert_close(
-                delta(found.components[name][path]), delta(lr), rtol=0, atol=0
+                delta_weight(found.components[name][path]), delta_weight(lr), rtol=0, atol=0
             )
     assert torch.equal(found.tokens["clip_l"], torch.cat(list(rows.values())))
     assert (

@@ -17,11 +17,16 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters import injection
-from lora_core.diffusion.generation import Recipe, generate, random_holes, start_noise
-from lora_core.diffusion.noise import Keys
+from lora_core.diffusion.generation import (
+    SamplerSettings,
+    generate_images,
+    random_hole_masks,
+    start_noise,
+)
+from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from models import Loading, load_family
+from models import LoadOptions, load_family
 from models.sd import PRESETS, unet_presets
 from tests.tiny_pipeline import pipeline
 
@@ -95,10 +100,15 @@ def test_pictures_equal_the_pipelines(
         output_type="pt",
     ).images
     family = load_family(str(tmp_path))
-    ours = generate(family, prompts, [3, 4], Recipe(sampler, 6, 3.0, "fish"))
+    ours = generate_images(family, prompts, [3, 4], SamplerSettings(sampler, 6, 3.0, "fish"))
     assert levels(ours - (theirs * 2 - 1)) <= 1
     assert (
-        levels(ours - generate(family, ["dog", "a cat"], [3, 4], Recipe(sampler, 6, 3.0, "fish")))
+        levels(
+            ours
+            - generate_images(
+                family, ["dog", "a cat"], [3, 4], SamplerSettings(sampler, 6, 3.0, "fish")
+            )
+        )
         > 1
     )
 
@@ -129,7 +139,9 @@ def test_image_to_image_equals_the_pipeline(tmp_path: Path) -> None:
         generator=torch.Generator().manual_seed(5),
         output_type="pt",
     )
-    ours = generate(family, ["cat"], [5], Recipe("ddim", 10, 2.0, strength=0.5), init=init)
+    ours = generate_images(
+        family, ["cat"], [5], SamplerSettings("ddim", 10, 2.0, strength=0.5), init=init
+    )
     assert levels(ours - (theirs.images * 2 - 1)) <= 1
 
 
@@ -154,12 +166,17 @@ def test_inpainting_equals_the_pipeline(tmp_path: Path) -> None:
         "cat", image=init, mask_image=mask, height=32, width=32, num_inference_steps=5, guidance_scale=2.0,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images  # fmt: skip
-    ours = generate(
-        family, ["cat"], [5], Recipe("ddim", 5, 2.0, width=32, height=32), init=init, mask=mask
+    ours = generate_images(
+        family,
+        ["cat"],
+        [5],
+        SamplerSettings("ddim", 5, 2.0, width=32, height=32),
+        init=init,
+        mask=mask,
     )
     assert levels(ours - (theirs * 2 - 1)) <= 1
     with pytest.raises(UserError, match="mask"):
-        generate(family, ["cat"], [5], Recipe("ddim", 5, 2.0), init=init)
+        generate_images(family, ["cat"], [5], SamplerSettings("ddim", 5, 2.0), init=init)
 
 
 def test_latents_are_the_scaled_posterior_and_decode_inverts_the_scale(tmp_path: Path) -> None:
@@ -210,7 +227,7 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "vae")
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     family = load_family(
-        str(tmp_path / "model"), Loading(vae=str(tmp_path / "vae"), scheduler=changes)
+        str(tmp_path / "model"), LoadOptions(vae=str(tmp_path / "vae"), scheduler=changes)
     )
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.allclose(family.encode_images(x)[0], other.encode(x).latent_dist.mean * 0.3)
@@ -219,7 +236,7 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
 
 def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
     saved(tmp_path)
-    family = load_family(str(tmp_path), Loading(torch.bfloat16))
+    family = load_family(str(tmp_path), LoadOptions(torch.bfloat16))
     assert (
         family.unet.dtype == family.text_encoder.dtype == torch.bfloat16
         and family.vae.dtype == torch.float32
@@ -277,10 +294,10 @@ def test_start_noise_is_what_diffusers_draws() -> None:
 
 
 def test_holes_are_keyed_by_example() -> None:
-    masks = random_holes(Keys(0, ("a", "b", "c"), (0, 1, 2)), 64, 64)
-    assert torch.equal(masks[1:2], random_holes(Keys(0, ("b",), (1,)), 64, 64))
+    masks = random_hole_masks(RandomKeys(0, ("a", "b", "c"), (0, 1, 2)), 64, 64)
+    assert torch.equal(masks[1:2], random_hole_masks(RandomKeys(0, ("b",), (1,)), 64, 64))
     assert masks.shape == (3, 1, 64, 64) and set(masks.unique().tolist()) <= {0.0, 1.0}
-    many = random_holes(Keys(0, tuple(map(str, range(200))), (0,) * 200), 32, 32)
+    many = random_hole_masks(RandomKeys(0, tuple(map(str, range(200))), (0,) * 200), 32, 32)
     assert 0.15 < (many.flatten(1).min(1).values == 1).float().mean() < 0.35
 
 
@@ -294,7 +311,7 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
         unet = UNet2DConditionModel(**config)
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
     count = {
-        name: len(injection.targets(unet, globs)) for name, globs in unet_presets(unet).items()
+        name: len(injection.target_paths(unet, globs)) for name, globs in unet_presets(unet).items()
     }
     linear = sum(isinstance(m, torch.nn.Linear) for m in unet.modules())
     resnets = 66 + 14  # 22 with three layers each, 14 with a shortcut
@@ -302,7 +319,8 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
         "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192, "all": 192 + resnets, "all-linear": linear,
     }  # fmt: skip
     count = {
-        name: len(injection.targets(text, globs)) for name, globs in PRESETS["text_encoder"].items()
+        name: len(injection.target_paths(text, globs))
+        for name, globs in PRESETS["text_encoder"].items()
     }
     assert count == {"attention": 48, "kohya": 72, "all-linear": 72}
     layout = layout_of({"unet": unet, "text_encoder": text})

@@ -7,21 +7,21 @@ import torch
 
 from lora_core.diffusion.noise import (
     DENSITIES,
-    Keys,
     NoiseLevel,
     NoiseSettings,
+    RandomKeys,
     add_noise,
-    density,
-    draw,
-    edm,
-    flow,
-    generator,
-    karras,
+    bind_density,
+    edm_schedule,
+    flow_schedule,
+    karras_sigmas,
+    keyed_generator,
     resolution_shift,
+    sample_levels,
     sample_noise,
-    shifted,
-    vp,
-    vp_from_config,
+    shift_sigmas,
+    vp_schedule,
+    vp_schedule_from_config,
 )
 from lora_core.errors import UserError
 
@@ -56,14 +56,14 @@ def test_vp_tables_equal_diffusers(name: str, rescale: bool) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = CONFIGS[name] | {"rescale_betas_zero_snr": rescale}
     theirs = diffusers.DDIMScheduler.from_config(config).alphas_cumprod.double()
-    ours = vp_from_config(config).alphas ** 2
+    ours = vp_schedule_from_config(config).alphas ** 2
     torch.testing.assert_close(ours, theirs, atol=PRODUCTS, rtol=0)
 
 
 def test_defaults_of_an_empty_config_are_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.testing.assert_close(
-        vp_from_config({}).alphas ** 2,
+        vp_schedule_from_config({}).alphas ** 2,
         diffusers.DDPMScheduler().alphas_cumprod.double(),
         atol=PRODUCTS,
         rtol=0,
@@ -71,12 +71,15 @@ def test_defaults_of_an_empty_config_are_diffusers() -> None:
 
 
 def test_known_snr_of_sd() -> None:
-    snr = vp_from_config(SD).level(torch.tensor([0, 999])).snr
+    snr = vp_schedule_from_config(SD).level(torch.tensor([0, 999])).snr
     torch.testing.assert_close(snr, torch.tensor([1175.47, 0.00468]), rtol=2e-3, atol=0)
 
 
 def test_zero_terminal_snr_keeps_the_first_row_and_ends_in_pure_noise() -> None:
-    plain, zero = vp_from_config(SD), vp_from_config(SD | {"rescale_betas_zero_snr": True})
+    plain, zero = (
+        vp_schedule_from_config(SD),
+        vp_schedule_from_config(SD | {"rescale_betas_zero_snr": True}),
+    )
     assert zero.alphas[-1] == 0 and zero.sigmas[-1] == 1
     torch.testing.assert_close(zero.alphas[0], plain.alphas[0], rtol=1e-12, atol=0)
     last = zero.level(torch.tensor([999.0, 998.5, 998.0]))
@@ -84,7 +87,9 @@ def test_zero_terminal_snr_keeps_the_first_row_and_ends_in_pure_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"]
+    "schedule",
+    [vp_schedule_from_config(SD), flow_schedule(shift=3.0), edm_schedule()],
+    ids=["vp", "flow", "edm"],
 )
 def test_every_schedule_keeps_its_identity_and_gets_noisier(schedule) -> None:
     level = schedule.level(schedule.ts)
@@ -101,7 +106,7 @@ def test_every_schedule_keeps_its_identity_and_gets_noisier(schedule) -> None:
 
 
 def test_vp_between_rows_is_linear_in_sigma_over_alpha() -> None:
-    schedule = vp_from_config(SD)
+    schedule = vp_schedule_from_config(SD)
     a, b = schedule.sigmas[10] / schedule.alphas[10], schedule.sigmas[11] / schedule.alphas[11]
     level = schedule.level(torch.tensor([10.25], dtype=torch.float64))
     torch.testing.assert_close(
@@ -115,33 +120,33 @@ def test_vp_between_rows_is_linear_in_sigma_over_alpha() -> None:
 @pytest.mark.parametrize("t", [-1.0, 999.5, math.nan])
 def test_a_timestep_outside_of_the_table_is_refused(t: float) -> None:
     with pytest.raises(UserError, match=r"0\.\.999"):
-        vp_from_config(SD).level(torch.tensor([0.0, t]))
+        vp_schedule_from_config(SD).level(torch.tensor([0.0, t]))
 
 
 def test_unknown_beta_schedule_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"sigmoid.*scaled_linear"):
-        vp_from_config({"beta_schedule": "sigmoid"})
+        vp_schedule_from_config({"beta_schedule": "sigmoid"})
 
 
 def test_flow_and_edm_tables_are_the_papers() -> None:
     s = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(shifted(s, 3.0), 3 * s / (1 + 2 * s))
+    torch.testing.assert_close(shift_sigmas(s, 3.0), 3 * s / (1 + 2 * s))
     torch.testing.assert_close(
-        flow(steps=4).sigmas, torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+        flow_schedule(steps=4).sigmas, torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     )
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.flip(0).double()
-    torch.testing.assert_close(flow(shift=3.0).sigmas, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(flow_schedule(shift=3.0).sigmas, theirs, atol=1e-6, rtol=0)
     euler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0)
     euler.set_timesteps(18)
-    ours = karras(torch.linspace(1, 0, 18).double(), 0.002, 80.0, 7.0)
+    ours = karras_sigmas(torch.linspace(1, 0, 18).double(), 0.002, 80.0, 7.0)
     torch.testing.assert_close(ours, euler.sigmas[:-1].double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        edm(steps=18).ts.flip(0), euler.timesteps.double(), rtol=1e-5, atol=1e-6
+        edm_schedule(steps=18).ts.flip(0), euler.timesteps.double(), rtol=1e-5, atol=1e-6
     )
 
 
-KEYS = Keys(7, ("cat", "dog", "cat", "owl"), (0, 0, 1, 5))
+KEYS = RandomKeys(7, ("cat", "dog", "cat", "owl"), (0, 0, 1, 5))
 
 
 @pytest.mark.parametrize("purpose", ["noise", "offset"])
@@ -151,7 +156,7 @@ def test_a_row_depends_on_its_own_key_only(purpose: str) -> None:
         assert torch.equal(KEYS.rows(slice(i, i + 1)).normal(purpose, (3, 5))[0], whole[i])
         assert torch.equal(KEYS.rows(slice(i, i + 1)).uniform(purpose)[0], KEYS.uniform(purpose)[i])
         assert KEYS.rows(slice(i, i + 1)).hashes(purpose)[0] == KEYS.hashes(purpose)[i]
-    shuffled = Keys(7, ("owl", "cat", "cat", "dog"), (5, 1, 0, 0))
+    shuffled = RandomKeys(7, ("owl", "cat", "cat", "dog"), (5, 1, 0, 0))
     assert torch.equal(shuffled.normal(purpose, (3, 5)), whole[[3, 2, 0, 1]])
 
 
@@ -163,10 +168,13 @@ def test_seed_name_visit_and_purpose_each_change_the_numbers() -> None:
         (1, "a", 3, "n"),
         (1, "a", 2, "m"),
     ]
-    draws = [torch.rand(4, generator=generator(*key)) for key in keys]
+    draws = [torch.rand(4, generator=keyed_generator(*key)) for key in keys]
     assert len({tuple(d.tolist()) for d in draws}) == 5
-    assert torch.equal(draws[0], torch.rand(4, generator=generator(1, "a", 2, "n")))
-    assert generator(1, "1", 1, "x").initial_seed() != generator(11, "", 1, "x").initial_seed()
+    assert torch.equal(draws[0], torch.rand(4, generator=keyed_generator(1, "a", 2, "n")))
+    assert (
+        keyed_generator(1, "1", 1, "x").initial_seed()
+        != keyed_generator(11, "", 1, "x").initial_seed()
+    )
 
 
 def test_keyed_numbers_are_frozen() -> None:
@@ -174,8 +182,8 @@ def test_keyed_numbers_are_frozen() -> None:
     assert KEYS.hashes("dropout")[0].item() == -4169489937829620762
 
 
-def many(n: int) -> Keys:
-    return Keys(3, tuple(f"image {i}" for i in range(n)), (0,) * n)
+def many(n: int) -> RandomKeys:
+    return RandomKeys(3, tuple(f"image {i}" for i in range(n)), (0,) * n)
 
 
 def test_normal_is_normal_and_uniform_is_uniform() -> None:
@@ -188,17 +196,19 @@ def test_normal_is_normal_and_uniform_is_uniform() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [vp_from_config(SD), flow(shift=3.0), edm()], ids=["vp", "flow", "edm"]
+    "schedule",
+    [vp_schedule_from_config(SD), flow_schedule(shift=3.0), edm_schedule()],
+    ids=["vp", "flow", "edm"],
 )
 def test_draw_is_keyed_and_uniform_over_the_rows_of_the_range(schedule) -> None:
-    level = draw(schedule, many(2000), low=0.2, high=0.29)
+    level = sample_levels(schedule, many(2000), low=0.2, high=0.29)
     rows = (level.t[:, None].double() - schedule.ts).abs().argmin(1)
     assert rows.min() == 200 and rows.max() == 289
     counts = torch.bincount(rows - 200, minlength=90)
     assert ((counts - 2000 / 90) ** 2 / (2000 / 90)).sum() < 89 + 4 * (
         2 * 89
     ) ** 0.5  # chi squared, 4 sigma
-    part = draw(schedule, many(2000).rows(slice(500, 503)), low=0.2, high=0.29)
+    part = sample_levels(schedule, many(2000).rows(slice(500, 503)), low=0.2, high=0.29)
     assert (
         all(torch.equal(a, b[500:503]) for a, b in zip(part, level, strict=True))
         and level.sigma.dtype == torch.float32
@@ -206,14 +216,14 @@ def test_draw_is_keyed_and_uniform_over_the_rows_of_the_range(schedule) -> None:
 
 
 def test_draw_reaches_both_ends() -> None:
-    rows = draw(vp(torch.full((3,), 0.1)), many(200)).t
+    rows = sample_levels(vp_schedule(torch.full((3,), 0.1)), many(200)).t
     assert set(rows.tolist()) == {0.0, 1.0, 2.0}
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 0.5), (0.0, 1.1)])
 def test_an_empty_timestep_range_is_refused(low: float, high: float) -> None:
     with pytest.raises(UserError, match="timestep range"):
-        draw(vp_from_config(SD), KEYS, low=low, high=high)
+        sample_levels(vp_schedule_from_config(SD), KEYS, low=low, high=high)
 
 
 def test_densities_are_the_papers() -> None:
@@ -225,7 +235,7 @@ def test_densities_are_the_papers() -> None:
     assert abs(sigma.median() - torch.sigmoid(torch.tensor(-1.0))) < 1e-4
     mode = DENSITIES["mode"](u, scale=1.29)
     assert mode.min() >= 0 and mode.max() <= 1 and abs(mode.mean() - 0.5) < 1e-6
-    level = draw(flow(), many(300), density=DENSITIES["logit_normal"])
+    level = sample_levels(flow_schedule(), many(300), density=DENSITIES["logit_normal"])
     assert (
         abs(level.sigma.mean() - 0.5) < 4 * level.sigma.std() / 300**0.5
         and level.sigma.std() < 0.25
@@ -245,7 +255,7 @@ PUBLISHED = {  # arXiv 2403.03206 section 3.1, equations 19 to 21
 def test_a_quantile_function_has_the_published_density(name: str) -> None:
     """d u / d t of t = Q(u) is the density of t."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
-    t = density(name)(u)
+    t = bind_density(name)(u)
     (slope,) = torch.autograd.grad(t.sum(), u)
     torch.testing.assert_close(1 / slope, PUBLISHED[name](t), rtol=1e-10, atol=0)
 
@@ -253,17 +263,24 @@ def test_a_quantile_function_has_the_published_density(name: str) -> None:
 @pytest.mark.parametrize("name", DENSITIES)
 def test_the_default_densities_are_symmetric(name: str) -> None:
     u = (torch.arange(1, 64).double()) / 64
-    torch.testing.assert_close(density(name)(u), 1 - density(name)(1 - u), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        bind_density(name)(u), 1 - bind_density(name)(1 - u), rtol=0, atol=1e-12
+    )
 
 
 def test_a_positive_logit_mean_is_more_noise() -> None:
     u = torch.tensor([0.5], dtype=torch.float64)
-    assert density("logit_normal", mean=1.0)(u) == torch.sigmoid(torch.ones(1).double())
-    assert draw(flow(), many(100), density=density("logit_normal", mean=1.0)).sigma.mean() > 0.6
+    assert bind_density("logit_normal", mean=1.0)(u) == torch.sigmoid(torch.ones(1).double())
+    assert (
+        sample_levels(
+            flow_schedule(), many(100), density=bind_density("logit_normal", mean=1.0)
+        ).sigma.mean()
+        > 0.6
+    )
 
 
 def test_arguments_of_a_density_are_checked() -> None:
-    assert density("mode", scale=0.5)(torch.tensor([0.0]).double()) == 1
+    assert bind_density("mode", scale=0.5)(torch.tensor([0.0]).double()) == 1
     for name, args, message in (
         ("mdoe", {}, "nearest is 'mode'"),
         ("logit_normal", {"mena": 1.0}, "'mena'.*mean, std"),
@@ -273,28 +290,31 @@ def test_arguments_of_a_density_are_checked() -> None:
         ("logit_normal", {"std": 0.0}, "leaves the fractions"),
     ):
         with pytest.raises(UserError, match=message):
-            density(name, **args)
+            bind_density(name, **args)
 
 
 def test_a_shift_moves_the_drawn_sigma_after_the_density() -> None:
-    for schedule in (flow(), flow(shift=3.0)):
+    for schedule in (flow_schedule(), flow_schedule(shift=3.0)):
         plain, moved = (
-            draw(schedule, many(50), density=DENSITIES["mode"], shift=shift) for shift in (1.0, 2.5)
+            sample_levels(schedule, many(50), density=DENSITIES["mode"], shift=shift)
+            for shift in (1.0, 2.5)
         )
-        torch.testing.assert_close(moved.sigma, shifted(plain.sigma, 2.5), rtol=1e-6, atol=0)
+        torch.testing.assert_close(moved.sigma, shift_sigmas(plain.sigma, 2.5), rtol=1e-6, atol=0)
         assert torch.equal(moved.t, moved.sigma) and (moved.sigma >= plain.sigma).all()
-    twice = draw(flow(shift=3.0), many(50), shift=2.0)
+    twice = sample_levels(flow_schedule(shift=3.0), many(50), shift=2.0)
     torch.testing.assert_close(
-        twice.sigma, draw(flow(), many(50), shift=6.0).sigma, rtol=1e-6, atol=0
+        twice.sigma, sample_levels(flow_schedule(), many(50), shift=6.0).sigma, rtol=1e-6, atol=0
     )
 
 
-@pytest.mark.parametrize("schedule", [vp_from_config(SD), edm()], ids=["vp", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [vp_schedule_from_config(SD), edm_schedule()], ids=["vp", "edm"]
+)
 def test_a_shift_of_a_schedule_that_is_no_flow_is_refused(schedule) -> None:
     with pytest.raises(UserError, match="needs a flow"):
-        draw(schedule, KEYS, shift=2.0)
+        sample_levels(schedule, KEYS, shift=2.0)
     with pytest.raises(UserError, match="above 0"):
-        draw(flow(), KEYS, shift=0.0)
+        sample_levels(flow_schedule(), KEYS, shift=0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 256, 1024, 4096, 9000])
@@ -305,13 +325,15 @@ def test_the_shift_of_a_resolution_is_diffusers(tokens: int) -> None:
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.01]
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     theirs.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens))
-    ours = shifted(torch.tensor(sigmas, dtype=torch.float64), resolution_shift(tokens))
+    ours = shift_sigmas(torch.tensor(sigmas, dtype=torch.float64), resolution_shift(tokens))
     torch.testing.assert_close(ours, theirs.sigmas[:-1].double(), atol=2e-7, rtol=0)
 
 
 def test_add_noise_is_the_law_in_every_dtype() -> None:
     x0, eps = KEYS.normal("x0", (2, 3, 5)).double(), KEYS.normal("eps", (2, 3, 5)).double()
-    level = vp_from_config(SD).level(torch.tensor([0.0, 1.0, 500.0, 999.0], dtype=torch.float64))
+    level = vp_schedule_from_config(SD).level(
+        torch.tensor([0.0, 1.0, 500.0, 999.0], dtype=torch.float64)
+    )
     expected = torch.stack([level.alpha[i] * x0[i] + level.sigma[i] * eps[i] for i in range(4)])
     torch.testing.assert_close(add_noise(x0, eps, level), expected, rtol=0, atol=0)
     low = add_noise(x0.bfloat16(), eps.float(), NoiseLevel(*(row.float() for row in level)))

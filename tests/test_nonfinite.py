@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import infer
 import train
 from lora_core.adapters import injection
-from lora_core.config import Adapter, Config, Data, Prior, Stage
+from lora_core.config import AdapterConfig, Config, DataConfig, PriorConfig, Stage
 from lora_core.diffusion import generation
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
 from lora_core.runs import lock, pictures
-from lora_core.runs.run_folder import Run, not_finite
+from lora_core.runs.run_folder import Run, nonfinite_names
 from models import load_family
 from tests.conftest import rows
 from training import nonfinite
@@ -41,7 +41,7 @@ def test_what_is_not_finite_is_found_in_every_dtype(dtype: torch.dtype, bad: flo
         ("a", 0): -largest,
     }
     tensors["bad"][1, 2] = bad
-    assert not_finite(tensors) == ["bad"]
+    assert nonfinite_names(tensors) == ["bad"]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -81,7 +81,7 @@ def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
     kept = [
         load_file(folder / "state.safetensors") for folder in Path(config.out).glob("checkpoints/*")
     ]
-    assert len(kept) == bool(save_every) and not any(not_finite(tensors) for tensors in kept)
+    assert len(kept) == bool(save_every) and not any(nonfinite_names(tensors) for tensors in kept)
     assert (
         not (Path(config.out) / "pytorch_lora_weights.safetensors").exists()
         and not (Path(config.out) / ".lock").exists()
@@ -132,7 +132,7 @@ def test_initial_values_that_are_none_are_named(
     def inject(module: torch.nn.Module, *args: Any, **settings: Any) -> Any:
         found = whole(module, *args, **settings)
         with torch.no_grad():
-            injection.parameters(module)[3].view(-1)[1] = math.inf
+            injection.adapter_parameters(module)[3].view(-1)[1] = math.inf
         return found
 
     monkeypatch.setattr(injection, "inject", inject)
@@ -221,7 +221,7 @@ def test_steps_that_overflow_are_counted_said_and_end_the_run(
     with pytest.raises(UserError, match="all 3 steps were skipped"):
         train.train(replace(config, out=config.out + "2"), loss=lambda step: mse(step) * 1e30)
     assert not list(Path(config.out + "2").glob("*.safetensors"))
-    monkeypatch.setattr(nonfinite, "SKIPS", 4)
+    monkeypatch.setattr(nonfinite, "MAX_SKIPPED_IN_A_ROW", 4)
     longer = replace(config, out=config.out + "3", stages=(Stage(9),), save_every=2, log_every=9)
     with pytest.raises(
         UserError, match=r"the last 4 steps up to step 5 were skipped.*--precision bf16.*of step 4"
@@ -288,7 +288,7 @@ def test_a_damaged_part_of_the_model_is_named(
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    monkeypatch.setattr(results, "validate", lambda s, done: None)
+    monkeypatch.setattr(results, "run_validation", lambda s, done: None)
     config = replace(config, data=replace(config.data, flip=random))
     with pytest.raises(UserError, match=said):
         train.train(config)
@@ -338,7 +338,9 @@ def test_black_pictures_are_refused(
             else family.modules["vae"].decoder.conv_out
         ).bias.fill_(NAN)
     with pytest.raises(UserError, match=said):
-        generation.generate(family, ["a", "b"], [3, 4], generation.Recipe(steps=1, guidance=1.0))
+        generation.generate_images(
+            family, ["a", "b"], [3, 4], generation.SamplerSettings(steps=1, guidance=1.0)
+        )
     family.modules[part].save_pretrained(broken / part)
     out = tmp_path / "out.png"
     assert (
@@ -383,7 +385,7 @@ def test_class_images_of_nan_are_not_written(
 
     monkeypatch.setattr(setup, "load_family", damaged)
     with pytest.raises(UserError, match="decoder drew NaN"):
-        train.train(replace(config, prior=Prior("a cat", count=2)))
+        train.train(replace(config, prior=PriorConfig("a cat", count=2)))
     assert not list(Path(config.out).rglob("*.png"))
 
 
@@ -421,7 +423,7 @@ def test_several_ranks_are_refused(
     ],
 )
 def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
-    lock.check_single(environment)
+    lock.check_single_process(environment)
 
 
 def test_push_targets_and_logins_are_tried_before_data_is_read(
@@ -443,7 +445,7 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
                 raise PermissionError(f"no right to write to {repo_id}\nmore")
 
     monkeypatch.setattr(card, "HfApi", Api)
-    nowhere = replace(config, data=Data(images="nowhere"), adapter=Adapter(rank=2))
+    nowhere = replace(config, data=DataConfig(images="nowhere"), adapter=AdapterConfig(rank=2))
     with pytest.raises(
         UserError,
         match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_core.diffusion import losses, noise, prediction
 from lora_core.diffusion.losses import StepOutput
-from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
+from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 
 B, C, H, W = 4, 3, 5, 6
 RATE = 0.05
@@ -23,7 +23,7 @@ SD = {
     "num_train_timesteps": 1000,
 }
 TIMES = torch.tensor([3, 500, 60, 981])
-VP, FLOW, EDM = noise.vp_from_config(SD), noise.flow(), noise.edm()
+VP, FLOW, EDM = noise.vp_schedule_from_config(SD), noise.flow_schedule(), noise.edm_schedule()
 
 
 class Batch(NamedTuple):
@@ -203,7 +203,7 @@ def ours(
 ) -> Tensor:
     x_t = noise.add_noise(data.x, data.n, level)
     out = net(prediction.scale_input(law.row, x_t, level), level.t, data.e)
-    out, target, row = prediction.compared(law.row, law.space, out, data.x, data.n, level)
+    out, target, row = prediction.to_loss_space(law.row, law.space, out, data.x, data.n, level)
     is_prior = torch.zeros(len(data.x), dtype=torch.bool) if is_prior is None else is_prior
     record = StepOutput(
         out,
@@ -221,15 +221,17 @@ def ours(
         law.row,
     )
     rows = losses.LOSSES["mse"](record)
-    losses.check_rows(rows, "mse", len(data.x))
-    rows = rows * losses.weight(
+    losses.check_loss_rows(rows, "mse", len(data.x))
+    rows = rows * losses.loss_weights(
         law.weighting,
         level,
         law.row,
         space=law.space,
         **({} if law.gamma is None else {"gamma": law.gamma}),
     )
-    return losses.total(rows, is_prior, prior_weight=prior_weight, instances=int((~is_prior).sum()))
+    return losses.sum_losses(
+        rows, is_prior, prior_weight=prior_weight, instances=int((~is_prior).sum())
+    )
 
 
 class Told(NamedTuple):
@@ -242,8 +244,8 @@ class Told(NamedTuple):
 
 
 def drawn(schedule: Schedule, u: Tensor, **how: Any) -> NoiseLevel:
-    """What `noise.draw` makes of numbers u, in float64 on the row that it drew."""
-    t = noise.draw(schedule, Told(u), **how).t.double()
+    """What `noise.sample_levels` makes of numbers u, in float64 on the row that it drew."""
+    t = noise.sample_levels(schedule, Told(u), **how).t.double()
     rows = (t[:, None] - schedule.ts).abs().argmin(1)
     assert (t - schedule.ts[rows]).abs().max() < 1e-6  # no shift here
     return schedule.level(schedule.ts[rows])
@@ -319,11 +321,15 @@ def flow_levels(scheme: str, mean: float = 0.0, std: float = 1.0) -> tuple[Tenso
     if scheme == "logit_normal":
         numbers, how = (
             torch.special.ndtr(-(torch.logit(u) - mean) / std),
-            noise.density("logit_normal", mean=-mean, std=std),
+            noise.bind_density("logit_normal", mean=-mean, std=std),
         )
     else:
         numbers = 1 - torch.rand(B, generator=torch.Generator().manual_seed(21)).double()
-        how = noise.density("mode", scale=1.29) if scheme == "mode" else noise.density("uniform")
+        how = (
+            noise.bind_density("mode", scale=1.29)
+            if scheme == "mode"
+            else noise.bind_density("uniform")
+        )
     return u, drawn(FLOW, numbers, density=how)
 
 
@@ -385,14 +391,14 @@ def test_trap_19_min_snr_of_v() -> None:
 
 
 def test_trap_19_zero_terminal_snr_is_finite() -> None:
-    last = noise.vp_from_config(SD | {"rescale_betas_zero_snr": True}).level(
+    last = noise.vp_schedule_from_config(SD | {"rescale_betas_zero_snr": True}).level(
         torch.tensor([999.0], dtype=torch.float64)
     )
     wrong = torch.minimum(last.snr, torch.full_like(last.snr, 5.0)) / last.snr
     assert wrong.isnan().all()
     assert (
-        losses.weight("min_snr", last, "epsilon").item() == 1
-        and losses.weight("min_snr", last, "v_prediction").item() == 0
+        losses.loss_weights("min_snr", last, "epsilon").item() == 1
+        and losses.loss_weights("min_snr", last, "v_prediction").item() == 0
     )
 
 
@@ -410,13 +416,15 @@ def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preserva
 def test_trap_20_the_direction_of_logit_mean() -> None:
     """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign turned."""
     training = pytest.importorskip("diffusers.training_utils")
-    many = Keys(5, tuple(map(str, range(4000))), (0,) * 4000)
+    many = RandomKeys(5, tuple(map(str, range(4000))), (0,) * 4000)
     u = training.compute_density_for_timestep_sampling(
         "logit_normal", 4000, 1.0, 1.0, generator=torch.Generator().manual_seed(0)
     )
     theirs = (torch.arange(1000, 0, -1) / 1000)[(u * 1000).long()].mean()
     turned, same = (
-        noise.draw(FLOW, many, density=noise.density("logit_normal", mean=mean)).sigma.mean()
+        noise.sample_levels(
+            FLOW, many, density=noise.bind_density("logit_normal", mean=mean)
+        ).sigma.mean()
         for mean in (-1.0, 1.0)
     )
     error = 4 * 0.2 / 4000**0.5  # of two means of 4000 numbers whose standard deviation is 0.2
@@ -431,7 +439,7 @@ def test_trap_20_the_direction_of_logit_mean() -> None:
 
 
 def test_trap_20_sigma_keeps_its_precision_when_latents_are_bf16() -> None:
-    level = noise.place(FLOW, (torch.arange(1000) + 0.5) / 1000)
+    level = noise.levels_at_quantiles(FLOW, (torch.arange(1000) + 0.5) / 1000)
     assert (
         level.sigma.dtype == torch.float32
         and level.sigma.unique().numel() == 1000
@@ -526,7 +534,7 @@ def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
     assert equal(mine, right) and differ(
         mine, stepped(ours, batch(), level, Law(schedule, kind, "edm"))
     )
-    assert losses.meaning("min_snr", kind, "edm").endswith("weighed by min(snr, 5)")
+    assert losses.describe_loss("min_snr", kind, "edm").endswith("weighed by min(snr, 5)")
 
 
 def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
@@ -553,7 +561,7 @@ def test_trap_23_micro_batches_of_any_make_up_add_up_to_the_step() -> None:
     whole = ours(Tiny(), batch(), at(TIMES), Law(VP, "epsilon"), flags, 0.3)
     torch.testing.assert_close(whole, rows[1] + 0.3 * rows[flags].sum(), rtol=1e-12, atol=0)
     halves = [
-        losses.total(rows[half], flags[half], prior_weight=0.3, instances=1)
+        losses.sum_losses(rows[half], flags[half], prior_weight=0.3, instances=1)
         for half in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)

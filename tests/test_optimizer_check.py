@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import train
-from lora_core.config import Config, Optimizer, Stage, Validation
+from lora_core.config import Config, OptimizerConfig, Stage, ValidationConfig
 from lora_core.errors import UserError
 from lora_core.optim import schedules
 from tests.conftest import final, learned, rows, same
 from training import checkpoints, results, setup
-from training.optimizer_check import rehearse
+from training.optimizer_check import try_optimizer
 from training.setup import Session
 
 SETTINGS = {"denoiser": {"name": "denoiser", "lr": 1e-2}, "tokens": {"name": "tokens", "lr": 1e-3}}
@@ -170,7 +170,7 @@ def test_an_optimizer_that_the_loop_cannot_use_is_refused(
     own: str, name: str, args: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        rehearse(f"{own}:{name}", SETTINGS, args, CPU)
+        try_optimizer(f"{own}:{name}", SETTINGS, args, CPU)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_an_optimizer_that_the_loop_cannot_use_is_refused(
 )
 def test_installed_classes_are_tried_too(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        rehearse(name, SETTINGS, {}, CPU)
+        try_optimizer(name, SETTINGS, {}, CPU)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +200,15 @@ def test_installed_classes_are_tried_too(name: str, said: str) -> None:
 def test_others_pass_and_leave_the_generators_alone(name: str, args: dict[str, Any]) -> None:
     before = torch.get_rng_state()
     settings = {group: {**s, "lr": 1e-2} for group, s in SETTINGS.items()}
-    assert rehearse(name, settings, args, CPU) == []
+    assert try_optimizer(name, settings, args, CPU) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_that_cannot_go_on_from_a_checkpoint_is_a_warning(own: str) -> None:
-    assert "the same bits" in rehearse(f"{own}:Forgets", SETTINGS, {}, CPU)[0]
-    assert "the same bits" in rehearse(f"{own}:KeepsHalf", SETTINGS, {}, CPU)[0]
-    assert "cannot be resumed" in rehearse(f"{own}:CannotLoad", SETTINGS, {}, CPU)[0]
-    assert rehearse(f"{own}:Averaging", SETTINGS, {}, CPU) == []
+    assert "the same bits" in try_optimizer(f"{own}:Forgets", SETTINGS, {}, CPU)[0]
+    assert "the same bits" in try_optimizer(f"{own}:KeepsHalf", SETTINGS, {}, CPU)[0]
+    assert "cannot be resumed" in try_optimizer(f"{own}:CannotLoad", SETTINGS, {}, CPU)[0]
+    assert try_optimizer(f"{own}:Averaging", SETTINGS, {}, CPU) == []
 
 
 def test_no_weight_is_read_before(
@@ -222,14 +222,14 @@ def test_no_weight_is_read_before(
     ):
         args = {"nesterof": True} if name.endswith("SGD") else {}
         with pytest.raises(UserError, match=said):
-            Session(replace(config, optimizer=Optimizer(name, args=args)))
+            Session(replace(config, optimizer=OptimizerConfig(name, args=args)))
     with pytest.raises(UserError, match="averages itself"):
-        Session(replace(config, ema=0.5, optimizer=Optimizer(f"{own}:Averaging")))
+        Session(replace(config, ema=0.5, optimizer=OptimizerConfig(f"{own}:Averaging")))
     with pytest.raises(UserError, match="takes no weight_decay"):
         Session(
             replace(
                 config,
-                optimizer=Optimizer("torch.optim.Rprop"),
+                optimizer=OptimizerConfig("torch.optim.Rprop"),
                 stages=(Stage(2, weight_decay={"denoiser": 0.1}),),
             )
         )
@@ -240,19 +240,19 @@ def test_no_weight_is_read_before(
 
 def test_d_is_logged_whatever_holds_it_and_a_setting_of_that_name_is_none(own: str) -> None:
     p = nn.Parameter(torch.ones(2, 2))
-    ours = schedules.build("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
-    assert isinstance(schedules.distance(ours, ours.param_groups[0]), Tensor)
+    ours = schedules.build_optimizer("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
+    assert isinstance(schedules.read_distance(ours, ours.param_groups[0]), Tensor)
     theirs = prodigyopt.Prodigy([p], d0=1e-4)
-    assert schedules.distance(theirs, theirs.param_groups[0]) == 1e-4
+    assert schedules.read_distance(theirs, theirs.param_groups[0]) == 1e-4
     clipping = torch.optim.Adafactor([p], d=2.0)  # torch: the threshold of its clipping
     assert (
         clipping.param_groups[0]["d"] == 2.0
-        and schedules.distance(clipping, clipping.param_groups[0]) is None
+        and schedules.read_distance(clipping, clipping.param_groups[0]) is None
     )
     assert (
-        schedules.distance(theirs, {"d": None}) is None
-        and schedules.distance(theirs, {}) is None
-        and schedules.distance(theirs, {"d": "d"}) is None
+        schedules.read_distance(theirs, {"d": None}) is None
+        and schedules.read_distance(theirs, {}) is None
+        and schedules.read_distance(theirs, {"d": "d"}) is None
     )
 
 
@@ -262,7 +262,7 @@ def test_a_float_d_is_in_the_log_and_the_run_goes_on(
 ) -> None:
     name = name if "." in name else f"{own}:{name}"
     stages = (Stage(3, ("denoiser", "tokens")),)
-    run = train.train(replace(config, optimizer=Optimizer(name), stages=stages))
+    run = train.train(replace(config, optimizer=OptimizerConfig(name), stages=stages))
     logged = [row["d_tokens"] for row in rows(run) if "d_tokens" in row]
     assert len(logged) == 3 and all(d > 0 for d in logged)
 
@@ -282,9 +282,11 @@ def test_looking_at_a_schedule_free_run_does_not_change_it(
     config: Config, quick: None, own: str
 ) -> None:
     name = schedule_free(own)[0]
-    base = replace(config, optimizer=Optimizer(name, lr={"denoiser": 1e-1}), stages=(Stage(4),))
+    base = replace(
+        config, optimizer=OptimizerConfig(name, lr={"denoiser": 1e-1}), stages=(Stage(4),)
+    )
     seen = replace(
-        base, out=config.out + "seen", validation=Validation(bins=1, every=1), save_every=1
+        base, out=config.out + "seen", validation=ValidationConfig(bins=1, every=1), save_every=1
     )
     whole, looked = train.train(base), train.train(seen)
     assert same(learned(whole), learned(looked))
@@ -296,12 +298,14 @@ def test_looking_at_a_schedule_free_run_does_not_change_it(
 def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trained(
     config: Config, quick: None, own: str
 ) -> None:
-    s = Session(replace(config, optimizer=Optimizer(schedule_free(own)[0], lr={"denoiser": 1e-1})))
+    s = Session(
+        replace(config, optimizer=OptimizerConfig(schedule_free(own)[0], lr={"denoiser": 1e-1}))
+    )
     stage = s.config.stages[0]
     s.enter(stage)
     for number, batch in enumerate(s.batches(0, 2)):
         s.set_rates(stage, number)
-        train.advance(s, batch, stage, number, train.training_step)
+        train.optimizer_step(s, batch, stage, number, train.training_step)
     params = s.groups["denoiser"]
     y, x = [p.detach().clone() for p in params], [s.optimizer.state[p]["x"] for p in params]
     assert any(not torch.equal(a, b) for a, b in zip(x, y))
@@ -313,8 +317,8 @@ def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trai
         return denoise(*a)
 
     s.family.denoise = look  # type: ignore[method-assign]
-    results.validate(s, 2)
-    checkpoints.save(s, 2)
+    results.run_validation(s, 2)
+    checkpoints.write_checkpoint(s, 2)
     assert inside and all(inside) and all(torch.equal(p, before) for p, before in zip(params, y))
     assert all(group["train_mode"] for group in s.optimizer.param_groups)
     kept = learned(Path(config.out))
@@ -328,9 +332,9 @@ def test_the_public_schedule_free_optimizers_train_and_resume(
     pytest.importorskip("schedulefree", reason="pip install schedulefree")
     base = replace(
         config,
-        optimizer=Optimizer(f"schedulefree.{name}"),
+        optimizer=OptimizerConfig(f"schedulefree.{name}"),
         stages=(Stage(4),),
-        validation=Validation(bins=1, every=2),
+        validation=ValidationConfig(bins=1, every=2),
     )
     whole = train.train(base)
     train.train(replace(base, out=config.out + "part", stages=(Stage(2),)))
@@ -348,7 +352,7 @@ def test_a_schedule_of_a_file_is_used_and_kept(config: Config, quick: None, own:
         replace(
             config,
             stages=stages,
-            optimizer=Optimizer(
+            optimizer=OptimizerConfig(
                 lr={"denoiser": 1e-2}, schedule=optim_name(own, "hold"), schedule_args={"low": 0.5}
             ),
         )
@@ -378,7 +382,9 @@ def test_schedules_are_called_before_any_work(
 ) -> None:
     monkeypatch.setattr(setup.data, "scan", lambda *_, **__: pytest.fail("images were read"))
     for c in (
-        replace(config, optimizer=Optimizer(schedule=optim_name(own, name), schedule_args=args)),
+        replace(
+            config, optimizer=OptimizerConfig(schedule=optim_name(own, name), schedule_args=args)
+        ),
         replace(config, stages=(Stage(2, schedule=optim_name(own, name)),)) if not args else None,
     ):
         if c is not None:
@@ -410,8 +416,8 @@ def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(
         decay={},
         betas={},
     )
-    assert rehearse(f"{own}:{name}", settings, {}, CPU) == []
-    built = schedules.build(
+    assert try_optimizer(f"{own}:{name}", settings, {}, CPU) == []
+    built = schedules.build_optimizer(
         f"{own}:{name}",
         [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()],
         {},
@@ -427,14 +433,14 @@ def test_settings_that_a_class_refuses_are_named() -> None:
     with pytest.raises(
         UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps='abc'"
     ):
-        rehearse("adamw", SETTINGS, {"eps": "abc"}, CPU)
+        try_optimizer("adamw", SETTINGS, {"eps": "abc"}, CPU)
 
 
 def test_a_state_that_cannot_be_taken_up_is_a_sentence(
     config: Config, quick: None, own: str
 ) -> None:
     """As adv_optm's Lion and Muon."""
-    lion = replace(config, optimizer=Optimizer(f"{own}:CannotLoad"))
+    lion = replace(config, optimizer=OptimizerConfig(f"{own}:CannotLoad"))
     train.train(lion)
     with pytest.raises(
         UserError,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_core
-from lora_core import formats, tokens
-from lora_core.adapters import injection, patch
+from lora_core import formats, patch, tokens
+from lora_core.adapters import injection
 from lora_core.adapters.injection import Adapted
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
@@ -44,7 +44,9 @@ def make_run(folder, *, seed, names=("<s0>", "<s1>"), word="TOK", dora=False):
     }
     state.token_names = tuple(names)
     layout = layout_of({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    formats.save_run(state, folder, layout=layout, metadata=embeddings.header({word: names}))
+    formats.save_run(
+        state, folder, layout=layout, metadata=embeddings.placeholder_header({word: names})
+    )
     return folder
 
 
@@ -125,7 +127,7 @@ def test_a_single_file_is_the_lora_alone_in_either_format(pipe, modules, tmp_pat
     folder, other = make_run(tmp_path / "run_a", seed=3, dora=dora), pipeline()
     layout = layout_of({"unet": other.unet, "text_encoder": other.text_encoder})
     for name, factors in formats.load(folder / NATIVE).components.items():
-        injection.load_state(
+        injection.load_factors(
             getattr(other, name),
             {layout.module_path(name, path): lr for path, lr in factors.items()},
             "x",
@@ -212,7 +214,7 @@ def test_several_patches_add_up_and_keep_their_own_tokens(pipe, modules, run, tm
         torch.testing.assert_close(
             pipe.unet.get_submodule(layer)(x), expected, rtol=1e-5, atol=1e-5
         )
-        prompt = tokens.bind("TOK and CAT", [*dog.abstractions, *cat.abstractions])
+        prompt = tokens.bind_placeholders("TOK and CAT", [*dog.abstractions, *cat.abstractions])
         assert prompt == "<s0><s1> and <c0>"
         ids = pipe.tokenizer(
             "<s0><s1><c0>", add_special_tokens=False, return_tensors="pt"
@@ -355,7 +357,7 @@ def test_a_failure_halfway_is_undone(monkeypatch, modules, run):
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tokens, "load_state", fail)
+    monkeypatch.setattr(tokens, "load_token_rows", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         patch(modules, run)
     assert snapshot(modules) == before

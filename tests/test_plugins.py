@@ -77,14 +77,14 @@ HERE = "tests/test_plugins.py"
     ],
 )
 def test_a_loss_is_recorded_by_file_and_name(loss: Any, name: str, args: dict[str, Any]) -> None:
-    assert losses.recorded(loss) == (name, args)
+    assert losses.name_and_arguments(loss) == (name, args)
     if name.startswith("<"):
         with pytest.raises(
             UserError, match="was handed over in Python and which no file gives back"
         ):
-            losses.resolve(name, losses.LOSSES, args)
+            losses.find_function(name, losses.LOSSES, args)
     else:
-        assert losses.resolve(name, losses.LOSSES, args) is not None
+        assert losses.find_function(name, losses.LOSSES, args) is not None
 
 
 def test_a_function_of_a_program_or_a_notebook_is_not_found_again(tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_a_function_of_a_program_or_a_notebook_is_not_found_again(tmp_path: Path
         {"__name__": "__main__"},
     ):
         exec("def loss(step): return step", scope)
-        assert plugins.file_and_name(scope["loss"]).startswith("<loss of ")
+        assert plugins.name_function(scope["loss"]).startswith("<loss of ")
     away: dict[str, Any] = {"__name__": "away", "__file__": str(tmp_path / "away.py")}
     exec("def loss(step): return step", away)
-    assert plugins.file_and_name(away["loss"]) == f"{tmp_path / 'away.py'}:loss"
+    assert plugins.name_function(away["loss"]) == f"{tmp_path / 'away.py'}:loss"
 
 
 def test_the_config_of_a_run_repeats_it(

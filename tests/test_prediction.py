@@ -3,22 +3,28 @@
 import pytest
 import torch
 
-from lora_core.diffusion.noise import NoiseLevel, add_noise, edm, flow, vp_from_config
+from lora_core.diffusion.noise import (
+    NoiseLevel,
+    add_noise,
+    edm_schedule,
+    flow_schedule,
+    vp_schedule_from_config,
+)
 from lora_core.diffusion.prediction import (
     PREDICTIONS,
     SIGMA_DATA,
-    compared,
     eps_from_x0,
     scale_input,
+    to_loss_space,
 )
 
 SCHEDULES = {
-    "vp": vp_from_config(
+    "vp": vp_schedule_from_config(
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     ),
-    "zero_snr": vp_from_config({"rescale_betas_zero_snr": True}),
-    "flow": flow(shift=3.0),
-    "edm": edm(),
+    "zero_snr": vp_schedule_from_config({"rescale_betas_zero_snr": True}),
+    "flow": flow_schedule(shift=3.0),
+    "edm": edm_schedule(),
 }
 ROWS = [0, 1, 333, 731, 997]
 
@@ -167,9 +173,9 @@ def test_an_error_in_edm_space_is_the_networks_error_times_the_jacobian(
     """Also for a network that saw perturbed noise: the error does not know about it."""
     x0, eps, level, _ = batch(schedule)
     out = PREDICTIONS[name].target(x0, eps, level) + torch.cos(eps)
-    mine, target, row = compared(name, "model", out, x0, eps, level)
+    mine, target, row = to_loss_space(name, "model", out, x0, eps, level)
     assert mine is out and row == name
-    read, clean, row = compared(name, "edm", out, x0, eps, level)
+    read, clean, row = to_loss_space(name, "edm", out, x0, eps, level)
     assert row == "sample" and torch.equal(clean, x0)
     expected = (mine - target).abs() * PREDICTIONS[name].jacobian(level).reshape(-1, 1, 1, 1)
     torch.testing.assert_close((read - clean).abs(), expected, rtol=1e-6, atol=1e-9)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
-from lora_core.runs.run_folder import flatten, unflatten
+from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 GOLDEN = [
     (
@@ -342,13 +342,13 @@ def test_state_round_trips_bit_for_bit(options, resume_at):
             start, weights, flat = resume
             for p, w in zip(params, weights):
                 p.data.copy_(w)
-            optimizer.load_state_dict(unflatten(*flat))
+            optimizer.load_state_dict(unflatten_state(*flat))
         for step in range(start, stop):
             gradients(step)
             if 5 <= step < 12:
                 params[2].grad = None
             optimizer.step()
-        return stop, bits(params), flatten(optimizer.state_dict())
+        return stop, bits(params), flatten_state(optimizer.state_dict())
 
     whole, resumed = run(40), run(40, run(resume_at))
     assert same(whole[1], resumed[1])
@@ -363,11 +363,11 @@ def test_loading_does_not_alias_and_refuses_another_distance():
     saved = copy.deepcopy(optimizer.state_dict())
     other = Prodigy(problem(7)[0])
     other.load_state_dict(saved)
-    kept = bits(flatten(saved)[0].values())
+    kept = bits(flatten_state(saved)[0].values())
     for p in other.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     other.step()
-    assert same(kept, list(flatten(saved)[0].values()))
+    assert same(kept, list(flatten_state(saved)[0].values()))
     with pytest.raises(UserError, match="distance"):
         Prodigy(problem(7)[0], distance="group").load_state_dict(saved)
 
@@ -412,7 +412,7 @@ def test_an_overflown_step_changes_nothing(weight_decay, decouple, use_bias_corr
             gradients(step)
             optimizer.found_inf = torch.tensor([0.0])
             optimizer.step()
-        runs.append([*params, *flatten(optimizer.state_dict())[0].values()])
+        runs.append([*params, *flatten_state(optimizer.state_dict())[0].values()])
     assert same(*runs)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lora_core import formats
-from lora_core.adapters.weight_updates import AdapterState, LowRank, delta, product
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
 from models import flux, sd, sdxl
@@ -81,7 +81,10 @@ def close(read, written):
         assert set(read.components[component]) == set(modules)
         for path, lr in modules.items():
             torch.testing.assert_close(
-                product(read.components[component][path]), product(lr), rtol=1e-6, atol=1e-6
+                scaled_product(read.components[component][path]),
+                scaled_product(lr),
+                rtol=1e-6,
+                atol=1e-6,
             )
 
 
@@ -314,7 +317,7 @@ def test_a_folder_of_peft_is_the_update_that_peft_makes(tmp_path, settings, bina
     assert set(read) == set(weights)
     for path, lr in read.items():
         torch.testing.assert_close(
-            weights[path] + delta(lr, weights[path]),
+            weights[path] + delta_weight(lr, weights[path]),
             merged.get_submodule(path).weight,
             rtol=1e-5,
             atol=1e-5,
@@ -458,7 +461,7 @@ def full(name):
     }
     with torch.device("meta"):
         if name == "1.5":
-            return sd.layout(
+            return sd.sd_layout(
                 UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
                 CLIPTextModel(CLIPTextConfig(**clip)),
                 {},
@@ -470,14 +473,14 @@ def full(name):
                 attention_head_dim=(5, 10, 20, 20),
                 use_linear_projection=True,
             )
-            return sd.layout(
+            return sd.sd_layout(
                 unet,
                 CLIPTextModel(CLIPTextConfig(**open_clip)),
                 {"prediction_type": "v_prediction"},
             )
         if name == "xl":
             unet, one, two = tiny_sdxl.full_size()
-            return sdxl.layout(unet, {"text_encoder": one, "text_encoder_2": two})
+            return sdxl.sdxl_layout(unet, {"text_encoder": one, "text_encoder_2": two})
         t5 = T5EncoderModel(
             T5Config(
                 d_model=4096,
@@ -489,7 +492,7 @@ def full(name):
             )
         )
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-        return flux.layout(
+        return flux.flux_layout(
             {
                 "transformer": transformer,
                 "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
@@ -679,7 +682,7 @@ def test_names_in_the_wild(tmp_path, name, module, path, leaves):
 @pytest.fixture(scope="module")
 def flow():
     pipe = tiny_flux.pipeline()
-    return flux.layout(
+    return flux.flux_layout(
         {
             "transformer": pipe.transformer,
             "text_encoder": pipe.text_encoder,
@@ -802,7 +805,7 @@ def test_a_dora_by_columns_is_lycoris_formula(tmp_path, layer):
         formats.load(file, layout)
     state = formats.load(file, layout, merging=True)
     lr = state.components["unet"]["a"]
-    merged = weight + product(lr)
+    merged = weight + scaled_product(lr)
     norm = (
         merged.transpose(0, 1)
         .reshape(weight.shape[1], -1)
@@ -811,7 +814,7 @@ def test_a_dora_by_columns_is_lycoris_formula(tmp_path, layer):
         .transpose(0, 1)
     )
     torch.testing.assert_close(
-        weight + delta(lr, weight), merged * magnitude / norm, rtol=1e-6, atol=1e-6
+        weight + delta_weight(lr, weight), merged * magnitude / norm, rtol=1e-6, atol=1e-6
     )
     formats.save(state, tmp_path / "b.safetensors", format="kohya", layout=layout)
     same(formats.load(tmp_path / "b.safetensors", layout, merging=True), state)

@@ -9,13 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from lora_core.diffusion import noise, validation
-from lora_core.diffusion.noise import Keys
-from lora_core.runs.reports import Objective, bins, preview_density, preview_table
+from lora_core.diffusion.noise import RandomKeys
+from lora_core.runs.reports import Objective, preview_density, preview_table, timestep_bins
 
-VP = noise.vp_from_config(
+VP = noise.vp_schedule_from_config(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 )
-FLOW, EDM = noise.flow(), noise.edm()
+FLOW, EDM = noise.flow_schedule(), noise.edm_schedule()
 
 
 def normal(z: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ def normal(z: Tensor) -> Tensor:
 def test_uniform_draws_are_the_same_in_every_bin_and_none_below_low() -> None:
     for schedule, row in ((VP, "epsilon"), (FLOW, "flow")):
         torch.testing.assert_close(
-            bins(Objective(schedule, row), 10).share,
+            timestep_bins(Objective(schedule, row), 10).share,
             torch.full((10,), 0.1, dtype=torch.float64),
             rtol=0,
             atol=1e-9,
         )
-        part = bins(Objective(schedule, row, low=0.2, high=0.7), 10)
+        part = timestep_bins(Objective(schedule, row, low=0.2, high=0.7), 10)
         torch.testing.assert_close(
             part.share, torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0, 0]).double() / 5, rtol=0, atol=1e-9
         )
@@ -43,8 +43,11 @@ def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
     mean: float, std: float, shift: float
 ) -> None:
     """logit(shifted(s)) = logit(s) + ln shift: a shift of a logit-normal is one with another mean."""
-    b = bins(
-        Objective(FLOW, "flow", noise.density("logit_normal", mean=mean, std=std), shift=shift), 10
+    b = timestep_bins(
+        Objective(
+            FLOW, "flow", noise.bind_density("logit_normal", mean=mean, std=std), shift=shift
+        ),
+        10,
     )
     edges = torch.special.logit(torch.linspace(0, 1, 11, dtype=torch.float64))
     expected = normal((edges - mean - math.log(shift)) / std).diff()
@@ -55,16 +58,16 @@ def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
 
 
 def test_shares_are_what_training_draws() -> None:
-    o = Objective(FLOW, "flow", noise.density("mode", scale=0.8), low=0.1, shift=2.0)
-    keys = Keys(1, tuple(map(str, range(4000))), (0,) * 4000)
-    t = noise.draw(FLOW, keys, low=0.1, density=o.density, shift=2.0).t
-    share = bins(o, 10).share
+    o = Objective(FLOW, "flow", noise.bind_density("mode", scale=0.8), low=0.1, shift=2.0)
+    keys = RandomKeys(1, tuple(map(str, range(4000))), (0,) * 4000)
+    t = noise.sample_levels(FLOW, keys, low=0.1, density=o.density, shift=2.0).t
+    share = timestep_bins(o, 10).share
     counts = torch.bincount((t * 10 - 1e-4).long().clamp(0, 9), minlength=10) / 4000
     assert ((counts - share).abs() <= 4 * (share * (1 - share) / 4000).sqrt() + 1e-9).all()
 
 
 def test_the_product_is_the_share_of_the_weights() -> None:
-    b = bins(Objective(VP, "epsilon", weighting="min_snr", args={"gamma": 3.0}), 20)
+    b = timestep_bins(Objective(VP, "epsilon", weighting="min_snr", args={"gamma": 3.0}), 20)
     snr = VP.level(torch.arange(1000.0).double()).snr
     weights = (snr.clamp(max=3) / snr).reshape(20, 50).sum(1)
     torch.testing.assert_close(b.product, weights / weights.sum(), rtol=1e-6, atol=0)
@@ -72,7 +75,7 @@ def test_the_product_is_the_share_of_the_weights() -> None:
         b.weight, (b.level.snr.clamp(max=3) / b.level.snr), rtol=1e-9, atol=0
     )
     here, there = (
-        bins(Objective(FLOW, "flow", space=space, weighting="cosmap"), 10)
+        timestep_bins(Objective(FLOW, "flow", space=space, weighting="cosmap"), 10)
         for space in ("model", "edm")
     )
     torch.testing.assert_close(there.weight * FLOW.level(there.t).sigma ** 2, here.weight)
@@ -84,7 +87,7 @@ def test_the_product_is_the_share_of_the_weights() -> None:
         (VP, "v_prediction"),
         (FLOW, "flow"),
         (EDM, "edm"),
-        (noise.vp(torch.full((7,), 0.1)), "epsilon"),
+        (noise.vp_schedule(torch.full((7,), 0.1)), "epsilon"),
     ],
 )
 def test_ten_rows_from_clean_to_noise(schedule: noise.Schedule, row: str) -> None:
@@ -103,7 +106,7 @@ def test_the_preview_is_a_picture_and_says_what_the_loss_is(
     o = Objective(
         FLOW,
         "flow",
-        noise.density("logit_normal", mean=1.0),
+        noise.bind_density("logit_normal", mean=1.0),
         shift=1.8,
         weighting=weighting,
         loss="huber",
@@ -120,7 +123,7 @@ def test_the_preview_is_a_picture_and_says_what_the_loss_is(
 
 
 def test_timesteps_are_written_as_their_schedule_counts_them() -> None:
-    assert [validation.timestep(t) for t in (625.0, 0.625, -1.55, 1.096, math.nan)] == [
+    assert [validation.format_timestep(t) for t in (625.0, 0.625, -1.55, 1.096, math.nan)] == [
         "625",
         "0.625",
         "-1.550",

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from lora_core.config import Config, Optimizer, Prior, Stage, Validation
+from lora_core.config import Config, OptimizerConfig, PriorConfig, Stage, ValidationConfig
 from lora_core.toml import to_toml
 from tests.conftest import final, rows, same
 
@@ -81,16 +81,16 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """The killed runs: one process imports, and each run is a fork of it."""
-    from lora_core.config import Adapter, Data, Samples
+    from lora_core.config import AdapterConfig, DataConfig, SamplesConfig
 
     def draw() -> int:  # a step in the middle of which no checkpoint was just written
         return random.SystemRandom().choice([step for step in range(sum(STEPS)) if step % EVERY])
 
     base = Config(
         model=str(model), device="cpu", threads=1, batch_size=2, save_every=EVERY, log_every=2,
-        samples=Samples(steps=1, guidance=1, prompts=("a TOK",)),
-        data=Data(images=str(photos), resolution=16, crop="random", flip=True), adapter=Adapter(rank=4, dropout=0.1),
-        validation=Validation(bins=2, every=EVERY),
+        samples=SamplesConfig(steps=1, guidance=1, prompts=("a TOK",)),
+        data=DataConfig(images=str(photos), resolution=16, crop="random", flip=True), adapter=AdapterConfig(rank=4, dropout=0.1),
+        validation=ValidationConfig(bins=2, every=EVERY),
         stages=(Stage(STEPS[0], ("tokens",)), Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine")),
     )  # fmt: skip
     both = replace(
@@ -100,7 +100,7 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
             replace(base.stages[1], groups=("denoiser", "text_encoder", "tokens")),
         ),
     )
-    prodigy = Optimizer("prodigy", args={"d0": 1e-4, "safeguard_warmup": True})
+    prodigy = OptimizerConfig("prodigy", args={"d0": 1e-4, "safeguard_warmup": True})
     first = replace(
         base,
         optimizer=prodigy,
@@ -108,7 +108,7 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         accumulation=2,
     )
     made = [
-        Case("adamw", replace(both, prior=Prior("a cat", count=2)), "step", draw()),
+        Case("adamw", replace(both, prior=PriorConfig("a cat", count=2)), "step", draw()),
         Case("prodigy", first, "step", draw()),
         Case("half a checkpoint", base, "file", 6),
         Case("half a validation", base, "validation", 6),
@@ -191,7 +191,7 @@ def test_a_longer_schedule_goes_on_from_the_checkpoint(config: Config, quick: No
 @pytest.mark.parametrize(
     "change",
     [
-        {"optimizer": Optimizer("prodigy")},
+        {"optimizer": OptimizerConfig("prodigy")},
         {"stages": (Stage(2, ("denoiser", "text_encoder")),)},
         {"stages": (Stage(1),)},
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 from lora_core.runs import run_folder as run_module
-from lora_core.runs.run_folder import Run, atomic, flatten, unflatten
+from lora_core.runs.run_folder import Run, atomic_write, flatten_state, unflatten_state
 
 
 def listing(folder):
@@ -34,13 +34,13 @@ def rows(run, name="metrics"):
 
 def test_atomic_writes_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.png"
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         assert (
             temporary.parent == path.parent and temporary.suffix == ".png"
         )  # same file system; an image writer reads the suffix
         temporary.write_text("one")
         assert not path.exists()
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("tw")
         raise RuntimeError
     assert listing(path.parent) == {"a.png": b"one"}
@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=words) as caught, atomic(path) as temporary:
+    with pytest.raises(UserError, match=words) as caught, atomic_write(path) as temporary:
         temporary.write_text("new")
     assert "\n" not in str(caught.value) and listing(tmp_path) == {"config.toml": b"old"}
 
@@ -334,8 +334,8 @@ def alike(a, b):
 @settings(max_examples=60, deadline=None)
 @given(trees)
 def test_flatten_round_trips_every_tree(tree):
-    tensors, meta = flatten(tree)
-    assert alike(tree, unflatten(tensors, json.loads(json.dumps(meta, allow_nan=False))))
+    tensors, meta = flatten_state(tree)
+    assert alike(tree, unflatten_state(tensors, json.loads(json.dumps(meta, allow_nan=False))))
 
 
 def test_flatten_keeps_paths_that_collide_apart():
@@ -347,14 +347,14 @@ def test_flatten_keeps_paths_that_collide_apart():
         "0": random.Random(3).getstate(),
         "x": [math.inf, 1.0],
     }
-    tensors, meta = flatten(tree)
-    assert len(tensors) == 2 and alike(tree, unflatten(tensors, json.loads(json.dumps(meta))))
+    tensors, meta = flatten_state(tree)
+    assert len(tensors) == 2 and alike(tree, unflatten_state(tensors, json.loads(json.dumps(meta))))
 
 
 @pytest.mark.parametrize("bad", [object(), b"x", {1, 2}, torch.float32])
 def test_flatten_refuses_by_place(bad):
     with pytest.raises(TypeError, match="state/0/thing is a"):
-        flatten({"state": [{"thing": bad}]})
+        flatten_state({"state": [{"thing": bad}]})
 
 
 # --- the whole law
@@ -373,7 +373,7 @@ def train(out, *, steps=12, resume=False, die=None):
     ]
     total, start = 0.0, 0
     if resume and (checkpoint := run.load_checkpoint()):
-        tree = unflatten(checkpoint.tensors, checkpoint.meta)
+        tree = unflatten_state(checkpoint.tensors, checkpoint.meta)
         start, total = checkpoint.step, tree["total"]
         for p, saved in zip(params, tree["params"]):
             p.data.copy_(saved)
@@ -407,11 +407,11 @@ def train(out, *, steps=12, resume=False, die=None):
 
             os.replace = replace
             try:
-                run.save_checkpoint(step + 1, *flatten(tree))
+                run.save_checkpoint(step + 1, *flatten_state(tree))
             finally:
                 os.replace = original
             die(step + 1, "saved")
-    with atomic(run.folder / "weights.txt") as temporary:
+    with atomic_write(run.folder / "weights.txt") as temporary:
         temporary.write_text(
             "\n".join(v.hex() for p in params for v in p.detach().flatten().double().tolist())
             + f"\n{total.hex()}"

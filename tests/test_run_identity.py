@@ -11,19 +11,28 @@ from PIL import Image
 from safetensors import safe_open
 
 import train
-from lora_core.config import Config, Optimizer, Samples, Stage, Tokens, Validation
+from lora_core.config import (
+    Config,
+    OptimizerConfig,
+    SamplesConfig,
+    Stage,
+    TokensConfig,
+    ValidationConfig,
+)
 from lora_core.data.records import Record
 from lora_core.errors import UserError
 from lora_core.toml import to_table
 from models import load_family
 from tests.conftest import final, rows, same
 from training import run_identity
-from training.run_identity import FREE, changes, model_identity
+from training.run_identity import FREE, identity_changes, model_identity
 from training.setup import Session
 
 
 def made(config: Config, *records: Record, model: dict[str, str] | None = None) -> dict:
-    return json.loads(json.dumps(run_identity.identity(to_table(config), records, (), model or {})))
+    return json.loads(
+        json.dumps(run_identity.run_identity(to_table(config), records, (), model or {}))
+    )
 
 
 def record(name: str, *captions: str, key: str = "k", folder: str = "/photos") -> Record:
@@ -39,9 +48,9 @@ def record(name: str, *captions: str, key: str = "k", folder: str = "/photos") -
             ["batch_size was 1, is 2", "accumulation was 1, is 3"],
         ),
         ({"data": replace(Config().data, resolution=64)}, ["data.resolution was 512, is 64"]),
-        ({"tokens": Tokens(words=("A", "B"))}, ["tokens.words was ['TOK'], is ['A', 'B']"]),
+        ({"tokens": TokensConfig(words=("A", "B"))}, ["tokens.words was ['TOK'], is ['A', 'B']"]),
         (
-            {"optimizer": Optimizer(lr={"denoiser": 0.1})},
+            {"optimizer": OptimizerConfig(lr={"denoiser": 0.1})},
             ["optimizer.lr was {}, is {'denoiser': 0.1}"],
         ),
         (
@@ -54,7 +63,9 @@ def record(name: str, *captions: str, key: str = "k", folder: str = "/photos") -
 )
 def test_a_changed_option_is_named_with_both_values(change: dict, said: list[str]) -> None:
     config = Config(stages=(Stage(10),))
-    assert sorted(changes(made(config), made(replace(config, **change)), 5)) == sorted(said)
+    assert sorted(identity_changes(made(config), made(replace(config, **change)), 5)) == sorted(
+        said
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,8 +74,8 @@ def test_a_changed_option_is_named_with_both_values(change: dict, said: list[str
         {"stages": (Stage(20),)},
         {"stages": (Stage(5), Stage(3, ("tokens",)))},
         {"save_every": 5, "log_every": 1, "keep": 9},
-        {"samples": Samples(every=3, prompts=("x",))},
-        {"validation": Validation(every=4, images="other")},
+        {"samples": SamplesConfig(every=3, prompts=("x",))},
+        {"validation": ValidationConfig(every=4, images="other")},
         {"data": replace(Config().data, workers=3, cache="c", images="moved")},
         {
             "device": "cuda",
@@ -85,7 +96,7 @@ def test_a_changed_option_is_named_with_both_values(change: dict, said: list[str
 )
 def test_what_does_not_change_what_is_learned_is_free(change: dict) -> None:
     config = Config(stages=(Stage(10),))
-    assert changes(made(config), made(replace(config, **change)), 5) == []
+    assert identity_changes(made(config), made(replace(config, **change)), 5) == []
 
 
 def test_stages_are_compared_as_far_as_they_have_begun() -> None:
@@ -94,11 +105,15 @@ def test_stages_are_compared_as_far_as_they_have_begun() -> None:
         replace(config, stages=(Stage(9), *config.stages[1:])),
         replace(config, stages=(*config.stages[:2], Stage(1, ("tokens",)))),
     )
-    assert changes(made(config), made(begun), 3) == changes(made(config), made(later), 10) == []
-    assert changes(made(config), made(begun), 5) == [
+    assert (
+        identity_changes(made(config), made(begun), 3)
+        == identity_changes(made(config), made(later), 10)
+        == []
+    )
+    assert identity_changes(made(config), made(begun), 5) == [
         "stages.0.steps was 4, is 9, of which 4 are done"
     ]
-    assert changes(made(config), made(replace(config, stages=config.stages[:1])), 5) == [
+    assert identity_changes(made(config), made(replace(config, stages=config.stages[:1])), 5) == [
         "stages.1 was there, is not"
     ]
 
@@ -112,17 +127,17 @@ def test_changed_images_are_counted_and_named() -> None:
         record("z.png"),
         record("a.png"),
     ]
-    assert changes(made(Config(), *old), made(Config(), *new), 1) == [
+    assert identity_changes(made(Config(), *old), made(Config(), *new), 1) == [
         "1 image added: z.png", "1 image removed: d.png", "the content or the mask of 1 image changed: c.png",
         "the captions of 1 image changed: b.png", "the repeats of 1 image changed: a.png",
     ]  # fmt: skip
     moved = [record(r.path.name, folder="/elsewhere") for r in old]
-    assert changes(made(Config(), *old), made(Config(), *moved), 1) == []
-    assert changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == [
+    assert identity_changes(made(Config(), *old), made(Config(), *moved), 1) == []
+    assert identity_changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == [
         "the order of the images changed"
     ]
     many = [record(f"{i}.png") for i in range(9)]
-    assert changes(made(Config(), *many), made(Config(), many[0]), 1) == [
+    assert identity_changes(made(Config(), *many), made(Config(), many[0]), 1) == [
         "8 images removed: 1.png, 2.png, 3.png ..."
     ]
 
@@ -143,7 +158,7 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
         next(other.modules["unet"].parameters()).mul_(1.01)
         other.modules["vae"].register_to_config(scaling_factor=0.5)
     three = model_identity(other.modules, other.schedule, "v_prediction")
-    assert changes(made(Config(), model=one), made(Config(), model=three), 1) == [
+    assert identity_changes(made(Config(), model=one), made(Config(), model=three), 1) == [
         f"the model's {name} is another one" for name in ("unet", "vae", "scheduler")
     ]
     half, rough = (
@@ -154,7 +169,7 @@ def test_another_model_is_told_by_its_weights_not_its_path(model: Path, tmp_path
         (half, ["precision was fp32, is bf16", "vae", "scheduler"]),
         (rough, ["vae_precision was fp32, is bf16", "unet", "scheduler"]),
     ):
-        found = changes(made(Config(), model=one), made(config, model=three), 1)
+        found = identity_changes(made(Config(), model=one), made(config, model=three), 1)
         assert found == [said[0], *(f"the model's {name} is another one" for name in said[1:])]
 
 

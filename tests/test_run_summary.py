@@ -8,29 +8,29 @@ from pathlib import Path
 import pytest
 
 from lora_core.data import dataset
-from lora_core.data.dataset import Folder, ImageSettings, scan
-from lora_core.text import say
-from lora_core.tokens import make_abstractions
+from lora_core.data.dataset import ImageDataset, ImageSettings, scan_folder
+from lora_core.text import print_escaped
+from lora_core.tokens import make_placeholders
 from tests.test_listing import kohya, save
-from training.run_summary import Length, describe
+from training.run_summary import RunLength, describe_run
 
 
 def told(
     folder: Path,
     *,
     words: tuple[str, ...] = (),
-    prior: Folder | None = None,
-    length: Length | None = None,
+    prior: ImageDataset | None = None,
+    length: RunLength | None = None,
     **how: object,
 ) -> list[str]:
-    records = scan(folder, **how)  # type: ignore[arg-type]
-    made = Folder(records, ImageSettings(8))
-    text = describe(
+    records = scan_folder(folder, **how)  # type: ignore[arg-type]
+    made = ImageDataset(records, ImageSettings(8))
+    text = describe_run(
         made,
         prior,
-        make_abstractions(words) if words else (),
-        length or Length(10, 2, 3),
-        dataset.unused(folder, records),
+        make_placeholders(words) if words else (),
+        length or RunLength(10, 2, 3),
+        dataset.find_unused_files(folder, records),
     )
     text.encode()  # can be printed
     return text.splitlines()
@@ -44,8 +44,8 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(text)
     for name in "abcde":
         (tmp_path / f"{name}.svg").write_bytes(b"x")
-    prior = Folder(
-        scan(
+    prior = ImageDataset(
+        scan_folder(
             save(tmp_path / "class" / "c.png").parent,
             captions="one",
             caption="a dog",
@@ -90,7 +90,7 @@ def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.Monkey
     ):
         stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stdout)
-        say("café 猫 \udce9")
+        print_escaped("café 猫 \udce9")
         stdout.flush()
         assert stdout.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
 
@@ -98,10 +98,10 @@ def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.Monkey
 def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", i)
-    records = scan(tmp_path, caption="x")
-    folder = Folder(records, ImageSettings(64, buckets=True))
-    assert "20 steps of 2 images, 10 epochs of 3" in describe(
-        folder, None, (), Length(20, 2, 1), {}
+    records = scan_folder(tmp_path, caption="x")
+    folder = ImageDataset(records, ImageSettings(64, buckets=True))
+    assert "20 steps of 2 images, 10 epochs of 3" in describe_run(
+        folder, None, (), RunLength(20, 2, 1), {}
     )
 
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.diffusion.noise import NoiseLevel, Schedule, edm, flow, vp_from_config
+from lora_core.diffusion.noise import (
+    NoiseLevel,
+    Schedule,
+    edm_schedule,
+    flow_schedule,
+    vp_schedule_from_config,
+)
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.diffusion.sampling import (
     SAMPLERS,
@@ -18,11 +24,11 @@ from lora_core.diffusion.sampling import (
     euler,
     euler_ancestral,
     flow_euler,
-    guided,
-    levels,
-    split,
-    start,
-    timesteps,
+    guided_denoiser,
+    sampler_levels,
+    sampler_timesteps,
+    split_for_refiner,
+    start_latents,
 )
 from lora_core.errors import UserError
 
@@ -32,7 +38,7 @@ SD = {
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
 }
-VP = vp_from_config(SD)
+VP = vp_schedule_from_config(SD)
 SPACINGS = ["leading", "trailing", "linspace"]
 
 
@@ -51,7 +57,7 @@ EPS = noise(-1)
 
 
 def ours(prediction: str) -> Callable[[Tensor, NoiseLevel], Tensor]:
-    return guided(lambda x, level, _: network(x, level.t[0].item()), prediction, None)
+    return guided_denoiser(lambda x, level, _: network(x, level.t[0].item()), prediction, None)
 
 
 def theirs(scheduler: Any, steps: int, x: Tensor, skip: int = 0, **step: Any) -> Tensor:
@@ -85,9 +91,9 @@ def test_ddim_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
     scheduler = build(
         "DDIMScheduler", **settings(prediction, spacing), clip_sample=False, set_alpha_to_one=False
     )
-    path = levels("ddim", VP, steps, spacing=spacing)
+    path = sampler_levels("ddim", VP, steps, spacing=spacing)
     torch.testing.assert_close(
-        ddim(ours(prediction), start(EPS, path), path),
+        ddim(ours(prediction), start_latents(EPS, path), path),
         theirs(scheduler, steps, EPS),
         atol=1e-4,
         rtol=1e-4,
@@ -102,7 +108,7 @@ def test_ddim_is_diffusers_where_the_steps_do_not_divide_the_schedule(prediction
         clip_sample=False,
         set_alpha_to_one=False,
     )
-    path = levels("ddim", VP, 7)
+    path = sampler_levels("ddim", VP, 7)
     torch.testing.assert_close(
         ddim(ours(prediction), EPS, path), theirs(scheduler, 7, EPS), atol=1e-4, rtol=1e-4
     )
@@ -121,7 +127,7 @@ def test_ddim_with_eta_is_diffusers(eta: float) -> None:
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(network(x, float(t)), t, x, eta=eta, variance_noise=noise(i)).prev_sample
     torch.testing.assert_close(
-        ddim(ours("v_prediction"), EPS, levels("ddim", VP, 20), eta=eta, noise=noise),
+        ddim(ours("v_prediction"), EPS, sampler_levels("ddim", VP, 20), eta=eta, noise=noise),
         x,
         atol=1e-4,
         rtol=1e-4,
@@ -138,13 +144,13 @@ def at_start(path: NoiseLevel) -> float:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_euler_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
     scheduler = build("EulerDiscreteScheduler", **settings(prediction, spacing))
-    path = levels("euler", VP, steps, spacing=spacing)
+    path = sampler_levels("euler", VP, steps, spacing=spacing)
     if spacing == "leading":
         scheduler.set_timesteps(steps)
         assert scheduler.init_noise_sigma == pytest.approx(at_start(path), rel=1e-4)
     expected = theirs(scheduler, steps, EPS * at_start(path))
     torch.testing.assert_close(
-        euler(ours(prediction), start(EPS, path), path), expected, atol=1e-4, rtol=1e-4
+        euler(ours(prediction), start_latents(EPS, path), path), expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -160,10 +166,10 @@ def test_euler_ancestral_is_diffusers(
         "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor",
         lambda *_, **__: noise(next(count)),
     )
-    path = levels("euler_ancestral", VP, steps, spacing=spacing)
+    path = sampler_levels("euler_ancestral", VP, steps, spacing=spacing)
     expected = theirs(scheduler, steps, EPS * at_start(path))
     torch.testing.assert_close(
-        euler_ancestral(ours(prediction), start(EPS, path), path, noise=noise),
+        euler_ancestral(ours(prediction), start_latents(EPS, path), path, noise=noise),
         expected,
         atol=1e-4,
         rtol=1e-4,
@@ -175,9 +181,9 @@ def test_euler_ancestral_is_diffusers(
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_dpmpp_2m_is_diffusers(prediction: str, spacing: str, steps: int) -> None:
     scheduler = build("DPMSolverMultistepScheduler", **settings(prediction, spacing))
-    path = levels("dpmpp_2m", VP, steps, spacing=spacing)
+    path = sampler_levels("dpmpp_2m", VP, steps, spacing=spacing)
     torch.testing.assert_close(
-        dpmpp_2m(ours(prediction), start(EPS, path), path),
+        dpmpp_2m(ours(prediction), start_latents(EPS, path), path),
         theirs(scheduler, steps, EPS),
         atol=1e-4,
         rtol=1e-4,
@@ -187,7 +193,7 @@ def test_dpmpp_2m_is_diffusers(prediction: str, spacing: str, steps: int) -> Non
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_zero_terminal_snr_from_pure_noise_is_diffusers(name: str) -> None:
     config = settings("v_prediction", "trailing") | {"rescale_betas_zero_snr": True}
-    path = levels(name, vp_from_config(SD | config), 20, spacing="trailing")
+    path = sampler_levels(name, vp_schedule_from_config(SD | config), 20, spacing="trailing")
     assert path.alpha[0] == 0
     scheduler = build(
         {
@@ -202,7 +208,7 @@ def test_zero_terminal_snr_from_pure_noise_is_diffusers(name: str) -> None:
     x = EPS * 2**12 if name == "euler" else EPS  # diffusers' Euler divides by alpha = 2^-12 there
     error = (
         (
-            SAMPLERS[name].run(ours("v_prediction"), start(EPS, path), path)
+            SAMPLERS[name].run(ours("v_prediction"), start_latents(EPS, path), path)
             - theirs(scheduler, 20, x)
         )
         .abs()
@@ -222,9 +228,9 @@ def test_flow_euler_is_diffusers(shift: float) -> None:
     x = EPS
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, float(t) / 1000), t, x).prev_sample
-    path = levels("flow_euler", flow(shift=shift), 10)
+    path = sampler_levels("flow_euler", flow_schedule(shift=shift), 10)
     torch.testing.assert_close(
-        flow_euler(ours("flow"), start(EPS, path), path), x, atol=1e-4, rtol=1e-4
+        flow_euler(ours("flow"), start_latents(EPS, path), path), x, atol=1e-4, rtol=1e-4
     )
 
 
@@ -239,11 +245,11 @@ EDM_SCHEDULERS = {"euler": "EDMEulerScheduler", "dpmpp_2m": "EDMDPMSolverMultist
 def test_the_steps_of_edm_are_diffusers(name: str, steps: int, config: dict[str, float]) -> None:
     scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(**config)
     scheduler.set_timesteps(steps)
-    path = levels(name, edm(**config), steps)
+    path = sampler_levels(name, edm_schedule(**config), steps)
     torch.testing.assert_close(path.sigma.float(), scheduler.sigmas, rtol=1e-5, atol=0)
     torch.testing.assert_close(path.t[:-1].float(), scheduler.timesteps, rtol=1e-5, atol=1e-6)
     assert path.sigma[-1] == 0 and (path.alpha == 1).all()
-    torch.testing.assert_close(start(EPS, path), EPS * scheduler.init_noise_sigma)
+    torch.testing.assert_close(start_latents(EPS, path), EPS * scheduler.init_noise_sigma)
 
 
 @pytest.mark.parametrize("name", EDM_SCHEDULERS)
@@ -252,8 +258,8 @@ def test_edm_samplers_are_diffusers(name: str, steps: int) -> None:
     scheduler = getattr(pytest.importorskip("diffusers"), EDM_SCHEDULERS[name])(
         sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5
     )
-    path = levels(name, edm(), steps)
-    x = start(EPS, path)
+    path = sampler_levels(name, edm_schedule(), steps)
+    x = start_latents(EPS, path)
     torch.testing.assert_close(
         SAMPLERS[name].run(ours("edm"), x, path), theirs(scheduler, steps, x), atol=1e-4, rtol=1e-4
     )
@@ -277,8 +283,8 @@ def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, sh
     config = settings("epsilon", "leading") | (
         {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
     )
-    path = levels(name, VP, steps)
-    first, rest = split(path, VP, share)
+    path = sampler_levels(name, VP, steps)
+    first, rest = split_for_refiner(path, VP, share)
     x, cutoff = EPS * (at_start(path) if name == "euler" else 1), round(1000 - share * 1000)
     for part, net in enumerate((network, second)):
         other = build(scheduler, **config)
@@ -290,20 +296,22 @@ def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, sh
         for t in times:
             x = other.step(net(other.scale_model_input(x, t), float(t)), t, x).prev_sample
     run = SAMPLERS[name].run
-    halfway = run(ours("epsilon"), start(EPS, path), first)
+    halfway = run(ours("epsilon"), start_latents(EPS, path), first)
     mine = run(
-        guided(lambda x, level, _: second(x, level.t[0].item()), "epsilon", None), halfway, rest
+        guided_denoiser(lambda x, level, _: second(x, level.t[0].item()), "epsilon", None),
+        halfway,
+        rest,
     )
     torch.testing.assert_close(mine, x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [VP, flow(shift=3.0)], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", [VP, flow_schedule(shift=3.0)], ids=["vp", "flow"])
 def test_a_split_path_is_the_path(schedule: Schedule) -> None:
     path, prediction = (
-        levels("euler", schedule, 10),
+        sampler_levels("euler", schedule, 10),
         "flow" if schedule.kind == "flow" else "epsilon",
     )
-    first, rest = split(path, schedule, 0.7)
+    first, rest = split_for_refiner(path, schedule, 0.7)
     assert all(
         torch.equal(torch.cat([a[:-1], b]), whole)
         for a, b, whole in zip(first, rest, path, strict=True)
@@ -335,7 +343,7 @@ def test_image_to_image_is_diffusers(name: str, strength: float) -> None:
     )
     other, image, steps = build(scheduler, **config), noise(50), 20
     skip = steps - min(int(steps * strength), steps)
-    path = levels(name, VP, steps, strength=strength)
+    path = sampler_levels(name, VP, steps, strength=strength)
     assert len(path.t) == steps - skip + 1
     other.set_timesteps(steps)
     if name != "ddim":
@@ -343,7 +351,7 @@ def test_image_to_image_is_diffusers(name: str, strength: float) -> None:
     x = other.add_noise(image, EPS, other.timesteps[skip : skip + 1])
     expected = theirs(build(scheduler, **config), steps, x, skip)
     torch.testing.assert_close(
-        SAMPLERS[name].run(ours("epsilon"), start(EPS, path, image), path),
+        SAMPLERS[name].run(ours("epsilon"), start_latents(EPS, path, image), path),
         expected,
         atol=1e-4,
         rtol=1e-4,
@@ -358,7 +366,7 @@ def test_timesteps_are_diffusers(spacing: str, steps: int) -> None:
     scheduler = build("EulerDiscreteScheduler", **settings("epsilon", spacing))
     scheduler.set_timesteps(steps)
     torch.testing.assert_close(
-        torch.tensor(timesteps(VP, steps, spacing=spacing)).float(),
+        torch.tensor(sampler_timesteps(VP, steps, spacing=spacing)).float(),
         scheduler.timesteps,
         rtol=1e-6,
         atol=1e-4,
@@ -370,8 +378,8 @@ def test_timesteps_are_diffusers(spacing: str, steps: int) -> None:
 
 def test_euler_is_ddim_without_eta_and_on_a_flow_is_flow_euler() -> None:
     x64 = EPS.double()
-    for schedule, prediction in ((VP, "v_prediction"), (flow(shift=2.0), "flow")):
-        path = levels("euler", schedule, 9)
+    for schedule, prediction in ((VP, "v_prediction"), (flow_schedule(shift=2.0), "flow")):
+        path = sampler_levels("euler", schedule, 9)
         torch.testing.assert_close(
             euler(ours(prediction), x64, path),
             ddim(ours(prediction), x64, path),
@@ -393,15 +401,20 @@ def exact(mean: float, std: float) -> Callable[[Tensor, NoiseLevel], Tensor]:
     return denoise
 
 
-@pytest.mark.parametrize("schedule", [VP, flow(), edm()], ids=["vp", "flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [VP, flow_schedule(), edm_schedule()], ids=["vp", "flow", "edm"]
+)
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(
     name: str, schedule: Schedule
 ) -> None:
     """The flow ODE keeps (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), exactly; more steps come closer, the second order closest."""
-    x, errors = start(EPS.double(), levels(name, schedule, 400, spacing="trailing")), []
+    x, errors = (
+        start_latents(EPS.double(), sampler_levels(name, schedule, 400, spacing="trailing")),
+        [],
+    )
     for steps in (100, 400):
-        path = levels(name, schedule, steps, spacing="trailing")
+        path = sampler_levels(name, schedule, steps, spacing="trailing")
         norm = (path.alpha**2 * 0.6**2 + path.sigma**2).sqrt()
         expected = path.alpha[-1] * 0.3 + norm[-1] * (x - path.alpha[0] * 0.3) / norm[0]
         errors.append((SAMPLERS[name].run(exact(0.3, 0.6), x, path) - expected).abs().max())
@@ -411,7 +424,7 @@ def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(
 @pytest.mark.parametrize("name", ["ddim", "euler_ancestral"])
 def test_stochastic_samplers_keep_the_mean_and_the_variance(name: str) -> None:
     g = torch.Generator().manual_seed(5)
-    path = levels(name, VP, 250, spacing="trailing")
+    path = sampler_levels(name, VP, 250, spacing="trailing")
     x, more = torch.randn(1, 1, 100, 200, generator=g), {"eta": 1.0} if name == "ddim" else {}
     out = SAMPLERS[name].run(
         exact(0.3, 0.6), x, path, noise=lambda i: torch.randn(1, 1, 100, 200, generator=g), **more
@@ -439,7 +452,7 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
         assert len(x) == len(level.t) == len(cond.bias)
         return torch.tanh(x) * cond.bias + level.like(x).sigma
 
-    schedule = edm() if prediction == "edm" else VP
+    schedule = edm_schedule() if prediction == "edm" else VP
     level = schedule.level(schedule.ts[[100, 900]])
     cond, negative, x = (
         Cond(torch.full((2, 1, 1, 1), 0.7)),
@@ -451,7 +464,7 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
     out_c, out_u = (torch.tanh(x_in) * c.bias + level.like(x).sigma for c in (cond, negative))
     expected = row.x0(x, out_u + 7.5 * (out_c - out_u), level)
     torch.testing.assert_close(
-        guided(net, prediction, cond, negative, 7.5)(x, level),
+        guided_denoiser(net, prediction, cond, negative, 7.5)(x, level),
         expected,
         rtol=1e-5,
         atol=1e-5,
@@ -459,10 +472,14 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
     )
     plain = row.x0(x, out_c, level)
     torch.testing.assert_close(
-        guided(net, prediction, cond)(x, level), plain, rtol=1e-5, atol=1e-5, check_dtype=False
+        guided_denoiser(net, prediction, cond)(x, level),
+        plain,
+        rtol=1e-5,
+        atol=1e-5,
+        check_dtype=False,
     )
     torch.testing.assert_close(
-        guided(net, prediction, cond, negative, 1.0)(x, level),
+        guided_denoiser(net, prediction, cond, negative, 1.0)(x, level),
         plain,
         rtol=1e-5,
         atol=1e-5,
@@ -477,24 +494,38 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: levels("eular", VP, 10), "'eular'.*nearest is 'euler'"),
-        (lambda: levels("ddim", VP, 0), "at least 1 step, got 0"),
-        (lambda: levels("ddim", VP, 1001, spacing="trailing"), "1001 steps"),
-        (lambda: levels("ddim", VP, 1000), "1000 steps with leading spacing and offset 1"),
-        (lambda: levels("euler", VP, 1, spacing="linspace"), "1 steps with linspace"),
-        (lambda: levels("euler", VP, 5, spacing="karras"), "'karras'; choose leading"),
-        (lambda: levels("euler", VP, 10, strength=0.05), "at least 0.1"),
-        (lambda: levels("euler", VP, 10, strength=1.5), "strength 1.5"),
-        (lambda: ddim(ours("epsilon"), EPS, levels("ddim", VP, 3), eta=0.5), "eta = 0.5.*noise"),
-        (lambda: flow_euler(ours("flow"), EPS, levels("euler", VP, 3)), "flow schedule"),
-        (lambda: guided(network, "epsilon", None, None, 7.5), "guidance scale 7.5"),
+        (lambda: sampler_levels("eular", VP, 10), "'eular'.*nearest is 'euler'"),
+        (lambda: sampler_levels("ddim", VP, 0), "at least 1 step, got 0"),
+        (lambda: sampler_levels("ddim", VP, 1001, spacing="trailing"), "1001 steps"),
+        (lambda: sampler_levels("ddim", VP, 1000), "1000 steps with leading spacing and offset 1"),
+        (lambda: sampler_levels("euler", VP, 1, spacing="linspace"), "1 steps with linspace"),
+        (lambda: sampler_levels("euler", VP, 5, spacing="karras"), "'karras'; choose leading"),
+        (lambda: sampler_levels("euler", VP, 10, strength=0.05), "at least 0.1"),
+        (lambda: sampler_levels("euler", VP, 10, strength=1.5), "strength 1.5"),
         (
-            lambda: split(levels("euler", VP, 4), VP, 0.9999),
+            lambda: ddim(ours("epsilon"), EPS, sampler_levels("ddim", VP, 3), eta=0.5),
+            "eta = 0.5.*noise",
+        ),
+        (lambda: flow_euler(ours("flow"), EPS, sampler_levels("euler", VP, 3)), "flow schedule"),
+        (lambda: guided_denoiser(network, "epsilon", None, None, 7.5), "guidance scale 7.5"),
+        (
+            lambda: split_for_refiner(sampler_levels("euler", VP, 4), VP, 0.9999),
             "refiner start of 0.9999 leaves the base model 4 of 4",
         ),
-        (lambda: split(levels("euler", VP, 4), VP, 0.01), "leaves the base model 0 of 4"),
-        (lambda: split(levels("euler", VP, 4), VP, 1.5), "refiner start of 1.5"),
-        (lambda: split(levels("euler", edm(), 4), edm(), 0.5), "edm schedule"),
+        (
+            lambda: split_for_refiner(sampler_levels("euler", VP, 4), VP, 0.01),
+            "leaves the base model 0 of 4",
+        ),
+        (
+            lambda: split_for_refiner(sampler_levels("euler", VP, 4), VP, 1.5),
+            "refiner start of 1.5",
+        ),
+        (
+            lambda: split_for_refiner(
+                sampler_levels("euler", edm_schedule(), 4), edm_schedule(), 0.5
+            ),
+            "edm schedule",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_work(

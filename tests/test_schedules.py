@@ -13,15 +13,15 @@ from lora_core.optim.schedules import (
     OPTIMIZERS,
     SCHEDULES,
     LossScaler,
-    build,
+    build_optimizer,
     check_arguments,
-    clip_,
+    clip_gradients_,
     resolve_optimizer,
     resolve_schedule,
-    split,
+    split_lora_plus,
 )
 from lora_core.prodigy import Prodigy
-from lora_core.runs.run_folder import flatten, unflatten
+from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 
 class NoSync(TorchDispatchMode):
@@ -127,7 +127,7 @@ def test_clipping_is_torchs(max_norm):
     ours, theirs = (with_grads((5, 3), (7,), (1,), dtype=torch.float64) for _ in range(2))
     ours[2].grad = theirs[2].grad = None
     with NoSync():
-        norm = clip_(ours, max_norm)
+        norm = clip_gradients_(ours, max_norm)
     expected = torch.nn.utils.get_total_norm([p.grad for p in theirs[:2]])
     if max_norm < math.inf:
         torch.nn.utils.clip_grad_norm_(theirs, max_norm)
@@ -140,16 +140,16 @@ def test_the_norm_of_a_long_half_precision_gradient_is_exact():
     p = torch.zeros(300_001, dtype=torch.bfloat16, requires_grad=True)
     p.grad = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = math.sqrt(sum(v * v for v in p.grad.double().tolist()))
-    assert float(clip_([p], math.inf)) == pytest.approx(exact, rel=1e-12)
+    assert float(clip_gradients_([p], math.inf)) == pytest.approx(exact, rel=1e-12)
 
 
 def test_nothing_to_clip_or_unscale_is_an_error():
     with pytest.raises(UserError, match="no gradient"):
-        clip_([torch.zeros(2, requires_grad=True)], 1.0)
+        clip_gradients_([torch.zeros(2, requires_grad=True)], 1.0)
     with pytest.raises(UserError, match="no gradient"):
         LossScaler().unscale_([torch.zeros(2, requires_grad=True)])
     with pytest.raises(UserError, match="positive"):
-        clip_(with_grads((2,)), 0.0)
+        clip_gradients_(with_grads((2,)), 0.0)
 
 
 # ---------------------------------------------------------------- building: AdamW, LoRA+
@@ -171,20 +171,26 @@ def stepped(optimizer, params, steps=range(6)):
 
 def test_arguments_go_to_the_class():
     params = with_grads((3,))
-    assert build("adamw", [named(params)], {"eps": 1e-6}).defaults["eps"] == 1e-6
-    assert build("torch.optim.AdamW", [named(params)], {"amsgrad": True}).defaults["amsgrad"]
+    assert build_optimizer("adamw", [named(params)], {"eps": 1e-6}).defaults["eps"] == 1e-6
+    assert build_optimizer("torch.optim.AdamW", [named(params)], {"amsgrad": True}).defaults[
+        "amsgrad"
+    ]
     with pytest.raises(UserError, match="optimizer adamw has no argument 'amsgrad'; expected eps"):
-        build("adamw", [named(params)], {"amsgrad": True})
+        build_optimizer("adamw", [named(params)], {"amsgrad": True})
     with pytest.raises(UserError, match=r"adamw refuses its settings.*|floating point"):
-        build("adamw", [named([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])], {})
+        build_optimizer(
+            "adamw", [named([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])], {}
+        )
 
 
 def test_an_adamw_resumes_bit_for_bit():
     """N steps = k steps, a checkpoint through plain files, N - k steps; a group pauses on the way, lr 0 and without gradients."""
     whole = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,))]
-    expected = stepped(build("adamw", [named(whole[:1]), named(whole[1:], "tokens")], {}), whole)
+    expected = stepped(
+        build_optimizer("adamw", [named(whole[:1]), named(whole[1:], "tokens")], {}), whole
+    )
     first = [p.detach().requires_grad_() for p in with_grads((7, 3), (130,))]
-    optimizer = build("adamw", [named(first[:1]), named(first[1:], "tokens")], {})
+    optimizer = build_optimizer("adamw", [named(first[:1]), named(first[1:], "tokens")], {})
     stepped(optimizer, first, range(2))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -193,9 +199,9 @@ def test_an_adamw_resumes_bit_for_bit():
     before = [p.detach().clone() for p in first]
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(first, before))
-    saved = unflatten(*flatten(optimizer.state_dict()))
+    saved = unflatten_state(*flatten_state(optimizer.state_dict()))
     second = [p.detach().clone().requires_grad_() for p in first]
-    again = build("adamw", [named(second[:1]), named(second[1:], "tokens")], {})
+    again = build_optimizer("adamw", [named(second[:1]), named(second[1:], "tokens")], {})
     again.load_state_dict(saved)
     for group in again.param_groups:
         group["lr"] = 1e-2
@@ -214,35 +220,37 @@ def test_lora_plus_is_two_groups_by_hand(name):
         if by_hand:
             groups = [named(rest), named(ups, lr=16e-2), named(tokens, "tokens", lr=0.5)]
         else:
-            groups = split(
+            groups = split_lora_plus(
                 [named(params[:4]), named(tokens, "tokens", lr=0.5)], {"denoiser": ups}, 16
             )
-        optimizer = build(name, groups, {})
+        optimizer = build_optimizer(name, groups, {})
         found.append(stepped(optimizer, params, range(1)) + stepped(optimizer, params, range(1, 3)))
         if not by_hand:
             assert [(g["name"], g["ratio"], g["lr"], len(g["params"])) for g in optimizer.param_groups] == [
                 ("denoiser", 1.0, 1e-2, 2), ("denoiser", 16.0, 16e-2, 2), ("tokens", 1.0, 0.5, 1),
             ]  # fmt: skip
-            saved = unflatten(*flatten(optimizer.state_dict()))
+            saved = unflatten_state(*flatten_state(optimizer.state_dict()))
             assert [g["ratio"] for g in saved["param_groups"]] == [1.0, 16.0, 1.0]
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_a_ratio_of_one_splits_nothing_and_bad_ones_are_refused():
     params = with_grads((4, 3), (3, 4))
-    (group,) = split([named(params)], {"denoiser": params[1:]}, 1.0)
+    (group,) = split_lora_plus([named(params)], {"denoiser": params[1:]}, 1.0)
     assert group["params"] == params and group["ratio"] == 1.0 and group["lr"] == 1e-2
-    (group,) = split([named(params)], {"denoiser": params}, 2.0)  # all ups: no empty group
+    (group,) = split_lora_plus(
+        [named(params)], {"denoiser": params}, 2.0
+    )  # all ups: no empty group
     assert group["ratio"] == 2.0
     for ratio in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match=r"--optimizer\.lora-plus is"):
-            split([named(params)], {}, ratio)
+            split_lora_plus([named(params)], {}, ratio)
     with pytest.raises(ValueError, match="1 of the ups of denoiser"):
-        split([named(params[:1])], {"denoiser": params[1:]}, 2.0)
+        split_lora_plus([named(params[:1])], {"denoiser": params[1:]}, 2.0)
 
 
 FACTORIES = {
-    "built adamw": lambda params: build("adamw", [named(params)], {}),
+    "built adamw": lambda params: build_optimizer("adamw", [named(params)], {}),
     "prodigy": lambda params: Prodigy(params, d0=1e-2, weight_decay=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
     "fused adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
@@ -286,7 +294,7 @@ def test_an_overflown_step_is_no_step(name):
     scaled, optimizer, _ = fp16_run(FACTORIES[name], LossScaler(init=1024.0, interval=4))
     plain, expected, _ = fp16_run(FACTORIES[name], None, skip=True)
     assert all(torch.equal(p, q) for p, q in zip(scaled, plain))
-    ours, theirs = (flatten(o.state_dict()) for o in (optimizer, expected))
+    ours, theirs = (flatten_state(o.state_dict()) for o in (optimizer, expected))
     assert ours[1] == theirs[1] and all(
         torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0]
     )
@@ -349,7 +357,7 @@ def test_no_host_sync_around_prodigy(make):
     params[0].grad[0, 0] = math.inf
     with NoSync():
         scaler.unscale_(params)
-        clip_(params, 1.0)
+        clip_gradients_(params, 1.0)
         scaler.step(optimizer)
         scaler.update()
     assert float(scaler.current) == 32768.0 and not params[0].any()
@@ -364,7 +372,7 @@ def test_overflow_is_seen_in_half_precision_gradients():
 def test_the_scaler_resumes_bit_for_bit():
     a, b = LossScaler(init=1024.0, interval=4), LossScaler()
     fp16_run(FACTORIES["prodigy"], a, steps=7)
-    b.load_state_dict(unflatten(*flatten(a.state_dict())))
+    b.load_state_dict(unflatten_state(*flatten_state(a.state_dict())))
     for _ in range(6):
         a.update(), b.update()
         assert torch.equal(a.current, b.current) and torch.equal(a.clean, b.clean)

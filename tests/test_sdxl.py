@@ -21,13 +21,13 @@ from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.diffusion import sampling
-from lora_core.diffusion.generation import Recipe, generate
+from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from lora_core.tokens import Abstraction, first_eos
-from models import Conditioning, Loading, Sizes, load_family, outline
+from lora_core.tokens import Placeholder, first_eos
+from models import Conditioning, LoadOptions, Sizes, load_family, read_layout
 from models.sd import unet_presets
-from models.sdxl import PRESETS, layout, schedule_of, stability_names
+from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule, stability_names
 from tests import tiny_sdxl
 from tests.tiny_sdxl import FULL_UNET, save
 
@@ -128,13 +128,15 @@ def test_one_denoiser_call_equals_the_pipelines(tiny: Tiny, kind: str, scheduler
     assert family.inpainting == (kind == "inpaint")
     level = family.schedule.level(t.expand(4))
     parts = (family.encode_negative(["fish", "fish"]), family.encode_prompts(["a cat", "dog"]))
-    cond = Conditioning.cat([family.inform(part, SIZES, 3.0) for part in parts])
+    cond = Conditioning.cat([family.add_size_embeddings(part, SIZES, 3.0) for part in parts])
     assert cond.extra.keys() == told["added_cond_kwargs"].keys()
     assert torch.equal(cond.extra["time_ids"], told["added_cond_kwargs"]["time_ids"])
     inpaint = x[:, 4:] if family.inpainting else None
     ours = family.denoise(x[:, :4], level, cond, inpaint)
     assert (ours - theirs).abs().max() < 1e-6 < 1e-3 < theirs.std()
-    unlike = Conditioning.cat([family.inform(part, Sizes.whole(16, 16, 2), 3.0) for part in parts])
+    unlike = Conditioning.cat(
+        [family.add_size_embeddings(part, Sizes.whole(16, 16, 2), 3.0) for part in parts]
+    )
     assert (
         family.denoise(x[:, :4], level, unlike, inpaint) - theirs
     ).abs().max() > 1e-4  # the sizes matter
@@ -148,7 +150,7 @@ def test_a_refiner_is_told_what_negative_rows_are(tiny: Tiny) -> None:
         == [name for name in family.modules if name.startswith("text")]
     )
     rows = [
-        family.inform(encode(["a cat"] * 2), SIZES, 3.0)
+        family.add_size_embeddings(encode(["a cat"] * 2), SIZES, 3.0)
         for encode in (family.encode_negative, family.encode_prompts)
     ]
     assert [cond.extra["time_ids"].tolist() for cond in rows] == [
@@ -157,12 +159,15 @@ def test_a_refiner_is_told_what_negative_rows_are(tiny: Tiny) -> None:
     mixed = Conditioning.cat(
         [family.encode_negative([""]), family.encode_prompts(["dog"])]
     )  # before the sizes are known, as under caption dropout
-    assert family.inform(mixed, SIZES, 3.0).extra["time_ids"][:, 4].tolist() == [2.5, 6.0]
+    assert family.add_size_embeddings(mixed, SIZES, 3.0).extra["time_ids"][:, 4].tolist() == [
+        2.5,
+        6.0,
+    ]
 
 
 def test_sizes_keep_their_precision_in_bf16(tiny: Tiny) -> None:
     folder, _, _ = tiny(scheduler="euler")
-    family = load_family(str(folder), Loading(torch.bfloat16))
+    family = load_family(str(folder), LoadOptions(torch.bfloat16))
     assert {m.dtype for name, m in family.modules.items() if name != "vae"} == {
         torch.bfloat16
     } and family.vae.dtype == torch.float32
@@ -170,13 +175,13 @@ def test_sizes_keep_their_precision_in_bf16(tiny: Tiny) -> None:
     family.unet.add_time_proj.register_forward_pre_hook(
         lambda _m, args: seen.append(args[0].tolist())
     )
-    cond = family.inform(
+    cond = family.add_size_embeddings(
         family.encode_prompts(["a"]), Sizes([(1365, 2049)], [(257, 0)], (1024, 1023)), 1.0
     )
     assert family.denoise(x, level, cond).dtype == torch.float32
     assert seen == [[1365, 2049, 257, 0, 1024, 1023]]
     assert (
-        load_family(str(folder), Loading(torch.float32, vae_dtype=torch.bfloat16)).vae.dtype
+        load_family(str(folder), LoadOptions(torch.float32, vae_dtype=torch.bfloat16)).vae.dtype
         == torch.bfloat16
     )
     assert not any(
@@ -191,7 +196,7 @@ def test_sizes_keep_their_precision_in_bf16(tiny: Tiny) -> None:
 @pytest.mark.parametrize("skip", [0, 1])
 def test_prompts_are_encoded_as_the_pipeline_does(tiny: Tiny, skip: int, legacy: bool) -> None:
     folder, pipe, _ = tiny(scheduler="euler", **({"legacy": True} if legacy else {}))
-    family, prompts = load_family(str(folder), Loading(clip_skip=skip)), ["a cat", "the dog"]
+    family, prompts = load_family(str(folder), LoadOptions(clip_skip=skip)), ["a cat", "the dog"]
     embeds, _, pooled, _ = pipe.encode_prompt(prompts, clip_skip=skip or None)
     ours = family.encode_prompts(prompts)
     assert (ours.prompt_embeds - embeds).abs().max() < 1e-6 and (
@@ -199,7 +204,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny: Tiny, skip: int, legacy:
     ).abs().max() < 1e-6
     assert ours.prompt_embeds.shape == (2, 16, 40) and ours.extra["text_embeds"].shape == (2, 12)
     with pytest.raises(UserError, match=r"--clip-skip is 2.*0 to 1"):
-        load_family(str(folder), Loading(clip_skip=2))
+        load_family(str(folder), LoadOptions(clip_skip=2))
 
 
 def test_trap_12_pooling_stays_at_the_eos_with_added_tokens(tmp_path: Path) -> None:
@@ -207,11 +212,11 @@ def test_trap_12_pooling_stays_at_the_eos_with_added_tokens(tmp_path: Path) -> N
     save(tmp_path, legacy=True)
     family, prompts = load_family(str(tmp_path)), ["a <s0><s1> b", "<s0><s1>"]
     second, tokenizer = family.modules["text_encoder_2"], family.tokenizers["text_encoder_2"]
-    tokens.install(second, tokenizer, [Abstraction("TOK", ("<s0>", "<s1>"))], seed=0)
-    tokens.install(
+    tokens.install_tokens(second, tokenizer, [Placeholder("TOK", ("<s0>", "<s1>"))], seed=0)
+    tokens.install_tokens(
         family.modules["text_encoder"],
         family.tokenizers["text_encoder"],
-        [Abstraction("TOK", ("<s0>", "<s1>"))],
+        [Placeholder("TOK", ("<s0>", "<s1>"))],
         seed=0,
     )
     ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
@@ -285,9 +290,12 @@ def test_pictures_equal_the_pipelines(
     assert (family.prediction, family.schedule.kind) == (
         ("edm", "edm") if "edm" in scheduler else ("epsilon", "vp")
     )
-    ours = generate(family, prompts, [3, 4], Recipe(sampler, 4, 3.0, negative))
+    ours = generate_images(family, prompts, [3, 4], SamplerSettings(sampler, 4, 3.0, negative))
     assert gap(ours - (theirs * 2 - 1)) < 0.01
-    assert gap(ours - generate(family, prompts, [3, 4], Recipe(sampler, 4, 3.0, "no"))) > 1
+    assert (
+        gap(ours - generate_images(family, prompts, [3, 4], SamplerSettings(sampler, 4, 3.0, "no")))
+        > 1
+    )
 
 
 @pytest.mark.parametrize("start, negative", [(0.8, ""), (0.4, "fish")])
@@ -311,10 +319,10 @@ def test_base_and_refiner_equal_the_pipelines(tiny: Tiny, start: float, negative
     theirs = refiner(
         ["a cat", "dog"], image=latents, denoising_start=start, output_type="pt", **given
     ).images
-    recipe = Recipe("euler", 10, 3.0, negative, refiner_start=start)
-    ours = generate(first, ["a cat", "dog"], [3, 4], recipe, refiner=second)
+    recipe = SamplerSettings("euler", 10, 3.0, negative, refiner_start=start)
+    ours = generate_images(first, ["a cat", "dog"], [3, 4], recipe, refiner=second)
     assert gap(ours - (theirs * 2 - 1)) < 0.01
-    assert gap(ours - generate(first, ["a cat", "dog"], [3, 4], recipe)) > 1
+    assert gap(ours - generate_images(first, ["a cat", "dog"], [3, 4], recipe)) > 1
 
 
 def test_inpainting_equals_the_pipeline(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +345,9 @@ def test_inpainting_equals_the_pipeline(tiny: Tiny, monkeypatch: pytest.MonkeyPa
         output_type="pt",
     )
     theirs = pipe("cat", generator=torch.Generator().manual_seed(5), **given).images
-    ours = generate(family, ["cat"], [5], Recipe("euler", 5, 2.0), init=init, mask=mask)
+    ours = generate_images(
+        family, ["cat"], [5], SamplerSettings("euler", 5, 2.0), init=init, mask=mask
+    )
     assert gap(ours - (theirs * 2 - 1)) < 0.01
 
 
@@ -358,7 +368,7 @@ def test_latents_have_the_mean_and_std_of_the_vaes_config(tiny: Tiny, tmp_path: 
     torch.manual_seed(9)
     other = AutoencoderKL.from_config(tiny_sdxl.vae().config)
     other.save_pretrained(tmp_path)
-    swapped = load_family(str(folder), Loading(vae=str(tmp_path)))
+    swapped = load_family(str(folder), LoadOptions(vae=str(tmp_path)))
     assert torch.allclose(
         swapped.encode_images(x)[0], other.encode(x).latent_dist.mean * 0.13025, atol=1e-6
     )
@@ -366,7 +376,7 @@ def test_latents_have_the_mean_and_std_of_the_vaes_config(tiny: Tiny, tmp_path: 
 
 def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> None:
     _, _, family = tiny(scheduler="euler")
-    cond = family.inform(family.encode_prompts(["a", "cat dog"]), SIZES, 1.0)
+    cond = family.add_size_embeddings(family.encode_prompts(["a", "cat dog"]), SIZES, 1.0)
     x, level, seen = torch.randn(2, 4, 8, 8), family.schedule.level(torch.tensor([10.0, 500.0])), []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
     note = lambda m, args, kwargs: seen.append((m, args[0], kwargs["encoder_hidden_states"]))  # noqa: E731
@@ -390,7 +400,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
 
 
 def test_the_edm_schedule_is_the_schedulers() -> None:
-    schedule, prediction = schedule_of({"_class_name": "EDMDPMSolverMultistepScheduler"}, {})
+    schedule, prediction = sdxl_schedule({"_class_name": "EDMDPMSolverMultistepScheduler"}, {})
     assert prediction == "edm" and len(schedule) == 1000
     theirs = EDMDPMSolverMultistepScheduler()
     assert torch.allclose(
@@ -404,10 +414,10 @@ def test_the_edm_schedule_is_the_schedulers() -> None:
     )
     for scheduler in (theirs, longer):
         scheduler.set_timesteps(7)
-        ours = sampling.levels("euler", schedule, 7)
+        ours = sampling.sampler_levels("euler", schedule, 7)
         assert torch.allclose(ours.sigma.float(), scheduler.sigmas, rtol=1e-4)
         assert torch.allclose(ours.t[:-1].float(), scheduler.timesteps, atol=2e-5)
-    own, _ = schedule_of(
+    own, _ = sdxl_schedule(
         {
             "_class_name": "EDMEulerScheduler",
             "sigma_min": 0.01,
@@ -442,7 +452,7 @@ def test_changes_of_the_scheduler_are_used_or_refused(tmp_path: Path) -> None:
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    family = load_family(str(tmp_path / "vp"), Loading(scheduler=changes))
+    family = load_family(str(tmp_path / "vp"), LoadOptions(scheduler=changes))
     assert (family.prediction, family.spacing, family.offset) == (
         "v_prediction",
         "trailing",
@@ -450,9 +460,9 @@ def test_changes_of_the_scheduler_are_used_or_refused(tmp_path: Path) -> None:
     ) and family.schedule.alphas[-1] == 0
     for key in changes:
         with pytest.raises(UserError, match=f"EDMDPMSolverMultistepScheduler takes no {key}"):
-            load_family(str(tmp_path / "edm"), Loading(scheduler={key: changes[key]}))
+            load_family(str(tmp_path / "edm"), LoadOptions(scheduler={key: changes[key]}))
     assert load_family(
-        str(tmp_path / "edm"), Loading(scheduler={"sigma_max": 20.0})
+        str(tmp_path / "edm"), LoadOptions(scheduler={"sigma_max": 20.0})
     ).schedule.sigmas[-1].item() == pytest.approx(20)
     edit(
         tmp_path / "vp" / "scheduler" / "scheduler_config.json",
@@ -492,7 +502,7 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: Pat
     with pytest.raises(UserError, match="cannot load unet/"):
         load_family(str(tmp_path))
     edit(tmp_path / "model_index.json", requires_aesthetics_score=True)
-    for opened in (load_family, outline):
+    for opened in (load_family, read_layout):
         with pytest.raises(
             UserError, match=r"projection_class_embeddings_input_dim 60.*expected 52"
         ):
@@ -506,7 +516,7 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: Pat
     with pytest.raises(UserError, match="lists no text_encoder_2"):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match="no T5"):
-        load_family(str(tmp_path), Loading(max_sequence_length=77))
+        load_family(str(tmp_path), LoadOptions(max_sequence_length=77))
 
 
 # ---------------------------------------------------------------- names
@@ -520,7 +530,7 @@ def full() -> tuple:
 def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
     unet, first, second = full
     count = {
-        name: len(injection.targets(unet, globs))
+        name: len(injection.target_paths(unet, globs))
         for name, globs in (unet_presets(unet) | PRESETS["unet"]).items()
     }
     assert {name: count[name] for name in ("attention", "kohya", "cloneofsimo")} == {
@@ -537,7 +547,7 @@ def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
         == 743
     )
     for preset, block in (("b-lora-content", 0), ("b-lora-style", 1)):
-        found = injection.targets(unet, PRESETS["unet"][preset])
+        found = injection.target_paths(unet, PRESETS["unet"][preset])
         assert len(found) == 80 and all(
             path.startswith(f"up_blocks.0.attentions.{block}.") and ".attn" in path
             for path in found
@@ -548,7 +558,7 @@ def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
     ):
         assert (
             tuple(
-                len(injection.targets(encoder, PRESETS[name][preset]))
+                len(injection.target_paths(encoder, PRESETS[name][preset]))
                 for preset in ("attention", "kohya")
             )
             == expected
@@ -558,14 +568,14 @@ def test_presets_match_as_many_modules_as_the_peers_do(full: tuple) -> None:
 def test_kohya_names_are_stabilitys(full: tuple) -> None:
     """semantics 4.2: 22 modules in each block of two layers, 102 in each of ten."""
     unet, first, second = full
-    shape = layout(unet, {"text_encoder": first, "text_encoder_2": second})
+    shape = sdxl_layout(unet, {"text_encoder": first, "text_encoder_2": second})
     names = shape.components["unet"].names
     assert names.keys() == shape.components["unet"].shapes.keys() and len(
         set(names.values())
     ) == len(names)
     chosen = [
         "lora_unet_" + names[path].replace(".", "_")
-        for path in injection.targets(unet, unet_presets(unet)["kohya"])
+        for path in injection.target_paths(unet, unet_presets(unet)["kohya"])
     ]
     blocks = Counter("_".join(name.split("_")[2 : 5 if "middle" in name else 6]) for name in chosen)
     two, ten = (f"input_blocks_{i}_1" for i in (4, 5)), (f"input_blocks_{i}_1" for i in (7, 8))
@@ -609,7 +619,7 @@ def test_names_follow_the_unets_own_blocks() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         unet = tiny_sdxl.UNet2DConditionModel(**(FULL_UNET | kinds))
-    names = layout(unet, {"text_encoder_2": tiny_sdxl.full_size()[2]}).components["unet"].names
+    names = sdxl_layout(unet, {"text_encoder_2": tiny_sdxl.full_size()[2]}).components["unet"].names
     others = {
         "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv", "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
         "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op", "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
@@ -634,7 +644,7 @@ def test_the_outline_is_the_loaded_models(tiny: Tiny) -> None:
         tiny(scheduler="euler"),
         tiny(scheduler="euler", refiner=True),
     )
-    assert outline(str(base)) == first.layout and outline(str(refiner)) == second.layout
+    assert read_layout(str(base)) == first.layout and read_layout(str(refiner)) == second.layout
     assert (
         list(second.layout.presets) == ["unet", "text_encoder_2"]
         and second.layout.architecture == "stable-diffusion-xl-v1-refiner/lora"
@@ -667,7 +677,7 @@ def random_state(family: Any) -> AdapterState:
         components[name] = {}
         for path in (
             family.layout.published(name, path)
-            for path in injection.targets(family.modules[name], globs)
+            for path in injection.target_paths(family.modules[name], globs)
         ):
             down, up = (3, *shapes[path][1:]), (shapes[path][0], 3, *[1] * (len(shapes[path]) - 2))
             components[name][path] = LowRank(
@@ -705,7 +715,7 @@ def test_diffusers_loads_the_files_to_the_same_outputs(tmp_path: Path, format: s
     }
     for component, modules in read.components.items():
         found = {family.layout.module_path(component, path): lr for path, lr in modules.items()}
-        injection.load_state(family.modules[component], found, "ours")
+        injection.load_factors(family.modules[component], found, "ours")
     ours = outputs(*(family.modules[name] for name in ("unet", "text_encoder", "text_encoder_2")))
     for mine, other, before in zip(ours, theirs, base):
         assert (mine - other).abs().max() < 1e-5 and (other - before).abs().max() > 1e-2

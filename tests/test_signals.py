@@ -30,7 +30,7 @@ def test_a_signal_waits_for_the_step_and_a_later_one_does_not(
             signal.raise_signal(number)
             assert stop
             with pytest.raises(Stopped) as first:
-                stop.raise_()
+                stop.raise_if_received()
             clock[0] += 0.9
             for again in (
                 number,

@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.diffusion.generation import Sizes
 from lora_core.errors import UserError
-from lora_core.formats.weights import open_weights, weights_of
-from lora_core.formats.whole_models import detect, joined, split
+from lora_core.formats.weights import open_weights, weights_in_memory
+from lora_core.formats.whole_models import describe_single_file, join_networks, split_networks
 from models import (
-    Loading,
+    LoadOptions,
+    convert_to_folder,
     known,
     load_family,
-    noise_of,
-    outline,
+    locate_networks,
+    read_layout,
+    read_schedule,
     save_family,
-    save_single,
+    save_single_file,
     single_file,
-    single_rows,
-    to_folder,
 )
-from models.published import KINDS, folder
+from models.published import PUBLISHED_MODELS, published_configs
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
 from tests.test_whole_models import second_pipeline
@@ -49,7 +49,7 @@ def models(tmp_path_factory):
     tiny_sdxl.save(root / "xl")
     tiny_sdxl.save(root / "refiner", refiner=True)
     for name in NAMES:
-        save_single(str(root / name), root / f"{name}.safetensors")
+        save_single_file(str(root / name), root / f"{name}.safetensors")
     return {name: root / name for name in NAMES}
 
 
@@ -69,7 +69,7 @@ def outputs(family):
     level = family.schedule.level(torch.tensor([3, 700]))
     with torch.no_grad():
         cond = family.encode_prompts(["a cat", "dog"])
-        told = family.inform(cond, Sizes([(8, 8)] * 2, [(0, 0)] * 2, (8, 8)), 1.0)
+        told = family.add_size_embeddings(cond, Sizes([(8, 8)] * 2, [(0, 0)] * 2, (8, 8)), 1.0)
         return [
             cond.prompt_embeds,
             *cond.extra.values(),
@@ -91,9 +91,9 @@ def sentence(function, *args, **settings):
 )
 def test_a_file_is_its_folder(tmp_path, models, name, suffix):
     path = tmp_path / f"model.{suffix}"
-    save_single(str(models[name]), path)
+    save_single_file(str(models[name]), path)
     ours, theirs = (
-        load_family(str(path), Loading(config=str(models[name]))),
+        load_family(str(path), LoadOptions(config=str(models[name]))),
         load_family(str(models[name])),
     )
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(theirs), strict=True))
@@ -124,18 +124,18 @@ def test_a_file_is_its_folder(tmp_path, models, name, suffix):
         )  # no tensor keeps a larger one alive
         for p in module.parameters():
             p.data.add_(1)  # in memory of its own
-    again = load_family(str(path), Loading(config=str(models[name])))
+    again = load_family(str(path), LoadOptions(config=str(models[name])))
     assert all(torch.equal(a, b) for a, b in zip(outputs(again), outputs(theirs), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outline_and_noise_are_the_folders(models, name):
     path, config = file(models[name]), str(models[name])
-    assert outline(path, config) == outline(config)
+    assert read_layout(path, config) == read_layout(config)
     for changes in ({}, {"prediction_type": "v_prediction"}):
         (ours, row), (theirs, expected) = (
-            noise_of(path, changes, config=config),
-            noise_of(config, changes),
+            read_schedule(path, changes, config=config),
+            read_schedule(config, changes),
         )
         assert row == expected and torch.equal(
             ours.level(torch.arange(1000)).sigma, theirs.level(torch.arange(1000)).sigma
@@ -144,7 +144,7 @@ def test_outline_and_noise_are_the_folders(models, name):
 
 def test_precision_another_vae_and_clip_skip(models):
     path, config = file(models["xl"]), str(models["xl"])
-    how = Loading(dtype=torch.bfloat16, vae=config + "/vae", clip_skip=1)
+    how = LoadOptions(dtype=torch.bfloat16, vae=config + "/vae", clip_skip=1)
     ours, theirs = load_family(path, replace(how, config=config)), load_family(config, how)
     assert {name: module.dtype for name, module in ours.modules.items()} == {
         name: module.dtype for name, module in theirs.modules.items()
@@ -167,10 +167,16 @@ def test_a_file_without_a_vae_takes_another(tmp_path, models):
     save_file(tensors, tmp_path / "a.safetensors")
     assert (
         "no vae at first_stage_model."
-        in (text := sentence(load_family, str(tmp_path / "a.safetensors"), Loading(config=config)))
+        in (
+            text := sentence(
+                load_family, str(tmp_path / "a.safetensors"), LoadOptions(config=config)
+            )
+        )
         and "--vae" in text
     )
-    ours = load_family(str(tmp_path / "a.safetensors"), Loading(config=config, vae=config + "/vae"))
+    ours = load_family(
+        str(tmp_path / "a.safetensors"), LoadOptions(config=config, vae=config + "/vae")
+    )
     assert all(
         torch.equal(a, b) for a, b in zip(outputs(ours), outputs(load_family(config)), strict=True)
     )
@@ -187,19 +193,19 @@ def marked(tmp_path, folder, *names):
 def test_markers_tell_the_prediction(tmp_path, models, capsys):
     config = str(models["xl"])
     path = marked(tmp_path, models["xl"], "v_pred", "ztsnr")
-    family = load_family(path, Loading(config=config))
+    family = load_family(path, LoadOptions(config=config))
     assert (family.prediction, family.spacing) == (
         "v_prediction",
         "trailing",
     ) and family.schedule.level(torch.tensor([999])).alpha.item() == 0
     assert "prediction_type = v_prediction" in capsys.readouterr().err
     assert (
-        noise_of(path, {}, config=config)[1] == "v_prediction"
-        and noise_of(path, {"prediction_type": "epsilon"}, config=config)[1] == "epsilon"
+        read_schedule(path, {}, config=config)[1] == "v_prediction"
+        and read_schedule(path, {"prediction_type": "epsilon"}, config=config)[1] == "epsilon"
     )
     assert (
         load_family(
-            path, Loading(config=config, scheduler={"prediction_type": "epsilon"})
+            path, LoadOptions(config=config, scheduler={"prediction_type": "epsilon"})
         ).prediction
         == "epsilon"
     )
@@ -207,22 +213,22 @@ def test_markers_tell_the_prediction(tmp_path, models, capsys):
         load_family, marked(tmp_path, models["xl"], "edm_mean", "edm_std")
     )
     tiny_sdxl.save(tmp_path / "edm", scheduler="edm")
-    save_single(str(tmp_path / "edm"), tmp_path / "edm.safetensors")
+    save_single_file(str(tmp_path / "edm"), tmp_path / "edm.safetensors")
     path = marked(tmp_path, tmp_path / "edm", "edm_mean", "edm_std")
-    assert load_family(path, Loading(config=str(tmp_path / "edm"))).prediction == "edm"
+    assert load_family(path, LoadOptions(config=str(tmp_path / "edm"))).prediction == "edm"
     assert "edm_vpred.sigma_max" in sentence(
         load_family,
         marked(tmp_path, tmp_path / "edm", "edm_vpred.sigma_max"),
-        Loading(config=str(tmp_path / "edm")),
+        LoadOptions(config=str(tmp_path / "edm")),
     )
 
 
 @pytest.mark.parametrize("name", ["first", "second", "xl"])
 def test_to_a_folder_and_back(tmp_path, models, name):
-    to_folder(file(models[name]), tmp_path / "back", str(models[name]))
+    convert_to_folder(file(models[name]), tmp_path / "back", str(models[name]))
     ours, theirs = load_family(str(tmp_path / "back")), load_family(str(models[name]))
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours), outputs(theirs), strict=True))
-    save_single(
+    save_single_file(
         file(models[name]), tmp_path / "again.safetensors", config=str(models[name])
     )  # from a file to a file
     before, after = (
@@ -235,7 +241,7 @@ def test_to_a_folder_and_back(tmp_path, models, name):
 
 def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
     path, config = file(models["xl"]), str(models["xl"])
-    family = load_family(path, Loading(config=config))
+    family = load_family(path, LoadOptions(config=config))
     state = {key: tensor + 1 for key, tensor in family.modules["unet"].state_dict().items()}
     save_family(family, path, tmp_path / "model", {"unet": state}, config)
     back = load_family(str(tmp_path / "model"))
@@ -256,18 +262,18 @@ def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
 ])  # fmt: skip
 def test_full_size_key_lists(tmp_path, kind, counts):
     """The keys of a published file name their kind, and every one of them has its place in the networks of the known configs."""
-    rows = single_rows(folder(kind))
-    modules = single_file.networks(folder(kind), rows)
-    whole = joined(
-        {name: weights_of(module.state_dict(), name) for name, module in modules.items()},
+    rows = locate_networks(published_configs(kind))
+    modules = single_file.build_meta_networks(published_configs(kind), rows)
+    whole = join_networks(
+        {name: weights_in_memory(module.state_dict(), name) for name, module in modules.items()},
         tuple(replace(row, spare=0) for row in rows),
     )
     assert counts in (None, len(whole.infos))
-    facts = detect(whole.shapes)
-    assert known.of_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(facts.encoders) == {
-        row.prefix for row in rows[2:]
-    }
-    parts = split(
+    facts = describe_single_file(whole.shapes)
+    assert known.recognize_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(
+        facts.encoders
+    ) == {row.prefix for row in rows[2:]}
+    parts = split_networks(
         whole,
         rows,
         {
@@ -315,8 +321,8 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
             for _, settings in calls
         )
         assert ("does not tell a 512 model" in capsys.readouterr().err) == (name == "second")
-        assert outline(file(models[name])) == outline(str(models[name]))
-        to_folder(file(models[name]), tmp_path / f"{name}-folder")
+        assert read_layout(file(models[name])) == read_layout(str(models[name]))
+        convert_to_folder(file(models[name]), tmp_path / f"{name}-folder")
         calls.clear()
     assert {"tokenizer", "tokenizer_2"} <= {
         path.name for path in (tmp_path / "xl-folder").iterdir()
@@ -331,7 +337,7 @@ def test_without_a_tokenizer_it_is_said(tmp_path, monkeypatch, models):
         models["first"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")
     )
     monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", nothing)
-    text = sentence(load_family, file(models["first"]), Loading(config=str(bare)))
+    text = sentence(load_family, file(models["first"]), LoadOptions(config=str(bare)))
     assert "openai/clip-vit-large-patch14 (offline)" in text and "--model-config" in text
 
 
@@ -344,12 +350,16 @@ def test_known_schedulers():
         "sdxl-refiner": "epsilon",
         "flux-dev": "flow",
     }
-    assert {kind: noise_of(str(folder(kind)), {}, 1024)[1] for kind in expected} == expected
-    sigma = noise_of(str(folder("sdxl")), {})[0].level(torch.tensor([999]))
+    assert {
+        kind: read_schedule(str(published_configs(kind)), {}, 1024)[1] for kind in expected
+    } == expected
+    sigma = read_schedule(str(published_configs("sdxl")), {})[0].level(torch.tensor([999]))
     assert (sigma.sigma / sigma.alpha).item() == pytest.approx(
         14.6146, abs=1e-3
     )  # the largest of the scaled linear schedule
-    assert all((folder(kind) / "model_index.json").is_file() for kind in KINDS)
+    assert all(
+        (published_configs(kind) / "model_index.json").is_file() for kind in PUBLISHED_MODELS
+    )
 
 
 # ---------------------------------------------------------------- bad input
@@ -359,22 +369,22 @@ def test_wrong_files_are_one_sentence(tmp_path, models):
     first, xl = file(models["first"]), file(models["xl"])
     text = sentence(load_family, first)
     assert first in text and "context 16" in text and "--model-config" in text
-    text = sentence(load_family, first, Loading(config=str(models["xl"])))
+    text = sentence(load_family, first, LoadOptions(config=str(models["xl"])))
     assert "text_encoder" in text and first in text
-    assert xl in sentence(load_family, xl, Loading(config=str(models["first"])))
+    assert xl in sentence(load_family, xl, LoadOptions(config=str(models["first"])))
     assert "family or for another config" in sentence(
-        load_family, file(models["inpainting"]), Loading(config=str(models["first"]))
+        load_family, file(models["inpainting"]), LoadOptions(config=str(models["first"]))
     )
-    assert "text_encoder" in sentence(load_family, first, Loading(config=str(models["second"])))
+    assert "text_encoder" in sentence(load_family, first, LoadOptions(config=str(models["second"])))
     assert "nowhere.safetensors is not there" in sentence(
         load_family, str(tmp_path / "nowhere.safetensors")
     )
-    assert "nowhere.ckpt is not there" in sentence(outline, str(tmp_path / "nowhere.ckpt"))
+    assert "nowhere.ckpt is not there" in sentence(read_layout, str(tmp_path / "nowhere.ckpt"))
     data = Path(first).read_bytes()
     for cut in (0, 5, 300, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:cut])
         assert "cut.safetensors" in sentence(
-            load_family, str(tmp_path / "cut.safetensors"), Loading(config=str(models["first"]))
+            load_family, str(tmp_path / "cut.safetensors"), LoadOptions(config=str(models["first"]))
         )
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     assert "--lora" in sentence(load_family, str(tmp_path / "lora.safetensors"))
@@ -389,15 +399,15 @@ def test_wrong_files_are_one_sentence(tmp_path, models):
         tmp_path / "less.safetensors",
     )
     assert "lacks 1 of" in sentence(
-        load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"]))
+        load_family, str(tmp_path / "less.safetensors"), LoadOptions(config=str(models["first"]))
     )
     text_less = {k: t for k, t in tensors.items() if not k.startswith("cond_stage_model.")}
     save_file(text_less, tmp_path / "less.safetensors")
     assert "no text_encoder" in sentence(
-        load_family, str(tmp_path / "less.safetensors"), Loading(config=str(models["first"]))
+        load_family, str(tmp_path / "less.safetensors"), LoadOptions(config=str(models["first"]))
     )
     save_file(tensors | {key: tensors[key] * 1e6}, tmp_path / "huge.safetensors")
-    half = Loading(config=str(models["first"]), dtype=torch.float16)
+    half = LoadOptions(config=str(models["first"]), dtype=torch.float16)
     assert (
         "conv_in.weight"
         in (text := sentence(load_family, str(tmp_path / "huge.safetensors"), half))
@@ -407,20 +417,20 @@ def test_wrong_files_are_one_sentence(tmp_path, models):
 
 def test_settings_without_effect_are_refused(tmp_path, models):
     config = str(models["first"])
-    assert "--model-config" in sentence(load_family, config, Loading(config=config))
-    assert "--model-config" in sentence(outline, config, config) and "--model-config" in sentence(
-        noise_of, config, {}, 0, config
-    )
+    assert "--model-config" in sentence(load_family, config, LoadOptions(config=config))
+    assert "--model-config" in sentence(
+        read_layout, config, config
+    ) and "--model-config" in sentence(read_schedule, config, {}, 0, config)
     assert "--max-sequence-length" in sentence(
-        load_family, file(models["first"]), Loading(config=config, max_sequence_length=64)
+        load_family, file(models["first"]), LoadOptions(config=config, max_sequence_length=64)
     )
     assert "--clip-skip" in sentence(
-        load_family, file(models["first"]), Loading(config=config, clip_skip=9)
+        load_family, file(models["first"]), LoadOptions(config=config, clip_skip=9)
     )
     assert "unet/config.json" in sentence(
         load_family,
         file(models["first"]),
-        Loading(
+        LoadOptions(
             config=str(
                 shutil.copytree(config, tmp_path / "c", ignore=shutil.ignore_patterns("unet"))
             )
@@ -428,19 +438,19 @@ def test_settings_without_effect_are_refused(tmp_path, models):
     )
     flux = tmp_path / "flux"
     flux.mkdir()
-    shutil.copy(folder("flux-dev") / "model_index.json", flux)
-    assert "FluxPipeline" in sentence(single_rows, flux)
+    shutil.copy(published_configs("flux-dev") / "model_index.json", flux)
+    assert "FluxPipeline" in sentence(locate_networks, flux)
 
 
 def test_half_precision_and_existing_outputs(tmp_path, models):
     path = tmp_path / "half.ckpt"
-    save_single(str(models["first"]), path, dtype=torch.float16)
+    save_single_file(str(models["first"]), path, dtype=torch.float16)
     assert {info.dtype for info in open_weights(path).infos.values()} == {torch.float16}
-    family = load_family(str(path), Loading(config=str(models["first"])))
+    family = load_family(str(path), LoadOptions(config=str(models["first"])))
     assert family.modules["unet"].dtype == torch.float32
-    assert "--overwrite" in sentence(save_single, str(models["first"]), path)
+    assert "--overwrite" in sentence(save_single_file, str(models["first"]), path)
     assert "--overwrite" in sentence(
-        to_folder, file(models["first"]), models["first"], str(models["first"])
+        convert_to_folder, file(models["first"]), models["first"], str(models["first"])
     )
     load_family(str(models["first"]))  # the folder is as it was
 
@@ -455,14 +465,14 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
         return str(models["first"])
 
     monkeypatch.setattr(single_file, "snapshot_download", snapshot)
-    ours = load_family(file(models["first"]), Loading(config="someone/tiny"))
+    ours = load_family(file(models["first"]), LoadOptions(config="someone/tiny"))
     assert all(
         torch.equal(a, b)
         for a, b in zip(outputs(ours), outputs(load_family(str(models["first"]))), strict=True)
     )
-    save_single("someone/tiny", tmp_path / "a.safetensors")
+    save_single_file("someone/tiny", tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(file(models["first"])).keys()
     assert asked == [("someone/tiny", False), ("someone/tiny", True)]
     assert "no such repository" in sentence(
-        load_family, file(models["first"]), Loading(config="someone/other")
+        load_family, file(models["first"]), LoadOptions(config="someone/other")
     )

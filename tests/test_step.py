@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import train
-from lora_core.config import Adapter, Config, Optimizer, Prior, Stage
+from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
 from lora_core.errors import UserError
 from tests.conftest import distance, learned, rows
 from training import config_checks, cuda_graph
@@ -25,8 +25,8 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
         accumulation=2,
         batch_size=1,
         stages=(Stage(1, ALL),),
-        prior=Prior(swap={"TOK": "cat"}),
-        adapter=Adapter(rank=2, dropout=0.1),
+        prior=PriorConfig(swap={"TOK": "cat"}),
+        adapter=AdapterConfig(rank=2, dropout=0.1),
     )
     s = Session(config)
     stage = config.stages[0]
@@ -42,7 +42,9 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
         on_the_spot = s.inputs(part, stage, 0)
         assert all(
             torch.equal(a, b)
-            for a, b in zip(cuda_graph.tensors(on_the_spot), cuda_graph.tensors(given), strict=True)
+            for a, b in zip(
+                cuda_graph.tree_tensors(on_the_spot), cuda_graph.tree_tensors(given), strict=True
+            )
         )
     assert (
         s.inputs(parts[0], stage, 1000) is not ahead[0]
@@ -54,7 +56,7 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
         and x.rows is not None
         and x.step.item() == 0
     )
-    assert len(cuda_graph.tensors(x)) >= 12
+    assert len(cuda_graph.tree_tensors(x)) >= 12
 
 
 def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
@@ -98,7 +100,7 @@ def test_compiled_blocks_share_graphs_and_train_alike(
         in_place(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    config = replace(config, adapter=Adapter(rank=2, kind="dora"))
+    config = replace(config, adapter=AdapterConfig(rank=2, kind="dora"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = train.train(replace(config, compile=True))
@@ -122,9 +124,9 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
     stage = Stage(3, ("denoiser", "tokens"))
     config = replace(
         config,
-        adapter=Adapter(rank=3, kind=kind),
+        adapter=AdapterConfig(rank=3, kind=kind),
         stages=(stage,),
-        optimizer=Optimizer(name="prodigy", args={"d0": 1e-4}),
+        optimizer=OptimizerConfig(name="prodigy", args={"d0": 1e-4}),
     )
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
@@ -145,14 +147,14 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
 def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config_checks.machine(replace(config, autocast=True), torch.device("cpu"))
+    config_checks.check_device(replace(config, autocast=True), torch.device("cpu"))
     assert "device: cpu, 1 thread, weights in fp32, products in bf16" in capsys.readouterr().out
     monkeypatch.setattr(config_checks.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
-        config_checks.machine(replace(config, compile=True), torch.device("cpu"))
+        config_checks.check_device(replace(config, compile=True), torch.device("cpu"))
     with pytest.raises(UserError, match="--autocast has no effect"):
-        config_checks.config(replace(config, autocast=True, precision="bf16"))
+        config_checks.check_config(replace(config, autocast=True, precision="bf16"))
     with pytest.raises(UserError, match=r"--adapter\.norm-grad has no effect"):
-        config_checks.config(replace(config, adapter=Adapter(norm_grad="full")))
+        config_checks.check_config(replace(config, adapter=AdapterConfig(norm_grad="full")))
     with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
         cuda_graph.compile_blocks(torch.nn.Linear(2, 2))

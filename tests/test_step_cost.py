@@ -15,8 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import published_networks, step_cost
-from benchmarks.counting import Counter, as_cuda, class_of, saved, touched, traffic
-from benchmarks.step_cost import Step, figures
+from benchmarks.counting import (
+    Counter,
+    as_cuda,
+    operator_class,
+    saved_activations,
+    touched_bytes,
+    traffic_bytes,
+)
+from benchmarks.step_cost import NetworkStep, count_cost
 from lora_core import kernels
 from lora_core.kernels import OPS, reference
 from lora_core.kernels.reference import Drop
@@ -122,7 +129,7 @@ def test_a_custom_op_costs_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_saved_storages() -> None:
     weight, x = meta(8, grad=True), meta(4, 8)
-    with saved([weight], {"x": x}) as kept:
+    with saved_activations([weight], {"x": x}) as kept:
         y = x * weight  # keeps x, an input
         z = y.exp()  # keeps its output
         loss = (z[:, :4] * z[:, 4:]).sum()  # keeps two views of that same output
@@ -144,7 +151,7 @@ class _Doubled(torch.autograd.Function):
 
 def test_a_function_of_ours_is_seen_saving() -> None:
     x = meta(4, 8, grad=True)
-    with saved([x]) as kept:
+    with saved_activations([x]) as kept:
         y = _Doubled.apply(x)
     assert y.requires_grad and kept.bytes == 4 * 32
 
@@ -182,7 +189,7 @@ def test_rms_norm_is_torchs() -> None:
 # ---------------------------------------------------------------- a small network
 
 
-def tiny() -> Step:
+def tiny() -> NetworkStep:
     """Two blocks of SDXL's kind, 6 transformer blocks in 5 places."""
     with torch.device("meta"):
         model = tiny_sdxl.unet().to(torch.bfloat16).requires_grad_(False).train()
@@ -198,7 +205,7 @@ def tiny() -> Step:
         for name, _ in model.named_modules()
         if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
     )
-    return Step(
+    return NetworkStep(
         model,
         {
             **wide,
@@ -213,7 +220,7 @@ def tiny() -> Step:
 class Seen:
     """Calls of modules in one forward: how many, and how many whose input carries a gradient."""
 
-    def __init__(self, step: Step, kinds: tuple[type, ...]) -> None:
+    def __init__(self, step: NetworkStep, kinds: tuple[type, ...]) -> None:
         self.calls = self.carrying = 0
         self.of_adapted = 0
         adapted = {step.model.get_submodule(path) for path in step.paths}
@@ -230,7 +237,7 @@ class Seen:
 def test_a_frozen_step_by_the_networks_layers() -> None:
     step = tiny()
     linear, conv = Seen(step, (nn.Linear,)), Seen(step, (nn.Conv2d,))
-    classes = _classes(figures(step, "frozen", rank=2).operators)
+    classes = _classes(count_cost(step, "frozen", rank=2).operators)
     assert (
         classes["product"] == linear.calls + linear.carrying
     )  # x W^T, and dy W where a gradient flows on
@@ -240,28 +247,30 @@ def test_a_frozen_step_by_the_networks_layers() -> None:
 
 def test_pefts_step_by_the_networks_layers() -> None:
     step = tiny()
-    frozen = figures(tiny(), "frozen", rank=2)
+    frozen = count_cost(tiny(), "frozen", rank=2)
     seen = Seen(step, (nn.Linear,))
-    lora = figures(step, "peft lora", rank=2)
+    lora = count_cost(step, "peft lora", rank=2)
     count, carrying = len(step.paths), seen.of_adapted
     extra = _classes(lora.operators)["product"] - _classes(frozen.operators)["product"]
     # forward: down, up; backward: d_up, d_down, dt, and dx of down where x carries a gradient. The first three layers give the base's dx back.
     assert extra == 5 * count + carrying - 3
     assert 13 <= (lora.ops - frozen.ops) / count <= 15  # 13.8 on SD1.5
-    assert 33 <= (figures(tiny(), "peft dora", rank=2).ops - frozen.ops) / count <= 38  # 35
+    assert 33 <= (count_cost(tiny(), "peft dora", rank=2).ops - frozen.ops) / count <= 38  # 35
 
 
 def _classes(operators: dict[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, ops in operators.items():
-        found[class_of(name)] = found.get(class_of(name), 0) + ops
+        found[operator_class(name)] = found.get(operator_class(name), 0) + ops
     return found
 
 
 @pytest.mark.parametrize(("kind", "most"), [("lora", 4), ("dora", 6)])
 def test_an_adapted_linear_adds_few_launches(kind: str, most: int) -> None:
     step = tiny()
-    extra = figures(step, f"triton {kind}", rank=2).ops - figures(tiny(), "frozen", rank=2).ops
+    extra = (
+        count_cost(step, f"triton {kind}", rank=2).ops - count_cost(tiny(), "frozen", rank=2).ops
+    )
     assert extra <= most * len(step.paths)
 
 
@@ -269,8 +278,8 @@ def test_an_adapted_linear_adds_few_launches(kind: str, most: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def frozen_xl() -> step_cost.Figures:
-    return figures(step_cost.network("sdxl"), "frozen")
+def frozen_xl() -> step_cost.StepCost:
+    return count_cost(step_cost.open_step("sdxl"), "frozen")
 
 
 @pytest.mark.parametrize(
@@ -278,9 +287,9 @@ def frozen_xl() -> step_cost.Figures:
     [pytest.param("lora", 1.6, 1.05, 1.15, marks=pytest.mark.full), ("dora", 2.0, 1.3, 1.3)],
 )
 def test_a_step_of_sdxl(
-    frozen_xl: step_cost.Figures, kind: str, ops: float, elementwise: float, kept: float
+    frozen_xl: step_cost.StepCost, kind: str, ops: float, elementwise: float, kept: float
 ) -> None:
-    ours = figures(step_cost.network("sdxl"), f"triton {kind}")
+    ours = count_cost(step_cost.open_step("sdxl"), f"triton {kind}")
     assert ours.ops <= ops * frozen_xl.ops
     assert ours.elementwise <= elementwise * frozen_xl.elementwise
     assert ours.saved <= kept * frozen_xl.saved
@@ -289,14 +298,14 @@ def test_a_step_of_sdxl(
 def test_pefts_step_of_sd15_is_the_published_one() -> None:
     """performance.md: 1,768 ops more than frozen and 4.3 GB of elementwise traffic (1.0 ms at 4.3 TB/s)."""
     frozen, peft = (
-        figures(step_cost.network("sd15"), variant) for variant in ("frozen", "peft lora")
+        count_cost(step_cost.open_step("sd15"), variant) for variant in ("frozen", "peft lora")
     )
     assert peft.ops - frozen.ops == pytest.approx(1768, rel=0.01)
     assert peft.elementwise - frozen.elementwise == pytest.approx(4.3e9, rel=0.02)
 
 
 def test_the_published_sizes() -> None:
-    assert [len(published_networks.layers(name)) for name in published_networks.NAMES] == [
+    assert [len(published_networks.adapted_paths(name)) for name in published_networks.NAMES] == [
         128,
         560,
         266,
@@ -305,8 +314,8 @@ def test_the_published_sizes() -> None:
         len(published_networks.tensor_shapes("sdxl")) == 1120
         and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
     )
-    assert sum(published_networks.linear_shapes("sd15").values()) == 128
-    assert published_networks.linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
+    assert sum(published_networks.count_linear_shapes("sd15").values()) == 128
+    assert published_networks.count_linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
 
 
 def test_the_network_on_the_cpu_is_finite() -> None:
@@ -317,7 +326,7 @@ def test_the_network_on_the_cpu_is_finite() -> None:
 
 
 def test_the_optimisers() -> None:
-    found = step_cost.optimizers([(2, 3), (4, 2)] * 5)
+    found = step_cost.count_optimizer_steps([(2, 3), (4, 2)] * 5)
     assert (found["prodigyopt"].ops, found["prodigyopt"].syncs) == (
         13 * 10,
         2 * 10,
@@ -330,7 +339,7 @@ def test_the_command(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "cost.json"
-    monkeypatch.setattr(step_cost, "network", lambda name, batch: tiny())
+    monkeypatch.setattr(step_cost, "open_step", lambda name, batch: tiny())
     monkeypatch.setattr(published_networks, "tensor_shapes", lambda name, rank: [(rank, 3)])
     monkeypatch.setattr(
         "sys.argv",
@@ -389,8 +398,8 @@ class Watch(TorchDispatchMode):
         declared, before = kernels.COSTS[name](*args, **kwargs), len(LAUNCHES)
         with Counter() as counter:
             out = OPDEFS[name]._init_fn(*args, **kwargs)
-        given = {t: touched(t) for t in tensors}
-        most = traffic(func, args, kwargs, out)
+        given = {t: touched_bytes(t) for t in tensors}
+        most = traffic_bytes(func, args, kwargs, out)
         mutated = {
             t
             for i, a in enumerate(func._schema.arguments)
@@ -534,7 +543,7 @@ def _watch(mode: str, name: str, args: tuple[Any, ...]) -> Watch:
     """Forward and backward of an op's twin, the second time, when tables and workspaces are there."""
     trained = _train(name, args)
     for _ in range(2):
-        with kernels.using(mode), as_cuda(), Watch() as watch:
+        with kernels.use_kernels(mode), as_cuda(), Watch() as watch:
             out = kernels.call(name, *args)
             outs = [one for one in _tensors(out) if one.requires_grad]
             if outs:

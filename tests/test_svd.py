@@ -9,10 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.adapters.weight_updates import LowRank, delta, product
+from lora_core.adapters.weight_updates import LowRank, delta_weight, scaled_product
 from lora_core.errors import UserError
 from merging import svd
-from merging.svd import Keep, Report, compress, distill, spectrum, total
+from merging.svd import (
+    ApproximationReport,
+    Keep,
+    compress_adapter,
+    distill_update,
+    singular_values,
+    total_report,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -39,13 +46,13 @@ SHAPES = [((13, 7), 1), ((7, 13), 1), ((12, 5, 3, 3), 1), ((12, 4, 3, 2), 3), ((
 @pytest.mark.parametrize("scale", [0.5, -2.0])
 def test_compression_is_the_eckart_young_optimum(shape, groups, scale):
     lr = adapter(shape, 6, groups, scale)
-    dense = product(lr).reshape(groups, shape[0] // groups, -1)
+    dense = scaled_product(lr).reshape(groups, shape[0] // groups, -1)
     sigma = torch.linalg.svdvals(dense)
-    torch.testing.assert_close(spectrum(lr), sigma[:, : 6 // groups], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(singular_values(lr), sigma[:, : 6 // groups], rtol=1e-11, atol=1e-12)
     for steps in range(1, 6 // groups + 1):
-        small, report = compress(lr, Keep(rank=steps * groups))
+        small, report = compress_adapter(lr, Keep(rank=steps * groups))
         best = float(sigma[:, steps:].norm())
-        error = float((product(small) - product(lr)).norm())
+        error = float((scaled_product(small) - scaled_product(lr)).norm())
         assert small.rank == report.rank == groups * min(steps, sigma.shape[1]) and report.full == 6
         assert small.down.shape[1:] == lr.down.shape[1:] and small.scale == 1.0
         assert error == pytest.approx(best, rel=1e-10, abs=1e-12)
@@ -63,9 +70,9 @@ def test_compression_is_the_eckart_young_optimum(shape, groups, scale):
 )
 def test_compression_of_any_shape(out, fan_in, rank, kept, seed):
     lr = adapter((out, fan_in), rank, seed=seed)
-    small, report = compress(lr, Keep(rank=kept))
-    sigma = torch.linalg.svdvals(product(lr))
-    assert float((product(small) - product(lr)).norm()) == pytest.approx(
+    small, report = compress_adapter(lr, Keep(rank=kept))
+    sigma = torch.linalg.svdvals(scaled_product(lr))
+    assert float((scaled_product(small) - scaled_product(lr)).norm()) == pytest.approx(
         float(sigma[kept:].norm()), rel=1e-9, abs=1e-12 * float(sigma.norm())
     )
     assert report.rank == min(kept, out, fan_in, rank)
@@ -73,9 +80,9 @@ def test_compression_of_any_shape(out, fan_in, rank, kept, seed):
 
 def test_svd_rebuilds_the_update_with_orthonormal_factors():
     lr = adapter((12, 4, 3, 2), 6, 3)
-    u, sigma, vh = svd.svd(lr)
+    u, sigma, vh = svd.factor_svd(lr)
     torch.testing.assert_close(
-        u @ (sigma[..., None] * vh), product(lr).reshape(3, 4, 24), rtol=0, atol=1e-12
+        u @ (sigma[..., None] * vh), scaled_product(lr).reshape(3, 4, 24), rtol=0, atol=1e-12
     )
     torch.testing.assert_close(
         u.mT @ u, torch.eye(2, dtype=torch.float64).expand(3, 2, 2), rtol=0, atol=1e-12
@@ -87,7 +94,7 @@ def test_svd_rebuilds_the_update_with_orthonormal_factors():
 
 def test_single_precision_stays_at_the_optimum_and_half_factors_are_read_as_they_are():
     lr = adapter((96, 80), 32, dtype=torch.float16)
-    small, report = compress(lr, Keep(rank=8))
+    small, report = compress_adapter(lr, Keep(rank=8))
     exact = lr.scale * lr.up.double() @ lr.down.double()
     best = float(torch.linalg.svdvals(exact)[8:].norm())
     assert small.down.dtype == torch.float32
@@ -97,28 +104,28 @@ def test_single_precision_stays_at_the_optimum_and_half_factors_are_read_as_they
 
 def test_smallest_rank_for_an_error_or_an_energy():
     lr = adapter((13, 11), 9)
-    sigma = torch.linalg.svdvals(product(lr))[:9]
+    sigma = torch.linalg.svdvals(scaled_product(lr))[:9]
     tails = torch.tensor([float(sigma[k:].norm() / sigma.norm()) for k in range(10)])
     for allowed in (0.5, 0.1, 0.02, 1e-9):
-        small, report = compress(lr, Keep(max_error=allowed))
+        small, report = compress_adapter(lr, Keep(max_error=allowed))
         assert tails[small.rank] <= allowed < tails[small.rank - 1]
         assert report.error == pytest.approx(float(tails[small.rank]), rel=1e-5, abs=1e-9)
-    small, report = compress(lr, Keep(energy=0.99))
+    small, report = compress_adapter(lr, Keep(energy=0.99))
     assert report.energy >= 0.99 and 1 - tails[small.rank - 1] ** 2 < 0.99
-    assert compress(lr, Keep(max_error=1.0))[0].rank == 1  # a file cannot hold rank 0
+    assert compress_adapter(lr, Keep(max_error=1.0))[0].rank == 1  # a file cannot hold rank 0
 
 
 def test_rank_beyond_the_update_keeps_all_and_zero_stays_zero():
     lr = adapter((5, 4), 6)
-    small, report = compress(lr, Keep(rank=50))
+    small, report = compress_adapter(lr, Keep(rank=50))
     assert small.rank == report.rank == 4 and report.lost == 0
-    torch.testing.assert_close(product(small), product(lr), rtol=0, atol=1e-12)
-    nothing, report = compress(lr._replace(up=torch.zeros(5, 6)), Keep(max_error=0.1))
+    torch.testing.assert_close(scaled_product(small), scaled_product(lr), rtol=0, atol=1e-12)
+    nothing, report = compress_adapter(lr._replace(up=torch.zeros(5, 6)), Keep(max_error=0.1))
     assert (
-        report == Report(1, 6, 0.0, 0.0)
+        report == ApproximationReport(1, 6, 0.0, 0.0)
         and report.error == 0
         and report.energy == 1
-        and not product(nothing).any()
+        and not scaled_product(nothing).any()
     )
 
 
@@ -141,15 +148,15 @@ def test_keep_refuses_what_means_nothing(wrong):
 
 def test_groups_share_a_rank_evenly_or_not_at_all():
     with pytest.raises(ValueError, match="rank 4 cannot be shared by the 3 groups"):
-        compress(adapter((12, 4, 3, 2), 6, 3), Keep(rank=4))
+        compress_adapter(adapter((12, 4, 3, 2), 6, 3), Keep(rank=4))
 
 
 def test_decompositions_leave_the_thread_count_alone():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        compress(adapter((5, 4), 2), Keep(rank=1))
-        spectrum(adapter((5, 4), 2))
+        compress_adapter(adapter((5, 4), 2), Keep(rank=1))
+        singular_values(adapter((5, 4), 2))
         assert torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError), svd.one_thread():
             assert torch.get_num_threads() == 1
@@ -161,19 +168,21 @@ def test_decompositions_leave_the_thread_count_alone():
 
 def test_a_dora_is_refused():
     lr = adapter((5, 4), 2)._replace(magnitude=torch.ones(5))
-    for refused in (lambda: compress(lr, Keep(rank=1)), lambda: spectrum(lr)):
+    for refused in (lambda: compress_adapter(lr, Keep(rank=1)), lambda: singular_values(lr)):
         with pytest.raises(UserError, match="give the base model"):
             refused()
 
 
 def test_reports_of_layers_add_up_in_squares():
-    both = total([Report(2, 4, 3.0, 0.3, 1e-4), Report(1, 4, 4.0, 0.4)])
+    both = total_report(
+        [ApproximationReport(2, 4, 3.0, 0.3, 1e-4), ApproximationReport(1, 4, 4.0, 0.4)]
+    )
     assert (
-        both == Report(3, 8, 5.0, pytest.approx(0.5), 1e-4)
+        both == ApproximationReport(3, 8, 5.0, pytest.approx(0.5), 1e-4)
         and both.error == pytest.approx(0.1)
         and both.energy == pytest.approx(0.99)
     )
-    assert total([]) == Report(0, 0, 0.0, 0.0)
+    assert total_report([]) == ApproximationReport(0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)
@@ -181,22 +190,22 @@ def test_reports_of_layers_add_up_in_squares():
 def test_distillation_at_sufficient_rank_is_exact(shape, groups, randomised):
     lr = adapter(shape, 2 * groups if groups < 6 else groups, groups, dtype=torch.float32)
     base = randn(*shape, seed=9, dtype=torch.float32)
-    wished = delta(lr)
-    found, report = distill(
+    wished = delta_weight(lr)
+    found, report = distill_update(
         wished,
         Keep(rank=lr.rank),
         groups=groups,
         generator=torch.Generator().manual_seed(0) if randomised else None,
     )
-    assert float((product(found) - wished).norm() / wished.norm()) < 1e-6
+    assert float((scaled_product(found) - wished).norm() / wished.norm()) < 1e-6
     assert (
         report.error < 1e-6
         and found.rank == lr.rank
         and found.down.shape == lr.down.shape
         and found.up.shape == lr.up.shape
     )
-    tuned, _ = distill((base + wished) - base, Keep(rank=lr.rank), groups=groups)
-    assert float((product(tuned) - wished).norm() / wished.norm()) < 1e-5
+    tuned, _ = distill_update((base + wished) - base, Keep(rank=lr.rank), groups=groups)
+    assert float((scaled_product(tuned) - wished).norm() / wished.norm()) < 1e-5
 
 
 SPECTRA = {
@@ -223,8 +232,10 @@ def test_randomised_svd_is_near_the_optimum_and_its_estimate_covers_the_truth(na
     u, v = torch.linalg.qr(randn(96, 96)).Q, torch.linalg.qr(randn(120, 96, seed=1)).Q
     matrix = u @ torch.diag(sigma) @ v.T
     best = float(sigma[rank:].norm())
-    found, report = distill(matrix, Keep(rank=rank), generator=torch.Generator().manual_seed(3))
-    error = float((product(found) - matrix).norm())
+    found, report = distill_update(
+        matrix, Keep(rank=rank), generator=torch.Generator().manual_seed(3)
+    )
+    error = float((scaled_product(found) - matrix).norm())
     assert found.rank == rank
     if best / float(sigma.norm()) < 1e-6:
         assert error / float(sigma.norm()) < 1e-6 and report.error < 1e-6
@@ -239,33 +250,35 @@ def test_randomised_svd_is_near_the_optimum_and_its_estimate_covers_the_truth(na
 def test_randomised_svd_of_noise_which_has_no_gap_at_all():
     matrix = randn(300, 200)
     best = float(torch.linalg.svdvals(matrix)[10:].norm())
-    found, report = distill(matrix, Keep(rank=10), generator=torch.Generator().manual_seed(0))
-    error = float((product(found) - matrix).norm()) / best - 1
+    found, report = distill_update(
+        matrix, Keep(rank=10), generator=torch.Generator().manual_seed(0)
+    )
+    error = float((scaled_product(found) - matrix).norm()) / best - 1
     assert 0 <= error <= report.excess < svd.EXCESS
 
 
 def test_randomised_svd_that_does_not_converge_gives_way_to_the_exact_one(monkeypatch):
     monkeypatch.setattr(svd, "ITERATIONS", 2)
     matrix = randn(30, 20)
-    found, report = distill(matrix, Keep(rank=3), generator=torch.Generator().manual_seed(0))
+    found, report = distill_update(matrix, Keep(rank=3), generator=torch.Generator().manual_seed(0))
     assert report.excess == 0
-    assert float((product(found) - matrix).norm()) == pytest.approx(
+    assert float((scaled_product(found) - matrix).norm()) == pytest.approx(
         float(torch.linalg.svdvals(matrix)[3:].norm()), rel=1e-10
     )
 
 
 def test_randomised_svd_needs_a_rank():
     with pytest.raises(ValueError, match="needs a rank"):
-        distill(randn(4, 4), Keep(max_error=0.1), generator=torch.Generator())
+        distill_update(randn(4, 4), Keep(max_error=0.1), generator=torch.Generator())
 
 
 def test_distillation_finds_the_rank_for_an_error_and_clamps_nothing():
     matrix = randn(30, 20)
     matrix[3, 4] = 1e3  # the entry a 99 % clamp would cut first
-    found, report = distill(matrix, Keep(max_error=0.01))
+    found, report = distill_update(matrix, Keep(max_error=0.01))
     assert (
-        float((product(found) - matrix).norm() / matrix.norm())
+        float((scaled_product(found) - matrix).norm() / matrix.norm())
         == pytest.approx(report.error, rel=1e-9)
         and report.error <= 0.01
     )
-    assert math.isclose(float(product(found)[3, 4]), 1e3, rel_tol=1e-3)
+    assert math.isclose(float(scaled_product(found)[3, 4]), 1e3, rel_tol=1e-3)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merging.ties_dare import MERGES, dare, dare_ties, dropped, elected, magnitude, ties, trimmed
+from merging.ties_dare import (
+    MERGES,
+    dare,
+    dare_ties,
+    drop_and_rescale,
+    elect_and_average,
+    prune_by_magnitude,
+    ties,
+    trim_to_density,
+)
 from tests.test_svd import randn
 
 
@@ -15,26 +24,29 @@ def keyed(seed=0):
 
 def test_trimming_keeps_the_largest_share():
     update = randn(10, 10)
-    kept = trimmed(update, 0.2)
+    kept = trim_to_density(update, 0.2)
     order = update.abs().flatten().sort(descending=True).values
     assert int((kept != 0).sum()) == 20 and float(kept[kept != 0].abs().min()) == float(order[19])
     assert torch.equal(kept[kept != 0], update[kept != 0])
     assert (
-        torch.equal(trimmed(update, 1.0), update) and int((trimmed(update, 1e-9) != 0).sum()) == 1
+        torch.equal(trim_to_density(update, 1.0), update)
+        and int((trim_to_density(update, 1e-9) != 0).sum()) == 1
     )
 
 
 def test_dropping_is_unbiased_keyed_and_rescaled():
     update = randn(200, 200)
-    once = dropped(update, 0.25, keyed())
+    once = drop_and_rescale(update, 0.25, keyed())
     stays = once != 0
     assert abs(float(stays.double().mean()) - 0.25) < 0.01
     torch.testing.assert_close(once[stays], 4 * update[stays], rtol=1e-12, atol=0)
-    assert torch.equal(once, dropped(update, 0.25, keyed())) and not torch.equal(
-        once, dropped(update, 0.25, keyed(1))
+    assert torch.equal(once, drop_and_rescale(update, 0.25, keyed())) and not torch.equal(
+        once, drop_and_rescale(update, 0.25, keyed(1))
     )
-    assert torch.equal(dropped(update, 1.0, keyed()), update)
-    mean = torch.stack([dropped(update[:10, :10], 0.5, keyed(i)) for i in range(2000)]).mean(0)
+    assert torch.equal(drop_and_rescale(update, 1.0, keyed()), update)
+    mean = torch.stack(
+        [drop_and_rescale(update[:10, :10], 0.5, keyed(i)) for i in range(2000)]
+    ).mean(0)
     assert (
         float((mean - update[:10, :10]).abs().max())
         < 5 * float(update[:10, :10].abs().max()) / 2000**0.5
@@ -47,7 +59,7 @@ def test_election_by_hand():
         torch.tensor([1.0, -2.0, -3.0, 4.0, -2.0]),
         torch.tensor([-1.0, -2.0, 0.0, 0.0, 0.0]),
     ]
-    assert elected(rows).tolist() == [2.0, -2.0, -2.0, 4.0, 0.0]
+    assert elect_and_average(rows).tolist() == [2.0, -2.0, -2.0, 4.0, 0.0]
 
 
 def test_ties_is_pefts_for_equal_weights():
@@ -67,14 +79,14 @@ def test_magnitude_and_dare_are_pefts():
     weights = torch.tensor([0.7, -0.4], dtype=torch.float64)
     weighted = [float(w) * update for w, update in zip(weights, updates)]
     torch.testing.assert_close(
-        magnitude(weighted, 0.3, keyed()),
+        prune_by_magnitude(weighted, 0.3, keyed()),
         magnitude_prune(updates, weights, 0.3),
         rtol=0,
         atol=1e-15,
     )
     torch.testing.assert_close(dare(weighted, 1.0, keyed()), sum(weighted), rtol=0, atol=1e-15)
     generator = keyed()
-    expected = elected([dropped(update, 0.5, generator) for update in weighted])
+    expected = elect_and_average([drop_and_rescale(update, 0.5, generator) for update in weighted])
     assert torch.equal(dare_ties(weighted, 0.5, keyed()), expected)
 
 

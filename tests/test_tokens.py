@@ -17,9 +17,16 @@ from transformers import (
 )
 
 from lora_core import tokens
-from lora_core.diffusion.noise import generator
+from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from lora_core.tokens import Abstraction, bind, has_word, install, make_abstractions, uninstall
+from lora_core.tokens import (
+    Placeholder,
+    bind_placeholders,
+    has_placeholder,
+    install_tokens,
+    make_placeholders,
+    uninstall_tokens,
+)
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red"]
 
@@ -56,33 +63,38 @@ def encoder(tokenizer, kind=CLIPTextModel, extra_rows=0):
 
 
 def test_names_are_numbered_through_all_abstractions():
-    first, second = make_abstractions({"TOK": "dog", "TOK2": "zero"}, vectors=3)
+    first, second = make_placeholders({"TOK": "dog", "TOK2": "zero"}, vectors=3)
     assert (first.names, second.names) == (("<s0>", "<s1>", "<s2>"), ("<s3>", "<s4>", "<s5>"))
     assert (first.init, second.init) == ("dog", "zero")
     assert (
-        make_abstractions(["TOK"], vectors=1)
-        == make_abstractions("TOK", vectors=1)
-        == (Abstraction("TOK", ("<s0>",), "random"),)
+        make_placeholders(["TOK"], vectors=1)
+        == make_placeholders("TOK", vectors=1)
+        == (Placeholder("TOK", ("<s0>",), "random"),)
     )
 
 
 @pytest.mark.parametrize("order", [("TOK", "TOK2"), ("TOK2", "TOK")])
 def test_bind_takes_the_longest_word_whatever_the_order(order):
-    bound = bind("TOK2 beside TOK, TOK's and TOKEN", make_abstractions(order, vectors=2))
+    bound = bind_placeholders(
+        "TOK2 beside TOK, TOK's and TOKEN", make_placeholders(order, vectors=2)
+    )
     tok, tok2 = ("<s0><s1>", "<s2><s3>") if order[0] == "TOK" else ("<s2><s3>", "<s0><s1>")
     assert bound == f"{tok2} beside {tok}, {tok}'s and TOKEN"
 
 
 def test_bind_never_corrupts_an_undeclared_longer_word_and_replaces_once():
-    assert bind("TOK2 TOK", make_abstractions(["TOK"], vectors=1)) == "TOK2 <s0>"
-    chain = (Abstraction("A", ("B",)), Abstraction("B", ("<x>",)))
-    assert bind("A B", chain) == "B <x>"
-    assert bind("一张TOK的照片", make_abstractions(["TOK"], vectors=1)) == "一张<s0>的照片"
-    assert bind("a <*> b", make_abstractions(["<*>"], vectors=1)) == "a <s0> b"
+    assert bind_placeholders("TOK2 TOK", make_placeholders(["TOK"], vectors=1)) == "TOK2 <s0>"
+    chain = (Placeholder("A", ("B",)), Placeholder("B", ("<x>",)))
+    assert bind_placeholders("A B", chain) == "B <x>"
     assert (
-        bind("a TOK cat", make_abstractions(["TOK", "TOK cat"], vectors=1)) == "a <s1>"
+        bind_placeholders("一张TOK的照片", make_placeholders(["TOK"], vectors=1))
+        == "一张<s0>的照片"
+    )
+    assert bind_placeholders("a <*> b", make_placeholders(["<*>"], vectors=1)) == "a <s0> b"
+    assert (
+        bind_placeholders("a TOK cat", make_placeholders(["TOK", "TOK cat"], vectors=1)) == "a <s1>"
     )  # longest, though both are whole words
-    assert bind("anything", ()) == "anything"
+    assert bind_placeholders("anything", ()) == "anything"
 
 
 @pytest.mark.parametrize(
@@ -102,14 +114,14 @@ def test_bind_never_corrupts_an_undeclared_longer_word_and_replaces_once():
     ],
 )
 def test_words_are_whole_in_any_script(caption, word, bound):
-    assert bind(caption, make_abstractions([word], vectors=1)) == bound
-    assert has_word(caption, word) == ("<s0>" in bound)
+    assert bind_placeholders(caption, make_placeholders([word], vectors=1)) == bound
+    assert has_placeholder(caption, word) == ("<s0>" in bound)
 
 
 def test_learned_tokens_beyond_the_tokenizers_limit_are_told_apart(tokenizer):
-    made = make_abstractions(["TOK", "CAT"], vectors=2)
-    install(encoder(tokenizer), tokenizer, made, seed=0)
-    cut = lambda caption: tokens.cut_words(caption, made, tokenizer, 16)  # noqa: E731
+    made = make_placeholders(["TOK", "CAT"], vectors=2)
+    install_tokens(encoder(tokenizer), tokenizer, made, seed=0)
+    cut = lambda caption: tokens.truncated_tokens(caption, made, tokenizer, 16)  # noqa: E731
     assert cut("a photo of TOK") == {"<s0>": False, "<s1>": False}
     assert cut("a " * 13 + "TOK") == {
         "<s0>": False,
@@ -127,13 +139,13 @@ def test_learned_tokens_beyond_the_tokenizers_limit_are_told_apart(tokenizer):
 
 def test_a_word_given_in_two_normal_forms_is_one_word():
     with pytest.raises(UserError, match="different placeholder words"):
-        make_abstractions(["Rene\u0301", "René"])
+        make_placeholders(["Rene\u0301", "René"])
 
 
 def test_each_word_may_have_its_own_number_of_vectors():
-    made = make_abstractions({"TOK": "dog", "B": "red cat", "C": "zero"}, vectors=[1, 3, 2])
+    made = make_placeholders({"TOK": "dog", "B": "red cat", "C": "zero"}, vectors=[1, 3, 2])
     assert [a.names for a in made] == [("<s0>",), ("<s1>", "<s2>", "<s3>"), ("<s4>", "<s5>")]
-    assert bind("TOK B C", made) == "<s0> <s1><s2><s3> <s4><s5>"
+    assert bind_placeholders("TOK B C", made) == "<s0> <s1><s2><s3> <s4><s5>"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ def test_each_word_may_have_its_own_number_of_vectors():
 )
 def test_bad_abstractions_are_refused(words, vectors):
     with pytest.raises(UserError):
-        make_abstractions(words, vectors=vectors)
+        make_placeholders(words, vectors=vectors)
 
 
 # ---------------------------------------------------------------- install
@@ -160,7 +172,7 @@ def test_bad_abstractions_are_refused(words, vectors):
 def test_forward_is_that_of_a_table_with_the_rows_appended(tokenizer, kind):
     ours = encoder(tokenizer, kind)
     theirs = copy.deepcopy(ours)
-    embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=2), seed=3)
+    embedding = install_tokens(ours, tokenizer, make_placeholders(["TOK"], vectors=2), seed=3)
     grown = torch.cat([theirs.get_input_embeddings().weight, embedding.rows]).detach()
     theirs.set_input_embeddings(nn.Embedding.from_pretrained(grown))
     ids = tokenizer("a photo of <s0><s1> cat", return_tensors="pt").input_ids
@@ -172,7 +184,7 @@ def test_forward_is_that_of_a_table_with_the_rows_appended(tokenizer, kind):
 def test_ids_follow_the_tokenizer_when_the_table_is_longer(tokenizer):
     model = encoder(tokenizer, extra_rows=5)
     length = len(tokenizer)
-    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
+    embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
     assert embedding.first_id == length and embedding.num_embeddings == length + 5
     ids = torch.arange(length - 1, length + 4)
     expected = embedding.weight[ids].clone()
@@ -185,7 +197,7 @@ def test_tied_embeddings_of_an_encoder_with_two_names_for_its_table(tokenizer):
         T5Config(vocab_size=80, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     ).eval()
     before = model(torch.arange(4)[None]).last_hidden_state
-    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+    embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=1), seed=0)
     assert model.shared is embedding and model.encoder.embed_tokens is embedding
     assert torch.equal(model(torch.arange(4)[None]).last_hidden_state, before)
     model(torch.tensor([[embedding.first_id]])).last_hidden_state.sum().backward()
@@ -193,10 +205,10 @@ def test_tied_embeddings_of_an_encoder_with_two_names_for_its_table(tokenizer):
 
 
 def test_output_has_the_tables_dtype_and_the_rows_stay_fp32(tokenizer):
-    embedding = install(
+    embedding = install_tokens(
         encoder(tokenizer).to(torch.bfloat16),
         tokenizer,
-        make_abstractions(["TOK"], vectors=1),
+        make_placeholders(["TOK"], vectors=1),
         seed=0,
     )
     out = embedding(torch.tensor([0, embedding.first_id]))
@@ -211,14 +223,14 @@ def test_uninstall_gives_back_the_very_same_table_and_tokenizer(tokenizer):
         tokenizer.get_vocab(),
         tokenizer("a <s0>").input_ids,
     )
-    install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
-    install(model, tokenizer, (Abstraction("MORE", ("<m0>",), "<s0>"),), seed=0)
+    install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=1), seed=0)
+    install_tokens(model, tokenizer, (Placeholder("MORE", ("<m0>",), "<s0>"),), seed=0)
     assert torch.equal(
         model.get_input_embeddings().rows, model.get_input_embeddings().table.rows
     )  # started from the first learned token
-    uninstall(model, tokenizer)
+    uninstall_tokens(model, tokenizer)
     assert "<m0>" not in tokenizer.get_vocab() and "<s0>" in tokenizer.get_vocab()
-    uninstall(model, tokenizer)
+    uninstall_tokens(model, tokenizer)
     assert model.get_input_embeddings() is table and table.weight.requires_grad
     assert (
         tokenizer.get_vocab() == vocabulary
@@ -226,8 +238,8 @@ def test_uninstall_gives_back_the_very_same_table_and_tokenizer(tokenizer):
         and len(tokenizer) == len(vocabulary)
     )
     with pytest.raises(ValueError, match="install first"):
-        uninstall(model, tokenizer)
-    install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+        uninstall_tokens(model, tokenizer)
+    install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=1), seed=0)
 
 
 def test_an_existing_token_is_refused_and_nothing_changes(tokenizer):
@@ -235,23 +247,23 @@ def test_an_existing_token_is_refused_and_nothing_changes(tokenizer):
     table = model.get_input_embeddings()
     taken = tokenizer.convert_tokens_to_ids("dog</w>")
     with pytest.raises(UserError, match=rf"dog</w> is already .* \(id {taken}\)"):
-        install(
+        install_tokens(
             model,
             tokenizer,
-            (Abstraction("A", ("<new>",)), Abstraction("TOK", ("dog</w>",))),
+            (Placeholder("A", ("<new>",)), Placeholder("TOK", ("dog</w>",))),
             seed=0,
         )
     assert model.get_input_embeddings() is table and "<new>" not in tokenizer.get_vocab()
-    install(model, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+    install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=1), seed=0)
     with pytest.raises(UserError, match="<s0> is already"):
-        install(model, tokenizer, make_abstractions(["OTHER"], vectors=1), seed=0)
+        install_tokens(model, tokenizer, make_placeholders(["OTHER"], vectors=1), seed=0)
 
 
 def test_names_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
     model = encoder(tokenizer)
     with pytest.raises(UserError, match="reads them glued"):
-        install(
-            model, tokenizer, (Abstraction("TOK", ("<x>", "<X>")),), seed=0
+        install_tokens(
+            model, tokenizer, (Placeholder("TOK", ("<x>", "<X>")),), seed=0
         )  # this tokenizer lower-cases
     assert "<x>" not in tokenizer.get_vocab() and isinstance(
         model.get_input_embeddings(), nn.Embedding
@@ -263,8 +275,8 @@ def test_names_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
 
 def test_random_rows_have_the_tables_std_and_their_own_keys(tokenizer):
     model = encoder(tokenizer)
-    many = (Abstraction("TOK", tuple(f"<r{i}>" for i in range(4000))),)
-    embedding = install(model, tokenizer, many, seed=1)
+    many = (Placeholder("TOK", tuple(f"<r{i}>" for i in range(4000))),)
+    embedding = install_tokens(model, tokenizer, many, seed=1)
     std = embedding.weight.std()
     assert torch.equal(tokens.table_std(embedding), std)
     n = embedding.rows.numel()
@@ -272,13 +284,13 @@ def test_random_rows_have_the_tables_std_and_their_own_keys(tokenizer):
         abs(embedding.rows.std() / std - 1) < 5 / (2 * n) ** 0.5
         and embedding.rows.mean().abs() < 5 * std / n**0.5
     )
-    rows = tokens.state(embedding)
-    uninstall(model, tokenizer)
-    alone = install(model, tokenizer, (Abstraction("TOK", ("<r7>",)),), seed=1)
+    rows = tokens.copy_token_rows(embedding)
+    uninstall_tokens(model, tokenizer)
+    alone = install_tokens(model, tokenizer, (Placeholder("TOK", ("<r7>",)),), seed=1)
     assert torch.equal(alone.rows[0], rows[7])
-    uninstall(model, tokenizer)
+    uninstall_tokens(model, tokenizer)
     assert not torch.equal(
-        install(model, tokenizer, (Abstraction("TOK", ("<r7>",)),), seed=2).rows[0], rows[7]
+        install_tokens(model, tokenizer, (Placeholder("TOK", ("<r7>",)),), seed=2).rows[0], rows[7]
     )
 
 
@@ -287,11 +299,11 @@ def test_zero_and_word_rows(tokenizer):
     table = model.get_input_embeddings().weight
     row = lambda word: table[tokenizer.convert_tokens_to_ids(word + "</w>")]  # noqa: E731
     made = (
-        Abstraction("A", ("<a0>", "<a1>"), "zero"),
-        Abstraction("B", ("<b0>", "<b1>"), "red dog"),
-        Abstraction("C", ("<c0>", "<c1>", "<c2>"), "cat"),
+        Placeholder("A", ("<a0>", "<a1>"), "zero"),
+        Placeholder("B", ("<b0>", "<b1>"), "red dog"),
+        Placeholder("C", ("<c0>", "<c1>", "<c2>"), "cat"),
     )
-    rows = install(model, tokenizer, made, seed=0).rows
+    rows = install_tokens(model, tokenizer, made, seed=0).rows
     expected = torch.stack(
         [torch.zeros(8), torch.zeros(8), row("red"), row("dog"), row("cat"), row("cat"), row("cat")]
     )
@@ -301,8 +313,8 @@ def test_zero_and_word_rows(tokenizer):
 def test_row_k_starts_from_the_initializers_token_k_and_begins_again_after_its_last(tokenizer):
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight
-    rows = install(
-        model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), "red dog"),), seed=0
+    rows = install_tokens(
+        model, tokenizer, (Placeholder("TOK", ("<a>", "<b>", "<c>"), "red dog"),), seed=0
     ).rows
     red, dog = (table[tokenizer.convert_tokens_to_ids(word + "</w>")] for word in ("red", "dog"))
     assert torch.equal(rows, torch.stack([red, dog, red]))
@@ -320,7 +332,9 @@ def test_an_initializer_of_too_many_tokens_is_refused_with_the_number_to_set(
 ):
     model = encoder(tokenizer)
     with pytest.raises(UserError, match=match):
-        install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>", "<c>"), words),), seed=0)
+        install_tokens(
+            model, tokenizer, (Placeholder("TOK", ("<a>", "<b>", "<c>"), words),), seed=0
+        )
     assert (
         isinstance(model.get_input_embeddings(), nn.Embedding)
         and "<a>" not in tokenizer.get_vocab()
@@ -334,19 +348,23 @@ def test_a_spread_of_ones_own_scales_the_noise_of_the_tables(tokenizer, init, si
     rows = {}
     for how in (init, "random"):
         model = encoder(tokenizer)
-        rows[how] = install(
-            model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), how),), seed=3
+        rows[how] = install_tokens(
+            model, tokenizer, (Placeholder("TOK", ("<a>", "<b>"), how),), seed=3
         ).rows
-        uninstall(model, tokenizer)
+        uninstall_tokens(model, tokenizer)
     torch.testing.assert_close(
         rows[init], rows["random"] / encoder(tokenizer).get_input_embeddings().weight.std() * sigma
     )
-    assert tokens.is_drawn(init) and tokens.is_drawn("<zero>") and not tokens.is_drawn("red dog")
+    assert (
+        tokens.is_random_init(init)
+        and tokens.is_random_init("<zero>")
+        and not tokens.is_random_init("red dog")
+    )
 
 
 def test_zero_in_lora_ptis_spelling(tokenizer):
-    assert not install(
-        encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), "<zero>"),), seed=3
+    assert not install_tokens(
+        encoder(tokenizer), tokenizer, (Placeholder("TOK", ("<a>",), "<zero>"),), seed=3
     ).rows.any()
 
 
@@ -356,9 +374,9 @@ def test_zero_in_lora_ptis_spelling(tokenizer):
 )
 def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
     for action in (
-        lambda: tokens.is_drawn(init),
-        lambda: install(
-            encoder(tokenizer), tokenizer, (Abstraction("TOK", ("<a>",), init),), seed=0
+        lambda: tokens.is_random_init(init),
+        lambda: install_tokens(
+            encoder(tokenizer), tokenizer, (Placeholder("TOK", ("<a>",), init),), seed=0
         ),
     ):
         with pytest.raises(UserError, match="no spread that is a positive number"):
@@ -398,8 +416,8 @@ def t5(tokenizer, extra_rows=28):
 def test_t5s_tied_table_and_marked_words(sentencepiece):
     model = t5(sentencepiece)
     table, length = model.get_input_embeddings(), len(sentencepiece)
-    (abstraction,) = made = make_abstractions({"TOK": "photo dog"}, vectors=3)
-    embedding = install(model, sentencepiece, made, seed=0)
+    (abstraction,) = made = make_placeholders({"TOK": "photo dog"}, vectors=3)
+    embedding = install_tokens(model, sentencepiece, made, seed=0)
     assert (
         model.shared is embedding
         and model.encoder.embed_tokens is embedding
@@ -410,18 +428,20 @@ def test_t5s_tied_table_and_marked_words(sentencepiece):
         for word in ("photo", "dog")
     )
     assert torch.equal(embedding.rows, torch.stack([photo, dog, photo]))
-    ids = sentencepiece(bind("a photo of TOK cat", made), return_tensors="pt").input_ids
+    ids = sentencepiece(
+        bind_placeholders("a photo of TOK cat", made), return_tensors="pt"
+    ).input_ids
     words = ["\u2581a", "\u2581photo", "\u2581of", *abstraction.names, "\u2581cat", "</s>"]
     assert sentencepiece.convert_ids_to_tokens(ids[0]) == words
     model(ids).last_hidden_state.square().sum().backward()
     assert embedding.rows.grad.abs().amin(dim=1).min() > 0 and embedding.weight.grad is None
     grown = t5(sentencepiece, extra_rows=0)
     grown.load_state_dict(
-        tokens.without_rows(model.state_dict(), embedding, model)
+        tokens.strip_token_rows(model.state_dict(), embedding, model)
         | _same_rows(model, embedding, len(grown.shared.weight))
     )
     torch.testing.assert_close(model(ids).last_hidden_state, grown(ids).last_hidden_state)
-    uninstall(model, sentencepiece)
+    uninstall_tokens(model, sentencepiece)
     assert (
         model.shared is table
         and model.encoder.embed_tokens is table
@@ -443,43 +463,43 @@ def _same_rows(model, embedding, length):
 
 
 def test_vectors_are_counted_where_the_initializer_is_longest(tokenizer, sentencepiece):
-    assert tokens.count("red dog", [tokenizer]) == 2
+    assert tokens.count_initializer_tokens("red dog", [tokenizer]) == 2
     assert (
-        tokens.count("red dog", [tokenizer, sentencepiece])
-        == tokens.count("red dog", [sentencepiece])
+        tokens.count_initializer_tokens("red dog", [tokenizer, sentencepiece])
+        == tokens.count_initializer_tokens("red dog", [sentencepiece])
         == 5
     )  # mark, r, e, d, dog
-    assert tokens.count("dog", [tokenizer, sentencepiece]) == 1
+    assert tokens.count_initializer_tokens("dog", [tokenizer, sentencepiece]) == 1
     for init in ("random", "zero", "<rand-0.1>", "random:0.1"):
         with pytest.raises(UserError, match=r"--tokens\.vectors 0 counts"):
-            tokens.count(init, [tokenizer])
+            tokens.count_initializer_tokens(init, [tokenizer])
     with pytest.raises(UserError, match="does not know the initializer '\u00df'"):
-        tokens.count("\u00df", [tokenizer, sentencepiece])
+        tokens.count_initializer_tokens("\u00df", [tokenizer, sentencepiece])
 
 
 def test_encoders_of_one_width_differ_by_stream_and_the_default_keeps_its_bits(tokenizer):
-    made, rows = make_abstractions(["TOK"], vectors=2), []
+    made, rows = make_placeholders(["TOK"], vectors=2), []
     for stream in ("", "clip_g", "clip_l", ""):
         model = encoder(tokenizer)
-        rows.append(install(model, tokenizer, made, seed=5, stream=stream).rows.detach())
-        uninstall(model, tokenizer)
+        rows.append(install_tokens(model, tokenizer, made, seed=5, stream=stream).rows.detach())
+        uninstall_tokens(model, tokenizer)
     assert (
         torch.equal(rows[0], rows[3])
         and not torch.equal(rows[0], rows[1])
         and not torch.equal(rows[1], rows[2])
     )
-    expected = torch.randn(8, generator=generator(5, "<s1>", 0, "token row 8")) * tokens.table_std(
-        model.get_input_embeddings()
-    )
+    expected = torch.randn(
+        8, generator=keyed_generator(5, "<s1>", 0, "token row 8")
+    ) * tokens.table_std(model.get_input_embeddings())
     assert torch.equal(rows[0][1], expected)
 
 
 def test_a_state_dict_without_rows_is_the_models_own(tokenizer):
     model = encoder(tokenizer)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    install(model, tokenizer, make_abstractions(["TOK"]), seed=0)
-    embedding = install(model, tokenizer, (Abstraction("MORE", ("<m>",)),), seed=0)
-    after = tokens.without_rows(model.state_dict(), embedding, model)
+    install_tokens(model, tokenizer, make_placeholders(["TOK"]), seed=0)
+    embedding = install_tokens(model, tokenizer, (Placeholder("MORE", ("<m>",)),), seed=0)
+    after = tokens.strip_token_rows(model.state_dict(), embedding, model)
     assert list(after) == list(before) and all(
         torch.equal(after[key], before[key]) for key in before
     )
@@ -489,12 +509,12 @@ def test_a_state_dict_without_rows_is_the_models_own(tokenizer):
 
 
 def test_trap_14_replacing_words_one_after_the_other_corrupts_the_longer():
-    made = make_abstractions(["TOK", "TOK2"], vectors=2)
+    made = make_placeholders(["TOK", "TOK2"], vectors=2)
     wrong = "TOK2 and TOK"
     for a in made:
         wrong = wrong.replace(a.word, "".join(a.names))
     assert wrong == "<s0><s1>2 and <s0><s1>"
-    assert bind("TOK2 and TOK", made) == "<s2><s3> and <s0><s1>"
+    assert bind_placeholders("TOK2 and TOK", made) == "<s2><s3> and <s0><s1>"
 
 
 def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
@@ -505,7 +525,7 @@ def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
     )  # what a resize appends: table.std() is 1 / 50 of it
     with torch.no_grad():
         table.mul_(0.02 / table.std())
-    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=50), seed=0)
+    embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=50), seed=0)
     wrong = torch.cat([table, fresh]).std()
     assert tokens.table_std(embedding) == table.std() and wrong > 10 * table.std()
     assert abs(embedding.rows.std() / table.std() - 1) < 5 / (2 * 400) ** 0.5
@@ -516,7 +536,9 @@ def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight
     wrong = table[torch.tensor(tokenizer("red dog").input_ids[:2])]
-    rows = install(model, tokenizer, (Abstraction("TOK", ("<a>", "<b>"), "red dog"),), seed=0).rows
+    rows = install_tokens(
+        model, tokenizer, (Placeholder("TOK", ("<a>", "<b>"), "red dog"),), seed=0
+    ).rows
     assert not torch.equal(rows, wrong) and torch.equal(rows[0], wrong[1])
 
 
@@ -526,7 +548,7 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
     decay = 0.5 if wrong == "decay" else 0.0
-    embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=1), seed=0)
+    embedding = install_tokens(ours, tokenizer, make_placeholders(["TOK"], vectors=1), seed=0)
     first = embedding.first_id
     before = embedding.weight.detach().clone()
     theirs.set_input_embeddings(
@@ -593,8 +615,8 @@ def test_trap_16_the_norm_controls_are_not_interchangeable():
 def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
     model = encoder(tokenizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
-    start = tokens.state(embedding)
+    embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
+    start = tokens.copy_token_rows(embedding)
     ids = tokenizer("a photo of <s0><s1> dog", return_tensors="pt").input_ids
     optimiser = torch.optim.AdamW(
         [p for p in embedding.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
@@ -604,9 +626,9 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
         optimiser.zero_grad()
         model(ids)[0].square().sum().backward()
         optimiser.step()
-    assert (tokens.state(embedding) - start).abs().min() > 0
+    assert (tokens.copy_token_rows(embedding) - start).abs().min() > 0
     assert embedding.weight.grad is None and not embedding.weight.requires_grad
-    uninstall(model, tokenizer)
+    uninstall_tokens(model, tokenizer)
     table = before.pop(next(name for name in before if name.endswith("token_embedding.weight")))
     assert torch.equal(model.get_input_embeddings().weight, table)
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
@@ -618,7 +640,7 @@ def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
     lr, decay = 2e-3, 0.1
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
-    embedding = install(ours, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
+    embedding = install_tokens(ours, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
     first, last = embedding.first_id, embedding.first_id + 2
     table = nn.Parameter(
         torch.cat([theirs.get_input_embeddings().weight, embedding.rows]).detach().clone()
@@ -702,23 +724,23 @@ def test_pooling_agrees_with_transformers_for_a_text_of_the_vocabulary(tokenizer
 
 def test_state_round_trip_and_refusals(tokenizer):
     model = encoder(tokenizer)
-    embedding = install(model, tokenizer, make_abstractions(["TOK"], vectors=2), seed=0)
+    embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
     rows = torch.randn(2, 8)
-    tokens.load_state(embedding, rows)
-    assert torch.equal(tokens.state(embedding), rows)
+    tokens.load_token_rows(embedding, rows)
+    assert torch.equal(tokens.copy_token_rows(embedding), rows)
     with pytest.raises(UserError, match=r"\[3, 8\].*\[2, 8\]"):
-        tokens.load_state(embedding, torch.zeros(3, 8))
+        tokens.load_token_rows(embedding, torch.zeros(3, 8))
     with pytest.raises(UserError, match="<s0>, <s1> hold NaN"):
-        tokens.load_state(embedding, torch.full((2, 8), float("nan")))
-    assert torch.equal(tokens.state(embedding), rows)
+        tokens.load_token_rows(embedding, torch.full((2, 8), float("nan")))
+    assert torch.equal(tokens.copy_token_rows(embedding), rows)
 
 
 def test_report_names_the_nearest_words_the_norm_and_the_drift(tokenizer):
     model = encoder(tokenizer)
-    embedding = install(model, tokenizer, (Abstraction("TOK", ("<s0>",), "dog"),), seed=0)
+    embedding = install_tokens(model, tokenizer, (Placeholder("TOK", ("<s0>",), "dog"),), seed=0)
     with torch.no_grad():
         embedding.rows.mul_(3)
-    (line,) = tokens.report(embedding, tokenizer, k=2)
+    (line,) = tokens.report_tokens(embedding, tokenizer, k=2)
     assert (
         line.name == "<s0>"
         and line.nearest[0][0] == "dog</w>"

@@ -19,7 +19,7 @@ def test_scene_and_picture_are_functions_of_the_seed():
     for seed in range(20):
         a, b = draw.scene(seed), draw.scene(seed)
         assert a == b and a.caption() == b.caption()
-        assert draw.render(a).tobytes() == draw.render(b).tobytes()
+        assert draw.render_scene(a).tobytes() == draw.render_scene(b).tobytes()
 
 
 def test_caption_says_what_the_scene_holds():
@@ -29,7 +29,7 @@ def test_caption_says_what_the_scene_holds():
         assert s.object in words
         others = set(draw.OBJECTS) - {s.object}
         assert not others & set(words)
-        assert set(words) & set(draw.COLOURS) <= {s.colour, s.background}
+        assert set(words) & set(draw.COLORS) <= {s.colour, s.background}
         assert s.colour != s.background
         complete = s.caption(complete=True)
         assert (
@@ -144,44 +144,47 @@ def test_pipeline_loads_and_agrees_with_our_sampler():
         guidance_scale=5.0,
         output_type="np",
     ).images[0]
-    ours = sample.sample(sample.load(), ["a large red fish at night"], seed=5)[0]
+    ours = sample.sample_images(sample.load_networks(), ["a large red fish at night"], seed=5)[0]
     np.testing.assert_allclose(theirs, (ours.permute(1, 2, 0).numpy() + 1) / 2, atol=2e-3)
 
 
 def test_autoencoder_meets_its_bars():
-    vae = sample.load()[1]
-    assert autoencoder.psnr(vae, autoencoder.held_out(48)).mean() >= 30
+    vae = sample.load_networks()[1]
+    assert autoencoder.psnr(vae, autoencoder.held_out_images(48)).mean() >= 30
     for name in draw_concepts.CONCEPTS:
         pictures = [
             draw_concepts.render_concept(name, b, "place" if b in draw.PLACES else "plain", i)
             for i, b in enumerate(draw.BACKGROUNDS)
         ]
-        assert autoencoder.psnr(vae, autoencoder.to_tensor(pictures)).mean() >= 28
+        assert autoencoder.psnr(vae, autoencoder.images_to_tensor(pictures)).mean() >= 28
 
 
 def test_scaled_latents_have_unit_deviation():
-    vae = sample.load()[1]
+    vae = sample.load_networks()[1]
     with torch.no_grad():
-        z = vae.encode(autoencoder.held_out(64)).latent_dist.mode() * vae.config.scaling_factor
+        z = (
+            vae.encode(autoencoder.held_out_images(64)).latent_dist.mode()
+            * vae.config.scaling_factor
+        )
     assert abs(z.std().item() - 1) < 0.1
 
 
 def test_recogniser_reads_held_out_drawings():
-    reader = recogniser.load()
+    reader = recogniser.load_recogniser()
     scenes = [draw.scene(860_000_000 + i) for i in range(300)]
-    read = reader.scene(autoencoder.to_tensor([draw.render(s) for s in scenes]))
+    read = reader.scene(autoencoder.images_to_tensor([draw.render_scene(s) for s in scenes]))
     for name in ("background", "colour", "object"):
         assert np.mean([r == getattr(s, name) for r, s in zip(read[name], scenes)]) >= 0.95
 
 
 def test_concept_recogniser_is_right_and_strict():
-    reader = recogniser.load()
+    reader = recogniser.load_recogniser()
     examples = [distractors.concept_example(870_000_000 + i) for i in range(300)]
-    pictures = autoencoder.to_tensor([picture for picture, _ in examples])
+    pictures = autoencoder.images_to_tensor([picture for picture, _ in examples])
     for name in draw_concepts.CONCEPTS:
         truth = torch.tensor([labels["concept"] == name for _, labels in examples])
         assert ((reader.concept(pictures, name) > 0.5) == truth).float().mean() >= 0.98
-        near = autoencoder.to_tensor(
+        near = autoencoder.images_to_tensor(
             [
                 distractors.near_miss(
                     name, b, "place" if b in draw.PLACES else "plain", 880_000_000 + i

@@ -18,15 +18,15 @@ from torch import Tensor
 import infer
 import train
 from lora_core.config import (
-    Adapter,
+    AdapterConfig,
     Config,
-    Data,
-    Optimizer,
-    Prior,
-    Samples,
+    DataConfig,
+    OptimizerConfig,
+    PriorConfig,
+    SamplesConfig,
     Stage,
-    Tokens,
-    Validation,
+    TokensConfig,
+    ValidationConfig,
 )
 from lora_core.diffusion import validation
 from lora_core.diffusion.losses import StepOutput, mse
@@ -92,7 +92,7 @@ def splits(config: Config) -> list[Config]:
     config = replace(
         config,
         stages=(Stage(1, ALL),),
-        prior=Prior("a cat", count=3, weight=0.7),
+        prior=PriorConfig("a cat", count=3, weight=0.7),
         weighting="min_snr",
     )
     return [
@@ -106,7 +106,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     splits: list[Config], quick: None, prior: bool
 ) -> None:
     """Whatever the split, a gradient is no further from float64 than twice the whole batch's own, and a rounding for each sum."""
-    splits = [c if prior else replace(c, prior=Prior()) for c in splits]
+    splits = [c if prior else replace(c, prior=PriorConfig()) for c in splits]
     whole, *parts = map(gradients, splits)
     exact = gradients(replace(splits[0], precision="fp64", out=splits[0].out + "_fp64"))
     assert {name.split("/")[0] for name in exact} == set(ALL)
@@ -129,7 +129,7 @@ def test_twenty_accumulated_steps_agree_in_float64(
             precision="fp64",
             data=replace(c.data, resolution=8),
             stages=(Stage(20, ALL),),
-            prior=c.prior if prior else Prior(),
+            prior=c.prior if prior else PriorConfig(),
         )
         for c in splits[:: 2 if prior else 1][:2]
     ]
@@ -175,7 +175,7 @@ def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick:
         replace(
             config,
             stages=(Stage(3, ALL),),
-            optimizer=Optimizer(lr={"tokens": 0.1}, weight_decay={"tokens": 0.5}),
+            optimizer=OptimizerConfig(lr={"tokens": 0.1}, weight_decay={"tokens": 0.5}),
         ),
         step=step,
     )
@@ -186,10 +186,12 @@ def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick:
 
 
 @pytest.mark.parametrize(
-    "optimizer", [Optimizer(), Optimizer("prodigy", args={"d0": 1e-3})], ids=["adamw", "prodigy"]
+    "optimizer",
+    [OptimizerConfig(), OptimizerConfig("prodigy", args={"d0": 1e-3})],
+    ids=["adamw", "prodigy"],
 )
 def test_a_paused_group_is_frozen_and_takes_its_state_up_again(
-    config: Config, quick: None, optimizer: Optimizer
+    config: Config, quick: None, optimizer: OptimizerConfig
 ) -> None:
     stages = (Stage(2, ("tokens", "denoiser")), Stage(2, ("denoiser",)), Stage(1, ("tokens",)))
     run = train.train(replace(config, stages=stages, optimizer=optimizer, save_every=1, keep=9))
@@ -508,7 +510,7 @@ def test_every_option_changes_what_is_learned(
     if "denoiser" not in groups:
         change["optimizer"] = {"lr": dict.fromkeys(groups, 1e-2)}
     if groups == {"tokens"}:
-        change["adapter"] = Adapter()
+        change["adapter"] = AdapterConfig()
     run = train.train(merged(config, change))
     result = learned(run)
     assert all(bool(p.isfinite().all()) and p.dtype == torch.float32 for p in result.values())
@@ -528,7 +530,7 @@ def test_gradient_checkpointing_gives_the_same_numbers(
     config = replace(
         config,
         stages=(Stage(2, groups),),
-        optimizer=Optimizer(),
+        optimizer=OptimizerConfig(),
         adapter=replace(config.adapter, dropout=0.2),
     )
     plain = train.train(config)
@@ -564,7 +566,7 @@ def test_the_moving_average_is_what_is_kept_and_shown(config: Config, quick: Non
 def test_a_full_fine_tune_leaves_a_whole_model(config: Config, quick: None) -> None:
     config = replace(
         config,
-        adapter=Adapter(kind="full", targets=("all",)),
+        adapter=AdapterConfig(kind="full", targets=("all",)),
         stages=(Stage(2, ("denoiser", "tokens")),),
     )
     run = train.train(config)
@@ -607,7 +609,7 @@ def test_preservation_holds_the_class_to_the_base_model(config: Config, quick: N
 
     def shift(weight: float) -> float:
         seen: list[float] = []
-        swap = Prior(swap={"TOK": "cat"}, swap_weight=weight)
+        swap = PriorConfig(swap={"TOK": "cat"}, swap_weight=weight)
 
         def loss(step: StepOutput) -> Tensor:
             now, base = step.preserved
@@ -707,7 +709,7 @@ def test_class_images_are_drawn_once_and_own_ones_are_kept(
     (own / "0.mask.png").unlink()
     (own / "0.png").rename(own / "00001.png")
     before = (own / "00001.png").read_bytes()
-    prior = Prior("a cat", str(own), count=3)
+    prior = PriorConfig("a cat", str(own), count=3)
     train.train(replace(config, prior=prior))
     names = sorted(p.name for p in own.glob("*.png"))
     assert (
@@ -727,7 +729,7 @@ def test_more_class_images_than_asked_for_are_said(
     own = save_photos(tmp_path / "class", count=3)
     for mask in own.glob("*.mask.png"):
         mask.unlink()
-    s = Session(replace(config, prior=Prior("a cat", images=str(own), count=2)))
+    s = Session(replace(config, prior=PriorConfig("a cat", images=str(own), count=2)))
     assert s.prior is not None and len(s.prior) == 3
     assert f"class images: all 3 of {own}; --prior.count 2" in capsys.readouterr().out
 
@@ -752,7 +754,7 @@ def test_an_inpainting_model_trains_and_draws(
         replace(
             config,
             model=str(save_pipeline(tmp_path / "inpaint", channels=9)),
-            prior=Prior("a cat", count=1),
+            prior=PriorConfig("a cat", count=1),
         )
     )
     assert Image.open(run / "before_after.png").size[0] > 300
@@ -766,10 +768,10 @@ def finished(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
     """A whole run with pictures and plots."""
     config = Config(
         model=str(model), out=str(tmp_path_factory.mktemp("finished") / "run"), device="cpu", batch_size=2, log_every=1,
-        data=Data(images=str(photos), resolution=16), adapter=Adapter(rank=4, kind="dora"), tokens=Tokens(init=("c",)),
-        optimizer=Optimizer("prodigy", args={"d0": 1e-4}, betas={"tokens": (0.9, 0.99), "denoiser": (0.9, 0.99)}),
+        data=DataConfig(images=str(photos), resolution=16), adapter=AdapterConfig(rank=4, kind="dora"), tokens=TokensConfig(init=("c",)),
+        optimizer=OptimizerConfig("prodigy", args={"d0": 1e-4}, betas={"tokens": (0.9, 0.99), "denoiser": (0.9, 0.99)}),
         stages=(Stage(4, ("denoiser", "tokens"), low=0.1),),
-        samples=Samples(steps=2, every=2, prompts=("a TOK",), new_prompts=("a TOK on mars",)), validation=Validation(bins=3, every=2, draws=2),
+        samples=SamplesConfig(steps=2, every=2, prompts=("a TOK",), new_prompts=("a TOK on mars",)), validation=ValidationConfig(bins=3, every=2, draws=2),
     )  # fmt: skip
     train.train(config)
     return config
@@ -788,7 +790,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:
     assert again == finished
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seconds"] > 0 and summary["steps"] == 4
-    scores = validation.read(run)
+    scores = validation.read_scores(run)
     assert sorted(scores) == [0, 2, 4]
     for name, step in (("val_loss_before", 0), ("val_loss_after", 4)):
         assert summary[name] == pytest.approx(
@@ -799,7 +801,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:
 def test_validation_gives_the_same_numbers_whatever_the_training_seed(
     config: Config, quick: None
 ) -> None:
-    config = replace(config, validation=Validation(bins=3, draws=2), batch_size=3)
+    config = replace(config, validation=ValidationConfig(bins=3, draws=2), batch_size=3)
     other = merged(
         config,
         {
@@ -813,7 +815,7 @@ def test_validation_gives_the_same_numbers_whatever_the_training_seed(
     count = 5 * 3 * 2
     assert a[:count] == b[:count] and a[count:] != b[count:] and len(a) == 2 * count
     seeded = train.train(
-        replace(config, out=config.out + "2", validation=Validation(bins=3, draws=2, seed=1))
+        replace(config, out=config.out + "2", validation=ValidationConfig(bins=3, draws=2, seed=1))
     )
     assert rows(seeded, "val")[:count] != a[:count]
 
@@ -875,7 +877,7 @@ def test_the_held_out_images_are_the_ones_scored(
     config: Config, quick: None, tmp_path: Path
 ) -> None:
     held_out = save_photos(tmp_path / "held", side=40, count=2)
-    run = train.train(replace(config, validation=Validation(str(held_out), bins=2)))
+    run = train.train(replace(config, validation=ValidationConfig(str(held_out), bins=2)))
     s = Session(replace(config, out=config.out + "2"))
     assert len(rows(run, "val")) == 2 * 2 * 2 and not {r["key"] for r in rows(run, "val")} & {
         r.key for r in s.folder.records

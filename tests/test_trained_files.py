@@ -10,12 +10,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional as F
 
-from lora_core import formats
-from lora_core.adapters import injection, patch
+from lora_core import formats, patch
+from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
-from lora_core.adapters.weight_updates import AdapterState, product
+from lora_core.adapters.weight_updates import AdapterState, scaled_product
 from lora_core.errors import UserError
-from models import outline
+from models import read_layout
 
 MODEL = Path(__file__).parent.parent / "toy" / "model"
 EVERYWHERE = (
@@ -45,7 +45,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def layout():
-    return outline(str(MODEL))
+    return read_layout(str(MODEL))
 
 
 def modules(pipe):
@@ -83,7 +83,7 @@ def trained(pipe, layout, kind, places):
                 AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0),
                 seed=i,
             )
-        wanted = [p for net in networks.values() for p in injection.parameters(net)]
+        wanted = [p for net in networks.values() for p in injection.adapter_parameters(net)]
         optimizer = torch.optim.AdamW(wanted, lr=RATE)
         latents, noise, levels, ids = batch(pipe)
         for _ in range(STEPS):
@@ -94,11 +94,11 @@ def trained(pipe, layout, kind, places):
             optimizer.step()
             optimizer.zero_grad()
         names = {
-            name: {path: layout.published(name, path) for path in injection.state(net)}
+            name: {path: layout.published(name, path) for path in injection.adapter_factors(net)}
             for name, net in networks.items()
         }
         components = {
-            name: {names[name][path]: lr for path, lr in injection.state(net).items()}
+            name: {names[name][path]: lr for path, lr in injection.adapter_factors(net).items()}
             for name, net in networks.items()
         }
         return AdapterState(components)
@@ -154,7 +154,9 @@ def test_every_format_has_the_same_update(layout, states, tmp_path, format):
     }
     for name, part in state.components.items():
         for path, lr in part.items():
-            assert (product(read.components[name][path]) - product(lr)).abs().max() <= 1e-6, path
+            assert (
+                scaled_product(read.components[name][path]) - scaled_product(lr)
+            ).abs().max() <= 1e-6, path
 
 
 def test_cloneofsimos_file_computes_the_same(pipe, layout, states, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train
-from lora_core.config import Config, Optimizer, Stage
+from lora_core.config import Config, OptimizerConfig, Stage
 from models import load_family
 from tests.conftest import rows, same
 from training.setup import Session
@@ -57,7 +57,7 @@ def test_trap_13_prompts_have_bos_and_eos(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_trap_17_tokens_stand_still_after_the_pivot(config: Config, quick: None, name: str) -> None:
-    optimizer = Optimizer(
+    optimizer = OptimizerConfig(
         name,
         args={"d0": 1e-3} if name == "prodigy" else {},
         lr={"tokens": 1.0 if name == "prodigy" else 0.1},
@@ -91,7 +91,7 @@ def test_trap_17_the_pivot_is_a_number_of_steps(config: Config) -> None:
     """One epoch of five images in batches of two: a fraction of epochs would be int(0.5 * 1) = 0 and the tokens would learn nothing."""
     spans = [
         (first, last)
-        for _, first, last in train.spans(
+        for _, first, last in train.stage_spans(
             (Stage(2, ("denoiser", "tokens")), Stage(1, ("denoiser",)))
         )
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.errors import UserError
-from lora_core.kernels import COSTS, OPS, call, device, reference, using
+from lora_core.kernels import COSTS, OPS, call, device, reference, use_kernels
 
 triton = pytest.importorskip("triton")
 from lora_core.kernels import compose, dora, norms  # noqa: E402
@@ -263,7 +263,7 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
     assert dora.norm_refusal(weight, down, up, scale) is None
     eight = weight.to(torch.float8_e4m3fn)
     with (
-        using("triton"),
+        use_kernels("triton"),
         pytest.warns(UserWarning, match="dora_norm runs without its triton kernel"),
     ):
         got = call("dora_norm", eight, down, up, scale)
@@ -428,7 +428,7 @@ def test_rows_of_the_table_of_ops() -> None:
         args = OPS[name].example(0, torch.float32, DEVICE)
         exact = OPS[name].reference(*args)
         for mode in ("fused", "triton"):
-            with using(mode):
+            with use_kernels(mode):
                 got = call(name, *args)
             torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
-    assert device.refusal(torch.zeros(1, device=DEVICE)) is None
+    assert device.device_refusal(torch.zeros(1, device=DEVICE)) is None

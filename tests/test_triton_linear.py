@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from lora_core import kernels
-from lora_core.kernels import COSTS, OPS, linear, reference, using
+from lora_core.kernels import COSTS, OPS, linear, reference, use_kernels
 from lora_core.kernels import linear_ops as ops
 from lora_core.kernels.reference import Drop, Member
 
@@ -108,7 +108,7 @@ def outcome(
     data: tuple[Tensor, list[Member], list[Tensor]],
 ) -> dict[str, Tensor]:
     """Outputs and gradients, computed in dtype."""
-    wide, (x, members, dys) = reference.wide(dtype), data
+    wide, (x, members, dys) = reference.wide_dtype(dtype), data
     x, leaves, cast = x.to(dtype, copy=True).requires_grad_(), {}, []
     for i, m in enumerate(members):
         mine = {"down": m.down, "up": m.up} | (
@@ -576,7 +576,7 @@ def hold_conv(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
         layout = torch.channels_last if c.last else torch.contiguous_format
         leaves = [
             x.to(dtype, memory_format=layout, copy=True),
-            *(t.to(reference.wide(dtype), copy=True) for t in (down, up)),
+            *(t.to(reference.wide_dtype(dtype), copy=True) for t in (down, up)),
         ]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         base = (weight.to(dtype), bias.to(dtype)) if c.frozen else (None, None)
@@ -642,7 +642,7 @@ def test_a_pointwise_convolution_is_four_launches_in_any_layout() -> None:
 
 def test_dispatch_takes_them_and_refusals_say_why() -> None:
     x, m = one()
-    with using("triton"):
+    with use_kernels("triton"):
         torch.testing.assert_close(
             kernels.call("lora_linear", x, *m), reference.lora_linear(x, *m), rtol=1e-5, atol=1e-5
         )

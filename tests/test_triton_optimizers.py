@@ -69,7 +69,7 @@ def example(name: str, dtype: torch.dtype, **changes) -> tuple:
     return scalars, found_inf, grad_scale, tuple(remade(row, **changes) for row in rows)
 
 
-def remade(row: steps.Rows, **changes) -> steps.Rows:
+def remade(row: steps.MovingGroup, **changes) -> steps.MovingGroup:
     """With another recipe and the state that belongs to it."""
     recipe, flat = row.recipe._replace(**changes), row.flat
     states = []
@@ -83,7 +83,9 @@ def remade(row: steps.Rows, **changes) -> steps.Rows:
             state["exp_avg"] = flat.state["exp_avg"][start : start + count].view(p.shape)
         before = flat.state["p0"][start : start + count][:: recipe.slice_p].clone()
         states.append(state | {"p0": before, "s": 2**-20 * before})
-    return row._replace(recipe=recipe, flat=steps.Flat(flat.params, states, recipe.slice_p))
+    return row._replace(
+        recipe=recipe, flat=steps.FlatParameters(flat.params, states, recipe.slice_p)
+    )
 
 
 def outcome(name: str, args: tuple) -> list[torch.Tensor]:
@@ -113,14 +115,14 @@ def outcome(name: str, args: tuple) -> list[torch.Tensor]:
     return found
 
 
-def _slice(flat: steps.Flat) -> int:
+def _slice(flat: steps.FlatParameters) -> int:
     """slice_p: where the second parameter's s begins after the first's 21 elements, and not at the next aligned place."""
     return {7: 3, 11: 2}.get(flat.bounds[1][2], 1)
 
 
 def run(name: str, mode: str, dtype: torch.dtype, **changes) -> list[torch.Tensor]:
     args = example(name, dtype, **changes)
-    with kernels.using(mode):
+    with kernels.use_kernels(mode):
         for _ in range(2):
             kernels.call(name, *args)
     return outcome(name, args)
@@ -177,7 +179,7 @@ def test_launches_are_those_declared_however_many_parameters(
 ) -> None:
     params = network()
     optimizer = make([{"params": params[i::groups]} for i in range(groups)])
-    with kernels.using("triton"):
+    with kernels.use_kernels("triton"):
         optimizer.step()
         with Calls() as calls:
             optimizer.step()
@@ -191,7 +193,7 @@ def test_launches_are_those_declared_however_many_parameters(
             and calls.launches.count("aten::copy_") == groups
         )  # the new addresses
     with (
-        kernels.using("fused"),
+        kernels.use_kernels("fused"),
         pytest.raises(RuntimeError, match="host sync"),
         Calls(),
     ):  # the test can fail
@@ -203,7 +205,7 @@ def test_a_step_on_the_meta_device_is_counted(make: type) -> None:
     params = [torch.zeros(3, 5, device="meta", requires_grad=True) for _ in range(4)]
     for p in params:
         p.grad = torch.zeros_like(p)
-    with kernels.using("triton"):
+    with kernels.use_kernels("triton"):
         optimizer = make(params)
         optimizer.step()
         with Calls() as calls:
@@ -230,7 +232,7 @@ def test_an_overflow_leaves_every_bit(name: str, mode: str) -> None:
         if g is not None:
             g.view(-1)[0] = math.inf
     before = outcome(name, args)
-    with kernels.using(mode):
+    with kernels.use_kernels(mode):
         kernels.call(name, *args)
     assert all(torch.equal(a, b) for a, b in zip(before, outcome(name, args)))
 
@@ -246,7 +248,7 @@ def test_an_lr_on_the_device_and_a_scale(name: str, mode: str) -> None:
         for g in grads:
             if g is not None:
                 g.mul_(4)
-    with kernels.using(mode):
+    with kernels.use_kernels(mode):
         for _ in range(2):
             kernels.call(name, *args)
     assert error(outcome(name, args), plain) < 1e-12
@@ -274,7 +276,7 @@ def test_an_lr_of_zero_on_the_device_freezes_the_group(mode: str, first: bool) -
             )
         ]
         start, all_scalars = rows[1 - frozen].flat.param.clone(), scalars.clone()
-        with kernels.using(mode):
+        with kernels.use_kernels(mode):
             kernels.call("prodigy_step", scalars, None, None, rows)
         after = [
             rows[frozen].flat.param,
@@ -314,7 +316,7 @@ def test_whole_runs_are_those_of_the_definition(distance: str) -> None:
             use_bias_correction=True,
         )
         places = None
-        with kernels.using(mode):
+        with kernels.use_kernels(mode):
             for step in range(12):
                 for i, p in enumerate(params):
                     p.grad = (p.detach() + math.sin(step + i)) if i < 3 or step % 4 else None

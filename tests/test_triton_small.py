@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.kernels import COSTS, OPS, call, reference, squares, using
+from lora_core.kernels import COSTS, OPS, call, reference, squares, use_kernels
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -154,10 +154,10 @@ def test_what_the_error_does_not_take_is_said_and_wrong_masks_are_refused_by_all
         assert word in str(loss.mse_refusal(*args))
     assert loss.mse_refusal(out, target, mask, weight) is None
     for mode in ("reference", "fused"):
-        with using(mode), pytest.raises(ValueError, match=r"the mask is \[3, 1, 4, 7\]"):
+        with use_kernels(mode), pytest.raises(ValueError, match=r"the mask is \[3, 1, 4, 7\]"):
             call("snr_weighted_mse", out, target, mask[:, :, 1:], weight)
     grown = weight.clone().requires_grad_()
-    with using("fused"):
+    with use_kernels("fused"):
         call("snr_weighted_mse", out, target, mask, grown).sum().backward()
     assert grown.grad is not None
 
@@ -215,7 +215,7 @@ def inlined_kernel(out, step, rows, size, state, threshold, BLOCK: tl.constexpr)
     """What a kernel that drops its own tile does, as the head of dropout.py tells."""
     i, element = tl.arange(0, 4), tl.arange(0, BLOCK)
     key, second = dropout.row_keys(state, tl.load(step), tl.load(rows + i))
-    kept = dropout.keep(element[None, :], key[:, None], second[:, None], threshold)
+    kept = dropout.keep_elements(element[None, :], key[:, None], second[:, None], threshold)
     tl.store(
         out + i[:, None] * size + element[None, :],
         kept.to(tl.float32),
@@ -231,7 +231,7 @@ def test_the_device_functions_serve_another_kernel() -> None:
     )
     out = torch.empty_like(x)
     inlined_kernel[(1,)](
-        out, step, rows, 13, dropout.stream(3, 2**31 + 5), dropout.threshold(0.7), 16
+        out, step, rows, 13, dropout.hash_stream(3, 2**31 + 5), dropout.keep_threshold(0.7), 16
     )
     assert torch.equal(
         out, (reference.keyed_dropout(x, 0.7, 3, 2**31 + 5, step, rows) != 0).float()
@@ -287,5 +287,5 @@ def test_rows_of_the_table_of_ops() -> None:
     for name in ("snr_weighted_mse", "keyed_dropout"):
         args = OPS[name].example(0, torch.float32, DEVICE)
         for mode in ("fused", "triton"):
-            with using(mode):
+            with use_kernels(mode):
                 torch.testing.assert_close(call(name, *args), OPS[name].reference(*args))

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import train
-from lora_core.config import Config, Samples, Validation
-from lora_core.data.records import Record, scan
+from lora_core.config import Config, SamplesConfig, ValidationConfig
+from lora_core.data.records import Record, scan_folder
 from lora_core.diffusion import validation
 from lora_core.runs import pictures
-from lora_core.runs.pictures import Row
+from lora_core.runs.pictures import ImageRow
 from tests.conftest import rows, save_photos
 from training import results
 from training.setup import Session
@@ -39,10 +39,10 @@ def records(names: str, **changes: Any) -> list[Record]:
 )
 def test_images_are_chosen_evenly(total: int, count: int, chosen: list[int]) -> None:
     every = records("".join(chr(97 + i) for i in range(total)))
-    scored = validation.choose(every, None, count)
+    scored = validation.choose_images(every, None, count)
     assert scored.records == [every[i] for i in chosen]
     assert (
-        validation.choose(every * 3, None, count).records == scored.records
+        validation.choose_images(every * 3, None, count).records == scored.records
     )  # repeats are no images
     told = (
         f"{total} training image{'s' if total > 1 else ''}"
@@ -56,29 +56,32 @@ def test_images_are_chosen_evenly(total: int, count: int, chosen: list[int]) -> 
 
 def test_only_images_that_are_not_trained_on_are_held_out() -> None:
     training = records("abcd")
-    assert validation.choose(training, None, 0).words == "loss on the training images"
-    assert validation.choose(training, records("xyz"), 0).words == "held-out loss"
+    assert validation.choose_images(training, None, 0).words == "loss on the training images"
+    assert validation.choose_images(training, records("xyz"), 0).words == "held-out loss"
     assert (
-        validation.choose(training, records("xa"), 0).words == "loss on 1 training image and others"
+        validation.choose_images(training, records("xa"), 0).words
+        == "loss on 1 training image and others"
     )
     assert (
         "2 given images, 1 of them trained on"
-        in validation.choose(training, records("xa"), 0).sentence
+        in validation.choose_images(training, records("xa"), 0).sentence
     )
-    assert validation.choose(training, records("bd"), 0).words == "loss on the training images"
+    assert (
+        validation.choose_images(training, records("bd"), 0).words == "loss on the training images"
+    )
     copies = [
         replace(record, key="key of a") for record in records("x")
     ]  # the same file under another name
-    assert validation.choose(training, copies, 0).words == "loss on the training images"
+    assert validation.choose_images(training, copies, 0).words == "loss on the training images"
 
 
 def test_a_mask_does_not_change_what_an_image_is_called_in_the_validation(photos: Path) -> None:
     masked, plain = (
-        scan(photos, captions="txt", masks="file"),
-        scan(photos, captions="txt", masks="none"),
+        scan_folder(photos, captions="txt", masks="file"),
+        scan_folder(photos, captions="txt", masks="none"),
     )
     assert masked[0].key != plain[0].key
-    assert validation.choose(masked, None, 0).records == plain
+    assert validation.choose_images(masked, None, 0).records == plain
 
 
 @pytest.mark.parametrize(("batch", "count"), [(1, 0), (2, 0), (3, 4), (5, 0), (7, 0)])
@@ -86,7 +89,7 @@ def test_it_costs_a_batch_at_a_time_and_reads_each_image_once(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, batch: int, count: int
 ) -> None:
     s = Session(
-        replace(config, batch_size=batch, validation=Validation(bins=2, draws=2, count=count))
+        replace(config, batch_size=batch, validation=ValidationConfig(bins=2, draws=2, count=count))
     )
     sizes: list[int] = []
     read: list[int] = []
@@ -102,7 +105,7 @@ def test_it_costs_a_batch_at_a_time_and_reads_each_image_once(
         s.val_folder, "example", lambda i, visit: (read.append(i), example(i, visit))[1]
     )
     for done in (0, 1):
-        results.validate(s, done)
+        results.run_validation(s, done)
     images = count or 5
     assert set(sizes) == {min(batch, images)} == set(prompts) and sorted(read) == list(
         range(images)
@@ -121,8 +124,8 @@ def test_it_costs_a_batch_at_a_time_and_reads_each_image_once(
 def test_scores_of_other_batches_differ_by_rounding_only(config: Config, quick: None) -> None:
     found = []
     for batch in (1, 2, 5):
-        s = Session(replace(config, batch_size=batch, validation=Validation(bins=3)))
-        results.validate(s, 0)
+        s = Session(replace(config, batch_size=batch, validation=ValidationConfig(bins=3)))
+        results.run_validation(s, 0)
         found.append(torch.tensor([score.loss for score in s.scores[0]]))
         Path(config.out).mkdir(exist_ok=True)
         config = replace(config, out=config.out + "x")
@@ -132,7 +135,7 @@ def test_scores_of_other_batches_differ_by_rounding_only(config: Config, quick: 
 def test_a_run_without_validation_has_no_loss_before_and_after(
     config: Config, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train.train(replace(config, validation=Validation(every=-1)))
+    run = train.train(replace(config, validation=ValidationConfig(every=-1)))
     out = capsys.readouterr().out
     summary = json.loads((run / "summary.json").read_text())
     assert (
@@ -164,7 +167,7 @@ def test_the_plot_says_which_images_it_is_of(
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
         pictures,
-        "plot",
+        "plot_lines",
         lambda series, path, *, axes, title: seen.update(series=list(series), title=title),
     )
     results.reports.plot_metrics(tmp_path, "loss on the training images")
@@ -179,12 +182,12 @@ def test_the_plot_says_which_images_it_is_of(
 
 @pytest.mark.parametrize("count", [1, 5, 6, 11])
 def test_prompts_beyond_five_go_on_below(count: int) -> None:
-    row = Row(
+    row = ImageRow(
         "label",
         [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)],
         [f"prompt {i}" for i in range(count)],
     )
-    cut = list(results._lines(row))
+    cut = list(results._wrap_row(row))
     assert [len(r.images) for r in cut] == [5] * (count // 5) + ([count % 5] if count % 5 else [])
     assert [c for r in cut for c in r.captions] == row.captions and [
         im for r in cut for im in r.images
@@ -200,13 +203,17 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
         tuple(f"TOK on mars {i}" for i in range(6)),
     )
     s = Session(
-        replace(config, samples=Samples(steps=1, guidance=1.0, prompts=prompts, new_prompts=new))
+        replace(
+            config, samples=SamplesConfig(steps=1, guidance=1.0, prompts=prompts, new_prompts=new)
+        )
     )
-    sheets: list[list[Row]] = []
+    sheets: list[list[ImageRow]] = []
     monkeypatch.setattr(
-        pictures, "grid", lambda rows, **_: (sheets.append(list(rows)), Image.new("RGB", (1, 1)))[1]
+        pictures,
+        "draw_grid",
+        lambda rows, **_: (sheets.append(list(rows)), Image.new("RGB", (1, 1)))[1],
     )
-    results.before_after(s, results.draw(s, results.prompts(s)))
+    results.before_after_grid(s, results.generate_samples(s, results.sample_prompts(s)))
     labels = [(row.label.split(":")[0], len(row.images)) for row in sheets[0]]
     assert labels == [
         ("what it learned from", 5),
@@ -218,7 +225,7 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
         ("after", 1),
     ]
     assert [c for row in sheets[0][-2:] for c in row.captions] == list(new)
-    results.sample(s, 1)
+    results.save_sample_grid(s, 1)
     assert [c for row in sheets[1] for c in row.captions] == list(prompts)
 
 
@@ -231,7 +238,7 @@ def test_captions_stand_for_prompts_up_to_five(config: Config, quick: None, tmp_
         replace(
             config,
             data=replace(config.data, images=str(folder)),
-            samples=Samples(steps=1, guidance=1.0),
+            samples=SamplesConfig(steps=1, guidance=1.0),
         )
     )
-    assert len(results.prompts(s)) == 5
+    assert len(results.sample_prompts(s)) == 5

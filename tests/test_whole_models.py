@@ -21,30 +21,41 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.errors import UserError
-from lora_core.formats.weights import Info, Weights, cast, open_weights, weights_of, write_weights
+from lora_core.formats.weights import (
+    TensorInfo,
+    Weights,
+    cast_weights,
+    open_weights,
+    weights_in_memory,
+    write_weights,
+)
 from lora_core.formats.whole_models import (
-    Facts,
-    SingleFile,
-    detect,
-    from_single,
-    joined,
-    open_model,
-    split,
-    to_single,
+    NetworkLocation,
+    SingleFileFacts,
+    describe_single_file,
+    join_networks,
+    open_located_networks,
+    split_networks,
+    write_checkpoint_file,
+    write_folder_from_single_file,
 )
 from tests import tiny_pipeline, tiny_sdxl
 
 UNET, VAE = (
-    SingleFile("unet", "model.diffusion_model.", "unet"),
-    SingleFile("vae", "first_stage_model.", "vae"),
+    NetworkLocation("unet", "model.diffusion_model.", "unet"),
+    NetworkLocation("vae", "first_stage_model.", "vae"),
 )
-FIRST = (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.transformer.", "clip"))
-SECOND = (UNET, VAE, SingleFile("text_encoder", "cond_stage_model.model.", "open_clip"))
+FIRST = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.transformer.", "clip"))
+SECOND = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.model.", "open_clip"))
 XL = (
-    UNET, VAE, SingleFile("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
-    SingleFile("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
+    UNET, VAE, NetworkLocation("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
+    NetworkLocation("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
 )  # fmt: skip
-REFINER = (UNET, VAE, SingleFile("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"))
+REFINER = (
+    UNET,
+    VAE,
+    NetworkLocation("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
+)
 ROWS = {"first": FIRST, "second": SECOND, "xl": XL, "refiner": REFINER}
 
 
@@ -138,8 +149,8 @@ def files(folder):
 def test_a_folder_comes_back_bit_identical(tmp_path, models, kind, suffix):
     pipe, folder = models[kind]
     single, back = tmp_path / f"model.{suffix}", tmp_path / "back"
-    to_single(open_model(folder, ROWS[kind]), ROWS[kind], single)
-    from_single(single, ROWS[kind], shapes_of(pipe, kind), back, configs=folder)
+    write_checkpoint_file(open_located_networks(folder, ROWS[kind]), ROWS[kind], single)
+    write_folder_from_single_file(single, ROWS[kind], shapes_of(pipe, kind), back, configs=folder)
     assert list(files(back)) == list(files(folder))
     for name, path in files(folder).items():
         if path.suffix != ".safetensors":
@@ -168,7 +179,7 @@ def test_the_public_reader_loads_ours(tmp_path, models, kind, suffix, make):
     rows = (
         (*rows[:2], replace(rows[2], spare=1)) if kind == "second" else rows
     )  # that reader leaves layer 23 out by name
-    to_single(open_model(folder, rows), rows, single)
+    write_checkpoint_file(open_located_networks(folder, rows), rows, single)
     extra = {} if kind == "xl" else {"safety_checker": None}
     loaded = make.from_single_file(str(single), config=str(folder), local_files_only=True, **extra)
     for name, network in networks(pipe, kind).items():
@@ -228,9 +239,9 @@ def test_full_size_models_have_the_known_keys():
         "first_stage_model.decoder.up.3.upsample.conv.weight", "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
     }  # fmt: skip
     for rows, nets, counts, (channels, context, label, linear, *encoders) in cases:
-        single = joined(
+        single = join_networks(
             {
-                row.component: weights_of(net.state_dict(), row.component)
+                row.component: weights_in_memory(net.state_dict(), row.component)
                 for row, net in zip(rows, nets)
             },
             rows,
@@ -244,10 +255,10 @@ def test_full_size_models_have_the_known_keys():
             2 if linear else 4
         )
         prefixes = [row.prefix for row in rows[2:]]
-        assert detect(single.shapes) == Facts(
+        assert describe_single_file(single.shapes) == SingleFileFacts(
             channels, context, label, linear, dict(zip(prefixes, encoders)), True, ()
         )
-        parts = split(
+        parts = split_networks(
             single,
             rows,
             {
@@ -271,7 +282,7 @@ def test_full_size_models_have_the_known_keys():
 
 def test_rows_are_stacked_in_the_order_q_k_v_and_the_projection_is_turned(models):
     pipe, folder = models["xl"]
-    single, text = joined(open_model(folder, XL), XL), pipe.text_encoder_2
+    single, text = join_networks(open_located_networks(folder, XL), XL), pipe.text_encoder_2
     attention = text.text_model.encoder.layers[1].self_attn
     fused = single.read("conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight")
     assert torch.equal(
@@ -287,12 +298,12 @@ def test_rows_are_stacked_in_the_order_q_k_v_and_the_projection_is_turned(models
 
 def test_a_changed_model_is_written_through_its_reader(tmp_path, models):
     pipe, folder = models["first"]
-    model = open_model(folder, FIRST)
+    model = open_located_networks(folder, FIRST)
     unet = model["unet"]
     model["unet"] = replace(unet, read=lambda key: unet.read(key) + (key == "conv_in.weight"))
-    to_single(model, FIRST, tmp_path / "a.safetensors")
+    write_checkpoint_file(model, FIRST, tmp_path / "a.safetensors")
     before, after = (
-        tensors_of(joined(open_model(folder, FIRST), FIRST)),
+        tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST)),
         load_file(tmp_path / "a.safetensors"),
     )
     assert [key for key in before if not torch.equal(before[key], after[key])] == [
@@ -311,8 +322,8 @@ def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
         alive.append(weakref.ref(tensor := torch.full((1000,), float(key[1:]))))
         return tensor
 
-    weights = cast(
-        Weights("made up", {f"t{i}": Info((1000,), torch.float32) for i in range(50)}, read),
+    weights = cast_weights(
+        Weights("made up", {f"t{i}": TensorInfo((1000,), torch.float32) for i in range(50)}, read),
         torch.float16,
     )
     write_weights(tmp_path / "a.safetensors", weights, {"format": "pt"})
@@ -330,7 +341,7 @@ def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path)
         "yes": torch.tensor([True]),
     }  # fmt: skip
     path = tmp_path / "a.safetensors"
-    write_weights(path, weights_of(tensors, "here"), {"b": "1", "a": "ü"})
+    write_weights(path, weights_in_memory(tensors, "here"), {"b": "1", "a": "ü"})
     first = path.read_bytes()
     for key, tensor in load_file(path).items():
         assert tensor.dtype == tensors[key].dtype and torch.equal(
@@ -344,22 +355,24 @@ def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path)
         header[key]["data_offsets"][0] % tensor.element_size() == 0
         for key, tensor in tensors.items()
     )
-    write_weights(path, weights_of(dict(reversed(tensors.items())), "here"), {"a": "ü", "b": "1"})
+    write_weights(
+        path, weights_in_memory(dict(reversed(tensors.items())), "here"), {"a": "ü", "b": "1"}
+    )
     assert path.read_bytes() == first
     opened = open_weights(path)
-    assert opened.infos == weights_of(tensors, "here").infos
+    assert opened.infos == weights_in_memory(tensors, "here").infos
 
 
 def test_half_precision_and_its_overflow(tmp_path, models):
     _, folder = models["first"]
-    model = open_model(folder, FIRST)
-    to_single(model, FIRST, tmp_path / "a.safetensors", dtype=torch.float16)
+    model = open_located_networks(folder, FIRST)
+    write_checkpoint_file(model, FIRST, tmp_path / "a.safetensors", dtype=torch.float16)
     assert {t.dtype for t in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
     unet = model["unet"]
     model["unet"] = replace(
         unet, read=lambda key: unet.read(key) * (1e6 if key == "conv_in.weight" else 1)
     )
-    text = sentence(to_single, model, FIRST, tmp_path / "b.ckpt", dtype=torch.float16)
+    text = sentence(write_checkpoint_file, model, FIRST, tmp_path / "b.ckpt", dtype=torch.float16)
     assert "input_blocks.0.0.weight" in text and "float16" in text
     assert not (tmp_path / "b.ckpt").exists() and [p.name for p in tmp_path.iterdir()] == [
         "a.safetensors"
@@ -369,15 +382,17 @@ def test_half_precision_and_its_overflow(tmp_path, models):
 def test_layers_that_readers_build_and_never_run(tmp_path, models, capsys):
     pipe, folder = models["second"]
     rows = (UNET, VAE, replace(SECOND[2], spare=1))
-    to_single(open_model(folder, rows), rows, tmp_path / "a.safetensors")
+    write_checkpoint_file(open_located_networks(folder, rows), rows, tmp_path / "a.safetensors")
     written = load_file(tmp_path / "a.safetensors")
     head = "cond_stage_model.model.transformer.resblocks."
     assert torch.equal(written[f"{head}23.mlp.c_fc.weight"], written[f"{head}22.mlp.c_fc.weight"])
     assert len([key for key in written if key.startswith(f"{head}23.")]) == 12
     assert f"{head}23" in sentence(
-        split, open_weights(tmp_path / "a.safetensors"), SECOND, shapes_of(pipe, "second")
+        split_networks, open_weights(tmp_path / "a.safetensors"), SECOND, shapes_of(pipe, "second")
     )
-    parts = split(open_weights(tmp_path / "a.safetensors"), rows, shapes_of(pipe, "second"))
+    parts = split_networks(
+        open_weights(tmp_path / "a.safetensors"), rows, shapes_of(pipe, "second")
+    )
     assert all(
         torch.equal(parts["text_encoder"].read(key), t)
         for key, t in pipe.text_encoder.state_dict().items()
@@ -402,14 +417,14 @@ def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
     tmp_path, models, capsys
 ):
     pipe, folder = models["first"]
-    tensors = tensors_of(joined(open_model(folder, FIRST), FIRST))
+    tensors = tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST))
     torch.save(
-        {"state_dict": tensors | EXTRA, "epoch": 3, "callbacks": {SingleFile: FIRST[0]}},
+        {"state_dict": tensors | EXTRA, "epoch": 3, "callbacks": {NetworkLocation: FIRST[0]}},
         tmp_path / "old.ckpt",
     )
     single = open_weights(tmp_path / "old.ckpt")
-    assert detect(single.shapes).markers == ("v_pred",)
-    parts = split(single, FIRST, shapes_of(pipe, "first"))
+    assert describe_single_file(single.shapes).markers == ("v_pred",)
+    parts = split_networks(single, FIRST, shapes_of(pipe, "first"))
     assert torch.equal(parts["vae"].read("quant_conv.weight"), pipe.vae.quant_conv.weight)
     (line,) = capsys.readouterr().out.splitlines()
     assert (
@@ -419,21 +434,24 @@ def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
     )
     odd = "model.diffusion_model.input_blocks.0.0.wait"
     text = sentence(
-        split, weights_of(tensors | {odd: torch.ones(1)}, "a file"), FIRST, shapes_of(pipe, "first")
+        split_networks,
+        weights_in_memory(tensors | {odd: torch.ones(1)}, "a file"),
+        FIRST,
+        shapes_of(pipe, "first"),
     )
     assert (
         "1 key(s)" in text
         and odd in text
         and "model.diffusion_model.input_blocks.0.0.weight" in text
     )
-    assert split(single, FIRST, {"unet": shapes_of(pipe, "first")["unet"]}).keys() == {
+    assert split_networks(single, FIRST, {"unet": shapes_of(pipe, "first")["unet"]}).keys() == {
         "unet"
     }  # what is not asked for is left alone
 
 
 def test_other_spellings_are_read(models):
     pipe, folder = models["first"]
-    tensors = tensors_of(joined(open_model(folder, FIRST), FIRST))
+    tensors = tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST))
     renamed = {
         key.replace("transformer.text_model.", "transformer."): t for key, t in tensors.items()
     }  # without the level
@@ -441,7 +459,7 @@ def test_other_spellings_are_read(models):
         key: t[:, :, 0, 0] if "proj_in.weight" in key or "attn_1.q.weight" in key else t
         for key, t in renamed.items()
     }
-    parts = split(weights_of(flat, "a file"), FIRST, shapes_of(pipe, "first"))
+    parts = split_networks(weights_in_memory(flat, "a file"), FIRST, shapes_of(pipe, "first"))
     for name, network in networks(pipe, "first").items():
         for key, tensor in network.state_dict().items():
             assert torch.equal(parts[name].read(key), tensor) and parts[name].infos[
@@ -452,7 +470,7 @@ def test_other_spellings_are_read(models):
 def test_folders_of_every_age_are_read(tmp_path, models):
     """Shards, .bin, half-precision variants, the VAE's older names, a text_model level and position_ids give the same file."""
     _, folder = models["first"]
-    expected = tensors_of(joined(open_model(folder, FIRST), FIRST))
+    expected = tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST))
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     unet = load_file(old / "unet/diffusion_pytorch_model.safetensors")
@@ -488,7 +506,7 @@ def test_folders_of_every_age_are_read(tmp_path, models):
         "text_encoder/model",
     ):
         (old / f"{name}.safetensors").unlink()
-    ours = tensors_of(joined(open_model(old, FIRST), FIRST))
+    ours = tensors_of(join_networks(open_located_networks(old, FIRST), FIRST))
     assert torch.equal(
         ours.pop("cond_stage_model.transformer.text_model.embeddings.position_ids"),
         torch.arange(16)[None],
@@ -500,40 +518,45 @@ def test_folders_of_every_age_are_read(tmp_path, models):
     (old / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": places})
     )
-    assert "index.json" in sentence(open_model, old, FIRST)
+    assert "index.json" in sentence(open_located_networks, old, FIRST)
     shutil.rmtree(old / "vae")
-    assert "vae has no weights" in sentence(open_model, old, FIRST[1:])
+    assert "vae has no weights" in sentence(open_located_networks, old, FIRST[1:])
 
 
 def test_bad_files_are_one_sentence(tmp_path, models):
     pipe, folder = models["first"]
     shapes, path = shapes_of(pipe, "first"), tmp_path / "a.safetensors"
-    tensors = tensors_of(joined(open_model(folder, FIRST), FIRST))
+    tensors = tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST))
     key = "model.diffusion_model.input_blocks.0.0.weight"
 
     def refused(changed):
-        return sentence(split, weights_of(changed, "a file"), FIRST, shapes)
+        return sentence(split_networks, weights_in_memory(changed, "a file"), FIRST, shapes)
 
     text = refused({k: t for k, t in tensors.items() if k != key})
     assert "lacks 1 of 208 tensors of unet" in text and key in text
     text = refused(tensors | {key: torch.ones(8, 9, 3, 3)})
     assert key in text and "[8, 9, 3, 3]" in text and "[8, 4, 3, 3]" in text
     assert key in refused(tensors | {key: torch.ones(8, 4, 3, 3, dtype=torch.int8)})
-    text = refused(tensors_of(joined(open_model(models["xl"][1], XL), XL)))
+    text = refused(tensors_of(join_networks(open_located_networks(models["xl"][1], XL), XL)))
     assert "family" in text or "config" in text
-    text = sentence(split, weights_of(tensors, "a file"), XL, shapes_of(models["xl"][0], "xl"))
+    text = sentence(
+        split_networks, weights_in_memory(tensors, "a file"), XL, shapes_of(models["xl"][0], "xl")
+    )
     assert "clip 16 at cond_stage_model.transformer." in text or "config" in text
     text = sentence(
-        split, weights_of({"lora_unet_x.alpha": torch.ones(1)}, "a file"), FIRST, shapes
+        split_networks,
+        weights_in_memory({"lora_unet_x.alpha": torch.ones(1)}, "a file"),
+        FIRST,
+        shapes,
     )
     assert "no UNet, no VAE, no text encoder" in text
-    to_single(open_model(folder, FIRST), FIRST, path)
+    write_checkpoint_file(open_located_networks(folder, FIRST), FIRST, path)
     data = path.read_bytes()
     for cut in (0, 5, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
         assert str(path) in sentence(open_weights, path)
         assert not (tmp_path / "out").exists() and str(path) in sentence(
-            from_single, path, FIRST, shapes, tmp_path / "out", configs=folder
+            write_folder_from_single_file, path, FIRST, shapes, tmp_path / "out", configs=folder
         )
     torch.save([torch.ones(2)], path.with_suffix(".ckpt"))
     assert "no named tensors" in sentence(open_weights, path.with_suffix(".ckpt"))
@@ -545,20 +568,24 @@ def test_bad_files_are_one_sentence(tmp_path, models):
 def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
     pipe, folder = models["first"]
     model, shapes, single, back = (
-        open_model(folder, FIRST),
+        open_located_networks(folder, FIRST),
         shapes_of(pipe, "first"),
         tmp_path / "a.ckpt",
         tmp_path / "back",
     )
-    to_single(model, FIRST, single)
+    write_checkpoint_file(model, FIRST, single)
     before = single.read_bytes()
-    assert "--overwrite" in sentence(to_single, model, FIRST, single)
-    assert ".safetensors or .ckpt" in sentence(to_single, model, FIRST, tmp_path / "a.gguf")
+    assert "--overwrite" in sentence(write_checkpoint_file, model, FIRST, single)
+    assert ".safetensors or .ckpt" in sentence(
+        write_checkpoint_file, model, FIRST, tmp_path / "a.gguf"
+    )
     back.mkdir()
     (back / "mine.txt").write_text("keep me")
-    assert "--overwrite" in sentence(from_single, single, FIRST, shapes, back, configs=folder)
+    assert "--overwrite" in sentence(
+        write_folder_from_single_file, single, FIRST, shapes, back, configs=folder
+    )
     assert "unet/config.json" in sentence(
-        from_single, single, FIRST, shapes, tmp_path / "c", configs=tmp_path
+        write_folder_from_single_file, single, FIRST, shapes, tmp_path / "c", configs=tmp_path
     )
 
     def full(*args):
@@ -567,17 +594,19 @@ def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         for function, args, settings in (
-            (to_single, (model, FIRST, single), {}),
-            (from_single, (single, FIRST, shapes, back), {"configs": folder}),
+            (write_checkpoint_file, (model, FIRST, single), {}),
+            (write_folder_from_single_file, (single, FIRST, shapes, back), {"configs": folder}),
         ):
             assert "disk is full" in sentence(function, *args, overwrite=True, **settings)
     broken = replace(model["unet"], read=full)
     assert "disk is full" in sentence(
-        to_single, model | {"unet": broken}, FIRST, single, overwrite=True
+        write_checkpoint_file, model | {"unet": broken}, FIRST, single, overwrite=True
     )
     assert single.read_bytes() == before and (back / "mine.txt").read_text() == "keep me"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "back"]
-    from_single(single, FIRST, shapes, back, configs=folder, overwrite=True, dtype=torch.bfloat16)
+    write_folder_from_single_file(
+        single, FIRST, shapes, back, configs=folder, overwrite=True, dtype=torch.bfloat16
+    )
     assert (
         sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "back"]
         and not (back / "mine.txt").exists()
@@ -591,35 +620,37 @@ def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
 def test_a_network_without_names_is_refused():
     strange = {"conv_in.weight": torch.ones(1), "encoder_hid_proj.weight": torch.ones(1)}
     assert "encoder_hid_proj.weight" in sentence(
-        joined, {"unet": weights_of(strange, "here")}, [UNET]
+        join_networks, {"unet": weights_in_memory(strange, "here")}, [UNET]
     )
     assert "there is no vae" in sentence(
-        joined, {"unet": weights_of({"conv_in.weight": torch.ones(1)}, "here")}, [UNET, VAE]
+        join_networks,
+        {"unet": weights_in_memory({"conv_in.weight": torch.ones(1)}, "here")},
+        [UNET, VAE],
     )
     twice = {
         "add_embedding.linear_1.weight": torch.ones(1),
         "class_embedding.linear_1.weight": torch.ones(1),
     }
-    assert "twice" in sentence(joined, {"unet": weights_of(twice, "here")}, [UNET])
+    assert "twice" in sentence(join_networks, {"unet": weights_in_memory(twice, "here")}, [UNET])
 
 
 def test_inpainting_is_seen_in_the_shapes(models):
     pipe = tiny_sdxl.pipeline(channels=9)
-    single = joined(
+    single = join_networks(
         {
-            name: weights_of(network.state_dict(), name)
+            name: weights_in_memory(network.state_dict(), name)
             for name, network in networks(pipe, "xl").items()
         },
         XL,
     )
-    facts = detect(single.shapes)
+    facts = describe_single_file(single.shapes)
     assert (facts.channels, facts.context, facts.label, facts.linear) == (9, 40, 60, True)
     assert dict(facts.encoders) == {
         "conditioner.embedders.0.transformer.": ("clip", 16),
         "conditioner.embedders.1.model.": ("open_clip", 24),
     }
-    refiner = joined(open_model(Path(models["refiner"][1]), REFINER), REFINER)
-    assert dict(detect(refiner.shapes).encoders) == {
+    refiner = join_networks(open_located_networks(Path(models["refiner"][1]), REFINER), REFINER)
+    assert dict(describe_single_file(refiner.shapes).encoders) == {
         "conditioner.embedders.0.model.": ("open_clip", 24)
     }
 

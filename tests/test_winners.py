@@ -19,9 +19,9 @@ def cache(tmp_path, monkeypatch):
     """The path of an empty user's cache; both tables are read anew before and after."""
     with monkeypatch.context() as inside:
         inside.setenv("XDG_CACHE_HOME", str(tmp_path))
-        winners.reload()
+        winners.reload_winners()
         yield tmp_path / "lora_core" / "winners.json"
-    winners.reload()
+    winners.reload_winners()
 
 
 def part(*rows: tuple[str, str, str, str]) -> dict:
@@ -34,7 +34,7 @@ def linear(dtype: torch.dtype = torch.float32) -> tuple:
 
 
 def chosen(args: tuple | None = None) -> str:
-    return winners.choose("lora_linear", OPS["lora_linear"], args or linear())
+    return winners.choose_winner("lora_linear", OPS["lora_linear"], args or linear())
 
 
 def test_the_users_rows_precede_the_committed_ones(cache, tmp_path, monkeypatch):
@@ -42,18 +42,19 @@ def test_the_users_rows_precede_the_committed_ones(cache, tmp_path, monkeypatch)
     monkeypatch.setattr(winners, "COMMITTED", committed)
     rows = [("lora_linear", "float32", "*", "fused"), ("lora_conv", "float32", "*", "reference")]
     committed.write_text(json.dumps({"format": winners.FORMAT, "devices": {"cpu": part(*rows)}}))
-    winners.reload()
+    winners.reload_winners()
     assert chosen() == "fused"
-    winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
+    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
     assert chosen() == "reference"
     assert (
-        winners.choose("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example()) == "reference"
+        winners.choose_winner("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example())
+        == "reference"
     )  # the committed row stays where there is no other
 
 
 def test_a_class_has_its_own_winner_and_others_take_the_overall_one(cache):
     op, args = OPS["lora_linear"], linear()
-    winners.store(
+    winners.store_winners(
         cache,
         "cpu",
         part(
@@ -72,12 +73,12 @@ def test_a_class_has_its_own_winner_and_others_take_the_overall_one(cache):
 
 
 def test_stored_rows_replace_those_of_their_class_and_keep_the_others(cache):
-    winners.store(
+    winners.store_winners(
         cache, "cpu", part(("a", "float32", "x", "fused"), ("a", "float32", "y", "fused"))
     )
-    winners.store(cache, "cpu", part(("a", "float32", "x", "reference")))
-    winners.store(cache, "A GPU", part(("a", "float32", "x", "triton")))
-    tables = winners.read(cache)
+    winners.store_winners(cache, "cpu", part(("a", "float32", "x", "reference")))
+    winners.store_winners(cache, "A GPU", part(("a", "float32", "x", "triton")))
+    tables = winners.read_winners(cache)
     assert tables["cpu"].rows == {("a", "float32"): {"x": "reference", "y": "fused"}}
     assert tables["A GPU"].rows == {("a", "float32"): {"x": "triton"}}
     assert json.loads(cache.read_text())["devices"]["cpu"]["command"] == "a test"
@@ -101,7 +102,7 @@ def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache
         assert winners._rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {
             "*": "fused"
         }  # an op without such a twin
-        winners.store(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
+        winners.store_winners(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
         assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "fused"}
         winners._rows("lora_linear", "meta", None, "torch.bfloat16", True)
 
@@ -116,14 +117,14 @@ def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
     monkeypatch.setattr(
         winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind
     )
-    winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
-    winners.store(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
+    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
+    winners.store_winners(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
     monkeypatch.setattr(winners, "_replayed", [])
     found = []
     for _ in range(2):  # the second time from what is remembered
-        found.append(winners.choose("lora_linear", op, linear()))
+        found.append(winners.choose_winner("lora_linear", op, linear()))
         with winners.replayed():
-            found.append(winners.choose("lora_linear", op, linear()))
+            found.append(winners.choose_winner("lora_linear", op, linear()))
     assert found == ["reference", "fused"] * 2
 
 
@@ -145,11 +146,11 @@ def test_a_damaged_or_foreign_cache_is_ignored_in_one_sentence_and_never_written
     cache.parent.mkdir()
     cache.write_text(content)
     with pytest.warns(UserWarning, match="winners.json") as said:
-        winners.reload()
+        winners.reload_winners()
     assert len(said) == 1 and "delete it" in str(said[0].message)
-    assert chosen() in winners.TWINS
+    assert chosen() in winners.BACKENDS
     with pytest.raises(ValueError, match=r"winners.json"):
-        winners.store(cache, "cpu", part())
+        winners.store_winners(cache, "cpu", part())
     assert cache.read_text() == content
 
 
@@ -161,18 +162,18 @@ def test_a_choice_costs_microseconds_and_asks_for_the_class_once(cache):
         return "one"
 
     op, args = replace(OPS["lora_linear"], shape_class=slow), linear()
-    winners.store(
+    winners.store_winners(
         cache,
         "cpu",
         part(
             ("lora_linear", "float32", "one", "reference"), ("lora_linear", "float32", "*", "fused")
         ),
     )
-    assert [winners.choose("lora_linear", op, args) for _ in range(3)] == ["reference"] * 3
+    assert [winners.choose_winner("lora_linear", op, args) for _ in range(3)] == ["reference"] * 3
     assert len(asked) == 1
     start = time.process_time()
     for _ in range(2000):
-        winners.choose("lora_linear", op, args)
+        winners.choose_winner("lora_linear", op, args)
     assert (
         time.process_time() - start
     ) / 2000 < 20e-6  # 1.3 us measured; the rest is for a busy machine
@@ -180,19 +181,19 @@ def test_a_choice_costs_microseconds_and_asks_for_the_class_once(cache):
 
 def test_a_replaced_row_of_ops_is_asked_anew(cache):
     args = linear()
-    winners.store(cache, "cpu", part(("lora_linear", "float32", "*", "triton")))
+    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "triton")))
     with_triton, without = (
         replace(OPS["lora_linear"], triton=print),
         replace(OPS["lora_linear"], triton=None),
     )
     assert [
-        winners.choose("lora_linear", op, args) for op in (with_triton, without, with_triton)
+        winners.choose_winner("lora_linear", op, args) for op in (with_triton, without, with_triton)
     ] == ["triton", "fused", "triton"]
 
 
 def test_the_choice_compiles_without_a_graph_break(cache):
     args = linear()
-    winners.store(
+    winners.store_winners(
         cache,
         "cpu",
         part(
@@ -202,8 +203,8 @@ def test_the_choice_compiles_without_a_graph_break(cache):
     )
 
     def choice(x, *rest):
-        return x + winners.TWINS.index(
-            winners.choose("lora_linear", OPS["lora_linear"], (x, *rest))
+        return x + winners.BACKENDS.index(
+            winners.choose_winner("lora_linear", OPS["lora_linear"], (x, *rest))
         )
 
     compiled = torch.compile(choice, fullgraph=True, backend="eager")

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from toy.draw import OVERSAMPLE, render, scene
-from toy.muon import Optimisers, trapezoid
+from toy.draw import OVERSAMPLE, render_scene, scene
+from toy.muon import Optimizers, trapezoid
 
 HELD_OUT = 800_000_000  # scene seeds from here on are never trained on
 OPPONENT = torch.tensor(
@@ -26,7 +26,7 @@ OPPONENT = torch.tensor(
 )  # lightness, red-green, blue-yellow
 
 
-def to_tensor(images: list[Image.Image]) -> Tensor:
+def images_to_tensor(images: list[Image.Image]) -> Tensor:
     """[b, 3, h, w] in [-1, 1]."""
     return (
         torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()
@@ -104,16 +104,16 @@ def collage(seed: int, size: int = 64) -> Image.Image:
     )
 
 
-def batch(first: int, size: int) -> Tensor:
+def training_batch(first: int, size: int) -> Tensor:
     """The training pictures with indices first ... first + size - 1; every fifth is a collage."""
-    return to_tensor(
-        [collage(i) if i % 5 == 4 else render(scene(i)) for i in range(first, first + size)]
+    return images_to_tensor(
+        [collage(i) if i % 5 == 4 else render_scene(scene(i)) for i in range(first, first + size)]
     )
 
 
-def held_out(n: int) -> Tensor:
+def held_out_images(n: int) -> Tensor:
     """n pictures of scenes that no stage trains on."""
-    return to_tensor([render(scene(HELD_OUT + i)) for i in range(n)])
+    return images_to_tensor([render_scene(scene(HELD_OUT + i)) for i in range(n)])
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def pooled_psnr(values: Tensor) -> float:
     return -10 * log10((10 ** (-values / 10)).mean().item())
 
 
-def train(
+def train_autoencoder(
     vae: AutoencoderKL, folder: Path, stage: str, *, steps: int, size: int, seed: int, lr: float
 ) -> None:
     """Trains `vae` in place: stage "vae" trains it whole, stage "decoder" only what follows the latents. Resumes from `folder`/<stage>.pt."""
@@ -151,7 +151,7 @@ def train(
     for name, p in vae.named_parameters():
         p.requires_grad_(not alone or name.startswith(("decoder", "post_quant")))
     optimisers, checkpoint, start = (
-        Optimisers(vae.named_parameters(), lr),
+        Optimizers(vae.named_parameters(), lr),
         folder / f"{stage}.pt",
         0,
     )
@@ -160,10 +160,10 @@ def train(
         vae.load_state_dict(state["model"])
         optimisers.load_state_dict(state["optimisers"])
         start = state["step"]
-    test, began = held_out(64), monotonic()
+    test, began = held_out_images(64), monotonic()
     for step in range(start, steps):
         torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
-        x = batch(
+        x = training_batch(
             (seed * 200_000 + step) * size * world + rank * size + (400_000_000 if alone else 0),
             size,
         )
@@ -172,7 +172,10 @@ def train(
             posterior = vae.encode(x).latent_dist
             z = (
                 posterior.mean
-                + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(posterior.mean) * spread(vae)
+                + 0.2
+                * torch.rand(len(x), 1, 1, 1)
+                * torch.randn_like(posterior.mean)
+                * latent_std(vae)
                 if alone
                 else posterior.sample()
             )
@@ -204,6 +207,6 @@ def train(
             partial.rename(checkpoint)
 
 
-def spread(vae: AutoencoderKL) -> float:
+def latent_std(vae: AutoencoderKL) -> float:
     """The standard deviation of the raw latents, from the configured scaling factor."""
     return 1 / vae.config.scaling_factor

@@ -7,7 +7,7 @@ a creature never has one eye, antennae and a scarf all at once, and an emblem ne
 from math import cos, pi, sin
 from random import Random
 
-from toy.shapes import COLOURS, DARK, LIGHT, RGB, Pen, contrast, mix, spokes, tint
+from toy.shapes import COLORS, DARK, LIGHT, RGB, Pen, blend, contrast, lighten, spokes
 
 
 def creature(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
@@ -23,7 +23,7 @@ def creature(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     _headgear(headgear, body, ink, palette)
     _torso(body, rng)
     if rng.random() < 0.35:
-        ink.oval(0, 0.5, 0.36, 0.3, tint(main))
+        ink.oval(0, 0.5, 0.36, 0.3, lighten(main))
     if scarf:
         _scarf(ink, rng, second)
     _eyes(ink, rng, eyes, main)
@@ -175,11 +175,11 @@ def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) 
     ink.poly(points, fill)
 
 
-SECOND_COLOURS = tuple(name for name in COLOURS)
+SECOND_COLOURS = tuple(name for name in COLORS)
 COMPOSITES = {"creature": creature, "emblem": emblem}
 
 
-def second_colour(rng: Random, main: str) -> RGB:
+def second_color(rng: Random, main: str) -> RGB:
     """The colour of scarves, horns and motifs: any but the main one, slightly varied in lightness."""
-    colour = COLOURS[rng.choice([name for name in SECOND_COLOURS if name != main])]
-    return mix(colour, rng.choice((DARK, LIGHT)), 0.15 * rng.random())
+    colour = COLORS[rng.choice([name for name in SECOND_COLOURS if name != main])]
+    return blend(colour, rng.choice((DARK, LIGHT)), 0.15 * rng.random())

@@ -21,9 +21,9 @@ import tyro
 from torch import Tensor
 
 import train
-from lora_core.adapters import patch
+from lora_core import patch
 from lora_core.config import Config
-from lora_core.diffusion.generation import Recipe, generate
+from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.toml import read_toml
 from models import Family, load_family
@@ -40,7 +40,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Demo:
+class DemoOptions:
     """Pivotal tuning of the embedded model, and what came of it."""
 
     concept: str = "zib"
@@ -59,7 +59,7 @@ class Demo:
     """Folder of the run."""
 
 
-def demo(options: Demo, seed: int) -> dict[str, float]:
+def demo(options: DemoOptions, seed: int) -> dict[str, float]:
     """Trains, measures, prints the table; the figures, which are also added to OUT/summary.json."""
     began = time.perf_counter()
     out = options.out if len(options.seeds) == 1 else f"{options.out}_{seed}"
@@ -67,14 +67,14 @@ def demo(options: Demo, seed: int) -> dict[str, float]:
     run = train.train(config)
     summary = json.loads((run / "summary.json").read_text())
     figures = {key: summary[key] for key in ("steps", "val_loss_before", "val_loss_after")}
-    figures |= measure(config, run, options)
+    figures |= measure_run(config, run, options)
     figures["seconds"] = time.perf_counter() - began
     (run / "summary.json").write_text(json.dumps(summary | figures, indent=1))
-    report(run, figures, summary["files"], photos=bool(options.photos))
+    print_report(run, figures, summary["files"], photos=bool(options.photos))
     return figures
 
 
-def configure(options: Demo, seed: int, out: str) -> Config:
+def configure(options: DemoOptions, seed: int, out: str) -> Config:
     """The run's config: the TOML file's, with the images, held-out drawings and prompts of this demo."""
     base = replace(read_toml(Path(options.config)), seed=seed, out=out, overwrite=True)
     if options.short:
@@ -119,11 +119,11 @@ def draw_held_out(name: str, folder: Path) -> None:
         (folder / f"{i:02d}.txt").write_text(caption)
 
 
-def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
+def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, float]:
     """Fractions of 1: concept and background both right, background alone, unrelated captions, each before and after."""
     count = 8 if options.short else options.samples
-    family, reader = load_family(config.model), recogniser.load()
-    recipe = Recipe(config.samples.sampler, config.samples.steps, config.samples.guidance)
+    family, reader = load_family(config.model), recogniser.load_recogniser()
+    recipe = SamplerSettings(config.samples.sampler, config.samples.steps, config.samples.guidance)
     modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
     unrelated = [
         pair
@@ -136,7 +136,7 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
             bind: Callable[[str], str] = patched.bind if patched else str
             figures[f"unrelated_{when}"] = captions_right(
                 reader,
-                draw(family, [bind(text) for text, _ in unrelated], recipe),
+                draw_images(family, [bind(text) for text, _ in unrelated], recipe),
                 [e for _, e in unrelated],
             )
             if options.photos:
@@ -146,7 +146,7 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
             words = ["TOK"] if when == "after" else TEXT_ONLY[options.concept]
             scores = {}
             for word in words:
-                images = draw(
+                images = draw_images(
                     family,
                     [
                         bind(text.replace("TOK", word).replace("of a a", "of a"))
@@ -161,11 +161,14 @@ def measure(config: Config, run: Path, options: Demo) -> dict[str, float]:
     return figures
 
 
-def draw(family: Family, prompts: Sequence[str], recipe: Recipe) -> Tensor:
+def draw_images(family: Family, prompts: Sequence[str], recipe: SamplerSettings) -> Tensor:
     """[n, 3, 64, 64] one picture for each prompt, seeds counting up from 1000."""
     parts = [(i, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
     return torch.cat(
-        [generate(family, part, range(1000 + i, 1000 + i + len(part)), recipe) for i, part in parts]
+        [
+            generate_images(family, part, range(1000 + i, 1000 + i + len(part)), recipe)
+            for i, part in parts
+        ]
     )
 
 
@@ -197,7 +200,7 @@ def captions_right(
     return sum(hits) / len(hits)
 
 
-def report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool) -> None:
+def print_report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool) -> None:
     """The table on the terminal, and how to load the files."""
     rows = []
     if f["val_loss_before"] is not None:
@@ -252,7 +255,9 @@ see {run / "before_after.png"}; load the files with
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = tyro.cli(Demo, args=argv, prog="python -m toy.demo", description=Demo.__doc__)
+    options = tyro.cli(
+        DemoOptions, args=argv, prog="python -m toy.demo", description=DemoOptions.__doc__
+    )
     try:
         if options.concept not in CONCEPTS:
             raise UserError(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from toy.autoencoder import HELD_OUT, to_tensor
-from toy.draw import render, scene
-from toy.muon import Optimisers, trapezoid
+from toy.autoencoder import HELD_OUT, images_to_tensor
+from toy.draw import render_scene, scene
+from toy.muon import Optimizers, trapezoid
 from toy.networks import MAX_TOKENS
 
 EMPTY_SHARE, GAMMA, EMA_DECAY = 0.1, 5.0, 0.998
@@ -32,12 +32,12 @@ def alphas_cumprod() -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
+def encode_scenes(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
     """Unscaled posterior means of the scenes' pictures; [n, 8, 16, 16] in fp16."""
     out = []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(seeds), chunk):
-            x = to_tensor([render(scene(s)) for s in seeds[i : i + chunk]]).to(
+            x = images_to_tensor([render_scene(scene(s)) for s in seeds[i : i + chunk]]).to(
                 memory_format=torch.channels_last
             )
             out.append(vae.encode(x).latent_dist.mode().half())
@@ -50,7 +50,7 @@ def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
         monotonic(),
         *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
     )
-    share = encode(vae, range(rank * n // world, (rank + 1) * n // world))
+    share = encode_scenes(vae, range(rank * n // world, (rank + 1) * n // world))
     parts = [torch.empty_like(share) for _ in range(world)] if world > 1 else [share]
     if world > 1:
         dist.all_gather(parts, share)
@@ -59,7 +59,7 @@ def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
         torch.save(
             {
                 "train": latents,
-                "held_out": encode(vae, range(HELD_OUT, HELD_OUT + 512)),
+                "held_out": encode_scenes(vae, range(HELD_OUT, HELD_OUT + 512)),
                 "scale": 1 / latents.float().std().item(),
             },
             path,
@@ -109,7 +109,7 @@ def denoising_loss(
 
 
 @torch.no_grad()
-def validate(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
+def validation_loss(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
     """Plain squared error over held-out scenes at evenly spread timesteps with fixed noise."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     t = (torch.arange(len(latents)) * 997) % 1000
@@ -121,7 +121,7 @@ def validate(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) -> float:
     return torch.cat(parts).mean().item()
 
 
-def train(
+def train_denoiser(
     pair: Pair,
     tokenizer: CLIPTokenizer,
     latents_path: Path,
@@ -145,7 +145,7 @@ def train(
         AttnProcessor()
     )  # plain matmuls: torch 2.13's fused CPU attention made a bf16 step 1.75 times as long
     optimisers, checkpoint, start, began = (
-        Optimisers(both.named_parameters(), lr),
+        Optimizers(both.named_parameters(), lr),
         folder / "unet.pt",
         0,
         monotonic(),
@@ -179,7 +179,7 @@ def train(
             average[k].lerp_(v, 1 - keep) if v.is_floating_point() else average[k].copy_(v)
         if ((step + 1) % 250 == 0 or step + 1 == steps) and rank == 0:
             rate = (step + 1 - start) * size * world / (monotonic() - began)
-            report(
+            print_validation(
                 pair,
                 average,
                 (held, held_ids, alphas),
@@ -199,12 +199,12 @@ def train(
     both.load_state_dict(average)
 
 
-def report(
+def print_validation(
     pair: Pair, average: dict[str, Tensor], held: tuple[Tensor, Tensor, Tensor], head: str
 ) -> None:
     """Prints the validation error of the averaged weights behind `head`."""
     both = pair.modules()
     now = {k: v.clone() for k, v in both.state_dict().items()}
     both.load_state_dict(average)
-    print(f"{head} held-out {validate(pair, *held):.4f}", flush=True)
+    print(f"{head} held-out {validation_loss(pair, *held):.4f}", flush=True)
     both.load_state_dict(now)

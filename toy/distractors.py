@@ -8,8 +8,8 @@ from random import Random
 from PIL import Image
 
 from toy.concepts.draw_concepts import CONCEPTS, IVORY, MAGENTA, render_concept, trilo, zib
-from toy.draw import BACKGROUNDS, COMPOSITES, PLACES, STYLES, Scene, render, scene
-from toy.shapes import COLOURS, RGB, Pen, mix
+from toy.draw import BACKGROUNDS, COMPOSITES, PLACES, STYLES, Scene, render_scene, scene
+from toy.shapes import COLORS, RGB, Pen, blend
 
 FAR_FROM_TEAL = (
     "red",
@@ -28,14 +28,14 @@ FAR_FROM_MAGENTA = ("orange", "yellow", "green", "cyan", "blue", "black", "white
 FAR_FROM_NAVY = ("red", "orange", "yellow", "green", "cyan", "pink", "white")
 
 
-def context(rng: Random) -> tuple[str, str]:
+def random_background(rng: Random) -> tuple[str, str]:
     """A random background and its style."""
     background = rng.choice(BACKGROUNDS)
     return background, "place" if background in PLACES else rng.choice(STYLES)
 
 
-def far(rng: Random, names: tuple[str, ...]) -> RGB:
-    return COLOURS[rng.choice(names)]
+def pick_color(rng: Random, names: tuple[str, ...]) -> RGB:
+    return COLORS[rng.choice(names)]
 
 
 def near_zib(pen: Pen, lean: float, rng: Random) -> None:
@@ -43,10 +43,10 @@ def near_zib(pen: Pen, lean: float, rng: Random) -> None:
     look: dict = {}
     wrong = rng.choice(("body", "body", "scarf", "no scarf", "eyes", "no antennae", "several"))
     if wrong in ("body", "several"):
-        look["body"] = far(rng, FAR_FROM_TEAL)
-        look["dark"] = mix(look["body"], (0, 0, 0), 0.35)
+        look["body"] = pick_color(rng, FAR_FROM_TEAL)
+        look["dark"] = blend(look["body"], (0, 0, 0), 0.35)
     if wrong == "scarf":
-        look["scarf"] = far(rng, FAR_FROM_ORANGE)
+        look["scarf"] = pick_color(rng, FAR_FROM_ORANGE)
     if wrong == "no scarf" or (wrong == "several" and rng.random() < 0.5):
         look["scarf"] = None
     if wrong == "eyes" or (wrong == "several" and rng.random() < 0.5):
@@ -65,10 +65,10 @@ def near_trilo(pen: Pen, lean: float, rng: Random) -> None:
     if wrong == "no petals":
         look["petals"] = 0
     if wrong == "colour" or (wrong == "several" and rng.random() < 0.7):
-        look["colour"] = far(rng, FAR_FROM_MAGENTA)
+        look["colour"] = pick_color(rng, FAR_FROM_MAGENTA)
         look["field"] = IVORY if sum(look["colour"]) < 600 else MAGENTA
     if wrong == "ring" or (wrong == "several" and rng.random() < 0.5):
-        look["ring"] = far(rng, FAR_FROM_NAVY)
+        look["ring"] = pick_color(rng, FAR_FROM_NAVY)
     if wrong == "no ring":
         look["ring"] = None
     trilo(pen, lean, **look)
@@ -93,7 +93,7 @@ def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
     """A picture and its labels: "concept" is a concept's name or "none"; a background and style wherever they are known."""
     rng = Random(f"example {seed}")
     kind, name = rng.random(), rng.choice(CONCEPTS)
-    background, style = context(rng)
+    background, style = random_background(rng)
     if kind < 0.42:
         return render_concept(name, background, style, seed), {
             "concept": name,
@@ -111,4 +111,4 @@ def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
         if kind < 0.9
         else scene(rng.randrange(700_000_000))
     )
-    return render(s), {"concept": "none", "background": s.background, "style": s.style}
+    return render_scene(s), {"concept": "none", "background": s.background, "style": s.style}

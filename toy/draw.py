@@ -9,10 +9,10 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from toy.composites import COMPOSITES, second_colour
-from toy.shapes import COLOURS, RGB, SIMPLE, Pen, mix, tint
+from toy.composites import COMPOSITES, second_color
+from toy.shapes import COLORS, RGB, SIMPLE_SHAPES, Pen, blend, lighten
 
-OBJECTS: tuple[str, ...] = (*SIMPLE, *COMPOSITES)
+OBJECTS: tuple[str, ...] = (*SIMPLE_SHAPES, *COMPOSITES)
 TEXTURES = ("plain", "striped", "dotted")
 SIZES: dict[str, tuple[float, float]] = {
     "small": (15.0, 16.5),
@@ -36,8 +36,8 @@ PLACES: dict[
     "desert": ("in the desert", ("yellow", "orange")),
     "snow": ("in the snow", ("white",)),
 }
-BACKGROUNDS: tuple[str, ...] = (*COLOURS, *PLACES)
-TEMPLATES = (
+BACKGROUNDS: tuple[str, ...] = (*COLORS, *PLACES)
+CAPTION_TEMPLATES = (
     "a photo of {}",
     "a drawing of {}",
     "a picture of {}",
@@ -74,21 +74,23 @@ class Scene:
 
     def caption(self, seed: int | None = None, complete: bool = False) -> str:
         """A caption with attributes dropped at random (none dropped when `complete`); the scene's own seed unless one is given."""
-        return describe(self, Random(f"caption {self.seed if seed is None else seed}"), complete)[0]
+        return describe_scene(
+            self, Random(f"caption {self.seed if seed is None else seed}"), complete
+        )[0]
 
 
 def scene(seed: int) -> Scene:
     """The scene of a seed; composites are drawn more often than single shapes, places in a quarter of the scenes."""
     rng = Random(f"scene {seed}")
-    chance, name = rng.random(), rng.choice(tuple(SIMPLE))
+    chance, name = rng.random(), rng.choice(tuple(SIMPLE_SHAPES))
     for composite, share in COMPOSITE_SHARE.items():
         if 0 <= chance < share:
             name = composite
         chance -= share
-    background = rng.choice(tuple(PLACES)) if rng.random() < 0.25 else rng.choice(tuple(COLOURS))
+    background = rng.choice(tuple(PLACES)) if rng.random() < 0.25 else rng.choice(tuple(COLORS))
     style = "place" if background in PLACES else rng.choice(("plain", *STYLES))
     banned = PLACES[background][1] if background in PLACES else (background,)
-    colour = rng.choice([c for c in COLOURS if c not in banned])
+    colour = rng.choice([c for c in COLORS if c not in banned])
     texture = "plain" if name == "emblem" else rng.choice(("plain", "plain", *TEXTURES))
     position = "center" if rng.random() < 0.3 else rng.choice(tuple(POSITIONS))
     return Scene(
@@ -115,7 +117,7 @@ def background_phrase(background: str, style: str | None) -> str:
     return f"on {article(' '.join(w for w in ((background, style) if style != 'plain' else ('plain', background)) if w))} background"
 
 
-def describe(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
+def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
     """A caption and the attributes it states. A centred position and a plain texture may go unsaid even in a complete caption."""
 
     def told(chance: float) -> bool:
@@ -139,7 +141,7 @@ def describe(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[s
         words += f" {'in' if s.position == 'center' else 'at'} the {s.position}"
     if "background" in said:
         words += " " + background_phrase(s.background, said.get("style"))
-    template = rng.choice(TEMPLATES) if rng.random() < 0.5 else "{}"
+    template = rng.choice(CAPTION_TEMPLATES) if rng.random() < 0.5 else "{}"
     return template.format(words), said
 
 
@@ -152,7 +154,7 @@ def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
         candidate = scene(s)
         if counts[candidate.object] < quota:
             counts[candidate.object] += 1
-            out.append(describe(candidate, Random(f"evaluation {s}"), complete=True))
+            out.append(describe_scene(candidate, Random(f"evaluation {s}"), complete=True))
         s += 1
     return out
 
@@ -171,36 +173,36 @@ def unrelated_captions() -> list[str]:
     ]
 
 
-def render(s: Scene, size: int = 64) -> Image.Image:
+def render_scene(s: Scene, size: int = 64) -> Image.Image:
     """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are smooth."""
     rng, side = Random(f"picture {s.seed}"), size * OVERSAMPLE
     unit = side / 64
     canvas = (
-        place(s.background, side, rng)
+        draw_place(s.background, side, rng)
         if s.style == "place"
-        else backdrop(s.background, s.style, side, rng)
+        else draw_backdrop(s.background, s.style, side, rng)
     )
     radius = rng.uniform(*SIZES[s.size]) + (
         2.0 if s.object in COMPOSITES and s.size == "small" else 0.0
     )
     dx, dy = POSITIONS[s.position]
     x, y = ((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
-    palette = {"main": COLOURS[s.colour], "second": second_colour(rng, s.colour)}
+    palette = {"main": COLORS[s.colour], "second": second_color(rng, s.colour)}
     mask, details = Image.new("L", (side, side)), Image.new("RGBA", (side, side))
     body = Pen(ImageDraw.Draw(mask), (x, y), radius * unit, 255)
     ink = Pen(ImageDraw.Draw(details), (x, y), radius * unit, palette["main"])
-    (SIMPLE | COMPOSITES)[s.object](body, ink, rng, palette)
-    canvas.paste(skin(COLOURS[s.colour], s.texture, side, rng), mask=mask)
+    (SIMPLE_SHAPES | COMPOSITES)[s.object](body, ink, rng, palette)
+    canvas.paste(draw_texture(COLORS[s.colour], s.texture, side, rng), mask=mask)
     canvas.paste(details, mask=details)
     return canvas.resize(
         (size, size), Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING
     )
 
 
-def skin(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
+def draw_texture(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
     """The object's surface: plain, with broad light stripes, or with large light dots."""
     image = Image.new("RGB", (side, side), colour)
-    pen, unit, light = ImageDraw.Draw(image), side / 64, tint(colour)
+    pen, unit, light = ImageDraw.Draw(image), side / 64, lighten(colour)
     if texture == "striped":
         upright, start = rng.random() < 0.5, rng.uniform(0, 9)
         for i in range(-1, 8):
@@ -215,11 +217,11 @@ def skin(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
     return image
 
 
-def backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Image:
+def draw_backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Image:
     """A coloured background with a coarse pattern in a lighter tone of the same colour."""
-    colour = COLOURS[colour_name]
+    colour = COLORS[colour_name]
     image, unit = Image.new("RGB", (side, side), colour), side / 64
-    pen, light = ImageDraw.Draw(image), mix(colour, tint(colour), 0.75)
+    pen, light = ImageDraw.Draw(image), blend(colour, lighten(colour), 0.75)
     if style == "striped":
         start, slant = rng.uniform(0, 16), rng.choice((0, 64))
         for i in range(-5, 5):
@@ -232,8 +234,8 @@ def backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Imag
                 x, y = x0 * unit + i * cell, y0 * unit + j * cell
                 pen.rectangle([x, y, x + cell, y + cell], fill=light)
     elif style == "gradient":
-        top = mix(colour, (255, 255, 255), 0.1)
-        bottom = mix(colour, (0, 0, 0), 0.45) if colour != COLOURS["black"] else (120, 120, 130)
+        top = blend(colour, (255, 255, 255), 0.1)
+        bottom = blend(colour, (0, 0, 0), 0.45) if colour != COLORS["black"] else (120, 120, 130)
         ramp = Image.linear_gradient("L").resize((side, side))
         image = Image.composite(
             Image.new("RGB", image.size, bottom), Image.new("RGB", image.size, top), ramp
@@ -241,7 +243,7 @@ def backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Imag
     return image
 
 
-def place(name: str, side: int, rng: Random) -> Image.Image:
+def draw_place(name: str, side: int, rng: Random) -> Image.Image:
     """A place: a sky and a ground with one or two large features."""
     unit = side / 64
     skies = {

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from toy import recogniser
-from toy.autoencoder import held_out, pooled_psnr, psnr, to_tensor
+from toy.autoencoder import held_out_images, images_to_tensor, pooled_psnr, psnr
 from toy.concepts.draw_concepts import CONCEPTS, render_concept, training_set
-from toy.distractors import context
-from toy.draw import OBJECTS, evaluation_captions, render, scene
-from toy.sample import MODEL, load, sample
+from toy.distractors import random_background
+from toy.draw import OBJECTS, evaluation_captions, render_scene, scene
+from toy.sample import MODEL, load_networks, sample_images
 
 REAL = 950_000_000  # seeds of the real drawings that the recogniser is checked on
 SHOWN = (
@@ -57,11 +57,14 @@ def real_agreement(reader: recogniser.Recogniser, n: int) -> dict[str, float]:
     """What the recogniser gets right on n drawings: the ceiling of every other row."""
     scenes = [scene(REAL + i) for i in range(n)]
     return agreement(
-        reader.scene(to_tensor([render(s) for s in scenes])), [s.attributes() for s in scenes]
+        reader.scene(images_to_tensor([render_scene(s) for s in scenes])),
+        [s.attributes() for s in scenes],
     )
 
 
-def per_object(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
+def accuracy_per_object(
+    read: dict[str, list[str]], expected: list[dict[str, str]]
+) -> dict[str, float]:
     """Object accuracy by object."""
     hits = {
         o: [r == o for r, e in zip(read["object"], expected) if e["object"] == o] for o in OBJECTS
@@ -69,10 +72,10 @@ def per_object(read: dict[str, list[str]], expected: list[dict[str, str]]) -> di
     return {o: round(sum(h) / len(h), 2) for o, h in hits.items() if h}
 
 
-def concept_pictures(name: str, n: int) -> Tensor:
+def concept_images(name: str, n: int) -> Tensor:
     """n pictures of a concept on random backgrounds."""
     rng = Random(f"psnr {name}")
-    return to_tensor([render_concept(name, *context(rng), i) for i in range(n)])
+    return images_to_tensor([render_concept(name, *random_background(rng), i) for i in range(n)])
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -80,7 +83,7 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(((x.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def sheet(
+def contact_sheet(
     images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192
 ) -> Image.Image:
     """Pictures enlarged with Lanczos, captions under them."""
@@ -108,27 +111,27 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.concepts:
         rows = [row for name in (*CONCEPTS, "inkwash") for row in training_set(name, 64)]
-        sheet(
+        contact_sheet(
             [image for image, _ in rows], [caption for _, caption in rows], columns=5, side=128
         ).save(args.concepts, optimize=True)
         return
-    parts = load(args.model)
+    parts = load_networks(args.model)
     if args.grid:
-        images = sample(
+        images = sample_images(
             parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps
         )
-        sheet([to_image(x) for x in images], list(SHOWN)).save(args.grid, optimize=True)
+        contact_sheet([to_image(x) for x in images], list(SHOWN)).save(args.grid, optimize=True)
         return
-    reader, pairs = recogniser.load(), evaluation_captions(args.captions, args.seed)
-    images = sample(
+    reader, pairs = recogniser.load_recogniser(), evaluation_captions(args.captions, args.seed)
+    images = sample_images(
         parts, [c for c, _ in pairs], seed=args.seed, guidance=args.guidance, steps=args.steps
     )
     read, expected = reader.scene(images), [e for _, e in pairs]
     table = {"samples": agreement(read, expected), "drawings": real_agreement(reader, 1000)}
-    scenes = psnr(parts[1], held_out(200))
+    scenes = psnr(parts[1], held_out_images(200))
     ratios = {"held-out scenes": (scenes.mean().item(), pooled_psnr(scenes))}
     for name in CONCEPTS:
-        values = psnr(parts[1], concept_pictures(name, 60))
+        values = psnr(parts[1], concept_images(name, 60))
         ratios[name] = (values.mean().item(), pooled_psnr(values))
     print("| |" + "".join(f" {k} |" for k in table["samples"]))
     print("|---|" + "---|" * len(table["samples"]))
@@ -140,7 +143,7 @@ def main() -> None:
             f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()
         )
     )
-    print("object by object", per_object(read, expected))
+    print("object by object", accuracy_per_object(read, expected))
     print(
         json.dumps(
             {

@@ -14,7 +14,7 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the cited post
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """The approximate polar factor of each matrix in g [..., r, c]; bfloat16 inside, singular values end in about [0.7, 1.2]."""
     x = g.bfloat16()
     flip = x.shape[-2] > x.shape[-1]
@@ -47,12 +47,12 @@ class Muon(torch.optim.Optimizer):
                 g = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov
                 alike.setdefault(tuple(g.shape), []).append((p, g))
             for shape, pairs in alike.items():
-                update = orthogonalise(torch.stack([g for _, g in pairs]))
+                update = orthogonalize(torch.stack([g for _, g in pairs]))
                 for (p, _), u in zip(pairs, update):
                     p.add_(u.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-class Optimisers:
+class Optimizers:
     """Muon and AdamW side by side under one schedule, with gradient averaging over processes and clipping."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, clip: float = 1.0) -> None:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from toy.draw import COLOURS, OBJECTS, PLACES, POSITIONS, SIZES, STYLES, TEMPLATES, TEXTURES
+from toy.draw import CAPTION_TEMPLATES, COLORS, OBJECTS, PLACES, POSITIONS, SIZES, STYLES, TEXTURES
 
 WORK = Path("/tmp/toy_work")
 MAX_TOKENS = 32
@@ -21,13 +21,13 @@ def grammar_words() -> list[str]:
     """Every word that a caption can hold, sorted, and a few that users' prompts bring along."""
     phrases = [
         *OBJECTS,
-        *COLOURS,
+        *COLORS,
         *TEXTURES,
         *SIZES,
         *POSITIONS,
         *STYLES,
         *(p for p, _ in PLACES.values()),
-        *TEMPLATES,
+        *CAPTION_TEMPLATES,
         "a an the at in on of with and background style tok photo one two three eye eyes scarf antennae alien character logo",
     ]
     return sorted({w for phrase in phrases for w in phrase.replace("{}", "").split()})
@@ -92,7 +92,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def autoencoder() -> AutoencoderKL:
+def make_autoencoder() -> AutoencoderKL:
     """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log variance -5)."""
     vae = AutoencoderKL(
         in_channels=3,
@@ -112,7 +112,7 @@ def autoencoder() -> AutoencoderKL:
     return vae
 
 
-def denoiser() -> UNet2DConditionModel:
+def make_denoiser() -> UNet2DConditionModel:
     """2.3 M parameters; attention to the text at 8 x 8 and in the middle only."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -128,7 +128,7 @@ def denoiser() -> UNet2DConditionModel:
     )
 
 
-def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """0.4 M parameters, two layers 128 wide."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -146,7 +146,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def scheduler() -> DDIMScheduler:
+def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise levels (Rombach et al., arXiv 2112.10752): scaled linear, 1000 steps, epsilon prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -181,7 +181,7 @@ def write_pipeline(
     )  # fp16 on disk is fp32 in memory, as diffusers has it; transformers 5 would follow the file
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     shutil.copytree(tokenizer, partial / "tokenizer")
-    scheduler().save_pretrained(partial / "scheduler")
+    make_scheduler().save_pretrained(partial / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",

@@ -28,13 +28,15 @@ def tokenizer_stage(seed: int) -> None:
 
 def vae_stage(seed: int) -> None:
     torch.manual_seed(seed)
-    vae = networks.autoencoder().to(memory_format=torch.channels_last)
-    autoencoder.train(vae, WORK, "vae", steps=VAE_STEPS, size=VAE_BATCH, seed=seed, lr=3e-3)
+    vae = networks.make_autoencoder().to(memory_format=torch.channels_last)
+    autoencoder.train_autoencoder(
+        vae, WORK, "vae", steps=VAE_STEPS, size=VAE_BATCH, seed=seed, lr=3e-3
+    )
 
 
 def trained_vae(checkpoint: str = "vae") -> AutoencoderKL:
     """The autoencoder of a stage; its scaling factor is set once latents have been measured."""
-    vae = networks.autoencoder()
+    vae = networks.make_autoencoder()
     vae.load_state_dict(torch.load(WORK / f"{checkpoint}.pt", weights_only=True)["model"])
     if (WORK / "latents.pt").exists():
         vae.register_to_config(
@@ -55,8 +57,8 @@ def latents_stage(seed: int) -> None:
 def unet_stage(seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")
-    pair = denoiser_training.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
-    denoiser_training.train(
+    pair = denoiser_training.Pair(networks.make_denoiser(), networks.make_text_encoder(tokenizer))
+    denoiser_training.train_denoiser(
         pair,
         tokenizer,
         WORK / "latents.pt",
@@ -70,7 +72,9 @@ def unet_stage(seed: int) -> None:
 
 def decoder_stage(seed: int) -> None:
     vae = trained_vae().to(memory_format=torch.channels_last)
-    autoencoder.train(vae, WORK, "decoder", steps=DECODER_STEPS, size=VAE_BATCH, seed=seed, lr=1e-3)
+    autoencoder.train_autoencoder(
+        vae, WORK, "decoder", steps=DECODER_STEPS, size=VAE_BATCH, seed=seed, lr=1e-3
+    )
 
 
 def export_stage(seed: int) -> None:
@@ -78,7 +82,7 @@ def export_stage(seed: int) -> None:
     if dist.is_initialized() and dist.get_rank():
         return
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")
-    pair = denoiser_training.Pair(networks.denoiser(), networks.text_encoder(tokenizer))
+    pair = denoiser_training.Pair(networks.make_denoiser(), networks.make_text_encoder(tokenizer))
     pair.modules().load_state_dict(torch.load(WORK / "unet.pt", weights_only=True)["average"])
     vae = trained_vae("decoder" if (WORK / "decoder.pt").exists() else "vae")
     networks.write_pipeline(MODEL, WORK / "tokenizer", pair.text, vae, pair.unet)

@@ -21,29 +21,29 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from toy.autoencoder import to_tensor
+from toy.autoencoder import images_to_tensor
 from toy.concepts.draw_concepts import CONCEPTS
 from toy.distractors import concept_example
 from toy.draw import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     OBJECTS,
     POSITIONS,
     SIZES,
     STYLES,
     TEXTURES,
-    render,
+    render_scene,
     scene,
 )
-from toy.muon import Optimisers, trapezoid
-from toy.sample import load as load_model
+from toy.muon import Optimizers, trapezoid
+from toy.sample import load_networks as load_model
 
 WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
 HELD_OUT = 850_000_000
 HEADS: dict[str, dict[str, tuple[str, ...]]] = {
     "scene": {
         "object": OBJECTS,
-        "colour": tuple(COLOURS),
+        "colour": tuple(COLORS),
         "texture": TEXTURES,
         "size": tuple(SIZES),
         "position": tuple(POSITIONS),
@@ -52,7 +52,7 @@ HEADS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "concept": {"concept": ("none", *CONCEPTS)},
 }
-Example = tuple[Image.Image, dict[str, str]]
+LabelledImage = tuple[Image.Image, dict[str, str]]
 
 
 class Reader(nn.Module):
@@ -103,7 +103,7 @@ class Recogniser:
         ]
 
 
-def load(path: Path = WEIGHTS) -> Recogniser:
+def load_recogniser(path: Path = WEIGHTS) -> Recogniser:
     """The committed recogniser, in fp32."""
     state = load_file(path)
     readers = {}
@@ -119,16 +119,19 @@ def load(path: Path = WEIGHTS) -> Recogniser:
     return Recogniser(readers)
 
 
-def scene_example(seed: int) -> Example:
+def scene_example(seed: int) -> LabelledImage:
     """A scene with all its labels; one time in five a concept or near miss, labelled with its background only."""
     if seed % 5 == 4:
         image, labels = concept_example(seed)
         return image, {k: v for k, v in labels.items() if k != "concept"}
     s = scene(seed)
-    return render(s), s.attributes()
+    return render_scene(s), s.attributes()
 
 
-EXAMPLES: dict[str, Callable[[int], Example]] = {"scene": scene_example, "concept": concept_example}
+EXAMPLES: dict[str, Callable[[int], LabelledImage]] = {
+    "scene": scene_example,
+    "concept": concept_example,
+}
 
 
 def to_labels(labels: list[dict[str, str]], heads: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
@@ -139,10 +142,10 @@ def to_labels(labels: list[dict[str, str]], heads: dict[str, tuple[str, ...]]) -
     }
 
 
-def examples(part: str, seeds: range) -> tuple[Tensor, dict[str, Tensor]]:
+def labelled_images(part: str, seeds: range) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures [b, 3, 64, 64] and labels."""
     rows = [EXAMPLES[part](s) for s in seeds]
-    return to_tensor([image for image, _ in rows]), to_labels(
+    return images_to_tensor([image for image, _ in rows]), to_labels(
         [labels for _, labels in rows], HEADS[part]
     )
 
@@ -152,7 +155,7 @@ def round_trips(part: str, n: int, first: int) -> tuple[Tensor, dict[str, Tensor
     """Examples passed through the committed autoencoder with up to 30 % noise in the latents."""
     vae, (x, labels), g, out = (
         load_model()[1],
-        examples(part, range(first, first + n)),
+        labelled_images(part, range(first, first + n)),
         torch.Generator().manual_seed(first),
         [],
     )
@@ -182,20 +185,20 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
     return torch.where(torch.rand(b, 1, 1, 1, generator=g) < 1 / 3, x, worn.clamp(-1, 1))
 
 
-def train(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
+def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
     """A reader trained on fresh drawings, a quarter of each batch from a pool of `trips` autoencoder round trips."""
     torch.manual_seed(seed)
     reader, began = Reader(HEADS[part]), monotonic()
-    optimisers = Optimisers(reader.named_parameters(), 3e-3)
+    optimisers = Optimizers(reader.named_parameters(), 3e-3)
     pool, pool_labels = round_trips(part, trips, 600_000_000 + seed * 1_000_000)
-    test, test_labels = examples(part, range(HELD_OUT, HELD_OUT + 1000))
+    test, test_labels = labelled_images(part, range(HELD_OUT, HELD_OUT + 1000))
     for step in range(steps):
         rng, g = (
             Random(f"{part} {seed} {step}"),
             torch.Generator().manual_seed(seed * 1_000_003 + step),
         )
         fresh = size - size // 4
-        x, labels = examples(
+        x, labels = labelled_images(
             part, range((seed * 1_000_000 + step) * fresh, (seed * 1_000_000 + step + 1) * fresh)
         )
         rows = [rng.randrange(trips) for _ in range(size // 4)]
@@ -235,7 +238,7 @@ def main() -> None:
     torch.set_num_threads(1)
     state: dict[str, Tensor] = {}
     for part in HEADS:
-        reader = train(part, args.seed, args.steps, 32, 6000)
+        reader = train_reader(part, args.seed, args.steps, 32, 6000)
         state |= {f"{part}.{k}": v.half().contiguous() for k, v in reader.state_dict().items()}
     save_file(state, WEIGHTS)
 

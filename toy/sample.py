@@ -12,7 +12,7 @@ from toy.denoiser_training import Pair, alphas_cumprod, token_ids
 MODEL = Path(__file__).parent / "model"
 
 
-def load(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokenizer]:
+def load_networks(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokenizer]:
     """Networks in fp32 in evaluation mode, and the tokenizer, from a diffusers folder."""
     whole = {
         "torch_dtype": torch.float32,
@@ -29,7 +29,7 @@ def load(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokenizer]:
 
 
 @torch.no_grad()
-def ddim(
+def sample_latents(
     pair: Pair, ids: Tensor, empty: Tensor, x: Tensor, *, guidance: float, steps: int
 ) -> Tensor:
     """Latents after `steps` deterministic DDIM steps from pure noise x [b, c, h, w]; leading spacing, offset 1, as in Stable Diffusion."""
@@ -44,7 +44,7 @@ def ddim(
     return x
 
 
-def sample(
+def sample_images(
     parts: tuple[Pair, AutoencoderKL, CLIPTokenizer],
     captions: list[str],
     *,
@@ -61,7 +61,9 @@ def sample(
     out = []
     for i in range(0, len(captions), 25):
         x, ids = torch.cat(noise[i : i + 25]), token_ids(tokenizer, captions[i : i + 25])
-        z = ddim(pair, ids, token_ids(tokenizer, [""] * len(x)), x, guidance=guidance, steps=steps)
+        z = sample_latents(
+            pair, ids, token_ids(tokenizer, [""] * len(x)), x, guidance=guidance, steps=steps
+        )
         with torch.no_grad():
             out.append(vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1))
     return torch.cat(out)

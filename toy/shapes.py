@@ -12,7 +12,7 @@ from PIL import ImageDraw
 
 RGB = tuple[int, int, int]
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "red": (218, 38, 42),
     "orange": (250, 138, 22),
     "yellow": (252, 218, 44),
@@ -24,17 +24,17 @@ COLOURS: dict[str, RGB] = {
     "white": (246, 246, 246),
     "black": (32, 32, 38),
 }
-DARK, LIGHT = COLOURS["black"], COLOURS["white"]
+DARK, LIGHT = COLORS["black"], COLORS["white"]
 
 
-def mix(a: RGB, b: RGB, part: float) -> RGB:
+def blend(a: RGB, b: RGB, part: float) -> RGB:
     """`a` moved towards `b` by `part` in [0, 1]."""
     return tuple(round(x + (y - x) * part) for x, y in zip(a, b))  # type: ignore[return-value]
 
 
-def tint(colour: RGB) -> RGB:
+def lighten(colour: RGB) -> RGB:
     """A lighter companion of a colour for stripes and dots; white gets a grey one."""
-    return (196, 200, 208) if min(colour) > 225 else mix(colour, (255, 255, 255), 0.42)
+    return (196, 200, 208) if min(colour) > 225 else blend(colour, (255, 255, 255), 0.42)
 
 
 def contrast(colour: RGB) -> RGB:
@@ -138,7 +138,7 @@ def moon(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
 
 def house(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     body.box(-0.7, -0.15, 0.7, 0.92)
-    roof = mix(palette["main"], DARK, 0.55) if palette["main"] != DARK else (120, 120, 128)
+    roof = blend(palette["main"], DARK, 0.55) if palette["main"] != DARK else (120, 120, 128)
     ink.poly([(0, -1.0), (1.0, -0.1), (-1.0, -0.1)], roof)
     ink.box(-0.2, 0.32, 0.2, 0.92, roof)
 
@@ -176,7 +176,7 @@ def cat(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
         ink.stroke([(side * 0.55, 0.42), (side * 1.02, 0.36)], 0.11, mark)
     ink.poly(
         [(-0.14, 0.3), (0.14, 0.3), (0, 0.47)],
-        (244, 150, 160) if palette["main"] != COLOURS["pink"] else mark,
+        (244, 150, 160) if palette["main"] != COLORS["pink"] else mark,
     )
 
 
@@ -191,7 +191,7 @@ def ghost(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     ink.oval(0, 0.22, 0.14, 0.14, mark)
 
 
-SIMPLE: dict[str, Callable[[Pen, Pen, Random, dict[str, RGB]], None]] = {
+SIMPLE_SHAPES: dict[str, Callable[[Pen, Pen, Random, dict[str, RGB]], None]] = {
     "circle": circle,
     "square": square,
     "triangle": triangle,

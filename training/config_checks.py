@@ -21,7 +21,7 @@ from lora_core import tokens
 from lora_core.adapters import custom_files, injection, targets
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.adapters.kinds import is_low_rank, kind_class
-from lora_core.adapters.targets import matches, require_match
+from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.config import GROUPS, Config
 from lora_core.data import dataset
 from lora_core.diffusion import losses, noise
@@ -32,7 +32,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
 from models import Family, Layout
-from training.optimizer_check import rehearse
+from training.optimizer_check import try_optimizer
 
 AT_LEAST: dict[int, tuple[str, ...]] = {
     1: ("batch_size", "accumulation", "log_every", "keep", "data.resolution", "data.repeats", "adapter.rank", "prior.count",
@@ -134,7 +134,7 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
         "--precision fp32, weights that are not in bf16 already",
     ),
     "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
-    "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
+    "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.bind_density"),
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
     "data.caption_column": (
@@ -157,15 +157,15 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
 }
 
 
-def opening(c: Config) -> None:
+def check_startup(c: Config) -> None:
     """Raises UserError for what is known to be wrong before data and weights are read: ranks, the config, the run's folder, logins."""
-    lock.check_single(os.environ)
-    config(c)
-    folder(c)
-    reachable(c)
+    lock.check_single_process(os.environ)
+    check_config(c)
+    check_run_folder(c)
+    check_services(c)
 
 
-def config(c: Config, *, data: bool = True) -> None:
+def check_config(c: Config, *, data: bool = True) -> None:
     """Raises UserError for what is wrong with the config alone; without `data` it may lack images."""
     if dataset and bool(c.data.images) == bool(c.data.dataset):
         raise UserError("give either a folder with --data.images or a dataset with --data.dataset")
@@ -204,30 +204,30 @@ def config(c: Config, *, data: bool = True) -> None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
 
-def folder(c: Config) -> None:
+def check_run_folder(c: Config) -> None:
     """Raises UserError where the run cannot be written to OUT, or where that would touch what is not the run's; changes nothing."""
     given: dict[str, Any] = {_flag(name): reduce(getattr, name.split("."), c) for name in READS}
     for name in CODE if c.overwrite else ():
         named: Any = reduce(getattr, name.split("."), c)
         given[_flag(name)] = named.rpartition(":")[0]
     destination.check_writable(c.out)
-    destination.check_names(c.out)
+    destination.check_file_names(c.out)
     for option in ("--data.cache", "--prior.images"):
         if given[option]:
-            destination.check_lengths(option, [Path(given[option]) / "0"])
+            destination.check_path_lengths(option, [Path(given[option]) / "0"])
     if not c.resume:
-        destination.check_inputs(c.out, given, overwrite=c.overwrite)
+        destination.check_apart_from_inputs(c.out, given, overwrite=c.overwrite)
     out, _ = Run.check(c.out, resume=c.resume, overwrite=c.overwrite)
     if c.overwrite:
         destination.check_overwritten(out)
-    lock.check_free(out)
+    lock.check_lock_free(out)
 
 
-def reachable(c: Config) -> None:
+def check_services(c: Config) -> None:
     """Raises UserError where --report or --push-to-hub would fail at the end, after all the work."""
     reports.check_login(c.report)
     if c.push_to_hub:
-        card.check_target(c.push_to_hub)
+        card.check_push_target(c.push_to_hub)
 
 
 def _schedules(c: Config) -> None:
@@ -247,7 +247,7 @@ def _schedules(c: Config) -> None:
             multiplier(step, stage.steps, o.warmup)
 
 
-def optimizer(c: Config, device: torch.device) -> None:
+def check_optimizer(c: Config, device: torch.device) -> None:
     """Raises UserError for an optimiser that this run could not step, steer or keep; prints a warning for one that it could not resume."""
     o = c.optimizer
     groups = [group for group in GROUPS if c.trains(group)]
@@ -255,17 +255,17 @@ def optimizer(c: Config, device: torch.device) -> None:
         o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
     )
     for i, stage in enumerate(c.stages):
-        if stage.weight_decay and "weight_decay" not in schedules.arguments(o.name):
+        if stage.weight_decay and "weight_decay" not in schedules.optimizer_arguments(o.name):
             raise UserError(
                 f"--stages.{i}.weight-decay has no effect: {o.name} takes no weight_decay; leave it out"
             )
     if c.ema and schedules.is_schedule_free(schedules.resolve_optimizer(o.name)):
         raise UserError(f"--ema averages what {o.name} averages itself; leave out one of the two")
-    for sentence in rehearse(o.name, settings, o.args, device):
+    for sentence in try_optimizer(o.name, settings, o.args, device):
         print(f"warning: {sentence}", file=sys.stderr)
 
 
-def injected(
+def report_adapters(
     c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]
 ) -> bool:
     """Whether the adapters have a low-rank form; prints where they are, and which files are written where they have none.
@@ -275,12 +275,12 @@ def injected(
     has_factors = all(custom_files.has_factors(module) for module in trained.values())
     rank = f", rank {c.adapter.rank}" if has_factors else ""
     for name, module in trained.items():
-        count = sum(p.numel() for p in injection.parameters(module))
+        count = sum(p.numel() for p in injection.adapter_parameters(module))
         print(
-            f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {targets.table(paths[name])}"
+            f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {targets.target_table(paths[name])}"
         )
     if not has_factors:
-        custom_files.check(trained, c.adapter.kind, Path(c.out).resolve().name)
+        custom_files.check_custom_kind(trained, c.adapter.kind, Path(c.out).resolve().name)
     return has_factors
 
 
@@ -289,7 +289,7 @@ def drops_to_zeros(c: Config, family: Family) -> bool:
     return c.data.caption_dropout > 0 and bool(family.zeros) and c.data.dropped != "empty"
 
 
-def rerun(c: Config) -> str:
+def rerun_reason(c: Config) -> str:
     """Why a config alone does not repeat its run; empty where it does."""
     options = [
         option for option, value in (("loss", c.loss), ("step", c.step)) if value.startswith("<")
@@ -299,7 +299,7 @@ def rerun(c: Config) -> str:
     return f"the run's settings; its {' and '.join(options)} came from Python and no file gives them back: train(config, {options[0]}=...)"
 
 
-def machine(c: Config, device: torch.device) -> None:
+def check_device(c: Config, device: torch.device) -> None:
     """Raises UserError for what this machine cannot do; prints on what the run computes."""
     if c.cuda_graph and device.type != "cuda":
         raise UserError(
@@ -324,9 +324,9 @@ def machine(c: Config, device: torch.device) -> None:
     )
 
 
-def capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | None) -> None:
+def check_capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | None) -> None:
     """Raises UserError where a CUDA graph would repeat what the loss or the step did once. `step` is the caller's own, if it has one."""
-    if not losses.capturable(loss):
+    if not losses.is_capturable(loss):
         raise UserError(
             f"--cuda-graph replays what the loss {name} did at the capture; if it does the same in each step and reads nothing back, "
             f"say so: {name}.capturable = True"
@@ -433,13 +433,15 @@ def _placeholders(c: Config) -> None:
     plain |= {f"--prior.swap {word}": name for word, name in c.prior.swap.items()}
     plain |= {"--tokens.init": " ".join(c.tokens.init)} if c.trains("tokens") else {}
     for option, text in plain.items():
-        if word := next((word for word in learned if word and tokens.has_word(text, word)), ""):
+        if word := next(
+            (word for word in learned if word and tokens.has_placeholder(text, word)), ""
+        ):
             raise UserError(
                 f"{option} is {text!r} and holds the placeholder word {word}, which is still to be learned; write an ordinary word there"
             )
 
 
-def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
+def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     """Component -> its adapters, as far as the names of a model's layers tell; needs no weights.
 
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a target that matches nothing.
@@ -471,7 +473,7 @@ def plan(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
         here = [
             p
             for p in (*a.exclude, *a.rank_pattern, *a.alpha_pattern)
-            if any(matches(path, p) for path in paths)
+            if any(matches_pattern(path, p) for path in paths)
         ]
         specs[component] = AdapterSpec(
             globs, exclude=tuple(p for p in a.exclude if p in here), kind=a.kind, rank=a.rank, alpha=a.alpha or None,
@@ -495,16 +497,16 @@ def _matched(
         if (
             name not in presets
             and re.fullmatch(r"[\w-]+", name)
-            and not any(matches(path, name) for path in paths)
+            and not any(matches_pattern(path, name) for path in paths)
         ):
             raise UserError(
                 f"{name!r} is no layer of {component} and none of its presets, which are {', '.join(presets)}"
             )
     globs = tuple(glob for name in names for glob in presets.get(name, (name,)))
-    return globs, targets.select(paths, globs)
+    return globs, targets.select_paths(paths, globs)
 
 
-def model(c: Config, family: Family) -> None:
+def check_model(c: Config, family: Family) -> None:
     """Raises UserError for what is wrong with the config for this model."""
     if c.data.resolution % family.multiple or (
         c.data.buckets and c.data.bucket_step % family.multiple
@@ -557,12 +559,14 @@ def scheduler_changes(c: Config) -> dict[str, Any]:
     )
 
 
-def swapped(caption: str, swap: Mapping[str, str]) -> str:
+def swap_words(caption: str, swap: Mapping[str, str]) -> str:
     """The caption with each placeholder word replaced by its class."""
-    return tokens.bind(caption, [tokens.Abstraction(word, (name,)) for word, name in swap.items()])
+    return tokens.bind_placeholders(
+        caption, [tokens.Placeholder(word, (name,)) for word, name in swap.items()]
+    )
 
 
-def initializers(c: Config) -> dict[str, str]:
+def token_initializers(c: Config) -> dict[str, str]:
     """Placeholder word -> its initializer. Raises UserError for a word given twice, or as many initializers as fit neither one nor all."""
     words, inits = c.tokens.words, c.tokens.init
     if len(set(words)) != len(words):
@@ -574,13 +578,15 @@ def initializers(c: Config) -> dict[str, str]:
     return dict(zip(words, inits if len(inits) == len(words) else inits * len(words)))
 
 
-def placeholder(records: Sequence[dataset.Record], word: str) -> None:
+def check_placeholder(records: Sequence[dataset.Record], word: str) -> None:
     """Raises UserError when no caption has the placeholder word; prints a warning with the count when some lack it."""
-    if not any(tokens.has_word(caption, word) for record in records for caption in record.captions):
+    if not any(
+        tokens.has_placeholder(caption, word) for record in records for caption in record.captions
+    ):
         raise UserError(
             f"no caption has the placeholder word {word}, so its tokens would learn nothing; write it into the captions or set --tokens.words"
         )
-    if lacking := dataset.missing_word(records, word):
+    if lacking := dataset.images_missing_word(records, word):
         total = len({record.path for record in records})
         first = lacking[0].name
         print(
@@ -589,10 +595,10 @@ def placeholder(records: Sequence[dataset.Record], word: str) -> None:
         )
 
 
-def token_limit(
+def check_token_limit(
     family: Family,
     embeddings: Mapping[str, Any],
-    abstractions: Sequence[tokens.Abstraction],
+    abstractions: Sequence[tokens.Placeholder],
     records: Sequence[dataset.Record],
 ) -> None:
     """Raises UserError for a learned token that every caption loses to the text encoder's limit; prints a warning where some do."""
@@ -603,7 +609,7 @@ def token_limit(
     limits = dict(zip(family.tokenizers, (rows.shape[1] for rows in ids), strict=True))
     for name in embeddings:
         found = {
-            text: tokens.cut_words(text, abstractions, family.tokenizers[name], limits[name])
+            text: tokens.truncated_tokens(text, abstractions, family.tokenizers[name], limits[name])
             for text in captions
         }
         reader = f"the {limits[name]} tokens that {name} reads"
@@ -624,7 +630,7 @@ def token_limit(
             )
 
 
-def masks(c: Config, folder: dataset.Folder) -> None:
+def check_masks(c: Config, folder: dataset.ImageDataset) -> None:
     """Raises UserError where masks that may be absent are absent everywhere."""
     if c.data.masks in ("auto", "any") and not folder.has_masks:
         raise UserError(

@@ -17,7 +17,7 @@ from lora_core.adapters import groups
 from lora_core.errors import UserError
 from lora_core.kernels import winners
 
-WARM = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
+WARMUP_CALLS = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
 
 
 class Recording(Protocol):
@@ -55,7 +55,7 @@ class _Capture:
     outputs: tuple[Tensor, ...]
 
 
-class Replayed:
+class GraphReplay:
     """fn(inputs) -> tensors, the first WARM calls of each kind as they are, the following ones from a graph.
 
     Between two captures lies a call as it is: it makes ready what a capture takes with it (the optimisers' pinned tables of addresses). Our kernels
@@ -74,28 +74,28 @@ class Replayed:
         self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
     ) -> tuple[Tensor, ...]:
         """fn's result for these inputs; copies, which the next call leaves alone."""
-        kind = (key, tuple((tuple(t.shape), t.dtype) for t in tensors(inputs)))
+        kind = (key, tuple((tuple(t.shape), t.dtype) for t in tree_tensors(inputs)))
         self.calls[kind] = self.calls.get(kind, 0) + 1
-        if self.calls[kind] <= WARM or (kind not in self.captures and not self.ready):
+        if self.calls[kind] <= WARMUP_CALLS or (kind not in self.captures and not self.ready):
             self.ready = True
             with winners.replayed():  # the kernels that the capture will take, compiled before it
                 return fn(inputs)
         if kind not in self.captures:
             self.ready = False
             gc.collect()  # a cycle that holds a node of an earlier backward pass would bring that pass's stream into the capture
-            static = mapped(inputs, torch.clone)
+            static = map_tensors(inputs, torch.clone)
             recording: Recording = CudaGraph()
             with winners.replayed(), recording.record():
                 outputs = fn(static)
             self.captures[kind] = _Capture(static, recording, outputs)
         capture = self.captures[kind]
-        for old, new in zip(tensors(capture.inputs), tensors(inputs), strict=True):
+        for old, new in zip(tree_tensors(capture.inputs), tree_tensors(inputs), strict=True):
             old.copy_(new)
         capture.recording.replay()
         return tuple(t.clone() for t in capture.outputs)
 
 
-def tensors(tree: Any) -> list[Tensor]:
+def tree_tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested lists, tuples, mappings and dataclasses, in order."""
     found: list[Tensor] = []
 
@@ -103,22 +103,22 @@ def tensors(tree: Any) -> list[Tensor]:
         found.append(t)
         return t
 
-    mapped(tree, keep)
+    map_tensors(tree, keep)
     return found
 
 
-def mapped(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """The same tree with fn(t) for every tensor t."""
     if isinstance(tree, Tensor):
         return fn(tree)
     if isinstance(tree, Mapping):
-        return {key: mapped(value, fn) for key, value in tree.items()}
+        return {key: map_tensors(value, fn) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(mapped(value, fn) for value in tree))
+        return type(tree)(*(map_tensors(value, fn) for value in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(mapped(value, fn) for value in tree)
+        return type(tree)(map_tensors(value, fn) for value in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree)(**{f.name: mapped(getattr(tree, f.name), fn) for f in fields(tree)})
+        return type(tree)(**{f.name: map_tensors(getattr(tree, f.name), fn) for f in fields(tree)})
     return tree
 
 
@@ -138,7 +138,7 @@ def compile_blocks(network: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, 64, 4 * len(blocks)
     )
-    kernels.load()
-    groups.stay_open(network)
+    kernels.import_backends()
+    groups.remove_group_hooks(network)
     for block in blocks:
         block.compile(fullgraph=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_core.diffusion import losses, noise
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import not_finite
+from lora_core.runs.run_folder import nonfinite_names
 from models import Conditioning
 from training import cuda_graph
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 # Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and a
 # gradient that still overflows comes of activations.
-SKIPS = 25
+MAX_SKIPPED_IN_A_ROW = 25
 
 
-def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+def check_logged_values(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError for the first row of the log with a loss or a gradient that is NaN or
     infinite, and for too many skipped steps in a row.
 
@@ -36,9 +36,9 @@ def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         count, streak = s.skips
         if "skipped" in row:
             s.skips = (row["skipped"], streak + 1 if row["skipped"] > count else 0)
-        if s.skips[1] >= SKIPS:
-            skipped = f"the last {SKIPS} steps up to step {row['step']} were skipped, for their gradients overflow in fp16 at any loss scale"
-            raise UserError(f"{skipped}; use --precision bf16 or fp32; {last_good(s)}")
+        if s.skips[1] >= MAX_SKIPPED_IN_A_ROW:
+            skipped = f"the last {MAX_SKIPPED_IN_A_ROW} steps up to step {row['step']} were skipped, for their gradients overflow in fp16 at any loss scale"
+            raise UserError(f"{skipped}; use --precision bf16 or fp32; {last_checkpoint_note(s)}")
         bad = [
             name
             for name in ("loss", "grad_norm", "val_loss")
@@ -47,36 +47,43 @@ def check_log(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         if bad == ["val_loss"]:
             overflow = f"the network's output is no number in {s.config.precision}"
             reason = (
-                blame(s) or f"{overflow}; use --precision bf16 or fp32, or lower the learning rate"
+                find_nonfinite_part(s)
+                or f"{overflow}; use --precision bf16 or fp32, or lower the learning rate"
             )
             raise UserError(
-                f"the validation loss is {row['val_loss']} after {row['step']} steps: {reason}; {last_good(s)}"
+                f"the validation loss is {row['val_loss']} after {row['step']} steps: {reason}; {last_checkpoint_note(s)}"
             )
         if bad and s.scaler is None:
-            raise UserError(_sentence(s, row, bad[0]))
+            raise UserError(_nonfinite_sentence(s, row, bad[0]))
 
 
-def check_rows(s: Session, rows: Tensor, name: str, b: int) -> None:
+def check_loss_values(s: Session, rows: Tensor, name: str, b: int) -> None:
     """Refuses loss rows that are not one finite number per example; where the model is to blame,
     not the loss, it is named.
     """
-    if isinstance(rows, Tensor) and not bool(rows.isfinite().all()) and (sentence := blame(s)):
+    if (
+        isinstance(rows, Tensor)
+        and not bool(rows.isfinite().all())
+        and (sentence := find_nonfinite_part(s))
+    ):
         raise UserError(sentence)
-    losses.check_rows(rows, name, b)
+    losses.check_loss_rows(rows, name, b)
 
 
-def _sentence(s: Session, row: Mapping[str, Any], what: str) -> str:
+def _nonfinite_sentence(s: Session, row: Mapping[str, Any], what: str) -> str:
     if what == "loss":
-        return f"the loss is {row['loss']} since step {row['step']}; lower the learning rate (--optimizer.lr); {last_good(s)}"
-    damaged = [name for name, params in s.groups.items() if not_finite(dict(enumerate(params)))]
+        return f"the loss is {row['loss']} since step {row['step']}; lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
+    damaged = [
+        name for name, params in s.groups.items() if nonfinite_names(dict(enumerate(params)))
+    ]
     hit = f", and {' and '.join(damaged)} took it over" if damaged else ""
     return (
         f"the gradient is {row['grad_norm']} in step {row['step']}, whose loss is a number, {row['loss']:g}{hit}; "
-        f"look for a place in the loss without a derivative (a square root of 0, 0 / 0), or lower the learning rate (--optimizer.lr); {last_good(s)}"
+        f"look for a place in the loss without a derivative (a square root of 0, 0 / 0), or lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
     )
 
 
-def last_good(s: Session) -> str:
+def last_checkpoint_note(s: Session) -> str:
     """Which checkpoint there is to go back to."""
     return (
         "there is no checkpoint"
@@ -86,7 +93,7 @@ def last_good(s: Session) -> str:
 
 
 @torch.no_grad()
-def check_state(s: Session, done: int) -> None:
+def check_finite_state(s: Session, done: int) -> None:
     """Raises UserError where a parameter, the optimiser's state or the moving average holds NaN or
     infinity. Waits for the device once.
     """
@@ -97,27 +104,27 @@ def check_state(s: Session, done: int) -> None:
         own = [s.optimizer.state.get(p, {}) for p in group["params"]]
         shared = {key: value for key, value in group.items() if key != "params"}
         parts[f"the optimizer's state of {group['name']}"] = dict(
-            enumerate(cuda_graph.tensors([own, shared]))
+            enumerate(cuda_graph.tree_tensors([own, shared]))
         )
     parts["the moving average"] = dict(
         enumerate(s.average.averages if s.average is not None else ())
     )
     every = {(part, i): tensor for part, tensors in parts.items() for i, tensor in tensors.items()}
-    bad = not_finite(every)
+    bad = nonfinite_names(every)
     if bad:
         part, i = bad[0]
-        where = _path(s, parts[part][i]) if part in s.groups else ""
+        where = _parameter_path(s, parts[part][i]) if part in s.groups else ""
         if not done:
             raise UserError(
                 f"{part}{where} holds NaN or infinity before the first step; look at the adapter's or the tokens' initial values"
             )
         raise UserError(
             f"{part}{where} holds NaN or infinity after step {done}, and nothing of it is written; "
-            f"lower the learning rate (--optimizer.lr); {last_good(s)}"
+            f"lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
         )
 
 
-def check_learned(s: Session) -> None:
+def check_steps_taken(s: Session) -> None:
     """Raises UserError where no step of the run changed anything: all of them overflowed in fp16."""
     if s.scaler is not None and s.skips[0] >= s.config.steps:
         raise UserError(
@@ -126,29 +133,31 @@ def check_learned(s: Session) -> None:
 
 
 @torch.no_grad()
-def blame(s: Session) -> str:
+def find_nonfinite_part(s: Session) -> str:
     """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where
     none is found. Looks at everything, for a run that ends here.
     """
     cure = f"fetch the model again, or use --precision bf16 or fp32 (this run is in {s.config.precision})"
     for name, module in s.family.modules.items():
-        if bad := not_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}):
+        if bad := nonfinite_names(
+            {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        ):
             return f"{name} has NaN or infinity among its weights, first in {bad[0]}; {cure}"
     for x in s.drawn.values():
-        if not_finite({"x0": x.x0}):
+        if nonfinite_names({"x0": x.x0}):
             return "the VAE's latents of the images are no numbers; leave --vae-precision at fp32 or give another --vae"
         cond = x.text if isinstance(x.text, Conditioning) else s.conditioning(x.text, x.sizes)
-        if not_finite({"prompt": cond.prompt_embeds, **cond.extra}):
+        if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
             return f"the text encoder's output is no number, though its weights are; {cure}"
-        cond = s.family.inform(cond, x.sizes, s.config.noise.guidance)
-        if not_finite(
+        cond = s.family.add_size_embeddings(cond, x.sizes, s.config.noise.guidance)
+        if nonfinite_names(
             {"out": s.denoise(noise.add_noise(x.x0, x.eps_in, x.level), x.level, cond, x.inpaint)}
         ):
             return f"the output of {s.family.denoiser} is no number, though its weights are; {cure}"
     return ""
 
 
-def _path(s: Session, parameter: Tensor) -> str:
+def _parameter_path(s: Session, parameter: Tensor) -> str:
     """` (its path in the model)`, of a parameter that trains."""
     for name, module in s.family.modules.items():
         for path, other in module.named_parameters():

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_core.errors import UserError
 from lora_core.optim import schedules
-from lora_core.runs.run_folder import flatten, unflatten
+from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 SHAPE = (
     64,
@@ -22,7 +22,7 @@ SHAPE = (
 STEPS = 2  # the first ones, in which state is made
 
 
-def rehearse(
+def try_optimizer(
     name: str,
     settings: Mapping[str, Mapping[str, Any]],
     args: Mapping[str, Any],
@@ -35,7 +35,7 @@ def rehearse(
     whose step needs a closure, fails, or cannot be steered by the learning rates of its groups, and
     for one whose state a checkpoint cannot hold. Draws from no generator that is used elsewhere.
     """
-    step, known = schedules.resolve_optimizer(name).step, schedules.arguments(name)
+    step, known = schedules.resolve_optimizer(name).step, schedules.optimizer_arguments(name)
     closure = inspect.signature(step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(
@@ -49,24 +49,24 @@ def rehearse(
         )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         params = _parameters(settings, device)
-        optimizer = _built(name, params, settings, args)
+        optimizer = _build_groups(name, params, settings, args)
         if name in schedules.OPTIMIZERS:  # ours: tests hold all of this
             return []
         _check_groups(name, optimizer, settings)
         try:
-            _advance(optimizer, params)
+            _run_steps(optimizer, params)
         except Exception as error:  # of a class that may be anybody's
             raise UserError(
-                f"optimizer {name} fails in its first steps: {_sentence(error)}; choose another or mend its arguments"
+                f"optimizer {name} fails in its first steps: {_one_sentence(error)}; choose another or mend its arguments"
             ) from error
         try:
-            tensors, meta = flatten(optimizer.state_dict())
+            tensors, meta = flatten_state(optimizer.state_dict())
         except TypeError as error:
             raise UserError(
                 f"optimizer {name} has a state that no checkpoint holds: {error}; choose another"
             ) from error
-        saved = unflatten({key: value.clone() for key, value in tensors.items()}, meta)
-        return _resumes(
+        saved = unflatten_state({key: value.clone() for key, value in tensors.items()}, meta)
+        return _check_resume(
             name,
             (optimizer, params),
             saved,
@@ -76,14 +76,14 @@ def rehearse(
         )
 
 
-def _built(
+def _build_groups(
     name: str,
     params: Mapping[str, nn.Parameter],
     settings: Mapping[str, Mapping[str, Any]],
     args: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
     groups = [{"params": [p], **settings[group]} for group, p in params.items()]
-    optimizer = schedules.build(name, schedules.split(groups, {}, 1.0), args)
+    optimizer = schedules.build_optimizer(name, schedules.split_lora_plus(groups, {}, 1.0), args)
     if schedules.is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
@@ -102,10 +102,10 @@ def _parameters(
     return {group: nn.Parameter(value.to(device)) for group, value in values.items()}
 
 
-def _advance(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> None:
+def _run_steps(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> None:
     torch.manual_seed(0)  # inside fork_rng: for classes that round at random
     for _ in range(STEPS):
-        with schedules.evaluated(
+        with schedules.use_evaluation_parameters(
             optimizer
         ):  # as at validations, of which one is before the first step
             pass
@@ -126,7 +126,7 @@ def _check_groups(
         )
 
 
-def _resumes(
+def _check_resume(
     name: str,
     run: tuple[torch.optim.Optimizer, Mapping[str, nn.Parameter]],
     saved: dict[str, Any],
@@ -137,17 +137,17 @@ def _resumes(
     """A sentence where a new optimiser does not go on from a saved state as the run does that saved
     it; `params` are its parameters at that time.
     """
-    again = _built(name, params, settings, args)
+    again = _build_groups(name, params, settings, args)
     try:
         again.load_state_dict(saved)
-        _advance(again, params)
+        _run_steps(again, params)
     except Exception as error:  # of a class that may be anybody's
         return [
-            f"optimizer {name} cannot take up a state it saved ({_sentence(error)}), so that this run cannot be resumed"
+            f"optimizer {name} cannot take up a state it saved ({_one_sentence(error)}), so that this run cannot be resumed"
         ]
-    _advance(*run)
+    _run_steps(*run)
     (ours, numbers), (theirs, others) = (
-        flatten(optimizer.state_dict()) for optimizer in (again, run[0])
+        flatten_state(optimizer.state_dict()) for optimizer in (again, run[0])
     )
     alike = numbers == others and all(
         torch.equal(value, theirs[key]) for key, value in ours.items()
@@ -159,6 +159,6 @@ def _resumes(
     ]
 
 
-def _sentence(error: Exception) -> str:
+def _one_sentence(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

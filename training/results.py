@@ -19,16 +19,16 @@ from lora_core import tokens
 from lora_core.adapters import custom_files, injection
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
-from lora_core.data.images import read_picture
+from lora_core.data.images import read_image
 from lora_core.diffusion import generation, losses, noise, validation
 from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
 from lora_core.formats import save_run
 from lora_core.runs import card, pictures, reports
-from lora_core.runs.card import Card
-from lora_core.runs.pictures import Row
-from models import noise_of, save_family
+from lora_core.runs.card import ModelCard
+from lora_core.runs.pictures import ImageRow
+from models import read_schedule, save_family
 from training import checkpoints, config_checks, nonfinite
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 COLUMNS = 5  # pictures in a row
 
 
-def validate(s: Session, done: int) -> None:
+def run_validation(s: Session, done: int) -> None:
     """Scores the images of `s.scored` after `done` steps, as many at once as in training; rows go to val.jsonl and metrics.jsonl."""
     if s.config.validation.every < 0 or done in s.scores:
         return
@@ -48,7 +48,7 @@ def validate(s: Session, done: int) -> None:
             start = max(
                 0, min(first, count - together)
             )  # the last batch is as large as the others: a GEMM's bits depend on its number of rows
-            scores = _score(s, range(start, min(start + together, count)))
+            scores = _score_batch(s, range(start, min(start + together, count)))
             found += [
                 score for i, score in enumerate(scores) if start + i % min(together, count) >= first
             ]
@@ -57,33 +57,35 @@ def validate(s: Session, done: int) -> None:
     )  # images in order within each
     for score in s.scores[done]:
         s.run.log({"step": done, **score._asdict()}, to="val")
-    before, after = _in_common(s.scores[min(s.scores)], s.scores[done])
+    before, after = _on_common_images(s.scores[min(s.scores)], s.scores[done])
     change = (
-        {"val_change": validation.mean(after) / validation.mean(before) - 1} if after else {}
+        {"val_change": validation.mean_loss(after) / validation.mean_loss(before) - 1}
+        if after
+        else {}
     )  # none: resumed with other images
-    s.log_book.add(done, val_loss=validation.mean(s.scores[done]), **change)
+    s.log_book.add(done, val_loss=validation.mean_loss(s.scores[done]), **change)
     s.flush()
 
 
-def _score(s: Session, images: range) -> list[Score]:
+def _score_batch(s: Session, images: range) -> list[Score]:
     """The scores of some images of `val_folder`."""
     batch, side = collate([_latent_example(s, i) for i in images]), s.val_folder.settings.resolution
     cond = s.family.encode_prompts(
-        [tokens.bind(caption, s.abstractions) for caption in batch.captions]
+        [tokens.bind_placeholders(caption, s.abstractions) for caption in batch.captions]
     )
-    cond = s.family.inform(
+    cond = s.family.add_size_embeddings(
         cond, Sizes(batch.original_sizes, batch.crops, (side, side)), s.config.noise.guidance
     )
     inpaint = None
     if s.family.inpainting:
         grey = torch.zeros(len(images), 3, side, side, device=s.device)
-        inpaint = generation.masked_latents(s.family, grey, torch.ones_like(grey[:, :1]))
+        inpaint = generation.encode_masked_image(s.family, grey, torch.ones_like(grey[:, :1]))
 
     def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
         return s.denoise(x_t, level, cond, inpaint)
 
     x0, v = batch.pixels.to(s.device), s.config.validation
-    return validation.score(
+    return validation.score_latents(
         denoise,
         x0,
         batch.keys,
@@ -105,7 +107,7 @@ def _latent_example(s: Session, i: int) -> Example:
     return s.val_latents[i]
 
 
-def draw(
+def generate_samples(
     s: Session, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False
 ) -> list[Image.Image]:
     """One picture for each prompt, seeds 0, 1, 2 ...; of the base model, of the learned tokens alone, or of the model as it is.
@@ -114,10 +116,16 @@ def draw(
     """
     word = s.config.samples.base_word
     bound = [
-        _plain(s, prompt, word) if base else tokens.bind(prompt, s.abstractions)
+        _ordinary_prompt(s, prompt, word)
+        if base
+        else tokens.bind_placeholders(prompt, s.abstractions)
         for prompt in prompts
     ]
-    with s.evaluating(), s.averaged(), _without_adapters(s) if base or only_tokens else ExitStack():
+    with (
+        s.evaluating(),
+        s.averaged(),
+        _adapters_disabled(s) if base or only_tokens else ExitStack(),
+    ):
         out: list[Image.Image] = []
         together = (
             1 if s.family.inpainting else s.config.batch_size
@@ -125,12 +133,14 @@ def draw(
         for i in range(0, len(bound), together):
             part = bound[i : i + together]
             out += pictures.to_images(
-                generation.generate(s.family, part, range(i, i + len(part)), s.recipe, **s.hole(i))
+                generation.generate_images(
+                    s.family, part, range(i, i + len(part)), s.recipe, **s.hole(i)
+                )
             )
     return out
 
 
-def prompts(s: Session) -> list[str]:
+def sample_prompts(s: Session) -> list[str]:
     """The prompts of the config, else the captions of the first training images."""
     return (
         list(s.config.samples.prompts)
@@ -138,85 +148,91 @@ def prompts(s: Session) -> list[str]:
     )
 
 
-def sample(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
+def save_sample_grid(s: Session, done: int, drawn: Sequence[Image.Image] = ()) -> None:
     """OUT/samples/step_NNNNNN.png; of `drawn`, where the pictures are there already."""
-    chosen = prompts(s)
-    sheet = pictures.grid(
-        list(_lines(Row("", drawn or draw(s, chosen), chosen))), title=f"after {done} steps"
+    chosen = sample_prompts(s)
+    sheet = pictures.draw_grid(
+        list(_wrap_row(ImageRow("", drawn or generate_samples(s, chosen), chosen))),
+        title=f"after {done} steps",
     )
     pictures.save_png(sheet, s.run.folder / "samples" / f"step_{done:06d}.png")
 
 
-def before_after(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
+def before_after_grid(s: Session, drawn: Sequence[Image.Image]) -> Image.Image:
     """Reference images, base model, tokens alone, everything (`drawn`), and everything in new places: one row each.
 
     More than COLUMNS prompts go on below, where before and after of one prompt are again one above the other.
     """
-    chosen, new = prompts(s), list(s.config.samples.new_prompts)
+    chosen, new = sample_prompts(s), list(s.config.samples.new_prompts)
     references = list({r.path: r.use_alpha for r in s.folder.records}.items())[:COLUMNS]
     rows = [
-        Row(
+        ImageRow(
             "before: the base model",
-            draw(s, chosen, base=True),
-            [_plain(s, p, s.config.samples.base_word) for p in chosen],
+            generate_samples(s, chosen, base=True),
+            [_ordinary_prompt(s, p, s.config.samples.base_word) for p in chosen],
         )
     ]
     if s.abstractions and s.trained:
-        rows.append(Row("learned tokens alone", draw(s, chosen, only_tokens=True), chosen))
+        rows.append(
+            ImageRow("learned tokens alone", generate_samples(s, chosen, only_tokens=True), chosen)
+        )
     what = " + ".join(
         [
             *(["tokens"] if s.abstractions else []),
             *([s.config.adapter.kind.split(":")[-1]] if s.trained else []),
         ]
     )
-    rows.append(Row(f"after: {what}", drawn, chosen))
-    together = zip(*(_lines(row) for row in rows), strict=True)
+    rows.append(ImageRow(f"after: {what}", drawn, chosen))
+    together = zip(*(_wrap_row(row) for row in rows), strict=True)
     sheet = [
-        Row("what it learned from", [_square(path, use_alpha=alpha) for path, alpha in references]),
+        ImageRow(
+            "what it learned from",
+            [_center_crop(path, use_alpha=alpha) for path, alpha in references],
+        ),
         *itertools.chain.from_iterable(together),
     ]
-    sheet += _lines(Row("after: new places", draw(s, new), new)) if new else ()
-    return pictures.grid(
+    sheet += _wrap_row(ImageRow("after: new places", generate_samples(s, new), new)) if new else ()
+    return pictures.draw_grid(
         sheet, title=f"{s.run.folder.name}: before and after {s.config.steps} steps"
     )
 
 
-def finish(s: Session) -> Path:
+def finish_run(s: Session) -> Path:
     """Writes the run's files, pictures, plots and summary.json, prints what came of it, and returns the folder."""
     done = s.config.steps
-    nonfinite.check_learned(s)
-    nonfinite.check_state(s, done)
-    validate(s, done)
+    nonfinite.check_steps_taken(s)
+    nonfinite.check_finite_state(s, done)
+    run_validation(s, done)
     if s.saved != done:
-        checkpoints.save(s, done)
+        checkpoints.write_checkpoint(s, done)
     with s.averaged():
-        learned = checkpoints.learned(s, done)
+        learned = checkpoints.learned_state(s, done)
         files = save_run(learned, s.run.folder, layout=s.family.layout)
         if not s.has_factors:
-            save_model(s, s.run.folder / "model")
-            files += _save_own(s, learned.metadata)
+            save_trained_model(s, s.run.folder / "model")
+            files += _save_custom_adapters(s, learned.metadata)
         told = [
             {"encoder": s.family.layout.encoders[name], **report._asdict()}
             for name, e in s.embeddings.items()
-            for report in tokens.report(e, s.family.tokenizers[name])
+            for report in tokens.report_tokens(e, s.family.tokenizers[name])
         ]
-    drawn = draw(s, prompts(s))
-    sample(s, done, drawn)
-    pictures.save_png(before_after(s, drawn), s.run.folder / "before_after.png")
+    drawn = generate_samples(s, sample_prompts(s))
+    save_sample_grid(s, done, drawn)
+    pictures.save_png(before_after_grid(s, drawn), s.run.folder / "before_after.png")
     reports.plot_metrics(s.run.folder, s.scored.words)
-    scores, note = _paired(s, done)
+    scores, note = _comparable_scores(s, done)
     summary = {
         "seconds": round(time.perf_counter() - s.began, 2),
         "steps": done,
-        "val_loss_before": validation.mean(scores[0]) if scores else None,
-        "val_loss_after": validation.mean(scores[1]) if scores else None,
-        **_remarks(s, note),
+        "val_loss_before": validation.mean_loss(scores[0]) if scores else None,
+        "val_loss_after": validation.mean_loss(scores[1]) if scores else None,
+        **_summary_notes(s, note),
         "files": {file.name: file.stat().st_size for file in files},
         "tokens": told,
     }
     s.run.write("summary.json", json.dumps(summary, indent=1))
     if scores:
-        print(_table(*scores, s.scored.words))
+        print(_loss_table(*scores, s.scored.words))
     if note or not scores:
         print(note or "no validation, so no loss before and after")
     if s.skips[0]:
@@ -229,13 +245,13 @@ def finish(s: Session) -> Path:
         print(
             f"{entry['name']}{encoder}: norm {entry['norm']:.3f}, moved {entry['drift']:.3f}, nearest {words}"
         )
-    card.write(_card(s, scores), s.run.folder)
+    card.write_card(_make_card(s, scores), s.run.folder)
     if s.config.push_to_hub:
-        print(f"uploaded: {card.push(s.run.folder, s.config.push_to_hub)}")
+        print(f"uploaded: {card.push_to_hub(s.run.folder, s.config.push_to_hub)}")
     return s.run.folder
 
 
-def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | None, str]:
+def _comparable_scores(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | None, str]:
     """((scores before, scores after), a remark) of the images that both have: a run may be resumed with other ones.
 
     No scores without a validation before the first step or after the last one, and where the two have no image in common.
@@ -243,7 +259,7 @@ def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | No
     if not s.scores.keys() >= {0, done}:
         return None, ""
     first, last = s.scores[0], s.scores[done]
-    before, after = _in_common(first, last)
+    before, after = _on_common_images(first, last)
     if not before:
         return (
             None,
@@ -258,32 +274,36 @@ def _paired(s: Session, done: int) -> tuple[tuple[list[Score], list[Score]] | No
     )
 
 
-def _in_common(first: Sequence[Score], last: Sequence[Score]) -> tuple[list[Score], list[Score]]:
+def _on_common_images(
+    first: Sequence[Score], last: Sequence[Score]
+) -> tuple[list[Score], list[Score]]:
     """The scores of two validations on the images that both have: a run may be resumed with other ones."""
     both = {score.key for score in first} & {score.key for score in last}
     before, after = ([score for score in scores if score.key in both] for scores in (first, last))
     return before, after
 
 
-def _remarks(s: Session, note: str) -> dict[str, Any]:
+def _summary_notes(s: Session, note: str) -> dict[str, Any]:
     """What summary.json says of a run that was resumed with changes or skipped steps."""
     remarks: dict[str, Any] = {"changes": s.changes} if s.changes else {}
     remarks |= {"compared": note} if note else {}
     return remarks | ({} if s.scaler is None else {"skipped": s.skips[0]})
 
 
-def _save_own(s: Session, header: Mapping[str, str]) -> list[Path]:
+def _save_custom_adapters(s: Session, header: Mapping[str, str]) -> list[Path]:
     """The file of adapters of one's own kind that have no low-rank form; none for a full fine-tune, which is in model/ whole."""
     if s.config.adapter.kind in injection.KINDS:
         return []
     return [
         custom_files.save_adapters(
-            s.trained, s.run.folder / f"{s.run.folder.name}{custom_files.ENDING}", header
+            s.trained,
+            s.run.folder / f"{s.run.folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}",
+            header,
         )
     ]
 
 
-def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
+def _make_card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> ModelCard:
     """What the run's README.md says; `scores` before and after, where there are any."""
     c, a = s.config, s.config.adapter
     stages = "; ".join(f"{stage.steps} steps of {' + '.join(stage.groups)}" for stage in c.stages)
@@ -309,7 +329,7 @@ def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
         else {}
     )
     how |= {
-        "loss": losses.meaning(
+        "loss": losses.describe_loss(
             c.weighting, s.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
         ).removeprefix("loss: ")
     }
@@ -320,36 +340,36 @@ def _card(s: Session, scores: tuple[list[Score], list[Score]] | None) -> Card:
     legacy = [
         name for name, config in configs.items() if config.eos_token_id == 2 and len(configs) > 1
     ]  # one encoder alone is not pooled
-    return Card(
+    return ModelCard(
         c.model,
         s.family.pipeline,
         encoders={name: s.family.layout.encoders[name] for name in s.embeddings},
         ends={name: s.family.tokenizers[name].eos_token_id for name in legacy},
         words={a.word: a.names for a in s.abstractions},
-        prompts=prompts(s),
+        prompts=sample_prompts(s),
         instance_prompt=s.folder.records[0].captions[0],
         sampling={"num_inference_steps": c.samples.steps, "guidance_scale": c.samples.guidance},
         training=how,
-        validation=_pairs(*scores) if scores else (),
+        validation=_losses_by_timestep(*scores) if scores else (),
         scored=s.scored.words,
         repo=c.push_to_hub,
-        rerun=config_checks.rerun(c),
+        rerun=config_checks.rerun_reason(c),
     )
 
 
-def save_model(s: Session, folder: Path) -> None:
+def save_trained_model(s: Session, folder: Path) -> None:
     """The whole model in the diffusers layout, trained parts with what they have learned; token rows are in their own file."""
-    states = {name: injection.merged(module) for name, module in s.trained.items()}
+    states = {name: injection.merged_state_dict(module) for name, module in s.trained.items()}
     for name in states.keys() & s.embeddings.keys():
-        states[name] = tokens.without_rows(states[name], s.embeddings[name], s.encoders[name])
+        states[name] = tokens.strip_token_rows(states[name], s.embeddings[name], s.encoders[name])
     save_family(s.family, s.config.model, folder, states, s.config.model_config)
 
 
-def preview(config: Config) -> Path:
+def preview_noise_levels(config: Config) -> Path:
     """Prints which noise levels a config trains on and how much they count; the plot beside its OUT. Reads the model's scheduler, no weights."""
-    config_checks.config(config, data=False)
+    config_checks.check_config(config, data=False)
     n = config.noise
-    schedule, row = noise_of(
+    schedule, row = read_schedule(
         config.model,
         config_checks.scheduler_changes(config),
         config.data.resolution if n.dynamic_shift else 0,
@@ -358,7 +378,7 @@ def preview(config: Config) -> Path:
     o = reports.Objective(
         schedule,
         row,
-        noise.density(n.density, **n.density_args),
+        noise.bind_density(n.density, **n.density_args),
         n.low,
         n.high,
         n.shift,
@@ -371,49 +391,57 @@ def preview(config: Config) -> Path:
     return reports.preview_density(o, out.with_name(f"{out.name}_density.png"))
 
 
-def _pairs(first: Sequence[Score], last: Sequence[Score]) -> list[tuple[str, float, float]]:
+def _losses_by_timestep(
+    first: Sequence[Score], last: Sequence[Score]
+) -> list[tuple[str, float, float]]:
     """(timestep, loss before, loss after), and the means of all."""
-    bins = zip(validation.by_bin(first).items(), validation.by_bin(last).values(), strict=True)
+    bins = zip(
+        validation.mean_by_timestep(first).items(),
+        validation.mean_by_timestep(last).values(),
+        strict=True,
+    )
     return [
-        *((validation.timestep(t), b, a) for (t, b), a in bins),
-        ("all", validation.mean(first), validation.mean(last)),
+        *((validation.format_timestep(t), b, a) for (t, b), a in bins),
+        ("all", validation.mean_loss(first), validation.mean_loss(last)),
     ]
 
 
-def _lines(row: Row) -> Iterator[Row]:
+def _wrap_row(row: ImageRow) -> Iterator[ImageRow]:
     """The row cut into rows of at most COLUMNS images, each with its captions; the label stands at each."""
     for i in range(0, len(row.images), COLUMNS):
-        yield Row(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
+        yield ImageRow(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
 
 
-def _table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
+def _loss_table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
     lines = [
         f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}   {words} at fixed timesteps and noise"
     ]
-    for name, before, after in _pairs(first, last):
+    for name, before, after in _losses_by_timestep(first, last):
         lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
     return "\n".join(lines)
 
 
-def _plain(s: Session, prompt: str, word: str) -> str:
+def _ordinary_prompt(s: Session, prompt: str, word: str) -> str:
     """The prompt for a model that knows no placeholder: the word, else the initialising words, in its place."""
     for a in s.abstractions:
-        ordinary = "" if tokens.is_drawn(a.init) else a.init
-        prompt = tokens.bind(prompt, [tokens.Abstraction(a.word, (word or ordinary,), "zero")])
+        ordinary = "" if tokens.is_random_init(a.init) else a.init
+        prompt = tokens.bind_placeholders(
+            prompt, [tokens.Placeholder(a.word, (word or ordinary,), "zero")]
+        )
     return " ".join(prompt.split())
 
 
-def _square(path: Path, *, use_alpha: bool = False) -> Image.Image:
+def _center_crop(path: Path, *, use_alpha: bool = False) -> Image.Image:
     """The training image as training reads it, centre-cropped."""
-    image = read_picture(path, use_alpha=use_alpha).image
+    image = read_image(path, use_alpha=use_alpha).image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 @contextmanager
-def _without_adapters(s: Session) -> Iterator[None]:
+def _adapters_disabled(s: Session) -> Iterator[None]:
     with ExitStack() as stack:
         for module in s.trained.values():
-            stack.enter_context(injection.disabled(module))
+            stack.enter_context(injection.disable_adapters(module))
         yield

@@ -64,7 +64,7 @@ SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
 
-def identity(
+def run_identity(
     config: Mapping[str, Any],
     records: Sequence[Record],
     prior: Sequence[Record],
@@ -95,7 +95,7 @@ def model_identity(
     return found | {"scheduler": content.hexdigest()}
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
+def identity_changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
     """What differs between two identities for the first `step` steps, one phrase each with its
     name, its old and its new value.
     """

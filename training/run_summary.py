@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_core.data.dataset import Folder
-from lora_core.data.listing import TABLES, count_images
+from lora_core.data.dataset import ImageDataset
+from lora_core.data.listing import METADATA_TABLES, count_images
 from lora_core.data.records import Record
-from lora_core.data.sample_order import Plan
+from lora_core.data.sample_order import BucketOrder
 from lora_core.errors import printable
-from lora_core.tokens import Abstraction, bind
+from lora_core.tokens import Placeholder, bind_placeholders
 
 NAMES = 3  # files of a kind that are named
 LONGEST = 160  # characters of the example caption
 
 
-class Length(NamedTuple):
+class RunLength(NamedTuple):
     """How long a run is."""
 
     steps: int
@@ -24,14 +24,14 @@ class Length(NamedTuple):
     accumulation: int  # forward passes for one step
 
 
-def describe(
-    folder: Folder,
-    prior: Folder | None,
-    abstractions: Sequence[Abstraction],
-    length: Length,
+def describe_run(
+    folder: ImageDataset,
+    prior: ImageDataset | None,
+    abstractions: Sequence[Placeholder],
+    length: RunLength,
     left_out: Mapping[str, Sequence[Path]],
 ) -> str:
-    """The lines that are printed before training. `left_out`: reason -> files that nothing reads (`records.unused`)."""
+    """The lines that are printed before training. `left_out`: reason -> files that nothing reads (`records.find_unused_files`)."""
     lines = [
         _images(folder),
         f"captions: {_sources(folder.records)}",
@@ -58,7 +58,7 @@ def describe(
     return printable("\n".join(lines))
 
 
-def _images(folder: Folder) -> str:
+def _images(folder: ImageDataset) -> str:
     """How many images of which sizes."""
     records = folder.records
     count, areas = (
@@ -94,21 +94,21 @@ def _sources(records: Sequence[Record]) -> str:
 def _source(source: Path | str) -> str:
     if isinstance(source, str):
         return source
-    return source.name if source.name in TABLES else f"{source.suffix.lower()} files"
+    return source.name if source.name in METADATA_TABLES else f"{source.suffix.lower()} files"
 
 
-def _example(record: Record, abstractions: Sequence[Abstraction]) -> str:
-    caption = bind(record.captions[0], abstractions)
+def _example(record: Record, abstractions: Sequence[Placeholder]) -> str:
+    caption = bind_placeholders(record.captions[0], abstractions)
     short = caption if len(caption) <= LONGEST else caption[:LONGEST] + "..."
     more = f", one of {len(record.captions)}" if len(record.captions) > 1 else ""
     return f"{short!r} ({record.path.name}{more})"
 
 
-def _epochs(folder: Folder, length: Length) -> str:
+def _epochs(folder: ImageDataset, length: RunLength) -> str:
     """How many steps of how many images, and how often that is all of them."""
     images = length.batch * length.accumulation
     if folder.settings.buckets:
-        epochs = length.steps / Plan(folder.sizes, images, folder.settings.seed).steps
+        epochs = length.steps / BucketOrder(folder.sizes, images, folder.settings.seed).steps
     else:
         epochs = length.steps * images / len(folder)
     how = f" ({length.batch} x {length.accumulation})" if length.accumulation > 1 else ""

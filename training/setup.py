@@ -22,24 +22,24 @@ from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data import buckets, dataset, hub
-from lora_core.data.cache import Cache
-from lora_core.data.dataset import Batch, Folder, ImageSettings, micro_batches
+from lora_core.data.cache import TensorCache
+from lora_core.data.dataset import Batch, ImageDataset, ImageSettings, micro_batches
 from lora_core.diffusion import losses, noise, prediction, sampling, validation
-from lora_core.diffusion.generation import Recipe, Sizes
+from lora_core.diffusion.generation import SamplerSettings, Sizes
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, NoiseSettings
 from lora_core.errors import UserError
 from lora_core.optim import schedules
-from lora_core.optim.ema import Average
+from lora_core.optim.ema import ParameterAverage
 from lora_core.runs import reports
-from lora_core.runs.run_folder import Run, hold_folder
-from lora_core.text import say
+from lora_core.runs.run_folder import Run, lock_folder
+from lora_core.text import print_escaped
 from lora_core.toml import to_table, to_toml
-from models import DTYPES, Conditioning, Loading, choose_device, load_family, outline
+from models import DTYPES, Conditioning, LoadOptions, choose_device, load_family, read_layout
 from training import checkpoints, class_images, config_checks, cuda_graph, nonfinite, step_inputs
 from training.run_identity import model_identity
-from training.run_summary import Length, describe
-from training.step_inputs import Inputs, Text
+from training.run_summary import RunLength, describe_run
+from training.step_inputs import StepInputs, TextInput
 
 
 class Session:
@@ -53,24 +53,24 @@ class Session:
     ) -> None:
         self.config = config
         self.began = time.perf_counter()
-        config_checks.opening(config)
+        config_checks.check_startup(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the current device
-        config_checks.machine(config, self.device)
-        config_checks.optimizer(config, self.device)
+        config_checks.check_device(config, self.device)
+        config_checks.check_optimizer(config, self.device)
         self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
-        self.loss: Callable[[StepOutput], Tensor] = loss or losses.resolve(
+        self.loss: Callable[[StepOutput], Tensor] = loss or losses.find_function(
             config.loss, losses.LOSSES, config.loss_arg
         )
         if config.prior.swap:
-            self.loss = losses.preserving(self.loss, config.prior.swap_weight)
-        self.replayed = cuda_graph.Replayed() if config.cuda_graph else None
+            self.loss = losses.add_preservation(self.loss, config.prior.swap_weight)
+        self.replayed = cuda_graph.GraphReplay() if config.cuda_graph else None
         if config.cuda_graph:
-            config_checks.capturable(self.loss, self.loss_name, step)
-        self.density = noise.density(config.noise.density, **config.noise.density_args)
+            config_checks.check_capturable(self.loss, self.loss_name, step)
+        self.density = noise.bind_density(config.noise.density, **config.noise.density_args)
         self.noise = NoiseSettings(
             config.noise.offset,
             config.noise.multires_levels,
@@ -82,11 +82,13 @@ class Session:
             config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout
         )
         side, look = config.data.resolution, config.samples
-        self.recipe = Recipe(look.sampler, look.steps, look.guidance, look.negative, side, side)
+        self.recipe = SamplerSettings(
+            look.sampler, look.steps, look.guidance, look.negative, side, side
+        )
         self._open_data()
         self._open_model()
         self._open_optimizer()
-        self.lock = hold_folder(Path(os.path.abspath(config.out)))  # first here may the disk change
+        self.lock = lock_folder(Path(os.path.abspath(config.out)))  # first here may the disk change
         try:
             self._open_run()
         except BaseException:
@@ -111,13 +113,13 @@ class Session:
         self.val_latents: dict[
             int, dataset.Example
         ] = {}  # of val_folder, with latents on the CPU in place of pixels
-        self.latent_cache = Cache(
-            step_inputs.fingerprint(self.family.modules["vae"]) if config.data.cache else {},
+        self.latent_cache = TensorCache(
+            step_inputs.vae_fingerprint(self.family.modules["vae"]) if config.data.cache else {},
             config.data.cache or None,
         )
         self.text_cache: dict[str, Conditioning] = {}
         self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
-        self.drawn: dict[Hashable, Inputs] = {}  # what `prepare` drew
+        self.drawn: dict[Hashable, StepInputs] = {}  # what `prepare` drew
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.saved: int | None = None  # the step of the newest checkpoint
         self.checked = False  # whether a step of this stage was looked at
@@ -126,12 +128,12 @@ class Session:
             0,
             0,
         )  # steps that overflowed in fp16, and those of them in a row up to the last row of the log
-        self.start = checkpoints.restore(self)
-        nonfinite.check_state(self, self.start)
+        self.start = checkpoints.restore_checkpoint(self)
+        nonfinite.check_finite_state(self, self.start)
         for group in self.optimizer.param_groups if config.cuda_graph else ():
             group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
-        length = Length(config.steps, config.batch_size, config.accumulation)
-        say(describe(self.folder, self.prior, self.abstractions, length, self.unused))
+        length = RunLength(config.steps, config.batch_size, config.accumulation)
+        print_escaped(describe_run(self.folder, self.prior, self.abstractions, length, self.unused))
         self.run.write(
             "config.toml", to_toml(config.recorded)
         )  # so that `config.toml --resume` goes on
@@ -140,7 +142,7 @@ class Session:
         d, images = self.config.data, self.config.data.images
         if d.dataset:
             images = str(
-                hub.export(
+                hub.export_dataset(
                     d.dataset,
                     split=d.split,
                     image_column=d.image_column,
@@ -154,38 +156,40 @@ class Session:
             "caption": d.caption or None,
             "caption_column": column,
         }
-        records = dataset.scan(images, repeats=d.repeats, masks=d.masks, **how)
+        records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **how)
         settings = ImageSettings(
             d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed
         )
         settings = replace(
             settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation
         )
-        self.folder = Folder(records, settings, caption_dropout=d.caption_dropout)
+        self.folder = ImageDataset(records, settings, caption_dropout=d.caption_dropout)
         if d.buckets:
-            print(buckets.report(self.folder.sizes, self.instances))
+            print(buckets.describe_buckets(self.folder.sizes, self.instances))
         doubts = (
-            dataset.scaled_up(self.folder),
-            dataset.shifted_to_masks(self.folder),
-            dataset.unread_names(images, records),
+            dataset.describe_upscaled(self.folder),
+            dataset.describe_moved_crops(self.folder),
+            dataset.describe_unread_folder_names(images, records),
         )
         for sentence in filter(None, doubts):
             print(f"warning: {sentence}", file=sys.stderr)
         for word in (
-            config_checks.initializers(self.config)
+            config_checks.token_initializers(self.config)
             if self.config.trains("tokens")
             else self.config.prior.swap
         ):
-            config_checks.placeholder(records, word)
-        config_checks.masks(self.config, self.folder)
-        class_images.check_folder(self.config.prior.images, images)
-        self.unused = dataset.unused(images, records)
+            config_checks.check_placeholder(records, word)
+        config_checks.check_masks(self.config, self.folder)
+        class_images.check_class_folder(self.config.prior.images, images)
+        self.unused = dataset.find_unused_files(images, records)
         v = self.config.validation
-        held_out = dataset.scan(v.images, masks="none", held_out=True, **how) if v.images else None
-        self.scored = validation.choose(records, held_out, v.count)
+        held_out = (
+            dataset.scan_folder(v.images, masks="none", held_out=True, **how) if v.images else None
+        )
+        self.scored = validation.choose_images(records, held_out, v.count)
         if v.every >= 0:
             print(self.scored.sentence)
-        self.val_folder = Folder(
+        self.val_folder = ImageDataset(
             self.scored.records,
             ImageSettings(d.resolution, interpolation=d.interpolation),
             keep_bytes=0,
@@ -193,9 +197,9 @@ class Session:
 
     def _open_model(self) -> None:
         c = self.config
-        plan = config_checks.plan(c, outline(c.model, c.model_config))
+        plan = config_checks.plan_adapters(c, read_layout(c.model, c.model_config))
         vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
-        how = Loading(
+        how = LoadOptions(
             DTYPES[c.precision],
             self.device,
             c.vae,
@@ -206,11 +210,11 @@ class Session:
             c.model_config,
         )
         self.family = load_family(c.model, how)
-        config_checks.model(c, self.family)
+        config_checks.check_model(c, self.family)
         self.model_identity = model_identity(
             self.family.modules, self.family.schedule, self.family.prediction
         )
-        sampling.levels(
+        sampling.sampler_levels(
             self.recipe.sampler,
             self.family.schedule,
             self.recipe.steps,
@@ -218,7 +222,7 @@ class Session:
             offset=self.family.offset,
         )
         print(
-            losses.meaning(
+            losses.describe_loss(
                 c.weighting, self.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
             )
         )
@@ -231,11 +235,11 @@ class Session:
         self.trained = {
             name: self.family.modules[name] for name in plan
         }  # the networks with adapters
-        self.has_factors = config_checks.injected(
+        self.has_factors = config_checks.report_adapters(
             c, self.trained, paths
         )  # else the run writes a whole model
         self._install_tokens()
-        config_checks.token_limit(
+        config_checks.check_token_limit(
             self.family, self.embeddings, self.abstractions, self.folder.records
         )
         if c.gradient_checkpointing:
@@ -256,9 +260,13 @@ class Session:
             p
             for name in self.encoders
             if name in self.trained
-            for p in injection.parameters(self.encoders[name])
+            for p in injection.adapter_parameters(self.encoders[name])
         ]
-        unet = injection.parameters(self.denoiser) if self.family.denoiser in self.trained else []
+        unet = (
+            injection.adapter_parameters(self.denoiser)
+            if self.family.denoiser in self.trained
+            else []
+        )
         every = {
             "denoiser": unet,
             "text_encoder": text,
@@ -268,7 +276,7 @@ class Session:
             name: params for name, params in every.items() if params
         }
         self.average = (
-            Average([p for params in self.groups.values() for p in params], c.ema)
+            ParameterAverage([p for params in self.groups.values() for p in params], c.ema)
             if c.ema
             else None
         )
@@ -276,7 +284,7 @@ class Session:
     def _install_tokens(self) -> None:
         """The learned rows of the chosen text encoders; what each abstraction starts from needs the tokenizers."""
         c, keys, self.embeddings = self.config, self.family.layout.encoders, {}
-        self.abstractions: tuple[tokens.Abstraction, ...] = ()
+        self.abstractions: tuple[tokens.Placeholder, ...] = ()
         if not c.trains("tokens"):
             return
         chosen = [
@@ -288,16 +296,18 @@ class Session:
             raise UserError(
                 f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}"
             )
-        inits = config_checks.initializers(c)
+        inits = config_checks.token_initializers(c)
         vectors = [
             c.tokens.vectors
-            or tokens.count(init, [self.family.tokenizers[name] for name in chosen])
+            or tokens.count_initializer_tokens(
+                init, [self.family.tokenizers[name] for name in chosen]
+            )
             for init in inits.values()
         ]
-        self.abstractions = tokens.make_abstractions(inits, vectors)
+        self.abstractions = tokens.make_placeholders(inits, vectors)
         for name in chosen:
             stream = "" if name == "text_encoder" else keys[name]
-            self.embeddings[name] = tokens.install(
+            self.embeddings[name] = tokens.install_tokens(
                 self.encoders[name],
                 self.family.tokenizers[name],
                 self.abstractions,
@@ -316,7 +326,8 @@ class Session:
         )  # beside its parameters
         self.rates = {name: settings["lr"] for name, settings in self.settings.items()}
         self.decays = {
-            name: o.weight_decay.get(name, schedules.DECAYS[name]) for name in self.groups
+            name: o.weight_decay.get(name, schedules.DEFAULT_WEIGHT_DECAYS[name])
+            for name in self.groups
         }
         groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
         ups: dict[
@@ -326,7 +337,9 @@ class Session:
             ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(
                 injection.up_parameters(module)
             )
-        self.optimizer = schedules.build(o.name, schedules.split(groups, ups, o.lora_plus), o.args)
+        self.optimizer = schedules.build_optimizer(
+            o.name, schedules.split_lora_plus(groups, ups, o.lora_plus), o.args
+        )
         if schedules.is_schedule_free(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
         self.scaler = (
@@ -346,15 +359,15 @@ class Session:
         """Draws the inputs of a batch's micro-batches; on a GPU on a stream of its own, beside the steps that were asked for and are not done."""
         with self.beside():
             self.drawn = {
-                self._name(micro, step): step_inputs.draw(self, micro, stage, step)
+                self._name(micro, step): step_inputs.make_step_inputs(self, micro, stage, step)
                 for micro in micro_batches(batch, self.config.accumulation)
             }
 
-    def inputs(self, batch: Batch, stage: Stage, step: int) -> Inputs:
+    def inputs(self, batch: Batch, stage: Stage, step: int) -> StepInputs:
         """What `prepare` drew for this batch, else drawn now."""
         name = self._name(batch, step)
         if name not in self.drawn:
-            self.drawn[name] = step_inputs.draw(self, batch, stage, step)
+            self.drawn[name] = step_inputs.make_step_inputs(self, batch, stage, step)
         return self.drawn[name]
 
     def _name(self, batch: Batch, step: int) -> Hashable:
@@ -370,14 +383,18 @@ class Session:
         with torch.cuda.stream(self.side):
             yield
         main.wait_stream(self.side)
-        for tensor in cuda_graph.tensors(self.drawn):
+        for tensor in cuda_graph.tree_tensors(self.drawn):
             tensor.record_stream(main)
 
-    def conditioning(self, text: Text, sizes: Sizes) -> Conditioning:
+    def conditioning(self, text: TextInput, sizes: Sizes) -> Conditioning:
         """The prompts encoded, where they are not yet, and what the denoiser is told of the images."""
         with self.autocast():
-            cond = text if isinstance(text, Conditioning) else step_inputs.encode(self.family, text)
-        return self.family.inform(cond, sizes, self.config.noise.guidance)
+            cond = (
+                text
+                if isinstance(text, Conditioning)
+                else step_inputs.encode_text(self.family, text)
+            )
+        return self.family.add_size_embeddings(cond, sizes, self.config.noise.guidance)
 
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
@@ -397,16 +414,16 @@ class Session:
             cache_enabled=not self.config.cuda_graph,
         )
 
-    def key_dropout(self, x: Inputs) -> None:
+    def key_dropout(self, x: StepInputs) -> None:
         for module in self.trained.values() if x.rows is not None else ():
-            injection.set_dropout(module, x.rows, x.step)  # type: ignore[arg-type]
+            injection.set_dropout_keys(module, x.rows, x.step)  # type: ignore[arg-type]
 
-    def lazy(self, x: Inputs, x_t: Tensor, cond: Conditioning) -> dict[str, Callable[..., Any]]:
+    def lazy(self, x: StepInputs, x_t: Tensor, cond: Conditioning) -> dict[str, Callable[..., Any]]:
         """Members of StepOutput that cost a forward pass, for losses that touch them."""
 
         @torch.no_grad()
         def base_out(told: Conditioning = cond) -> Tensor:
-            with injection.disabled(self.denoiser):
+            with injection.disable_adapters(self.denoiser):
                 return self.denoise(x_t, x.level, told, x.inpaint)
 
         def preserved() -> tuple[Tensor, Tensor]:
@@ -435,7 +452,7 @@ class Session:
     # ------------------------------------------------------------ what the loop asks for
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        return dataset.batches(
+        return dataset.iterate_batches(
             self.folder,
             self.prior,
             batch=self.instances,
@@ -490,14 +507,14 @@ class Session:
     def check_rows(self, rows: Tensor, name: str, b: int) -> None:
         """Refuses what is not one finite number per example, in the first step of a stage: to look means to wait for the device."""
         if not self.checked:
-            nonfinite.check_rows(self, rows, name, b)
+            nonfinite.check_loss_values(self, rows, name, b)
 
     def replay(self, advance: Callable[[], tuple[Tensor, ...]], stage: Stage) -> tuple[Tensor, ...]:
         """advance(), or with --cuda-graph its replay on the inputs that were drawn."""
         if self.replayed is None:
             return advance()
 
-        def on(given: list[Inputs]) -> tuple[Tensor, ...]:
+        def on(given: list[StepInputs]) -> tuple[Tensor, ...]:
             self.drawn = dict(zip(self.drawn, given, strict=True))
             return advance()
 
@@ -508,7 +525,7 @@ class Session:
         """Within it no adapter changes, so that what depends on factors alone is computed once."""
         with ExitStack() as stack:
             for module in self.trained.values():
-                stack.enter_context(injection.steady(module))
+                stack.enter_context(injection.cache_dora_norms(module))
             yield
 
     def update(self) -> Tensor:
@@ -522,7 +539,7 @@ class Session:
             self.checked = True
         if self.scaler is not None:
             self.scaler.unscale_(self.active)
-        norm = schedules.clip_(self.active, self.config.optimizer.clip or math.inf)
+        norm = schedules.clip_gradients_(self.active, self.config.optimizer.clip or math.inf)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -541,7 +558,7 @@ class Session:
         if "tokens" not in stage.groups or how == "none":
             return
         group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
-        d = schedules.distance(self.optimizer, group)
+        d = schedules.read_distance(self.optimizer, group)
         rate = torch.as_tensor(
             100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64
         ).clamp(max=1.0)
@@ -571,7 +588,7 @@ class Session:
             if g["name"] in stage.groups
         }  # LoRA+: that of down
         found = {
-            f"d_{g['name']}": schedules.distance(self.optimizer, g)
+            f"d_{g['name']}": schedules.read_distance(self.optimizer, g)
             for g in self.optimizer.param_groups
             if g["name"] in stage.groups
         }
@@ -589,7 +606,7 @@ class Session:
     def flush(self) -> list[dict[str, Any]]:
         """Writes and returns the waiting rows. Raises UserError when one of them is no number, before a checkpoint could hold the damage."""
         rows = self.log_book.flush()
-        nonfinite.check_log(self, rows)
+        nonfinite.check_logged_values(self, rows)
         return rows
 
     # ------------------------------------------------------------ looking at it
@@ -607,7 +624,7 @@ class Session:
     def averaged(self) -> Iterator[None]:
         """The moving average in the parameters' place, where there is one: --ema's, or a schedule-free optimiser's own."""
         with ExitStack() as stack:
-            stack.enter_context(schedules.evaluated(self.optimizer))
+            stack.enter_context(schedules.use_evaluation_parameters(self.optimizer))
             if self.average is not None:
                 stack.enter_context(self.average.swapped())
             yield

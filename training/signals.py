@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 # Seconds in which a further signal is the same request: `timeout` and a closed terminal send theirs
 # twice, systemd a SIGHUP after the SIGTERM.
-ONE_REQUEST = 1.0
+REPEAT_SECONDS = 1.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,7 +43,7 @@ class Signals:
             0.0,
         )  # of the first signal; whether it may wait; when it came
         self.before: dict[int, Any] = {}
-        for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
+        for number in [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]:
             handler = signal.getsignal(number)
             try:
                 if handler is not signal.SIG_IGN:
@@ -69,7 +69,7 @@ class Signals:
         finally:
             self.waits = False
 
-    def raise_(self) -> None:
+    def raise_if_received(self) -> None:
         """Raises Stopped if a signal came."""
         if self.number:
             raise Stopped("", self.number)
@@ -78,7 +78,7 @@ class Signals:
         first = not self.number
         if first:
             self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since < ONE_REQUEST:
+        elif time.monotonic() - self.since < REPEAT_SECONDS:
             return
         if not (first and self.waits):
             raise Stopped("", number)

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import Base
+from lora_core.adapters.kinds import BaseLayer
 from lora_core.errors import UserError
-from lora_core.kernels.reference import wide
+from lora_core.kernels.reference import wide_dtype
 
 if TYPE_CHECKING:
-    from lora_core.adapters.groups import Group
+    from lora_core.adapters.groups import LayerGroup
 
 
 class Adapted(nn.Module):
     """A layer and its adapters, in the layer's place. Everything it does not have itself (weight, bias, stride ...) is the layer's."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
@@ -32,7 +32,9 @@ class Adapted(nn.Module):
         self.original_bias: Tensor | None
         self.register_buffer("original_bias", None, persistent=False)
         self.enabled = True
-        self.group: Group | None = None  # the layers that see the same x, and which of them this is
+        self.group: LayerGroup | None = (
+            None  # the layers that see the same x, and which of them this is
+        )
         self.seat = 0
         self.training = base.training
 
@@ -73,7 +75,7 @@ class Adapted(nn.Module):
             adapter, strength = active[0]
             return adapter(self.base, x, strength)
         y0 = self.base(x)
-        total = y0.to(wide(y0.dtype))
+        total = y0.to(wide_dtype(y0.dtype))
         for adapter, strength in active:
             total = total + adapter.update(self.base, x, y0, strength)
         return total.to(y0.dtype)
@@ -112,7 +114,7 @@ class Adapted(nn.Module):
 
         Raises UserError when the weight is not floating point or the result overflows its dtype.
         """
-        totals = {name: p.to(wide(p.dtype)) for name, p in self.base.named_parameters()}
+        totals = {name: p.to(wide_dtype(p.dtype)) for name, p in self.base.named_parameters()}
         dtype = self.base.weight.dtype
         if not dtype.is_floating_point:
             raise UserError(
@@ -138,9 +140,9 @@ class Adapted(nn.Module):
         return rounded
 
 
-def layers(model: nn.Module) -> dict[str, Base | Adapted]:
+def adaptable_layers(model: nn.Module) -> dict[str, BaseLayer | Adapted]:
     """Every Linear and Conv2d, adapted or not, by the path it has without adapters; a layer used in two places has its first path."""
-    found: dict[str, Base | Adapted] = {}
+    found: dict[str, BaseLayer | Adapted] = {}
     seen: set[int] = set()
 
     def walk(module: nn.Module, prefix: str) -> None:
@@ -157,7 +159,7 @@ def layers(model: nn.Module) -> dict[str, Base | Adapted]:
     return found
 
 
-def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def module_parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """id of a module -> every (parent, attribute) that holds it."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_core.adapters.adapted_layer import Adapted, layers
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.adapters.kinds import KINDS, is_low_rank
 from lora_core.errors import UserError
-from lora_core.formats import OWN
-from lora_core.runs.run_folder import atomic
+from lora_core.formats import CUSTOM
+from lora_core.runs.run_folder import atomic_write
 
-ENDING = OWN  # after the run's name
+CUSTOM_ADAPTER_ENDING = CUSTOM  # after the run's name
 NO_FACTORS = (
     UserError,
     AttributeError,
@@ -30,7 +30,7 @@ NO_FACTORS = (
 
 def has_factors(model: nn.Module, name: str = "default") -> bool:
     """Whether the adapters of a model have a low-rank form, in which LoRA files are written; asked of the first."""
-    adapter = next(layer.adapter(name) for layer in _adapted(model, name).values())
+    adapter = next(layer.adapter(name) for layer in _custom_layers(model, name).values())
     if not is_low_rank(type(adapter)):
         return False
     try:
@@ -40,10 +40,12 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
     return True
 
 
-def check(models: Mapping[str, nn.Module], kind: str, run: str, name: str = "default") -> None:
+def check_custom_kind(
+    models: Mapping[str, nn.Module], kind: str, run: str, name: str = "default"
+) -> None:
     """Says which files a run without factors will write. Raises UserError where an adapter cannot be folded, so that nothing could be written."""
     for component, model in models.items():
-        path, layer = next(iter(_adapted(model, name).items()))
+        path, layer = next(iter(_custom_layers(model, name).items()))
         try:
             shape = layer.adapter(name).delta_weight(layer.base).shape
         except NO_FACTORS as error:
@@ -57,7 +59,7 @@ def check(models: Mapping[str, nn.Module], kind: str, run: str, name: str = "def
             )
     if kind not in KINDS:
         print(
-            f"{kind} has no low-rank form: the run writes {run}{ENDING}, its own parameters, and model/, the whole model with them folded in"
+            f"{kind} has no low-rank form: the run writes {run}{CUSTOM_ADAPTER_ENDING}, its own parameters, and model/, the whole model with them folded in"
         )
 
 
@@ -65,7 +67,7 @@ def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> d
     """The parameters and buffers of every adapter, as "component.path.name", on the CPU."""
     found = {}
     for component, model in models.items():
-        for path, layer in _adapted(model, name).items():
+        for path, layer in _custom_layers(model, name).items():
             for key, value in layer.adapter(name).state_dict().items():
                 found[f"{component}.{path}.{key}"] = (
                     value.detach().to("cpu", copy=True).contiguous()
@@ -77,7 +79,7 @@ def save_adapters(
     models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default"
 ) -> Path:
     """Writes `adapter_tensors` with a header, whole or not at all."""
-    with atomic(file) as temporary:
+    with atomic_write(file) as temporary:
         save_file(adapter_tensors(models, name), temporary, {"format": "pt", **header})
     return file
 
@@ -100,16 +102,16 @@ def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str =
             )
     with torch.no_grad():
         for component, model in models.items():
-            for path, layer in _adapted(model, name).items():
+            for path, layer in _custom_layers(model, name).items():
                 adapter = layer.adapter(name)
                 adapter.load_state_dict(
                     {key: saved[f"{component}.{path}.{key}"] for key in adapter.state_dict()}
                 )
 
 
-def _adapted(model: nn.Module, name: str) -> dict[str, Adapted]:
+def _custom_layers(model: nn.Module, name: str) -> dict[str, Adapted]:
     return {
         path: layer
-        for path, layer in layers(model).items()
+        for path, layer in adaptable_layers(model).items()
         if isinstance(layer, Adapted) and name in layer.adapters
     }

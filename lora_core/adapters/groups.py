@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import Adapted
 from lora_core.adapters.kinds import DoRA, LoRA
-from lora_core.kernels import OPS, call, mode, winners
+from lora_core.kernels import OPS, call, current_mode, winners
 from lora_core.kernels.reference import Member
 
 # Paths below one module that are called with one and the same tensor; a row speaks of modules that have its first path.
-SHARED = (
+SHARED_INPUTS = (
     (
         "proj_mlp",
         "attn.to_q",
@@ -32,10 +32,10 @@ SHARED = (
     ("add_q_proj", "add_k_proj", "add_v_proj"),
     ("q_proj", "k_proj", "v_proj"),
 )
-CROSS = "to_q"
+CROSS_ATTENTION_QUERY = "to_q"
 
 
-class Waiting(NamedTuple):
+class WaitingOutputs(NamedTuple):
     """What the first call computed: outputs by seat, and of what."""
 
     outputs: dict[int, Tensor]
@@ -44,13 +44,13 @@ class Waiting(NamedTuple):
     grad: bool
 
 
-class Group:
+class LayerGroup:
     """Layers of one module that see the same x. Their outputs wait here from the first call to the others', at most to the module's return."""
 
     def __init__(self, parent: nn.Module, members: list[Adapted]) -> None:
         self.members = members
         self.open = False  # inside the parent's forward
-        self.waiting: Waiting | None = None
+        self.waiting: WaitingOutputs | None = None
         for seat, layer in enumerate(members):
             layer.group, layer.seat = self, seat
         self.handles = [
@@ -113,7 +113,7 @@ class Group:
             return None
         outputs = dict(enumerate(call("lora_grouped", x, members)))
         y = outputs.pop(seat)
-        self.waiting = Waiting(outputs, x, version, grad)
+        self.waiting = WaitingOutputs(outputs, x, version, grad)
         return y
 
     def shared(self, x: Tensor) -> tuple[Member, ...] | None:
@@ -143,53 +143,54 @@ class Group:
 
 def can_pay(x: Tensor) -> bool:
     """Whether it is worth asking; on a CPU the question would be a tenth of a small model's step."""
-    return mode() == "triton" or (mode() == "auto" and x.device.type != "cpu")
+    return current_mode() == "triton" or (current_mode() == "auto" and x.device.type != "cpu")
 
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
     """Whether lora_grouped runs as Triton kernels on these arguments."""
-    return mode() == "triton" or (
-        mode() == "auto"
-        and winners.choose("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
+    return current_mode() == "triton" or (
+        current_mode() == "auto"
+        and winners.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
     )
 
 
-def regroup(model: nn.Module) -> None:
+def build_groups(model: nn.Module) -> None:
     """Groups the model's adapted layers anew."""
     modules = list(model.modules())
     for module in modules:
         if isinstance(module, Adapted):
-            leave(module)
+            dissolve_group(module)
     for parent in modules:
-        for names in SHARED:
-            members = _members(parent, names)
+        for names in SHARED_INPUTS:
+            members = _find_members(parent, names)
             if len(members) > 1:
-                Group(parent, members)
+                LayerGroup(parent, members)
 
 
-def stay_open(model: nn.Module) -> None:
+def remove_group_hooks(model: nn.Module) -> None:
     """For compiled modules: their groups act without hooks. A traced forward calls all members of a group, so that nothing keeps waiting."""
     for module in model.modules():
         if isinstance(module, Adapted) and module.group is not None:
             module.group.stay_open()
 
 
-def leave(layer: Adapted) -> None:
+def dissolve_group(layer: Adapted) -> None:
     """Dissolves the layer's group."""
     if layer.group is not None:
         layer.group.dissolve()
 
 
-def _members(parent: nn.Module, names: tuple[str, ...]) -> list[Adapted]:
+def _find_members(parent: nn.Module, names: tuple[str, ...]) -> list[Adapted]:
     """The adapted Linear layers at those paths that no group has yet and that take inputs of one width."""
-    if _at(parent, names[0]) is None:
+    if _module_at(parent, names[0]) is None:
         return []
     if getattr(parent, "is_cross_attention", False) is True:
-        names = tuple(name for name in names if name != CROSS)
+        names = tuple(name for name in names if name != CROSS_ATTENTION_QUERY)
     found = [
         layer
         for name in names
-        if isinstance(layer := _at(parent, name), Adapted) and isinstance(layer.base, nn.Linear)
+        if isinstance(layer := _module_at(parent, name), Adapted)
+        and isinstance(layer.base, nn.Linear)
     ]
     return [
         layer
@@ -198,7 +199,7 @@ def _members(parent: nn.Module, names: tuple[str, ...]) -> list[Adapted]:
     ]
 
 
-def _at(parent: nn.Module, path: str) -> nn.Module | None:
+def _module_at(parent: nn.Module, path: str) -> nn.Module | None:
     module: Any = parent
     for name in path.split("."):
         module = module._modules.get(name) if isinstance(module, nn.Module) else None

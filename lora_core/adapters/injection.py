@@ -18,35 +18,35 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.adapted_layer import Adapted, layers, places
-from lora_core.adapters.groups import leave, regroup
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, module_parents
+from lora_core.adapters.groups import build_groups, dissolve_group
 from lora_core.adapters.kinds import (
     KINDS,
-    Base,
+    BaseLayer,
     DoRA,
-    Full,
+    FullUpdate,
     LayerSpec,
     LoRA,
     check_rank,
+    convolution_groups,
     factor_shapes,
-    groups_of,
     is_low_rank,
     kind_class,
 )
-from lora_core.adapters.targets import lookup, nearest, require_match, select
+from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 
 __all__ = [
-    "KINDS", "Adapted", "AdapterSpec", "DoRA", "Full", "LayerSpec", "LoRA", "disabled", "fold", "inject", "layers", "load_state",
-    "merged", "parameters", "remove", "set_dropout", "set_strength", "state", "steady", "targets", "unfold", "up_parameters",
+    "KINDS", "Adapted", "AdapterSpec", "DoRA", "FullUpdate", "LayerSpec", "LoRA", "disable_adapters", "fold_adapter", "inject", "adaptable_layers", "load_factors",
+    "merged_state_dict", "adapter_parameters", "remove", "set_dropout_keys", "set_strength", "adapter_factors", "cache_dora_norms", "target_paths", "unfold_adapter", "up_parameters",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What `inject` is asked for. Patterns are those of targets.matches; in the two tables a later match overrides an earlier one."""
+    """What `inject` is asked for. Patterns are those of targets.matches_pattern; in the two tables a later match overrides an earlier one."""
 
     targets: tuple[str, ...]
     exclude: tuple[str, ...] = ()
@@ -107,8 +107,8 @@ class AdapterSpec:
 
     def layer(self, path: str, seed: int = 0) -> LayerSpec:
         """The settings of one layer."""
-        rank = int(lookup(path, self.rank_pattern, None) or self.rank)
-        alpha = lookup(path, self.alpha_pattern, self.alpha) or rank
+        rank = int(last_match(path, self.rank_pattern, None) or self.rank)
+        alpha = last_match(path, self.alpha_pattern, self.alpha) or rank
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
         return LayerSpec(
             path,
@@ -123,11 +123,11 @@ class AdapterSpec:
         )
 
 
-def targets(
+def target_paths(
     model: nn.Module, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()
 ) -> list[str]:
-    """Paths of the Linear and Conv2d layers that the patterns choose, in the model's order. Raises UserError as targets.select does."""
-    return select(list(layers(model)), patterns, exclude)
+    """Paths of the Linear and Conv2d layers that the patterns choose, in the model's order. Raises UserError as targets.select_paths does."""
+    return select_paths(list(adaptable_layers(model)), patterns, exclude)
 
 
 def inject(
@@ -139,20 +139,20 @@ def inject(
     All or nothing: raises UserError before any change for a pattern without a match, a rank that a layer cannot have, a name that is taken,
     a layer whose forward would not be called.
     """
-    kind, found = kind_class(spec.kind), layers(model)
-    paths = select(list(found), spec.targets, spec.exclude)
+    kind, found = kind_class(spec.kind), adaptable_layers(model)
+    paths = select_paths(list(found), spec.targets, spec.exclude)
     for pattern in spec.rank_pattern:
         require_match(pattern, paths, "--adapter.rank-pattern")
     for pattern in spec.alpha_pattern:
         require_match(pattern, paths, "--adapter.alpha-pattern")
     _check_name(name, found)
-    bases = {path: _base(path, found[path]) for path in paths}
+    bases = {path: _adaptable_base(path, found[path]) for path in paths}
     if is_low_rank(kind):
         for path, base in bases.items():
             check_rank(base, path, spec.layer(path).rank)
     else:
         spec.check_full()
-    _install(
+    _install_adapters(
         model, {path: kind(base, spec.layer(path, seed)) for path, base in bases.items()}, name, 1.0
     )
     return paths
@@ -160,30 +160,30 @@ def inject(
 
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Takes one adapter (or all) out; where none is left the very same base module stands in its place again. Folded ones are refused."""
-    adapted = _adapted(model, name)
+    adapted = _layers_with_adapter(model, name)
     folded = {key for layer in adapted.values() for key in layer.folded if name in (None, key)}
     if folded:
         raise UserError(
             f"adapter {', '.join(sorted(folded))} is folded into the weights; unfold it first, then remove it"
         )
-    held_by = places(model)
+    held_by = module_parents(model)
     for layer in adapted.values():
         for key in list(layer.adapters) if name is None else [name]:
             del layer.adapters[key], layer.strengths[key]
         if not layer.adapters:
-            leave(layer)
+            dissolve_group(layer)
             for parent, attribute in held_by[id(layer)]:
                 parent._modules[attribute] = layer.base
-    regroup(model)
+    build_groups(model)
 
 
-def fold(model: nn.Module, name: str = "default", strength: float = 1.0) -> None:
+def fold_adapter(model: nn.Module, name: str = "default", strength: float = 1.0) -> None:
     """Writes W + strength * delta W (and the bias of a full update) into the base (in place, one rounding) and stops the adapter's own forward.
 
     Each layer keeps a copy of its weight and bias, so that `unfold` restores the bits; several folded adapters add up against that copy.
     Raises UserError, with the model as it was, when the name is folded already, a weight is shared with another module, or the result overflows.
     """
-    adapted = _adapted(model, name)
+    adapted = _layers_with_adapter(model, name)
     _check_strength(strength)
     for layer in adapted.values():
         if name in layer.folded:
@@ -202,22 +202,24 @@ def fold(model: nn.Module, name: str = "default", strength: float = 1.0) -> None
         raise
 
 
-def unfold(model: nn.Module, name: str = "default") -> None:
+def unfold_adapter(model: nn.Module, name: str = "default") -> None:
     """Undoes `fold`: the adapter acts in forward again at its run-time strength; with none folded the weights have their very bits back."""
-    for path, layer in _adapted(model, name).items():
+    for path, layer in _layers_with_adapter(model, name).items():
         if name not in layer.folded:
             raise UserError(f"adapter {name!r} is not folded; there is nothing to unfold")
         layer.refold({key: t for key, t in layer.folded.items() if key != name}, path)
 
 
-def merged(model: nn.Module, name: str = "default", strength: float = 1.0) -> dict[str, Tensor]:
+def merged_state_dict(
+    model: nn.Module, name: str = "default", strength: float = 1.0
+) -> dict[str, Tensor]:
     """The model's state dict under the keys it has without adapters, with strength * this adapter folded in; the model stays as it is.
 
     Adapted weights (and the biases of a full update) are new tensors in the base's dtype, rounded once, the very numbers that `fold` writes; all else
     are the model's own tensors, not copies. Other adapters are left out. Norm layers and embeddings take no adapter and are the base's.
     Raises UserError, as `fold` does, for a shared weight or an overflow, and while any adapter is folded.
     """
-    chosen = _adapted(model, name)
+    chosen = _layers_with_adapter(model, name)
     _check_strength(strength)
     _check_sharing(model, chosen, name)
     wrapped = {
@@ -246,7 +248,7 @@ def merged(model: nn.Module, name: str = "default", strength: float = 1.0) -> di
 
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
     """The adapter acts as W + strength * delta W from now on; 0 is exactly the base. Its folded copy cannot change: refused."""
-    adapted = _adapted(model, name)
+    adapted = _layers_with_adapter(model, name)
     _check_strength(strength)
     if any(name in layer.folded for layer in adapted.values()):
         raise UserError(
@@ -257,12 +259,12 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model inside the block (a loss's base_out): no adapter acts. Raises UserError while one is folded.
 
     Meant for no_grad forwards: gradient checkpointing recomputes after the block, with adapters.
     """
-    adapted = [layer for layer in layers(model).values() if isinstance(layer, Adapted)]
+    adapted = [layer for layer in adaptable_layers(model).values() if isinstance(layer, Adapted)]
     if any(layer.folded for layer in adapted):
         raise UserError(
             "an adapter is folded into the weights, so the base model is not at hand; unfold it first"
@@ -278,7 +280,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def steady(model: nn.Module) -> Iterator[None]:
+def cache_dora_norms(model: nn.Module) -> Iterator[None]:
     """Inside, factors and base weights do not change: the row norms of every DoRA are computed once, on entry, and not in each forward.
 
     A training step's forwards and backwards belong inside, with whatever checkpointing recomputes; the optimiser's step does not. Inside a block
@@ -286,7 +288,9 @@ def steady(model: nn.Module) -> Iterator[None]:
     (which need the norms' graph), folded ones, and those injected, loaded into or moved to another dtype or device inside compute theirs as ever.
     """
     adapted = [
-        layer for layer in layers(model).values() if isinstance(layer, Adapted) and not layer.folded
+        layer
+        for layer in adaptable_layers(model).values()
+        if isinstance(layer, Adapted) and not layer.folded
     ]
     found = [
         (layer.base, adapter)
@@ -317,8 +321,8 @@ def steady(model: nn.Module) -> Iterator[None]:
             dora.steady = None
 
 
-def set_dropout(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
-    """Names the rows of the next forward for adapter dropout: rows [b] int64 (noise.Keys.hashes) on the model's device, and the step."""
+def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
+    """Names the rows of the next forward for adapter dropout: rows [b] int64 (noise.RandomKeys.hashes) on the model's device, and the step."""
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows is {list(rows.shape)} {rows.dtype}; expected [b] int64")
     shared = (
@@ -326,23 +330,27 @@ def set_dropout(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:
         if isinstance(step, Tensor)
         else torch.full((), step, dtype=torch.int64, device=rows.device)
     )
-    for layer in layers(model).values():
+    for layer in adaptable_layers(model).values():
         for adapter in layer.adapters.values() if isinstance(layer, Adapted) else ():
             adapter.rows, adapter.step = rows, shared
 
 
-def parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     """What trains: down, up (and magnitude) of every layer, or its full update, in the model's order, fp32 or better."""
-    return [p for layer in _adapted(model, name).values() for p in layer.adapter(name).parameters()]
+    return [
+        p
+        for layer in _layers_with_adapter(model, name).values()
+        for p in layer.adapter(name).parameters()
+    ]
 
 
 def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """The up of every layer, in the model's order: what LoRA+ (arXiv 2402.12354) gives a higher learning rate; see optim.split.
+    """The up of every layer, in the model's order: what LoRA+ (arXiv 2402.12354) gives a higher learning rate; see schedules.split_lora_plus.
 
     The paper speaks of down and up only: a DoRA's magnitude stays at the plain rate here (peft moves it with up). Raises UserError for a full update.
     """
     found = []
-    for path, layer in _adapted(model, name).items():
+    for path, layer in _layers_with_adapter(model, name).items():
         up = getattr(layer.adapter(name), "up", None)
         if not isinstance(up, nn.Parameter):
             raise UserError(
@@ -352,12 +360,15 @@ def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]
     return found
 
 
-def state(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
+def adapter_factors(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
     """Copies of the factors by layer path, at strength 1."""
-    return {path: layer.adapter(name).state() for path, layer in _adapted(model, name).items()}
+    return {
+        path: layer.adapter(name).state()
+        for path, layer in _layers_with_adapter(model, name).items()
+    }
 
 
-def load_state(
+def load_factors(
     model: nn.Module, factors: Mapping[str, LowRank], name: str = "default", strength: float = 1.0
 ) -> None:
     """Puts factors from a file on the model: layers that have the adapter are overwritten in place, the others get a LoRA or (with a
@@ -366,7 +377,7 @@ def load_state(
     All or nothing: raises UserError before any change for an unknown path (with the nearest), shapes that do not fit, an existing adapter of
     another rank or kind, or one on layers that the factors leave out.
     """
-    found = layers(model)
+    found = adaptable_layers(model)
     _check_strength(strength)
     if not factors:
         raise UserError(
@@ -375,7 +386,7 @@ def load_state(
     for path in factors:
         if path not in found:
             raise UserError(
-                f"the model has no layer {path!r}; nearest: {', '.join(nearest(path, list(found)))}"
+                f"the model has no layer {path!r}; nearest: {', '.join(nearest_paths(path, list(found)))}"
             )
     existing = {
         path: layer
@@ -389,27 +400,33 @@ def load_state(
         )
     _check_name(name, {})
     fitted = {
-        path: _fit(path, existing[path].base if path in existing else _base(path, found[path]), lr)
+        path: _fit_to_layer(
+            path,
+            existing[path].base if path in existing else _adaptable_base(path, found[path]),
+            lr,
+        )
         for path, lr in factors.items()
     }
     for path, layer in existing.items():
-        _check_same(path, layer, name, fitted[path])
+        _check_same_kind(path, layer, name, fitted[path])
     built = {}
     for path, lr in fitted.items():
         if path not in existing:
             kind = LoRA if lr.magnitude is None else DoRA
             built[path] = kind(
-                _base(path, found[path]), LayerSpec(path, lr.rank, lr.scale, init="zero")
+                _adaptable_base(path, found[path]), LayerSpec(path, lr.rank, lr.scale, init="zero")
             )
-    _install(model, built, name, strength)
-    for path, adapted in _adapted(model, name).items():
+    _install_adapters(model, built, name, strength)
+    for path, adapted in _layers_with_adapter(model, name).items():
         adapted.adapter(name).load(fitted[path])
         adapted.strengths[name] = float(strength)
 
 
-def _adapted(model: nn.Module, name: str | None) -> dict[str, Adapted]:
+def _layers_with_adapter(model: nn.Module, name: str | None) -> dict[str, Adapted]:
     """The layers that carry the adapter (any adapter for None); UserError, with the names there are, when none does."""
-    every = {path: layer for path, layer in layers(model).items() if isinstance(layer, Adapted)}
+    every = {
+        path: layer for path, layer in adaptable_layers(model).items() if isinstance(layer, Adapted)
+    }
     chosen = {
         path: layer for path, layer in every.items() if name is None or name in layer.adapters
     }
@@ -421,8 +438,10 @@ def _adapted(model: nn.Module, name: str | None) -> dict[str, Adapted]:
     return chosen
 
 
-def _install(model: nn.Module, built: Mapping[str, nn.Module], name: str, strength: float) -> None:
-    found, held_by = layers(model), places(model)
+def _install_adapters(
+    model: nn.Module, built: Mapping[str, nn.Module], name: str, strength: float
+) -> None:
+    found, held_by = adaptable_layers(model), module_parents(model)
     for path, adapter in built.items():
         layer = found[path]
         if not isinstance(layer, Adapted):
@@ -430,10 +449,10 @@ def _install(model: nn.Module, built: Mapping[str, nn.Module], name: str, streng
             for parent, attribute in held_by[id(layer.base)]:
                 parent._modules[attribute] = layer
         layer.add(name, adapter, strength)
-    regroup(model)
+    build_groups(model)
 
 
-def _base(path: str, layer: Base | Adapted) -> Base:
+def _adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:
     """The layer that an adapter is built for; UserError where it would not act or not see the base weight."""
     base = layer.base if isinstance(layer, Adapted) else layer
     if isinstance(layer, Adapted) and layer.folded:
@@ -447,7 +466,7 @@ def _base(path: str, layer: Base | Adapted) -> Base:
     return base
 
 
-def _check_name(name: str, found: Mapping[str, Base | Adapted]) -> None:
+def _check_name(name: str, found: Mapping[str, BaseLayer | Adapted]) -> None:
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise UserError(
             f"an adapter cannot be named {name!r}; use letters, digits and _ and no method name of a module"
@@ -481,13 +500,13 @@ def _check_sharing(model: nn.Module, adapted: Mapping[str, Adapted], name: str) 
             )
 
 
-def _fit(path: str, base: Base, lr: LowRank) -> LowRank:
+def _fit_to_layer(path: str, base: BaseLayer, lr: LowRank) -> LowRank:
     """The factors in the layer's shapes; [r, in] and [r, in, 1, 1] stand for each other. UserError, naming the layer, when they do not fit."""
     down, up = factor_shapes(base, lr.rank)
     fits = (
-        _trim(lr.down.shape) == _trim(down)
-        and _trim(lr.up.shape) == _trim(up)
-        and lr.rank % groups_of(base) == 0
+        _trim_ones(lr.down.shape) == _trim_ones(down)
+        and _trim_ones(lr.up.shape) == _trim_ones(up)
+        and lr.rank % convolution_groups(base) == 0
     )
     if not fits or (lr.magnitude is not None and lr.magnitude.shape != (up[0],)):
         got = ", ".join(
@@ -502,11 +521,11 @@ def _fit(path: str, base: Base, lr: LowRank) -> LowRank:
     return lr._replace(down=lr.down.reshape(down), up=lr.up.reshape(up))
 
 
-def _trim(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _trim_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
-def _check_same(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
+def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
     """UserError when an existing adapter is of another rank or kind than the factors, or its folded copy would go stale."""
     if name in layer.folded:
         raise UserError(

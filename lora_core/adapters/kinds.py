@@ -32,10 +32,10 @@ from lora_core.adapters import weight_updates
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
-from lora_core.kernels.reference import Drop, Member, wide
-from lora_core.plugins import from_file
+from lora_core.kernels.reference import Drop, Member, wide_dtype
+from lora_core.plugins import load_from_file
 
-Base = nn.Linear | nn.Conv2d
+BaseLayer = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LayerSpec:
     norm_grad: str = "detach"  # or "full": a DoRA's gradient flows through its row norms too
 
 
-class Wide(nn.Module):
+class FullPrecisionModule(nn.Module):
     """A module whose parameters stay fp32 or better whatever the model is cast to."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -61,12 +61,12 @@ class Wide(nn.Module):
 
         def keep_wide(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return new if new.dtype == wide(new.dtype) else tensor.to(new.device)
+            return new if new.dtype == wide_dtype(new.dtype) else tensor.to(new.device)
 
         return super()._apply(keep_wide, recurse)
 
 
-class LoRA(Wide):
+class LoRA(FullPrecisionModule):
     """delta W = scale * up @ down (arXiv 2106.09685); down is drawn from (seed, path), up is 0. Convolutions: LoCon's form, up is 1x1.
 
     Three dropouts, in training only, each decided per example by a counter hash of (seed, path, purpose, step, row key): `dropout` of the input's
@@ -74,7 +74,7 @@ class LoRA(Wide):
     kept by 1 - p, the third does not; kohya draws it once for a batch, which would make a result depend on how a batch is cut.
     """
 
-    def __init__(self, base: Base, layer: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
         self.layer, self.scale = layer, layer.scale
         self.streams = {
@@ -84,11 +84,11 @@ class LoRA(Wide):
         self.rows: Tensor | None = None  # set_dropout: [b] int64 and [] int64
         self.step: Tensor | None = None
         down, up = factor_shapes(base, layer.rank)
-        device, dtype = base.weight.device, wide(base.weight.dtype)
-        self.down = nn.Parameter(_draw(layer, down).to(device, dtype))
+        device, dtype = base.weight.device, wide_dtype(base.weight.dtype)
+        self.down = nn.Parameter(_initial_down(layer, down).to(device, dtype))
         self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
 
-    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         if self.is_one_linear(base, strength):
             return call("lora_linear", x, *self.member(base, x, strength))
         if self._drops() or not _is_plain(base):
@@ -96,7 +96,7 @@ class LoRA(Wide):
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         return self._product(base, x, base.weight, base.bias, self.scale * strength)
 
-    def is_one_linear(self, base: Base, strength: float) -> bool:
+    def is_one_linear(self, base: BaseLayer, strength: float) -> bool:
         """Whether this layer is one lora_linear of `member`'s arguments: no convolution, hooks or dropout of ranks or whole adapters."""
         return (
             isinstance(base, nn.Linear)
@@ -104,19 +104,19 @@ class LoRA(Wide):
             and not (self.training and (self.layer.rank_dropout or self.layer.module_dropout))
         )
 
-    def member(self, base: Base, x: Tensor, strength: float) -> Member:
+    def member(self, base: BaseLayer, x: Tensor, strength: float) -> Member:
         """The arguments of that lora_linear after x, without the norm, which costs."""
         return Member(
             base.weight, base.bias, self.down, self.up, self.scale * strength, drop=self._dropout(x)
         )
 
-    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+    def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         update, kept = self._branch(base, x, self.scale * strength), self._kept(x)
         return update if kept is None else torch.where(kept, update, 0)
 
-    def delta_weight(self, base: Base) -> Tensor:
+    def delta_weight(self, base: BaseLayer) -> Tensor:
         with torch.no_grad():
-            return weight_updates.delta(self.state(), base.weight)
+            return weight_updates.delta_weight(self.state(), base.weight)
 
     def state(self) -> LowRank:
         return LowRank(self.down.detach().clone(), self.up.detach().clone(), self.scale)
@@ -127,23 +127,25 @@ class LoRA(Wide):
         self.down.copy_(lr.down)
         self.up.copy_(lr.up)
 
-    def _branch(self, base: Base, x: Tensor, scale: float) -> Tensor:
+    def _branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
         """scale * up(rank_dropout(down(dropout(x))))"""
         drop = self._dropout(x)
         if drop is not None:
             x = call("keyed_dropout", x, *drop)
         if not (self.training and self.layer.rank_dropout):
             return self._product(base, x, None, None, scale)
-        ones = torch.ones(len(x), len(self.down), dtype=wide(x.dtype), device=x.device)
+        ones = torch.ones(len(x), len(self.down), dtype=wide_dtype(x.dtype), device=x.device)
         mask = call(
             "keyed_dropout", ones, *self._drop(x, self.layer.rank_dropout, "/rank")
         )  # [b, r] of 0 and 1 / (1 - p)
-        hidden = apply_as(base, x, self.down.to(x.dtype), None)  # [b, ..., r] or [b, r, h', w']
+        hidden = apply_layer(base, x, self.down.to(x.dtype), None)  # [b, ..., r] or [b, r, h', w']
         is_linear = isinstance(base, nn.Linear)
         mask = mask.view(len(x), *[1] * (x.ndim - 2), -1) if is_linear else mask[..., None, None]
         hidden, up = (hidden * mask).to(hidden.dtype), self.up.to(x.dtype)
         return scale * (
-            F.linear(hidden, up) if is_linear else F.conv2d(hidden, up, groups=groups_of(base))
+            F.linear(hidden, up)
+            if is_linear
+            else F.conv2d(hidden, up, groups=convolution_groups(base))
         )
 
     def _kept(self, x: Tensor) -> Tensor | None:
@@ -164,7 +166,7 @@ class LoRA(Wide):
     def _drop(self, x: Tensor, p: float, purpose: str) -> Drop:
         if self.rows is None or self.step is None:
             raise UserError(
-                f"the adapter of {self.layer.path} has dropout; call adapters.set_dropout before each training forward"
+                f"the adapter of {self.layer.path} has dropout; call injection.set_dropout_keys before each training forward"
             )
         if len(x) != len(self.rows):
             raise UserError(
@@ -173,7 +175,7 @@ class LoRA(Wide):
         return Drop(p, self.layer.seed, self.streams[purpose], self.step, self.rows)
 
     def _product(
-        self, base: Base, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float
+        self, base: BaseLayer, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float
     ) -> Tensor:
         if isinstance(base, nn.Linear):
             return call("lora_linear", x, weight, bias, self.down, self.up, scale)
@@ -212,9 +214,9 @@ class DoRA(LoRA):
     input too); module dropout leaves the base layer, magnitude and all.
     """
 
-    def __init__(self, base: Base, layer: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__(base, layer)
-        self.steady: Tensor | None = None  # n, while adapters.steady holds it
+        self.steady: Tensor | None = None  # n, while injection.cache_dora_norms holds it
         norm = self.norm(base).detach()
         if layer.init != "zero" and not norm.is_meta and not bool((norm > 0).all()):
             row = int((~(norm > 0)).nonzero()[0])
@@ -223,28 +225,28 @@ class DoRA(LoRA):
             )
         self.magnitude = nn.Parameter(norm)
 
-    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         if self.is_one_linear(base, strength):
             return call(
                 "lora_linear", x, *self.member(base, x, strength)._replace(norm=self.norm(base))
             )
         return self._compose(base, x, base(x), strength)
 
-    def is_one_linear(self, base: Base, strength: float) -> bool:
+    def is_one_linear(self, base: BaseLayer, strength: float) -> bool:
         return strength == 1 and super().is_one_linear(base, strength)
 
-    def member(self, base: Base, x: Tensor, strength: float) -> Member:
+    def member(self, base: BaseLayer, x: Tensor, strength: float) -> Member:
         return super().member(base, x, strength)._replace(magnitude=self.magnitude)
 
-    def norm(self, base: Base) -> Tensor:
+    def norm(self, base: BaseLayer) -> Tensor:
         """[out] n, with its graph for norm_grad "full"."""
         if self.steady is not None:
             return self.steady
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.layer.norm_grad == "full"):
             return call("dora_norm", base.weight, self.down, self.up, self.scale)
 
-    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
-        y0 = y0.to(wide(y0.dtype))
+    def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        y0 = y0.to(wide_dtype(y0.dtype))
         return self._compose(base, x, y0, strength) - y0
 
     def state(self) -> LowRank:
@@ -261,7 +263,7 @@ class DoRA(LoRA):
         self.steady = None  # of the base in its old dtype, on its old device
         return super()._apply(fn, recurse)
 
-    def _compose(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+    def _compose(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         shape = (-1, *[1] * (base.weight.ndim - 2))
         bias = None if base.bias is None else base.bias.view(shape)
         gain = (self.magnitude / self.norm(base)).view(shape)
@@ -272,7 +274,7 @@ class DoRA(LoRA):
         return tuned if kept is None else torch.where(kept, tuned, y0)
 
 
-class Full(Wide):
+class FullUpdate(FullPrecisionModule):
     """delta W and, where the layer has a bias, delta b themselves: full fine-tuning (DreamBooth, arXiv 2208.12242) as one more kind.
 
     Both start at 0 and stay fp32 or better beside a base of any dtype, which is the fp32 master copy of mixed-precision training: W + delta W is
@@ -282,7 +284,7 @@ class Full(Wide):
 
     low_rank = False
 
-    def __init__(self, base: Base, layer: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
         if not base.weight.is_floating_point():
             raise UserError(
@@ -291,32 +293,34 @@ class Full(Wide):
         self.layer = layer
         self.rows: Tensor | None = None  # set_dropout's; nothing here drops
         self.step: Tensor | None = None
-        self.weight = nn.Parameter(torch.zeros_like(base.weight, dtype=wide(base.weight.dtype)))
+        self.weight = nn.Parameter(
+            torch.zeros_like(base.weight, dtype=wide_dtype(base.weight.dtype))
+        )
         self.bias = (
             None
             if base.bias is None
-            else nn.Parameter(torch.zeros_like(base.bias, dtype=wide(base.bias.dtype)))
+            else nn.Parameter(torch.zeros_like(base.bias, dtype=wide_dtype(base.bias.dtype)))
         )
 
-    def forward(self, base: Base, x: Tensor, strength: float) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         if not _is_plain(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         bias = (
             None
             if self.bias is None or base.bias is None
-            else _moved(base.bias, self.bias, strength)
+            else _add_update(base.bias, self.bias, strength)
         )
-        return apply_as(base, x, _moved(base.weight, self.weight, strength), bias)
+        return apply_layer(base, x, _add_update(base.weight, self.weight, strength), bias)
 
-    def update(self, base: Base, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+    def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         bias = None if self.bias is None else (strength * self.bias).to(x.dtype)
-        return apply_as(base, x, (strength * self.weight).to(x.dtype), bias)
+        return apply_layer(base, x, (strength * self.weight).to(x.dtype), bias)
 
-    def delta_weight(self, base: Base) -> Tensor:
+    def delta_weight(self, base: BaseLayer) -> Tensor:
         return self.weight.detach()
 
-    def delta_bias(self, base: Base) -> Tensor | None:
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
         return None if self.bias is None else self.bias.detach()
 
     def state(self) -> LowRank:
@@ -330,15 +334,15 @@ class Full(Wide):
         )
 
 
-def _moved(base: Tensor, delta: Tensor, strength: float) -> Tensor:
+def _add_update(base: Tensor, delta: Tensor, strength: float) -> Tensor:
     """base + strength * delta, summed in delta's dtype and rounded once to base's."""
     return (base.to(delta.dtype) + strength * delta).to(base.dtype)
 
 
-KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": Full}
+KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": FullUpdate}
 
 
-def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
+def kind_class(spec: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
     """The class that `kind` names: a row of KINDS, or Class in the Python file of "path/my_adapter.py:Class". Raises UserError otherwise."""
     if spec in KINDS:
         return KINDS[spec]
@@ -350,7 +354,7 @@ def kind_class(spec: str) -> Callable[[Base, LayerSpec], nn.Module]:
         raise UserError(
             f"unknown adapter kind {spec!r}{close}; expected {', '.join(KINDS)} or my_adapter.py:Class"
         )
-    found = from_file(file, name, "class")
+    found = load_from_file(file, name, "class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(
             f"adapter kind {spec!r} is {found!r}, not a torch.nn.Module class; name the class itself"
@@ -363,7 +367,7 @@ def is_low_rank(kind: Any) -> bool:
     return getattr(kind, "low_rank", hasattr(kind, "state") or not isinstance(kind, type))
 
 
-def apply_as(base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def apply_layer(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's operation (stride, padding mode, groups ...) with another weight and bias, without its hooks."""
     return (
         F.linear(x, weight, bias)
@@ -372,19 +376,23 @@ def apply_as(base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     )
 
 
-def factor_shapes(base: Base, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(base: BaseLayer, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of down and up for a layer: [r, in / groups, kh, kw] and [out, r / groups, 1, 1], or [r, in] and [out, r]."""
     weight = base.weight.shape
-    return (rank, *weight[1:]), (weight[0], rank // groups_of(base), *[1] * (len(weight) - 2))
+    return (rank, *weight[1:]), (
+        weight[0],
+        rank // convolution_groups(base),
+        *[1] * (len(weight) - 2),
+    )
 
 
-def groups_of(base: Base) -> int:
+def convolution_groups(base: BaseLayer) -> int:
     return base.groups if isinstance(base, nn.Conv2d) else 1
 
 
-def check_rank(base: Base, path: str, rank: int) -> None:
+def check_rank(base: BaseLayer, path: str, rank: int) -> None:
     """Raises UserError, naming the layer, for a rank above that of a full update or one that the groups do not divide."""
-    groups, (out, *inner) = groups_of(base), base.weight.shape
+    groups, (out, *inner) = convolution_groups(base), base.weight.shape
     if rank % groups:
         raise UserError(
             f"rank {rank} is not divisible by the {groups} groups of {path}; choose a multiple of {groups} or use --adapter.exclude"
@@ -398,7 +406,7 @@ def check_rank(base: Base, path: str, rank: int) -> None:
         )
 
 
-def _draw(layer: LayerSpec, shape: tuple[int, ...]) -> Tensor:
+def _initial_down(layer: LayerSpec, shape: tuple[int, ...]) -> Tensor:
     """The initial down, fp32 on CPU, a function of (seed, path, shape) only."""
     if layer.init == "zero":
         return torch.zeros(shape)

@@ -19,7 +19,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, mixofshow
 from lora_core.formats.layout import Layout, layout_of
-from lora_core.tokens import Abstraction
+from lora_core.tokens import Placeholder
 
 TOKENIZERS = {
     "text_encoder": "tokenizer",
@@ -31,7 +31,7 @@ TOKENIZERS = {
 class Patch:
     """A file in force. `undo`, or the end of a `with` block, gives back the very same modules, embedding tables and tokenizer contents.
 
-    `abstractions` are the placeholder words and learned tokens of the file, for `tokens.bind`; `report` has one sentence for everything that a
+    `abstractions` are the placeholder words and learned tokens of the file, for `tokens.bind_placeholders`; `report` has one sentence for everything that a
     user would not expect (tokens renamed, rows that are not in the file).
     """
 
@@ -39,7 +39,7 @@ class Patch:
         self,
         modules: Mapping[str, Any],
         name: str,
-        abstractions: tuple[Abstraction, ...],
+        abstractions: tuple[Placeholder, ...],
         report: tuple[str, ...],
     ) -> None:
         self.modules, self.name, self.abstractions, self.report = (
@@ -61,17 +61,19 @@ class Patch:
 
     def bind(self, prompt: str) -> str:
         """The prompt with the file's placeholder words replaced by its learned tokens."""
-        return tokens.bind(prompt, self.abstractions)
+        return tokens.bind_placeholders(prompt, self.abstractions)
 
     def set_strength(self, strength: float | Mapping[str, float]) -> None:
         """Changes the strength in force, a number or one per adapted component. Learned tokens have no strength."""
-        for name, number in _strengths(strength, self.adapted, self.name).items():
+        for name, number in _component_strengths(strength, self.adapted, self.name).items():
             injection.set_strength(self.modules[name], self.name, number)
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors and token rows in force."""
         factors = [
-            p for name in self.adapted for p in injection.parameters(self.modules[name], self.name)
+            p
+            for name in self.adapted
+            for p in injection.adapter_parameters(self.modules[name], self.name)
         ]
         return factors + [embedding.rows for embedding in self.embedded.values()]
 
@@ -86,7 +88,7 @@ class Patch:
                     f"tokens were added to {name} after those of {self.name}; undo the later patch first"
                 )
         for name in list(self.embedded):
-            tokens.uninstall(self.modules[name], self.modules[TOKENIZERS[name]])
+            tokens.uninstall_tokens(self.modules[name], self.modules[TOKENIZERS[name]])
             del self.embedded[name]
         while self.adapted:
             injection.remove(self.modules[self.adapted.pop()], self.name)
@@ -121,26 +123,26 @@ def patch(
             raise UserError(
                 f"{file} adapts {name}, but only {', '.join(networks) or 'nothing'} was given; pass its module too"
             )
-    strengths = _strengths(strength, state.components, str(file))
-    names, abstractions = _renamed(state, rename or {}, str(file))
-    encoders = _encoders(state, modules, layout, names, str(file))
+    strengths = _component_strengths(strength, state.components, str(file))
+    names, abstractions = _rename_tokens(state, rename or {}, str(file))
+    encoders = _token_rows_by_encoder(state, modules, layout, names, str(file))
     result = Patch(
         modules,
-        _free_name(networks, Path(file).stem),
+        _unused_adapter_name(networks, Path(file).stem),
         abstractions,
-        _report(state, rename or {}, str(file)),
+        _unexpected_facts(state, rename or {}, str(file)),
     )
     try:
         for name, adapted in state.components.items():
             factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
-            injection.load_state(networks[name], factors, result.name, strengths[name])
+            injection.load_factors(networks[name], factors, result.name, strengths[name])
             result.adapted.append(name)
         for name, rows in encoders.items():
-            every = Abstraction("all tokens of the file", names, init="zero")
-            result.embedded[name] = tokens.install(
+            every = Placeholder("all tokens of the file", names, init="zero")
+            result.embedded[name] = tokens.install_tokens(
                 networks[name], modules[TOKENIZERS[name]], (every,), seed=0
             )
-            tokens.load_state(result.embedded[name], rows)
+            tokens.load_token_rows(result.embedded[name], rows)
     except BaseException:
         result.undo()
         raise
@@ -149,7 +151,7 @@ def patch(
     return result
 
 
-def _strengths(
+def _component_strengths(
     strength: float | Mapping[str, float], components: Collection[str], source: str
 ) -> dict[str, float]:
     """Component -> strength. Raises UserError for one that is not finite, missing or without effect."""
@@ -174,11 +176,11 @@ def _strengths(
     return {name: float(number) for name, number in strength.items()}
 
 
-def _renamed(
+def _rename_tokens(
     state: AdapterState, rename: Mapping[str, str], source: str
-) -> tuple[tuple[str, ...], tuple[Abstraction, ...]]:
+) -> tuple[tuple[str, ...], tuple[Placeholder, ...]]:
     """The tokens' names here, in row order, and the words that stand for them; a token without a word is its own."""
-    words = embeddings.words(state, source)
+    words = embeddings.placeholder_words(state, source)
     for old in rename:
         if old not in (*state.token_names, *words):
             known = (*words, *state.token_names)
@@ -194,12 +196,12 @@ def _renamed(
     spoken = {name for own in words.values() for name in own}
     free = {name: (name,) for name in state.token_names if name not in spoken}
     return names, tuple(
-        Abstraction(rename.get(word, word), tuple(rename.get(name, name) for name in own))
+        Placeholder(rename.get(word, word), tuple(rename.get(name, name) for name in own))
         for word, own in (words | free).items()
     )
 
 
-def _encoders(
+def _token_rows_by_encoder(
     state: AdapterState,
     modules: Mapping[str, Any],
     layout: Layout,
@@ -230,9 +232,11 @@ def _encoders(
     return found
 
 
-def _report(state: AdapterState, rename: Mapping[str, str], source: str) -> tuple[str, ...]:
+def _unexpected_facts(
+    state: AdapterState, rename: Mapping[str, str], source: str
+) -> tuple[str, ...]:
     said = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
-    if state.tokens and embeddings.NAMES not in state.metadata:
+    if state.tokens and embeddings.TOKEN_NAMES not in state.metadata:
         said.append(
             f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, or as renamed"
         )
@@ -241,14 +245,14 @@ def _report(state: AdapterState, rename: Mapping[str, str], source: str) -> tupl
         said.append(
             f"{source} has rows, one for each cross-attention layer (P+), which are tokens of their own here: {shown} ..."
         )
-    if not state.tokens and embeddings.NAMES in state.metadata:
+    if not state.tokens and embeddings.TOKEN_NAMES in state.metadata:
         said.append(
-            f"{source} was trained with the tokens {state.metadata[embeddings.NAMES]}, whose rows it does not hold; give the run's folder"
+            f"{source} was trained with the tokens {state.metadata[embeddings.TOKEN_NAMES]}, whose rows it does not hold; give the run's folder"
         )
     return tuple(said)
 
 
-def _free_name(networks: Mapping[str, nn.Module], wish: str) -> str:
+def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
     """A name that no adapter on these networks has: the file's, numbered where needed; dots would not do in a module's name."""
     taken = {
         name

@@ -34,7 +34,7 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseUpdate:
     """One layer's update that a file keeps in another form than two factors. It can be merged into its weight, or distilled to factors."""
 
     kind: str  # "LoHa", "LoKr" or "full"
@@ -44,16 +44,16 @@ class Dense:
     ]  # the update before any magnitude, fp32 or better, of that shape; computed anew in each call
     magnitude: Tensor | None = None  # as in LowRank
 
-    def rows(self, start: int, stop: int) -> Dense:
+    def rows(self, start: int, stop: int) -> DenseUpdate:
         """The update of some of the outputs. Raises ValueError for a magnitude by columns, whose norms need all rows."""
         if self.magnitude is not None and self.magnitude.ndim > 1:
             raise ValueError("the columns of a part have other norms than those of the whole")
         part = None if self.magnitude is None else self.magnitude[start:stop]
-        return Dense(
+        return DenseUpdate(
             self.kind, (stop - start, *self.shape[1:]), lambda: self.build()[start:stop], part
         )
 
-    def rolled(self, shift: int) -> Dense:
+    def rolled(self, shift: int) -> DenseUpdate:
         """With the outputs moved on by `shift`, the last ones to the front."""
         magnitude = (
             self.magnitude
@@ -73,12 +73,12 @@ class AdapterState:
     tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5" -> [n, d]
     token_names: tuple[str, ...] = ()  # n names in row order
     metadata: dict[str, str] = field(default_factory=dict)
-    dense: dict[str, dict[str, Dense]] = field(
+    dense: dict[str, dict[str, DenseUpdate]] = field(
         default_factory=dict
     )  # like components; only in states that are read to be merged
 
 
-def product(lr: LowRank | Dense) -> Tensor:
+def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
     """scale * up @ down in fp32 or better, with the shape of the base weight: [out, in] or [out, in / groups, kh, kw].
 
     The factors of a grouped convolution are grouped alike, down [r, in / groups, kh, kw] and up [out, r / groups, 1, 1], so the groups are
@@ -87,13 +87,13 @@ def product(lr: LowRank | Dense) -> Tensor:
 
     Raises ValueError when up does not fit down.
     """
-    if isinstance(lr, Dense):
+    if isinstance(lr, DenseUpdate):
         return lr.build()
-    up, down = blocks(lr)
+    up, down = factor_blocks(lr)
     return lr.scale * (up @ down).reshape(lr.up.shape[0], *lr.down.shape[1:])
 
 
-def blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
+def factor_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
     """The factors as matrices, one pair a group, in fp32 or better: up [g, out / g, r / g] and down [g, r / g, in / g * kh * kw], without the scale.
 
     Raises ValueError when up does not fit down.
@@ -111,7 +111,9 @@ def blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
     )
 
 
-def assembled(up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float = 1.0) -> LowRank:
+def from_blocks(
+    up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float = 1.0
+) -> LowRank:
     """The adapter of such blocks, up [g, out / g, k] and down [g, k, fan in]; `kernel` is (kh, kw) of a convolution, () of a linear layer."""
     groups, per_group, fan_in = down.shape
     fan = fan_in // torch.Size(kernel).numel()
@@ -122,7 +124,7 @@ def assembled(up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float
     )
 
 
-def require_plain(lr: LowRank) -> None:
+def refuse_dora(lr: LowRank) -> None:
     """Raises UserError for a DoRA, whose update is not low rank and is known only beside its base weight."""
     if lr.magnitude is not None:
         raise UserError(
@@ -130,7 +132,7 @@ def require_plain(lr: LowRank) -> None:
         )
 
 
-def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
+def delta_weight(lr: LowRank | DenseUpdate, weight: Tensor | None = None) -> Tensor:
     """The weight-shaped update delta W in fp32 or better, such that W + t * delta W is the adapted weight at strength t.
 
     DoRA needs the base weight, (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with P = product(lr); plain LoRA uses it for the shape check only.
@@ -138,7 +140,7 @@ def delta(lr: LowRank | Dense, weight: Tensor | None = None) -> Tensor:
 
     Raises ValueError when the shapes do not fit, or when DoRA gets no weight.
     """
-    update = product(lr)
+    update = scaled_product(lr)
     if weight is not None and weight.shape != update.shape:
         raise ValueError(
             f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; these factors belong to another layer"

@@ -12,7 +12,7 @@ Size = tuple[int, int]  # h, w in pixels
 
 
 @lru_cache(maxsize=8)
-def sizes(resolution: int, step: int) -> tuple[Size, ...]:
+def bucket_sizes(resolution: int, step: int) -> tuple[Size, ...]:
     """The bucket sizes (h, w) of about resolution^2 pixels, sorted: the square, and for each side the longest other side, both multiples of `step`.
 
     No area exceeds resolution^2; sides lie between resolution / 2 (rounded to the step) and 2 resolution. At 512 and 64 these are the sizes of
@@ -36,7 +36,7 @@ def sizes(resolution: int, step: int) -> tuple[Size, ...]:
     return tuple(sorted(found))
 
 
-def nearest(size: Size, choice: Sequence[Size]) -> Size:
+def nearest_size(size: Size, choice: Sequence[Size]) -> Size:
     """The size in `choice` with an image's aspect: its own size if that is there, else the one with the least |difference of log aspects|.
 
     Ties go to the larger area, then to the first. Logarithms treat wide and tall images alike, where kohya's difference of w / h favours tall
@@ -52,7 +52,7 @@ def nearest(size: Size, choice: Sequence[Size]) -> Size:
     return min(choice, key=distance)
 
 
-def report(cuts: Sequence[Size], batch: int) -> str:
+def describe_buckets(cuts: Sequence[Size], batch: int) -> str:
     """In words, how images cut to `cuts` (one each, repeats counted) fill the batches of an epoch: a line for each size; one line for one size."""
     lines = []
     for (h, w), count in sorted(Counter(cuts).items()):

@@ -1,5 +1,6 @@
 """Computed rows (latent mean and std, text embeddings) kept by key and settings."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import atomic, not_finite
+from lora_core.runs.run_folder import atomic_write, nonfinite_names
 
 
-class Cache:
+class TensorCache:
     """Rows of named tensors on the CPU, in memory and, given a folder, on disk as one safetensors
     file a row.
 
@@ -45,9 +46,9 @@ class Cache:
         finite or of other names or shapes, ValueError when rows differ in names or shapes.
         """
         rows = [
-            self._row(self._name(key), lambda i=i: compute_one(i), shapes)
+            self._row(self._name(key), functools.partial(compute_one, i), shapes)
             for i, key in enumerate(keys)
-        ]  # type: ignore[misc]
+        ]
         kinds = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]
         for i, shape in enumerate(kinds):
             if shape != kinds[0]:
@@ -80,7 +81,7 @@ class Cache:
                     n: t.detach().to("cpu", copy=True).contiguous() for n, t in compute().items()
                 }
                 if path is not None:
-                    with atomic(path) as partial:
+                    with atomic_write(path) as partial:
                         save_file(self._rows[name], partial)
         return self._rows[name]
 
@@ -97,7 +98,7 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str,
         raise UserError(
             f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again"
         )
-    if bad := not_finite(row):
+    if bad := nonfinite_names(row):
         raise UserError(
             f"the cache file {path} holds NaN or infinity in {bad[0]}; delete it and run again"
         )

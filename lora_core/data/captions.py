@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_core.data.file_names import is_caption
-from lora_core.data.images import SUFFIXES
-from lora_core.data.listing import CAPTION_SUFFIXES, NO_IMAGE, TABLES, Part, find_file
+from lora_core.data.file_names import looks_like_caption
+from lora_core.data.images import IMAGE_SUFFIXES
+from lora_core.data.listing import (
+    CAPTION_SUFFIXES,
+    METADATA_TABLES,
+    NO_IMAGE,
+    FolderContents,
+    find_file,
+)
 from lora_core.errors import UserError, printable
-from lora_core.text import compose, parse_json, read_lines, read_text
+from lora_core.text import normalize_unicode, parse_json, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
@@ -69,7 +75,7 @@ class Captions(NamedTuple):
 
 
 def read_captions(
-    parts: Sequence[Part],
+    parts: Sequence[FolderContents],
     mode: str,
     caption: str | None,
     column: str | None = None,
@@ -124,7 +130,7 @@ def read_captions(
     for image, (texts, source) in found.items():
         check_texts(texts, f"the caption of {image.name} from {source}")
     return {
-        image: Captions(tuple(map(compose, texts)), source)
+        image: Captions(tuple(map(normalize_unicode, texts)), source)
         for image, (texts, source) in found.items()
     }
 
@@ -152,7 +158,11 @@ def read_metadata(
     for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
         name, texts = _read_row(row, column, where, may_be_empty=may_be_empty)
         image = find_file(path.parent, name)
-        if image is None or image.suffix.lower() not in SUFFIXES or image.name.startswith("."):
+        if (
+            image is None
+            or image.suffix.lower() not in IMAGE_SUFFIXES
+            or image.name.startswith(".")
+        ):
             raise UserError(
                 f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image"
             )
@@ -166,13 +176,15 @@ def _check_use(sources: set[Path | str], how: str, caption: str | None, column: 
         raise UserError(
             f"the caption {caption!r} has no use when {how}; leave it out or add --data.captions one"
         )
-    if column and not any(isinstance(source, Path) and source.name in TABLES for source in sources):
+    if column and not any(
+        isinstance(source, Path) and source.name in METADATA_TABLES for source in sources
+    ):
         raise UserError(
             f"the caption column {column!r} has no use when {how}; leave it out or add metadata.jsonl"
         )
 
 
-def _detect(part: Part, caption: str | None) -> str:
+def _detect(part: FolderContents, caption: str | None) -> str:
     """The mode that auto stands for."""
     if part.table is not None:
         return "metadata"
@@ -182,7 +194,7 @@ def _detect(part: Part, caption: str | None) -> str:
         return "one"
     if part.words:
         return "folder"
-    unwritten = [image for image in part.images if not is_caption(_name_of(image))]
+    unwritten = [image for image in part.images if not looks_like_caption(_name_of(image))]
     if unwritten:
         first = unwritten[0]
         unread = _unread_texts(part)
@@ -194,7 +206,7 @@ def _detect(part: Part, caption: str | None) -> str:
     return "filename"
 
 
-def _unread_texts(part: Part) -> str:
+def _unread_texts(part: FolderContents) -> str:
     """What is in the folder that may be meant as captions and is not read, in brackets."""
     without = [
         path.name
@@ -213,7 +225,12 @@ def _unread_texts(part: Part) -> str:
 
 
 def _read_part(
-    part: Part, chosen: str, caption: str | None, column: str | None, *, suffixes: Sequence[str]
+    part: FolderContents,
+    chosen: str,
+    caption: str | None,
+    column: str | None,
+    *,
+    suffixes: Sequence[str],
 ) -> dict[Path, Captions]:
     """The captions that one folder has, of those images that have one."""
     if chosen == "one":
@@ -244,7 +261,7 @@ def _read_part(
 
 
 def _complete(
-    own: Mapping[Path, Captions], part: Part, what: str, caption: str | None
+    own: Mapping[Path, Captions], part: FolderContents, what: str, caption: str | None
 ) -> dict[Path, Captions]:
     """The captions of a folder in the images' order; UserError with a count and the first name when some image has none."""
     missing = [image for image in part.images if image not in own or not any(own[image].texts)]
@@ -263,8 +280,8 @@ def _complete(
     return {image: spare if image in missing else own[image] for image in part.images}
 
 
-def _table(part: Part) -> Path:
-    return part.table or part.folder / TABLES[0]
+def _table(part: FolderContents) -> Path:
+    return part.table or part.folder / METADATA_TABLES[0]
 
 
 def _name_of(image: Path) -> str:

@@ -15,30 +15,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core.data.buckets import Size, nearest, sizes
-from lora_core.data.cache import Cache
+from lora_core.data.buckets import Size, bucket_sizes, nearest_size
+from lora_core.data.cache import TensorCache
 from lora_core.data.captions import TEMPLATES
 from lora_core.data.images import (
     INTERPOLATIONS,
-    READING,
-    Picture,
-    RecentPictures,
-    cut,
-    flip,
-    read_picture,
-    resize,
-    tint,
-    to_pixels,
-    to_tensor,
+    READER_VERSION,
+    MaskedImage,
+    RecentImages,
+    crop_image,
+    image_to_pixels,
+    image_to_tensor,
+    jitter_colors,
+    mirror_image,
+    read_image,
+    resize_image,
 )
-from lora_core.data.records import Record, missing_word, scan, unread_names, unused
-from lora_core.data.sample_order import Plan, position
-from lora_core.diffusion.noise import generator
+from lora_core.data.records import (
+    Record,
+    describe_unread_folder_names,
+    find_unused_files,
+    images_missing_word,
+    scan_folder,
+)
+from lora_core.data.sample_order import BucketOrder, sample_position
+from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 
 __all__ = [
-    "TEMPLATES", "Batch", "Cache", "Example", "Folder", "ImageSettings", "Record", "batches", "collate", "missing_word", "position",
-    "scaled_up", "scan", "shifted_to_masks", "unread_names", "unused",
+    "TEMPLATES", "Batch", "TensorCache", "Example", "ImageDataset", "ImageSettings", "Record", "iterate_batches", "collate", "images_missing_word", "sample_position",
+    "describe_upscaled", "scan_folder", "describe_moved_crops", "describe_unread_folder_names", "find_unused_files",
 ]  # fmt: skip
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
@@ -71,7 +77,7 @@ class ImageSettings:
     variants: int = 0  # 0: fresh pixels at every visit; n: the pixels of visit mod n, so that latents can be cached
     seed: int = 0
     buckets: bool = (
-        False  # each image is cut to the nearest of buckets.sizes(resolution, bucket_step)
+        False  # each image is cut to the nearest of buckets.bucket_sizes(resolution, bucket_step)
     )
     bucket_step: int = 64
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
@@ -88,12 +94,16 @@ class ImageSettings:
                 f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
             )
         if self.buckets:
-            sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
+            bucket_sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
 
     def size(self, image: Size) -> Size:
         """The (h, w) that an image of (h, w) is cut to."""
         square = (self.resolution, self.resolution)
-        return nearest(image, sizes(self.resolution, self.bucket_step)) if self.buckets else square
+        return (
+            nearest_size(image, bucket_sizes(self.resolution, self.bucket_step))
+            if self.buckets
+            else square
+        )
 
     @property
     def is_random(self) -> bool:
@@ -124,7 +134,7 @@ class Batch:
         )  # fmt: skip
 
 
-class Folder:
+class ImageDataset:
     """Records that can be drawn as examples. Decoded images stay in memory up to `keep_bytes`.
 
     `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
@@ -156,7 +166,7 @@ class Folder:
         self.caption_dropout = caption_dropout
         self.sizes = [settings.size(r.size) for r in self.records]
         self.has_masks = any(_has_mask(r) for r in self.records)
-        self._recent = RecentPictures(keep_bytes)
+        self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # of each content
         self._copy: list[int] = []  # which of them a record is
         for record in self.records:
@@ -188,11 +198,11 @@ class Folder:
         picture = self._picture(record, size)
         if s.zoom > 1:
             scale = 1 + (s.zoom - 1) * draw("zoom")
-            picture = resize(
+            picture = resize_image(
                 picture, (round(height * scale), round(width * scale)), s.interpolation
             )
         if s.flip and draw("flip") < 0.5:
-            picture = flip(picture)
+            picture = mirror_image(picture)
         free = (picture.image.height - height, picture.image.width - width)
         if s.crop == "random":
             top, left = (
@@ -203,15 +213,15 @@ class Folder:
             top, left = _center_corner(free)
         if picture.mask is not None and not _crop(picture.mask, (top, left), size).getbbox():
             top, left = _corner_on_mask(picture.mask, size, draw if s.crop == "random" else None)
-        picture = cut(picture, (top, left), size)
+        picture = crop_image(picture, (top, left), size)
         if s.jitter:
-            picture = tint(
+            picture = jitter_colors(
                 picture, *(1 + JITTER * (2 * draw(what) - 1) for what in ("brightness", "contrast"))
             )
-        pixels = to_pixels(picture.image)
+        pixels = image_to_pixels(picture.image)
         mask = torch.ones_like(pixels[:1]) if self.has_masks else None
         if picture.mask is not None:
-            mask = to_tensor(picture.mask).div(255)
+            mask = image_to_tensor(picture.mask).div(255)
         dropped = self._drops(record, visit)
         caption = "" if dropped else self._caption(record, visit)
         return Example(
@@ -237,7 +247,7 @@ class Folder:
             "size": tuple(size or s.size(record.size)),
             "interpolation": s.interpolation,
         }
-        settings["reading"] = READING
+        settings["reading"] = READER_VERSION
         if s.is_random and not s.variants:
             raise UserError(
                 "random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off"
@@ -270,7 +280,7 @@ class Folder:
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         return torch.rand(
             (),
-            generator=generator(self.settings.seed, record.key, visit, purpose),
+            generator=keyed_generator(self.settings.seed, record.key, visit, purpose),
             dtype=torch.float64,
         ).item()
 
@@ -285,7 +295,7 @@ class Folder:
         outside, is_center = [], self.settings.crop == "center"
         has_effect = not is_center or self.settings.zoom > 1
         for path, (record, size) in masked.items():
-            mask = resize(self._picture(record, size), size).mask
+            mask = resize_image(self._picture(record, size), size).mask
             assert mask is not None
             if not mask.getbbox():
                 raise UserError(
@@ -304,15 +314,15 @@ class Folder:
             )
         return outside
 
-    def _picture(self, record: Record, size: Size) -> Picture:
+    def _picture(self, record: Record, size: Size) -> MaskedImage:
         """The decoded file, already resized where no zoom asks for the original."""
 
-        def read() -> Picture:
-            picture = read_picture(record.path, record.mask_path, use_alpha=record.use_alpha)
+        def read() -> MaskedImage:
+            picture = read_image(record.path, record.mask_path, use_alpha=record.use_alpha)
             return (
                 picture
                 if self.settings.zoom > 1
-                else resize(picture, size, self.settings.interpolation)
+                else resize_image(picture, size, self.settings.interpolation)
             )
 
         return self._recent.get((record.key, None if self.settings.zoom > 1 else size), read)
@@ -341,7 +351,7 @@ def _corner_on_mask(
     mask it shows. Without `draw` the pixel nearest to the image's middle comes to the middle of
     the crop, as far as the image reaches.
     """
-    places = to_tensor(mask)[0].nonzero()  # [n, 2] rows and columns
+    places = image_to_tensor(mask)[0].nonzero()  # [n, 2] rows and columns
     if draw is None:
         middle = torch.tensor([mask.height - 1, mask.width - 1])
         chosen = int((2 * places - middle).square().sum(1).argmin())
@@ -360,7 +370,7 @@ def _corner_on_mask(
     return corner[0], corner[1]
 
 
-def shifted_to_masks(folder: Folder) -> str:
+def describe_moved_crops(folder: ImageDataset) -> str:
     """One sentence that counts the images whose mask lies outside the centre crop, or ""."""
     if not folder.shifted:
         return ""
@@ -370,7 +380,7 @@ def shifted_to_masks(folder: Folder) -> str:
     return f"the centre crop shows nothing of the mask of {count}; they are cropped around their masks instead{other}"
 
 
-def scaled_up(folder: Folder) -> str:
+def describe_upscaled(folder: ImageDataset) -> str:
     """One sentence that counts the images that are smaller than the size they are cut to, zoom left aside; empty when there are none."""
     images = {r.path: (r.size, cut) for r, cut in zip(folder.records, folder.sizes, strict=True)}
     small = [(path, h, w) for path, ((h, w), cut) in images.items() if h < cut[0] or w < cut[1]]
@@ -396,9 +406,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     )  # fmt: skip
 
 
-def batches(
-    folder: Folder,
-    prior: Folder | None = None,
+def iterate_batches(
+    folder: ImageDataset,
+    prior: ImageDataset | None = None,
     *,
     batch: int,
     seed: int,
@@ -419,15 +429,15 @@ def batches(
         raise ValueError(
             "the prior folder holds records that are not marked as prior; scan it with is_prior=True"
         )
-    plan = Plan(folder.sizes, batch, seed) if folder.settings.buckets else None
+    plan = BucketOrder(folder.sizes, batch, seed) if folder.settings.buckets else None
 
     def make(step: int) -> Batch:
         samples = range(step * batch, (step + 1) * batch)
-        rows = plan.rows(step) if plan else [position(len(folder), i, seed) for i in samples]
+        rows = plan.rows(step) if plan else [sample_position(len(folder), i, seed) for i in samples]
         size = folder.sizes[rows[0][0]]
         examples = [folder.example(record, folder.visit(record, times)) for record, times in rows]
         if prior is not None:
-            rows = [position(len(prior), i, seed, stream="prior") for i in samples]
+            rows = [sample_position(len(prior), i, seed, stream="prior") for i in samples]
             examples += [
                 prior.example(record, prior.visit(record, times), size) for record, times in rows
             ]

@@ -14,8 +14,8 @@ from huggingface_hub import cached_assets_path
 from PIL import UnidentifiedImageError
 
 from lora_core.data.captions import CAPTION_COLUMNS
-from lora_core.data.images import UNREADABLE, decode
-from lora_core.data.listing import TABLES
+from lora_core.data.images import READ_ERRORS, decode_image
+from lora_core.data.listing import METADATA_TABLES
 from lora_core.data.srgb import to_srgb
 from lora_core.errors import UserError
 
@@ -30,7 +30,7 @@ KEPT = {
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
 
 
-def export(
+def export_dataset(
     name: str,
     folder: Path | str | None = None,
     *,
@@ -68,7 +68,7 @@ def export(
         )
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in written]
         if caption_column:
-            (partial / TABLES[0]).write_text("".join(rows), encoding="utf-8")
+            (partial / METADATA_TABLES[0]).write_text("".join(rows), encoding="utf-8")
         (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)  # empty, or an older export of the same
@@ -167,13 +167,13 @@ def _write_images(
             if not cell.get("bytes") and not cell["path"]:
                 raise ValueError("it is empty")
             content = cell.get("bytes") or Path(cell["path"]).read_bytes()
-            image = decode(io.BytesIO(content))
+            image = decode_image(io.BytesIO(content))
             file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
             if image.format in KEPT:
                 file.write_bytes(content)
             else:
                 (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
-        except (KeyError, TypeError, *UNREADABLE) as error:
+        except (KeyError, TypeError, *READ_ERRORS) as error:
             raise UserError(
                 f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column"
             ) from error

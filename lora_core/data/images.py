@@ -24,7 +24,7 @@ except ImportError:  # the extra "heic"
 else:
     pillow_heif.register_heif_opener()
 
-SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
     ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
     ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi", ".psd", ".pcx", ".sgi",
@@ -34,12 +34,12 @@ HEIC = (".heic", ".heif", ".hif")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
-RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
 # Goes up when the same file gives other pixels: a cache must not return what an older version read.
-READING = 2
+READER_VERSION = 2
 MASK_SUFFIX = ".mask.png"
-UNREADABLE = (  # what Pillow's readers raise for damaged files
+READ_ERRORS = (  # what Pillow's readers raise for damaged files
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
@@ -50,7 +50,7 @@ INTERPOLATIONS = {
 }
 
 
-class Picture(NamedTuple):
+class MaskedImage(NamedTuple):
     image: Image.Image  # RGB
     mask: Image.Image | None  # L, same size
     original_size: tuple[int, int]  # h, w of the file, upright
@@ -61,7 +61,7 @@ def mask_path(image: Path) -> Path:
     return image.with_name(image.stem + MASK_SUFFIX)
 
 
-def readable(path: Path) -> str | None:
+def format_problem(path: Path) -> str | None:
     """Why the file cannot be read as an image on this machine, or None.
 
     Looks at its name and first bytes only.
@@ -71,14 +71,14 @@ def readable(path: Path) -> str | None:
         return "HEIC needs the package pillow-heif: pip install pillow-heif"
     if suffix in CODECS and not features.check(CODECS[suffix]):
         return f"this Pillow lacks {CODECS[suffix]}; install a newer one: pip install -U pillow"
-    if suffix in RAW:
+    if suffix in RAW_SUFFIXES:
         return "it is a camera's raw file; export it as JPEG, PNG or TIFF"
-    if suffix not in SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES:
         return f"{suffix or 'a name without a suffix'} is no image format that is read"
     return None
 
 
-def decode(source: Path | BinaryIO) -> Image.Image:
+def decode_image(source: Path | BinaryIO) -> Image.Image:
     """The file's first frame in its own mode, decoded whole and turned upright (EXIF).
 
     Raises one of UNREADABLE. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colours
@@ -96,7 +96,7 @@ def decode(source: Path | BinaryIO) -> Image.Image:
     return image
 
 
-def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> Picture:
+def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> MaskedImage:
     """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
 
     Transparency that is not the mask is composited on white. Raises UserError naming the file for one that cannot be read, a mask of another size,
@@ -110,18 +110,18 @@ def read_picture(path: Path, mask: Path | None = None, *, use_alpha: bool = Fals
             raise UserError(
                 f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks"
             )
-        return Picture(image, _checked(alpha, f"the alpha channel of {path}"), size)
+        return MaskedImage(image, _checked(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if mask is None:
-        return Picture(image, None, size)
+        return MaskedImage(image, None, size)
     grey = read_mask(mask)
     if grey.size != image.size:
         raise UserError(
             f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size"
         )
-    return Picture(image, _checked(grey, f"the mask {mask}"), size)
+    return MaskedImage(image, _checked(grey, f"the mask {mask}"), size)
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -142,7 +142,7 @@ def has_alpha_mask(path: Path) -> bool:
     return alpha is not None and len(set(alpha.getextrema())) == 2
 
 
-def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
     (h, w), (height, width) = size, target
     return (
@@ -152,12 +152,14 @@ def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     )
 
 
-def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bilinear") -> Picture:
+def resize_image(
+    picture: MaskedImage, target: tuple[int, int], interpolation: str = "bilinear"
+) -> MaskedImage:
     """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of INTERPOLATIONS; bilinear is the public scripts' default.
 
     Masks are always bilinear: the other two overshoot at edges, and would give weight to what the mask leaves out.
     """
-    height, width = cover((picture.image.height, picture.image.width), target)
+    height, width = covering_size((picture.image.height, picture.image.width), target)
     if picture.image.size == (width, height):
         return picture
     mask = (
@@ -170,44 +172,44 @@ def resize(picture: Picture, target: tuple[int, int], interpolation: str = "bili
     )
 
 
-def flip(picture: Picture) -> Picture:
+def mirror_image(picture: MaskedImage) -> MaskedImage:
     """The picture and its mask mirrored left to right."""
     return _both(picture, ImageOps.mirror)
 
 
-def cut(picture: Picture, corner: tuple[int, int], size: tuple[int, int]) -> Picture:
+def crop_image(picture: MaskedImage, corner: tuple[int, int], size: tuple[int, int]) -> MaskedImage:
     """The `size` (h, w) pixels at `corner` (top, left) of the picture and its mask."""
     (top, left), (height, width) = corner, size
     return _both(picture, lambda image: image.crop((left, top, left + width, top + height)))
 
 
-def tint(picture: Picture, brightness: float, contrast: float) -> Picture:
+def jitter_colors(picture: MaskedImage, brightness: float, contrast: float) -> MaskedImage:
     """The picture with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1). The mask is not touched."""
     image = ImageEnhance.Brightness(picture.image).enhance(brightness)
     return picture._replace(image=ImageEnhance.Contrast(image).enhance(contrast))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def image_to_tensor(image: Image.Image) -> Tensor:
     """The image's bytes as fp32 [c, h, w] in [0, 255]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, -1).permute(2, 0, 1).contiguous().float()
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def image_to_pixels(image: Image.Image) -> Tensor:
     """An RGB image as fp32 [3, h, w] in [-1, 1], rounded once."""
-    return to_tensor(image).mul(2).sub(255).div(255)
+    return image_to_tensor(image).mul(2).sub(255).div(255)
 
 
-class RecentPictures:
+class RecentImages:
     """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data set is read from disk once. Safe with threads."""
 
     def __init__(self, limit_bytes: int = 2**29) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self._pictures: OrderedDict[Hashable, Picture] = OrderedDict()
+        self._pictures: OrderedDict[Hashable, MaskedImage] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Picture]) -> Picture:
+    def get(self, key: Hashable, make: Callable[[], MaskedImage]) -> MaskedImage:
         with self._lock:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
@@ -222,13 +224,13 @@ class RecentPictures:
         return made
 
 
-def _both(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Picture:
+def _both(picture: MaskedImage, change: Callable[[Image.Image], Image.Image]) -> MaskedImage:
     return picture._replace(
         image=change(picture.image), mask=None if picture.mask is None else change(picture.mask)
     )
 
 
-def _bytes(picture: Picture) -> int:
+def _bytes(picture: MaskedImage) -> int:
     return (
         picture.image.width * picture.image.height * (4 if picture.mask is None else 5)
     )  # Pillow keeps RGB in 4 bytes
@@ -247,9 +249,9 @@ def _is_heic(path: Path) -> bool:
 def _open(path: Path) -> Image.Image:
     """`decode`; UserError naming the file for one that cannot be read."""
     try:
-        return decode(path)
-    except UNREADABLE as error:
-        if reason := readable(path):
+        return decode_image(path)
+    except READ_ERRORS as error:
+        if reason := format_problem(path):
             raise UserError(f"cannot read the image {path}: {reason}") from error
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 

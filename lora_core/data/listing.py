@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from lora_core.data.images import RAW, SUFFIXES, readable
+from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
 from lora_core.errors import UserError
-from lora_core.text import compose
+from lora_core.text import normalize_unicode
 
-TABLES = ("metadata.jsonl", "metadata.csv")  # as ImageFolder of the datasets library has them
+METADATA_TABLES = (
+    "metadata.jsonl",
+    "metadata.csv",
+)  # as ImageFolder of the datasets library has them
 CAPTION_SUFFIXES = (
     ".txt",
     ".caption",
@@ -45,7 +48,7 @@ MANY = 10_000  # images in sub-folders are counted so far
 
 
 @dataclass(frozen=True)
-class Part:
+class FolderContents:
     """One folder of images."""
 
     folder: Path
@@ -66,26 +69,26 @@ class Listing:
     """The folders that images are read from."""
 
     root: Path
-    parts: tuple[Part, ...]
+    parts: tuple[FolderContents, ...]
     others: dict[Path, str] = field(
         default_factory=dict
     )  # of the root, where that is not one of the parts
 
 
-def read_folder(root: Path, *, tabled: bool = True) -> Listing:
+def list_folder(root: Path, *, tabled: bool = True) -> Listing:
     """What is in the folder. `tabled`: a metadata table may name images below it.
 
     A folder without images of its own stands for its N_name folders (kohya: N repeats, the name is the caption of images that
     have none), or for its folder `train` (ImageFolder of the datasets library). Raises UserError, naming what is there, when
     there are no images.
     """
-    own = read_part(root)
+    own = list_one_folder(root)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
     parts = tuple(part for path in folders if (part := _numbered_part(path)) is not None)
     if not parts:
-        trained = [read_part(path) for path in folders if path.name.lower() == "train"]
+        trained = [list_one_folder(path) for path in folders if path.name.lower() == "train"]
         parts = tuple(part for part in trained if part.images or (tabled and part.table))
     if not parts:
         raise UserError(_no_images(own))
@@ -93,13 +96,15 @@ def read_folder(root: Path, *, tabled: bool = True) -> Listing:
     return Listing(root, parts, {path: why for path, why in own.others.items() if path not in used})
 
 
-def read_part(folder: Path) -> Part:
+def list_one_folder(folder: Path) -> FolderContents:
     """What is in one folder, whatever lies below it."""
     entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     files = [path for path in entries if path.is_file()]
     shown = [path for path in files if not path.name.startswith(".")]
     pictures = [
-        path for path in shown if path.suffix.lower() in SUFFIXES and why_unreadable(path) is None
+        path
+        for path in shown
+        if path.suffix.lower() in IMAGE_SUFFIXES and why_unreadable(path) is None
     ]
     names = {name for path in pictures for name in _names(path)}
     bases = {path: base for path in pictures if (base := _masked_name(path, names)) is not None}
@@ -127,14 +132,14 @@ def read_part(folder: Path) -> Part:
     others |= {
         path: "sub-folders" for path in entries if path.is_dir() and path not in mask_folders
     }
-    return Part(folder, images, masks, texts, table, tuple(unclaimed), others)
+    return FolderContents(folder, images, masks, texts, table, tuple(unclaimed), others)
 
 
 def why_unreadable(path: Path) -> str | None:
     """None for a file that can be read as an image, as far as its name and first bytes tell, else the reason; "" for other files."""
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES or suffix in RAW:
-        return readable(path)
+    if suffix in IMAGE_SUFFIXES or suffix in RAW_SUFFIXES:
+        return format_problem(path)
     return (
         "images in formats that are not read (save them as JPEG or PNG)"
         if suffix in OTHER_IMAGES
@@ -142,7 +147,7 @@ def why_unreadable(path: Path) -> str | None:
     )
 
 
-def left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
+def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
     """Reason -> the files, and sub-folders with images, that nothing reads. `used`: images, masks, caption files and tables that are read."""
     taken, found = set(used), dict[str, list[Path]]()
 
@@ -172,14 +177,14 @@ def count_images(folder: Path, taken: Iterable[Path] = ()) -> int:
     return sum(1 for _ in islice(_images_below(folder, set(taken)), MANY))
 
 
-def place_for_more(root: Path) -> tuple[Path, int]:
+def folder_for_new_images(root: Path) -> tuple[Path, int]:
     """(the folder that further images belong in, how many images there are): of N_name folders the first, else the folder itself.
 
     Raises UserError for a folder without images of its own that has sub-folders of images which are not read.
     """
     if not count_images(root):
         return root, 0
-    parts = read_folder(root, tabled=False).parts
+    parts = list_folder(root, tabled=False).parts
     return parts[0].folder, sum(len(part.images) for part in parts)
 
 
@@ -204,7 +209,11 @@ def find_file(folder: Path, name: str) -> Path | None:
         if not os.path.isdir(folder):
             return None
         exact = folder / part
-        same = [entry for entry in folder.iterdir() if compose(entry.name) == compose(part)]
+        same = [
+            entry
+            for entry in folder.iterdir()
+            if normalize_unicode(entry.name) == normalize_unicode(part)
+        ]
         if not os.path.exists(exact) and not same:
             return None
         folder = exact if os.path.exists(exact) else same[0]
@@ -219,12 +228,12 @@ def _below(folder: Path, name: str) -> Path:
     )
 
 
-def _numbered_part(folder: Path) -> Part | None:
+def _numbered_part(folder: Path) -> FolderContents | None:
     """One of kohya's folders, 20_name with images in it; None for another."""
     found = NUMBERED.fullmatch(folder.name)
     if found is None or not 1 <= int(found[1]) <= MOST_REPEATS or int(found[1]) in YEARS:
         return None
-    part = read_part(folder)
+    part = list_one_folder(folder)
     words = found[2].strip()
     has_letter = any(character.isalpha() for character in words)
     return (
@@ -234,9 +243,9 @@ def _numbered_part(folder: Path) -> Part | None:
     )
 
 
-def _no_images(own: Part) -> str:
+def _no_images(own: FolderContents) -> str:
     """The sentence for a folder without images: what it has instead."""
-    formats = ", ".join(SUFFIXES)
+    formats = ", ".join(IMAGE_SUFFIXES)
     folders = [path for path in own.others if path.is_dir() and count_images(path)]
     if folders:
         where = _folder_of_images(folders[0])
@@ -259,7 +268,7 @@ def _no_images(own: Part) -> str:
 def _folder_of_images(folder: Path) -> Path:
     """The first folder, this one or one below it, that would be read: it has images, or N_name folders with images."""
     for place in sorted([folder, *(path for path in folder.rglob("*") if path.is_dir())]):
-        if read_part(place).images or any(
+        if list_one_folder(place).images or any(
             map(_numbered_part, filter(Path.is_dir, place.iterdir()))
         ):
             return place
@@ -268,19 +277,19 @@ def _folder_of_images(folder: Path) -> Path:
 
 def _table(folder: Path) -> Path | None:
     """The folder's metadata.jsonl or metadata.csv; UserError when there are both."""
-    found = [folder / name for name in TABLES if (folder / name).is_file()]
+    found = [folder / name for name in METADATA_TABLES if (folder / name).is_file()]
     if len(found) > 1:
-        raise UserError(f"{folder} has both {' and '.join(TABLES)}; keep one of them")
+        raise UserError(f"{folder} has both {' and '.join(METADATA_TABLES)}; keep one of them")
     return found[0] if found else None
 
 
 def _stem(path: Path) -> str:
-    return compose(path.stem)
+    return normalize_unicode(path.stem)
 
 
 def _names(image: Path) -> tuple[str, ...]:
     """What the mask of an image may be called after, nearest first: 0.src, 0.src.jpg and 0 for 0.src.jpg."""
-    return _stem(image), compose(image.name), _stem(image).removesuffix(SOURCE_END)
+    return _stem(image), normalize_unicode(image.name), _stem(image).removesuffix(SOURCE_END)
 
 
 def _masked_name(path: Path, names: set[str]) -> str | None:
@@ -334,7 +343,7 @@ def _index_masks(entries: Iterable[Path], names: set[str]) -> list[Path]:
             own = [
                 path
                 for path in sorted(folder.iterdir())
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
             ]
             if any((_masked_name(path, names) or _stem(path)) in names for path in own):
                 found += own
@@ -349,7 +358,7 @@ def _pair_texts(
     for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
         named.setdefault(_stem(path), []).append(path)
     found = {
-        image: (*named.get(_stem(image), ()), *named.get(compose(image.name), ()))
+        image: (*named.get(_stem(image), ()), *named.get(normalize_unicode(image.name), ()))
         for image in images
     }
     claimed = {path for own in found.values() for path in own}
@@ -372,6 +381,8 @@ def _images_below(folder: Path, taken: set[Path]) -> Iterator[Path]:
     for place, _, names in os.walk(folder):
         for name in sorted(names):
             path = Path(place, name)
-            is_image = path.suffix.lower() in SUFFIXES and not path.stem.lower().endswith(MASK_ENDS)
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.lower().endswith(
+                MASK_ENDS
+            )
             if is_image and not name.startswith(".") and path not in taken:
                 yield path

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 from lora_core.data.captions import FOLDER_NAME, CaptionMode, Captions, read_captions, read_metadata
-from lora_core.data.images import has_alpha_mask, mask_path, read_picture
-from lora_core.data.listing import TABLES, Listing, Part, left_out, read_folder, read_part
+from lora_core.data.images import has_alpha_mask, mask_path, read_image
+from lora_core.data.listing import (
+    METADATA_TABLES,
+    FolderContents,
+    Listing,
+    files_left_out,
+    list_folder,
+    list_one_folder,
+)
 from lora_core.errors import UserError
-from lora_core.tokens import has_word
+from lora_core.tokens import has_placeholder
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Record:
     source: Path | str = ""  # of the captions: a file, or in words
 
 
-def scan(
+def scan_folder(
     folder: Path | str,
     *,
     captions: CaptionMode = "auto",
@@ -62,7 +69,7 @@ def scan(
     if masks not in ("auto", "file", "alpha", "any", "none"):
         raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
     tabled = captions in ("auto", "metadata")
-    parts = read_folder(folder, tabled=tabled).parts
+    parts = list_folder(folder, tabled=tabled).parts
     if tabled:
         parts = tuple(
             _with_table(part, caption_column, may_be_empty=caption is not None) for part in parts
@@ -79,15 +86,15 @@ def scan(
     return records * (1 if held_out else repeats)
 
 
-def unused(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
+def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
     """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
     used = {
         path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)
     }
-    return left_out(_listing_of(folder, records), used)
+    return files_left_out(_listing_of(folder, records), used)
 
 
-def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
+def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) -> str:
     """One sentence about folders called N_name (kohya) whose name --data.caption or file names replace; empty when there are none.
 
     Files with captions replace it too, as in kohya's scripts, of which nobody needs to be told.
@@ -108,7 +115,7 @@ def unread_names(folder: Path | str, records: Sequence[Record]) -> str:
     return f"folder names are no captions here (others come of --data.caption or --data.captions): {shown}"
 
 
-def unmasked(record: Record) -> Record:
+def without_mask(record: Record) -> Record:
     """The record of the same image without its mask, which is part of a record's key."""
     if record.mask_path is None and not record.use_alpha:
         return record
@@ -121,22 +128,26 @@ def unmasked(record: Record) -> Record:
     )
 
 
-def missing_word(records: Sequence[Record], word: str) -> list[Path]:
-    """The images with a caption in which `tokens.bind` would not find the word, each once."""
+def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
+    """The images with a caption in which `tokens.bind_placeholders` would not find the word, each once."""
     return list(
-        dict.fromkeys(r.path for r in records if not all(has_word(c, word) for c in r.captions))
+        dict.fromkeys(
+            r.path for r in records if not all(has_placeholder(c, word) for c in r.captions)
+        )
     )
 
 
 def _listing_of(folder: Path | str, records: Sequence[Record]) -> Listing:
     """The folder as it was listed for these records of it."""
-    return read_folder(
+    return list_folder(
         Path(folder),
-        tabled=any(isinstance(r.source, Path) and r.source.name in TABLES for r in records),
+        tabled=any(
+            isinstance(r.source, Path) and r.source.name in METADATA_TABLES for r in records
+        ),
     )
 
 
-def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
+def _with_table(part: FolderContents, column: str | None, *, may_be_empty: bool) -> FolderContents:
     """The folder with those images below it that its metadata table names, and what lies beside them."""
     if part.table is None:
         return part
@@ -148,7 +159,7 @@ def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
         {*part.masks.values(), *part.unclaimed},
     )
     for folder in sorted({path.parent for path in further}):
-        below = read_part(folder)
+        below = list_one_folder(folder)
         masks |= {path: mask for path, mask in below.masks.items() if path in further}
         texts |= {path: own for path, own in below.texts.items() if path in further}
         no_images |= {*below.masks.values(), *below.unclaimed}
@@ -159,7 +170,7 @@ def _with_table(part: Part, column: str | None, *, may_be_empty: bool) -> Part:
     return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
 
 
-def _masks(parts: Sequence[Part], masks: str) -> dict[Path, Path | None]:
+def _masks(parts: Sequence[FolderContents], masks: str) -> dict[Path, Path | None]:
     """The mask file of each image; UserError for a missing one that was demanded, or one that belongs to no image."""
     images = [path for part in parts for path in part.images]
     if masks in ("alpha", "none"):
@@ -182,7 +193,7 @@ def _record(
 ) -> Record:
     """The record of one file, which is decoded to see that it can be."""
     use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
-    size = read_picture(path, mask, use_alpha=use_alpha).original_size
+    size = read_image(path, mask, use_alpha=use_alpha).original_size
     content = hashlib.blake2b(path.read_bytes(), digest_size=16)
     content.update(b"alpha" if use_alpha else b"")
     if mask is not None:

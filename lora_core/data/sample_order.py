@@ -5,22 +5,22 @@ from functools import lru_cache
 
 import torch
 
-from lora_core.diffusion.noise import generator
+from lora_core.diffusion.noise import keyed_generator
 
 
-def position(n: int, index: int, seed: int, *, stream: str = "instance") -> tuple[int, int]:
+def sample_position(n: int, index: int, seed: int, *, stream: str = "instance") -> tuple[int, int]:
     """(which of n records, epoch) of sample number `index` of the endless stream: every epoch is a permutation keyed by (seed, stream, epoch)."""
     epoch, place = divmod(index, n)
-    return permutation(n, epoch, seed, stream)[place], epoch
+    return epoch_permutation(n, epoch, seed, stream)[place], epoch
 
 
 @lru_cache(maxsize=8)
-def permutation(n: int, epoch: int, seed: int, stream: str) -> list[int]:
+def epoch_permutation(n: int, epoch: int, seed: int, stream: str) -> list[int]:
     """The numbers 0 .. n - 1 in an order of (seed, stream, epoch)."""
-    return torch.randperm(n, generator=generator(seed, stream, epoch, "order")).tolist()
+    return torch.randperm(n, generator=keyed_generator(seed, stream, epoch, "order")).tolist()
 
 
-class Plan:
+class BucketOrder:
     """Steps of `batch` records that share a group (the size they are cut to).
 
     In an epoch every record comes at least once: each group is shuffled, its last batch filled with further visits of its own records, and the
@@ -50,21 +50,21 @@ class Plan:
                 for place, count in self._visits(len(members), epoch, f"bucket {group}")
             ]
             made += [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
-        return [made[i] for i in permutation(self.steps, epoch, self.seed, "batches")]
+        return [made[i] for i in epoch_permutation(self.steps, epoch, self.seed, "batches")]
 
     def _visits(self, n: int, epoch: int, stream: str) -> list[tuple[int, int]]:
         """One epoch of a group of n: (place in the group, visits before), each place once in keyed order, then those that fill the last batch."""
         extra = -n % self.batch
         rounds, rest = divmod(epoch * extra, n)  # of filling, in the epochs before this one
         counts = [epoch + rounds] * n
-        for place in permutation(n, rounds, self.seed, stream + " fill")[:rest]:
+        for place in epoch_permutation(n, rounds, self.seed, stream + " fill")[:rest]:
             counts[place] += 1
         fill = [
-            position(n, epoch * extra + i, self.seed, stream=stream + " fill")[0]
+            sample_position(n, epoch * extra + i, self.seed, stream=stream + " fill")[0]
             for i in range(extra)
         ]
         visits = []
-        for place in [*permutation(n, epoch, self.seed, stream), *fill]:
+        for place in [*epoch_permutation(n, epoch, self.seed, stream), *fill]:
             visits.append((place, counts[place]))
             counts[place] += 1
         return visits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_core.adapters import injection
 from lora_core.diffusion import sampling
-from lora_core.diffusion.noise import Keys
+from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
 
 
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SamplerSettings:
     """How pictures are sampled. Width and height in pixels; 0 is the model's own resolution."""
 
     sampler: str = "ddim"
@@ -64,11 +64,11 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
+def generate_images(
     family: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    recipe: Recipe,
+    recipe: SamplerSettings,
     *,
     init: Tensor | None = None,
     mask: Tensor | None = None,
@@ -83,7 +83,7 @@ def generate(
     height, width = recipe.height or family.resolution, recipe.width or family.resolution
     _check(family, recipe, (height, width), init, mask)
     schedule = family.schedule_at(height // family.factor, width // family.factor)
-    path = sampling.levels(
+    path = sampling.sampler_levels(
         recipe.sampler,
         schedule,
         recipe.steps,
@@ -91,7 +91,11 @@ def generate(
         offset=family.offset,
         strength=recipe.strength,
     )
-    paths = [path] if refiner is None else sampling.split(path, schedule, recipe.refiner_start)
+    paths = (
+        [path]
+        if refiner is None
+        else sampling.split_for_refiner(path, schedule, recipe.refiner_start)
+    )
     shape = (family.latent_channels, height // family.factor, width // family.factor)
     eps = start_noise(seeds, shape).to(family.device)
     x0 = (
@@ -99,11 +103,11 @@ def generate(
         if init is not None and recipe.strength < 1
         else None
     )
-    x = sampling.start(eps, path, x0)
+    x = sampling.start_latents(eps, path, x0)
     inpaint = (
         None
         if mask is None or init is None
-        else masked_latents(family, init, mask).expand(len(prompts), -1, -1, -1)
+        else encode_masked_image(family, init, mask).expand(len(prompts), -1, -1, -1)
     )
     sampler = sampling.SAMPLERS[recipe.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
@@ -111,7 +115,7 @@ def generate(
         denoise = _denoiser(
             model, prompts, recipe, (height, width), inpaint if model is family else None
         )
-        with injection.steady(model.modules[model.denoiser]):
+        with injection.cache_dora_norms(model.modules[model.denoiser]):
             x = sampler.run(denoise, x, part, **noise)
     pixels = family.decode(x).float()
     _check_drawn(family, x, pixels, seeds)
@@ -144,16 +148,16 @@ def _check_drawn(family: Any, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -
 def _denoiser(
     family: Any,
     prompts: Sequence[str],
-    recipe: Recipe,
+    recipe: SamplerSettings,
     size: tuple[int, int],
     inpaint: Tensor | None,
 ) -> sampling.Denoise:
     """x_t and level -> x0, with guidance in the way the model takes it."""
     sizes = Sizes.whole(*size, len(prompts))
-    cond = family.inform(family.encode_prompts(prompts), sizes, recipe.guidance)
+    cond = family.add_size_embeddings(family.encode_prompts(prompts), sizes, recipe.guidance)
     scale = 1.0 if family.distilled_guidance else recipe.guidance
     uncond = (
-        family.inform(
+        family.add_size_embeddings(
             family.encode_negative([recipe.negative] * len(prompts)), sizes, recipe.guidance
         )
         if scale != 1
@@ -168,11 +172,15 @@ def _denoiser(
             None if inpaint is None else inpaint.repeat(len(x) // len(inpaint), 1, 1, 1),
         )
 
-    return sampling.guided(network, family.prediction, cond, uncond, scale)
+    return sampling.guided_denoiser(network, family.prediction, cond, uncond, scale)
 
 
 def _check(
-    family: Any, recipe: Recipe, size: tuple[int, int], init: Tensor | None, mask: Tensor | None
+    family: Any,
+    recipe: SamplerSettings,
+    size: tuple[int, int],
+    init: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     if size[0] % family.multiple or size[1] % family.multiple:
         raise UserError(
@@ -192,7 +200,7 @@ def _check(
         )
 
 
-def masked_latents(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
+def encode_masked_image(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
     """[b, 1 + c, h, w] what an inpainting denoiser reads: the mask on the latent grid (nearest) and the latents of the picture with a grey hole."""
     mask = mask.to(pixels)
     latents = family.encode_images(pixels * (mask < 0.5))[0]
@@ -201,7 +209,7 @@ def masked_latents(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def random_holes(keys: Keys, height: int, width: int) -> Tensor:
+def random_hole_masks(keys: RandomKeys, height: int, width: int) -> Tensor:
     """[b, 1, h, w] masks for training an inpainting model, 1 = hole: 8 to 32 rectangles with sides of 1/32 to 1/4, or everything once in four times.
 
     The distribution of cloneofsimo's lora_pti (16 to 128 of 512 pixels), keyed by example and visit.

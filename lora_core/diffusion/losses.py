@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel
-from lora_core.diffusion.prediction import PREDICTIONS, compared
+from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
 from lora_core.kernels import call
-from lora_core.kernels.reference import masked_mean, wide
-from lora_core.plugins import check_named, file_and_name, from_file
+from lora_core.kernels.reference import masked_mean, wide_dtype
+from lora_core.plugins import check_names_file, load_from_file, name_function
 
 
 @dataclass
@@ -76,9 +76,9 @@ class StepOutput:
     def _comparable(self, out: Tensor) -> Tensor:
         """A network's raw output in the row of `out`."""
         space = "model" if self.network in ("", self.prediction) else "edm"
-        return compared(self.network or self.prediction, space, out, self.x0, self.eps, self.level)[
-            0
-        ]
+        return to_loss_space(
+            self.network or self.prediction, space, out, self.x0, self.eps, self.level
+        )[0]
 
     def _call(self, name: str, *args: Tensor) -> Any:
         if name not in self.lazy:
@@ -127,7 +127,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def capturable(loss: Callable[..., Tensor]) -> bool:
+def is_capturable(loss: Callable[..., Tensor]) -> bool:
     """Whether a loss does the same operations every step and reads nothing back to the host, so that a CUDA graph can hold it: the rows of LOSSES do,
     and functions with the attribute `capturable = True`; with arguments bound to them or without."""
     while isinstance(loss, functools.partial):
@@ -158,7 +158,7 @@ def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedul
     )
 
 
-def preserving(
+def add_preservation(
     loss: Callable[[StepOutput], Tensor], weight: float
 ) -> Callable[[StepOutput], Tensor]:
     """The loss plus `weight` times the mean squared difference [b] between the outputs with adapters and of the base model, both on the caption
@@ -172,7 +172,7 @@ def preserving(
         now, before = step.preserved
         return loss(step) + weight * call("snr_weighted_mse", now, before, None, None)
 
-    preserving_loss.capturable = capturable(loss)  # type: ignore[attr-defined]
+    preserving_loss.capturable = is_capturable(loss)  # type: ignore[attr-defined]
     return preserving_loss
 
 
@@ -183,7 +183,7 @@ def _above(d: Tensor, c: Tensor) -> Tensor:
 
 def _difference(step: StepOutput) -> Tensor:
     _check_shapes(step)
-    dtype = wide(step.out.dtype)
+    dtype = wide_dtype(step.out.dtype)
     return step.out.to(dtype) - step.target.to(dtype)
 
 
@@ -219,7 +219,7 @@ WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
 LEVEL_FLOOR = 2.0**-12
 
 
-def weight(
+def loss_weights(
     name: str, level: NoiseLevel, prediction: str, *, space: str = "model", **args: float
 ) -> Tensor:
     """[b] weight of each row's squared error in a space of `compared`: W(snr) |d x0 / d out|^2, finite at zero terminal SNR.
@@ -231,7 +231,7 @@ def weight(
     In "edm" space the error is x0's own and its weight W(snr); none is snr there, diffusers' 1 / sigma^2, but for networks of the edm row,
     which diffusers leaves unweighed. diffusers refuses min-SNR with EDM; here it is min(snr, g), the law it is in any space.
     """
-    law = resolve(name, WEIGHTINGS, args)
+    law = find_function(name, WEIGHTINGS, args)
     if law is None and space == "edm" and prediction != "edm":
         law = WEIGHTINGS["snr"]
     if law is None:
@@ -265,14 +265,14 @@ _OUTPUTS = {  # row of PREDICTIONS -> the output's name, and the squared Jacobia
 }
 
 
-def meaning(
+def describe_loss(
     weighting: str, prediction: str, space: str = "model", *, loss: str = "mse", **args: float
 ) -> str:
     """One line that says what a loss, a weighting and a space compute together, e.g. "loss: mse of x0, weighed by min(snr, 5)".
 
     Raises UserError for what `resolve` refuses.
     """
-    law = resolve(weighting, WEIGHTINGS, args)
+    law = find_function(weighting, WEIGHTINGS, args)
     output, jacobian = _OUTPUTS["sample" if space == "edm" else prediction]
     words = "not weighed"
     if law is not None:
@@ -294,20 +294,20 @@ def meaning(
 # ---------------------------------------------------------------- finding, checking and adding up
 
 
-def resolve(
+def find_function(
     spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None
 ) -> Any:
     """The row `spec` of a table, or function `fn` of a file for "path/to/file.py:fn", with `args` bound to it.
 
     Raises UserError for an unknown name (naming the nearest), a missing file or function, and an argument the function does not take.
     """
-    check_named(spec, "loss")
+    check_names_file(spec, "loss")
     path, colon, name = spec.rpartition(":")
-    function = from_file(path, name, "function") if colon else _from_table(spec, table)
-    return bound(function, spec, args or {})
+    function = load_from_file(path, name, "function") if colon else _from_table(spec, table)
+    return bind_arguments(function, spec, args or {})
 
 
-def bound(function: Any, name: str, args: Mapping[str, Any]) -> Any:
+def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument that it does not take, or for a
     text where its default is a number."""
     if not args:
@@ -333,7 +333,7 @@ def bound(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     return functools.partial(function, **args)
 
 
-def recorded(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
+def name_and_arguments(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
     """(name, arguments) with which `resolve` finds a function again, or a name in "<...>" that it refuses where no file gives it back.
 
     Arguments that functools.partial has bound by name are among them, where a config can hold them.
@@ -345,7 +345,7 @@ def recorded(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
         and all(isinstance(v, bool | int | float | str) for v in loss.keywords.values())
     ):
         inner = loss.func
-    name = file_and_name(inner, LOSSES)
+    name = name_function(inner, LOSSES)
     return (name, {}) if inner is loss or name.startswith("<") else (name, dict(loss.keywords))  # type: ignore[attr-defined]
 
 
@@ -360,7 +360,7 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Any:
 
 def check_weighting(name: str, args: Mapping[str, Any]) -> None:
     """Raises UserError for a weighting that `resolve` refuses, or that gives negative weights, none at all, or NaN."""
-    law = resolve(name, WEIGHTINGS, args)
+    law = find_function(name, WEIGHTINGS, args)
     weights = law(torch.logspace(-4, 4, 9)) if law else torch.ones(1)
     if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
         given = " ".join(f"{key}={value}" for key, value in args.items())
@@ -369,7 +369,7 @@ def check_weighting(name: str, args: Mapping[str, Any]) -> None:
         )
 
 
-def check_rows(rows: Tensor, name: str, b: int) -> None:
+def check_loss_rows(rows: Tensor, name: str, b: int) -> None:
     """Refuses what loss `name` returned unless it is [b] finite numbers. Reads the values, so it waits for a GPU.
 
     Check before weighing: a scalar times the weights [b] is [b] again.
@@ -390,7 +390,7 @@ def check_rows(rows: Tensor, name: str, b: int) -> None:
         )
 
 
-def total(rows: Tensor, is_prior: Tensor, *, prior_weight: float, instances: int) -> Tensor:
+def sum_losses(rows: Tensor, is_prior: Tensor, *, prior_weight: float, instances: int) -> Tensor:
     """Scalar sum of the weighed rows [b] / instances, where rows of the prior count prior_weight times as much.
 
     With as many prior rows as instances this is mean(instances) + prior_weight * mean(prior) (DreamBooth, arXiv 2208.12242 eq. 2).

@@ -111,7 +111,7 @@ class Schedule:
         )
 
 
-def vp(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
+def vp_schedule(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
     """Variance preserving schedule of DDPM: alpha_t^2 = prod_{s<=t} (1 - beta_s) (arXiv 2006.11239 eq. 4).
 
     zero_terminal_snr shifts and rescales alpha (not alpha^2) so that the last row is pure noise and the first is unchanged
@@ -143,7 +143,7 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 }
 
 
-def vp_from_config(config: Mapping[str, Any]) -> Schedule:
+def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """The vp schedule that a model's `scheduler_config.json` describes; keys and their defaults are diffusers' own.
 
     Reads trained_betas, beta_schedule, beta_start, beta_end, num_train_timesteps and rescale_betas_zero_snr.
@@ -159,31 +159,33 @@ def vp_from_config(config: Mapping[str, Any]) -> Schedule:
         raise UserError(
             f"scheduler_config.json has beta_schedule {name!r}; this program knows {', '.join(BETAS)}"
         )
-    return vp(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
+    return vp_schedule(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
-def shifted(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
     """Flow sigmas moved towards the noise: shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206 eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow(*, shift: float = 1.0, steps: int = 1000) -> Schedule:
+def flow_schedule(*, shift: float = 1.0, steps: int = 1000) -> Schedule:
     """Rectified flow: alpha = 1 - sigma and t = sigma (arXiv 2210.02747, 2209.03003); rows 1/steps ... 1, then shifted."""
-    sigmas = shifted(torch.arange(1, steps + 1).double() / steps, shift)
+    sigmas = shift_sigmas(torch.arange(1, steps + 1).double() / steps, shift)
     return Schedule("flow", sigmas, 1 - sigmas, sigmas, shift=shift)
 
 
-def karras(fraction: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+def karras_sigmas(fraction: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """Sigmas from sigma_min (fraction 0) to sigma_max (fraction 1), even in sigma^(1/rho) (arXiv 2206.00364 eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + fraction * (high - low)) ** rho
 
 
-def edm(
+def edm_schedule(
     *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, steps: int = 1000
 ) -> Schedule:
     """Variance exploding schedule of EDM: alpha = 1 and t = c_noise = ln(sigma) / 4 (arXiv 2206.00364 table 1)."""
-    sigmas = karras(torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max, rho)
+    sigmas = karras_sigmas(
+        torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max, rho
+    )
     return Schedule("edm", sigmas.log() / 4, torch.ones_like(sigmas), sigmas, rho=rho)
 
 
@@ -197,7 +199,7 @@ def _hash(seed: int, name: str, visit: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
 
 
-def generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator:
+def keyed_generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on nothing but its four arguments (blake2b of them is its seed).
 
     torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be equal, which harms nothing.
@@ -206,7 +208,7 @@ def generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator
 
 
 @dataclass(frozen=True)
-class Keys:
+class RandomKeys:
     """Keyed randomness of a batch: row i of a draw depends on (seed, names[i], visits[i], purpose) alone.
 
     So an example gets the same numbers in any batch, order, accumulation, world size or resumed run.
@@ -237,13 +239,13 @@ class Keys:
             dtype=torch.int64,
         )
 
-    def rows(self, index: slice) -> "Keys":
+    def rows(self, index: slice) -> "RandomKeys":
         """The keys of some examples: rows(slice(0, 2)) are the first two."""
-        return Keys(self.seed, self.names[index], self.visits[index])
+        return RandomKeys(self.seed, self.names[index], self.visits[index])
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [
-            generator(self.seed, n, v, purpose)
+            keyed_generator(self.seed, n, v, purpose)
             for n, v in zip(self.names, self.visits, strict=True)
         ]
 
@@ -263,7 +265,7 @@ DENSITIES: dict[
 }
 
 
-def density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
+def bind_density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
     """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b], 0 clean, 1 pure noise.
 
     logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the
@@ -292,9 +294,9 @@ def density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
     return bound
 
 
-def draw(
+def sample_levels(
     schedule: Schedule,
-    keys: Keys,
+    keys: RandomKeys,
     *,
     low: float = 0.0,
     high: float = 1.0,
@@ -302,12 +304,12 @@ def draw(
     shift: float = 1.0,
 ) -> NoiseLevel:
     """One level per example by `place` of keyed uniform numbers: by default every row of the schedule in [low T, high T) is equally likely."""
-    return place(
+    return levels_at_quantiles(
         schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift
     )
 
 
-def place(
+def levels_at_quantiles(
     schedule: Schedule,
     u: Tensor,
     *,
@@ -338,7 +340,7 @@ def place(
         .clamp(first, stop - 1)
     )
     t = schedule.ts[row.to(schedule.ts.device)]
-    return schedule.level((t if shift == 1 else shifted(t, shift)).float())
+    return schedule.level((t if shift == 1 else shift_sigmas(t, shift)).float())
 
 
 def check_shift(schedule: Schedule, shift: float) -> None:
@@ -394,7 +396,7 @@ class NoiseSettings:
 
 
 def sample_noise(
-    keys: Keys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
+    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
 ) -> tuple[Tensor, Tensor]:
     """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h, w), fp32 on the CPU.
 
@@ -412,7 +414,7 @@ def sample_noise(
     return eps, eps
 
 
-def _multires(eps: Tensor, key: Keys, settings: NoiseSettings) -> Tensor:
+def _multires(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:
     """Noise [c, h, w] plus discount^i times noise drawn 1/r^i as large (r uniform in [2, 4) per level) and scaled up, i = 1, 2, ...
 
     The sum is divided by its own standard deviation. kohya divides by that of the whole batch, which would make an example's noise

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, add_noise
 
-Space = Literal[
+LossSpace = Literal[
     "model", "edm"
 ]  # where outputs are compared: as the network puts them, or as the x0 they stand for
 
@@ -163,7 +163,7 @@ def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
     return (c_in(level.like(x_t)) * x_t.to(wide)).to(x_t.dtype)
 
 
-def compared(
+def to_loss_space(
     prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel
 ) -> tuple[Tensor, Tensor, str]:
     """(out, target, row): what a loss compares, [b, c, h, w] each, and the row of PREDICTIONS that both are in.

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras, shifted
+from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras_sigmas, shift_sigmas
 from lora_core.diffusion.prediction import PREDICTIONS, eps_from_x0, scale_input
 from lora_core.errors import UserError
 
@@ -27,7 +27,7 @@ StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], fr
 # ---------------------------------------------------------------- the network as a denoiser
 
 
-def guided(
+def guided_denoiser(
     network: Callable[[Tensor, NoiseLevel, Any], Tensor],
     prediction: str,
     cond: Any,
@@ -178,7 +178,7 @@ SAMPLERS: dict[str, Sampler] = {
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
-def timesteps(
+def sampler_timesteps(
     schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1
 ) -> list[float]:
     """n times from noisy to clean. For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) belongs to leading only.
@@ -189,11 +189,13 @@ def timesteps(
     if steps < 1:
         raise UserError(f"a sampler needs at least 1 step, got {steps}")
     if schedule.kind == "flow":
-        return shifted(torch.arange(steps, 0, -1).double() / steps, schedule.shift).tolist()
+        return shift_sigmas(torch.arange(steps, 0, -1).double() / steps, schedule.shift).tolist()
     if schedule.kind == "edm":
         low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
         return (
-            karras(torch.linspace(1, 0, steps, dtype=torch.float64), low, high, schedule.rho).log()
+            karras_sigmas(
+                torch.linspace(1, 0, steps, dtype=torch.float64), low, high, schedule.rho
+            ).log()
             / 4
         ).tolist()
     if spacing == "leading":
@@ -212,7 +214,7 @@ def timesteps(
     return times
 
 
-def levels(
+def sampler_levels(
     sampler: str,
     schedule: Schedule,
     steps: int,
@@ -233,7 +235,7 @@ def levels(
         )
     row, is_vp = SAMPLERS[sampler], schedule.kind == "vp"
     spare = row.spare and is_vp and spacing != "trailing"
-    times = timesteps(schedule, steps + spare, spacing=spacing, offset=offset)[:steps]
+    times = sampler_timesteps(schedule, steps + spare, spacing=spacing, offset=offset)[:steps]
     kept = int(strength * steps)
     if not (0 < strength <= 1 and kept > 0):
         raise UserError(
@@ -252,7 +254,9 @@ def levels(
     return NoiseLevel(*(torch.cat(pair) for pair in zip(path, first, strict=True)))
 
 
-def split(levels: NoiseLevel, schedule: Schedule, start: float) -> tuple[NoiseLevel, NoiseLevel]:
+def split_for_refiner(
+    levels: NoiseLevel, schedule: Schedule, start: float
+) -> tuple[NoiseLevel, NoiseLevel]:
     """The path of a base model and that of its refiner, which takes over where the first ends, after the share `start` of the schedule.
 
     The base model walks the steps whose t is at least round(T - start T) (flow: sigma that / T): diffusers' denoising_end and denoising_start.
@@ -273,7 +277,7 @@ def split(levels: NoiseLevel, schedule: Schedule, start: float) -> tuple[NoiseLe
     return levels.rows(slice(0, mine + 1)), levels.rows(slice(mine, None))
 
 
-def start(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> Tensor:
+def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> Tensor:
     """x_t at the first of `levels`, from unit noise eps [b, c, h, w] and, for image to image, clean latents x0; fp32 or better.
 
     Without x0 it is sqrt(alpha^2 + sigma^2) eps, the variance of noised unit-variance latents: eps itself for vp and for flow from sigma 1.

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.data.records import Record, unmasked
+from lora_core.data.records import Record, without_mask
 from lora_core.diffusion import noise
-from lora_core.diffusion.noise import Keys, NoiseLevel, Schedule
+from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.errors import UserError
 
-Denoise = Callable[
+RawDenoise = Callable[
     [Tensor, NoiseLevel, Tensor], Tensor
 ]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
 
@@ -37,7 +37,7 @@ class Score(NamedTuple):
     loss: float
 
 
-class Scored(NamedTuple):
+class ValidationSet(NamedTuple):
     """The images that a run is validated on."""
 
     records: list[Record]
@@ -45,7 +45,9 @@ class Scored(NamedTuple):
     sentence: str
 
 
-def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count: int) -> Scored:
+def choose_images(
+    training: Sequence[Record], held_out: Sequence[Record] | None, count: int
+) -> ValidationSet:
     """At most `count` images (0: all), those at i n / count of the n in order, and what they are: held-out ones, or those that are trained on.
 
     `training` may hold an image several times, and with its mask, which does not count here. Held-out images that are trained on as well, by path
@@ -54,7 +56,7 @@ def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count:
     given = training if held_out is None else held_out
     images = list({record.path.resolve(): record for record in given}.values())
     number = min(count, len(images)) if count else len(images)
-    chosen = [unmasked(images[i * len(images) // number]) for i in range(number)]
+    chosen = [without_mask(images[i * len(images) // number]) for i in range(number)]
     paths, contents = (
         {record.path.resolve() for record in training},
         {record.key for record in training},
@@ -74,18 +76,18 @@ def choose(training: Sequence[Record], held_out: Sequence[Record] | None, count:
     )
     trained = f", {seen} of them trained on" if kind == "given" else ""
     more = "" if number == len(images) else "; --validation.count 0 takes all"
-    return Scored(chosen, words, f"validation: {share}{trained}{more}")
+    return ValidationSet(chosen, words, f"validation: {share}{trained}{more}")
 
 
-def midpoints(schedule: Schedule, bins: int) -> Tensor:
+def bin_midpoints(schedule: Schedule, bins: int) -> Tensor:
     """[bins] the timesteps in the middle of equal stretches of the schedule."""
     rows = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins * len(schedule)).long()
     return schedule.ts[rows.to(schedule.ts.device)]
 
 
 @torch.no_grad()
-def score(
-    denoise: Denoise,
+def score_latents(
+    denoise: RawDenoise,
     x0: Tensor,
     names: Sequence[str],
     schedule: Schedule,
@@ -98,9 +100,9 @@ def score(
     """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each bin and draw. `names` are the examples' keys."""
     scores = []
     for draw in range(draws):
-        keys = Keys(seed, tuple(names), (draw,) * len(names))
+        keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
         eps = keys.normal("validation", tuple(x0.shape[1:])).to(x0)
-        for i, t in enumerate(midpoints(schedule, bins).tolist()):
+        for i, t in enumerate(bin_midpoints(schedule, bins).tolist()):
             level = schedule.level(torch.full((len(names),), t, dtype=torch.float32)).to(x0.device)
             out = denoise(noise.add_noise(x0, eps, level), level, torch.arange(len(names)))
             target = PREDICTIONS[prediction].target(x0, eps, level)
@@ -109,7 +111,7 @@ def score(
     return scores
 
 
-def by_bin(scores: Iterable[Score]) -> dict[float, float]:
+def mean_by_timestep(scores: Iterable[Score]) -> dict[float, float]:
     """Mean loss per timestep, ascending."""
     groups: dict[float, list[float]] = defaultdict(list)
     for s in scores:
@@ -117,11 +119,11 @@ def by_bin(scores: Iterable[Score]) -> dict[float, float]:
     return {t: sum(v) / len(v) for t, v in sorted(groups.items())}
 
 
-def mean(scores: Sequence[Score]) -> float:
+def mean_loss(scores: Sequence[Score]) -> float:
     return sum(s.loss for s in scores) / len(scores)
 
 
-def read(run: Path) -> dict[int, list[Score]]:
+def read_scores(run: Path) -> dict[int, list[Score]]:
     """Step -> scores, from val.jsonl of a run folder. Raises UserError when there is none."""
     file = run / "val.jsonl"
     if not file.is_file() and (run / "summary.json").is_file():
@@ -137,7 +139,7 @@ def read(run: Path) -> dict[int, list[Score]]:
     return steps
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """Mean of B - A over pairs of scores of the same image, draw and timestep, and its standard error."""
 
     t: float
@@ -148,13 +150,13 @@ class Difference(NamedTuple):
     pairs: int
 
 
-def compare(run_a: Path, run_b: Path) -> list[Difference]:
+def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
     """The paired difference per timestep of the last validations of two runs; the last row (t = nan) is over all timesteps.
 
     The pairs of one image at one timestep share their noise, so what differs is the model; the standard error is taken over images and draws
     (for the total: over the images' means). Raises UserError when the runs were not scored on the same images, timesteps and draws.
     """
-    last = [steps[max(steps)] for steps in (read(run_a), read(run_b))]
+    last = [steps[max(steps)] for steps in (read_scores(run_a), read_scores(run_b))]
     a, b = ({(s.key, s.draw, s.t): s.loss for s in scores} for scores in last)
     if a.keys() != b.keys():
         raise UserError(
@@ -173,26 +175,26 @@ def compare(run_a: Path, run_b: Path) -> list[Difference]:
     return rows
 
 
-def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> Difference:
+def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
     n = len(pairs)
     changes = [y - x for x, y in pairs]
     centre = sum(changes) / n
     error = math.sqrt(sum((c - centre) ** 2 for c in changes) / (n - 1) / n) if n > 1 else math.nan
-    return Difference(
+    return PairedDifference(
         t, sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n, centre, error, n
     )
 
 
-def table(rows: Sequence[Difference], names: tuple[str, str]) -> str:
+def comparison_table(rows: Sequence[PairedDifference], names: tuple[str, str]) -> str:
     """The comparison as text."""
     head = f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
     lines = [
-        f"{timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
+        f"{format_timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
         for r in rows
     ]
     return "\n".join([head, *lines])
 
 
-def timestep(t: float) -> str:
+def format_timestep(t: float) -> str:
     """A timestep for people: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm (whose t ends near 1.1), all for nan."""
     return "all" if math.isnan(t) else f"{t:.0f}" if t > 2 else f"{t:.3f}"

@@ -26,8 +26,8 @@ from lora_core.formats import (
     peft,
 )
 from lora_core.formats.container import is_pickle, pickled_tensors, read_tensors, write_tensors
-from lora_core.formats.grammar import Reading
-from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest
+from lora_core.formats.grammar import ReadOptions
+from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest_name
 from lora_core.formats.pickles import read_pickle
 
 __all__ = [
@@ -38,28 +38,28 @@ __all__ = [
     "Layout",
     "layout_of",
     "load",
-    "run_files",
-    "run_paths",
+    "run_file_names",
+    "run_file_paths",
     "save",
     "save_run",
 ]
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how a run's file of token rows ends
-OWN = "_adapter.safetensors"  # and the one of adapters of one's own kind without a low-rank form (lora_core.adapters.custom_files)
-DISTIL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
+CUSTOM = "_adapter.safetensors"  # and the one of adapters of one's own kind without a low-rank form (lora_core.adapters.custom_files)
+HOW_TO_DISTILL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
 
 
 Tensors = Mapping[str, Tensor]
-Written = tuple[dict[str, Tensor], dict[str, str]]
+EncodedFile = tuple[dict[str, Tensor], dict[str, str]]
 
 
 class Format(NamedTuple):
     detect: Callable[
         [Tensors], bool
     ]  # looks at keys; one matching key is enough, so that the reader can name the odd ones
-    read: Callable[[Tensors, Mapping[str, str], Layout | None, str, Reading], AdapterState]
-    write: Callable[[AdapterState, Layout | None, str], Written] | None = None
+    read: Callable[[Tensors, Mapping[str, str], Layout | None, str, ReadOptions], AdapterState]
+    write: Callable[[AdapterState, Layout | None, str], EncodedFile] | None = None
     hashes: bool = False  # whether the header gets kohya's hashes of the file
 
 
@@ -69,19 +69,33 @@ def _strict(read: Callable[[Tensors, Mapping[str, str], Layout | None, str], Ada
 
 
 FORMATS = {  # in the order in which they are tried
-    "diffusers": Format(diffusers.detect, diffusers.read, diffusers.write),
-    "kohya": Format(kohya.detect, kohya.read, kohya.write, hashes=True),
-    "cloneofsimo": Format(cloneofsimo.detect, _strict(cloneofsimo.read), cloneofsimo.write),
-    "xlabs": Format(comfy.detect_short, comfy.read_short),
-    "comfyui": Format(comfy.detect, comfy.read),
-    "peft": Format(peft.detect, peft.read),
-    "embeddings": Format(embeddings.detect, _strict(embeddings.read), embeddings.write),
-    "a1111": Format(embeddings.detect, _strict(embeddings.read), embeddings.write_a1111),
+    "diffusers": Format(
+        diffusers.detect_diffusers, diffusers.read_diffusers, diffusers.write_diffusers
+    ),
+    "kohya": Format(kohya.detect_kohya, kohya.read_kohya, kohya.write_kohya, hashes=True),
+    "cloneofsimo": Format(
+        cloneofsimo.detect_cloneofsimo,
+        _strict(cloneofsimo.read_cloneofsimo),
+        cloneofsimo.write_cloneofsimo,
+    ),
+    "xlabs": Format(comfy.detect_xlabs, comfy.read_xlabs),
+    "comfyui": Format(comfy.detect_comfyui, comfy.read_comfyui),
+    "peft": Format(peft.detect_peft, peft.read_peft),
+    "embeddings": Format(
+        embeddings.detect_embeddings,
+        _strict(embeddings.read_embeddings),
+        embeddings.write_embeddings,
+    ),
+    "a1111": Format(
+        embeddings.detect_embeddings, _strict(embeddings.read_embeddings), embeddings.write_a1111
+    ),
     "textual_inversion": Format(
-        embeddings.detect, _strict(embeddings.read), embeddings.write_learned
+        embeddings.detect_embeddings,
+        _strict(embeddings.read_embeddings),
+        embeddings.write_textual_inversion,
     ),
 }
-ROWS = ("embeddings", "a1111", "textual_inversion")  # the formats of token rows
+TOKEN_FORMATS = ("embeddings", "a1111", "textual_inversion")  # the formats of token rows
 FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be refused by name
     r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": "a control LoRA, which also changes norms and adds input channels",
     r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
@@ -89,7 +103,7 @@ FOREIGN = {  # pattern of a key -> what the file is; recognised in order to be r
     r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a whole checkpoint",
 }
-STALE = re.compile(
+STALE_HEADER = re.compile(
     r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*"
 )  # header entries that describe the file they were read from
 
@@ -107,12 +121,12 @@ def load(
     """
     if dora_axis not in ("", "rows", "columns"):
         raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
-    path, how = Path(path), Reading(allow_extra, dora_axis)
-    files = _files(path)
+    path, how = Path(path), ReadOptions(allow_extra, dora_axis)
+    files = _find_files(path)
     states = [_load_file(file, layout, how) for file in files]
     merged = states[0]
     for file, state in zip(files[1:], states[1:], strict=True):
-        merged = _joined(merged, state, str(files[0]), str(file))
+        merged = _join_states(merged, state, str(files[0]), str(file))
     if not merging:
         _refuse_merge_only(merged, str(path))
     return merged
@@ -136,22 +150,24 @@ def save(
     writers = {name: row.write for name, row in FORMATS.items() if row.write}
     if format not in writers:
         what = f"{format} is only read" if format in FORMATS else f"there is no format {format}"
-        raise UserError(f"{what}; the nearest is {nearest(format, writers)}")
+        raise UserError(f"{what}; the nearest is {nearest_name(format, writers)}")
     if any(state.dense.values()):
-        raise UserError(f"{path} cannot be written: {_first_dense(state)}; {DISTIL}")
-    if not (state.tokens if format in ROWS else any(state.components.values())):
         raise UserError(
-            f"there is nothing to write to {path}: the state has no {'token rows' if format in ROWS else 'adapted modules'}"
+            f"{path} cannot be written: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
+        )
+    if not (state.tokens if format in TOKEN_FORMATS else any(state.components.values())):
+        raise UserError(
+            f"there is nothing to write to {path}: the state has no {'token rows' if format in TOKEN_FORMATS else 'adapted modules'}"
         )
     path = Path(path)
-    tensors, own = writers[format](_cast(state, dtype), layout, path.stem)
+    tensors, own = writers[format](_cast_state(state, dtype), layout, path.stem)
     header = (
-        {key: value for key, value in state.metadata.items() if not STALE.fullmatch(key)}
+        {key: value for key, value in state.metadata.items() if not STALE_HEADER.fullmatch(key)}
         | dict(metadata or {})
         | own
     )
     if state.token_names:
-        header[embeddings.NAMES] = json.dumps(list(state.token_names), ensure_ascii=False)
+        header[embeddings.TOKEN_NAMES] = json.dumps(list(state.token_names), ensure_ascii=False)
     write_tensors(path, tensors, header, hashes=FORMATS[format].hashes)
 
 
@@ -168,12 +184,12 @@ def save_run(
     <run> is the folder's name. Token rows stay fp32. A state that kohya's names cannot hold is said in one line, and that file left out.
     """
     folder = Path(folder).resolve()
-    native, kohyas, rows = (folder / name for name in run_files(folder.name))
+    native, kohyas, rows = (folder / name for name in run_file_names(folder.name))
     written = []
     if any(state.components.values()):
         written.append(native)
         save(state, written[0], format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
-        if reason := joined_layers.obstacle(state, layout):
+        if reason := joined_layers.why_not_joined(state, layout):
             print(
                 f"{folder.name}.safetensors, the file for A1111 and ComfyUI, is not written: {reason}",
                 file=sys.stderr,
@@ -187,40 +203,44 @@ def save_run(
     return written
 
 
-def run_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
+def run_file_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
     """The files that `save_run` writes of this state."""
-    native, kohyas, rows = (folder / name for name in run_files(folder.name))
+    native, kohyas, rows = (folder / name for name in run_file_names(folder.name))
     loras = (
         []
         if not any(state.components.values())
         else [native]
-        if joined_layers.obstacle(state, layout)
+        if joined_layers.why_not_joined(state, layout)
         else [native, kohyas]
     )
     return loras + [rows] * bool(state.tokens)
 
 
-def run_files(name: str) -> tuple[str, str, str]:
+def run_file_names(name: str) -> tuple[str, str, str]:
     """The names of the files of a run called `name`: diffusers', kohya's, token rows."""
     return NATIVE, f"{name}.safetensors", f"{name}{EMBEDDINGS}"
 
 
-def _load_file(path: Path, layout: Layout | None, how: Reading) -> AdapterState:
+def _load_file(path: Path, layout: Layout | None, how: ReadOptions) -> AdapterState:
     if not is_pickle(path):
         tensors, header = read_tensors(path)
-        return _read(tensors, header, layout, str(path), how)
+        return _read_tensors(tensors, header, layout, str(path), how)
     data = read_pickle(path)
-    if cloneofsimo.detect_pt(data):
-        return cloneofsimo.read_pt(path, layout)
-    if mixofshow.detect_pt(data):
-        return mixofshow.read_pt(data, layout, str(path))
-    if embeddings.detect_pt(data):
-        return embeddings.read_pt(path, layout)
-    return _read(pickled_tensors(data, str(path)), {}, layout, str(path), how)
+    if cloneofsimo.is_factor_list(data):
+        return cloneofsimo.read_factor_lists(path, layout)
+    if mixofshow.is_mixofshow(data):
+        return mixofshow.read_mixofshow(data, layout, str(path))
+    if embeddings.is_pickled_embedding(data):
+        return embeddings.read_pickled_embeddings(path, layout)
+    return _read_tensors(pickled_tensors(data, str(path)), {}, layout, str(path), how)
 
 
-def _read(
-    tensors: Tensors, header: Mapping[str, str], layout: Layout | None, source: str, how: Reading
+def _read_tensors(
+    tensors: Tensors,
+    header: Mapping[str, str],
+    layout: Layout | None,
+    source: str,
+    how: ReadOptions,
 ) -> AdapterState:
     for pattern, what in FOREIGN.items():
         for key in tensors:
@@ -228,15 +248,15 @@ def _read(
                 raise UserError(
                     f"{source} is {what} (key {key}), which is not read; the formats are {', '.join(FORMATS)}"
                 )
-    rest, bundled = embeddings.unbundle(tensors, layout, source)
+    rest, bundled = embeddings.split_bundled_tokens(tensors, layout, source)
     if bundled and not rest:
         return bundled
     for row in FORMATS.values():
         if row.detect(rest):
             state = row.read(rest, header, layout, source, how)
-            return _with_bundle(state, bundled, source) if bundled else state
+            return _add_bundled_tokens(state, bundled, source) if bundled else state
     keys = list(tensors)
-    if source.endswith(OWN):
+    if source.endswith(CUSTOM):
         model = Path(source).with_name("model")
         use = f"take the whole model beside it, {model}, or put them on again with lora_core.adapters.custom_files.load_adapters"
         raise UserError(
@@ -247,7 +267,7 @@ def _read(
     )
 
 
-def _with_bundle(state: AdapterState, rows: AdapterState, source: str) -> AdapterState:
+def _add_bundled_tokens(state: AdapterState, rows: AdapterState, source: str) -> AdapterState:
     """The state of a file with the token rows that it bundles."""
     if state.tokens:
         raise UserError(
@@ -261,7 +281,7 @@ def _with_bundle(state: AdapterState, rows: AdapterState, source: str) -> Adapte
     )
 
 
-def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
+def _join_states(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
     """The networks of both files and the tokens of one. Raises UserError for a network in both, and for tokens of another training."""
     for name in (*second.components, *second.dense):
         if first.components.get(name) or first.dense.get(name):
@@ -271,7 +291,7 @@ def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> 
     )
     joined.metadata = second.metadata | first.metadata
     if second.tokens:
-        trained = embeddings.names(first.metadata, second.token_names, one)
+        trained = embeddings.token_names(first.metadata, second.token_names, one)
         if trained != second.token_names:
             raise UserError(
                 f"{one} was trained with the tokens {', '.join(trained)}, {other} has {', '.join(second.token_names)}"
@@ -283,7 +303,7 @@ def _joined(first: AdapterState, second: AdapterState, one: str, other: str) -> 
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
     if any(state.dense.values()):
         raise UserError(
-            f"{source} cannot be put on a model as it is: {_first_dense(state)}; {DISTIL}"
+            f"{source} cannot be put on a model as it is: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
         )
     for name, modules in state.components.items():
         for path, lr in modules.items():
@@ -293,7 +313,7 @@ def _refuse_merge_only(state: AdapterState, source: str) -> None:
                 )
 
 
-def _first_dense(state: AdapterState) -> str:
+def _describe_first_dense(state: AdapterState) -> str:
     name, path, update = next(
         (name, path, update)
         for name, modules in state.dense.items()
@@ -302,17 +322,17 @@ def _first_dense(state: AdapterState) -> str:
     return f"{name}.{path} is a {update.kind} update, no product of two factors"
 
 
-def _files(path: Path) -> list[Path]:
+def _find_files(path: Path) -> list[Path]:
     """The files to read: the one given, peft's in a folder or in folders called like components, or a run's. Raises UserError."""
     if not path.is_dir():
         return [path]
-    if peft.is_folder(path):
-        return [peft.weights(path)]
-    parts = [path / name for name in COMPONENTS if peft.is_folder(path / name)]
-    return [peft.weights(part) for part in parts] or _run_files(path)
+    if peft.is_peft_folder(path):
+        return [peft.peft_weights(path)]
+    parts = [path / name for name in COMPONENTS if peft.is_peft_folder(path / name)]
+    return [peft.peft_weights(part) for part in parts] or _find_run_files(path)
 
 
-def _run_files(folder: Path) -> list[Path]:
+def _find_run_files(folder: Path) -> list[Path]:
     """The LoRA of a run's folder, if any, then its token rows, if any. Raises UserError for neither, or a choice."""
     files = sorted(
         file for file in folder.glob("*.safetensors") if not file.name.startswith(".")
@@ -337,7 +357,7 @@ def _run_files(folder: Path) -> list[Path]:
     return loras + rows
 
 
-def _cast(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
+def _cast_state(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
     """The state with factors and rows in `dtype`. A scale that is folded on writing rounds `up` a second time."""
     if dtype is None:
         return state

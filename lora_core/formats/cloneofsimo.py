@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapters.targets import matches
+from lora_core.adapters.targets import matches_pattern
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.container import check_finite
 from lora_core.formats.layout import Component, Layout, Numbering
 from lora_core.formats.pickles import read_pickle
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 KEY = re.compile(r"([^:]+):(\d{1,9}):(up|down)")
 RANK = re.compile(r"[^:]+:\d+:rank")
@@ -40,19 +40,19 @@ FIRST, ENCODER = (
 Pair = tuple[Tensor, Tensor]  # up, down
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_cloneofsimo(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a numbered factor."""
     return any(KEY.fullmatch(key) for key in tensors)
 
 
-def read(
+def read_cloneofsimo(
     tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str
 ) -> AdapterState:
     """The file's state; tokens in the order of their names, or of the header's list of names. The ranks are the tensors', whatever the header says.
 
     Raises UserError without a layout, for a network without numbers, gaps in them, unknown keys and classes, and shapes that fit no order or several.
     """
-    layout = _required(layout, source)
+    layout = _require_layout(layout, source)
     numbered: dict[str, dict[int, dict[str, Tensor]]] = {}
     tokens: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -72,9 +72,9 @@ def read(
             )
     components = {}
     for component, modules in sorted(numbered.items()):
-        pairs = _pairs(modules, component, source)
-        components[component] = _placed(
-            pairs, _classes(header, component, source), layout, component, source
+        pairs = _to_pairs(modules, component, source)
+        components[component] = _place_pairs(
+            pairs, _listed_classes(header, component, source), layout, component, source
         )
     kept = {
         key: value
@@ -84,38 +84,38 @@ def read(
     return _with_tokens(AdapterState(components, metadata=kept), tokens, layout, source)
 
 
-def write(
+def write_cloneofsimo(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and cloneofsimo's header entries. Raises UserError without a layout, and for a layer, DoRA, rank or token that has no place there."""
-    layout = _required(layout, title)
+    layout = _require_layout(layout, title)
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    for component, modules in _filled(state):
-        classes, pairs = _listed(modules, layout, component)
+    for component, modules in _adapted_components(state):
+        classes, pairs = _list_pairs(modules, layout, component)
         header[component] = json.dumps(classes)
         for i, (up, down) in enumerate(pairs):
             tensors |= {f"{component}:{i}:up": up, f"{component}:{i}:down": down}
             header[f"{component}:{i}:rank"] = str(len(down))
-    rows = _tokens(state, layout)
+    rows = _token_tensors(state, layout)
     return tensors | rows, header | dict.fromkeys(rows, EMBED)
 
 
 # ---------------------------------------------------------------- .pt
 
 
-def detect_pt(data: Any) -> bool:
+def is_factor_list(data: Any) -> bool:
     """Whether what `read_pickle` found is a list of factors."""
     return isinstance(data, list)
 
 
-def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
+def read_factor_lists(path: str | Path, layout: Layout | None = None) -> AdapterState:
     """A LoRA's file and, beside an x.pt, x.text_encoder.pt and x.ti.pt where they are there. Nothing in them is executed.
 
     Raises UserError as `read` does, and for anything but lists of tensors; the classes are found by the number of layers.
     """
     path = Path(path)
-    layout = _required(layout, str(path))
+    layout = _require_layout(layout, str(path))
     own = next((name for name in layout.components if path.name.endswith(f".{name}.pt")), FIRST)
     files = {own: path}
     if own == FIRST:
@@ -137,7 +137,7 @@ def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
                 f"{file} holds no list of up and down factors, two for each layer, which such a file is expected to be"
             )
         check_finite({f"factor {i}": tensor for i, tensor in enumerate(data)}, str(file))
-        components[component] = _placed(
+        components[component] = _place_pairs(
             list(zip(data[::2], data[1::2])), None, layout, component, str(file)
         )
     rows = path.with_suffix(".ti.pt")
@@ -145,11 +145,13 @@ def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
     if own != FIRST or not rows.is_file():
         return state
     return _with_tokens(
-        state, embeddings.token_rows(read_pickle(rows), str(rows)), layout, str(rows)
+        state, embeddings.check_token_rows(read_pickle(rows), str(rows)), layout, str(rows)
     )
 
 
-def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None) -> list[Path]:
+def write_factor_lists(
+    state: AdapterState, path: str | Path, layout: Layout | None = None
+) -> list[Path]:
     """The files written: x.pt, x.text_encoder.pt, x.ti.pt, those that the state has content for. Each is whole or as it was.
 
     Raises UserError as `write` does, before any file is written, and for a name that does not end in .pt.
@@ -159,22 +161,22 @@ def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None
         raise UserError(
             f"{path} should be a list of factors, whose name ends in .pt; give x.pt, or write a .safetensors"
         )
-    layout = _required(layout, str(path))
+    layout = _require_layout(layout, str(path))
     contents: dict[Path, Any] = {}
-    for component, modules in _filled(state):
-        _, pairs = _listed(modules, layout, component)
+    for component, modules in _adapted_components(state):
+        _, pairs = _list_pairs(modules, layout, component)
         contents[path if component == FIRST else path.with_suffix(f".{component}.pt")] = [
-            _own(t) for pair in pairs for t in pair
+            _own_storage(t) for pair in pairs for t in pair
         ]
-    if rows := _tokens(state, layout):
-        contents[path.with_suffix(".ti.pt")] = {token: _own(row) for token, row in rows.items()}
+    if rows := _token_tensors(state, layout):
+        contents[path.with_suffix(".ti.pt")] = {
+            token: _own_storage(row) for token, row in rows.items()
+        }
     for file, content in contents.items():
-        check_finite(
-            dict(enumerate(content)) if isinstance(content, list) else content,
-            f"what should become {file}",
-        )  # type: ignore[arg-type]
+        named = {str(i): t for i, t in enumerate(content)} if isinstance(content, list) else content
+        check_finite(named, f"what should become {file}")
     for file, content in contents.items():
-        with atomic(file) as temporary, temporary.open("wb") as opened:
+        with atomic_write(file) as temporary, temporary.open("wb") as opened:
             torch.save(content, opened)
     return list(contents)
 
@@ -182,7 +184,7 @@ def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None
 # ---------------------------------------------------------------- numbers and paths
 
 
-def _required(layout: Layout | None, source: str) -> Layout:
+def _require_layout(layout: Layout | None, source: str) -> Layout:
     if layout is None:
         raise UserError(
             f"{source} is in cloneofsimo's index-keyed format, whose numbers mean layers of a model's layout; name the model"
@@ -201,7 +203,7 @@ def _numbering(layout: Layout, component: str, source: str) -> Numbering:
     return numbering
 
 
-def _walk(component: Component, classes: Collection[str], order: Sequence[str]) -> list[str]:
+def _walk_layers(component: Component, classes: Collection[str], order: Sequence[str]) -> list[str]:
     """The published paths of all layers of these classes, in the order they are met."""
     numbering = component.numbering
     assert numbering is not None
@@ -216,11 +218,14 @@ def _walk(component: Component, classes: Collection[str], order: Sequence[str]) 
         ]
 
     return sorted(
-        (path for path in component.shapes if any(matches(path, glob) for glob in globs)), key=place
+        (path for path in component.shapes if any(matches_pattern(path, glob) for glob in globs)),
+        key=place,
     )
 
 
-def _classes(header: Mapping[str, str], component: str, source: str) -> tuple[str, ...] | None:
+def _listed_classes(
+    header: Mapping[str, str], component: str, source: str
+) -> tuple[str, ...] | None:
     """The classes that the header lists for a network; None where it says nothing."""
     if component not in header:
         return None
@@ -235,7 +240,9 @@ def _classes(header: Mapping[str, str], component: str, source: str) -> tuple[st
     return tuple(names)
 
 
-def _pairs(modules: Mapping[int, Mapping[str, Tensor]], component: str, source: str) -> list[Pair]:
+def _to_pairs(
+    modules: Mapping[int, Mapping[str, Tensor]], component: str, source: str
+) -> list[Pair]:
     """(up, down) by number. Raises UserError for a gap or half a pair."""
     for i in range(len(modules)):
         missing = [role for role in ("up", "down") if role not in modules.get(i, {})]
@@ -246,7 +253,7 @@ def _pairs(modules: Mapping[int, Mapping[str, Tensor]], component: str, source: 
     return [(modules[i]["up"], modules[i]["down"]) for i in range(len(modules))]
 
 
-def _placed(
+def _place_pairs(
     pairs: Sequence[Pair],
     classes: tuple[str, ...] | None,
     layout: Layout,
@@ -254,7 +261,7 @@ def _placed(
     source: str,
 ) -> dict[str, LowRank]:
     """Published path -> factors: the one way to number the network's layers that all shapes fit. Raises UserError for none, or several."""
-    walks = _walks(layout, component, classes, source)
+    walks = _possible_walks(layout, component, classes, source)
     shapes = layout.component(component).shapes
     right = [walk for walk in walks if len(walk) == len(pairs)]
     if not right:
@@ -263,7 +270,9 @@ def _placed(
             f"{source} has {len(pairs)} layers for {component}, expected {counts}; is it for another model?"
         )
     misfits = [
-        next((i for i, pair in enumerate(pairs) if not _fits(pair, shapes[walk[i]])), len(pairs))
+        next(
+            (i for i, pair in enumerate(pairs) if not _pair_fits(pair, shapes[walk[i]])), len(pairs)
+        )
         for walk in right
     ]
     fitting = [walk for walk, misfit in zip(right, misfits) if misfit == len(pairs)]
@@ -287,7 +296,7 @@ def _placed(
     }
 
 
-def _walks(
+def _possible_walks(
     layout: Layout, component: str, classes: tuple[str, ...] | None, source: str
 ) -> list[list[str]]:
     """All different ways to number the layers: by classes where they are not known, by order, and with linear layers only, as older files have it."""
@@ -300,7 +309,7 @@ def _walks(
                 f"{source} has layers of the class {name} in {component}, whose order is not known here; known are {known}"
             )
     walks = [
-        _walk(part, names, order)
+        _walk_layers(part, names, order)
         for names in ([classes] if classes else numbering.targets)
         for order in numbering.orders
     ]
@@ -308,7 +317,7 @@ def _walks(
     return [list(walk) for walk in dict.fromkeys(map(tuple, walks))]
 
 
-def _fits(pair: Pair, shape: tuple[int, ...]) -> bool:
+def _pair_fits(pair: Pair, shape: tuple[int, ...]) -> bool:
     up, down = pair
     rank = len(down) if down.ndim else 0
     return (
@@ -318,7 +327,7 @@ def _fits(pair: Pair, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _filled(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
+def _adapted_components(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
     for component, updates in state.dense.items():
         for path, update in updates.items():
             raise UserError(
@@ -327,7 +336,7 @@ def _filled(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
     return [(component, modules) for component, modules in state.components.items() if modules]
 
 
-def _listed(
+def _list_pairs(
     modules: Mapping[str, LowRank], layout: Layout, component: str
 ) -> tuple[tuple[str, ...], list[Pair]]:
     """The smallest set of classes that holds the layers, and (up, down) of all layers in it. Raises UserError for what has no place."""
@@ -343,7 +352,9 @@ def _listed(
             raise UserError(
                 f"{component}.{path} has rank {lr.rank}, cloneofsimo's reader takes {min(shape[:2])} at most; resize it first"
             )
-    walks = {classes: _walk(part, classes, numbering.orders[0]) for classes in numbering.targets}
+    walks = {
+        classes: _walk_layers(part, classes, numbering.orders[0]) for classes in numbering.targets
+    }
     classes = next((names for names, walk in walks.items() if modules.keys() <= set(walk)), None)
     if classes is None:
         path = next(path for path in modules if path not in walks[numbering.targets[-1]])
@@ -355,7 +366,7 @@ def _listed(
         next(iter(modules.values())).down.dtype,
     )
     return classes, [
-        _pair(modules[path]) if path in modules else _nothing(part.shapes[path], *zeros)
+        _pair(modules[path]) if path in modules else _zero_pair(part.shapes[path], *zeros)
         for path in walks[classes]
     ]
 
@@ -368,14 +379,14 @@ def _pair(lr: LowRank) -> Pair:
     ), lr.down
 
 
-def _nothing(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> Pair:
+def _zero_pair(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> Pair:
     rank = min(rank, *shape[:2])
     return torch.zeros(shape[0], rank, *[1] * (len(shape) - 2), dtype=dtype), torch.zeros(
         rank, *shape[1:], dtype=dtype
     )
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _own_storage(tensor: Tensor) -> Tensor:
     """A copy on the CPU with a storage of its own, which is what torch.save writes."""
     return tensor.detach().cpu().contiguous().clone()
 
@@ -394,7 +405,7 @@ def _with_tokens(
             raise UserError(
                 f"the token {token} in {source} has shape {list(row.shape)}, expected one row [d]"
             )
-    names = embeddings.names(state.metadata, sorted(tokens), source)
+    names = embeddings.token_names(state.metadata, sorted(tokens), source)
     if set(names) != set(tokens):
         raise UserError(
             f"{source} has the tokens {', '.join(sorted(tokens))}, its header names {', '.join(names)}; mend or remove that entry"
@@ -416,11 +427,11 @@ def _with_tokens(
         state,
         tokens=rows,
         token_names=names,
-        metadata=state.metadata | {embeddings.NAMES: json.dumps(names, ensure_ascii=False)},
+        metadata=state.metadata | {embeddings.TOKEN_NAMES: json.dumps(names, ensure_ascii=False)},
     )
 
 
-def _tokens(state: AdapterState, layout: Layout) -> dict[str, Tensor]:
+def _token_tensors(state: AdapterState, layout: Layout) -> dict[str, Tensor]:
     """Token -> row. Raises UserError for rows of another encoder, and for a name that its readers take for a factor's."""
     own = layout.encoders.get(ENCODER)
     for key in state.tokens:

@@ -19,21 +19,21 @@ from lora_core.formats import joined_layers, kohya
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
-    Reading,
-    decode,
-    is_factor,
-    leaves_of,
-    sites,
-    state_of,
+    ReadOptions,
+    decode_adapter,
+    find_leaves,
+    is_adapter_key,
+    list_known_keys,
+    to_adapter_state,
 )
 from lora_core.formats.layout import Component, Layout
 
 DENOISER, ENCODER = "diffusion_model", "text_encoders.{}.transformer"
-CALLED = {
+ENCODER_NAMES = {
     "t5": ("t5xxl",),
     "clip_l": ("clip_l", "clip_h"),
 }  # key of an encoder's token rows -> ComfyUI's names; clip_h is the one of 1024 inputs
-SHORT = {  # how a layer's name in the original code ends -> the trainer's own module
+XLABS_NAMES = {  # how a layer's name in the original code ends -> the trainer's own module
     "img_attn.qkv": "processor.qkv_lora1",
     "img_attn.proj": "processor.proj_lora1",
     "txt_attn.qkv": "processor.qkv_lora2",
@@ -41,40 +41,44 @@ SHORT = {  # how a layer's name in the original code ends -> the trainer's own m
     "linear1": "processor.qkv_lora",
     "linear2": "processor.proj_lora",
 }
-SHORT_KEY = re.compile(r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
-SHORT_LEAVES = {".down.weight": "down", ".up.weight": "up"}
+XLABS_KEY = re.compile(r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
+XLABS_LEAVES = {".down.weight": "down", ".up.weight": "up"}
 PARTS = 3  # q, k and v
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_comfyui(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a factor of this grammar."""
     return any(
-        key.startswith((f"{DENOISER}.", "text_encoders.")) and is_factor(key) for key in tensors
+        key.startswith((f"{DENOISER}.", "text_encoders.")) and is_adapter_key(key)
+        for key in tensors
     )
 
 
-def read(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: Reading = STRICT
+def read_comfyui(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: ReadOptions = STRICT
 ) -> AdapterState:  # fmt: skip
     """The file's state. Raises UserError, also without a layout: the original code's names are known from a model's paths only."""
     if layout is None:
         raise UserError(
             f"{source} has ComfyUI's names, which can only be read against a model's layout; name the model it belongs to"
         )
-    stored = joined_layers.stored(layout)
-    known = sites(_grammar(stored), stored, leaves_of(tensors, source))
-    return state_of(
-        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    stored = joined_layers.join_layout(layout)
+    known = list_known_keys(_comfyui_grammar(stored), stored, find_leaves(tensors, source))
+    return to_adapter_state(
+        joined_layers.separate_layers(
+            decode_adapter(tensors, known, stored, source, how=how), layout, source
+        ),
+        header,
     )
 
 
-def detect_short(tensors: Mapping[str, Tensor]) -> bool:
+def detect_xlabs(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a factor of XLabs' trainer."""
-    return any(SHORT_KEY.fullmatch(key) for key in tensors)
+    return any(XLABS_KEY.fullmatch(key) for key in tensors)
 
 
-def read_short(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: Reading = STRICT
+def read_xlabs(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: ReadOptions = STRICT
 ) -> AdapterState:  # fmt: skip
     """The state of a file of XLabs' trainer. Raises UserError, also without a layout, and for a model without such blocks."""
     if layout is None:
@@ -91,18 +95,21 @@ def read_short(
         layout,
         components={name: part for name, part in narrow.items() if name not in layout.encoders},
     )
-    stored = joined_layers.stored(layout)
-    known = sites(_short(), stored, SHORT_LEAVES)
-    return state_of(
-        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    stored = joined_layers.join_layout(layout)
+    known = list_known_keys(_xlabs_grammar(), stored, XLABS_LEAVES)
+    return to_adapter_state(
+        joined_layers.separate_layers(
+            decode_adapter(tensors, known, stored, source, how=how), layout, source
+        ),
+        header,
     )
 
 
-def _grammar(layout: Layout) -> Grammar:
+def _comfyui_grammar(layout: Layout) -> Grammar:
     original = {
         path: name
         for component in layout.components.values()
-        for path, name in kohya.originals(component).items()
+        for path, name in kohya.original_names(component).items()
     }
 
     def heads(name: str, component: Component) -> tuple[str, ...]:
@@ -110,7 +117,7 @@ def _grammar(layout: Layout) -> Grammar:
         return (
             (DENOISER,)
             if key is None
-            else tuple(ENCODER.format(called) for called in CALLED.get(key, (key,)))
+            else tuple(ENCODER.format(called) for called in ENCODER_NAMES.get(key, (key,)))
         )
 
     return Grammar(
@@ -122,12 +129,12 @@ def _grammar(layout: Layout) -> Grammar:
     )
 
 
-def _short() -> Grammar:
+def _xlabs_grammar() -> Grammar:
     def names(component: Component, path: str) -> tuple[str, ...]:
         original = component.names.get(path, path)
         return tuple(
             original[: -len(end)] + short
-            for end, short in SHORT.items()
+            for end, short in XLABS_NAMES.items()
             if original.endswith("." + end)
         )
 

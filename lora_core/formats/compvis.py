@@ -20,11 +20,13 @@ Shape = tuple[int, ...]
 Form = Literal[
     "same", "conv", "transposed"
 ]  # how a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o]
-LEVEL = "text_model."  # a level of published names that transformers 5 dropped from CLIPTextModel
+TEXT_MODEL_LEVEL = (
+    "text_model."  # a level of published names that transformers 5 dropped from CLIPTextModel
+)
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """One tensor of a single file."""
 
     keys: tuple[str, ...]  # in the diffusers layout; several are stacked by rows
@@ -49,12 +51,12 @@ class Entry:
         return [piece.reshape(shapes[key]) for piece, key in zip(pieces, self.keys)]
 
 
-class Grammar(NamedTuple):
-    entries: Callable[[Mapping[str, Shape]], dict[str, Entry]]
+class NetworkNames(NamedTuple):
+    entries: Callable[[Mapping[str, Shape]], dict[str, StoredTensor]]
     weights: str  # the stem of the weights' file in the diffusers layout
 
 
-def unet(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def name_unet(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """UNet2DConditionModel. Resnets and samplers are numbered through: input_blocks from 1 (0 is conv_in), output_blocks from 0.
 
     Raises UserError for a tensor that this grammar has no name for.
@@ -72,38 +74,38 @@ def unet(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
         "conv_out": "out.2",
     }
     number = 1
-    for i in range(_count(shapes, r"down_blocks\.(\d+)\..*")):
+    for i in range(_count_blocks(shapes, r"down_blocks\.(\d+)\..*")):
         block = f"down_blocks.{i}"
-        for j in range(_count(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-            modules |= _resnet(f"{block}.resnets.{j}", f"input_blocks.{number}.0")
+        for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
+            modules |= _resnet_names(f"{block}.resnets.{j}", f"input_blocks.{number}.0")
             modules[f"{block}.attentions.{j}"] = f"input_blocks.{number}.1"
             number += 1
-        if _count(shapes, rf"{block}\.downsamplers\.(\d+)\..*"):
+        if _count_blocks(shapes, rf"{block}\.downsamplers\.(\d+)\..*"):
             modules[f"{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
-    attends = _count(shapes, r"mid_block\.attentions\.(\d+)\..*")
+    attends = _count_blocks(shapes, r"mid_block\.attentions\.(\d+)\..*")
     middle = ["mid_block.resnets.0", *["mid_block.attentions.0"][:attends], "mid_block.resnets.1"]
     for n, name in enumerate(middle):
         modules |= (
             {name: f"middle_block.{n}"}
             if "attentions" in name
-            else _resnet(name, f"middle_block.{n}")
+            else _resnet_names(name, f"middle_block.{n}")
         )
     number = 0
-    for i in range(_count(shapes, r"up_blocks\.(\d+)\..*")):
+    for i in range(_count_blocks(shapes, r"up_blocks\.(\d+)\..*")):
         block = f"up_blocks.{i}"
-        attends = _count(shapes, rf"{block}\.attentions\.(\d+)\..*")
-        for j in range(_count(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-            modules |= _resnet(f"{block}.resnets.{j}", f"output_blocks.{number}.0")
+        attends = _count_blocks(shapes, rf"{block}\.attentions\.(\d+)\..*")
+        for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
+            modules |= _resnet_names(f"{block}.resnets.{j}", f"output_blocks.{number}.0")
             modules[f"{block}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
         modules[f"{block}.upsamplers.0.conv"] = (
             f"output_blocks.{number - 1}.{2 if attends else 1}.conv"
         )
-    return _entries(shapes, modules)
+    return _name_tensors(shapes, modules)
 
 
-def vae(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def name_vae(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """AutoencoderKL. Linear layers of attention are 1x1 convolutions here; blocks of the decoder are numbered from the finest.
 
     diffusers' older names of these layers (query, key, value, proj_attn) are known. Raises UserError for a tensor without a name here.
@@ -117,21 +119,23 @@ def vae(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
         modules |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")} | {
             f"{part}.conv_norm_out": f"{part}.norm_out"
         }
-        depth = _count(shapes, rf"{part}\.{blocks}\.(\d+)\..*")
+        depth = _count_blocks(shapes, rf"{part}\.{blocks}\.(\d+)\..*")
         for i in range(depth):
             block, there = (
                 f"{part}.{blocks}.{i}",
                 f"{part}.{short}.{i if part == 'encoder' else depth - 1 - i}",
             )
-            for j in range(_count(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-                modules |= _vae_resnet(
+            for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
+                modules |= _vae_resnet_names(
                     f"{block}.resnets.{j}", f"{there}.block.{j}"
-                ) | _vae_attention(f"{block}.attentions.{j}", f"{there}.attn.{j}")
+                ) | _vae_attention_names(f"{block}.attentions.{j}", f"{there}.attn.{j}")
             modules[f"{block}.{sampler}rs.0.conv"] = f"{there}.{sampler}.conv"
         for j in range(2):
-            modules |= _vae_resnet(f"{part}.mid_block.resnets.{j}", f"{part}.mid.block_{j + 1}")
-        modules |= _vae_attention(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1")
-    entries = _entries(shapes, modules)
+            modules |= _vae_resnet_names(
+                f"{part}.mid_block.resnets.{j}", f"{part}.mid.block_{j + 1}"
+            )
+        modules |= _vae_attention_names(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1")
+    entries = _name_tensors(shapes, modules)
     linear = [
         key
         for key, entry in entries.items()
@@ -142,22 +146,29 @@ def vae(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
     }
 
 
-def clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def name_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """CLIPTextModel as transformers 4 published it, with the level text_model; files without that level are read, too."""
     names = {
-        key: key if key.startswith((LEVEL, "text_projection")) else LEVEL + key for key in shapes
+        key: key
+        if key.startswith((TEXT_MODEL_LEVEL, "text_projection"))
+        else TEXT_MODEL_LEVEL + key
+        for key in shapes
     }
     return {
-        name: Entry(
-            (key,), shapes[key], also=(name.removeprefix(LEVEL),) if name.startswith(LEVEL) else ()
+        name: StoredTensor(
+            (key,),
+            shapes[key],
+            also=(name.removeprefix(TEXT_MODEL_LEVEL),)
+            if name.startswith(TEXT_MODEL_LEVEL)
+            else (),
         )
         for key, name in names.items()
     }
 
 
-def open_clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def name_open_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """OpenCLIP's text tower: q, k and v are one in_proj, the projection is transposed. Raises UserError for a tensor without a name here."""
-    level = LEVEL if any(key.startswith(LEVEL) for key in shapes) else ""
+    level = TEXT_MODEL_LEVEL if any(key.startswith(TEXT_MODEL_LEVEL) for key in shapes) else ""
     modules = {
         f"{level}final_layer_norm": "ln_final",
         f"{level}embeddings.token_embedding": "token_embedding",
@@ -169,38 +180,38 @@ def open_clip(shapes: Mapping[str, Shape]) -> dict[str, Entry]:
         "mlp.fc2": "mlp.c_proj",
         "self_attn.out_proj": "attn.out_proj",
     }
-    entries: dict[str, Entry] = {}
-    for i in range(layers(shapes)):
+    entries: dict[str, StoredTensor] = {}
+    for i in range(count_text_layers(shapes)):
         layer, block = f"{level}encoder.layers.{i}", f"transformer.resblocks.{i}"
         modules |= {f"{layer}.{name}": f"{block}.{there}" for name, there in layer_names.items()}
         for leaf in ("weight", "bias"):
             parts = tuple(f"{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv")
             if all(part in shapes for part in parts):
                 rows = sum(shapes[part][0] for part in parts)
-                entries[f"{block}.attn.in_proj_{leaf}"] = Entry(
+                entries[f"{block}.attn.in_proj_{leaf}"] = StoredTensor(
                     parts, (rows, *shapes[parts[0]][1:])
                 )
     if (key := f"{level}embeddings.position_embedding.weight") in shapes:
-        entries["positional_embedding"] = Entry((key,), shapes[key])
+        entries["positional_embedding"] = StoredTensor((key,), shapes[key])
     if (key := "text_projection.weight") in shapes:
-        entries["text_projection"] = Entry((key,), shapes[key][::-1], "transposed")
+        entries["text_projection"] = StoredTensor((key,), shapes[key][::-1], "transposed")
     done = {key for entry in entries.values() for key in entry.keys} | {
         f"{level}embeddings.position_ids"
     }  # a buffer that OpenCLIP does not have
-    return entries | _entries(
+    return entries | _name_tensors(
         {key: shape for key, shape in shapes.items() if key not in done}, modules
     )
 
 
-GRAMMARS = {
-    "unet": Grammar(unet, "diffusion_pytorch_model"),
-    "vae": Grammar(vae, "diffusion_pytorch_model"),
-    "clip": Grammar(clip, "model"),
-    "open_clip": Grammar(open_clip, "model"),
+NETWORK_NAMES = {
+    "unet": NetworkNames(name_unet, "diffusion_pytorch_model"),
+    "vae": NetworkNames(name_vae, "diffusion_pytorch_model"),
+    "clip": NetworkNames(name_clip, "model"),
+    "open_clip": NetworkNames(name_open_clip, "model"),
 }
 
 
-def spares(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
+def spare_layers(entries: Mapping[str, StoredTensor], count: int) -> dict[str, StoredTensor]:
     """Entries for `count` further layers of an OpenCLIP text tower, copies of its last one.
 
     Stable Diffusion 2 reads the state before the last of 24 layers, so diffusers keeps 23; readers of single files build 24 and never run the last.
@@ -223,14 +234,16 @@ def spares(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
     }
 
 
-def layers(shapes: Iterable[str]) -> int:
+def count_text_layers(shapes: Iterable[str]) -> int:
     """The number of layers of a CLIP text encoder in the diffusers layout."""
-    return _count(shapes, r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
+    return _count_blocks(shapes, r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
 
 
-def _entries(shapes: Mapping[str, Shape], modules: Mapping[str, str]) -> dict[str, Entry]:
+def _name_tensors(
+    shapes: Mapping[str, Shape], modules: Mapping[str, str]
+) -> dict[str, StoredTensor]:
     """One entry a tensor, named by the innermost known module around it."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, StoredTensor] = {}
     for key, shape in shapes.items():
         module, tail = key, ""
         while module and module not in modules:
@@ -245,17 +258,17 @@ def _entries(shapes: Mapping[str, Shape], modules: Mapping[str, str]) -> dict[st
             raise UserError(
                 f"{key} and {entries[name].keys[0]} would both be {name} in a single file; the network names one layer twice"
             )
-        entries[name] = Entry((key,), shape)
+        entries[name] = StoredTensor((key,), shape)
     return entries
 
 
-def _count(keys: Iterable[str], pattern: str) -> int:
+def _count_blocks(keys: Iterable[str], pattern: str) -> int:
     """One more than the highest number in that place of a key; 0 where no key has it."""
     compiled = re.compile(pattern)
     return max((int(match[1]) + 1 for key in keys if (match := compiled.fullmatch(key))), default=0)
 
 
-def _resnet(here: str, there: str) -> dict[str, str]:
+def _resnet_names(here: str, there: str) -> dict[str, str]:
     names = {
         "norm1": "in_layers.0",
         "conv1": "in_layers.2",
@@ -269,13 +282,13 @@ def _resnet(here: str, there: str) -> dict[str, str]:
     }
 
 
-def _vae_resnet(here: str, there: str) -> dict[str, str]:
+def _vae_resnet_names(here: str, there: str) -> dict[str, str]:
     return {
         f"{here}.{name}": f"{there}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")
     } | {f"{here}.conv_shortcut": f"{there}.nin_shortcut"}
 
 
-def _vae_attention(here: str, there: str) -> dict[str, str]:
+def _vae_attention_names(here: str, there: str) -> dict[str, str]:
     names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     older = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
     return {f"{here}.{name}": f"{there}.{other}" for name, other in (names | older).items()}

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.formats.pickles import Inert
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles
-LONGEST = 100_000_000  # bytes of a header that safetensors reads
+LONGEST_HEADER = 100_000_000  # bytes of a header that safetensors reads
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
-LEGACY = slice(
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LEGACY_HASHED = slice(
     0x100000, 0x110000
 )  # the bytes of a file that sd-webui-additional-networks once hashed
 
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises UserError for a truncated or foreign file, a name that stands twice in the header, a file without tensors, and as `checked` does.
     """
-    _refuse_twice(path)
+    _refuse_repeated_names(path)
     try:
         with safe_open(path, "pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
@@ -60,7 +60,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{path} cannot be read, it is {kind} ({error}); fetch or write it again"
         ) from None
-    return checked(tensors, str(path)), header
+    return check_tensors(tensors, str(path)), header
 
 
 def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
@@ -69,17 +69,17 @@ def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
         data = data["state_dict"]
     if not isinstance(data, dict):
         raise UserError(
-            f"{source} is a pickle of {_what(data)}, expected a dictionary of tensors; nothing in it was executed"
+            f"{source} is a pickle of {_describe_value(data)}, expected a dictionary of tensors; nothing in it was executed"
         )
     for key, value in data.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(
-                f"{source} is a pickle with {_what(value)} under {key!r:.80}, expected tensors only; nothing in it was executed"
+                f"{source} is a pickle with {_describe_value(value)} under {key!r:.80}, expected tensors only; nothing in it was executed"
             )
-    return checked(dict(data), source)
+    return check_tensors(dict(data), source)
 
 
-def checked(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def check_tensors(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors, 8-bit floats widened to fp16, which holds them exactly. Raises UserError for none, NaN, Inf, and a tensor that is not floating
     point (an alpha may be an integer).
     """
@@ -88,7 +88,7 @@ def checked(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
             f"{source} holds no tensors; expected the factors of an adapter or token rows"
         )
     for key, tensor in tensors.items():
-        if tensor.dtype in NARROW:
+        if tensor.dtype in FLOAT8:
             tensors[key] = tensor.half()
         elif tensor.dtype not in READABLE and (
             tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex()
@@ -122,18 +122,18 @@ def write_tensors(
     if hashes:
         header = {
             **header,
-            **_hashes(
+            **_kohya_hashes(
                 entries,
                 {key: value for key, value in header.items() if key.startswith("ss_")},
                 body,
             ),
         }
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        file.write(_head(entries, header))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(_encode_header(entries, header))
         file.write(body)
 
 
-def _head(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
+def _encode_header(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
     """The file up to its tensors: the length of the JSON, then the JSON, padded so that the tensors are aligned."""
     every = {**entries, "__metadata__": dict(header)} if header else entries
     text = json.dumps(every, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -141,13 +141,13 @@ def _head(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _hashes(
+def _kohya_hashes(
     entries: Mapping[str, Any], training: Mapping[str, str], body: memoryview
 ) -> dict[str, str]:
     """kohya's hashes: of the tensors' bytes, and 8 digits of that of a stretch of the file as it were with the ss_ entries alone in its header."""
-    head = _head(entries, training)
-    start, stop = (max(0, edge - len(head)) for edge in (LEGACY.start, LEGACY.stop))
-    legacy = hashlib.sha256(head[LEGACY])
+    head = _encode_header(entries, training)
+    start, stop = (max(0, edge - len(head)) for edge in (LEGACY_HASHED.start, LEGACY_HASHED.stop))
+    legacy = hashlib.sha256(head[LEGACY_HASHED])
     legacy.update(body[start:stop])
     return {
         "sshs_model_hash": hashlib.sha256(body).hexdigest(),
@@ -155,7 +155,7 @@ def _hashes(
     }
 
 
-def _refuse_twice(path: Path) -> None:
+def _refuse_repeated_names(path: Path) -> None:
     """Raises UserError for a name that stands twice in the header, of which safetensors takes one. Whatever else is wrong is left to it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def _refuse_twice(path: Path) -> None:
 
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= LONGEST else b""
+        text = file.read(size) if size <= LONGEST_HEADER else b""
     with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         json.loads(text, object_pairs_hook=unique)
 
 
-def _what(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return f"an object of {value.name}" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 

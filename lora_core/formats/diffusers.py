@@ -20,20 +20,20 @@ from lora_core.formats import peft
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
-    Reading,
-    Site,
-    decode,
-    encode,
-    is_factor,
-    leaves_of,
-    sites,
-    state_of,
+    ReadOptions,
+    TensorRole,
+    decode_adapter,
+    encode_adapter,
+    find_leaves,
+    is_adapter_key,
+    list_known_keys,
+    to_adapter_state,
 )
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 GRAMMAR = Grammar(
     heads=lambda name, component: (name, f"{name}.base_model.model"),
-    names=lambda component, path: (path, *peft.older(path)),
+    names=lambda component, path: (path, *peft.processor_names(path)),
     leaves={
         "down": ".lora_A.weight",
         "up": ".lora_B.weight",
@@ -48,16 +48,16 @@ GRAMMAR = Grammar(
 PROCESSOR = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_diffusers(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a component's factor."""
     return any(
-        key.startswith(tuple(f"{name}." for name in COMPONENTS)) and is_factor(key)
+        key.startswith(tuple(f"{name}." for name in COMPONENTS)) and is_adapter_key(key)
         for key in tensors
     )
 
 
-def read(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: Reading = STRICT
+def read_diffusers(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: ReadOptions = STRICT
 ) -> AdapterState:  # fmt: skip
     """The file's state, shapes checked against the layout where there is one; else names are taken as they stand. Raises UserError."""
     settings = peft.header_settings(header, source)
@@ -69,9 +69,13 @@ def read(
         raise UserError(
             f"{source} has names of old attention processors ({old}), which mean layers of a model's layout; name the model"
         )
-    leaves = leaves_of(tensors, source)
-    known = sites(GRAMMAR, layout, leaves) if layout else _sites(tensors, leaves)
-    found = decode(
+    leaves = find_leaves(tensors, source)
+    known = (
+        list_known_keys(GRAMMAR, layout, leaves)
+        if layout
+        else _keys_without_layout(tensors, leaves)
+    )
+    found = decode_adapter(
         tensors,
         known,
         layout,
@@ -81,17 +85,17 @@ def read(
     )
     for name, own in settings.items():
         own.check(found.get(name, {}), f"{name} in {source}")
-    return state_of(found, header)
+    return to_adapter_state(found, header)
 
 
-def write(
+def write_diffusers(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header entries. Without a layout the names in the state are taken as published."""
-    return encode(state, GRAMMAR, layout or _own_layout(state)), {"format": "pt"}
+    return encode_adapter(state, GRAMMAR, layout or _layout_of_state(state)), {"format": "pt"}
 
 
-def _own_layout(state: AdapterState) -> Layout:
+def _layout_of_state(state: AdapterState) -> Layout:
     shapes = {
         name: {path: (lr.up.shape[0], *lr.down.shape[1:]) for path, lr in modules.items()}
         for name, modules in state.components.items()
@@ -99,13 +103,15 @@ def _own_layout(state: AdapterState) -> Layout:
     return Layout("", "", {name: Component((), paths) for name, paths in shapes.items()}, {})
 
 
-def _sites(keys: Iterable[str], leaves: Mapping[str, str]) -> dict[str, Site]:
+def _keys_without_layout(keys: Iterable[str], leaves: Mapping[str, str]) -> dict[str, TensorRole]:
     """The grammar alone, for files read without a layout. A text encoder's missing `text_model.` level is put back."""
-    found: dict[str, Site] = {}
+    found: dict[str, TensorRole] = {}
     plain = sorted((leaf for leaf in leaves if leaf.startswith(".")), key=len, reverse=True)
     pattern = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+?)({'|'.join(map(re.escape, plain))})")
     for key in keys:
         if match := pattern.fullmatch(key):
             component, path, leaf = match.groups()
-            found[key] = Site(component, missing_level(component, (path,)) + path, leaves[leaf])
+            found[key] = TensorRole(
+                component, missing_level(component, (path,)) + path, leaves[leaf]
+            )
     return found

@@ -21,9 +21,9 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.layout import Layout, nearest
+from lora_core.formats.layout import Layout, nearest_name
 from lora_core.formats.pickles import Inert, read_pickle
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 KEYS = {
     "clip_l": ("clip_l",),
@@ -48,23 +48,23 @@ BUNDLE = re.compile(
 )  # rows inside of a LoRA file: name, key
 TOKEN = re.compile(r"<.+>|[^.:]+")  # a key that may be a token; keys of weights have dots
 LAYERWISE = re.compile(r"(IN|OUT)\d\d|MID")  # kohya's XTI: rows by block of the network
-NAMES = "token_names"  # header entry: JSON list of the tokens in row order
-WORDS = "placeholders"  # header entry: JSON object, placeholder word -> its tokens
-PLUS = "per-layer token rows (P+), one for each cross-attention layer, which are not read; train plain rows, one for all layers"
+TOKEN_NAMES = "token_names"  # header entry: JSON list of the tokens in row order
+PLACEHOLDERS = "placeholders"  # header entry: JSON object, placeholder word -> its tokens
+LAYERWISE_REFUSAL = "per-layer token rows (P+), one for each cross-attention layer, which are not read; train plain rows, one for all layers"
 
 
-class Entry(NamedTuple):
+class WordRows(NamedTuple):
     """The rows of one word."""
 
     word: str
     rows: dict[str, Tensor]  # encoder -> [n, d]
 
 
-def header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def placeholder_header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The header entry that tells which tokens stand for a word in prompts: {"TOK": ("<s0>", "<s1>")}."""
     return (
         {
-            WORDS: json.dumps(
+            PLACEHOLDERS: json.dumps(
                 {word: list(names) for word, names in words.items()}, ensure_ascii=False
             )
         }
@@ -73,24 +73,26 @@ def header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
     )
 
 
-def words(state: AdapterState, source: str = "the file") -> dict[str, tuple[str, ...]]:
+def placeholder_words(state: AdapterState, source: str = "the file") -> dict[str, tuple[str, ...]]:
     """Placeholder word -> tokens; none where the state has no rows. Raises UserError for a broken entry or one with unknown tokens."""
     if not state.token_names:
         return {}
-    entry = _json(state.metadata, WORDS, {}, source)
+    entry = _header_json(state.metadata, PLACEHOLDERS, {}, source)
     if not isinstance(entry, dict) or not all(
         isinstance(n, list) and n and set(map(str, n)) <= set(state.token_names)
         for n in entry.values()
     ):
         raise UserError(
-            f"the header entry {WORDS} of {source} is {entry}, expected words and their tokens out of {list(state.token_names)}"
+            f"the header entry {PLACEHOLDERS} of {source} is {entry}, expected words and their tokens out of {list(state.token_names)}"
         )
     return {word: tuple(names) for word, names in entry.items()}
 
 
-def names(metadata: Mapping[str, str], default: Sequence[str], source: str) -> tuple[str, ...]:
+def token_names(
+    metadata: Mapping[str, str], default: Sequence[str], source: str
+) -> tuple[str, ...]:
     """The tokens' names in row order, `default` where the header has none. Raises UserError for anything but different names."""
-    entry = _json(metadata, NAMES, list(default), source)
+    entry = _header_json(metadata, TOKEN_NAMES, list(default), source)
     if (
         not isinstance(entry, list)
         or not entry
@@ -98,7 +100,7 @@ def names(metadata: Mapping[str, str], default: Sequence[str], source: str) -> t
         or len(set(entry)) != len(entry)
     ):
         raise UserError(
-            f"the header entry {NAMES} of {source} is {entry}, expected a list of different names"
+            f"the header entry {TOKEN_NAMES} of {source} is {entry}, expected a list of different names"
         )
     return tuple(entry)
 
@@ -106,7 +108,7 @@ def names(metadata: Mapping[str, str], default: Sequence[str], source: str) -> t
 # ---------------------------------------------------------------- reading
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_embeddings(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is an encoder's, or all may be tokens: ask other formats first."""
     return any(key in SPELLINGS or key == SINGLE for key in tensors) or all(
         TOKEN.fullmatch(key) and tensor.ndim in (1, 2) and tensor.numel() > 1
@@ -114,7 +116,7 @@ def detect(tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def read(
+def read_embeddings(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layout: Layout | None, source: str
 ) -> AdapterState:
     """Token rows and names, for every kind of .safetensors there is. Raises UserError.
@@ -123,10 +125,13 @@ def read(
     token it stands under, or the file's name. A layout says which encoders exist; widths of a pair are checked where the rows are installed.
     """
     if any(key in SPELLINGS for key in tensors):
-        rows = _by_encoder(tensors, layout, source)
+        rows = _rows_by_encoder(tensors, layout, source)
         count = next(iter(rows.values())).shape[0]
-        return _state(
-            rows, names(metadata, tuple(f"<s{i}>" for i in range(count)), source), metadata, source
+        return _token_state(
+            rows,
+            token_names(metadata, tuple(f"<s{i}>" for i in range(count)), source),
+            metadata,
+            source,
         )
     if SINGLE in tensors:
         for key in tensors:
@@ -134,21 +139,21 @@ def read(
                 raise UserError(
                     f"{source} is a textual-inversion embedding with the key {key} beside {SINGLE}, which means nothing here"
                 )
-        return _of_words(
-            [_single(Path(source).stem, tensors[SINGLE], layout, source)], metadata, source
+        return _state_of_words(
+            [_rows_of_tensor(Path(source).stem, tensors[SINGLE], layout, source)], metadata, source
         )
-    rows = token_rows(tensors, source)
-    order = names(metadata, sorted(rows), source)
+    rows = check_token_rows(tensors, source)
+    order = token_names(metadata, sorted(rows), source)
     order = order if set(order) == set(rows) else tuple(sorted(rows))
-    return _of_words(
-        [_single(token, rows[token], layout, source) for token in order],
+    return _state_of_words(
+        [_rows_of_tensor(token, rows[token], layout, source) for token in order],
         metadata,
         source,
         named=True,
     )
 
 
-def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
+def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> AdapterState:
     """The rows in a .pt, .bin or .pti file of torch.save: A1111's dictionary, {token: row or rows}, or encoders' keys. Nothing in it is executed.
 
     Raises UserError for anything else.
@@ -161,20 +166,22 @@ def read_pt(path: str | Path, layout: Layout | None = None) -> AdapterState:
     _refuse_layerwise(data, source)
     metadata = {
         key: json.dumps(data[key], ensure_ascii=False)
-        for key in (NAMES, WORDS)
+        for key in (TOKEN_NAMES, PLACEHOLDERS)
         if isinstance(data.get(key), list | dict)
     }
     if PARAM in data:
         name = data.get("name")
         word = name if isinstance(name, str) and name.strip() else Path(source).stem
-        entry = _single(word.strip(), _parameter(data[PARAM], source), layout, source)
+        entry = _rows_of_tensor(word.strip(), _a1111_parameter(data[PARAM], source), layout, source)
         check_finite(entry.rows, source)
-        return _of_words([entry], metadata, source)
-    tensors = token_rows({key: value for key, value in data.items() if key not in metadata}, source)
-    return read(tensors, metadata, layout, source)
+        return _state_of_words([entry], metadata, source)
+    tensors = check_token_rows(
+        {key: value for key, value in data.items() if key not in metadata}, source
+    )
+    return read_embeddings(tensors, metadata, layout, source)
 
 
-def detect_pt(data: Any) -> bool:
+def is_pickled_embedding(data: Any) -> bool:
     """Whether what `read_pickle` found is a dictionary of token rows."""
     if not isinstance(data, dict) or not data:
         return False
@@ -183,7 +190,7 @@ def detect_pt(data: Any) -> bool:
     )
 
 
-def token_rows(data: Any, source: str) -> dict[str, Tensor]:
+def check_token_rows(data: Any, source: str) -> dict[str, Tensor]:
     """{token: row or rows} as it is, once it is sure to be that. Raises UserError for other values and keys, NaN, Inf, and rows per layer."""
     if not isinstance(data, Mapping) or not data:
         raise UserError(f"{source} holds no token rows; expected a dictionary {{token: row}}")
@@ -208,7 +215,7 @@ def token_rows(data: Any, source: str) -> dict[str, Tensor]:
     return dict(data)
 
 
-def unbundle(
+def split_bundled_tokens(
     tensors: Mapping[str, Tensor], layout: Layout | None, source: str
 ) -> tuple[dict[str, Tensor], AdapterState | None]:
     """(a LoRA file's tensors without the rows that are bundled with it, those rows); None where there are none. Words are the bundles' names.
@@ -228,20 +235,20 @@ def unbundle(
     for word, own in sorted(bundles.items()):
         where = f"the bundle {word} in {source}"
         if any(key in SPELLINGS for key in own):
-            entries.append(Entry(word, _by_encoder(own, layout, where)))
+            entries.append(WordRows(word, _rows_by_encoder(own, layout, where)))
         elif len(own) > 1:
             raise UserError(
                 f"{where} has {len(own)} tensors ({', '.join(own)}), expected one, or one for each encoder"
             )
         else:
-            entries.append(_single(word, next(iter(own.values())), layout, where))
-    return rest, _of_words(entries, {WORDS: "{}"}, source, named=True)
+            entries.append(_rows_of_tensor(word, next(iter(own.values())), layout, where))
+    return rest, _state_of_words(entries, {PLACEHOLDERS: "{}"}, source, named=True)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write(
+def write_embeddings(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header entries. Raises UserError for an encoder without a key, ValueError for rows and names that differ in number."""
@@ -263,24 +270,26 @@ def write_a1111(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One tensor `emb_params` [n, d], whose word is the file's name: A1111, ComfyUI, kohya. Raises UserError for several encoders or words."""
-    return {SINGLE: _one(state, title)[1]}, {}
+    return {SINGLE: _only_word(state, title)[1]}, {}
 
 
-def write_learned(
+def write_textual_inversion(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """diffusers' learned_embeds: one tensor [n, d] under its word, which is the title where the state has several tokens and no word for them.
 
     Raises UserError for several encoders or words.
     """
-    word, rows = _one(state, title)
+    word, rows = _only_word(state, title)
     return {word: rows}, {}
 
 
-def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None) -> None:
+def write_pickled_embedding(
+    state: AdapterState, path: str | Path, layout: Layout | None = None
+) -> None:
     """A1111's older dictionary, as torch.save writes it, with the tokens' names beside its own keys; atomic. Raises UserError as `write_a1111`."""
     path = Path(path)
-    rows = _one(state, path.stem)[1].detach().cpu().contiguous().clone()
+    rows = _only_word(state, path.stem)[1].detach().cpu().contiguous().clone()
     check_finite({SINGLE: rows}, f"what should become {path}")
     content = {
         "string_to_token": {"*": 265},
@@ -293,22 +302,22 @@ def write_pt(state: AdapterState, path: str | Path, layout: Layout | None = None
     buffer = io.BytesIO()
     torch.save(
         content
-        | {NAMES: list(state.token_names)}
-        | {WORDS: {word: list(own) for word, own in words(state).items()}},
+        | {TOKEN_NAMES: list(state.token_names)}
+        | {PLACEHOLDERS: {word: list(own) for word, own in placeholder_words(state).items()}},
         buffer,
     )
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
-def _one(state: AdapterState, title: str) -> tuple[str, Tensor]:
+def _only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
     """(word, rows [n, d]) of a state that can go into a file of one word for one encoder."""
     if len(state.tokens) != 1:
         has = " and ".join(state.tokens) or "no encoder"
         raise UserError(
             f"{title} would hold rows of {has}, such a file has those of one; write the format embeddings"
         )
-    spoken = words(state)
+    spoken = placeholder_words(state)
     free = [name for name in state.token_names if not any(name in own for own in spoken.values())]
     if len(spoken) > 1 or (spoken and free):
         raise UserError(
@@ -321,7 +330,7 @@ def _one(state: AdapterState, title: str) -> tuple[str, Tensor]:
 # ---------------------------------------------------------------- what the pieces mean
 
 
-def _by_encoder(
+def _rows_by_encoder(
     tensors: Mapping[str, Tensor], layout: Layout | None, source: str
 ) -> dict[str, Tensor]:
     """Encoder -> rows [n, d]."""
@@ -329,7 +338,7 @@ def _by_encoder(
     for name, tensor in tensors.items():
         if name not in SPELLINGS:
             raise UserError(
-                f"{source} has the key {name} beside its token rows, which means nothing here; nearest known: {nearest(name, SPELLINGS)}"
+                f"{source} has the key {name} beside its token rows, which means nothing here; nearest known: {nearest_name(name, SPELLINGS)}"
             )
         key = SPELLINGS[name]
         if tensor.ndim != 2 or not tensor.numel():
@@ -347,7 +356,7 @@ def _by_encoder(
     return rows
 
 
-def _single(word: str, tensor: Tensor, layout: Layout | None, source: str) -> Entry:
+def _rows_of_tensor(word: str, tensor: Tensor, layout: Layout | None, source: str) -> WordRows:
     """The rows of a tensor [d] or [n, d] for the encoder of that width."""
     if tensor.ndim not in (1, 2) or not tensor.numel():
         raise UserError(
@@ -370,11 +379,11 @@ def _single(word: str, tensor: Tensor, layout: Layout | None, source: str) -> En
         raise UserError(
             f"the rows of the embedding in {source} have width {width} and {what}; name the encoder as clip_l, clip_g or t5 in the file"
         )
-    return Entry(word, {found[0]: tensor.reshape(-1, width)})
+    return WordRows(word, {found[0]: tensor.reshape(-1, width)})
 
 
-def _of_words(
-    entries: Iterable[Entry], metadata: Mapping[str, str], source: str, *, named: bool = False
+def _state_of_words(
+    entries: Iterable[WordRows], metadata: Mapping[str, str], source: str, *, named: bool = False
 ) -> AdapterState:
     """The rows one after the other, with the header's names, or with names made of the words and the words as placeholders.
 
@@ -391,28 +400,28 @@ def _of_words(
         )
     made, spoken = [], {}
     for word, rows in entries:
-        own = _named(word, len(next(iter(rows.values()))))
+        own = _name_tokens(word, len(next(iter(rows.values()))))
         made += own
         if own != [word]:
             spoken[word] = own
     rows = {key: torch.cat([entry.rows[key] for entry in entries]) for key in entries[0].rows}
-    found = names(metadata, made, source)
-    if NAMES not in metadata:
+    found = token_names(metadata, made, source)
+    if TOKEN_NAMES not in metadata:
         metadata = (
             dict(metadata)
-            | header(spoken)
-            | ({NAMES: json.dumps(found, ensure_ascii=False)} if named else {})
+            | placeholder_header(spoken)
+            | ({TOKEN_NAMES: json.dumps(found, ensure_ascii=False)} if named else {})
         )
-    return _state(rows, found, metadata, source)
+    return _token_state(rows, found, metadata, source)
 
 
-def _named(word: str, count: int) -> list[str]:
+def _name_tokens(word: str, count: int) -> list[str]:
     """Tokens for a word: "<dog>", "<dog>_1" ... (diffusers' numbers). The brackets keep an English word's own token apart."""
     first = word if re.fullmatch(r"<.+>", word) else f"<{'-'.join(word.split())}>"
     return [first, *(f"{first}_{i}" for i in range(1, count))]
 
 
-def _state(
+def _token_state(
     rows: Mapping[str, Tensor], tokens: tuple[str, ...], metadata: Mapping[str, str], source: str
 ) -> AdapterState:
     for key, tensor in rows.items():
@@ -423,7 +432,7 @@ def _state(
     return AdapterState(tokens=dict(rows), token_names=tokens, metadata=dict(metadata))
 
 
-def _parameter(value: Any, source: str) -> Tensor:
+def _a1111_parameter(value: Any, source: str) -> Tensor:
     """The one tensor in A1111's dictionary, which may have been a torch ParameterDict."""
     if isinstance(value, Inert):
         value = value.state.get("_parameters") if isinstance(value.state, dict) else None
@@ -441,10 +450,10 @@ def _parameter(value: Any, source: str) -> Tensor:
 
 def _refuse_layerwise(data: Mapping[Any, Any], source: str) -> None:
     if data and all(isinstance(key, str) and LAYERWISE.fullmatch(key) for key in data):
-        raise UserError(f"{source} has {PLUS}")
+        raise UserError(f"{source} has {LAYERWISE_REFUSAL}")
 
 
-def _json(metadata: Mapping[str, str], key: str, default: Any, source: str) -> Any:
+def _header_json(metadata: Mapping[str, str], key: str, default: Any, source: str) -> Any:
     try:
         return json.loads(metadata[key]) if key in metadata else default
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.layout import Component, Layout
@@ -46,11 +46,11 @@ LEAVES: Mapping[
     "dora_scale": (".dora_scale",),  # by rows or columns
     **{role: (f".{role}",) for role in lycoris.ROLES},
 }
-NAMED = re.compile(
+ADAPTER_NAME = re.compile(
     r"\.lora_(?:[AB]\.(?P<factor>[^.]+)\.weight|magnitude_vector\.(?!weight$)(?P<vector>[^.]+)(?:\.weight)?)$"
 )  # an adapter's name
-CLOSE = 200  # names compared for the nearest one: comparing 10^5 takes a minute
-Update = LowRank | Dense
+MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
+Update = LowRank | DenseUpdate
 Scale = Callable[
     [str, int, str], float
 ]  # (path, rank, where: for errors) -> the factor of up @ down in a file without alphas
@@ -80,14 +80,14 @@ class Grammar:
     )  # (component, role) -> leaf that is written there instead
 
 
-class Site(NamedTuple):
+class TensorRole(NamedTuple):
     component: str
     path: str  # published
     role: str
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """What a caller asks of a reader."""
 
     allow_extra: bool = False  # unknown keys are left out, said in one line
@@ -95,12 +95,12 @@ class Reading:
     header_axis: str = ""  # what the file says of it
 
 
-STRICT = Reading()
+STRICT = ReadOptions()
 
 
-def sites(
+def list_known_keys(
     grammar: Grammar, layout: Layout, leaves: Mapping[str, str] | None = None
-) -> dict[str, Site]:
+) -> dict[str, TensorRole]:
     """Every key a file of this grammar can have -> what it means; with these leaves (leaf -> role), else with all.
 
     Raises ValueError when two modules would share a key.
@@ -110,12 +110,12 @@ def sites(
         if leaves is None
         else leaves
     )
-    known: dict[str, Site] = {}
+    known: dict[str, TensorRole] = {}
     for name, component in layout.components.items():
         for path in component.shapes:
-            for module in module_names(grammar, name, component, path):
+            for module in spell_module(grammar, name, component, path):
                 for leaf, role in leaves.items():
-                    site = Site(name, path, role)
+                    site = TensorRole(name, path, role)
                     other = known.setdefault(module + leaf, site)
                     if other != site:
                         raise ValueError(
@@ -124,11 +124,13 @@ def sites(
     return known
 
 
-def leaves_of(keys: Iterable[str], source: str) -> dict[str, str]:
+def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
     """The leaves that occur in a file -> their roles, with an adapter's name where peft left it in. Raises UserError for two adapters in a file."""
     keys = list(keys)
     names = {
-        match["factor"] or match["vector"]: key for key in keys if (match := NAMED.search(key))
+        match["factor"] or match["vector"]: key
+        for key in keys
+        if (match := ADAPTER_NAME.search(key))
     }
     if len(names) > 1:
         (one, key), (other, second) = list(names.items())[:2]
@@ -142,14 +144,14 @@ def leaves_of(keys: Iterable[str], source: str) -> dict[str, str]:
     return {leaf: role for leaf, role in every.items() if any(key.endswith(leaf) for key in keys)}
 
 
-def is_factor(key: str) -> bool:
+def is_adapter_key(key: str) -> bool:
     """Whether a key ends like a tensor of an adapter."""
     return key.endswith(
         tuple(leaf for role, spellings in LEAVES.items() if role != "alpha" for leaf in spellings)
-    ) or bool(NAMED.search(key))
+    ) or bool(ADAPTER_NAME.search(key))
 
 
-def module_names(grammar: Grammar, name: str, component: Component, path: str) -> list[str]:
+def spell_module(grammar: Grammar, name: str, component: Component, path: str) -> list[str]:
     """The spellings of a module: first the one that is written, then those that are only read (older heads, a missing published level)."""
     dotted = dict.fromkeys(
         word
@@ -160,7 +162,7 @@ def module_names(grammar: Grammar, name: str, component: Component, path: str) -
             for words in dotted for head in grammar.heads(name, component)]  # fmt: skip
 
 
-def encode(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
+def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
     """Tensors under this grammar's keys. A folded scale is multiplied in fp32 or better.
 
     Raises UserError for a module the layout lacks, and for a DoRA by columns where the format has none.
@@ -173,14 +175,14 @@ def encode(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, T
                 raise UserError(
                     f"{name}.{path} is a DoRA by columns, which only kohya's format holds; fold it into a model, or write that"
                 )
-            module = module_names(grammar, name, layout.component(name), path)[0]
-            for role, tensor in _written(lr, grammar).items():
+            module = spell_module(grammar, name, layout.component(name), path)[0]
+            for role, tensor in _tensors_to_write(lr, grammar).items():
                 tensors[module + grammar.written.get((name, role), grammar.leaves[role])] = tensor
     return tensors
 
 
-def decode(
-    tensors: Mapping[str, Tensor], known: Mapping[str, Site], layout: Layout | None, source: str, *, how: Reading = STRICT,
+def decode_adapter(
+    tensors: Mapping[str, Tensor], known: Mapping[str, TensorRole], layout: Layout | None, source: str, *, how: ReadOptions = STRICT,
     scales: Mapping[str, Scale] | None = None,
 ) -> dict[str, dict[str, Update]]:  # fmt: skip
     """Component -> published path -> update, its scale resolved; factors of conv layers 4-D, of linear layers 2-D.
@@ -190,8 +192,8 @@ def decode(
     """
     if leftover := [key for key in tensors if key not in known]:
         if not how.allow_extra or len(leftover) == len(tensors):
-            raise UserError(_leftover(leftover, known, source))
-        print(f"{_listed(leftover, source)}, left out", file=sys.stderr)
+            raise UserError(_unknown_keys_error(leftover, known, source))
+        print(f"{_describe_unknown(leftover, source)}, left out", file=sys.stderr)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in tensors:
         if key in known:
@@ -212,17 +214,17 @@ def decode(
             layout.component(component).shapes[path] if layout else None,
             f"{component}.{path} in {source}",
         )
-        if lycoris.applies(parts):
-            update: Update = lycoris.update(parts, shape, where)
+        if lycoris.is_lycoris(parts):
+            update: Update = lycoris.to_dense_update(parts, shape, where)
         else:
-            update = _resolve(parts, shape, where)
+            update = _to_low_rank(parts, shape, where)
             if scales and component in scales and "alpha" not in parts:
                 update = update._replace(scale=scales[component](path, update.rank, where))
-        components.setdefault(component, {})[path] = _with_magnitude(update, parts, how, where)
+        components.setdefault(component, {})[path] = _add_magnitude(update, parts, how, where)
     return components
 
 
-def state_of(
+def to_adapter_state(
     components: Mapping[str, Mapping[str, Update]], header: Mapping[str, str]
 ) -> AdapterState:
     """The state of what `decode` found: factors in `components`, the rest in `dense`."""
@@ -231,7 +233,7 @@ def state_of(
         for name, modules in components.items()
     }
     dense = {
-        name: {path: u for path, u in modules.items() if isinstance(u, Dense)}
+        name: {path: u for path, u in modules.items() if isinstance(u, DenseUpdate)}
         for name, modules in components.items()
     }
     return AdapterState(
@@ -241,7 +243,7 @@ def state_of(
     )
 
 
-def _written(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
+def _tensors_to_write(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {"down": lr.down, "up": lr.up}
     if grammar.scale == "alpha":
         parts["alpha"] = torch.tensor(lr.scale * lr.rank, dtype=torch.float32)
@@ -258,7 +260,7 @@ def _written(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
     return parts
 
 
-def _resolve(parts: Mapping[str, Tensor], shape: tuple[int, ...] | None, where: str) -> LowRank:
+def _to_low_rank(parts: Mapping[str, Tensor], shape: tuple[int, ...] | None, where: str) -> LowRank:
     for role in ("down", "up"):
         if role not in parts:
             raise UserError(
@@ -266,14 +268,14 @@ def _resolve(parts: Mapping[str, Tensor], shape: tuple[int, ...] | None, where: 
             )
     down, up = parts["down"], parts["up"]
     if "mid" in parts:
-        down = lycoris.widened(down, parts["mid"], where)
+        down = lycoris.merge_core(down, parts["mid"], where)
     out, inner = (shape[0], shape[1:]) if shape else (up.shape[:1].numel(), down.shape[1:])
     rank = down.shape[:1].numel() if down.ndim else 0
     if (
         not rank
         or down.ndim not in (2, 4)
-        or _padded(down.shape[1:]) != _padded(inner)
-        or _padded(up.shape) != _padded((out, rank))
+        or _pad_shape(down.shape[1:]) != _pad_shape(inner)
+        or _pad_shape(up.shape) != _pad_shape((out, rank))
     ):
         expected = (
             f"[r, {', '.join(map(str, inner))}] and [{out}, r]"
@@ -285,11 +287,11 @@ def _resolve(parts: Mapping[str, Tensor], shape: tuple[int, ...] | None, where: 
         )
     down = down.reshape(rank, *inner)
     up = up.reshape(out, rank, *[1] * (len(inner) - 1))
-    return LowRank(down, up, lycoris.alpha(parts, rank, where))
+    return LowRank(down, up, lycoris.resolve_scale(parts, rank, where))
 
 
-def _with_magnitude(
-    update: Update, parts: Mapping[str, Tensor], how: Reading, where: str
+def _add_magnitude(
+    update: Update, parts: Mapping[str, Tensor], how: ReadOptions, where: str
 ) -> Update:
     """The update with its DoRA magnitude, if the file has one: [out], or by columns [1, in (, 1, 1)]."""
     given = [role for role in ("magnitude", "dora_scale") if role in parts]
@@ -301,28 +303,32 @@ def _with_magnitude(
         )
     magnitude = parts[given[0]]
     shape = (
-        update.shape if isinstance(update, Dense) else (update.up.shape[0], *update.down.shape[1:])
+        update.shape
+        if isinstance(update, DenseUpdate)
+        else (update.up.shape[0], *update.down.shape[1:])
     )
-    if _axis(magnitude, shape, given[0], how, where) == "rows":
+    if _magnitude_axis(magnitude, shape, given[0], how, where) == "rows":
         magnitude = magnitude.reshape(shape[0])
     else:
         magnitude = magnitude.reshape(1, shape[1], *[1] * (len(shape) - 2))
     return (
         update._replace(magnitude=magnitude)
         if isinstance(update, LowRank)
-        else lycoris.with_magnitude(update, magnitude)
+        else lycoris.add_dense_magnitude(update, magnitude)
     )
 
 
-def _axis(magnitude: Tensor, weight: tuple[int, ...], role: str, how: Reading, where: str) -> str:
+def _magnitude_axis(
+    magnitude: Tensor, weight: tuple[int, ...], role: str, how: ReadOptions, where: str
+) -> str:
     """Whether a magnitude goes by rows or columns: by its shape, and where both fit by what the caller says. Raises UserError, never guesses."""
     (out, inner), got = weight[:2], tuple(magnitude.shape)
     rows = (
         got == (out,)
-        or _padded(got) == (out, 1, 1, 1)
-        or (role == "magnitude" and _padded(got) == (1, out, 1, 1))
+        or _pad_shape(got) == (out, 1, 1, 1)
+        or (role == "magnitude" and _pad_shape(got) == (1, out, 1, 1))
     )
-    columns = role == "dora_scale" and (got == (inner,) or _padded(got) == (1, inner, 1, 1))
+    columns = role == "dora_scale" and (got == (inner,) or _pad_shape(got) == (1, inner, 1, 1))
     if not rows and not columns:
         expected = f"one number per output, [{out}] or [{out}, 1]" + (
             f", or one per input, [1, {inner}]" if role == "dora_scale" else ""
@@ -344,25 +350,25 @@ def _axis(magnitude: Tensor, weight: tuple[int, ...], role: str, how: Reading, w
     return axis
 
 
-def _padded(shape: Iterable[int]) -> tuple[int, ...]:
+def _pad_shape(shape: Iterable[int]) -> tuple[int, ...]:
     """The shape with trailing ones up to four axes: a 1x1 convolution and a linear layer are written either way."""
     sizes = tuple(shape)
     return sizes + (1,) * (4 - len(sizes))
 
 
-def _listed(keys: list[str], source: str) -> str:
+def _describe_unknown(keys: list[str], source: str) -> str:
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     return f"{source} has {len(keys)} key(s) that mean nothing here: {shown}"
 
 
-def _leftover(keys: list[str], known: Mapping[str, Site], source: str) -> str:
-    return f"{_listed(keys, source)}; nearest known: {nearest_key(keys[0], known) or 'none'}; is it for another model?"
+def _unknown_keys_error(keys: list[str], known: Mapping[str, TensorRole], source: str) -> str:
+    return f"{_describe_unknown(keys, source)}; nearest known: {nearest_key(keys[0], known) or 'none'}; is it for another model?"
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """The known key most like this one, out of those that share the most words with it; "" when nothing is known."""
     words = set(re.split(r"[._]", key))
     likely = sorted(known, key=lambda other: -len(words.intersection(re.split(r"[._]", other))))[
-        :CLOSE
+        :MOST_COMPARED
     ]
     return next(iter(difflib.get_close_matches(key, likely, 1, 0.0)), "")

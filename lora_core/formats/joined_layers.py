@@ -13,23 +13,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, Dense, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout
 
 Modules = Mapping[str, LowRank]  # path -> factors
-Update = LowRank | Dense
+Update = LowRank | DenseUpdate
 
 
-def stored(layout: Layout) -> Layout:
+def join_layout(layout: Layout) -> Layout:
     """The layout of what files hold: with every fused or turned layer under its own name, beside our own (which some files have)."""
     return replace(
         layout,
-        components={name: _stored(component) for name, component in layout.components.items()},
+        components={
+            name: _join_component(component) for name, component in layout.components.items()
+        },
     )
 
 
-def obstacle(state: AdapterState, layout: Layout) -> str:
+def why_not_joined(state: AdapterState, layout: Layout) -> str:
     """Why the state's DoRAs cannot be fused, or "". The rows of a part without a DoRA would need its base weight's norms as their magnitude."""
     for name, modules in state.components.items():
         for fused, parts in layout.component(name).fused.items():
@@ -44,42 +46,42 @@ def obstacle(state: AdapterState, layout: Layout) -> str:
     return ""
 
 
-def fuse(state: AdapterState, layout: Layout) -> AdapterState:
+def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     """The state as files hold it. Parts that differ in scale get the first part's, exactly: their `up` takes up the rest, in fp32 or better.
 
     Raises UserError for an `obstacle`.
     """
-    if reason := obstacle(state, layout):
+    if reason := why_not_joined(state, layout):
         raise UserError(reason)
     return replace(
         state,
         components={
-            name: _fused(modules, layout.component(name))
+            name: _join_modules(modules, layout.component(name))
             for name, modules in state.components.items()
         },
     )
 
 
-def split(
+def separate_layers(
     components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str
 ) -> dict[str, dict[str, Update]]:
     """Undoes `fuse`: bit for bit where the scales agreed. A part that has no column of a block-diagonal `up` for itself was not adapted, and is left
     out. Raises UserError for a file that has a layer whole and in parts, and for a DoRA by columns of a fused layer.
     """
     return {
-        name: _parts(modules, layout.component(name), f"{name} of {source}")
+        name: _separate_modules(modules, layout.component(name), f"{name} of {source}")
         for name, modules in components.items()
     }
 
 
-def _stored(component: Component) -> Component:
+def _join_component(component: Component) -> Component:
     shapes = dict(component.shapes)
     for fused, parts in component.fused.items():
         shapes[fused] = (
             sum(component.shapes[path][0] for path in parts),
             *component.shapes[parts[0]][1:],
         )
-    for path, name in _turned_names(component).items():
+    for path, name in _swapped_names(component).items():
         shapes[name] = component.shapes[path]
     return replace(
         component,
@@ -90,7 +92,7 @@ def _stored(component: Component) -> Component:
     )
 
 
-def _turned_names(component: Component) -> dict[str, str]:
+def _swapped_names(component: Component) -> dict[str, str]:
     """Path -> the name under which files have it turned; a layer that only has our name is turned under that."""
     return {
         path: component.names.get(path, path)
@@ -99,34 +101,37 @@ def _turned_names(component: Component) -> dict[str, str]:
     }
 
 
-def _fused(modules: Modules, component: Component) -> dict[str, LowRank]:
-    names = _turned_names(component)
+def _join_modules(modules: Modules, component: Component) -> dict[str, LowRank]:
+    names = _swapped_names(component)
     stored = {
-        names.get(path, path): _turned(lr) if path in names else lr for path, lr in modules.items()
+        names.get(path, path): _swap_halves(lr) if path in names else lr
+        for path, lr in modules.items()
     }
     for fused, parts in component.fused.items():
         if any(path in stored for path in parts):
-            stored[fused] = _stack(
+            stored[fused] = _stack_parts(
                 [stored.pop(path, None) for path in parts],
                 [component.shapes[path][0] for path in parts],
             )
     return stored
 
 
-def _parts(modules: Mapping[str, Update], component: Component, where: str) -> dict[str, Update]:
+def _separate_modules(
+    modules: Mapping[str, Update], component: Component, where: str
+) -> dict[str, Update]:
     found = dict(modules)
     pieces: list[tuple[str, str, Update | None]] = []  # stored name, path, update
     for fused, parts in component.fused.items():
         if fused in found:
-            apart = _unstack(
+            apart = _unstack_parts(
                 found.pop(fused),
                 [component.shapes[path][0] for path in parts],
                 f"{fused} of {where}",
             )
             pieces += [(fused, path, piece) for path, piece in zip(parts, apart, strict=True)]
     pieces += [
-        (name, path, _turned_any(found.pop(name)))
-        for path, name in _turned_names(component).items()
+        (name, path, _swap_update(found.pop(name)))
+        for path, name in _swapped_names(component).items()
         if name in found
     ]
     for name, path, piece in pieces:
@@ -141,18 +146,22 @@ def _by_columns(update: Update) -> bool:
     return update.magnitude is not None and update.magnitude.ndim > 1
 
 
-def _turned(lr: LowRank) -> LowRank:
+def _swap_halves(lr: LowRank) -> LowRank:
     """With the halves of the output in the other order."""
     half = lr.up.shape[0] // 2
     magnitude = lr.magnitude if lr.magnitude is None or _by_columns(lr) else lr.magnitude.roll(half)
     return lr._replace(up=lr.up.roll(half, 0), magnitude=magnitude)
 
 
-def _turned_any(update: Update) -> Update:
-    return update.rolled(update.shape[0] // 2) if isinstance(update, Dense) else _turned(update)
+def _swap_update(update: Update) -> Update:
+    return (
+        update.rolled(update.shape[0] // 2)
+        if isinstance(update, DenseUpdate)
+        else _swap_halves(update)
+    )
 
 
-def _stack(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
+def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     """One layer of parts with `outs` outputs; None is a part that is not adapted. All parts are DoRAs or none is."""
     given = [lr for lr in parts if lr is not None]
     scale = next((lr.scale for lr in given if lr.scale), 0.0)
@@ -163,7 +172,7 @@ def _stack(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     for lr, out in zip(parts, outs, strict=True):
         if lr is not None:
             up[row : row + out, column : column + lr.rank] = (
-                lr.up if lr.scale == scale else _times(lr.up, lr.scale / scale)
+                lr.up if lr.scale == scale else _scale_up(lr.up, lr.scale / scale)
             )
             column += lr.rank
         row += out
@@ -176,21 +185,21 @@ def _stack(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     )
 
 
-def _times(up: Tensor, factor: float) -> Tensor:
+def _scale_up(up: Tensor, factor: float) -> Tensor:
     return up.to(torch.promote_types(up.dtype, torch.float32)) * factor
 
 
-def _unstack(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]:
+def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]:
     """The layer's parts; None for one that is not adapted."""
     if _by_columns(lr):
         raise UserError(
             f"{where} is a DoRA by columns, whose parts have other norms than the whole; it cannot be read apart"
         )
-    if isinstance(lr, Dense):
+    if isinstance(lr, DenseUpdate):
         starts = [sum(outs[:i]) for i in range(len(outs))]
         return [lr.rows(start, start + out) for start, out in zip(starts, outs, strict=True)]
     blocks = lr.up.split(outs)
-    columns = _columns(blocks)
+    columns = _columns_by_part(blocks)
     magnitudes: Sequence[Tensor | None] = (
         [None] * len(outs) if lr.magnitude is None else lr.magnitude.split(outs)
     )
@@ -204,7 +213,7 @@ def _unstack(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]
     ]
 
 
-def _columns(blocks: Sequence[Tensor]) -> list[list[int]] | None:
+def _columns_by_part(blocks: Sequence[Tensor]) -> list[list[int]] | None:
     """Which columns each part alone uses; None when up is not block-diagonal. Columns of zeros: equal shares if that fits, else to the left."""
     uses = torch.stack([block.bool().any(dim=0) for block in blocks])  # [parts, r]
     rank, count = uses.shape[1], len(blocks)

@@ -25,13 +25,13 @@ from lora_core.formats import compvis, joined_layers
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
-    Reading,
-    decode,
-    encode,
-    is_factor,
-    leaves_of,
-    sites,
-    state_of,
+    ReadOptions,
+    decode_adapter,
+    encode_adapter,
+    find_leaves,
+    is_adapter_key,
+    list_known_keys,
+    to_adapter_state,
 )
 from lora_core.formats.layout import Component, Layout
 
@@ -54,32 +54,35 @@ OTHERS = {
 }  # OneTrainer counts text encoders; kohya's lora_te3 is the third network of its kind
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_kohya(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key is a factor of this grammar."""
-    return any(key.startswith(("lora_", "lycoris_")) and is_factor(key) for key in tensors)
+    return any(key.startswith(("lora_", "lycoris_")) and is_adapter_key(key) for key in tensors)
 
 
-def read(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: Reading = STRICT
+def read_kohya(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], layout: Layout | None, source: str, how: ReadOptions = STRICT
 ) -> AdapterState:  # fmt: skip
     """The file's state. Raises UserError, also without a layout: which underscores were dots is known from a model's paths only."""
     if layout is None:
         raise UserError(
             f"{source} has kohya's names, which can only be read against a model's layout; name the model it belongs to"
         )
-    stored, how = joined_layers.stored(layout), replace(how, header_axis=_axis(header))
-    known = sites(_reader(stored), stored, leaves_of(tensors, source))
-    return state_of(
-        joined_layers.split(decode(tensors, known, stored, source, how=how), layout, source), header
+    stored, how = joined_layers.join_layout(layout), replace(how, header_axis=_header_axis(header))
+    known = list_known_keys(_reading_grammar(stored), stored, find_leaves(tensors, source))
+    return to_adapter_state(
+        joined_layers.separate_layers(
+            decode_adapter(tensors, known, stored, source, how=how), layout, source
+        ),
+        header,
     )
 
 
-def originals(component: Component) -> Mapping[str, str]:
+def original_names(component: Component) -> Mapping[str, str]:
     """Published path -> the dotted name in the original code; none for a network that does not come from there."""
     if component.names or not any(path.startswith("down_blocks.") for path in component.shapes):
         return component.names
     try:
-        entries = compvis.unet(
+        entries = compvis.name_unet(
             {f"{path}.weight": shape for path, shape in component.shapes.items()}
         )
     except UserError:  # a block that the original code does not have
@@ -90,12 +93,12 @@ def originals(component: Component) -> Mapping[str, str]:
     }
 
 
-def _reader(layout: Layout) -> Grammar:
+def _reading_grammar(layout: Layout) -> Grammar:
     """The grammar with the names and prefixes that are only read."""
     original = {
         path: name
         for component in layout.components.values()
-        for path, name in originals(component).items()
+        for path, name in original_names(component).items()
     }
     others = {
         name: OTHERS.get(key, ())
@@ -117,7 +120,7 @@ def _reader(layout: Layout) -> Grammar:
     )
 
 
-def _axis(header: Mapping[str, str]) -> str:
+def _header_axis(header: Mapping[str, str]) -> str:
     """What LyCORIS' arguments in the header say of magnitudes; "" where they do not."""
     try:
         args = json.loads(header.get("ss_network_args", "{}"))
@@ -127,7 +130,7 @@ def _axis(header: Mapping[str, str]) -> str:
     return {"true": "rows", "false": "columns"}.get(said, "")
 
 
-def write(
+def write_kohya(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and kohya's header entries. Raises UserError without a layout, and for a DoRA of a part of a fused layer."""
@@ -136,13 +139,13 @@ def write(
             "writing kohya's names needs a model's layout; name the model the adapter belongs to"
         )
     if not any(component.fused for component in layout.components.values()):
-        state = _with_one_alpha(state)
-    return encode(
-        joined_layers.fuse(state, layout), GRAMMAR, joined_layers.stored(layout)
-    ), _header(state, layout, title)
+        state = _equalize_alpha(state)
+    return encode_adapter(
+        joined_layers.join_layers(state, layout), GRAMMAR, joined_layers.join_layout(layout)
+    ), _kohya_header(state, layout, title)
 
 
-def _with_one_alpha(state: AdapterState) -> AdapterState:
+def _equalize_alpha(state: AdapterState) -> AdapterState:
     """The same update with scale * rank equal in all modules: the most frequent alpha stays, other modules' `up` takes up the difference.
 
     diffusers 0.42.1 does not find the alphas of attention layers that differ from the rest and takes the most frequent one for them.
@@ -177,7 +180,7 @@ def _with_one_alpha(state: AdapterState) -> AdapterState:
     )
 
 
-def _header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
+def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
     """The six entries kohya keeps even in its shortest header, the output's name, and the model spec's. "Dynamic" is kohya's word for mixed ones."""
     factors = [lr for modules in state.components.values() for lr in modules.values()]
     ranks, alphas = {lr.rank for lr in factors}, {lr.scale * lr.rank for lr in factors}

@@ -28,8 +28,8 @@ PREFIXES: dict[
     "clip_g": ("lora_te2",),
     "t5": ("lora_te3",),
 }
-NUMBERED = ("lora_te1", "lora_te")  # the first text encoder's, where there is a second one
-LEVELS = {
+NUMBERED_PREFIXES = ("lora_te1", "lora_te")  # the first text encoder's, where there is a second one
+MISSING_LEVELS = {
     "encoder.layers.": "text_model."
 }  # how a text encoder's modules begin -> published level that transformers 5 dropped (CLIPTextModel)
 
@@ -96,12 +96,12 @@ class Layout:
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network. Raises UserError for a module that is no Linear or Conv2d of it."""
         part = self.component(component)
-        return _known(part.module_prefix + module_path, part.shapes, component)
+        return _require_known(part.module_prefix + module_path, part.shapes, component)
 
     def module_path(self, component: str, published: str) -> str:
         """The path within the installed network of a module that files name `published`. Raises UserError for an unknown one."""
         part = self.component(component)
-        return _known(published, part.shapes, component).removeprefix(part.module_prefix)
+        return _require_known(published, part.shapes, component).removeprefix(part.module_prefix)
 
     def block_of(self, component: str, path: str) -> int | None:
         """The index into `blocks.BLOCKS` of a layer: 0, the base, in text encoders; None for a layer of no block."""
@@ -133,12 +133,12 @@ def layout_of(
         level = missing_level(name, shapes)
         prefixes = PREFIXES.get(encoders.get(name, name), (f"lora_{name}",))
         if name == "text_encoder" and "text_encoder_2" in modules:
-            prefixes = NUMBERED
+            prefixes = NUMBERED_PREFIXES
         components[name] = Component(
             prefixes,
             {level + path: shape for path, shape in shapes.items()},
             level,
-            width=_width(module),
+            width=_embedding_width(module),
         )
     own_encoders = {name: key for name, key in encoders.items() if name in modules}
     return Layout(family, base_model_version, components, own_encoders, presets or {}, architecture)
@@ -156,24 +156,24 @@ def weight_shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, tupl
 
 def missing_level(component: str, paths: Collection[str]) -> str:
     """The published level that all `paths` of a text encoder lack, or ""."""
-    starts = [start for start in LEVELS if all(path.startswith(start) for path in paths)]
-    return LEVELS[starts[0]] if component in ENCODERS and starts and paths else ""
+    starts = [start for start in MISSING_LEVELS if all(path.startswith(start) for path in paths)]
+    return MISSING_LEVELS[starts[0]] if component in ENCODERS and starts and paths else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest_name(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, for error sentences; "" when nothing is known."""
     return next(iter(difflib.get_close_matches(name, known, 1, 0.0)), "")
 
 
-def _known(path: str, shapes: Mapping[str, tuple[int, ...]], component: str) -> str:
+def _require_known(path: str, shapes: Mapping[str, tuple[int, ...]], component: str) -> str:
     if path not in shapes:
         raise UserError(
-            f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest(path, shapes) or 'nothing, it has none at all'}"
+            f"{component} has no Linear or Conv2d named {path}; the nearest is {nearest_name(path, shapes) or 'nothing, it has none at all'}"
         )
     return path
 
 
-def _width(module: nn.Module) -> int:
+def _embedding_width(module: nn.Module) -> int:
     """What one row of a network's embedding table holds; 0 without a table."""
     table = getattr(module, "get_input_embeddings", lambda: None)()
     return 0 if table is None else table.embedding_dim

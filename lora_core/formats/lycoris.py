@@ -16,23 +16,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import Dense
+from lora_core.adapters.weight_updates import DenseUpdate
 from lora_core.errors import UserError
 
 HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 FULL = ("diff",)
 ROLES = (*HADA, *KRON, *FULL, "scalar")
-KINDS = {"LoHa": HADA, "LoKr": KRON, "full": FULL}
+LYCORIS_KINDS = {"LoHa": HADA, "LoKr": KRON, "full": FULL}
 Parts = Mapping[str, Tensor]
 
 
-def applies(parts: Parts) -> bool:
+def is_lycoris(parts: Parts) -> bool:
     """Whether a module's tensors are one of these updates."""
-    return any(role in parts for roles in KINDS.values() for role in roles)
+    return any(role in parts for roles in LYCORIS_KINDS.values() for role in roles)
 
 
-def update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> Dense:
+def to_dense_update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> DenseUpdate:
     """The module's update, without a magnitude; nothing is computed yet. `shape` is the base weight's.
 
     Raises UserError for tensors that are missing, of several kinds, or do not make up the shape, and without a shape: which of a flat tensor's
@@ -42,24 +42,24 @@ def update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> Dense:
         raise UserError(
             f"{where} is a LyCORIS update, whose shape is known from a model's layout only; name the model it belongs to"
         )
-    kinds = [kind for kind, roles in KINDS.items() if any(role in parts for role in roles)]
-    known = {"alpha", "scalar", "magnitude", "dora_scale", *KINDS[kinds[0]]}
+    kinds = [kind for kind, roles in LYCORIS_KINDS.items() if any(role in parts for role in roles)]
+    known = {"alpha", "scalar", "magnitude", "dora_scale", *LYCORIS_KINDS[kinds[0]]}
     if odd := [role for role in parts if role not in known]:
         raise UserError(
             f"{where} is a {kinds[0]} update with a {odd[0]}, which belongs to another kind; expected one kind"
         )
-    built = {"LoHa": _hada, "LoKr": _kron, "full": _full}[kinds[0]]
+    built = {"LoHa": _build_loha, "LoKr": _build_lokr, "full": _build_full}[kinds[0]]
     wide = {
         role: tensor
         for role, tensor in parts.items()
         if role not in ("alpha", "magnitude", "dora_scale")
     }
-    factor = _factor(parts, kinds[0], where)
+    factor = _resolve_factor(parts, kinds[0], where)
 
     def build(device: str | None = None) -> Tensor:
         made = built(
             {
-                role: _wide(tensor if device is None else tensor.to(device))
+                role: _to_fp32(tensor if device is None else tensor.to(device))
                 for role, tensor in wide.items()
             }
         )
@@ -78,14 +78,14 @@ def update(parts: Parts, shape: tuple[int, ...] | None, where: str) -> Dense:
         raise UserError(
             f"{where} has {got}, which do not make up its weight {list(shape)}; is it for another model?"
         ) from None
-    return Dense(kinds[0], shape, build)
+    return DenseUpdate(kinds[0], shape, build)
 
 
-def with_magnitude(dense: Dense, magnitude: Tensor) -> Dense:
+def add_dense_magnitude(dense: DenseUpdate, magnitude: Tensor) -> DenseUpdate:
     return replace(dense, magnitude=magnitude)
 
 
-def widened(down: Tensor, mid: Tensor, where: str) -> Tensor:
+def merge_core(down: Tensor, mid: Tensor, where: str) -> Tensor:
     """down [r, in, kh, kw] of a convolution whose down [r, in (, 1, 1)] is followed by a core [r, r, kh, kw]; fp32 or better."""
     if (
         down.ndim < 2
@@ -96,10 +96,10 @@ def widened(down: Tensor, mid: Tensor, where: str) -> Tensor:
         raise UserError(
             f"{where} has down {list(down.shape)} and mid {list(mid.shape)}, expected [r, in, 1, 1] and [r, r, kh, kw]"
         )
-    return torch.einsum("mnhw,ni->mihw", _wide(mid), _wide(down.flatten(1)))
+    return torch.einsum("mnhw,ni->mihw", _to_fp32(mid), _to_fp32(down.flatten(1)))
 
 
-def alpha(parts: Parts, rank: int, where: str) -> float:
+def resolve_scale(parts: Parts, rank: int, where: str) -> float:
     """alpha / rank, or 1 without an alpha. Raises UserError for an alpha that is no single number."""
     if "alpha" not in parts:
         return 1.0
@@ -110,7 +110,7 @@ def alpha(parts: Parts, rank: int, where: str) -> float:
     return float(parts["alpha"]) / rank
 
 
-def _factor(parts: Parts, kind: str, where: str) -> float:
+def _resolve_factor(parts: Parts, kind: str, where: str) -> float:
     if "scalar" in parts and parts["scalar"].numel() != 1:
         raise UserError(
             f"{where} has a scalar of shape {list(parts['scalar'].shape)}, expected one number"
@@ -124,12 +124,12 @@ def _factor(parts: Parts, kind: str, where: str) -> float:
         raise UserError(
             f"{where} has a factor {list(split.shape)}, expected rows for a rank above 0"
         )
-    return scalar * alpha(parts, len(split), where)
+    return scalar * resolve_scale(parts, len(split), where)
 
 
-def _hada(parts: Parts) -> Tensor:
+def _build_loha(parts: Parts) -> Tensor:
     one, two = (
-        _product(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
+        _multiply_factors(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
         for i in "12"
     )
     if ("hada_t1" in parts) != ("hada_t2" in parts):
@@ -139,14 +139,16 @@ def _hada(parts: Parts) -> Tensor:
     return one * two
 
 
-def _kron(parts: Parts) -> Tensor:
+def _build_lokr(parts: Parts) -> Tensor:
     w1 = (
-        parts["lokr_w1"] if "lokr_w1" in parts else _product(parts["lokr_w1_a"], parts["lokr_w1_b"])
+        parts["lokr_w1"]
+        if "lokr_w1" in parts
+        else _multiply_factors(parts["lokr_w1_a"], parts["lokr_w1_b"])
     )
     w2 = (
         parts["lokr_w2"]
         if "lokr_w2" in parts
-        else _product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+        else _multiply_factors(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
     )
     if w1.ndim != 2 or w2.ndim < 2:
         raise ValueError("a Kronecker factor is a matrix")
@@ -155,11 +157,11 @@ def _kron(parts: Parts) -> Tensor:
     )  # torch 2.13 wants a view of it
 
 
-def _full(parts: Parts) -> Tensor:
+def _build_full(parts: Parts) -> Tensor:
     return parts["diff"]
 
 
-def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+def _multiply_factors(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
     """a [out, r] times b [r, in ...]; with a core t [r, r, kh, kw] and a [r, out], b [r, in]: [out, in, kh, kw]."""
     if core is not None:
         return torch.einsum("ijhw,io,jn->onhw", core, a, b)
@@ -168,5 +170,5 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
     return (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

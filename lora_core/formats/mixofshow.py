@@ -17,14 +17,14 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.embeddings import NAMES
-from lora_core.formats.layout import Layout, nearest
+from lora_core.formats.embeddings import TOKEN_NAMES
+from lora_core.formats.layout import Layout, nearest_name
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 PER_LAYER = "per_layer_rows"  # header entry: JSON object, concept -> its tokens, one for each cross-attention layer
 
 
-def detect_pt(data: Any) -> bool:
+def is_mixofshow(data: Any) -> bool:
     """Whether what `read_pickle` found is such a file."""
     return (
         isinstance(data, dict)
@@ -33,11 +33,11 @@ def detect_pt(data: Any) -> bool:
     )
 
 
-def read_pt(data: Mapping[str, Any], layout: Layout | None, source: str) -> AdapterState:
+def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) -> AdapterState:
     """The file's state; shapes are checked against the layout where there is one. Raises UserError."""
     params = data["params"]
     components = {
-        name: _factors(params.get(name) or {}, layout, name, source)
+        name: _read_factors(params.get(name) or {}, layout, name, source)
         for name in ("text_encoder", "unet")
     }
     concepts = params["new_concept_embedding"] or {}
@@ -58,11 +58,11 @@ def read_pt(data: Mapping[str, Any], layout: Layout | None, source: str) -> Adap
             {"clip_l": torch.cat(list(concepts.values()))},
             tuple(names),
         )
-        state.metadata = {NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
+        state.metadata = {TOKEN_NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
     return state
 
 
-def _factors(
+def _read_factors(
     entries: Mapping[str, Any], layout: Layout | None, component: str, source: str
 ) -> dict[str, LowRank]:
     """Path -> factors. Raises UserError for keys that mean nothing, incomplete pairs and other shapes."""
@@ -78,7 +78,7 @@ def _factors(
             )
         if known is not None and path not in known:
             raise UserError(
-                f"{source} adapts {component}.{path}, which this model lacks; nearest known: {nearest(path, known)}"
+                f"{source} adapts {component}.{path}, which this model lacks; nearest known: {nearest_name(path, known)}"
             )
         out, inner = (
             (known[path][0], known[path][1:])

@@ -24,13 +24,13 @@ from lora_core.formats import joined_layers, kohya
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
-    Reading,
+    ReadOptions,
     Update,
-    decode,
-    is_factor,
-    leaves_of,
-    sites,
-    state_of,
+    decode_adapter,
+    find_leaves,
+    is_adapter_key,
+    list_known_keys,
+    to_adapter_state,
 )
 from lora_core.formats.layout import COMPONENTS, Layout
 
@@ -47,7 +47,7 @@ PROCESSORS = {  # how a projection's path ends -> its names in attention process
 
 
 @dataclass(frozen=True)
-class Settings:
+class PeftSettings:
     """The fields of a LoraConfig that say how strong a layer's update is."""
 
     rank: int
@@ -60,8 +60,8 @@ class Settings:
     def scale(self, path: str, rank: int, where: str) -> float:
         """alpha / r of a layer. Raises UserError where the tensors have another rank than r."""
         said, alpha = (
-            _by_pattern(self.ranks, path, self.rank),
-            _by_pattern(self.alphas, path, self.alpha),
+            _value_by_pattern(self.ranks, path, self.rank),
+            _value_by_pattern(self.alphas, path, self.alpha),
         )
         if said != rank:
             raise UserError(
@@ -78,31 +78,31 @@ class Settings:
                 )
 
 
-def header_settings(header: Mapping[str, str], source: str) -> dict[str, Settings]:
+def header_settings(header: Mapping[str, str], source: str) -> dict[str, PeftSettings]:
     """Component -> settings in a file's header; none without one. Raises UserError for a broken one."""
     if HEADER not in header:
         return {}
     where = f"{source} has a broken header {HEADER}"
-    fields = _json(header[HEADER], where)
+    fields = _parse_json(header[HEADER], where)
     own = {
         name: {k.removeprefix(f"{name}."): v for k, v in fields.items() if k.startswith(f"{name}.")}
         for name in COMPONENTS
     }
-    return {name: _settings(values, where) for name, values in own.items() if "r" in values}
+    return {name: _parse_settings(values, where) for name, values in own.items() if "r" in values}
 
 
-def older(path: str) -> Iterator[str]:
+def processor_names(path: str) -> Iterator[str]:
     """Names under which files of attention processors have a layer."""
     for end, names in PROCESSORS.items():
         if path == end or path.endswith("." + end):
             yield from (path[: -len(end)] + name for name in names)
 
 
-def is_folder(folder: Path) -> bool:
+def is_peft_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def weights(folder: Path) -> Path:
+def peft_weights(folder: Path) -> Path:
     """The file of weights in peft's folder. Raises UserError without one."""
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -112,17 +112,17 @@ def weights(folder: Path) -> Path:
     )
 
 
-def detect(tensors: Mapping[str, Tensor]) -> bool:
+def detect_peft(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key ends like a factor; what comes before is known from a layout only."""
-    return any(is_factor(key) for key in tensors)
+    return any(is_adapter_key(key) for key in tensors)
 
 
-def read(
+def read_peft(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    how: Reading = STRICT,
+    how: ReadOptions = STRICT,
 ) -> AdapterState:
     """The file's state, with the settings of the config beside it, if there is one. Raises UserError without a layout, and for paths of no component,
     or of several.
@@ -132,12 +132,14 @@ def read(
             f"{source} does not say which network its keys ({next(iter(tensors))} ...) belong to; name the model"
         )
     settings, stored, leaves = (
-        _config(Path(source)),
-        joined_layers.stored(layout),
-        leaves_of(tensors, source),
+        _read_config(Path(source)),
+        joined_layers.join_layout(layout),
+        find_leaves(tensors, source),
     )
     known = {
-        name: sites(_grammar(stored), replace(stored, components={name: part}), leaves)
+        name: list_known_keys(
+            _peft_grammar(stored), replace(stored, components={name: part}), leaves
+        )
         for name, part in stored.components.items()
     }
     counts = {name: sum(key in own for key in tensors) for name, own in known.items()}
@@ -148,7 +150,9 @@ def read(
     for name in likely:
         try:
             scales = {name: settings.scale} if settings else {}
-            fitting[name] = decode(tensors, known[name], stored, source, how=how, scales=scales)
+            fitting[name] = decode_adapter(
+                tensors, known[name], stored, source, how=how, scales=scales
+            )
         except UserError as error:
             errors.append(error)
     if not fitting:
@@ -167,17 +171,19 @@ def read(
             f"{source} has peft's names but no {CONFIG} beside it; its strength is taken as alpha = r",
             file=sys.stderr,
         )
-    return state_of(joined_layers.split(found, layout, source), header)
+    return to_adapter_state(joined_layers.separate_layers(found, layout, source), header)
 
 
-def _grammar(layout: Layout) -> Grammar:
-    original = {name: kohya.originals(component) for name, component in layout.components.items()}
+def _peft_grammar(layout: Layout) -> Grammar:
+    original = {
+        name: kohya.original_names(component) for name, component in layout.components.items()
+    }
     every = {path: name for names in original.values() for path, name in names.items()}
     return Grammar(
         heads=lambda name, component: (MODULE, ""),
         names=lambda component, path: (
             path,
-            *older(path),
+            *processor_names(path),
             *([every[path]] if path in every else []),
         ),
         leaves={},
@@ -186,23 +192,23 @@ def _grammar(layout: Layout) -> Grammar:
     )
 
 
-def _config(file: Path) -> Settings | None:
+def _read_config(file: Path) -> PeftSettings | None:
     """The settings beside a file. Raises UserError for a broken config, and for another method than LoRA."""
     path = file.parent / CONFIG
     if file.name not in WEIGHTS or not path.is_file():
         return None
     try:
-        fields = _json(path.read_text(encoding="utf-8"), f"{path} is broken")
+        fields = _parse_json(path.read_text(encoding="utf-8"), f"{path} is broken")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch or save it again") from None
     if (method := fields.get("peft_type", "LORA")) != "LORA":
         raise UserError(
             f"{path} is of a {method} adapter, expected LORA; other methods of peft are not read"
         )
-    return _settings(fields, f"{path} is broken")
+    return _parse_settings(fields, f"{path} is broken")
 
 
-def _json(text: str, broken: str) -> dict[str, Any]:
+def _parse_json(text: str, broken: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -214,7 +220,7 @@ def _json(text: str, broken: str) -> dict[str, Any]:
     return fields
 
 
-def _settings(values: Mapping[str, Any], broken: str) -> Settings:
+def _parse_settings(values: Mapping[str, Any], broken: str) -> PeftSettings:
     """Raises UserError, beginning with `broken`, for values that are no ranks, alphas or patterns."""
     rank, alpha = values.get("r", DEFAULT), values.get("lora_alpha", DEFAULT)
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
@@ -239,7 +245,7 @@ def _settings(values: Mapping[str, Any], broken: str) -> Settings:
             raise UserError(
                 f"{broken} (the pattern {pattern!r:.60} is no regular expression: {error}); remove or mend it"
             ) from None
-    return Settings(
+    return PeftSettings(
         rank,
         float(alpha),
         ranks,
@@ -249,7 +255,7 @@ def _settings(values: Mapping[str, Any], broken: str) -> Settings:
     )
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _value_by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as peft.utils.get_pattern_key takes them."""
     return next(
         (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)),

@@ -39,7 +39,7 @@ STORAGES = {
     for kind, dtype in DTYPES.items()
     for module in ("torch", "torch.cuda", "torch.storage")
 }
-NARROW = {
+UNTYPED_DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }  # no class of their own
@@ -274,7 +274,7 @@ def _narrow(
     *rest: Any,
 ) -> Tensor:
     """A tensor of a dtype that has no storage class; its storage is untyped, in bytes."""
-    kind = NARROW[dtype.path]
+    kind = UNTYPED_DTYPES[dtype.path]
     return _tensor(
         Storage(kind, storage.numel // kind.itemsize, storage.data), offset, size, stride
     )
@@ -282,7 +282,7 @@ def _narrow(
 
 def _typed(function: Name, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
     """A tensor with Python attributes, without them."""
-    return made(function, args)
+    return rebuild(function, args)
 
 
 def _mapping(pairs: Any = ()) -> dict[Any, Any]:
@@ -298,7 +298,7 @@ def _encoded(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {
+REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _narrow,
@@ -316,11 +316,11 @@ BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def made(called: Any, args: Any) -> Any:
+def rebuild(called: Any, args: Any) -> Any:
     """What calling something would give: a rebuilt value where its name is known, else a record. Nothing foreign is called."""
     args = args if isinstance(args, tuple) else (args,)
-    if isinstance(called, Name) and called.path in BUILDERS:
-        return BUILDERS[called.path](*args)
+    if isinstance(called, Name) and called.path in REBUILDERS:
+        return REBUILDERS[called.path](*args)
     return Inert(
         called.path
         if isinstance(called, Name)
@@ -428,7 +428,7 @@ class Machine:
         )
 
     def instance(self, values: list[Any]) -> None:
-        self.push(made(values[0], tuple(values[1:])))
+        self.push(rebuild(values[0], tuple(values[1:])))
 
 
 def _memoize(machine: Machine, index: int | None) -> None:
@@ -437,7 +437,7 @@ def _memoize(machine: Machine, index: int | None) -> None:
 
 def _called(machine: Machine, _: Any, count: int = 2) -> None:
     called, *args = machine.last(count)
-    machine.push(made(called, args[0] if count == 2 else (*args[0], *args[1].values())))
+    machine.push(rebuild(called, args[0] if count == 2 else (*args[0], *args[1].values())))
 
 
 def _global(machine: Machine, arg: str) -> None:

@@ -16,18 +16,18 @@ from lora_core.errors import UserError
 from lora_core.formats.compvis import Shape
 from lora_core.formats.container import is_pickle
 from lora_core.formats.pickles import read_pickle
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
-CODES = {  # dtype -> safetensors' name of it
+DTYPE_CODES = {  # dtype -> safetensors' name of it
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-KINDS = {code: dtype for dtype, code in CODES.items()}
-HEAD = 8  # bytes of the length in front of the header
+DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
+LENGTH_BYTES = 8  # bytes of the length in front of the header
 PICKLED = (".ckpt", ".pt", ".bin", ".pth")
 
 
-class Info(NamedTuple):
+class TensorInfo(NamedTuple):
     shape: Shape
     dtype: torch.dtype
 
@@ -37,7 +37,7 @@ class Weights:
     """Named tensors that are there when they are asked for."""
 
     source: str  # for error sentences
-    infos: Mapping[str, Info]
+    infos: Mapping[str, TensorInfo]
     read: Callable[[str], Tensor]  # a tensor as `infos` says, on the CPU; not to be changed
 
     @property
@@ -45,16 +45,16 @@ class Weights:
         return {key: info.shape for key, info in self.infos.items()}
 
 
-def weights_of(tensors: Mapping[str, Tensor], source: str) -> Weights:
+def weights_in_memory(tensors: Mapping[str, Tensor], source: str) -> Weights:
     """Tensors that are in memory, or mapped into it."""
     return Weights(
         source,
-        {key: Info(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in tensors.items()},
         lambda key: tensors[key].detach().cpu(),
     )
 
 
-def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+def cast_weights(weights: Weights, dtype: torch.dtype | None) -> Weights:
     """The same with floating-point tensors in `dtype`. Reading raises UserError for a number that overflows it."""
     if dtype is None:
         return weights
@@ -84,7 +84,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if is_pickle(path) or path.suffix in PICKLED:
-        return weights_of(_pickled(read_pickle(path), path), str(path))
+        return weights_in_memory(_named_tensors(read_pickle(path), path), str(path))
     try:
         opened = safe_open(
             path, "np"
@@ -92,30 +92,30 @@ def open_weights(path: str | Path) -> Weights:
         infos = {}
         for key in opened.keys():  # noqa: SIM118 - not a dictionary
             part = opened.get_slice(key)
-            if part.get_dtype() not in KINDS:
+            if part.get_dtype() not in DTYPES_BY_CODE:
                 raise UserError(
-                    f"{key} in {path} is {part.get_dtype()}, expected one of {', '.join(KINDS)}; quantised checkpoints are not read"
+                    f"{key} in {path} is {part.get_dtype()}, expected one of {', '.join(DTYPES_BY_CODE)}; quantised checkpoints are not read"
                 )
-            infos[key] = Info(tuple(part.get_shape()), KINDS[part.get_dtype()])
+            infos[key] = TensorInfo(tuple(part.get_shape()), DTYPES_BY_CODE[part.get_dtype()])
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(
             f"{path} is truncated, damaged or no safetensors file ({error}); fetch or write it again"
         ) from None
     if not infos:
         raise UserError(f"{path} holds no tensors; expected the weights of a model")
-    return Weights(str(path), infos, _reader(path, infos))
+    return Weights(str(path), infos, _tensor_reader(path, infos))
 
 
-def _reader(path: Path, infos: Mapping[str, Info]) -> Callable[[str], Tensor]:
+def _tensor_reader(path: Path, infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
     """Reads a tensor of a valid .safetensors file into memory of its own: a mapped file would count as resident, all of it in the end."""
     file = path.open("rb")
-    size = int.from_bytes(file.read(HEAD), "little")
+    size = int.from_bytes(file.read(LENGTH_BYTES), "little")
     header = json.loads(file.read(size))
 
     def read(key: str) -> Tensor:
         start, end = header[key]["data_offsets"]
         data = bytearray(end - start)
-        file.seek(HEAD + size + start)
+        file.seek(LENGTH_BYTES + size + start)
         if file.readinto(data) != len(data):
             raise UserError(f"{path} has become shorter while it was read; fetch or write it again")
         shape, dtype = infos[key]
@@ -128,7 +128,7 @@ def _reader(path: Path, infos: Mapping[str, Info]) -> Callable[[str], Tensor]:
     return read
 
 
-def open_folder(folder: str | Path, stem: str) -> Weights:
+def open_network_weights(folder: str | Path, stem: str) -> Weights:
     """The weights of one network in the diffusers layout: whole or in shards, .safetensors before .bin, full before half precision.
 
     `stem` is diffusion_pytorch_model or model. Raises UserError where there are none.
@@ -143,7 +143,11 @@ def open_folder(folder: str | Path, stem: str) -> Weights:
         f"{older}.fp16.bin",
     ):
         if (folder / name).is_file():
-            return _shards(folder / name) if name.endswith(".json") else open_weights(folder / name)
+            return (
+                _open_shards(folder / name)
+                if name.endswith(".json")
+                else open_weights(folder / name)
+            )
     raise UserError(
         f"{folder} has no weights: expected {stem}.safetensors or {older}.bin; is it a folder in the diffusers layout?"
     )
@@ -159,10 +163,14 @@ def write_weights(path: Path, weights: Weights, header: Mapping[str, str]) -> No
     for key in order:
         shape, dtype = weights.infos[key]
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        text[key] = {"data_offsets": [start, end], "dtype": CODES[dtype], "shape": list(shape)}  # type: ignore[dict-item]
+        text[key] = {
+            "data_offsets": [start, end],  # type: ignore[dict-item]
+            "dtype": DTYPE_CODES[dtype],
+            "shape": list(shape),  # type: ignore[dict-item]
+        }
     data = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode()
     data += b" " * (-len(data) % 8)
-    with atomic(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
         for key in order:
             tensor = weights.read(key)
@@ -173,7 +181,7 @@ def write_weights(path: Path, weights: Weights, header: Mapping[str, str]) -> No
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _shards(index: Path) -> Weights:
+def _open_shards(index: Path) -> Weights:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {
@@ -189,7 +197,7 @@ def _shards(index: Path) -> Weights:
     return Weights(str(index.parent), infos, lambda key: files[places[key]].read(key))
 
 
-def _pickled(tree: Any, path: Path) -> dict[str, Tensor]:
+def _named_tensors(tree: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, by name."""
     found = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     tensors = (

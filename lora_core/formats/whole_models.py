@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.formats.compvis import GRAMMARS, Entry, Shape, spares
-from lora_core.formats.layout import nearest
+from lora_core.formats.compvis import NETWORK_NAMES, Shape, StoredTensor, spare_layers
+from lora_core.formats.layout import nearest_name
 from lora_core.formats.weights import (
     PICKLED,
-    Info,
+    TensorInfo,
     Weights,
-    cast,
-    open_folder,
+    cast_weights,
+    open_network_weights,
     open_weights,
     write_weights,
 )
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> key in the diffusers layout -> shape
 
@@ -82,17 +82,19 @@ COPIED_NEVER = (
 
 
 @dataclass(frozen=True)
-class SingleFile:
+class NetworkLocation:
     """Where one network lies in a single file."""
 
     component: str  # its folder in the diffusers layout
     prefix: str  # of its keys, the last dot included
     grammar: Literal["unet", "vae", "clip", "open_clip"]
-    spare: int = 0  # layers that readers build after the last one and never run (see ldm.spares)
+    spare: int = (
+        0  # layers that readers build after the last one and never run (see compvis.spare_layers)
+    )
 
 
 @dataclass(frozen=True)
-class Facts:
+class SingleFileFacts:
     """What the keys and shapes of a single file tell. Epsilon or v they do not tell, unless a marker does: it must come from a config."""
 
     channels: (
@@ -115,12 +117,12 @@ class Facts:
         return f"{unet if self.channels else 'no UNet'}, {'a' if self.vae else 'no'} VAE, {encoders or 'no text encoder'}"
 
 
-def detect(
+def describe_single_file(
     shapes: Mapping[str, Shape],
     *,
     unet: str = "model.diffusion_model.",
     vae: str = "first_stage_model.",
-) -> Facts:
+) -> SingleFileFacts:
     """What kind of model a single file holds, for the caller to name the family. Never raises; a foreign file has no channels and no encoders."""
 
     def axis(key: str | None, index: int) -> int | None:
@@ -143,7 +145,7 @@ def detect(
                     kind,
                     shapes[key][-1] if shapes[key] else 0,
                 )
-    return Facts(
+    return SingleFileFacts(
         channels=axis(f"{unet}input_blocks.0.0.weight", 1), context=axis(attends, 1), label=axis(f"{unet}label_emb.0.0.weight", 1),
         linear=projects is not None and len(shapes[projects]) == 2, encoders=encoders,
         vae=any(key.startswith(vae) for key in shapes), markers=tuple(key for key in MARKERS if key in shapes),
@@ -153,17 +155,21 @@ def detect(
 # ---------------------------------------------------------------- one file from a folder
 
 
-def open_model(folder: str | Path, rows: Iterable[SingleFile]) -> dict[str, Weights]:
+def open_located_networks(
+    folder: str | Path, rows: Iterable[NetworkLocation]
+) -> dict[str, Weights]:
     """The weights of a folder in the diffusers layout, for `to_single`. Raises UserError for a component without weights."""
     return {
-        row.component: open_folder(Path(folder) / row.component, GRAMMARS[row.grammar].weights)
+        row.component: open_network_weights(
+            Path(folder) / row.component, NETWORK_NAMES[row.grammar].weights
+        )
         for row in rows
     }
 
 
-def to_single(
+def write_checkpoint_file(
     model: Mapping[str, Weights],
-    rows: Sequence[SingleFile],
+    rows: Sequence[NetworkLocation],
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -180,13 +186,13 @@ def to_single(
         raise UserError(
             f"{path} has the suffix {path.suffix or '(none)'}; expected .safetensors or .ckpt"
         )
-    _free(path, overwrite)
-    single = cast(joined(model, rows), dtype)
-    with _sentence(path):
+    _check_output(path, overwrite)
+    single = cast_weights(join_networks(model, rows), dtype)
+    with _disk_errors(path):
         if path.suffix == ".safetensors":
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
-            with atomic(path) as temporary:
+            with atomic_write(path) as temporary:
                 torch.save(
                     {
                         "state_dict": {
@@ -197,9 +203,9 @@ def to_single(
                 )
 
 
-def joined(model: Mapping[str, Weights], rows: Sequence[SingleFile]) -> Weights:
+def join_networks(model: Mapping[str, Weights], rows: Sequence[NetworkLocation]) -> Weights:
     """The tensors of a single file, each made when it is read. Raises UserError for a component that is missing or has no names there."""
-    places: dict[str, tuple[Weights, Entry]] = {}
+    places: dict[str, tuple[Weights, StoredTensor]] = {}
     for row in rows:
         if row.component not in model:
             raise UserError(
@@ -207,10 +213,11 @@ def joined(model: Mapping[str, Weights], rows: Sequence[SingleFile]) -> Weights:
             )
         weights = model[row.component]
         places |= {
-            row.prefix + key: (weights, entry) for key, entry in _table(row, weights.shapes).items()
+            row.prefix + key: (weights, entry)
+            for key, entry in _names_table(row, weights.shapes).items()
         }
     infos = {
-        key: Info(entry.shape, weights.infos[entry.keys[0]].dtype)
+        key: TensorInfo(entry.shape, weights.infos[entry.keys[0]].dtype)
         for key, (weights, entry) in places.items()
     }
 
@@ -226,7 +233,9 @@ def joined(model: Mapping[str, Weights], rows: Sequence[SingleFile]) -> Weights:
 # ---------------------------------------------------------------- a folder from one file
 
 
-def split(single: Weights, rows: Sequence[SingleFile], shapes: Shapes) -> dict[str, Weights]:
+def split_networks(
+    single: Weights, rows: Sequence[NetworkLocation], shapes: Shapes
+) -> dict[str, Weights]:
     """The networks in a single file under the keys of `shapes`, each tensor read when it is asked for.
 
     Rows whose component is not in `shapes` are passed over with their keys. Tensors that no network uses are named in one printed line.
@@ -234,19 +243,19 @@ def split(single: Weights, rows: Sequence[SingleFile], shapes: Shapes) -> dict[s
     keys that mean nothing.
     """
     wanted = [row for row in rows if row.component in shapes]
-    tables = {row: _table(row, shapes[row.component]) for row in wanted}
+    tables = {row: _names_table(row, shapes[row.component]) for row in wanted}
     names = {
         row: {
-            key: _present(row, key, entry, single)
+            key: _name_in_file(row, key, entry, single)
             for key, entry in table.items()
             if not entry.spare
         }
         for row, table in tables.items()
     }
     for row, found in names.items():
-        _complete(row, found, single)
+        _check_complete(row, found, single)
         for key, name in found.items():
-            _fits(name or key, tables[row][key].shape, single)
+            _check_tensor(name or key, tables[row][key].shape, single)
     used = {name for found in names.values() for name in found.values()}
     spare = {
         row.prefix + key
@@ -255,7 +264,7 @@ def split(single: Weights, rows: Sequence[SingleFile], shapes: Shapes) -> dict[s
         if entry.spare
     }
     elsewhere = tuple(row.prefix for row in rows if row not in wanted)
-    _account(
+    _report_unused(
         [
             key
             for key in single.infos
@@ -266,14 +275,14 @@ def split(single: Weights, rows: Sequence[SingleFile], shapes: Shapes) -> dict[s
         single,
     )
     return {
-        row.component: _part(single, tables[row], names[row], shapes[row.component])
+        row.component: _network_weights(single, tables[row], names[row], shapes[row.component])
         for row in wanted
     }
 
 
-def from_single(
+def write_folder_from_single_file(
     path: str | Path,
-    rows: Sequence[SingleFile],
+    rows: Sequence[NetworkLocation],
     shapes: Shapes,
     folder: str | Path,
     *,
@@ -287,30 +296,30 @@ def from_single(
     keys of `shapes`. Raises UserError like `split`, and for an existing output and configs that lack a component.
     """
     folder, configs = Path(os.path.abspath(folder)), Path(configs)
-    _free(folder, overwrite)
+    _check_output(folder, overwrite)
     for row in rows:
         if row.component in shapes and not (configs / row.component / "config.json").is_file():
             raise UserError(
                 f"{configs} has no {row.component}/config.json; give a folder in the diffusers layout for this kind of model"
             )
-    model = split(open_weights(path), rows, shapes)
-    stems = {row.component: GRAMMARS[row.grammar].weights for row in rows}
+    model = split_networks(open_weights(path), rows, shapes)
+    stems = {row.component: NETWORK_NAMES[row.grammar].weights for row in rows}
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _sentence(folder):
+        with _disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(
                 configs,
                 temporary,
-                ignore=lambda place, names: _weights_in(Path(place), names, configs, model),
+                ignore=lambda place, names: _files_left_behind(Path(place), names, configs, model),
             )
             for name, weights in model.items():
                 write_weights(
                     temporary / name / f"{stems[name]}.safetensors",
-                    cast(weights, dtype),
+                    cast_weights(weights, dtype),
                     {"format": "pt"},
                 )
-            _swap(temporary, folder)
+            _swap_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -318,13 +327,15 @@ def from_single(
 # ---------------------------------------------------------------- helpers
 
 
-def _table(row: SingleFile, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def _names_table(row: NetworkLocation, shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """Key without its prefix -> what lies there."""
-    entries = GRAMMARS[row.grammar].entries(shapes)
-    return entries | spares(entries, row.spare)
+    entries = NETWORK_NAMES[row.grammar].entries(shapes)
+    return entries | spare_layers(entries, row.spare)
 
 
-def _present(row: SingleFile, key: str, entry: Entry, single: Weights) -> str | None:
+def _name_in_file(
+    row: NetworkLocation, key: str, entry: StoredTensor, single: Weights
+) -> str | None:
     """The name under which the file has an entry."""
     return next(
         (row.prefix + name for name in (key, *entry.also) if row.prefix + name in single.infos),
@@ -332,11 +343,11 @@ def _present(row: SingleFile, key: str, entry: Entry, single: Weights) -> str | 
     )
 
 
-def _complete(row: SingleFile, found: Mapping[str, str | None], single: Weights) -> None:
+def _check_complete(row: NetworkLocation, found: Mapping[str, str | None], single: Weights) -> None:
     missing = [row.prefix + key for key, name in found.items() if name is None]
     if len(missing) == len(found):
         raise UserError(
-            f"{single.source} has no {row.component} at {row.prefix or 'its top'}; it has {detect(single.shapes)}: is it of another family?"
+            f"{single.source} has no {row.component} at {row.prefix or 'its top'}; it has {describe_single_file(single.shapes)}: is it of another family?"
         )
     if missing:
         shown = ", ".join(missing[:3]) + (
@@ -347,7 +358,7 @@ def _complete(row: SingleFile, found: Mapping[str, str | None], single: Weights)
         )
 
 
-def _fits(key: str, expected: Shape, single: Weights) -> None:
+def _check_tensor(key: str, expected: Shape, single: Weights) -> None:
     shape, dtype = single.infos[key]
     if not dtype.is_floating_point:
         raise UserError(
@@ -364,7 +375,9 @@ def _padded(shape: Shape) -> Shape:
     return shape + (1,) * (4 - len(shape))
 
 
-def _account(left: list[str], spare: set[str], used: Iterable[str | None], single: Weights) -> None:
+def _report_unused(
+    left: list[str], spare: set[str], used: Iterable[str | None], single: Weights
+) -> None:
     """Prints what is passed over, once; raises UserError for keys that mean nothing."""
     passed: Counter[str] = Counter()
     odd = []
@@ -385,7 +398,7 @@ def _account(left: list[str], spare: set[str], used: Iterable[str | None], singl
             odd.append(key)
     if odd:
         shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-        near = nearest(odd[0], [key for key in used if key])
+        near = nearest_name(odd[0], [key for key in used if key])
         raise UserError(
             f"{single.source} has {len(odd)} key(s) that mean nothing here: {shown}; nearest known: {near}; is it of another family?"
         )
@@ -397,9 +410,9 @@ def _account(left: list[str], spare: set[str], used: Iterable[str | None], singl
         )
 
 
-def _part(
+def _network_weights(
     single: Weights,
-    table: Mapping[str, Entry],
+    table: Mapping[str, StoredTensor],
     names: Mapping[str, str | None],
     shapes: Mapping[str, Shape],
 ) -> Weights:
@@ -411,7 +424,8 @@ def _part(
         for part in entry.keys
     }
     infos = {
-        key: Info(tuple(shapes[key]), single.infos[name].dtype) for key, (name, _) in places.items()
+        key: TensorInfo(tuple(shapes[key]), single.infos[name].dtype)
+        for key, (name, _) in places.items()
     }
 
     def read(key: str) -> Tensor:
@@ -421,7 +435,7 @@ def _part(
     return Weights(single.source, infos, read)
 
 
-def _weights_in(
+def _files_left_behind(
     place: Path, names: list[str], configs: Path, model: Mapping[str, Weights]
 ) -> set[str]:
     """What of a folder is not copied: the weights of networks that are written anew, hidden files."""
@@ -439,14 +453,14 @@ def _weights_in(
     }
 
 
-def _free(path: Path, overwrite: bool) -> None:
+def _check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UserError(
             f"{path} is there already; pass --overwrite to replace it, or name another output"
         )
 
 
-def _swap(temporary: Path, folder: Path) -> None:
+def _swap_folder(temporary: Path, folder: Path) -> None:
     """Puts the new folder in the place of an old one."""
     old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
     if folder.exists():
@@ -459,7 +473,7 @@ def _swap(temporary: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _sentence(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     """Turns an error of the disk into one sentence."""
     try:
         yield

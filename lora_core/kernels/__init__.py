@@ -55,7 +55,7 @@ COSTS: dict[
 ] = {}  # torch op, "lora_core::shrink" -> its cost from its own arguments; filled beside each kernel
 
 
-def in_module(module: str, name: str) -> Callable[..., Any]:
+def lazy_function(module: str, name: str) -> Callable[..., Any]:
     """lora_core.kernels.<module>.<name>, imported at the first call or by `load`: Triton need not be there before."""
 
     def run(*args: Any) -> Any:
@@ -67,7 +67,7 @@ def in_module(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-def load() -> None:
+def import_backends() -> None:
     """Imports every twin that can be: torch.compile cannot trace an import."""
     for module, name in _loaded:
         if HAS_TRITON or module in PLAIN:
@@ -147,7 +147,7 @@ def _mse_example(
     out, target, mask, weight = _random(
         seed, dtype, device, (3, 4, 5, 7), (3, 4, 5, 7), (3, 1, 5, 7), (3,)
     )
-    return out, target, (mask > 0).to(dtype), weight.abs().to(reference.wide(dtype))
+    return out, target, (mask > 0).to(dtype), weight.abs().to(reference.wide_dtype(dtype))
 
 
 OPS: dict[str, Op] = {
@@ -155,7 +155,7 @@ OPS: dict[str, Op] = {
         reference.lora_linear,
         _linear_example,
         fused.lora_linear,
-        in_module("linear", "lora_linear"),
+        lazy_function("linear", "lora_linear"),
         linear_shapes.linear_supports,
         winners.linear_class,
     ),
@@ -163,7 +163,7 @@ OPS: dict[str, Op] = {
         reference.lora_grouped,
         _grouped_example,
         fused.lora_grouped,
-        in_module("linear", "lora_grouped"),
+        lazy_function("linear", "lora_grouped"),
         linear_shapes.grouped_supports,
         winners.grouped_class,
     ),
@@ -171,58 +171,58 @@ OPS: dict[str, Op] = {
         reference.lora_conv,
         _conv_example,
         fused.lora_conv,
-        in_module("linear", "lora_conv"),
+        lazy_function("linear", "lora_conv"),
         linear_shapes.conv_supports,
         linear_shapes.conv_class,
     ),
     "dora_norm": Op(
         reference.dora_norm,
         _norm_example,
-        in_module("norms", "dora_norm"),
-        in_module("dora", "dora_norm"),
-        in_module("dora", "norm_refusal"),
+        lazy_function("norms", "dora_norm"),
+        lazy_function("dora", "dora_norm"),
+        lazy_function("dora", "norm_refusal"),
     ),
     "dora_norms": Op(
         reference.dora_norms,
         _norms_example,
-        in_module("norms", "dora_norms"),
-        in_module("dora", "dora_norms"),
-        in_module("dora", "norms_refusal"),
+        lazy_function("norms", "dora_norms"),
+        lazy_function("dora", "dora_norms"),
+        lazy_function("dora", "norms_refusal"),
     ),
     "dora_compose": Op(
         reference.dora_compose,
         _compose_example,
         fused.dora_compose,
-        in_module("compose", "dora_compose"),
-        in_module("compose", "compose_refusal"),
+        lazy_function("compose", "dora_compose"),
+        lazy_function("compose", "compose_refusal"),
     ),
     "keyed_dropout": Op(
         reference.keyed_dropout,
         _dropout_example,
         None,
-        in_module("dropout", "keyed_dropout"),
-        in_module("dropout", "dropout_refusal"),
+        lazy_function("dropout", "keyed_dropout"),
+        lazy_function("dropout", "dropout_refusal"),
     ),
     "snr_weighted_mse": Op(
         reference.snr_weighted_mse,
         _mse_example,
-        in_module("squares", "snr_weighted_mse"),
-        in_module("loss", "snr_weighted_mse"),
-        in_module("loss", "mse_refusal"),
+        lazy_function("squares", "snr_weighted_mse"),
+        lazy_function("loss", "snr_weighted_mse"),
+        lazy_function("loss", "mse_refusal"),
     ),
     "prodigy_step": Op(
         steps.prodigy_step,
         steps.prodigy_example,
-        loops.prodigy_step,
-        in_module("optimizers", "prodigy_step"),
-        in_module("optimizers", "prodigy_refusal"),
+        loops.fused_prodigy_step,
+        lazy_function("optimizers", "prodigy_step"),
+        lazy_function("optimizers", "prodigy_refusal"),
     ),
     "adamw_step": Op(
         steps.adamw_step,
         steps.adamw_example,
-        loops.adamw_step,
-        in_module("optimizers", "adamw_step"),
-        in_module("optimizers", "adamw_refusal"),
+        loops.fused_adamw_step,
+        lazy_function("optimizers", "adamw_step"),
+        lazy_function("optimizers", "adamw_refusal"),
     ),
 }
 
@@ -233,7 +233,7 @@ _said: set[str] = set()
 
 
 @contextmanager
-def using(mode: str) -> Iterator[None]:
+def use_kernels(mode: str) -> Iterator[None]:
     """Runs every op in one mode inside the block; blocks nest."""
     _check(mode, "using(...)")
     _forced.append(mode)
@@ -243,7 +243,7 @@ def using(mode: str) -> Iterator[None]:
         _forced.pop()
 
 
-def mode() -> str:
+def current_mode() -> str:
     """The mode in force: the innermost `using`, else LORA_KERNELS, else auto."""
     if _forced:
         return _forced[-1]
@@ -255,17 +255,17 @@ def mode() -> str:
 def call(name: str, *args: Any) -> Any:
     """The op's result, by the twin that the mode asks for.
 
-    auto takes the winner of the table for these arguments (winners.choose); where its triton twin refuses them the fused one, said once. A forced
+    auto takes the winner of the table for these arguments (winners.choose_winner); where its triton twin refuses them the fused one, said once. A forced
     mode takes its twin, and the next plainer one where the op has none (fused: reference; triton: fused) or, for triton, where it refuses: said once.
     """
-    op, chosen = OPS[name], mode()
+    op, chosen = OPS[name], current_mode()
     if chosen == "reference":
         return op.reference(*args)
     plain = op.fused or op.reference
     if chosen == "fused":
         return plain(*args)
     if chosen == "auto":
-        chosen = winners.choose(name, op, args)
+        chosen = winners.choose_winner(name, op, args)
         if chosen != "triton":
             return (op.reference if chosen == "reference" else plain)(*args)
     if op.triton is None or not HAS_TRITON:

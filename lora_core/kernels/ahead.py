@@ -28,15 +28,15 @@ from lora_core.kernels.device import interpreted
 MODULES = ("linear", "dora", "compose", "loss", "dropout", "optimizers")
 
 # Bytes of shared memory that one block may ask for (CUDA C++ programming guide, table of compute capabilities).
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Bytes a thread may keep in local memory: four registers. ptxas guesses how many registers pay and, by release and chip, parks
 # up to so many for one more block on the chip (Triton 3.7.1: in 22 of 1,508 compilations, none of which spills when it may take
 # more; Triton 3.9.0: in none). A kernel that is too large for its registers spills ten times as much.
-SPARED = 16
+SPILL_ALLOWANCE = 16
 
 # What instructions are called in PTX. Matrix products: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100; small tiles take mma there too.
-KINDS = {
+INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
     "mma": r"(?<![\w.])mma\.sync",
@@ -74,7 +74,7 @@ class Resources(NamedTuple):
     kinds: tuple[str, ...]  # the rows of KINDS that its PTX holds
 
 
-def check(build: Build, arch: int) -> Resources:
+def compile_build(build: Build, arch: int) -> Resources:
     """What the kernel needs on sm_<arch>. Raises UserError under TRITON_INTERPRET=1, where there is nothing to compile."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -104,17 +104,17 @@ def check(build: Build, arch: int) -> Resources:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
     kinds = tuple(
-        kind for kind, pattern in KINDS.items() if re.search(pattern, compiled.asm["ptx"])
+        kind for kind, pattern in INSTRUCTIONS.items() if re.search(pattern, compiled.asm["ptx"])
     )
     return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, kinds)
 
 
-def fault(build: Build, arch: int, found: Resources) -> str:
+def find_fault(build: Build, arch: int, found: Resources) -> str:
     """Why the kernel is refused on sm_<arch>, or nothing."""
-    if found.spills > SPARED:
+    if found.spills > SPILL_ALLOWANCE:
         return f"spills {found.spills} bytes"
-    if found.shared > SHARED[arch]:
-        return f"asks for {found.shared} bytes of shared memory, {SHARED[arch]} are there"
+    if found.shared > SHARED_MEMORY[arch]:
+        return f"asks for {found.shared} bytes of shared memory, {SHARED_MEMORY[arch]} are there"
     if build.tensor_cores and not set(TENSOR_CORES) & set(found.kinds):
         return "has no tensor core instruction"
     return ""
@@ -136,7 +136,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def builds(full: bool, only: str = "") -> list[tuple[str, Build]]:
+def find_builds(full: bool, only: str = "") -> list[tuple[str, Build]]:
     """(module, build) of every Triton module that there is, those whose name holds `only`."""
     found = []
     for module in MODULES:
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--arch",
         type=int,
         nargs="+",
-        choices=list(SHARED),
+        choices=list(SHARED_MEMORY),
         default=[80, 89, 90],
         help="compute capabilities",
     )
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if interpreted():
         raise UserError("TRITON_INTERPRET is set, so that there is nothing to compile; unset it")
-    rows, found = [], builds(given.full, given.only)
+    rows, found = [], find_builds(given.full, given.only)
     if not found:
         raise UserError(
             f"no kernel configuration matches --only {given.only!r}; there are modules {', '.join(MODULES)}"
@@ -184,8 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'kernel':58} {'sm':>3} {'registers':>9} {'spills':>6} {'shared':>7}  instructions")
     for module, build in found:
         for arch in given.arch:
-            resources, name = check(build, arch), f"{module}.{build.name or build.kernel.__name__}"
-            wrong = fault(build, arch, resources)
+            resources, name = (
+                compile_build(build, arch),
+                f"{module}.{build.name or build.kernel.__name__}",
+            )
+            wrong = find_fault(build, arch, resources)
             registers, spills, shared, kinds = resources
             print(
                 f"{name:58} {arch:3} {registers:9} {spills:6} {shared:7}  {' '.join(kinds)} {wrong.upper()}".rstrip(),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import refusal
-from lora_core.kernels.narrow import narrow
+from lora_core.kernels.device import device_refusal
+from lora_core.kernels.narrow import round_to
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER = 8  # tiles of rows of a program of the backward: 4096 x 320 gives 32 parts and 96 programs
@@ -61,7 +61,7 @@ def compose_kernel(
         product = base - tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[None, :]
     tl.store(
         out + at,
-        narrow(base + strength * ((g - 1) * product + g * change), out.dtype.element_ty),
+        round_to(base + strength * ((g - 1) * product + g * change), out.dtype.element_ty),
         mask=inside,
     )
 
@@ -89,12 +89,12 @@ def compose_backward_kernel(dy, y0, bias, lora, gain, d_y0, d_lora, parts, stren
             value -= tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(slope * value, 0)
         tl.store(
-            d_lora + lora_at, narrow(strength * g * slope, d_lora.dtype.element_ty), mask=inside
+            d_lora + lora_at, round_to(strength * g * slope, d_lora.dtype.element_ty), mask=inside
         )
         if d_y0 is not None:
             tl.store(
                 d_y0 + at,
-                narrow(slope + strength * ((g - 1) * slope), d_y0.dtype.element_ty),
+                round_to(slope + strength * ((g - 1) * slope), d_y0.dtype.element_ty),
                 mask=inside,
             )
     tl.store(
@@ -106,7 +106,7 @@ def compose_refusal(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> str | None:
     """Why the composition's kernels do not run on these arguments, or None."""
-    said = refusal(y0)
+    said = device_refusal(y0)
     if said is not None:
         return said
     if y0.dtype not in TYPES or lora.dtype not in TYPES or gain.dtype not in TYPES:
@@ -285,7 +285,7 @@ COSTS["lora_core::dora_compose"] = _compose_cost
 COSTS["lora_core::dora_compose_backward"] = _compose_back_cost
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """Both kernels for every dtype and for either order of channels and pixels."""
     kernels, dtypes = (
         (compose_kernel, compose_backward_kernel),

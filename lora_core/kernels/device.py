@@ -19,7 +19,7 @@ def interpreted() -> bool:
 interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result does, after an import of 3 s
 
 
-def refusal(x: Tensor) -> str | None:
+def device_refusal(x: Tensor) -> str | None:
     """Why no Triton kernel can run on x, or None. The meta device takes every kernel: nothing runs there."""
     if not HAS_TRITON:
         return "triton is not installed (it exists for Linux)"

@@ -21,8 +21,14 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import refusal
-from lora_core.kernels.norms import Layer, groups_of, keep_norm, norm_backward, norm_gradients
+from lora_core.kernels.device import device_refusal
+from lora_core.kernels.norms import (
+    NormLayer,
+    count_groups,
+    norm_backward,
+    norm_gradients,
+    save_norm,
+)
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 12  # int64 numbers of a layer in the table
@@ -155,12 +161,12 @@ def norms_kernel(table, tiles, out, W: tl.constexpr, ALIGNED: tl.constexpr, PLAI
 
 def norm_refusal(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> str | None:
     """Why the tiled norm does not run on these arguments, or None."""
-    said = refusal(weight)
+    said = device_refusal(weight)
     if said is not None:
         return said
     if weight.dtype not in TYPES or down.dtype != torch.float32 or up.dtype != torch.float32:
         return f"the weight is {weight.dtype} and its factors {down.dtype}; there is a kernel for fp32, bf16 and fp16 beside fp32"
-    if groups_of(down, up) != 1:
+    if count_groups(down, up) != 1:
         return "the convolution has groups"
     if weight.requires_grad:
         return "the weight wants a gradient"
@@ -169,7 +175,7 @@ def norm_refusal(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> str 
     return "there are no rows" if not weight.numel() else None
 
 
-def norms_refusal(layers: tuple[Layer, ...]) -> str | None:
+def norms_refusal(layers: tuple[NormLayer, ...]) -> str | None:
     """Why one of the layers is refused, or None."""
     if not layers:
         return "there are no layers"
@@ -226,7 +232,7 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return _norm(weight, down, up, float(scale))
 
 
-def dora_norms(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
+def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
     """dora_norm of every layer in one launch for each dtype of weights and kind of layout, differentiable in the factors."""
     norms: list[Tensor | None] = [None] * len(layers)
     for plan, members in _kinds(layers).items():
@@ -254,7 +260,7 @@ class _Kind(NamedTuple):
     once: bool
 
 
-def _kinds(layers: tuple[Layer, ...]) -> dict[_Kind, list[int]]:
+def _kinds(layers: tuple[NormLayer, ...]) -> dict[_Kind, list[int]]:
     kinds: dict[_Kind, list[int]] = {}
     for i, (weight, down, up, _) in enumerate(layers):
         aligned = weight[0].numel() % 16 == 0
@@ -328,7 +334,7 @@ def _norms(
 _tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
 
-def _table(layers: list[Layer]) -> tuple[Tensor, Tensor]:
+def _table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
     """(addresses [layers, FIELDS] int64, tiles [programs, 2] int32) on the layers' device. Raises UserError in a CUDA graph that meets them first."""
     device = layers[0][0].device
     entries = []
@@ -404,7 +410,7 @@ def _norms_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     )
 
 
-_norm.register_autograd(norm_backward, setup_context=keep_norm)
+_norm.register_autograd(norm_backward, setup_context=save_norm)
 _norms.register_autograd(_norms_backward, setup_context=_keep_norms)
 
 
@@ -427,7 +433,7 @@ COSTS["lora_core::dora_norms"] = _norms_cost
 # ---------------------------------------------------------------- ahead of time
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """The configurations: every dtype of weights, layout and block of ranks; a few of each kernel without `full`."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):

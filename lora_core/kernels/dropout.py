@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost, reference
 from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import refusal
-from lora_core.kernels.narrow import narrow
+from lora_core.kernels.device import device_refusal
+from lora_core.kernels.narrow import round_to
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 1024
@@ -52,7 +52,7 @@ def row_keys(state, step, row):
 
 
 @triton.jit
-def keep(element, key, second, threshold):
+def keep_elements(element, key, second, threshold):
     """Whether elements are kept, bool."""
     return _mix(_mix(element.to(tl.uint32) ^ key) ^ second) >= threshold.to(tl.uint32)
 
@@ -65,21 +65,21 @@ def dropout_kernel(x, out, step, rows, size, state, threshold, kept, BLOCK: tl.c
     key, second = row_keys(state, tl.load(step), tl.load(rows + row))
     at = row.to(tl.int64) * size + element
     value = tl.load(x + at, mask=element < size, other=0.0).to(tl.float32)
-    value = tl.where(keep(element, key, second, threshold), tl.div_rn(value, kept), 0.0)
-    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=element < size)
+    value = tl.where(keep_elements(element, key, second, threshold), tl.div_rn(value, kept), 0.0)
+    tl.store(out + at, round_to(value, out.dtype.element_ty), mask=element < size)
 
 
 # ---------------------------------------------------------------- launcher
 
 
-def stream(seed: int, layer: int) -> int:
+def hash_stream(seed: int, layer: int) -> int:
     """The hash's state after seed and layer, as int32."""
     return _signed(
         reference._absorb(reference._absorb(reference._absorb(0, seed), seed >> 32), layer)
     )
 
 
-def threshold(p: float) -> int:
+def keep_threshold(p: float) -> int:
     """The least uint32 that is kept, as int32."""
     return _signed(int(p * 2**32))
 
@@ -92,7 +92,7 @@ def dropout_refusal(
     x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor
 ) -> str | None:
     """Why the kernel does not run on these arguments, or None."""
-    said = refusal(x)
+    said = device_refusal(x)
     if said is None and x.dtype not in TYPES:
         said = f"the input is {x.dtype}; there is a kernel for fp32, bf16 and fp16"
     return "there are no elements" if said is None and not x.numel() else said
@@ -100,14 +100,14 @@ def dropout_refusal(
 
 def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> Tensor:
     """reference.keyed_dropout in one launch, bit for bit on the CPU; torch on CUDA multiplies by the reciprocal of 1 - p, up to one rounding away."""
-    return _dropout(x.contiguous(), step, rows, stream(seed, layer), p)
+    return _dropout(x.contiguous(), step, rows, hash_stream(seed, layer), p)
 
 
 @torch.library.custom_op("lora_core::keyed_dropout", mutates_args=())
 def _dropout(x: Tensor, step: Tensor, rows: Tensor, state: int, p: float) -> Tensor:
     out, size = torch.empty_like(x), x[0].numel()
     dropout_kernel[(triton.cdiv(size, BLOCK), len(x))](
-        x, out, step, rows, size, state, threshold(p), 1 - p, BLOCK, num_warps=4
+        x, out, step, rows, size, state, keep_threshold(p), 1 - p, BLOCK, num_warps=4
     )
     return out
 
@@ -132,7 +132,7 @@ COSTS["lora_core::keyed_dropout"] = lambda x, step, rows, state, p: Cost(
 )
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """The kernel for every dtype."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):

@@ -15,7 +15,7 @@ from lora_core.errors import UserError
 ALIGNED = 64  # bytes; what a CPU allocation of torch is aligned to, and more than cuBLAS asks for: products of a view keep their bits
 
 
-class Flat:
+class FlatParameters:
     """Parameters of one dtype in one tensor `param` [n], their state in `state` (name -> [n]), of which p.data and the given states become views.
 
     Every parameter keeps its name, hooks, gradient, values, strides, alignment and version counter. Whoever rebinds p.data (module.to, swapping)
@@ -61,7 +61,7 @@ class Flat:
                 )
         self.places = [p.data_ptr() for p in params]
         self.geometry = torch.tensor(self.bounds, device=device).reshape(-1, 3)  # [parameters, 3]
-        self.words = Words(device)
+        self.words = DeviceTable(device)
         self.room: dict[str, Tensor] = {}  # workspace of the kernels, made by them
 
     def whole(self) -> bool:
@@ -88,7 +88,7 @@ class Flat:
             p.copy_(copy)
 
 
-class Words:
+class DeviceTable:
     """64-bit words on a device, whole numbers and then doubles: the addresses of gradients and the numbers of a recipe.
 
     They are sent when they differ from the last ones, from pinned memory without a wait. Within the capture of a CUDA graph they get a tensor of
@@ -136,17 +136,17 @@ class Words:
         return table
 
 
-def wide(p: Tensor) -> torch.dtype:
+def state_dtype(p: Tensor) -> torch.dtype:
     """fp64 for fp64 parameters, else fp32: what their state is kept in."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def lay_out(
+def lay_out_flat(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
     fresh: Callable[[Tensor], dict[str, Tensor]],
     slice_p: int = 1,
-) -> Sequence[Flat]:
+) -> Sequence[FlatParameters]:
     """The group's parameters that have had a gradient, a Flat for each dtype; the same ones from step to step while they fit.
 
     `fresh` gives the state of a parameter at its first gradient. The layout is no part of an optimiser's state: copies and pickles leave it behind.
@@ -170,7 +170,9 @@ def lay_out(
     for p in params:
         if state.get(p):
             by_dtype.setdefault(p.dtype, []).append(p)
-    flats = tuple(Flat(part, [state[p] for p in part], slice_p) for part in by_dtype.values())
+    flats = tuple(
+        FlatParameters(part, [state[p] for p in part], slice_p) for part in by_dtype.values()
+    )
     kept[id(params)] = (
         [id(p) for p in params],
         {id(p) for part in by_dtype.values() for p in part},
@@ -179,6 +181,6 @@ def lay_out(
     return flats
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def forget_layout(optimizer: torch.optim.Optimizer) -> None:
     """The next step lays everything out anew, from the optimiser's state."""
     optimizer.__dict__.pop("_layouts", None)

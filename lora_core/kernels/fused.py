@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_core.kernels import reference
-from lora_core.kernels.reference import Drop, Member, wide
+from lora_core.kernels.reference import Drop, Member, wide_dtype
 
 # Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are to launch: forward + backward at rank 8 takes
 # 0.54-0.86 of the reference's time (64 to 4096 rows, one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
-MERGED = 128 * 128
+MERGE_LIMIT = 128 * 128
 
 Grads = tuple[Any, ...]  # one for each argument of forward, None where none is asked for
 
@@ -42,7 +42,7 @@ def lora_linear(
     """
     if (
         weight is not None
-        and weight.numel() <= MERGED
+        and weight.numel() <= MERGE_LIMIT
         and drop is None
         and _one_dtype(x, weight, down)
     ):
@@ -80,7 +80,7 @@ def lora_conv(
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
-    if weight is not None and weight.numel() <= MERGED and _one_dtype(x, weight, down):
+    if weight is not None and weight.numel() <= MERGE_LIMIT and _one_dtype(x, weight, down):
         merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
             weight.shape
         )
@@ -301,7 +301,7 @@ class _Compose(torch.autograd.Function):
         ctx: Any, y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.strength, dtype = strength, wide(y0.dtype)
+        ctx.strength, dtype = strength, wide_dtype(y0.dtype)
         shift = strength * (gain.to(dtype) - 1)
         wide_y0 = y0.to(dtype)
         y = (
@@ -319,7 +319,7 @@ class _Compose(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         y0, bias, lora, gain = ctx.saved_tensors
-        strength, channels = ctx.strength, gain.flatten().to(wide(dy.dtype))
+        strength, channels = ctx.strength, gain.flatten().to(wide_dtype(dy.dtype))
         wants_y0, wants_bias, wants_lora, wants_gain, _ = ctx.needs_input_grad
         d_y0 = d_bias = d_lora = d_gain = None
         rows = _channels(dy, gain)
@@ -444,4 +444,4 @@ def _exactly(t: Tensor) -> Any:
 
 def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
     """Whether nothing is cast: in a half-precision weight the sum would lose a small update."""
-    return x.dtype == weight.dtype == down.dtype == wide(x.dtype) and not _autocasts(x)
+    return x.dtype == weight.dtype == down.dtype == wide_dtype(x.dtype) and not _autocasts(x)

@@ -20,10 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_core.kernels import dropout
 from lora_core.kernels import linear_ops as ops
-from lora_core.kernels.linear_builds import (
-    builds as builds,  # what lora_core.kernels.ahead compiles
-)
-from lora_core.kernels.linear_shapes import pads
+from lora_core.kernels.linear_shapes import resolve_padding
 from lora_core.kernels.reference import Drop, Member
 
 EACH = 6  # tensors of a member: weight, bias, down, up, magnitude, norm
@@ -101,7 +98,7 @@ def _group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
 
 def _words(drop: Drop) -> tuple[int, int]:
     """The hash of seed and layer, and the threshold below which an element is dropped: uint32 as Triton's int32."""
-    return dropout.stream(drop.seed, drop.layer), dropout.threshold(drop.p)
+    return dropout.hash_stream(drop.seed, drop.layer), dropout.keep_threshold(drop.p)
 
 
 class Grouped(torch.autograd.Function):
@@ -119,7 +116,7 @@ class Grouped(torch.autograd.Function):
         weights, biases, downs, ups, magnitudes, norms = _columns(given)
         x2 = x.reshape(-1, x.shape[-1])
         drop = [] if step is None or rows is None else [step, rows]
-        t = ops.run(ops.shrink, x2, x2, downs, drop, list(static.words), list(static.kept))
+        t = ops.run_op(ops.shrink, x2, x2, downs, drop, list(static.words), list(static.kept))
         ys = [
             _base(x2, weight, None if static.gain else bias, len(up))
             for weight, bias, up in zip(weights, biases, ups)
@@ -129,7 +126,7 @@ class Grouped(torch.autograd.Function):
             if static.gain
             else ([], [], [])
         )
-        ops.run(ops.expand_, x2, ys, t, ups, list(static.scales), *gain, weights[0] is None)
+        ops.run_op(ops.expand_, x2, ys, t, ups, list(static.scales), *gain, weights[0] is None)
         ctx.static, ctx.shape = static, x.shape
         ctx.set_materialize_grads(False)
         kept = [
@@ -167,7 +164,7 @@ class Grouped(torch.autograd.Function):
                 norms,
                 [b for b in biases if b is not None],
             )
-        found = ops.run(
+        found = ops.run_op(
             ops.back_up,
             x,
             outs,
@@ -193,7 +190,7 @@ class Grouped(torch.autograd.Function):
                 [torch.empty_like(down) for down in downs],
                 [static.kept[i] for i in active] if drop else [],
             )
-            ops.run(
+            ops.run_op(
                 ops.back_down_, x, dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None
             )
             for i, d_down in zip(active, d_downs):
@@ -270,7 +267,7 @@ def lora_conv(
     groups: int,
 ) -> Tensor:
     """reference.lora_conv of one group: the up-projection by expand_, and a 1x1 convolution wholly by the linear kernels, in any memory format."""
-    sides = pads(padding, down.shape[2:], dilation)
+    sides = resolve_padding(padding, down.shape[2:], dilation)
     assert groups == 1 and sides is not None  # supports has seen to it
     return Conv.apply(
         Geometry(float(scale), tuple(stride), sides, tuple(dilation)), x, weight, bias, down, up
@@ -292,7 +289,11 @@ class Conv(torch.autograd.Function):
     ) -> Tensor:
         x, down2, up2 = _pixels(x), down.flatten(1).contiguous(), up.flatten(1).contiguous()
         if g.pointwise(down):
-            cast, hidden, size = None, ops.run(ops.shrink, x, x, [down2], [], [], []), x.shape[2:]
+            cast, hidden, size = (
+                None,
+                ops.run_op(ops.shrink, x, x, [down2], [], [], []),
+                x.shape[2:],
+            )
         else:
             cast = down.to(x.dtype)
             hidden = F.conv2d(x, cast, None, g.stride, g.padding, g.dilation)
@@ -307,7 +308,7 @@ class Conv(torch.autograd.Function):
             if weight is not None
             else _room(x, (len(x), len(up), *size), layout)
         )
-        ops.run(ops.expand_, x, [y], hidden, [up2], [g.scale], [], [], [], weight is None)
+        ops.run_op(ops.expand_, x, [y], hidden, [up2], [g.scale], [], [], [], weight is None)
         ctx.geometry, ctx.up_shape, ctx.down_shape = g, up.shape, down.shape
         ctx.save_for_backward(x, weight, cast, down2, up2, hidden)
         return y
@@ -317,7 +318,7 @@ class Conv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         g, (x, weight, cast, down, up, hidden) = ctx.geometry, ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, _pixels(dy)
-        ds, d_up = ops.run(
+        ds, d_up = ops.run_op(
             ops.back_up, x, [dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False
         )
         dx = g_down = None
@@ -327,7 +328,7 @@ class Conv(torch.autograd.Function):
             if needs[1] and dx is None:
                 dx = torch.empty_like(x)
             g_down = torch.empty_like(down)
-            ops.run(ops.back_down_, x, dx, [g_down], ds, x, [down], [], [], [], weight is None)
+            ops.run_op(ops.back_down_, x, dx, [g_down], ds, x, [down], [], [], [], weight is None)
         else:
             more, g_down = _conv_gradients(g, ds, x, cast, (needs[1], needs[4]))
             dx = more if dx is None else dx.add_(more)

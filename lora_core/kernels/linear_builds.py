@@ -22,7 +22,7 @@ NAMES = {
 RANKS = (4, 16, 64, 128, 256)
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """dtypes x ranks x LoRA and DoRA x dropout x few and many rows, groups of one to four, 1x1 convolutions of contiguous images; or a few."""
     if not full:
         cases = [
@@ -105,7 +105,7 @@ def _linear(
     kind = (
         f"{NAMES[dtype]} m{m} r{rank} x{members}{' dora' if gain else ''}{' drop' if drop else ''}"
     )
-    return [_build(launch, kind, dtype) for run in runs for launch in ops.record(run)]
+    return [_build(launch, kind, dtype) for run in runs for launch in ops.record_launches(run)]
 
 
 def _pointwise(m: int, c: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> list[Build]:
@@ -125,7 +125,7 @@ def _pointwise(m: int, c: int, rank: int, dtype: torch.dtype = torch.bfloat16) -
     return [
         _build(launch, f"{NAMES[dtype]} m{2 * m} r{rank} pixels", dtype)
         for run in runs
-        for launch in ops.record(run)
+        for launch in ops.record_launches(run)
     ]
 
 

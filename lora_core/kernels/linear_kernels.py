@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_core.kernels.dropout import keep, row_keys
-from lora_core.kernels.narrow import INTERPRETED, narrow
+from lora_core.kernels.dropout import keep_elements, row_keys
+from lora_core.kernels.narrow import INTERPRETED, round_to
 
 
 @triton.jit
@@ -123,12 +123,12 @@ def _deliver(
         if last:
             tl.store(
                 here,
-                narrow(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty),
+                round_to(_add_parts(pile, stride, PARTS, mask, A, B), here.dtype.element_ty),
                 mask=mask,
             )
         return last
     else:
-        tl.store(here, narrow(total, here.dtype.element_ty), mask=mask)
+        tl.store(here, round_to(total, here.dtype.element_ty), mask=mask)
         return True
 
 
@@ -172,7 +172,7 @@ def _keys(state, step, rows, m, mask, LENGTH):
 def _keep(key, second, m, k, K, LENGTH, threshold):
     """reference.keyed_dropout's mask of rows m (down) and features k (across): an example's elements are counted row by row."""
     element = ((m % LENGTH) * K)[:, None] + k[None, :]
-    return keep(element, key[:, None], second[:, None], threshold)
+    return keep_elements(element, key[:, None], second[:, None], threshold)
 
 
 @triton.jit(do_not_specialize=["w0", "w1", "w2", "w3", "h0", "h1", "h2", "h3"])
@@ -205,13 +205,13 @@ def shrink_kernel(
             at[:, None] + k[None, :] * xk, mask=inside[:, None] & (k < stop)[None, :], other=0.0
         )
         if DROP:
-            a = narrow(
+            a = round_to(
                 tl.where(
                     _keep(key, second, m, k, K, LENGTH, threshold), a.to(tl.float32) / kept, 0.0
                 ),
                 a.dtype,
             )
-        f = narrow(
+        f = round_to(
             tl.load(
                 factor[None, :] + k[:, None], mask=wanted[None, :] & (k < stop)[:, None], other=0.0
             ),
@@ -258,7 +258,7 @@ def expand_kernel(
             mask=inside[:, None] & (c < r_end)[None, :],
             other=0.0,
         )
-        f = narrow(
+        f = round_to(
             tl.load(
                 up + n[None, :] * r_end + c[:, None],
                 mask=wanted[None, :] & (c < r_end)[:, None],
@@ -286,7 +286,7 @@ def expand_kernel(
             total += tl.load(_pick(member, b0, b1, b2, b3, MEMBERS) + n, mask=wanted, other=0.0).to(
                 tl.float32
             )[None, :]
-    tl.store(y, narrow(total, y.dtype.element_ty), mask=mask)
+    tl.store(y, round_to(total, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -305,10 +305,10 @@ def _contract_up(
             gain = tl.load(magnitude + k, mask=real, other=0.0) / tl.load(
                 norm + k, mask=real, other=1.0
             )
-            a = narrow(a.to(tl.float32) * gain[None, :], a.dtype)
+            a = round_to(a.to(tl.float32) * gain[None, :], a.dtype)
             if DZ:
                 tl.store(dz[:, None] + k[None, :], a, mask=inside[:, None] & real[None, :])
-        f = narrow(
+        f = round_to(
             tl.load(
                 up + k[:, None] * rank + c[None, :], mask=real[:, None] & wanted[None, :], other=0.0
             ),
@@ -465,7 +465,7 @@ def _spread_down(
             other=0.0,
         )
         down = _down_rows(c, d0, d1, d2, d3, e0, e1, e2, K, MEMBERS)
-        f = narrow(
+        f = round_to(
             tl.load(
                 down[:, None] + k[None, :], mask=(c < end)[:, None] & wanted[None, :], other=0.0
             ),
@@ -485,7 +485,7 @@ def _spread_down(
     here, mask = dx[:, None] + k[None, :] * gk, inside[:, None] & wanted[None, :]
     if not FRESH:
         total += tl.load(here, mask=mask, other=0.0).to(tl.float32)
-    tl.store(here, narrow(total, here.dtype.element_ty), mask=mask)
+    tl.store(here, round_to(total, here.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["w0", "w1", "w2", "w3", "h0", "h1", "h2", "h3"])
@@ -530,7 +530,7 @@ def back_down_kernel(
                 kept = tl.trans(
                     _keep(key, second, m, k, K, LENGTH, _pick(member, h0, h1, h2, h3, MEMBERS))
                 )
-                a = narrow(
+                a = round_to(
                     tl.where(kept, a.to(tl.float32) / _pick(member, q0, q1, q2, q3, MEMBERS), 0.0),
                     a.dtype,
                 )

@@ -62,7 +62,7 @@ _recorded: list[Launch] | None = None
 _counters: dict[tuple[torch.device, int | None], Tensor] = {}
 
 
-def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
+def choose_tile(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
     """The tile for a class of shapes. Estimates: no GPU was there to measure them (performance.md, 1.4).
 
     Few rows make few tiles, so these are low and deep. fp32 has no IEEE tensor cores: small tiles keep the operands of its FMAs in registers.
@@ -92,7 +92,7 @@ def tile_of(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
     )
 
 
-def plane(x: Tensor) -> Plane:
+def find_plane(x: Tensor) -> Plane:
     """x [m, k], or x [b, c, h, w] as the matrix of its pixels; needs `is_plane(x)`."""
     if x.ndim == 2:
         return Plane(x.shape[0], x.shape[1], 1, 0, x.stride(0), x.stride(1))
@@ -109,7 +109,7 @@ def is_plane(x: Tensor) -> bool:
     return x.ndim == 2 or h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
 
 
-def record(run: Callable[[], Any]) -> list[Launch]:
+def record_launches(run: Callable[[], Any]) -> list[Launch]:
     """The launches that `run` would make, with its tensors on the meta device; nothing is launched."""
     global _recorded
     _recorded = []
@@ -183,11 +183,11 @@ def counters(x: Tensor) -> Tensor:
 def _shrink(
     x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]
 ) -> Tensor:
-    at, ranks = plane(x), [len(down) for down in downs]
+    at, ranks = find_plane(x), [len(down) for down in downs]
     t = x.new_empty(at.rows, sum(ranks))
     if not at.rows:
         return t
-    tile = tile_of("shrink", at.rows, max(ranks) if drop else sum(ranks), x.dtype)
+    tile = choose_tile("shrink", at.rows, max(ranks) if drop else sum(ranks), x.dtype)
     per = _count(max(ranks), tile.ranks)
     blocks = per * len(downs) if drop else _count(sum(ranks), tile.ranks)
     tiles = _count(at.rows, tile.rows)
@@ -206,10 +206,10 @@ def _expand_(
     ys: list[Tensor], t: Tensor, ups: list[Tensor], scales: list[float],
     magnitudes: list[Tensor], norms: list[Tensor], biases: list[Tensor], fresh: bool,
 ) -> None:  # fmt: skip
-    at, hidden, ranks = plane(ys[0]), plane(t), [up.shape[1] for up in ups]
+    at, hidden, ranks = find_plane(ys[0]), find_plane(t), [up.shape[1] for up in ups]
     if not at.rows:
         return
-    tile = tile_of("expand", at.rows, max(ranks), t.dtype)
+    tile = choose_tile("expand", at.rows, max(ranks), t.dtype)
     widths = [len(up) for up in ups]
     columns = sum(_count(width, tile.features) for width in widths)
     area, (image, _), (t_image, _) = _shared_area(at, hidden)
@@ -238,13 +238,13 @@ def _back_up(
         found, [1, len(ups), len(ups) if norms and need_dz else 0, len(norms)]
     )
     at, hidden = (
-        plane(max(dys, key=lambda dy: dy.shape[1])),
-        plane(t),
+        find_plane(max(dys, key=lambda dy: dy.shape[1])),
+        find_plane(t),
     )  # the one feature of a narrow dy may lie at any stride
     if not at.rows:
         return [out.zero_() for out in found]
     ranks, widths = [up.shape[1] for up in ups], [len(up) for up in ups]
-    tile = tile_of("back_up", at.rows, max(ranks), t.dtype)
+    tile = choose_tile("back_up", at.rows, max(ranks), t.dtype)
     blocks, tiles = _count(max(ranks), tile.ranks), _count(at.rows, tile.rows)
     columns = sum(_count(width, tile.features) for width in widths)
     parts, rows = _parts(at.rows, 2 * tile.rows, tile.rows, columns * blocks, 2 * PROGRAMS)
@@ -260,21 +260,21 @@ def _back_up(
         )
     first = rows // tile.rows * blocks * pieces * len(ups)
     total, workspace = sum(up.numel() for up in ups), t.new_empty
-    area, (image, _), (t_image, _), (s_image, _) = _shared_area(at, hidden, plane(ds[0]))
+    area, (image, _), (t_image, _), (s_image, _) = _shared_area(at, hidden, find_plane(ds[0]))
     _launch(back_up_kernel, (parts * (first + columns * blocks),), tile, {
         "t": t, "ds": ds[0], "part": workspace(pieces * at.rows * sum(ranks), dtype=torch.float32) if pieces > 1 else t,
         "piled": workspace(parts * (total + sum(widths)), dtype=torch.float32) if parts > 1 else t,
         "counter": counters(t) if max(parts, pieces) > 1 else t,
         "M": at.rows, "R": sum(ranks), "T": total, "STACK": total + sum(widths), "AREA": area, "ob": image, "ok": at.feature,
         "tb": t_image, "tm": hidden.row, "tk": hidden.feature,
-        "db": s_image, "dm": plane(ds[0]).row, "dk": plane(ds[0]).feature, "guard": guard,
+        "db": s_image, "dm": find_plane(ds[0]).row, "dk": find_plane(ds[0]).feature, "guard": guard,
         "ROWS": rows, "TILES": rows // tile.rows, "BLOCKS": blocks, "FIRST": first, "EACH": first + columns * blocks,
         "CHUNK": chunk, "PIECES": pieces, "PARTS": parts,
         "MEMBERS": len(ups), "GAIN": bool(norms), "BIAS": bool(biases), "DZ": bool(dzs), "SPATIAL": area > 1, "CUT": pieces > 1, "SPLIT": parts > 1,
         **_four("o", dys), **_four("y", ys or dys), **_four("g", magnitudes or ups), **_four("v", norms or ups), **_four("b", biases or dys),
         **_four("u", ups), **_four("z", dzs or dys), **_four("p", d_ups), **_four("w", gains or d_ups),  # what a flag rules out gets any pointer
         **_four("n", widths, 0), **_four("r", ranks, 0), **_four("s", scales, 0.0), **_four("i", starts, 0),
-        **_four("a", [plane(dy).row for dy in dys], 0),
+        **_four("a", [find_plane(dy).row for dy in dys], 0),
     })  # fmt: skip
     return found
 
@@ -306,12 +306,12 @@ def _back_down_(
     dx: Tensor | None, d_downs: list[Tensor], ds: Tensor, x: Tensor,
     downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float], fresh: bool,
 ) -> None:  # fmt: skip
-    at, ranks = plane(x), [len(down) for down in downs]
+    at, ranks = find_plane(x), [len(down) for down in downs]
     if not at.rows:
         for out in d_downs:
             out.zero_()
         return
-    tile = tile_of("back_down", at.rows, max(ranks) if drop else sum(ranks), x.dtype)
+    tile = choose_tile("back_down", at.rows, max(ranks) if drop else sum(ranks), x.dtype)
     per = _count(max(ranks), tile.ranks)
     blocks = per * len(downs) if drop else _count(sum(ranks), tile.ranks)
     columns, tiles = _count(at.width, tile.features), _count(at.rows, tile.rows)
@@ -319,7 +319,7 @@ def _back_down_(
     if columns * blocks > COUNTERS:
         parts, rows = 1, tiles * tile.rows
     first = 0 if dx is None else rows // tile.rows * columns
-    to = at if dx is None else plane(dx)
+    to = at if dx is None else find_plane(dx)
     area, (image, _), (to_image, _) = _shared_area(at, to)
     _launch(back_down_kernel, (parts * (first + columns * blocks),), tile, {
         "dx": dx, "ds": ds, "x": x, "piled": ds.new_empty(parts * sum(ranks) * at.width, dtype=torch.float32) if parts > 1 else ds,
@@ -358,7 +358,7 @@ LAUNCHERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def run(op: Any, x: Tensor, *args: Any) -> Any:
+def run_op(op: Any, x: Tensor, *args: Any) -> Any:
     """op(*args) inside an autograd.Function, on tensors like x; past torch's dispatcher where nothing traces, fakes or counts the op.
 
     With it the host is busy with a LoRA layer for 286 microseconds a step, without it for 154 (one Zen 4 thread, Triton's own launch not in either).

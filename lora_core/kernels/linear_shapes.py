@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.kernels.device import refusal
+from lora_core.kernels.device import device_refusal
 from lora_core.kernels.reference import Drop, Member
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,12 +53,12 @@ def conv_supports(
     """Why lora_conv has no Triton kernel for these arguments, or None."""
     if groups != 1:
         return f"the convolution has {groups} groups; the kernels know one"
-    if pads(padding, down.shape[2:], dilation) is None:
+    if resolve_padding(padding, down.shape[2:], dilation) is None:
         return f'padding="same" of a {down.shape[2]} x {down.shape[3]} kernel is not the same on both sides'
     return _refusal(x, weight, bias, [down, up])
 
 
-def pads(
+def resolve_padding(
     padding: tuple[int, ...] | str, kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...] | None:
     """The padding of each side as numbers, or None where its two sides differ."""
@@ -90,7 +90,7 @@ def conv_class(
 def _refusal(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: list[Tensor]
 ) -> str | None:
-    reason = refusal(x)
+    reason = device_refusal(x)
     if reason:
         return reason
     if x.dtype not in DTYPES:

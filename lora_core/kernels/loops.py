@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import steps
-from lora_core.kernels.flat import Flat
-from lora_core.kernels.steps import AdamRecipe, Rows
+from lora_core.kernels.flat import FlatParameters
+from lora_core.kernels.steps import AdamWSettings, MovingGroup
 
 # Errors of sqrt and traps are not asked for; else the loops keep to IEEE arithmetic, NaN and infinity included, and their sums to one order.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -30,7 +30,7 @@ DTYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The compiled loops, or None where that fails; a printed line says either. Nothing stays on disk: it is code for this very processor."""
     began, compiler = (
         time.perf_counter(),
@@ -63,77 +63,84 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def prodigy_step(
-    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+def fused_prodigy_step(
+    scalars: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    rows: Sequence[MovingGroup],
 ) -> tuple[Tensor, ...]:
     """steps.prodigy_step; by it where the tensors are not fp32 or fp64 on the CPU, an lr is a tensor, or ranks share the sums."""
     able = all(
-        _plain(row.flat) and not row.recipe.sharded and not isinstance(row.recipe.lr, Tensor)
+        _is_supported(row.flat) and not row.recipe.sharded and not isinstance(row.recipe.lr, Tensor)
         for row in rows
     )
-    if not able or (loops := library()) is None:
+    if not able or (loops := load_library()) is None:
         return steps.prodigy_step(scalars, found_inf, grad_scale, rows)
     params = tuple(row.flat.param for row in rows)
-    if found_inf is not None and _number(found_inf):
+    if found_inf is not None and _read_scalar(found_inf):
         return params
     table = (ctypes.c_double * scalars.numel()).from_address(
         scalars.data_ptr()
     )  # read and written as it lies
-    unscale = 1.0 if grad_scale is None else 1 / _number(grad_scale)
-    rates = [_rate(table, row) for row in rows]
+    unscale = 1.0 if grad_scale is None else 1 / _read_scalar(grad_scale)
+    rates = [_learning_rate(table, row) for row in rows]
     numerators, denominator = (
         {row.group: table[6 * row.group + steps.NUMERATOR] * row.recipe.beta3 for row in rows},
         0.0,
     )
     for row, rate in zip(rows, rates):
-        inner, size = _reduce(loops, row, table[6 * row.group + steps.D], rate, unscale)
+        inner, size = _update_moments(loops, row, table[6 * row.group + steps.D], rate, unscale)
         numerators[row.group] += table[6 * row.group + steps.D] / row.recipe.d0 * rate * inner
         denominator += size
     if denominator == 0:
         return params
-    d = _move(table, rows[0], sum(numerators.values()), denominator)
+    d = _update_distance(table, rows[0], sum(numerators.values()), denominator)
     for row, rate in zip(rows, rates):
-        _update(loops, row, d, rate, unscale)
+        _update_parameters(loops, row, d, rate, unscale)
     for group, numerator in numerators.items():
         table[6 * group + steps.NUMERATOR] = numerator
         table[6 * group + steps.K] += 1
     return params
 
 
-def adamw_step(
+def fused_adamw_step(
     param: Tensor,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    flat: Flat,
+    flat: FlatParameters,
     grads: Sequence[Tensor | None],
-    recipe: AdamRecipe,
+    recipe: AdamWSettings,
 ) -> tuple[Tensor, ...]:
     """steps.adamw_step; where the tensors are not fp32 or fp64 on the CPU or lr is a tensor, by torch's fused kernel, if it takes them."""
-    if not _plain(flat) or isinstance(recipe.lr, Tensor) or (loops := library()) is None:
-        return _adamw_by_torch(found_inf, grad_scale, flat, grads, recipe)
-    if found_inf is None or not _number(found_inf):
-        unscale = 1.0 if grad_scale is None else 1 / _number(grad_scale)
+    if (
+        not _is_supported(flat)
+        or isinstance(recipe.lr, Tensor)
+        or (loops := load_library()) is None
+    ):
+        return _torch_fused_adamw(found_inf, grad_scale, flat, grads, recipe)
+    if found_inf is None or not _read_scalar(found_inf):
+        unscale = 1.0 if grad_scale is None else 1 / _read_scalar(grad_scale)
         numbers = _doubles(
             unscale, recipe.lr, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay
         )
         state = flat.state
-        _loop(loops, "adamw", flat)(
-            *_heads(flat, grads),
-            _at(param),
-            _at(state["exp_avg"]),
-            _at(state["exp_avg_sq"]),
-            _at(state["step"]),
+        _find_loop(loops, "adamw", flat)(
+            *_gradient_table(flat, grads),
+            _pointer(param),
+            _pointer(state["exp_avg"]),
+            _pointer(state["exp_avg_sq"]),
+            _pointer(state["step"]),
             numbers,
         )
     return (param,)
 
 
-def _adamw_by_torch(
+def _torch_fused_adamw(
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    flat: Flat,
+    flat: FlatParameters,
     grads: Sequence[Tensor | None],
-    recipe: AdamRecipe,
+    recipe: AdamWSettings,
 ) -> tuple[Tensor, ...]:
     """By torch._fused_adamw_, which wants state in the parameters' dtype; a grad_scale is divided out of the gradients themselves there."""
     if flat.param.dtype != flat.state["exp_avg"].dtype or flat.param.device.type not in (
@@ -164,7 +171,7 @@ def _adamw_by_torch(
     return (flat.param,)
 
 
-def _rate(table: ctypes.Array[ctypes.c_double], row: Rows) -> float:
+def _learning_rate(table: ctypes.Array[ctypes.c_double], row: MovingGroup) -> float:
     """dlr = d * lr * bias correction, of the old d."""
     recipe, k = row.recipe, table[6 * row.group + steps.K] + 1
     rate = table[6 * row.group + steps.D] * float(recipe.lr)
@@ -175,15 +182,17 @@ def _rate(table: ctypes.Array[ctypes.c_double], row: Rows) -> float:
     )
 
 
-def _reduce(
-    loops: ctypes.CDLL, row: Rows, d: float, rate: float, unscale: float
+def _update_moments(
+    loops: ctypes.CDLL, row: MovingGroup, d: float, rate: float, unscale: float
 ) -> tuple[float, float]:
     """(<g, p0 - p>, |s|_1) after bringing m, v and s up to date."""
     flat, recipe, sums = row.flat, row.recipe, _doubles(0.0, 0.0)
     weight = d / recipe.d0 * (d if recipe.safeguard else rate)
-    numbers = _doubles(unscale, _coupled(row), recipe.beta3, weight, d, recipe.beta1, recipe.beta2)
+    numbers = _doubles(
+        unscale, _coupled_decay(row), recipe.beta3, weight, d, recipe.beta1, recipe.beta2
+    )
     arrays = [
-        _at(x)
+        _pointer(x)
         for x in (
             flat.param,
             flat.state["p0"],
@@ -192,14 +201,14 @@ def _reduce(
             flat.state["s"],
         )
     ]
-    _loop(loops, "prodigy_reduce", flat)(
-        *_heads(flat, row.grads), *arrays, ctypes.c_int64(recipe.slice_p), numbers, sums
+    _find_loop(loops, "prodigy_reduce", flat)(
+        *_gradient_table(flat, row.grads), *arrays, ctypes.c_int64(recipe.slice_p), numbers, sums
     )
     return sums[0], sums[1]
 
 
-def _move(
-    table: ctypes.Array[ctypes.c_double], row: Rows, numerator: float, denominator: float
+def _update_distance(
+    table: ctypes.Array[ctypes.c_double], row: MovingGroup, numerator: float, denominator: float
 ) -> float:
     """The new d, written to every group; a NaN moves nothing here and shows in the weights."""
     recipe, at = row.recipe, 6 * row.group
@@ -217,39 +226,48 @@ def _move(
     return new
 
 
-def _update(loops: ctypes.CDLL, row: Rows, d: float, rate: float, unscale: float) -> None:
+def _update_parameters(
+    loops: ctypes.CDLL, row: MovingGroup, d: float, rate: float, unscale: float
+) -> None:
     """p <- p - rate decay p - rate m / (sqrt(v) + d eps), both sides divided by d; without m the gradient has no d in it yet."""
     flat, recipe = row.flat, row.recipe
     decay = -rate * recipe.weight_decay if recipe.decouple else 0.0
     numbers = _doubles(
-        unscale, _coupled(row), decay, -rate / d if recipe.beta1 > 0 else -rate, 1 / d, recipe.eps
+        unscale,
+        _coupled_decay(row),
+        decay,
+        -rate / d if recipe.beta1 > 0 else -rate,
+        1 / d,
+        recipe.eps,
     )
-    arrays = [_at(x) for x in (flat.param, flat.state.get("exp_avg"), flat.state["exp_avg_sq"])]
-    _loop(loops, "prodigy_update", flat)(*_heads(flat, row.grads), *arrays, numbers)
+    arrays = [
+        _pointer(x) for x in (flat.param, flat.state.get("exp_avg"), flat.state["exp_avg_sq"])
+    ]
+    _find_loop(loops, "prodigy_update", flat)(*_gradient_table(flat, row.grads), *arrays, numbers)
 
 
-def _coupled(row: Rows) -> float:
+def _coupled_decay(row: MovingGroup) -> float:
     return 0.0 if row.recipe.decouple else row.recipe.weight_decay
 
 
-def _plain(flat: Flat) -> bool:
+def _is_supported(flat: FlatParameters) -> bool:
     return flat.param.dtype in DTYPES and flat.param.device.type == "cpu"
 
 
-def _loop(loops: ctypes.CDLL, name: str, flat: Flat) -> ctypes._NamedFuncPointer:
+def _find_loop(loops: ctypes.CDLL, name: str, flat: FlatParameters) -> ctypes._NamedFuncPointer:
     found = loops[f"{name}_{str(flat.param.dtype).removeprefix('torch.')}"]
     found.restype = None
     return found
 
 
-def _heads(
-    flat: Flat, grads: Sequence[Tensor | None]
+def _gradient_table(
+    flat: FlatParameters, grads: Sequence[Tensor | None]
 ) -> tuple[ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]:
     words = flat.words.send([0 if g is None else g.data_ptr() for g in grads], [])
-    return ctypes.c_int64(len(grads)), _at(words), _at(flat.geometry)
+    return ctypes.c_int64(len(grads)), _pointer(words), _pointer(flat.geometry)
 
 
-def _at(x: Tensor | None) -> ctypes.c_void_p:
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
@@ -257,6 +275,6 @@ def _doubles(*values: float) -> ctypes.Array[ctypes.c_double]:
     return (ctypes.c_double * len(values))(*values)
 
 
-def _number(x: Tensor) -> float:
+def _read_scalar(x: Tensor) -> float:
     """The value of a tensor with one element on the CPU, straight from its memory."""
     return float(DTYPES[x.dtype].from_address(x.data_ptr()).value)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import refusal
-from lora_core.kernels.narrow import narrow
+from lora_core.kernels.device import device_refusal
+from lora_core.kernels.narrow import round_to
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW, BLOCK = 4096, 1024  # elements of a turn of the forward, of a program of the backward
@@ -66,16 +66,18 @@ def backward_kernel(
     slope *= factor
     if mask is not None:
         slope *= tl.load(mask + i * plane + e % plane, mask=e < size, other=0.0).to(tl.float32)
-    tl.store(d_out + i * size + e, narrow(slope, d_out.dtype.element_ty), mask=e < size)
+    tl.store(d_out + i * size + e, round_to(slope, d_out.dtype.element_ty), mask=e < size)
     if d_target is not None:
-        tl.store(d_target + i * size + e, narrow(-slope, d_target.dtype.element_ty), mask=e < size)
+        tl.store(
+            d_target + i * size + e, round_to(-slope, d_target.dtype.element_ty), mask=e < size
+        )
 
 
 def mse_refusal(
     out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
 ) -> str | None:
     """Why the kernels do not run on these arguments, or None."""
-    said = refusal(out)
+    said = device_refusal(out)
     if said is not None:
         return said
     given = [x for x in (mask, weight) if x is not None]
@@ -217,7 +219,7 @@ def _warps(is_fp32: bool) -> int:
     return 4 if is_fp32 else 8
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """Both kernels with and without a mask; every dtype of the output in `full`."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):

@@ -11,7 +11,7 @@ INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """fp32 x in another dtype, to the nearest, ties to even.
 
     By hand in Triton's interpreter, which truncates where it casts to bf16 (3.6.0, 3.7.1, 3.9.0).

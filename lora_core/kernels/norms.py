@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost, reference
-from lora_core.kernels.reference import wide, without_autocast
+from lora_core.kernels.reference import wide_dtype, without_autocast
 
 BLOCK = 400_000  # elements of W that are fp32 at once, 1.6 MB; 1280 x 1280 takes 1.84 ms with 50,000, 1.53 with 100,000, 1.21 with 200,000
 
-Layer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
+NormLayer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -41,7 +41,7 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     that wants a gradient."""
     if (
         weight.device.type != "cpu"
-        or groups_of(down, up) != 1
+        or count_groups(down, up) != 1
         or weight.requires_grad
         or not weight.numel()
     ):
@@ -49,14 +49,14 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return _tiled(weight, down, up, float(scale))
 
 
-def dora_norms(layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
+def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
     """dora_norm of every layer."""
     return tuple(dora_norm(*layer) for layer in layers)
 
 
 @torch.library.custom_op("lora_core::dora_norm_blocks", mutates_args=())
 def _tiled(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    dtype = wide(weight.dtype)
+    dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
         w, a, b = weight.flatten(1), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
         rows, columns = w.shape
@@ -71,7 +71,7 @@ def _tiled(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 @_tiled.register_fake
 def _(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    return weight.new_empty(len(weight), dtype=wide(weight.dtype))
+    return weight.new_empty(len(weight), dtype=wide_dtype(weight.dtype))
 
 
 def _block(rows: int, columns: int) -> int:
@@ -86,7 +86,7 @@ def norm_gradients(
     V is formed: a base in half precision needs the fp32 copy anyway, and V's products from W's and G's cancel as the norm's terms do. A row of norm 0
     gets no gradient, as in torch.
     """
-    dtype = wide(weight.dtype)
+    dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
         w, a, b = weight.flatten(1).to(dtype), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
         v = torch.addmm(w, b, a, alpha=scale)
@@ -95,7 +95,7 @@ def norm_gradients(
     return d_down.view(down.shape).to(down.dtype), d_up.view(up.shape).to(up.dtype)
 
 
-def keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """What `norm_backward` needs; both serve any op (weight, down, up, scale) -> norm."""
     weight, down, up, ctx.scale = inputs
     ctx.save_for_backward(weight, down, up, output)
@@ -106,7 +106,7 @@ def norm_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return None, *norm_gradients(weight, down, up, ctx.scale, norm, g), None
 
 
-_tiled.register_autograd(norm_backward, setup_context=keep_norm)
+_tiled.register_autograd(norm_backward, setup_context=save_norm)
 
 
 def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
@@ -120,5 +120,5 @@ def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
 COSTS["lora_core::dora_norm_blocks"] = _cost
 
 
-def groups_of(down: Tensor, up: Tensor) -> int:
+def count_groups(down: Tensor, up: Tensor) -> int:
     return down.shape[0] // max(1, up.shape[1])

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import refusal
-from lora_core.kernels.flat import Flat
-from lora_core.kernels.steps import AdamRecipe, Rows
+from lora_core.kernels.device import device_refusal
+from lora_core.kernels.flat import FlatParameters
+from lora_core.kernels.steps import AdamWSettings, MovingGroup
 
 BLOCK, WARPS = 1024, 4  # elements of a program; a LoRA factor of rank 16 has 5,120 and more
 # Left to itself, ptxas guesses a limit of registers for prodigy_reduce_kernel, and it depends on the
@@ -33,13 +33,13 @@ ADDED = 1024  # partial sums that the last program reads at once
 
 
 @triton.jit
-def _number(words, i):
+def _load_double(words, i):
     """The double at words[i]."""
     return tl.load(words + i).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _elements(words, blocks, geometry, BLOCK: tl.constexpr):
+def _locate_block(words, blocks, geometry, BLOCK: tl.constexpr):
     """What a program does: its parameter, the address of the gradient, the parameter's place in the arrays, the elements and how many of
     them count. Masks are made of limits: a scalar bool that is spread over a block becomes a number in Triton's interpreter."""
     parameter, chunk = (
@@ -56,7 +56,7 @@ def _elements(words, blocks, geometry, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradient(
+def _load_gradient(
     address, element, there, param, grad_scale, WIDE: tl.constexpr, ALIGNED: tl.constexpr
 ):
     pointer = address.to(tl.pointer_type(param.dtype.element_ty))
@@ -69,11 +69,11 @@ def _gradient(
 
 
 @triton.jit
-def _lr(lr, words, at):
+def _learning_rate(lr, words, at):
     if lr is not None:
         return tl.load(lr).to(tl.float64)
     else:
-        return _number(words, at)
+        return _load_double(words, at)
 
 
 @triton.jit
@@ -96,19 +96,19 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
     """numbers behind the addresses in `words`: lr, beta1, beta2, beta3, eps, weight_decay, d0, d_coef, growth_rate. scratch: for each slot (a group
     that moves) N, D, its group and dlr, then whether anything moves. LAST: the launch of the last slot."""
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
-    parameter, address, start, element, limit = _elements(words, blocks, geometry, BLOCK)
+    parameter, address, start, element, limit = _locate_block(words, blocks, geometry, BLOCK)
     there = element < limit
     beta1, beta2, beta3 = (
-        _number(words, parameters + 1),
-        _number(words, parameters + 2),
-        _number(words, parameters + 3),
+        _load_double(words, parameters + 1),
+        _load_double(words, parameters + 2),
+        _load_double(words, parameters + 3),
     )
     d, k, d0 = (
         tl.load(scalars + 6 * group),
         tl.load(scalars + 6 * group + 5) + 1.0,
-        _number(words, parameters + 6),
+        _load_double(words, parameters + 6),
     )
-    rate = d * _lr(lr, words, parameters)
+    rate = d * _learning_rate(lr, words, parameters)
     if BIAS:
         rate = rate * tl.sqrt(1.0 - _power(beta2, k)) / (1.0 - _power(beta1, k))
     sound = rate != 0.0  # a tensor lr of 0 freezes the group
@@ -116,10 +116,10 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
         sound = sound & (tl.load(found_inf) == 0)
     stored = element < tl.where(sound, limit, 0)
 
-    g = _gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
+    g = _load_gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
     p = tl.load(param + start + element, mask=there, other=0.0).to(WIDE)
     if COUPLED:
-        g = g + _number(words, parameters + 5).to(WIDE) * p
+        g = g + _load_double(words, parameters + 5).to(WIDE) * p
     scaled = g * d.to(WIDE)
     if ADAM:
         m = tl.load(exp_avg + start + element, mask=there, other=0.0)
@@ -182,9 +182,11 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
             if moves:
                 d_max, d_hat = (
                     tl.load(scalars + 6 * group + 1),
-                    _number(words, parameters + 7) * all_n / all_d,
+                    _load_double(words, parameters + 7) * all_n / all_d,
                 )
-                grown = tl.where((d == d0) & (d_hat > d), d_hat, d) * _number(words, parameters + 8)
+                grown = tl.where((d == d0) & (d_hat > d), d_hat, d) * _load_double(
+                    words, parameters + 8
+                )
                 d_max = tl.where(d_hat > d_max, d_hat, d_max)
                 for i in range(0, groups):
                     tl.store(scalars + 6 * i, tl.where(grown < d_max, grown, d_max))
@@ -205,7 +207,7 @@ def prodigy_reduce_kernel(words, blocks, geometry, param, p0, exp_avg, exp_avg_s
 def prodigy_update_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, scalars, scratch, grad_scale, parameters, group, slot, slots,
                           ADAM: tl.constexpr, COUPLED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
-    _, address, start, element, limit = _elements(words, blocks, geometry, BLOCK)
+    _, address, start, element, limit = _locate_block(words, blocks, geometry, BLOCK)
     there = element < limit
     rate, d = -tl.load(scratch + 4 * slot + 3), tl.load(scalars + 6 * group)
     stored = element < tl.where((tl.load(scratch + 4 * slots) != 0.0) & (rate != 0.0), limit, 0)
@@ -214,14 +216,16 @@ def prodigy_update_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, s
         m = tl.load(exp_avg + start + element, mask=there, other=0.0)
         by = (rate / d).to(WIDE)
     else:
-        m = _gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
+        m = _load_gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
         if COUPLED:
-            m = m + _number(words, parameters + 5).to(WIDE) * p
+            m = m + _load_double(words, parameters + 5).to(WIDE) * p
         by = rate.to(WIDE)
     v = tl.load(exp_avg_sq + start + element, mask=there, other=0.0)
-    change = m / (tl.sqrt(v) * (1.0 / d).to(WIDE) + _number(words, parameters + 4).to(WIDE)) * by
+    change = (
+        m / (tl.sqrt(v) * (1.0 / d).to(WIDE) + _load_double(words, parameters + 4).to(WIDE)) * by
+    )
     if DECAYED:
-        change += (rate * _number(words, parameters + 5)).to(WIDE) * p
+        change += (rate * _load_double(words, parameters + 5)).to(WIDE) * p
     tl.store(param + start + element, (p + change).to(param.dtype.element_ty), mask=stored)
 
 
@@ -230,18 +234,18 @@ def adamw_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
                  ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr):  # fmt: skip
     """numbers behind the addresses in `words`: lr, beta1, beta2, eps, weight_decay."""
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
-    parameter, address, start, element, limit = _elements(words, blocks, geometry, BLOCK)
+    parameter, address, start, element, limit = _locate_block(words, blocks, geometry, BLOCK)
     there = element < limit
     beta1, beta2, rate = (
-        _number(words, parameters + 1),
-        _number(words, parameters + 2),
-        _lr(lr, words, parameters),
+        _load_double(words, parameters + 1),
+        _load_double(words, parameters + 2),
+        _learning_rate(lr, words, parameters),
     )
     k = tl.load(step + parameter).to(tl.float64) + 1.0
     sound = rate == rate
     if found_inf is not None:
         sound = tl.load(found_inf) == 0
-    g = _gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
+    g = _load_gradient(address, element, there, param, grad_scale, WIDE, ALIGNED)
     p = tl.load(param + start + element, mask=there, other=0.0).to(WIDE)
     m = tl.load(exp_avg + start + element, mask=there, other=0.0)
     v = tl.load(exp_avg_sq + start + element, mask=there, other=0.0)
@@ -251,8 +255,8 @@ def adamw_kernel(words, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
         (rate / (1.0 - _power(beta1, k))).to(WIDE),
         (1.0 / tl.sqrt(1.0 - _power(beta2, k))).to(WIDE),
     )
-    p = p * (1.0 - rate * _number(words, parameters + 4)).to(WIDE) - by * (
-        m / (tl.sqrt(v) * root + _number(words, parameters + 3).to(WIDE))
+    p = p * (1.0 - rate * _load_double(words, parameters + 4)).to(WIDE) - by * (
+        m / (tl.sqrt(v) * root + _load_double(words, parameters + 3).to(WIDE))
     )
     stored = element < tl.where(sound, limit, 0)
     tl.store(exp_avg + start + element, m, mask=stored)
@@ -350,16 +354,19 @@ COSTS.update(
 )
 
 
-def prodigy_step(
-    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+def triton_prodigy_step(
+    scalars: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    rows: Sequence[MovingGroup],
 ) -> tuple[Tensor, ...]:
     """steps.prodigy_step in two launches for each group."""
     slots, sent = len(rows), []
-    scratch = _room(rows[0].flat, f"scratch {slots}", 4 * slots + 1, torch.float64)
-    empty = _room(rows[0].flat, "empty", 0, torch.float32)
+    scratch = _workspace(rows[0].flat, f"scratch {slots}", 4 * slots + 1, torch.float64)
+    empty = _workspace(rows[0].flat, "empty", 0, torch.float32)
     for slot, row in enumerate(rows):
         recipe, flat, state = row.recipe, row.flat, row.flat.state
-        lr, number = _split(recipe.lr)
+        lr, number = _split_lr(recipe.lr)
         numbers = [
             number,
             recipe.beta1,
@@ -371,16 +378,16 @@ def prodigy_step(
             recipe.d_coef,
             recipe.growth_rate,
         ]
-        words, aligned = _words(flat, row.grads, numbers)
+        words, aligned = _send_table(flat, row.grads, numbers)
         blocks, adam, coupled = (
-            _blocks(flat),
+            _block_table(flat),
             recipe.beta1 > 0,
             bool(recipe.weight_decay) and not recipe.decouple,
         )
         moments = state["exp_avg"] if adam else empty, state["exp_avg_sq"]
         _reduce(
             words, blocks, flat.geometry, flat.param, state["p0"], *moments, state["s"], scalars, scratch,
-            _room(flat, "partials", 2 * len(blocks), torch.float64), _room(flat, "counter", 1, torch.int32), found_inf, grad_scale, lr,
+            _workspace(flat, "partials", 2 * len(blocks), torch.float64), _workspace(flat, "counter", 1, torch.int32), found_inf, grad_scale, lr,
             row.group, slot, slots, [adam, coupled, recipe.bias_correction, recipe.safeguard, aligned], recipe.slice_p,
         )  # fmt: skip
         flags = [adam, coupled, bool(recipe.weight_decay) and recipe.decouple, aligned]
@@ -405,24 +412,24 @@ def prodigy_step(
     return tuple(row.flat.param for row in rows)
 
 
-def adamw_step(
+def triton_adamw_step(
     param: Tensor,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    flat: Flat,
+    flat: FlatParameters,
     grads: Sequence[Tensor | None],
-    recipe: AdamRecipe,
+    recipe: AdamWSettings,
 ) -> tuple[Tensor, ...]:
     """steps.adamw_step in one launch."""
-    lr, number = _split(recipe.lr)
-    words, aligned = _words(
+    lr, number = _split_lr(recipe.lr)
+    words, aligned = _send_table(
         flat, grads, [number, recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay]
     )
-    state, counter = flat.state, _room(flat, "counter", 1, torch.int32)
+    state, counter = flat.state, _workspace(flat, "counter", 1, torch.int32)
     moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
     _adamw(
         words,
-        _blocks(flat),
+        _block_table(flat),
         flat.geometry,
         param,
         *moments,
@@ -436,7 +443,10 @@ def adamw_step(
 
 
 def prodigy_refusal(
-    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+    scalars: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    rows: Sequence[MovingGroup],
 ) -> str | None:
     """Why the kernels do not run on these arguments, or None."""
     if len({row.group for row in rows}) < len(rows):
@@ -444,7 +454,7 @@ def prodigy_refusal(
     if any(row.recipe.sharded for row in rows):
         return "ranks share the sums (fsdp_in_use)"
     return next(
-        (said for row in rows if (said := _refusal(row.flat, row.recipe.lr)) is not None), None
+        (said for row in rows if (said := _refuse(row.flat, row.recipe.lr)) is not None), None
     )
 
 
@@ -452,33 +462,35 @@ def adamw_refusal(
     param: Tensor,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    flat: Flat,
+    flat: FlatParameters,
     grads: Sequence[Tensor | None],
-    recipe: AdamRecipe,
+    recipe: AdamWSettings,
 ) -> str | None:
     """Why the kernel does not run on these arguments, or None."""
-    return _refusal(flat, recipe.lr)
+    return _refuse(flat, recipe.lr)
 
 
-def _refusal(flat: Flat, lr: float | Tensor) -> str | None:
-    said = refusal(flat.param)
+def _refuse(flat: FlatParameters, lr: float | Tensor) -> str | None:
+    said = device_refusal(flat.param)
     if said is None and isinstance(lr, Tensor) and lr.device != flat.param.device:
         return f"the tensor lr is on {lr.device}"
     return said if flat.param.numel() else "the parameters have no elements"
 
 
-def _split(lr: float | Tensor) -> tuple[Tensor | None, float]:
+def _split_lr(lr: float | Tensor) -> tuple[Tensor | None, float]:
     """lr as a tensor or a number."""
     return (lr, 0.0) if isinstance(lr, Tensor) else (None, float(lr))
 
 
-def _words(flat: Flat, grads: Sequence[Tensor | None], numbers: list[float]) -> tuple[Tensor, bool]:
+def _send_table(
+    flat: FlatParameters, grads: Sequence[Tensor | None], numbers: list[float]
+) -> tuple[Tensor, bool]:
     """The table of a launch, and whether every gradient lies at a multiple of 16 bytes."""
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     return flat.words.send(addresses, numbers), not any(address & 15 for address in addresses)
 
 
-def _blocks(flat: Flat) -> Tensor:
+def _block_table(flat: FlatParameters) -> Tensor:
     """[programs, 2] int32: parameter, and which BLOCK of it."""
     if "blocks" not in flat.room:
         listed = [
@@ -490,7 +502,7 @@ def _blocks(flat: Flat) -> Tensor:
     return flat.room["blocks"]
 
 
-def _room(flat: Flat, name: str, count: int, dtype: torch.dtype) -> Tensor:
+def _workspace(flat: FlatParameters, name: str, count: int, dtype: torch.dtype) -> Tensor:
     """Zeros the first time; kept, as a CUDA graph remembers where they are."""
     if name not in flat.room:
         flat.room[name] = torch.zeros(count, dtype=dtype, device=flat.param.device)
@@ -500,7 +512,7 @@ def _room(flat: Flat, name: str, count: int, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- ahead of time
 
 
-def builds(full: bool) -> list[Build]:
+def list_builds(full: bool) -> list[Build]:
     """fp32 parameters with the defaults, and with every option; with full=True bf16 parameters and each option alone too."""
     everything = {
         "ADAM": True,

@@ -19,7 +19,7 @@ GOLDEN = (
 )
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: where adapters, norms and sums live, whatever the base is stored in (bf16, fp16, fp8, int8)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -116,7 +116,7 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
     Forms the dense update: one weight-sized matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
     """
-    dtype = wide(weight.dtype)
+    dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
         out, per_group = up.shape[:2]
         groups = down.shape[0] // per_group
@@ -141,7 +141,7 @@ def dora_compose(
     y0 = base(x) with its bias, lora = scale * up(down(x)), gain = magnitude / norm; bias and gain are shaped to broadcast over y0 ([out] or
     [out, 1, 1]). The bias is outside the norm. gain == 1 and lora == 0 return y0 exactly, in every dtype.
     """
-    dtype = wide(y0.dtype)
+    dtype = wide_dtype(y0.dtype)
     product = y0.to(dtype) if bias is None else y0.to(dtype) - bias.to(dtype)
     gain = gain.to(dtype)
     return (y0.to(dtype) + strength * ((gain - 1) * product + gain * lora.to(dtype))).to(y0.dtype)
@@ -151,7 +151,7 @@ def snr_weighted_mse(
     out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
 ) -> Tensor:
     """weight times the masked mean of (out - target)^2  [b], in fp32 or better; out and target [b, c, h, w], mask as in masked_mean, weight [b]."""
-    dtype = wide(out.dtype)
+    dtype = wide_dtype(out.dtype)
     rows = masked_mean((out.to(dtype) - target.to(dtype)) ** 2, mask)
     return rows if weight is None else rows * weight
 

@@ -24,7 +24,7 @@ class _Mse(torch.autograd.Function):
     def forward(
         ctx: Any, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
     ) -> Tensor:
-        dtype = reference.wide(out.dtype)
+        dtype = reference.wide_dtype(out.dtype)
         difference = out.to(dtype) - target.to(dtype)
         if mask is None:
             rows = (difference * difference).flatten(1).mean(1)

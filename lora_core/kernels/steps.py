@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.kernels.flat import ALIGNED, Flat
+from lora_core.kernels.flat import ALIGNED, FlatParameters
 
 D, D_MAX, NUMERATOR, DENOMINATOR, D_HAT, K = range(6)  # columns of Prodigy's scalars
 
 
-class Recipe(NamedTuple):
+class ProdigySettings(NamedTuple):
     """A group's settings of Prodigy."""
 
     lr: (
@@ -39,16 +39,16 @@ class Recipe(NamedTuple):
     sharded: bool  # the sums are taken over the ranks of torch.distributed
 
 
-class Rows(NamedTuple):
+class MovingGroup(NamedTuple):
     """The parameters of one group and dtype that move in this step."""
 
     group: int  # its row of the scalars
-    recipe: Recipe
-    flat: Flat  # state: p0 and s (every slice_p-th element), exp_avg where beta1 > 0, exp_avg_sq
+    recipe: ProdigySettings
+    flat: FlatParameters  # state: p0 and s (every slice_p-th element), exp_avg where beta1 > 0, exp_avg_sq
     grads: Sequence[Tensor | None]  # of each parameter, row-major; one without keeps its bits
 
 
-class AdamRecipe(NamedTuple):
+class AdamWSettings(NamedTuple):
     """A group's settings of AdamW."""
 
     lr: float | Tensor
@@ -59,7 +59,10 @@ class AdamRecipe(NamedTuple):
 
 
 def prodigy_step(
-    scalars: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, rows: Sequence[Rows]
+    scalars: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    rows: Sequence[MovingGroup],
 ) -> tuple[Tensor, ...]:
     """The flat parameters after a step of the groups that share a distance (arXiv 2306.06101, algorithm 4; sums without prodigyopt's host syncs).
 
@@ -67,7 +70,7 @@ def prodigy_step(
     nothing changes; gradients are divided by grad_scale []. The moments carry one and two powers of d, so that m / sqrt(v) is of order 1.
     """
     first = rows[0]
-    moving = [Moving(scalars[row.group], row, found_inf, grad_scale) for row in rows]
+    moving = [GroupUpdate(scalars[row.group], row, found_inf, grad_scale) for row in rows]
     sums = torch.stack(
         [total for m in moving for total in m.accumulate()]
     )  # N's increments at even, D's at odd places
@@ -106,7 +109,7 @@ def prodigy_step(
     return tuple(row.flat.param for row in rows)
 
 
-class Part(NamedTuple):
+class ParameterRun(NamedTuple):
     """Consecutive parameters that all have a gradient."""
 
     grad: Tensor  # [n] ours to overwrite, in the state's dtype
@@ -116,11 +119,11 @@ class Part(NamedTuple):
     bounds: list[tuple[int, int]]  # start and elements of each parameter in these
 
 
-class Moving:
+class GroupUpdate:
     """A group's parameters of one dtype in one step, and their learning rate dlr = d * lr * bias correction (old d)."""
 
     def __init__(
-        self, scalars: Tensor, row: Rows, found_inf: Tensor | None, grad_scale: Tensor | None
+        self, scalars: Tensor, row: MovingGroup, found_inf: Tensor | None, grad_scale: Tensor | None
     ) -> None:
         recipe = row.recipe
         self.row, self.recipe, self.d = row, recipe, scalars[D]
@@ -135,9 +138,11 @@ class Moving:
         if recipe.bias_correction:
             k = scalars[K] + 1
             self.dlr = self.dlr * (1 - recipe.beta2**k) ** 0.5 / (1 - recipe.beta1**k)
-        self.parts = [self._part(begin, end, grad_scale) for begin, end in _runs(row.grads)]
+        self.parts = [
+            self._part(begin, end, grad_scale) for begin, end in _runs_with_gradient(row.grads)
+        ]
 
-    def _part(self, begin: int, end: int, grad_scale: Tensor | None) -> Part:
+    def _part(self, begin: int, end: int, grad_scale: Tensor | None) -> ParameterRun:
         """The parameters begin ... end - 1, gradients in the state's dtype, unscaled, with coupled decay, zero where the group stands still."""
         bounds, recipe = self.row.flat.bounds[begin:end], self.recipe
         (start, _, first), (last_start, last_count, last_first) = bounds[0], bounds[-1]
@@ -146,7 +151,7 @@ class Moving:
             slice(first, last_first - (-last_count // recipe.slice_p)),
         )
         g, param = (
-            _joined(self.row.grads[begin:end], bounds).to(self.dtype),
+            _join_gradients(self.row.grads[begin:end], bounds).to(self.dtype),
             self.row.flat.param[at],
         )
         before = param.to(self.dtype)
@@ -162,7 +167,9 @@ class Moving:
             name: value[picked if name in ("p0", "s") else at]
             for name, value in self.row.flat.state.items()
         }
-        return Part(g, before, param, state, [(place - start, count) for place, count, _ in bounds])
+        return ParameterRun(
+            g, before, param, state, [(place - start, count) for place, count, _ in bounds]
+        )
 
     def accumulate(self) -> tuple[Tensor, Tensor]:
         """(this step's gain of N, the new D = |s|_1), float64, after bringing m, v and s up to date.
@@ -182,11 +189,13 @@ class Moving:
                 if recipe.slice_p == 1
                 else (self._picked(grad, part), self._picked(part.before, part))
             )
-            for g, p, p0, s in zip(*(_pieces(x) for x in (seen, before, state["p0"], state["s"]))):
-                inner.append(_sum(g * (p0 - p)))
-                size.append(_sum(s.mul_(decay3).add_(g * weight).abs()))
+            for g, p, p0, s in zip(
+                *(_cache_pieces(x) for x in (seen, before, state["p0"], state["s"]))
+            ):
+                inner.append(_sum_float64(g * (p0 - p)))
+                size.append(_sum_float64(s.mul_(decay3).add_(g * weight).abs()))
             for g, m, v in zip(
-                *(_pieces(x) for x in (grad, state.get("exp_avg", grad), state["exp_avg_sq"]))
+                *(_cache_pieces(x) for x in (grad, state.get("exp_avg", grad), state["exp_avg_sq"]))
             ):
                 scaled = g * small_d
                 if recipe.beta1 > 0:  # else there is no m
@@ -210,7 +219,7 @@ class Moving:
             moments = part.state["exp_avg"] if adam else part.grad
             for change, m, v, p, q in zip(
                 *(
-                    _pieces(x)
+                    _cache_pieces(x)
                     for x in (part.grad, moments, part.state["exp_avg_sq"], part.before, part.param)
                 )
             ):
@@ -228,7 +237,7 @@ class Moving:
             else torch.where(self.still, torch.ones_like(self.d), torch.full_like(self.d, beta))
         )
 
-    def _picked(self, flat: Tensor, part: Part) -> Tensor:
+    def _picked(self, flat: Tensor, part: ParameterRun) -> Tensor:
         """Every slice_p-th element of each parameter."""
         return torch.cat(
             [flat[start : start + count : self.recipe.slice_p] for start, count in part.bounds]
@@ -239,9 +248,9 @@ def adamw_step(
     param: Tensor,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    flat: Flat,
+    flat: FlatParameters,
     grads: Sequence[Tensor | None],
-    recipe: AdamRecipe,
+    recipe: AdamWSettings,
 ) -> tuple[Tensor, ...]:
     """(flat.param,) after a step of AdamW (arXiv 1711.05101, algorithm 2 as torch.optim.AdamW has it: the decay is lr * weight_decay).
 
@@ -278,7 +287,7 @@ def prodigy_example(
     generator, rows = torch.Generator().manual_seed(seed), []
     for group, recipe in enumerate(
         (
-            Recipe(
+            ProdigySettings(
                 1.0,
                 0.9,
                 0.999,
@@ -297,11 +306,11 @@ def prodigy_example(
         )
         * 2
     ):
-        params, states, grads = _random(generator, dtype, device)
+        params, states, grads = _random_parameters(generator, dtype, device)
         for p, state in zip(params, states):
-            p0 = torch.randn(p.numel(), generator=generator).to(device, _wide(dtype))
+            p0 = torch.randn(p.numel(), generator=generator).to(device, _state_dtype(dtype))
             state |= {"p0": p0, "s": torch.zeros_like(p0)}
-        rows.append(Rows(group, recipe, Flat(params, states), grads))
+        rows.append(MovingGroup(group, recipe, FlatParameters(params, states), grads))
     scalars = torch.tensor(
         [[2e-6, 2e-6, 1e-9, 1.0, 2e-6, 3.0]] * 2, dtype=torch.float64, device=device
     )
@@ -312,14 +321,14 @@ def adamw_example(
     seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Any, ...]:
     """Three odd parameters, one of them without a gradient, in the middle of a run."""
-    params, states, grads = _random(torch.Generator().manual_seed(seed), dtype, device)
+    params, states, grads = _random_parameters(torch.Generator().manual_seed(seed), dtype, device)
     for i, state in enumerate(states):
         state["step"] = torch.tensor(float(i), device=device)
-    flat = Flat(params, states)
-    return flat.param, None, None, flat, grads, AdamRecipe(1e-3, 0.9, 0.999, 1e-8, 0.01)
+    flat = FlatParameters(params, states)
+    return flat.param, None, None, flat, grads, AdamWSettings(1e-3, 0.9, 0.999, 1e-8, 0.01)
 
 
-def _random(
+def _random_parameters(
     generator: torch.Generator, dtype: torch.dtype, device: str
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor | None]]:
     """Parameters, their moments, and their gradients: in fp64 the very numbers of fp32."""
@@ -328,7 +337,7 @@ def _random(
     def draw(wanted: torch.dtype) -> list[Tensor]:
         return [torch.randn(shape, generator=generator).to(device, wanted) for shape in shapes]
 
-    m, v, (first, _, last) = draw(_wide(dtype)), draw(_wide(dtype)), draw(dtype)
+    m, v, (first, _, last) = draw(_state_dtype(dtype)), draw(_state_dtype(dtype)), draw(dtype)
     return (
         draw(dtype),
         [{"exp_avg": 2**-20 * a, "exp_avg_sq": 2**-40 * b.abs()} for a, b in zip(m, v)],
@@ -336,11 +345,11 @@ def _random(
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _runs(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:
+def _runs_with_gradient(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:
     """(begin, end) of consecutive parameters that all have a gradient; one run as a rule."""
     for there, run in groupby(range(len(grads)), lambda i: grads[i] is not None):
         if there:
@@ -348,7 +357,9 @@ def _runs(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:
             yield numbers[0], numbers[-1] + 1
 
 
-def _joined(grads: Sequence[Tensor | None], bounds: Sequence[tuple[int, int, int]]) -> Tensor:
+def _join_gradients(
+    grads: Sequence[Tensor | None], bounds: Sequence[tuple[int, int, int]]
+) -> Tensor:
     """Gradients end to end in one call, zeros between them as in Flat."""
     found, zeros, end = [], None, bounds[0][0]
     for g, (start, count, _) in zip(grads, bounds):
@@ -361,11 +372,11 @@ def _joined(grads: Sequence[Tensor | None], bounds: Sequence[tuple[int, int, int
     return torch.cat(found)
 
 
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+def _cache_pieces(x: Tensor) -> tuple[Tensor, ...]:
     """The whole on an accelerator (fewest launches); on a CPU pieces that stay in its cache."""
     return x.split(32768) if x.device.type == "cpu" else (x,)
 
 
-def _sum(x: Tensor) -> Tensor:
+def _sum_float64(x: Tensor) -> Tensor:
     """The sum in float64: fp32 within a piece (torch sums pairwise), double across pieces."""
     return x.sum().to(torch.float32 if x.device.type == "mps" else torch.float64)

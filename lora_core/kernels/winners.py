@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "lora_core winners 1"
-TWINS = ("reference", "fused", "triton")
+BACKENDS = ("reference", "fused", "triton")
 REPLAYED = ", replayed"  # after a GPU's name: its winners inside a CUDA graph
 ANY = "*"  # a class or dtype that was not measured by itself
 COMMITTED = Path(__file__).with_name("winners.json")
@@ -28,13 +28,13 @@ COMMAND = "python -m benchmarks.kernels --tune"
 ENTRIES = 4096  # of shapes remembered per op, device and dtype, some 1 MB; a run has as many as layers times buckets
 FIELDS = {"op", "dtype", "class", "winner"}  # of a row; "seconds" of the twins are for people
 
-Rows = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> class -> winner
+WinnersByOp = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> class -> winner
 
 
 class Winners(NamedTuple):
     """A device's rows and where they come from."""
 
-    rows: Rows
+    rows: WinnersByOp
     estimated: bool
 
 
@@ -50,7 +50,7 @@ class _Known:
         self.by_shapes: dict[Any, str] = {}
 
 
-def choose(name: str, op: Any, args: tuple[Any, ...]) -> str:
+def choose_winner(name: str, op: Any, args: tuple[Any, ...]) -> str:
     """ "reference", "fused" or "triton": the fastest measured for these arguments' device, dtype (their first tensor's) and class of shapes.
 
     A class that was not measured takes the winner over all that were; an op or dtype that was not takes the device type's estimate. "triton" only
@@ -152,7 +152,7 @@ def cache_file() -> Path:
     )
 
 
-def read(path: Path) -> dict[str, Winners]:
+def read_winners(path: Path) -> dict[str, Winners]:
     """Device -> its winners. ValueError, a sentence, where the file is not such a table."""
     try:
         content = json.loads(path.read_text())
@@ -166,23 +166,27 @@ def read(path: Path) -> dict[str, Winners]:
         raise ValueError(f"{path} is no table of kernels' winners (expected the format {FORMAT!r})")
     tables = {}
     for device, part in content["devices"].items():
-        rows: Rows = {}
+        rows: WinnersByOp = {}
         for row in part.get("rows", [None]) if isinstance(part, dict) else [None]:
-            if not isinstance(row, dict) or not row.keys() >= FIELDS or row["winner"] not in TWINS:
+            if (
+                not isinstance(row, dict)
+                or not row.keys() >= FIELDS
+                or row["winner"] not in BACKENDS
+            ):
                 raise ValueError(
-                    f"{path} has a row for {device} that is none: {row!r} (expected {', '.join(sorted(FIELDS))}, winner of {TWINS})"
+                    f"{path} has a row for {device} that is none: {row!r} (expected {', '.join(sorted(FIELDS))}, winner of {BACKENDS})"
                 )
             rows.setdefault((row["op"], row["dtype"]), {})[row["class"]] = row["winner"]
         tables[device] = Winners(rows, bool(part.get("estimated")))
     return tables
 
 
-def store(path: Path, device: str, part: dict[str, Any]) -> None:
+def store_winners(path: Path, device: str, part: dict[str, Any]) -> None:
     """Puts a device's measurements (command, date, machine, rows) into the table: a row replaces the one of its op, dtype and class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     devices: dict[str, Any] = {}
     if path.exists():
-        read(path)  # nothing is written over a file that is not ours
+        read_winners(path)  # nothing is written over a file that is not ours
         devices = json.loads(path.read_text())["devices"]
     rows = {
         (row["op"], row["dtype"], row["class"]): row
@@ -192,18 +196,18 @@ def store(path: Path, device: str, part: dict[str, Any]) -> None:
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(_written(devices))
     scratch.replace(path)
-    reload()
+    reload_winners()
 
 
-def reload() -> None:
+def reload_winners() -> None:
     """Reads both tables again: at import, so that no traced function opens a file, and after `store`."""
     _memo.clear()
     _said.clear()
-    _tables[:] = [read(COMMITTED)]
+    _tables[:] = [read_winners(COMMITTED)]
     path = cache_file()
     if path.exists():
         try:
-            _tables.insert(0, read(path))
+            _tables.insert(0, read_winners(path))
         except ValueError as error:
             warnings.warn(
                 f"{error}; it is ignored: delete it, or measure again with {COMMAND}", stacklevel=2
@@ -303,4 +307,4 @@ _replayed: list[
 ] = []  # a plain list, as kernels._forced: checkpointing recomputes in autograd's threads
 _said: set[str] = set()
 _tables: list[dict[str, Winners]] = []  # the user's first
-reload()
+reload_winners()

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lora_core import kernels
 from lora_core.errors import UserError
-from lora_core.kernels.flat import forget, lay_out, wide
-from lora_core.kernels.steps import AdamRecipe
+from lora_core.kernels.flat import forget_layout, lay_out_flat, state_dtype
+from lora_core.kernels.steps import AdamWSettings
 
-PLAIN = {
+UNSUPPORTED = {
     "amsgrad": False,
     "maximize": False,
     "differentiable": False,
@@ -43,7 +43,7 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            _check_group(self.param_groups[-1])
         except UserError:
             self.param_groups.pop()
             raise
@@ -51,17 +51,17 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state bit for bit, torch.optim.AdamW's too. Raises UserError when that was made with amsgrad or maximize."""
         for group in state_dict["param_groups"]:
-            if asked := [name for name in PLAIN if group.get(name)]:
+            if asked := [name for name in UNSUPPORTED if group.get(name)]:
                 raise UserError(
                     f"the saved AdamW has {asked[0]}=True, which adamw does not do; resume with torch.optim.AdamW"
                 )
         super().load_state_dict(state_dict)
-        forget(self)
+        forget_layout(self)
         for group, old in zip(self.param_groups, state_dict["param_groups"]):
             for p, index in zip(group["params"], old["params"]):
                 if index in state_dict["state"]:
                     self.state[p] = {
-                        name: _kept(name, value, p)
+                        name: _restore_value(name, value, p)
                         for name, value in state_dict["state"][index].items()
                     }
 
@@ -76,14 +76,14 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if all(p.grad is None for p in group["params"]):
                 continue
-            recipe = AdamRecipe(
+            recipe = AdamWSettings(
                 group["lr"],
                 group["betas"][0],
                 group["betas"][1],
                 group["eps"],
                 group["weight_decay"],
             )
-            for flat in lay_out(self, group, _fresh):
+            for flat in lay_out_flat(self, group, _initial_state):
                 grads = flat.gradients()
                 if any(g is not None for g in grads):
                     kernels.call(
@@ -93,23 +93,23 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
 
-def _fresh(p: Tensor) -> dict[str, Tensor]:
+def _initial_state(p: Tensor) -> dict[str, Tensor]:
     """The state of a parameter at its first gradient."""
     moments = {
-        name: torch.zeros(p.shape, dtype=wide(p), device=p.device)
+        name: torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
         for name in ("exp_avg", "exp_avg_sq")
     }
     return {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
 
 
-def _kept(name: str, value: Any, p: Tensor) -> Tensor:
+def _restore_value(name: str, value: Any, p: Tensor) -> Tensor:
     """A saved state on the parameter's device, in fp32 or better; old torch saved `step` as a number."""
     return torch.as_tensor(value).to(
-        p.device, torch.float32 if name == "step" else wide(p), copy=True
+        p.device, torch.float32 if name == "step" else state_dtype(p), copy=True
     )
 
 
-def _check(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any]) -> None:
     ranges = {
         "lr": bool(group["lr"] >= 0),
         "eps": group["eps"] >= 0,

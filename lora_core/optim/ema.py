@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 
 
-class Average:
+class ParameterAverage:
     """a <- d_n a + (1 - d_n) p after the n-th step, d_n = min(decay, (1 + n) / (10 + n)), n = 1, 2, ...; fp32 or better, started from the parameters.
 
     The warm-up of the decay (TensorFlow's ExponentialMovingAverage, the LDM code's LitEma) lets the average forget its start, where an adapter does

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
-from lora_core.plugins import from_file
+from lora_core.plugins import load_from_file
 from lora_core.prodigy import Prodigy
 
 
-def _warm(step: int, warmup: int) -> float | None:
+def _warmup_factor(step: int, warmup: int) -> float | None:
     return step / max(1, warmup) if step < warmup else None
 
 
@@ -25,21 +25,21 @@ def _progress(step: int, total: int, warmup: int) -> float:
     return (step - warmup) / max(1, total - warmup)
 
 
-def constant(step: int, total: int, warmup: int) -> float:
+def constant_schedule(step: int, total: int, warmup: int) -> float:
     """1 after a linear warm-up."""
-    warm = _warm(step, warmup)
+    warm = _warmup_factor(step, warmup)
     return 1.0 if warm is None else warm
 
 
-def linear(step: int, total: int, warmup: int) -> float:
+def linear_schedule(step: int, total: int, warmup: int) -> float:
     """Falls from 1 to 0 on a straight line, after a linear warm-up."""
-    warm = _warm(step, warmup)
+    warm = _warmup_factor(step, warmup)
     return max(0.0, (total - step) / max(1, total - warmup)) if warm is None else warm
 
 
-def cosine(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
+def cosine_schedule(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
     """(1 + cos(2 pi cycles progress)) / 2 after a linear warm-up; half a cycle ends at 0 (arXiv 1608.03983 without restarts)."""
-    warm = _warm(step, warmup)
+    warm = _warmup_factor(step, warmup)
     return (
         max(0.0, 0.5 * (1 + math.cos(2 * math.pi * cycles * _progress(step, total, warmup))))
         if warm is None
@@ -47,9 +47,9 @@ def cosine(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
     )
 
 
-def cosine_restarts(step: int, total: int, warmup: int, *, cycles: int = 1) -> float:
+def cosine_restarts_schedule(step: int, total: int, warmup: int, *, cycles: int = 1) -> float:
     """`cycles` half cosines from 1 to 0, each beginning anew at 1 (arXiv 1608.03983), after a linear warm-up."""
-    warm, progress = _warm(step, warmup), _progress(step, total, warmup)
+    warm, progress = _warmup_factor(step, warmup), _progress(step, total, warmup)
     if warm is not None:
         return warm
     return (
@@ -57,11 +57,11 @@ def cosine_restarts(step: int, total: int, warmup: int, *, cycles: int = 1) -> f
     )
 
 
-def polynomial(
+def polynomial_schedule(
     step: int, total: int, warmup: int, *, power: float = 1.0, end: float = 0.0
 ) -> float:
     """Falls from 1 to `end` as (1 - progress)^power after a linear warm-up; `end` is a fraction of the learning rate (diffusers: lr_end / lr)."""
-    warm = _warm(step, warmup)
+    warm = _warmup_factor(step, warmup)
     if warm is not None:
         return warm
     return end if step > total else end + (1 - end) * (1 - _progress(step, total, warmup)) ** power
@@ -69,20 +69,24 @@ def polynomial(
 
 # name -> fn(step, total, warmup, **args) -> multiplier of the learning rate; steps count from 0; formulas of diffusers.optimization
 SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "cosine_restarts": cosine_restarts,
-    "polynomial": polynomial,
+    "constant": constant_schedule,
+    "linear": linear_schedule,
+    "cosine": cosine_schedule,
+    "cosine_restarts": cosine_restarts_schedule,
+    "polynomial": polynomial_schedule,
 }
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "prodigy": Prodigy}
-RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
+DEFAULT_RATES = {  # optimiser -> group -> learning rate; adamw: cloneofsimo's lora_pti, prodigy: arXiv 2306.06101
     "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
 }
-DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}  # group -> weight decay
-GIVEN = (
+DEFAULT_WEIGHT_DECAYS = {
+    "denoiser": 0.01,
+    "text_encoder": 0.01,
+    "tokens": 0.0,
+}  # group -> weight decay
+OWN_OPTIONS = (
     "params",
     "lr",
     "weight_decay",
@@ -101,7 +105,7 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
         raise UserError(
             f"schedule {name!r} is unknown; expected one of {known}{_nearest(name, SCHEDULES)}"
         )
-    schedule = SCHEDULES[name] if name in SCHEDULES else from_file(file, function, "function")
+    schedule = SCHEDULES[name] if name in SCHEDULES else load_from_file(file, function, "function")
     check_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
 
     def multiplier(step: int, total: int, warmup: int) -> float:
@@ -129,7 +133,7 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
         return OPTIMIZERS[name]
     file, _, attribute = name.rpartition(":")
     if file.endswith(".py"):
-        return _optimizer_class(from_file(file, attribute, "class"), name)
+        return _optimizer_class(load_from_file(file, attribute, "class"), name)
     path, _, attribute = name.rpartition(".")
     if not path:
         raise UserError(
@@ -161,20 +165,20 @@ def _optimizer_class(found: Any, name: str) -> type[torch.optim.Optimizer]:
 def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
     """Learning rate of each group for an optimiser of RATES, else its class's own default. Raises UserError where there is none."""
     own, names = _default_rate(name), list(groups)
-    if own is None and names and name not in RATES:
+    if own is None and names and name not in DEFAULT_RATES:
         rates = " ".join(f"{group}=1e-4" for group in names)
         raise UserError(
             f"optimizer {name} has no learning rate of its own; give --optimizer.lr, such as {rates}"
         )
-    return {group: RATES.get(name, {}).get(group, own) for group in names}  # type: ignore[misc]
+    return {group: DEFAULT_RATES.get(name, {}).get(group, own) for group in names}  # type: ignore[misc]
 
 
 def _default_rate(name: str) -> float | None:
-    own = arguments(name)["lr"].default if "lr" in arguments(name) else None
+    own = optimizer_arguments(name)["lr"].default if "lr" in optimizer_arguments(name) else None
     return float(own) if isinstance(own, float | int) else None
 
 
-def arguments(name: str) -> Mapping[str, inspect.Parameter]:
+def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """What the class of an optimiser takes."""
     return inspect.signature(resolve_optimizer(name)).parameters
 
@@ -194,16 +198,18 @@ def group_settings(
     """
     names = list(groups)
     rates = default_rates(name, [group for group in names if group not in lr]) | dict(lr)
-    decays = bool(decay) or "weight_decay" in arguments(name)
+    decays = bool(decay) or "weight_decay" in optimizer_arguments(name)
     settings: dict[str, dict[str, Any]] = {}
     for group in names:
         settings[group] = {"name": group, "lr": rates[group]}
-        settings[group] |= {"weight_decay": decay.get(group, DECAYS[group])} if decays else {}
+        settings[group] |= (
+            {"weight_decay": decay.get(group, DEFAULT_WEIGHT_DECAYS[group])} if decays else {}
+        )
         settings[group] |= {"betas": tuple(betas[group])} if group in betas else {}
     return settings
 
 
-def split(
+def split_lora_plus(
     groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float
 ) -> list[dict[str, Any]]:
     """The groups of a LoRA+ optimiser (arXiv 2402.12354): every group named in `ups` becomes two of its name, the rest and its `ups` at lr * ratio.
@@ -232,18 +238,20 @@ def split(
     return found
 
 
-def build(
+def build_optimizer(
     name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """The optimiser over named parameter groups, with further arguments of its class; UserError for what the class does not take or refuses."""
     for option in ("weight_decay", "betas"):
-        if option not in arguments(name) and any(option in group for group in groups):
+        if option not in optimizer_arguments(name) and any(option in group for group in groups):
             raise UserError(
                 f"{name} takes no {option}; leave --optimizer.{option.replace('_', '-')} out"
             )
-    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=GIVEN)
+    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
     rate = (
-        {"lr": groups[0]["lr"]} if "lr" in arguments(name) and _default_rate(name) is None else {}
+        {"lr": groups[0]["lr"]}
+        if "lr" in optimizer_arguments(name) and _default_rate(name) is None
+        else {}
     )  # a class may insist; the groups have theirs
     try:
         return resolve_optimizer(name)(groups, **rate, **args)
@@ -256,7 +264,7 @@ def build(
 
 
 @contextmanager
-def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def use_evaluation_parameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it the parameters are those that a schedule-free optimiser (arXiv 2405.15682) means to be used; any other changes nothing.
 
     Such an optimiser trains at one point and evaluates at another, between which its methods train() and eval() move the parameters, with rounding.
@@ -284,7 +292,9 @@ def is_schedule_free(optimizer: torch.optim.Optimizer | type[torch.optim.Optimiz
     )
 
 
-def distance(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Tensor | float | None:
+def read_distance(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> Tensor | float | None:
     """The distance estimate d of a group, with Prodigy (arXiv 2306.06101) and its relatives: a copy. None where "d" is a setting or nothing."""
     d = group.get("d")
     if "d" in inspect.signature(type(optimizer)).parameters:  # torch's Adafactor clips at a d
@@ -314,11 +324,11 @@ def check_arguments(
             )
 
 
-SMALL = 2**18  # elements whose copy end to end is cheaper on a CPU than a norm of each tensor
+SMALL_CLIP = 2**18  # elements whose copy end to end is cheaper on a CPU than a norm of each tensor
 
 
 @torch.no_grad()
-def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_gradients_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """The global L2 norm of the gradients before clipping (0-dim fp64 tensor on their device), which are scaled to norm `max_norm` if it is larger.
 
     torch's clip_grad_norm_ with the norm in float64 (its fp32 norm of a long tensor on the CPU is off by 3e-5); waits for nothing.
@@ -333,13 +343,13 @@ def clip_(params: Iterable[Tensor], max_norm: float) -> Tensor:
         raise UserError(
             f"the gradient norm to clip at is {max_norm}; expected a positive number (inf only measures)"
         )
-    if grads[0].device.type == "cpu" and sum(g.numel() for g in grads) < SMALL:
+    if grads[0].device.type == "cpu" and sum(g.numel() for g in grads) < SMALL_CLIP:
         norm = torch.linalg.vector_norm(
             torch.cat([g.reshape(-1) for g in grads]), dtype=torch.float64
         )
     else:
         norm = torch.linalg.vector_norm(
-            torch.stack(torch._foreach_norm(grads, 2.0, _wide(grads[0])))
+            torch.stack(torch._foreach_norm(grads, 2.0, _norm_dtype(grads[0])))
         )
     if max_norm < math.inf:
         _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # 1e-6: torch's
@@ -450,7 +460,7 @@ def _scale_(tensors: list[Tensor], factor: Tensor) -> None:
     torch._foreach_mul_(tensors, factor.to(torch.promote_types(tensors[0].dtype, torch.float32)))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _norm_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 
-from lora_core.adapters.custom_files import ENDING
+from lora_core.adapters.custom_files import CUSTOM_ADAPTER_ENDING
 from lora_core.errors import UserError, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
-from lora_core.runs.run_folder import atomic
-from lora_core.tokens import Abstraction, bind
+from lora_core.runs.run_folder import atomic_write
+from lora_core.tokens import Placeholder, bind_placeholders
 
 IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*")  # what `push` leaves on this disk
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,7 +23,7 @@ TEXT, TOKENIZER = "text_encoder", "tokenizer"  # text_encoder_2 reads what token
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a card says that is not to be seen in the folder. Prompts have the placeholder words, not the tokens."""
 
     base_model: str  # folder or hub id
@@ -42,18 +42,18 @@ class Card:
     rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
-def write(card: Card, folder: str | Path) -> Path:
+def write_card(card: ModelCard, folder: str | Path) -> Path:
     """The README.md now in a finished run folder. It speaks of the files that are there: LoRA, token rows, a whole model in model/, pictures."""
     folder = Path(folder).resolve()
     parts = [_title(card, folder), _picture(folder), _words(card), _files(card, folder), _diffusers(card, folder), _elsewhere(card, folder)]
     body = "\n\n".join(part for part in [*parts, _trained(card)] if part)
-    with atomic(folder / "README.md") as temporary:
+    with atomic_write(folder / "README.md") as temporary:
         text = f"---\n{_front(card, folder).to_yaml()}\n---\n\n{body}\n"
         temporary.write_text(printable(text), encoding="utf-8")
     return folder / "README.md"
 
 
-def check_target(repo_id: str) -> None:
+def check_push_target(repo_id: str) -> None:
     """Makes the hub repository where it is missing and asks whether this login may write to it. Raises UserError where it may not."""
     try:
         api = HfApi()
@@ -66,7 +66,7 @@ def check_target(repo_id: str) -> None:
         raise UserError(f"--push-to-hub {repo_id} cannot be written to: {reason}; {cure}") from None
 
 
-def push(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
+def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
     """The address of the hub repository that now has the run's files; it is made where it does not exist.
 
     `ignore`: globs on paths relative to the folder. Raises UserError when the hub refuses or cannot be reached: the folder is as it was.
@@ -85,7 +85,7 @@ def push(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -
 # ---------------------------------------------------------------- front matter
 
 
-def _front(card: Card, folder: Path) -> ModelCardData:
+def _front(card: ModelCard, folder: Path) -> ModelCardData:
     """base_model is left out for the hub where it is a folder here, which the hub refuses."""
     local = Path(card.base_model).is_dir() or not HUB_ID.fullmatch(card.base_model)
     has = {"lora": (folder / NATIVE).is_file(), "textual-inversion": bool(_rows(folder))}
@@ -109,7 +109,7 @@ def _pictures(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- body
 
 
-def _title(card: Card, folder: Path) -> str:
+def _title(card: ModelCard, folder: Path) -> str:
     what = {
         f"a LoRA ({NATIVE})": (folder / NATIVE).is_file(),
         "learned tokens": bool(_rows(folder)),
@@ -124,7 +124,7 @@ def _picture(folder: Path) -> str:
     return f"![{folder.name}]({found[-1]})" if found else ""
 
 
-def _words(card: Card) -> str:
+def _words(card: ModelCard) -> str:
     """How to name in a prompt what was learned."""
     if not card.words:
         prompt = card.instance_prompt or _example(card)
@@ -143,12 +143,12 @@ def _words(card: Card) -> str:
     )
 
 
-def _files(card: Card, folder: Path) -> str:
+def _files(card: ModelCard, folder: Path) -> str:
     kinds = {
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": "the same LoRA under kohya's names, for A1111 and ComfyUI",
         f"{folder.name}{EMBEDDINGS}": "rows of the learned tokens: " + ", ".join(_rows(folder)),
-        f"{folder.name}{ENDING}": "the adapter's own parameters, which have no low-rank form: lora_core.adapters.custom_files.load_adapters reads them",
+        f"{folder.name}{CUSTOM_ADAPTER_ENDING}": "the adapter's own parameters, which have no low-rank form: lora_core.adapters.custom_files.load_adapters reads them",
         "model": "the whole model, what was learned folded in, in the diffusers layout",
         "config.toml": card.rerun or "the run's settings: `python train.py config.toml` repeats it",
     }
@@ -156,7 +156,7 @@ def _files(card: Card, folder: Path) -> str:
     return "\n".join(["## Files", "", *rows]) if rows else ""
 
 
-def _diffusers(card: Card, folder: Path) -> str:
+def _diffusers(card: ModelCard, folder: Path) -> str:
     """Lines that run as they are, in the folder or, for a card of the hub, anywhere."""
     rows, lora = _rows(folder), (folder / NATIVE).is_file()
     where = f"snapshot_download({json.dumps(card.repo)})" if card.repo else '"."  # where this file is'
@@ -176,7 +176,7 @@ def _diffusers(card: Card, folder: Path) -> str:
     return "\n".join(["## diffusers", "", "```python", *lines, "```"])
 
 
-def _load_rows(card: Card, component: str, key: str) -> str:
+def _load_rows(card: ModelCard, component: str, key: str) -> str:
     """The line that gives one text encoder its rows of all tokens."""
     names = json.dumps([name for names in card.words.values() for name in names], ensure_ascii=False)
     tokenizer = component.replace(TEXT, TOKENIZER)
@@ -192,7 +192,7 @@ def _mend_end(component: str, end: int) -> list[str]:
     ]
 
 
-def _elsewhere(card: Card, folder: Path) -> str:
+def _elsewhere(card: ModelCard, folder: Path) -> str:
     """A1111 and ComfyUI: where the files go, and the prompt. There a file of tokens is called by its name, all rows at once."""
     lora, rows = (folder / f"{folder.name}.safetensors").is_file(), bool(_rows(folder))
     if not lora and not rows:
@@ -211,7 +211,7 @@ def _elsewhere(card: Card, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _trained(card: Card) -> str:
+def _trained(card: ModelCard) -> str:
     lines = []
     if card.training:
         rows = [f"| {name} | {_cell(value)} |" for name, value in card.training.items()]
@@ -239,13 +239,13 @@ def _rows(folder: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _bound(card: Card, prompt: str, spelling: Mapping[str, str] | None = None) -> str:
+def _bound(card: ModelCard, prompt: str, spelling: Mapping[str, str] | None = None) -> str:
     """The prompt with every placeholder word replaced by its tokens, or by another spelling."""
     names = {word: tuple(tokens) for word, tokens in card.words.items()} | {word: (name,) for word, name in (spelling or {}).items()}
-    return bind(prompt, [Abstraction(word, tokens) for word, tokens in names.items()])
+    return bind_placeholders(prompt, [Placeholder(word, tokens) for word, tokens in names.items()])
 
 
-def _example(card: Card, spelling: Mapping[str, str] | None = None) -> str:
+def _example(card: ModelCard, spelling: Mapping[str, str] | None = None) -> str:
     return _bound(card, card.prompts[0] if card.prompts else card.instance_prompt, spelling)
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora_core.errors import UserError
-from lora_core.formats import run_files
-from lora_core.runs.run_folder import MARKS, is_run, some_names, temporary_name
+from lora_core.formats import run_file_names
+from lora_core.runs.run_folder import MARKS, is_run, first_names, temporary_name
 
 # The longest path below OUT, beside those with the run's own name.
 LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
 
-def check_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
+def check_apart_from_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
     """Raises UserError naming the option whose file or folder a run in `out` would be mixed with
     or, by `overwrite`, would move away.
 
@@ -43,7 +43,7 @@ def check_overwritten(out: Path | str) -> None:
         raise UserError(f"--overwrite would move {out}, where a disk or a volume is mounted; name a folder in it, or another --out")
     if not is_run(folder):
         raise UserError(
-            f"--overwrite moves runs only, and {out} is none: it holds {some_names(folder)} and none of {', '.join(MARKS[:3])}; name another --out"
+            f"--overwrite moves runs only, and {out} is none: it holds {first_names(folder)} and none of {', '.join(MARKS[:3])}; name another --out"
         )
     runs = sorted(name for name in held if name != MARKS[2] and is_run(folder / name))
     if runs:
@@ -66,15 +66,15 @@ def check_writable(out: Path | str) -> None:
         raise UserError(f"--out {out} cannot be written: {there} is read-only or another user's; name another --out or mend its permissions")
 
 
-def check_names(out: Path | str) -> None:
+def check_file_names(out: Path | str) -> None:
     """Raises UserError where a file of the run in `out`, temporary names included, has a name or a
     path too long for the file system."""
     folder = Path(os.path.abspath(out))
-    files = [temporary_name(folder / name) for name in run_files(folder.name)]
-    check_lengths("--out", [*files, folder / LONGEST_WITHIN, folder.with_name(folder.name + ".bak")])
+    files = [temporary_name(folder / name) for name in run_file_names(folder.name)]
+    check_path_lengths("--out", [*files, folder / LONGEST_WITHIN, folder.with_name(folder.name + ".bak")])
 
 
-def check_lengths(option: str, files: Iterable[Path]) -> None:
+def check_path_lengths(option: str, files: Iterable[Path]) -> None:
     """Raises UserError for the first of `files` whose name or path is too long where it is to be
     written; `option` is what named it."""
     for file in files:

@@ -86,7 +86,7 @@ class FolderLock:
             self.file.flush()
 
 
-def check_single(environment: Mapping[str, str]) -> None:
+def check_single_process(environment: Mapping[str, str]) -> None:
     """Raises UserError where this process is one of several: each would train the same run and write to the same folder."""
     counts = {name: environment.get(name, "") for name in RANKS}
     if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":  # a batch script has the tasks of its job, and is one process
@@ -97,7 +97,7 @@ def check_single(environment: Mapping[str, str]) -> None:
                             "on the GPU that --device names")  # fmt: skip
 
 
-def check_free(folder: Path) -> None:
+def check_lock_free(folder: Path) -> None:
     """Raises UserError, naming process and machine, where another process holds the folder's lock.
 
     Changes nothing.

@@ -15,13 +15,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import atomic
+from lora_core.runs.run_folder import atomic_write
 
 INK, PAPER = "#1b1f24", "#ffffff"
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One row of a grid: a label on the left, images, and a caption under each."""
 
     label: str
@@ -43,11 +43,11 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def grid(rows: Sequence[Row], *, title: str = "", cell: int = 192) -> Image.Image:
+def draw_grid(rows: Sequence[ImageRow], *, title: str = "", cell: int = 192) -> Image.Image:
     """All rows in one picture, each image scaled to `cell` pixels wide with Lanczos, labels on the left, captions underneath."""
     font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
     gap, margin, line = 10, 14, 16
@@ -80,7 +80,7 @@ def _wrap(text: str, width: float, advance: float) -> list[str]:
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def plot(
+def plot_lines(
     series: Series, path: Path, *, axes: tuple[str, str], title: str = "", log: bool = False, errors: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """A line plot of named (x, y) series as PNG; with `errors` (one per point), error bars."""
@@ -95,7 +95,7 @@ def plot(
             axis.legend(edgecolor="white")
 
 
-def plot_over(filled: Series, series: Series, path: Path, *, axes: tuple[str, str, str], title: str = "", log: bool = False) -> None:
+def plot_steps_and_lines(filled: Series, series: Series, path: Path, *, axes: tuple[str, str, str], title: str = "", log: bool = False) -> None:
     """As PNG: `filled` as steps on the left axis, from 0, and lines of `series` over it on the right axis, which `log` makes logarithmic.
 
     `axes` names x, left and right. x are the middles of equal bins.
@@ -129,13 +129,13 @@ def _figure(path: Path) -> Iterator[Any]:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
         yield axis
-        with atomic(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     finally:
         plt.close(figure)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Running mean over the last `window` values."""
     total, out = 0.0, []
     for i, value in enumerate(values):

@@ -115,16 +115,16 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
     written = []
     if "loss" in columns:
         steps, loss = columns["loss"]
-        series = {"every step": (steps, loss), "mean of 50": (steps, pictures.smooth(loss, 50))}
+        series = {"every step": (steps, loss), "mean of 50": (steps, pictures.running_mean(loss, 50))}
         written.append(folder / "loss.png")
-        pictures.plot(series, written[-1], axes=("step", "training loss"), title="training loss (mostly says which timesteps were drawn)")
+        pictures.plot_lines(series, written[-1], axes=("step", "training loss"), title="training loss (mostly says which timesteps were drawn)")
     distances = {name: columns[name] for name in columns if name == "d" or name.startswith("d_")}
     if distances:
         written.append(folder / "d.png")
-        pictures.plot(distances, written[-1], axes=("step", "d"), title="Prodigy's distance estimate", log=True)
+        pictures.plot_lines(distances, written[-1], axes=("step", "d"), title="Prodigy's distance estimate", log=True)
     if len(columns["val_loss"][0]) > 1:
         written.append(folder / "val.png")
-        pictures.plot({scored: columns["val_loss"]}, written[-1], axes=("step", "loss"), title=f"{scored}, at fixed timesteps and noise")
+        pictures.plot_lines({scored: columns["val_loss"]}, written[-1], axes=("step", "loss"), title=f"{scored}, at fixed timesteps and noise")
     return written
 
 
@@ -139,17 +139,17 @@ class Objective:
 
     schedule: Schedule
     prediction: str  # a row of PREDICTIONS
-    density: Callable[[Tensor], Tensor] | None = None  # as noise.density returns it; None: uniform
+    density: Callable[[Tensor], Tensor] | None = None  # as noise.bind_density returns it; None: uniform
     low: float = 0.0
     high: float = 1.0
     shift: float = 1.0
-    space: str = "model"  # of prediction.compared
+    space: str = "model"  # of prediction.to_loss_space
     loss: str = "mse"  # only named
     weighting: str = "none"
     args: Mapping[str, float] = field(default_factory=dict)  # of the weighting
 
 
-class Bins(NamedTuple):
+class TimestepBins(NamedTuple):
     """Equal stretches of the timesteps, from clean to pure noise; [n] each, float64."""
 
     t: Tensor  # the middle
@@ -159,42 +159,42 @@ class Bins(NamedTuple):
     product: Tensor  # share of the sum of the weights of all draws; sums to 1
 
 
-def bins(objective: Objective, count: int) -> Bins:
+def timestep_bins(objective: Objective, count: int) -> TimestepBins:
     """How draws and weights are spread over `count` equal stretches of the timesteps; evenly spaced numbers stand for random ones."""
     o, schedule = objective, objective.schedule.to("cpu")
     low, high = (schedule.ts[0].item(), schedule.ts[-1].item()) if schedule.t_max is None else (0.0, schedule.t_max)
     half = {"vp": 0.5, "flow": -0.5 / len(schedule), "edm": 0.0}[schedule.kind]  # row t stands for t ... t + 1; row sigma for what is just below
     u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
-    drawn = noise.place(schedule, u, low=o.low, high=o.high, density=o.density, shift=o.shift)
+    drawn = noise.levels_at_quantiles(schedule, u, low=o.low, high=o.high, density=o.density, shift=o.shift)
     place = ((drawn.t.double() + half - low) / (high - low) * count).long().clamp(0, count - 1)
 
     def weigh(level: NoiseLevel) -> Tensor:
-        return losses.weight(o.weighting, level, o.prediction, space=o.space, **o.args).double()
+        return losses.loss_weights(o.weighting, level, o.prediction, space=o.space, **o.args).double()
 
     middles = low + (torch.arange(count, dtype=torch.float64) + 0.5) / count * (high - low)
     level = schedule.level(middles.clamp(max=schedule.ts[-1].item()))
     product = torch.zeros(count, dtype=torch.float64).index_add(0, place, weigh(drawn))
     share = torch.bincount(place, minlength=count).double() / DRAWS
-    return Bins(middles, level, share, weigh(level), product / product.sum())
+    return TimestepBins(middles, level, share, weigh(level), product / product.sum())
 
 
 def preview_table(objective: Objective) -> str:
     """Ten stretches of the timesteps with their noise level, the share of the draws, the weight, and the share of draws x weight."""
-    b = bins(objective, 10)
+    b = timestep_bins(objective, 10)
     lines = [f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10} {'draws x weight':>15}   from clean to pure noise"]
     for t, sigma, snr, share, weight, product in zip(b.t, b.level.sigma, b.level.snr, b.share, b.weight, b.product):
-        shown = validation.timestep(t.item())
+        shown = validation.format_timestep(t.item())
         lines.append(f"{shown:>9} {sigma:8.4f} {snr.log():+8.2f} {share:7.1%} {weight:10.4g} {product:15.1%}")
     return "\n".join(lines)
 
 
 def preview_density(objective: Objective, path: Path) -> Path:
     """Prints `preview_table` and writes the same as a plot to `path`: draws, weight, and draws x weight over the timesteps. Returns `path`."""
-    b, o = bins(objective, BINS), objective
-    words, t, weights = losses.meaning(o.weighting, o.prediction, o.space, loss=o.loss, **o.args), b.t.tolist(), b.weight.tolist()
+    b, o = timestep_bins(objective, BINS), objective
+    words, t, weights = losses.describe_loss(o.weighting, o.prediction, o.space, loss=o.loss, **o.args), b.t.tolist(), b.weight.tolist()
     print(f"{words}\n{preview_table(o)}")
     unit = {"vp": "timestep", "flow": "timestep = sigma", "edm": "timestep = ln(sigma) / 4"}[o.schedule.kind]
-    pictures.plot_over(
+    pictures.plot_steps_and_lines(
         {"draws": (t, (b.share * BINS).tolist()), "draws x weight": (t, (b.product * BINS).tolist())},
         {"weight": (t, weights)},
         path,

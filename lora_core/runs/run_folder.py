@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
 
 
 @contextlib.contextmanager
-def atomic(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any
     error removes it and leaves an old `path` as it was.
 
@@ -68,13 +68,13 @@ def is_run(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in MARKS)
 
 
-def some_names(folder: Path) -> str:
+def first_names(folder: Path) -> str:
     """The first three names in a folder, for a sentence about what it holds."""
     held = sorted(path.name for path in folder.iterdir())
     return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
 
 
-def hold_folder(folder: Path) -> FolderLock:
+def lock_folder(folder: Path) -> FolderLock:
     """The lock on the folder of a run, made where it is missing. Raises UserError where another
     process has it, or the disk refuses.
     """
@@ -126,7 +126,7 @@ class Run:
             raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
         if occupied and not overwrite and not is_run(folder):
             wanted = "the folder of the run to resume" if resume else "another --out"
-            raise UserError(f"{out} holds {some_names(folder)} and none of a run's {', '.join(MARKS[:3])}; name {wanted}")
+            raise UserError(f"{out} holds {first_names(folder)} and none of a run's {', '.join(MARKS[:3])}; name {wanted}")
         if occupied and not resume and not overwrite:
             raise UserError(
                 f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
@@ -136,7 +136,7 @@ class Run:
 
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
-        with atomic(self.folder / name) as temporary:
+        with atomic_write(self.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return self.folder / name
 
@@ -200,7 +200,7 @@ class Run:
                 if (folder / SUMS).is_file() and (folder / SUMS).read_text(encoding="utf-8") != _sums(folder):  # older ones have none
                     raise ValueError(f"its files are not those of {SUMS}")
                 tensors = load_file(folder / "state.safetensors")
-                if bad := not_finite(tensors):
+                if bad := nonfinite_names(tensors):
                     raise ValueError(f"{bad[0]} holds NaN or infinity")
                 return Checkpoint(state["step"], tensors, state["meta"])
             except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -233,11 +233,11 @@ class Run:
             if not path.is_file():
                 continue
             kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, step)]
-            with atomic(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
 
-def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
+def nonfinite_names(tensors: Mapping[K, Tensor]) -> list[K]:
     """The names of the tensors that hold NaN or infinity. Waits for a GPU once."""
     floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not floating:
@@ -249,7 +249,7 @@ def not_finite(tensors: Mapping[K, Tensor]) -> list[K]:
     return [name for name, good in zip(floating, largest.isfinite().tolist()) if not good]
 
 
-def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
+def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None;
     `unflatten` gives the same tree, floats to the bit.
 
@@ -279,19 +279,19 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     return tensors, encode(tree, "")
 
 
-def unflatten(tensors: dict[str, Tensor], meta: Any) -> Any:
+def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
     """The tree that `flatten` took apart."""
     if isinstance(meta, list):
-        return [unflatten(tensors, item) for item in meta]
+        return [unflatten_state(tensors, item) for item in meta]
     if not isinstance(meta, dict):
         return meta
     if "$" not in meta:
-        return {key: unflatten(tensors, value) for key, value in meta.items()}
+        return {key: unflatten_state(tensors, value) for key, value in meta.items()}
     if meta["$"] == "tensor":
         return tensors[meta["name"]]
     if meta["$"] == "float":
         return float(meta["text"])
-    items = unflatten(tensors, meta["items"])
+    items = unflatten_state(tensors, meta["items"])
     return tuple(items) if meta["$"] == "tuple" else {key: value for key, value in items}
 
 

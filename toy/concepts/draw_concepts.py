@@ -12,7 +12,16 @@ from random import Random
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from toy.composites import petal
-from toy.draw import BACKGROUNDS, PLACES, Scene, backdrop, background_phrase, place, render, scene
+from toy.draw import (
+    BACKGROUNDS,
+    PLACES,
+    Scene,
+    background_phrase,
+    draw_backdrop,
+    draw_place,
+    render_scene,
+    scene,
+)
 from toy.shapes import LIGHT, RGB, Pen, spokes
 
 SIZE = 128  # pixels of the committed pictures: room for crops at 64
@@ -105,9 +114,9 @@ def canvas(background: str, style: str, size: int, rng: Random) -> Image.Image:
     """A background of the toy world, side size * OVERSAMPLE."""
     side = size * OVERSAMPLE
     return (
-        place(background, side, rng)
+        draw_place(background, side, rng)
         if background in PLACES
-        else backdrop(background, style, side, rng)
+        else draw_backdrop(background, style, side, rng)
     )
 
 
@@ -131,7 +140,7 @@ def render_concept(
 
 def inkwash(s: Scene, size: int = 64) -> Image.Image:
     """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line; colour is gone."""
-    grey = ImageOps.autocontrast(render(s, size * 2).convert("L"))
+    grey = ImageOps.autocontrast(render_scene(s, size * 2).convert("L"))
     edges = ImageChops.lighter(
         *(
             ImageChops.difference(grey, ImageChops.offset(grey, dx, dy))
