@@ -174,7 +174,8 @@ def outline(path: str, config: str = "") -> Layout:
     opened = open_single_file(path, config)
     index = read_json(str(opened.folder), "model_index.json")
     locate_networks(opened.folder)
-    return (sdxl if _is_sdxl(index) else sd).outline(str(opened.folder))
+    read = sdxl.read_sdxl_layout if _is_sdxl(index) else sd.read_sd_layout
+    return read(str(opened.folder))
 
 
 def noise_of(
@@ -183,9 +184,8 @@ def noise_of(
     """(schedule, row of PREDICTIONS) of the model in a single file: its configs', what markers in the file say, and then `changes`."""
     opened = open_single_file(path, config, changes)
     index = read_json(str(opened.folder), "model_index.json")
-    return (sdxl if _is_sdxl(index) else sd).noise_of(
-        str(opened.folder), {**opened.marks, **changes}, resolution
-    )
+    read = sdxl.read_sdxl_schedule if _is_sdxl(index) else sd.read_sd_schedule
+    return read(str(opened.folder), {**opened.marks, **changes}, resolution)
 
 
 # ---------------------------------------------------------------- files and folders

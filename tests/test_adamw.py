@@ -143,7 +143,7 @@ def test_a_tensor_lr_a_scale_and_an_overflow(
     mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(kernels.loops, "library", lambda: None)
+        monkeypatch.setattr(kernels.loops, "load_library", lambda: None)
     plain, params = parameters(), parameters()
     expected = train(AdamW(plain, lr=0.1), plain, range(3))
     optimizer = AdamW(params, lr=torch.tensor(0.1, dtype=torch.float64))
@@ -174,13 +174,13 @@ def test_without_a_compiler_one_line_says_so(
     """And torch's fused kernel takes over, for fp64 to the same 1e-12."""
     found = []
     for compiler in ("", "/no/such/compiler"):
-        kernels.loops.library.cache_clear()
+        kernels.loops.load_library.cache_clear()
         monkeypatch.setenv("CC", compiler)
         params = parameters()
         found.append(train(AdamW(params), params, range(4), skip=1))
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and ("no compiled loops (" in said) == bool(compiler)
-    kernels.loops.library.cache_clear()
+    kernels.loops.load_library.cache_clear()
     assert error(*found) < 1e-12
 
 

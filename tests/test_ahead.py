@@ -20,7 +20,7 @@ BAD = """
 import triton
 import triton.language as tl
 
-from lora_core.kernels.ahead import Build, check, fault
+from lora_core.kernels.ahead import Build, compile_build, find_fault
 
 
 @triton.jit
@@ -42,23 +42,23 @@ def copy_kernel(x, y, n, B: tl.constexpr):
 signature = {"x": "*bf16", "y": "*fp32", "n": "i32", "B": "constexpr"}
 for kernel, warps in ((greedy_kernel, 1), (copy_kernel, 4)):
     build = Build(kernel, signature, {"B": 128}, warps, 2, True)
-    print(fault(build, 80, check(build, 80)))
-spilling = check(build, 80)._replace(shared=100 * 1024, kinds=("mma",))
-print(fault(build, 89, spilling) or "fits", "/", fault(build, 90, spilling) or "fits")
+    print(find_fault(build, 80, compile_build(build, 80)))
+spilling = compile_build(build, 80)._replace(shared=100 * 1024, kinds=("mma",))
+print(find_fault(build, 89, spilling) or "fits", "/", find_fault(build, 90, spilling) or "fits")
 """
 
 # The first configuration of each kernel, on sm_90.
 FIRST = """
 import json
 
-from lora_core.kernels.ahead import builds, check, fault
+from lora_core.kernels.ahead import compile_build, find_builds, find_fault
 
 first = {}
-for module, build in builds(False):
+for module, build in find_builds(False):
     first.setdefault(build.kernel, (module, build))
 for module, build in first.values():
-    found, name = check(build, 90), f"{module}.{build.name or build.kernel.__name__}"
-    print(json.dumps({"kernel": name, "arch": 90, "fault": fault(build, 90, found), **found._asdict()}))
+    found, name = compile_build(build, 90), f"{module}.{build.name or build.kernel.__name__}"
+    print(json.dumps({"kernel": name, "arch": 90, "fault": find_fault(build, 90, found), **found._asdict()}))
 """
 
 

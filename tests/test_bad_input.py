@@ -274,7 +274,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "density args": (
         {"noise": {"density_args": {"mean": 1.0}}},
-        "--noise.bind_density-args has no effect without --noise.bind_density",
+        "--noise.density-args has no effect without --noise.density",
     ),
     "encoders": (
         ONLY | {"tokens": {"encoders": ("t5",)}},
@@ -767,7 +767,7 @@ def test_ctrl_c_before_the_first_step_claims_nothing(
         and not Path(config.out).exists()
     )
     with monkeypatch.context() as patch:
-        interrupt_in(patch, train.results, "validate", 1)
+        interrupt_in(patch, train.results, "run_validation", 1)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
     assert "no step is saved" in error and "--resume" not in error
@@ -779,7 +779,7 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(
 ) -> None:
     for owner, name, at, step in (
         (Session, "prepare", 1, 1),
-        (train.results, "before_after", 1, 2),
+        (train.results, "before_after_grid", 1, 2),
     ):
         with (
             monkeypatch.context() as patch,

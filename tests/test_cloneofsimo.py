@@ -288,7 +288,7 @@ def test_diffusers_loads_the_converted_real_file_to_the_same_updates(
 ):
     """diffusers' and peft's own code from file to delta W, on networks of full size."""
     (unet, text, layout), state, name = full, disney[2], format.__name__.rpartition(".")[2]
-    write_tensors(tmp_path / "x.safetensors", *format.write(state, layout, "x"))
+    write_tensors(tmp_path / "x.safetensors", *getattr(format, f"write_{name}")(state, layout, "x"))
     tensors, alphas = StableDiffusionPipeline.lora_state_dict(
         str(tmp_path / "x.safetensors"), unet_config=unet.config
     )[:2]

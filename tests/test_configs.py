@@ -136,7 +136,7 @@ FLUX = PRODIGY | {
     "model": "black-forest-labs/FLUX.1-dev",
     "batch_size": 1,
     "noise.guidance": 3.5,
-    "noise.bind_density": "uniform",
+    "noise.density": "uniform",
     "weighting": "none",
 }
 LORA = {"adapter.rank": 8, "optimizer.lr": {"denoiser": 1.0, "tokens": 1.0}}

@@ -28,7 +28,7 @@ FORMS = '''
 import torch
 from torch import nn
 from lora_core.errors import UserError
-from lora_core.adapters import LoRA
+from lora_core.adapters.kinds import LoRA
 
 class Shift(nn.Module):
     """delta W = one number a layer."""

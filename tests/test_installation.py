@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODULES = ("lora_core", "merging", "models", "toy")
+MODULES = ("lora_core", "merging", "models", "toy", "training")
 OPTIONAL = {
     "datasets",
     "pillow-heif",
@@ -41,8 +41,8 @@ assert infer.main([*drawn, "--out", out + "/image.png"]) == 0
 lora = out + "/run/pytorch_lora_weights.safetensors"
 assert merge.main(["mix", f"0.5*{lora}", "--out", out + "/half.safetensors"]) == 0
 assert merge.main(["fold", "toy/model", lora, out + "/model"]) == 0
-from toy.sample import load
-load()
+from toy.sample import load_networks
+load_networks()
 """
 
 

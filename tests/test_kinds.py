@@ -445,5 +445,5 @@ def test_bad_dropouts_and_missing_row_keys_are_refused(name):
     ):
         AdapterSpec(targets=("*",), **{name: 1.0})
     model = injected("lora", **{name: 0.5})
-    with pytest.raises(UserError, match=r"conv has dropout; call adapters\.set_dropout"):
+    with pytest.raises(UserError, match=r"conv has dropout; call injection\.set_dropout_keys"):
         model(noise(3, 4, 6, 5))

@@ -380,7 +380,9 @@ def optim_name(own: str, function: str) -> Any:
 def test_schedules_are_called_before_any_work(
     config: Config, own: str, monkeypatch: pytest.MonkeyPatch, name: str, args: Any, said: str
 ) -> None:
-    monkeypatch.setattr(setup.data, "scan", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(
+        setup.dataset, "scan_folder", lambda *_, **__: pytest.fail("images were read")
+    )
     for c in (
         replace(
             config, optimizer=OptimizerConfig(schedule=optim_name(own, name), schedule_args=args)

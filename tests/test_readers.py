@@ -710,7 +710,7 @@ def test_comfyuis_names_of_fused_and_turned_layers(flow, tmp_path):
     state = flow_state(flow, flow.components["transformer"].shapes)
     kohya, comfy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     formats.save(state, kohya, format="kohya", layout=flow)
-    part = formats.fused.stored(flow).components["transformer"]
+    part = formats.joined_layers.join_layout(flow).components["transformer"]
     dotted = {
         ("lora_unet." + part.names.get(path, path)).replace(".", "_"): "diffusion_model."
         + part.names.get(path, path)

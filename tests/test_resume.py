@@ -22,19 +22,20 @@ STEPS, EVERY = (4, 5), 3
 # Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
 CHILD = """
 import json, os, signal, sys
-import session, train, lora_core.runs.run_folder
+from training import setup
+import train, lora_core.runs.run_folder
 from pathlib import Path
 from lora_core.toml import read_toml
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def dying_step(at):
-    whole = session.Session.inputs
+    whole = setup.Session.inputs
     def inputs(self, batch, stage, step):
         if step == at:
             die()
         return whole(self, batch, stage, step)
-    session.Session.inputs = inputs
+    setup.Session.inputs = inputs
 
 def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
     whole = lora_core.runs.run_folder.save_file

@@ -672,7 +672,7 @@ def test_half_precision_with_a_loss_scale_that_is_kept(config: Config, quick: No
 def test_an_adapter_of_ones_own(config: Config, quick: None, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from lora_core.adapters import LoRA\nclass Half(LoRA):\n    def __init__(self, base, layer):\n"
+        "from lora_core.adapters.kinds import LoRA\nclass Half(LoRA):\n    def __init__(self, base, layer):\n"
         "        super().__init__(base, layer)\n        self.scale /= 2\n"
     )
     own = train.train(replace(config, adapter=replace(config.adapter, kind=f"{file}:Half")))

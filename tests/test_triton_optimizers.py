@@ -356,7 +356,7 @@ def test_a_sum_over_many_programs_has_fp64_accuracy() -> None:
 def test_every_configuration_is_listed_for_the_compiler() -> None:
     from lora_core.kernels import optimizers
 
-    few, all_of_them = optimizers.builds(False), optimizers.builds(True)
+    few, all_of_them = optimizers.list_builds(False), optimizers.list_builds(True)
     for build in all_of_them:
         assert list(build.signature) == list(build.kernel.arg_names)
         assert set(build.constants) == {

@@ -134,7 +134,7 @@ READ: dict[str, tuple[Callable[[Config], bool], str]] = {
         "--precision fp32, weights that are not in bf16 already",
     ),
     "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
-    "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.bind_density"),
+    "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
     "data.split": (lambda c: bool(c.data.dataset), DATASET),
     "data.image_column": (lambda c: bool(c.data.dataset), DATASET),
     "data.caption_column": (

@@ -214,14 +214,14 @@ OPS: dict[str, Op] = {
         steps.prodigy_step,
         steps.prodigy_example,
         loops.fused_prodigy_step,
-        lazy_function("optimizers", "prodigy_step"),
+        lazy_function("optimizers", "triton_prodigy_step"),
         lazy_function("optimizers", "prodigy_refusal"),
     ),
     "adamw_step": Op(
         steps.adamw_step,
         steps.adamw_example,
         loops.fused_adamw_step,
-        lazy_function("optimizers", "adamw_step"),
+        lazy_function("optimizers", "triton_adamw_step"),
         lazy_function("optimizers", "adamw_refusal"),
     ),
 }

@@ -143,7 +143,9 @@ def find_builds(full: bool, only: str = "") -> list[tuple[str, Build]]:
         if find_spec(f"lora_core.kernels.{module}") is not None:
             found += [
                 (module, build)
-                for build in importlib.import_module(f"lora_core.kernels.{module}").builds(full)
+                for build in importlib.import_module(f"lora_core.kernels.{module}").list_builds(
+                    full
+                )
             ]
     return [
         (module, build)
