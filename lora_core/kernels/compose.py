@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_core.kernels.ahead import Build
 from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
-from lora_core.kernels.narrow import round_to
+from lora_core.kernels.device_functions import round_to
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER = 8  # tiles of rows of a program of the backward: 4096 x 320 gives 32 parts and 96 programs
@@ -285,7 +285,7 @@ COSTS["lora_core::dora_compose"] = _compose_cost
 COSTS["lora_core::dora_compose_backward"] = _compose_back_cost
 
 
-def list_builds(full: bool) -> list[Build]:
+def list_compose_builds(full: bool) -> list[Build]:
     """Both kernels for every dtype and for either order of channels and pixels."""
     kernels, dtypes = (
         (compose_kernel, compose_backward_kernel),

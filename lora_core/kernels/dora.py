@@ -433,7 +433,7 @@ COSTS["lora_core::dora_norms"] = _norms_cost
 # ---------------------------------------------------------------- ahead of time
 
 
-def list_builds(full: bool) -> list[Build]:
+def list_norm_builds(full: bool) -> list[Build]:
     """The configurations: every dtype of weights, layout and block of ranks; a few of each kernel without `full`."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.kernels.ahead import Build
 from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
-from lora_core.kernels.narrow import round_to
+from lora_core.kernels.device_functions import round_to
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW, BLOCK = 4096, 1024  # elements of a turn of the forward, of a program of the backward
@@ -219,7 +219,7 @@ def _warps(is_fp32: bool) -> int:
     return 4 if is_fp32 else 8
 
 
-def list_builds(full: bool) -> list[Build]:
+def list_mse_builds(full: bool) -> list[Build]:
     """Both kernels with and without a mask; every dtype of the output in `full`."""
     found = []
     for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):

@@ -183,15 +183,15 @@ def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows
     Element e (row-major inside its row) of row i is decided by (seed, layer, step, rows[i], e) alone, so the mask does not depend on batch
     size, accumulation or recomputation. x [b, ...], layer a uint32, step [] int64, rows [b] int64 (both on x's device: nothing syncs).
     """
-    state = _absorb(_absorb(_absorb(0, seed), seed >> 32), layer)
-    key = _absorb(_absorb(_absorb(state, step), rows), rows >> 32)
+    state = hash_word(hash_word(hash_word(0, seed), seed >> 32), layer)
+    key = hash_word(hash_word(hash_word(state, step), rows), rows >> 32)
     element = torch.arange(x.shape[1:].numel(), device=x.device)
-    bits = _mix(_mix(element ^ key[:, None]) ^ _absorb(key, 1)[:, None])
+    bits = _mix(_mix(element ^ key[:, None]) ^ hash_word(key, 1)[:, None])
     keep = (bits >= int(p * 2**32)).reshape(x.shape)
     return torch.where(keep, x / (1 - p), 0)
 
 
-def _absorb(state: Any, word: Any) -> Any:  # ints and int64 tensors alike
+def hash_word(state: Any, word: Any) -> Any:  # ints and int64 tensors alike
     return _mix(((state ^ (word & MASK)) + GOLDEN) & MASK)
 
 
