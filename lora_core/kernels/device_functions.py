@@ -98,7 +98,7 @@ def find_column_tile(tile, widths, BN: tl.constexpr):
 
 @triton.jit
 def mix_bits(h):
-    """reference.mix_bits on uint32, which wraps by itself."""
+    """The bijection of reference.keyed_dropout on uint32, which wraps by itself."""
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
