@@ -203,3 +203,47 @@ def test_files_and_functions_stay_readable() -> None:
                 if size > (150 if is_kernel else 80):
                     offenders.append(f"{short(path)}: {node.name}, {size} lines")
     assert not offenders
+
+
+def test_lines_end_at_100_columns() -> None:
+    offenders = []
+    for path in tracked("*.py"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if len(line) > 100:
+                offenders.append(f"{short(path)}:{number}: {len(line)} columns")
+    assert not offenders
+
+
+def test_a_comprehension_has_one_for() -> None:
+    comprehensions = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+    offenders = []
+    for path in tracked("*.py"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, comprehensions) and len(node.generators) > 1:
+                offenders.append(f"{short(path)}:{node.lineno}")
+    assert not offenders
+
+
+def test_a_kernel_takes_at_most_24_parameters() -> None:
+    offenders = []
+    for path in tracked("*.py"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef):
+                if any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                    count = len(node.args.args) + len(node.args.kwonlyargs)
+                    if count > 24:
+                        offenders.append(f"{short(path)}: {node.name}, {count} parameters")
+    assert not offenders
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """Except what a protocol asks: `load` of a model family, `main` of a command, the functions of
+    a benchmark's or a kernel module's interface."""
+    protocols = {"main", "load", "list_builds"}
+    files = collections.defaultdict(list)
+    for path in [*PRODUCT, *OTHERS]:
+        for node in parse(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                files[node.name].append(short(path))
+    twice = {name: paths for name, paths in files.items() if len(paths) > 1}
+    assert {name: paths for name, paths in twice.items() if name not in protocols} == {}
