@@ -2,7 +2,7 @@
 
     python train.py configs/toy_pti.toml --adapter.kind examples/my_adapter.py:IA3 --out runs/ia3
 
-(IA)^3 has no low-rank form, so no LoRA file can hold it. The run writes the adapter's own parameters
+(IA)^3 has no low-rank form, so no LoRA file can hold it. The run writes its own parameters
 (runs/ia3/ia3_adapter.safetensors) and the whole model with the adapter folded in (runs/ia3/model,
 for infer.py --model and diffusers). The lines at the end load the parameters onto a model again.
 """

@@ -1,6 +1,6 @@
-"""Every code block of the README and of docs/ runs, in a folder with photos, a short run and LoRA files.
+"""Every code block of the README and of docs/ runs in a folder with photos, a run and LoRA files.
 
-bash: each command, with one training step; what needs the hub is parsed and checked up to the download.
+bash: each command, with one training step; commands that need the hub are parsed and not run.
 python: the blocks of a page share one namespace. toml: a valid config. text: not code.
 """
 
@@ -34,7 +34,7 @@ HUB = re.compile(r"stable-diffusion-v1-5/")  # models that are downloaded
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository's surface: links to its folders, photos/, runs/demo, a, b and 'my style'."""
+    """Links to the repository's folders, and photos/, runs/demo, a, b and 'my style'."""
     folder = tmp_path_factory.mktemp("docs")
     for path in ROOT.iterdir():
         if path.name not in {"runs", "photos", ".git", ".venv", "docs"}:

@@ -14,11 +14,9 @@ MODELS = sorted((ROOT / "models").rglob("*.py"))
 TRAINING = sorted((ROOT / "training").rglob("*.py"))
 MERGING = sorted((ROOT / "merging").rglob("*.py"))
 PRODUCT = [*CORE, *MODELS, *TRAINING, *MERGING, *SCRIPTS]
-OTHERS = [
-    path
-    for folder in ("toy", "benchmarks", "examples")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-]
+OTHERS = []
+for folder in ("toy", "benchmarks", "examples"):
+    OTHERS += sorted((ROOT / folder).rglob("*.py"))
 FAMILIES = re.compile(r"\b(sd|sd1|sd15|sdxl|sd3|flux)\b", re.IGNORECASE)
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 
