@@ -57,6 +57,8 @@ lint: ready
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+WINGS := adapters data diffusion formats kernels optim runs config family prodigy tokens
+DOCUMENTED := lora_core $(foreach wing,$(WINGS),lora_core.$(wing)) merging training models
 docs: ready          ## API reference of lora_core, merging, training and models: build/docs/index.html
 	$(PIP) -c constraints.txt -e ".[docs]"
-	$(PY) -m pdoc --docformat markdown -o build/docs lora_core merging training models
+	$(PY) -m pdoc --docformat markdown -o build/docs $(DOCUMENTED)
