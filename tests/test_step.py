@@ -12,6 +12,7 @@ from torch import Tensor
 import train
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
 from lora_core.errors import UserError
+from lora_core.kernels import dispatch
 from tests.conftest import distance, learned, rows
 from training import config_checks, cuda_graph
 from training.setup import Session
@@ -131,7 +132,7 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
     for kernels in ("reference", "triton"):
-        monkeypatch.setenv("LORA_KERNELS", kernels)
+        monkeypatch.setattr(dispatch, "mode", kernels)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # a kernel that refuses says so
             runs[kernels] = train.train(replace(config, out=f"{config.out}_{kernels}"))

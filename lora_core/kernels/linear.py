@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lora_core.kernels import dropout
 from lora_core.kernels import linear_ops as ops
 from lora_core.kernels.linear_shapes import resolve_padding
+from lora_core.kernels.linear_tiles import is_plane
 from lora_core.kernels.reference import Drop, Member
 
 EACH = 6  # tensors of a member: weight, bias, down, up, magnitude, norm
@@ -350,7 +351,7 @@ class Conv(torch.autograd.Function):
 
 def _pixels(x: Tensor) -> Tensor:
     """x [b, c, h, w], copied where the kernels could not address its pixels as rows."""
-    return x if ops.is_plane(x) else x.contiguous()
+    return x if is_plane(x) else x.contiguous()
 
 
 def _room(x: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
 from lora_core.kernels.flat import FlatParameters
 from lora_core.kernels.steps import AdamWSettings, MovingGroup
@@ -512,7 +512,7 @@ def _workspace(flat: FlatParameters, name: str, count: int, dtype: torch.dtype) 
 # ---------------------------------------------------------------- ahead of time
 
 
-def list_builds(full: bool) -> list[Build]:
+def list_optimizer_builds(full: bool) -> list[Build]:
     """fp32 parameters with the defaults, and with every option; with full=True bf16 parameters and each option alone too."""
     everything = {
         "ADAM": True,
