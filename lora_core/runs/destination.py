@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_core.errors import UserError
 from lora_core.formats import run_file_names
-from lora_core.runs.run_folder import MARKS, is_run, first_names, temporary_name
+from lora_core.runs.run_folder import MARKS, first_names, is_run, temporary_name
 
 # The longest path below OUT, beside those with the run's own name.
 LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"

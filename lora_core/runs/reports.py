@@ -14,12 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_core.diffusion import losses
-from lora_core.diffusion import noise
-from lora_core.runs import pictures
-from lora_core.diffusion import validation
-from lora_core.errors import UserError
+from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
+from lora_core.errors import UserError
+from lora_core.runs import pictures
 from lora_core.runs.run_folder import Run
 
 
