@@ -1,4 +1,6 @@
-"""What a family of models offers to the scripts. A family is glue around library networks: no law of noise, loss or sampling lives in it."""
+"""What a family of models offers to the scripts. A family is glue around library networks: no law
+of noise, loss or sampling lives in it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ class Conditioning:
         )
 
     def zeroed(self, names: Sequence[str], kept: Tensor) -> Conditioning:
-        """The same with zeros in the members `names` of the rows whose `kept` [b] is 0; where it is 1 they stay. On the device alone."""
+        """The same with zeros in the members `names` of the rows whose `kept` [b] is 0; where it is
+        1 they stay. On the device alone.
+        """
 
         def part(name: str, rows: Tensor) -> Tensor:
             return rows * kept.to(rows).view(-1, *[1] * (rows.ndim - 1)) if name in names else rows
@@ -94,7 +98,9 @@ class Conditioning:
 
 
 class Family(Protocol):
-    """A loaded model. Images are [b, 3, h, w] in [-1, 1]; latents [b, c, h / factor, w / factor], shifted and scaled to about unit variance."""
+    """A loaded model. Images are [b, 3, h, w] in [-1, 1]; latents [b, c, h / factor, w / factor],
+    shifted and scaled to about unit variance.
+    """
 
     name: str
     pipeline: str  # `_class_name` of its model_index.json
@@ -104,23 +110,30 @@ class Family(Protocol):
     layout: Layout  # its presets name the components that can be adapted
     schedule: Schedule
     prediction: str  # a row of PREDICTIONS
-    spacing: Spacing  # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing, linspace
+    # how samplers lay out their steps, as its scheduler_config.json says: leading, trailing,
+    # linspace
+    spacing: Spacing
     offset: int  # steps_offset of the leading spacing
     latent_channels: int
     factor: int  # pixels for one latent, each way
     multiple: int  # sides of images are multiples of this, pixels
     resolution: int  # pixels the model was made for
     inpainting: bool  # the denoiser reads a mask and a masked image beside x_t
-    distilled_guidance: bool  # the denoiser is told a guidance scale, so that sampling needs no second, unconditional call
+    # the denoiser is told a guidance scale, so that sampling needs no second, unconditional call
+    distilled_guidance: bool
     zeros: tuple[
         str, ...
-    ]  # members of Conditioning that guidance takes as zeros for an empty prompt; none where it is encoded
+        # members of Conditioning that guidance takes as zeros for an empty prompt; none where it is
+        # encoded
+    ]
 
     @property
     def device(self) -> torch.device: ...
 
     def schedule_at(self, height: int, width: int) -> Schedule:
-        """The schedule for latents [b, c, height, width]: its own, but for flow models whose shift depends on the resolution."""
+        """The schedule for latents [b, c, height, width]: its own, but for flow models whose shift
+        depends on the resolution.
+        """
         ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,20 +153,25 @@ class Family(Protocol):
         ...
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts as the unconditional rows of guidance; some models take zeros for the empty one."""
+        """The prompts as the unconditional rows of guidance; some models take zeros for the empty
+        one.
+        """
         ...
 
     def add_size_embeddings(
         self, cond: Conditioning, sizes: Sizes, guidance: float
     ) -> Conditioning:
-        """The conditioning with what the denoiser is told beside the prompt: sizes, guidance scale, or nothing."""
+        """The conditioning with what the denoiser is told beside the prompt: sizes, guidance scale,
+        or nothing.
+        """
         ...
 
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> Tensor:
-        """The network's raw output, fp32 or better, for x_t that is scaled by c_in. `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the
-        masked image's latents."""
+        """The network's raw output, fp32 or better, for x_t that is scaled by c_in. `inpaint` [b, 1
+        + c, h, w]: mask (1 = to be painted) and the masked image's latents.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -163,7 +181,9 @@ class Family(Protocol):
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> list[Tensor]:
-        """Probabilities [b, heads, h w, s] with which every layer's latents look at the prompt's tokens, by one more forward pass."""
+        """Probabilities [b, heads, h w, s] with which every layer's latents look at the prompt's
+        tokens, by one more forward pass.
+        """
         ...
 
 
@@ -171,12 +191,16 @@ class Family(Protocol):
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
-    """`name` (say "scheduler/scheduler_config.json") of a model in a folder or on the hub. Raises UserError when it is not there."""
+    """`name` (say "scheduler/scheduler_config.json") of a model in a folder or on the hub. Raises
+    UserError when it is not there.
+    """
     file = Path(path) / name
     if not Path(path).is_dir():
         try:
             file = Path(hf_hub_download(path, name))
-        except Exception as error:  # the hub's client raises a dozen classes: no network, no such repository, no such file, bad id
+        # the hub's client raises a dozen classes: no network, no such repository, no such file, bad
+        # id
+        except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}"
@@ -192,14 +216,17 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 
 
 def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
-    """One component of a model through its library class; the model itself where `subfolder` is empty. Raises UserError naming what is wrong."""
+    """One component of a model through its library class; the model itself where `subfolder` is
+    empty. Raises UserError naming what is wrong.
+    """
     if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
         raise UserError(
             f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout"
         )
     try:
         return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
-    except Exception as error:  # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
+    # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"cannot load {subfolder + '/ of ' if subfolder else ''}{path}: {reason}"
@@ -209,7 +236,8 @@ def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: A
 def load_network(
     kind: Any, path: str, subfolder: str, dtype: torch.dtype, device: torch.device | str
 ) -> Any:
-    """A network of diffusers or transformers with its weights, on `device`; `subfolder` as in `part`.
+    """A network of diffusers or transformers with its weights, on `device`; `subfolder` as in
+    `part`.
 
     diffusers' default way of loading needs accelerate, which is no dependency here, and warns twice
     without it. The other way leaves weights that the files lack as they happened to lie in memory,
@@ -240,8 +268,10 @@ def read_encoder_config(path: str, component: str, config_class: Any) -> Any:
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the posterior of pixels [b, 3, h, w] in the denoiser's units: (z - mean) / std * scaling where the VAE's config has
-    latents_mean and latents_std, else (z - shift) * scaling."""
+    """Mean and std of the posterior of pixels [b, 3, h, w] in the denoiser's units: (z - mean) /
+    std * scaling where the VAE's config has latents_mean and latents_std, else (z - shift) *
+    scaling.
+    """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     shift, scale = _units(vae, posterior.mean)
     exact = torch.promote_types(posterior.mean.dtype, torch.float32)
@@ -255,7 +285,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, scale) such that the denoiser's latents are (z - shift) * scale, [1, c, 1, 1] or 0-dim."""
+    """(shift, scale) such that the denoiser's latents are (z - shift) * scale, [1, c, 1, 1] or
+    0-dim.
+    """
     c = vae.config
     mean, std = (getattr(c, name, None) for name in ("latents_mean", "latents_std"))
     exact = torch.promote_types(like.dtype, torch.float32)
@@ -272,7 +304,9 @@ def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], length: int, said: set[str]) -> Tensor:
-    """Token ids [b, length] with the special tokens, padded as the tokenizer pads. What does not fit is named once a prompt; `said` remembers."""
+    """Token ids [b, length] with the special tokens, padded as the tokenizer pads. What does not
+    fit is named once a prompt; `said` remembers.
+    """
     reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
     for prompt in prompts:
         if prompt not in said:
@@ -286,7 +320,8 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], length: int, said: 
                     inner[length - (len(ids) - len(inner)) :], clean_up_tokenization_spaces=False
                 ).strip()
                 print(
-                    f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; cut off: {lost!r}",
+                    f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; "
+                    f"cut off: {lost!r}",
                     file=sys.stderr,
                 )
     return tokenizer(

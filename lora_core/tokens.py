@@ -1,7 +1,8 @@
 """Learned token rows beside a frozen vocabulary, and the words in captions that stand for them.
 
-Only the new rows are a parameter [n, d]; the table keeps no gradient and no optimiser state, so its bits cannot move (the public scripts train
-the whole table and put the old rows back after every step).
+Only the new rows are a parameter [n, d]; the table keeps no gradient and no optimiser state, so its
+bits cannot move (the public scripts train the whole table and put the old rows back after every
+step).
 """
 
 import copy
@@ -20,7 +21,8 @@ from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 from lora_core.text import normalize_unicode
 
-# How Unicode's names of letters begin in scripts without spaces between words, or with particles that are glued to any word.
+# How Unicode's names of letters begin in scripts without spaces between words, or with particles
+# that are glued to any word.
 UNSPACED = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER",
     "MYANMAR", "TIBETAN", "YI ",
@@ -29,11 +31,15 @@ UNSPACED = (
 
 @dataclass(frozen=True)
 class Placeholder:
-    """One concept: the word that stands for it in captions, the tokens that replace the word, and where their rows start from."""
+    """One concept: the word that stands for it in captions, the tokens that replace the word, and
+    where their rows start from.
+    """
 
     word: str  # "TOK"
     names: tuple[str, ...]  # ("<s0>", "<s1>")
-    init: str = "random"  # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"), or words of the vocabulary
+    # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"),
+    # or words of the vocabulary
+    init: str = "random"
 
 
 class TokenReport(NamedTuple):
@@ -46,9 +52,11 @@ class TokenReport(NamedTuple):
 def make_placeholders(
     words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
 ) -> tuple[Placeholder, ...]:
-    """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ... through all of them (diffusers' numbering).
+    """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ...
+    through all of them (diffusers' numbering).
 
-    `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
+    `words` maps a word to its init, or lists words that start at random. Raises UserError for no
+    words, an empty or repeated one, or vectors < 1.
     """
     if isinstance(words, str):
         words = (words,)
@@ -59,14 +67,16 @@ def make_placeholders(
     counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
     if len(counts) != len(inits):
         raise UserError(
-            f"got {len(counts)} numbers of vectors for {len(inits)} words; give one for all or one each"
+            f"got {len(counts)} numbers of vectors for {len(inits)} words; "
+            "give one for all or one each"
         )
     if min(counts) < 1:
         raise UserError(f"an abstraction needs at least 1 token, got {min(counts)}")
     for word in inits:
         if not word or word != word.strip():
             raise UserError(
-                f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'"
+                f"the placeholder word {word!r} is empty or has spaces around it; "
+                "use something like 'TOK'"
             )
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     names = [tuple(f"<s{first + j}>" for j in range(count)) for first, count in zip(firsts, counts)]
@@ -74,28 +84,35 @@ def make_placeholders(
 
 
 def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
-    """How many tokens the words of an initializer are, in the tokenizer that makes most of them: the rows that hold all of it.
+    """How many tokens the words of an initializer are, in the tokenizer that makes most of them:
+    the rows that hold all of it.
 
-    Raises UserError for a random or zero start, which has no tokens, and for words that a tokenizer does not know.
+    Raises UserError for a random or zero start, which has no tokens, and for words that a tokenizer
+    does not know.
     """
     if is_random_init(init):
         raise UserError(
-            f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; give a number of vectors or initializing words"
+            f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; "
+            "give a number of vectors or initializing words"
         )
     return max(len(_words(init, tokenizer)) for tokenizer in tokenizers)
 
 
 def is_random_init(init: str) -> bool:
-    """Whether an initializer is random or zero, not words of the vocabulary; UserError for a random one without a usable spread."""
+    """Whether an initializer is random or zero, not words of the vocabulary; UserError for a random
+    one without a usable spread.
+    """
     return _sigma(init) is not None
 
 
 def bind_placeholders(caption: str, abstractions: Sequence[Placeholder]) -> str:
-    """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a photo of <s0><s1>".
+    """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a
+    photo of <s0><s1>".
 
-    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced
-    (successive `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are compared in the normal
-    form C, so that it does not matter whether an accent is a character of its own.
+    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor
+    a replacement is ever replaced (successive `str.replace`, as in the public scripts, turns "TOK2"
+    into "<s0><s1>2"). Words and caption are compared in the normal form C, so that it does not
+    matter whether an accent is a character of its own.
     """
     if not abstractions:
         return caption
@@ -118,7 +135,9 @@ def has_placeholder(caption: str, word: str) -> bool:
 def truncated_tokens(
     caption: str, abstractions: Sequence[Placeholder], tokenizer: Any, length: int
 ) -> dict[str, bool]:
-    """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length` tokens, cuts them off."""
+    """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length`
+    tokens, cuts them off.
+    """
     bound, names = (
         bind_placeholders(caption, abstractions),
         {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names},
@@ -135,8 +154,9 @@ def truncated_tokens(
 class LearnedEmbedding(nn.Module):
     """A frozen embedding table and n learned rows for the ids first_id .. first_id + n - 1.
 
-    Stands where the table stood. Output has the table's dtype; the rows stay fp32 (cast a text encoder before `install`, not after). The ids may lie
-    beyond the table or, where the table is longer than the vocabulary, over its unused rows.
+    Stands where the table stood. Output has the table's dtype; the rows stay fp32 (cast a text
+    encoder before `install`, not after). The ids may lie beyond the table or, where the table is
+    longer than the vocabulary, over its unused rows.
     """
 
     rows: nn.Parameter  # [n, d] fp32
@@ -151,7 +171,8 @@ class LearnedEmbedding(nn.Module):
         super().__init__()
         if rows.ndim != 2 or rows.shape[0] != len(names):
             raise ValueError(
-                f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names"
+                f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} "
+                "names"
             )
         self.table = table
         self.rows = nn.Parameter(
@@ -191,19 +212,23 @@ def install_tokens(
     seed: int,
     stream: str = "",
 ) -> LearnedEmbedding:
-    """The embedding now standing in the text encoder, with one row per token of all abstractions in order; the tokenizer knows the tokens.
+    """The embedding now standing in the text encoder, with one row per token of all abstractions in
+    order; the tokenizer knows the tokens.
 
-    The table is never resized: ids follow the tokenizer's last one even where the table is longer. A further install stacks on the first.
-    Row k starts from the initializer's token k, from the first again after its last (the row number modulo their number, as diffusers' Flux
-    script). `stream` names the encoder where two of one width are to start from different random rows.
-    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer of unknown words or more tokens than rows.
+    The table is never resized: ids follow the tokenizer's last one even where the table is longer.
+    A further install stacks on the first. Row k starts from the initializer's token k, from the
+    first again after its last (the row number modulo their number, as diffusers' Flux script).
+    `stream` names the encoder where two of one width are to start from different random rows.
+    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer of
+    unknown words or more tokens than rows.
     """
     names = [name for a in abstractions for name in a.names]
     vocabulary = tokenizer.get_vocab()
     for name in names:
         if name in vocabulary:
             raise UserError(
-                f"the token {name} is already in the tokenizer's vocabulary (id {vocabulary[name]}); choose another name"
+                f"the token {name} is already in the tokenizer's vocabulary (id "
+                f"{vocabulary[name]}); choose another name"
             )
     if not names or len(set(names)) != len(names):
         raise UserError(f"expected one or more different token names, got {names}")
@@ -222,14 +247,16 @@ def install_tokens(
 
 
 def uninstall_tokens(text_encoder: Any, tokenizer: Any) -> None:
-    """Undoes the latest `install`: the very same table stands again, and the tokenizer is as it was before (later additions to it go too).
+    """Undoes the latest `install`: the very same table stands again, and the tokenizer is as it was
+    before (later additions to it go too).
 
     Raises ValueError when nothing is installed.
     """
     embedding = text_encoder.get_input_embeddings()
     if not isinstance(embedding, LearnedEmbedding):
         raise ValueError(
-            f"expected a text encoder with learned tokens, found {type(embedding).__name__}; install first"
+            f"expected a text encoder with learned tokens, found {type(embedding).__name__}; "
+            "install first"
         )
     embedding.weight.requires_grad_(embedding.table_trained)
     text_encoder.set_input_embeddings(embedding.table)
@@ -237,14 +264,18 @@ def uninstall_tokens(text_encoder: Any, tokenizer: Any) -> None:
 
 
 def copy_token_rows(embedding: LearnedEmbedding) -> Tensor:
-    """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of `embedding.names`."""
+    """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of
+    `embedding.names`.
+    """
     return embedding.rows.detach().float().cpu().clone().contiguous()
 
 
 def strip_token_rows(
     state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module
 ) -> dict[str, Tensor]:
-    """A state dict of the text encoder under the keys it has without learned tokens: the table's weight where it stood, no rows."""
+    """A state dict of the text encoder under the keys it has without learned tokens: the table's
+    weight where it stood, no rows.
+    """
     prefixes = [
         f"{path}."
         for path, module in text_encoder.named_modules(remove_duplicate=False)
@@ -262,14 +293,18 @@ def strip_token_rows(
 
 
 def load_token_rows(embedding: LearnedEmbedding, rows: Tensor) -> None:
-    """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold NaN or Inf."""
+    """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold
+    NaN or Inf.
+    """
     if rows.shape != embedding.rows.shape:
         raise UserError(
-            f"the token rows are {list(rows.shape)}, this text encoder takes {list(embedding.rows.shape)}; use the model they come from"
+            f"the token rows are {list(rows.shape)}, this text encoder takes "
+            f"{list(embedding.rows.shape)}; use the model they come from"
         )
     if not torch.isfinite(rows).all():
         raise UserError(
-            f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; the file is damaged or its training diverged"
+            f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; "
+            "the file is damaged or its training diverged"
         )
     with torch.no_grad():
         embedding.rows.copy_(rows)
@@ -277,9 +312,11 @@ def load_token_rows(embedding: LearnedEmbedding, rows: Tensor) -> None:
 
 @torch.no_grad()
 def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Tensor) -> Tensor:
-    """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e| + rate (target - |e|)).
+    """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e|
+    + rate (target - |e|)).
 
-    cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
+    cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of
+    zeros has no direction and stays.
     """
     if (
         not isinstance(rate, Tensor) and not 0 <= rate <= 1
@@ -293,7 +330,8 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
 
 @torch.no_grad()
 def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) -> Tensor:
-    """The rows [n, d], in place, times (std / std(rows)) ** exponent: one factor for all rows, as in diffusers' pivotal scripts.
+    """The rows [n, d], in place, times (std / std(rows)) ** exponent: one factor for all rows, as
+    in diffusers' pivotal scripts.
 
     `std` is usually `table_std`. Rows without spread (all equal) stay.
     """
@@ -304,29 +342,34 @@ def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) ->
 def table_std(embedding: nn.Module) -> Tensor:
     """The standard deviation of all entries of the frozen table, a 0-dim fp32 tensor.
 
-    diffusers measures it after the table was resized, new rows included; ours has the vocabulary's rows only.
+    diffusers measures it after the table was resized, new rows included; ours has the vocabulary's
+    rows only.
     """
     return embedding.weight.detach().float().std()  # type: ignore[operator]
 
 
 def first_eos(ids: Tensor, eos_id: int) -> Tensor:
-    """The position [b] of the first end-of-text token in ids [b, s], where pooled embeddings are read.
+    """The position [b] of the first end-of-text token in ids [b, s], where pooled embeddings are
+    read.
 
-    transformers takes the largest id when a configuration says eos_token_id 2, which with added tokens is a placeholder.
-    Raises ValueError naming the rows without one.
+    transformers takes the largest id when a configuration says eos_token_id 2, which with added
+    tokens is a placeholder. Raises ValueError naming the rows without one.
     """
     found = ids == eos_id
     missing = (~found.any(dim=-1)).nonzero().flatten().tolist()
     if missing:
         raise ValueError(
-            f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; truncate prompts so that it stays"
+            f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; "
+            "truncate prompts so that it stays"
         )
     return found.int().argmax(dim=-1)
 
 
 @torch.no_grad()
 def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
-    """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
+    """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it
+    moved.
+    """
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     known = [
         index
@@ -353,7 +396,9 @@ def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> li
 
 
 def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(place, word) of the whole words in a caption, from left to right; of several at one place the longest."""
+    """(place, word) of the whole words in a caption, from left to right; of several at one place
+    the longest.
+    """
     ordered, place = sorted(words, key=len, reverse=True), 0
     while place < len(caption):
         word = next(
@@ -380,9 +425,11 @@ def _is_whole(caption: str, start: int, end: int) -> bool:
 
 
 def _joins(character: str) -> bool:
-    """Whether words are made of this character and are set apart by spaces, so that a letter beside it belongs to the same word.
+    """Whether words are made of this character and are set apart by spaces, so that a letter beside
+    it belongs to the same word.
 
-    Not in the scripts that write words without spaces, or glue particles to them: "TOK" is found in 一张TOK的照片 and TOK은.
+    Not in the scripts that write words without spaces, or glue particles to them: "TOK" is found in
+    一张TOK的照片 and TOK은.
     """
     if character.isascii():
         return character.isalnum() or character == "_"
@@ -401,7 +448,9 @@ def _is_accent(character: str) -> bool:
 def _initial_rows(
     abstraction: Placeholder, table: Any, tokenizer: Any, *, seed: int, stream: str
 ) -> Tensor:
-    """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is installed."""
+    """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is
+    installed.
+    """
     n, d = len(abstraction.names), table.weight.shape[1]
     sigma = _sigma(abstraction.init)
     if sigma == 0:
@@ -418,7 +467,8 @@ def _initial_rows(
     ids = _words(abstraction.init, tokenizer)
     if len(ids) > n:
         raise UserError(
-            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, more than its {n} learned vectors; "
+            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, "
+            f"more than its {n} learned vectors; "
             f"set --tokens.vectors {len(ids)} (or 0: as many as it has) or shorten it"
         )
     return table(
@@ -427,7 +477,9 @@ def _initial_rows(
 
 
 def _sigma(init: str) -> float | None:
-    """The spread of a random start: its SIGMA, NaN for the table's own, 0 for zero; None for words. "<rand-SIGMA>", "<zero>": lora_pti's spelling."""
+    """The spread of a random start: its SIGMA, NaN for the table's own, 0 for zero; None for words.
+    "<rand-SIGMA>", "<zero>": lora_pti's spelling.
+    """
     if init in ("random", "zero", "<zero>"):
         return math.nan if init == "random" else 0.0
     found = re.fullmatch(r"random:(.*)|<rand-?(.*)>", init)
@@ -439,24 +491,30 @@ def _sigma(init: str) -> float | None:
         sigma = math.nan
     if not (math.isfinite(sigma) and sigma > 0):
         raise UserError(
-            f"the initializer {init!r} has no spread that is a positive number; write random:0.017, or <rand-0.017>"
+            f"the initializer {init!r} has no spread that is a positive number; "
+            "write random:0.017, or <rand-0.017>"
         )
     return sigma
 
 
 def _words(init: str, tokenizer: Any) -> list[int]:
-    """The ids of the initializer's tokens, without special ones; UserError when there are none or the tokenizer does not know one."""
+    """The ids of the initializer's tokens, without special ones; UserError when there are none or
+    the tokenizer does not know one.
+    """
     ids = tokenizer(init, add_special_tokens=False).input_ids
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not ids or (unknown is not None and unknown in ids):
         raise UserError(
-            f"the tokenizer does not know the initializer {init!r} (--tokens.init); choose other words, random or zero"
+            f"the tokenizer does not know the initializer {init!r} (--tokens.init); "
+            "choose other words, random or zero"
         )
     return ids
 
 
 def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int:
-    """The first id of the new tokens; puts the tokenizer back and raises UserError when it does not read them glued as one id each."""
+    """The first id of the new tokens; puts the tokenizer back and raises UserError when it does not
+    read them glued as one id each.
+    """
     tokenizer.add_tokens(names)
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
     read = [
@@ -465,7 +523,8 @@ def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int
     if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
         _restore(tokenizer, before)
         raise UserError(
-            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected consecutive ids; choose plainer names"
+            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected "
+            "consecutive ids; choose plainer names"
         )
     return ids[0]
 

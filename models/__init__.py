@@ -1,4 +1,6 @@
-"""Families of text-to-image models: one file each, and the table that finds the right one for a checkpoint."""
+"""Families of text-to-image models: one file each, and the table that finds the right one for a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +69,11 @@ FAMILIES: dict[str, FamilyEntry] = {  # `_class_name` of model_index.json -> its
 
 
 def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
-    """The model at `path`, a folder in the diffusers layout, a hub id, or a single file, frozen and in eval mode.
+    """The model at `path`, a folder in the diffusers layout, a hub id, or a single file, frozen and
+    in eval mode.
 
-    Raises UserError for a path that is not there, another family, a missing or broken part, and configs for what has its own.
+    Raises UserError for a path that is not there, another family, a missing or broken part, and
+    configs for what has its own.
     """
     if is_single_file(path):
         return single_file.load(path, how)
@@ -78,7 +82,8 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
 
 
 def read_layout(path: str, config: str = "") -> Layout:
-    """What can be adapted in the model at `path`, and how files name it; reads its configs, not its weights. `config` is that of `Loading`.
+    """What can be adapted in the model at `path`, and how files name it; reads its configs, not its
+    weights. `config` is that of `Loading`.
 
     Raises UserError like `load_family`.
     """
@@ -91,8 +96,10 @@ def read_layout(path: str, config: str = "") -> Layout:
 def read_schedule(
     path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a resolution (pixels) in the shift that its
-    scheduler takes for it. `changes` and `config` are those of `Loading`. Raises UserError like `load_family`."""
+    """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs; with a
+    resolution (pixels) in the shift that its scheduler takes for it. `changes` and `config` are
+    those of `Loading`. Raises UserError like `load_family`.
+    """
     if is_single_file(path):
         return single_file.noise_of(path, changes, resolution, config)
     _refuse_config(path, config)
@@ -106,7 +113,9 @@ def save_family(
     states: Mapping[str, Mapping[str, torch.Tensor]],
     config: str = "",
 ) -> None:
-    """A whole model in the diffusers layout: the parts of the family named in `states` with those weights, everything else as it is at `path`."""
+    """A whole model in the diffusers layout: the parts of the family named in `states` with those
+    weights, everything else as it is at `path`.
+    """
     if is_single_file(path):
         single_file.convert_to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
@@ -128,7 +137,9 @@ def save_family(
 
 
 def _save(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """A network of that kind with other weights, in its library's layout. save_pretrained of diffusers takes no state dict."""
+    """A network of that kind with other weights, in its library's layout. save_pretrained of
+    diffusers takes no state dict.
+    """
     with torch.device("meta"):
         bare = (
             type(network).from_config(network.config)
@@ -142,7 +153,8 @@ def _save(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None
 def _refuse_config(path: str, config: str) -> None:
     if path and config:
         raise UserError(
-            f"--model-config {config} has no effect: {path} has configs of its own; it is for models in a single file"
+            f"--model-config {config} has no effect: {path} has configs of its own; "
+            "it is for models in a single file"
         )
 
 
@@ -152,13 +164,16 @@ def _row(path: str) -> FamilyEntry:
     name = read_json(path, "model_index.json").get("_class_name", "")
     if name not in FAMILIES:
         raise UserError(
-            f"{path} is a {name or 'model without _class_name'}, which is not supported; supported are {', '.join(FAMILIES)}"
+            f"{path} is a {name or 'model without _class_name'}, which is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA where there is one. Raises UserError when it cannot be used."""
+    """The device of that name; auto is CUDA where there is one. Raises UserError when it cannot be
+    used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

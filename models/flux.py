@@ -1,4 +1,6 @@
-"""Flux.1 dev and schnell: FluxTransformer2DModel on packed latents, AutoencoderKL, CLIP-L for one pooled vector, T5 for the rest; rectified flow."""
+"""Flux.1 dev and schnell: FluxTransformer2DModel on packed latents, AutoencoderKL, CLIP-L for one
+pooled vector, T5 for the rest; rectified flow.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,9 @@ BLOCKS: dict[
 
 
 class Flux:
-    """See lora_core.family.Family. The VAE stays in fp32 or better; transformer and text encoders take the base precision."""
+    """See lora_core.family.Family. The VAE stays in fp32 or better; transformer and text encoders
+    take the base precision.
+    """
 
     name = "flux"
     denoiser = "transformer"
@@ -194,7 +198,9 @@ class Flux:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for on the CPU."""
+        """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for
+        on the CPU.
+        """
         tokenizer = self.tokenizers["text_encoder"]
         ids = tokenize_prompts(
             tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"]
@@ -210,10 +216,12 @@ class Flux:
         }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector at the first end-of-text token.
+        """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector
+        at the first end-of-text token.
 
-        transformers' pooler looks for the largest id where a config says eos_token_id 2, and finds a learned token there. Every encoder reads the
-        same string; one that has not learned the tokens reads their names as plain text, as in diffusers.
+        transformers' pooler looks for the largest id where a config says eos_token_id 2, and finds
+        a learned token there. Every encoder reads the same string; one that has not learned the
+        tokens reads their names as plain text, as in diffusers.
         """
         hidden, end = self.clip(tokens["clip"]).last_hidden_state, tokens["end"]
         pooled = hidden[torch.arange(len(end), device=end.device), end]
@@ -238,10 +246,13 @@ class Flux:
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> Tensor:
-        """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both to its own dtype."""
+        """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance
+        in fp32, and rounds both to its own dtype.
+        """
         if inpaint is not None:
             raise UserError(
-                "this model takes no mask and no masked image; leave them out or choose an inpainting model"
+                "this model takes no mask and no masked image; "
+                "leave them out or choose an inpainting model"
             )
         dtype, (height, width) = self.transformer.x_embedder.weight.dtype, x_t.shape[-2:]
         out = self.transformer(
@@ -258,10 +269,12 @@ class Flux:
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of the double blocks over all keys, text and image, of which the text's columns are returned: rows sum to less
-        than 1. One map [b, heads, tokens, s] a block, token (row, column) = one 2 x 2 patch of latents.
+        """softmax(q k^T / sqrt(d)) of the double blocks over all keys, text and image, of which the
+        text's columns are returned: rows sum to less than 1. One map [b, heads, tokens, s] a block,
+        token (row, column) = one 2 x 2 patch of latents.
 
-        q and k are the outputs of the norms; image tokens are then rotated by their place, text tokens have place 0 and are not.
+        q and k are the outputs of the norms; image tokens are then rotated by their place, text
+        tokens have place 0 and are not.
         """
         layers = {
             name: m for name, m in self.transformer.named_modules() if hasattr(m, "norm_added_k")
@@ -298,7 +311,9 @@ class Flux:
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w]: one for each 2 x 2 patch, channels outermost."""
+    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w]: one for each 2 x 2 patch, channels
+    outermost.
+    """
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 
@@ -325,7 +340,9 @@ def image_position_ids(height: int, width: int, device: torch.device | str = "cp
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864 eq. 34) of x [b, heads, s, d]: each pair of neighbours turns by its angle, cos and sin [s, d]."""
+    """Rotary embedding (arXiv 2104.09864 eq. 34) of x [b, heads, s, d]: each pair of neighbours
+    turns by its angle, cos and sin [s, d].
+    """
     even, odd = x[..., ::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
@@ -336,12 +353,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def load(path: str, how: LoadOptions) -> Flux:
     """The model in a folder or on the hub, in the diffusers layout.
 
-    Raises UserError, before any weight is read, for settings that mean nothing to a flow or to a pooled vector, and for a transformer with further
-    input channels; then for a missing or broken part.
+    Raises UserError, before any weight is read, for settings that mean nothing to a flow or to a
+    pooled vector, and for a transformer with further input channels; then for a missing or broken
+    part.
     """
     if how.clip_skip:
         raise UserError(
-            f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector is used; leave it out"
+            f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
+            "is used; leave it out"
         )
     scheduler = _scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
@@ -382,7 +401,9 @@ def read_flux_layout(path: str) -> Layout:
 def read_flux_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution (pixels) in the shift for it."""
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution
+    (pixels) in the shift for it.
+    """
     side = resolution // (
         PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1)
     )
@@ -390,7 +411,9 @@ def read_flux_schedule(
 
 
 def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
-    """The flow of a scheduler_config.json. With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is constant."""
+    """The flow of a scheduler_config.json. With use_dynamic_shifting its shift grows with the
+    number of tokens (0: no shift), else it is constant.
+    """
     c = scheduler
     if not c.get("use_dynamic_shifting"):
         return noise.flow_schedule(shift=c.get("shift", 1.0))
@@ -410,16 +433,21 @@ def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
 
 
 def check_channels(takes: int, latent_channels: int) -> None:
-    """Raises UserError for a transformer that reads more than packed latents, as those of Fill, Depth and Canny do."""
+    """Raises UserError for a transformer that reads more than packed latents, as those of Fill,
+    Depth and Canny do.
+    """
     expected = PATCH * PATCH * latent_channels
     if takes != expected:
         raise UserError(
-            f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported"
+            f"the transformer takes {takes} channels, expected {expected}; "
+            "models that read a mask or a control image are not supported"
         )
 
 
 def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for, and for a layout of levels that is not read."""
+    """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for,
+    and for a layout of levels that is not read.
+    """
     for key in changes:
         if key not in SHIFTS:
             raise UserError(
@@ -429,11 +457,13 @@ def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     for key in OTHER_STEPS:
         if scheduler.get(key):
             raise UserError(
-                f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow"
+                f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not "
+                "supported; expected a shifted flow"
             )
     if scheduler.get("time_shift_type", "exponential") != "exponential":
         raise UserError(
-            f"the scheduler_config.json of {path} has time_shift_type {scheduler['time_shift_type']}; expected exponential"
+            f"the scheduler_config.json of {path} has time_shift_type "
+            f"{scheduler['time_shift_type']}; expected exponential"
         )
     return scheduler
 
@@ -441,7 +471,8 @@ def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 def _length(asked: int, guidance: bool) -> int:
     if not 0 <= asked <= LONGEST:
         raise UserError(
-            f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the model's own {LENGTHS[guidance]}"
+            f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the "
+            f"model's own {LENGTHS[guidance]}"
         )
     return asked or LENGTHS[guidance]
 
@@ -450,7 +481,9 @@ def _length(asked: int, guidance: bool) -> int:
 
 
 def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
-    """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is adapted."""
+    """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is
+    adapted.
+    """
     guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
     plain = layout_of(
         modules,

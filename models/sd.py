@@ -1,4 +1,6 @@
-"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder; epsilon or v, 4 or 9 input channels."""
+"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder; epsilon
+or v, 4 or 9 input channels.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
         "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
 }
-CLASSES = {  # of modules, under the names they had and have in diffusers and transformers -> the layers in one
+# of modules, under the names they had and have in diffusers and transformers -> the layers in one
+CLASSES = {
     "CrossAttention": ATTENTION,
     "Attention": ATTENTION,
     "GEGLU": ("*.ff.net.0.proj",),
@@ -77,7 +80,9 @@ AROUND = (
     "resnets",
 )  # the middle is registered last, attentions before residual blocks
 WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
-NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers between the attentions when its files were made, and now does after them
+# cloneofsimo's; diffusers registered feed-forward layers between the attentions when its files were
+# made, and now does after them
+NUMBERINGS = {
     "unet": Numbering(
         CLASSES,
         targets=(
@@ -96,7 +101,9 @@ NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers betwee
 
 
 class StableDiffusion:
-    """See lora_core.family.Family. The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base precision."""
+    """See lora_core.family.Family. The VAE stays in fp32 (its fp16 overflows on some images); UNet
+    and text encoder take the base precision.
+    """
 
     name = "sd"
     denoiser = "unet"
@@ -157,7 +164,8 @@ class StableDiffusion:
         }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference.
+        """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS
+        included, as every SD pipeline does at inference.
 
         clip_skip k takes the state k layers earlier, through the same final norm.
         """
@@ -180,7 +188,8 @@ class StableDiffusion:
     ) -> Tensor:
         if (inpaint is not None) != self.inpainting:
             raise UserError(
-                "an inpainting UNet needs a mask and a masked image, and only such a UNet takes them"
+                "an inpainting UNet needs a mask and a masked image, and only such a UNet takes "
+                "them"
             )
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
         dtype = self.unet.conv_in.weight.dtype
@@ -195,7 +204,9 @@ class StableDiffusion:
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of all cross-attention layers, from the outputs of their to_q and to_k."""
+        """softmax(q k^T / sqrt(d)) of all cross-attention layers, from the outputs of their to_q
+        and to_k.
+        """
         layers = {name: m for name, m in self.unet.named_modules() if name.endswith(".attn2")}
         seen: dict[tuple[str, str], Tensor] = {}
         hooks = [
@@ -221,7 +232,9 @@ class StableDiffusion:
 
 
 def load(path: str, how: LoadOptions) -> StableDiffusion:
-    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part."""
+    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing
+    or broken part.
+    """
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
@@ -250,7 +263,9 @@ def read_sd_layout(path: str) -> Layout:
 def read_sd_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with
+    some keys changed.
+    """
     config = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
     return noise.vp_schedule_from_config(config), config.get("prediction_type", "epsilon")
 
@@ -283,7 +298,9 @@ def sd_layout(
 
 
 def block_indices(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
-    """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down, 13 in the middle, from 14 on the way up."""
+    """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down,
+    13 in the middle, from 14 on the way up.
+    """
     starts = {"input_blocks": 1, "middle_block": 13, "output_blocks": 14}
     found = {"conv_in": 1}
     for place, name in compvis_block_names(unet):
@@ -294,7 +311,9 @@ def block_indices(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str,
 
 
 def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
-    """The UNet's presets; around transformers Stable Diffusion 1.x has convolutions, later models have linear layers."""
+    """The UNet's presets; around transformers Stable Diffusion 1.x has convolutions, later models
+    have linear layers.
+    """
     around = PROJECTIONS if unet.config.use_linear_projection else ()
     return {
         **PRESETS["unet"],
@@ -309,7 +328,9 @@ def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
 
 
 def is_inpainting_unet(unet: UNet2DConditionModel, latent_channels: int) -> bool:
-    """Whether the UNet is for inpainting. Raises UserError for a number of channels that is neither."""
+    """Whether the UNet is for inpainting. Raises UserError for a number of channels that is
+    neither.
+    """
     takes, c = unet.config.in_channels, latent_channels
     if takes not in (c, 2 * c + 1):
         raise UserError(
@@ -328,13 +349,16 @@ def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
     if not 0 <= clip_skip < layers:
         raise UserError(
-            f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers"
+            f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has "
+            f"{layers} layers"
         )
     return clip_skip
 
 
 def compvis_block_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
+    """(path, Stability's name) of every residual block, attention, downsampling and upsampling
+    convolution.
+    """
     entry = 1  # input_blocks.0 is conv_in
     for i, block in enumerate(unet.down_blocks):
         attentions = getattr(block, "attentions", [])

@@ -1,6 +1,8 @@
-"""Stable Diffusion XL: UNet2DConditionModel with sizes and pooled prompts as further conditioning, CLIP-L and OpenCLIP bigG, AutoencoderKL.
+"""Stable Diffusion XL: UNet2DConditionModel with sizes and pooled prompts as further conditioning,
+CLIP-L and OpenCLIP bigG, AutoencoderKL.
 
-Base, inpainting (9 channels), refiner (bigG alone, an aesthetic score in place of the target size), and Playground v2.5 style models (EDM).
+Base, inpainting (9 channels), refiner (bigG alone, an aesthetic score in place of the target size),
+and Playground v2.5 style models (EDM).
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ ENCODERS = {
 SCORES = (
     6.0,
     2.5,
-)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
-PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text encoders 48 / 128 and 72 / 192
+    # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers'
+    # defaults)
+)
+# component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text
+# encoders 48 / 128 and 72 / 192
+PRESETS = {
     "unet": {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
         "b-lora-content": tuple(f"up_blocks.0.attentions.0.{glob}" for glob in sd.ATTENTION),
         "b-lora-style": tuple(f"up_blocks.0.attentions.1.{glob}" for glob in sd.ATTENTION),
@@ -58,7 +64,9 @@ PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, ko
 
 @dataclass(frozen=True)
 class SDXLParts:
-    """What a checkpoint is made of; components of one name in `encoders` and `tokenizers` belong together."""
+    """What a checkpoint is made of; components of one name in `encoders` and `tokenizers` belong
+    together.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -68,7 +76,8 @@ class SDXLParts:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """See lora_core.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after `inform`, time_ids [b, 6].
+    """See lora_core.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds
+    [b, 1280] and, after `inform`, time_ids [b, 6].
 
     A refiner's rows also carry aesthetic_score [b, 1] until `inform` moves it into time_ids [b, 5].
     """
@@ -109,7 +118,9 @@ class StableDiffusionXL(StableDiffusion):
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on the CPU, so that nothing waits for the device."""
+        """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on
+        the CPU, so that nothing waits for the device.
+        """
         found = {
             name: tokenize_prompts(t, prompts, t.model_max_length, self.said)
             for name, t in self.tokenizers.items()
@@ -120,10 +131,12 @@ class StableDiffusionXL(StableDiffusion):
         return {name: value.to(self.device) for name, value in found.items()}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """The second last hidden states of the encoders side by side, without final norm, and bigG's projected last state at the first EOS.
+        """The second last hidden states of the encoders side by side, without final norm, and
+        bigG's projected last state at the first EOS.
 
-        clip_skip k takes the states k layers earlier; the pooled state stays. diffusers pools at the largest token id where the encoder's config
-        says eos_token_id 2, which is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
+        clip_skip k takes the states k layers earlier; the pooled state stays. diffusers pools at
+        the largest token id where the encoder's config says eos_token_id 2, which is a placeholder
+        once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
         """
         states, extra = [], {}
         for name, encoder in self.encoders.items():
@@ -137,7 +150,8 @@ class StableDiffusionXL(StableDiffusion):
         return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts encoded; zeros for empty ones, where model_index.json says force_zeros_for_empty_prompt (as by default).
+        """The prompts encoded; zeros for empty ones, where model_index.json says
+        force_zeros_for_empty_prompt (as by default).
 
         clip_skip holds here too; diffusers encodes negative prompts without it.
         """
@@ -148,7 +162,9 @@ class StableDiffusionXL(StableDiffusion):
     def add_size_embeddings(
         self, cond: Conditioning, sizes: Sizes, guidance: float
     ) -> Conditioning:
-        """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
+        """The conditioning with time_ids: original height and width, top and left of the crop,
+        target height and width or the aesthetic score.
+        """
         extra, places = dict(cond.extra), sizes.on(self.device)
         told = (
             torch.cat([places[:, :4], extra.pop("aesthetic_score")], dim=1)
@@ -169,7 +185,9 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def load(path: str, how: LoadOptions) -> StableDiffusionXL:
-    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part, and for parts that do not fit."""
+    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing
+    or broken part, and for parts that do not fit.
+    """
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     index, scheduler = (
@@ -206,11 +224,14 @@ def read_sdxl_layout(path: str) -> Layout:
 
 
 def present_encoders(path: str, index: Mapping[str, Any]) -> list[str]:
-    """The text encoders that model_index.json lists. Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet."""
+    """The text encoders that model_index.json lists. Raises UserError when bigG is not among them,
+    or they or the sizes do not fit the UNet.
+    """
     names = [name for name in ENCODERS if (index.get(name) or [None])[-1] is not None]
     if "text_encoder_2" not in names:
         raise UserError(
-            f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; the copy is incomplete"
+            f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; "
+            "the copy is incomplete"
         )
     unet, encoders = (
         read_json(path, "unet/config.json"),
@@ -233,15 +254,18 @@ def present_encoders(path: str, index: Mapping[str, Any]) -> list[str]:
 
 
 def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed; vp, or edm for the schedulers named so.
+    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed; vp, or edm
+    for the schedulers named so.
 
-    Their training tables are Karras' sigmas too; EDMEulerScheduler's has one row more between the same ends.
-    Raises UserError for a scheduler we do not have, and for changes that an edm scheduler has no use for.
+    Their training tables are Karras' sigmas too; EDMEulerScheduler's has one row more between the
+    same ends. Raises UserError for a scheduler we do not have, and for changes that an edm
+    scheduler has no use for.
     """
     name, merged = config.get("_class_name", ""), {**config, **changes}
     if "Flow" in name:
         raise UserError(
-            f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only"
+            f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM "
+            "schedulers only"
         )
     if "EDM" not in name:
         return noise.vp_schedule_from_config(merged), merged.get("prediction_type", "epsilon")
@@ -254,7 +278,8 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
     for key in changes:
         if key not in known:
             raise UserError(
-                f"the model's {name} takes no {key}; leave out --noise.prediction and --noise.zero-terminal-snr for EDM models"
+                f"the model's {name} takes no {key}; leave out --noise.prediction and "
+                "--noise.zero-terminal-snr for EDM models"
             )
     for key, expected in (
         ("prediction_type", "epsilon"),
@@ -263,7 +288,8 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
     ):
         if config.get(key, expected) != expected:
             raise UserError(
-                f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only"
+                f"the model's {name} has {key} {config[key]!r}; "
+                f"this program knows EDM models with {expected!r} only"
             )
     low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
     return noise.edm_schedule(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
@@ -272,7 +298,9 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
 def read_sdxl_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with
+    some keys changed.
+    """
     return sdxl_schedule(read_json(path, "scheduler/scheduler_config.json"), changes)
 
 
@@ -280,7 +308,9 @@ def read_sdxl_schedule(
 
 
 def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
-    """Names and presets of an SDXL model; kohya's files name the UNet's modules as Stability's code does."""
+    """Names and presets of an SDXL model; kohya's files name the UNet's modules as Stability's code
+    does.
+    """
     kind = "base" if "text_encoder" in encoders else "refiner"
     found = layout_of(
         {"unet": unet, **encoders},
@@ -320,10 +350,12 @@ EDGES = {  # outside of the blocks
 def stability_names(
     unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, str]:
-    """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's own blocks; every path has a name of its own.
+    """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's
+    own blocks; every path has a name of its own.
 
-    Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
-    upsampler is the last member of its block's last entry.
+    Stability numbers the blocks straight through: each residual layer is an entry with the
+    attention that follows it, and so is a downsampler; an upsampler is the last member of its
+    block's last entry.
     """
     places = dict(sd.compvis_block_names(unet))
     names = {}

@@ -1,4 +1,6 @@
-"""buckets and the plan of an epoch: sizes, the nearest one, every image in every epoch, and batches that are a function of their step."""
+"""buckets and the plan of an epoch: sizes, the nearest one, every image in every epoch, and batches
+that are a function of their step.
+"""
 
 import math
 import random
@@ -64,7 +66,9 @@ def pixels_of(image):
 
 
 def kohya_sizes(area, low, high, step):
-    """sd-scripts' rule, (w, h): the square, and for each width the longest height that fits, both ways round."""
+    """sd-scripts' rule, (w, h): the square, and for each width the longest height that fits, both
+    ways round.
+    """
     found = {(math.isqrt(area) // step * step,) * 2}
     for width in range(low, high + 1, step):
         height = min(high, area // width // step * step)
@@ -256,7 +260,9 @@ def test_workers_and_resume_change_no_bit(folder):
 
 
 def test_a_cut_is_the_resized_image_at_its_crop(folder):
-    """Scaled to cover the bucket, mirrored, then cut at `crop`: the corner is one of the mirrored image (diffusers' scripts, semantics 2.5)."""
+    """Scaled to cover the bucket, mirrored, then cut at `crop`: the corner is one of the mirrored
+    image (diffusers' scripts, semantics 2.5).
+    """
     mirrored = 0
     for how in (
         ImageSettings(16, buckets=True, bucket_step=4),

@@ -1,4 +1,6 @@
-"""Losses and weightings against the papers' formulas in float64; masks; what is refused, and by what name."""
+"""Losses and weightings against the papers' formulas in float64; masks; what is refused, and by
+what name.
+"""
 
 import functools
 import math
@@ -92,7 +94,9 @@ def test_mse_and_l1_are_torchs_by_row() -> None:
 
 
 def kohya_c(t: float, sigma: float, c: float, schedule: str) -> float:
-    """sd-scripts library/train_util.py, get_huber_threshold_if_needed, for one timestep, huber_scale = 1."""
+    """sd-scripts library/train_util.py, get_huber_threshold_if_needed, for one timestep,
+    huber_scale = 1.
+    """
     if schedule == "exponential":
         return math.exp(-(-math.log(c) / 1000) * t)
     return (1 - c) / (1 + sigma) ** 2 + c if schedule == "snr" else c
@@ -222,7 +226,9 @@ def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, ...]) -> None
 
 # ---------------------------------------------------------------- weightings
 
-PAPERS = {  # (weighting, prediction) -> weight of the squared output error, from snr and sigma, as printed in the papers
+# (weighting, prediction) -> weight of the squared output error, from snr and sigma, as printed in
+# the papers
+PAPERS = {
     ("min_snr", "epsilon"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) / s,
     ("min_snr", "v_prediction"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) / (s + 1),
     ("min_snr", "sample"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)),
@@ -355,7 +361,8 @@ def test_x0_pred_of_a_perfect_output_is_x0(prediction: str) -> None:
 def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, 2, 3))\n\nnumber = 1\n"
+        "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, "
+        "2, 3))\n\nnumber = 1\n"
     )
     step = make()
     assert find_function("l1", LOSSES) is LOSSES["l1"]
@@ -418,7 +425,8 @@ def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
 # ---------------------------------------------------------------- spaces
 
 
-SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, from alpha^2 of vp or sigma of flow
+# what diffusers' 1 / sigma^2 of the x0 error is on each row, from alpha^2 of vp or sigma of flow
+SNR_WEIGHTED = {
     "epsilon": lambda level: torch.ones_like(level.sigma),
     "v_prediction": lambda level: level.alpha**2,
     "sample": lambda level: level.snr,
@@ -428,7 +436,9 @@ SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, 
 
 @pytest.mark.parametrize("prediction", SNR_WEIGHTED)
 def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction: str) -> None:
-    """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2 times v's."""
+    """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2
+    times v's.
+    """
     schedule = flow_schedule(steps=1001) if prediction == "flow" else SD
     level = schedule.level(schedule.ts[[0, 147, 500, 998]])
     torch.testing.assert_close(
@@ -526,7 +536,8 @@ def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
             ).startswith("loss: mse of x0")
 
 
-# ---------------------------------------------------------------- preserving the base model's output
+# ---------------------------------------------------------------- preserving the base model's
+# output
 
 
 def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient() -> None:

@@ -25,7 +25,9 @@ class Sizes(NamedTuple):
     places: Tensor | None = None  # what `on` gave
 
     def on(self, device: torch.device | str) -> Tensor:
-        """[b, 6] fp32: original height and width, top and left of the crop, target height and width."""
+        """[b, 6] fp32: original height and width, top and left of the crop, target height and
+        width.
+        """
         if self.places is not None:
             return self.places
         rows = [
@@ -57,7 +59,9 @@ class SamplerSettings:
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """[b, *shape] unit noise, one CPU generator for each seed: what diffusers draws for `generator=[torch.Generator().manual_seed(s) ...]`."""
+    """[b, *shape] unit noise, one CPU generator for each seed: what diffusers draws for
+    `generator=[torch.Generator().manual_seed(s) ...]`.
+    """
     return torch.cat(
         [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
@@ -74,10 +78,12 @@ def generate_images(
     mask: Tensor | None = None,
     refiner: Any = None,
 ) -> Tensor:
-    """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed). Prompts are given as the text encoder is to read them (placeholders bound).
+    """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed). Prompts are given as the text
+    encoder is to read them (placeholders bound).
 
-    `init` [1 or b, 3, h, w] starts from a picture (strength < 1) or, for an inpainting model, is the picture to paint in; `mask` [1 or b, 1, h, w]
-    is 1 where it is to be painted. `refiner` is a second family on the same latents, which runs the last steps (image to image without new noise).
+    `init` [1 or b, 3, h, w] starts from a picture (strength < 1) or, for an inpainting model, is
+    the picture to paint in; `mask` [1 or b, 1, h, w] is 1 where it is to be painted. `refiner` is a
+    second family on the same latents, which runs the last steps (image to image without new noise).
     Raises UserError for sizes the model does not take, or an init or mask that does not fit.
     """
     height, width = recipe.height or family.resolution, recipe.width or family.resolution
@@ -123,7 +129,9 @@ def generate_images(
 
 
 def _check_drawn(family: Any, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
-    """Raises UserError for pictures that are no numbers, which would be saved black, naming the network they come from."""
+    """Raises UserError for pictures that are no numbers, which would be saved black, naming the
+    network they come from.
+    """
     good_latents, good = (
         x.isfinite().flatten(1).all(1).tolist(),
         pixels.isfinite().flatten(1).all(1).tolist(),
@@ -141,7 +149,8 @@ def _check_drawn(family: Any, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -
     dtype = str(next(family.modules[name].parameters()).dtype).removeprefix("torch.")
     which = f"seed {seeds[bad[0]]} ({len(bad)} of {len(good)} pictures)"
     raise UserError(
-        f"{part} drew NaN instead of a picture for {which}: its numbers overflow in {dtype}, or its weights are damaged; {cure}"
+        f"{part} drew NaN instead of a picture for {which}: "
+        f"its numbers overflow in {dtype}, or its weights are damaged; {cure}"
     )
 
 
@@ -184,7 +193,8 @@ def _check(
 ) -> None:
     if size[0] % family.multiple or size[1] % family.multiple:
         raise UserError(
-            f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of this model's images must be"
+            f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of "
+            "this model's images must be"
         )
     if init is None and (recipe.strength < 1 or family.inpainting):
         raise UserError(
@@ -201,7 +211,9 @@ def _check(
 
 
 def encode_masked_image(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
-    """[b, 1 + c, h, w] what an inpainting denoiser reads: the mask on the latent grid (nearest) and the latents of the picture with a grey hole."""
+    """[b, 1 + c, h, w] what an inpainting denoiser reads: the mask on the latent grid (nearest) and
+    the latents of the picture with a grey hole.
+    """
     mask = mask.to(pixels)
     latents = family.encode_images(pixels * (mask < 0.5))[0]
     return torch.cat(
@@ -210,9 +222,11 @@ def encode_masked_image(family: Any, pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def random_hole_masks(keys: RandomKeys, height: int, width: int) -> Tensor:
-    """[b, 1, h, w] masks for training an inpainting model, 1 = hole: 8 to 32 rectangles with sides of 1/32 to 1/4, or everything once in four times.
+    """[b, 1, h, w] masks for training an inpainting model, 1 = hole: 8 to 32 rectangles with sides
+    of 1/32 to 1/4, or everything once in four times.
 
-    The distribution of cloneofsimo's lora_pti (16 to 128 of 512 pixels), keyed by example and visit.
+    The distribution of cloneofsimo's lora_pti (16 to 128 of 512 pixels), keyed by example and
+    visit.
     """
     shape = keys.uniform("holes", (33, 4))
     masks = torch.zeros(len(shape), 1, height, width)

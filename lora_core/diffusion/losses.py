@@ -1,9 +1,12 @@
-"""Losses and their weightings: a loss is a pure function of one StepOutput and returns [b], one number per example, unreduced.
+"""Losses and their weightings: a loss is a pure function of one StepOutput and returns [b], one
+number per example, unreduced.
 
-Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with `--loss my_loss.py:my_loss`; `mse` below is an example. One that does the
-same operations every step and reads nothing back to the host may say `my_loss.capturable = True`: then a CUDA graph can hold its step.
-Weightings are one law: an error e in the network's output is an error |d x0 / d out| e in x0, so whatever the network predicts,
-weight = W(snr) * |d x0 / d out|^2, with W the weighting of the squared error of x0. A published weighting is one W.
+Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with `--loss
+my_loss.py:my_loss`; `mse` below is an example. One that does the same operations every step and
+reads nothing back to the host may say `my_loss.capturable = True`: then a CUDA graph can hold its
+step. Weightings are one law: an error e in the network's output is an error |d x0 / d out| e in x0,
+so whatever the network predicts, weight = W(snr) * |d x0 / d out|^2, with W the weighting of the
+squared error of x0. A published weighting is one W.
 """
 
 import functools
@@ -28,7 +31,9 @@ from lora_core.plugins import check_names_file, load_from_file, name_function
 
 @dataclass
 class StepOutput:
-    """Everything a loss may look at. Members that cost another forward pass are computed when first touched."""
+    """Everything a loss may look at. Members that cost another forward pass are computed when first
+    touched.
+    """
 
     out: Tensor  # [b, c, h, w] what the network said
     target: Tensor  # [b, c, h, w] what it should have said
@@ -44,7 +49,9 @@ class StepOutput:
         default_factory=dict
     )  # base_out(), preserved(), attention(), and decode(latents) for pixels
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
-    network: str = ""  # the row of what base_out() and preserved() return, where `prediction` is not that row but "sample"
+    # the row of what base_out() and preserved() return, where `prediction` is not that row but
+    # "sample"
+    network: str = ""
 
     @cached_property
     def x0_pred(self) -> Tensor:
@@ -58,8 +65,9 @@ class StepOutput:
 
     @cached_property
     def preserved(self) -> tuple[Tensor, Tensor]:
-        """The outputs [b, c, h, w] on the captions with the classes in place of the placeholders: with adapters, and the base model's without
-        gradient; comparable to `out`."""
+        """The outputs [b, c, h, w] on the captions with the classes in place of the placeholders:
+        with adapters, and the base model's without gradient; comparable to `out`.
+        """
         now, before = self._call("preserved")
         return self._comparable(now), self._comparable(before.detach())
 
@@ -83,7 +91,8 @@ class StepOutput:
     def _call(self, name: str, *args: Tensor) -> Any:
         if name not in self.lazy:
             raise UserError(
-                f"this loss reads step.{name}, which the caller does not offer; it offers {', '.join(self.lazy) or 'no lazy member'}"
+                f"this loss reads step.{name}, which the caller does not offer; "
+                f"it offers {', '.join(self.lazy) or 'no lazy member'}"
             )
         return self.lazy[name](*args)
 
@@ -106,7 +115,9 @@ DeltaSchedule = Literal["constant", "snr", "exponential"]
 
 
 def huber(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant") -> Tensor:
-    """[b] pseudo-Huber loss 2c (sqrt(d^2 + c^2) - c): d^2 where d << c, 2c |d| where d >> c (arXiv 2403.16728, kohya's factor 2c)."""
+    """[b] pseudo-Huber loss 2c (sqrt(d^2 + c^2) - c): d^2 where d << c, 2c |d| where d >> c (arXiv
+    2403.16728, kohya's factor 2c).
+    """
     c = huber_delta(step.level, step.t_max, delta=delta, schedule=schedule).reshape(-1, 1, 1, 1)
     return masked_mean(2 * c * _above(_difference(step), c), step.mask)
 
@@ -114,7 +125,9 @@ def huber(step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "co
 def smooth_l1(
     step: StepOutput, *, delta: float = 0.1, schedule: DeltaSchedule = "constant"
 ) -> Tensor:
-    """[b] the same curve in units of l1, 2 (sqrt(d^2 + c^2) - c): d^2 / c where d << c, 2 |d| where d >> c (kohya)."""
+    """[b] the same curve in units of l1, 2 (sqrt(d^2 + c^2) - c): d^2 / c where d << c, 2 |d| where
+    d >> c (kohya).
+    """
     c = huber_delta(step.level, step.t_max, delta=delta, schedule=schedule).reshape(-1, 1, 1, 1)
     return masked_mean(2 * _above(_difference(step), c), step.mask)
 
@@ -128,15 +141,18 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def is_capturable(loss: Callable[..., Tensor]) -> bool:
-    """Whether a loss does the same operations every step and reads nothing back to the host, so that a CUDA graph can hold it: the rows of LOSSES do,
-    and functions with the attribute `capturable = True`; with arguments bound to them or without."""
+    """Whether a loss does the same operations every step and reads nothing back to the host, so
+    that a CUDA graph can hold it: the rows of LOSSES do, and functions with the attribute
+    `capturable = True`; with arguments bound to them or without.
+    """
     while isinstance(loss, functools.partial):
         loss = loss.func
     return loss in LOSSES.values() or getattr(loss, "capturable", False) is True
 
 
 def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedule: str) -> Tensor:
-    """[b] the c of each example, from its own noise level (kohya draws one timestep for a whole batch here; arXiv 2403.16728).
+    """[b] the c of each example, from its own noise level (kohya draws one timestep for a whole
+    batch here; arXiv 2403.16728).
 
     constant: delta.   exponential: delta^(t / t_max), from 1 down to delta; t_max is Schedule.t_max, the t of pure noise.
     snr: (1 - delta) / (1 + sigma / alpha)^2 + delta, from 1 down to delta.
@@ -148,7 +164,8 @@ def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedul
     if schedule == "exponential":
         if t_max is None:
             raise UserError(
-                "the exponential schedule of a Huber loss needs timesteps that count up from 0, which this model has not; choose snr"
+                "the exponential schedule of a Huber loss needs timesteps that count up from 0, "
+                "which this model has not; choose snr"
             )
         return delta ** (level.t / t_max)
     if schedule == "snr":
@@ -161,11 +178,12 @@ def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedul
 def add_preservation(
     loss: Callable[[StepOutput], Tensor], weight: float
 ) -> Callable[[StepOutput], Tensor]:
-    """The loss plus `weight` times the mean squared difference [b] between the outputs with adapters and of the base model, both on the caption
-    with the class in place of the placeholder (differential output preservation, ai-toolkit).
+    """The loss plus `weight` times the mean squared difference [b] between the outputs with
+    adapters and of the base model, both on the caption with the class in place of the placeholder
+    (differential output preservation, ai-toolkit).
 
-    The mask does not count here: what is to be preserved is everywhere. The sum is weighed by noise level like any loss. Costs two more
-    forward passes, one of them with gradient.
+    The mask does not count here: what is to be preserved is everywhere. The sum is weighed by noise
+    level like any loss. Costs two more forward passes, one of them with gradient.
     """
 
     def preserving_loss(step: StepOutput) -> Tensor:
@@ -190,11 +208,13 @@ def _difference(step: StepOutput) -> Tensor:
 def _check_shapes(step: StepOutput) -> None:
     if step.out.shape != step.target.shape:
         raise ValueError(
-            f"the network returned {list(step.out.shape)} where the target is {list(step.target.shape)}"
+            f"the network returned {list(step.out.shape)} where the target is "
+            f"{list(step.target.shape)}"
         )
 
 
-# ---------------------------------------------------------------- weightings: W(snr), the weight of the squared error of x0
+# ---------------------------------------------------------------- weightings: W(snr), the weight of
+# the squared error of x0
 
 WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
     "none": None,  # uniform in the space of the network's output: weight 1
@@ -208,13 +228,17 @@ WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
     ),  # arXiv 2204.00227: 1 / (k + snr)^gamma for epsilon
     "snr": lambda snr: (
         snr
-    ),  # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training (arXiv 2206.00364: x / alpha)
-    # The next two are diffusers' --weighting_scheme: 1 / sigma^2 and 2 / (pi (1 - 2 sigma + 2 sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr)).
+        # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training (arXiv 2206.00364:
+        # x / alpha)
+    ),
+    # The next two are diffusers' --weighting_scheme: 1 / sigma^2 and 2 / (pi (1 - 2 sigma + 2
+    # sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr)).
     "sigma_sqrt": lambda snr: (1 + snr**0.5) ** 4,
     "cosmap": lambda snr: 2 / math.pi * (1 + snr**0.5) ** 4 / (1 + snr),
 }
 
-# Where alpha or sigma is 0 the product W * jacobian^2 has a limit that 0 * inf would hide. 2^-12 is what diffusers puts for alpha at
+# Where alpha or sigma is 0 the product W * jacobian^2 has a limit that 0 * inf would hide. 2^-12 is
+# what diffusers puts for alpha at
 # zero terminal SNR, and less than any sigma of the schedules here (edm's smallest is 0.002).
 LEVEL_FLOOR = 2.0**-12
 
@@ -222,14 +246,18 @@ LEVEL_FLOOR = 2.0**-12
 def loss_weights(
     name: str, level: NoiseLevel, prediction: str, *, space: str = "model", **args: float
 ) -> Tensor:
-    """[b] weight of each row's squared error in a space of `compared`: W(snr) |d x0 / d out|^2, finite at zero terminal SNR.
+    """[b] weight of each row's squared error in a space of `compared`: W(snr) |d x0 / d out|^2,
+    finite at zero terminal SNR.
 
-    min_snr gives min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v (several public scripts take min(snr, g) / snr + 1, which
-    is neither the paper nor this law) and min(snr, g) sigma^2 for flow. Instance rows and prior rows are weighted alike; diffusers' scripts leave the
-    prior rows unweighted. kohya's debiased differs: it caps snr at 1000 and takes 1 / (snr + 1) for v, which is not this law.
+    min_snr gives min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v (several public
+    scripts take min(snr, g) / snr + 1, which is neither the paper nor this law) and min(snr, g)
+    sigma^2 for flow. Instance rows and prior rows are weighted alike; diffusers' scripts leave the
+    prior rows unweighted. kohya's debiased differs: it caps snr at 1000 and takes 1 / (snr + 1) for
+    v, which is not this law.
 
-    In "edm" space the error is x0's own and its weight W(snr); none is snr there, diffusers' 1 / sigma^2, but for networks of the edm row,
-    which diffusers leaves unweighed. diffusers refuses min-SNR with EDM; here it is min(snr, g), the law it is in any space.
+    In "edm" space the error is x0's own and its weight W(snr); none is snr there, diffusers' 1 /
+    sigma^2, but for networks of the edm row, which diffusers leaves unweighed. diffusers refuses
+    min-SNR with EDM; here it is min(snr, g), the law it is in any space.
     """
     law = find_function(name, WEIGHTINGS, args)
     if law is None and space == "edm" and prediction != "edm":
@@ -256,7 +284,9 @@ _LAWS = {  # weighting -> W in words
     "sigma_sqrt": "(1 + sqrt(snr))^4",
     "cosmap": "2/pi (1 + sqrt(snr))^4 / (1 + snr)",
 }
-_OUTPUTS = {  # row of PREDICTIONS -> the output's name, and the squared Jacobian on the schedule it was published for
+# row of PREDICTIONS -> the output's name, and the squared Jacobian on the schedule it was published
+# for
+_OUTPUTS = {
     "epsilon": ("epsilon", " / snr"),
     "v_prediction": ("v", " / (snr + 1)"),
     "sample": ("x0", ""),
@@ -268,7 +298,8 @@ _OUTPUTS = {  # row of PREDICTIONS -> the output's name, and the squared Jacobia
 def describe_loss(
     weighting: str, prediction: str, space: str = "model", *, loss: str = "mse", **args: float
 ) -> str:
-    """One line that says what a loss, a weighting and a space compute together, e.g. "loss: mse of x0, weighed by min(snr, 5)".
+    """One line that says what a loss, a weighting and a space compute together, e.g. "loss: mse of
+    x0, weighed by min(snr, 5)".
 
     Raises UserError for what `resolve` refuses.
     """
@@ -297,9 +328,11 @@ def describe_loss(
 def find_function(
     spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None
 ) -> Any:
-    """The row `spec` of a table, or function `fn` of a file for "path/to/file.py:fn", with `args` bound to it.
+    """The row `spec` of a table, or function `fn` of a file for "path/to/file.py:fn", with `args`
+    bound to it.
 
-    Raises UserError for an unknown name (naming the nearest), a missing file or function, and an argument the function does not take.
+    Raises UserError for an unknown name (naming the nearest), a missing file or function, and an
+    argument the function does not take.
     """
     check_names_file(spec, "loss")
     path, colon, name = spec.rpartition(":")
@@ -308,8 +341,9 @@ def find_function(
 
 
 def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
-    """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument that it does not take, or for a
-    text where its default is a number."""
+    """`function` with `args` bound to it. Raises UserError, which calls it `name`, for an argument
+    that it does not take, or for a text where its default is a number.
+    """
     if not args:
         return function
     parameters = (
@@ -334,7 +368,8 @@ def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
 
 
 def name_and_arguments(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) with which `resolve` finds a function again, or a name in "<...>" that it refuses where no file gives it back.
+    """(name, arguments) with which `resolve` finds a function again, or a name in "<...>" that it
+    refuses where no file gives it back.
 
     Arguments that functools.partial has bound by name are among them, where a config can hold them.
     """
@@ -353,47 +388,57 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Any:
     if name not in table:
         near = get_close_matches(name, table, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown name {name!r}, the nearest is {near!r}; choose {', '.join(table)} or path/to/file.py:function"
+            f"unknown name {name!r}, the nearest is {near!r}; "
+            f"choose {', '.join(table)} or path/to/file.py:function"
         )
     return table[name]
 
 
 def check_weighting(name: str, args: Mapping[str, Any]) -> None:
-    """Raises UserError for a weighting that `resolve` refuses, or that gives negative weights, none at all, or NaN."""
+    """Raises UserError for a weighting that `resolve` refuses, or that gives negative weights, none
+    at all, or NaN.
+    """
     law = find_function(name, WEIGHTINGS, args)
     weights = law(torch.logspace(-4, 4, 9)) if law else torch.ones(1)
     if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
         given = " ".join(f"{key}={value}" for key, value in args.items())
         raise UserError(
-            f"weighting {name} with {given} gives weights from {weights.min():g} to {weights.max():g}; expected numbers of at least 0"
+            f"weighting {name} with {given} gives weights from {weights.min():g} to "
+            f"{weights.max():g}; expected numbers of at least 0"
         )
 
 
 def check_loss_rows(rows: Tensor, name: str, b: int) -> None:
-    """Refuses what loss `name` returned unless it is [b] finite numbers. Reads the values, so it waits for a GPU.
+    """Refuses what loss `name` returned unless it is [b] finite numbers. Reads the values, so it
+    waits for a GPU.
 
     Check before weighing: a scalar times the weights [b] is [b] again.
     """
     if not isinstance(rows, Tensor):
         raise UserError(
-            f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], one number per example"
+            f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], one number per "
+            "example"
         )
     if rows.shape != (b,):
         got = "a scalar" if rows.ndim == 0 else f"shape {list(rows.shape)}"
         raise UserError(
-            f"loss {name} returned {got}, expected [{b}], one number per example; take the mean over c, h, w only"
+            f"loss {name} returned {got}, expected [{b}], one number per example; "
+            "take the mean over c, h, w only"
         )
     bad = (~torch.isfinite(rows.detach())).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; lower the learning rate or look at that example"
+            f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; "
+            "lower the learning rate or look at that example"
         )
 
 
 def sum_losses(rows: Tensor, is_prior: Tensor, *, prior_weight: float, instances: int) -> Tensor:
-    """Scalar sum of the weighed rows [b] / instances, where rows of the prior count prior_weight times as much.
+    """Scalar sum of the weighed rows [b] / instances, where rows of the prior count prior_weight
+    times as much.
 
-    With as many prior rows as instances this is mean(instances) + prior_weight * mean(prior) (DreamBooth, arXiv 2208.12242 eq. 2).
-    `instances` counts those of the whole step, so that the totals of its micro-batches add up to the step's own.
+    With as many prior rows as instances this is mean(instances) + prior_weight * mean(prior)
+    (DreamBooth, arXiv 2208.12242 eq. 2). `instances` counts those of the whole step, so that the
+    totals of its micro-batches add up to the step's own.
     """
     return torch.where(is_prior, prior_weight * rows, rows).sum() / instances

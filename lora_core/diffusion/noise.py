@@ -1,7 +1,9 @@
-"""Noise: how much of it (schedules), where on the schedule (draw), which numbers (keyed randomness), and how it is added.
+"""Noise: how much of it (schedules), where on the schedule (draw), which numbers (keyed
+randomness), and how it is added.
 
-Everything downstream speaks one law, x_t = alpha x0 + sigma eps, with one row (t, alpha, sigma) per example. Three schedules:
-vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma, arXiv 2210.02747), edm (alpha = 1, arXiv 2206.00364).
+Everything downstream speaks one law, x_t = alpha x0 + sigma eps, with one row (t, alpha, sigma) per
+example. Three schedules: vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma,
+arXiv 2210.02747), edm (alpha = 1, arXiv 2206.00364).
 """
 
 import functools
@@ -22,7 +24,9 @@ from lora_core.errors import UserError
 
 
 class NoiseLevel(NamedTuple):
-    """Noise levels of a batch, one row per example: x_t = alpha x0 + sigma eps. fp32; float64 passes through."""
+    """Noise levels of a batch, one row per example: x_t = alpha x0 + sigma eps. fp32; float64
+    passes through.
+    """
 
     t: Tensor  # [b] what the network is told: vp 0..T-1, flow sigma in [0, 1], edm 0.25 ln sigma
     alpha: Tensor  # [b]
@@ -51,7 +55,9 @@ class NoiseLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of T noise levels, cleanest first, in float64; what lies between the rows is given by `level`."""
+    """A table of T noise levels, cleanest first, in float64; what lies between the rows is given by
+    `level`.
+    """
 
     kind: Literal["vp", "flow", "edm"]
     ts: Tensor  # [T] what the network is told
@@ -67,14 +73,17 @@ class Schedule:
 
     @property
     def t_max(self) -> float | None:
-        """The t of pure noise where t counts noise up from 0: the number of rows for vp, 1 for flow; None for edm."""
+        """The t of pure noise where t counts noise up from 0: the number of rows for vp, 1 for
+        flow; None for edm.
+        """
         return {"vp": float(len(self)), "flow": 1.0, "edm": None}[self.kind]
 
     def level(self, t: Tensor) -> NoiseLevel:
         """Levels at times t [b]; fp32, or float64 where t is float64.
 
-        flow and edm are closed forms. vp is its table at whole t; between rows sigma / alpha is linear in t, as in k-diffusion
-        (`DiscreteSchedule`) and diffusers' Euler. A t outside of the table is refused (on the CPU, where looking costs nothing).
+        flow and edm are closed forms. vp is its table at whole t; between rows sigma / alpha is
+        linear in t, as in k-diffusion (`DiscreteSchedule`) and diffusers' Euler. A t outside of the
+        table is refused (on the CPU, where looking costs nothing).
         """
         dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
         if self.kind == "vp":
@@ -87,7 +96,8 @@ class Schedule:
     def _between(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= len(self) - 1):
             raise UserError(
-                f"timesteps {t.min():g}..{t.max():g} leave the schedule, which has 0..{len(self) - 1}"
+                f"timesteps {t.min():g}..{t.max():g} leave the schedule, which has "
+                f"0..{len(self) - 1}"
             )
         low = t.double().floor()
         part, row = t.double() - low, low.long()
@@ -112,10 +122,12 @@ class Schedule:
 
 
 def vp_schedule(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
-    """Variance preserving schedule of DDPM: alpha_t^2 = prod_{s<=t} (1 - beta_s) (arXiv 2006.11239 eq. 4).
+    """Variance preserving schedule of DDPM: alpha_t^2 = prod_{s<=t} (1 - beta_s) (arXiv 2006.11239
+    eq. 4).
 
-    zero_terminal_snr shifts and rescales alpha (not alpha^2) so that the last row is pure noise and the first is unchanged
-    (arXiv 2305.08891 algorithm 1). The last alpha is exactly 0; diffusers' Euler and DPM put 2^-12 there.
+    zero_terminal_snr shifts and rescales alpha (not alpha^2) so that the last row is pure noise and
+    the first is unchanged (arXiv 2305.08891 algorithm 1). The last alpha is exactly 0; diffusers'
+    Euler and DPM put 2^-12 there.
     """
     alphas = torch.cumprod(1 - betas.double(), 0).sqrt()
     if zero_terminal_snr:
@@ -124,7 +136,9 @@ def vp_schedule(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
 
 
 def cosine_betas(steps: int, beta_max: float = 0.999) -> Tensor:
-    """Betas of the squared-cosine schedule, float64 (arXiv 2102.09672 eq. 17, s = 0.008, betas capped at 0.999)."""
+    """Betas of the squared-cosine schedule, float64 (arXiv 2102.09672 eq. 17, s = 0.008, betas
+    capped at 0.999).
+    """
     alpha_bar = (
         torch.cos(
             (torch.linspace(0, 1, steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
@@ -144,10 +158,11 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 
 
 def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """The vp schedule that a model's `scheduler_config.json` describes; keys and their defaults are diffusers' own.
+    """The vp schedule that a model's `scheduler_config.json` describes; keys and their defaults are
+    diffusers' own.
 
-    Reads trained_betas, beta_schedule, beta_start, beta_end, num_train_timesteps and rescale_betas_zero_snr.
-    Raises UserError for a beta_schedule that is not in BETAS.
+    Reads trained_betas, beta_schedule, beta_start, beta_end, num_train_timesteps and
+    rescale_betas_zero_snr. Raises UserError for a beta_schedule that is not in BETAS.
     """
     name = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
@@ -157,24 +172,31 @@ def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         betas = BETAS[name](config.get("beta_start", 0.0001), config.get("beta_end", 0.02), steps)
     else:
         raise UserError(
-            f"scheduler_config.json has beta_schedule {name!r}; this program knows {', '.join(BETAS)}"
+            f"scheduler_config.json has beta_schedule {name!r}; "
+            f"this program knows {', '.join(BETAS)}"
         )
     return vp_schedule(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
-    """Flow sigmas moved towards the noise: shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206 eq. 23)."""
+    """Flow sigmas moved towards the noise: shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206
+    eq. 23).
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def flow_schedule(*, shift: float = 1.0, steps: int = 1000) -> Schedule:
-    """Rectified flow: alpha = 1 - sigma and t = sigma (arXiv 2210.02747, 2209.03003); rows 1/steps ... 1, then shifted."""
+    """Rectified flow: alpha = 1 - sigma and t = sigma (arXiv 2210.02747, 2209.03003); rows 1/steps
+    ... 1, then shifted.
+    """
     sigmas = shift_sigmas(torch.arange(1, steps + 1).double() / steps, shift)
     return Schedule("flow", sigmas, 1 - sigmas, sigmas, shift=shift)
 
 
 def karras_sigmas(fraction: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """Sigmas from sigma_min (fraction 0) to sigma_max (fraction 1), even in sigma^(1/rho) (arXiv 2206.00364 eq. 5)."""
+    """Sigmas from sigma_min (fraction 0) to sigma_max (fraction 1), even in sigma^(1/rho) (arXiv
+    2206.00364 eq. 5).
+    """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + fraction * (high - low)) ** rho
 
@@ -182,7 +204,9 @@ def karras_sigmas(fraction: Tensor, sigma_min: float, sigma_max: float, rho: flo
 def edm_schedule(
     *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, steps: int = 1000
 ) -> Schedule:
-    """Variance exploding schedule of EDM: alpha = 1 and t = c_noise = ln(sigma) / 4 (arXiv 2206.00364 table 1)."""
+    """Variance exploding schedule of EDM: alpha = 1 and t = c_noise = ln(sigma) / 4 (arXiv
+    2206.00364 table 1).
+    """
     sigmas = karras_sigmas(
         torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max, rho
     )
@@ -202,16 +226,19 @@ def _hash(seed: int, name: str, visit: int, purpose: str) -> int:
 def keyed_generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on nothing but its four arguments (blake2b of them is its seed).
 
-    torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be equal, which harms nothing.
+    torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be
+    equal, which harms nothing.
     """
     return torch.Generator().manual_seed(_hash(seed, name, visit, purpose))
 
 
 @dataclass(frozen=True)
 class RandomKeys:
-    """Keyed randomness of a batch: row i of a draw depends on (seed, names[i], visits[i], purpose) alone.
+    """Keyed randomness of a batch: row i of a draw depends on (seed, names[i], visits[i], purpose)
+    alone.
 
-    So an example gets the same numbers in any batch, order, accumulation, world size or resumed run.
+    So an example gets the same numbers in any batch, order, accumulation, world size or resumed
+    run.
     """
 
     seed: int
@@ -221,7 +248,8 @@ class RandomKeys:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.visits):
             raise ValueError(
-                f"Keys need one visit per name, got {len(self.names)} names and {len(self.visits)} visits"
+                f"Keys need one visit per name, got {len(self.names)} names and {len(self.visits)} "
+                "visits"
             )
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
@@ -266,11 +294,13 @@ DENSITIES: dict[
 
 
 def bind_density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
-    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b], 0 clean, 1 pure noise.
+    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b],
+    0 clean, 1 pure noise.
 
-    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the
-    opposite sign, because they look the fraction up in a table that descends; their +1 is our -1. The other densities are symmetric.
-    Raises UserError for an unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
+    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers'
+    and kohya's flow scripts has the opposite sign, because they look the fraction up in a table
+    that descends; their +1 is our -1. The other densities are symmetric. Raises UserError for an
+    unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
     """
     if name not in DENSITIES:
         near = get_close_matches(name, DENSITIES, n=1, cutoff=0.0)[0]
@@ -289,7 +319,8 @@ def bind_density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
     fractions = bound(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
     if not (fractions.min() >= 0 and fractions.max() <= 1):  # also where they are NaN
         raise UserError(
-            f"density {name} with {args} leaves the fractions 0..1 of the schedule; give values nearer to the default"
+            f"density {name} with {args} leaves the fractions 0..1 of the schedule; "
+            "give values nearer to the default"
         )
     return bound
 
@@ -303,7 +334,9 @@ def sample_levels(
     density: Callable[[Tensor], Tensor] | None = None,
     shift: float = 1.0,
 ) -> NoiseLevel:
-    """One level per example by `place` of keyed uniform numbers: by default every row of the schedule in [low T, high T) is equally likely."""
+    """One level per example by `place` of keyed uniform numbers: by default every row of the
+    schedule in [low T, high T) is equally likely.
+    """
     return levels_at_quantiles(
         schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift
     )
@@ -318,18 +351,21 @@ def levels_at_quantiles(
     density: Callable[[Tensor], Tensor] | None = None,
     shift: float = 1.0,
 ) -> NoiseLevel:
-    """The levels that u [b] in [0, 1) stands for, on the schedule's device: row floor(f T) of its table, f = low + (high - low) density(u).
+    """The levels that u [b] in [0, 1) stands for, on the schedule's device: row floor(f T) of its
+    table, f = low + (high - low) density(u).
 
-    The fractions count rows, so for a shifted flow they are taken before the shift. `density` is what the function of that name returns, or
-    any quantile function; towards 1 is towards noise. `shift` (flow only) moves the sigma so found by `shifted`, on top of the table's own
-    shift: the two multiply.
-    Raises UserError for an empty or impossible range, and for a shift of a schedule that is no flow.
+    The fractions count rows, so for a shifted flow they are taken before the shift. `density` is
+    what the function of that name returns, or any quantile function; towards 1 is towards noise.
+    `shift` (flow only) moves the sigma so found by `shifted`, on top of the table's own shift: the
+    two multiply. Raises UserError for an empty or impossible range, and for a shift of a schedule
+    that is no flow.
     """
     # 1e-6 of a row: 0.29 * 1000 is not quite 290
     first, stop = math.floor(low * len(schedule) + 1e-6), math.ceil(high * len(schedule) - 1e-6)
     if not (0 <= low < high <= 1 and first < stop):
         raise UserError(
-            f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high"
+            f"timestep range {low:g}..{high:g} is empty or outside of 0..1; "
+            "give fractions with low < high"
         )
     check_shift(schedule, shift)
     u = u.double()
@@ -344,14 +380,17 @@ def levels_at_quantiles(
 
 
 def check_shift(schedule: Schedule, shift: float) -> None:
-    """Raises UserError for a shift that is not above 0, and for one other than 1 where the schedule is no flow."""
+    """Raises UserError for a shift that is not above 0, and for one other than 1 where the schedule
+    is no flow.
+    """
     if not (shift > 0 and math.isfinite(shift)):
         raise UserError(
             f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing"
         )
     if shift != 1 and schedule.kind != "flow":
         raise UserError(
-            f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; leave it at 1"
+            f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; "
+            "leave it at 1"
         )
 
 
@@ -363,10 +402,12 @@ def resolution_shift(
     base: float = 0.5,
     max: float = 1.15,
 ) -> float:
-    """The shift e^mu for images of `tokens` patches, mu on the line through (base_tokens, base) and (max_tokens, max), not cut off beyond.
+    """The shift e^mu for images of `tokens` patches, mu on the line through (base_tokens, base) and
+    (max_tokens, max), not cut off beyond.
 
-    What BFL's Flux and diffusers' `calculate_shift` with use_dynamic_shifting do: their time shift e^mu / (e^mu + 1 / sigma - 1) is
-    `shifted(sigma, e^mu)` (arXiv 2403.03206 eq. 23, where the shift is sqrt(tokens / base tokens)).
+    What BFL's Flux and diffusers' `calculate_shift` with use_dynamic_shifting do: their time shift
+    e^mu / (e^mu + 1 / sigma - 1) is `shifted(sigma, e^mu)` (arXiv 2403.03206 eq. 23, where the
+    shift is sqrt(tokens / base tokens)).
     """
     return math.exp(base + (max - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
 
@@ -378,8 +419,12 @@ def resolution_shift(
 class NoiseSettings:
     """Departures from white noise; zero is off."""
 
-    offset: float = 0.0  # adds offset * N(0, 1) per example and channel, in the target too (crosslabs.org, "Diffusion with offset noise")
-    multires_levels: int = 0  # coarser copies of noise on top of the full-size one ("multi-resolution noise", wandb, and kohya)
+    # adds offset * N(0, 1) per example and channel, in the target too (crosslabs.org, "Diffusion
+    # with offset noise")
+    offset: float = 0.0
+    # coarser copies of noise on top of the full-size one ("multi-resolution noise", wandb, and
+    # kohya)
+    multires_levels: int = 0
     multires_discount: float = 0.3  # level i counts discount^i
     perturbation: float = 0.0  # input perturbation gamma (arXiv 2301.11706 algorithm 1)
 
@@ -398,9 +443,11 @@ class NoiseSettings:
 def sample_noise(
     keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
 ) -> tuple[Tensor, Tensor]:
-    """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h, w), fp32 on the CPU.
+    """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h,
+    w), fp32 on the CPU.
 
-    They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps (arXiv 2301.11706 algorithm 1).
+    They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps (arXiv
+    2301.11706 algorithm 1).
     """
     eps = keys.normal("noise", shape)
     if settings.multires_levels:
@@ -415,10 +462,12 @@ def sample_noise(
 
 
 def _multires(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:
-    """Noise [c, h, w] plus discount^i times noise drawn 1/r^i as large (r uniform in [2, 4) per level) and scaled up, i = 1, 2, ...
+    """Noise [c, h, w] plus discount^i times noise drawn 1/r^i as large (r uniform in [2, 4) per
+    level) and scaled up, i = 1, 2, ...
 
-    The sum is divided by its own standard deviation. kohya divides by that of the whole batch, which would make an example's noise
-    depend on its neighbours, also adds a full-size copy at i = 0 (white noise again), and divides after the offset is added.
+    The sum is divided by its own standard deviation. kohya divides by that of the whole batch,
+    which would make an example's noise depend on its neighbours, also adds a full-size copy at i =
+    0 (white noise again), and divides after the offset is added.
     """
     c, h, w = eps.shape
     ratios = 2 + 2 * key.uniform("multires", (settings.multires_levels,))[0]

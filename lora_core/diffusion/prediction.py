@@ -1,4 +1,5 @@
-"""What a network predicts: one row per convention, each four lines of algebra on x_t = alpha x0 + sigma eps.
+"""What a network predicts: one row per convention, each four lines of algebra on x_t = alpha x0 +
+sigma eps.
 
     row           out                                x0                                          |d x0 / d out|
     epsilon       eps                                (x_t - sigma out) / alpha                   sigma / alpha
@@ -7,8 +8,9 @@
     flow          eps - x0                           (x_t - sigma out) / (alpha + sigma)         sigma / (alpha + sigma)
     edm           (sigma/s x0 - alpha s eps) / N     c_skip x_t + c_out out                      c_out
 
-with s = sigma_data and N^2 = alpha^2 s^2 + sigma^2. The denominators are 1 on the schedule a row was published for (vp for v, flow
-for flow, alpha = 1 for edm); written out, every row holds on every schedule, and the tests demand it. All in fp32 or better.
+with s = sigma_data and N^2 = alpha^2 s^2 + sigma^2. The denominators are 1 on the schedule a row
+was published for (vp for v, flow for flow, alpha = 1 for edm); written out, every row holds on
+every schedule, and the tests demand it. All in fp32 or better.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ LossSpace = Literal[
     "model", "edm"
 ]  # where outputs are compared: as the network puts them, or as the x0 they stand for
 
-SIGMA_DATA = 0.5  # standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1)
+# standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1)
+SIGMA_DATA = 0.5
 
 
 class Prediction(NamedTuple):
@@ -58,7 +61,8 @@ def _one(level: NoiseLevel) -> Tensor:
     return torch.ones_like(level.sigma)
 
 
-# epsilon: DDPM, arXiv 2006.11239 eq. 14 (target) and eq. 15 (x0). Undefined at alpha = 0: such a schedule needs v or sample.
+# epsilon: DDPM, arXiv 2006.11239 eq. 14 (target) and eq. 15 (x0). Undefined at alpha = 0: such a
+# schedule needs v or sample.
 
 
 def _epsilon_target(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
@@ -94,7 +98,8 @@ def _sample_x0(x_t: Tensor, out: Tensor, level: NoiseLevel) -> Tensor:
     return _wide(x_t, out, level)[1]
 
 
-# flow: velocity of the straight line from data to noise, arXiv 2209.03003 eq. 1 (there from noise to data).
+# flow: velocity of the straight line from data to noise, arXiv 2209.03003 eq. 1 (there from noise
+# to data).
 
 
 def _flow_target(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
@@ -107,8 +112,10 @@ def _flow_x0(x_t: Tensor, out: Tensor, level: NoiseLevel) -> Tensor:
     return (x_t - sigma * out) / (alpha + sigma)
 
 
-# edm: preconditioning of arXiv 2206.00364 (table 1, appendix B.6), where alpha = 1. The same derivation (unit variance of the network's
-# input and of its target, least amplification of its error) gives the factors for any alpha; at s = 1 on vp the row is -v.
+# edm: preconditioning of arXiv 2206.00364 (table 1, appendix B.6), where alpha = 1. The same
+# derivation (unit variance of the network's
+# input and of its target, least amplification of its error) gives the factors for any alpha; at s =
+# 1 on vp the row is -v.
 
 
 def _edm_norm(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -149,13 +156,17 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
-    """The noise that x_t holds if its clean image is x0: (x_t - alpha x0) / sigma, [b, c, h, w], fp32 or better."""
+    """The noise that x_t holds if its clean image is x0: (x_t - alpha x0) / sigma, [b, c, h, w],
+    fp32 or better.
+    """
     x_t, x0, alpha, sigma = _wide(x_t, x0, level)
     return (x_t - alpha * x0) / sigma
 
 
 def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
-    """What the network is shown: c_in x_t, computed in fp32 or better, in x_t's dtype. x_t itself for rows without a c_in."""
+    """What the network is shown: c_in x_t, computed in fp32 or better, in x_t's dtype. x_t itself
+    for rows without a c_in.
+    """
     c_in = PREDICTIONS[prediction].c_in
     if c_in is _one:
         return x_t
@@ -166,10 +177,12 @@ def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
 def to_loss_space(
     prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel
 ) -> tuple[Tensor, Tensor, str]:
-    """(out, target, row): what a loss compares, [b, c, h, w] each, and the row of PREDICTIONS that both are in.
+    """(out, target, row): what a loss compares, [b, c, h, w] each, and the row of PREDICTIONS that
+    both are in.
 
-    "model": the network's output and its target. "edm": the x0 that the output stands for, and x0 (arXiv 2206.00364 eq. 2). Under input
-    perturbation the output is read as if x_t held eps alone: then an error in it is the same error in both spaces, times the Jacobian.
+    "model": the network's output and its target. "edm": the x0 that the output stands for, and x0
+    (arXiv 2206.00364 eq. 2). Under input perturbation the output is read as if x_t held eps alone:
+    then an error in it is the same error in both spaces, times the Jacobian.
     """
     if space == "edm":
         return (

@@ -1,8 +1,10 @@
-"""Samplers: from noise to an image in n steps, each a free function named after its paper's algorithm.
+"""Samplers: from noise to an image in n steps, each a free function named after its paper's
+algorithm.
 
-One convention for all: x is x_t = alpha x0 + sigma eps at the first of `levels` [n + 1], and is returned at the last. `denoise(x_t, level)`
-gives the clean image the network believes in. Papers that work with x / alpha (Karras, k-diffusion) are written back into x_t, with
-s = sigma / alpha; so alpha = 0 is allowed (zero terminal SNR) and start noise is the same for every sampler.
+One convention for all: x is x_t = alpha x0 + sigma eps at the first of `levels` [n + 1], and is
+returned at the last. `denoise(x_t, level)` gives the clean image the network believes in. Papers
+that work with x / alpha (Karras, k-diffusion) are written back into x_t, with s = sigma / alpha; so
+alpha = 0 is allowed (zero terminal SNR) and start noise is the same for every sampler.
 
     sampler = SAMPLERS["dpmpp_2m"]
     path = levels("dpmpp_2m", family.schedule, 25)
@@ -34,14 +36,17 @@ def guided_denoiser(
     uncond: Any = None,
     scale: float = 1.0,
 ) -> Denoise:
-    """A denoiser with classifier-free guidance: out = uncond + scale (cond - uncond) on the raw output (arXiv 2207.12598 eq. 6).
+    """A denoiser with classifier-free guidance: out = uncond + scale (cond - uncond) on the raw
+    output (arXiv 2207.12598 eq. 6).
 
-    `network(c_in x_t, level, conditioning)` is called once, with the uncond rows (the negative prompts) first. At scale 1 the sum is
-    cond alone, and so is the call. The conditioning is any class with a static `cat`. Raises UserError for a scale without uncond.
+    `network(c_in x_t, level, conditioning)` is called once, with the uncond rows (the negative
+    prompts) first. At scale 1 the sum is cond alone, and so is the call. The conditioning is any
+    class with a static `cat`. Raises UserError for a scale without uncond.
     """
     if scale != 1 and uncond is None:
         raise UserError(
-            f"guidance scale {scale:g} needs an unconditional or negative prompt; give one, or scale 1"
+            f"guidance scale {scale:g} needs an unconditional or negative prompt; "
+            "give one, or scale 1"
         )
     row = PREDICTIONS[prediction]
     both = type(cond).cat([uncond, cond]) if scale != 1 else cond
@@ -68,7 +73,8 @@ def ddim(
     eta: float = 0.0,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """x at the last level, by DDIM (arXiv 2010.02502 eq. 12; eq. 16 for eta, where 1 is DDPM's ancestral sampling).
+    """x at the last level, by DDIM (arXiv 2010.02502 eq. 12; eq. 16 for eta, where 1 is DDPM's
+    ancestral sampling).
 
     Raises UserError if eta is above 0 and there is no noise.
     """
@@ -88,9 +94,11 @@ def ddim(
 
 
 def euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
-    """x at the last level, by Euler's method on dy/ds = (y - x0) / s for y = x / alpha (arXiv 2206.00364 eq. 4 and algorithm 1, no churn).
+    """x at the last level, by Euler's method on dy/ds = (y - x0) / s for y = x / alpha (arXiv
+    2206.00364 eq. 4 and algorithm 1, no churn).
 
-    Here (y - x0) / s is eps, and y - s eps is x0, so a step reads y' = y + (s' - s) eps = x0 + s' eps: Euler is DDIM with eta = 0.
+    Here (y - x0) / s is eps, and y - s eps is x0, so a step reads y' = y + (s' - s) eps = x0 + s'
+    eps: Euler is DDIM with eta = 0.
     """
     for i, (_, _, alpha_next, sigma_next) in enumerate(_pairs(levels)):
         level = _at(levels, i, x)
@@ -101,9 +109,11 @@ def euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
 
 
 def euler_ancestral(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: StepNoise) -> Tensor:
-    """x at the last level, by an Euler step down to s_down and noise back up to s' (k-diffusion, `sample_euler_ancestral`).
+    """x at the last level, by an Euler step down to s_down and noise back up to s' (k-diffusion,
+    `sample_euler_ancestral`).
 
-    s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 - s_up^2 keep the variance of y = x / alpha at s'^2; so s_down = s'^2 / s.
+    s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 - s_up^2 keep the variance of y = x / alpha
+    at s'^2; so s_down = s'^2 / s.
     """
     for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
         level = _at(levels, i, x)
@@ -121,8 +131,9 @@ def euler_ancestral(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: S
 def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
     """x at the last level, by DPM-Solver++(2M) (arXiv 2211.01095 algorithm 2; midpoint).
 
-    With lambda = ln(alpha / sigma) and h the step in it, x' = sigma'/sigma x - alpha' (e^-h - 1) D, where D extrapolates x0 from the last
-    two steps. The first step has no history; one that ends clean is of first order (its lambda' is infinite).
+    With lambda = ln(alpha / sigma) and h the step in it, x' = sigma'/sigma x - alpha' (e^-h - 1) D,
+    where D extrapolates x0 from the last two steps. The first step has no history; one that ends
+    clean is of first order (its lambda' is infinite).
     """
     x0_before, lambda_before = None, None
     for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
@@ -140,13 +151,15 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
 
 
 def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
-    """x at the last level, by Euler's method on dx/dsigma = v = (x - x0) / sigma, the velocity of rectified flow (arXiv 2209.03003).
+    """x at the last level, by Euler's method on dx/dsigma = v = (x - x0) / sigma, the velocity of
+    rectified flow (arXiv 2209.03003).
 
     Raises UserError for levels that are not a flow's.
     """
     if (levels.alpha + levels.sigma - 1).abs().max() > 1e-5:
         raise UserError(
-            "flow_euler needs a flow schedule (alpha + sigma = 1); choose euler, ddim or dpmpp_2m for this model"
+            "flow_euler needs a flow schedule (alpha + sigma = 1); "
+            "choose euler, ddim or dpmpp_2m for this model"
         )
     for i, (_, sigma, _, sigma_next) in enumerate(_pairs(levels)):
         velocity = (x - denoise(x, _at(levels, i, x))) / sigma
@@ -155,13 +168,17 @@ def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
 
 
 class Sampler(NamedTuple):
-    """A sampler, whether it needs `noise=`, and the habits of its diffusers counterpart in laying out the steps."""
+    """A sampler, whether it needs `noise=`, and the habits of its diffusers counterpart in laying
+    out the steps.
+    """
 
     run: Callable[..., Tensor]
     stochastic: bool = False
     whole: bool = False  # linspace rounds to whole timesteps
     spare: bool = False  # lays out n + 1 steps and drops the last (not for trailing)
-    clean: bool = True  # ends at sigma = 0; else at the schedule's first row (set_alpha_to_one = false of SD's DDIM config)
+    # ends at sigma = 0; else at the schedule's first row (set_alpha_to_one = false of SD's DDIM
+    # config)
+    clean: bool = True
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -181,9 +198,11 @@ Spacing = Literal["leading", "trailing", "linspace"]
 def sampler_timesteps(
     schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1
 ) -> list[float]:
-    """n times from noisy to clean. For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) belongs to leading only.
+    """n times from noisy to clean. For vp the spacings of arXiv 2305.08891 table 2; `offset`
+    (steps_offset) belongs to leading only.
 
-    flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206); Karras' steps (arXiv 2206.00364 eq. 5).
+    flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206);
+    Karras' steps (arXiv 2206.00364 eq. 5).
     """
     count = len(schedule)
     if steps < 1:
@@ -223,10 +242,12 @@ def sampler_levels(
     offset: int = 1,
     strength: float = 1.0,
 ) -> NoiseLevel:
-    """The n + 1 levels that a sampler walks down, [n + 1] float64 on the CPU, from noisy to the one it ends at.
+    """The n + 1 levels that a sampler walks down, [n + 1] float64 on the CPU, from noisy to the one
+    it ends at.
 
-    strength below 1 keeps the last int(strength * steps) steps, for image to image: x starts as an image with that much noise.
-    Raises UserError for an unknown sampler or spacing, a number of steps that does not fit, and a strength that leaves no step.
+    strength below 1 keeps the last int(strength * steps) steps, for image to image: x starts as an
+    image with that much noise. Raises UserError for an unknown sampler or spacing, a number of
+    steps that does not fit, and a strength that leaves no step.
     """
     if sampler not in SAMPLERS:
         near = get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
@@ -239,7 +260,8 @@ def sampler_levels(
     kept = int(strength * steps)
     if not (0 < strength <= 1 and kept > 0):
         raise UserError(
-            f"strength {strength:g} of {steps} steps leaves none; it must be at most 1 and at least {1 / steps:g}"
+            f"strength {strength:g} of {steps} steps leaves none; "
+            f"it must be at most 1 and at least {1 / steps:g}"
         )
     times = [round(t) if row.whole and is_vp else t for t in times[steps - kept :]]
     home = schedule.to("cpu")
@@ -257,14 +279,17 @@ def sampler_levels(
 def split_for_refiner(
     levels: NoiseLevel, schedule: Schedule, start: float
 ) -> tuple[NoiseLevel, NoiseLevel]:
-    """The path of a base model and that of its refiner, which takes over where the first ends, after the share `start` of the schedule.
+    """The path of a base model and that of its refiner, which takes over where the first ends,
+    after the share `start` of the schedule.
 
-    The base model walks the steps whose t is at least round(T - start T) (flow: sigma that / T): diffusers' denoising_end and denoising_start.
-    Raises UserError for a share that leaves one of them no step, and for edm, whose t counts neither steps nor sigma.
+    The base model walks the steps whose t is at least round(T - start T) (flow: sigma that / T):
+    diffusers' denoising_end and denoising_start. Raises UserError for a share that leaves one of
+    them no step, and for edm, whose t counts neither steps nor sigma.
     """
     if schedule.kind == "edm":
         raise UserError(
-            "a refiner takes over at a share of the timesteps, which a model with an edm schedule does not count; leave it out"
+            "a refiner takes over at a share of the timesteps, which a model with an edm schedule "
+            "does not count; leave it out"
         )
     count = len(schedule)
     cutoff = round(count - start * count) / (count if schedule.kind == "flow" else 1)
@@ -272,15 +297,18 @@ def split_for_refiner(
     mine = int((levels.t[:-1] >= cutoff - 1e-9).sum())
     if not (0 < start < 1 and 0 < mine < steps):
         raise UserError(
-            f"a refiner start of {start:g} leaves the base model {mine} of {steps} steps; choose one in (0, 1) that leaves both at least 1"
+            f"a refiner start of {start:g} leaves the base model {mine} of {steps} steps; "
+            "choose one in (0, 1) that leaves both at least 1"
         )
     return levels.rows(slice(0, mine + 1)), levels.rows(slice(mine, None))
 
 
 def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> Tensor:
-    """x_t at the first of `levels`, from unit noise eps [b, c, h, w] and, for image to image, clean latents x0; fp32 or better.
+    """x_t at the first of `levels`, from unit noise eps [b, c, h, w] and, for image to image, clean
+    latents x0; fp32 or better.
 
-    Without x0 it is sqrt(alpha^2 + sigma^2) eps, the variance of noised unit-variance latents: eps itself for vp and for flow from sigma 1.
+    Without x0 it is sqrt(alpha^2 + sigma^2) eps, the variance of noised unit-variance latents: eps
+    itself for vp and for flow from sigma 1.
     """
     eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
     first = levels.rows(slice(0, 1)).like(eps)
@@ -290,7 +318,9 @@ def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> 
 
 
 def _pairs(levels: NoiseLevel) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(alpha, sigma, alpha', sigma') of every step: 0-dim float64 on the CPU, which mix with tensors of any device and dtype."""
+    """(alpha, sigma, alpha', sigma') of every step: 0-dim float64 on the CPU, which mix with
+    tensors of any device and dtype.
+    """
     alpha, sigma = levels.alpha.double().cpu(), levels.sigma.double().cpu()
     return list(zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True))
 

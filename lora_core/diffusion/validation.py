@@ -1,7 +1,9 @@
-"""A loss that can be compared: the same images, the same timesteps, the same noise, whoever trained for however long.
+"""A loss that can be compared: the same images, the same timesteps, the same noise, whoever trained
+for however long.
 
-The training loss of one step says mostly which timestep was drawn. Here every image is scored at the midpoints of equal timestep bins with noise
-keyed by (seed, image, draw), by the plain squared error of the network's output, and next to the score of the model before training.
+The training loss of one step says mostly which timestep was drawn. Here every image is scored at
+the midpoints of equal timestep bins with noise keyed by (seed, image, draw), by the plain squared
+error of the network's output, and next to the score of the model before training.
 """
 
 from __future__ import annotations
@@ -48,10 +50,12 @@ class ValidationSet(NamedTuple):
 def choose_images(
     training: Sequence[Record], held_out: Sequence[Record] | None, count: int
 ) -> ValidationSet:
-    """At most `count` images (0: all), those at i n / count of the n in order, and what they are: held-out ones, or those that are trained on.
+    """At most `count` images (0: all), those at i n / count of the n in order, and what they are:
+    held-out ones, or those that are trained on.
 
-    `training` may hold an image several times, and with its mask, which does not count here. Held-out images that are trained on as well, by path
-    or content, are counted and not called held-out.
+    `training` may hold an image several times, and with its mask, which does not count here.
+    Held-out images that are trained on as well, by path or content, are counted and not called
+    held-out.
     """
     given = training if held_out is None else held_out
     images = list({record.path.resolve(): record for record in given}.values())
@@ -97,7 +101,9 @@ def score_latents(
     draws: int,
     seed: int,
 ) -> list[Score]:
-    """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each bin and draw. `names` are the examples' keys."""
+    """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each
+    bin and draw. `names` are the examples' keys.
+    """
     scores = []
     for draw in range(draws):
         keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
@@ -128,7 +134,8 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
     file = run / "val.jsonl"
     if not file.is_file() and (run / "summary.json").is_file():
         raise UserError(
-            f"{run} was trained without validation (--validation.every -1), so there is no loss to compare; train it with validation"
+            f"{run} was trained without validation (--validation.every -1), so there is no loss to "
+            "compare; train it with validation"
         )
     if not file.is_file():
         raise UserError(f"{run} has no val.jsonl; is it the folder of a finished run?")
@@ -140,7 +147,9 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
 
 
 class PairedDifference(NamedTuple):
-    """Mean of B - A over pairs of scores of the same image, draw and timestep, and its standard error."""
+    """Mean of B - A over pairs of scores of the same image, draw and timestep, and its standard
+    error.
+    """
 
     t: float
     a: float
@@ -151,16 +160,19 @@ class PairedDifference(NamedTuple):
 
 
 def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
-    """The paired difference per timestep of the last validations of two runs; the last row (t = nan) is over all timesteps.
+    """The paired difference per timestep of the last validations of two runs; the last row (t =
+    nan) is over all timesteps.
 
-    The pairs of one image at one timestep share their noise, so what differs is the model; the standard error is taken over images and draws
-    (for the total: over the images' means). Raises UserError when the runs were not scored on the same images, timesteps and draws.
+    The pairs of one image at one timestep share their noise, so what differs is the model; the
+    standard error is taken over images and draws (for the total: over the images' means). Raises
+    UserError when the runs were not scored on the same images, timesteps and draws.
     """
     last = [steps[max(steps)] for steps in (read_scores(run_a), read_scores(run_b))]
     a, b = ({(s.key, s.draw, s.t): s.loss for s in scores} for scores in last)
     if a.keys() != b.keys():
         raise UserError(
-            f"{run_a} and {run_b} were validated on different images, timesteps or draws; give both the same [validation] and data"
+            f"{run_a} and {run_b} were validated on different images, timesteps or draws; "
+            "give both the same [validation] and data"
         )
     rows = []
     for t in sorted({t for _, _, t in a}):
@@ -187,14 +199,20 @@ def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> PairedDiffere
 
 def comparison_table(rows: Sequence[PairedDifference], names: tuple[str, str]) -> str:
     """The comparison as text."""
-    head = f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
+    head = (
+        f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} "
+        f"{'std. error':>11} {'pairs':>6}"
+    )
     lines = [
-        f"{format_timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
+        f"{format_timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} "
+        f"{r.pairs:6d}"
         for r in rows
     ]
     return "\n".join([head, *lines])
 
 
 def format_timestep(t: float) -> str:
-    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm (whose t ends near 1.1), all for nan."""
+    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm (whose t ends
+    near 1.1), all for nan.
+    """
     return "all" if math.isnan(t) else f"{t:.0f}" if t > 2 else f"{t:.3f}"
