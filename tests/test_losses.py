@@ -16,7 +16,8 @@ from lora_core.diffusion.losses import (
     WEIGHTINGS,
     StepOutput,
     add_preservation,
-    check_loss_rows,
+    check_loss_finite,
+    check_loss_shape,
     describe_loss,
     find_function,
     huber_delta,
@@ -403,8 +404,11 @@ def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
 )
 def test_what_is_not_a_row_per_example_is_refused_by_name(rows: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_loss_rows(rows, "mine", 2)
-    check_loss_rows(torch.ones(2, requires_grad=True), "mine", 2)
+        check_loss_shape(rows, "mine", 2)
+        check_loss_finite(rows, "mine")
+    good = torch.ones(2, requires_grad=True)
+    check_loss_shape(good, "mine", 2)
+    check_loss_finite(good, "mine")
 
 
 def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:
@@ -470,7 +474,7 @@ def test_a_weighting_computes_the_same_in_both_spaces(name: str, prediction: str
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=0)
 
 
-def test_a_network_of_the_edm_row_is_not_weighed_in_edm_space() -> None:
+def test_a_network_of_the_edm_row_is_not_weighted_in_edm_space() -> None:
     level = edm_schedule().level(edm_schedule().ts[::100])
     assert (loss_weights("none", level, "edm", space="edm") == 1).all()
     torch.testing.assert_close(
@@ -496,22 +500,22 @@ def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("words", "args"),
     [
-        ("loss: mse of epsilon, not weighed", ("none", "epsilon")),
-        ("loss: mse of v, weighed by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
+        ("loss: mse of epsilon, not weighted", ("none", "epsilon")),
+        ("loss: mse of v, weighted by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
         (
-            "loss: mse of x0, read from epsilon, weighed by snr = 1 / sigma^2",
+            "loss: mse of x0, read from epsilon, weighted by snr = 1 / sigma^2",
             ("none", "epsilon", "edm"),
         ),
         (
-            "loss: mse of x0, read from EDM's preconditioned output, not weighed",
+            "loss: mse of x0, read from EDM's preconditioned output, not weighted",
             ("none", "edm", "edm"),
         ),
         (
-            "loss: mse of x0, read from EDM's preconditioned output, weighed by min(snr, 5)",
+            "loss: mse of x0, read from EDM's preconditioned output, weighted by min(snr, 5)",
             ("min_snr", "edm", "edm"),
         ),
         (
-            "loss: mse of the velocity eps - x0, weighed by snr / (1 + snr)^1 sigma^2",
+            "loss: mse of the velocity eps - x0, weighted by snr / (1 + snr)^1 sigma^2",
             ("p2", "flow"),
         ),
     ],
@@ -523,7 +527,7 @@ def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) ->
 def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
     assert (
         describe_loss("min_snr", "sample", gamma=3.0, loss="huber")
-        == "loss: huber of x0, weighed by min(snr, 3)"
+        == "loss: huber of x0, weighted by min(snr, 3)"
     )
     (tmp_path / "mine.py").write_text("def half(snr): return snr / 2")
     assert describe_loss(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
