@@ -57,7 +57,7 @@ def levels(x):
 
 def informed(family, prompts=PROMPTS, guidance=3.5):
     return family.add_size_embeddings(
-        family.encode_prompts(prompts), Sizes.whole(16, 24, len(prompts)), guidance
+        family.encode_prompts(prompts), Sizes.uncropped(16, 24, len(prompts)), guidance
     )
 
 

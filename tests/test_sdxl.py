@@ -143,7 +143,7 @@ def test_one_denoiser_call_equals_the_pipelines(tiny: Tiny, kind: str, scheduler
     ours = family.denoise(x[:, :4], level, cond, inpaint)
     assert (ours - theirs).abs().max() < 1e-6 < 1e-3 < theirs.std()
     unlike = Conditioning.cat(
-        [family.add_size_embeddings(part, Sizes.whole(16, 16, 2), 3.0) for part in parts]
+        [family.add_size_embeddings(part, Sizes.uncropped(16, 16, 2), 3.0) for part in parts]
     )
     assert (
         family.denoise(x[:, :4], level, unlike, inpaint) - theirs
@@ -519,7 +519,7 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: Pat
             opened(str(tmp_path))
     edit(tmp_path / "model_index.json", requires_aesthetics_score=False, text_encoder=[None, None])
     with pytest.raises(
-        UserError, match="cross_attention_dim 40, with text_encoder_2 beside it expected 24"
+        UserError, match="cross_attention_dim 40, expected 24 next to text_encoder_2"
     ):
         load_family(str(tmp_path))
     edit(tmp_path / "model_index.json", text_encoder_2=[None, None])
