@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +14,7 @@ from lora_core.diffusion import sampling
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How images are sampled. Width and height in pixels; 0 is the model's own resolution."""
-
-    sampler: str = "ddim"
-    steps: int = 25
-    # of classifier-free guidance, or the scale that a guidance-distilled model takes
-    guidance: float = 5.0
-    negative: str = ""
-    width: int = 0
-    height: int = 0
-    strength: float = 1.0  # image to image: the fraction of the steps that is run
-    refiner_start: float = 0.8  # the fraction of the steps after which a refiner takes over
+from lora_core.settings import SamplerSettings
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
