@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from lora_core.data import dataset
+from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import (
     ImageDataset,
     ImageSettings,
-    TensorCache,
     images_missing_word,
     iterate_batches,
     sample_position,
