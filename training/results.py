@@ -21,9 +21,9 @@ from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation, losses, noise, validation
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
+from lora_core.family import Sizes
 from lora_core.formats import save_run
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard

@@ -24,10 +24,10 @@ from lora_core.data import buckets, dataset, hub
 from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import Batch, ImageDataset, micro_batches
 from lora_core.diffusion import losses, noise, prediction, sampling, validation
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.errors import UserError
+from lora_core.family import Sizes
 from lora_core.optim import schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs import reports

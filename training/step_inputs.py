@@ -18,9 +18,9 @@ from lora_core.adapters import injection
 from lora_core.config import Stage
 from lora_core.data.dataset import Batch
 from lora_core.diffusion import generation, noise
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
+from lora_core.family import Sizes
 from lora_core.runs.run_folder import nonfinite_names
 from models import Conditioning, Family
 from training import model_checks
@@ -44,7 +44,7 @@ class StepInputs:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     inpaint: Tensor | None  # [b, 1 + c, h, w] what an inpainting model sees beside x_t
     text: TextInput
-    sizes: Sizes  # with `places`
+    sizes: Sizes  # with `values`
     is_prior: Tensor  # [b] bool
     rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
     step: Tensor  # [] int64
@@ -90,7 +90,7 @@ def make_step_inputs(s: Session, batch: Batch, stage: Stage, step: int) -> StepI
         inpaint=inpaint,
         text=_make_text(s, batch),
         sizes=_image_sizes(batch)._replace(
-            places=_to_device(_image_sizes(batch).on("cpu"), s.device)
+            values=_to_device(_image_sizes(batch).to_tensor("cpu"), s.device)
         ),
         is_prior=_to_device(batch.is_prior, s.device),
         rows=_to_device(keys.hashes("dropout"), s.device) if s.drops else None,
