@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, embeddings, joined_layers, kohya
-from lora_core.formats.container import is_pickle, pickled_tensors
+from lora_core.formats.container import is_pickle
 from lora_core.formats.layout import COMPONENTS, Layout
-from lora_core.formats.pickles import read_pickle
+from lora_core.formats.pickles import pickled_tensors, read_pickle
 from lora_core.formats.weights import open_weights
 from lora_core.formats.whole_models import SingleFileFacts
 from models.published import PUBLISHED_MODELS, published_configs

@@ -25,10 +25,10 @@ from lora_core.formats import (
     mixofshow,
     peft,
 )
-from lora_core.formats.container import is_pickle, pickled_tensors, read_tensors, write_tensors
+from lora_core.formats.container import is_pickle, read_tensors, write_tensors
 from lora_core.formats.grammar import ReadOptions
 from lora_core.formats.layout import COMPONENTS, Component, Layout, layout_of, nearest_name
-from lora_core.formats.pickles import read_pickle
+from lora_core.formats.pickles import pickled_tensors, read_pickle
 
 __all__ = [
     "FORMATS",

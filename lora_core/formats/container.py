@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.formats.pickles import Inert
 from lora_core.runs.run_folder import atomic_write
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles
@@ -61,22 +60,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} cannot be read, it is {kind} ({error}); fetch or write it again"
         ) from None
     return check_tensors(tensors, str(path)), header
-
-
-def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of a state dict that torch.save wrote, from what `read_pickle` found. Raises UserError for anything else in it."""
-    if isinstance(data, dict) and set(data) == {"state_dict"}:
-        data = data["state_dict"]
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{source} is a pickle of {_describe_value(data)}, expected a dictionary of tensors; nothing in it was executed"
-        )
-    for key, value in data.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{source} is a pickle with {_describe_value(value)} under {key!r:.80}, expected tensors only; nothing in it was executed"
-            )
-    return check_tensors(dict(data), source)
 
 
 def check_tensors(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -171,10 +154,6 @@ def _refuse_repeated_names(path: Path) -> None:
         text = file.read(size) if size <= LONGEST_HEADER else b""
     with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         json.loads(text, object_pairs_hook=unique)
-
-
-def _describe_value(value: Any) -> str:
-    return f"an object of {value.name}" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -22,7 +22,8 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.layout import Layout, nearest_name
-from lora_core.formats.pickles import Inert, read_pickle
+from lora_core.formats.pickles import read_pickle
+from lora_core.formats.unpickler import Inert
 from lora_core.runs.run_folder import atomic_write
 
 KEYS = {
