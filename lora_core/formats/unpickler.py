@@ -12,7 +12,7 @@ import pickle
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,11 @@ class RestrictedUnpickler(pickle._Unpickler):
     `load_storage` maps a persistent id of torch to a `Storage`. `load` raises one of DAMAGE.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # the standard library's own attributes, which its stubs leave out
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: IO[bytes], load_storage: Callable[[Any], Storage]):
         super().__init__(file, encoding="latin1")  # of strings that Python 2 wrote
@@ -164,7 +168,7 @@ class RestrictedUnpickler(pickle._Unpickler):
             raise ValueError("an item is set on something that is no dictionary")
 
 
-REPLACED = {
+REPLACED: dict[bytes, Callable[[Any], None]] = {
     pickle.REDUCE: RestrictedUnpickler.load_reduce,
     pickle.NEWOBJ: RestrictedUnpickler.load_reduce,
     pickle.NEWOBJ_EX: RestrictedUnpickler.load_newobj_ex,
