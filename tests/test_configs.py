@@ -248,7 +248,8 @@ FLAGS = {  # every flag of diffusers' two advanced scripts and its SDXL DreamBoo
         scale_weight_norms resume max_token_length
     """,
 }
-TABLE = (FOLDER.parent / "README.md").read_text().split("## Flags of the guides")[1]
+PAGE = (FOLDER.parent / "docs/flags.md").read_text(encoding="utf-8")
+TABLE, OTHERS = PAGE.split("## Flags without a counterpart")
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -259,13 +260,8 @@ def test_flag_table_has_every_flag_in_its_column(script: str) -> None:
         for line in TABLE.splitlines()
         if line.startswith("| `") or line.startswith("| the")
     ]
-    cells = " ".join(
-        [
-            *(("| ".join(row) + " |").split("|")[column] for row in rows),
-            TABLE[TABLE.index("Without a counterpart") :],
-        ]
-    )
-    named = set(re.findall(r"`--(\w+)", cells))
+    cells = [("| ".join(row) + " |").split("|")[column] for row in rows]
+    named = set(re.findall(r"`--(\w+)", " ".join([*cells, OTHERS])))
     assert not set(FLAGS[script].split()) - named
 
 
