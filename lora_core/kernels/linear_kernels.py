@@ -224,6 +224,18 @@ def contract_features(
 
 
 @triton.jit
+def load_product(members, member, n, m, plain, inside, width):
+    """gain z = y - bias of channels n (down) and rows m (across), where both count; else 0."""
+    mask = plain[:, None] & inside[None, :]
+    y = select_member(member, members.y) + n[:, None]
+    z = tl.load(y + m[None, :].to(tl.int64) * width, mask=mask, other=0.0).to(tl.float32)
+    if len(members.bias) > 0:
+        bias = tl.load(select_member(member, members.bias) + n, mask=plain, other=0.0)
+        z = tl.where(mask, z - bias.to(tl.float32)[:, None], 0.0)
+    return z
+
+
+@triton.jit
 def contract_rows(
     members, t, piled, counter, member, group, block, n, M, area, feature, t_at, guard, work,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -250,12 +262,7 @@ def contract_rows(
         places = row_offsets(m, area, t_at.image, t_at.row)[:, None]
         total = dot(a, tl.load(hidden + places, mask=mask, other=0.0), total)
         if len(members.norm) > 0:
-            mask = plain[:, None] & inside[None, :]
-            y = select_member(member, members.y) + n[:, None]
-            z = tl.load(y + m[None, :].to(tl.int64) * width, mask=mask, other=0.0).to(tl.float32)
-            if len(members.bias) > 0:
-                bias = tl.load(select_member(member, members.bias) + n, mask=plain, other=0.0)
-                z = tl.where(mask, z - bias.to(tl.float32)[:, None], 0.0)
+            z = load_product(members, member, n, m, plain, inside, width)
             moment += tl.sum(a.to(tl.float32) * z, 1)
     total *= select_member(member, members.scale)
     if len(members.norm) > 0:
@@ -359,10 +366,42 @@ def spread_down(
             total += tl.where(chosen, more, 0.0)
         else:
             total = dot(a, f, total)
-    here, mask = dx[:, None] + k[None, :] * feature, inside[:, None] & wanted[None, :]
+    here = dx[:, None] + k[None, :] * feature
+    mask = inside[:, None] & wanted[None, :]
     if not FRESH:
         total += tl.load(here, mask=mask, other=0.0).to(tl.float32)
     tl.store(here, round_to(total, here.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_down(
+    x, ds, piled, counter, members, drop, group, block, tile, M, K, R, area, x_at, work,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """A tile of d_down = dS^T x', or its part over the rows of a group."""
+    member, first, end = rank_span(block, members.end, drop, R, work.per_member, BR)
+    k, c = tile * BN + tl.arange(0, BN), first + tl.arange(0, BR)
+    wanted, ranked = k < K, c < end
+    total = tl.full((BN, BR), 0.0, tl.float32)
+    stop = tl.minimum(M, (group + 1) * work.rows)
+    for m0 in range(group * work.rows, stop, BM):
+        m = m0 + tl.arange(0, BM)
+        inside = m < stop
+        at = x + k[:, None] * x_at.feature
+        at += row_offsets(m, area, x_at.image, x_at.row)[None, :]
+        a = tl.load(at, mask=wanted[:, None] & inside[None, :], other=0.0)
+        if drop is not None:
+            key, second = example_keys(drop, member, m, inside)
+            chosen = tl.trans(kept_mask(drop, member, key, second, m, k, K))
+            grown = a.to(tl.float32) / select_member(member, drop.kept)
+            a = round_to(tl.where(chosen, grown, 0.0), a.dtype)
+        at = ds + m[:, None].to(tl.int64) * R + c[None, :]
+        s = tl.load(at, mask=inside[:, None] & ranked[None, :], other=0.0)
+        total = dot(a, s, total)
+    to = down_rows(c, members.d_down, members.end, K)[None, :] + k[:, None]
+    at = k[:, None] * R + c[None, :]
+    mask = wanted[:, None] & ranked[None, :]
+    store_sum(total, to, mask, piled, at, K * R, group, work.parts, counter, BN, BR)
 
 
 @triton.jit
@@ -387,28 +426,10 @@ def back_down_kernel(
             )
     else:
         block, tile = (local - work.first) % work.blocks, (local - work.first) // work.blocks
-        member, first, end = rank_span(block, members.end, drop, R, work.per_member, BR)
-        k, c = tile * BN + tl.arange(0, BN), first + tl.arange(0, BR)
-        wanted, ranked = k < K, c < end
-        total = tl.full((BN, BR), 0.0, tl.float32)
-        stop = tl.minimum(M, (group + 1) * work.rows)
-        for m0 in range(group * work.rows, stop, BM):
-            m = m0 + tl.arange(0, BM)
-            inside = m < stop
-            at = x + k[:, None] * x_at.feature
-            at += row_offsets(m, area, x_at.image, x_at.row)[None, :]
-            a = tl.load(at, mask=wanted[:, None] & inside[None, :], other=0.0)
-            if drop is not None:
-                key, second = example_keys(drop, member, m, inside)
-                chosen = tl.trans(kept_mask(drop, member, key, second, m, k, K))
-                grown = a.to(tl.float32) / select_member(member, drop.kept)
-                a = round_to(tl.where(chosen, grown, 0.0), a.dtype)
-            at = ds + m[:, None].to(tl.int64) * R + c[None, :]
-            s = tl.load(at, mask=inside[:, None] & ranked[None, :], other=0.0)
-            total = dot(a, s, total)
-        to = down_rows(c, members.d_down, members.end, K)[None, :] + k[:, None]
         own = counter
         if piled is not None:
             own += tile * work.blocks + block
-        at, mask = k[:, None] * R + c[None, :], wanted[:, None] & ranked[None, :]
-        store_sum(total, to, mask, piled, at, K * R, group, work.parts, own, BN, BR)
+        gather_down(
+            x, ds, piled, own, members, drop, group, block, tile, M, K, R, area, x_at, work,
+            BM, BN, BR,
+        )  # fmt: skip

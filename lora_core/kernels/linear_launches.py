@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core.kernels.device_functions import Strides
 from lora_core.kernels.linear_kernels import (
     back_down_kernel,
     back_up_kernel,
@@ -229,7 +230,8 @@ def launch_back_up(
     gain = ys, magnitudes, norms, biases
     outputs = back_up_outputs(dys, t, starts, ups, scales, *gain, guard, need_dz)
     ds, d_ups, dzs, gains = _split_outputs(outputs, len(ups), len(norms), need_dz)
-    planes, hidden, inner = [find_plane(dy) for dy in dys], find_plane(t), find_plane(ds)
+    hidden, inner = find_plane(t), find_plane(ds)
+    planes = [find_plane(dy) for dy in dys]
     if not hidden.rows:
         return [out.zero_() for out in outputs]
     widths, ranks = [len(up) for up in ups], [up.shape[1] for up in ups]
@@ -241,14 +243,7 @@ def launch_back_up(
         dy=tuple(dys),
         up=tuple(ups),
         d_up=tuple(d_ups),
-        width=tuple(widths),
-        rank=tuple(ranks),
-        start=tuple(starts),
-        column=sums_before(ranks),
-        element=sums_before([up.numel() for up in ups]),
-        channel=sums_before(widths),
-        image=tuple(at.image for at in strides),
-        row=tuple(at.row for at in strides),
+        **_back_up_numbers(widths, ranks, starts, strides),
         scale=tuple(scales),
         y=tuple(ys),
         magnitude=tuple(magnitudes),
@@ -279,6 +274,22 @@ def launch_back_up(
     }
     _launch(back_up_kernel, (work.parts * work.each,), tile, arguments)
     return outputs
+
+
+def _back_up_numbers(
+    widths: list[int], ranks: list[int], starts: list[int], strides: list[Strides]
+) -> dict[str, tuple[int, ...]]:
+    """The columns of a BackUpTable that hold integers."""
+    return {
+        "width": tuple(widths),
+        "rank": tuple(ranks),
+        "start": tuple(starts),
+        "column": sums_before(ranks),
+        "element": sums_before([width * rank for width, rank in zip(widths, ranks)]),
+        "channel": sums_before(widths),
+        "image": tuple(at.image for at in strides),
+        "row": tuple(at.row for at in strides),
+    }
 
 
 def _back_up_work(rows: int, widths: list[int], ranks: list[int], tile: Tile) -> BackUpWork:
