@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import chain, product
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -113,7 +113,7 @@ class Drawing:
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
     ) -> list[Image.Image]:
         """One image for each (prompt, seed)."""
-        placeholders = [placeholder for p in self.patches for placeholder in p.abstractions]
+        placeholders = list(chain.from_iterable(patch.abstractions for patch in self.patches))
         pixels = generate_images(
             self.family,
             [bind_placeholders(prompt, placeholders) for prompt in prompts],

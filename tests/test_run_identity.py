@@ -25,7 +25,7 @@ from lora_core.toml import to_table
 from models import load_family
 from tests.conftest import final, rows, same
 from training import run_identity
-from training.run_identity import FREE, identity_changes, model_identity
+from training.run_identity import FREE_OPTIONS, identity_changes, model_identity
 from training.setup import Session
 
 
@@ -144,7 +144,7 @@ def test_changed_images_are_counted_and_named() -> None:
 
 def test_every_free_option_is_one_and_has_a_reason() -> None:
     table = to_table(Config())
-    for name, reason in FREE.items():
+    for name, reason in FREE_OPTIONS.items():
         section, _, option = name.partition(".")
         assert reason and (option in table[section] if option else section in table), name
 
