@@ -344,7 +344,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
         assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
-        said.count("warning: the colour profile of") == 1
+        said.count("warning: the color profile of") == 1
         and "x.tiff" in said
         and reason in said
         and "taken as sRGB" in said
