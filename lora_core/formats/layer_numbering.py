@@ -139,8 +139,10 @@ def list_pairs(
     dtype = next(iter(modules.values())).down.dtype
     pairs = []
     for path in walk:
-        lr = modules.get(path)
-        pairs.append(_to_pair(lr) if lr else _zero_pair(part.shapes[path], rank, dtype))
+        if path in modules:
+            pairs.append(_to_pair(modules[path]))
+        else:
+            pairs.append(_zero_pair(part.shapes[path], rank, dtype))
     return classes, pairs
 
 
