@@ -307,9 +307,7 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
             "recognize_checkpoint",
             lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind,
         )
-        monkeypatch.setattr(
-            single_file.published, "config_folder", lambda kind, name=name: bare[name]
-        )
+        monkeypatch.setattr(single_file, "published_configs", lambda kind, name=name: bare[name])
         assert load_family(file(models[name])).pipeline.startswith("StableDiffusion")
         assert [settings["pad_token"] for _, settings in calls] == {
             "xl": ["<|endoftext|>", "!"],
