@@ -27,6 +27,7 @@ from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import NetworkLocation
 from merging.folding import ModelWeights, open_model_folder, weight_key
 from models import Layout, known, read_layout, single_file
+from models.hub_models import download_configs
 from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -167,7 +168,7 @@ def model_configs(base: BaseModel, reading: OpenOptions) -> Iterator[Path]:
     if base.folder:
         yield base.folder
     elif reading.model_config:
-        yield single_file.find_configs(reading.model_config)
+        yield download_configs(reading.model_config)
     else:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "configs"

@@ -1,4 +1,4 @@
-"""Names of tensors in single-file checkpoints of CompVis' latent-diffusion code and its descendants.
+"""Names of tensors in single-file checkpoints of CompVis' latent-diffusion code and its kin.
 
 Each `name_*` function maps the shapes of a network in the diffusers layout to a table: key in the
 single file -> `StoredTensor`. Tables are made from the network's own blocks, so any depth and width

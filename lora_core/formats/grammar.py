@@ -7,7 +7,6 @@ each; readers know all leaves under every head, because files mix them. Formats 
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.known_formats import ADAPTER_NAME, ROLE_OF_LEAF
-from lora_core.formats.layout import Component, Layout, Shape
+from lora_core.formats.layout import Component, Layout, Shape, nearest_name
 
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
 Update = LowRank | DenseUpdate
@@ -261,7 +260,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         return len(words.intersection(re.split(r"[._]", other)))
 
     likely = sorted(known, key=count_shared, reverse=True)[:MOST_COMPARED]
-    return next(iter(difflib.get_close_matches(key, likely, 1, 0.0)), "")
+    return nearest_name(key, likely)
 
 
 def _group_by_module(
