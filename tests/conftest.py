@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -107,14 +107,11 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures and plots at their end."""
     from training import results
 
-    monkeypatch.setattr(
-        results, "before_after_grid", lambda session, drawn: Image.new("RGB", (1, 1))
-    )
-    monkeypatch.setattr(
-        results,
-        "generate_samples",
-        lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts],
-    )
+    def draw(self: object, prompts: Sequence[str], **_: bool) -> list[Image.Image]:
+        return [Image.new("RGB", (1, 1)) for _ in prompts]
+
+    monkeypatch.setattr(results, "before_after_grid", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(results.SampleImages, "draw", draw)
     monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
 
 

@@ -24,7 +24,8 @@ from lora_core.runs.run_folder import Run, nonfinite_names
 from models import load_family
 from tests.conftest import rows
 from training import nonfinite
-from training.setup import Session
+from training.log import Log
+from training.setup import Optimization
 
 NAN = float("nan")
 
@@ -93,14 +94,19 @@ def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
 
 
 DAMAGED = {
-    "parameter": (lambda s: s.groups["denoiser"][2], r"denoiser \(unet\..*\.down\) holds NaN"),
-    "rows of tokens": (lambda s: s.groups["tokens"][0], r"tokens \(text_encoder\..*\) holds NaN"),
+    "parameter": (lambda o: params(o, "denoiser")[2], r"denoiser \(unet\..*\.down\) holds NaN"),
+    "rows of tokens": (lambda o: params(o, "tokens")[0], r"tokens \(text_encoder\..*\) holds NaN"),
     "optimizer": (
-        lambda s: s.optimizer.state[s.groups["denoiser"][0]]["exp_avg_sq"],
+        lambda o: o.optimizer.state[params(o, "denoiser")[0]]["exp_avg_sq"],
         "the optimizer's state of denoiser holds NaN",
     ),
-    "average": (lambda s: s.average.averages[1], "the moving average holds NaN"),
+    "average": (lambda o: o.average.averages[1], "the moving average holds NaN"),
 }
+
+
+def params(optimization: Optimization, name: str) -> list[torch.Tensor]:
+    groups = optimization.optimizer.param_groups
+    return next(group["params"] for group in groups if group["name"] == name)
 
 
 @pytest.mark.parametrize("place, said", DAMAGED.values(), ids=DAMAGED)
@@ -108,15 +114,15 @@ def test_damaged_state_is_named_and_not_saved(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, place: Any, said: str
 ) -> None:
     config = replace(config, ema=0.5, stages=(Stage(2, ("denoiser", "tokens")),))
-    whole, calls = Session.average_, []
+    whole, calls = Optimization.update_average_, []
 
-    def average_(s: Session) -> None:
-        whole(s)
+    def damage(optimization: Optimization) -> None:
+        whole(optimization)
         calls.append(1)
         if len(calls) == 2:
-            place(s).data.view(-1)[0] = NAN
+            place(optimization).data.view(-1)[0] = NAN
 
-    monkeypatch.setattr(Session, "average_", average_)
+    monkeypatch.setattr(Optimization, "update_average_", damage)
     with pytest.raises(UserError, match=f"{said} or infinity after step 2.*there is no checkpoint"):
         train.train(config)
     assert not list(Path(config.out).glob("checkpoints/*")) and not list(
@@ -274,7 +280,7 @@ def test_a_bad_row_of_the_latent_cache_is_named(
 def test_a_damaged_part_of_the_model_is_named(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, part: str, said: str, random: bool
 ) -> None:
-    from training import results, setup
+    from training import setup
 
     load = setup.load_family
 
@@ -288,7 +294,7 @@ def test_a_damaged_part_of_the_model_is_named(
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    monkeypatch.setattr(results, "run_validation", lambda s, done: None)
+    monkeypatch.setattr(Log, "validate", lambda log, done, scorer: None)
     config = replace(config, data=replace(config.data, flip=random))
     with pytest.raises(UserError, match=said):
         train.train(config)
@@ -409,7 +415,7 @@ def test_several_ranks_are_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
-        Session(config)
+        train.train(config)
     assert not Path(config.out).exists()
 
 
@@ -450,9 +456,9 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
         UserError,
         match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in",
     ):
-        Session(replace(nowhere, push_to_hub="you/yours"))
+        train.train(replace(nowhere, push_to_hub="you/yours"))
     with pytest.raises(UserError, match="nowhere does not exist"):
-        Session(replace(nowhere, push_to_hub="me/mine"))
+        train.train(replace(nowhere, push_to_hub="me/mine"))
     assert asked == ["you/yours", "me/mine"] and not os.path.exists(config.out)
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
@@ -460,7 +466,7 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(UserError, match="--report wandb: there is no login; run `wandb login`"):
-        Session(replace(nowhere, report="wandb"))
+        train.train(replace(nowhere, report="wandb"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="nowhere does not exist"):
-        Session(replace(nowhere, report="wandb"))
+        train.train(replace(nowhere, report="wandb"))

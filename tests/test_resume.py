@@ -22,7 +22,7 @@ STEPS, EVERY = (4, 5), 3
 # Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
 CHILD = """
 import json, os, signal, sys
-from training import setup
+from training import step
 import train, lora_core.runs.run_folder
 from pathlib import Path
 from lora_core.toml import read_toml
@@ -30,12 +30,12 @@ from lora_core.toml import read_toml
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def dying_step(at):
-    whole = setup.Session.inputs
-    def inputs(self, batch, stage, step):
-        if step == at:
+    whole = step.set_dropout_keys
+    def set_keys(adapted, keys, number):
+        if number == at:
             die()
-        return whole(self, batch, stage, step)
-    setup.Session.inputs = inputs
+        return whole(adapted, keys, number)
+    step.set_dropout_keys = set_keys
 
 def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
     whole = lora_core.runs.run_folder.save_file

@@ -1,5 +1,6 @@
 """The laws of a training run: what must not change a bit, what must change something, and what a run leaves behind."""
 
+import itertools
 import json
 import math
 import statistics
@@ -33,7 +34,12 @@ from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
 from lora_core.toml import from_table, to_toml
 from tests.conftest import distance, final, learned, rows, same, save_photos, save_pipeline
-from training.setup import Session
+from tests.opened_run import open_parts
+from training import setup
+from training import step as step_module
+from training.setup import Model
+from training.step import Loss
+from training.step_inputs import StepInputs
 
 TOKENS = ("tokens",)
 ALL = ("denoiser", "text_encoder", "tokens")
@@ -54,22 +60,17 @@ def merged(config: Config, change: dict[str, Any]) -> Config:
 def gradients(config: Config) -> dict[str, Tensor]:
     """Of the first step, before clipping."""
     found: dict[str, Tensor] = {}
-    update = Session.update
+    update = step_module.update_parameters
 
-    def keep(s: Session) -> Tensor:
-        if not found:
-            found.update(
-                {
-                    f"{n}/{i}": p.grad.clone()
-                    for n, ps in s.groups.items()
-                    for i, p in enumerate(ps)
-                    if p.grad is not None
-                }
-            )
-        return update(s)
+    def keep(model: Model, *rest: Any) -> Tensor:
+        for name, params in model.groups.items():
+            for i, p in enumerate(params):
+                if p.grad is not None:
+                    found.setdefault(f"{name}/{i}", p.grad.clone())
+        return update(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "update", keep)
+        patch.setattr(step_module, "update_parameters", keep)
         train.train(config)
     return found
 
@@ -154,22 +155,22 @@ def test_the_bits_do_not_depend_on_data_workers(config: Config, quick: None) -> 
 
 def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick: None) -> None:
     before: dict[str, Tensor] = {}
-    opened: list[Session] = []
+    opened: list[Model] = []
 
-    def step(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
+    def watched(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
         if not opened:
-            opened.append(s)
-            before.update({k: v.clone() for k, v in frozen(s).items()})
-        return train.training_step(s, batch, stage, number)
+            opened.append(model)
+            before.update({k: v.clone() for k, v in frozen(model).items()})
+        return train.training_step(model, x, config, loss)
 
-    def frozen(s: Session) -> dict[str, Tensor]:
-        trained = {id(p) for ps in s.groups.values() for p in ps}
-        return {
-            f"{n}/{k}": v
-            for n, m in s.family.modules.items()
-            for k, v in m.state_dict(keep_vars=True).items()
-            if id(v) not in trained
-        }
+    def frozen(model: Model) -> dict[str, Tensor]:
+        trained = {id(p) for p in itertools.chain(*model.groups.values())}
+        found = {}
+        for name, module in model.family.modules.items():
+            for key, value in module.state_dict(keep_vars=True).items():
+                if id(value) not in trained:
+                    found[f"{name}/{key}"] = value
+        return found
 
     train.train(
         replace(
@@ -177,12 +178,13 @@ def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick:
             stages=(Stage(3, ALL),),
             optimizer=OptimizerConfig(lr={"tokens": 0.1}, weight_decay={"tokens": 0.5}),
         ),
-        step=step,
+        step=watched,
     )
-    s = opened[0]
+    model = opened[0]
     assert any("token_embedding.table" in name for name in before) and len(before) > 200
-    assert same(before, {k: v.detach() for k, v in frozen(s).items()})
-    assert not torch.equal(s.embeddings["text_encoder"].rows, s.embeddings["text_encoder"].initial)
+    assert same(before, {k: v.detach() for k, v in frozen(model).items()})
+    embedding = model.embeddings["text_encoder"]
+    assert not torch.equal(embedding.rows, embedding.initial)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +251,6 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
         train.train(replace(config, out=config.out + "same", loss=f"{tmp_path}/mine.py:same"))
     )
     assert same_loss == base
-    s = Session(
-        replace(
-            config, out=config.out + "other", loss=f"{tmp_path}/mine.py:cube", loss_arg={"power": 4}
-        )
-    )
     other = rows(
         train.train(
             replace(
@@ -265,8 +262,6 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
         )
     )
     assert other[1]["loss"] != base[1]["loss"] and other[1]["lr_denoiser"] == base[1]["lr_denoiser"]
-    function = s.loss.func  # type: ignore[attr-defined]
-    assert callable(function)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def cube(step: StepOutput) -> Tensor:
@@ -298,7 +293,7 @@ def test_a_loss_that_is_no_row_per_example_is_refused_by_name(
     with pytest.raises(UserError, match=said):
         train.train(config, loss=bad)
 
-    def bad_step(s: Session, batch: Any, stage: Stage, number: int) -> Any:
+    def bad_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Any:
         return bad(
             StepOutput(*[torch.ones(2, 4, 8, 8)] * 5, None, "epsilon", None, torch.zeros(2), 0)
         )  # type: ignore[arg-type]
@@ -347,10 +342,10 @@ def test_lazy_members_of_a_step_work_in_a_loss(config: Config, quick: None) -> N
 
 
 def test_a_step_of_ones_own_replaces_training_step(config: Config, quick: None) -> None:
-    def two_forwards(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
-        return 0.5 * train.training_step(s, batch, stage, number) + 0.5 * train.training_step(
-            s, batch, stage, number + 1000
-        )
+    def two_forwards(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
+        first = train.training_step(model, x, config, loss)
+        later = replace(x, number=x.number + 1000)
+        return 0.5 * first + 0.5 * train.training_step(model, later, config, loss)
 
     run, other = (
         train.train(config),
@@ -729,8 +724,10 @@ def test_more_class_images_than_asked_for_are_said(
     own = save_photos(tmp_path / "class", count=3)
     for mask in own.glob("*.mask.png"):
         mask.unlink()
-    s = Session(replace(config, prior=PriorConfig("a cat", images=str(own), count=2)))
-    assert s.prior is not None and len(s.prior) == 3
+    found = open_parts(
+        replace(config, prior=PriorConfig("a cat", images=str(own), count=2))
+    ).data.class_images
+    assert found is not None and len(found) == 3
     assert f"class images: all 3 of {own}; --prior.count 2" in capsys.readouterr().out
 
 
@@ -878,7 +875,7 @@ def test_the_held_out_images_are_the_ones_scored(
 ) -> None:
     held_out = save_photos(tmp_path / "held", side=40, count=2)
     run = train.train(replace(config, validation=ValidationConfig(str(held_out), bins=2)))
-    s = Session(replace(config, out=config.out + "2"))
+    trained = setup.open_data(replace(config, out=config.out + "2")).training
     assert len(rows(run, "val")) == 2 * 2 * 2 and not {r["key"] for r in rows(run, "val")} & {
-        r.key for r in s.folder.records
+        r.key for r in trained.records
     }

@@ -370,23 +370,33 @@ def check_weighting(name: str, args: Mapping[str, Any]) -> None:
 
 
 def check_loss_rows(rows: Tensor, name: str, b: int) -> None:
-    """Refuses what loss `name` returned unless it is [b] finite numbers. Reads the values, so it waits for a GPU.
+    """Raises UserError where loss `name` returned anything but [b] finite numbers. Reads the
+    values, so it waits for a GPU.
+    """
+    check_loss_shape(rows, name, b)
+    bad = (~torch.isfinite(rows.detach())).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; "
+            "lower the learning rate or look at that example"
+        )
 
-    Check before weighing: a scalar times the weights [b] is [b] again.
+
+def check_loss_shape(rows: Tensor, name: str, b: int) -> None:
+    """Raises UserError where loss `name` returned anything but a tensor [b]; waits for nothing.
+
+    Check before weighting: a scalar times the weights [b] is [b] again.
     """
     if not isinstance(rows, Tensor):
         raise UserError(
-            f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], one number per example"
+            f"loss {name} returned {type(rows).__name__}, expected a tensor [{b}], "
+            "one number per example"
         )
     if rows.shape != (b,):
         got = "a scalar" if rows.ndim == 0 else f"shape {list(rows.shape)}"
         raise UserError(
-            f"loss {name} returned {got}, expected [{b}], one number per example; take the mean over c, h, w only"
-        )
-    bad = (~torch.isfinite(rows.detach())).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"loss {name} returned {rows[bad[0]].item():g} for row {bad[0]} of {b}; lower the learning rate or look at that example"
+            f"loss {name} returned {got}, expected [{b}], one number per example; "
+            "take the mean over c, h, w only"
         )
 
 

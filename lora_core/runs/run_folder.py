@@ -214,6 +214,11 @@ class Run:
             )
         return None
 
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, None without one."""
+        folders = self._checkpoints()
+        return int(folders[0].name) if folders else None
+
     def _checkpoints(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
         folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name) and path.is_dir()]
