@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import sys
 
+from lora_core.command_line import answer_help, exit_status, parse_command_line
 from lora_core.config import Config
-from lora_core.toml import parse_command_line
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 )
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before torch is imported
-    parse_command_line(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
+if __name__ == "__main__":
+    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)  # before torch is imported
 
 import functools
-import signal
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,25 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run_command(words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stdout = None  # at its end Python would write to it once more
-        with suppress(OSError):
-            print(
-                "error: the program that this output was piped to has ended (| head?); "
-                "write the output to a file",
-                file=sys.stderr,
-            )
-        return 2
-    except KeyboardInterrupt as stop:
-        with suppress(OSError):  # SIGHUP: the terminal is gone
-            print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    return 0
+    return exit_status(functools.partial(run_command, words))
 
 
 def run_command(words: list[str]) -> None:

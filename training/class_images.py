@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lora_core.config import PriorConfig
 from lora_core.data import dataset
-from lora_core.data.dataset import ImageDataset, ImageSettings
+from lora_core.data.dataset import ImageDataset
 from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
 from lora_core.runs.pictures import save_png
@@ -36,13 +36,10 @@ def check_class_folder(given: str, images: str) -> None:
 
 
 def open_class_images(
-    prior: PriorConfig,
-    run_folder: Path,
-    settings: ImageSettings,
-    draw: Callable[[int], Image.Image],
+    prior: PriorConfig, run_folder: Path, training: ImageDataset, draw: Callable[[int], Image.Image]
 ) -> ImageDataset | None:
-    """The class images, None without a class prompt. Missing ones are drawn: `draw` takes a seed
-    and gives the base model's image for the class prompt.
+    """The class images, cut like those of `training`; None without a class prompt. Missing ones
+    are drawn: `draw` takes a seed and gives the base model's image for the class prompt.
     """
     if not prior.prompt:
         return None
@@ -61,7 +58,7 @@ def open_class_images(
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True
     )
-    return ImageDataset(records, settings)
+    return ImageDataset(records, training.settings, seed=training.seed)
 
 
 def _image_file(folder: Path, seed: int) -> Path:

@@ -17,10 +17,10 @@ from lora_core.config import Config
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation
-from lora_core.diffusion.generation import SamplerSettings
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
 from lora_core.runs.run_folder import Run
+from lora_core.settings import SamplerSettings
 from training.setup import Data, Model, Optimization
 
 COLUMNS = 5  # images in a row
@@ -36,7 +36,7 @@ class SampleImages:
         self.model, self.optimization = model, optimization
         look, side = config.samples, config.data.resolution
         self.settings = SamplerSettings(
-            look.sampler, look.steps, look.guidance, look.negative, side, side
+            look.sampler, look.steps, look.guidance, look.negative, width=side, height=side
         )
 
     def draw(

@@ -23,7 +23,7 @@ from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config
 from lora_core.data import buckets, dataset, hub
-from lora_core.data.dataset import Batch, ImageDataset, ImageSettings
+from lora_core.data.dataset import Batch, ImageDataset
 from lora_core.diffusion import losses, prediction, sampling, validation
 from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
@@ -32,6 +32,7 @@ from lora_core.errors import UserError
 from lora_core.optim import schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs.run_folder import Run, lock_folder
+from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import (
@@ -43,7 +44,7 @@ from models import (
     load_family,
     read_layout,
 )
-from training import class_images, config_checks, cuda_graph
+from training import class_images, config_checks, cuda_graph, model_checks
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 
@@ -247,19 +248,13 @@ def open_data(config: Config) -> Data:
     images = _images_folder(config)
     captions = _caption_options(config)
     records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **captions)
-    settings = ImageSettings(
-        d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, config.seed
-    )
-    settings = replace(
-        settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation
-    )
-    training = ImageDataset(records, settings, caption_dropout=d.caption_dropout)
+    training = ImageDataset(records, d, seed=config.seed, caption_dropout=d.caption_dropout)
     if d.buckets:
         size = config.batch_size * config.accumulation
         print(buckets.describe_buckets(training.sizes, size))
     _print_warnings(training, images)
     _check_words(config, records)
-    config_checks.check_masks(config, training)
+    model_checks.check_masks(config, training)
     class_images.check_class_folder(config.prior.images, images)
     unused = dataset.find_unused_files(images, records)
     held_out = None
@@ -308,9 +303,9 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
     """Raises UserError for a placeholder word that no caption has."""
     words: Mapping[str, str] = config.prior.swap
     if config.trains("tokens"):
-        words = config_checks.token_initializers(config)
+        words = model_checks.token_initializers(config)
     for word in words:
-        config_checks.check_placeholder(records, word)
+        model_checks.check_placeholder(records, word)
 
 
 def add_class_images(
@@ -319,13 +314,13 @@ def add_class_images(
     """The data with the class images of prior preservation, if the config asks for them; `draw`
     gives the base model's image for a seed, for those that are missing.
     """
-    found = class_images.open_class_images(config.prior, run.folder, data.training.settings, draw)
+    found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
     return replace(data, class_images=found)
 
 
 def check_captions(data: Data, model: Model) -> None:
     """Raises UserError for a learned token that every caption loses to a text encoder's limit."""
-    config_checks.check_token_limit(
+    model_checks.check_token_limit(
         model.family, model.embeddings, model.placeholders, data.training.records
     )
 
@@ -337,7 +332,7 @@ def open_model(config: Config) -> Model:
     """Loads the model and puts adapters and learned tokens into it, on the config's device. Prints
     the loss and the adapters. Raises UserError for what the config asks of a model that has it not.
     """
-    plan = config_checks.plan_adapters(config, read_layout(config.model, config.model_config))
+    plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
     device = choose_device(config.device)
     family = _open_family(config, device)
     identity = model_identity(family.modules, family.schedule, family.prediction)
@@ -348,7 +343,7 @@ def open_model(config: Config) -> Model:
         name: injection.inject(family.modules[name], spec, seed=config.seed)
         for name, spec in plan.items()
     }
-    has_factors = config_checks.report_adapters(config, adapted, paths)
+    has_factors = model_checks.report_adapters(config, adapted, paths)
     placeholders, embeddings = _install_tokens(config, family, encoders)
     target = config.tokens.norm_target
     model = Model(
@@ -375,18 +370,19 @@ def open_model(config: Config) -> Model:
 
 def _open_family(config: Config, device: torch.device) -> Family:
     """The frozen model. Raises UserError for options that it does not take."""
+    n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
         device,
         config.vae,
         None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
-        config_checks.scheduler_changes(config),
+        scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
         config.clip_skip,
         config.max_sequence_length,
         config.model_config,
     )
     family = load_family(config.model, options)
-    config_checks.check_model(config, family)
+    model_checks.check_model(config, family)
     sampling.sampler_levels(  # refuses a sampler or a number of steps that this schedule has not
         config.samples.sampler,
         family.schedule,
@@ -420,7 +416,7 @@ def _install_tokens(
             f"--tokens.encoders has {', '.join(sorted(missing))}; "
             f"the text encoders of this model are {', '.join(keys.values())}"
         )
-    initializers = config_checks.token_initializers(config)
+    initializers = model_checks.token_initializers(config)
     tokenizers = [family.tokenizers[name] for name in chosen]
     vectors = [
         config.tokens.vectors or tokens.count_initializer_tokens(initializer, tokenizers)

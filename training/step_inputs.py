@@ -21,11 +21,11 @@ from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.diffusion import generation, noise
 from lora_core.diffusion.generation import Sizes
-from lora_core.diffusion.noise import NoiseLevel, NoiseSettings, RandomKeys
+from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import nonfinite_names
 from models import Conditioning
-from training import config_checks
+from training import model_checks
 from training.cuda_graph import tree_tensors
 from training.setup import Data, Model, TokenIds
 
@@ -63,12 +63,11 @@ class InputSource:
             self.records |= {record.key: record for record in folder.records}
         n = config.noise
         self.density = noise.bind_density(n.density, **n.density_args)
-        self.noise = NoiseSettings(n.offset, n.multires_levels, n.multires_discount, n.perturbation)
         a = config.adapter
         self.has_dropout = bool(a.dropout or a.rank_dropout or a.module_dropout)
         cache = config.data.cache
         made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
-        self.zeroes_dropped = config_checks.drops_to_zeros(config, model.family)
+        self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
         self.latents = TensorCache(made_by, cache or None)
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
@@ -123,7 +122,7 @@ def _make_inputs(
     mean, std = _posterior(source, batch, check=check)
     normal = keys.normal("posterior", tuple(mean.shape[1:]))
     x0 = mean + std * to_device(normal, device, mean.dtype)
-    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), source.noise)
+    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise)
     eps_on_device = to_device(eps, device, x0.dtype)
     level = _sample_levels(source, keys, stage, x0)
     height, width = batch.pixels.shape[-2:]
@@ -270,7 +269,7 @@ def _swapped_text(
     `_make_text`, and encoded by the base model.
     """
     swap = source.config.prior.swap
-    captions = [config_checks.swap_words(caption, swap) for caption in batch.captions]
+    captions = [model_checks.swap_words(caption, swap) for caption in batch.captions]
     swapped = replace(batch, captions=captions)
     return _make_text(source, swapped, stage), _encode_without_adapters(source, swapped)
 
