@@ -29,7 +29,7 @@ from lora_core.diffusion.generation import SamplerSettings, Sizes
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, NoiseSettings
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs import reports
 from lora_core.runs.run_folder import Run, lock_folder
@@ -321,12 +321,12 @@ class Session:
 
     def _open_optimizer(self) -> None:
         o = self.config.optimizer
-        self.settings = schedules.group_settings(
+        self.settings = building.group_settings(
             o.name, self.groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
         )  # beside its parameters
         self.rates = {name: settings["lr"] for name, settings in self.settings.items()}
         self.decays = {
-            name: o.weight_decay.get(name, schedules.DEFAULT_WEIGHT_DECAYS[name])
+            name: o.weight_decay.get(name, building.DEFAULT_WEIGHT_DECAYS[name])
             for name in self.groups
         }
         groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
@@ -337,13 +337,13 @@ class Session:
             ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(
                 injection.up_parameters(module)
             )
-        self.optimizer = schedules.build_optimizer(
-            o.name, schedules.split_lora_plus(groups, ups, o.lora_plus), o.args
+        self.optimizer = building.build_optimizer(
+            o.name, building.split_lora_plus(groups, ups, o.lora_plus), o.args
         )
-        if schedules.is_schedule_free(self.optimizer):
+        if building.is_schedule_free(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
         self.scaler = (
-            schedules.LossScaler(device=self.device) if self.config.precision == "fp16" else None
+            gradients.LossScaler(device=self.device) if self.config.precision == "fp16" else None
         )
         names = {stage.schedule or o.schedule for stage in self.config.stages}
         self.schedules = {
@@ -539,7 +539,7 @@ class Session:
             self.checked = True
         if self.scaler is not None:
             self.scaler.unscale_(self.active)
-        norm = schedules.clip_gradients_(self.active, self.config.optimizer.clip or math.inf)
+        norm = gradients.clip_gradients_(self.active, self.config.optimizer.clip or math.inf)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -558,7 +558,7 @@ class Session:
         if "tokens" not in stage.groups or how == "none":
             return
         group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
-        d = schedules.read_distance(self.optimizer, group)
+        d = building.read_distance(self.optimizer, group)
         rate = torch.as_tensor(
             100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64
         ).clamp(max=1.0)
@@ -588,7 +588,7 @@ class Session:
             if g["name"] in stage.groups
         }  # LoRA+: that of down
         found = {
-            f"d_{g['name']}": schedules.read_distance(self.optimizer, g)
+            f"d_{g['name']}": building.read_distance(self.optimizer, g)
             for g in self.optimizer.param_groups
             if g["name"] in stage.groups
         }
@@ -624,7 +624,7 @@ class Session:
     def averaged(self) -> Iterator[None]:
         """The moving average in the parameters' place, where there is one: --ema's, or a schedule-free optimiser's own."""
         with ExitStack() as stack:
-            stack.enter_context(schedules.use_evaluation_parameters(self.optimizer))
+            stack.enter_context(building.use_evaluation_parameters(self.optimizer))
             if self.average is not None:
                 stack.enter_context(self.average.swapped())
             yield
