@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import operator
 import os
 import platform
 import shutil
@@ -137,7 +138,7 @@ def fused_prodigy_step(
     loops = load_library()
     if loops is None:
         return flat_prodigy_step(scalars, found_inf, grad_scale, groups)
-    params = tuple([group.flat.param for group in groups])
+    params = tuple(map(operator.attrgetter("flat.param"), groups))
     if found_inf is not None and _read_scalar(found_inf):
         return params
     unscale = 1.0 if grad_scale is None else 1 / _read_scalar(grad_scale)
