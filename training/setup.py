@@ -29,7 +29,7 @@ from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs.run_folder import Run, lock_folder
 from lora_core.settings import ImageSettings, scheduler_changes
@@ -165,7 +165,7 @@ class Optimization:
     settings: dict[str, dict[str, Any]]  # group -> name, lr ... that it was built with
     weight_decays: dict[str, float]  # group -> weight decay in stages that give none
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
-    scaler: schedules.LossScaler | None  # in fp16
+    scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
 
     def update_average_(self) -> None:
@@ -179,7 +179,7 @@ class Optimization:
         schedule-free optimizer; without either, those that train.
         """
         with ExitStack() as stack:
-            stack.enter_context(schedules.use_evaluation_parameters(self.optimizer))
+            stack.enter_context(building.use_evaluation_parameters(self.optimizer))
             if self.average is not None:
                 stack.enter_context(self.average.swapped())
             yield
@@ -502,19 +502,19 @@ def open_optimizer(
     LoRA+ (arXiv 2402.12354). Raises UserError for what its class does not take.
     """
     o = config.optimizer
-    settings = schedules.group_settings(
+    settings = building.group_settings(
         o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
     )
     whole = [{"params": params, **settings[name]} for name, params in groups.items()]
-    split = schedules.split_lora_plus(whole, up_factors, o.lora_plus)
-    optimizer = schedules.build_optimizer(o.name, split, o.args)
-    if schedules.is_schedule_free(optimizer):
+    split = building.split_lora_plus(whole, up_factors, o.lora_plus)
+    optimizer = building.build_optimizer(o.name, split, o.args)
+    if building.is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     parameters = [p for params in groups.values() for p in params]
     scaler = None
     if config.precision == "fp16":
-        scaler = schedules.LossScaler(device=parameters[0].device)
-    decays = schedules.DEFAULT_WEIGHT_DECAYS
+        scaler = gradients.LossScaler(device=parameters[0].device)
+    decays = building.DEFAULT_WEIGHT_DECAYS
     return Optimization(
         optimizer=optimizer,
         settings=settings,

@@ -20,7 +20,7 @@ from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.optim import building, gradients
 from models import Conditioning
 from training import nonfinite
 from training.setup import Model, Optimization, function_name
@@ -117,11 +117,11 @@ def update_parameters(
     moving = [p for name in stage.groups for p in model.groups[name]]
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler is None:
-        norm = schedules.clip_gradients_(moving, config.optimizer.clip or math.inf)
+        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
         optimizer.step()
     else:
         scaler.unscale_(moving)
-        norm = schedules.clip_gradients_(moving, config.optimizer.clip or math.inf)
+        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
     return norm
@@ -137,7 +137,7 @@ def control_token_norms(
     for group in optimization.optimizer.param_groups:
         if group["name"] != "tokens" or group["name"] not in stage.groups or how == "none":
             continue
-        lr, d = group["lr"], schedules.read_distance(optimization.optimizer, group)
+        lr, d = group["lr"], building.read_distance(optimization.optimizer, group)
         rate = torch.as_tensor(100 * lr * (1.0 if d is None else d), dtype=torch.float64)
         for name, embedding in model.embeddings.items():
             if how == "rescale":

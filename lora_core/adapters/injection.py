@@ -283,7 +283,7 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
 
 
 def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """The up of every layer, in the model's order: what LoRA+ (arXiv 2402.12354) gives a higher learning rate; see schedules.split_lora_plus.
+    """The up of every layer, in the model's order: what LoRA+ (arXiv 2402.12354) gives a higher learning rate; see building.split_lora_plus.
 
     The paper speaks of down and up only: a DoRA's magnitude stays at the plain rate here (peft moves it with up). Raises UserError for a full update.
     """
