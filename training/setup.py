@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config
-from lora_core.data import buckets, dataset, hub
+from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
 from lora_core.diffusion import losses, prediction, sampling, validation
 from lora_core.diffusion.generation import Sizes
@@ -272,6 +272,8 @@ def _images_folder(config: Config) -> str:
     d = config.data
     if not d.dataset:
         return d.images
+    from lora_core.data import hub  # its client is needed for such a data set only
+
     folder = hub.export_dataset(
         d.dataset,
         split=d.split,
