@@ -1,4 +1,6 @@
-"""Numbers that are none are refused where they enter, and no checkpoint, file or picture is made of them."""
+"""Numbers that are none are refused where they enter, and no checkpoint, file or picture is made of
+them.
+"""
 
 import json
 import math
@@ -76,7 +78,8 @@ def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
     last = {0: "there is no checkpoint", 1: "of step 3", 2: "of step 2"}[save_every]
     with pytest.raises(
         UserError,
-        match=f"the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*{last}",
+        match="the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*"
+        + last,
     ):
         train.train(config, loss=broken_gradient(3))
     kept = [
@@ -189,7 +192,8 @@ def test_a_checkpoint_of_nan_is_passed_over(
     run = Run.open(tmp_path / "run")
     for step, value in ((1, 1.0), (2, NAN)):
         run.save_checkpoint(step, {"a": torch.tensor([value])}, {})
-    assert run.load_checkpoint().step == 1 and "a holds NaN or infinity" in capsys.readouterr().out  # type: ignore[union-attr]
+    assert run.load_checkpoint().step == 1  # type: ignore[union-attr]
+    assert "a holds NaN or infinity" in capsys.readouterr().out
 
 
 def test_older_checkpoints_go_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +458,7 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
     nowhere = replace(config, data=DataConfig(images="nowhere"), adapter=AdapterConfig(rank=2))
     with pytest.raises(
         UserError,
-        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in",
+        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log",
     ):
         train.train(replace(nowhere, push_to_hub="you/yours"))
     with pytest.raises(UserError, match="nowhere does not exist"):

@@ -1,6 +1,8 @@
-"""One optimisation step of each public script's objective, written out from its formulas, equals ours to 1e-12 in float64.
+"""One optimisation step of each public script's objective, written out from its formulas, equals
+ours to 1e-12 in float64.
 
-The first half is the scripts: plain torch and diffusers, nothing of lora_core. The second half composes our laws as train.training_step does.
+The first half is the scripts: plain torch and diffusers, nothing of lora_core. The second half
+composes our laws as train.training_step does.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,9 @@ def batch() -> Batch:
 
 
 class Tiny(nn.Module):
-    """A linear map over channels, of the latents, of what the network is told about the noise, and of the prompt."""
+    """A linear map over channels, of the latents, of what the network is told about the noise, and
+    of the prompt.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +118,9 @@ def ddpm_with_prior(
     e: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The prediction chunked in two: lam[0] mean over the instances + lam[1] mean over the class images."""
+    """The prediction chunked in two: lam[0] mean over the instances + lam[1] mean over the class
+    images.
+    """
     rows = ddpm_rows(net, data, TIMES, "epsilon", e).mean((1, 2, 3)) * (
         torch.ones(B) if weights is None else weights
     )
@@ -123,7 +129,9 @@ def ddpm_with_prior(
 
 
 def edm_euler(net: Tiny, data: Batch, t: Tensor, kind: str, *, weigh: bool = True) -> Tensor:
-    """EDM-style training of the SDXL scripts: EulerDiscreteScheduler's sigmas, looked up by the timestep's index."""
+    """EDM-style training of the SDXL scripts: EulerDiscreteScheduler's sigmas, looked up by the
+    timestep's index.
+    """
     sigmas = (
         ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt().flip(0)
     )  # as the scheduler keeps them, noisiest first
@@ -148,7 +156,9 @@ def edm_playground(
     told: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning, no weighting."""
+    """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning,
+    no weighting.
+    """
     s, d = column(sigma), 0.5
     noisy = data.x + s * data.n
     out = net(noisy / (s**2 + d**2) ** 0.5, told(sigma), data.e)
@@ -181,7 +191,8 @@ def masked(net: Tiny, data: Batch, m: Tensor, norm: Callable[[Tensor], Tensor]) 
     return ((m * ddpm_rows(net, data, TIMES, "epsilon")).sum((1, 2, 3)) / norm(m)).mean()
 
 
-# ---------------------------------------------------------------- ours, composed as in train.training_step
+# ---------------------------------------------------------------- ours, composed as in
+# train.training_step
 
 
 class Law(NamedTuple):
@@ -290,7 +301,9 @@ def test_prior_preservation_objective() -> None:
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_edm_style_objective_of_discrete_networks(kind: str) -> None:
-    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighed x0 error is the network's own with another weight."""
+    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighed x0 error is the network's own
+    with another weight.
+    """
     theirs = stepped(edm_euler, batch(), TIMES, kind)
     assert equal(stepped(ours, batch(), at(TIMES), Law(VP, kind, "edm")), theirs)
     assert equal(stepped(ours, batch(), at(TIMES), Law(VP, kind, "model", "snr")), theirs)
@@ -305,14 +318,16 @@ def test_edm_objective_of_a_preconditioned_network() -> None:
 
 
 def test_the_levels_of_edm_span_the_schedulers_table() -> None:
-    """diffusers' table has 1001 rows, of which scripts draw the noisiest 1000; ours has 1000, both ends included: less than a row apart."""
+    """diffusers' table has 1001 rows, of which scripts draw the noisiest 1000; ours has 1000, both
+    ends included: less than a row apart.
+    """
     table = pytest.importorskip("diffusers").EDMEulerScheduler().sigmas[:1000].double().flip(0)
     gap = ((table.log() - EDM.sigmas.log()) / EDM.sigmas.log().diff().max()).abs()
     assert gap.max() < 1 and EDM.sigmas[-1] == pytest.approx(table[-1].item())
 
 
 def flow_levels(scheme: str, mean: float = 0.0, std: float = 1.0) -> tuple[Tensor, NoiseLevel]:
-    """diffusers' own draw of u, and our levels for the numbers that stand for it in our direction."""
+    """diffusers' own draw of u, and our levels for the same numbers in our direction."""
     training = pytest.importorskip("diffusers.training_utils")
     g = torch.Generator().manual_seed(21)
     u = training.compute_density_for_timestep_sampling(
@@ -363,7 +378,9 @@ def test_flow_objective_of_each_weighting_scheme(scheme: str, mean: float, std: 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
 def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
-    """Each weighting is one law in both spaces; none is not one: there it is snr, as for every network that is not of the edm row."""
+    """Each weighting is one law in both spaces; none is not one: there it is snr, as for every
+    network that is not of the edm row.
+    """
     _, level = flow_levels(scheme)
     here, there = (
         stepped(ours, batch(), level, Law(FLOW, "flow", space, scheme))
@@ -376,7 +393,8 @@ def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
     )
 
 
-# ---------------------------------------------------------------- traps of semantics 7, each next to the wrong formula
+# ---------------------------------------------------------------- traps of semantics 7, each next
+# to the wrong formula
 
 
 def test_trap_19_min_snr_of_v() -> None:
@@ -403,7 +421,9 @@ def test_trap_19_zero_terminal_snr_is_finite() -> None:
 
 
 def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preservation() -> None:
-    """Not that of the instance it is paired with. The scripts leave prior rows unweighed, which is another objective; ours weighs all alike."""
+    """Not that of the instance it is paired with. The scripts leave prior rows unweighed, which is
+    another objective; ours weighs all alike.
+    """
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "epsilon", weighting="min_snr"), PRIOR, 0.3)
     weights = min_snr(TIMES, "epsilon")
     assert equal(mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=weights))
@@ -414,7 +434,9 @@ def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preserva
 
 
 def test_trap_20_the_direction_of_logit_mean() -> None:
-    """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign turned."""
+    """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign
+    turned.
+    """
     training = pytest.importorskip("diffusers.training_utils")
     many = RandomKeys(5, tuple(map(str, range(4000))), (0,) * 4000)
     u = training.compute_density_for_timestep_sampling(
@@ -468,7 +490,9 @@ def test_trap_20_the_network_is_told_sigma() -> None:
 
 
 def test_trap_21_the_mask_weighs_once_and_is_normalised() -> None:
-    """Right: sum(m e^2) / (c sum(m)). Wrong: m^2 (pred and target both times m), the mean over all pixels, 4 channels over one (Mix-of-Show)."""
+    """Right: sum(m e^2) / (c sum(m)). Wrong: m^2 (pred and target both times m), the mean over all
+    pixels, 4 channels over one (Mix-of-Show).
+    """
     m = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "epsilon", mask=m))
     norms: dict[str, Callable[[Tensor], Tensor]] = {
@@ -485,7 +509,9 @@ def test_trap_21_the_mask_weighs_once_and_is_normalised() -> None:
 
 
 def test_trap_21_a_mask_is_resized_by_area() -> None:
-    """The masked mean over pixels of an error that is constant on each latent is that over latents with the area-resized mask, not the nearest."""
+    """The masked mean over pixels of an error that is constant on each latent is that over latents
+    with the area-resized mask, not the nearest.
+    """
     g = torch.Generator().manual_seed(4)
     pixels, error = (
         torch.rand(B, 1, 8 * H, 8 * W, generator=g).double(),
@@ -522,7 +548,9 @@ def test_trap_22_preconditioned_networks_are_told_the_log_and_not_weighed() -> N
 def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
     kind: str, schedule: Schedule
 ) -> None:
-    """min(snr, 5) |x0 error|^2, whatever the network predicts; for epsilon and v that is min-SNR itself."""
+    """min(snr, 5) |x0 error|^2, whatever the network predicts; for epsilon and v that is min-SNR
+    itself.
+    """
     level = at(TIMES) if schedule is VP else edm_levels()
     mine = stepped(ours, batch(), level, Law(schedule, kind, "edm", "min_snr"))
     if kind == "edm":
@@ -553,7 +581,9 @@ def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
 
 
 def test_trap_23_micro_batches_of_any_make_up_add_up_to_the_step() -> None:
-    """Three prior rows and one instance, in halves: the sum is the step's own loss, which a mean of means is not."""
+    """Three prior rows and one instance, in halves: the sum is the step's own loss, which a mean of
+    means is not.
+    """
     flags, rows = (
         torch.tensor([True, False, True, True]),
         ddpm_rows(Tiny(), batch(), TIMES, "epsilon").mean((1, 2, 3)),

@@ -1,4 +1,6 @@
-"""A run killed with SIGKILL, at a random step or in the middle of writing, and resumed ends with the bits of the uninterrupted run."""
+"""A run killed with SIGKILL, at a random step or in the middle of writing, and resumed ends with
+the bits of the uninterrupted run.
+"""
 
 import json
 import os
@@ -19,7 +21,8 @@ from tests.conftest import final, rows, same
 
 STEPS, EVERY = (4, 5), 3
 
-# Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
+# Imports once, then forks a child for each job before anything is computed; a job ends as its child
+# does.
 CHILD = """
 import json, os, signal, sys
 from training import step
@@ -75,7 +78,9 @@ for config, how, at in json.loads(sys.stdin.read()):
 class Case:
     name: str
     config: Config
-    how: str  # step: while it computes, file: while it writes the checkpoint of step 6, validation: between its rows
+    # step: while it computes, file: while it writes the checkpoint of step 6, validation: between
+    # its rows
+    how: str
     at: int
 
 
@@ -88,12 +93,21 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         return random.SystemRandom().choice([step for step in range(sum(STEPS)) if step % EVERY])
 
     base = Config(
-        model=str(model), device="cpu", threads=1, batch_size=2, save_every=EVERY, log_every=2,
+        model=str(model),
+        device="cpu",
+        threads=1,
+        batch_size=2,
+        save_every=EVERY,
+        log_every=2,
         samples=SamplesConfig(steps=1, guidance=1, prompts=("a TOK",)),
-        data=DataConfig(images=str(photos), resolution=16, crop="random", flip=True), adapter=AdapterConfig(rank=4, dropout=0.1),
+        data=DataConfig(images=str(photos), resolution=16, crop="random", flip=True),
+        adapter=AdapterConfig(rank=4, dropout=0.1),
         validation=ValidationConfig(bins=2, every=EVERY),
-        stages=(Stage(STEPS[0], ("tokens",)), Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine")),
-    )  # fmt: skip
+        stages=(
+            Stage(STEPS[0], ("tokens",)),
+            Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine"),
+        ),
+    )
     both = replace(
         base,
         stages=(

@@ -1,4 +1,6 @@
-"""What is around a training step: inputs drawn ahead of it, autocast, compiled blocks, the machine's own line."""
+"""What is around a training step: inputs drawn ahead of it, autocast, compiled blocks, the
+machine's own line.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
 def test_compiled_blocks_share_graphs_and_train_alike(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the graph; blocks of one kind are not compiled apart."""
+    """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the
+    graph; blocks of one kind are not compiled apart.
+    """
     compiled: list[object] = []
     in_place = torch.nn.Module.compile
 
@@ -111,7 +115,9 @@ def test_compiled_blocks_share_graphs_and_train_alike(
     stats = torch._dynamo.utils.counters["stats"]
     assert (
         len(compiled) == 4
-    )  # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no gradient
+        # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no
+        # gradient
+    )
     assert (
         0 < stats["unique_graphs"] <= 6 and not torch._dynamo.utils.counters["graph_break"]
     )  # 2 in validation, 4 in training

@@ -6,6 +6,7 @@ Nothing on the disk changes before `open_run`.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -504,15 +505,13 @@ def open_optimizer(
     LoRA+ (arXiv 2402.12354). Raises UserError for what its class does not take.
     """
     o = config.optimizer
-    settings = building.group_settings(
-        o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
-    )
+    settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
     whole = [{"params": params, **settings[name]} for name, params in groups.items()]
     split = building.split_lora_plus(whole, up_factors, o.lora_plus)
     optimizer = building.build_optimizer(o.name, split, o.args)
     if building.is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
-    parameters = [p for params in groups.values() for p in params]
+    parameters = list(itertools.chain(*groups.values()))
     scaler = None
     if config.precision == "fp16":
         scaler = gradients.LossScaler(device=parameters[0].device)

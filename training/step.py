@@ -114,7 +114,9 @@ def update_parameters(
     model: Model, optimization: Optimization, stage: Stage, config: Config
 ) -> Tensor:
     """Clips the gradients and steps the optimizer; returns their norm before clipping."""
-    moving = [p for name in stage.groups for p in model.groups[name]]
+    moving: list[nn.Parameter] = []
+    for name in stage.groups:
+        moving += model.groups[name]
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler is None:
         norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
