@@ -29,7 +29,7 @@ from lora_core.formats.pickles import read_pickle
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import NetworkLocation
 from merging.folding import ModelWeights, open_model_folder, weight_key
-from models import Layout, is_single_file, known, locate_networks, read_layout, single_file
+from models import Layout, known, read_layout, single_file
 from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -123,7 +123,7 @@ def open_layout(path: str, reading: OpenOptions) -> Layout:
     """What can be adapted in a model, from its configs or the keys of a single file; no weight is read. Published models have names, such as sdxl."""
     if path in PUBLISHED_MODELS and not Path(path).exists():
         return known.published_layout(path)
-    return read_layout(path, reading.model_config if is_single_file(path) else "")
+    return read_layout(path, reading.model_config if single_file.is_single_file(path) else "")
 
 
 def open_adapter(
@@ -161,7 +161,7 @@ def open_base_model(path: str, reading: OpenOptions) -> BaseModel:
 
 def single_file_parts(base: BaseModel) -> tuple[NetworkLocation, ...]:
     """Where the networks of a model lie in a single file. Raises UserError for a family without such files."""
-    return base.rows or locate_networks(str(base.folder))
+    return base.rows or single_file.locate_networks(str(base.folder))
 
 
 @contextlib.contextmanager

@@ -22,14 +22,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
-from lora_core.family import (
-    Family,
-    LoadOptions,
-    load_network,
-    load_part,
-    read_encoder_config,
-    read_json,
-)
+from lora_core.family import Family, LoadOptions
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import PICKLED, Weights, cast_weights, open_weights
 from lora_core.formats.whole_models import (
@@ -42,6 +35,7 @@ from lora_core.formats.whole_models import (
     write_folder_from_single_file,
 )
 from models import known, published, sd, sdxl
+from models.components import load_network, load_part, read_encoder_config, read_json
 
 UNET, VAE = (
     NetworkLocation("unet", "model.diffusion_model.", "unet"),
@@ -151,9 +145,11 @@ def load(path: str, how: LoadOptions) -> Family:
         load_tokenizers(opened.folder, rows, path),
     )
     for name, weights in split_single_file(opened, rows, modules).items():
-        _fill_network(modules[name], weights, how.exact if name == "vae" else how.dtype, how.device)
+        _fill_network(
+            modules[name], weights, how.vae_precision if name == "vae" else how.dtype, how.device
+        )
     if how.vae:
-        modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.exact, how.device)
+        modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.vae_precision, how.device)
     unet, vae, encoders = modules["unet"], modules["vae"], {name: modules[name] for name in tokens}
     if _is_sdxl(index):
         return sdxl.StableDiffusionXL(

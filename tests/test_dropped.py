@@ -14,9 +14,9 @@ import torch
 import train
 from lora_core.config import AdapterConfig, Config, DataConfig, Stage
 from lora_core.data.dataset import Batch, ImageDataset, ImageSettings, collate, scan_folder
-from lora_core.diffusion.generation import Sizes
 from lora_core.errors import UserError
-from models import Conditioning, load_family
+from lora_core.family import Conditioning, Sizes
+from models import load_family
 from tests import tiny_sdxl
 from tests.conftest import learned, same
 from tests.opened_run import OpenedRun, open_parts

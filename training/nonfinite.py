@@ -86,7 +86,8 @@ def check_loss_values(
     sentence = "" if finite else find_nonfinite_part(inputs, model, config)
     if sentence:
         raise UserError(sentence)
-    losses.check_loss_rows(rows, name, len(inputs[0].is_prior))
+    losses.check_loss_shape(rows, name, len(inputs[0].is_prior))
+    losses.check_loss_finite(rows, name)
 
 
 def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> str:

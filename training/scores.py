@@ -14,9 +14,9 @@ from lora_core import tokens
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.diffusion import generation, validation
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
+from lora_core.family import Sizes
 from training.setup import Data, Model, Optimization
 
 

@@ -26,25 +26,17 @@ from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
 from lora_core.diffusion import losses, prediction, sampling, validation
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.errors import UserError
+from lora_core.family import Conditioning, Family, LoadOptions, Sizes
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs.run_folder import Run, lock_folder
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
-from models import (
-    DTYPES,
-    Conditioning,
-    Family,
-    LoadOptions,
-    choose_device,
-    load_family,
-    read_layout,
-)
+from models import DTYPES, choose_device, load_family, read_layout
 from training import class_images, config_checks, cuda_graph, model_checks
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run

@@ -20,8 +20,8 @@ from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
+from lora_core.family import Conditioning
 from lora_core.optim import building, gradients
-from models import Conditioning
 from training import nonfinite
 from training.setup import Model, Optimization, function_name
 from training.step_inputs import StepInputs

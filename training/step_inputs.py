@@ -20,11 +20,10 @@ from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.diffusion import generation, noise
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
+from lora_core.family import Conditioning, Sizes
 from lora_core.runs.run_folder import nonfinite_names
-from models import Conditioning
 from training import model_checks
 from training.cuda_graph import tree_tensors
 from training.setup import Data, Model, TokenIds
@@ -144,7 +143,7 @@ def _make_inputs(
         mask=mask,
         inpaint=inpaint,
         text=_make_text(source, batch, stage),
-        sizes=sizes._replace(places=to_device(sizes.on("cpu"), device)),
+        sizes=sizes._replace(values=to_device(sizes.to_tensor("cpu"), device)),
         is_prior=to_device(batch.is_prior, device),
         dropout_keys=dropout_keys,
         step=torch.full((), number, dtype=torch.int64, device=device),
