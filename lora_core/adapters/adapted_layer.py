@@ -57,7 +57,7 @@ class Adapted(nn.Module):
         self.register_buffer("original", None, persistent=False)
         self.original_bias: Tensor | None
         self.register_buffer("original_bias", None, persistent=False)
-        self.enabled = True
+        self.enabled = True  # False: the base alone
         self.group: Group | None = None
         self.index = 0  # of this layer in its group
         self.training = base.training
@@ -67,6 +67,8 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.generation != dispatch.generation:
             self.resolve()
+        if not self.enabled:
+            return self._modules["base"](x)  # type: ignore[misc]
         return self.run(x)  # type: ignore[misc]
 
     def resolve(self) -> None:
@@ -131,11 +133,6 @@ class Adapted(nn.Module):
 
     def set_strength(self, name: str, strength: float) -> None:
         self._strengths[name] = float(strength)
-        self.resolve()
-
-    def enable(self, enabled: bool) -> None:
-        """With False no adapter acts until the next call with True."""
-        self.enabled = enabled
         self.resolve()
 
     def adapter(self, name: str) -> Any:

@@ -322,11 +322,11 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     before = [layer.enabled for layer in adapted]
     try:
         for layer in adapted:
-            layer.enable(False)
+            layer.enabled = False
         yield
     finally:
         for layer, enabled in zip(adapted, before, strict=True):
-            layer.enable(enabled)
+            layer.enabled = enabled
 
 
 @contextmanager
