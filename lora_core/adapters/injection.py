@@ -342,10 +342,9 @@ def cache_dora_norms(model: nn.Module) -> Iterator[None]:
     """
     cached: list[tuple[BaseLayer, DoRA]] = []
     for layer in adapted_layers(model):
-        for adapter in layer.adapters.values():
-            if isinstance(adapter, DoRA) and not layer.folded:
-                if adapter.cached_norm is None and adapter.spec.norm_grad == "detach":
-                    cached.append((layer.base, adapter))
+        if not layer.folded:
+            doras = [adapter for adapter in layer.adapters.values() if isinstance(adapter, DoRA)]
+            cached += [(layer.base, dora) for dora in doras if dora.takes_cached_norm()]
     try:
         if cached:
             _fill_norms(cached)

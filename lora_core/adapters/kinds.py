@@ -251,6 +251,10 @@ class DoRA(LoRA):
             down, up = down.detach(), up.detach()
         return call("dora_norm", base.weight, down, up, self.scale)
 
+    def takes_cached_norm(self) -> bool:
+        """Whether the norm has no graph and is not cached yet."""
+        return self.cached_norm is None and self.spec.norm_grad == "detach"
+
     def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         y0 = y0.to(wide_dtype(y0.dtype))
         return self._compose(base, x, y0, strength) - y0
@@ -365,7 +369,8 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
     found = load_from_file(file, name, "class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(
-            f"adapter kind {kind!r} is {found!r}, not a torch.nn.Module class; name the class itself"
+            f"adapter kind {kind!r} is {found!r}, not a torch.nn.Module class; "
+            "name the class itself"
         )
     return found
 
