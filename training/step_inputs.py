@@ -23,7 +23,7 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import nonfinite_names
 from models import Conditioning, Family
-from training import config_checks
+from training import model_checks
 
 if TYPE_CHECKING:
     from training.setup import Session
@@ -76,7 +76,7 @@ def make_step_inputs(s: Session, batch: Batch, stage: Stage, step: int) -> StepI
         other = replace(
             batch,
             captions=[
-                config_checks.swap_words(caption, s.config.prior.swap) for caption in batch.captions
+                model_checks.swap_words(caption, s.config.prior.swap) for caption in batch.captions
             ],
         )
         swapped = (_make_text(s, other), _make_base_text(s, other))
@@ -211,7 +211,7 @@ def encode_text(family: Family, text: Mapping[str, Tensor]) -> Conditioning:
 
 def _caption_kept(s: Session, batch: Batch) -> Tensor | None:
     """[b] 0 in the rows whose caption was dropped; None where no caption is dropped, or the encoding of the empty prompt stands for those."""
-    if not config_checks.drops_to_zeros(s.config, s.family):
+    if not model_checks.drops_to_zeros(s.config, s.family):
         return None
     return _to_device(torch.tensor([float(not dropped) for dropped in batch.dropped]), s.device)
 

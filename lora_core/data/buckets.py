@@ -7,6 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from lora_core.errors import UserError
+from lora_core.settings import ImageSettings
 
 Size = tuple[int, int]  # h, w in pixels
 
@@ -50,6 +51,13 @@ def nearest_size(size: Size, choice: Sequence[Size]) -> Size:
         return Fraction(max(left, right), min(left, right)), -math.prod(other)
 
     return min(choice, key=distance)
+
+
+def cut_size(settings: ImageSettings, image: Size) -> Size:
+    """The (h, w) that an image of (h, w) is cut to."""
+    if not settings.buckets:
+        return settings.resolution, settings.resolution
+    return nearest_size(image, bucket_sizes(settings.resolution, settings.bucket_step))
 
 
 def describe_buckets(cuts: Sequence[Size], batch: int) -> str:

@@ -8,18 +8,16 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core.data.buckets import Size, bucket_sizes, nearest_size
+from lora_core.data.buckets import Size, cut_size
 from lora_core.data.cache import TensorCache
 from lora_core.data.captions import TEMPLATES
 from lora_core.data.images import (
-    INTERPOLATIONS,
     READER_VERSION,
     MaskedImage,
     RecentImages,
@@ -41,6 +39,7 @@ from lora_core.data.records import (
 from lora_core.data.sample_order import BucketOrder, sample_position
 from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
+from lora_core.settings import ImageSettings
 
 __all__ = [
     "TEMPLATES", "Batch", "TensorCache", "Example", "ImageDataset", "ImageSettings", "Record", "iterate_batches", "collate", "images_missing_word", "sample_position",
@@ -63,52 +62,6 @@ class Example:
     visit: int
     is_prior: bool
     dropped: bool = False  # whether the caption is empty because it was dropped
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How images become squares of `resolution` pixels, or with `buckets` rectangles of about that area."""
-
-    resolution: int
-    crop: Literal["center", "random"] = "center"
-    zoom: float = 1.0  # the size that the image is scaled to cover is multiplied by u, uniform in [1, zoom], before the crop
-    flip: bool = False  # mirrored in half the visits
-    jitter: bool = False  # brightness and contrast within +-10 %
-    variants: int = 0  # 0: fresh pixels at every visit; n: the pixels of visit mod n, so that latents can be cached
-    seed: int = 0
-    buckets: bool = (
-        False  # each image is cut to the nearest of buckets.bucket_sizes(resolution, bucket_step)
-    )
-    bucket_step: int = 64
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.resolution < 1 or self.zoom < 1 or self.variants < 0:
-            raise UserError(
-                f"expected resolution >= 1, zoom >= 1, variants >= 0, got {self.resolution}, {self.zoom}, {self.variants}"
-            )
-        if self.crop not in ("center", "random"):
-            raise UserError(f"unknown crop {self.crop!r}, expected center or random")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
-            )
-        if self.buckets:
-            bucket_sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
-
-    def size(self, image: Size) -> Size:
-        """The (h, w) that an image of (h, w) is cut to."""
-        square = (self.resolution, self.resolution)
-        return (
-            nearest_size(image, bucket_sizes(self.resolution, self.bucket_step))
-            if self.buckets
-            else square
-        )
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two visits can have different pixels."""
-        return self.crop == "random" or self.zoom > 1 or self.flip or self.jitter
 
 
 @dataclass
@@ -152,6 +105,7 @@ class ImageDataset:
         records: Sequence[Record],
         settings: ImageSettings,
         *,
+        seed: int = 0,
         caption_dropout: float = 0.0,
         keep_bytes: int = 2**29,
     ) -> None:
@@ -163,8 +117,9 @@ class ImageDataset:
             )
         self.records = list(records)
         self.settings = settings
+        self.seed = seed
         self.caption_dropout = caption_dropout
-        self.sizes = [settings.size(r.size) for r in self.records]
+        self.sizes = [cut_size(settings, r.size) for r in self.records]
         self.has_masks = any(_has_mask(r) for r in self.records)
         self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # of each content
@@ -244,7 +199,7 @@ class ImageDataset:
         """
         s = self.settings
         settings: dict[str, object] = {
-            "size": tuple(size or s.size(record.size)),
+            "size": tuple(size or cut_size(s, record.size)),
             "interpolation": s.interpolation,
         }
         settings["reading"] = READER_VERSION
@@ -253,12 +208,9 @@ class ImageDataset:
                 "random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off"
             )
         if s.is_random:
-            settings |= {
-                name: value
-                for name, value in asdict(s).items()
-                if name in ("crop", "zoom", "flip", "jitter", "seed")
-            }
-            settings["variant"] = self._variant(visit)
+            random = ("crop", "zoom", "flip", "jitter")
+            settings |= {name: getattr(s, name) for name in random}
+            settings |= {"seed": self.seed, "variant": self._variant(visit)}
         return hashlib.blake2b(
             json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16
         ).hexdigest()
@@ -280,7 +232,7 @@ class ImageDataset:
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         return torch.rand(
             (),
-            generator=keyed_generator(self.settings.seed, record.key, visit, purpose),
+            generator=keyed_generator(self.seed, record.key, visit, purpose),
             dtype=torch.float64,
         ).item()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from lora_core.adapters import injection
 from lora_core.diffusion import sampling
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
+from lora_core.settings import SamplerSettings
 
 
 class Sizes(NamedTuple):
@@ -38,22 +38,6 @@ class Sizes(NamedTuple):
     def whole(height: int, width: int, b: int) -> Sizes:
         """Of b images that were neither scaled nor cut, as in sampling."""
         return Sizes([(height, width)] * b, [(0, 0)] * b, (height, width))
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How pictures are sampled. Width and height in pixels; 0 is the model's own resolution."""
-
-    sampler: str = "ddim"
-    steps: int = 25
-    guidance: float = (
-        5.0  # classifier-free guidance, or the scale that a guidance-distilled model is told
-    )
-    negative: str = ""
-    width: int = 0
-    height: int = 0
-    strength: float = 1.0  # image to image: the share of the steps that is run
-    refiner_start: float = 0.8  # the share of the steps after which a refiner takes over
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.settings import NoiseSettings
 
 
 class NoiseLevel(NamedTuple):
@@ -372,27 +373,6 @@ def resolution_shift(
 
 
 # ---------------------------------------------------------------- the noise itself
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """Departures from white noise; zero is off."""
-
-    offset: float = 0.0  # adds offset * N(0, 1) per example and channel, in the target too (crosslabs.org, "Diffusion with offset noise")
-    multires_levels: int = 0  # coarser copies of noise on top of the full-size one ("multi-resolution noise", wandb, and kohya)
-    multires_discount: float = 0.3  # level i counts discount^i
-    perturbation: float = 0.0  # input perturbation gamma (arXiv 2301.11706 algorithm 1)
-
-    def __post_init__(self) -> None:
-        if (
-            self.offset < 0
-            or self.perturbation < 0
-            or self.multires_levels < 0
-            or not 0 < self.multires_discount <= 1
-        ):
-            raise UserError(
-                f"noise settings must be at least 0 and multires_discount in (0, 1], got {self}"
-            )
 
 
 def sample_noise(
