@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
 from lora_core.errors import UserError
+from lora_core.kernels import dispatch
 from tests.conftest import distance, final, rows
 from training import config_checks, cuda_graph
 from training.cuda_graph import GraphReplay
@@ -94,8 +95,8 @@ class Tape:
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "LORA_KERNELS", "reference"
+    monkeypatch.setattr(
+        dispatch, "mode", "reference"
     )  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
     monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
     monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
@@ -191,7 +192,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_replayed_run_on_triton_kernels_is_the_run(
     config: Config, quick: None, taped: None, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    monkeypatch.setenv("LORA_KERNELS", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     replay(config, case)
 
 

@@ -19,6 +19,7 @@ import train
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
 from lora_core.data.dataset import micro_batches
 from lora_core.errors import UserError
+from lora_core.kernels import dispatch
 from lora_core.toml import read_toml
 from tests.conftest import distance, learned, rows
 from tests.opened_run import open_parts
@@ -141,7 +142,7 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
     for kernels in ("reference", "triton"):
-        monkeypatch.setenv("LORA_KERNELS", kernels)
+        monkeypatch.setattr(dispatch, "mode", kernels)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # a kernel that refuses says so
             runs[kernels] = train.train(replace(config, out=f"{config.out}_{kernels}"))

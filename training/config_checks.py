@@ -350,9 +350,7 @@ def check_optimizer(c: Config, device: torch.device) -> None:
     """
     o = c.optimizer
     groups = [group for group in GROUPS if c.trains(group)]
-    settings = building.group_settings(
-        o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
-    )
+    settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
     for i, stage in enumerate(c.stages):
         if stage.weight_decay and "weight_decay" not in building.optimizer_arguments(o.name):
             raise UserError(

@@ -71,20 +71,22 @@ class SampleImages:
 
     def _generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         family = self.model.family
-        hole = self._hole(seeds[0]) if family.inpainting else {}
-        drawn = generation.generate_images(family, prompts, seeds, self.settings, **hole)
+        init, mask = self._hole(seeds[0]) if family.inpainting else (None, None)
+        drawn = generation.generate_images(
+            family, prompts, seeds, self.settings, init=init, mask=mask
+        )
         return pictures.to_images(drawn)
 
-    def _hole(self, i: int) -> dict[str, Tensor]:
-        """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, of which an
-        inpainting model is to draw the masked part.
+    def _hole(self, i: int) -> tuple[Tensor, Tensor]:
+        """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, which an
+        inpainting model is to draw.
         """
         images = self.data.validation
         pixels = images.example(i % len(images), 0).pixels[None].to(self.model.device)
         mask, side = torch.zeros_like(pixels[:, :1]), self.settings.width
         middle = slice(side // 4, side - side // 4)
         mask[..., middle, middle] = 1
-        return {"init": pixels, "mask": mask}
+        return pixels, mask
 
     @property
     def prompts(self) -> list[str]:

@@ -100,12 +100,11 @@ class Model:
     up_factors: dict[str, list[Tensor]]  # group -> up of its adapters, with LoRA+ only
     identity: dict[str, str]  # component -> hash of its weights as they were loaded
     guidance: float  # scale that a guidance-distilled denoiser reads
-    autocast: bool  # matrix products in bf16
-    cuda_graph: bool
+    autocast: torch.autocast  # matrix products in bf16 with --autocast
 
     def conditioning(self, text: Conditioning | TokenIds, sizes: Sizes) -> Conditioning:
         """What the denoiser reads in addition to the latents: encoded captions, image sizes."""
-        with self._autocast():
+        with self.autocast:
             cond = text.encode(self.family) if isinstance(text, TokenIds) else text
         return self.family.add_size_embeddings(cond, sizes, self.guidance)
 
@@ -114,14 +113,8 @@ class Model:
     ) -> Tensor:
         """The network's raw output [b, c, h, w] for x_t."""
         scaled = prediction.scale_input(self.family.prediction, x_t, level)
-        with self._autocast():
+        with self.autocast:
             return self.family.denoise(scaled, level, cond, inpaint)
-
-    def _autocast(self) -> torch.autocast:
-        # a graph replays addresses: no copies of weights may be kept from one step to the next
-        keep = not self.cuda_graph
-        kind = self.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.autocast, cache_enabled=keep)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -356,8 +349,13 @@ def open_model(config: Config) -> Model:
         up_factors=_up_factors(config, family, adapted),
         identity=identity,
         guidance=config.noise.guidance,
-        autocast=config.autocast,
-        cuda_graph=config.cuda_graph,
+        # a graph replays addresses: no copies of weights may be kept from one step to the next
+        autocast=torch.autocast(
+            device.type,
+            torch.bfloat16,
+            enabled=config.autocast,
+            cache_enabled=not config.cuda_graph,
+        ),
     )
     _set_up_networks(config, model)
     return model

@@ -62,6 +62,8 @@ class InputSource:
             self.records |= {record.key: record for record in folder.records}
         n = config.noise
         self.density = noise.bind_density(n.density, **n.density_args)
+        settings = data.training.settings
+        self.pixels_come_again = not settings.is_random or settings.variants > 0
         a = config.adapter
         self.has_dropout = bool(a.dropout or a.rank_dropout or a.module_dropout)
         cache = config.data.cache
@@ -183,7 +185,7 @@ def _sample_levels(source: InputSource, keys: RandomKeys, stage: Stage, x0: Tens
 def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
     """Mean and std [b, c, h, w] of the latents; from the cache where pixels come again."""
     folder, model = source.data.training, source.model
-    if folder.settings.is_random and not folder.settings.variants:
+    if not source.pixels_come_again:
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
     height, width = batch.pixels.shape[-2:]
     names = [

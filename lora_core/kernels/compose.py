@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
 from lora_core.kernels.narrow import round_to
 

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
 from lora_core.kernels.norms import (
     NormLayer,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.kernels import COSTS, Cost
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.linear_kernels import (
     back_down_kernel,
     back_up_kernel,
