@@ -18,6 +18,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.container import check_finite
+from lora_core.formats.embedding_pickles import write_pickled_embedding
 from lora_core.formats.pickles import read_pickle
 from lora_core.runs.run_folder import atomic_write
 from merging.adapter_sums import DenseOptions, LayerKey, Term, lpl_layers
@@ -322,7 +323,7 @@ def _write_embedding(state: AdapterState, path: Path) -> None:
     order = sorted(range(len(state.token_names)), key=lambda i: state.token_names[i])
     names = tuple(state.token_names[i] for i in order)
     rows = {key: value[order] for key, value in state.tokens.items()}
-    embeddings.write_pickled_embedding(
+    write_pickled_embedding(
         AdapterState(
             tokens=rows,
             token_names=names,

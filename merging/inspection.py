@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
@@ -29,7 +30,6 @@ from merging.compare import (
 from merging.opening import (
     OpenOptions,
     base_weight_reader,
-    detect_format,
     find_layout,
     is_whole_model,
     open_adapter,
@@ -115,7 +115,7 @@ def print_info(
         if layout
         else "family unknown"
     )
-    print(f"{path}: {detect_format(path)}, {family}, {kind}, {_file_size(path)}")
+    print(f"{path}: {formats.detect_format(path)}, {family}, {kind}, {_file_size(path)}")
     rows = list(_layer_spectra(state, path))
     if rows:
         print("\n".join(align_columns(_component_table(rows))))

@@ -23,13 +23,11 @@ from lora_core import formats
 from lora_core.adapters.patch import TOKENIZERS
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE, cloneofsimo
-from lora_core.formats.container import is_pickle
-from lora_core.formats.pickles import read_pickle
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import NetworkLocation
 from merging.folding import ModelWeights, open_model_folder, weight_key
 from models import Layout, known, read_layout, single_file
+from models.hub_models import download_configs
 from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -113,7 +111,7 @@ def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
         try:
             return known.recognize_path(path)
         except UserError as error:
-            reasons += [error] if detect_format(path) not in SPELLED_OUT else []
+            reasons += [error] if formats.detect_format(path) not in SPELLED_OUT else []
     if reasons:
         raise reasons[0]
     return None
@@ -170,7 +168,7 @@ def model_configs(base: BaseModel, reading: OpenOptions) -> Iterator[Path]:
     if base.folder:
         yield base.folder
     elif reading.model_config:
-        yield single_file.find_configs(reading.model_config)
+        yield download_configs(reading.model_config)
     else:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "configs"
@@ -183,32 +181,10 @@ def model_configs(base: BaseModel, reading: OpenOptions) -> Iterator[Path]:
             yield folder
 
 
-def detect_format(path: str) -> str:
-    """The row of FORMATS that reads an adapter; diffusers for what none knows, whose reader then says so."""
-    place = Path(path)
-    if place.is_dir():
-        place = next(
-            (
-                file
-                for file in (place / NATIVE, *sorted(place.glob("*.safetensors")))
-                if file.is_file()
-            ),
-            place,
-        )
-    if place.is_file() and is_pickle(place):
-        return "cloneofsimo" if cloneofsimo.is_factor_list(read_pickle(place)) else "embeddings"
-    try:
-        with safe_open(place, "np") as opened:
-            keys = dict.fromkeys(opened.keys(), torch.empty(0))
-    except (SafetensorError, OSError, RuntimeError):
-        return "diffusers"
-    return next((name for name, row in formats.FORMATS.items() if row.detect(keys)), "diffusers")
-
-
 def choose_output_format(paths: Sequence[str]) -> str:
     """The format for a result: that of the first file with factors, or the nearest one for a format that is only read."""
     for path in paths:
-        found = detect_format(path)
+        found = formats.detect_format(path)
         if found != "embeddings":
             return (
                 found if formats.FORMATS[found].write else WRITABLE_FORMATS.get(found, "diffusers")

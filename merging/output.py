@@ -15,7 +15,8 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import EMBEDDINGS, cloneofsimo
+from lora_core.formats import EMBEDDINGS
+from lora_core.formats.factor_lists import write_factor_lists
 from lora_core.formats.layout import Layout
 from merging.adapter_sums import LayerKey
 from merging.compare import frobenius_norm
@@ -104,7 +105,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return cloneofsimo.write_factor_lists(state, path, layout)
+        return write_factor_lists(state, path, layout)
     written = []
     if factors:
         inside = output.format in FORMATS_WITH_TOKENS

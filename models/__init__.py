@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, FamilyFunctions, Layout, LoadOptions, Sizes
-from lora_core.formats.weights import PICKLED
+from lora_core.formats.known_formats import is_single_file
 from models.components import read_json
 
 __all__ = [
@@ -61,7 +61,7 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     path that is not there, another family, a missing or broken part, and a `config` for a model
     that has its own.
     """
-    if _is_single_file(path):
+    if is_single_file(path):
         return _single_file().load(path, how)
     return _find_family(path, how.config).load(path, how)
 
@@ -72,8 +72,8 @@ def read_layout(path: str, config: str = "") -> Layout:
     Reads its configs, not its weights. `config` is that of `LoadOptions`. Raises UserError like
     `load_family`.
     """
-    if _is_single_file(path):
-        return _single_file().outline(path, config)
+    if is_single_file(path):
+        return _single_file().read_single_file_layout(path, config)
     return _find_family(path, config).read_layout(path)
 
 
@@ -85,8 +85,8 @@ def read_schedule(
     With a resolution (pixels), in the shift of its scheduler for that resolution. `changes` and
     `config` are `scheduler` and `config` of `LoadOptions`. Raises UserError like `load_family`.
     """
-    if _is_single_file(path):
-        return _single_file().noise_of(path, changes, resolution, config)
+    if is_single_file(path):
+        return _single_file().read_single_file_schedule(path, changes, resolution, config)
     return _find_family(path, config).read_schedule(path, changes, resolution)
 
 
@@ -101,7 +101,7 @@ def save_family(
 
     The components named in `states` get those weights, everything else is copied from `path`.
     """
-    if _is_single_file(path):
+    if is_single_file(path):
         _single_file().convert_to_folder(path, folder, config, overwrite=True)
         for name, state in states.items():
             _save_network(family.modules[name], state, folder / name)
@@ -148,11 +148,6 @@ def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path)
             bare = type(network)(network.config)
     bare.load_state_dict(dict(state), assign=True)
     bare.save_pretrained(folder)
-
-
-def _is_single_file(path: str) -> bool:
-    """Whether a model's path means a file, which may be missing."""
-    return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)
 
 
 def _single_file() -> Any:

@@ -15,7 +15,7 @@ from lora_core.formats.weights import open_weights, weights_in_memory
 from lora_core.formats.whole_models import describe_single_file, join_networks, split_networks
 from models import (
     LoadOptions,
-    known,
+    hub_models,
     load_family,
     read_layout,
     read_schedule,
@@ -268,7 +268,7 @@ def test_full_size_key_lists(tmp_path, kind, counts):
     )
     assert counts in (None, len(whole.infos))
     facts = describe_single_file(whole.shapes)
-    assert known.recognize_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(
+    assert single_file.recognize_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(
         facts.encoders
     ) == {row.prefix for row in rows[2:]}
     parts = split_networks(
@@ -303,13 +303,11 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
     kinds = {"xl": "sdxl", "first": "sd1", "second": "sd2"}
     for name, kind in kinds.items():
         monkeypatch.setattr(
-            single_file.known,
+            single_file,
             "recognize_checkpoint",
             lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind,
         )
-        monkeypatch.setattr(
-            single_file.published, "config_folder", lambda kind, name=name: bare[name]
-        )
+        monkeypatch.setattr(single_file, "published_configs", lambda kind, name=name: bare[name])
         assert load_family(file(models[name])).pipeline.startswith("StableDiffusion")
         assert [settings["pad_token"] for _, settings in calls] == {
             "xl": ["<|endoftext|>", "!"],
@@ -456,15 +454,21 @@ def test_half_precision_and_existing_outputs(tmp_path, models):
 
 
 def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
-    asked = []
+    wanted = []
+    root = models["first"]
+
+    def list_files(self, name):
+        return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
     def snapshot(name, allow_patterns):
-        asked.append((name, "*/model*.safetensors" in allow_patterns))
+        weights = [pattern for pattern in allow_patterns if pattern.endswith(".safetensors")]
+        wanted.append((name, weights))
         if name != "someone/tiny":
             raise OSError("no such repository")
-        return str(models["first"])
+        return str(root)
 
-    monkeypatch.setattr(single_file, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_models, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_models.HfApi, "list_repo_files", list_files)
     ours = load_family(file(models["first"]), LoadOptions(config="someone/tiny"))
     assert all(
         torch.equal(a, b)
@@ -472,7 +476,13 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
     )
     save_single_file("someone/tiny", tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(file(models["first"])).keys()
-    assert asked == [("someone/tiny", False), ("someone/tiny", True)]
+    (_, configs), (name, weights) = wanted
+    assert name == "someone/tiny" and not configs
+    assert set(weights) == {
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
     assert "no such repository" in sentence(
         load_family, file(models["first"]), LoadOptions(config="someone/other")
     )
