@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from lora_core import tokens
+from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, run_file_paths, save_run
 from lora_core.runs.run_folder import Run, flatten_state, unflatten_state
 from lora_core.toml import to_table, to_toml
 from training import config_checks, nonfinite
@@ -98,7 +97,7 @@ class Checkpoints:
         }
         folder = self.run.save_checkpoint(done, *flatten_state(tree))
         with self.optimization.averaged():
-            save_run(self.learned_state(done), folder, layout=self.model.family.layout)
+            formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)
 
     def learned_state(self, done: int) -> AdapterState:
         """What the run has learned after `done` steps, under published names; a full fine-tune has
@@ -116,7 +115,7 @@ class Checkpoints:
             for name, embedding in model.embeddings.items()
         }
         names = next((e.names for e in model.embeddings.values()), ())
-        words = embeddings.placeholder_header({p.word: p.names for p in model.placeholders})
+        words = formats.placeholder_header({p.word: p.names for p in model.placeholders})
         header = {"lora_core.config": to_toml(self.config.recorded), "lora_core.steps": str(done)}
         if self.changes:
             header["lora_core.changes"] = "\n".join(self.changes)
@@ -209,10 +208,10 @@ class Checkpoints:
         in between.
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
-        files = run_file_paths(self.learned_state(step), folder, layout)
+        files = formats.run_file_paths(self.learned_state(step), folder, layout)
         if not all(file.is_file() for file in files):
             with self.optimization.averaged():
-                save_run(self.learned_state(step), folder, layout=layout)
+                formats.save_run(self.learned_state(step), folder, layout=layout)
             print(f"wrote the files that were missing in {folder}")
 
 

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core import tokens
+from lora_core import formats, tokens
 from lora_core.adapters import custom_files, injection
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
-from lora_core.formats import save_run
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
@@ -79,7 +78,7 @@ def _save_files(
 ) -> list[Path]:
     """The LoRA and token files; for adapters without a low-rank form the whole model as well."""
     learned = checkpoints.learned_state(done)
-    files = save_run(learned, folder, layout=model.family.layout)
+    files = formats.save_run(learned, folder, layout=model.family.layout)
     if model.has_factors:
         return files
     save_trained_model(model, config, folder / "model")
