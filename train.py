@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(words: list[str]) -> None:
-    """Trains, compares two runs, or previews noise levels, as the command line asks."""
+    """Trains, compares two runs, or previews noise levels."""
     if words[:1] == [COMPARE_FLAG]:
         if len(words) != 3:
             example = "python train.py --compare runs/a runs/b"

@@ -1,5 +1,5 @@
 """A step that is replayed gives the numbers of a step that is run. CUDA graphs need a GPU; here a
-tape of aten calls stands in for one.
+tape of aten calls replaces them.
 
 Like a graph, the tape repeats the same calls on the same addresses and knows nothing of Python in
 between, so what a replay gets wrong on a GPU (a value baked in at the capture, a tensor rebound, an
@@ -97,7 +97,7 @@ class Tape:
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dispatch, "mode", "reference"
-    )  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
+    )  # the tape hears torch calls, not the compiled loops of the optimizers on a CPU
     monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
     monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
     Tape.made = 0

@@ -1,4 +1,4 @@
-"""Numbers that are none are refused where they enter, and no checkpoint, file or picture is made of
+"""Numbers that are none are refused where they enter, and no checkpoint, file or image is made of
 them.
 """
 
@@ -326,7 +326,7 @@ def test_the_first_validation_says_so_too(
         train.train(config)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_the_first_validation_says_so_too(
         ("vae", "the VAE's decoder drew NaN .* seed 3"),
     ],
 )
-def test_black_pictures_are_refused(
+def test_black_images_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, said: str
 ) -> None:
     broken = Path(shutil.copytree(model, tmp_path / part))
@@ -373,7 +373,7 @@ def test_black_pictures_are_refused(
     assert "drew NaN" in capsys.readouterr().err and not out.exists()
 
 
-def test_pixels_of_nan_are_no_picture() -> None:
+def test_pixels_of_nan_are_refused() -> None:
     pixels = torch.zeros(2, 3, 4, 4)
     pixels[1, 0, 0, 0] = NAN
     with pytest.raises(UserError, match="NaN"):

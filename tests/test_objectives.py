@@ -1,4 +1,4 @@
-"""One optimisation step of each public script's objective, written out from its formulas, equals
+"""One optimization step of each public script's objective, written out from its formulas, equals
 ours to 1e-12 in float64.
 
 The first half is the scripts: plain torch and diffusers, nothing of lora_core. The second half
@@ -41,7 +41,7 @@ def batch() -> Batch:
 
 
 class Tiny(nn.Module):
-    """A linear map over channels, of the latents, of what the network is told about the noise, and
+    """A linear map over channels, of the latents, of the noise level that the network reads, and
     of the prompt.
     """
 
@@ -53,10 +53,10 @@ class Tiny(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
-        told = torch.stack([torch.sin(t.double() / 100), torch.cos(3 * t.double())], -1)
+        time_input = torch.stack([torch.sin(t.double() / 100), torch.cos(3 * t.double())], -1)
         return (
             torch.einsum("oc,bchw->bohw", self.mix, x)
-            + (told @ self.time.T + e @ self.text.T)[..., None, None]
+            + (time_input @ self.time.T + e @ self.text.T)[..., None, None]
         )
 
 
@@ -107,7 +107,7 @@ def min_snr(t: Tensor, kind: str, gamma: float = 5.0, *, wrong: bool = False) ->
     return least / snr + 1 if wrong else least / (snr + 1)
 
 
-def ddpm_weighed(net: Tiny, data: Batch, t: Tensor, kind: str, weights: Tensor) -> Tensor:
+def ddpm_weighted(net: Tiny, data: Batch, t: Tensor, kind: str, weights: Tensor) -> Tensor:
     return (ddpm_rows(net, data, t, kind).mean((1, 2, 3)) * weights).mean()
 
 
@@ -153,7 +153,7 @@ def edm_playground(
     data: Batch,
     sigma: Tensor,
     *,
-    told: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
+    time_input: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
     weights: Tensor | None = None,
 ) -> Tensor:
     """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning,
@@ -161,7 +161,7 @@ def edm_playground(
     """
     s, d = column(sigma), 0.5
     noisy = data.x + s * data.n
-    out = net(noisy / (s**2 + d**2) ** 0.5, told(sigma), data.e)
+    out = net(noisy / (s**2 + d**2) ** 0.5, time_input(sigma), data.e)
     x_hat = d**2 / (s**2 + d**2) * noisy + s * d / (s**2 + d**2) ** 0.5 * out
     rows = ((x_hat - data.x) ** 2).flatten(1).mean(1)
     return (rows if weights is None else rows * weights).mean()
@@ -174,7 +174,7 @@ def flow_script(
     weighting: Callable[[Tensor], Tensor],
     *,
     ascending: bool = False,
-    told: float = 1000.0,
+    time_input: float = 1000.0,
 ) -> Tensor:
     """Flux and SD3 scripts: u indexes a table of timesteps that descends from 1000 to 1."""
     timesteps = torch.arange(1000, 0, -1, dtype=torch.float64)
@@ -183,7 +183,7 @@ def flow_script(
     t = timesteps[(u * 1000).long()]
     s = column(t / 1000)
     noisy = (1 - s) * data.x + s * data.n
-    out = net(noisy, t / told, data.e)
+    out = net(noisy, t / time_input, data.e)
     return (weighting(s) * (out - (data.n - data.x)) ** 2).reshape(B, -1).mean(1).mean()
 
 
@@ -291,7 +291,7 @@ def test_ddpm_objective(kind: str) -> None:
 @pytest.mark.parametrize("kind", OTHER)
 def test_min_snr_objective(kind: str, gamma: float) -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, kind, weighting="min_snr", gamma=gamma))
-    assert equal(mine, stepped(ddpm_weighed, batch(), TIMES, kind, min_snr(TIMES, kind, gamma)))
+    assert equal(mine, stepped(ddpm_weighted, batch(), TIMES, kind, min_snr(TIMES, kind, gamma)))
     assert differ(mine, stepped(ddpm, batch(), TIMES, kind))
 
 
@@ -302,7 +302,7 @@ def test_prior_preservation_objective() -> None:
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_edm_style_objective_of_discrete_networks(kind: str) -> None:
-    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighed x0 error is the network's own
+    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighted x0 error is the network's own
     with another weight.
     """
     theirs = stepped(edm_euler, batch(), TIMES, kind)
@@ -402,7 +402,7 @@ def test_trap_19_min_snr_of_v() -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "v_prediction", weighting="min_snr"))
     right, wrong = (
         stepped(
-            ddpm_weighed, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)
+            ddpm_weighted, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)
         )
         for bad in (False, True)
     )
@@ -422,7 +422,7 @@ def test_trap_19_zero_terminal_snr_is_finite() -> None:
 
 
 def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preservation() -> None:
-    """Not that of the instance it is paired with. The scripts leave prior rows unweighed, which is
+    """Not that of the instance it is paired with. The scripts leave prior rows unweighted, which is
     another objective; ours weighs all alike.
     """
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "epsilon", weighting="min_snr"), PRIOR, 0.3)
@@ -485,7 +485,7 @@ def test_trap_20_the_network_is_told_sigma() -> None:
     assert torch.equal(level.t, level.sigma)
     mine = stepped(ours, batch(), level, Law(FLOW, "flow"))
     right, wrong = (
-        stepped(flow_script, batch(), u, torch.ones_like, told=by) for by in (1000.0, 1.0)
+        stepped(flow_script, batch(), u, torch.ones_like, time_input=by) for by in (1000.0, 1.0)
     )
     assert equal(mine, right) and differ(mine, wrong)
 
@@ -528,7 +528,7 @@ def test_trap_21_a_mask_is_resized_by_area() -> None:
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_trap_22_discrete_networks_are_weighed_in_edm_space(kind: str) -> None:
+def test_trap_22_discrete_networks_are_weighted_in_edm_space(kind: str) -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, kind, "edm"))
     right, wrong = (
         stepped(edm_euler, batch(), TIMES, kind, weigh=weigh) for weigh in (True, False)
@@ -536,10 +536,10 @@ def test_trap_22_discrete_networks_are_weighed_in_edm_space(kind: str) -> None:
     assert equal(mine, right) and differ(mine, wrong)
 
 
-def test_trap_22_preconditioned_networks_are_told_the_log_and_not_weighed() -> None:
+def test_trap_22_preconditioned_networks_read_the_log_and_not_weighted() -> None:
     sigma, mine = edm_levels().sigma, stepped(ours, batch(), edm_levels(), Law(EDM, "edm", "edm"))
     assert equal(mine, stepped(edm_playground, batch(), sigma))
-    assert differ(mine, stepped(edm_playground, batch(), sigma, told=lambda s: s))
+    assert differ(mine, stepped(edm_playground, batch(), sigma, time_input=lambda s: s))
     assert differ(mine, stepped(edm_playground, batch(), sigma, weights=sigma**-2.0))
 
 
@@ -559,7 +559,7 @@ def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
             edm_playground, batch(), level.sigma, weights=(level.sigma**-2.0).clamp(max=5.0)
         )
     else:
-        right = stepped(ddpm_weighed, batch(), TIMES, kind, min_snr(TIMES, kind))
+        right = stepped(ddpm_weighted, batch(), TIMES, kind, min_snr(TIMES, kind))
     assert equal(mine, right) and differ(
         mine, stepped(ours, batch(), level, Law(schedule, kind, "edm"))
     )
@@ -572,7 +572,7 @@ def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
     wrong = [stepped(ddpm_with_prior, data, (0.3, 0.3)), stepped(ddpm_with_prior, data, (0.3, 1))]
     wrong.append(
         stepped(ddpm_with_prior, data, (1, 0.3), data.e[order])
-    )  # embeddings i c i c beside pixels i i c c
+    )  # embeddings i c i c next to pixels i i c c
     for rows, flags, times in (
         (data, PRIOR, TIMES),
         (Batch(*(v[order] for v in data)), PRIOR[order], TIMES[order]),

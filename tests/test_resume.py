@@ -164,7 +164,7 @@ def meta(run: Path) -> dict:
 def test_a_killed_run_resumes_and_ends_bit_identical(
     cases: dict[str, Case], tmp_path: Path, quick: None, name: str
 ) -> None:
-    case, told = cases[name], f"killed at {cases[name].how} {cases[name].at}"
+    case, where = cases[name], f"killed at {cases[name].how} {cases[name].at}"
     killed, whole = (
         Path(case.config.out),
         train.train(replace(case.config, out=str(tmp_path / "run"))),
@@ -175,13 +175,13 @@ def test_a_killed_run_resumes_and_ends_bit_identical(
     done = [int(folder.name) for folder in (killed / "checkpoints").glob("[0-9]*")]
     assert done == [step for step in done if step % EVERY == 0] and (
         not done or case.how != "step" or max(done) < case.at
-    ), told
+    ), where
     train.train(replace(case.config, resume=True))
-    assert same(final(killed), final(whole)), told
-    assert meta(killed) == meta(whole), told
-    assert rows(killed) == rows(whole) and len(rows(whole)) == sum(STEPS) + 4, told
-    assert rows(killed, "val") == rows(whole, "val") and len(rows(whole, "val")) == 4 * 2 * 5, told
-    assert not [file for file in killed.rglob(".*")], told
+    assert same(final(killed), final(whole)), where
+    assert meta(killed) == meta(whole), where
+    assert rows(killed) == rows(whole) and len(rows(whole)) == sum(STEPS) + 4, where
+    assert rows(killed, "val") == rows(whole, "val") and len(rows(whole, "val")) == 4 * 2 * 5, where
+    assert not [file for file in killed.rglob(".*")], where
     files = sorted(file.name for file in whole.rglob("*") if file.is_file())
     assert sorted(file.name for file in killed.rglob("*") if file.is_file()) == files
 

@@ -92,7 +92,7 @@ def gradient_error(found: dict[str, Tensor], exact: dict[str, Tensor], group: st
 
 @pytest.fixture
 def splits(config: Config) -> list[Config]:
-    """Batch 4 as 4 x 1, 2 x 2 and 1 x 4 passes, all groups, class images beside."""
+    """Batch 4 as 4 x 1, 2 x 2 and 1 x 4 passes, all groups, with class images."""
     config = replace(
         config,
         stages=(Stage(1, ALL),),
@@ -771,7 +771,7 @@ def test_an_inpainting_model_trains_and_draws(
 
 @pytest.fixture(scope="module")
 def finished(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A whole run with pictures and plots."""
+    """A whole run with images and plots."""
     config = Config(
         model=str(model),
         out=str(tmp_path_factory.mktemp("finished") / "run"),

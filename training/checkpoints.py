@@ -1,4 +1,6 @@
-"""Checkpoints that a killed run goes on from, and what a run has learned as an AdapterState."""
+"""Checkpoints, from which a killed run goes on, and the learned factors and token rows as an
+AdapterState.
+"""
 
 from __future__ import annotations
 

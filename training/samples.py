@@ -27,7 +27,9 @@ COLUMNS = 5  # images in a row
 
 
 class SampleImages:
-    """Draws images with the model of a run as its config says, in the size of its training."""
+    """Draws images with the model of a run: sampler and prompts of its config, size of its
+    training images.
+    """
 
     def __init__(
         self, config: Config, data: Data, model: Model, optimization: Optimization

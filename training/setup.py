@@ -216,7 +216,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
-    """Prints what the run is about to do, and writes OUT/config.toml, with which it resumes."""
+    """Prints what the run is about to do, and writes OUT/config.toml, from which it resumes."""
     length = RunLength(config.steps, config.batch_size, config.accumulation)
     words = describe_run(data.training, data.class_images, model.placeholders, length, data.unused)
     print_escaped(words)
@@ -318,7 +318,7 @@ def check_captions(data: Data, model: Model) -> None:
 
 def open_model(config: Config) -> Model:
     """Loads the model and puts adapters and learned tokens into it, on the config's device. Prints
-    the loss and the adapters. Raises UserError for what the config asks of a model that has it not.
+    the loss and the adapters. Raises UserError for options that this model does not support.
     """
     plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
     device = choose_device(config.device)

@@ -331,7 +331,7 @@ def _encode(
 
 
 def vae_fingerprint(vae: nn.Module) -> Mapping[str, str]:
-    """Settings of a latent cache on the disk: a hash of the very weights that encode, so that a
+    """Settings of a latent cache on the disk: a hash of the encoding weights, so that a
     retrained VAE at the same path does not get old latents.
     """
     content = hashlib.blake2b(digest_size=16)
