@@ -30,7 +30,7 @@ from lora_core.diffusion import losses, noise, prediction
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.kernels import use_kernels
-from lora_core.optim import schedules
+from lora_core.optim import building, gradients
 from models import flux, load_family, sd
 from models.components import read_json
 from models.published import PUBLISHED_MODELS
@@ -233,7 +233,7 @@ class OurStep(OurLoop):
         injection.inject(network, AdapterSpec(problem.targets, kind=kind, rank=problem.rank))
         self.parameters, self.mode = injection.adapter_parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
-        self.optimizer = schedules.build_optimizer("adamw", [group], {})
+        self.optimizer = building.build_optimizer("adamw", [group], {})
         for held in self.optimizer.param_groups if graph else ():
             held["lr"] = torch.full(
                 (), held["lr"], dtype=torch.float64, device=self.device
@@ -244,7 +244,7 @@ class OurStep(OurLoop):
         with use_kernels(self.mode), injection.cache_dora_norms(self.network):
             loss = self.loss(drawn)
             loss.backward()
-        schedules.clip_gradients_(self.parameters, CLIP)
+        gradients.clip_gradients_(self.parameters, CLIP)
         self.optimizer.step()
         return (loss.detach(),)
 

@@ -845,7 +845,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs._sharpen_mask(mask, temperature)
+        raised = step_inputs.sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was
