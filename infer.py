@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from lora_core import Patch, formats, patch, tokens
+from lora_core.command_line import parse_command_line
 from lora_core.data.images import (
     READ_ERRORS,
     decode_image,
@@ -40,7 +41,7 @@ from lora_core.runs import destination
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
 from lora_core.runs.run_folder import temporary_name
 from lora_core.text import parse_json, read_lines
-from lora_core.toml import from_table, parse_command_line, to_table
+from lora_core.toml import from_table, to_table
 from models import DTYPES, Family, LoadOptions, choose_device, load_family
 
 EXAMPLE = 'python infer.py --model toy/model --lora runs/demo:0.8 --prompt "a photo of TOK in the snow" --count 4 --out snow.png'

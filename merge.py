@@ -19,8 +19,7 @@ from typing import Any
 import tyro
 
 from lora_core.errors import UserError
-from lora_core.formats.layout import nearest_name
-from lora_core.text import check_unicode
+from lora_core.text import check_unicode, nearest_names
 from merging.commands import COMMANDS, run_command
 from merging.options import flatten
 
@@ -107,8 +106,8 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         rest = []
     if rest:
         flags = [word for word in rest if _is_flag(word)]
-        near = nearest_name(flags[0], _flags(command.options)) if flags else ""
-        hint = f"; the nearest flag is {near}" if near else ""
+        near = nearest_names(flags[0], _flags(command.options)) if flags else []
+        hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
     for field in command.required:
         if not getattr(options, field):

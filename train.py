@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from lora_core import plugins
+from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.data.dataset import Batch, micro_batches
 from lora_core.diffusion import losses, noise, prediction, validation
 from lora_core.diffusion.losses import StepOutput
 from lora_core.errors import UserError
 from lora_core.runs import destination, pictures
-from lora_core.toml import parse_command_line
 from training import checkpoints, results
 from training.setup import Session
 from training.signals import Signals, Stopped

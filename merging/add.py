@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
+from lora_core.formats.embedding_pickles import write_pickled_embedding
 from merging.adapter_sums import (
     DenseOptions,
     LayerKey,
@@ -303,5 +304,5 @@ def _write_embedding(state: AdapterState, path: Path) -> None:
     rows = {key: value[order] for key, value in state.tokens.items()}
     header = embeddings.placeholder_header({path.stem: names})
     own = AdapterState(tokens=rows, token_names=names, metadata=header)
-    embeddings.write_pickled_embedding(own, path)
+    write_pickled_embedding(own, path)
     print(f"written: {path}; put it into the embeddings folder, {path.stem} is its word in prompts")

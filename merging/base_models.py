@@ -19,8 +19,7 @@ from lora_core.adapters.patch import TOKENIZERS
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
-from lora_core.formats.whole_models import NetworkLocation
-from merging.model_folders import ModelWeights, open_model_folder, weight_key
+from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
 from merging.opening import is_whole_model, open_layout
 from merging.options import ReadOptions
 from models import single_file
@@ -41,7 +40,7 @@ class BaseModel:
 
     path: str
     layout: Layout
-    model: ModelWeights
+    model: Model
     folder: Path | None  # None: a single file
     locations: tuple[NetworkLocation, ...] = ()  # of the networks in a single file
 
@@ -68,7 +67,7 @@ def network_locations(base: BaseModel) -> tuple[NetworkLocation, ...]:
 
     Raises UserError for a family without such files.
     """
-    return base.locations or models.locate_networks(str(base.folder))
+    return base.locations or single_file.locate_networks(str(base.folder))
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
     return keys
 
 
-def with_progress(model: ModelWeights, title: str) -> dict[str, Weights]:
+def with_progress(model: Model, title: str) -> dict[str, Weights]:
     """The same model with a progress bar over the tensors that are read, on a terminal only."""
     count = sum(len(weights.infos) for weights in model.values())
     bar = tqdm(total=count, desc=title, unit="tensor", disable=None, leave=False)

@@ -21,9 +21,9 @@ from lora_core.errors import UserError
 from lora_core.formats.compvis import TEXT_MODEL_LEVEL
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import TensorInfo, Weights
+from lora_core.formats.whole_models import Model, weight_key
 from merging.adapter_sums import LayerKey, Term, weighted_layers
 from merging.factor_sums import WeightedAdapters
-from merging.model_folders import ModelWeights, weight_key
 from merging.rounding import Rounding, add_updates, round_weight
 from merging.svd import distill_update
 from merging.truncation import ApproximationReport, Keep, total_report
@@ -95,7 +95,7 @@ def conv_groups(lr: LowRank | DenseUpdate) -> int:
 
 
 def fold_adapters(
-    models: Sequence[tuple[float, ModelWeights]],
+    models: Sequence[tuple[float, Model]],
     terms: Sequence[Term],
     layout: Layout,
     statistics: FoldStatistics,

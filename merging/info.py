@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from merging.layer_spectra import LayerSpectrum, layer_spectra
-from merging.opening import detect_format, find_layout, is_whole_model, open_adapter, widest_dtype
+from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.options import Info, ReadOptions
 from merging.output import DTYPES, Output, check_output
 from merging.printing import align_columns
@@ -69,7 +70,7 @@ def _describe_file(path: str, state: AdapterState, layout: Layout | None) -> str
         version = layout.base_model_version
         family = f"{layout.family} ({version})" if version else layout.family
     kind = _dtype_name(dtype) if dtype else "dense"
-    return f"{detect_format(path)}, {family}, {kind}, {_file_size(path)}"
+    return f"{formats.detect_format(path)}, {family}, {kind}, {_file_size(path)}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.weights import PICKLED
-from lora_core.formats.whole_models import write_checkpoint_file
+from lora_core.formats.whole_models import Model, write_checkpoint_file, write_model_folder
 from merging.adapter_sums import Term, weighted_layers
 from merging.base_models import (
     BaseModel,
@@ -21,7 +21,6 @@ from merging.base_models import (
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
-from merging.model_folders import ModelWeights, write_model_folder
 from merging.model_tokens import add_token_rows, write_tokenizers
 from merging.opening import is_whole_model, open_adapter
 from merging.options import ReadOptions
@@ -91,7 +90,7 @@ def write_model_sum(
 
 
 def write_model_file(
-    model: ModelWeights, base: BaseModel, tokens: AdapterState, output: Output
+    model: Model, base: BaseModel, tokens: AdapterState, output: Output
 ) -> list[Path]:
     """Writes a model as one file, .safetensors or .ckpt, and tokens as a file next to it.
 
@@ -116,7 +115,7 @@ def write_model_file(
 
 
 def write_diffusers_folder(
-    model: ModelWeights, base: BaseModel, tokens: AdapterState, output: Output, configs: Path
+    model: Model, base: BaseModel, tokens: AdapterState, output: Output, configs: Path
 ) -> list[Path]:
     """Writes a model in the diffusers layout, with tokens in its tokenizers and tables.
 
@@ -185,7 +184,7 @@ def _write_residual(statistics: FoldStatistics, output: Output, base: BaseModel)
     return write_adapter(statistics.residual, own, base.layout)
 
 
-def _read_all(model: ModelWeights) -> None:
+def _read_all(model: Model) -> None:
     for weights in model.values():
         for key in weights.infos:
             weights.read(key)

@@ -14,8 +14,8 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
+from lora_core.formats.whole_models import Model
 from merging.folding import with_embedding_rows
-from merging.model_folders import ModelWeights
 from merging.printing import print_note
 from merging.token_names import free_name
 
@@ -23,7 +23,7 @@ EMBEDDING_TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # CLI
 
 
 def add_token_rows(
-    model: ModelWeights, folder: Path, tokens: AdapterState, layout: Layout
+    model: Model, folder: Path, tokens: AdapterState, layout: Layout
 ) -> tuple[dict[str, Weights], dict[str, tuple[str, ...]]]:
     """(the model with rows for new tokens, text encoder -> the new tokens of its tokenizer).
 
@@ -50,7 +50,7 @@ def add_token_rows(
 
 
 def write_tokenizers(
-    added: Mapping[str, tuple[str, ...]], model: ModelWeights, source: Path, folder: Path
+    added: Mapping[str, tuple[str, ...]], model: Model, source: Path, folder: Path
 ) -> None:
     """Writes the tokenizers of `source` with new tokens into a model's folder, and the new sizes of
     their vocabularies into its configs."""

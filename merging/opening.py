@@ -7,7 +7,6 @@ the networks.
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,8 @@ import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE, cloneofsimo
-from lora_core.formats.container import is_pickle
+from lora_core.formats.known_formats import WRITABLE
 from lora_core.formats.layout import Layout
-from lora_core.formats.pickles import read_pickle
 from merging.options import OpenOptions, ReadOptions
 from models import known
 from models.published import PUBLISHED_MODELS
@@ -39,7 +36,6 @@ MODEL_KEY_PREFIXES = (
 )  # of keys in single-file models
 SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
 NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
-CHUNK = 1 << 22  # bytes hashed at a time
 
 
 def is_whole_model(path: str) -> bool:
@@ -78,7 +74,7 @@ def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
         try:
             return known.recognize_path(path)
         except UserError as error:
-            if detect_format(path) not in SPELLED_OUT:
+            if formats.detect_format(path) not in SPELLED_OUT:
                 reasons.append(error)
     if reasons:
         raise reasons[0]
@@ -92,7 +88,7 @@ def open_layout(path: str, reading: ReadOptions) -> Layout:
     """
     if path in PUBLISHED_MODELS and not Path(path).exists():
         return known.published_layout(path)
-    config = reading.model_config if models.is_single_file(path) else ""
+    config = reading.model_config if Path(path).is_file() else ""
     return models.read_layout(path, config)
 
 
@@ -118,32 +114,15 @@ def open_adapter(
     return state
 
 
-def detect_format(path: str) -> str:
-    """The row of FORMATS that reads an adapter; diffusers for a file that none reads."""
-    place = Path(path)
-    if place.is_dir():
-        files = [file for file in _adapter_files(place) if file.is_file()]
-        place = files[0] if files else place
-    if place.is_file() and is_pickle(place):
-        return "cloneofsimo" if cloneofsimo.is_factor_list(read_pickle(place)) else "embeddings"
-    try:
-        with safe_open(place, "np") as opened:
-            keys = dict.fromkeys(opened.keys(), torch.empty(0))
-    except (SafetensorError, OSError, RuntimeError):
-        return "diffusers"
-    return next((name for name, row in formats.FORMATS.items() if row.detect(keys)), "diffusers")
-
-
 def choose_output_format(paths: Sequence[str]) -> str:
     """The format for a result: that of the first file with factors.
 
     For a format that is only read, the one that its readers are most likely to know.
     """
     for path in paths:
-        found = detect_format(path)
+        found = formats.detect_format(path)
         if found != "embeddings":
-            is_writable = formats.FORMATS[found].write is not None
-            return found if is_writable else NEAREST_WRITABLE.get(found, "diffusers")
+            return found if found in WRITABLE else NEAREST_WRITABLE.get(found, "diffusers")
     return "diffusers"
 
 
@@ -154,34 +133,6 @@ def widest_dtype(states: Sequence[AdapterState]) -> torch.dtype | None:
         for state in states:
             dtypes |= {rows.dtype for rows in state.tokens.values()}
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
-
-
-def sha256_digest(path: str) -> str:
-    """sha256 of a file; of a folder, over the names and digests of its files that are not hidden.
-
-    An id of the hub counts as the folder that it is downloaded to.
-    """
-    place = Path(path)
-    if place.is_file():
-        found = hashlib.sha256()
-        with place.open("rb") as opened:
-            while part := opened.read(CHUNK):
-                found.update(part)
-        return found.hexdigest()
-    if not place.is_dir():
-        from merging.base_models import download_model  # imports the networks' libraries
-
-        place = download_model(path)
-    lines = []
-    for file in sorted(place.rglob("*")):
-        name = file.relative_to(place)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            lines.append(f"{name.as_posix()} {sha256_digest(str(file))}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _adapter_files(folder: Path) -> list[Path]:
-    return [folder / NATIVE, *sorted(folder.glob("*.safetensors"))]
 
 
 def _all_factors(states: Sequence[AdapterState]) -> Iterator[LowRank]:

@@ -14,18 +14,11 @@ from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import WRITABLE
 from merging.truncation import Keep
 
 MERGE_METHODS = ("sum", "slerp", "ties", "dare", "dare_ties", "magnitude")
 ADD_MODES = ("lpl", "ljl", "upl", "upl-ckpt-v2")
-ADAPTER_FORMATS = (
-    "diffusers",
-    "kohya",
-    "cloneofsimo",
-    "embeddings",
-    "a1111",
-    "textual_inversion",
-)  # that can be written
 DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp64")
 SVD_METHODS = ("randomized", "exact")
 ADD_USAGE = "PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]]"
@@ -204,7 +197,7 @@ class WriteOptions:
 class AdapterFormat:
     """The format of an adapter file."""
 
-    format: Annotated[str, choice("F", ADAPTER_FORMATS), PLAIN] = ""
+    format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
     """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
 
 
@@ -321,7 +314,7 @@ class Convert:
     """an adapter file or run folder, or a whole model"""
     out: Positional[Annotated[str, text("OUT")]] = ""
     """for a whole model: a folder, or a file that ends in .safetensors or .ckpt"""
-    to: Annotated[str, choice("FORMAT", ADAPTER_FORMATS), PLAIN] = ""
+    to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """of an adapter: diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion"""
     files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
 

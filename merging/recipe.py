@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from merging.opening import sha256_digest
 from merging.options import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
 TYPED_WITHOUT_FLAG = ("sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2")
+CHUNK = 1 << 22  # bytes hashed at a time
 LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # options that make no difference
 
 
@@ -83,6 +84,30 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
     inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
     return f"made by: {' '.join(words)}   (sha256 of {inputs} ...)"
+
+
+def sha256_digest(path: str) -> str:
+    """sha256 of a file; of a folder, over the names and digests of its files that are not hidden.
+
+    An id of the hub counts as the folder that it is downloaded to.
+    """
+    place = Path(path)
+    if place.is_file():
+        found = hashlib.sha256()
+        with place.open("rb") as opened:
+            while part := opened.read(CHUNK):
+                found.update(part)
+        return found.hexdigest()
+    if not place.is_dir():
+        from merging.base_models import download_model  # imports the networks' libraries
+
+        place = download_model(path)
+    lines = []
+    for file in sorted(place.rglob("*")):
+        name = file.relative_to(place)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            lines.append(f"{name.as_posix()} {sha256_digest(str(file))}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _recipe_text(place: Path) -> str:

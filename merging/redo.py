@@ -12,9 +12,8 @@ from typing import Any
 
 from lora_core.errors import UserError
 from merging.commands import COMMANDS, run_command
-from merging.opening import sha256_digest
 from merging.options import Redo, flatten, unflatten
-from merging.recipe import LEFT_OUT, describe_recipe, read_recipe
+from merging.recipe import LEFT_OUT, describe_recipe, read_recipe, sha256_digest
 
 REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")
 

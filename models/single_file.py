@@ -22,14 +22,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
-from lora_core.family import (
-    Family,
-    LoadOptions,
-    load_network,
-    load_part,
-    read_encoder_config,
-    read_json,
-)
+from lora_core.family import Family, LoadOptions
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import PICKLED, Weights, cast_weights, open_weights
 from lora_core.formats.whole_models import (
@@ -41,7 +34,9 @@ from lora_core.formats.whole_models import (
     write_checkpoint_file,
     write_folder_from_single_file,
 )
-from models import known, published, sd, sdxl
+from models import sd, sdxl
+from models.components import load_network, load_part, read_encoder_config, read_json
+from models.published import PUBLISHED_MODELS, published_configs
 
 UNET, VAE = (
     NetworkLocation("unet", "model.diffusion_model.", "unet"),
@@ -129,8 +124,29 @@ def open_single_file(
     if config:
         return OpenedSingleFile(weights, facts, find_configs(config), "", marks)
     v = {**marks, **(changes or {})}.get("prediction_type") == "v_prediction"
-    kind = known.recognize_checkpoint(facts, str(path), v=v)
-    return OpenedSingleFile(weights, facts, published.published_configs(kind), kind, marks)
+    kind = recognize_checkpoint(facts, str(path), v=v)
+    return OpenedSingleFile(weights, facts, published_configs(kind), kind, marks)
+
+
+def recognize_checkpoint(facts: SingleFileFacts, source: str, *, v: bool = False) -> str:
+    """The published model that a single-file checkpoint is of.
+
+    `v` tells Stable Diffusion 2's v model, which keys do not. Raises UserError for other models.
+    """
+    unets = {}
+    for kind, row in PUBLISHED_MODELS.items():
+        if "unet/config.json" in row.files:
+            unets[kind] = row.files["unet/config.json"]
+    for kind, unet in unets.items():
+        label = unet.get("projection_class_embeddings_input_dim")
+        sizes = (unet["in_channels"], unet["cross_attention_dim"], label)
+        if sizes == (facts.channels, facts.context, facts.label):
+            return "sd2-v" if v and kind == "sd2" else kind
+    titles = ", ".join(PUBLISHED_MODELS[kind].title for kind in unets)
+    raise UserError(
+        f"{source} has {facts}, which is none of {titles}; "
+        "give a folder with its configs as --model-config"
+    )
 
 
 def load(path: str, how: LoadOptions) -> Family:
@@ -151,9 +167,11 @@ def load(path: str, how: LoadOptions) -> Family:
         load_tokenizers(opened.folder, rows, path),
     )
     for name, weights in split_single_file(opened, rows, modules).items():
-        _fill_network(modules[name], weights, how.exact if name == "vae" else how.dtype, how.device)
+        _fill_network(
+            modules[name], weights, how.vae_precision if name == "vae" else how.dtype, how.device
+        )
     if how.vae:
-        modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.exact, how.device)
+        modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.vae_precision, how.device)
     unet, vae, encoders = modules["unet"], modules["vae"], {name: modules[name] for name in tokens}
     if _is_sdxl(index):
         return sdxl.StableDiffusionXL(

@@ -70,7 +70,7 @@ READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
     "infer.py": {"from"},
     "add.py": {"with_text_lora"},
-    "merge.py": {"help"},
+    "merge.py": {"help", "with_text_lora"},
 }
 SPEAKING = [
     path for path in PRODUCT if path.parent.name != "kernels"

@@ -67,7 +67,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
     "bins": ({"validation": {"bins": 0}}, "--validation.bins is 0"),
     "workers": ({"data": {"workers": -1}}, "--data.workers is -1"),
-    "clip": ({"optimizer": {"clip": -1.0}}, "--optimizer.clip is -1.0"),
+    "clip": ({"optimizer": {"clip": -1.0}}, "--optimizer.clip is -1;"),
     "dropout": ({"adapter": {"dropout": 1.0}}, "--adapter.dropout is 1"),
     "negative lr": ({"optimizer": {"lr": {"denoiser": -1.0}}}, "--optimizer.lr denoiser=-1"),
     "nan lr": (
@@ -83,7 +83,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "--stages.0.lr names tokens, which this stage does not train",
     ),
     "low": ({"noise": {"low": 0.7, "high": 0.5}}, "timesteps 0.7 to 0.5"),
-    "offset": ({"noise": {"offset": -1.0}}, "noise settings must be at least 0"),
+    "offset": ({"noise": {"offset": -1.0}}, "--noise.offset is -1; expected at least 0"),
     "zero snr of epsilon": (
         {"noise": {"zero_terminal_snr": True}},
         "--noise.prediction v_prediction",

@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
 from lora_core.errors import UserError
-from lora_core.formats import cloneofsimo, diffusers, kohya, layout_of
+from lora_core.formats import cloneofsimo, diffusers, factor_lists, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
+from lora_core.formats.known_formats import find_format
 from lora_core.formats.layout import Numbering
 from models import sd
 from tests.tiny_pipeline import pipeline, random_state
@@ -107,7 +108,7 @@ def test_files_of_either_order_are_read_by_a_live_walk(layout, old, extended, sa
         ],
     }
     tensors, header = file_of(state, walks, {"unet": classes, "text_encoder": ["CLIPAttention"]})
-    assert cloneofsimo.detect_cloneofsimo(tensors)
+    assert find_format({key: t.shape for key, t in tensors.items()}) == "cloneofsimo"
     same(
         cloneofsimo.read_cloneofsimo(
             dict(reversed(tensors.items())), header if said else {}, layout, "x"
@@ -261,8 +262,8 @@ def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
         own[key] == header[key] for key in header if key != "unet"
     )
     assert set(json.loads(own["unet"])) == set(json.loads(header["unet"]))
-    cloneofsimo.write_factor_lists(state, tmp_path / "disney.pt", full[2])
-    read = cloneofsimo.read_factor_lists(tmp_path / "disney.pt", full[2])
+    factor_lists.write_factor_lists(state, tmp_path / "disney.pt", full[2])
+    read = factor_lists.read_factor_lists(tmp_path / "disney.pt", full[2])
     same(read, state)
     assert (
         torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
@@ -345,7 +346,7 @@ def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe
 
 def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     state = with_tokens(random_state(pipe, unet=EXTENDED, text=TEXT, scale=1.0, mixed=False))
-    written = cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
+    written = factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert [file.name for file in written] == [
         "my.lora.pt",
         "my.lora.text_encoder.pt",
@@ -354,24 +355,24 @@ def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     data = torch.load(written[0], weights_only=True)
     assert (
         type(data) is list
-        and cloneofsimo.is_factor_list(data)
+        and factor_lists.is_factor_list(data)
         and data[0].shape == (8, 3)
         and data[1].shape == (3, 8)
     )
     assert set(torch.load(written[2], weights_only=True)) == {"<s2>", "<s10>", "<dog>"}
-    read = cloneofsimo.read_factor_lists(written[0], layout)
+    read = factor_lists.read_factor_lists(written[0], layout)
     same(read, state)
     assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
         read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
     )
-    alone = cloneofsimo.read_factor_lists(written[1], layout)
+    alone = factor_lists.read_factor_lists(written[1], layout)
     assert set(alone.components) == {"text_encoder"} and not alone.tokens
     tensors, header = cloneofsimo.write_cloneofsimo(
         read, layout, "x"
     )  # cloneofsimo's own convert, with the ranks that the factors have
     same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
     first = written[0].read_bytes()
-    cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
+    factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert written[0].read_bytes() == first
 
 
@@ -394,7 +395,7 @@ class Danger:
 def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
-        cloneofsimo.read_factor_lists(tmp_path / "x.pt", layout)
+        factor_lists.read_factor_lists(tmp_path / "x.pt", layout)
 
 
 # ---------------------------------------------------------------- refusals
@@ -432,7 +433,7 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected):
     for write in (
         lambda: cloneofsimo.write_cloneofsimo(state, layout, "x"),
-        lambda: cloneofsimo.write_factor_lists(state, tmp_path / "x.pt", layout),
+        lambda: factor_lists.write_factor_lists(state, tmp_path / "x.pt", layout),
     ):
         with pytest.raises(UserError, match=expected) as error:
             write()

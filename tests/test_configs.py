@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import train
+from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.data import captions
-from lora_core.toml import parse_command_line, read_toml
+from lora_core.toml import read_toml
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
 from training import config_checks, results

@@ -946,7 +946,7 @@ def test_a_broken_or_doubled_strength_in_the_header_is_refused(pipe, layout, tmp
 def test_broken_token_files_are_refused(layout, tmp_path):
     rows = torch.randn(2, 16)
     for tensors, meta, expected in (
-        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x beside its token rows"),
+        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x in addition to its token rows"),
         ({"clip_l": rows[0]}, {}, r"expected token rows \[n, d\]"),
         (
             {"clip_l": rows, "clip_g": rows},

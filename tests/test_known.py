@@ -13,6 +13,7 @@ from lora_core.errors import UserError
 from lora_core.formats.whole_models import SingleFileFacts
 from models import known, read_layout
 from models.published import PUBLISHED_MODELS, published_configs
+from models.single_file import recognize_checkpoint
 from tests import tiny_pipeline, tiny_sdxl
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
@@ -336,11 +337,11 @@ def test_checkpoints_are_told_by_their_widths():
         (4, 768, None): "sd1", (9, 768, None): "sd1-inpainting", (4, 1024, None): "sd2", (9, 1024, None): "sd2-inpainting",
         (4, 2048, 2816): "sdxl", (9, 2048, 2816): "sdxl-inpainting", (4, 1280, 2560): "sdxl-refiner",
     }  # fmt: skip
-    assert {key: known.recognize_checkpoint(facts(*key), "a") for key in expected} == expected
+    assert {key: recognize_checkpoint(facts(*key), "a") for key in expected} == expected
     assert (
-        known.recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
-        and known.recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+        recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
+        and recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
     )
     for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
-        text = sentence(known.recognize_checkpoint, facts(*key), "a.ckpt")
+        text = sentence(recognize_checkpoint, facts(*key), "a.ckpt")
         assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

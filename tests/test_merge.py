@@ -18,11 +18,12 @@ import merge
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
 from lora_core.formats import cloneofsimo, embeddings
+from lora_core.formats.factor_lists import write_factor_lists
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, mix_layers_dense
 from merging.compare import cosine_similarity
-from merging.model_folders import open_model_folder, weight_key
+from lora_core.formats.whole_models import open_model_folder, weight_key
 from merging.options import ReadOptions
 from merging.ties_dare import ties
 from merging.truncation import Keep
@@ -390,7 +391,7 @@ def test_redo_of_a_model_folder(here, capsys):
 def test_lpl_of_a_file_with_itself(here, made, layout, alpha, times, suffix, capsys):
     if suffix == "pt":
         plain = replace(made[1]["c"], tokens={}, token_names=())
-        cloneofsimo.write_factor_lists(plain, "c.pt", layout)
+        write_factor_lists(plain, "c.pt", layout)
         exact = summed([(times, plain)])
     else:
         exact = summed([(times, made[1]["c"])])
@@ -454,7 +455,7 @@ def test_lpl_of_unlike_files_is_refused(here, made, layout, capsys):
         status=2,
     )
     for name, rank in (("p", 2), ("q", 3)):
-        cloneofsimo.write_factor_lists(
+        write_factor_lists(
             random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()),
             f"{name}.pt",
             layout,

@@ -221,7 +221,8 @@ def ours(
         law.row,
     )
     rows = losses.LOSSES["mse"](record)
-    losses.check_loss_rows(rows, "mse", len(data.x))
+    losses.check_loss_shape(rows, "mse", len(data.x))
+    losses.check_loss_finite(rows, "mse")
     rows = rows * losses.loss_weights(
         law.weighting,
         level,
@@ -534,7 +535,7 @@ def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
     assert equal(mine, right) and differ(
         mine, stepped(ours, batch(), level, Law(schedule, kind, "edm"))
     )
-    assert losses.describe_loss("min_snr", kind, "edm").endswith("weighed by min(snr, 5)")
+    assert losses.describe_loss("min_snr", kind, "edm").endswith("weighted by min(snr, 5)")
 
 
 def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lora_core.errors import UserError
-from lora_core.formats.pickles import MAGIC, PROTOCOL, Inert, read_pickle
+from lora_core.formats.pickles import MAGIC, PROTOCOL, read_pickle
+from lora_core.formats.unpickler import Inert
 
 BUILT = []  # what the classes below did
 

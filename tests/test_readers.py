@@ -375,7 +375,7 @@ def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_p
         if inner == 6:
             assert list(formats.load(file, layout).components) == [expected]
             assert (
-                "no adapter_config.json beside it; its strength is taken as alpha = r"
+                "no adapter_config.json next to it; its strength is taken as alpha = r"
                 in capsys.readouterr().err
             )
         else:

@@ -1,4 +1,6 @@
-"""Which images a run is validated on, what that is called, what it costs, and a run without validation."""
+"""Which images a run is validated on, what that is called, what it costs, and a run without
+validation.
+"""
 
 import json
 from dataclasses import replace

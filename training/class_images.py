@@ -57,4 +57,4 @@ def open_class_images(s: Session) -> ImageDataset | None:
     records = dataset.scan_folder(
         folder, captions="one", caption=p.prompt, masks="none", is_prior=True
     )
-    return ImageDataset(records, s.folder.settings)
+    return ImageDataset(records, s.folder.settings, seed=s.folder.seed)

@@ -67,7 +67,8 @@ def check_loss_values(s: Session, rows: Tensor, name: str, b: int) -> None:
         and (sentence := find_nonfinite_part(s))
     ):
         raise UserError(sentence)
-    losses.check_loss_rows(rows, name, b)
+    losses.check_loss_shape(rows, name, b)
+    losses.check_loss_finite(rows, name)
 
 
 def _nonfinite_sentence(s: Session, row: Mapping[str, Any], what: str) -> str:

@@ -21,13 +21,14 @@ from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation, losses, noise, validation
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
+from lora_core.family import Sizes
 from lora_core.formats import save_run
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.runs.pictures import ImageRow
+from lora_core.settings import scheduler_changes
 from models import read_schedule, save_family
 from training import checkpoints, config_checks, nonfinite
 
@@ -367,11 +368,11 @@ def save_trained_model(s: Session, folder: Path) -> None:
 
 def preview_noise_levels(config: Config) -> Path:
     """Prints which noise levels a config trains on and how much they count; the plot beside its OUT. Reads the model's scheduler, no weights."""
-    config_checks.check_config(config, data=False)
+    config_checks.check_config(config, needs_images=False)
     n = config.noise
     schedule, row = read_schedule(
         config.model,
-        config_checks.scheduler_changes(config),
+        scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
         config.data.resolution if n.dynamic_shift else 0,
         config.model_config,
     )

@@ -108,7 +108,7 @@ def _epochs(folder: ImageDataset, length: RunLength) -> str:
     """How many steps of how many images, and how often that is all of them."""
     images = length.batch * length.accumulation
     if folder.settings.buckets:
-        epochs = length.steps / BucketOrder(folder.sizes, images, folder.settings.seed).steps
+        epochs = length.steps / BucketOrder(folder.sizes, images, folder.seed).steps
     else:
         epochs = length.steps * images / len(folder)
     how = f" ({length.batch} x {length.accumulation})" if length.accumulation > 1 else ""

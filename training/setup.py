@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,29 @@ from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data import buckets, dataset, hub
 from lora_core.data.cache import TensorCache
-from lora_core.data.dataset import Batch, ImageDataset, ImageSettings, micro_batches
+from lora_core.data.dataset import Batch, ImageDataset, micro_batches
 from lora_core.diffusion import losses, noise, prediction, sampling, validation
-from lora_core.diffusion.generation import SamplerSettings, Sizes
 from lora_core.diffusion.losses import StepOutput
-from lora_core.diffusion.noise import NoiseLevel, NoiseSettings
+from lora_core.diffusion.noise import NoiseLevel
 from lora_core.errors import UserError
+from lora_core.family import Sizes
 from lora_core.optim import schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs import reports
 from lora_core.runs.run_folder import Run, lock_folder
+from lora_core.settings import ImageSettings, SamplerSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_table, to_toml
 from models import DTYPES, Conditioning, LoadOptions, choose_device, load_family, read_layout
-from training import checkpoints, class_images, config_checks, cuda_graph, nonfinite, step_inputs
+from training import (
+    checkpoints,
+    class_images,
+    config_checks,
+    cuda_graph,
+    model_checks,
+    nonfinite,
+    step_inputs,
+)
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 from training.step_inputs import StepInputs, TextInput
@@ -71,19 +79,14 @@ class Session:
         if config.cuda_graph:
             config_checks.check_capturable(self.loss, self.loss_name, step)
         self.density = noise.bind_density(config.noise.density, **config.noise.density_args)
-        self.noise = NoiseSettings(
-            config.noise.offset,
-            config.noise.multires_levels,
-            config.noise.multires_discount,
-            config.noise.perturbation,
-        )
+        self.noise = config.noise
         self.instances = config.batch_size * config.accumulation
         self.drops = bool(
             config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout
         )
         side, look = config.data.resolution, config.samples
         self.recipe = SamplerSettings(
-            look.sampler, look.steps, look.guidance, look.negative, side, side
+            look.sampler, look.steps, look.guidance, look.negative, width=side, height=side
         )
         self._open_data()
         self._open_model()
@@ -157,13 +160,9 @@ class Session:
             "caption_column": column,
         }
         records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **how)
-        settings = ImageSettings(
-            d.resolution, d.crop, d.zoom, d.flip, d.jitter, d.variants, self.config.seed
+        self.folder = ImageDataset(
+            records, d, seed=self.config.seed, caption_dropout=d.caption_dropout
         )
-        settings = replace(
-            settings, buckets=d.buckets, bucket_step=d.bucket_step, interpolation=d.interpolation
-        )
-        self.folder = ImageDataset(records, settings, caption_dropout=d.caption_dropout)
         if d.buckets:
             print(buckets.describe_buckets(self.folder.sizes, self.instances))
         doubts = (
@@ -174,12 +173,12 @@ class Session:
         for sentence in filter(None, doubts):
             print(f"warning: {sentence}", file=sys.stderr)
         for word in (
-            config_checks.token_initializers(self.config)
+            model_checks.token_initializers(self.config)
             if self.config.trains("tokens")
             else self.config.prior.swap
         ):
-            config_checks.check_placeholder(records, word)
-        config_checks.check_masks(self.config, self.folder)
+            model_checks.check_placeholder(records, word)
+        model_checks.check_masks(self.config, self.folder)
         class_images.check_class_folder(self.config.prior.images, images)
         self.unused = dataset.find_unused_files(images, records)
         v = self.config.validation
@@ -197,20 +196,20 @@ class Session:
 
     def _open_model(self) -> None:
         c = self.config
-        plan = config_checks.plan_adapters(c, read_layout(c.model, c.model_config))
+        plan = model_checks.plan_adapters(c, read_layout(c.model, c.model_config))
         vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
         how = LoadOptions(
             DTYPES[c.precision],
             self.device,
             c.vae,
             vae_dtype,
-            config_checks.scheduler_changes(c),
+            scheduler_changes(c.noise.prediction, zero_terminal_snr=c.noise.zero_terminal_snr),
             c.clip_skip,
             c.max_sequence_length,
             c.model_config,
         )
         self.family = load_family(c.model, how)
-        config_checks.check_model(c, self.family)
+        model_checks.check_model(c, self.family)
         self.model_identity = model_identity(
             self.family.modules, self.family.schedule, self.family.prediction
         )
@@ -235,11 +234,11 @@ class Session:
         self.trained = {
             name: self.family.modules[name] for name in plan
         }  # the networks with adapters
-        self.has_factors = config_checks.report_adapters(
+        self.has_factors = model_checks.report_adapters(
             c, self.trained, paths
         )  # else the run writes a whole model
         self._install_tokens()
-        config_checks.check_token_limit(
+        model_checks.check_token_limit(
             self.family, self.embeddings, self.abstractions, self.folder.records
         )
         if c.gradient_checkpointing:
@@ -296,7 +295,7 @@ class Session:
             raise UserError(
                 f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}"
             )
-        inits = config_checks.token_initializers(c)
+        inits = model_checks.token_initializers(c)
         vectors = [
             c.tokens.vectors
             or tokens.count_initializer_tokens(

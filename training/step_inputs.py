@@ -18,12 +18,12 @@ from lora_core.adapters import injection
 from lora_core.config import Stage
 from lora_core.data.dataset import Batch
 from lora_core.diffusion import generation, noise
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
+from lora_core.family import Sizes
 from lora_core.runs.run_folder import nonfinite_names
 from models import Conditioning, Family
-from training import config_checks
+from training import model_checks
 
 if TYPE_CHECKING:
     from training.setup import Session
@@ -44,7 +44,7 @@ class StepInputs:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     inpaint: Tensor | None  # [b, 1 + c, h, w] what an inpainting model sees beside x_t
     text: TextInput
-    sizes: Sizes  # with `places`
+    sizes: Sizes  # with `values`
     is_prior: Tensor  # [b] bool
     rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
     step: Tensor  # [] int64
@@ -76,7 +76,7 @@ def make_step_inputs(s: Session, batch: Batch, stage: Stage, step: int) -> StepI
         other = replace(
             batch,
             captions=[
-                config_checks.swap_words(caption, s.config.prior.swap) for caption in batch.captions
+                model_checks.swap_words(caption, s.config.prior.swap) for caption in batch.captions
             ],
         )
         swapped = (_make_text(s, other), _make_base_text(s, other))
@@ -90,7 +90,7 @@ def make_step_inputs(s: Session, batch: Batch, stage: Stage, step: int) -> StepI
         inpaint=inpaint,
         text=_make_text(s, batch),
         sizes=_image_sizes(batch)._replace(
-            places=_to_device(_image_sizes(batch).on("cpu"), s.device)
+            values=_to_device(_image_sizes(batch).to_tensor("cpu"), s.device)
         ),
         is_prior=_to_device(batch.is_prior, s.device),
         rows=_to_device(keys.hashes("dropout"), s.device) if s.drops else None,
@@ -211,7 +211,7 @@ def encode_text(family: Family, text: Mapping[str, Tensor]) -> Conditioning:
 
 def _caption_kept(s: Session, batch: Batch) -> Tensor | None:
     """[b] 0 in the rows whose caption was dropped; None where no caption is dropped, or the encoding of the empty prompt stands for those."""
-    if not config_checks.drops_to_zeros(s.config, s.family):
+    if not model_checks.drops_to_zeros(s.config, s.family):
         return None
     return _to_device(torch.tensor([float(not dropped) for dropped in batch.dropped]), s.device)
 

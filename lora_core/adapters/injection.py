@@ -12,8 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +35,7 @@ from lora_core.adapters.targets import last_match, nearest_paths, require_match,
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
+from lora_core.settings import AdapterSpec
 
 __all__ = [
     "KINDS", "Adapted", "AdapterSpec", "DoRA", "FullUpdate", "LayerSpec", "LoRA", "disable_adapters", "fold_adapter", "inject", "adaptable_layers", "load_factors",
@@ -44,83 +43,22 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What `inject` is asked for. Patterns are those of targets.matches_pattern; in the two tables a later match overrides an earlier one."""
-
-    targets: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    kind: str = "lora"  # a row of KINDS or "file.py:Class"
-    rank: int = 16
-    alpha: float | None = None  # None: alpha = rank, scale 1
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    dropout: float = 0.0  # of the adapter's input; the base layer sees x as it is
-    rslora: bool = False  # scale = alpha / sqrt(rank) (arXiv 2312.03732)
-    init: Literal["gaussian", "kaiming"] = (
-        "gaussian"  # down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or uniform(+-1 / sqrt(fan_in)) as kohya
+def layer_spec(spec: AdapterSpec, path: str, seed: int = 0) -> LayerSpec:
+    """The settings of one layer."""
+    rank = int(last_match(path, spec.rank_pattern, None) or spec.rank)
+    alpha = last_match(path, spec.alpha_pattern, None) or spec.alpha or rank
+    scale = alpha / (math.sqrt(rank) if spec.rslora else rank)
+    return LayerSpec(
+        path,
+        rank,
+        scale,
+        spec.dropout,
+        spec.init,
+        seed,
+        spec.rank_dropout,
+        spec.module_dropout,
+        spec.norm_grad,
     )
-    rank_dropout: float = 0.0  # of whole ranks, for each example
-    module_dropout: float = 0.0  # of the whole adapter, for each example
-    norm_grad: Literal["detach", "full"] = (
-        "detach"  # of a DoRA's row norms: constants in the gradient, as in peft, or differentiated, as in LyCORIS
-    )
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values out of range, and for any that have no part in the kind (a rank other than the default, for one)."""
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if int(rank) != rank or rank < 1:
-                raise UserError(f"rank is {rank}; expected a whole number from 1 on")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise UserError(
-                    f"alpha is {alpha}; expected a positive number (leave it out for alpha = rank)"
-                )
-        for option in ("dropout", "rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, option) < 1:
-                raise UserError(
-                    f"adapter {option.replace('_', ' ')} is {getattr(self, option)}; expected a probability in [0, 1)"
-                )
-        if self.init not in ("gaussian", "kaiming"):
-            raise UserError(f"adapter init is {self.init!r}; expected gaussian or kaiming")
-        if self.norm_grad not in ("detach", "full"):
-            raise UserError(f"adapter norm_grad is {self.norm_grad!r}; expected detach or full")
-        if self.norm_grad != "detach" and self.kind == "lora":
-            raise UserError(
-                f"--adapter.norm-grad is {self.norm_grad}, which has no part in --adapter.kind lora; leave it out, or use --adapter.kind dora"
-            )
-        if not getattr(KINDS.get(self.kind), "low_rank", True):
-            self.check_full()
-
-    def check_full(self) -> None:
-        """Raises UserError for any setting beside targets and exclude that is not the default: a full update has nothing to do with it."""
-        for setting in fields(self):
-            default = setting.default if setting.default is not MISSING else {}
-            if (
-                setting.name not in ("targets", "exclude", "kind")
-                and getattr(self, setting.name) != default
-            ):
-                value, option = getattr(self, setting.name), setting.name.replace("_", "-")
-                raise UserError(
-                    f"--adapter.{option} is {value}, which has no part in --adapter.kind {self.kind}; leave it out"
-                )
-
-    def layer(self, path: str, seed: int = 0) -> LayerSpec:
-        """The settings of one layer."""
-        rank = int(last_match(path, self.rank_pattern, None) or self.rank)
-        alpha = last_match(path, self.alpha_pattern, self.alpha) or rank
-        scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LayerSpec(
-            path,
-            rank,
-            scale,
-            self.dropout,
-            self.init,
-            seed,
-            self.rank_dropout,
-            self.module_dropout,
-            self.norm_grad,
-        )
 
 
 def target_paths(
@@ -149,11 +87,11 @@ def inject(
     bases = {path: _adaptable_base(path, found[path]) for path in paths}
     if is_low_rank(kind):
         for path, base in bases.items():
-            check_rank(base, path, spec.layer(path).rank)
+            check_rank(base, path, layer_spec(spec, path).rank)
     else:
         spec.check_full()
     _install_adapters(
-        model, {path: kind(base, spec.layer(path, seed)) for path, base in bases.items()}, name, 1.0
+        model, {path: kind(base, layer_spec(spec, path, seed)) for path, base in bases.items()}, name, 1.0
     )
     return paths
 

@@ -53,7 +53,8 @@ class TensorCache:
         for i, shape in enumerate(kinds):
             if shape != kinds[0]:
                 raise ValueError(
-                    f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} has {shape}"
+                    f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} "
+                    f"has {shape}"
                 )
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
@@ -96,7 +97,8 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str,
     found = {name: tuple(tensor.shape) for name, tensor in row.items()}
     if shapes is not None and found != dict(shapes):
         raise UserError(
-            f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again"
+            f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; "
+            "delete it and run again"
         )
     if bad := nonfinite_names(row):
         raise UserError(

@@ -1,4 +1,6 @@
-"""Captions of a folder of images: text files, a metadata table, file names, one for all, or templates."""
+"""Captions of a folder of images: text files, a metadata table, file names, one for all, or
+templates.
+"""
 
 import csv
 import io
@@ -82,7 +84,8 @@ def read_captions(
     *,
     must_use: bool = True,
 ) -> dict[Path, Captions]:
-    """The captions of each image, one or more, in the images' order. `mode` is one of CAPTION_MODES.
+    """The captions of each image, one or more, in the images' order. `mode` is one of
+    CAPTION_MODES.
 
     txt        every line of 001.txt beside 001.png that is not empty
     metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a head; `column` names
@@ -94,9 +97,10 @@ def read_captions(
                else a .json with text, caption or prompt), else `caption`, else the words of a folder called N_words (kohya),
                else file names where somebody wrote them (`is_caption`)
 
-    An image without a text in its file or table takes `caption` where that is given, else the words of such a folder. All texts
-    are in Unicode's normal form C. Raises UserError for an image without a caption, an unknown mode, a `caption` or `column` that
-    is missing, and, if it `must_use` them, for one that no image takes.
+    An image without a text in its file or table takes `caption` where that is given, else the words
+    of such a folder. All texts are in Unicode's normal form C. Raises UserError for an image
+    without a caption, an unknown mode, a `caption` or `column` that is missing, and, if it
+    `must_use` them, for one that no image takes.
     """
     if mode not in CAPTION_MODES:
         raise UserError(
@@ -105,7 +109,8 @@ def read_captions(
     modes = {part.folder: _detect(part, caption) if mode == "auto" else mode for part in parts}
     if (first := next(iter(modes.values()))) in ONE_FOR_ALL and not (caption and caption.strip()):
         raise UserError(
-            f"captions {first!r} need the caption (for templates, the word to put in them), got {caption!r}; add --data.caption"
+            f"captions {first!r} need the caption (for templates, the word to put in them), got "
+            f"{caption!r}; add --data.caption"
         )
     found: dict[Path, Captions] = {}
     for part in parts:
@@ -136,7 +141,9 @@ def read_captions(
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:
-    """Raises UserError for a zero byte or half a character (\\ud83d), which JSON can write and no tokenizer reads."""
+    """Raises UserError for a zero byte or half a character (\\ud83d), which JSON can write and no
+    tokenizer reads.
+    """
     for text in texts:
         if "\0" in text or printable(text) != text:
             raise UserError(f"{name} has a zero byte or half a character: {text!a}; correct it")
@@ -145,14 +152,17 @@ def check_texts(texts: Sequence[str], name: str) -> None:
 def read_metadata(
     path: Path, column: str | None = None, *, may_be_empty: bool = False
 ) -> dict[Path, tuple[str, ...]]:
-    """The images that metadata.jsonl or metadata.csv names, relative to its folder, with their captions.
+    """The images that metadata.jsonl or metadata.csv names, relative to its folder, with their
+    captions.
 
-    A file is found in whichever normal form of Unicode the table and the disk write its name. Raises UserError for a bad row,
-    a column that is not there, an image that is not there and, unless it `may_be_empty`, an empty caption.
+    A file is found in whichever normal form of Unicode the table and the disk write its name.
+    Raises UserError for a bad row, a column that is not there, an image that is not there and,
+    unless it `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(
-            f"captions 'metadata' need the file {path}, which is missing; write one JSON object per line with file_name and text"
+            f"captions 'metadata' need the file {path}, which is missing; "
+            "write one JSON object per line with file_name and text"
         )
     captions: dict[Path, tuple[str, ...]] = {}
     for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
@@ -164,7 +174,8 @@ def read_metadata(
             or image.name.startswith(".")
         ):
             raise UserError(
-                f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image"
+                f"{where} names {name}, which is not an image in {path.parent}; "
+                "correct file_name or add the image"
             )
         captions[image] = captions.get(image, ()) + texts
     return captions
@@ -174,13 +185,15 @@ def _check_use(sources: set[Path | str], how: str, caption: str | None, column: 
     """Raises UserError for a `caption` or a `column` of tables that no image takes."""
     if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
         raise UserError(
-            f"the caption {caption!r} has no use when {how}; leave it out or add --data.captions one"
+            f"the caption {caption!r} has no use when {how}; "
+            "leave it out or add --data.captions one"
         )
     if column and not any(
         isinstance(source, Path) and source.name in METADATA_TABLES for source in sources
     ):
         raise UserError(
-            f"the caption column {column!r} has no use when {how}; leave it out or add metadata.jsonl"
+            f"the caption column {column!r} has no use when {how}; "
+            "leave it out or add metadata.jsonl"
         )
 
 
@@ -198,10 +211,17 @@ def _detect(part: FolderContents, caption: str | None) -> str:
     if unwritten:
         first = unwritten[0]
         unread = _unread_texts(part)
-        lacking = f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing"
-        ways = f"write captions in files such as {first.stem}.txt, give one for all with --data.caption"
+        lacking = (
+            f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a "
+            "name that says nothing"
+        )
+        ways = (
+            f"write captions in files such as {first.stem}.txt, give one for all with "
+            "--data.caption"
+        )
         raise UserError(
-            f"{lacking}, first {first.name}{unread}; {ways}, or take the names with --data.captions filename"
+            f"{lacking}, first {first.name}{unread}; {ways}, or take the names with "
+            "--data.captions filename"
         )
     return "filename"
 
@@ -263,7 +283,9 @@ def _read_part(
 def _complete(
     own: Mapping[Path, Captions], part: FolderContents, what: str, caption: str | None
 ) -> dict[Path, Captions]:
-    """The captions of a folder in the images' order; UserError with a count and the first name when some image has none."""
+    """The captions of a folder in the images' order; UserError with a count and the first name when
+    some image has none.
+    """
     missing = [image for image in part.images if image not in own or not any(own[image].texts)]
     spare = (
         Captions((caption,), FALLBACK)
@@ -292,13 +314,15 @@ def _checked(words: str, path: Path) -> str:
     """The words of a file's or folder's name; UserError where they are no Unicode."""
     if printable(words) != words:
         raise UserError(
-            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; rename it, or choose other --data.captions"
+            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; "
+            "rename it, or choose other --data.captions"
         )
     return words
 
 
 def _read_beside(path: Path) -> tuple[str, ...]:
-    """The captions in a file beside an image; none in an empty one and in JSON without text, caption or prompt.
+    """The captions in a file beside an image; none in an empty one and in JSON without text,
+    caption or prompt.
 
     A .json of one line that is no JSON is read as its text.
     """
@@ -338,7 +362,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
         raise UserError(
-            f"{path} is not CSV ({error} after line {reader.line_num}); write a head with file_name and text, then a line per image"
+            f"{path} is not CSV ({error} after line {reader.line_num}); "
+            "write a head with file_name and text, then a line per image"
         ) from error
 
 

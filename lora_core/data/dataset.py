@@ -1,6 +1,8 @@
-"""Record -> Example -> Batch, with every random choice keyed by the example (seed, key, visit, purpose).
+"""Record -> Example -> Batch, with every random choice keyed by the example (seed, key, visit,
+purpose).
 
-So an example looks the same for any batch size, worker count or resume point, and whatever is cached from it is keyed by its content.
+So an example looks the same for any batch size, worker count or resume point, and whatever is
+cached from it is keyed by its content.
 """
 
 import hashlib
@@ -8,18 +10,16 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core.data.buckets import Size, bucket_sizes, nearest_size
+from lora_core.data.buckets import Size, cut_size
 from lora_core.data.cache import TensorCache
 from lora_core.data.captions import TEMPLATES
 from lora_core.data.images import (
-    INTERPOLATIONS,
     READER_VERSION,
     MaskedImage,
     RecentImages,
@@ -41,6 +41,7 @@ from lora_core.data.records import (
 from lora_core.data.sample_order import BucketOrder, sample_position
 from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
+from lora_core.settings import ImageSettings
 
 __all__ = [
     "TEMPLATES", "Batch", "TensorCache", "Example", "ImageDataset", "ImageSettings", "Record", "iterate_batches", "collate", "images_missing_word", "sample_position",
@@ -63,52 +64,6 @@ class Example:
     visit: int
     is_prior: bool
     dropped: bool = False  # whether the caption is empty because it was dropped
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How images become squares of `resolution` pixels, or with `buckets` rectangles of about that area."""
-
-    resolution: int
-    crop: Literal["center", "random"] = "center"
-    zoom: float = 1.0  # the size that the image is scaled to cover is multiplied by u, uniform in [1, zoom], before the crop
-    flip: bool = False  # mirrored in half the visits
-    jitter: bool = False  # brightness and contrast within +-10 %
-    variants: int = 0  # 0: fresh pixels at every visit; n: the pixels of visit mod n, so that latents can be cached
-    seed: int = 0
-    buckets: bool = (
-        False  # each image is cut to the nearest of buckets.bucket_sizes(resolution, bucket_step)
-    )
-    bucket_step: int = 64
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.resolution < 1 or self.zoom < 1 or self.variants < 0:
-            raise UserError(
-                f"expected resolution >= 1, zoom >= 1, variants >= 0, got {self.resolution}, {self.zoom}, {self.variants}"
-            )
-        if self.crop not in ("center", "random"):
-            raise UserError(f"unknown crop {self.crop!r}, expected center or random")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
-            )
-        if self.buckets:
-            bucket_sizes(self.resolution, self.bucket_step)  # refuses what leaves no size
-
-    def size(self, image: Size) -> Size:
-        """The (h, w) that an image of (h, w) is cut to."""
-        square = (self.resolution, self.resolution)
-        return (
-            nearest_size(image, bucket_sizes(self.resolution, self.bucket_step))
-            if self.buckets
-            else square
-        )
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two visits can have different pixels."""
-        return self.crop == "random" or self.zoom > 1 or self.flip or self.jitter
 
 
 @dataclass
@@ -137,8 +92,9 @@ class Batch:
 class ImageDataset:
     """Records that can be drawn as examples. Decoded images stay in memory up to `keep_bytes`.
 
-    `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with probability `caption_dropout` (for guidance without a
-    classifier, arXiv 2207.12598); prior records keep theirs. Raises UserError for no records and a probability outside [0, 1).
+    `sizes` are the (h, w) that the records are cut to. A visit has the empty caption with
+    probability `caption_dropout` (for guidance without a classifier, arXiv 2207.12598); prior
+    records keep theirs. Raises UserError for no records and a probability outside [0, 1).
 
     Where some records have a mask, the others have ones, so that a loss does not depend on what
     else is in the batch. No visit has a mask of zeros, which would train nothing (kohya takes such
@@ -152,6 +108,7 @@ class ImageDataset:
         records: Sequence[Record],
         settings: ImageSettings,
         *,
+        seed: int = 0,
         caption_dropout: float = 0.0,
         keep_bytes: int = 2**29,
     ) -> None:
@@ -163,8 +120,9 @@ class ImageDataset:
             )
         self.records = list(records)
         self.settings = settings
+        self.seed = seed
         self.caption_dropout = caption_dropout
-        self.sizes = [settings.size(r.size) for r in self.records]
+        self.sizes = [cut_size(settings, r.size) for r in self.records]
         self.has_masks = any(_has_mask(r) for r in self.records)
         self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # of each content
@@ -178,7 +136,8 @@ class ImageDataset:
         return len(self.records)
 
     def visit(self, index: int, times: int) -> int:
-        """Which visit to its content record `index` makes after `times` visits of its own (without buckets: one an epoch).
+        """Which visit to its content record `index` makes after `times` visits of its own (without
+        buckets: one an epoch).
 
         Copies (repeats, identical files) take turns, so each draws its own noise.
         """
@@ -187,7 +146,8 @@ class ImageDataset:
     def example(self, index: int, visit: int, size: Size | None = None) -> Example:
         """One visit to a record, cut to `size` (h, w) instead of its own if that is given.
 
-        Pixels depend on (settings, size, key, visit), or visit mod variants; the caption always on the visit itself.
+        Pixels depend on (settings, size, key, visit), or visit mod variants; the caption always on
+        the visit itself.
         """
         record, s = self.records[index], self.settings
         height, width = size = size or self.sizes[index]
@@ -237,28 +197,27 @@ class ImageDataset:
         )
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
-        """A name for what is computed from the pixels of this visit, cut to `size` (None: the record's own).
+        """A name for what is computed from the pixels of this visit, cut to `size` (None: the
+        record's own).
 
-        The content and every setting that changes pixels enter; captions do not. Raises UserError when pixels are fresh at every visit, for then
-        nothing would be read twice.
+        The content and every setting that changes pixels enter; captions do not. Raises UserError
+        when pixels are fresh at every visit, for then nothing would be read twice.
         """
         s = self.settings
         settings: dict[str, object] = {
-            "size": tuple(size or s.size(record.size)),
+            "size": tuple(size or cut_size(s, record.size)),
             "interpolation": s.interpolation,
         }
         settings["reading"] = READER_VERSION
         if s.is_random and not s.variants:
             raise UserError(
-                "random crop, zoom, flip or jitter at every visit leaves nothing to cache; set variants, or turn the cache off"
+                "random crop, zoom, flip or jitter at every visit leaves nothing to cache; "
+                "set variants, or turn the cache off"
             )
         if s.is_random:
-            settings |= {
-                name: value
-                for name, value in asdict(s).items()
-                if name in ("crop", "zoom", "flip", "jitter", "seed")
-            }
-            settings["variant"] = self._variant(visit)
+            random = ("crop", "zoom", "flip", "jitter")
+            settings |= {name: getattr(s, name) for name in random}
+            settings |= {"seed": self.seed, "variant": self._variant(visit)}
         return hashlib.blake2b(
             json.dumps([record.key, settings], sort_keys=True).encode(), digest_size=16
         ).hexdigest()
@@ -280,7 +239,7 @@ class ImageDataset:
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         return torch.rand(
             (),
-            generator=keyed_generator(self.settings.seed, record.key, visit, purpose),
+            generator=keyed_generator(self.seed, record.key, visit, purpose),
             dtype=torch.float64,
         ).item()
 
@@ -299,7 +258,8 @@ class ImageDataset:
             assert mask is not None
             if not mask.getbbox():
                 raise UserError(
-                    f"nothing is left of the mask of {path} when it is scaled to {size[1]} x {size[0]} pixels; "
+                    f"nothing is left of the mask of {path} when it is scaled to {size[1]} x "
+                    f"{size[0]} pixels; "
                     "paint a larger one or raise --data.resolution"
                 )
             if is_center:
@@ -310,7 +270,8 @@ class ImageDataset:
         if masked and not has_effect:
             first = next(iter(masked)).name
             raise UserError(
-                f"every mask is one grey inside the crop, without effect, first that of {first}; leave --data.masks out or paint others"
+                f"every mask is one grey inside the crop, without effect, first that of {first}; "
+                "leave --data.masks out or paint others"
             )
         return outside
 
@@ -377,11 +338,16 @@ def describe_moved_crops(folder: ImageDataset) -> str:
     images = len({record.path for record in folder.records})
     count = f"{len(folder.shifted)} of {images} images, first {folder.shifted[0]}"
     other = "" if folder.settings.buckets else " (--data.buckets cuts off less)"
-    return f"the centre crop shows nothing of the mask of {count}; they are cropped around their masks instead{other}"
+    return (
+        f"the centre crop shows nothing of the mask of {count}; "
+        f"they are cropped around their masks instead{other}"
+    )
 
 
 def describe_upscaled(folder: ImageDataset) -> str:
-    """One sentence that counts the images that are smaller than the size they are cut to, zoom left aside; empty when there are none."""
+    """One sentence that counts the images that are smaller than the size they are cut to, zoom left
+    aside; empty when there are none.
+    """
     images = {r.path: (r.size, cut) for r, cut in zip(folder.records, folder.sizes, strict=True)}
     small = [(path, h, w) for path, ((h, w), cut) in images.items() if h < cut[0] or w < cut[1]]
     if not small:
@@ -389,7 +355,10 @@ def describe_upscaled(folder: ImageDataset) -> str:
     path, h, w = small[0]
     what = "their bucket" if folder.settings.buckets else f"{folder.settings.resolution} pixels"
     verb = "is smaller than" if len(small) == 1 else "are smaller than"
-    return f"{len(small)} of {len(images)} images {verb} {what} and scaled up, first {path.name} ({w} x {h})"
+    return (
+        f"{len(small)} of {len(images)} images {verb} {what} and scaled up, first {path.name} ({w} "
+        f"x {h})"
+    )
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -416,10 +385,12 @@ def iterate_batches(
     stop: int,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1: `batch` instance rows of one size, then as many prior ones, cut to that size.
+    """The batches of steps start .. stop - 1: `batch` instance rows of one size, then as many prior
+    ones, cut to that size.
 
-    Without buckets step k holds samples k * batch .. (k + 1) * batch - 1 of an endless stream of permutations, with buckets the rows of `Plan`. A
-    step is a function of its number, so threads ahead of the loop (`workers`; 0 makes each batch when it is asked for) change no bit.
+    Without buckets step k holds samples k * batch .. (k + 1) * batch - 1 of an endless stream of
+    permutations, with buckets the rows of `Plan`. A step is a function of its number, so threads
+    ahead of the loop (`workers`; 0 makes each batch when it is asked for) change no bit.
     """
     if batch < 1 or workers < 0 or start < 0:
         raise UserError(
@@ -427,7 +398,8 @@ def iterate_batches(
         )
     if prior is not None and not all(r.is_prior for r in prior.records):
         raise ValueError(
-            "the prior folder holds records that are not marked as prior; scan it with is_prior=True"
+            "the prior folder holds records that are not marked as prior; "
+            "scan it with is_prior=True"
         )
     plan = BucketOrder(folder.sizes, batch, seed) if folder.settings.buckets else None
 
@@ -454,7 +426,9 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:
-    """make(step) in order, up to 2 * workers of them under way in threads (Pillow decodes and resizes outside the interpreter lock)."""
+    """make(step) in order, up to 2 * workers of them under way in threads (Pillow decodes and
+    resizes outside the interpreter lock).
+    """
     pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
     try:

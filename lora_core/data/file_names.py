@@ -50,9 +50,10 @@ EAST_ASIAN = (
 def looks_like_caption(name: str) -> bool:
     """Whether a file's name, without its suffix, can be a caption that somebody wrote.
 
-    Not where it begins as a camera or a program names files (IMG_4711, P1010023, Screenshot 2024-05-01), nor where nothing is
-    left once numbers, dates, hashes, strings that mix letters and digits, and words such as "photo" or "copy" are taken out:
-    a word of at least two letters, or a letter that can be a word.
+    Not where it begins as a camera or a program names files (IMG_4711, P1010023, Screenshot
+    2024-05-01), nor where nothing is left once numbers, dates, hashes, strings that mix letters and
+    digits, and words such as "photo" or "copy" are taken out: a word of at least two letters, or a
+    letter that can be a word.
     """
     name = normalize_unicode(name).strip()
     if CAMERA.match(name) or PROGRAM.match(name) or CAMERA_FILE.fullmatch(name):

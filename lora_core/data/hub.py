@@ -1,4 +1,6 @@
-"""Datasets of the hub, or anything else that `datasets.load_dataset` takes, written out once as a folder of images that `scan` reads."""
+"""Datasets of the hub, or anything else that `datasets.load_dataset` takes, written out once as a
+folder of images that `scan` reads.
+"""
 
 import hashlib
 import io
@@ -39,13 +41,17 @@ def export_dataset(
     caption_column: str = "",
     caption: str = "",
 ) -> Path:
-    """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has captions; what is there is not written again.
+    """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has
+    captions; what is there is not written again.
 
-    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that
-    is stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, whose rows may
-    be empty where there is a `caption` for those (as in diffusers' scripts); else that one for all; else the first of text, caption and prompt.
-    In metadata.jsonl they are always the text. The folder appears whole or not at all, and a dataset that has changed since is exported anew.
-    Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
+    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own
+    in the hub's cache of assets. An image that is stored as a file keeps its bytes, and so its EXIF
+    data and quality; others are written as PNG. Captions: `caption_column`, whose rows may be empty
+    where there is a `caption` for those (as in diffusers' scripts); else that one for all; else the
+    first of text, caption and prompt. In metadata.jsonl they are always the text. The folder
+    appears whole or not at all, and a dataset that has changed since is exported anew. Raises
+    UserError for a missing package, dataset, split or column, a row without an image, and a folder
+    of something else.
     """
     data, caption_column = _load(
         name, split, image_column, caption_column, one_for_all=bool(caption)
@@ -82,7 +88,9 @@ def export_dataset(
 def _load(
     name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool
 ) -> tuple[Any, str]:
-    """The split with its images undecoded and no columns but the two; the caption column, "" when there is one caption for all."""
+    """The split with its images undecoded and no columns but the two; the caption column, "" when
+    there is one caption for all.
+    """
     try:
         import datasets
     except ImportError:
@@ -91,9 +99,12 @@ def _load(
         ) from None
     try:
         data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version
+    # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by
+    # library and version
+    except Exception as error:
         raise UserError(
-            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; check its name, its split and the connection"
+            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; "
+            "check its name, its split and the connection"
         ) from None
     columns = data.column_names
     if (
@@ -102,14 +113,19 @@ def _load(
         and (unread := next((c for c in CAPTION_COLUMNS if c in columns), ""))
     ):
         print(
-            f"the column {unread!r} of {name} is not read, for one caption is given for all; --data.caption-column {unread} reads it"
+            f"the column {unread!r} of {name} is not read, for one caption is given for all; "
+            f"--data.caption-column {unread} reads it"
         )
     if not caption_column and not one_for_all:
         caption_column = next((c for c in CAPTION_COLUMNS if c in columns), "")
         if not caption_column:
-            none = f"the dataset {name} has the columns {', '.join(columns)}, none of {', '.join(CAPTION_COLUMNS)}"
+            none = (
+                f"the dataset {name} has the columns {', '.join(columns)}, none of "
+                f"{', '.join(CAPTION_COLUMNS)}"
+            )
             raise UserError(
-                f"{none}; name the caption column with --data.caption-column, or give one caption for all with --data.caption"
+                f"{none}; name the caption column with --data.caption-column, or give one caption "
+                "for all with --data.caption"
             )
     wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
     for what, column in wanted.items():
@@ -124,7 +140,8 @@ def _load(
         ), caption_column
     except Exception as error:  # pyarrow's and datasets' own, by type of column
         raise UserError(
-            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column"
+            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; "
+            "name another image column"
         ) from None
 
 
@@ -135,7 +152,9 @@ def _place(mark: Mapping[str, Any]) -> Path:
 
 
 def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very export; UserError for a folder with anything else than an export of the same dataset."""
+    """Whether the folder holds this very export; UserError for a folder with anything else than an
+    export of the same dataset.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
@@ -148,7 +167,8 @@ def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
     if other := [key for key in changes if key not in ("fingerprint", "images")]:
         was, wanted = (", ".join(f"{key} {m.get(key)!r}" for key in other) for m in (found, mark))
         raise UserError(
-            f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it"
+            f"{folder} holds another export ({was}; wanted {wanted}); "
+            "choose another folder or remove it"
         )
     return not changes
 
@@ -159,7 +179,10 @@ def _write_images(
     """Writes each row's image and yields its row of metadata.jsonl."""
     advice = "choose another column"
     if not may_be_empty:
-        advice = f"add it, give --data.caption beside --data.caption-column {caption_column}, or {advice}"
+        advice = (
+            f"add it, give --data.caption beside --data.caption-column {caption_column}, or "
+            f"{advice}"
+        )
     for number, row in enumerate(data):
         where = f"row {number} of the dataset"
         cell = row[image_column] or {"path": None}
@@ -175,7 +198,8 @@ def _write_images(
                 (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
         except (KeyError, TypeError, *READ_ERRORS) as error:
             raise UserError(
-                f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column"
+                f"{where} has no readable image in {image_column!r} ({_reason(error)}); "
+                "remove it or choose another column"
             ) from error
         texts = row.get(caption_column)
         if caption_column and not _are_captions(texts, may_be_empty=may_be_empty):

@@ -1,4 +1,5 @@
-"""Image and mask files: read, checked, scaled and cut, turned into tensors. Pillow only, whose results are integers and the same everywhere.
+"""Image and mask files: read, checked, scaled and cut, turned into tensors. Pillow only, whose
+results are integers and the same everywhere.
 
 Nothing else in the product opens an image file.
 """
@@ -99,8 +100,9 @@ def decode_image(source: Path | BinaryIO) -> Image.Image:
 def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> MaskedImage:
     """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
 
-    Transparency that is not the mask is composited on white. Raises UserError naming the file for one that cannot be read, a mask of another size,
-    and a mask with one value everywhere (it would have no effect, or leave nothing to learn).
+    Transparency that is not the mask is composited on white. Raises UserError naming the file for
+    one that cannot be read, a mask of another size, and a mask with one value everywhere (it would
+    have no effect, or leave nothing to learn).
     """
     opened = _open(path)
     image, alpha = to_srgb(opened, str(path))
@@ -108,7 +110,8 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
     if use_alpha:
         if alpha is None:
             raise UserError(
-                f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks"
+                f"{path} has no alpha channel to use as its mask; "
+                "add one, or choose other --data.masks"
             )
         return MaskedImage(image, _checked(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
@@ -119,7 +122,8 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
     grey = read_mask(mask)
     if grey.size != image.size:
         raise UserError(
-            f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size"
+            f"the mask {mask} is {grey.width}x{grey.height}, its image "
+            f"{image.width}x{image.height}; make them the same size"
         )
     return MaskedImage(image, _checked(grey, f"the mask {mask}"), size)
 
@@ -143,7 +147,9 @@ def has_alpha_mask(path: Path) -> bool:
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
+    """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded
+    down, as torchvision's Resize does for squares.
+    """
     (h, w), (height, width) = size, target
     return (
         (max(height, width * h // w), width)
@@ -155,9 +161,11 @@ def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, 
 def resize_image(
     picture: MaskedImage, target: tuple[int, int], interpolation: str = "bilinear"
 ) -> MaskedImage:
-    """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of INTERPOLATIONS; bilinear is the public scripts' default.
+    """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of
+    INTERPOLATIONS; bilinear is the public scripts' default.
 
-    Masks are always bilinear: the other two overshoot at edges, and would give weight to what the mask leaves out.
+    Masks are always bilinear: the other two overshoot at edges, and would give weight to what the
+    mask leaves out.
     """
     height, width = covering_size((picture.image.height, picture.image.width), target)
     if picture.image.size == (width, height):
@@ -184,7 +192,9 @@ def crop_image(picture: MaskedImage, corner: tuple[int, int], size: tuple[int, i
 
 
 def jitter_colors(picture: MaskedImage, brightness: float, contrast: float) -> MaskedImage:
-    """The picture with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1). The mask is not touched."""
+    """The picture with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to
+    1.1). The mask is not touched.
+    """
     image = ImageEnhance.Brightness(picture.image).enhance(brightness)
     return picture._replace(image=ImageEnhance.Contrast(image).enhance(contrast))
 
@@ -201,7 +211,9 @@ def image_to_pixels(image: Image.Image) -> Tensor:
 
 
 class RecentImages:
-    """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data set is read from disk once. Safe with threads."""
+    """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data
+    set is read from disk once. Safe with threads.
+    """
 
     def __init__(self, limit_bytes: int = 2**29) -> None:
         self.limit_bytes = limit_bytes
@@ -261,6 +273,7 @@ def _checked(mask: Image.Image, name: str) -> Image.Image:
     if low == high:
         value = "only zeros" if low == 0 else "only ones" if low == 255 else f"one grey, {low},"
         raise UserError(
-            f"{name} is {value} and picks out nothing; paint the object white and the rest black, or do without the mask"
+            f"{name} is {value} and picks out nothing; paint the object white and the rest black, "
+            "or do without the mask"
         )
     return mask

@@ -1,6 +1,8 @@
-"""What is in a folder of images: which file is an image, a mask, a caption or a table, and why another one is left out.
+"""What is in a folder of images: which file is an image, a mask, a caption or a table, and why
+another one is left out.
 
-Folders are read as they are, as the parent of kohya's N_name folders, or as ImageFolder's train folder.
+Folders are read as they are, as the parent of kohya's N_name folders, or as ImageFolder's train
+folder.
 """
 
 import os
@@ -78,9 +80,9 @@ class Listing:
 def list_folder(root: Path, *, tabled: bool = True) -> Listing:
     """What is in the folder. `tabled`: a metadata table may name images below it.
 
-    A folder without images of its own stands for its N_name folders (kohya: N repeats, the name is the caption of images that
-    have none), or for its folder `train` (ImageFolder of the datasets library). Raises UserError, naming what is there, when
-    there are no images.
+    A folder without images of its own stands for its N_name folders (kohya: N repeats, the name is
+    the caption of images that have none), or for its folder `train` (ImageFolder of the datasets
+    library). Raises UserError, naming what is there, when there are no images.
     """
     own = list_one_folder(root)
     if own.images or (tabled and own.table):
@@ -136,7 +138,9 @@ def list_one_folder(folder: Path) -> FolderContents:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """None for a file that can be read as an image, as far as its name and first bytes tell, else the reason; "" for other files."""
+    """None for a file that can be read as an image, as far as its name and first bytes tell, else
+    the reason; "" for other files.
+    """
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES or suffix in RAW_SUFFIXES:
         return format_problem(path)
@@ -148,7 +152,9 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
-    """Reason -> the files, and sub-folders with images, that nothing reads. `used`: images, masks, caption files and tables that are read."""
+    """Reason -> the files, and sub-folders with images, that nothing reads. `used`: images, masks,
+    caption files and tables that are read.
+    """
     taken, found = set(used), dict[str, list[Path]]()
 
     def add(path: Path, why: str) -> None:
@@ -178,9 +184,11 @@ def count_images(folder: Path, taken: Iterable[Path] = ()) -> int:
 
 
 def folder_for_new_images(root: Path) -> tuple[Path, int]:
-    """(the folder that further images belong in, how many images there are): of N_name folders the first, else the folder itself.
+    """(the folder that further images belong in, how many images there are): of N_name folders the
+    first, else the folder itself.
 
-    Raises UserError for a folder without images of its own that has sub-folders of images which are not read.
+    Raises UserError for a folder without images of its own that has sub-folders of images which are
+    not read.
     """
     if not count_images(root):
         return root, 0
@@ -189,7 +197,9 @@ def folder_for_new_images(root: Path) -> tuple[Path, int]:
 
 
 def is_junk(path: Path) -> bool:
-    """Whether a file or folder is what operating systems leave everywhere (.DS_Store, ._001.jpg, Thumbs.db), or a hidden folder."""
+    """Whether a file or folder is what operating systems leave everywhere (.DS_Store, ._001.jpg,
+    Thumbs.db), or a hidden folder.
+    """
     name = path.name.lower()
     if path.is_dir():
         return name in JUNK_FOLDERS or name.startswith(".")
@@ -201,7 +211,9 @@ def is_junk(path: Path) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file that a table calls `name`, in whichever normal form of Unicode the disk has it; None when it is not there."""
+    """The file that a table calls `name`, in whichever normal form of Unicode the disk has it; None
+    when it is not there.
+    """
     path = _below(folder, name)
     if not name or os.path.isfile(path):
         return path if name else None
@@ -221,7 +233,9 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def _below(folder: Path, name: str) -> Path:
-    """folder / name without `..`; a whole path of a file below the folder as a listing of the folder writes it."""
+    """folder / name without `..`; a whole path of a file below the folder as a listing of the
+    folder writes it.
+    """
     place, path = os.path.abspath(folder), os.path.abspath(folder / name)
     return (
         folder / os.path.relpath(path, place) if Path(path).is_relative_to(place) else folder / name
@@ -254,10 +268,19 @@ def _no_images(own: FolderContents) -> str:
             if len(folders) > 1
             else ""
         )
-        return f"no images in {own.folder} itself, but {count_images(folders[0])} below {folders[0]}{more}; give the folder {where} itself"
+        return (
+            f"no images in {own.folder} itself, but {count_images(folders[0])} below "
+            f"{folders[0]}{more}; give the folder {where} itself"
+        )
     if own.unclaimed:
-        masks = f"{len(own.unclaimed)} mask{'s' * (len(own.unclaimed) > 1)}, first {own.unclaimed[0].name}"
-        return f"no images in {own.folder}, but {masks}; put the images that they belong to there, or rename them"
+        masks = (
+            f"{len(own.unclaimed)} mask{'s' * (len(own.unclaimed) > 1)}, first "
+            f"{own.unclaimed[0].name}"
+        )
+        return (
+            f"no images in {own.folder}, but {masks}; put the images that they belong to there, or "
+            "rename them"
+        )
     unread = [path for path in own.others if why_unreadable(path)]
     if unread:
         files = f"{len(unread)} file{'s' * (len(unread) > 1)} left out, first {unread[0].name}"
@@ -266,7 +289,9 @@ def _no_images(own: FolderContents) -> str:
 
 
 def _folder_of_images(folder: Path) -> Path:
-    """The first folder, this one or one below it, that would be read: it has images, or N_name folders with images."""
+    """The first folder, this one or one below it, that would be read: it has images, or N_name
+    folders with images.
+    """
     for place in sorted([folder, *(path for path in folder.rglob("*") if path.is_dir())]):
         if list_one_folder(place).images or any(
             map(_numbered_part, filter(Path.is_dir, place.iterdir()))
@@ -288,7 +313,9 @@ def _stem(path: Path) -> str:
 
 
 def _names(image: Path) -> tuple[str, ...]:
-    """What the mask of an image may be called after, nearest first: 0.src, 0.src.jpg and 0 for 0.src.jpg."""
+    """What the mask of an image may be called after, nearest first: 0.src, 0.src.jpg and 0 for
+    0.src.jpg.
+    """
     return _stem(image), normalize_unicode(image.name), _stem(image).removesuffix(SOURCE_END)
 
 
@@ -311,7 +338,9 @@ def _masked_name(path: Path, names: set[str]) -> str | None:
 def _pair_masks(
     images: Iterable[Path], bases: dict[Path, str], entries: Iterable[Path]
 ) -> tuple[dict[Path, Path], list[Path], list[Path]]:
-    """(image -> mask, masks of no image, further masks of an image). A mask beside the image comes before one in a folder of masks."""
+    """(image -> mask, masks of no image, further masks of an image). A mask beside the image comes
+    before one in a folder of masks.
+    """
     named: dict[str, list[Path]] = {}
     for path in sorted(bases, key=lambda path: (not path.name.endswith(".mask.png"), path)):
         named.setdefault(bases[path], []).append(path)
@@ -353,7 +382,9 @@ def _index_masks(entries: Iterable[Path], names: set[str]) -> list[Path]:
 def _pair_texts(
     images: Iterable[Path], texts: Iterable[Path]
 ) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
-    """(image -> its caption files, those of no image). NAME.txt and NAME.png.txt both belong to NAME.png."""
+    """(image -> its caption files, those of no image). NAME.txt and NAME.png.txt both belong to
+    NAME.png.
+    """
     named: dict[str, list[Path]] = {}
     for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
         named.setdefault(_stem(path), []).append(path)

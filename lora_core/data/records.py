@@ -48,13 +48,16 @@ def scan_folder(
     is_prior: bool = False,
     held_out: bool = False,
 ) -> list[Record]:
-    """The images of a folder (with a metadata table: also those it names below it) with their captions and masks.
+    """The images of a folder (with a metadata table: also those it names below it) with their
+    captions and masks.
 
-    The list is `repeats` times over, and the images of kohya's folder N_name (`read_folder`) N times within it; for a `held_out`
-    set each comes once, and a caption that none of its images takes is no mistake. Masks: "file" demands a mask for each image
-    (001.mask.png, or as other tools call it: `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes mask files where they
-    are and ignores alpha, "any" takes mask files, else an alpha channel that is not the same everywhere, "none" ignores both.
-    Caption modes and the caption's column in the table: `read_captions`. Raises UserError for what is missing or damaged.
+    The list is `repeats` times over, and the images of kohya's folder N_name (`read_folder`) N
+    times within it; for a `held_out` set each comes once, and a caption that none of its images
+    takes is no mistake. Masks: "file" demands a mask for each image (001.mask.png, or as other
+    tools call it: `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes mask files
+    where they are and ignores alpha, "any" takes mask files, else an alpha channel that is not the
+    same everywhere, "none" ignores both. Caption modes and the caption's column in the table:
+    `read_captions`. Raises UserError for what is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -87,7 +90,9 @@ def scan_folder(
 
 
 def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
-    """Why -> the files of the folder, and sub-folders with images, that these records of it do not read."""
+    """Why -> the files of the folder, and sub-folders with images, that these records of it do not
+    read.
+    """
     used = {
         path for r in records for path in (r.path, r.mask_path, r.source) if isinstance(path, Path)
     }
@@ -95,7 +100,8 @@ def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str
 
 
 def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) -> str:
-    """One sentence about folders called N_name (kohya) whose name --data.caption or file names replace; empty when there are none.
+    """One sentence about folders called N_name (kohya) whose name --data.caption or file names
+    replace; empty when there are none.
 
     Files with captions replace it too, as in kohya's scripts, of which nobody needs to be told.
     """
@@ -112,7 +118,10 @@ def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) 
     if not unread:
         return ""
     shown = ", ".join(f"{part.words!r} of {part.folder.name}" for part in unread[:3])
-    return f"folder names are no captions here (others come of --data.caption or --data.captions): {shown}"
+    return (
+        "folder names are no captions here (others come of --data.caption or --data.captions): "
+        f"{shown}"
+    )
 
 
 def without_mask(record: Record) -> Record:
@@ -129,7 +138,9 @@ def without_mask(record: Record) -> Record:
 
 
 def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
-    """The images with a caption in which `tokens.bind_placeholders` would not find the word, each once."""
+    """The images with a caption in which `tokens.bind_placeholders` would not find the word, each
+    once.
+    """
     return list(
         dict.fromkeys(
             r.path for r in records if not all(has_placeholder(c, word) for c in r.captions)
@@ -148,7 +159,9 @@ def _listing_of(folder: Path | str, records: Sequence[Record]) -> Listing:
 
 
 def _with_table(part: FolderContents, column: str | None, *, may_be_empty: bool) -> FolderContents:
-    """The folder with those images below it that its metadata table names, and what lies beside them."""
+    """The folder with those images below it that its metadata table names, and what lies beside
+    them.
+    """
     if part.table is None:
         return part
     named = set(read_metadata(part.table, column, may_be_empty=may_be_empty))
@@ -165,13 +178,16 @@ def _with_table(part: FolderContents, column: str | None, *, may_be_empty: bool)
         no_images |= {*below.masks.values(), *below.unclaimed}
     if wrong := sorted(named & no_images):
         raise UserError(
-            f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; take its row out or rename the file"
+            f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; "
+            "take its row out or rename the file"
         )
     return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
 
 
 def _masks(parts: Sequence[FolderContents], masks: str) -> dict[Path, Path | None]:
-    """The mask file of each image; UserError for a missing one that was demanded, or one that belongs to no image."""
+    """The mask file of each image; UserError for a missing one that was demanded, or one that
+    belongs to no image.
+    """
     images = [path for part in parts for path in part.images]
     if masks in ("alpha", "none"):
         return dict.fromkeys(images)

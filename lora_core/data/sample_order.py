@@ -1,4 +1,6 @@
-"""The order of samples: which record is visited in which row of which step, each a pure function of (seed, step)."""
+"""The order of samples: which record is visited in which row of which step, each a pure function of
+(seed, step).
+"""
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
@@ -9,7 +11,9 @@ from lora_core.diffusion.noise import keyed_generator
 
 
 def sample_position(n: int, index: int, seed: int, *, stream: str = "instance") -> tuple[int, int]:
-    """(which of n records, epoch) of sample number `index` of the endless stream: every epoch is a permutation keyed by (seed, stream, epoch)."""
+    """(which of n records, epoch) of sample number `index` of the endless stream: every epoch is a
+    permutation keyed by (seed, stream, epoch).
+    """
     epoch, place = divmod(index, n)
     return epoch_permutation(n, epoch, seed, stream)[place], epoch
 
@@ -23,8 +27,9 @@ def epoch_permutation(n: int, epoch: int, seed: int, stream: str) -> list[int]:
 class BucketOrder:
     """Steps of `batch` records that share a group (the size they are cut to).
 
-    In an epoch every record comes at least once: each group is shuffled, its last batch filled with further visits of its own records, and the
-    batches of all groups are shuffled. The records that fill are taken in turn, round after round, so that none is favoured in the long run.
+    In an epoch every record comes at least once: each group is shuffled, its last batch filled with
+    further visits of its own records, and the batches of all groups are shuffled. The records that
+    fill are taken in turn, round after round, so that none is favoured in the long run.
     """
 
     def __init__(self, groups: Sequence[Hashable], batch: int, seed: int) -> None:
@@ -53,7 +58,9 @@ class BucketOrder:
         return [made[i] for i in epoch_permutation(self.steps, epoch, self.seed, "batches")]
 
     def _visits(self, n: int, epoch: int, stream: str) -> list[tuple[int, int]]:
-        """One epoch of a group of n: (place in the group, visits before), each place once in keyed order, then those that fill the last batch."""
+        """One epoch of a group of n: (place in the group, visits before), each place once in keyed
+        order, then those that fill the last batch.
+        """
         extra = -n % self.batch
         rounds, rest = divmod(epoch * extra, n)  # of filling, in the epochs before this one
         counts = [epoch + rounds] * n

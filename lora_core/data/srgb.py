@@ -53,7 +53,9 @@ def to_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The image without alpha, and its alpha, from a channel, a palette or a PNG's one transparent value."""
+    """The image without alpha, and its alpha, from a channel, a palette or a PNG's one transparent
+    value.
+    """
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
