@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_core import tokens
 from lora_core.adapters import custom_files, injection
+from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.data.images import read_image
@@ -293,7 +294,7 @@ def _summary_notes(s: Session, note: str) -> dict[str, Any]:
 
 def _save_custom_adapters(s: Session, header: Mapping[str, str]) -> list[Path]:
     """The file of adapters of one's own kind that have no low-rank form; none for a full fine-tune, which is in model/ whole."""
-    if s.config.adapter.kind in injection.KINDS:
+    if s.config.adapter.kind in KINDS:
         return []
     return [
         custom_files.save_adapters(
