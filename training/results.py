@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_core import formats, tokens
 from lora_core.adapters import custom_files, injection
+from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score

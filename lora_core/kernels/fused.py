@@ -45,8 +45,7 @@ def lora_linear(
     DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
     rounded once more than the reference's, before the gain.
     """
-    is_small = weight is not None and weight.numel() <= MERGE_LIMIT
-    if is_small and drop is None and _one_dtype(x, weight, down):
+    if weight is not None and drop is None and _merges(x, weight, down):
         merged = torch.addmm(weight, up, down, alpha=scale)
         if magnitude is not None and norm is not None:
             merged = merged * (magnitude / norm)[:, None]
@@ -84,7 +83,7 @@ def lora_conv(
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
-    if weight is not None and weight.numel() <= MERGE_LIMIT and _one_dtype(x, weight, down):
+    if weight is not None and _merges(x, weight, down):
         merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
             weight.shape
         )
@@ -135,7 +134,7 @@ class _Linear(torch.autograd.Function):
         else:
             # The very call of the base layer, for its very bits.
             y = F.linear(x, weight, bias).contiguous()
-            _flat(y).addmm_(hidden.t(), up, alpha=scale)
+            y.view(-1, up.shape[1]).addmm_(hidden.t(), up, alpha=scale)
         z, gain = None, None
         if weight is not None and magnitude is not None and norm is not None:
             gain = magnitude / norm
@@ -404,9 +403,14 @@ def _exactly(t: Tensor) -> Any:
     return torch.autocast(t.device.type, enabled=False) if _autocasts(t) else nullcontext()
 
 
-def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether nothing is cast: in a half-precision weight the sum would lose a small update."""
+def _merges(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether the weight and its update are added up first: it is small, and nothing is cast.
+
+    In a half-precision weight the sum would lose a small update.
+    """
     dtype = x.dtype
-    if dtype != weight.dtype or dtype != down.dtype or dtype not in WIDE_DTYPES:
+    if weight.numel() > MERGE_LIMIT or dtype not in WIDE_DTYPES:
+        return False
+    if dtype != weight.dtype or dtype != down.dtype:
         return False
     return x.is_meta or not torch.is_autocast_enabled(x.device.type)
