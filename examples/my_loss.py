@@ -1,6 +1,6 @@
 """A custom loss: squared error that also compares edges.
 
-    python train.py configs/toy_pti.toml --loss examples/my_loss.py:edges --out runs/edges
+python train.py configs/toy_pti.toml --loss examples/my_loss.py:edges --out runs/edges
 """
 
 from torch import Tensor

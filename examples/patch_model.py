@@ -1,6 +1,6 @@
 """Apply a run's LoRA and tokens to a loaded model, generate an image, and undo it.
 
-    python examples/patch_model.py
+python examples/patch_model.py
 """
 
 from lora_core import patch

@@ -83,7 +83,7 @@ def _save_files(
     if model.has_factors:
         return files
     save_trained_model(model, config, folder / "model")
-    if config.adapter.kind in injection.KINDS:  # a full fine-tune is in model/ whole
+    if config.adapter.kind in KINDS:  # a full fine-tune is in model/ whole
         return files
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     return [*files, custom_files.save_adapters(model.adapted, own, learned.metadata)]
