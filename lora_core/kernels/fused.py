@@ -23,6 +23,7 @@ from lora_core.kernels.reference import Drop, Member, wide_dtype
 # to launch: forward + backward at rank 8 takes 0.54-0.86 of the reference's time (64 to 4096 rows,
 # one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
 MERGE_LIMIT = 128 * 128
+WIDE_DTYPES = (torch.float32, torch.float64)
 
 Grads = tuple[Any, ...]  # one for each argument of forward, None where none is wanted
 
@@ -38,17 +39,13 @@ def lora_linear(
     norm: Tensor | None = None,
     drop: Drop | None = None,
 ) -> Tensor:
-    """reference.lora_linear with the update added in place and x read once for it; a small weight is merged with its update instead.
+    """reference.lora_linear with the update added in place and x read once for it.
 
-    Saved for the backward: x, x down^T and, for a DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
+    A small weight is merged with its update instead. Saved for the backward: x, x down^T and, for a
+    DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
     rounded once more than the reference's, before the gain.
     """
-    if (
-        weight is not None
-        and weight.numel() <= MERGE_LIMIT
-        and drop is None
-        and _one_dtype(x, weight, down)
-    ):
+    if weight is not None and drop is None and _merges(x, weight, down):
         merged = torch.addmm(weight, up, down, alpha=scale)
         if magnitude is not None and norm is not None:
             merged = merged * (magnitude / norm)[:, None]
@@ -86,7 +83,7 @@ def lora_conv(
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
-    if weight is not None and weight.numel() <= MERGE_LIMIT and _one_dtype(x, weight, down):
+    if weight is not None and _merges(x, weight, down):
         merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
             weight.shape
         )
@@ -126,34 +123,27 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.drop, ctx.up_dtype = scale, (p, seed, layer), up.dtype
-        dropped = (
-            x
-            if step is None or rows is None
-            else reference.keyed_dropout(x, p, seed, layer, step, rows)
-        )
-        down, up = (
-            down.to(x.dtype),
-            up.t().to(x.dtype, memory_format=torch.contiguous_format),
-        )  # up [r, out] from here on
+        dropped = x
+        if step is not None and rows is not None:
+            dropped = reference.keyed_dropout(x, p, seed, layer, step, rows)
+        down = down.to(x.dtype)
+        up = up.t().to(x.dtype, memory_format=torch.contiguous_format)  # [r, out]
         hidden = F.linear(down, _flat(dropped))  # [r, m]
         if weight is None:
             y = (hidden.t() @ up).mul_(scale).view(*x.shape[:-1], up.shape[1])
         else:
-            y = F.linear(
-                x, weight, bias
-            ).contiguous()  # the very call of the base layer, for its very bits
-            _flat(y).addmm_(hidden.t(), up, alpha=scale)
+            # The very call of the base layer, for its very bits.
+            y = F.linear(x, weight, bias).contiguous()
+            y.view(-1, up.shape[1]).addmm_(hidden.t(), up, alpha=scale)
         z, gain = None, None
         if weight is not None and magnitude is not None and norm is not None:
             gain = magnitude / norm
             z = _flat(y)
-            y = _affine(
-                z,
-                gain,
-                None
-                if bias is None
-                else torch.addcmul(bias.to(gain.dtype), bias.to(gain.dtype), gain, value=-1),
-            ).view(y.shape)
+            offset = None
+            if bias is not None:  # bias (1 - gain): the gain leaves the bias alone
+                wide = bias.to(gain.dtype)
+                offset = torch.addcmul(wide, wide, gain, value=-1)
+            y = _affine(z, gain, offset).view(y.shape)
         ctx.save_for_backward(x, weight, bias, down, up, hidden, z, gain, norm, step, rows)
         return y
 
@@ -163,17 +153,8 @@ class _Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         x, weight, bias, down, up, hidden, z, gain, norm, step, rows = ctx.saved_tensors
-        (
-            wants_x,
-            wants_weight,
-            wants_bias,
-            wants_down,
-            wants_up,
-            _,
-            wants_magnitude,
-            wants_norm,
-            *_,
-        ) = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, wants_down, wants_up, _, *others = ctx.needs_input_grad
+        wants_magnitude, wants_norm, *_ = others
         d_x = d_weight = d_bias = d_down = d_up = d_magnitude = d_norm = None
         with _exactly(dy):
             dy = _flat(dy)
@@ -185,44 +166,24 @@ class _Linear(torch.autograd.Function):
                 d_norm = -d_gain * gain / norm if wants_norm else None
                 dy = _affine(dy, gain, None)
             p, seed, layer = ctx.drop
-            keep = (
-                None
-                if step is None
-                else reference.keyed_dropout(torch.ones_like(x), p, seed, layer, step, rows) != 0
-            )
+            keep = None
+            if step is not None:
+                ones = torch.ones_like(x)
+                keep = reference.keyed_dropout(ones, p, seed, layer, step, rows) != 0
             if wants_up:
                 d_up = _scaled((hidden @ dy).t(), ctx.up_dtype, ctx.scale)
             if wants_weight:
                 d_weight = dy.t() @ _flat(x)
             if wants_x or wants_down:
                 back = F.linear(up, dy)  # [r, m]
-                d_down = (
-                    _scaled(back @ _flat(_dropped(x, keep, p)), ctx.up_dtype, ctx.scale)
-                    if wants_down
-                    else None
-                )
-                d_x = (
-                    _input_gradient(
-                        dy, weight, back, down, ctx.scale, None if keep is None else _flat(keep), p
-                    ).view(x.shape)
-                    if wants_x
-                    else None
-                )
-        return (
-            d_x,
-            d_weight,
-            d_bias,
-            d_down,
-            d_up,
-            None,
-            d_magnitude,
-            d_norm,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+                if wants_down:
+                    d_down = back @ _flat(_dropped(x, keep, p))
+                    d_down = _scaled(d_down, ctx.up_dtype, ctx.scale)
+                if wants_x:
+                    kept = None if keep is None else _flat(keep)
+                    d_x = _input_gradient(dy, weight, back, down, ctx.scale, kept, p).view(x.shape)
+        d_factors = d_down, d_up, None, d_magnitude, d_norm
+        return d_x, d_weight, d_bias, *d_factors, None, None, None, None, None
 
 
 def _input_gradient(
@@ -442,6 +403,14 @@ def _exactly(t: Tensor) -> Any:
     return torch.autocast(t.device.type, enabled=False) if _autocasts(t) else nullcontext()
 
 
-def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether nothing is cast: in a half-precision weight the sum would lose a small update."""
-    return x.dtype == weight.dtype == down.dtype == wide_dtype(x.dtype) and not _autocasts(x)
+def _merges(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether the weight and its update are added up first: it is small, and nothing is cast.
+
+    In a half-precision weight the sum would lose a small update.
+    """
+    dtype = x.dtype
+    if weight.numel() > MERGE_LIMIT or dtype not in WIDE_DTYPES:
+        return False
+    if dtype != weight.dtype or dtype != down.dtype:
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)

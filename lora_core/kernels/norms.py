@@ -51,16 +51,17 @@ NormLayer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """reference.dora_norm by blocks of rows on the CPU, differentiable in down and up; the reference itself elsewhere, for groups and for a weight
-    that wants a gradient."""
-    if (
-        weight.device.type != "cpu"
-        or count_groups(down, up) != 1
-        or weight.requires_grad
-        or not weight.numel()
-    ):
+    """reference.dora_norm by blocks of rows on the CPU, differentiable in down and up.
+
+    The reference itself elsewhere, for groups and for a weight that wants a gradient.
+    """
+    grouped = count_groups(down, up) != 1
+    if weight.device.type != "cpu" or grouped or weight.requires_grad or not weight.numel():
         return reference.dora_norm(weight, down, up, scale)
-    return _tiled(weight, down, up, float(scale))
+    wants_gradient = (down.requires_grad or up.requires_grad) and torch.is_grad_enabled()
+    if wants_gradient or torch.compiler.is_compiling():
+        return _tiled(weight, down, up, float(scale))
+    return _norms_by_blocks(weight, down, up, scale)  # without the registered op's 60 us
 
 
 def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
@@ -70,17 +71,25 @@ def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("lora_core::dora_norm_blocks", mutates_args=())
 def _tiled(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    return _norms_by_blocks(weight, down, up, scale)
+
+
+def _norms_by_blocks(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     dtype = wide_dtype(weight.dtype)
-    with without_autocast(weight):
-        w, a, b = weight.flatten(1), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
-        rows, columns = w.shape
-        step = _block(rows, columns)
-        tile, norms = w.new_empty(step, columns, dtype=dtype), w.new_empty(rows, dtype=dtype)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            block = tile[: stop - start].copy_(w[start:stop]).addmm_(b[start:stop], a, alpha=scale)
-            torch.linalg.vector_norm(block, dim=1, out=norms[start:stop])
-        return norms
+    if torch.is_autocast_enabled("cpu"):
+        with without_autocast(weight):
+            return _norms_by_blocks(weight, down, up, scale)
+    w, a, b = weight.flatten(1), down.flatten(1).to(dtype), up.flatten(1).to(dtype)
+    rows, columns = w.shape
+    step = _block(rows, columns)
+    if step == rows:
+        return torch.linalg.vector_norm(torch.addmm(w.to(dtype), b, a, alpha=scale), dim=1)
+    tile, norms = w.new_empty(step, columns, dtype=dtype), w.new_empty(rows, dtype=dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = tile[: stop - start].copy_(w[start:stop]).addmm_(b[start:stop], a, alpha=scale)
+        torch.linalg.vector_norm(block, dim=1, out=norms[start:stop])
+    return norms
 
 
 @_tiled.register_fake
