@@ -18,17 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lora_core.kernels import (
-    fused,
-    linear_shapes,
-    loops,
-    norms,
-    op_examples,
-    reference,
-    squares,
-    steps,
-    winners,
-)
+from lora_core.kernels import fused, loops, norms, reference, squares, steps, winners
 from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import HAS_TRITON
 from lora_core.kernels.modes import current_mode, dispatch, set_mode, use_kernels
@@ -75,8 +65,11 @@ class OpTable(dict[str, Op]):
         dispatch.generation += 1
 
 
-def triton_function(module: str, name: str) -> Callable[..., Any]:
-    """lora_core.kernels.<module>.<name>, imported when it is first called: it needs Triton."""
+def lazy_function(module: str, name: str) -> Callable[..., Any]:
+    """lora_core.kernels.<module>.<name>, imported when it is first called.
+
+    For the functions that need Triton, or that only tests and benchmarks call.
+    """
 
     def run(*args: Any) -> Any:
         return (_imported.get((module, name)) or _import_function(module, name))(*args)
@@ -110,76 +103,76 @@ _warned: set[str] = set()
 OPS = OpTable(
     lora_linear=Op(
         reference.lora_linear,
-        op_examples.linear_example,
+        lazy_function("op_examples", "linear_example"),
         fused.lora_linear,
-        triton_function("linear", "lora_linear"),
-        linear_shapes.linear_supports,
+        lazy_function("linear", "lora_linear"),
+        lazy_function("linear_shapes", "linear_supports"),
         winners.linear_class,
     ),
     lora_grouped=Op(
         reference.lora_grouped,
-        op_examples.grouped_example,
+        lazy_function("op_examples", "grouped_example"),
         fused.lora_grouped,
-        triton_function("linear", "lora_grouped"),
-        linear_shapes.grouped_supports,
+        lazy_function("linear", "lora_grouped"),
+        lazy_function("linear_shapes", "grouped_supports"),
         winners.grouped_class,
     ),
     lora_conv=Op(
         reference.lora_conv,
-        op_examples.conv_example,
+        lazy_function("op_examples", "conv_example"),
         fused.lora_conv,
-        triton_function("linear", "lora_conv"),
-        linear_shapes.conv_supports,
-        linear_shapes.conv_class,
+        lazy_function("linear", "lora_conv"),
+        lazy_function("linear_shapes", "conv_supports"),
+        winners.conv_class,
     ),
     dora_norm=Op(
         reference.dora_norm,
-        op_examples.norm_example,
+        lazy_function("op_examples", "norm_example"),
         norms.dora_norm,
-        triton_function("dora", "dora_norm"),
-        triton_function("dora", "norm_refusal"),
+        lazy_function("dora", "dora_norm"),
+        lazy_function("dora", "norm_refusal"),
     ),
     dora_norms=Op(
         reference.dora_norms,
-        op_examples.norms_example,
+        lazy_function("op_examples", "norms_example"),
         norms.dora_norms,
-        triton_function("dora", "dora_norms"),
-        triton_function("dora", "norms_refusal"),
+        lazy_function("dora", "dora_norms"),
+        lazy_function("dora", "norms_refusal"),
     ),
     dora_compose=Op(
         reference.dora_compose,
-        op_examples.compose_example,
+        lazy_function("op_examples", "compose_example"),
         fused.dora_compose,
-        triton_function("compose", "dora_compose"),
-        triton_function("compose", "compose_refusal"),
+        lazy_function("compose", "dora_compose"),
+        lazy_function("compose", "compose_refusal"),
     ),
     keyed_dropout=Op(
         reference.keyed_dropout,
-        op_examples.dropout_example,
+        lazy_function("op_examples", "dropout_example"),
         None,
-        triton_function("dropout", "keyed_dropout"),
-        triton_function("dropout", "dropout_refusal"),
+        lazy_function("dropout", "keyed_dropout"),
+        lazy_function("dropout", "dropout_refusal"),
     ),
     snr_weighted_mse=Op(
         reference.snr_weighted_mse,
-        op_examples.mse_example,
+        lazy_function("op_examples", "mse_example"),
         squares.snr_weighted_mse,
-        triton_function("loss", "snr_weighted_mse"),
-        triton_function("loss", "mse_refusal"),
+        lazy_function("loss", "snr_weighted_mse"),
+        lazy_function("loss", "mse_refusal"),
     ),
     prodigy_step=Op(
         steps.prodigy_step,
         steps.prodigy_example,
         loops.fused_prodigy_step,
-        triton_function("optimizers", "triton_prodigy_step"),
-        triton_function("optimizers", "prodigy_refusal"),
+        lazy_function("optimizers", "triton_prodigy_step"),
+        lazy_function("optimizers", "prodigy_refusal"),
     ),
     adamw_step=Op(
         steps.adamw_step,
         steps.adamw_example,
         loops.fused_adamw_step,
-        triton_function("optimizers", "triton_adamw_step"),
-        triton_function("optimizers", "adamw_refusal"),
+        lazy_function("optimizers", "triton_adamw_step"),
+        lazy_function("optimizers", "adamw_refusal"),
     ),
 )
 

@@ -78,7 +78,10 @@ def lora_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """reference.lora_conv with the update added in place; by one convolution with W + scale up down where that weight is small."""
+    """reference.lora_conv with the update added in place.
+
+    By one convolution with W + scale up down where that weight is small.
+    """
     if groups != 1 or isinstance(padding, str) or x.ndim != 4:
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups

@@ -279,7 +279,7 @@ def contract_rows(
     )
     mask = wanted[:, None] & ranked[None, :]
     mine = store_sum(total, to, mask, piled, at, work.stack, group, work.parts, counter, BN, BR)
-    if len(members.norm) > 0:  # noqa: SIM102 (this is known when it is compiled, mine is not)
+    if len(members.norm) > 0:  # known when it is compiled, `mine` is not
         if mine:
             store_gain_gradients(
                 members, piled, member, moment, gain, norm, n, plain, guard, work, BN

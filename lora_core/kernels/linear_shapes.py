@@ -5,9 +5,7 @@ Needs no Triton.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,26 +71,6 @@ def resolve_padding(
         return (0,) * len(kernel)
     both = [d * (k - 1) for k, d in zip(kernel, dilation)]
     return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
-
-
-def conv_class(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: float,
-    *geometry: Any,
-) -> str:
-    """The class of lora_conv's arguments.
-
-    The kernel's size, input pixels, in, out and rank, rounded up to powers of two, and the stride.
-    """
-    kernel = "x".join(map(str, down.shape[2:]))
-    sizes = len(x) * math.prod(x.shape[2:]), x.shape[1], len(up), len(down)
-    pixels, width, out, rank = (1 << max(size - 1, 0).bit_length() for size in sizes)
-    stride = "x".join(map(str, geometry[0]))
-    return f"{kernel} {pixels},{width},{out} rank {rank} stride {stride}"
 
 
 def _refusal(

@@ -35,7 +35,7 @@ dispatch = Dispatch()
 
 
 def current_mode() -> str:
-    """The mode in force: the innermost `use_kernels`, else `set_mode`, else LORA_KERNELS, else auto.
+    """The mode in force: of the innermost `use_kernels`, `set_mode`, LORA_KERNELS, or auto.
 
     Raises UserError for a LORA_KERNELS that is none of MODES.
     """

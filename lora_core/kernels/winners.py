@@ -11,6 +11,7 @@ A choice costs about a microsecond.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,6 +143,26 @@ def grouped_class(x: Tensor, members: tuple[Any, ...]) -> str:
     kind = "lora" if all(m.magnitude is None for m in members) else "dora"
     sizes = ",".join(str(_power_of_two(size)) for size in (rows, width, out))
     return f"{kind} {len(members)} of {sizes} rank {_power_of_two(rank)}"
+
+
+def conv_class(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    *geometry: Any,
+) -> str:
+    """The class of lora_conv's arguments.
+
+    The kernel's size, input pixels, in, out and rank, rounded up to powers of two, and the stride.
+    """
+    kernel = "x".join(map(str, down.shape[2:]))
+    sizes = len(x) * math.prod(x.shape[2:]), x.shape[1], len(up), len(down)
+    pixels, width, out, rank = (_power_of_two(size) for size in sizes)
+    stride = "x".join(map(str, geometry[0]))
+    return f"{kernel} {pixels},{width},{out} rank {rank} stride {stride}"
 
 
 def device_name(kind: str, index: int | None, *, graph: bool = False) -> str:
