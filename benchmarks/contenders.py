@@ -34,10 +34,10 @@ from lora_core.adapters.injection import AdapterSpec
 from lora_core.diffusion import losses, noise, prediction
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
-from lora_core.family import read_json
 from lora_core.kernels import use_kernels
 from lora_core.optim import building, gradients
 from models import flux, load_family, sd
+from models.components import read_json
 from models.published import PUBLISHED_MODELS
 from training import cuda_graph
 

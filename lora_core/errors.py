@@ -1,25 +1,38 @@
-"""Errors that a user can fix, and names as they can be printed."""
+"""Errors that a user can fix, and text that every terminal and file takes."""
 
 
 class UserError(ValueError):
-    """One sentence a user can act on: what was received, what was expected, what to do. Scripts print it and end with status 2."""
+    """One sentence that a user can act on: what was received, what was expected, what to do.
+
+    Scripts print it and end with status 2.
+    """
 
     def __init__(self, sentence: str) -> None:
         super().__init__(printable(sentence))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error without its full stop, to be quoted in a UserError; the
+    name of its class where it has no text.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def printable(text: object) -> str:
-    """The text with bytes of file names that are no UTF-8 written as \\xe9, so that every terminal and file takes it."""
+    r"""The text with bytes of file names that are not UTF-8 written as \xe9."""
     name = str(text)
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "".join(map(_escaped, name))
+        return "".join(map(_escape_surrogate, name))
     return name
 
 
-def _escaped(character: str) -> str:
-    """A lone surrogate as the byte that it stands for (PEP 383), else as \\ud800; other characters as they are."""
+def _escape_surrogate(character: str) -> str:
+    r"""A lone surrogate as the byte behind it (PEP 383), else as \ud800; other characters as they
+    are.
+    """
     code = ord(character)
     if not 0xD800 <= code <= 0xDFFF:
         return character

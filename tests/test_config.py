@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from infer import Infer
+from lora_core.command_line import parse_command_line
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
-from lora_core.toml import from_table, parse_command_line, read_toml, to_table, to_toml
+from lora_core.toml import from_table, read_toml, to_table, to_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -783,7 +783,7 @@ def test_bad_requests_are_refused_before_any_change(model, settings, message):
     [
         {"rank": 0},
         {"rank": 2.5},
-        {"alpha": 0.0},
+        {"alpha": -1.0},
         {"alpha": float("nan")},
         {"dropout": 1.0},
         {"init": "normal"},

@@ -1,4 +1,6 @@
-"""Noise: the identities of the schedules, diffusers' tables, and numbers that depend on an example's key alone."""
+"""Noise: the identities of the schedules, diffusers' tables, and numbers that depend on an
+example's key alone.
+"""
 
 import math
 
@@ -392,5 +394,5 @@ def test_multires_is_unit_noise_with_low_frequencies_and_keyed_by_row() -> None:
     [{"offset": -1.0}, {"multires_levels": -1}, {"multires_discount": 0.0}, {"perturbation": -0.1}],
 )
 def test_impossible_settings_are_refused(bad: dict) -> None:
-    with pytest.raises(UserError, match="noise settings"):
+    with pytest.raises(UserError, match=f"--noise.{next(iter(bad)).replace('_', '-')} is"):
         NoiseSettings(**bad)

@@ -15,9 +15,9 @@ from lora_core.config import Config, OptimizerConfig, Stage, ValidationConfig
 from lora_core.errors import UserError
 from lora_core.optim import building
 from tests.conftest import final, learned, rows, same
-from training import checkpoints, results, setup
+from tests.opened_run import open_parts
+from training import setup
 from training.optimizer_check import try_optimizer
-from training.setup import Session
 
 SETTINGS = {"denoiser": {"name": "denoiser", "lr": 1e-2}, "tokens": {"name": "tokens", "lr": 1e-3}}
 CPU = torch.device("cpu")
@@ -234,11 +234,11 @@ def test_no_weight_is_read_before(
     ):
         args = {"nesterof": True} if name.endswith("SGD") else {}
         with pytest.raises(UserError, match=said):
-            Session(replace(config, optimizer=OptimizerConfig(name, args=args)))
+            train.train(replace(config, optimizer=OptimizerConfig(name, args=args)))
     with pytest.raises(UserError, match="averages itself"):
-        Session(replace(config, ema=0.5, optimizer=OptimizerConfig(f"{own}:Averaging")))
+        train.train(replace(config, ema=0.5, optimizer=OptimizerConfig(f"{own}:Averaging")))
     with pytest.raises(UserError, match="takes no weight_decay"):
-        Session(
+        train.train(
             replace(
                 config,
                 optimizer=OptimizerConfig("torch.optim.Rprop"),
@@ -310,29 +310,25 @@ def test_looking_at_a_schedule_free_run_does_not_change_it(
 def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trained(
     config: Config, quick: None, own: str
 ) -> None:
-    s = Session(
+    s = open_parts(
         replace(config, optimizer=OptimizerConfig(schedule_free(own)[0], lr={"denoiser": 1e-1}))
     )
-    stage = s.config.stages[0]
-    s.enter(stage)
-    for number, batch in enumerate(s.batches(0, 2)):
-        s.set_rates(stage, number)
-        train.optimizer_step(s, batch, stage, number, train.training_step)
-    params = s.groups["denoiser"]
-    y, x = [p.detach().clone() for p in params], [s.optimizer.state[p]["x"] for p in params]
+    s.take_steps(2)
+    params, optimizer = s.model.groups["denoiser"], s.optimization.optimizer
+    y, x = [p.detach().clone() for p in params], [optimizer.state[p]["x"] for p in params]
     assert any(not torch.equal(a, b) for a, b in zip(x, y))
     inside: list[bool] = []
-    denoise = s.family.denoise
+    denoise = s.model.family.denoise
 
     def look(*a: Any) -> Tensor:
         inside.append(all(torch.allclose(p, mean) for p, mean in zip(params, x)))
         return denoise(*a)
 
-    s.family.denoise = look  # type: ignore[method-assign]
-    results.run_validation(s, 2)
-    checkpoints.write_checkpoint(s, 2)
+    s.model.family.denoise = look  # type: ignore[method-assign]
+    s.log.validate(2, s.scorer)
+    s.checkpoints.write(2, s.log)
     assert inside and all(inside) and all(torch.equal(p, before) for p, before in zip(params, y))
-    assert all(group["train_mode"] for group in s.optimizer.param_groups)
+    assert all(group["train_mode"] for group in optimizer.param_groups)
     kept = learned(Path(config.out))
     assert all(torch.equal(kept[f"groups/denoiser/{i}"], before) for i, before in enumerate(y))
 
@@ -403,7 +399,7 @@ def test_schedules_are_called_before_any_work(
     ):
         if c is not None:
             with pytest.raises(UserError, match=said):
-                Session(c)
+                train.train(c)
 
 
 def test_a_file_is_run_once(own: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
 from lora_core.kernels.flat import FlatParameters
 from lora_core.kernels.optimizer_kernels import (

@@ -1,0 +1,316 @@
+"""Settings of adapters, images, noise and sampling: frozen dataclasses that need no torch.
+
+The sections of a config inherit from these classes, so an option's name, default, help text and
+range are written once. A range is part of the annotation, `Annotated[int, AtLeast(1)]`, and
+`check_options` holds the values to it: at once where Python code makes one of the core's classes,
+and for all sections of a config together once its flags have been read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from lora_core.errors import UserError
+
+# ---------------------------------------------------------------- ranges of numbers
+
+
+class AtLeast(NamedTuple):
+    """The numbers from `low` on; infinity only with `infinite`."""
+
+    low: float
+    infinite: bool = False
+
+    def accepts(self, number: float) -> bool:
+        return number >= self.low
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}"
+
+
+class WholeAtLeast(NamedTuple):
+    """The whole numbers from `low` on, in tables whose values are read as floats."""
+
+    low: int
+    infinite: bool = False
+
+    def accepts(self, number: float) -> bool:
+        return number >= self.low and number % 1 == 0
+
+    def __str__(self) -> str:
+        return f"a whole number of at least {self.low}"
+
+
+class Above(NamedTuple):
+    """The numbers above `low`."""
+
+    low: float
+    infinite: bool = False
+
+    def accepts(self, number: float) -> bool:
+        return number > self.low
+
+    def __str__(self) -> str:
+        return f"a number above {self.low:g}"
+
+
+class Share(NamedTuple):
+    """The numbers between 0 and 1, of which 0 is in the range, or 1, or both."""
+
+    zero: bool = True
+    one: bool = False
+    infinite: bool = False
+
+    def accepts(self, number: float) -> bool:
+        return (0 < number < 1) or (number == 0 and self.zero) or (number == 1 and self.one)
+
+    def __str__(self) -> str:
+        return f"a number in {'[' if self.zero else '('}0, 1{']' if self.one else ')'}"
+
+
+Range = AtLeast | WholeAtLeast | Above | Share
+
+
+class _Option(NamedTuple):
+    """An annotation, taken apart."""
+
+    choices: tuple[Any, ...]  # of a Literal; () for other types
+    range: Range | None  # None: any finite number
+    whole: bool  # an int, which Python code may give as a float all the same
+    checked: bool  # False: arguments of a function, which may be anything
+
+
+def check_options(settings: Any, flags: str) -> None:
+    """Raises UserError for the first option that is not finite, out of range, or not a choice.
+
+    `flags` is how the names of these options begin on the command line, e.g. "--adapter.".
+    """
+    for name, option in _options(settings.__class__).items():
+        value, flag = getattr(settings, name), flags + name.replace("_", "-")
+        if option.choices and value is not None and value not in option.choices:
+            choices = ", ".join(map(str, option.choices))
+            raise UserError(f"{flag} is {value!r}; expected one of {choices}")
+        if option.checked:
+            for label, number in _numbers(value, flag):
+                _check_number(number, label, option)
+
+
+def _check_number(number: float, label: str, option: _Option) -> None:
+    allowed = option.range
+    infinite = allowed is not None and allowed.infinite
+    if math.isnan(number) or (math.isinf(number) and not infinite):
+        raise UserError(f"{label}{number}; expected a finite number")
+    if option.whole and number % 1:
+        raise UserError(f"{label}{number:g}; expected a whole number")
+    if allowed is not None and not allowed.accepts(number):
+        raise UserError(f"{label}{number:g}; expected {allowed}")
+
+
+def _numbers(value: Any, flag: str) -> Iterator[tuple[str, float]]:
+    """(how an error begins, number) of an option that is a number or a table of numbers."""
+    if isinstance(value, dict):
+        for key, number in value.items():
+            if isinstance(number, int | float):
+                yield f"{flag} {key}=", number
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield f"{flag} is ", value
+
+
+@lru_cache(maxsize=32)
+def _options(cls: type) -> dict[str, _Option]:
+    """Name -> annotation, of every option of a settings class."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: _take_apart(hints[f.name]) for f in fields(cls)}
+
+
+def _take_apart(hint: Any) -> _Option:
+    allowed = None
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+        allowed = next((extra for extra in extras if isinstance(extra, Range)), None)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return _Option(choices, allowed, whole=hint is int, checked=hint != dict[str, Any])
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Adapters of one network: their kind, rank, scale and target layers.
+
+    Patterns are globs as in targets.matches; in the two tables a later match overrides an earlier
+    one.
+    """
+
+    targets: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    """Globs of layers that get no adapter although --adapter.targets matches them."""
+    kind: str = "lora"
+    """lora, dora, full (trains the weights themselves, without rank and alpha), or
+    my_adapter.py:Class."""
+    rank: Annotated[int, AtLeast(1)] = 16
+    """Rank of every adapter that --adapter.rank-pattern does not name."""
+    alpha: Annotated[float, AtLeast(0)] = 0.0
+    """Update is alpha / rank * up @ down; 0: alpha = rank."""
+    rank_pattern: Annotated[dict[str, float], WholeAtLeast(1)] = field(default_factory=dict)
+    """Rank per glob, e.g. "*.attn2.*=4"."""
+    alpha_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
+    """Alpha per glob."""
+    dropout: Annotated[float, Share()] = 0.0
+    """Probability that an input element of an adapter is dropped, [0, 1); the frozen layer sees
+    all of them."""
+    rank_dropout: Annotated[float, Share()] = 0.0
+    """Probability that a rank of an adapter is dropped for an image, [0, 1)."""
+    module_dropout: Annotated[float, Share()] = 0.0
+    """Probability that a whole adapter is dropped for an image, [0, 1)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    norm_grad: Literal["detach", "full"] = "detach"
+    """Gradient of a DoRA's row norms: detach treats them as constants (the paper's section 4.3,
+    and peft), full differentiates them (LyCORIS)."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or U(+-1 / sqrt(fan_in)) as kohya and
+    peft."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "--adapter.")
+        self.check_combination()
+
+    def check_combination(self) -> None:
+        """Raises UserError for options that have no effect on this kind of adapter."""
+        if self.kind == "full":
+            self.check_full()
+        if self.norm_grad != "detach" and self.kind == "lora":
+            raise UserError(
+                f"--adapter.norm-grad is {self.norm_grad}, which has no part in --adapter.kind "
+                "lora; leave it out, or use --adapter.kind dora"
+            )
+
+    def check_full(self) -> None:
+        """Raises UserError for options other than targets and exclude that are not the default: a
+        full update has no rank, scale or dropout.
+        """
+        for option in fields(AdapterSpec):
+            default = {} if option.default is MISSING else option.default
+            value = getattr(self, option.name)
+            if option.name not in ("targets", "exclude", "kind") and value != default:
+                raise UserError(
+                    f"--adapter.{option.name.replace('_', '-')} is {value}, which has no part in "
+                    f"--adapter.kind {self.kind}; leave it out"
+                )
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images become squares of `resolution` pixels, or with `buckets` rectangles of about that
+    area.
+    """
+
+    resolution: Annotated[int, AtLeast(1)] = 512
+    """Side of the training square, pixels; with buckets the side of a square of the same area."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut out of the image."""
+    zoom: Annotated[float, AtLeast(1)] = 1.0
+    """A random crop is taken after the image is scaled to cover resolution x u, with u uniform in
+    [1, zoom]."""
+    flip: bool = False
+    """Mirror half of the visits. Leave off for anything with a left and a right: faces, letters,
+    logos."""
+    jitter: bool = False
+    """Change brightness and contrast by up to 10 %."""
+    variants: Annotated[int, AtLeast(0)] = 0
+    """Augmentation repeats after this many visits, so that latents can be cached; 0: always fresh
+    (cached anyway when nothing is random)."""
+    buckets: bool = False
+    """Keep aspect ratios: each image is cut to the nearest of many sizes of about resolution^2
+    pixels, and a batch has one size."""
+    bucket_step: Annotated[int, AtLeast(1)] = 64
+    """Sides of buckets are multiples of this, pixels."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    """How images are resized."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "--data.")
+        self.check_combination()
+
+    def check_combination(self) -> None:
+        """Raises UserError for buckets that no size fits."""
+        if self.buckets and self.bucket_step > self.resolution:
+            raise UserError(
+                f"--data.bucket-step is {self.bucket_step}; "
+                f"expected at most --data.resolution, {self.resolution}"
+            )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two visits to one image can have different pixels."""
+        return self.crop == "random" or self.zoom > 1 or self.flip or self.jitter
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Departures from white noise; zero is off."""
+
+    offset: Annotated[float, AtLeast(0)] = 0.0
+    """Noise offset: strength of one extra random constant per image and channel, in the target too
+    (crosslabs.org, "Diffusion with offset noise")."""
+    multires_levels: Annotated[int, AtLeast(0)] = 0
+    """Coarser octaves of noise that are added ("multi-resolution noise", wandb, and kohya); 0:
+    off."""
+    multires_discount: Annotated[float, Share(zero=False, one=True)] = 0.3
+    """Strength of an octave relative to the next finer one, (0, 1]."""
+    perturbation: Annotated[float, AtLeast(0)] = 0.0
+    """Extra noise on the network's input that the target does not include (gamma of arXiv
+    2301.11706, algorithm 1)."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "--noise.")
+
+
+@dataclass(frozen=True)
+class SamplingMethod:
+    """Sampler, number of steps and guidance."""
+
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral or dpmpp_2m; for flow models ddim and flow_euler are the same
+    method."""
+    steps: Annotated[int, AtLeast(1)] = 25
+    """Sampling steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model (Flux dev) the
+    scale that it takes as an input, usually 3.5."""
+    negative: str = ""
+    """Negative prompt: what guidance steers away from."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings(SamplingMethod):
+    """How images are sampled: method, size, and where sampling begins and changes networks."""
+
+    width: Annotated[int, AtLeast(0)] = 0
+    """Pixels; 0: the model's own resolution."""
+    height: Annotated[int, AtLeast(0)] = 0
+    """Pixels; 0: the model's own resolution."""
+    strength: float = 1.0
+    """Image to image: the share of the sampling steps that is run, (0, 1]; 1 keeps nothing of the
+    first image."""
+    refiner_start: Annotated[float, Share(zero=False)] = 0.8
+    """Share of the steps after which the refiner takes over, (0, 1)."""
+
+
+def scheduler_changes(prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
+    """Keys of a model's scheduler_config.json that the noise options of a run replace.
+
+    `prediction` "model" keeps the model's own.
+    """
+    changes: dict[str, Any] = {}
+    if prediction != "model":
+        changes["prediction_type"] = prediction
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes

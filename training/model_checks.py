@@ -1,0 +1,274 @@
+"""Checks of a config against its data and its model: targets, captions, tokens, sizes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core import tokens
+from lora_core.adapters import custom_files, injection, targets
+from lora_core.adapters.kinds import is_low_rank, kind_class
+from lora_core.adapters.targets import matches_pattern, require_match
+from lora_core.config import AdapterConfig, Config
+from lora_core.data import dataset
+from lora_core.errors import UserError
+from lora_core.settings import AdapterSpec
+from models import Family, Layout
+
+# ---------------------------------------------------------------- adapters
+
+
+def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
+    """Component -> its adapters, as far as the names of a model's layers tell; needs no weights.
+
+    A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a
+    target that matches nothing.
+    """
+    chosen = _choose_targets(c, layout)
+    everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
+    a = c.adapter
+    patterns = {
+        "exclude": a.exclude,
+        "rank-pattern": a.rank_pattern,
+        "alpha-pattern": a.alpha_pattern,
+    }
+    for option, globs in patterns.items():
+        for glob in globs:
+            require_match(glob, everywhere, f"--adapter.{option}")
+    specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
+    if not is_low_rank(kind_class(a.kind)):
+        a.check_full()
+    return specs
+
+
+def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Component that trains -> (globs, paths of the layers that they mean)."""
+    texts = [name for name in layout.presets if name in layout.encoders]
+    denoisers = [name for name in layout.presets if name not in layout.encoders]
+    wanted: dict[str, tuple[str, ...]] = {}
+    if c.trains("denoiser"):
+        wanted |= dict.fromkeys(denoisers, c.adapter.targets)
+    if c.trains("text_encoder"):
+        wanted |= dict.fromkeys(texts, c.adapter.text_targets)
+    return {name: _match_targets(layout, name, names) for name, names in wanted.items()}
+
+
+def _match_targets(
+    layout: Layout, component: str, names: Sequence[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """(globs, layers) that the targets mean in a component."""
+    presets, part = layout.presets[component], layout.component(component)
+    paths = [path.removeprefix(part.module_prefix) for path in part.shapes]
+    globs: list[str] = []
+    for name in names:
+        is_word = name not in presets and re.fullmatch(r"[\w-]+", name)
+        if is_word and not any(matches_pattern(path, name) for path in paths):
+            raise UserError(
+                f"{name!r} is no layer of {component} and none of its presets, "
+                f"which are {', '.join(presets)}"
+            )
+        globs += presets.get(name, (name,))
+    return tuple(globs), targets.select_paths(paths, globs)
+
+
+def _component_spec(a: AdapterConfig, globs: tuple[str, ...], paths: Sequence[str]) -> AdapterSpec:
+    """The adapters of one component: its globs, and those patterns that match one of its paths."""
+
+    def is_here(pattern: str) -> bool:
+        return any(matches_pattern(path, pattern) for path in paths)
+
+    values = {f.name: getattr(a, f.name) for f in fields(AdapterSpec)}
+    values["targets"] = globs
+    values["exclude"] = tuple(filter(is_here, a.exclude))
+    for table in ("rank_pattern", "alpha_pattern"):
+        values[table] = {glob: x for glob, x in getattr(a, table).items() if is_here(glob)}
+    return AdapterSpec(**values)
+
+
+def report_adapters(
+    c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]
+) -> bool:
+    """Whether the adapters have a low-rank form; prints their layers and numbers of parameters,
+    and the files that are written where they have none.
+
+    Raises UserError for adapters that could not be written in any form.
+    """
+    has_factors = all(custom_files.has_factors(module) for module in trained.values())
+    rank = f", rank {c.adapter.rank}" if has_factors else ""
+    for name, module in trained.items():
+        count = sum(p.numel() for p in injection.adapter_parameters(module))
+        layers = targets.target_summary(paths[name])
+        print(f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {layers}")
+    if not has_factors:
+        custom_files.check_custom_kind(trained, c.adapter.kind, Path(c.out).resolve().name)
+    return has_factors
+
+
+# ---------------------------------------------------------------- the model
+
+
+def check_model(c: Config, family: Family) -> None:
+    """Raises UserError for options that this model cannot follow or that do nothing on it.
+
+    Prints how dropped captions are encoded.
+    """
+    _check_sizes(c, family)
+    if c.noise.zero_terminal_snr and family.prediction == "epsilon":
+        raise UserError(
+            "--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; "
+            "add --noise.prediction v_prediction"
+        )
+    if family.schedule.kind != "flow" and (c.noise.dynamic_shift or c.noise.shift != 1):
+        raise UserError(
+            "--noise.shift and --noise.dynamic-shift have no effect on this model, "
+            "which is no flow model; leave them out"
+        )
+    if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
+        raise UserError(
+            "--noise.guidance has no effect on this model, which takes no guidance scale as an "
+            "input; leave it out"
+        )
+    if c.data.dropped != "model" and not family.zeros:
+        raise UserError(
+            f"--data.dropped {c.data.dropped} has no effect on this model, "
+            "which samples an empty prompt with its encoding; leave it out"
+        )
+    if c.samples.negative and family.distilled_guidance:
+        raise UserError(
+            "--samples.negative has no effect on a guidance-distilled model; leave it out"
+        )
+    if c.data.caption_dropout:
+        encoding = "zeros" if drops_to_zeros(c, family) else "the encoding of the empty prompt"
+        print(f"dropped captions: {encoding}")
+
+
+def _check_sizes(c: Config, family: Family) -> None:
+    """Raises UserError for sides of images and numbers of bins that this model does not have."""
+    sides = {"resolution": c.data.resolution}
+    if c.data.buckets:
+        sides["bucket-step"] = c.data.bucket_step
+    for option, side in sides.items():
+        if side % family.multiple:
+            raise UserError(
+                f"--data.{option} {side} is no multiple of {family.multiple}, "
+                "which the sides of this model's images must be"
+            )
+    timesteps = len(family.schedule)
+    if c.validation.every >= 0 and c.validation.bins > timesteps:
+        raise UserError(
+            f"--validation.bins is {c.validation.bins}, more than the {timesteps} timesteps of "
+            "this model, each of which is a bin of its own then; lower it"
+        )
+
+
+def drops_to_zeros(c: Config, family: Family) -> bool:
+    """Whether dropped captions get a conditioning of zeros."""
+    return c.data.caption_dropout > 0 and bool(family.zeros) and c.data.dropped != "empty"
+
+
+# ---------------------------------------------------------------- captions and tokens
+
+
+def check_masks(c: Config, images: dataset.ImageDataset) -> None:
+    """Raises UserError where masks that some images may lack are absent everywhere."""
+    if c.data.masks in ("auto", "any") and not images.has_masks:
+        raise UserError(
+            f"--data.masks {c.data.masks} finds no mask for any image; "
+            "add NAME.mask.png next to NAME or leave --data.masks out"
+        )
+
+
+def swap_words(caption: str, swap: Mapping[str, str]) -> str:
+    """The caption with each placeholder word replaced by its class."""
+    classes = [tokens.Placeholder(word, (name,)) for word, name in swap.items()]
+    return tokens.bind_placeholders(caption, classes)
+
+
+def token_initializers(c: Config) -> dict[str, str]:
+    """Placeholder word -> its initializer.
+
+    Raises UserError for a word given twice, or as many initializers as fit neither one nor all.
+    """
+    words, inits = c.tokens.words, c.tokens.init
+    if len(set(words)) != len(words):
+        raise UserError(f"--tokens.words has a word twice: {' '.join(words)}")
+    if len(inits) not in (1, len(words)):
+        raise UserError(
+            f"--tokens.init has {len(inits)} entries for {len(words)} words; "
+            "give one for all or one each"
+        )
+    return dict(zip(words, inits if len(inits) == len(words) else inits * len(words)))
+
+
+def check_placeholder(records: Sequence[dataset.Record], word: str) -> None:
+    """Raises UserError when no caption has the placeholder word; prints a warning with the number
+    of images when some lack it.
+    """
+    captions = chain.from_iterable(record.captions for record in records)
+    if not any(tokens.has_placeholder(caption, word) for caption in captions):
+        raise UserError(
+            f"no caption has the placeholder word {word}, so its tokens would learn nothing; "
+            "write it into the captions or set --tokens.words"
+        )
+    if lacking := dataset.images_missing_word(records, word):
+        total = len({record.path for record in records})
+        print(
+            f"warning: {len(lacking)} of {total} images have captions without the placeholder word "
+            f"{word}, first {lacking[0].name}",
+            file=sys.stderr,
+        )
+
+
+def check_token_limit(
+    family: Family,
+    embeddings: Mapping[str, Any],
+    placeholders: Sequence[tokens.Placeholder],
+    records: Sequence[dataset.Record],
+) -> None:
+    """Raises UserError for a learned token that every caption loses to the text encoder's limit;
+    prints a warning where some do.
+
+    `embeddings`: the text encoders that learn token rows, by name.
+    """
+    image_of: dict[str, str] = {}  # caption -> name of its image
+    for record in records:
+        image_of |= dict.fromkeys(record.captions, record.path.name)
+    limits = _token_limits(family)
+    for name in embeddings:
+        tokenizer, limit = family.tokenizers[name], limits[name]
+        # caption -> token -> whether it is cut off
+        found = {
+            caption: tokens.truncated_tokens(caption, placeholders, tokenizer, limit)
+            for caption in image_of
+        }
+        reader = f"the {limit} tokens that {name} reads"
+        cut = [caption for caption, is_cut in found.items() if any(is_cut.values())]
+        for placeholder in placeholders:
+            for token in placeholder.names:
+                lost = [is_cut[token] for is_cut in found.values() if token in is_cut]
+                if lost and all(lost):
+                    raise UserError(
+                        f"the token {token} of {placeholder.word} lies beyond {reader} in every "
+                        f"caption, first of {image_of[cut[0]]}, so it would learn nothing; write "
+                        f"{placeholder.word} nearer the beginning or shorten the captions"
+                    )
+        if cut:
+            print(
+                f"warning: {len(cut)} of {len(image_of)} captions lose learned tokens beyond "
+                f"{reader}, first of {image_of[cut[0]]}; "
+                "write the placeholder word nearer the beginning",
+                file=sys.stderr,
+            )
+
+
+def _token_limits(family: Family) -> dict[str, int]:
+    """Text encoder -> the number of tokens that it reads."""
+    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # tokenizers' order
+    return {name: rows.shape[1] for name, rows in zip(family.tokenizers, ids, strict=True)}
