@@ -1,10 +1,11 @@
-"""Messages advise only what the parsers take: every flag that a message names exists, and so does the value beside it."""
+"""Every flag that a message names exists, and so does the value next to it."""
 
 import argparse
 import ast
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -50,11 +51,9 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
 def choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return (
-        tuple(c for part in get_args(kind) for c in choices(part))
-        if get_origin(kind) in (tuple, Union, type(int | str))
-        else ()
-    )
+    if get_origin(kind) not in (tuple, Union, type(int | str)):
+        return ()
+    return tuple(chain.from_iterable(map(choices, get_args(kind))))
 
 
 def merge_flags() -> Iterator[str]:
@@ -67,11 +66,8 @@ def merge_flags() -> Iterator[str]:
                 command(parser)
             except TypeError:
                 continue
-            yield from (
-                option.removeprefix("--")
-                for action in parser._actions
-                for option in action.option_strings
-            )
+            for action in parser._actions:
+                yield from (option.removeprefix("--") for option in action.option_strings)
 
 
 CONFIG = dict(options(Config))
@@ -81,21 +77,17 @@ READ_BY_HAND = {
     "infer.py": {"from"},
     "seed.py": {"with_text_lora"},
 }
-SPEAKING = [
-    path for path in PRODUCT if path.parent.name != "kernels"
-]  # those name flags of compilers and of their own command lines
+# Kernels name flags of compilers and of their own command lines.
+SPEAKING = [path for path in PRODUCT if path.parent.name != "kernels"]
 
 
 def messages(path: Path) -> Iterator[str]:
     """The string constants of a file that are no docstrings, an f-string as one."""
     tree = ast.parse(path.read_text())
-    inside = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in ast.walk(node)
-        if part is not node
-    }
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inside |= {id(part) for part in ast.walk(node) if part is not node}
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
