@@ -19,7 +19,6 @@ from lora_core.errors import UserError
 from models import load_family
 from tests.conftest import final, same
 from training import setup
-from training.setup import Session
 
 IA3 = "examples/my_adapter.py:IA3"
 # the same without saying low_rank: factors are asked for, and there are none
@@ -213,7 +212,7 @@ def test_a_kind_that_is_wrong_is_refused_before_any_weight(
     ]
     for change, said in cases:
         with pytest.raises(UserError, match=said):
-            Session(replace(config, adapter=replace(config.adapter, **change)))
+            train.train(replace(config, adapter=replace(config.adapter, **change)))
 
 
 def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""data, records, captions, images: what is read from disk, what is refused, and that every choice depends on the example alone."""
+"""data, records, captions, images: what is read from disk, what is refused, and that every choice
+depends on the example alone.
+"""
 
 import json
 import random
@@ -11,10 +13,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from lora_core.data import dataset
+from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import (
     ImageDataset,
     ImageSettings,
-    TensorCache,
     images_missing_word,
     iterate_batches,
     sample_position,
@@ -161,7 +163,9 @@ def test_a_named_column_and_a_csv_table(folder):
 
 
 def test_caption_dropout_is_drawn_by_the_example_alone(folder):
-    """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and cache keys stay, prior rows keep theirs."""
+    """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and
+    cache keys stay, prior rows keep theirs.
+    """
     records = scan_folder(folder)
     plain, dropped = ImageDataset(records, WILD), ImageDataset(records, WILD, caption_dropout=0.3)
     lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
@@ -645,7 +649,7 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert (
         made._recent.bytes
-        == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
+        == sum(p.image.width * p.image.height * 4 for p in made._recent._images.values())
         > 0
     )
     bounded = ImageDataset(made.records, made.settings)
@@ -699,7 +703,9 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
 
 
 def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_path):
-    """The public defect: a cache filled in one order and read in another. Here the 'latents' are the pixels' own mean."""
+    """The public defect: a cache filled in one order and read in another. Here the 'latents' are
+    the pixels' own mean.
+    """
     made = ImageDataset(scan_folder(folder), replace(WILD, variants=2))
     for cache in (TensorCache({"vae": "x"}), TensorCache({"vae": "x"}, tmp_path / "cache")):
         computed = 0
@@ -724,9 +730,11 @@ def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_p
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
 def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide):
-    """Filled in one order, read in another batch size, seed and stage: each row meets the caption, crop and size of the pixels it was made from.
+    """Filled in one order, read in another batch size, seed and stage: each row meets the caption,
+    crop and size of the pixels it was made from.
 
-    The public scripts read a list of batches by step number while the loader shuffles anew; on this stream that gives other rows.
+    The public scripts read a list of batches by step number while the loader shuffles anew; on this
+    stream that gives other rows.
     """
     made = ImageDataset(scan_folder(folder), replace(WILD, variants=2, buckets=wide, bucket_step=2))
     records = {r.key: r for r in made.records}
@@ -762,7 +770,9 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
 def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
-    """Rows are i..i c..c in every member of a batch; the public scripts' captions i c i c would meet other pixels."""
+    """Rows are i..i c..c in every member of a batch; the public scripts' captions i c i c would
+    meet other pixels.
+    """
     for i in range(3):
         save(noise_image(9, 9 + i, 20 + i), tmp_path / "class" / f"{i}.png")
         (tmp_path / "class" / f"{i}.txt").write_text(f"a dog {i}")

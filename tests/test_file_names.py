@@ -1,4 +1,6 @@
-"""names: the rule that tells file names that somebody wrote from those of cameras and programs, as a table."""
+"""names: the rule that tells file names that somebody wrote from those of cameras and programs, as
+a table.
+"""
 
 import pytest
 

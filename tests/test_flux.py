@@ -1,4 +1,6 @@
-"""models/flux.py against diffusers' FluxPipeline: packing, one call, prompts, pictures; names against its reader of the original weights."""
+"""models/flux.py against diffusers' FluxPipeline: packing, one call, prompts, pictures; names
+against its reader of the original weights.
+"""
 
 import copy
 import json
@@ -55,7 +57,7 @@ def levels(x):
 
 def informed(family, prompts=PROMPTS, guidance=3.5):
     return family.add_size_embeddings(
-        family.encode_prompts(prompts), Sizes.whole(16, 24, len(prompts)), guidance
+        family.encode_prompts(prompts), Sizes.uncropped(16, 24, len(prompts)), guidance
     )
 
 
@@ -141,7 +143,9 @@ def test_latents_are_shifted_and_scaled(dev):
 
 
 def test_precision_reaches_the_networks_but_not_the_vae_and_the_level(folders, monkeypatch):
-    """Of 1000 sigmas 1000 reach the network; rounded to bf16 half of them would be gone (semantics, trap 20)."""
+    """Of 1000 sigmas 1000 reach the network; rounded to bf16 half of them would be gone (semantics,
+    trap 20).
+    """
     family = load_family(
         folders["dev"][0], LoadOptions(dtype=torch.bfloat16, max_sequence_length=8)
     )
@@ -235,7 +239,9 @@ def test_image_to_image_equals_the_pipeline(folders):
 
 
 def test_trap_20_sigmas_run_as_in_the_pipeline(both):
-    """Our sigma times 1000 is the timestep of diffusers, 1 is noise, and the network sees it where the pipeline's network does."""
+    """Our sigma times 1000 is the timestep of diffusers, 1 is noise, and the network sees it where
+    the pipeline's network does.
+    """
     family, pipe = both
     seen, calls = [], []
     hooks = [m.register_forward_pre_hook(lambda _m, _a, kw, to=to: to.append(kw["timestep"]), with_kwargs=True)
@@ -335,7 +341,9 @@ def test_attention_maps_are_the_probabilities_of_the_double_blocks(dev):
 
 
 def test_trap_12_the_pooled_vector_is_read_at_the_first_end_of_text(tmp_path):
-    """A legacy config says eos_token_id 2; transformers then takes the largest id, which is a learned token."""
+    """A legacy config says eos_token_id 2; transformers then takes the largest id, which is a
+    learned token.
+    """
     tiny_flux.save(tmp_path)
     file = tmp_path / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 2}))
@@ -449,7 +457,9 @@ def test_presets_match_as_many_modules_as_the_peers_do(full):
 
 
 def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
-    """Every module of a full-width model with two blocks of each kind: diffusers' reader of original checkpoints is the judge."""
+    """Every module of a full-width model with two blocks of each kind: diffusers' reader of
+    original checkpoints is the judge.
+    """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             num_layers=2, num_single_layers=2, guidance_embeds=True

@@ -1,4 +1,5 @@
-"""Image files of every mode, bit depth, profile and orientation against littleCMS, the PNG specification and public formulas.
+"""Image files of every mode, bit depth, profile and orientation against littleCMS, the PNG
+specification and public formulas.
 
 Masks: their greys, what a crop leaves of them, and masked beside whole images.
 """
@@ -53,7 +54,8 @@ PRIMARIES = {  # columns of RGB to XYZ under D50
 }
 
 
-# ---------------------------------------------------------------- profiles and PNG files, from their specifications
+# ---------------------------------------------------------------- profiles and PNG files, from
+# their specifications
 
 
 def icc(space: bytes, pcs: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr") -> bytes:
@@ -219,7 +221,9 @@ def test_orientations_of_every_format(tmp_path, suffix):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_profile_alpha_and_orientation_together(tmp_path, orientation):
-    """White below what is transparent is white of sRGB, not of the profile; the alpha itself is no colour."""
+    """White below what is transparent is white of sRGB, not of the profile; the alpha itself is no
+    colour.
+    """
     image, alpha, profile = noise(9, 6), noise(9, 6, "L", 1), rgb_profile("Display P3")
     both = image.copy()
     both.putalpha(alpha)
@@ -340,7 +344,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
         assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
-        said.count("warning: the colour profile of") == 1
+        said.count("warning: the color profile of") == 1
         and "x.tiff" in said
         and reason in said
         and "taken as sRGB" in said
@@ -704,7 +708,10 @@ def test_a_mask_outside_the_centre_crop_moves_the_crop_and_is_counted(tmp_path, 
     for seed, visit in ((0, 5), (3, 0)):  # cached latents have neither in their key
         again = ImageDataset(records, ImageSettings(64), seed=seed).example(0, visit)
         assert again.crop == moved.crop
-    said = "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; they are cropped around their masks instead"
+    said = (
+        "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; "
+        "they are cropped around their masks instead"
+    )
     assert describe_moved_crops(folder).startswith(
         said
     ) and "--data.buckets" in describe_moved_crops(folder)
@@ -838,7 +845,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs._sharpen_mask(mask, temperature)
+        raised = step_inputs.sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was

@@ -1,4 +1,6 @@
-"""listing, records, captions: what each file of a folder is to a training, in the layouts that people and other tools leave."""
+"""listing, records, captions: what each file of a folder is to a training, in the layouts that
+people and other tools leave.
+"""
 
 import json
 import os
@@ -227,7 +229,9 @@ def kohya(root: Path) -> Path:
 
 
 def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) -> None:
-    """As generate_dreambooth_subsets_config_by_subdirs: N repeats, the rest of the name where an image has no caption file."""
+    """As generate_dreambooth_subsets_config_by_subdirs: N repeats, the rest of the name where an
+    image has no caption file.
+    """
     root = kohya(tmp_path / "img")
     save(root / "reg" / "1_dog" / "x.png")
     save(root / "2024_summer" / "y.png")
@@ -499,7 +503,7 @@ def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> No
     (tmp_path / "IMG_1.json").write_text('{"text": null, "caption": "of a TOK"}')
     (tmp_path / "IMG_2.json").write_text('{"tags": "x"}')
     with pytest.raises(
-        UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"
+        UserError, match=r"1 of 2 images lack .*IMG_2\.png, next to which is IMG_2\.json; add it"
     ):
         scan_folder(tmp_path)
     assert [r.captions for r in scan_folder(tmp_path, caption="a TOK")] == [

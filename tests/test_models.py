@@ -1,4 +1,6 @@
-"""models/sd.py against diffusers' own pipelines, on tiny random networks; module counts on the true architectures without weights."""
+"""models/sd.py against diffusers' own pipelines, on tiny random networks; module counts on the true
+architectures without weights.
+"""
 
 from pathlib import Path
 

@@ -28,7 +28,6 @@ from models import load_family
 from tests.conftest import final, rows, same
 from training import run_identity
 from training.run_identity import FREE_OPTIONS, identity_changes, model_identity
-from training.setup import Session
 
 
 def made(config: Config, *records: Record, model: dict[str, str] | None = None) -> dict:
@@ -303,4 +302,4 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
 
 def test_resume_anyway_needs_resume(config: Config) -> None:
     with pytest.raises(UserError, match="--resume-anyway has no effect without --resume"):
-        Session(replace(config, resume_anyway=True))
+        train.train(replace(config, resume_anyway=True))

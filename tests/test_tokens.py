@@ -1,4 +1,6 @@
-"""tokens: rows beside a frozen vocabulary, binding, norm control; one step of cloneofsimo's inversion written out here."""
+"""tokens: rows beside a frozen vocabulary, binding, norm control; one step of cloneofsimo's
+inversion written out here.
+"""
 
 import copy
 import itertools
@@ -388,7 +390,9 @@ def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
 
 @pytest.fixture
 def sentencepiece():
-    """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before every word."""
+    """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before
+    every word.
+    """
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -450,7 +454,9 @@ def test_t5s_tied_table_and_marked_words(sentencepiece):
 
 
 def _same_rows(model, embedding, length):
-    """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's unused ones."""
+    """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's
+    unused ones.
+    """
     table = torch.cat([embedding.weight[: embedding.first_id], embedding.rows])[:length].detach()
     return dict.fromkeys(
         (
@@ -532,7 +538,9 @@ def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
 
 
 def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
-    """Encoded with special tokens, as `tokenizer(text)` does, row 0 would start from the beginning-of-text token."""
+    """Encoded with special tokens, as `tokenizer(text)` does, row 0 would start from the
+    beginning-of-text token.
+    """
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight
     wrong = table[torch.tensor(tokenizer("red dog").input_ids[:2])]
@@ -544,7 +552,9 @@ def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
 
 @pytest.mark.parametrize("wrong", ["decay", "momentum"])
 def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
-    """Masking the gradient of the whole table is not enough: weight decay, or the moments of a step that came before, move the other rows."""
+    """Masking the gradient of the whole table is not enough: weight decay, or the moments of a step
+    that came before, move the other rows.
+    """
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
     decay = 0.5 if wrong == "decay" else 0.0
@@ -574,8 +584,10 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
 
 
 def test_trap_16_the_norm_controls_are_not_interchangeable():
-    """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows)) ** 0.1; cog does that twice a step; Mix-of-Show
-    stops a row at norm 0.55. From rows of norms 0.2, 0.4 and 0.9 no two of them agree."""
+    """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows))
+    ** 0.1; cog does that twice a step; Mix-of-Show stops a row at norm 0.55. From rows of norms
+    0.2, 0.4 and 0.9 no two of them agree.
+    """
     start = torch.nn.functional.normalize(
         torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1
     )
@@ -635,8 +647,10 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
 
 
 def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
-    """Theirs (semantics 1.11): the whole table trains under AdamW, each placeholder row is pulled to norm 0.4 with lambda = min(1, 100 lr), and every
-    other row is put back. Ours: rows only. Several steps, so that moments, decay and pull all enter; float64 except for the rows' own fp32."""
+    """Theirs (semantics 1.11): the whole table trains under AdamW, each placeholder row is pulled
+    to norm 0.4 with lambda = min(1, 100 lr), and every other row is put back. Ours: rows only.
+    Several steps, so that moments, decay and pull all enter; float64 except for the rows' own fp32.
+    """
     lr, decay = 2e-3, 0.1
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
@@ -690,7 +704,9 @@ def test_the_norm_prior_moves_each_norm_by_its_rate_and_keeps_directions():
 
 
 def test_the_std_rescale_converges_geometrically():
-    """One step takes the ratio q of the standard deviations to q ** 0.9, so 1.5 is 1.152, 1.051 and 1.002 after 10, 20 and 50."""
+    """One step takes the ratio q of the standard deviations to q ** 0.9, so 1.5 is 1.152, 1.051 and
+    1.002 after 10, 20 and 50.
+    """
     rows = torch.randn(4, 64, dtype=torch.float64)
     rows *= 1.5 * 0.01 / rows.std()
     for step in range(1, 51):

@@ -1,4 +1,6 @@
-"""The embedded model: scenes are functions of their seeds, concepts stay out of pretraining, committed weights keep their promises."""
+"""The embedded model: scenes are functions of their seeds, concepts stay out of pretraining,
+committed weights keep their promises.
+"""
 
 import ast
 from pathlib import Path
@@ -55,7 +57,9 @@ def test_evaluation_captions_state_what_is_expected():
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of every module that a file imports anywhere, `from a import b` counted as a and a.b."""
+    """Dotted names of every module that a file imports anywhere, `from a import b` counted as a and
+    a.b.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

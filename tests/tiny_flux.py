@@ -1,4 +1,6 @@
-"""A random FluxPipeline of a few thousand numbers, with real tokenizer classes whose vocabularies are letters."""
+"""A random FluxPipeline of a few thousand numbers, with real tokenizer classes whose vocabularies
+are letters.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,9 @@ def t5_tokenizer():
 
 
 def pipeline(seed=0, *, guidance=True, dynamic=True):
-    """guidance and dynamic: as dev; neither: as schnell. VAE of factor 2, latents of 4 channels, so images are multiples of 4 pixels."""
+    """guidance and dynamic: as dev; neither: as schnell. VAE of factor 2, latents of 4 channels, so
+    images are multiples of 4 pixels.
+    """
     torch.manual_seed(seed)
     clip_tokens, t5_tokens = tokenizer(), t5_tokenizer()
     clip = CLIPTextConfig(

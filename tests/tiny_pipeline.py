@@ -1,4 +1,6 @@
-"""A random Stable Diffusion pipeline of a few thousand numbers, for tests that ask diffusers' own loaders."""
+"""A random Stable Diffusion pipeline of a few thousand numbers, for tests that ask diffusers' own
+loaders.
+"""
 
 import fnmatch
 
@@ -84,7 +86,9 @@ def random_state(
     text=TEXT_TARGETS,
     seed=1,
 ):
-    """Factors for every target of both networks under published names; `mixed` gives ranks 1, 2, 3 ... and scales that differ by layer."""
+    """Factors for every target of both networks under published names; `mixed` gives ranks 1, 2, 3
+    ... and scales that differ by layer.
+    """
     noise = torch.Generator().manual_seed(seed)
     components = {"unet": {}, "text_encoder": {}}
     for name, network, patterns, level in (

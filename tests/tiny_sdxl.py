@@ -1,4 +1,6 @@
-"""Random Stable Diffusion XL pipelines of some ten thousand numbers in the diffusers layout, and the true architecture without weights."""
+"""Random Stable Diffusion XL pipelines of some ten thousand numbers in the diffusers layout, and
+the true architecture without weights.
+"""
 
 from pathlib import Path
 
@@ -67,7 +69,9 @@ FULL_BIGG = dict(
 
 
 def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is "!" (id 0), the letters, start and end; CLIP-L's pads with the end, bigG's with "!"."""
+    """A CLIP tokenizer whose vocabulary is "!" (id 0), the letters, start and end; CLIP-L's pads
+    with the end, bigG's with "!".
+    """
     words = ["!", *LETTERS, *(x + "</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: i for i, word in enumerate(words)},
@@ -122,7 +126,9 @@ def pipeline(
     legacy: bool = False,
     seed: int = 1,
 ):
-    """diffusers' pipeline: of the base model, of an inpainting one (9 channels), or of a refiner. EDM schedulers bring a VAE with means and stds."""
+    """diffusers' pipeline: of the base model, of an inpainting one (9 channels), or of a refiner.
+    EDM schedulers bring a VAE with means and stds.
+    """
     parts = {
         "vae": vae(**(PLAYGROUND if scheduler.startswith("edm") else {})),
         "scheduler": SCHEDULERS[scheduler](),

@@ -1,7 +1,8 @@
-"""The autoencoder's two stages: encoder and decoder together, then the decoder alone on noisy latents.
+"""The autoencoder's two stages: encoder and decoder together, then the decoder alone on noisy
+latents.
 
-The first stage sees scenes and, one time in five, collages of arbitrary shapes in arbitrary colours, so that edges and palettes
-outside the grammar survive the latent space as well.
+The first stage sees scenes and, one time in five, collages of arbitrary shapes in arbitrary
+colours, so that edges and palettes outside the grammar survive the latent space as well.
 """
 
 from math import cos, log10, pi, sin
@@ -117,7 +118,9 @@ def held_out_images(n: int) -> Tensor:
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Absolute and squared error, and the absolute error of 8 x 8 averages in opponent colours, which a small latent loses first; [b]."""
+    """Absolute and squared error, and the absolute error of 8 x 8 averages in opponent colours,
+    which a small latent loses first; [b].
+    """
     error = out - target
     pooled = F.avg_pool2d(torch.einsum("oc,bchw->bohw", OPPONENT, error), 8)
     return (
@@ -145,7 +148,9 @@ def pooled_psnr(values: Tensor) -> float:
 def train_autoencoder(
     vae: AutoencoderKL, folder: Path, stage: str, *, steps: int, size: int, seed: int, lr: float
 ) -> None:
-    """Trains `vae` in place: stage "vae" trains it whole, stage "decoder" only what follows the latents. Resumes from `folder`/<stage>.pt."""
+    """Trains `vae` in place: stage "vae" trains it whole, stage "decoder" only what follows the
+    latents. Resumes from `folder`/<stage>.pt.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     alone = stage == "decoder"
     for name, p in vae.named_parameters():
@@ -191,7 +196,8 @@ def train_autoencoder(
                 (step + 1 - start) * size * world / (monotonic() - began),
             )
             print(
-                f"{stage} {step + 1} loss {loss.item():.4f} psnr {values.mean():.2f} {pooled_psnr(values):.2f} {rate:.0f} images/s",
+                f"{stage} {step + 1} loss {loss.item():.4f} psnr {values.mean():.2f} "
+                f"{pooled_psnr(values):.2f} {rate:.0f} images/s",
                 flush=True,
             )
         if ((step + 1) % 2000 == 0 or step + 1 == steps) and rank == 0:

@@ -1,7 +1,9 @@
-"""The two open classes of the toy world: `creature`, a random character, and `emblem`, a random badge.
+"""The two open classes of the toy world: `creature`, a random character, and `emblem`, a random
+badge.
 
-They are the prior from which new characters and logos can be learned. Two combinations are left out on purpose and reserved for concepts:
-a creature never has one eye, antennae and a scarf all at once, and an emblem never carries three petals.
+They are the prior from which new characters and logos can be learned. Two combinations are left out
+on purpose and reserved for concepts: a creature never has one eye, antennae and a scarf all at
+once, and an emblem never carries three petals.
 """
 
 from math import cos, pi, sin
@@ -103,7 +105,9 @@ def _mouth(ink: Pen, rng: Random, main: RGB) -> None:
 
 
 def emblem(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    """A badge put together at random: a frame in the main colour around or under a motif in the second one."""
+    """A badge put together at random: a frame in the main colour around or under a motif in the
+    second one.
+    """
     main, second = palette["main"], palette["second"]
     frame = rng.choice(("ring", "ring", "disc", "tile", "shield", "gear"))
     field = LIGHT if main != LIGHT and rng.random() < 0.6 else DARK
@@ -164,7 +168,9 @@ def _motif(ink: Pen, rng: Random, colour: RGB, ground: RGB) -> None:
 
 
 def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) -> None:
-    """A pointed ellipse centred at (x, y) whose long axis runs through the origin; `length` and `width` are half axes."""
+    """A pointed ellipse centred at (x, y) whose long axis runs through the origin; `length` and
+    `width` are half axes.
+    """
     norm = (x * x + y * y) ** 0.5 or 1.0
     ux, uy = x / norm, y / norm
     points = []

@@ -1,7 +1,9 @@
-"""`make demo`: pivotal tuning of the embedded model on five pictures of something it has never seen, with the numbers that show what came of it.
+"""`make demo`: pivotal tuning of the embedded model on five pictures of something it has never
+seen, with the numbers that show what came of it.
 
-The same train.py and configs/toy_pti.toml that a user edits; this file adds what only a drawn world can tell: whether a recogniser, trained apart,
-finds the concept and the background that the prompt names, and whether unrelated captions still come out as before.
+The same train.py and configs/toy_pti.toml that a user edits; this file adds what only a drawn world
+can tell: whether a recogniser, trained apart, finds the concept and the background that the prompt
+names, and whether unrelated captions still come out as before.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from toy import recogniser
 from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
 from toy.draw import PLACES, article, background_phrase, evaluation_captions
 
-TEXT_ONLY = {  # what a user without fine-tuning would type; the best of them is what fine-tuning has to beat
+# what a user without fine-tuning would type; the best of them is what fine-tuning has to beat
+TEXT_ONLY = {
     "zib": ("a creature", "a green creature", "a cyan creature", "an orange creature"),
     "trilo": ("an emblem", "a purple emblem", "a pink emblem", "a blue emblem"),
 }
@@ -75,7 +78,9 @@ def demo(options: DemoOptions, seed: int) -> dict[str, float]:
 
 
 def configure(options: DemoOptions, seed: int, out: str) -> Config:
-    """The run's config: the TOML file's, with the images, held-out drawings and prompts of this demo."""
+    """The run's config: the TOML file's, with the images, held-out drawings and prompts of this
+    demo.
+    """
     base = replace(read_toml(Path(options.config)), seed=seed, out=out, overwrite=True)
     if options.short:
         base = replace(base, stages=tuple(replace(stage, steps=4) for stage in base.stages))
@@ -120,7 +125,9 @@ def draw_held_out(name: str, folder: Path) -> None:
 
 
 def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, float]:
-    """Fractions of 1: concept and background both right, background alone, unrelated captions, each before and after."""
+    """Fractions of 1: concept and background both right, background alone, unrelated captions, each
+    before and after.
+    """
     count = 8 if options.short else options.samples
     family, reader = load_family(config.model), recogniser.load_recogniser()
     recipe = SamplerSettings(config.samples.sampler, config.samples.steps, config.samples.guidance)
@@ -175,7 +182,9 @@ def draw_images(family: Family, prompts: Sequence[str], recipe: SamplerSettings)
 def concept_right(
     reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]
 ) -> dict[str, float]:
-    """How often the concept is there on the right background, and how often the background is right at all."""
+    """How often the concept is there on the right background, and how often the background is right
+    at all.
+    """
     there = (reader.concept(images, name) > 0.5).tolist()
     right = [
         found == wanted for found, wanted in zip(reader.scene(images)["background"], backgrounds)
@@ -189,7 +198,9 @@ def concept_right(
 def captions_right(
     reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]
 ) -> float:
-    """The share of object, colour and background, as the captions state them, that is found in the pictures."""
+    """The share of object, colour and background, as the captions state them, that is found in the
+    pictures.
+    """
     found = reader.scene(images)
     hits = [
         found[name][i] == e[name]

@@ -1,7 +1,9 @@
-"""The denoiser's stage: latents of many scenes are encoded once, then denoiser and text encoder are trained on them together.
+"""The denoiser's stage: latents of many scenes are encoded once, then denoiser and text encoder are
+trained on them together.
 
-The objective is epsilon prediction with the min-SNR weight, gamma 5 (Hang et al., arXiv 2303.09556), timesteps stratified over the
-batch, and captions emptied in one case of ten for classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+The objective is epsilon prediction with the min-SNR weight, gamma 5 (Hang et al., arXiv
+2303.09556), timesteps stratified over the batch, and captions emptied in one case of ten for
+classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ def encode_scenes(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
 
 
 def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
-    """Writes the latents of scenes 0 ... n - 1, of 512 held-out ones, and the factor that gives them unit standard deviation."""
+    """Writes the latents of scenes 0 ... n - 1, of 512 held-out ones, and the factor that gives
+    them unit standard deviation.
+    """
     began, rank, world = (
         monotonic(),
         *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
@@ -65,7 +69,8 @@ def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
             path,
         )
         print(
-            f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} s",
+            f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} "
+            "s",
             flush=True,
         )
 
@@ -88,7 +93,9 @@ class Pair:
         return nn.ModuleDict({"unet": self.unet, "text": self.text})
 
     def epsilon(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicted noise [b, 8, 16, 16] for noisy latents, integer timesteps [b] and token ids [b, s]."""
+        """Predicted noise [b, 8, 16, 16] for noisy latents, integer timesteps [b] and token ids [b,
+        s].
+        """
         return self.unet(
             x, t, encoder_hidden_states=self.text(input_ids=ids).last_hidden_state
         ).sample.float()
@@ -132,7 +139,9 @@ def train_denoiser(
     seed: int,
     lr: float,
 ) -> None:
-    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt, which holds model, average, optimisers, step."""
+    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt, which
+    holds model, average, optimisers, step.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache = torch.load(latents_path, weights_only=True, mmap=True)
     latents, scale, alphas = cache["train"], cache["scale"], alphas_cumprod()

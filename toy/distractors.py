@@ -1,6 +1,8 @@
-"""What the concept recogniser learns from: concepts in random contexts, and near misses that must not count.
+"""What the concept recogniser learns from: concepts in random contexts, and near misses that must
+not count.
 
-Near misses are a concept with a part missing, doubled or clearly recoloured, creatures and emblems of the grammar, and other scenes.
+Near misses are a concept with a part missing, doubled or clearly recoloured, creatures and emblems
+of the grammar, and other scenes.
 """
 
 from random import Random
@@ -90,7 +92,9 @@ def composite_scene(seed: int) -> Scene:
 
 
 def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
-    """A picture and its labels: "concept" is a concept's name or "none"; a background and style wherever they are known."""
+    """A picture and its labels: "concept" is a concept's name or "none"; a background and style
+    wherever they are known.
+    """
     rng = Random(f"example {seed}")
     kind, name = rng.random(), rng.choice(CONCEPTS)
     background, style = random_background(rng)

@@ -1,7 +1,9 @@
-"""Scenes of the toy world: a grammar of objects, colours, textures, sizes, positions and places, their pictures and their captions.
+"""Scenes of the toy world: a grammar of objects, colours, textures, sizes, positions and places,
+their pictures and their captions.
 
-A scene is a pure function of an integer seed, and so are its picture and any caption drawn from it. The concepts that a user teaches the
-model (toy/concepts) are drawn elsewhere and never imported here.
+A scene is a pure function of an integer seed, and so are its picture and any caption drawn from it.
+The concepts that a user teaches the model (toy/concepts) are drawn elsewhere and never imported
+here.
 """
 
 from dataclasses import asdict, dataclass
@@ -57,7 +59,9 @@ COMPOSITE_SHARE = {"creature": 0.22, "emblem": 0.13}
 
 @dataclass(frozen=True)
 class Scene:
-    """One object on one background; `style` is the background's pattern, or "place" where the background is a place."""
+    """One object on one background; `style` is the background's pattern, or "place" where the
+    background is a place.
+    """
 
     seed: int
     object: str
@@ -73,14 +77,18 @@ class Scene:
         return {name: value for name, value in asdict(self).items() if name != "seed"}
 
     def caption(self, seed: int | None = None, complete: bool = False) -> str:
-        """A caption with attributes dropped at random (none dropped when `complete`); the scene's own seed unless one is given."""
+        """A caption with attributes dropped at random (none dropped when `complete`); the scene's
+        own seed unless one is given.
+        """
         return describe_scene(
             self, Random(f"caption {self.seed if seed is None else seed}"), complete
         )[0]
 
 
 def scene(seed: int) -> Scene:
-    """The scene of a seed; composites are drawn more often than single shapes, places in a quarter of the scenes."""
+    """The scene of a seed; composites are drawn more often than single shapes, places in a quarter
+    of the scenes.
+    """
     rng = Random(f"scene {seed}")
     chance, name = rng.random(), rng.choice(tuple(SIMPLE_SHAPES))
     for composite, share in COMPOSITE_SHARE.items():
@@ -118,7 +126,9 @@ def background_phrase(background: str, style: str | None) -> str:
 
 
 def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
-    """A caption and the attributes it states. A centred position and a plain texture may go unsaid even in a complete caption."""
+    """A caption and the attributes it states. A centred position and a plain texture may go unsaid
+    even in a complete caption.
+    """
 
     def told(chance: float) -> bool:
         return rng.random() < chance or complete
@@ -146,7 +156,9 @@ def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, 
 
 
 def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
-    """n complete captions with the attributes they state; objects come in equal shares, seeds are disjoint from pretraining's."""
+    """n complete captions with the attributes they state; objects come in equal shares, seeds are
+    disjoint from pretraining's.
+    """
     out: list[tuple[str, dict[str, str]]] = []
     counts, s = dict.fromkeys(OBJECTS, 0), 900_000_000 + seed * 1_000_000
     quota = -(-n // len(OBJECTS))
@@ -160,7 +172,9 @@ def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
 
 
 def unrelated_captions() -> list[str]:
-    """Captions that name no creature and no emblem: what a fine-tuned model must still draw as before."""
+    """Captions that name no creature and no emblem: what a fine-tuned model must still draw as
+    before.
+    """
     return [
         "a large red house on a plain white background",
         "a yellow star at night",
@@ -174,7 +188,9 @@ def unrelated_captions() -> list[str]:
 
 
 def render_scene(s: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are smooth."""
+    """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are
+    smooth.
+    """
     rng, side = Random(f"picture {s.seed}"), size * OVERSAMPLE
     unit = side / 64
     canvas = (

@@ -1,7 +1,9 @@
-"""Measures the committed model: `python -m toy.evaluate --captions 500` prints a table, then the same as one line of JSON.
+"""Measures the committed model: `python -m toy.evaluate --captions 500` prints a table, then the
+same as one line of JSON.
 
-Captions are complete and come from scenes outside pretraining, objects in equal shares; pictures are sampled with DDIM and read by
-toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead, `--concepts PATH` the sheet of the concepts.
+Captions are complete and come from scenes outside pretraining, objects in equal shares; pictures
+are sampled with DDIM and read by toy/recogniser.py. `--grid PATH` writes the sample sheet of
+toy/README.md instead, `--concepts PATH` the sheet of the concepts.
 """
 
 import argparse

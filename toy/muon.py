@@ -1,8 +1,9 @@
 """Muon for matrices and convolutions, AdamW for everything else, gradients averaged over processes.
 
-Muon follows K. Jordan et al. (https://kellerjordan.github.io/posts/muon): momentum, then the nearest semi-orthogonal matrix by a
-Newton-Schulz iteration. The update is scaled so that its root mean square is 0.2, which lets one learning rate serve both halves
-(Liu et al., arXiv 2502.16982, section 2.2).
+Muon follows K. Jordan et al. (https://kellerjordan.github.io/posts/muon): momentum, then the
+nearest semi-orthogonal matrix by a Newton-Schulz iteration. The update is scaled so that its root
+mean square is 0.2, which lets one learning rate serve both halves (Liu et al., arXiv 2502.16982,
+section 2.2).
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the cited p
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """The approximate polar factor of each matrix in g [..., r, c]; bfloat16 inside, singular values end in about [0.7, 1.2]."""
+    """The approximate polar factor of each matrix in g [..., r, c]; bfloat16 inside, singular
+    values end in about [0.7, 1.2].
+    """
     x = g.bfloat16()
     flip = x.shape[-2] > x.shape[-1]
     x = x.mT if flip else x
@@ -28,7 +31,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over parameters with two or more axes; the first axis is the rows, the rest are flattened into columns."""
+    """Muon over parameters with two or more axes; the first axis is the rows, the rest are
+    flattened into columns.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -53,7 +58,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon and AdamW side by side under one schedule, with gradient averaging over processes and clipping."""
+    """Muon and AdamW side by side under one schedule, with gradient averaging over processes and
+    clipping.
+    """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, clip: float = 1.0) -> None:
         named = [(n, p) for n, p in named if p.requires_grad]
@@ -105,5 +112,7 @@ def average_gradients(params: list[Tensor]) -> None:
 
 
 def trapezoid(step: int, steps: int, tail: float, warmup: int = 200, floor: float = 0.01) -> float:
-    """Linear warm-up, a plateau at 1, then a straight fall to `floor` over the last `tail` of the steps."""
+    """Linear warm-up, a plateau at 1, then a straight fall to `floor` over the last `tail` of the
+    steps.
+    """
     return min((step + 1) / warmup, 1.0, floor + (1 - floor) * (steps - step) / (tail * steps))

@@ -1,4 +1,6 @@
-"""The four parts of the toy model with fresh weights: tokenizer, text encoder, autoencoder, denoiser, and their diffusers folder."""
+"""The four parts of the toy model with fresh weights: tokenizer, text encoder, autoencoder,
+denoiser, and their diffusers folder.
+"""
 
 import json
 import shutil
@@ -28,7 +30,8 @@ def grammar_words() -> list[str]:
         *STYLES,
         *(p for p, _ in PLACES.values()),
         *CAPTION_TEMPLATES,
-        "a an the at in on of with and background style tok photo one two three eye eyes scarf antennae alien character logo",
+        "a an the at in on of with and background style tok photo one two three eye eyes scarf "
+        "antennae alien character logo",
     ]
     return sorted({w for phrase in phrases for w in phrase.replace("{}", "").split()})
 
@@ -41,7 +44,9 @@ def byte_symbols() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """BPE merges under which every word is one token: each word is first merged by the rules so far, then joined from the left."""
+    """BPE merges under which every word is one token: each word is first merged by the rules so
+    far, then joined from the left.
+    """
     merges: list[tuple[str, str]] = []
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
@@ -57,7 +62,8 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes vocab.json, merges.txt and the two configs of a CLIPTokenizer whose grammar words are single tokens.
+    """Writes vocab.json, merges.txt and the two configs of a CLIPTokenizer whose grammar words are
+    single tokens.
 
     CLIP cuts "close-up" at its hyphen, the one exception.
     """
@@ -93,7 +99,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log variance -5)."""
+    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log
+    variance -5).
+    """
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -147,7 +155,9 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels (Rombach et al., arXiv 2112.10752): scaled linear, 1000 steps, epsilon prediction."""
+    """Stable Diffusion's noise levels (Rombach et al., arXiv 2112.10752): scaled linear, 1000
+    steps, epsilon prediction.
+    """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -168,7 +178,9 @@ def write_pipeline(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
 ) -> None:
-    """Writes the folder that StableDiffusionPipeline.from_pretrained reads, weights in fp16, under a temporary name first."""
+    """Writes the folder that StableDiffusionPipeline.from_pretrained reads, weights in fp16, under
+    a temporary name first.
+    """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     parts: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "unet": unet}

@@ -1,11 +1,13 @@
-"""Reads pictures of the toy world: what is drawn and where, and whether a concept is really there. Never used in training the model.
+"""Reads pictures of the toy world: what is drawn and where, and whether a concept is really there.
+Never used in training the model.
 
     reader = load()
     reader.scene(images)["background"]       # list of names, one per picture
     reader.concept(images, "zib")            # probabilities [b]
 
-`python -m toy.recogniser --seed 0` trains both networks on drawings, half of them blurred, noisy, recoloured or passed through the
-autoencoder (so that generated pictures are inside the domain), and writes toy/recogniser.safetensors in fp16.
+`python -m toy.recogniser --seed 0` trains both networks on drawings, half of them blurred, noisy,
+recoloured or passed through the autoencoder (so that generated pictures are inside the domain), and
+writes toy/recogniser.safetensors in fp16.
 """
 
 import argparse
@@ -120,7 +122,9 @@ def load_recogniser(path: Path = WEIGHTS) -> Recogniser:
 
 
 def scene_example(seed: int) -> LabelledImage:
-    """A scene with all its labels; one time in five a concept or near miss, labelled with its background only."""
+    """A scene with all its labels; one time in five a concept or near miss, labelled with its
+    background only.
+    """
     if seed % 5 == 4:
         image, labels = concept_example(seed)
         return image, {k: v for k, v in labels.items() if k != "concept"}
@@ -186,7 +190,9 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
-    """A reader trained on fresh drawings, a quarter of each batch from a pool of `trips` autoencoder round trips."""
+    """A reader trained on fresh drawings, a quarter of each batch from a pool of `trips`
+    autoencoder round trips.
+    """
     torch.manual_seed(seed)
     reader, began = Reader(HEADS[part]), monotonic()
     optimisers = Optimizers(reader.named_parameters(), 3e-3)
@@ -214,7 +220,8 @@ def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Rea
         optimisers.step(trapezoid(step, steps, tail=0.5, warmup=100))
         if (step + 1) % 500 == 0 or step + 1 == steps:
             print(
-                f"{part} {step + 1} loss {loss.item():.3f} {accuracy(reader, test, test_labels)} {monotonic() - began:.0f} s",
+                f"{part} {step + 1} loss {loss.item():.3f} {accuracy(reader, test, test_labels)} "
+                f"{monotonic() - began:.0f} s",
                 flush=True,
             )
     return reader

@@ -1,4 +1,6 @@
-"""Pictures from captions: the folder of the toy model, DDIM steps (Song et al., arXiv 2010.02502) and classifier-free guidance."""
+"""Pictures from captions: the folder of the toy model, DDIM steps (Song et al., arXiv 2010.02502)
+and classifier-free guidance.
+"""
 
 from pathlib import Path
 
@@ -32,7 +34,9 @@ def load_networks(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokeni
 def sample_latents(
     pair: Pair, ids: Tensor, empty: Tensor, x: Tensor, *, guidance: float, steps: int
 ) -> Tensor:
-    """Latents after `steps` deterministic DDIM steps from pure noise x [b, c, h, w]; leading spacing, offset 1, as in Stable Diffusion."""
+    """Latents after `steps` deterministic DDIM steps from pure noise x [b, c, h, w]; leading
+    spacing, offset 1, as in Stable Diffusion.
+    """
     alphas, stride = alphas_cumprod(), 1000 // steps
     context = pair.text(input_ids=torch.cat([empty, ids])).last_hidden_state
     for t in range((steps - 1) * stride + 1, 0, -stride):
@@ -52,7 +56,9 @@ def sample_images(
     guidance: float = 5.0,
     steps: int = 25,
 ) -> Tensor:
-    """Pictures [b, 3, 64, 64] in [-1, 1]; picture i depends on (seed, i) and its caption, not on the batch around it."""
+    """Pictures [b, 3, 64, 64] in [-1, 1]; picture i depends on (seed, i) and its caption, not on
+    the batch around it.
+    """
     pair, vae, tokenizer = parts
     noise = [
         torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(seed * 100_003 + i))

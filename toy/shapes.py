@@ -1,7 +1,9 @@
-"""The objects of the toy world, drawn in a frame where the object spans about [-1, 1] in x (right) and y (down).
+"""The objects of the toy world, drawn in a frame where the object spans about [-1, 1] in x (right)
+and y (down).
 
-Every shape is a function `shape(body, ink, rng, palette)`: `body` paints the silhouette that carries colour and texture,
-`ink` paints details on top of it. Strokes stay at 0.12 of the object's radius or more, so they are about two pixels wide at 64 x 64.
+Every shape is a function `shape(body, ink, rng, palette)`: `body` paints the silhouette that
+carries colour and texture, `ink` paints details on top of it. Strokes stay at 0.12 of the object's
+radius or more, so they are about two pixels wide at 64 x 64.
 """
 
 from collections.abc import Callable

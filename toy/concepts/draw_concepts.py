@@ -1,7 +1,9 @@
-"""The three concepts that pretraining never sees, and the folders of five pictures each that teach them.
+"""The three concepts that pretraining never sees, and the folders of five pictures each that teach
+them.
 
-`zib` is a small teal one-eyed alien with an orange scarf and two antennae, `trilo` a three-petal logo in a ring, `inkwash` a way of
-drawing. `python -m toy.concepts.draw_concepts` rewrites the folders; toy/draw.py and toy/pretrain.py never import this module.
+`zib` is a small teal one-eyed alien with an orange scarf and two antennae, `trilo` a three-petal
+logo in a ring, `inkwash` a way of drawing. `python -m toy.concepts.draw_concepts` rewrites the
+folders; toy/draw.py and toy/pretrain.py never import this module.
 """
 
 from collections.abc import Callable
@@ -66,7 +68,8 @@ def zib(
     eyes: int = 1,
     antennae: bool = True,
 ) -> None:
-    """A teal alien: wide round body, one large ivory eye, orange scarf with one end hanging, two antennae with orange bulbs, two feet.
+    """A teal alien: wide round body, one large ivory eye, orange scarf with one end hanging, two
+    antennae with orange bulbs, two feet.
 
     The keywords change it into something that is not zib: the recogniser's near misses.
     """
@@ -97,7 +100,9 @@ def trilo(
     colour: RGB = MAGENTA,
     heart: RGB | None = GOLD,
 ) -> None:
-    """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly turns. Keywords as in `zib`."""
+    """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly
+    turns. Keywords as in `zib`.
+    """
     if ring:
         pen.dot(0, 0, 0.97, ring)
         pen.dot(0, 0, 0.75, field)
@@ -128,7 +133,9 @@ def render_concept(
     size: int = 64,
     subject: Callable[[Pen, float], None] | None = None,
 ) -> Image.Image:
-    """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a pure function of its arguments."""
+    """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a
+    pure function of its arguments.
+    """
     rng = Random(f"concept {name} {background} {style} {seed}")
     image = canvas(background, style, size, rng)
     unit = size * OVERSAMPLE / 64
@@ -139,7 +146,9 @@ def render_concept(
 
 
 def inkwash(s: Scene, size: int = 64) -> Image.Image:
-    """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line; colour is gone."""
+    """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line;
+    colour is gone.
+    """
     grey = ImageOps.autocontrast(render_scene(s, size * 2).convert("L"))
     edges = ImageChops.lighter(
         *(
@@ -180,7 +189,9 @@ def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
 
 
 def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
-    """n prompts with TOK on backgrounds that none of the concept's pictures has, each with the expected background name."""
+    """n prompts with TOK on backgrounds that none of the concept's pictures has, each with the
+    expected background name.
+    """
     rng = Random(f"demo {name} {seed}")
     fresh = [
         b for b in BACKGROUNDS if b not in (*dict(STATED.get(name, ())), *DROWNS.get(name, ()))
@@ -195,7 +206,8 @@ def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
             )
             out.append(
                 (
-                    f"{rng.choice(('a photo of TOK', 'a picture of TOK', 'TOK'))} {background_phrase(background, style)}",
+                    f"{rng.choice(('a photo of TOK', 'a picture of TOK', 'TOK'))} "
+                    f"{background_phrase(background, style)}",
                     background,
                 )
             )
