@@ -67,7 +67,8 @@ CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
-    "infer.py": {"from"},
+    "command_line.py": {"help"},
+    "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
     "merge.py": {"help", "with_text_lora"},
 }
@@ -103,7 +104,7 @@ def is_taken(name: str, path: Path | None = None) -> bool:
     return (
         name.strip(".-" + UNKNOWN) == ""
         or name in own
-        or any(pattern.fullmatch(flag) for flag in TAKEN)
+        or any(pattern.fullmatch(flag) or flag.startswith(f"{name}.") for flag in TAKEN)
     )
 
 
