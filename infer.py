@@ -113,7 +113,7 @@ class Drawing:
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
     ) -> list[Image.Image]:
         """One image for each (prompt, seed)."""
-        placeholders = list(chain.from_iterable(patch.abstractions for patch in self.patches))
+        placeholders = list(chain.from_iterable(patch.placeholders for patch in self.patches))
         pixels = generate_images(
             self.family,
             [bind_placeholders(prompt, placeholders) for prompt in prompts],

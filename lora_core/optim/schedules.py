@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.plugins import load_from_file
+from lora_core.text import nearest_names
 
 
 def constant_schedule(step: int, total: int, warmup: int) -> float:
@@ -131,7 +131,7 @@ def check_arguments(
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """ " (nearest: NAME)", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = nearest_names(name, known, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""
 
 
