@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import models
 from lora_core.adapters.patch import TOKENIZERS
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
@@ -140,7 +140,7 @@ def download_model(name: str) -> Path:
             wanted += _weight_files(folder, files)
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{name} is no file or folder here, and the hub gave no model of that name: {reason}"
         ) from None
