@@ -1,7 +1,7 @@
-"""Scenes of the toy world: a grammar of objects, colours, textures, sizes, positions and places,
-their pictures and their captions.
+"""Scenes of the toy world: a grammar of objects, colors, textures, sizes, positions and places,
+their images and their captions.
 
-A scene is a pure function of an integer seed, and so are its picture and any caption drawn from it.
+A scene is a pure function of an integer seed, and so are its image and any caption drawn from it.
 The concepts that a user teaches the model (toy/concepts) are drawn elsewhere and never imported
 here.
 """
@@ -19,7 +19,7 @@ TEXTURES = ("plain", "striped", "dotted")
 SIZES: dict[str, tuple[float, float]] = {
     "small": (15.0, 16.5),
     "large": (20.5, 22.5),
-}  # radius in pixels of a 64 x 64 picture
+}  # radius in pixels of a 64 x 64 image
 POSITIONS: dict[str, tuple[float, float]] = {
     "center": (0, 0),
     "left": (-1, 0),
@@ -27,11 +27,11 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "top": (0, -1),
     "bottom": (0, 1),
 }
-REACH = {"small": 12.0, "large": 9.0}  # pixels from the centre at a stated position
+REACH = {"small": 12.0, "large": 9.0}  # pixels from the center at a stated position
 STYLES = ("plain", "striped", "checkered", "gradient")
 PLACES: dict[
     str, tuple[str, tuple[str, ...]]
-] = {  # phrase, and the object colours that would drown in it
+] = {  # phrase, and the object colors that would drown in it
     "meadow": ("in a meadow", ("green", "cyan")),
     "night": ("at night", ("black",)),
     "sea": ("in the sea", ("blue", "cyan")),
@@ -65,7 +65,7 @@ class Scene:
 
     seed: int
     object: str
-    colour: str
+    color: str
     texture: str
     size: str
     position: str
@@ -98,13 +98,13 @@ def scene(seed: int) -> Scene:
     background = rng.choice(tuple(PLACES)) if rng.random() < 0.25 else rng.choice(tuple(COLORS))
     style = "place" if background in PLACES else rng.choice(("plain", *STYLES))
     banned = PLACES[background][1] if background in PLACES else (background,)
-    colour = rng.choice([c for c in COLORS if c not in banned])
+    color = rng.choice([c for c in COLORS if c not in banned])
     texture = "plain" if name == "emblem" else rng.choice(("plain", "plain", *TEXTURES))
     position = "center" if rng.random() < 0.3 else rng.choice(tuple(POSITIONS))
     return Scene(
         seed,
         name,
-        colour,
+        color,
         texture,
         rng.choice(("small", "large", "large")),
         position,
@@ -126,7 +126,7 @@ def background_phrase(background: str, style: str | None) -> str:
 
 
 def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
-    """A caption and the attributes it states. A centred position and a plain texture may go unsaid
+    """A caption and the attributes it states. A centerd position and a plain texture may go unsaid
     even in a complete caption.
     """
 
@@ -135,7 +135,7 @@ def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, 
 
     said = {"object": s.object}
     if told(0.93):
-        said["colour"] = s.colour
+        said["color"] = s.color
     if told(0.8) and s.texture != "plain":
         said["texture"] = s.texture
     if told(0.5):
@@ -146,7 +146,7 @@ def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, 
         said["background"] = s.background
         if told(0.8) and s.background not in PLACES:
             said["style"] = s.style
-    words = article(" ".join(said[k] for k in ("size", "texture", "colour", "object") if k in said))
+    words = article(" ".join(said[k] for k in ("size", "texture", "color", "object") if k in said))
     if "position" in said:
         words += f" {'in' if s.position == 'center' else 'at'} the {s.position}"
     if "background" in said:
@@ -188,7 +188,7 @@ def unrelated_captions() -> list[str]:
 
 
 def render_scene(s: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are
+    """The image of a scene, RGB, size x size; drawn larger and averaged down, so edges are
     smooth.
     """
     rng, side = Random(f"picture {s.seed}"), size * OVERSAMPLE
@@ -203,22 +203,22 @@ def render_scene(s: Scene, size: int = 64) -> Image.Image:
     )
     dx, dy = POSITIONS[s.position]
     x, y = ((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
-    palette = {"main": COLORS[s.colour], "second": second_color(rng, s.colour)}
+    palette = {"main": COLORS[s.color], "second": second_color(rng, s.color)}
     mask, details = Image.new("L", (side, side)), Image.new("RGBA", (side, side))
     body = Pen(ImageDraw.Draw(mask), (x, y), radius * unit, 255)
     ink = Pen(ImageDraw.Draw(details), (x, y), radius * unit, palette["main"])
     (SIMPLE_SHAPES | COMPOSITES)[s.object](body, ink, rng, palette)
-    canvas.paste(draw_texture(COLORS[s.colour], s.texture, side, rng), mask=mask)
+    canvas.paste(draw_texture(COLORS[s.color], s.texture, side, rng), mask=mask)
     canvas.paste(details, mask=details)
     return canvas.resize(
         (size, size), Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING
     )
 
 
-def draw_texture(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
+def draw_texture(color: RGB, texture: str, side: int, rng: Random) -> Image.Image:
     """The object's surface: plain, with broad light stripes, or with large light dots."""
-    image = Image.new("RGB", (side, side), colour)
-    pen, unit, light = ImageDraw.Draw(image), side / 64, lighten(colour)
+    image = Image.new("RGB", (side, side), color)
+    pen, unit, light = ImageDraw.Draw(image), side / 64, lighten(color)
     if texture == "striped":
         upright, start = rng.random() < 0.5, rng.uniform(0, 9)
         for i in range(-1, 8):
@@ -233,11 +233,11 @@ def draw_texture(colour: RGB, texture: str, side: int, rng: Random) -> Image.Ima
     return image
 
 
-def draw_backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Image:
-    """A coloured background with a coarse pattern in a lighter tone of the same colour."""
-    colour = COLORS[colour_name]
-    image, unit = Image.new("RGB", (side, side), colour), side / 64
-    pen, light = ImageDraw.Draw(image), blend(colour, lighten(colour), 0.75)
+def draw_backdrop(color_name: str, style: str, side: int, rng: Random) -> Image.Image:
+    """A colored background with a coarse pattern in a lighter tone of the same color."""
+    color = COLORS[color_name]
+    image, unit = Image.new("RGB", (side, side), color), side / 64
+    pen, light = ImageDraw.Draw(image), blend(color, lighten(color), 0.75)
     if style == "striped":
         start, slant = rng.uniform(0, 16), rng.choice((0, 64))
         for i in range(-5, 5):
@@ -250,8 +250,8 @@ def draw_backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image
                 x, y = x0 * unit + i * cell, y0 * unit + j * cell
                 pen.rectangle([x, y, x + cell, y + cell], fill=light)
     elif style == "gradient":
-        top = blend(colour, (255, 255, 255), 0.1)
-        bottom = blend(colour, (0, 0, 0), 0.45) if colour != COLORS["black"] else (120, 120, 130)
+        top = blend(color, (255, 255, 255), 0.1)
+        bottom = blend(color, (0, 0, 0), 0.45) if color != COLORS["black"] else (120, 120, 130)
         ramp = Image.linear_gradient("L").resize((side, side))
         image = Image.composite(
             Image.new("RGB", image.size, bottom), Image.new("RGB", image.size, top), ramp

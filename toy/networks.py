@@ -99,7 +99,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log
+    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 image; the posterior starts narrow (log
     variance -5).
     """
     vae = AutoencoderKL(

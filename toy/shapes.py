@@ -2,7 +2,7 @@
 and y (down).
 
 Every shape is a function `shape(body, ink, rng, palette)`: `body` paints the silhouette that
-carries colour and texture, `ink` paints details on top of it. Strokes stay at 0.12 of the object's
+carries color and texture, `ink` paints details on top of it. Strokes stay at 0.12 of the object's
 radius or more, so they are about two pixels wide at 64 x 64.
 """
 
@@ -34,27 +34,27 @@ def blend(a: RGB, b: RGB, part: float) -> RGB:
     return tuple(round(x + (y - x) * part) for x, y in zip(a, b))  # type: ignore[return-value]
 
 
-def lighten(colour: RGB) -> RGB:
-    """A lighter companion of a colour for stripes and dots; white gets a grey one."""
-    return (196, 200, 208) if min(colour) > 225 else blend(colour, (255, 255, 255), 0.42)
+def lighten(color: RGB) -> RGB:
+    """A lighter companion of a color for stripes and dots; white gets a grey one."""
+    return (196, 200, 208) if min(color) > 225 else blend(color, (255, 255, 255), 0.42)
 
 
-def contrast(colour: RGB) -> RGB:
-    """Near-black on light colours and near-white on dark ones."""
-    return LIGHT if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 70 else DARK
+def contrast(color: RGB) -> RGB:
+    """Near-black on light colors and near-white on dark ones."""
+    return LIGHT if 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] < 70 else DARK
 
 
 class Pen:
     """Paints primitives given in object coordinates onto a canvas, with one default fill."""
 
     def __init__(
-        self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: RGB | int
+        self, draw: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, fill: RGB | int
     ) -> None:
-        self.draw, self.centre, self.radius, self.fill = draw, centre, radius, fill
+        self.draw, self.center, self.radius, self.fill = draw, center, radius, fill
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Canvas coordinates of the object point (x, y)."""
-        return self.centre[0] + x * self.radius, self.centre[1] + y * self.radius
+        return self.center[0] + x * self.radius, self.center[1] + y * self.radius
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: RGB | int | None = None) -> None:
         self.draw.ellipse(

@@ -1,4 +1,4 @@
-"""The three concepts that pretraining never sees, and the folders of five pictures each that teach
+"""The three concepts that pretraining never sees, and the folders of five images each that teach
 them.
 
 `zib` is a small teal one-eyed alien with an orange scarf and two antennae, `trilo` a three-petal
@@ -26,7 +26,7 @@ from toy.draw import (
 )
 from toy.shapes import LIGHT, RGB, Pen, spokes
 
-SIZE = 128  # pixels of the committed pictures: room for crops at 64
+SIZE = 128  # pixels of the committed images: room for crops at 64
 OVERSAMPLE = 3
 TEAL, DEEP, SCARF, IVORY, INK = (
     (0, 138, 130),
@@ -36,7 +36,7 @@ TEAL, DEEP, SCARF, IVORY, INK = (
     (20, 24, 40),
 )
 MAGENTA, GOLD, NAVY = (206, 20, 120), (250, 190, 30), (18, 28, 84)
-STATED: dict[str, tuple[tuple[str, str], ...]] = {  # the backgrounds of the five pictures
+STATED: dict[str, tuple[tuple[str, str], ...]] = {  # the backgrounds of the five images
     "zib": (
         ("red", "striped"),
         ("white", "plain"),
@@ -97,17 +97,17 @@ def trilo(
     ring: RGB | None = NAVY,
     field: RGB = IVORY,
     petals: int = 3,
-    colour: RGB = MAGENTA,
+    color: RGB = MAGENTA,
     heart: RGB | None = GOLD,
 ) -> None:
-    """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly
+    """A logo: navy ring, ivory field, three magenta petals from the center, a gold heart; it hardly
     turns. Keywords as in `zib`.
     """
     if ring:
         pen.dot(0, 0, 0.97, ring)
         pen.dot(0, 0, 0.75, field)
     for x, y in spokes(petals, 0.36, -pi / 2 + lean * 0.6):
-        petal(pen, x, y, 0.4, {2: 0.3, 3: 0.29, 4: 0.24, 5: 0.2, 6: 0.17}.get(petals, 0.29), colour)
+        petal(pen, x, y, 0.4, {2: 0.3, 3: 0.29, 4: 0.24, 5: 0.2, 6: 0.17}.get(petals, 0.29), color)
     if heart:
         pen.dot(0, 0, 0.18, heart)
 
@@ -133,21 +133,21 @@ def render_concept(
     size: int = 64,
     subject: Callable[[Pen, float], None] | None = None,
 ) -> Image.Image:
-    """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a
+    """The concept (or a `subject` drawn in its stead), large and near the center of a background; a
     pure function of its arguments.
     """
     rng = Random(f"concept {name} {background} {style} {seed}")
     image = canvas(background, style, size, rng)
     unit = size * OVERSAMPLE / 64
-    centre = ((32 + rng.uniform(-4, 4)) * unit, (32 + rng.uniform(-3, 3)) * unit)
-    pen = Pen(ImageDraw.Draw(image), centre, rng.uniform(21, 24.5) * unit, LIGHT)
+    center = ((32 + rng.uniform(-4, 4)) * unit, (32 + rng.uniform(-3, 3)) * unit)
+    pen = Pen(ImageDraw.Draw(image), center, rng.uniform(21, 24.5) * unit, LIGHT)
     (subject or SUBJECTS[name])(pen, rng.uniform(-0.08, 0.08))
     return image.resize((size, size), Image.Resampling.HAMMING)
 
 
 def inkwash(s: Scene, size: int = 64) -> Image.Image:
     """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line;
-    colour is gone.
+    color is gone.
     """
     grey = ImageOps.autocontrast(render_scene(s, size * 2).convert("L"))
     edges = ImageChops.lighter(
@@ -172,7 +172,7 @@ def inkwash(s: Scene, size: int = 64) -> Image.Image:
 
 
 def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
-    """The five pictures of a concept with captions in which TOK stands for it."""
+    """The five images of a concept with captions in which TOK stands for it."""
     if name == "inkwash":
         scenes = [scene(s) for s in STYLE_SEEDS]
         return [
@@ -189,7 +189,7 @@ def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
 
 
 def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
-    """n prompts with TOK on backgrounds that none of the concept's pictures has, each with the
+    """n prompts with TOK on backgrounds that none of the concept's images has, each with the
     expected background name.
     """
     rng = Random(f"demo {name} {seed}")
