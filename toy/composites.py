@@ -1,19 +1,18 @@
-"""The two open classes of the toy world: `creature`, a random character, and `emblem`, a random
-badge.
+"""The two open classes of the toy world: random characters and random badges.
 
-They are the prior from which new characters and logos can be learned. Two combinations are left out
-on purpose and reserved for concepts: a creature never has one eye, antennae and a scarf all at
-once, and an emblem never carries three petals.
+Their names are `creature` and `emblem`. They are the prior from which new characters and logos can
+be learned. Two combinations are left out on purpose and reserved for concepts: a creature never has
+one eye, antennae and a scarf all at once, and an emblem never carries three petals.
 """
 
 from math import cos, pi, sin
 from random import Random
 
-from toy.shapes import COLORS, DARK, LIGHT, RGB, Pen, blend, contrast, lighten, spokes
+from toy.shapes import COLORS, DARK, LIGHT, RGB, Pen, blend, contrast, lighten, spokes, star_points
 
 
 def creature(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    """A character put together at random: torso, eyes, headgear, scarf, belly, arms, feet, mouth."""
+    """A random character: torso, eyes, headgear, scarf, belly, arms, feet, mouth."""
     main, second = palette["main"], palette["second"]
     headgear = rng.choice(("none", "cat", "round", "antennae", "horns"))
     eyes = rng.choice((1, 1, 2, 2, 3))
@@ -152,10 +151,7 @@ def _motif(ink: Pen, rng: Random, color: RGB, ground: RGB) -> None:
         )
     elif kind == "star":
         n = rng.choice((4, 6))
-        ink.poly(
-            [p for pair in zip(spokes(n, 0.62), spokes(n, 0.3, -pi / 2 + pi / n)) for p in pair],
-            color,
-        )
+        ink.poly(star_points(n, 0.62, 0.3), color)
     elif kind == "eye":
         ink.oval(0, 0, 0.56, 0.36, color)
         ink.dot(0, 0, 0.2, contrast(color))
@@ -168,8 +164,9 @@ def _motif(ink: Pen, rng: Random, color: RGB, ground: RGB) -> None:
 
 
 def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) -> None:
-    """A pointed ellipse centerd at (x, y) whose long axis runs through the origin; `length` and
-    `width` are half axes.
+    """A pointed ellipse centered at (x, y) whose long axis runs through the origin.
+
+    `length` and `width` are half axes.
     """
     norm = (x * x + y * y) ** 0.5 or 1.0
     ux, uy = x / norm, y / norm
@@ -181,11 +178,11 @@ def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) 
     ink.poly(points, fill)
 
 
-SECOND_COLORS = tuple(name for name in COLORS)
+SECOND_COLORS = tuple(COLORS)
 COMPOSITES = {"creature": creature, "emblem": emblem}
 
 
 def second_color(rng: Random, main: str) -> RGB:
-    """The color of scarves, horns and motifs: any but the main one, slightly varied in lightness."""
+    """The color of scarves, horns and motifs: not the main one, with varied lightness."""
     color = COLORS[rng.choice([name for name in SECOND_COLORS if name != main])]
     return blend(color, rng.choice((DARK, LIGHT)), 0.15 * rng.random())

@@ -1,8 +1,9 @@
 """Evaluation of the committed model: `python -m toy.evaluate --captions 500`.
 
-Prints a table, then the same as one line of JSON. Captions are complete and come from scenes outside pretraining, objects in equal shares; images
-are sampled with DDIM and read by toy/recogniser.py. `--grid PATH` writes the sample sheet of
-toy/README.md instead, `--concepts PATH` the sheet of the concepts.
+Prints a table, then the same as one line of JSON. Captions are complete and come from scenes
+outside pretraining, objects in equal shares; images are sampled with DDIM and read by
+toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead, `--concepts PATH`
+the sheet of the concepts.
 """
 
 import argparse
