@@ -5,7 +5,7 @@ Networks that predict epsilon or v, with 4 or 9 (inpainting) input channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
+from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import Layout, Numbering, layout_of
 from models.components import (
     decode_latents,
@@ -274,19 +275,25 @@ def sd_layout(
         for name, component in found.components.items()
     }
     components["unet"] = replace(
-        components["unet"], blocks=block_indices(unet, components["unet"].shapes)
+        components["unet"], blocks=block_indices(components["unet"].shapes)
     )
     return replace(found, components=components, block_lists=(17, 26))
 
 
-def block_indices(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
-    """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down, 13 in the middle, from 14 on the way up."""
-    starts = {"input_blocks": 1, "middle_block": 13, "output_blocks": 14}
-    found = {"conv_in": 1}
-    for place, name in compvis_block_names(unet):
+def block_indices(paths: Iterable[str]) -> dict[str, int]:
+    """Path of a layer in one of the UNet's blocks -> its index into `block_weights.BLOCKS`.
+
+    1 (conv_in) and up on the way down, 13 in the middle, 14 and up on the way up.
+    """
+    found = {}
+    for path, name in unet_module_names(paths).items():
         kind, number, *_ = name.split(".")
-        index = starts[kind] + (0 if kind == "middle_block" else int(number))
-        found |= {path: index for path in paths if path == place or path.startswith(place + ".")}
+        if kind == "input_blocks":
+            found[path] = 1 + int(number)
+        elif kind == "middle_block":
+            found[path] = 13
+        elif kind == "output_blocks":
+            found[path] = 14 + int(number)
     return found
 
 
@@ -332,36 +339,3 @@ def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
             f"{layers} layers"
         )
     return clip_skip
-
-
-def compvis_block_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
-    entry = 1  # input_blocks.0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{entry}.0"
-            if attentions:
-                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{entry}.1"
-            entry += 1
-        if block.downsamplers:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
-            entry += 1
-    for j in range(
-        len(getattr(unet.mid_block, "resnets", []))
-    ):  # distilled models have no middle block
-        yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
-        yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
-    entry = 0
-    for i, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{entry}.0"
-            if attentions:
-                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
-            entry += 1
-        if block.upsamplers:
-            yield (
-                f"up_blocks.{i}.upsamplers.0.conv",
-                f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv",
-            )

@@ -21,6 +21,7 @@ from lora_core.diffusion.noise import Schedule
 from lora_core.diffusion.prediction import SIGMA_DATA
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
+from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import Component, Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
@@ -306,46 +307,7 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
     component: Component = found.components["unet"]
     named = replace(
         component,
-        names=stability_names(unet, component.shapes),
-        blocks=sd.block_indices(unet, component.shapes),
+        names=unet_module_names(component.shapes),
+        blocks=sd.block_indices(component.shapes),
     )
     return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
-
-
-RESNET = {  # a residual block's modules, ours -> Stability's
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-EDGES = {  # outside of the blocks
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-
-
-def stability_names(
-    unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]
-) -> dict[str, str]:
-    """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's own blocks; every path has a name of its own.
-
-    Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
-    upsampler is the last member of its block's last entry.
-    """
-    places = dict(sd.compvis_block_names(unet))
-    names = {}
-    for path in paths:
-        start = next(
-            (place for place in places if path == place or path.startswith(place + ".")), None
-        )
-        if start is None:
-            names[path] = EDGES[path]
-            continue
-        rest = path[len(start) + 1 :]
-        inner = RESNET[rest] if ".resnets." in start else rest
-        names[path] = places[start] + (f".{inner}" if inner else "")
-    return names

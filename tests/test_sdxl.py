@@ -25,11 +25,12 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.diffusion import sampling
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
+from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import layout_of
 from lora_core.tokens import Placeholder, first_eos
 from models import Conditioning, LoadOptions, Sizes, load_family, read_layout
 from models.sd import unet_presets
-from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule, stability_names
+from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule
 from tests import tiny_sdxl
 from tests.tiny_sdxl import FULL_UNET, save
 
@@ -657,7 +658,7 @@ def test_names_follow_the_unets_own_blocks() -> None:
     shallow = tiny_sdxl.UNet2DConditionModel(
         **(dict(tiny_sdxl.unet().config) | {"layers_per_block": 1})
     )
-    names = stability_names(shallow, dict(layout_of({"unet": shallow}).components["unet"].shapes))
+    names = unet_module_names(layout_of({"unet": shallow}).components["unet"].shapes)
     assert (
         names["down_blocks.0.downsamplers.0.conv"] == "input_blocks.2.0.op"
         and names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.2.conv"
