@@ -1,6 +1,5 @@
 """Messages advise only what the parsers take: every flag that a message names exists, and so does the value beside it."""
 
-import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import pytest
 
 from infer import Infer
 from lora_core.config import Config, Stage
-from merging import flags
+from merging.commands import COMMANDS
+from merging.options import flatten
 from tests.test_house import PRODUCT, ROOT
 
 UNKNOWN = "\0"  # stands for what a message fills in
@@ -58,20 +58,10 @@ def choices(kind: Any) -> tuple[str, ...]:
 
 
 def merge_flags() -> Iterator[str]:
-    for command in vars(flags).values():
-        if getattr(command, "__module__", "") == flags.__name__ and not command.__name__.startswith(
-            "_"
-        ):
-            parser = argparse.ArgumentParser()
-            try:
-                command(parser)
-            except TypeError:
-                continue
-            yield from (
-                option.removeprefix("--")
-                for action in parser._actions
-                for option in action.option_strings
-            )
+    for command in COMMANDS.values():
+        for name in flatten(command.options()):
+            yield name.replace("_", "-")
+    yield from ("alpha", "output-path")  # other names of lora_add's
 
 
 CONFIG = dict(options(Config))
@@ -79,7 +69,8 @@ TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
     "infer.py": {"from"},
-    "seed.py": {"with_text_lora"},
+    "add.py": {"with_text_lora"},
+    "merge.py": {"help", "with_text_lora"},
 }
 SPEAKING = [
     path for path in PRODUCT if path.parent.name != "kernels"
