@@ -167,7 +167,8 @@ def load(path: str, how: LoadOptions) -> Family:
     modules = build_meta_networks(opened.folder, locations)
     tokens = load_tokenizers(opened.folder, locations, path)
     for name, weights in split_single_file(opened, locations, modules).items():
-        _fill_network(modules[name], weights, how.vae_precision if name == "vae" else how.dtype, how.device)
+        dtype = how.vae_precision if name == "vae" else how.dtype
+        _fill_network(modules[name], weights, dtype, how.device)
     if how.vae:
         modules["vae"] = load_network(AutoencoderKL, how.vae, "", how.vae_precision, how.device)
     unet: Any = modules["unet"]

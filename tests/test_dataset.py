@@ -649,7 +649,7 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert (
         made._recent.bytes
-        == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
+        == sum(p.image.width * p.image.height * 4 for p in made._recent._images.values())
         > 0
     )
     bounded = ImageDataset(made.records, made.settings)

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
-import infer
 import train
 from lora_core.data import images
 from lora_core.data.dataset import (
@@ -32,6 +31,7 @@ from lora_core.data.dataset import (
 from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask
 from lora_core.data.srgb import to_srgb
 from lora_core.diffusion.losses import masked_mean
+from lora_core.diffusion.start_images import fit_image
 from lora_core.errors import UserError
 from tests.conftest import rows
 from training import step_inputs
@@ -344,7 +344,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
         assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
-        said.count("warning: the colour profile of") == 1
+        said.count("warning: the color profile of") == 1
         and "x.tiff" in said
         and reason in said
         and "taken as sRGB" in said
@@ -623,7 +623,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
             _center_crop(tmp_path / name).tobytes() == read_image(tmp_path / name).image.tobytes()
         )
         assert (
-            infer._fit(str(tmp_path / name), 40, 40).tobytes()
+            fit_image(str(tmp_path / name), 40, 40).tobytes()
             == read_image(tmp_path / name).image.tobytes()
         )
     clear = noise(8, 8)
@@ -636,7 +636,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
     paint = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     paint.paste((255, 255, 255, 255), (10, 10, 30, 30))
     paint.save(tmp_path / "hole.png")
-    hole = infer._fit(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
+    hole = fit_image(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
     assert hole.mode == "L" and hole.getbbox() == (10, 10, 30, 30)
 
 

@@ -1,4 +1,7 @@
-"""A model in one file is the model in its folder: the same numbers, the same names, the same noise; what is wrong with a file is one sentence."""
+"""A model in one file is the model in its folder: the same numbers, names and noise.
+
+An error in a file is one sentence.
+"""
 
 import shutil
 from dataclasses import replace
@@ -254,12 +257,24 @@ def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
 # ---------------------------------------------------------------- published models, without weights
 
 
-@pytest.mark.parametrize(("kind", "counts"), [
-    ("sd1", 1130), ("sd1-inpainting", 1130), ("sd2", 686 + 248 + 280), ("sd2-v", 686 + 248 + 280), ("sd2-inpainting", 686 + 248 + 280),
-    ("sdxl", 2513), ("sdxl-inpainting", 2513), ("sdxl-refiner", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("sd1", 1130),
+        ("sd1-inpainting", 1130),
+        ("sd2", 686 + 248 + 280),
+        ("sd2-v", 686 + 248 + 280),
+        ("sd2-inpainting", 686 + 248 + 280),
+        ("sdxl", 2513),
+        ("sdxl-inpainting", 2513),
+        ("sdxl-refiner", None),
+    ],
+)
 def test_full_size_key_lists(tmp_path, kind, counts):
-    """The keys of a published file name their kind, and every one of them has its place in the networks of the known configs."""
+    """The keys of a published file name their kind.
+
+    Every one of them has its place in the networks of the known configs.
+    """
     rows = locate_networks(published_configs(kind))
     modules = single_file.build_meta_networks(published_configs(kind), rows)
     whole = join_networks(
@@ -285,7 +300,10 @@ def test_full_size_key_lists(tmp_path, kind, counts):
 
 
 def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
-    """A tiny file in the place of a published one: its configs and its tokenizers, which the hub's cache has, are found."""
+    """A tiny file in the place of a published one.
+
+    Its configs and its tokenizers, which the hub's cache has, are found.
+    """
     calls = []
 
     def cached(name, **settings):

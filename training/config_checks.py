@@ -305,7 +305,7 @@ def check_run_folder(c: Config) -> None:
             destination.check_path_lengths(option, [Path(given[option]) / "0"])
     if not c.resume:
         destination.check_apart_from_inputs(c.out, given, overwrite=c.overwrite)
-    out, _ = Run.check(c.out, resume=c.resume, overwrite=c.overwrite)
+    out, _ = Run.check_folder(c.out, resume=c.resume, overwrite=c.overwrite)
     if c.overwrite:
         destination.check_overwritten(out)
     lock.check_lock_free(out)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_core import formats, tokens
 from lora_core.adapters import custom_files, injection
+from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
@@ -82,7 +83,7 @@ def _save_files(
     if model.has_factors:
         return files
     save_trained_model(model, config, folder / "model")
-    if config.adapter.kind in injection.KINDS:  # a full fine-tune is in model/ whole
+    if config.adapter.kind in KINDS:  # a full fine-tune is in model/ whole
         return files
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     return [*files, custom_files.save_adapters(model.adapted, own, learned.metadata)]

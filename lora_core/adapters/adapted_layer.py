@@ -1,4 +1,4 @@
-"""Adapted: a Linear or Conv2d with its adapters, in the layer's place; and where to find such layers.
+"""Adapted: a Linear or Conv2d with its adapters, in the layer's place; and the search for them.
 
 What the forward computes (the base alone, one adapter, a group of layers, a sum of updates) is
 chosen when adapters, strengths or kernels change, and kept as a function of x.
@@ -112,7 +112,7 @@ class Adapted(nn.Module):
         return self.__dict__ | {"run": None, "generation": UNRESOLVED}
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()
         replica.generation = UNRESOLVED
         return replica
 

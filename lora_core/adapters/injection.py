@@ -1,7 +1,7 @@
 """Put LoRA, DoRA or full updates on a model's Linear and Conv2d layers, train, and take them off.
 
-An adapter replaces its layer by `Adapted`, which holds the very same layer as `.base` and any number
-of named adapters:
+An adapter replaces its layer by `Adapted`, which holds the very same layer as `.base` and any
+number of named adapters:
 
     inject(unet, AdapterSpec(targets=("to_q", "to_v"), rank=8))
     optimizer = torch.optim.AdamW(adapter_parameters(unet))
@@ -308,7 +308,7 @@ def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None
         step = torch.full((), step, dtype=torch.int64, device=rows.device)
     for layer in adapted_layers(model):
         for adapter in layer.adapters.values():
-            adapter.row_keys, adapter.step = rows, step  # type: ignore[assignment]
+            adapter.row_keys, adapter.step = rows, step
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:

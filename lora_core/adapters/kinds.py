@@ -246,7 +246,8 @@ class DoRA(LoRA):
         """[out] n, with its graph for norm_grad "full"."""
         if self.cached_norm is not None:
             return self.cached_norm
-        down, up = self.down, self.up
+        down: Tensor = self.down
+        up: Tensor = self.up
         if self.spec.norm_grad == "detach":
             down, up = down.detach(), up.detach()
         return call("dora_norm", base.weight, down, up, self.scale)

@@ -220,9 +220,9 @@ class ImageDataset:
 
     def _choose_caption(self, record: Record, visit: int) -> tuple[str, bool]:
         """(caption of this visit, whether it was dropped)."""
-        if self.caption_dropout > 0 and not record.is_prior:
-            if self._uniform(record, visit, "caption dropout") < self.caption_dropout:
-                return "", True
+        can_drop = self.caption_dropout > 0 and not record.is_prior
+        if can_drop and self._uniform(record, visit, "caption dropout") < self.caption_dropout:
+            return "", True
         count = len(record.captions)
         if count == 1:
             return record.captions[0], False

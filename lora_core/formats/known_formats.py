@@ -19,6 +19,8 @@ EMBEDDINGS = "_emb.safetensors"  # how the name of a run's file of token rows en
 # How the name of a run's adapters of a user's own kind ends (adapters.custom_files).
 CUSTOM = "_adapter.safetensors"
 
+# Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
+PEFT_HEADER = "lora_adapter_metadata"
 PICKLED = (".ckpt", ".pt", ".bin", ".pth")  # endings of files of torch.save
 
 # Role of a tensor in an adapted layer -> its spellings at the end of a key. Those that begin with
