@@ -418,9 +418,11 @@ def resolution_shift(
 
 # ---------------------------------------------------------------- the noise of a training batch
 
+WHITE_NOISE = NoiseSettings()
+
 
 def sample_noise(
-    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
+    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = WHITE_NOISE
 ) -> tuple[Tensor, Tensor]:
     """(eps of the target, eps of x_t), both [b, *shape] fp32 on the CPU, shape = (c, h, w).
 
