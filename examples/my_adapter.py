@@ -1,7 +1,10 @@
-"""An adapter of your own, (IA)^3 (arXiv 2205.05638): python train.py configs/toy_pti.toml --adapter.kind examples/my_adapter.py:IA3 --out runs/ia3
+"""An adapter of your own: (IA)^3 (arXiv 2205.05638).
 
-It has no low-rank form, so the run writes its own parameters (runs/ia3/ia3_adapter.safetensors) and the whole model with them folded in
-(runs/ia3/model, for infer.py --model and diffusers) instead of LoRA files. The lines at the end put the parameters on a model again.
+    python train.py configs/toy_pti.toml --adapter.kind examples/my_adapter.py:IA3 --out runs/ia3
+
+It has no low-rank form, so the run writes its own parameters (runs/ia3/ia3_adapter.safetensors) and
+the whole model with them folded in (runs/ia3/model, for infer.py --model and diffusers) instead of
+LoRA files. The lines at the end put the parameters on a model again.
 """
 
 import torch
@@ -13,11 +16,11 @@ from lora_core.adapters.kinds import BaseLayer, LayerSpec
 class IA3(nn.Module):
     """y = (1 + l) * base(x), one number for each output feature."""
 
-    low_rank = False  # rank, alpha and dropout have no part in it
+    low_rank = False  # rank, alpha and dropout do not apply
 
-    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
         super().__init__()
-        self.layer = layer
+        self.spec = spec
         self.scale = nn.Parameter(torch.zeros(base.weight.shape[0], device=base.weight.device))  # l
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:

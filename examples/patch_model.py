@@ -1,4 +1,7 @@
-"""A run's LoRA and tokens on live networks, from Python, and off again: python examples/patch_model.py"""
+"""A run's LoRA and tokens on live networks, from Python, and off again.
+
+python examples/patch_model.py
+"""
 
 from lora_core import patch
 from lora_core.diffusion.generation import SamplerSettings, generate_images
