@@ -49,9 +49,9 @@ PROCESSORS = {
 PROCESSOR_KEY = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 
-def processor_names(path: str) -> list[str]:
-    """Names under which files of attention processors have a layer."""
-    found = []
+def spell_path(component: Component, path: str) -> list[str]:
+    """The path, then the names under which files of attention processors have the layer."""
+    found = [path]
     for end, names in PROCESSORS.items():
         if path == end or path.endswith("." + end):
             found += [path[: -len(end)] + name for name in names]
@@ -60,7 +60,7 @@ def processor_names(path: str) -> list[str]:
 
 GRAMMAR = Grammar(
     heads=lambda name, component: (name, f"{name}.base_model.model"),
-    names=lambda component, path: (path, *processor_names(path)),
+    names=spell_path,
     leaves={
         "down": ".lora_A.weight",
         "up": ".lora_B.weight",
