@@ -1,7 +1,9 @@
-"""Twins of the reference with fewer passes over memory, in torch calls with their gradients written out: what runs where there is no kernel.
+"""Faster implementations of the reference in torch, with their gradients written out.
 
-Factors and hidden states are held as [r, ...] here: of the layouts, both factors' products read x and dy fastest that way (bf16, rank 16, one x86
-thread: 0.6-0.9 of the time of the products in the order in which the reference writes them).
+They make fewer passes over memory and run wherever there is no kernel. Factors and hidden states
+are held as [r, ...] here: of the layouts, both factors' products read x and dy fastest that way
+(bf16, rank 16, one x86 thread: 0.6-0.9 of the time of the products in the order in which the
+reference writes them).
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from torch.autograd.function import once_differentiable
 from lora_core.kernels import reference
 from lora_core.kernels.reference import Drop, Member, wide_dtype
 
-# Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are to
-# launch: forward + backward at rank 8 takes 0.54-0.86 of the reference's time (64 to 4096 rows, one
-# x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
+# Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are
+# to launch: forward + backward at rank 8 takes 0.54-0.86 of the reference's time (64 to 4096 rows,
+# one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
 MERGE_LIMIT = 128 * 128
 WIDE_DTYPES = (torch.float32, torch.float64)
+ONE_BY_ONE = (1, 1), (0, 0), (1, 1)  # stride, padding and dilation of a 1x1 convolution
 
-Grads = tuple[Any, ...]  # one for each argument of forward, None where none is asked for
+Grads = tuple[Any, ...]  # one for each argument of forward, None where none is wanted
 
 
 def lora_linear(
@@ -57,7 +60,10 @@ def lora_linear(
 
 
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
-    """reference.lora_grouped, member by member: on a CPU reading x once for all of them gains nothing."""
+    """reference.lora_grouped, member by member.
+
+    On a CPU reading x once for all of them gains nothing.
+    """
     return tuple(lora_linear(x, *member) for member in members)
 
 
@@ -73,16 +79,17 @@ def lora_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """reference.lora_conv with the update added in place; by one convolution with W + scale up down where that weight is small."""
+    """reference.lora_conv with the update added in place.
+
+    A small weight is merged with its update instead, for one convolution.
+    """
     if groups != 1 or isinstance(padding, str) or x.ndim != 4:
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
     if weight is not None and _merges(x, weight, down):
-        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
-            weight.shape
-        )
-        return F.conv2d(x, merged, bias, stride, padding, dilation)
+        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
+        return F.conv2d(x, merged.view(weight.shape), bias, stride, padding, dilation)
     if _autocasts(x):
         x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     return _Conv.apply(x, weight, bias, down, up, scale, stride, padding, dilation)
@@ -91,7 +98,10 @@ def lora_conv(
 def dora_compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """reference.dora_compose as y0 a + lora b + c with one factor a channel: two passes in fp32 or better, and one that rounds."""
+    """reference.dora_compose as y0 a + lora b + c with one factor a channel.
+
+    Two passes in fp32 or better, and one that rounds.
+    """
     return _Compose.apply(y0, bias, lora, gain, strength)
 
 
@@ -230,29 +240,20 @@ class _Conv(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_down, wants_up, *_ = ctx.needs_input_grad
         d_x = d_weight = d_bias = d_down = d_up = None
         with _exactly(dy):
-            if weight is not None and (wants_x or wants_weight or wants_bias):
-                d_x, d_weight, d_bias = _convolution_backward(
-                    dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias]
-                )
-            back, d_up, _ = _convolution_backward(
-                dy,
-                hidden,
-                up,
-                None,
-                ((1, 1), (0, 0), (1, 1)),
-                [wants_x or wants_down, wants_up, False],
-            )
+            wants = [wants_x, wants_weight, wants_bias]
+            if weight is not None and any(wants):
+                gradients = _convolution_backward(dy, x, weight, ctx.bias, ctx.window, wants)
+                d_x, d_weight, d_bias = gradients
+            wants = [wants_x or wants_down, wants_up, False]
+            back, d_up, _ = _convolution_backward(dy, hidden, up, None, ONE_BY_ONE, wants)
             if wants_x or wants_down:
-                through, d_down, _ = _convolution_backward(
-                    back, x, down, None, ctx.window, [wants_x, wants_down, False]
-                )
+                wants = [wants_x, wants_down, False]
+                gradients = _convolution_backward(back, x, down, None, ctx.window, wants)
+                through, d_down, _ = gradients
                 d_down = _scaled(d_down, ctx.dtype, ctx.scale) if wants_down else None
                 if wants_x:
-                    d_x = (
-                        through.mul_(ctx.scale)
-                        if d_x is None
-                        else d_x.add_(through, alpha=ctx.scale)
-                    )
+                    scale = ctx.scale
+                    d_x = through.mul_(scale) if d_x is None else d_x.add_(through, alpha=scale)
             d_up = _scaled(d_up, ctx.dtype, ctx.scale) if wants_up else None
         return d_x, d_weight, d_bias, d_down, d_up, None, None, None, None
 
@@ -263,14 +264,14 @@ class _Compose(torch.autograd.Function):
         ctx: Any, y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.strength, dtype = strength, wide_dtype(y0.dtype)
+        ctx.strength = strength
+        dtype = wide_dtype(y0.dtype)
         shift = strength * (gain.to(dtype) - 1)
-        wide_y0 = y0.to(dtype)
-        y = (
-            wide_y0 * (1 + shift)
-            if bias is None
-            else torch.addcmul(-shift * bias.to(dtype), wide_y0, 1 + shift)
-        )
+        base = y0.to(dtype)
+        if bias is None:
+            y = base * (1 + shift)
+        else:
+            y = torch.addcmul(-shift * bias.to(dtype), base, 1 + shift)
         y.addcmul_(lora.to(dtype), strength * gain.to(dtype))
         ctx.save_for_backward(y0, bias, lora, gain)
         return y.to(y0.dtype)
@@ -287,76 +288,67 @@ class _Compose(torch.autograd.Function):
         rows = _channels(dy, gain)
         if wants_lora:
             d_lora = _affine(rows, strength * channels, None).view(dy.shape).to(lora.dtype)
-        if wants_y0:
-            d_y0 = (
-                d_lora
-                if strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype
-                else None
-            )
-            d_y0 = (
-                _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape)
-                if d_y0 is None
-                else d_y0
-            )
+        if wants_y0 and strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype:
+            d_y0 = d_lora
+        elif wants_y0:
+            d_y0 = _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape)
         if wants_bias:
             axes = [axis for axis in range(rows.ndim) if axis != 1]
-            d_bias = (
-                (-strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype))
-                .view(bias.shape)
-                .to(bias.dtype)
-            )
+            d_bias = -strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype)
+            d_bias = d_bias.view(bias.shape).to(bias.dtype)
         if wants_gain:
-            d_gain = _moment(rows, _channels(y0, gain), bias, channels) + _moment(
-                rows, _channels(lora, gain), None, channels
-            )
+            d_gain = _moment(rows, _channels(y0, gain), bias, channels)
+            d_gain = d_gain + _moment(rows, _channels(lora, gain), None, channels)
             d_gain = (strength * d_gain).view(gain.shape).to(gain.dtype)
         return d_y0, d_bias, d_lora, d_gain, None
 
 
 def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
-    """rows * factor + offset with one number for each channel (dimension 1), in their fp32, rounded once to rows' dtype.
+    """rows * factor + offset with one number for each channel (dimension 1).
 
-    It is batch normalisation by statistics that do nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
+    In their fp32, rounded once to rows' dtype. It is batch normalisation by statistics that do
+    nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
     (4096 x 320: 0.2 ms; `rows * factor` and its rounding 2.4 ms).
     """
-    return torch.native_batch_norm(
-        rows, factor, offset, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0
-    )[0]
+    mean, deviation = torch.zeros_like(factor), torch.ones_like(factor)
+    return torch.native_batch_norm(rows, factor, offset, mean, deviation, False, 0.0, 0.0)[0]
 
 
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
-    """sum of rows * (z - mean) over all but the channels (dimension 1), in one pass: the weight's gradient of the same normalisation.
+    """Sum of rows * (z - mean) over all but the channels (dimension 1), in one pass.
 
-    The mean and the deviation of 1 are given twice: on a CPU torch reads the running ones, on a GPU the saved ones.
+    It is the weight's gradient of the same normalisation. The mean and the deviation of 1 are given
+    twice: on a CPU torch reads the running ones, on a GPU the saved ones.
     """
     if not rows.numel():  # which torch divides by there
         return torch.zeros_like(like)
     ones = torch.ones_like(like)
-    centre = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
-    z = z.to(rows.dtype)
+    center = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
+    statistics = center, ones, center, ones
+    wanted = [False, True, False]
     return torch.ops.aten.native_batch_norm_backward(
-        rows, z, ones, centre, ones, centre, ones, False, 0.0, [False, True, False]
+        rows, z.to(rows.dtype), ones, *statistics, False, 0.0, wanted
     )[1]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale * gradient, contiguous, in dtype; in place where it is that already."""
-    done = gradient.dtype == dtype and gradient.is_contiguous()
-    out = (
-        gradient
-        if done
-        else torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-    )
+    out = gradient
+    if gradient.dtype != dtype or not gradient.is_contiguous():
+        out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
     return out if scale == 1 else out.mul_(scale)
 
 
 def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """What reference.keyed_dropout makes of x where its choice is `keep`."""
+    """reference.keyed_dropout of x for the choice `keep`."""
     return x if keep is None else torch.where(keep, x / (1 - p), 0)
 
 
 def _add_1x1(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
-    """y += scale * (1x1 convolution of hidden with up [out, r]), in place, in y's own memory format."""
+    """y += scale * (1x1 convolution of hidden with up [out, r]), in place.
+
+    In y's own memory format.
+    """
     if y.is_contiguous():
         y.flatten(2).baddbmm_(up.expand(len(y), *up.shape), hidden.flatten(2), alpha=scale)
     elif y.is_contiguous(memory_format=torch.channels_last):
@@ -375,7 +367,7 @@ def _convolution_backward(
 
 
 def _channels(t: Tensor, gain: Tensor) -> Tensor:
-    """t [..., out] as [m, out], or [..., out, h, w] as [b, out, h, w], as gain [out] or [out, 1, 1] says."""
+    """t [..., out] as [m, out] for a gain [out], t [..., out, h, w] as [b, out, h, w] for more."""
     return t.reshape(-1, *t.shape[t.ndim - gain.ndim :])
 
 

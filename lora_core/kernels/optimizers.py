@@ -512,7 +512,7 @@ def _workspace(flat: FlatParameters, name: str, count: int, dtype: torch.dtype) 
 # ---------------------------------------------------------------- ahead of time
 
 
-def list_builds(full: bool) -> list[Build]:
+def list_optimizer_builds(full: bool) -> list[Build]:
     """fp32 parameters with the defaults, and with every option; with full=True bf16 parameters and each option alone too."""
     everything = {
         "ADAM": True,
