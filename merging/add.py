@@ -27,7 +27,7 @@ from merging.adapter_sums import (
     LayerKey,
     Term,
     has_magnitude,
-    iterate_layers,
+    layers_by_key,
     lpl_layers,
 )
 from merging.expression import WeightedFile
@@ -249,8 +249,8 @@ def _print_lpl_warning(job: LoraAddition, *, is_same: bool = False) -> None:
 
 def _hold_same_update(first: AdapterState, second: AdapterState) -> bool:
     """Whether two files agree in every layer that they share with equal shapes."""
-    others = dict(iterate_layers(second))
-    for key, lr in iterate_layers(first):
+    others = layers_by_key(second)
+    for key, lr in layers_by_key(first).items():
         other = others.get(key)
         if other is None or other.up.shape != lr.up.shape:
             continue

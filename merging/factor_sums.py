@@ -55,10 +55,10 @@ def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
     Factors of which one is zero stay as they are.
     """
-    largest = float(up.abs().max()), float(down.abs().max())
-    if not all(0 < value < math.inf for value in largest):
+    largest_up, largest_down = float(up.abs().max()), float(down.abs().max())
+    if not (0 < largest_up < math.inf and 0 < largest_down < math.inf):
         return up, down
-    t = 2.0 ** round((math.log2(largest[1]) - math.log2(largest[0])) / 2)
+    t = 2.0 ** round((math.log2(largest_down) - math.log2(largest_up)) / 2)
     return up * t, down / t
 
 

@@ -13,20 +13,19 @@ from lora_core.errors import UserError
 from merging import adapter_sums
 from merging.adapter_sums import (
     DenseOptions,
+    LayerFactor,
     LayerKey,
     MergedLayer,
     Term,
+    every_layer,
     has_magnitude,
     sketch_generator,
     weighted_layers,
 )
-from merging.block_weights import LayerFactor, every_layer
 from merging.factor_sums import WeightedAdapters
 from merging.options import BUDGET, UNITS, KeepOptions, MergeMethod, OpenOptions
 from merging.output import round_adapter
-from merging.rank_budget import allot_ranks, rank_steps
 from merging.svd import distill_update, one_thread
-from merging.ties_dare import MERGES
 from merging.truncation import ApproximationReport, Keep
 
 TO_KEEP = "with --rank, --max-error or --energy"
@@ -40,12 +39,13 @@ def merge_terms(
     dense: DenseOptions,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """The merge as one record, in the output's dtype, and its reports by layer."""
-    count = sum(1 for _ in weighted_layers(terms))
+    count = len(weighted_layers(terms))
     title = f"{method.method} of {len(terms)}"
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense)
         bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
-        return adapter_sums.collect_layers(_round_layer(layer, dtype) for layer in bar)
+        rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
+        return adapter_sums.collect_layers(rounded)
 
 
 def dense_options(
@@ -79,7 +79,7 @@ def _merge_layers(
     dense: DenseOptions,
 ) -> Iterator[MergedLayer]:
     """The layers of a merge, one by one. Raises UserError for options that do not go together."""
-    whole = {key: weighted for key, weighted in weighted_layers(terms) if _has_dense(weighted)}
+    whole = _dense_layers(terms)
     criterion = keep.per_layer()
     if whole and (method.method != "sum" or criterion is None):
         raise UserError(
@@ -101,6 +101,8 @@ def _merge_layers(
         raise UserError(
             f"{method.method} gives updates of full rank; say how much of them to keep {TO_KEEP}"
         )
+    from merging.ties_dare import MERGES
+
     merge, density = MERGES[method.method], method.density
     return adapter_sums.mix_layers_dense(
         terms, merge, criterion, density=density, seed=method.seed, dense=dense
@@ -113,6 +115,8 @@ def _ranks_or_share(
     """A budget as a rank for each layer, spent where the update is largest; else one criterion."""
     if not keep.budget:
         return keep.per_layer()
+    from merging.rank_budget import allot_ranks, rank_steps
+
     number, unit = BUDGET.fullmatch(keep.budget).groups()  # type: ignore[union-attr]
     steps = rank_steps(terms)
     if not unit:
@@ -122,8 +126,14 @@ def _ranks_or_share(
     return allot_ranks(steps, total=total, unit="parameters")
 
 
-def _has_dense(weighted: WeightedAdapters) -> bool:
-    return any(isinstance(update, DenseUpdate) for _, update in weighted)
+def _dense_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
+    """Layers for which a file holds an update that is no product of two factors."""
+    found: dict[LayerKey, WeightedAdapters] = {}
+    for key, weighted in weighted_layers(terms).items():
+        for _, update in weighted:
+            if isinstance(update, DenseUpdate):
+                found[key] = weighted
+    return found
 
 
 def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
@@ -133,7 +143,7 @@ def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
 def _distill_dense_layers(
     whole: Mapping[LayerKey, WeightedAdapters], criterion: Keep | None, dense: DenseOptions
 ) -> Iterator[MergedLayer]:
-    """Layers in which an update is no product of two factors."""
+    """The nearest adapters of such layers."""
     keep = criterion or Keep(energy=1.0)
     for key, weighted in whole.items():
         try:

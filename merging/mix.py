@@ -8,9 +8,8 @@ from dataclasses import replace
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
-from merging.adapter_sums import LayerKey, Term
+from merging.adapter_sums import LayerFactor, LayerKey, Term, every_layer
 from merging.expression import WeightedFile, parse_files, render_sum
-from merging.layer_choice import choose_layers
 from merging.merge_methods import dense_options, merge_terms
 from merging.opening import (
     choose_output_format,
@@ -19,11 +18,9 @@ from merging.opening import (
     open_adapter,
     widest_dtype,
 )
-from merging.options import KeepOptions, MergeMethod, Mix, OpenOptions
+from merging.options import DENSITY_METHODS, KeepOptions, MergeMethod, Mix, OpenOptions
 from merging.output import Output, check_adapter_output, make_output, print_written, write_adapter
 from merging.printing import print_note, report_table
-from merging.ties_dare import MERGES
-from merging.token_names import join_tokens
 from merging.truncation import ApproximationReport
 
 
@@ -85,17 +82,30 @@ def _merge_files(
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
     terms = []
     for file, state in zip(files, states):
-        terms.append(Term(state, file.weight, choose_layers(file, state, layout)))
+        terms.append(Term(state, file.weight, layer_factor(file, state, layout)))
     dtype = output.dtype
     if keep and dtype is None:  # what is cut anyway is not written wider than it was
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
     state, reports = merge_terms(terms, keep, method, dtype, dense)
+    state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
+    if not any(own.tokens for own in states):
+        return state, reports, []
+    from merging.token_names import join_tokens
+
     joined, notes = join_tokens(states, [file.path for file in files])
     state.tokens, state.token_names = joined.tokens, joined.token_names
-    kept = states[0].metadata if len(states) == 1 else {}
-    state.metadata = kept | joined.metadata
+    state.metadata |= joined.metadata
     return state, reports, notes
+
+
+def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
+    """The factor of each layer of a file in a sum, by the choices behind its name."""
+    if not file.choices:
+        return every_layer
+    from merging.layer_choice import choose_layers
+
+    return choose_layers(file, state, layout)
 
 
 def _refuse_idle(options: Mix, has_model: bool) -> None:
@@ -104,7 +114,8 @@ def _refuse_idle(options: Mix, has_model: bool) -> None:
     idle = {
         "--residual": bool(options.residual) and not has_model,
         "--format": bool(options.files.format) and has_model,
-        "--density": method.density != MergeMethod().density and method.method not in MERGES,
+        "--density": method.density != MergeMethod().density
+        and method.method not in DENSITY_METHODS,
     }
     target = "a sum of models" if has_model else f"{method.method} of adapters"
     for flag, is_idle in idle.items():

@@ -10,7 +10,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.weights import PICKLED
 from lora_core.formats.whole_models import Model, write_checkpoint_file, write_model_folder
-from merging.adapter_sums import Term, weighted_layers
+from merging.adapter_sums import Term, every_layer, weighted_layers
 from merging.base_models import (
     BaseModel,
     model_configs,
@@ -72,7 +72,8 @@ def write_model_sum(
     states = [open_adapter(file.path, base.layout, reading, merging=True) for file in adapters]
     terms = []
     for file, state in zip(adapters, states):
-        terms.append(Term(state, file.weight, choose_layers(file, state, base.layout)))
+        factor = choose_layers(file, state, base.layout) if file.choices else every_layer
+        terms.append(Term(state, file.weight, factor))
     statistics = FoldStatistics(residual_rank=_residual_rank(terms, fold))
     weighted = [(file.weight, own.model) for file, own in zip(models, bases)]
     model = fold_adapters(weighted, terms, base.layout, statistics, dtype=output.dtype)
@@ -173,7 +174,7 @@ def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) 
 def _residual_rank(terms: Sequence[Term], fold: FoldOptions) -> int:
     if not fold.residual:
         return 0
-    largest = max((rank_of_sum(weighted) for _, weighted in weighted_layers(terms)), default=0)
+    largest = max(map(rank_of_sum, weighted_layers(terms).values()), default=0)
     return fold.residual_rank or largest
 
 

@@ -58,7 +58,8 @@ def is_whole_model(path: str) -> bool:
             keys = opened.keys()
     except (SafetensorError, OSError, RuntimeError):
         return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
-    return any(key.startswith(MODEL_KEY_PREFIXES) and ".lora" not in key for key in keys)
+    found = [key for key in keys if key.startswith(MODEL_KEY_PREFIXES)]
+    return any(".lora" not in key for key in found)
 
 
 def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:

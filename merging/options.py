@@ -18,6 +18,7 @@ from lora_core.formats.known_formats import WRITABLE
 from merging.truncation import Keep
 
 MERGE_METHODS = ("sum", "slerp", "ties", "dare", "dare_ties", "magnitude")
+DENSITY_METHODS = MERGE_METHODS[2:]  # those that --density has an effect on
 ADD_MODES = ("lpl", "ljl", "upl", "upl-ckpt-v2")
 DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp64")
 SVD_METHODS = ("randomized", "exact")

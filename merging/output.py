@@ -13,7 +13,7 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.factor_lists import write_factor_lists
+from lora_core.formats.known_formats import load_function
 from lora_core.formats.layout import Layout
 from merging.compare import frobenius_norm
 from merging.factor_sums import concat_factors
@@ -136,7 +136,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return write_factor_lists(state, path, layout)
+        return load_function("factor_lists", "write_factor_lists")(state, path, layout)
     if not has_factors and not state.tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")
     if has_factors and output.format in FORMATS_WITH_TOKENS:
