@@ -311,12 +311,12 @@ def run_ours(
     )  # fmt: skip
     clocks = [Clock() for _ in stages]
 
-    def timed(session: Any, batch: Any, stage: Any, step: int) -> torch.Tensor:
-        phase, within = divmod(step, steps + WARM + 1)
+    def timed(model: Any, x: Any, config: Config, loss: Any) -> torch.Tensor:
+        phase, within = divmod(x.number, steps + WARM + 1)
         clocks[phase].tick()
         if profile is not None and within in (WARM, steps + WARM):
             (profile.enable if within == WARM else profile.disable)()
-        return train.training_step(session, batch, stage, step)
+        return train.training_step(model, x, config, loss)
 
     train.train(c, step=timed)
     return clocks

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(path, name))
         except Exception as error:
             # The hub's client raises a dozen classes: no network, no such repository or file ...
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}"
             ) from None
@@ -54,7 +54,7 @@ def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: A
         return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
     except Exception as error:
         # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         place = f"{subfolder}/ of {path}" if subfolder else path
         raise UserError(f"cannot load {place}: {reason}") from None
 

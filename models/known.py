@@ -282,7 +282,7 @@ def _shapes_by_name(component: Component) -> dict[str, Shape]:
 
 
 def _numbered_layers(shapes: Mapping[str, Shape]) -> dict[str, dict[Shape, int]]:
-    """Component -> (out, in times the kernel's sides) -> how many layers of a file without names."""
+    """Component -> (out, in times the kernel's sides) -> how many layers of a nameless file."""
     parts: dict[tuple[str, str], dict[str, Shape]] = {}
     for key, shape in shapes.items():
         if match := NUMBERED.fullmatch(key):

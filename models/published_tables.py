@@ -10,20 +10,14 @@ import gzip
 import json
 
 from lora_core.formats.layout import Layout
-from models import flux, sd, sdxl
+from models import read_layout
 from models.published import PUBLISHED_MODELS, published_configs
 from models.published_layouts import TABLE, encode_layouts
 
 
 def build_layout(kind: str) -> Layout:
     """The layout of one of PUBLISHED_MODELS, from its networks without weights (0.1 s)."""
-    pipeline = PUBLISHED_MODELS[kind].files["model_index.json"]["_class_name"]
-    folder = str(published_configs(kind))
-    if pipeline in flux.PIPELINES:
-        return flux.read_flux_layout(folder)
-    if pipeline in sdxl.PIPELINES:
-        return sdxl.read_sdxl_layout(folder)
-    return sd.read_sd_layout(folder)
+    return read_layout(str(published_configs(kind)))
 
 
 def main() -> None:

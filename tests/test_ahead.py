@@ -1,4 +1,7 @@
-"""Every kernel compiles for every chip without a GPU: no spills that count, shared memory within the chip's, tensor cores where they belong."""
+"""Every kernel compiles for every chip without a GPU.
+
+No spills that count, shared memory within the chip's, tensor cores where they belong.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-from lora_core.kernels.ahead import MODULES, SHARED_MEMORY, SPILL_ALLOWANCE, TENSOR_CORES
+from lora_core.kernels.ahead import (
+    BUILD_LISTS,
+    SHARED_MEMORY,
+    SPILL_ALLOWANCE,
+    TENSOR_CORES,
+    describe_launch,
+)
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 
-# A tile of 128 x 128 sums takes 512 registers of each of a warp's threads: 255 are there. The other has no product at all.
+# A tile of 128 x 128 sums takes 512 registers of each of a warp's threads: 255 are there. The other
+# has no product at all.
 BAD = """
 import triton
 import triton.language as tl
@@ -51,14 +64,15 @@ print(find_fault(build, 89, spilling) or "fits", "/", find_fault(build, 90, spil
 FIRST = """
 import json
 
-from lora_core.kernels.ahead import compile_build, find_builds, find_fault
+from lora_core.kernels.ahead import build_name, compile_build, find_builds, find_fault
 
 first = {}
 for module, build in find_builds(False):
     first.setdefault(build.kernel, (module, build))
 for module, build in first.values():
-    found, name = compile_build(build, 90), f"{module}.{build.name or build.kernel.__name__}"
-    print(json.dumps({"kernel": name, "arch": 90, "fault": find_fault(build, 90, found), **found._asdict()}))
+    found = compile_build(build, 90)
+    row = {"kernel": build_name(module, build), "arch": 90, "fault": find_fault(build, 90, found)}
+    print(json.dumps(row | found._asdict()))
 """
 
 
@@ -82,7 +96,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict]:
 
 
 def judge(rows: list[dict]) -> None:
-    """Asserts what `fault` asserts, from the figures themselves."""
+    """Asserts what `find_fault` finds, from the figures themselves."""
     assert rows
     for row in rows:
         assert not row["fault"] and row["spills"] <= SPILL_ALLOWANCE, row
@@ -92,7 +106,7 @@ def judge(rows: list[dict]) -> None:
 def judge_modules(rows: list[dict]) -> None:
     judge(rows)
     modules = {row["kernel"].split(".")[0] for row in rows}
-    assert modules == set(MODULES)
+    assert modules == set(BUILD_LISTS)
     norms = [row for row in rows if row["kernel"].startswith("dora.norm")]
     assert norms and all(set(row["kinds"]) & set(TENSOR_CORES) for row in norms)
 
@@ -106,9 +120,8 @@ def test_one_configuration_of_each_kernel_fits_its_chip(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_kernels_fit_their_chips(tmp_path: Path) -> None:
-    judge_modules(
-        compiled(tmp_path, "--arch", "89", "90")
-    )  # sm_89 has sm_80's instructions and less memory
+    # sm_89 has sm_80's instructions and less memory
+    judge_modules(compiled(tmp_path, "--arch", "89", "90"))
 
 
 @pytest.mark.full
@@ -131,13 +144,38 @@ def test_under_the_interpreter_it_says_what_to_unset(tmp_path: Path) -> None:
         tmp_path,
         TRITON_INTERPRET="1",
     )
-    assert (
-        done.returncode != 0
-        and "TRITON_INTERPRET is set" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET is set" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_only_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     done = run(["-m", "lora_core.kernels.ahead", "--only", "nothing"], tmp_path)
     assert done.returncode != 0 and "'nothing'" in done.stderr
+
+
+class Table(NamedTuple):
+    pointers: tuple[Any, ...]
+    numbers: tuple[int, ...]
+    absent: tuple[Any, ...] = ()
+
+
+def test_a_launch_is_described_as_the_launcher_specializes_it() -> None:
+    """Inside tables too: pointers, 1 and None as constants, multiples of 16, and odd numbers."""
+    half = torch.empty(3, dtype=torch.bfloat16, device="meta")
+    arguments = {
+        "table": Table((half, None), (1, 32, 7, 2**33)),
+        "scale": 0.5,
+        "word": 16,
+        "BLOCK": 64,
+    }
+    params = []
+    for name in arguments:
+        special = {"is_constexpr": name == "BLOCK", "do_not_specialize": name == "word"}
+        params.append(SimpleNamespace(**special))
+    kernel = SimpleNamespace(arg_names=list(arguments), params=params)
+    build = describe_launch(kernel, arguments, warps=8, name="one")
+    table = Table(("*bf16", "constexpr"), ("constexpr", "i32", "i32", "i64"))
+    assert build.signature == {"table": table, "scale": "fp32", "word": "i32", "BLOCK": "constexpr"}
+    assert type(build.signature["table"]) is Table
+    assert build.constants == {(0, 0, 1): None, (0, 1, 0): 1, (3,): 64}
+    assert build.multiples == ((0, 1, 1), (0, 1, 3)) and build.warps == 8

@@ -27,8 +27,8 @@ from lora_core.toml import read_toml, to_toml
 from models import load_family
 from tests.conftest import final, learned, same, save_photos
 from tests.test_train import merged
-from training import config_checks, signals
-from training.setup import Session
+from training import config_checks, setup, signals
+from training.setup import Model
 
 TOKENS = (Stage(2, ("tokens",)),)
 ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}
@@ -738,7 +738,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
-        interrupt_in(patch, Session, "prepare", 3)
+        interrupt_in(patch, train, "make_step_inputs", 3)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
     assert (
@@ -760,14 +760,14 @@ def test_ctrl_c_before_the_first_step_claims_nothing(
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
-        interrupt_in(patch, Session, "_open_model", 1)
+        interrupt_in(patch, setup, "open_model", 1)
         assert train.main([str(given)]) == 130
     assert (
         capsys.readouterr().err == "interrupted: nothing was saved\n"
         and not Path(config.out).exists()
     )
     with monkeypatch.context() as patch:
-        interrupt_in(patch, train.results, "run_validation", 1)
+        interrupt_in(patch, train.Log, "validate", 1)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
     assert "no step is saved" in error and "--resume" not in error
@@ -778,7 +778,7 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(
     config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for owner, name, at, step in (
-        (Session, "prepare", 1, 1),
+        (train, "make_step_inputs", 1, 1),
         (train.results, "before_after_grid", 1, 2),
     ):
         with (
@@ -796,8 +796,8 @@ def test_the_second_ctrl_c_ends_at_once(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
-    interrupt_in(monkeypatch, Session, "prepare", 2)
-    interrupt_in(monkeypatch, Session, "conditioning", 2)
+    interrupt_in(monkeypatch, train, "make_step_inputs", 2)
+    interrupt_in(monkeypatch, Model, "conditioning", 2)
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
         train.train(config)
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks import kernels as program
 from benchmarks import laws, timing
 from benchmarks.cases import LAYERS, Setting, copy_arguments, make_cases
 from benchmarks.measure import DeviceRates
-from lora_core.kernels import OPS, reference, winners
+from lora_core.kernels import OPS, reference, steps, winners
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--shape", "16,24,24", "--rank", "4", "--rounds", "3"]
@@ -161,27 +162,20 @@ def test_more_shapes_than_dynamo_keeps_are_compiled_and_what_it_cannot_trace_is_
     monkeypatch.setattr(
         torch, "compile", lambda function, **how: compiler(function, backend="eager", **how)
     )
+
+    def untraceable(*args):
+        torch._dynamo.graph_break()
+        return steps.prodigy_step(*args)
+
+    monkeypatch.setitem(OPS, "prodigy_step", replace(OPS["prodigy_step"], reference=untraceable))
     shapes = [f"{rows},8,8" for rows in range(2, 3 + torch._dynamo.config.recompile_limit)]
     file = tmp_path / "compiled.json"
-    status, out, err = main(
-        "--compile",
-        "--json",
-        str(file),
-        "--shape",
-        *shapes,
-        "--rank",
-        "2",
-        "--rounds",
-        "1",
-        "--op",
-        "keyed_dropout",
-        "prodigy_step",
-    )
+    options = ["--rank", "2", "--rounds", "1", "--op", "keyed_dropout", "prodigy_step"]
+    status, out, err = main("--compile", "--json", str(file), "--shape", *shapes, *options)
     assert status == 0, out + err
     stored = json.loads(file.read_text())
-    assert ["compile" in row["contenders"] for row in stored["cases"]] == [True] * len(shapes) + [
-        False
-    ]
+    compiled = ["compile" in row["contenders"] for row in stored["cases"]]
+    assert compiled == [True] * len(shapes) + [False]
     assert "prodigy_step its example: torch.compile of the reference is left out, it raises" in out
 
 

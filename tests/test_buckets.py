@@ -154,7 +154,7 @@ def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch
     assert plan.steps == sum(math.ceil(n / batch) for n in Counter(groups).values())
     counts, fillers = Counter(), Counter()
     for epoch in range(7):
-        steps = [plan.rows(step) for step in range(epoch * plan.steps, (epoch + 1) * plan.steps)]
+        steps = [plan.visits(step) for step in range(epoch * plan.steps, (epoch + 1) * plan.steps)]
         assert all(
             len(rows) == batch and len({groups[record] for record, _ in rows}) == 1
             for rows in steps
@@ -175,9 +175,9 @@ def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch
 def test_a_step_is_a_function_of_its_number_and_epochs_differ():
     groups = ["a"] * 9 + ["b"] * 4 + ["c"]
     plan = BucketOrder(groups, 3, 1)
-    forward = [plan.rows(step) for step in range(40)]
-    assert [BucketOrder(groups, 3, 1).rows(step) for step in reversed(range(40))] == forward[::-1]
-    assert forward != [BucketOrder(groups, 3, 2).rows(step) for step in range(40)]
+    forward = [plan.visits(step) for step in range(40)]
+    assert [BucketOrder(groups, 3, 1).visits(step) for step in reversed(range(40))] == forward[::-1]
+    assert forward != [BucketOrder(groups, 3, 2).visits(step) for step in range(40)]
     order = [
         "".join(groups[forward[step][0][0]] for step in range(e * plan.steps, (e + 1) * plan.steps))
         for e in range(6)

@@ -331,7 +331,7 @@ def test_a_refused_push_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cards.HfApi, "create_repo", refuse)
     with pytest.raises(
-        UserError, match=r"not uploaded to me/run: Token is required; mend that"
+        UserError, match=r"not uploaded to me/run: Token is required; fix that"
     ) as caught:
         push_to_hub(run, "me/run")
     assert "\n" not in str(caught.value)

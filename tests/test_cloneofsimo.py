@@ -1,4 +1,7 @@
-"""cloneofsimo's index-keyed files: numbers against a walk through live modules, the one real file, and diffusers' loaders on what becomes of it."""
+"""cloneofsimo's index-keyed files: numbers against a walk through live modules.
+
+Also the one real file, and diffusers' loaders on the files made of it.
+"""
 
 import json
 import random
@@ -40,15 +43,13 @@ def old_order(unet):
 
 
 def walk(network, classes, layers=(nn.Linear,)):
-    """What cloneofsimo's search meets: every layer below a module of the classes, in the order of registration."""
+    """The layers in the order of cloneofsimo's search: below a module of the classes."""
     names = {module: name for name, module in network.named_modules()}
-    return [
-        names[m]
-        for module in network.modules()
-        if type(module).__name__ in classes
-        for m in module.modules()
-        if isinstance(m, layers)
-    ]
+    found = []
+    for module in network.modules():
+        if type(module).__name__ in classes:
+            found += [names[m] for m in module.modules() if isinstance(m, layers)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,10 @@ def same(read, written):
 
 
 def file_of(state, walks, classes):
-    """(tensors, header) as cloneofsimo's writer makes them, from live walks: component -> module paths within the network."""
+    """(tensors, header) as cloneofsimo's writer makes them.
+
+    `walks` are live ones: component -> module paths within the network.
+    """
     tensors, header = {}, {}
     for component, paths in walks.items():
         header[component] = json.dumps(classes[component])
@@ -179,7 +183,8 @@ def test_shapes_that_tell_no_order_are_refused():
     layout = replace(
         layout, components={"unet": replace(layout.components["unet"], numbering=numbering)}
     )
-    tensors = {f"unet:{i}:{role}": torch.ones(2, 2) for i in range(2) for role in ("up", "down")}
+    keys = ("unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down")
+    tensors = {key: torch.ones(2, 2) for key in keys}
     with pytest.raises(UserError, match="may mean a or b by unet:0, both fit"):
         cloneofsimo.read_cloneofsimo(tensors, {"unet": '["X"]'}, layout, "x")
 
@@ -189,7 +194,10 @@ def test_shapes_that_tell_no_order_are_refused():
 
 @pytest.fixture(scope="module")
 def full():
-    """Stable Diffusion 1.5's networks at full size whose weights are one zero each, repeated: loaders see shapes, memory stays empty."""
+    """Stable Diffusion 1.5's networks at full size whose weights are one zero each, repeated.
+
+    Loaders see shapes, memory stays empty.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         text = CLIPTextModel(
@@ -241,8 +249,14 @@ def test_the_real_file_fits_its_model(full, disney):
     }  # what numbers meant is not carried into other formats
     paths = list(state.components["unet"])  # semantics of the published files, written out
     block = "up_blocks.1.attentions.0.transformer_blocks.0."
-    assert paths[6 * 9 : 7 * 9] == [block + rest for rest in (*(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")), "ff.net.0.proj",
-                                                              *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")))]  # fmt: skip
+    assert paths[6 * 9 : 7 * 9] == [
+        block + rest
+        for rest in (
+            *(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")),
+            "ff.net.0.proj",
+            *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")),
+        )
+    ]
     assert all(path.startswith("mid_block.") for path in paths[135:])
     assert [path.split(".")[-1] for path in list(state.components["text_encoder"])[4:8]] == [
         "k_proj",
@@ -276,7 +290,10 @@ def test_the_real_file_does_not_fit_the_newer_order(full, disney):
     layout = full[2]
     unet = layout.components["unet"]
     newer = replace(unet, numbering=replace(unet.numbering, orders=unet.numbering.orders[1:]))
-    expected = r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, .*attn2.to_q \[320, 320\] would be the nearest"
+    expected = (
+        r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, "
+        r".*attn2.to_q \[320, 320\] would be the nearest"
+    )
     with pytest.raises(UserError, match=expected):
         cloneofsimo.read_cloneofsimo(
             tensors, header, replace(layout, components={**layout.components, "unet": newer}), "x"
@@ -418,18 +435,41 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     "state, expected",
     [
-        (AdapterState({"unet": one(TO_Q) | one("time_embedding.linear_1")}), "unet.time_embedding.linear_1 has no number in cloneofsimo's format"),
-        (AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}), "fc1 has no number .* holds layers of CLIPAttention only"),
+        (
+            AdapterState({"unet": one(TO_Q) | one("time_embedding.linear_1")}),
+            "unet.time_embedding.linear_1 has no number in cloneofsimo's format",
+        ),
+        (
+            AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}),
+            "fc1 has no number .* holds layers of CLIPAttention only",
+        ),
         (AdapterState({"unet": one("nowhere")}), "no Linear or Conv2d named nowhere"),
         (AdapterState({"unet": one(TO_Q, dora=True)}), "to_q is a DoRA"),
-        (AdapterState(dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}), "to_q is a LoHa update"),
-        (AdapterState({"unet": one(TO_Q, rank=9)}), "to_q has rank 9, cloneofsimo's reader takes 8 at most"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)), "token a:b reads like a factor .* <a-b>"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)), "token unety reads like a factor"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_g": torch.ones(1, 16)}, ("<s1>",)), "rows of clip_g have no place"),
+        (
+            AdapterState(
+                dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}
+            ),
+            "to_q is a LoHa update",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q, rank=9)}),
+            "to_q has rank 9, cloneofsimo's reader takes 8 at most",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)),
+            "token a:b reads like a factor .* <a-b>",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)),
+            "token unety reads like a factor",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_g": torch.ones(1, 16)}, ("<s1>",)),
+            "rows of clip_g have no place",
+        ),
         (AdapterState({"transformer": one(TO_Q)}), "not of transformer"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected):
     for write in (
         lambda: cloneofsimo.write_cloneofsimo(state, layout, "x"),

@@ -20,8 +20,9 @@ from lora_core.data import captions
 from lora_core.toml import read_toml
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
+from tests.opened_run import open_parts
 from training import config_checks, results
-from training.setup import Session
+from training.log import Log
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FAMILY = {  # config -> tiny model it is tried on
@@ -248,7 +249,8 @@ FLAGS = {  # every flag of diffusers' two advanced scripts and its SDXL DreamBoo
         scale_weight_norms resume max_token_length
     """,
 }
-TABLE = (FOLDER.parent / "README.md").read_text().split("## Flags of the guides")[1]
+PAGE = (FOLDER.parent / "docs/flags.md").read_text(encoding="utf-8")
+TABLE, OTHERS = PAGE.split("## Flags without a counterpart")
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -259,13 +261,8 @@ def test_flag_table_has_every_flag_in_its_column(script: str) -> None:
         for line in TABLE.splitlines()
         if line.startswith("| `") or line.startswith("| the")
     ]
-    cells = " ".join(
-        [
-            *(("| ".join(row) + " |").split("|")[column] for row in rows),
-            TABLE[TABLE.index("Without a counterpart") :],
-        ]
-    )
-    named = set(re.findall(r"`--(\w+)", cells))
+    cells = [("| ".join(row) + " |").split("|")[column] for row in rows]
+    named = set(re.findall(r"`--(\w+)", " ".join([*cells, OTHERS])))
     assert not set(FLAGS[script].split()) - named
 
 
@@ -405,21 +402,21 @@ UNION = {
 BASES: dict[str, dict[str, torch.Tensor]] = {}  # config -> what it learns
 
 
+def copy_parameters(groups: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Group and number -> a copy of the parameter."""
+    found = {}
+    for name, group in groups.items():
+        found |= {f"{name}/{i}": p.detach().clone() for i, p in enumerate(group)}
+    return found
+
+
 @pytest.fixture
 def steps_only(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Config], dict[str, torch.Tensor]]:
     """A run that ends after its steps, without validation, checkpoint and files: what it has learned, group and number -> parameter."""
-    monkeypatch.setattr(results, "run_validation", lambda session, done: None)
-    monkeypatch.setattr(
-        results,
-        "finish_run",
-        lambda session: {
-            f"{name}/{i}": p.detach().clone()
-            for name, group in session.groups.items()
-            for i, p in enumerate(group)
-        },
-    )
+    monkeypatch.setattr(Log, "validate", lambda log, done, scorer: None)
+    monkeypatch.setattr(results, "finish_run", lambda log, *_: copy_parameters(log.model.groups))
     return train.train
 
 
@@ -475,8 +472,8 @@ def test_flipping_an_option_of_samples_changes_the_pictures(
     config = small(CONFIGS[name], FAMILY[name], tiny, precision="fp32")
     drawn: list[list[Image.Image]] = []
     for i, values in enumerate(({}, flipped(option, name, CONFIGS[name]))):
-        session = Session(put(config, values | {"out": str(tmp_path / str(i))}))
-        drawn.append(results.generate_samples(session, results.sample_prompts(session)[:1]))
+        samples = open_parts(put(config, values | {"out": str(tmp_path / str(i))})).samples
+        drawn.append(samples.draw(samples.prompts[:1]))
     assert drawn[0][0].tobytes() != drawn[1][0].tobytes()
 
 

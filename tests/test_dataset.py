@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from lora_core.data import dataset
+from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import (
     ImageDataset,
     ImageSettings,
-    TensorCache,
     images_missing_word,
     iterate_batches,
     sample_position,
@@ -649,7 +649,7 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert (
         made._recent.bytes
-        == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
+        == sum(p.image.width * p.image.height * 4 for p in made._recent._images.values())
         > 0
     )
     bounded = ImageDataset(made.records, made.settings)

@@ -1,4 +1,4 @@
-"""embeddings: every kind of token file there is, read; what is written, in diffusers and through A1111's and ComfyUI's rules."""
+"""Token files: every kind there is, read; ours, in diffusers and by A1111's and ComfyUI's rules."""
 
 import json
 import random
@@ -192,7 +192,7 @@ def test_rows_bundled_in_a_lora_are_taken_out_of_it():
 
 
 def a1111_reader(data):
-    """A1111's and ComfyUI's rule for a dictionary: string_to_param's first entry, else the only tensor."""
+    """A1111's and ComfyUI's rule: string_to_param's first entry, else the only tensor."""
     if "string_to_param" in data:
         return next(iter(data["string_to_param"].values()))
     assert len(data) == 1
@@ -370,9 +370,11 @@ def test_weights_of_networks_are_not_taken_for_tokens():
 
 def test_mutated_files_are_read_or_refused_in_a_sentence():
     files = [
-        ({"emb_params": ROWS}, {}), ({"<a>": ROWS[0], "<b>": ROWS[1]}, {}), ({"clip_l": ROWS, "clip_g": WIDE}, {"token_names": '["<x>", "<y>"]'}),
+        ({"emb_params": ROWS}, {}),
+        ({"<a>": ROWS[0], "<b>": ROWS[1]}, {}),
+        ({"clip_l": ROWS, "clip_g": WIDE}, {"token_names": '["<x>", "<y>"]'}),
         ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.string_to_param.*": ROWS}, WORD),
-    ]  # fmt: skip
+    ]
     dice, refused = random.Random(0), 0
     for _ in range(400):
         tensors, header = (dict(part) for part in dice.choice(files))

@@ -116,7 +116,7 @@ def trained(model, x):
 def sizes(monkeypatch):
     """How many members each lora_grouped had, where it runs."""
     seen = []
-    monkeypatch.setattr(groups, "can_pay", lambda x: True)
+    monkeypatch.setattr(groups, "may_group", lambda device_type: True)
     monkeypatch.setattr(groups, "pays", lambda x, members: True)
 
     def grouped(x, members):
@@ -146,7 +146,7 @@ def test_a_model_with_groups_is_the_one_without(sizes, kind, settings, recompute
     assert sizes == [3, 2, 4] * (1 + recompute)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    assert all(group.waiting is None and not group.open for group in found(model))
+    assert all(group.waiting is None and not group.is_open for group in found(model))
 
 
 def found(model):
@@ -177,7 +177,7 @@ def test_compiled_without_a_graph_break(sizes, kind):
         assert sizes == [3, 2, 4] * 2
         grads = torch.autograd.grad(y.square().sum(), [x, *injection.adapter_parameters(model)])
         assert all(torch.equal(a, b) for a, b in zip([y, *grads], whole, strict=True))
-        assert all(group.waiting is None and not group.open for group in found(model))
+        assert all(group.waiting is None and not group.is_open for group in found(model))
 
 
 def test_who_shares_an_input():
@@ -239,7 +239,7 @@ class Twice(LoRA):
 def disturbed():
     """What makes a layer more than one plain adapter of the group's kind."""
     yield "strength of a DoRA", "dora", lambda m: injection.set_strength(m, "default", 0.5)
-    yield "strength 0", "lora", lambda m: m.own.to_k.strengths.update(default=0.0)
+    yield "strength 0", "lora", lambda m: m.own.to_k.set_strength("default", 0.0)
     yield (
         "a second adapter",
         "lora",
@@ -334,7 +334,7 @@ def test_nothing_waits_after_an_exception(sizes, where, monkeypatch):
     watched = weakref.ref(x)
     with pytest.raises(RuntimeError, match="stop"):
         model.own(x)
-    assert not model.own.to_q.group.open and model.own.to_q.group.waiting is None
+    assert not model.own.to_q.group.is_open and model.own.to_q.group.waiting is None
     del x
     gc.collect()
     assert watched() is None
@@ -373,15 +373,15 @@ def test_a_copy_inside_a_forward_is_closed(sizes):
     model, copies = net(), []
     model.own.between = lambda x: copies.append(copy.deepcopy(model.own.to_k))
     model.own(noise().requires_grad_())
-    assert copies[0].group.waiting is None and not copies[0].group.open and sizes == [3]
+    assert copies[0].group.waiting is None and not copies[0].group.is_open and sizes == [3]
 
 
 def test_the_cpu_has_no_groups_by_itself():
     model, x = net(), noise()
-    members = model.own.to_q.group.shared(x)
+    members = model.own.to_q.group.grouped_arguments(x)
     assert members is None
     with use_kernels("triton"):
-        assert len(model.own.to_q.group.shared(x)) == 3
+        assert len(model.own.to_q.group.grouped_arguments(x)) == 3
     for mode in ("reference", "fused"):
         with use_kernels(mode):
-            assert model.own.to_q.group.shared(x) is None
+            assert model.own.to_q.group.grouped_arguments(x) is None

@@ -136,7 +136,7 @@ def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_p
     )
     with pytest.raises(
         UserError,
-        match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text",
+        match=r"row 1 of the dataset has '' in 'text', .*in addition to --data.caption-column text",
     ):
         export_dataset(name, tmp_path / "none")
     lists = parquet(tmp_path / "lists", image=[good] * 2, text=[["a", "b"], ["c", ""]])

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
-import infer
 import train
 from lora_core.data import images
 from lora_core.data.dataset import (
@@ -32,6 +31,7 @@ from lora_core.data.dataset import (
 from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask
 from lora_core.data.srgb import to_srgb
 from lora_core.diffusion.losses import masked_mean
+from lora_core.diffusion.start_images import fit_image
 from lora_core.errors import UserError
 from tests.conftest import rows
 from training import step_inputs
@@ -344,7 +344,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
         assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
-        said.count("warning: the colour profile of") == 1
+        said.count("warning: the color profile of") == 1
         and "x.tiff" in said
         and reason in said
         and "taken as sRGB" in said
@@ -623,7 +623,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
             _center_crop(tmp_path / name).tobytes() == read_image(tmp_path / name).image.tobytes()
         )
         assert (
-            infer._fit(str(tmp_path / name), 40, 40).tobytes()
+            fit_image(str(tmp_path / name), 40, 40).tobytes()
             == read_image(tmp_path / name).image.tobytes()
         )
     clear = noise(8, 8)
@@ -636,7 +636,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
     paint = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     paint.paste((255, 255, 255, 255), (10, 10, 30, 30))
     paint.save(tmp_path / "hole.png")
-    hole = infer._fit(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
+    hole = fit_image(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
     assert hole.mode == "L" and hole.getbbox() == (10, 10, 30, 30)
 
 
@@ -845,7 +845,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs._sharpen_mask(mask, temperature)
+        raised = step_inputs.sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was

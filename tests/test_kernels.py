@@ -222,7 +222,7 @@ def test_fused_keeps_small_updates_of_a_half_precision_weight():
 
 def test_a_mode_without_a_twin_takes_the_next_plainer_one_and_says_it(monkeypatch):
     monkeypatch.setitem(OPS, "dora_norm", replace(OPS["dora_norm"], fused=None, triton=None))
-    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.setattr(kernels, "_warned", set())
     args = OPS["dora_norm"].example()
     expected = OPS["dora_norm"].reference(*args)
     with use_kernels("fused"):
@@ -240,13 +240,38 @@ def test_modes_nest_and_read_the_environment(monkeypatch):
         with use_kernels("fused"):
             assert kernels.current_mode() == "fused"
         assert kernels.current_mode() == "reference"
+    monkeypatch.setattr(kernels.dispatch, "mode", None)  # as in a process that has not read it
     monkeypatch.setenv("LORA_KERNELS", "reference")
     assert kernels.current_mode() == "reference"
+    monkeypatch.setenv("LORA_KERNELS", "fused")
+    assert kernels.current_mode() == "reference"  # read once
+    kernels.set_mode(None)
+    assert kernels.current_mode() == "fused"
     monkeypatch.setenv("LORA_KERNELS", "fast")
+    kernels.set_mode(None)
     with pytest.raises(UserError, match=r"'fast'.*auto, reference, fused, triton"):
         kernels.current_mode()
     with pytest.raises(UserError, match="'quick'"), use_kernels("quick"):
         pass
+
+
+def test_a_resolved_function_is_the_implementation_until_the_generation_changes(monkeypatch):
+    args = OPS["lora_linear"].example()
+    for mode in ("reference", "fused"):
+        with use_kernels(mode):
+            assert kernels.resolve("lora_linear", *args) is getattr(OPS["lora_linear"], mode)
+    found = [kernels.dispatch.generation]
+    with use_kernels("fused"):
+        found.append(kernels.dispatch.generation)
+    found.append(kernels.dispatch.generation)
+    monkeypatch.setitem(OPS, "lora_linear", replace(OPS["lora_linear"], triton=None))
+    found.append(kernels.dispatch.generation)
+    with kernels.winners.replayed():
+        found.append(kernels.dispatch.generation)
+    kernels.winners.reload_winners()
+    found.append(kernels.dispatch.generation)
+    kernels.resolve("lora_linear", *args)
+    assert kernels.dispatch.generation == found[-1] and found == sorted(set(found))
 
 
 def test_auto_takes_fused_and_triton_only_for_cuda(monkeypatch):
@@ -260,7 +285,7 @@ def test_auto_takes_fused_and_triton_only_for_cuda(monkeypatch):
     monkeypatch.setitem(OPS, "lora_linear", op)
     args = op.example()
     assert call("lora_linear", *args) == 1
-    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.setattr(kernels, "_warned", set())
     with (
         use_kernels("triton"),
         pytest.warns(UserWarning, match="lora_linear runs without its triton kernel: in is odd"),

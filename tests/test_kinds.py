@@ -440,8 +440,7 @@ def test_checkpointing_redraws_the_same_masks(kind):
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
 def test_bad_dropouts_and_missing_row_keys_are_refused(name):
     with pytest.raises(
-        UserError,
-        match=rf"--adapter.{name.replace('_', '-')} is 1; expected a number in \[0, 1\)",
+        UserError, match=rf"--adapter.{name.replace('_', '-')} is 1; expected a number in \[0, 1\)"
     ):
         AdapterSpec(targets=("*",), **{name: 1.0})
     model = injected("lora", **{name: 0.5})

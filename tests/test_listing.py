@@ -503,7 +503,7 @@ def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> No
     (tmp_path / "IMG_1.json").write_text('{"text": null, "caption": "of a TOK"}')
     (tmp_path / "IMG_2.json").write_text('{"tags": "x"}')
     with pytest.raises(
-        UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"
+        UserError, match=r"1 of 2 images lack .*IMG_2\.png, next to which is IMG_2\.json; add it"
     ):
         scan_folder(tmp_path)
     assert [r.captions for r in scan_folder(tmp_path, caption="a TOK")] == [

@@ -214,7 +214,7 @@ def test_several_patches_add_up_and_keep_their_own_tokens(pipe, modules, run, tm
         torch.testing.assert_close(
             pipe.unet.get_submodule(layer)(x), expected, rtol=1e-5, atol=1e-5
         )
-        prompt = tokens.bind_placeholders("TOK and CAT", [*dog.abstractions, *cat.abstractions])
+        prompt = tokens.bind_placeholders("TOK and CAT", [*dog.placeholders, *cat.placeholders])
         assert prompt == "<s0><s1> and <c0>"
         ids = pipe.tokenizer(
             "<s0><s1><c0>", add_special_tokens=False, return_tensors="pt"

@@ -25,8 +25,8 @@ def cubed(step: StepOutput, *, power: int = 3) -> Tensor:
     return (step.out - step.target).abs().pow(power).flatten(1).mean(1)
 
 
-def doubled(s: Any, batch: Any, stage: Any, number: int) -> Tensor:
-    return 2 * train.training_step(s, batch, stage, number)
+def doubled(model: Any, x: Any, config: Any, loss: Any) -> Tensor:
+    return 2 * train.training_step(model, x, config, loss)
 
 
 @functools.wraps(cubed)

@@ -25,8 +25,7 @@ from lora_core.toml import to_table
 from models import load_family
 from tests.conftest import final, rows, same
 from training import run_identity
-from training.run_identity import FREE, identity_changes, model_identity
-from training.setup import Session
+from training.run_identity import FREE_OPTIONS, identity_changes, model_identity
 
 
 def made(config: Config, *records: Record, model: dict[str, str] | None = None) -> dict:
@@ -144,7 +143,7 @@ def test_changed_images_are_counted_and_named() -> None:
 
 def test_every_free_option_is_one_and_has_a_reason() -> None:
     table = to_table(Config())
-    for name, reason in FREE.items():
+    for name, reason in FREE_OPTIONS.items():
         section, _, option = name.partition(".")
         assert reason and (option in table[section] if option else section in table), name
 
@@ -298,4 +297,4 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
 
 def test_resume_anyway_needs_resume(config: Config) -> None:
     with pytest.raises(UserError, match="--resume-anyway has no effect without --resume"):
-        Session(replace(config, resume_anyway=True))
+        train.train(replace(config, resume_anyway=True))

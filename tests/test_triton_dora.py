@@ -163,7 +163,7 @@ def test_layers_of_a_kind_are_one_launch_and_the_table_is_made_once(
     assert not torch.equal(first[2], second[2]) and torch.equal(first[1], second[1])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(dora, "_tables", {})
-    assert dora._table(list(layers))[0].shape == (5, dora.FIELDS)  # the CPU captures nothing
+    assert dora._find_table(list(layers))[0].shape == (5, dora.FIELDS)  # the CPU captures nothing
     with launches() as seen:
         dora.dora_norms(mixed())
     assert len(seen) == 4
@@ -187,7 +187,7 @@ def test_a_new_table_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UserError, match="run one step before the capture"):
-        dora._table([(Weight(), torch.zeros(1, 3), torch.zeros(2, 1), 1.0)])  # type: ignore[list-item]
+        dora._find_table([(Weight(), torch.zeros(1, 3), torch.zeros(2, 1), 1.0)])  # type: ignore[list-item]
 
 
 def cancelling(

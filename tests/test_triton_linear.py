@@ -1,4 +1,7 @@
-"""The Triton twins of lora_linear, lora_grouped and lora_conv against the float64 reference, in the interpreter and, marked gpu, on the device."""
+"""The Triton kernels of lora_linear, lora_grouped and lora_conv against the float64 reference.
+
+In the interpreter and, marked gpu, on the device.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from lora_core import kernels
-from lora_core.kernels import COSTS, OPS, linear, reference, use_kernels
+from lora_core.kernels import COSTS, OPS, linear, linear_launches, reference, use_kernels
 from lora_core.kernels import linear_ops as ops
 from lora_core.kernels.reference import Drop, Member
 
@@ -55,6 +58,7 @@ class Convolution(NamedTuple):
     last: bool = False  # channels_last
     frozen: bool = True
     size: tuple[int, int] = (9, 8)
+    images: int = 2
 
 
 CONVOLUTIONS = {
@@ -62,9 +66,12 @@ CONVOLUTIONS = {
     "1x1 channels last": Convolution((1, 1), last=True),
     "1x1 alone": Convolution((1, 1), frozen=False),
     "1x1 stride 2": Convolution((1, 1), stride=(2, 2)),
+    "1x1 of one image": Convolution((1, 1), images=1),
+    "1x1 of one image, channels last": Convolution((1, 1), last=True, images=1),
     "1x1 of one pixel": Convolution((1, 1), size=(1, 1)),
     "3x3 of one pixel": Convolution((3, 3), padding=(1, 1), size=(1, 1)),
     "3x3": Convolution((3, 3), (2, 1), (1, 0), (1, 2)),
+    "3x3 of one image": Convolution((3, 3), padding=(1, 1), images=1),
     "3x3 channels last": Convolution((3, 3), padding="same", last=True),
     "3x2 alone": Convolution((3, 2), frozen=False),
 }
@@ -412,10 +419,13 @@ def test_the_bits_do_not_depend_on_who_arrives_last(
     builder, case = interpreter.interpreter_builder, CASES[name]
     data, place = given(case, torch.float32), builder.set_grid_idx
     parts: list[int] = []
-    add_parts = ops._parts
-    monkeypatch.setattr(
-        ops, "_parts", lambda *a: (parts.append(add_parts(*a)[0]), add_parts(*a))[1]
-    )
+    cut_sum = linear_launches.cut_sum
+
+    def count_parts(*sizes: int) -> tuple[int, int]:
+        parts.append(cut_sum(*sizes)[0])
+        return cut_sum(*sizes)
+
+    monkeypatch.setattr(linear_launches, "cut_sum", count_parts)
     first = outcome(linear.lora_grouped, case, torch.float32, data)
     monkeypatch.setattr(
         builder,
@@ -425,7 +435,8 @@ def test_the_bits_do_not_depend_on_who_arrives_last(
     again = outcome(linear.lora_grouped, case, torch.float32, data)
     assert max(parts) >= 3
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert all(not count.any() for count in ops._counters.values() if count.device.type == "cpu")
+    counters = linear_launches._counters.values()
+    assert all(not count.any() for count in counters if count.device.type == "cpu")
 
 
 class Seen(TorchDispatchMode):
@@ -557,9 +568,9 @@ def test_the_ops_pass_torchs_own_checks() -> None:
 
 
 def hold_conv(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    """As `hold`, of a convolution of two images of 7 channels with rank 5."""
+    """As `hold`, of a convolution of images of 7 channels with rank 5."""
     c, make = CONVOLUTIONS[name], torch.Generator().manual_seed(3)
-    shapes = (2, 7, *c.size), (12, 7, *c.kernel), (12,), (5, 7, *c.kernel), (12, 5, 1, 1)
+    shapes = (c.images, 7, *c.size), (12, 7, *c.kernel), (12,), (5, 7, *c.kernel), (12, 5, 1, 1)
     x, weight, bias, down, up = (
         torch.randn(s, generator=make, dtype=torch.float64).to(device) * (0.3 if i else 1)
         for i, s in enumerate(shapes)

@@ -89,31 +89,37 @@ def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache
     with pytest.warns(
         UserWarning, match=r"NVIDIA Z9: .* python -m benchmarks.kernels --tune measures"
     ):
-        rows = winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
+        rows = winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
     assert rows == {"*": "fused"}
-    assert winners._rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
+    assert winners._find_rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
     with (
         winners.replayed(),
         pytest.warns(UserWarning, match=r"NVIDIA Z9, replayed: .* --tune --graph measures"),
     ):
-        assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
+        assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
+            "*": "triton"
+        }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert winners._rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {
+        assert winners._find_rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {
             "*": "fused"
         }  # an op without such a twin
         winners.store_winners(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
-        assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "fused"}
-        winners._rows("lora_linear", "meta", None, "torch.bfloat16", True)
+        assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
+            "*": "fused"
+        }
+        winners._find_rows("lora_linear", "meta", None, "torch.bfloat16", True)
 
 
 def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
     """An H100's committed rows: torch's calls in an eager step, the kernel in a captured one, for the same arguments."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     op, class_ = OPS["lora_linear"], "lora 4096,512,512 rank 16"
-    assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
+    assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
     with winners.replayed():
-        assert winners._rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
+        assert (
+            winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
+        )
     monkeypatch.setattr(
         winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind
     )

@@ -1,1 +1,11 @@
-"""LoRA, DoRA and full updates of Linear and Conv2d layers."""
+"""LoRA, DoRA and full updates of Linear and Conv2d layers.
+
+injection.py       put adapters on a model and take them off; strengths, factors, folding
+kinds.py           the kinds of adapter, and how to write one
+adapted_layer.py   the module in the layer's place, and the choice of its forward
+groups.py          layers that share an input, computed by one kernel
+targets.py         globs over the paths of layers
+weight_updates.py  an adapter's tensors as a record, and delta W
+patch.py           a LoRA file on live networks in one call
+custom_files.py    files of adapters without a low-rank form
+"""

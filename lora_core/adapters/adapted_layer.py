@@ -1,42 +1,105 @@
-"""Adapted: a Linear or Conv2d with its adapters, standing in the layer's place; and where such layers are in a model."""
+"""Adapted: a Linear or Conv2d with its adapters, in the layer's place; and the search for them.
+
+What the forward computes (the base alone, one adapter, a group of layers, a sum of updates) is
+chosen when adapters, strengths or kernels change, and kept as a function of x.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import BaseLayer
+from lora_core.adapters.kinds import BaseLayer, resolve_forward
 from lora_core.errors import UserError
+from lora_core.kernels import dispatch
 from lora_core.kernels.reference import wide_dtype
 
-if TYPE_CHECKING:
-    from lora_core.adapters.groups import LayerGroup
+Forward = Callable[[Tensor], Tensor]
+UNRESOLVED = -1  # no generation of the kernels' choices
+
+
+class Group(Protocol):
+    """Layers that share one input (groups.LayerGroup)."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether the members' outputs are computed together now."""
+
+    def watch_parent(self) -> None:
+        """Start or stop acting, as the members' device and the kernels' mode ask for."""
+
+    def compute(self, index: int, x: Tensor) -> Tensor | None:
+        """The output of one member, or None where it has to be computed alone."""
+
+    def dissolve(self) -> None:
+        """Every member is without a group afterwards."""
 
 
 class Adapted(nn.Module):
-    """A layer and its adapters, in the layer's place. Everything it does not have itself (weight, bias, stride ...) is the layer's."""
+    """A layer and its adapters, in the layer's place; any other attribute is the layer's own.
+
+    `strengths` and `folded` are for reading: the methods change them and resolve the forward anew.
+    """
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.strengths: dict[str, float] = {}
-        self.folded: dict[str, float] = {}  # name -> the strength that is in base.weight now
+        self._strengths: dict[str, float] = {}
+        self.folded: dict[str, float] = {}  # adapter -> its strength in base.weight now
+        # The weight and bias before folding: buffers, so that they move with the model.
         self.original: Tensor | None
-        self.register_buffer(
-            "original", None, persistent=False
-        )  # the weight before folding; a buffer so that it moves with the model
+        self.register_buffer("original", None, persistent=False)
         self.original_bias: Tensor | None
         self.register_buffer("original_bias", None, persistent=False)
-        self.enabled = True
-        self.group: LayerGroup | None = (
-            None  # the layers that see the same x, and which of them this is
-        )
-        self.seat = 0
+        self.enabled = True  # False: the base alone
+        self.group: Group | None = None
+        self.index = 0  # of this layer in its group
         self.training = base.training
+        self.generation = UNRESOLVED
+        self.run: Forward | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.generation != dispatch.generation:
+            self.resolve()
+        if not self.enabled:
+            return self._modules["base"](x)  # type: ignore[misc]
+        return self.run(x)  # type: ignore[misc]
+
+    def resolve(self) -> None:
+        """Choose the forward for the adapters, strengths and kernels of now.
+
+        The functions hold the base and the adapters but not this module: a removed adapter is
+        freed at once, without a pass of the garbage collector.
+        """
+        if self.group is not None:
+            self.group.watch_parent()
+        self.run = self._choose_forward()
+        self.generation = dispatch.generation
+
+    def _choose_forward(self) -> Forward:
+        active = self.active()
+        if not active:
+            return _run_base(self.base)
+        if self.folded:
+            return _refuse(list(self.folded))
+        if len(active) > 1:
+            return _run_sum(self.base, active)
+        adapter, strength = active[0]
+        alone = resolve_forward(adapter, self.base, strength)
+        if self.group is None or not self.group.acts:
+            return alone
+        return _run_grouped(self.group, self.index, alone)
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """Adapter -> its strength; `set_strength` changes one."""
+        return MappingProxyType(self._strengths)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -44,82 +107,90 @@ class Adapted(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which resolve functions of their own."""
+        return self.__dict__ | {"run": None, "generation": UNRESOLVED}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.generation = UNRESOLVED
+        return replica
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moving to another device can change the kernels, and whether a group acts."""
+        super()._apply(fn, recurse)
+        self.resolve()
+        return self
+
     def add(self, name: str, adapter: nn.Module, strength: float = 1.0) -> None:
         self.adapters[name] = adapter.train(self.training)
-        self.strengths[name] = strength
+        self.set_strength(name, strength)
+
+    def discard(self, name: str) -> None:
+        """Take one adapter out."""
+        del self.adapters[name], self._strengths[name]
+        self.resolve()
+
+    def set_strength(self, name: str, strength: float) -> None:
+        self._strengths[name] = float(strength)
+        self.resolve()
 
     def adapter(self, name: str) -> Any:
-        """The module of that name; what it offers is in kinds.py."""
+        """The module of that name; kinds.py lists what it provides."""
         return self.adapters[name]
 
     def active(self) -> list[tuple[Any, float]]:
-        """The adapters that act now, each with its strength."""
-        return [
-            (self.adapter(name), t)
-            for name, t in self.strengths.items()
-            if self.enabled and t != 0 and name not in self.folded
-        ]
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = None if self.group is None else self.group.take(self.seat, x)
-        if together is not None:
-            return together
-        active = self.active()
-        if not active:
-            return self.base(x)
-        if self.folded:
-            raise UserError(
-                f"adapters {list(self.folded)} are folded but others are active; fold those too, unfold, or set their strength to 0"
-            )
-        if len(active) == 1:
-            adapter, strength = active[0]
-            return adapter(self.base, x, strength)
-        y0 = self.base(x)
-        total = y0.to(wide_dtype(y0.dtype))
-        for adapter, strength in active:
-            total = total + adapter.update(self.base, x, y0, strength)
-        return total.to(y0.dtype)
+        """(adapter, strength) of the adapters that act now."""
+        found = []
+        for name, strength in self._strengths.items():
+            if self.enabled and strength != 0 and name not in self.folded:
+                found.append((self.adapter(name), strength))
+        return found
 
     @torch.no_grad()
     def refold(self, folded: dict[str, float], path: str) -> None:
-        """base.weight (and bias) = original + sum of strength * delta in fp32 or better, rounded once; with nothing folded, the original's very bits.
+        """Write original + sum of strength * delta into the base's weight and bias.
 
-        Raises UserError, with the layer as it was, when the weight is not floating point or the result overflows its dtype.
+        Summed in fp32 or better and rounded once; with nothing folded, the original's very bits.
+        Raises UserError, with the layer as it was, when the weight is not floating point or the
+        result overflows its dtype.
         """
         current = {name: p.detach().clone() for name, p in self.base.named_parameters()}
         originals = current
         if self.original is not None:
-            originals = {"weight": self.original} | (
-                {} if self.original_bias is None else {"bias": self.original_bias}
-            )
+            originals = {"weight": self.original}
+            if self.original_bias is not None:
+                originals["bias"] = self.original_bias
         try:
             self._write(originals)  # every delta is taken against the base weight
             if folded:
-                self._write(self.merged(folded, path))
+                self._write(self.merged_parameters(folded, path))
         except BaseException:
             self._write(current)
             raise
         self.folded = dict(folded)
-        self.original, self.original_bias = (
-            (originals["weight"], originals.get("bias")) if folded else (None, None)
-        )
+        self.original = originals["weight"] if folded else None
+        self.original_bias = originals.get("bias") if folded else None
+        self.resolve()
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             getattr(self.base, name).copy_(value)
 
     @torch.no_grad()
-    def merged(self, strengths: Mapping[str, float], path: str) -> dict[str, Tensor]:
-        """New "weight" (and "bias", where an adapter moves it): + strength * delta of each adapter, summed in fp32 or better, rounded once.
+    def merged_parameters(self, strengths: Mapping[str, float], path: str) -> dict[str, Tensor]:
+        """New "weight", and "bias" where an adapter moves it: base + sum of strength * delta.
 
-        Raises UserError when the weight is not floating point or the result overflows its dtype.
+        Summed in fp32 or better, rounded once. Raises UserError when the weight is not floating
+        point or the result overflows its dtype.
         """
-        totals = {name: p.to(wide_dtype(p.dtype)) for name, p in self.base.named_parameters()}
         dtype = self.base.weight.dtype
         if not dtype.is_floating_point:
             raise UserError(
-                f"{path} stores its weight as {dtype}, which cannot take an update; keep the adapter unfolded"
+                f"{path} stores its weight as {dtype}, which cannot take an update; "
+                "keep the adapter unfolded"
             )
+        totals = {name: p.to(wide_dtype(p.dtype)) for name, p in self.base.named_parameters()}
         moved = {"weight"}
         for key, strength in strengths.items():
             adapter = self.adapter(key)
@@ -128,20 +199,59 @@ class Adapted(nn.Module):
             if shift is not None:
                 moved.add("bias")
                 totals["bias"] = totals["bias"] + strength * shift
-        rounded = {
-            name: total.to(getattr(self.base, name).dtype)
-            for name, total in totals.items()
-            if name in moved
-        }
-        if not all(bool(value.isfinite().all()) for value in rounded.values()):
+        rounded = {name: totals[name].to(getattr(self.base, name).dtype) for name in totals}
+        merged = {name: value for name, value in rounded.items() if name in moved}
+        if not all(bool(value.isfinite().all()) for value in merged.values()):
             raise UserError(
-                f"folding {', '.join(strengths)} into {path} overflows {dtype}; lower the strength or load the model in float32"
+                f"folding {', '.join(strengths)} into {path} overflows {dtype}; "
+                "lower the strength or load the model in float32"
             )
-        return rounded
+        return merged
+
+
+def _run_base(base: BaseLayer) -> Forward:
+    def run(x: Tensor) -> Tensor:
+        return base(x)
+
+    return run
+
+
+def _run_sum(base: BaseLayer, active: list[tuple[Any, float]]) -> Forward:
+    """base(x) + the update of each adapter, in fp32 or better."""
+
+    def run(x: Tensor) -> Tensor:
+        y0 = base(x)
+        total = y0.to(wide_dtype(y0.dtype))
+        for adapter, strength in active:
+            total = total + adapter.update(base, x, y0, strength)
+        return total.to(y0.dtype)
+
+    return run
+
+
+def _run_grouped(group: Group, index: int, alone: Forward) -> Forward:
+    def run(x: Tensor) -> Tensor:
+        y = group.compute(index, x)
+        return alone(x) if y is None else y
+
+    return run
+
+
+def _refuse(folded: list[str]) -> Forward:
+    def run(x: Tensor) -> Tensor:
+        raise UserError(
+            f"adapters {folded} are folded but others are active; "
+            "fold those too, unfold, or set their strength to 0"
+        )
+
+    return run
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, BaseLayer | Adapted]:
-    """Every Linear and Conv2d, adapted or not, by the path it has without adapters; a layer used in two places has its first path."""
+    """Every Linear and Conv2d, adapted or not, by the path it has without adapters.
+
+    A layer used in two places has its first path.
+    """
     found: dict[str, BaseLayer | Adapted] = {}
     seen: set[int] = set()
 
@@ -159,10 +269,29 @@ def adaptable_layers(model: nn.Module) -> dict[str, BaseLayer | Adapted]:
     return found
 
 
+def adapted_layers(model: nn.Module) -> list[Adapted]:
+    """The adapted layers of a model, in its order; searched for once after each change."""
+    known = _known_layers.get(model)
+    if known is None:
+        every = adaptable_layers(model).values()
+        known = [weakref.ref(layer) for layer in every if isinstance(layer, Adapted)]
+        _known_layers[model] = known
+    return [layer for reference in known if (layer := reference()) is not None]
+
+
+def forget_adapted_layers() -> None:
+    """For every model: adapters were put on or taken off, maybe on a part of another model."""
+    _known_layers.clear()
+
+
+_known_layers: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Adapted]]]
+_known_layers = weakref.WeakKeyDictionary()
+
+
 def module_parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """id of a module -> every (parent, attribute) that holds it."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, attribute))
-    return places
+            parents.setdefault(id(child), []).append((parent, attribute))
+    return parents

@@ -1,8 +1,11 @@
-"""Adapters without a low-rank form: their own parameters as a file, beside the whole model that they are folded into.
+"""Files of adapters without a low-rank form: their own parameters, next to the merged model.
 
-A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any other. Its run writes RUN_adapter.safetensors, with the
-state dict of each layer's adapter under "component.path.name", and model/ with every update folded in. To go on with the former from Python:
-    inject(unet, AdapterSpec(targets, kind="my_adapter.py:Class"));  load_adapters({"unet": unet}, "RUN_adapter.safetensors")
+A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any
+other. Its run writes RUN_adapter.safetensors, with the state dict of each layer's adapter under
+"component.path.name", and model/ with every update folded in. To load the former in Python:
+
+    inject(unet, AdapterSpec(targets, kind="my_adapter.py:Class"))
+    load_adapters({"unet": unet}, "RUN_adapter.safetensors")
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ from lora_core.formats import CUSTOM
 from lora_core.runs.run_folder import atomic_write
 
 CUSTOM_ADAPTER_ENDING = CUSTOM  # after the run's name
-NO_FACTORS = (
-    UserError,
-    AttributeError,
-    NotImplementedError,
-)  # what `state` may raise instead of giving factors
+# Errors that `state` and `delta_weight` may raise instead of giving tensors.
+NO_FACTORS = (UserError, AttributeError, NotImplementedError)
 
 
 def has_factors(model: nn.Module, name: str = "default") -> bool:
-    """Whether the adapters of a model have a low-rank form, in which LoRA files are written; asked of the first."""
+    """Whether a model's adapters have a low-rank form, in which LoRA files are written.
+
+    The first adapter answers for all.
+    """
     adapter = next(layer.adapter(name) for layer in _custom_layers(model, name).values())
     if not is_low_rank(type(adapter)):
         return False
@@ -43,23 +46,29 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
 def check_custom_kind(
     models: Mapping[str, nn.Module], kind: str, run: str, name: str = "default"
 ) -> None:
-    """Says which files a run without factors will write. Raises UserError where an adapter cannot be folded, so that nothing could be written."""
+    """Print the files that a run without factors will write.
+
+    Raises UserError where an adapter cannot be folded, so that nothing could be written.
+    """
     for component, model in models.items():
         path, layer = next(iter(_custom_layers(model, name).items()))
         try:
             shape = layer.adapter(name).delta_weight(layer.base).shape
         except NO_FACTORS as error:
-            told = f"neither factors nor a weight update ({type(error).__name__}: {error})"
             raise UserError(
-                f"{kind} gives {told} for {component}.{path}, so no file could hold it; add delta_weight, see lora_core/adapters/kinds.py"
+                f"{kind} gives neither factors nor a weight update "
+                f"({type(error).__name__}: {error}) for {component}.{path}, so no file could hold "
+                "it; add delta_weight, see lora_core/adapters/kinds.py"
             ) from error
         if shape != layer.base.weight.shape:
             raise UserError(
-                f"delta_weight of {kind} is {list(shape)} for {component}.{path}, whose weight is {list(layer.base.weight.shape)}"
+                f"delta_weight of {kind} is {list(shape)} for {component}.{path}, "
+                f"whose weight is {list(layer.base.weight.shape)}"
             )
     if kind not in KINDS:
         print(
-            f"{kind} has no low-rank form: the run writes {run}{CUSTOM_ADAPTER_ENDING}, its own parameters, and model/, the whole model with them folded in"
+            f"{kind} has no low-rank form: the run writes {run}{CUSTOM_ADAPTER_ENDING}, "
+            "its own parameters, and model/, the whole model with them folded in"
         )
 
 
@@ -69,49 +78,51 @@ def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> d
     for component, model in models.items():
         for path, layer in _custom_layers(model, name).items():
             for key, value in layer.adapter(name).state_dict().items():
-                found[f"{component}.{path}.{key}"] = (
-                    value.detach().to("cpu", copy=True).contiguous()
-                )
+                tensor = value.detach().to("cpu", copy=True)
+                found[f"{component}.{path}.{key}"] = tensor.contiguous()
     return found
 
 
 def save_adapters(
     models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default"
 ) -> Path:
-    """Writes `adapter_tensors` with a header, whole or not at all."""
+    """Write `adapter_tensors` with a header, whole or not at all."""
     with atomic_write(file) as temporary:
         save_file(adapter_tensors(models, name), temporary, {"format": "pt", **header})
     return file
 
 
 def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str = "default") -> None:
-    """Puts the parameters of a file on adapters that were injected as in the run that wrote it.
+    """Put the parameters of a file on adapters that were injected as in the run that wrote it.
 
-    All or nothing: raises UserError before any change for a tensor that is missing, left over or of another shape.
+    All or nothing: raises UserError before any change for a tensor that is missing, left over or of
+    another shape.
     """
     saved, own = load_file(file), adapter_tensors(models, name)
     if odd := sorted(saved.keys() ^ own.keys()):
         where = "the file" if odd[0] in saved else "the model"
         raise UserError(
-            f"{file} does not fit these adapters: only {where} has {odd[0]}; inject with the settings in the file's header"
+            f"{file} does not fit these adapters: only {where} has {odd[0]}; "
+            "inject with the settings in the file's header"
         )
     for key, value in saved.items():
         if value.shape != own[key].shape:
             raise UserError(
-                f"{file} does not fit these adapters: {key} is {list(value.shape)}, expected {list(own[key].shape)}"
+                f"{file} does not fit these adapters: {key} is {list(value.shape)}, "
+                f"expected {list(own[key].shape)}"
             )
     with torch.no_grad():
         for component, model in models.items():
             for path, layer in _custom_layers(model, name).items():
                 adapter = layer.adapter(name)
-                adapter.load_state_dict(
-                    {key: saved[f"{component}.{path}.{key}"] for key in adapter.state_dict()}
-                )
+                keys = adapter.state_dict()
+                adapter.load_state_dict({key: saved[f"{component}.{path}.{key}"] for key in keys})
 
 
 def _custom_layers(model: nn.Module, name: str) -> dict[str, Adapted]:
-    return {
-        path: layer
-        for path, layer in adaptable_layers(model).items()
-        if isinstance(layer, Adapted) and name in layer.adapters
-    }
+    """Path -> layer of those that have the adapter."""
+    found: dict[str, Adapted] = {}
+    for path, layer in adaptable_layers(model).items():
+        if isinstance(layer, Adapted) and name in layer.adapters:
+            found[path] = layer
+    return found

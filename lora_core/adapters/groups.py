@@ -1,7 +1,9 @@
-"""Adapted layers that share one input, computed together by one lora_grouped when the first of them is called.
+"""Groups of adapted layers that share one input, computed by one lora_grouped.
 
-A group is found by the names in SHARED when adapters are put on or taken off. It acts only inside a forward of the module that holds its layers, and
-only where lora_grouped runs as Triton kernels: torch's own products gain nothing from it.
+Groups are found by the paths in SHARED_INPUTS when adapters are put on or taken off. A group acts
+inside a forward of the module that holds its layers, and only where lora_grouped runs as Triton
+kernels: torch's own products gain nothing from it. On a CPU no group acts, so no module has hooks
+and every layer computes its own output.
 """
 
 from __future__ import annotations
@@ -16,19 +18,11 @@ from lora_core.adapters.kinds import DoRA, LoRA
 from lora_core.kernels import OPS, call, current_mode, winners
 from lora_core.kernels.reference import Member
 
-# Paths below one module that are called with one and the same tensor; a row speaks of modules that have its first path.
+# Paths below one module whose layers are called with one and the same tensor. A row is for modules
+# that have its first path.
 SHARED_INPUTS = (
-    (
-        "proj_mlp",
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-    ),  # a block of one stream, attention beside the MLP
-    (
-        "to_q",
-        "to_k",
-        "to_v",
-    ),  # without the first where the module's is_cross_attention is true: the text goes to the other two
+    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),  # one stream: attention next to the MLP
+    ("to_q", "to_k", "to_v"),  # in cross-attention the text goes to the last two only
     ("add_q_proj", "add_k_proj", "add_v_proj"),
     ("q_proj", "k_proj", "v_proj"),
 )
@@ -36,167 +30,203 @@ CROSS_ATTENTION_QUERY = "to_q"
 
 
 class WaitingOutputs(NamedTuple):
-    """What the first call computed: outputs by seat, and of what."""
+    """Outputs that the first member's call computed for the others, and the input they are of."""
 
-    outputs: dict[int, Tensor]
+    outputs: dict[int, Tensor]  # index of the member -> its output
     x: Tensor
     version: int
     grad: bool
 
 
 class LayerGroup:
-    """Layers of one module that see the same x. Their outputs wait here from the first call to the others', at most to the module's return."""
+    """Layers of one module that see the same x.
+
+    Their outputs wait here from the first member's call to the others', and no longer than the
+    forward of the module.
+    """
 
     def __init__(self, parent: nn.Module, members: list[Adapted]) -> None:
+        self.parent = parent
         self.members = members
-        self.open = False  # inside the parent's forward
+        self.is_open = False  # inside the parent's forward
         self.waiting: WaitingOutputs | None = None
-        for seat, layer in enumerate(members):
-            layer.group, layer.seat = self, seat
-        self.handles = [
-            parent.register_forward_pre_hook(self.enter),
-            parent.register_forward_hook(self.leave, always_call=True),
-        ]
+        self.handles: list[Any] = []  # of the parent's hooks
+        self.always_open = False
+        for index, layer in enumerate(members):
+            layer.group = self
+            layer.index = index
+
+    @property
+    def acts(self) -> bool:
+        return self.always_open or bool(self.handles)
+
+    def watch_parent(self) -> None:
+        """Act where the members' outputs can be computed together, and only there.
+
+        Called whenever a member resolves its forward; a change makes the others resolve theirs.
+        """
+        if self.always_open:
+            return
+        acts = all(may_group(layer.weight.device.type) for layer in self.members)
+        if acts == bool(self.handles):
+            return
+        if acts:
+            enter = self.parent.register_forward_pre_hook(self.enter_forward)
+            leave = self.parent.register_forward_hook(self.leave_forward, always_call=True)
+            self.handles = [enter, leave]
+        else:
+            self._remove_hooks()
+        for layer in self.members:
+            layer.resolve()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what waits stays here."""
-        return vars(self) | {"open": False, "waiting": None}
+        """For copies and pickles, without waiting outputs."""
+        return vars(self) | {"is_open": False, "waiting": None}
 
-    def enter(self, *_: Any) -> None:
-        self.open, self.waiting = True, None
+    def enter_forward(self, *_: Any) -> None:
+        self.is_open, self.waiting = True, None
 
-    def leave(self, *_: Any) -> None:
-        self.open, self.waiting = False, None
+    def leave_forward(self, *_: Any) -> None:
+        self.is_open, self.waiting = False, None
 
-    def stay_open(self) -> None:
-        """Without hooks, whose numbers differ from one module to the next: torch.compile would compile every module apart."""
-        self.open = True
-        for handle in self.handles:
-            handle.remove()
+    def act_without_hooks(self) -> None:
+        """Be open always, for compiled modules.
+
+        Hooks have numbers that differ from one module to the next, and torch.compile would compile
+        every module for itself.
+        """
+        self._remove_hooks()
+        self.always_open = self.is_open = True
+        for layer in self.members:
+            layer.resolve()
 
     def dissolve(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self._remove_hooks()
         for layer in self.members:
             layer.group = None
+        for layer in self.members:
+            layer.resolve()
 
-    def take(self, seat: int, x: Tensor) -> Tensor | None:
-        """The layer's output for this very tensor, computed with the others' now or before; None where it has to be computed alone.
+    def _remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
-        A change of the tensor in place between two of the calls is noticed, save under torch.compile, which cannot count them.
+    def compute(self, index: int, x: Tensor) -> Tensor | None:
+        """A member's output for this very tensor, computed with the others' now or before.
+
+        None where it has to be computed alone. A change of the tensor in place between two of the
+        calls is noticed, except under torch.compile, which cannot count changes.
         """
-        if not can_pay(x):
-            return None
-        tracing, waiting, grad = (
-            torch.compiler.is_compiling(),
-            self.waiting,
-            torch.is_grad_enabled(),
-        )
-        if not self.open or (
-            not tracing and x.is_inference()
-        ):  # an inference tensor does not count its changes
-            return None
+        tracing = torch.compiler.is_compiling()
+        if not self.is_open or (not tracing and x.is_inference()):
+            return None  # an inference tensor does not count its changes
         version = 0 if tracing else x._version
-        if (
-            waiting is not None
-            and waiting.x is x
-            and (waiting.version, waiting.grad) == (version, grad)
-            and seat in waiting.outputs
-        ):
-            y = waiting.outputs.pop(seat)
-            if not waiting.outputs:
-                self.waiting = None
+        grad = torch.is_grad_enabled()
+        y = self._take_waiting(index, x, version, grad)
+        if y is not None:
             return y
         self.waiting = None
-        members = self.shared(x)
+        members = self.grouped_arguments(x)
         if members is None:
             return None
         outputs = dict(enumerate(call("lora_grouped", x, members)))
-        y = outputs.pop(seat)
+        y = outputs.pop(index)
         self.waiting = WaitingOutputs(outputs, x, version, grad)
         return y
 
-    def shared(self, x: Tensor) -> tuple[Member, ...] | None:
-        """The arguments of lora_grouped; None where it does not pay, or a layer is more than one plain adapter of the group's kind."""
-        found = [(layer, layer.active()) for layer in self.members]
-        if any(len(active) != 1 for _, active in found):
+    def _take_waiting(self, index: int, x: Tensor, version: int, grad: bool) -> Tensor | None:
+        waiting = self.waiting
+        if waiting is None or waiting.x is not x or index not in waiting.outputs:
             return None
-        one = [(layer.base, *active[0]) for layer, active in found]
-        kind = type(one[0][1])
-        if kind not in (LoRA, DoRA) or not all(
-            type(adapter) is kind and adapter.is_one_linear(base, strength)
-            for base, adapter, strength in one
-        ):
+        if (waiting.version, waiting.grad) != (version, grad):
             return None
-        members = tuple([adapter.member(base, x, strength) for base, adapter, strength in one])
-        if not pays(x, members):
+        y = waiting.outputs.pop(index)
+        if not waiting.outputs:
+            self.waiting = None
+        return y
+
+    def grouped_arguments(self, x: Tensor) -> tuple[Member, ...] | None:
+        """The arguments of lora_grouped after x.
+
+        None where it is no faster, or a layer is more than one plain adapter of the group's kind.
+        """
+        found = []
+        for layer in self.members:
+            active = layer.active()
+            if len(active) != 1:
+                return None
+            adapter, strength = active[0]
+            found.append((layer.base, adapter, strength))
+        kind = type(found[0][1])
+        if kind not in (LoRA, DoRA):
             return None
-        if kind is LoRA:
-            return members
-        return tuple(
-            [
-                member._replace(norm=adapter.norm(base))
-                for member, (base, adapter, _) in zip(members, one)
-            ]
-        )
+        members = []
+        for base, adapter, strength in found:
+            if type(adapter) is not kind or not adapter.fits_lora_linear(base, strength):
+                return None
+            members.append(adapter.linear_arguments(base, x, strength))
+        if not pays(x, tuple(members)):
+            return None
+        if kind is DoRA:
+            norms = [adapter.norm(base) for base, adapter, _ in found]
+            members = [m._replace(norm=norm) for m, norm in zip(members, norms, strict=True)]
+        return tuple(members)
 
 
-def can_pay(x: Tensor) -> bool:
-    """Whether it is worth asking; on a CPU the question would be a tenth of a small model's step."""
-    return current_mode() == "triton" or (current_mode() == "auto" and x.device.type != "cpu")
+def may_group(device_type: str) -> bool:
+    """Whether lora_grouped can run as Triton kernels on a device, under the kernels' mode."""
+    mode = current_mode()
+    return mode == "triton" or (mode == "auto" and device_type != "cpu")
 
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
     """Whether lora_grouped runs as Triton kernels on these arguments."""
-    return current_mode() == "triton" or (
-        current_mode() == "auto"
-        and winners.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
-    )
+    mode = current_mode()
+    if mode != "auto":
+        return mode == "triton"
+    return winners.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
 
 
 def build_groups(model: nn.Module) -> None:
-    """Groups the model's adapted layers anew."""
+    """Group the model's adapted layers anew."""
     modules = list(model.modules())
     for module in modules:
-        if isinstance(module, Adapted):
-            dissolve_group(module)
+        if isinstance(module, Adapted) and module.group is not None:
+            module.group.dissolve()
     for parent in modules:
         for names in SHARED_INPUTS:
             members = _find_members(parent, names)
             if len(members) > 1:
-                LayerGroup(parent, members)
+                LayerGroup(parent, members).watch_parent()
 
 
 def remove_group_hooks(model: nn.Module) -> None:
-    """For compiled modules: their groups act without hooks. A traced forward calls all members of a group, so that nothing keeps waiting."""
+    """For compiled modules: their groups act without hooks.
+
+    A traced forward calls all members of a group, so that nothing keeps waiting.
+    """
     for module in model.modules():
-        if isinstance(module, Adapted) and module.group is not None:
-            module.group.stay_open()
-
-
-def dissolve_group(layer: Adapted) -> None:
-    """Dissolves the layer's group."""
-    if layer.group is not None:
-        layer.group.dissolve()
+        if isinstance(module, Adapted) and isinstance(module.group, LayerGroup):
+            module.group.act_without_hooks()
 
 
 def _find_members(parent: nn.Module, names: tuple[str, ...]) -> list[Adapted]:
-    """The adapted Linear layers at those paths that no group has yet and that take inputs of one width."""
+    """The adapted Linear layers at those paths that no group has yet, of one input width."""
     if _module_at(parent, names[0]) is None:
         return []
     if getattr(parent, "is_cross_attention", False) is True:
         names = tuple(name for name in names if name != CROSS_ATTENTION_QUERY)
-    found = [
-        layer
-        for name in names
-        if isinstance(layer := _module_at(parent, name), Adapted)
-        and isinstance(layer.base, nn.Linear)
-    ]
-    return [
-        layer
-        for layer in dict.fromkeys(found)
-        if layer.group is None and layer.base.in_features == found[0].base.in_features
-    ]
+    found: list[Adapted] = []
+    for name in names:
+        layer = _module_at(parent, name)
+        if isinstance(layer, Adapted) and isinstance(layer.base, nn.Linear):
+            found.append(layer)
+    members = []
+    for layer in dict.fromkeys(found):
+        if layer.group is None and layer.base.in_features == found[0].base.in_features:
+            members.append(layer)
+    return members
 
 
 def _module_at(parent: nn.Module, path: str) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """A LoRA file on live networks in one call, and off again.
 
-with patch({"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}, "runs/dog", 0.8) as p:
+modules = {"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
+with patch(modules, "runs/dog", 0.8) as p:
     prompt = p.bind("a photo of TOK")
 """
 
@@ -15,43 +16,42 @@ from torch import Tensor, nn
 
 from lora_core import formats, tokens
 from lora_core.adapters import injection
+from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, mixofshow
 from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import Placeholder
 
-TOKENIZERS = {
+TOKENIZERS = {  # text encoder -> the key of its tokenizer
     "text_encoder": "tokenizer",
     "text_encoder_2": "tokenizer_2",
     "text_encoder_3": "tokenizer_3",
-}  # whose tokenizer is under which key
+}
 
 
 class Patch:
-    """A file in force. `undo`, or the end of a `with` block, gives back the very same modules, embedding tables and tokenizer contents.
+    """A file that acts on networks, until `undo` or the end of a `with` block.
 
-    `abstractions` are the placeholder words and learned tokens of the file, for `tokens.bind_placeholders`; `report` has one sentence for everything that a
-    user would not expect (tokens renamed, rows that are not in the file).
+    They give back the very same modules, embedding tables and tokenizer contents. `placeholders`
+    are the placeholder words and learned tokens of the file, for `tokens.bind_placeholders`;
+    `report` has one sentence for everything that a user would not expect (tokens renamed, rows that
+    are not in the file).
     """
 
     def __init__(
         self,
         modules: Mapping[str, Any],
         name: str,
-        abstractions: tuple[Placeholder, ...],
+        placeholders: tuple[Placeholder, ...],
         report: tuple[str, ...],
     ) -> None:
-        self.modules, self.name, self.abstractions, self.report = (
-            dict(modules),
-            name,
-            abstractions,
-            report,
-        )
+        self.modules = dict(modules)
+        self.name = name
+        self.placeholders = placeholders
+        self.report = report
         self.adapted: list[str] = []  # components with this patch's adapters
-        self.embedded: dict[
-            str, tokens.LearnedEmbedding
-        ] = {}  # component -> the embedding that this patch installed
+        self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> what was installed
 
     def __enter__(self) -> Patch:
         return self
@@ -61,31 +61,34 @@ class Patch:
 
     def bind(self, prompt: str) -> str:
         """The prompt with the file's placeholder words replaced by its learned tokens."""
-        return tokens.bind_placeholders(prompt, self.abstractions)
+        return tokens.bind_placeholders(prompt, self.placeholders)
 
     def set_strength(self, strength: float | Mapping[str, float]) -> None:
-        """Changes the strength in force, a number or one per adapted component. Learned tokens have no strength."""
+        """Change the strength, to a number or one per adapted component.
+
+        Learned tokens have no strength.
+        """
         for name, number in _component_strengths(strength, self.adapted, self.name).items():
             injection.set_strength(self.modules[name], self.name, number)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The factors and token rows in force."""
-        factors = [
-            p
-            for name in self.adapted
-            for p in injection.adapter_parameters(self.modules[name], self.name)
-        ]
-        return factors + [embedding.rows for embedding in self.embedded.values()]
+        """The factors and token rows on the networks."""
+        found: list[nn.Parameter] = []
+        for name in self.adapted:
+            found += injection.adapter_parameters(self.modules[name], self.name)
+        return found + [embedding.rows for embedding in self.embedded.values()]
 
     def undo(self) -> None:
-        """Takes everything off; a second call does nothing. Patches with tokens on one tokenizer come off last first.
+        """Take everything off; a second call does nothing.
 
-        Raises UserError, changing nothing, when a later patch's tokens stand on this one's: ids of the later tokens follow those of the earlier.
+        Patches with tokens on one tokenizer come off last first. Raises UserError, changing
+        nothing, when a later patch added tokens: their ids follow those of the earlier.
         """
         for name, embedding in self.embedded.items():
             if self.modules[name].get_input_embeddings() is not embedding:
                 raise UserError(
-                    f"tokens were added to {name} after those of {self.name}; undo the later patch first"
+                    f"tokens were added to {name} after those of {self.name}; "
+                    "undo the later patch first"
                 )
         for name in list(self.embedded):
             tokens.uninstall_tokens(self.modules[name], self.modules[TOKENIZERS[name]])
@@ -102,47 +105,49 @@ def patch(
     layout: Layout | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> Patch:
-    """The file in force on the given networks; nothing is copied, and several patches add up.
+    """Put a file on the given networks; nothing is copied, and several patches add up.
 
-    modules: {"unet": ..., "text_encoder": ..., "tokenizer": ...}, published component names; components the file does not touch may be there.
+    modules: {"unet": ..., "text_encoder": ..., "tokenizer": ...}, published component names; it may
+        have components that the file does not touch.
     file: a .safetensors LoRA or embedding, or a run's folder (LoRA and token rows).
-    strength: one number, or one for each component that the file adapts, {"unet": 0.6, "text_encoder": 0.9}. Tokens are on or off.
+    strength: one number, or one for each component that the file adapts,
+        {"unet": 0.6, "text_encoder": 0.9}. Tokens are on or off.
     layout: a family's names, where they differ from what `layout_of(modules)` finds.
-    rename: token or placeholder word in the file -> what to call it here. Two files from separate runs both have <s0>: a token that the tokenizer
-        already knows is refused, because a prompt would then mean the other file's token; {"<s0>": "<dog0>", "TOK": "DOG"} keeps both.
+    rename: token or placeholder word in the file -> its name here. Two files from separate runs
+        both have <s0>: a token that the tokenizer already knows is refused, because a prompt would
+        then mean the other file's token; {"<s0>": "<dog0>", "TOK": "DOG"} keeps both.
 
-    The tokenizer is changed in place (it cannot delete tokens, so `undo` puts back a copy of its contents made before).
-    Raises UserError before any module is touched: an unreadable file, a name or shape that does not fit, a component the file needs and `modules`
-    lacks, a strength that would have no effect, a token that is taken.
+    The tokenizer is changed in place (it cannot delete tokens, so `undo` puts back a copy of its
+    contents made before). Raises UserError before any module is touched: an unreadable file, a name
+    or shape that does not fit, a component the file needs and `modules` lacks, a strength that
+    would have no effect, a token that is taken.
     """
+    source, rename = str(file), rename or {}
     networks = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
     layout = layout or layout_of(networks)
     state = formats.load(file, layout)
     for name in state.components:
         if name not in networks:
+            given = ", ".join(networks) or "nothing"
             raise UserError(
-                f"{file} adapts {name}, but only {', '.join(networks) or 'nothing'} was given; pass its module too"
+                f"{file} adapts {name}, but only {given} was given; pass its module too"
             )
-    strengths = _component_strengths(strength, state.components, str(file))
-    names, abstractions = _rename_tokens(state, rename or {}, str(file))
-    encoders = _token_rows_by_encoder(state, modules, layout, names, str(file))
-    result = Patch(
-        modules,
-        _unused_adapter_name(networks, Path(file).stem),
-        abstractions,
-        _unexpected_facts(state, rename or {}, str(file)),
-    )
+    strengths = _component_strengths(strength, state.components, source)
+    names, placeholders = _rename_tokens(state, rename, source)
+    encoders = _token_rows_by_encoder(state, modules, layout, names, source)
+    adapter = _unused_adapter_name(networks, Path(file).stem)
+    result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
     try:
         for name, adapted in state.components.items():
             factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
             injection.load_factors(networks[name], factors, result.name, strengths[name])
             result.adapted.append(name)
         for name, rows in encoders.items():
-            every = Placeholder("all tokens of the file", names, init="zero")
-            result.embedded[name] = tokens.install_tokens(
-                networks[name], modules[TOKENIZERS[name]], (every,), seed=0
-            )
-            tokens.load_token_rows(result.embedded[name], rows)
+            every = (Placeholder("all tokens of the file", names, init="zero"),)
+            tokenizer = modules[TOKENIZERS[name]]
+            embedding = tokens.install_tokens(networks[name], tokenizer, every, seed=0)
+            result.embedded[name] = embedding
+            tokens.load_token_rows(embedding, rows)
     except BaseException:
         result.undo()
         raise
@@ -154,7 +159,10 @@ def patch(
 def _component_strengths(
     strength: float | Mapping[str, float], components: Collection[str], source: str
 ) -> dict[str, float]:
-    """Component -> strength. Raises UserError for one that is not finite, missing or without effect."""
+    """Component -> strength.
+
+    Raises UserError for one that is not finite, missing or without effect.
+    """
     if not isinstance(strength, Mapping):
         if not components and strength != 1:
             raise UserError(
@@ -163,13 +171,15 @@ def _component_strengths(
         strength = dict.fromkeys(components, strength)
     for name in strength:
         if name not in components:
+            known = ", ".join(components) or "no network"
             raise UserError(
-                f"there is a strength for {name}, but {source} adapts {', '.join(components) or 'no network'}; remove it"
+                f"there is a strength for {name}, but {source} adapts {known}; remove it"
             )
     for name in components:
         if name not in strength:
             raise UserError(
-                f"{source} adapts {name}, which has no strength in {dict(strength)}; give one (0 turns it off)"
+                f"{source} adapts {name}, which has no strength in {dict(strength)}; "
+                "give one (0 turns it off)"
             )
         if not math.isfinite(strength[name]):
             raise UserError(f"the strength of {name} is {strength[name]}, expected a finite number")
@@ -179,26 +189,34 @@ def _component_strengths(
 def _rename_tokens(
     state: AdapterState, rename: Mapping[str, str], source: str
 ) -> tuple[tuple[str, ...], tuple[Placeholder, ...]]:
-    """The tokens' names here, in row order, and the words that stand for them; a token without a word is its own."""
+    """The tokens' names here, in row order, and the placeholder words with their tokens.
+
+    A token without a word is its own word.
+    """
     words = embeddings.placeholder_words(state, source)
+    known = (*words, *state.token_names)
     for old in rename:
-        if old not in (*state.token_names, *words):
-            known = (*words, *state.token_names)
+        if old not in known:
             raise UserError(
-                f"there is no token or word {old} in {source} to rename; it has {', '.join(known) or 'none'}"
+                f"there is no token or word {old} in {source} to rename; "
+                f"it has {', '.join(known) or 'none'}"
             )
     names = tuple(rename.get(name, name) for name in state.token_names)
     used = [rename.get(word, word) for word in words]
     if len(set(names)) != len(names) or len(set(used)) != len(used):
         raise UserError(
-            f"after renaming, {source} has the tokens {', '.join(names)} and words {', '.join(used)}; they must differ"
+            f"after renaming, {source} has the tokens {', '.join(names)} and words "
+            f"{', '.join(used)}; they must differ"
         )
-    spoken = {name for own in words.values() for name in own}
-    free = {name: (name,) for name in state.token_names if name not in spoken}
-    return names, tuple(
-        Placeholder(rename.get(word, word), tuple(rename.get(name, name) for name in own))
-        for word, own in (words | free).items()
-    )
+    with_word: set[str] = set()
+    for own in words.values():
+        with_word.update(own)
+    alone = {name: (name,) for name in state.token_names if name not in with_word}
+    placeholders = []
+    for word, own in (words | alone).items():
+        renamed = tuple(rename.get(name, name) for name in own)
+        placeholders.append(Placeholder(rename.get(word, word), renamed))
+    return names, tuple(placeholders)
 
 
 def _token_rows_by_encoder(
@@ -208,25 +226,32 @@ def _token_rows_by_encoder(
     names: tuple[str, ...],
     source: str,
 ) -> dict[str, Tensor]:
-    """Component -> its token rows. Raises UserError for a text encoder or tokenizer that is not given, another width, or a token that is taken."""
+    """Component -> its token rows.
+
+    Raises UserError for a text encoder or tokenizer that is not given, another width, or a token
+    that is taken.
+    """
     found = {}
     for key, rows in state.tokens.items():
         name = next(name for name, own in layout.encoders.items() if own == key)
         for needed in (name, TOKENIZERS[name]):
             if needed not in modules:
                 raise UserError(
-                    f"{source} has token rows for {name}, which needs a {needed} in the modules; pass it, or the LoRA file alone"
+                    f"{source} has token rows for {name}, which needs a {needed} in the modules; "
+                    "pass it, or the LoRA file alone"
                 )
         width = modules[name].get_input_embeddings().weight.shape[1]
         if rows.shape[1] != width:
             raise UserError(
-                f"the rows of {key} in {source} have width {rows.shape[1]}, this {name} takes {width}; is it for another model?"
+                f"the rows of {key} in {source} have width {rows.shape[1]}, "
+                f"this {name} takes {width}; is it for another model?"
             )
         taken = [token for token in names if token in modules[TOKENIZERS[name]].get_vocab()]
         if taken:
             example = f'rename={{"{taken[0]}": "<other-{taken[0].strip("<>")}>"}}'
             raise UserError(
-                f"{', '.join(taken)} of {source} is already in the {TOKENIZERS[name]}, maybe from another file; give {example}"
+                f"{', '.join(taken)} of {source} is already in the {TOKENIZERS[name]}, "
+                f"maybe from another file; give {example}"
             )
         found[name] = rows
     return found
@@ -235,35 +260,38 @@ def _token_rows_by_encoder(
 def _unexpected_facts(
     state: AdapterState, rename: Mapping[str, str], source: str
 ) -> tuple[str, ...]:
-    said = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
+    facts = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
     if state.tokens and embeddings.TOKEN_NAMES not in state.metadata:
-        said.append(
-            f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, or as renamed"
+        facts.append(
+            f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, "
+            "or as renamed"
         )
     if mixofshow.PER_LAYER in state.metadata:
         shown = ", ".join(state.token_names[:3])
-        said.append(
-            f"{source} has rows, one for each cross-attention layer (P+), which are tokens of their own here: {shown} ..."
+        facts.append(
+            f"{source} has rows, one for each cross-attention layer (P+), "
+            f"which are tokens of their own here: {shown} ..."
         )
     if not state.tokens and embeddings.TOKEN_NAMES in state.metadata:
-        said.append(
-            f"{source} was trained with the tokens {state.metadata[embeddings.TOKEN_NAMES]}, whose rows it does not hold; give the run's folder"
+        facts.append(
+            f"{source} was trained with the tokens {state.metadata[embeddings.TOKEN_NAMES]}, "
+            "whose rows it does not hold; give the run's folder"
         )
-    return tuple(said)
+    return tuple(facts)
 
 
 def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
-    """A name that no adapter on these networks has: the file's, numbered where needed; dots would not do in a module's name."""
-    taken = {
-        name
-        for network in networks.values()
-        for layer in network.modules()
-        if isinstance(layer, injection.Adapted)
-        for name in layer.adapters
-    }
-    wish = f"patch_{wish.replace('.', '_')}"
-    return next(
-        name
-        for name in (wish, *(f"{wish}-{i}" for i in range(2, len(taken) + 3)))
-        if name not in taken
-    )
+    """A name that no adapter on these networks has: the file's, numbered where needed.
+
+    A module's name cannot have dots.
+    """
+    taken: set[str] = set()
+    for network in networks.values():
+        for layer in adapted_layers(network):
+            taken.update(layer.adapters)
+    first = name = f"patch_{wish.replace('.', '_')}"
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{first}-{number}"
+    return name

@@ -1,9 +1,12 @@
-"""Adapters as records, and the weight update that each stands for.
+"""Adapters as records of tensors, and the weight update of each.
 
-delta W = scale * up @ down           (LoRA, arXiv 2106.09685; `scale` is alpha / rank, resolved when a file is read)
-delta W = m / n * (W + scale * up @ down) - W,   n = row norm of (W + scale * up @ down)           (DoRA, arXiv 2402.09353; rows as in peft)
+LoRA (arXiv 2106.09685), where `scale` is alpha / rank, resolved when a file is read:
+    delta W = scale * up @ down
+DoRA (arXiv 2402.09353; rows as in peft), where n is the row norm of (W + scale * up @ down):
+    delta W = m / n * (W + scale * up @ down) - W
 
-The norm of the columns (older LyCORIS), and updates that are no product of two factors (LoHa, LoKr), can only be merged: see `Dense`.
+Norms of columns (older LyCORIS) and updates that are no product of two factors (LoHa, LoKr) can
+only be merged: see `DenseUpdate`.
 """
 
 from __future__ import annotations
@@ -19,14 +22,13 @@ from lora_core.errors import UserError
 
 
 class LowRank(NamedTuple):
-    """One layer's adapter. The number that multiplies up @ down is `scale`; alpha exists in files only."""
+    """One layer's adapter. `scale` multiplies up @ down; alpha exists in files only."""
 
     down: Tensor  # [r, in] or [r, in / groups, kh, kw]
     up: Tensor  # [out, r] or [out, r, 1, 1]
     scale: float
-    magnitude: Tensor | None = (
-        None  # DoRA only: [out]; by columns [1, in] or [1, in, 1, 1], which can only be merged into its weight
-    )
+    # DoRA only: [out]. By columns, [1, in] or [1, in, 1, 1], it can only be merged into its weight.
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -35,55 +37,56 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """One layer's update that a file keeps in another form than two factors. It can be merged into its weight, or distilled to factors."""
+    """One layer's update that a file keeps in another form than two factors.
+
+    It can be merged into its weight, or distilled to factors.
+    """
 
     kind: str  # "LoHa", "LoKr" or "full"
     shape: tuple[int, ...]  # of the base weight
-    build: Callable[
-        [], Tensor
-    ]  # the update before any magnitude, fp32 or better, of that shape; computed anew in each call
+    # The update before any magnitude, fp32 or better, of that shape; computed anew in each call.
+    build: Callable[[], Tensor]
     magnitude: Tensor | None = None  # as in LowRank
 
     def rows(self, start: int, stop: int) -> DenseUpdate:
-        """The update of some of the outputs. Raises ValueError for a magnitude by columns, whose norms need all rows."""
+        """The update of the outputs from start to stop.
+
+        Raises ValueError for a magnitude by columns, whose norms need all rows.
+        """
         if self.magnitude is not None and self.magnitude.ndim > 1:
             raise ValueError("the columns of a part have other norms than those of the whole")
         part = None if self.magnitude is None else self.magnitude[start:stop]
-        return DenseUpdate(
-            self.kind, (stop - start, *self.shape[1:]), lambda: self.build()[start:stop], part
-        )
+        shape = (stop - start, *self.shape[1:])
+        return DenseUpdate(self.kind, shape, lambda: self.build()[start:stop], part)
 
     def rolled(self, shift: int) -> DenseUpdate:
-        """With the outputs moved on by `shift`, the last ones to the front."""
-        magnitude = (
-            self.magnitude
-            if self.magnitude is None or self.magnitude.ndim > 1
-            else self.magnitude.roll(shift)
-        )
+        """The update with its outputs moved on by `shift`, the last ones to the front."""
+        magnitude = self.magnitude
+        if magnitude is not None and magnitude.ndim == 1:
+            magnitude = magnitude.roll(shift)
         return replace(self, build=lambda: self.build().roll(shift, 0), magnitude=magnitude)
 
 
 @dataclass
 class AdapterState:
-    """What an adapter file holds, whatever its format."""
+    """The content of an adapter file, whatever its format."""
 
-    components: dict[str, dict[str, LowRank]] = field(
-        default_factory=dict
-    )  # "unet" | "text_encoder" ... -> published dotted path -> factors
-    tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5" -> [n, d]
-    token_names: tuple[str, ...] = ()  # n names in row order
+    # "unet", "text_encoder" ... -> published dotted path -> factors
+    components: dict[str, dict[str, LowRank]] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5": [n, d]
+    token_names: tuple[str, ...] = ()  # n names, in the order of rows
     metadata: dict[str, str] = field(default_factory=dict)
-    dense: dict[str, dict[str, DenseUpdate]] = field(
-        default_factory=dict
-    )  # like components; only in states that are read to be merged
+    # Like components, in states that are read to be merged only.
+    dense: dict[str, dict[str, DenseUpdate]] = field(default_factory=dict)
 
 
 def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
-    """scale * up @ down in fp32 or better, with the shape of the base weight: [out, in] or [out, in / groups, kh, kw].
+    """scale * up @ down in fp32 or better, with the shape of the base weight.
 
-    The factors of a grouped convolution are grouped alike, down [r, in / groups, kh, kw] and up [out, r / groups, 1, 1], so the groups are
-    r / up.shape[1] and each contributes its own block of rows. (peft keeps down dense over all inputs there, [r, in, kh, kw]; such an
-    update has no weight of the base's shape, and peft cannot merge it.)
+    [out, in] or [out, in / groups, kh, kw]. The factors of a grouped convolution are grouped alike,
+    down [r, in / groups, kh, kw] and up [out, r / groups, 1, 1]: there are r / up.shape[1] groups,
+    and each contributes its own block of rows. (peft keeps down dense over all inputs there,
+    [r, in, kh, kw]; such an update has no weight of the base's shape, and peft cannot merge it.)
 
     Raises ValueError when up does not fit down.
     """
@@ -94,9 +97,10 @@ def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
 
 
 def factor_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
-    """The factors as matrices, one pair a group, in fp32 or better: up [g, out / g, r / g] and down [g, r / g, in / g * kh * kw], without the scale.
+    """The factors as matrices, one pair for each group, in fp32 or better, without the scale.
 
-    Raises ValueError when up does not fit down.
+    up [g, out / g, r / g] and down [g, r / g, in / g * kh * kw]. Raises ValueError when up does not
+    fit down.
     """
     out, per_group = lr.up.shape[:2]
     groups = lr.rank // per_group
@@ -105,45 +109,50 @@ def factor_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}"
         )
-    dtype = torch.promote_types(torch.promote_types(lr.down.dtype, lr.up.dtype), torch.float32)
-    return lr.up.to(dtype).reshape(groups, out // groups, per_group), lr.down.to(dtype).reshape(
-        groups, per_group, -1
-    )
+    dtype = torch.promote_types(lr.down.dtype, lr.up.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    up = lr.up.to(dtype).reshape(groups, out // groups, per_group)
+    return up, lr.down.to(dtype).reshape(groups, per_group, -1)
 
 
 def from_blocks(
     up: Tensor, down: Tensor, kernel: tuple[int, ...], *, scale: float = 1.0
 ) -> LowRank:
-    """The adapter of such blocks, up [g, out / g, k] and down [g, k, fan in]; `kernel` is (kh, kw) of a convolution, () of a linear layer."""
+    """The adapter of blocks up [g, out / g, k] and down [g, k, fan in].
+
+    `kernel` is (kh, kw) of a convolution, () of a linear layer.
+    """
     groups, per_group, fan_in = down.shape
     fan = fan_in // torch.Size(kernel).numel()
-    return LowRank(
-        down.reshape(groups * per_group, fan, *kernel),
-        up.reshape(-1, per_group, *[1] * len(kernel)),
-        scale,
-    )
+    ones = [1] * len(kernel)
+    joined = down.reshape(groups * per_group, fan, *kernel)
+    return LowRank(joined, up.reshape(-1, per_group, *ones), scale)
 
 
 def refuse_dora(lr: LowRank) -> None:
-    """Raises UserError for a DoRA, whose update is not low rank and is known only beside its base weight."""
+    """UserError for a DoRA: its update is not low rank, and is known only with its base weight."""
     if lr.magnitude is not None:
         raise UserError(
-            "a DoRA has no sum, product or rank of its own, its update depends on the base weight; give the base model or fold it"
+            "a DoRA has no sum, product or rank of its own, its update depends on the base weight; "
+            "give the base model or fold it"
         )
 
 
 def delta_weight(lr: LowRank | DenseUpdate, weight: Tensor | None = None) -> Tensor:
-    """The weight-shaped update delta W in fp32 or better, such that W + t * delta W is the adapted weight at strength t.
+    """delta W in fp32 or better, so that W + t * delta W is the adapted weight at strength t.
 
-    DoRA needs the base weight, (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with P = product(lr); plain LoRA uses it for the shape check only.
-    The norms n are those of W + P by rows, or by columns [1, in] where m is (LyCORIS adds an epsilon of the dtype to n, we do not).
+    DoRA needs the base weight: (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with
+    P = scaled_product(lr). Plain LoRA uses it for the check of shapes only. The norms n are those
+    of W + P by rows, or by columns [1, in] where m is (LyCORIS adds an epsilon of the dtype to n,
+    we do not).
 
     Raises ValueError when the shapes do not fit, or when DoRA gets no weight.
     """
     update = scaled_product(lr)
     if weight is not None and weight.shape != update.shape:
         raise ValueError(
-            f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; these factors belong to another layer"
+            f"the update has shape {list(update.shape)}, the base weight {list(weight.shape)}; "
+            "these factors belong to another layer"
         )
     if lr.magnitude is None:
         return update
@@ -152,8 +161,7 @@ def delta_weight(lr: LowRank | DenseUpdate, weight: Tensor | None = None) -> Ten
     dtype = torch.promote_types(weight.dtype, update.dtype)
     base, update = weight.to(dtype), update.to(dtype)
     axis = 0 if lr.magnitude.ndim == 1 else 1  # the one that keeps its own norms
-    norm = torch.linalg.vector_norm(
-        base + update, dim=[d for d in range(base.ndim) if d != axis], keepdim=True
-    )
+    others = [d for d in range(base.ndim) if d != axis]
+    norm = torch.linalg.vector_norm(base + update, dim=others, keepdim=True)
     gain = lr.magnitude.to(dtype).reshape(norm.shape) / norm
     return (gain - 1) * base + gain * update

@@ -16,7 +16,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide_dtype
 from lora_core.plugins import check_names_file, load_from_file, name_function
+from lora_core.text import nearest_names
 
 
 @dataclass
@@ -351,7 +351,7 @@ def find_function(
     elif spec in table:
         function = table[spec]
     else:
-        near = get_close_matches(spec, table, n=1, cutoff=0.0)[0]
+        near = nearest_names(spec, table)[0]
         known = ", ".join(table)
         raise UserError(
             f"unknown name {spec!r}, the nearest is {near!r}; "

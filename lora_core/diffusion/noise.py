@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.settings import NoiseSettings
+from lora_core.text import nearest_names
 
 Density = Callable[[Tensor], Tensor]  # u [b] in [0, 1) -> fraction of the schedule [b]
 
@@ -310,7 +310,7 @@ def bind_density(name: str, **args: float) -> Density:
     unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
     """
     if name not in DENSITIES:
-        near = get_close_matches(name, DENSITIES, n=1, cutoff=0.0)[0]
+        near = nearest_names(name, DENSITIES)[0]
         known = ", ".join(DENSITIES)
         raise UserError(f"unknown density {name!r}, the nearest is {near!r}; choose {known}")
     taken = list(inspect.signature(DENSITIES[name]).parameters)[1:]

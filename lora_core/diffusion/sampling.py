@@ -12,7 +12,6 @@ terminal SNR) and start noise is the same for every sampler.
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras_sigmas, shift_sigmas
 from lora_core.diffusion.prediction import PREDICTIONS, eps_from_x0, scale_input
 from lora_core.errors import UserError
+from lora_core.text import nearest_names
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # (x_t [b, c, h, w], level [b]) -> x0 [b, c, h, w]
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], from a keyed source
@@ -241,7 +241,7 @@ def sampler_levels(
     sampler or spacing, a number of steps that does not fit, and a strength that leaves no step.
     """
     if sampler not in SAMPLERS:
-        near = get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
+        near = nearest_names(sampler, SAMPLERS)[0]
         raise UserError(
             f"unknown sampler {sampler!r}, the nearest is {near!r}; choose {', '.join(SAMPLERS)}"
         )

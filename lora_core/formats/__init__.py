@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         save,
         save_run,
     )
+    from lora_core.formats.embeddings import placeholder_header
     from lora_core.formats.known_formats import (
         CUSTOM,
         EMBEDDINGS,
@@ -40,6 +41,7 @@ __all__ = [
     "detect_format",
     "layout_of",
     "load",
+    "placeholder_header",
     "read_key_shapes",
     "run_file_names",
     "run_file_paths",
@@ -49,6 +51,7 @@ __all__ = [
 
 MODULES = {  # public name -> its module
     **dict.fromkeys(("CUSTOM", "EMBEDDINGS", "FORMATS", "NATIVE", "Format"), "known_formats"),
+    "placeholder_header": "embeddings",
     "run_file_names": "known_formats",
     **dict.fromkeys(("Component", "Layout", "layout_of"), "layout"),
     **dict.fromkeys(("load", "save", "save_run", "run_file_paths"), "adapter_files"),

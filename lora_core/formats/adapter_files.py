@@ -29,8 +29,7 @@ from lora_core.formats.known_formats import (
     load_function,
     run_file_names,
 )
-from lora_core.formats.layout import COMPONENTS, Layout, nearest_name
-from lora_core.formats.peft_settings import is_peft_folder, peft_weights
+from lora_core.formats.layout import Layout, nearest_name
 
 HOW_TO_DISTILL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
 FOREIGN = {  # pattern of a key -> kind of file; known in order to be refused by name
@@ -236,10 +235,7 @@ def _find_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    if is_peft_folder(path):
-        return [peft_weights(path)]
-    parts = [path / name for name in COMPONENTS if is_peft_folder(path / name)]
-    return [peft_weights(part) for part in parts] or _find_run_files(path)
+    return load_function("peft_settings", "find_peft_files")(path) or _find_run_files(path)
 
 
 def _find_run_files(folder: Path) -> list[Path]:

@@ -214,9 +214,9 @@ def _refuse_repeated_names(path: Path) -> None:
     if isinstance(header, list):
         objects += [pair[1] for pair in header if isinstance(pair, tuple)]
     for pairs in objects:
-        inner = pairs if isinstance(pairs, list) else []
-        names = [pair[0] for pair in inner if isinstance(pair, tuple)]
-        if len(set(names)) < len(names):
+        is_object = isinstance(pairs, list) and pairs and isinstance(pairs[0], tuple)
+        if is_object and len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
             key = next(name for i, name in enumerate(names) if name in names[:i])
             raise UserError(
                 f"{path} has {key} twice in its header, so its meaning is open; "

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import peft_settings
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
@@ -32,6 +32,7 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
+from lora_core.formats.known_formats import PEFT_HEADER, load_function
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 # End of a projection's path -> its names in attention processors, with and without that level.
@@ -48,9 +49,9 @@ PROCESSORS = {
 PROCESSOR_KEY = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 
-def processor_names(path: str) -> list[str]:
-    """Names under which files of attention processors have a layer."""
-    found = []
+def spell_path(component: Component, path: str) -> list[str]:
+    """The path, then the names under which files of attention processors have the layer."""
+    found = [path]
     for end, names in PROCESSORS.items():
         if path == end or path.endswith("." + end):
             found += [path[: -len(end)] + name for name in names]
@@ -59,7 +60,7 @@ def processor_names(path: str) -> list[str]:
 
 GRAMMAR = Grammar(
     heads=lambda name, component: (name, f"{name}.base_model.model"),
-    names=lambda component, path: (path, *processor_names(path)),
+    names=spell_path,
     leaves={
         "down": ".lora_A.weight",
         "up": ".lora_B.weight",
@@ -82,11 +83,13 @@ def read_diffusers(
 
     Shapes are checked against the layout; without one, names are taken as they are in the file.
     """
-    settings = peft_settings.header_settings(header, source)
+    settings: Mapping[str, Any] = {}  # component -> PeftSettings
+    if PEFT_HEADER in header:
+        settings = load_function("peft_settings", "header_settings")(header, source)
     if settings and any(key.endswith(".alpha") for key in tensors):
         raise UserError(
             f"{source} gives its strength twice, in alpha tensors and in the header "
-            f"{peft_settings.HEADER}; remove one"
+            f"{PEFT_HEADER}; remove one"
         )
     old = next(filter(PROCESSOR_KEY.search, tensors), None)
     if layout is None and old:

@@ -64,8 +64,8 @@ def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> A
             metadata[key] = json.dumps(data[key], ensure_ascii=False)
     if A1111_ROWS in data:
         name = data.get("name")
-        has_name = isinstance(name, str) and bool(name.strip())
-        word = name.strip() if has_name else Path(source).stem.strip()
+        own = name.strip() if isinstance(name, str) else ""
+        word = own or Path(source).stem.strip()
         entry = rows_of_tensor(word, _a1111_parameter(data[A1111_ROWS], source), layout, source)
         check_finite(entry.rows, source)
         return state_of_words([entry], metadata, source)

@@ -7,10 +7,9 @@ each; readers know all leaves under every head, because files mix them. Formats 
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.known_formats import ADAPTER_NAME, ROLE_OF_LEAF
-from lora_core.formats.layout import Component, Layout, Shape
+from lora_core.formats.layout import Component, Layout, Shape, nearest_name
 
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
 Update = LowRank | DenseUpdate
@@ -36,7 +35,7 @@ class Grammar:
     # (name, component) -> beginnings of its keys; the first is written, all are read; "" is none
     heads: Callable[[str, Component], tuple[str, ...]]
     # (component, published path) -> the dotted names of a module; likewise
-    names: Callable[[Component, str], tuple[str, ...]]
+    names: Callable[[Component, str], Sequence[str]]
     leaves: Mapping[str, str]  # role -> leaf that is written
     scale: Literal["folded", "alpha"]  # multiplied into up, or a tensor alpha = scale * rank
     # (out, ndim of the weight) -> shape of a DoRA magnitude by rows
@@ -135,12 +134,13 @@ def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]
 
 def _spell_path(grammar: Grammar, component: Component, path: str) -> list[str]:
     """The names of a module, each with and without the level that installed modules lack."""
-    dotted = []
+    spellings: list[str] = []
     for name in grammar.names(component, path):
-        for words in (name, name.removeprefix(component.module_prefix)):
-            if words not in dotted:
-                dotted.append(words)
-    return [words.replace(".", grammar.separator) for words in dotted]
+        for dotted in (name, name.removeprefix(component.module_prefix)):
+            words = dotted.replace(".", grammar.separator)
+            if words not in spellings:
+                spellings.append(words)
+    return spellings
 
 
 # ---------------------------------------------------------------- writing
@@ -261,7 +261,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         return len(words.intersection(re.split(r"[._]", other)))
 
     likely = sorted(known, key=count_shared, reverse=True)[:MOST_COMPARED]
-    return next(iter(difflib.get_close_matches(key, likely, 1, 0.0)), "")
+    return nearest_name(key, likely)
 
 
 def _group_by_module(

@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from typing import Any
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 EMBEDDINGS = "_emb.safetensors"  # how the name of a run's file of token rows ends
 # How the name of a run's adapters of a user's own kind ends (adapters.custom_files).
 CUSTOM = "_adapter.safetensors"
+
+# Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
+PEFT_HEADER = "lora_adapter_metadata"
+PICKLED = (".ckpt", ".pt", ".bin", ".pth")  # endings of files of torch.save
 
 # Role of a tensor in an adapted layer -> its spellings at the end of a key. Those that begin with
 # "_" go with the names of old attention processors.
@@ -172,3 +177,8 @@ def load_function(module: str, name: str) -> Callable[..., Any]:
 def run_file_names(name: str) -> tuple[str, str, str]:
     """The names of the files of a run called `name`: diffusers', kohya's, token rows."""
     return NATIVE, f"{name}.safetensors", f"{name}{EMBEDDINGS}"
+
+
+def is_single_file(path: str) -> bool:
+    """Whether a model's path means a file, which may be missing."""
+    return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)

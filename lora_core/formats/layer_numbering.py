@@ -139,8 +139,10 @@ def list_pairs(
     dtype = next(iter(modules.values())).down.dtype
     pairs = []
     for path in walk:
-        lr = modules.get(path)
-        pairs.append(_to_pair(lr) if lr else _zero_pair(part.shapes[path], rank, dtype))
+        if path in modules:
+            pairs.append(_to_pair(modules[path]))
+        else:
+            pairs.append(_zero_pair(part.shapes[path], rank, dtype))
     return classes, pairs
 
 
@@ -196,11 +198,13 @@ def _numbering(layout: Layout, component: str, source: str) -> Numbering:
 
 def _layers_of(component: Component, numbering: Numbering, classes: Iterable[str]) -> list[str]:
     """The published paths of all layers of these classes."""
-    patterns = []
+    globs: dict[str, None] = {}
     for name in classes:
         for glob in numbering.classes[name]:  # of a whole path, or of its end from a dot on
-            patterns += [fnmatch.translate(glob), fnmatch.translate(f"*.{glob}")]
-    return list(filter(re.compile("|".join(patterns)).match, component.shapes))
+            own = (glob,) if glob.startswith("*.") else (glob, f"*.{glob}")
+            globs |= dict.fromkeys(own)
+    pattern = "|".join(map(fnmatch.translate, globs))
+    return list(filter(re.compile(pattern).match, component.shapes))
 
 
 def _in_order(paths: Iterable[str], order: Sequence[str]) -> list[str]:

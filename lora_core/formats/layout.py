@@ -6,13 +6,13 @@ published, and what shape their weights have. Formats are written and read again
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from lora_core.errors import UserError
+from lora_core.text import nearest_names
 
 # Names in pipelines of the networks that are adapted.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -168,7 +168,7 @@ def missing_level(component: str, paths: Collection[str]) -> str:
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, for error sentences; "" when nothing is known."""
-    return next(iter(difflib.get_close_matches(name, known, 1, 0.0)), "")
+    return next(iter(nearest_names(name, known)), "")
 
 
 def _require_known(path: str, shapes: Mapping[str, Shape], component: str) -> str:

@@ -1,6 +1,6 @@
 """Files without any component's name before their paths: peft's own, and those of one network.
 
-peft's lie in a folder with adapter_config.json and have keys `base_model.model.{path}.lora_A.weight`.
+peft's lie in a folder with adapter_config.json; keys are `base_model.model.{path}.lora_A.weight`.
 Others are those of a UNet's attention processors or of one transformer. The component is the one
 whose layers the paths name; where several have them (two CLIP text encoders) the shapes decide, or
 a folder that is called like one.
@@ -9,7 +9,7 @@ a folder that is called like one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import joined_layers, kohya
-from lora_core.formats.diffusers import processor_names
+from lora_core.formats.diffusers import spell_path
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
@@ -59,14 +59,20 @@ def read_peft(
     name, found = _only_fitting(tensors, known, stored, source, options, settings)
     if settings:
         settings.check(found.get(name, {}), source)
-    elif any(key.startswith(MODULE) for key in tensors):
-        if not any(key.endswith(".alpha") for key in tensors):
-            print(
-                f"{source} has peft's names but no {CONFIG} next to it; "
-                "its strength is taken as alpha = r",
-                file=sys.stderr,
-            )
+    elif _has_no_strength(tensors):
+        print(
+            f"{source} has peft's names but no {CONFIG} next to it; "
+            "its strength is taken as alpha = r",
+            file=sys.stderr,
+        )
     return to_adapter_state(joined_layers.separate_layers(found, layout, source), header)
+
+
+def _has_no_strength(keys: Iterable[str]) -> bool:
+    """Whether keys are peft's, which has no alphas."""
+    keys = list(keys)
+    is_peft = any(key.startswith(MODULE) for key in keys)
+    return is_peft and not any(key.endswith(".alpha") for key in keys)
 
 
 def _keys_by_component(
@@ -118,8 +124,8 @@ def _only_fitting(
 def _peft_grammar(layout: Layout) -> Grammar:
     original = kohya.all_original_names(layout)
 
-    def names(component: Component, path: str) -> tuple[str, ...]:
-        return (path, *processor_names(path), original.get(path, path))
+    def names(component: Component, path: str) -> list[str]:
+        return [*spell_path(component, path), original.get(path, path)]
 
     return Grammar(
         heads=lambda name, component: (MODULE, ""),

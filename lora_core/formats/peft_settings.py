@@ -17,9 +17,9 @@ from typing import Any
 
 from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import PEFT_HEADER
 from lora_core.formats.layout import COMPONENTS
 
-HEADER = "lora_adapter_metadata"  # LoraConfig fields as JSON, "unet.r" and so on
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT = 8  # peft's rank and alpha
@@ -58,14 +58,9 @@ class PeftSettings:
 
 
 def header_settings(header: Mapping[str, str], source: str) -> dict[str, PeftSettings]:
-    """Component -> settings in a file's header; none without one.
-
-    Raises UserError for a broken one.
-    """
-    if HEADER not in header:
-        return {}
-    where = f"{source} has a broken header {HEADER}"
-    fields = _parse_json(header[HEADER], where)
+    """Component -> settings in a file's header. Raises UserError for a broken one."""
+    where = f"{source} has a broken header {PEFT_HEADER}"
+    fields = _parse_json(header[PEFT_HEADER], where)
     settings = {}
     for name in COMPONENTS:
         start = f"{name}."
@@ -75,12 +70,19 @@ def header_settings(header: Mapping[str, str], source: str) -> dict[str, PeftSet
     return settings
 
 
-def is_peft_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+def find_peft_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder of peft's, or in its folders called like components.
+
+    None for other folders. Raises UserError for a config without weights.
+    """
+    folders = [folder, *(folder / name for name in COMPONENTS)]
+    peft = [place for place in folders if (place / CONFIG).is_file()]
+    if folder in peft:
+        peft = [folder]
+    return [_weights_in(place) for place in peft]
 
 
-def peft_weights(folder: Path) -> Path:
-    """The file of weights in peft's folder. Raises UserError without one."""
+def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.formats.container import DTYPE_CODES, Shape, is_pickle
+from lora_core.formats.known_formats import PICKLED
 from lora_core.formats.pickles import read_pickle
 from lora_core.runs.run_folder import atomic_write
 
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 LENGTH_BYTES = 8  # of the header's length, in front of it
-PICKLED = (".ckpt", ".pt", ".bin", ".pth")
 
 
 class TensorInfo(NamedTuple):

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.formats.compvis import NETWORK_NAMES, Shape, StoredTensor, spare_layers
+from lora_core.formats.known_formats import PICKLED
 from lora_core.formats.layout import ENCODERS, Layout, nearest_name
 from lora_core.formats.weights import (
-    PICKLED,
     TensorInfo,
     Weights,
     cast_weights,
@@ -110,11 +110,6 @@ class SingleFileFacts:
         encoders = [f"{kind} {width} at {at}" for at, (kind, width) in self.encoders.items()]
         listed = ", ".join(encoders) or "no text encoder"
         return f"{unet}, {'a' if self.vae else 'no'} VAE, {listed}"
-
-
-def is_single_file(path: str) -> bool:
-    """Whether a model's path means a file, there or not."""
-    return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)
 
 
 def describe_single_file(
@@ -265,7 +260,7 @@ def _left_behind(place: Path, names: list[str], source: Path, model: Model) -> s
     left = {name for name in names if name.startswith(".")}
     if place == source or place.relative_to(source).parts[0] in model:
         for pattern in WEIGHT_PATTERNS:
-                left.update(fnmatch.filter(names, pattern))
+            left.update(fnmatch.filter(names, pattern))
     return left
 
 
@@ -311,8 +306,8 @@ def write_checkpoint_file(
         if path.suffix == ".safetensors":
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
-            tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
             with atomic_write(path) as temporary:
+                tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
                 torch.save({"state_dict": tensors}, temporary)
 
 
@@ -341,9 +336,7 @@ def join_networks(model: Model, locations: Sequence[NetworkLocation]) -> Weights
     return Weights(" and ".join(sources), infos, read)
 
 
-def _names_table(
-    location: NetworkLocation, shapes: Mapping[str, Shape]
-) -> dict[str, StoredTensor]:
+def _names_table(location: NetworkLocation, shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
     """Key without its prefix -> the tensor there."""
     entries = NETWORK_NAMES[location.grammar].name_tensors(shapes)
     return entries | spare_layers(entries, location.spare)
@@ -459,15 +452,13 @@ def _check_tensor(key: str, expected: Shape, single: Weights) -> None:
 
 
 def _without_ones(shape: Shape) -> Shape:
-    """The shape without trailing ones: 1x1 convolutions and linear layers are written either way."""
+    """The shape without trailing ones: linear layers may be written as 1x1 convolutions."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
-def _report_unused(
-    left: list[str], spare: set[str], used: Iterable[str], single: Weights
-) -> None:
+def _report_unused(left: list[str], spare: set[str], used: Iterable[str], single: Weights) -> None:
     """Prints which tensors no network uses, once; raises UserError for unknown keys."""
     passed: Counter[str] = Counter()
     odd = []

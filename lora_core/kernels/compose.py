@@ -6,6 +6,7 @@ compose_backward_kernel  d_y0, d_lora and, in parts that are added in a fixed or
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -13,163 +14,144 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels import COSTS, Cost
-from lora_core.kernels.ahead import Build
-from lora_core.kernels.device import device_refusal
-from lora_core.kernels.narrow import round_to
+from lora_core.kernels.ahead import Build, describe_launch
+from lora_core.kernels.costs import COSTS, Cost
+from lora_core.kernels.device import FLOATS, device_refusal
+from lora_core.kernels.device_functions import Strides, round_to, row_offsets
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER = 8  # tiles of rows of a program of the backward: 4096 x 320 gives 32 parts and 96 programs
 
 
+# ---------------------------------------------------------------- kernels
+
+
 @triton.jit
-def _place(m, AREA, sb, sm):
-    """Offsets of rows m, where AREA rows lie sm apart and the next AREA sb further; int64."""
-    return (m // AREA).to(tl.int64) * sb + (m % AREA).to(tl.int64) * sm
+def element_offsets(m, n, area, at):
+    """Offsets of rows m and channels n of a matrix with these strides."""
+    return row_offsets(m, area, at.image, at.row)[:, None] + n[None, :] * at.feature
 
 
 @triton.jit
 def compose_kernel(
-    y0,
-    bias,
-    lora,
-    gain,
-    out,
-    strength,
-    ROWS,
-    CHANNELS,
-    AREA,
-    ysb,
-    ysm,
-    ysc,
-    lsb,
-    lsm,
-    lsc,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (m < ROWS)[:, None] & (n < CHANNELS)[None, :]
-    at = _place(m, AREA, ysb, ysm)[:, None] + n[None, :] * ysc
-    g = tl.load(gain + n, mask=n < CHANNELS, other=1.0).to(tl.float32)[None, :]
+    y0, bias, lora, gain, out, strength, rows, channels, area, y0_at, lora_at,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out = y0 + strength ((gain - 1) (y0 - bias) + gain lora). Grid: row tiles, channel tiles."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (m < rows)[:, None] & (n < channels)[None, :]
+    at = element_offsets(m, n, area, y0_at)
+    g = tl.load(gain + n, mask=n < channels, other=1.0).to(tl.float32)[None, :]
     base = tl.load(y0 + at, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(
-        lora + _place(m, AREA, lsb, lsm)[:, None] + n[None, :] * lsc, mask=inside, other=0.0
-    ).to(tl.float32)
-    product = base
+    change = tl.load(lora + element_offsets(m, n, area, lora_at), mask=inside, other=0.0)
+    linear = base
     if bias is not None:
-        product = base - tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + at,
-        round_to(base + strength * ((g - 1) * product + g * change), out.dtype.element_ty),
-        mask=inside,
-    )
+        linear = base - tl.load(bias + n, mask=n < channels, other=0.0).to(tl.float32)[None, :]
+    total = base + strength * ((g - 1) * linear + g * change.to(tl.float32))
+    tl.store(out + at, round_to(total, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def compose_backward_kernel(dy, y0, bias, lora, gain, d_y0, d_lora, parts, strength, ROWS, CHANNELS, AREA, PER,
-                            dsb, dsm, dsc, ysb, ysm, ysc, lsb, lsm, lsc, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def compose_backward_kernel(
+    dy, y0, bias, lora, gain, d_y0, d_lora, parts, strength, rows, channels, area, PER,
+    dy_at, y0_at, lora_at, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Program (i, j) does PER rows of BN channels and leaves its part of d_gain in parts[i]."""
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     begin = tl.program_id(0) * PER
-    g = tl.load(gain + n, mask=n < CHANNELS, other=1.0).to(tl.float32)[None, :]
+    g = tl.load(gain + n, mask=n < channels, other=1.0).to(tl.float32)[None, :]
     total = tl.zeros((BN,), tl.float32)
-    for start in range(begin, tl.minimum(begin + PER, ROWS), BM):
+    for start in range(begin, tl.minimum(begin + PER, rows), BM):
         m = start + tl.arange(0, BM)
-        inside = (m < ROWS)[:, None] & (n < CHANNELS)[None, :]
-        at = _place(m, AREA, ysb, ysm)[:, None] + n[None, :] * ysc
-        lora_at = _place(m, AREA, lsb, lsm)[:, None] + n[None, :] * lsc
-        slope = tl.load(
-            dy + _place(m, AREA, dsb, dsm)[:, None] + n[None, :] * dsc, mask=inside, other=0.0
-        ).to(tl.float32)
-        value = tl.load(y0 + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
-            lora + lora_at, mask=inside, other=0.0
-        ).to(tl.float32)
+        inside = (m < rows)[:, None] & (n < channels)[None, :]
+        base_at = element_offsets(m, n, area, y0_at)
+        change_at = element_offsets(m, n, area, lora_at)
+        slope = tl.load(dy + element_offsets(m, n, area, dy_at), mask=inside, other=0.0)
+        slope = slope.to(tl.float32)
+        value = tl.load(y0 + base_at, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(lora + change_at, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
-            value -= tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[None, :]
+            value -= tl.load(bias + n, mask=n < channels, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(slope * value, 0)
-        tl.store(
-            d_lora + lora_at, round_to(strength * g * slope, d_lora.dtype.element_ty), mask=inside
-        )
+        change = round_to(strength * g * slope, d_lora.dtype.element_ty)
+        tl.store(d_lora + change_at, change, mask=inside)
         if d_y0 is not None:
-            tl.store(
-                d_y0 + at,
-                round_to(slope + strength * ((g - 1) * slope), d_y0.dtype.element_ty),
-                mask=inside,
-            )
-    tl.store(
-        parts + tl.program_id(0).to(tl.int64) * CHANNELS + n, strength * total, mask=n < CHANNELS
-    )
+            base = round_to(slope + strength * ((g - 1) * slope), d_y0.dtype.element_ty)
+            tl.store(d_y0 + base_at, base, mask=inside)
+    part = parts + tl.program_id(0).to(tl.int64) * channels
+    tl.store(part + n, strength * total, mask=n < channels)
+
+
+# ---------------------------------------------------------------- arguments
 
 
 def compose_refusal(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> str | None:
     """Why the composition's kernels do not run on these arguments, or None."""
-    said = device_refusal(y0)
-    if said is not None:
-        return said
-    if y0.dtype not in TYPES or lora.dtype not in TYPES or gain.dtype not in TYPES:
-        return f"the output is {y0.dtype} and the update {lora.dtype}; there is a kernel for fp32, bf16 and fp16"
-    if (
-        y0.shape != lora.shape
-        or not y0.numel()
-        or _channel(y0, gain) is None
-        or not (bias is None or bias.shape == gain.shape)
-    ):
-        return f"the shapes {list(y0.shape)}, {list(lora.shape)} and {list(gain.shape)} are not an output, its update and one gain a channel"
-    if (
-        not all(_strides(x, gain) for x in (y0, lora))
-        or not gain.is_contiguous()
-        or not (bias is None or bias.is_contiguous())
-    ):
+    reason = device_refusal(y0)
+    if reason is not None:
+        return reason
+    if y0.dtype not in FLOATS or lora.dtype not in FLOATS or gain.dtype not in FLOATS:
+        found = f"the output is {y0.dtype} and the update {lora.dtype}"
+        return f"{found}; there is a kernel for fp32, bf16 and fp16"
+    one_bias = bias is None or bias.shape == gain.shape
+    if y0.shape != lora.shape or not y0.numel() or not _fits(y0, gain) or not one_bias:
+        shapes = f"{list(y0.shape)}, {list(lora.shape)} and {list(gain.shape)}"
+        return f"the shapes {shapes} are not an output, its update and one gain a channel"
+    vectors = [x for x in (gain, bias) if x is not None]
+    dense = all(x.is_contiguous() for x in vectors)
+    if not dense or _find_strides(y0, gain) is None or _find_strides(lora, gain) is None:
         return "an argument is neither contiguous nor channels_last"
     return "the bias wants a gradient" if bias is not None and bias.requires_grad else None
 
 
-def _channel(y: Tensor, gain: Tensor) -> int | None:
-    """The dimension of y that the gain [out] or [out, 1, 1] belongs to."""
+def _fits(y: Tensor, gain: Tensor) -> bool:
+    """Whether the gain [out] or [out, 1, 1] belongs to a dimension of y."""
     if gain.numel() != gain.shape[0] or gain.ndim > y.ndim:
-        return None
-    return y.ndim - gain.ndim if y.shape[y.ndim - gain.ndim] == len(gain) else None
+        return False
+    return y.shape[y.ndim - gain.ndim] == len(gain)
 
 
-def _strides(y: Tensor, gain: Tensor) -> tuple[int, int, int] | None:
-    """(between areas, between rows, between channels) of y  as kernels address it; None where that takes more than three numbers."""
+def _find_strides(y: Tensor, gain: Tensor) -> Strides | None:
+    """The strides of y's rows and channels; None where that takes more than three numbers."""
+    channels = len(gain)
     if gain.ndim == 1:
-        return (0, len(gain), 1) if y.is_contiguous() else None
+        return Strides(channels, channels, 1) if y.is_contiguous() else None
     area = y[0, 0].numel()
     if y.is_contiguous():
-        return len(gain) * area, 1, area
+        return Strides(channels * area, 1, area)
     channels_last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last)
-    return (len(gain) * area, len(gain), 1) if channels_last else None
+    return Strides(channels * area, channels, 1) if channels_last else None
 
 
-class _Tiles(NamedTuple):
+class _Tiling(NamedTuple):
     rows: int
     channels: int
-    area: int  # rows that lie evenly apart
+    area: int  # rows of an image, 1 where rows lie at one stride
     bm: int
     bn: int
 
 
-def _tiles(y: Tensor, gain: Tensor) -> _Tiles:
+def _choose_tiling(y: Tensor, gain: Tensor) -> _Tiling:
     """Tiles that are long where memory is contiguous."""
-    strides, channels = _strides(y, gain), len(gain)
+    strides = _find_strides(y, gain)
     assert strides is not None
-    rows = y.numel() // channels
-    return _Tiles(
-        rows,
-        channels,
-        rows if gain.ndim == 1 else y[0, 0].numel(),
-        *((16, 128) if strides[2] == 1 else (128, 16)),
-    )
+    bm, bn = (16, 128) if strides.feature == 1 else (128, 16)
+    area = 1 if gain.ndim == 1 else y[0, 0].numel()
+    return _Tiling(y.numel() // len(gain), len(gain), area, bm, bn)
+
+
+# ---------------------------------------------------------------- launches
 
 
 def dora_compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """reference.dora_compose in one launch, and one more and the sum of its parts in the backward."""
+    """reference.dora_compose in one launch.
+
+    One more, and the sum of its parts, in the backward.
+    """
     return _compose(y0, bias, lora, gain, float(strength))
 
 
@@ -177,12 +159,13 @@ def dora_compose(
 def _compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float
 ) -> Tensor:
-    out, tiles = torch.empty_like(y0), _tiles(y0, gain)
-    grid = triton.cdiv(tiles.rows, tiles.bm), triton.cdiv(tiles.channels, tiles.bn)
-    places = *_strides(y0, gain), *_strides(lora, gain)  # type: ignore[misc]
-    compose_kernel[grid](
-        y0, bias, lora, gain, out, strength, *tiles[:3], *places, *tiles[3:], num_warps=4
-    )
+    out = torch.empty_like(y0)
+    tiling = _choose_tiling(y0, gain)
+    rows, channels, area, bm, bn = tiling
+    grid = triton.cdiv(rows, bm), triton.cdiv(channels, bn)
+    strides = _find_strides(y0, gain), _find_strides(lora, gain)
+    tensors = y0, bias, lora, gain, out
+    compose_kernel[grid](*tensors, strength, rows, channels, area, *strides, bm, bn, num_warps=4)
     return out
 
 
@@ -198,34 +181,22 @@ def _compose_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_y0, or an empty tensor without `base`, d_lora, the parts of d_gain [parts, out] fp32)"""
     d_y0, d_lora, parts = _compose_gradients(y0, lora, gain, base)
-    tiles = _tiles(y0, gain)
-    grid = len(parts), triton.cdiv(tiles.channels, tiles.bn)
-    places = *_strides(dy, gain), *_strides(y0, gain), *_strides(lora, gain)  # type: ignore[misc]
-    outputs = d_y0 if base else None, d_lora, parts
-    compose_backward_kernel[grid](
-        dy,
-        y0,
-        bias,
-        lora,
-        gain,
-        *outputs,
-        strength,
-        *tiles[:3],
-        PER * tiles.bm,
-        *places,
-        *tiles[3:],
-        num_warps=4,
-    )
+    rows, channels, area, bm, bn = _choose_tiling(y0, gain)
+    grid = len(parts), triton.cdiv(channels, bn)
+    tensors = dy, y0, bias, lora, gain, d_y0 if base else None, d_lora, parts
+    strides = _find_strides(dy, gain), _find_strides(y0, gain), _find_strides(lora, gain)
+    sizes = rows, channels, area, PER * bm
+    compose_backward_kernel[grid](*tensors, strength, *sizes, *strides, bm, bn, num_warps=4)
     return d_y0, d_lora, parts
 
 
 def _compose_gradients(
     y0: Tensor, lora: Tensor, gain: Tensor, base: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = _tiles(y0, gain)
-    parts = gain.new_empty(
-        triton.cdiv(tiles.rows, PER * tiles.bm), tiles.channels, dtype=torch.float32
-    )
+    """Room for d_y0 (empty without `base`), d_lora and the parts of d_gain."""
+    tiling = _choose_tiling(y0, gain)
+    count = triton.cdiv(tiling.rows, PER * tiling.bm)
+    parts = gain.new_empty(count, tiling.channels, dtype=torch.float32)
     return torch.empty_like(y0) if base else y0.new_empty(0), torch.empty_like(lora), parts
 
 
@@ -247,14 +218,14 @@ def _(
     return _compose_gradients(y0, lora, gain, base)
 
 
-def _keep_compose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_compose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y0, bias, lora, gain, ctx.strength = inputs
     ctx.save_for_backward(y0, bias, lora, gain)
 
 
 def _compose_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     y0, bias, lora, gain = ctx.saved_tensors
-    if _strides(dy, gain) is None:
+    if _find_strides(dy, gain) is None:
         dy = dy.contiguous()
     base = ctx.needs_input_grad[0]
     d_y0, d_lora, parts = _compose_back(dy, y0, bias, lora, gain, ctx.strength, base)
@@ -262,7 +233,7 @@ def _compose_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return d_y0 if base else None, None, d_lora, d_gain, None
 
 
-_compose.register_autograd(_compose_backward, setup_context=_keep_compose)
+_compose.register_autograd(_compose_backward, setup_context=_save_compose)
 
 
 def _compose_cost(
@@ -274,56 +245,41 @@ def _compose_cost(
 def _compose_back_cost(
     dy: Tensor, y0: Tensor, bias: Any, lora: Tensor, gain: Tensor, strength: float, base: bool
 ) -> Cost:
-    tiles = _tiles(y0, gain)
-    parts = 4 * triton.cdiv(tiles.rows, PER * tiles.bm) * tiles.channels
-    return Cost(
-        1, dy.nbytes + y0.nbytes * (2 if base else 1) + 2 * lora.nbytes + gain.nbytes + parts
-    )
+    tiling = _choose_tiling(y0, gain)
+    parts = 4 * triton.cdiv(tiling.rows, PER * tiling.bm) * tiling.channels
+    moved = dy.nbytes + y0.nbytes * (2 if base else 1) + 2 * lora.nbytes + gain.nbytes
+    return Cost(1, moved + parts)
 
 
 COSTS["lora_core::dora_compose"] = _compose_cost
 COSTS["lora_core::dora_compose_backward"] = _compose_back_cost
 
 
-def list_builds(full: bool) -> list[Build]:
+# ---------------------------------------------------------------- ahead of time
+
+
+def list_compose_builds(full: bool) -> list[Build]:
     """Both kernels for every dtype and for either order of channels and pixels."""
-    kernels, dtypes = (
-        (compose_kernel, compose_backward_kernel),
-        ("bf16", "fp32", "fp16") if full else ("bf16",),
-    )
-    return [
-        _compose_build(kernel, dtype, last)
-        for kernel in kernels
-        for dtype in dtypes
-        for last in (True, False)
-    ]
+    dtypes = ("bf16", "fp32", "fp16") if full else ("bf16",)
+    builds = []
+    for kernel, dtype, last in product(
+        (compose_kernel, compose_backward_kernel), dtypes, (True, False)
+    ):
+        builds.append(_compose_build(kernel, dtype, last))
+    return builds
 
 
 def _compose_build(kernel: Any, dtype: str, channels_last: bool) -> Build:
-    constants: dict[str, Any] = {"BM": 16, "BN": 128} if channels_last else {"BM": 128, "BN": 16}
-    wide = {"gain", "parts"}
-    constants |= {
-        name: 1 for name in kernel.arg_names if name.endswith("sc" if channels_last else "sm")
-    }  # the launcher makes a constant of a 1
-    signature = {}
-    for name in kernel.arg_names:
-        pointer = name in ("dy", "y0", "bias", "lora", "gain", "out", "d_y0", "d_lora", "parts")
-        kind = (
-            f"*{'fp32' if name in wide else dtype}"
-            if pointer
-            else "fp32"
-            if name == "strength"
-            else "i32"
-        )
-        signature[name] = "constexpr" if name in constants else kind
-    multiples = tuple(name for name, kind in signature.items() if kind == "i32")
-    return Build(
-        kernel,
-        signature,
-        constants,
-        4,
-        3,
-        False,
-        f"{kernel.__name__} {dtype} {'channels last' if channels_last else 'planes'}",
-        multiples,
-    )
+    """The kernel on two images [320, 32, 32]."""
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y0 = torch.empty(2, 320, 32, 32, dtype=kind, device="meta", memory_format=layout)
+    gain = torch.empty(320, 1, 1, device="meta")
+    rows, channels, area, bm, bn = _choose_tiling(y0, gain)
+    strides = _find_strides(y0, gain)
+    arguments = dict.fromkeys(("dy", "y0", "bias", "lora", "out", "d_y0", "d_lora"), y0)
+    arguments |= {"gain": gain, "parts": gain, "strength": 1.0, "rows": rows, "channels": channels}
+    arguments |= {"area": area, "PER": PER * bm, "BM": bm, "BN": bn}
+    arguments |= dict.fromkeys(("dy_at", "y0_at", "lora_at"), strides)
+    name = f"{kernel.__name__} {dtype} {'channels last' if channels_last else 'planes'}"
+    return describe_launch(kernel, arguments, warps=4, stages=3, name=name)

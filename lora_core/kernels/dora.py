@@ -1,16 +1,19 @@
-"""DoRA's row norms in Triton: the tiled form, one launch for a layer or for every layer of a model.
+"""DoRA's row norms in Triton: the tiled form, one launch for a layer or for all layers of a model.
 
-    norm_kernel   ||W_j + s B_j A|| of one layer; W is read once, B A lives in registers only (its accuracy beside the other forms': norms.py)
-    norms_kernel  the same for all layers that share a weight dtype and a kind of layout, through a table of addresses
+    norm_kernel   ||W_j + s B_j A|| of one layer; W is read once, B A lives in registers only (its
+                  accuracy next to the other forms': norms.py)
+    norms_kernel  the same for all layers that share a weight dtype and a kind of layout, through a
+                  table of addresses
 
-The table of norms_kernel is made and copied to the device when a set of layers is met for the first time and kept for good, so that a CUDA graph
-captured after one plain step finds it, copies nothing, and replays. Its content follows from its key (addresses, shapes, scales) and cannot go stale.
+The table of norms_kernel is made and copied to the device when a set of layers is met for the first
+time, and kept for good: a CUDA graph captured after one plain step finds it, copies nothing, and
+replays. Its content follows from its key (addresses, shapes, scales) and cannot go stale.
 """
 
 from __future__ import annotations
 
 import struct
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.kernels import COSTS, Cost
 from lora_core.kernels.ahead import Build
+from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import device_refusal
 from lora_core.kernels.norms import (
     NormLayer,
@@ -32,145 +35,114 @@ from lora_core.kernels.norms import (
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 12  # int64 numbers of a layer in the table
-ROWS, COLUMNS = 16, 128  # the tile of W; with ranks up to 16 94 registers (performance notes 1.4)
+ROWS, COLUMNS = 16, 128  # the tile of W; with ranks up to 16 it takes 94 registers
 
 
 # ---------------------------------------------------------------- kernels
 
 
 @triton.jit
-def _row_norms(w, down, up, first, rows, columns, rank, scale, inner, inner_stride, outer_stride,
-               PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
-    """The norms of rows first ... first + BN. Column c of W lies in memory at c, of down at c too or, not PLAIN, where W is channels_last and down
-    is not or the reverse, at (c % inner) * inner_stride + (c // inner) * outer_stride. ONCE: the ranks fit in one block of BR."""
+def _row_norms(
+    w, down, up, first, rows, columns, rank, scale, inner, inner_stride, outer_stride,
+    PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """(rows first ... first + BN, their norms).
+
+    Column c of W lies in memory at c, of down at c too or, not PLAIN, where W is channels_last and
+    down is not or the reverse, at (c % inner) * inner_stride + (c // inner) * outer_stride.
+    ONCE: the ranks fit in one block of BR.
+    """
     n, r = first + tl.arange(0, BN), tl.arange(0, BR)
-    row = n.to(tl.int64)[:, None]
-    u = tl.load(
-        up + row * rank + r[None, :], mask=(n < rows)[:, None] & (r < rank)[None, :], other=0.0
-    )
+    real = (n < rows)[:, None]
+    w_rows = w + n.to(tl.int64)[:, None] * columns
+    up_rows = up + n.to(tl.int64)[:, None] * rank
+    u = tl.load(up_rows + r[None, :], mask=real & (r < rank)[None, :], other=0.0)
     total = tl.zeros((BN,), tl.float32)
     for k in range(0, columns, BK):
         c = k + tl.arange(0, BK)
+        inside = (c < columns)[None, :]
         at = c if PLAIN else (c % inner) * inner_stride + (c // inner) * outer_stride
-        wide = tl.load(
-            w + row * columns + c[None, :],
-            mask=(n < rows)[:, None] & (c < columns)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        v = tl.load(w_rows + c[None, :], mask=real & inside, other=0.0).to(tl.float32)
         if ONCE:
-            d = tl.load(
-                down + r[:, None] * columns + at[None, :],
-                mask=(r < rank)[:, None] & (c < columns)[None, :],
-                other=0.0,
-            )
-            wide += scale * tl.dot(u, d, input_precision="tf32x3")
+            factor = down + r[:, None] * columns + at[None, :]
+            d = tl.load(factor, mask=(r < rank)[:, None] & inside, other=0.0)
+            v += scale * tl.dot(u, d, input_precision="tf32x3")
         else:
-            product = tl.zeros((BN, BK), tl.float32)
+            update = tl.zeros((BN, BK), tl.float32)
             for begin in range(0, rank, BR):
                 s = begin + r
-                part = tl.load(
-                    up + row * rank + s[None, :],
-                    mask=(n < rows)[:, None] & (s < rank)[None, :],
-                    other=0.0,
-                )
-                d = tl.load(
-                    down + s[:, None] * columns + at[None, :],
-                    mask=(s < rank)[:, None] & (c < columns)[None, :],
-                    other=0.0,
-                )
-                product = tl.dot(part, d, product, input_precision="tf32x3")
-            wide += scale * product
-        total += tl.sum(wide * wide, 1)
+                b = tl.load(up_rows + s[None, :], mask=real & (s < rank)[None, :], other=0.0)
+                factor = down + s[:, None] * columns + at[None, :]
+                d = tl.load(factor, mask=(s < rank)[:, None] & inside, other=0.0)
+                update = tl.dot(b, d, update, input_precision="tf32x3")
+            v += scale * update
+        total += tl.sum(v * v, 1)
     return n, tl.sqrt_rn(total)
 
 
 @triton.jit
-def norm_kernel(w, down, up, out, rows, columns, rank, scale, inner, inner_stride, outer_stride,
-                PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
-    first = tl.program_id(0) * BN
+def norm_kernel(
+    w, down, up, out, rows, columns, rank, scale, inner, inner_stride, outer_stride,
+    PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """out[j] = ||W_j + scale up_j down||. Grid: tiles of BN rows."""
     n, norm = _row_norms(
-        w,
-        down,
-        up,
-        first,
-        rows,
-        columns,
-        rank,
-        scale,
-        inner,
-        inner_stride,
-        outer_stride,
-        PLAIN,
-        BN,
-        BK,
-        BR,
-        ONCE,
-    )
+        w, down, up, tl.program_id(0) * BN, rows, columns, rank, scale,
+        inner, inner_stride, outer_stride, PLAIN, BN, BK, BR, ONCE,
+    )  # fmt: skip
     tl.store(out + n, norm, mask=n < rows)
 
 
 @triton.jit
-def norms_kernel(table, tiles, out, W: tl.constexpr, ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr, FIELDS: tl.constexpr):  # fmt: skip
-    """Program i does rows tiles[i, 1] ... of the layer at row tiles[i, 0] of the table."""
+def norms_kernel(
+    table, tiles, out, W: tl.constexpr, ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Program i does rows tiles[i, 1] ... of the layer at row tiles[i, 0] of the table.
+
+    W: the weights' dtype. ALIGNED: every weight, down-factor and number of columns is a multiple
+    of 16.
+    """
     tile = tiles + tl.program_id(0) * 2
-    entry, first = table + tl.load(tile) * FIELDS, tl.load(tile + 1)
+    first = tl.load(tile + 1)
+    entry = table + tl.load(tile) * FIELDS
     w = tl.load(entry).to(tl.pointer_type(W))
     down = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
     up = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
-    rows, columns, rank = (
-        tl.load(entry + 3).to(tl.int32),
-        tl.load(entry + 4).to(tl.int32),
-        tl.load(entry + 5).to(tl.int32),
-    )
-    start, scale = tl.load(entry + 6), tl.load(entry + 7).to(tl.int32).to(tl.float32, bitcast=True)
-    inner, inner_stride, outer_stride = (
-        tl.load(entry + 8).to(tl.int32),
-        tl.load(entry + 9).to(tl.int32),
-        tl.load(entry + 10).to(tl.int32),
-    )
-    if ALIGNED:
-        w, down, columns = (
-            tl.multiple_of(w, 16),
-            tl.multiple_of(down, 16),
-            tl.multiple_of(columns, 16),
-        )
+    rows = tl.load(entry + 3).to(tl.int32)
+    columns = tl.load(entry + 4).to(tl.int32)
+    rank = tl.load(entry + 5).to(tl.int32)
+    start = tl.load(entry + 6)
+    scale = tl.load(entry + 7).to(tl.int32).to(tl.float32, bitcast=True)
+    inner = tl.load(entry + 8).to(tl.int32)
+    inner_stride = tl.load(entry + 9).to(tl.int32)
+    outer_stride = tl.load(entry + 10).to(tl.int32)
+    if ALIGNED:  # a hint to the compiler, which only a value of this very function keeps
+        w, down = tl.multiple_of(w, 16), tl.multiple_of(down, 16)
+        columns = tl.multiple_of(columns, 16)
     n, norm = _row_norms(
-        w,
-        down,
-        up,
-        first,
-        rows,
-        columns,
-        rank,
-        scale,
-        inner,
-        inner_stride,
-        outer_stride,
-        PLAIN,
-        BN,
-        BK,
-        BR,
-        ONCE,
-    )
+        w, down, up, first, rows, columns, rank, scale,
+        inner, inner_stride, outer_stride, PLAIN, BN, BK, BR, ONCE,
+    )  # fmt: skip
     tl.store(out + start + n, norm, mask=n < rows)
 
 
-# ---------------------------------------------------------------- norms
+# ---------------------------------------------------------------- arguments
 
 
 def norm_refusal(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> str | None:
     """Why the tiled norm does not run on these arguments, or None."""
-    said = device_refusal(weight)
-    if said is not None:
-        return said
+    reason = device_refusal(weight)
+    if reason is not None:
+        return reason
     if weight.dtype not in TYPES or down.dtype != torch.float32 or up.dtype != torch.float32:
-        return f"the weight is {weight.dtype} and its factors {down.dtype}; there is a kernel for fp32, bf16 and fp16 beside fp32"
+        found = f"the weight is {weight.dtype} and its factors {down.dtype}"
+        return f"{found}; there is a kernel for fp32, bf16 and fp16 with factors in fp32"
     if count_groups(down, up) != 1:
         return "the convolution has groups"
     if weight.requires_grad:
         return "the weight wants a gradient"
-    if _columns(weight) is None or _columns(down) is None or not up.is_contiguous():
+    if _column_strides(weight) is None or _column_strides(down) is None or not up.is_contiguous():
         return "the weight or a factor is neither contiguous nor channels_last"
     return "there are no rows" if not weight.numel() else None
 
@@ -179,13 +151,18 @@ def norms_refusal(layers: tuple[NormLayer, ...]) -> str | None:
     """Why one of the layers is refused, or None."""
     if not layers:
         return "there are no layers"
-    return next(
-        (said for said in (norm_refusal(*layer) for layer in layers) if said is not None), None
-    )
+    for layer in layers:
+        reason = norm_refusal(*layer)
+        if reason is not None:
+            return reason
+    return None
 
 
-def _columns(x: Tensor) -> tuple[int, int, int] | None:
-    """(channels, their stride, the stride of the window's places) where the rows of x are dense blocks one behind the other; else None."""
+def _column_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(channels, their stride, the stride of the window's places) of the columns of x.
+
+    None unless the rows of x are dense blocks one behind the other.
+    """
     channels, places = x.shape[1], x[0, 0].numel()
     if x.is_contiguous():
         return channels, places, 1
@@ -194,37 +171,45 @@ def _columns(x: Tensor) -> tuple[int, int, int] | None:
     return None
 
 
-class _Addressing(NamedTuple):
-    plain: bool
+class _ColumnMap(NamedTuple):
+    """Place in a row of down of the column at c in a row of W, as in `_row_norms`."""
+
+    plain: bool  # it is at c
     inner: int
     inner_stride: int
     outer_stride: int
 
 
-def _addressing(weight: Tensor, down: Tensor) -> _Addressing:
-    """Where in a row of down the column is that lies at c in a row of W."""
-    w, d = _columns(weight), _columns(down)
+def _map_columns(weight: Tensor, down: Tensor) -> _ColumnMap:
+    w, d = _column_strides(weight), _column_strides(down)
     assert w is not None and d is not None
     channels, places = w[0], weight[0, 0].numel()
     plain = w == d or channels == 1 or places == 1
     if w[1] == 1:  # channels fastest
-        return _Addressing(plain, channels, d[1], d[2])
-    return _Addressing(plain, places, d[2], d[1])
+        return _ColumnMap(plain, channels, d[1], d[2])
+    return _ColumnMap(plain, places, d[2], d[1])
 
 
-def _rank_block(rank: int) -> tuple[int, bool]:
-    """(BR, ONCE)"""
-    return min(32, max(16, triton.next_power_of_2(rank))), rank <= 32
+class _Tile(NamedTuple):
+    """Columns and ranks of a tile, and how it is compiled."""
+
+    columns: int
+    ranks: int
+    once: bool  # all ranks fit in one block
+    stages: int
 
 
-def _width(once: bool) -> int:
-    """BK: a second block of ranks takes registers that 128 columns have not left (200 bytes spilled on sm_90)."""
-    return COLUMNS if once else COLUMNS // 2
+def _choose_tile(rank: int) -> _Tile:
+    """Of fewer columns where a second block of ranks takes registers.
+
+    128 columns would then spill 200 bytes on sm_90, and 3 stages 8 bytes on sm_80.
+    """
+    once = rank <= 32
+    ranks = min(32, max(16, triton.next_power_of_2(rank)))
+    return _Tile(COLUMNS if once else COLUMNS // 2, ranks, once, 3 if once else 2)
 
 
-def _stages(once: bool) -> int:
-    """For the same reason: with 3 of them 8 bytes are spilled on sm_80."""
-    return 3 if once else 2
+# ---------------------------------------------------------------- launches
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -233,26 +218,22 @@ def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
-    """dora_norm of every layer in one launch for each dtype of weights and kind of layout, differentiable in the factors."""
+    """dora_norm of every layer, differentiable in the factors.
+
+    One launch for each dtype of weights and kind of layout.
+    """
     norms: list[Tensor | None] = [None] * len(layers)
-    for plan, members in _kinds(layers).items():
+    for kind, members in _group_by_kind(layers).items():
         weights, downs, ups, scales = zip(*(layers[i] for i in members), strict=True)
-        flat = _norms(
-            list(weights),
-            list(downs),
-            list(ups),
-            [float(s) for s in scales],
-            plan.aligned,
-            plan.plain,
-            plan.once,
-        )
+        factors = list(weights), list(downs), list(ups), [float(s) for s in scales]
+        flat = _norms(*factors, kind.aligned, kind.plain, kind.once)
         for i, norm in zip(members, flat.split([len(w) for w in weights]), strict=True):
             norms[i] = norm
     return tuple(norm for norm in norms if norm is not None)
 
 
 class _Kind(NamedTuple):
-    """What one launch has in common."""
+    """What the layers of one launch have in common."""
 
     dtype: torch.dtype
     aligned: bool
@@ -260,43 +241,26 @@ class _Kind(NamedTuple):
     once: bool
 
 
-def _kinds(layers: tuple[NormLayer, ...]) -> dict[_Kind, list[int]]:
+def _group_by_kind(layers: tuple[NormLayer, ...]) -> dict[_Kind, list[int]]:
+    """Kind -> indices of its layers."""
     kinds: dict[_Kind, list[int]] = {}
     for i, (weight, down, up, _) in enumerate(layers):
-        aligned = weight[0].numel() % 16 == 0
-        kinds.setdefault(
-            _Kind(weight.dtype, aligned, _addressing(weight, down).plain, up.shape[1] <= 32), []
-        ).append(i)
+        aligned, plain = weight[0].numel() % 16 == 0, _map_columns(weight, down).plain
+        kind = _Kind(weight.dtype, aligned, plain, _choose_tile(up.shape[1]).once)
+        kinds.setdefault(kind, []).append(i)
     return kinds
 
 
 @torch.library.custom_op("lora_core::dora_norm", mutates_args=())
 def _norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     (rows, rank), columns = up.shape[:2], weight[0].numel()
-    out, at, (block, once) = (
-        weight.new_empty(rows, dtype=torch.float32),
-        _addressing(weight, down),
-        _rank_block(rank),
-    )
-    grid = (triton.cdiv(rows, ROWS),)
-    norm_kernel[grid](
-        weight,
-        down,
-        up,
-        out,
-        rows,
-        columns,
-        rank,
-        scale,
-        *at[1:],
-        at.plain,
-        ROWS,
-        _width(once),
-        block,
-        once,
-        num_warps=4,
-        num_stages=_stages(once),
-    )
+    out = weight.new_empty(rows, dtype=torch.float32)
+    plain, *mapped = _map_columns(weight, down)
+    bk, br, once, stages = _choose_tile(rank)
+    norm_kernel[(triton.cdiv(rows, ROWS),)](
+        weight, down, up, out, rows, columns, rank, scale, *mapped,
+        plain, ROWS, bk, br, once, num_warps=4, num_stages=stages,
+    )  # fmt: skip
     return out
 
 
@@ -310,63 +274,50 @@ def _norms(
     plain: bool,
     once: bool,
 ) -> Tensor:
-    table, tiles = _table(list(zip(weights, downs, ups, scales, strict=True)))
+    table, tiles = _find_table(list(zip(weights, downs, ups, scales, strict=True)))
     out = weights[0].new_empty(sum(map(len, weights)), dtype=torch.float32)
     aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (*weights, *downs))
-    block = max(_rank_block(up.shape[1])[0] for up in ups)
-    kind = TYPES[weights[0].dtype], aligned, plain
+    bk, br, _, stages = _choose_tile(max(up.shape[1] for up in ups))
     norms_kernel[(len(tiles),)](
-        table,
-        tiles,
-        out,
-        *kind,
-        ROWS,
-        _width(once),
-        block,
-        once,
-        FIELDS,
-        num_warps=4,
-        num_stages=_stages(once),
-    )
+        table, tiles, out, TYPES[weights[0].dtype], aligned, plain,
+        ROWS, bk, br, once, FIELDS, num_warps=4, num_stages=stages,
+    )  # fmt: skip
     return out
 
 
 _tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
 
-def _table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
-    """(addresses [layers, FIELDS] int64, tiles [programs, 2] int32) on the layers' device. Raises UserError in a CUDA graph that meets them first."""
+def _find_table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
+    """(addresses [layers, FIELDS] int64, tiles [programs, 2] int32) on the layers' device.
+
+    Raises UserError in a CUDA graph that meets these layers first.
+    """
     device = layers[0][0].device
-    entries = []
-    for (weight, down, up, scale), start in zip(
-        layers, accumulate((len(layer[0]) for layer in layers), initial=0)
-    ):
-        bits = struct.unpack("<i", struct.pack("<f", scale))[0]
-        sizes = len(weight), weight[0].numel(), up.shape[1], start, bits
-        entries.append(
-            (
-                weight.data_ptr(),
-                down.data_ptr(),
-                up.data_ptr(),
-                *sizes,
-                *_addressing(weight, down)[1:],
-                0,
-            )
-        )
+    starts = accumulate((len(layer[0]) for layer in layers), initial=0)
+    entries = [_table_entry(layer, start) for layer, start in zip(layers, starts)]
     key = (device, *entries)
     if key not in _tables:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UserError(
-                "dora_norms met its layers for the first time inside a CUDA graph; run one step before the capture"
+                "dora_norms met its layers for the first time inside a CUDA graph; "
+                "run one step before the capture"
             )
-        tiles = [
-            (i, first) for i, entry in enumerate(entries) for first in range(0, entry[3], ROWS)
-        ]
-        _tables[key] = (
-            torch.tensor(entries, dtype=torch.int64).to(device),
-            torch.tensor(tiles, dtype=torch.int32).to(device),
-        )
+        tiles = []
+        for i, layer in enumerate(layers):
+            tiles += [(i, first) for first in range(0, len(layer[0]), ROWS)]
+        table = torch.tensor(entries, dtype=torch.int64).to(device)
+        _tables[key] = table, torch.tensor(tiles, dtype=torch.int32).to(device)
     return _tables[key]
+
+
+def _table_entry(layer: NormLayer, start: int) -> tuple[int, ...]:
+    """The layer's numbers, FIELDS of them; start: where its norms begin."""
+    weight, down, up, scale = layer
+    addresses = weight.data_ptr(), down.data_ptr(), up.data_ptr()
+    scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
+    sizes = len(weight), weight[0].numel(), up.shape[1]
+    return *addresses, *sizes, start, scale_bits, *_map_columns(weight, down)[1:], 0
 
 
 @_norm.register_fake
@@ -387,7 +338,7 @@ def _(
     return weights[0].new_empty(sum(map(len, weights)), dtype=torch.float32)
 
 
-def _keep_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, downs, ups, ctx.scales, *_ = inputs
     ctx.count = len(weights)
     ctx.save_for_backward(*weights, *downs, *ups, output)
@@ -399,19 +350,12 @@ def _norms_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     rows = [len(w) for w in weights]
     layers = zip(weights, downs, ups, ctx.scales, flat.split(rows), g.split(rows), strict=True)
     gradients = [norm_gradients(*layer) for layer in layers]
-    return (
-        [None] * ctx.count,
-        [d for d, _ in gradients],
-        [u for _, u in gradients],
-        None,
-        None,
-        None,
-        None,
-    )
+    d_downs, d_ups = [d for d, _ in gradients], [u for _, u in gradients]
+    return [None] * ctx.count, d_downs, d_ups, None, None, None, None
 
 
 _norm.register_autograd(norm_backward, setup_context=save_norm)
-_norms.register_autograd(_norms_backward, setup_context=_keep_norms)
+_norms.register_autograd(_norms_backward, setup_context=_save_norms)
 
 
 def _norm_cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
@@ -421,9 +365,8 @@ def _norm_cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
 def _norms_cost(
     weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float], *kind: bool
 ) -> Cost:
-    return Cost(
-        1, sum(x.nbytes for x in (*weights, *downs, *ups)) + 4 * sum(map(len, weights)), True
-    )
+    read = sum(x.nbytes for x in (*weights, *downs, *ups))
+    return Cost(1, read + 4 * sum(map(len, weights)), True)
 
 
 COSTS["lora_core::dora_norm"] = _norm_cost
@@ -433,55 +376,42 @@ COSTS["lora_core::dora_norms"] = _norms_cost
 # ---------------------------------------------------------------- ahead of time
 
 
-def list_builds(full: bool) -> list[Build]:
-    """The configurations: every dtype of weights, layout and block of ranks; a few of each kernel without `full`."""
+def list_norm_builds(full: bool) -> list[Build]:
+    """A few of each kernel, or every dtype of weights, layout and block of ranks."""
+    if not full:
+        found = []
+        for rank in (16, 128):
+            found += [_norm_build("bf16", rank, True), _norms_build("bf16", rank, True, True)]
+        return found
     found = []
-    for dtype in ("bf16", "fp32", "fp16") if full else ("bf16",):
-        for rank in (16, 32, 128) if full else (16, 128):
-            for plain in (True, False) if full else (True,):
-                found += [_norm_build(dtype, rank, plain), _norms_build(dtype, rank, plain, True)]
-                found += [_norms_build(dtype, rank, plain, False)] if full else []
+    for dtype, rank, plain in product(("bf16", "fp32", "fp16"), (16, 32, 128), (True, False)):
+        found.append(_norm_build(dtype, rank, plain))
+        found += [_norms_build(dtype, rank, plain, aligned) for aligned in (True, False)]
     return found
 
 
-def _blocks(rank: int, plain: bool) -> dict[str, Any]:
-    block, once = _rank_block(rank)
-    return {"PLAIN": plain, "BN": ROWS, "BK": _width(once), "BR": block, "ONCE": once}
-
-
 def _norm_build(dtype: str, rank: int, plain: bool) -> Build:
-    constants = _blocks(rank, plain)
-    signature = {
-        "w": f"*{dtype}",
-        "down": "*fp32",
-        "up": "*fp32",
-        "out": "*fp32",
-        "rows": "i32",
-        "columns": "i32",
-        "rank": "i32",
-        "scale": "fp32",
-    }
-    signature |= {"inner": "i32", "inner_stride": "i32", "outer_stride": "i32"} | dict.fromkeys(
-        constants, "constexpr"
-    )
+    tile = _choose_tile(rank)
+    constants = _tile_constants(tile, plain)
+    types = {"w": f"*{dtype}", "scale": "fp32"} | dict.fromkeys(("down", "up", "out"), "*fp32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in norm_kernel.arg_names}
     name = f"norm {dtype} rank {rank} {'plain' if plain else 'channels_last'}"
-    return Build(
-        norm_kernel,
-        signature,
-        constants,
-        4,
-        _stages(rank <= 32),
-        True,
-        name,
-        ("rows", "columns", "rank"),
-    )
+    multiples = ("rows", "columns", "rank")
+    return Build(norm_kernel, signature, constants, 4, tile.stages, True, name, multiples)
 
 
 def _norms_build(dtype: str, rank: int, plain: bool, aligned: bool) -> Build:
+    tile = _choose_tile(rank)
     weight = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp16": tl.float16}[dtype]
-    constants = {"W": weight, "ALIGNED": aligned} | _blocks(rank, plain) | {"FIELDS": FIELDS}
-    signature = {"table": "*i64", "tiles": "*i32", "out": "*fp32"} | dict.fromkeys(
-        constants, "constexpr"
-    )
-    name = f"norms {dtype} rank {rank} {'plain' if plain else 'channels_last'}{'' if aligned else ' odd'}"
-    return Build(norms_kernel, signature, constants, 4, _stages(rank <= 32), True, name)
+    constants = {"W": weight, "ALIGNED": aligned} | _tile_constants(tile, plain)
+    constants |= {"FIELDS": FIELDS}
+    signature = {"table": "*i64", "tiles": "*i32", "out": "*fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    layout = "plain" if plain else "channels_last"
+    name = f"norms {dtype} rank {rank} {layout}{'' if aligned else ' odd'}"
+    return Build(norms_kernel, signature, constants, 4, tile.stages, True, name)
+
+
+def _tile_constants(tile: _Tile, plain: bool) -> dict[str, Any]:
+    return {"PLAIN": plain, "BN": ROWS, "BK": tile.columns, "BR": tile.ranks, "ONCE": tile.once}

@@ -1,7 +1,9 @@
-"""Twins of the reference with fewer passes over memory, in torch calls with their gradients written out: what runs where there is no kernel.
+"""Faster implementations of the reference in torch, with their gradients written out.
 
-Factors and hidden states are held as [r, ...] here: of the layouts, both factors' products read x and dy fastest that way (bf16, rank 16, one x86
-thread: 0.6-0.9 of the time of the products in the order in which the reference writes them).
+They make fewer passes over memory and run wherever there is no kernel. Factors and hidden states
+are held as [r, ...] here: of the layouts, both factors' products read x and dy fastest that way
+(bf16, rank 16, one x86 thread: 0.6-0.9 of the time of the products in the order in which the
+reference writes them).
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from torch.autograd.function import once_differentiable
 from lora_core.kernels import reference
 from lora_core.kernels.reference import Drop, Member, wide_dtype
 
-# Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are to launch: forward + backward at rank 8 takes
-# 0.54-0.86 of the reference's time (64 to 4096 rows, one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
+# Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are
+# to launch: forward + backward at rank 8 takes 0.54-0.86 of the reference's time (64 to 4096 rows,
+# one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
 MERGE_LIMIT = 128 * 128
+WIDE_DTYPES = (torch.float32, torch.float64)
 
-Grads = tuple[Any, ...]  # one for each argument of forward, None where none is asked for
+Grads = tuple[Any, ...]  # one for each argument of forward, None where none is wanted
 
 
 def lora_linear(
@@ -35,17 +39,13 @@ def lora_linear(
     norm: Tensor | None = None,
     drop: Drop | None = None,
 ) -> Tensor:
-    """reference.lora_linear with the update added in place and x read once for it; a small weight is merged with its update instead.
+    """reference.lora_linear with the update added in place and x read once for it.
 
-    Saved for the backward: x, x down^T and, for a DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
+    A small weight is merged with its update instead. Saved for the backward: x, x down^T and, for a
+    DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
     rounded once more than the reference's, before the gain.
     """
-    if (
-        weight is not None
-        and weight.numel() <= MERGE_LIMIT
-        and drop is None
-        and _one_dtype(x, weight, down)
-    ):
+    if weight is not None and drop is None and _merges(x, weight, down):
         merged = torch.addmm(weight, up, down, alpha=scale)
         if magnitude is not None and norm is not None:
             merged = merged * (magnitude / norm)[:, None]
@@ -59,7 +59,10 @@ def lora_linear(
 
 
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
-    """reference.lora_grouped, member by member: on a CPU reading x once for all of them gains nothing."""
+    """reference.lora_grouped, member by member.
+
+    On a CPU reading x once for all of them gains nothing.
+    """
     return tuple(lora_linear(x, *member) for member in members)
 
 
@@ -80,7 +83,7 @@ def lora_conv(
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
-    if weight is not None and weight.numel() <= MERGE_LIMIT and _one_dtype(x, weight, down):
+    if weight is not None and _merges(x, weight, down):
         merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
             weight.shape
         )
@@ -93,7 +96,10 @@ def lora_conv(
 def dora_compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """reference.dora_compose as y0 a + lora b + c with one factor a channel: two passes in fp32 or better, and one that rounds."""
+    """reference.dora_compose as y0 a + lora b + c with one factor a channel.
+
+    Two passes in fp32 or better, and one that rounds.
+    """
     return _Compose.apply(y0, bias, lora, gain, strength)
 
 
@@ -117,34 +123,27 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.drop, ctx.up_dtype = scale, (p, seed, layer), up.dtype
-        dropped = (
-            x
-            if step is None or rows is None
-            else reference.keyed_dropout(x, p, seed, layer, step, rows)
-        )
-        down, up = (
-            down.to(x.dtype),
-            up.t().to(x.dtype, memory_format=torch.contiguous_format),
-        )  # up [r, out] from here on
+        dropped = x
+        if step is not None and rows is not None:
+            dropped = reference.keyed_dropout(x, p, seed, layer, step, rows)
+        down = down.to(x.dtype)
+        up = up.t().to(x.dtype, memory_format=torch.contiguous_format)  # [r, out]
         hidden = F.linear(down, _flat(dropped))  # [r, m]
         if weight is None:
             y = (hidden.t() @ up).mul_(scale).view(*x.shape[:-1], up.shape[1])
         else:
-            y = F.linear(
-                x, weight, bias
-            ).contiguous()  # the very call of the base layer, for its very bits
-            _flat(y).addmm_(hidden.t(), up, alpha=scale)
+            # The very call of the base layer, for its very bits.
+            y = F.linear(x, weight, bias).contiguous()
+            y.view(-1, up.shape[1]).addmm_(hidden.t(), up, alpha=scale)
         z, gain = None, None
         if weight is not None and magnitude is not None and norm is not None:
             gain = magnitude / norm
             z = _flat(y)
-            y = _affine(
-                z,
-                gain,
-                None
-                if bias is None
-                else torch.addcmul(bias.to(gain.dtype), bias.to(gain.dtype), gain, value=-1),
-            ).view(y.shape)
+            offset = None
+            if bias is not None:  # bias (1 - gain): the gain leaves the bias alone
+                wide = bias.to(gain.dtype)
+                offset = torch.addcmul(wide, wide, gain, value=-1)
+            y = _affine(z, gain, offset).view(y.shape)
         ctx.save_for_backward(x, weight, bias, down, up, hidden, z, gain, norm, step, rows)
         return y
 
@@ -154,17 +153,8 @@ class _Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         x, weight, bias, down, up, hidden, z, gain, norm, step, rows = ctx.saved_tensors
-        (
-            wants_x,
-            wants_weight,
-            wants_bias,
-            wants_down,
-            wants_up,
-            _,
-            wants_magnitude,
-            wants_norm,
-            *_,
-        ) = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, wants_down, wants_up, _, *others = ctx.needs_input_grad
+        wants_magnitude, wants_norm, *_ = others
         d_x = d_weight = d_bias = d_down = d_up = d_magnitude = d_norm = None
         with _exactly(dy):
             dy = _flat(dy)
@@ -176,44 +166,24 @@ class _Linear(torch.autograd.Function):
                 d_norm = -d_gain * gain / norm if wants_norm else None
                 dy = _affine(dy, gain, None)
             p, seed, layer = ctx.drop
-            keep = (
-                None
-                if step is None
-                else reference.keyed_dropout(torch.ones_like(x), p, seed, layer, step, rows) != 0
-            )
+            keep = None
+            if step is not None:
+                ones = torch.ones_like(x)
+                keep = reference.keyed_dropout(ones, p, seed, layer, step, rows) != 0
             if wants_up:
                 d_up = _scaled((hidden @ dy).t(), ctx.up_dtype, ctx.scale)
             if wants_weight:
                 d_weight = dy.t() @ _flat(x)
             if wants_x or wants_down:
                 back = F.linear(up, dy)  # [r, m]
-                d_down = (
-                    _scaled(back @ _flat(_dropped(x, keep, p)), ctx.up_dtype, ctx.scale)
-                    if wants_down
-                    else None
-                )
-                d_x = (
-                    _input_gradient(
-                        dy, weight, back, down, ctx.scale, None if keep is None else _flat(keep), p
-                    ).view(x.shape)
-                    if wants_x
-                    else None
-                )
-        return (
-            d_x,
-            d_weight,
-            d_bias,
-            d_down,
-            d_up,
-            None,
-            d_magnitude,
-            d_norm,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+                if wants_down:
+                    d_down = back @ _flat(_dropped(x, keep, p))
+                    d_down = _scaled(d_down, ctx.up_dtype, ctx.scale)
+                if wants_x:
+                    kept = None if keep is None else _flat(keep)
+                    d_x = _input_gradient(dy, weight, back, down, ctx.scale, kept, p).view(x.shape)
+        d_factors = d_down, d_up, None, d_magnitude, d_norm
+        return d_x, d_weight, d_bias, *d_factors, None, None, None, None, None
 
 
 def _input_gradient(
@@ -301,14 +271,14 @@ class _Compose(torch.autograd.Function):
         ctx: Any, y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.strength, dtype = strength, wide_dtype(y0.dtype)
+        ctx.strength = strength
+        dtype = wide_dtype(y0.dtype)
         shift = strength * (gain.to(dtype) - 1)
-        wide_y0 = y0.to(dtype)
-        y = (
-            wide_y0 * (1 + shift)
-            if bias is None
-            else torch.addcmul(-shift * bias.to(dtype), wide_y0, 1 + shift)
-        )
+        base = y0.to(dtype)
+        if bias is None:
+            y = base * (1 + shift)
+        else:
+            y = torch.addcmul(-shift * bias.to(dtype), base, 1 + shift)
         y.addcmul_(lora.to(dtype), strength * gain.to(dtype))
         ctx.save_for_backward(y0, bias, lora, gain)
         return y.to(y0.dtype)
@@ -325,76 +295,67 @@ class _Compose(torch.autograd.Function):
         rows = _channels(dy, gain)
         if wants_lora:
             d_lora = _affine(rows, strength * channels, None).view(dy.shape).to(lora.dtype)
-        if wants_y0:
-            d_y0 = (
-                d_lora
-                if strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype
-                else None
-            )
-            d_y0 = (
-                _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape)
-                if d_y0 is None
-                else d_y0
-            )
+        if wants_y0 and strength == 1 and d_lora is not None and d_lora.dtype == y0.dtype:
+            d_y0 = d_lora
+        elif wants_y0:
+            d_y0 = _affine(rows, 1 + strength * (channels - 1), None).view(dy.shape)
         if wants_bias:
             axes = [axis for axis in range(rows.ndim) if axis != 1]
-            d_bias = (
-                (-strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype))
-                .view(bias.shape)
-                .to(bias.dtype)
-            )
+            d_bias = -strength * (channels - 1) * rows.sum(axes, dtype=channels.dtype)
+            d_bias = d_bias.view(bias.shape).to(bias.dtype)
         if wants_gain:
-            d_gain = _moment(rows, _channels(y0, gain), bias, channels) + _moment(
-                rows, _channels(lora, gain), None, channels
-            )
+            d_gain = _moment(rows, _channels(y0, gain), bias, channels)
+            d_gain = d_gain + _moment(rows, _channels(lora, gain), None, channels)
             d_gain = (strength * d_gain).view(gain.shape).to(gain.dtype)
         return d_y0, d_bias, d_lora, d_gain, None
 
 
 def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
-    """rows * factor + offset with one number for each channel (dimension 1), in their fp32, rounded once to rows' dtype.
+    """rows * factor + offset with one number for each channel (dimension 1).
 
-    It is batch normalisation by statistics that do nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
+    In their fp32, rounded once to rows' dtype. It is batch normalisation by statistics that do
+    nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
     (4096 x 320: 0.2 ms; `rows * factor` and its rounding 2.4 ms).
     """
-    return torch.native_batch_norm(
-        rows, factor, offset, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0
-    )[0]
+    mean, deviation = torch.zeros_like(factor), torch.ones_like(factor)
+    return torch.native_batch_norm(rows, factor, offset, mean, deviation, False, 0.0, 0.0)[0]
 
 
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
-    """sum of rows * (z - mean) over all but the channels (dimension 1), in one pass: the weight's gradient of the same normalisation.
+    """Sum of rows * (z - mean) over all but the channels (dimension 1), in one pass.
 
-    The mean and the deviation of 1 are given twice: on a CPU torch reads the running ones, on a GPU the saved ones.
+    It is the weight's gradient of the same normalisation. The mean and the deviation of 1 are given
+    twice: on a CPU torch reads the running ones, on a GPU the saved ones.
     """
     if not rows.numel():  # which torch divides by there
         return torch.zeros_like(like)
     ones = torch.ones_like(like)
-    centre = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
-    z = z.to(rows.dtype)
+    center = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
+    statistics = center, ones, center, ones
+    wanted = [False, True, False]
     return torch.ops.aten.native_batch_norm_backward(
-        rows, z, ones, centre, ones, centre, ones, False, 0.0, [False, True, False]
+        rows, z.to(rows.dtype), ones, *statistics, False, 0.0, wanted
     )[1]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale * gradient, contiguous, in dtype; in place where it is that already."""
-    done = gradient.dtype == dtype and gradient.is_contiguous()
-    out = (
-        gradient
-        if done
-        else torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-    )
+    out = gradient
+    if gradient.dtype != dtype or not gradient.is_contiguous():
+        out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
     return out if scale == 1 else out.mul_(scale)
 
 
 def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """What reference.keyed_dropout makes of x where its choice is `keep`."""
+    """reference.keyed_dropout of x for the choice `keep`."""
     return x if keep is None else torch.where(keep, x / (1 - p), 0)
 
 
 def _add_1x1(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
-    """y += scale * (1x1 convolution of hidden with up [out, r]), in place, in y's own memory format."""
+    """y += scale * (1x1 convolution of hidden with up [out, r]), in place.
+
+    In y's own memory format.
+    """
     if y.is_contiguous():
         y.flatten(2).baddbmm_(up.expand(len(y), *up.shape), hidden.flatten(2), alpha=scale)
     elif y.is_contiguous(memory_format=torch.channels_last):
@@ -413,7 +374,7 @@ def _convolution_backward(
 
 
 def _channels(t: Tensor, gain: Tensor) -> Tensor:
-    """t [..., out] as [m, out], or [..., out, h, w] as [b, out, h, w], as gain [out] or [out, 1, 1] says."""
+    """t [..., out] as [m, out] for a gain [out], t [..., out, h, w] as [b, out, h, w] for more."""
     return t.reshape(-1, *t.shape[t.ndim - gain.ndim :])
 
 
@@ -442,6 +403,14 @@ def _exactly(t: Tensor) -> Any:
     return torch.autocast(t.device.type, enabled=False) if _autocasts(t) else nullcontext()
 
 
-def _one_dtype(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether nothing is cast: in a half-precision weight the sum would lose a small update."""
-    return x.dtype == weight.dtype == down.dtype == wide_dtype(x.dtype) and not _autocasts(x)
+def _merges(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether the weight and its update are added up first: it is small, and nothing is cast.
+
+    In a half-precision weight the sum would lose a small update.
+    """
+    dtype = x.dtype
+    if weight.numel() > MERGE_LIMIT or dtype not in WIDE_DTYPES:
+        return False
+    if dtype != weight.dtype or dtype != down.dtype:
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)

@@ -1,12 +1,18 @@
-"""Triton twins of lora_linear, lora_grouped and lora_conv: four launches beside the frozen layers' products, forward and backward together.
+"""Triton implementations of lora_linear, lora_grouped and lora_conv.
 
-Forward: shrink reads x once for all members, the frozen products run in cuBLAS, expand_ adds the up-projections in place (DoRA: and applies gain
-and bias in the same pass). Backward: back_up reads dy, the frozen products make dx, back_down_ reads x and adds to dx in place. t = x' down^T is
-saved, never x' or a mask. DoRA saves its output y, which attention keeps anyway, and not z = (y - bias) / gain: where |gain| is at most the machine
-epsilon of y's dtype (the smallest normal number, without a bias), y no longer tells z from the bias, and that row's magnitude and norm get a gradient
-of 0. The reference, which keeps z, gives one.
+Four launches in addition to the frozen layers' products, forward and backward together. Forward:
+shrink reads x once for all members, the frozen products run in cuBLAS, expand_ adds the
+up-projections in place (DoRA: and applies gain and bias in the same pass). Backward: back_up reads
+dy, the frozen products make dx, back_down_ reads x and adds to dx in place. t = x' down^T is saved,
+never x' or a mask.
 
-A weight is never differentiated. Activations are rounded to x's dtype where torch rounds them too: t, dS, dz, and each sum that dx takes up.
+DoRA saves its output y, which attention keeps anyway, and not z = (y - bias) / gain: where |gain|
+is at most the machine epsilon of y's dtype (the smallest normal number, without a bias), y no
+longer tells z from the bias, and that channel's magnitude and norm get a gradient of 0. The
+reference, which keeps z, gives one.
+
+A weight is never differentiated. Activations are rounded to x's dtype where torch rounds them too:
+t, dS, dz, and each sum that dx takes up.
 """
 
 from __future__ import annotations
@@ -21,18 +27,34 @@ from torch.autograd.function import once_differentiable
 from lora_core.kernels import dropout
 from lora_core.kernels import linear_ops as ops
 from lora_core.kernels.linear_shapes import resolve_padding
+from lora_core.kernels.linear_tiles import is_plane, sums_before
 from lora_core.kernels.reference import Drop, Member
 
 EACH = 6  # tensors of a member: weight, bias, down, up, magnitude, norm
+NO_DROPOUT: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
 
 
-class Static(NamedTuple):
-    """What a group knows beside its tensors."""
+# ---------------------------------------------------------------- linear layers
+
+
+class GroupSettings(NamedTuple):
+    """The numbers of a group, in addition to its tensors."""
 
     scales: tuple[float, ...]
     gain: bool  # DoRA
-    words: tuple[int, ...] = ()  # of dropout, as linear_ops takes them
+    words: tuple[int, ...] = ()  # of dropout, as linear_launches takes them, two for each member
     kept: tuple[float, ...] = ()
+
+    def select_dropout(
+        self, active: list[int], step: Tensor | None, rows: Tensor | None
+    ) -> tuple[list[Tensor], list[int], list[float]]:
+        """([step, rows], words, kept) of the active members; empty lists without dropout."""
+        if step is None or rows is None:
+            return NO_DROPOUT
+        words: list[int] = []
+        for i in active:
+            words += self.words[2 * i : 2 * i + 2]
+        return [step, rows], words, [self.kept[i] for i in active]
 
 
 def lora_linear(
@@ -47,179 +69,151 @@ def lora_linear(
     drop: Drop | None = None,
 ) -> Tensor:
     """reference.lora_linear, as a group of one."""
-    return _group(x, [Member(weight, bias, down, up, scale, magnitude, norm, drop)])[0]  # type: ignore[arg-type]
+    member = Member(weight, bias, down, up, scale, magnitude, norm, drop)  # type: ignore[arg-type]
+    return _run_group(x, [member])[0]
 
 
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
-    """reference.lora_grouped: neighbours that are alike share their launches, at most four at a time."""
+    """reference.lora_grouped: neighbors that are alike share their launches, at most four each."""
     outputs: list[Tensor] = []
     bundle: list[Member] = []
     for member in members:
         if bundle and (len(bundle) == ops.MEMBERS or _kind(member) != _kind(bundle[0])):
-            outputs += _group(x, bundle)
+            outputs += _run_group(x, bundle)
             bundle = []
         bundle.append(member)
-    return (*outputs, *_group(x, bundle)) if bundle else tuple(outputs)
+    return (*outputs, *_run_group(x, bundle)) if bundle else tuple(outputs)
 
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """What the members of one launch have in common."""
     gain, drop = _has_gain(member), member.drop
-    return (
-        gain,
-        gain and member.bias is None,
-        member.weight is None,
-        drop and (id(drop.step), id(drop.rows)),
-    )
+    keys = drop and (id(drop.step), id(drop.rows))
+    return gain, gain and member.bias is None, member.weight is None, keys
 
 
 def _has_gain(member: Member) -> bool:
     return member.weight is not None and member.magnitude is not None and member.norm is not None
 
 
-def _group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
-    drops = [member.drop for member in members if member.drop is not None]
-    words = tuple(word for drop in drops for word in _words(drop))
-    static = Static(
-        tuple(float(m.scale) for m in members),
-        _has_gain(members[0]),
-        words,
-        tuple(1 - drop.p for drop in drops),
-    )
-    step, rows = (drops[0].step, drops[0].rows) if drops else (None, None)
-    return Grouped.apply(
-        static,
-        x,
-        step,
-        rows,
-        *(tensor for m in members for tensor in (*m[:4], m.magnitude, m.norm)),
-    )
+def _run_group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
+    step, rows = None, None
+    words: list[int] = []
+    kept: list[float] = []
+    tensors: list[Tensor | None] = []
+    for member in members:
+        tensors += [*member[:4], member.magnitude, member.norm]
+        if member.drop is not None:
+            step, rows = member.drop.step, member.drop.rows
+            words += _dropout_words(member.drop)
+            kept.append(1 - member.drop.p)
+    scales = tuple(float(member.scale) for member in members)
+    settings = GroupSettings(scales, _has_gain(members[0]), tuple(words), tuple(kept))
+    return GroupedLinear.apply(settings, x, step, rows, *tensors)
 
 
-def _words(drop: Drop) -> tuple[int, int]:
-    """The hash of seed and layer, and the threshold below which an element is dropped: uint32 as Triton's int32."""
+def _dropout_words(drop: Drop) -> tuple[int, int]:
+    """The hash of seed and layer, and the least hash of an element that is kept, as int32."""
     return dropout.hash_stream(drop.seed, drop.layer), dropout.keep_threshold(drop.p)
 
 
-class Grouped(torch.autograd.Function):
-    """(static, x, step, rows, EACH tensors of every member) -> the members' outputs."""
+class GroupedLinear(torch.autograd.Function):
+    """(settings, x, step, rows, EACH tensors of every member) -> the members' outputs."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        static: Static,
+        settings: GroupSettings,
         x: Tensor,
         step: Tensor | None,
         rows: Tensor | None,
         *given: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups, magnitudes, norms = _columns(given)
-        x2 = x.reshape(-1, x.shape[-1])
-        drop = [] if step is None or rows is None else [step, rows]
-        t = ops.run_op(ops.shrink, x2, x2, downs, drop, list(static.words), list(static.kept))
-        ys = [
-            _base(x2, weight, None if static.gain else bias, len(up))
-            for weight, bias, up in zip(weights, biases, ups)
-        ]
-        gain = (
-            (magnitudes, norms, [b for b in biases if b is not None])
-            if static.gain
-            else ([], [], [])
-        )
-        ops.run_op(ops.expand_, x2, ys, t, ups, list(static.scales), *gain, weights[0] is None)
-        ctx.static, ctx.shape = static, x.shape
+        weights, biases, downs, ups, magnitudes, norms = _member_columns(given)
+        flat = x.reshape(-1, x.shape[-1])
+        everyone = list(range(len(ups)))
+        drop = settings.select_dropout(everyone, step, rows)
+        t = ops.run_op(ops.shrink, flat, flat, downs, *drop)
+        gains: tuple[list[Tensor], ...] = ([], [], [])
+        if settings.gain:  # the bias is added after it
+            gains = magnitudes, norms, [bias for bias in biases if bias is not None]
+        ys = []
+        for i in everyone:
+            bias = None if settings.gain else biases[i]
+            ys.append(_frozen_output(flat, weights[i], bias, len(ups[i])))
+        fresh = weights[0] is None
+        ops.run_op(ops.expand_, flat, ys, t, ups, list(settings.scales), *gains, fresh)
+        ctx.settings, ctx.shape = settings, x.shape
         ctx.set_materialize_grads(False)
-        kept = [
-            tensor
-            for member in zip(
-                weights, biases if static.gain else [None] * len(ups), downs, ups, magnitudes, norms
-            )
-            for tensor in member
-        ]
-        ctx.save_for_backward(x2, t, step, rows, *kept, *(ys if static.gain else []))
+        kept: list[Tensor | None] = []
+        for i in everyone:
+            bias = biases[i] if settings.gain else None
+            kept += [weights[i], bias, downs[i], ups[i], magnitudes[i], norms[i]]
+        ctx.save_for_backward(flat, t, step, rows, *kept, *(ys if settings.gain else []))
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        static, (x, t, step, rows, *saved) = ctx.static, ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        given: list[Tensor | None] = [None] * (4 + EACH * len(dys))
+        settings, needs = ctx.settings, ctx.needs_input_grad
+        x, t, step, rows, *saved = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * (4 + EACH * len(dys))
         active = [i for i, dy in enumerate(dys) if dy is not None]
         if not active:
-            return tuple(given)
+            return tuple(gradients)
+        columns = _member_columns(saved[: EACH * len(dys)])
+        starts = sums_before([len(down) for down in columns[2]])
         weights, biases, downs, ups, magnitudes, norms = (
-            [column[i] for i in active] for column in _columns(saved[: EACH * len(dys)])
+            [column[i] for i in active] for column in columns
         )
-        outs = [_rows(dys[i]) for i in active]
-        scales, ranks = (
-            [static.scales[i] for i in active],
-            [len(down) for down in _columns(saved[: EACH * len(dys)])[2]],
-        )
+        outs = [_flat_rows(dys[i]) for i in active]
         gain: tuple[list[Tensor], ...] = ([], [], [], [])
-        if static.gain:
-            gain = (
-                [saved[EACH * len(dys) + i] for i in active],
-                magnitudes,
-                norms,
-                [b for b in biases if b is not None],
-            )
-        found = ops.run_op(
-            ops.back_up,
-            x,
-            outs,
-            t,
-            [sum(ranks[:i]) for i in active],
-            ups,
-            scales,
-            *gain,
-            _guard(x.dtype, gain),
-            needs[1],
-        )
-        ds, d_ups, found = found[0], found[1 : 1 + len(active)], found[1 + len(active) :]
-        if static.gain and needs[1]:
-            outs, found = found[: len(active)], found[len(active) :]
-        dx = _base_gradient(x, outs, weights) if needs[1] else None
-        drop, words = (
-            ([step, rows], [w for i in active for w in static.words[2 * i : 2 * i + 2]])
-            if static.words
-            else ([], [])
-        )
+        if settings.gain:
+            ys = [saved[EACH * len(dys) + i] for i in active]
+            gain = ys, magnitudes, norms, [bias for bias in biases if bias is not None]
+        scales = [settings.scales[i] for i in active]
+        factors = t, [starts[i] for i in active], ups, scales
+        guard = _gain_guard(x.dtype, bool(gain[3]))
+        ds, *found = ops.run_op(ops.back_up, x, outs, *factors, *gain, guard, needs[1])
+        d_ups, found = found[: len(active)], found[len(active) :]
+        if settings.gain and needs[1]:
+            outs, found = found[: len(active)], found[len(active) :]  # dz
+        dx = _frozen_gradient(x, outs, weights) if needs[1] else None
         if needs[1] or any(needs[4 + EACH * i + 2] for i in active):
-            d_downs, kept = (
-                [torch.empty_like(down) for down in downs],
-                [static.kept[i] for i in active] if drop else [],
-            )
-            ops.run_op(
-                ops.back_down_, x, dx, d_downs, ds, x, downs, drop, words, kept, weights[0] is None
-            )
+            d_downs = [torch.empty_like(down) for down in downs]
+            drop = settings.select_dropout(active, step, rows)
+            fresh = weights[0] is None
+            ops.run_op(ops.back_down_, x, dx, d_downs, ds, x, downs, *drop, fresh)
             for i, d_down in zip(active, d_downs):
-                given[4 + EACH * i + 2] = d_down
+                gradients[4 + EACH * i + 2] = d_down
         for place, i in enumerate(active):
-            given[4 + EACH * i + 3] = d_ups[place]
-            if static.gain:
-                given[4 + EACH * i + 4], given[4 + EACH * i + 5] = found[place].unbind()
-        given[1] = None if dx is None else dx.view(ctx.shape)
-        return tuple(gradient if need else None for gradient, need in zip(given, needs))
+            first = 4 + EACH * i
+            gradients[first + 3] = d_ups[place]
+            if settings.gain:
+                gradients[first + 4], gradients[first + 5] = found[place].unbind()
+        gradients[1] = None if dx is None else dx.view(ctx.shape)
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needs))
 
 
-def _columns(given: Any) -> tuple[list[Any], ...]:
+def _member_columns(given: Any) -> tuple[list[Any], ...]:
     """The members' weights, biases, downs, ups, magnitudes and norms; the last four contiguous."""
-    columns = [list(given[i::EACH]) for i in range(EACH)]
-    return *columns[:2], *(
-        [tensor if tensor is None else tensor.contiguous() for tensor in column]
-        for column in columns[2:]
-    )
+    columns = []
+    for i in range(EACH):
+        column = list(given[i::EACH])
+        if i >= 2:
+            column = [None if tensor is None else tensor.contiguous() for tensor in column]
+        columns.append(column)
+    return tuple(columns)
 
 
-def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
+def _frozen_output(x: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
     """The frozen product of x [m, in], or room for what expand_ writes."""
     if weight is None:
         return x.new_empty(len(x), width)
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _base_gradient(x: Tensor, outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:
+def _frozen_gradient(x: Tensor, outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:
     """dx [m, in] of the frozen products, or room for what back_down_ writes."""
     dx: Tensor | None = None
     for out, weight in zip(outs, weights):
@@ -228,30 +222,32 @@ def _base_gradient(x: Tensor, outs: list[Tensor], weights: list[Tensor | None]) 
     return torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
 
 
-def _rows(dy: Any) -> Tensor:
-    """dy as [m, out] whose features lie side by side."""
+def _flat_rows(dy: Any) -> Tensor:
+    """dy as [m, out], whose features are next to each other in memory."""
     rows = dy.reshape(-1, dy.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _guard(dtype: torch.dtype, gain: tuple[list[Tensor], ...]) -> float:
+def _gain_guard(dtype: torch.dtype, bias: bool) -> float:
     """The |gain| up to which y does not tell z."""
-    return torch.finfo(dtype).eps if gain[3] else torch.finfo(dtype).tiny
+    return torch.finfo(dtype).eps if bias else torch.finfo(dtype).tiny
 
 
-class Geometry(NamedTuple):
-    """A convolution's numbers, and the scale."""
+# ---------------------------------------------------------------- convolutions
+
+
+class ConvSettings(NamedTuple):
+    """A convolution's numbers, and the adapter's scale."""
 
     scale: float
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def pointwise(self, down: Tensor) -> bool:
+    def is_pointwise(self, down: Tensor) -> bool:
         """Whether it is a linear layer of the pixels."""
-        return (
-            tuple(down.shape[2:]) == (1, 1) and set(self.stride) == {1} and set(self.padding) == {0}
-        )
+        one_pixel = tuple(down.shape[2:]) == (1, 1)
+        return one_pixel and set(self.stride) == {1} and set(self.padding) == {0}
 
 
 def lora_conv(
@@ -266,103 +262,98 @@ def lora_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """reference.lora_conv of one group: the up-projection by expand_, and a 1x1 convolution wholly by the linear kernels, in any memory format."""
+    """reference.lora_conv of one group, in any memory format.
+
+    The up-projection by expand_, and a 1x1 convolution wholly by the linear kernels.
+    """
     sides = resolve_padding(padding, down.shape[2:], dilation)
-    assert groups == 1 and sides is not None  # supports has seen to it
-    return Conv.apply(
-        Geometry(float(scale), tuple(stride), sides, tuple(dilation)), x, weight, bias, down, up
-    )
+    assert groups == 1 and sides is not None  # linear_shapes.conv_supports has seen to it
+    settings = ConvSettings(float(scale), tuple(stride), sides, tuple(dilation))
+    return AdaptedConv.apply(settings, x, weight, bias, down, up)
 
 
-class Conv(torch.autograd.Function):
-    """(geometry, x, weight, bias, down, up) -> y. Of a larger kernel the down-convolution is torch's, and its two gradients are."""
+class AdaptedConv(torch.autograd.Function):
+    """(settings, x, weight, bias, down, up) -> y.
+
+    Of a larger kernel the down-convolution and its two gradients are torch's.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        g: Geometry,
+        settings: ConvSettings,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
     ) -> Tensor:
-        x, down2, up2 = _pixels(x), down.flatten(1).contiguous(), up.flatten(1).contiguous()
-        if g.pointwise(down):
-            cast, hidden, size = (
-                None,
-                ops.run_op(ops.shrink, x, x, [down2], [], [], []),
-                x.shape[2:],
-            )
+        window = settings.stride, settings.padding, settings.dilation
+        x = _addressable(x)
+        down_rows, up_rows = down.flatten(1).contiguous(), up.flatten(1).contiguous()
+        if settings.is_pointwise(down):
+            cast, size = None, x.shape[2:]
+            hidden = ops.run_op(ops.shrink, x, x, [down_rows], *NO_DROPOUT)
         else:
             cast = down.to(x.dtype)
-            hidden = F.conv2d(x, cast, None, g.stride, g.padding, g.dilation)
+            hidden = F.conv2d(x, cast, None, *window)
             size = hidden.shape[2:]
-        layout = (
-            torch.channels_last
-            if x.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        y = (
-            F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation)
-            if weight is not None
-            else _room(x, (len(x), len(up), *size), layout)
-        )
-        ops.run_op(ops.expand_, x, [y], hidden, [up2], [g.scale], [], [], [], weight is None)
-        ctx.geometry, ctx.up_shape, ctx.down_shape = g, up.shape, down.shape
-        ctx.save_for_backward(x, weight, cast, down2, up2, hidden)
+        if weight is not None:
+            y = F.conv2d(x, weight, bias, *window)
+        else:
+            y = _empty_like_images(x, (len(x), len(up), *size))
+        fresh = weight is None
+        ops.run_op(ops.expand_, x, [y], hidden, [up_rows], [settings.scale], [], [], [], fresh)
+        ctx.settings, ctx.up_shape, ctx.down_shape = settings, up.shape, down.shape
+        ctx.save_for_backward(x, weight, cast, down_rows, up_rows, hidden)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        g, (x, weight, cast, down, up, hidden) = ctx.geometry, ctx.saved_tensors
-        needs, dy = ctx.needs_input_grad, _pixels(dy)
-        ds, d_up = ops.run_op(
-            ops.back_up, x, [dy], hidden, [0], [up], [g.scale], [], [], [], [], 0.0, False
-        )
-        dx = g_down = None
-        if needs[1] and weight is not None:
-            dx = _pixels(_conv_gradients(g, dy, x, weight, (True, False))[0])
+        settings = ctx.settings
+        x, weight, cast, down, up, hidden = ctx.saved_tensors
+        _, wants_x, _, _, wants_down, wants_up = ctx.needs_input_grad
+        dy = _addressable(dy)
+        factors = hidden, [0], [up], [settings.scale]
+        ds, d_up = ops.run_op(ops.back_up, x, [dy], *factors, [], [], [], [], 0.0, False)
+        dx = d_down = None
+        if wants_x and weight is not None:
+            dx = _addressable(_conv_gradients(settings, dy, x, weight, (True, False))[0])
         if cast is None:
-            if needs[1] and dx is None:
+            if wants_x and dx is None:
                 dx = torch.empty_like(x)
-            g_down = torch.empty_like(down)
-            ops.run_op(ops.back_down_, x, dx, [g_down], ds, x, [down], [], [], [], weight is None)
+            d_down = torch.empty_like(down)
+            fresh = weight is None
+            ops.run_op(ops.back_down_, x, dx, [d_down], ds, x, [down], *NO_DROPOUT, fresh)
         else:
-            more, g_down = _conv_gradients(g, ds, x, cast, (needs[1], needs[4]))
+            more, d_down = _conv_gradients(settings, ds, x, cast, (wants_x, wants_down))
             dx = more if dx is None else dx.add_(more)
-            g_down = (
-                None
-                if g_down is None
-                else g_down.to(torch.float32, memory_format=torch.contiguous_format)
-            )
-        d_down = None if g_down is None else g_down.view(ctx.down_shape)
-        return (
-            None,
-            dx if needs[1] else None,
-            None,
-            None,
-            d_down if needs[4] else None,
-            d_up.view(ctx.up_shape) if needs[5] else None,
-        )
+            if d_down is not None:
+                d_down = d_down.to(torch.float32, memory_format=torch.contiguous_format)
+        d_down = d_down.view(ctx.down_shape) if wants_down and d_down is not None else None
+        d_up = d_up.view(ctx.up_shape) if wants_up else None
+        return None, dx if wants_x else None, None, None, d_down, d_up
 
 
-def _pixels(x: Tensor) -> Tensor:
+def _addressable(x: Tensor) -> Tensor:
     """x [b, c, h, w], copied where the kernels could not address its pixels as rows."""
-    return x if ops.is_plane(x) else x.contiguous()
+    return x if is_plane(x) else x.contiguous()
 
 
-def _room(x: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
+def _empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for images of this shape in x's memory format."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _conv_gradients(
-    g: Geometry, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    settings: ConvSettings, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight, each None unless wanted."""
-    mask = [*wanted, False]
-    found = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], 1, mask
+    window = settings.stride, settings.padding, settings.dilation
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *window, False, [0, 0], 1, [*wanted, False]
     )
-    return found[0], found[1]
+    return d_x, d_weight

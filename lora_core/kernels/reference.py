@@ -1,7 +1,9 @@
-"""The adapter operations in plain differentiable torch. These functions are the definition: every other twin is tested against them.
+"""The adapter operations in plain differentiable torch: their definitions.
 
-Dtypes: adapter factors are fp32 (fp64 on an fp64 base). They are cast to x's dtype for the matrix products, so a bf16 base gives a bf16
-result, and autograd casts their gradients back to fp32. Under torch.autocast the products run in autocast's dtype, like the base layer's.
+Every other implementation is tested against these functions. Dtypes: adapter factors are fp32 (fp64
+on an fp64 base). They are cast to x's dtype for the matrix products, so a bf16 base gives a bf16
+result, and autograd casts their gradients back to fp32. Under torch.autocast the products run in
+autocast's dtype, like the base layer's.
 """
 
 from __future__ import annotations
@@ -14,23 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK = 0xFFFFFFFF  # the hash works on uint32 values, held in int64 here
-GOLDEN = (
-    0x9E3779B9  # 2^32 / golden ratio, keeps the all-zero key away from the mixer's fixed point 0
-)
+# 2^32 / golden ratio: keeps the all-zero key away from the mixer's fixed point 0.
+GOLDEN = 0x9E3779B9
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, else fp32: where adapters, norms and sums live, whatever the base is stored in (bf16, fp16, fp8, int8)."""
+    """fp64 for fp64, else fp32: the dtype of adapters, norms and sums.
+
+    Whatever the base is stored in (bf16, fp16, fp8, int8).
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Outside autocast of x's device; the meta device has none, and torch 2.13 raises when asked."""
+    """Outside autocast of x's device.
+
+    The meta device has none, and torch 2.13 raises for it.
+    """
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Drop(NamedTuple):
-    """Dropout of an adapter's input, decided by the hash of `keyed_dropout`; the base layer sees x as it is."""
+    """Dropout of an adapter's input, decided by the hash of `keyed_dropout`.
+
+    The base layer sees x as it is.
+    """
 
     p: float
     seed: int
@@ -48,9 +58,7 @@ class Member(NamedTuple):
     up: Tensor  # [out, r]
     scale: float
     magnitude: Tensor | None = None
-    norm: Tensor | None = (
-        None  # what dora_norm gives for these factors; its gradient is returned where it asks for one
-    )
+    norm: Tensor | None = None  # dora_norm of these factors; may require a gradient
     drop: Drop | None = None
 
 
@@ -65,10 +73,11 @@ def lora_linear(
     norm: Tensor | None = None,
     drop: Drop | None = None,
 ) -> Tensor:
-    """x W^T + bias + scale x' down^T up^T  [..., out] in x's dtype (arXiv 2106.09685); with weight None the last term alone; x' is x after `drop`.
+    """x W^T + bias + scale x' down^T up^T  [..., out] in x's dtype (arXiv 2106.09685).
 
-    With magnitude and norm the sum without the bias is multiplied by magnitude / norm in fp32 or better and rounded once (arXiv 2402.09353).
-    x [..., in], weight [out, in], down [r, in], up [out, r], magnitude and norm [out].
+    x' is x after `drop`; with weight None the last term alone. With magnitude and norm the sum
+    without the bias is multiplied by magnitude / norm in fp32 or better and rounded once (arXiv
+    2402.09353). x [..., in], weight [out, in], down [r, in], up [out, r], magnitude and norm [out].
     """
     dropped = x if drop is None else keyed_dropout(x, *drop)
     update = scale * F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype))
@@ -97,35 +106,34 @@ def lora_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """conv(x, W) + bias + scale * conv1x1(conv(x, down), up)  [b, out, h', w'] in x's dtype; with weight None the last term alone.
+    """conv(x, W) + bias + scale * conv1x1(conv(x, down), up)  [b, out, h', w'] in x's dtype.
 
-    x [b, in, h, w], weight [out, in / groups, kh, kw], down [r, in / groups, kh, kw] (the base's stride, padding, dilation and groups),
-    up [out, r / groups, 1, 1] (the base's groups): group by group the product has the base weight's shape, so folding is exact.
+    With weight None the last term alone. x [b, in, h, w], weight [out, in / groups, kh, kw],
+    down [r, in / groups, kh, kw] (the base's stride, padding, dilation and groups),
+    up [out, r / groups, 1, 1] (the base's groups): group by group the product has the base weight's
+    shape, so folding is exact.
     """
     hidden = F.conv2d(x, down.to(x.dtype), None, stride, padding, dilation, groups)
     update = scale * F.conv2d(hidden, up.to(x.dtype), groups=groups)
-    return (
-        update
-        if weight is None
-        else F.conv2d(x, weight, bias, stride, padding, dilation, groups) + update
-    )
+    if weight is None:
+        return update
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) + update
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Norm of every output row of W + scale * up @ down  [out], fp32 or better, outside autocast (arXiv 2402.09353; rows as in peft).
+    """Norm of every output row of W + scale * up @ down  [out], in fp32 or better.
 
-    Forms the dense update: one weight-sized matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
+    Outside autocast (arXiv 2402.09353; rows as in peft). Forms the dense update: one weight-sized
+    matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
     """
     dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
         out, per_group = up.shape[:2]
         groups = down.shape[0] // per_group
-        dense = up.to(dtype).reshape(groups, out // groups, per_group) @ down.to(dtype).reshape(
-            groups, per_group, -1
-        )
-        return torch.linalg.vector_norm(
-            weight.to(dtype).flatten(1) + scale * dense.reshape(out, -1), dim=1
-        )
+        b = up.to(dtype).reshape(groups, out // groups, per_group)
+        a = down.to(dtype).reshape(groups, per_group, -1)
+        adapted = weight.to(dtype).flatten(1) + scale * (b @ a).reshape(out, -1)
+        return torch.linalg.vector_norm(adapted, dim=1)
 
 
 def dora_norms(layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]) -> tuple[Tensor, ...]:
@@ -136,30 +144,37 @@ def dora_norms(layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]) -> tupl
 def dora_compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """y0 + strength * ((gain - 1) (y0 - bias) + gain * lora)  in y0's dtype, computed in fp32 or better and rounded once.
+    """y0 + strength * ((gain - 1) (y0 - bias) + gain * lora)  in y0's dtype.
 
-    y0 = base(x) with its bias, lora = scale * up(down(x)), gain = magnitude / norm; bias and gain are shaped to broadcast over y0 ([out] or
-    [out, 1, 1]). The bias is outside the norm. gain == 1 and lora == 0 return y0 exactly, in every dtype.
+    Computed in fp32 or better and rounded once. y0 = base(x) with its bias,
+    lora = scale * up(down(x)), gain = magnitude / norm; bias and gain are shaped to broadcast over
+    y0 ([out] or [out, 1, 1]). The bias is outside the norm. gain == 1 and lora == 0 return y0
+    exactly, in every dtype.
     """
     dtype = wide_dtype(y0.dtype)
     product = y0.to(dtype) if bias is None else y0.to(dtype) - bias.to(dtype)
     gain = gain.to(dtype)
-    return (y0.to(dtype) + strength * ((gain - 1) * product + gain * lora.to(dtype))).to(y0.dtype)
+    change = (gain - 1) * product + gain * lora.to(dtype)
+    return (y0.to(dtype) + strength * change).to(y0.dtype)
 
 
 def snr_weighted_mse(
     out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
 ) -> Tensor:
-    """weight times the masked mean of (out - target)^2  [b], in fp32 or better; out and target [b, c, h, w], mask as in masked_mean, weight [b]."""
+    """weight times the masked mean of (out - target)^2  [b], in fp32 or better.
+
+    out and target [b, c, h, w], mask as in masked_mean, weight [b].
+    """
     dtype = wide_dtype(out.dtype)
-    rows = masked_mean((out.to(dtype) - target.to(dtype)) ** 2, mask)
-    return rows if weight is None else rows * weight
+    losses = masked_mean((out.to(dtype) - target.to(dtype)) ** 2, mask)
+    return losses if weight is None else losses * weight
 
 
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """[b] the mean over c, h, w of error [b, c, h, w]; with a mask m [b, 1, h, w] it is sum(m e) / (c sum(m)).
+    """The mean over c, h, w of error [b, c, h, w]  [b]; with a mask m sum(m e) / (c sum(m)).
 
-    So a small mask weighs as much as a big one (kohya divides by the whole area; cloneofsimo weighs with m^2). An empty mask gives 0.
+    m [b, 1, h, w]. So a small mask counts as much as a big one (kohya divides by the whole area;
+    cloneofsimo weights with m^2). An empty mask gives 0.
     """
     if mask is None:
         return error.flatten(1).mean(1)
@@ -168,35 +183,45 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_area(error: Tensor, mask: Tensor) -> Tensor:
-    """[b] c sum(m), and not 0. Raises ValueError for a mask of another shape than [b, 1, h, w]."""
+    """c sum(m)  [b], and not 0.
+
+    Raises ValueError for a mask of another shape than [b, 1, h, w].
+    """
     if mask.shape != (len(error), 1, *error.shape[2:]):
+        expected = [len(error), 1, *error.shape[2:]]
         raise ValueError(
-            f"the mask is {list(mask.shape)}, expected {[len(error), 1, *error.shape[2:]]}; resize it to the latents"
+            f"the mask is {list(mask.shape)}, expected {expected}; resize it to the latents"
         )
     area = mask.to(error.dtype).sum((1, 2, 3)) * error.shape[1]
     return area.clamp(min=torch.finfo(error.dtype).tiny)
 
 
 def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> Tensor:
-    """x with each element zeroed with probability p and the rest divided by 1 - p; the choice is a hash, not a stream of random numbers.
+    """x with each element zeroed with probability p and the rest divided by 1 - p.
 
-    Element e (row-major inside its row) of row i is decided by (seed, layer, step, rows[i], e) alone, so the mask does not depend on batch
-    size, accumulation or recomputation. x [b, ...], layer a uint32, step [] int64, rows [b] int64 (both on x's device: nothing syncs).
+    The choice is a hash, not a stream of random numbers: element e (row-major inside its row) of
+    row i is decided by (seed, layer, step, rows[i], e) alone, so the mask does not depend on batch
+    size, accumulation or recomputation. x [b, ...], layer a uint32, step [] int64, rows [b] int64
+    (both on x's device: nothing syncs).
     """
-    state = _absorb(_absorb(_absorb(0, seed), seed >> 32), layer)
-    key = _absorb(_absorb(_absorb(state, step), rows), rows >> 32)
+    state = hash_word(hash_word(hash_word(0, seed), seed >> 32), layer)
+    key = hash_word(hash_word(hash_word(state, step), rows), rows >> 32)
     element = torch.arange(x.shape[1:].numel(), device=x.device)
-    bits = _mix(_mix(element ^ key[:, None]) ^ _absorb(key, 1)[:, None])
+    bits = _mix(_mix(element ^ key[:, None]) ^ hash_word(key, 1)[:, None])
     keep = (bits >= int(p * 2**32)).reshape(x.shape)
     return torch.where(keep, x / (1 - p), 0)
 
 
-def _absorb(state: Any, word: Any) -> Any:  # ints and int64 tensors alike
+def hash_word(state: Any, word: Any) -> Any:
+    """The hash's state after one more word; uint32 values in ints or int64 tensors."""
     return _mix(((state ^ (word & MASK)) + GOLDEN) & MASK)
 
 
 def _mix(h: Any) -> Any:
-    """A bijection of uint32 with good avalanche: `lowbias32` of C. Wellons' hash-prospector. Written so that no int64 product overflows."""
+    """A bijection of uint32 with good avalanche: `lowbias32` of C. Wellons' hash-prospector.
+
+    Written so that no int64 product overflows.
+    """
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & MASK
     h = h ^ (h >> 15)

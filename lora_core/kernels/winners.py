@@ -1,9 +1,11 @@
-"""Which twin of an op is the fastest, per device, dtype and class of shapes: two tables of measurements and a choice that costs a microsecond.
+"""The fastest implementation of each op, per device, dtype and class of shapes, from measurements.
 
-The user's table, ~/.cache/lora_core/winners.json (XDG_CACHE_HOME), which `python -m benchmarks.kernels --tune` writes,
-precedes winners.json beside this module. A device is "cpu", a GPU's name, or a GPU's name and ", replayed": inside a
-CUDA graph (`replayed`, measured by `--tune --graph`) a launch costs nothing, outside of one it costs more than a small
-kernel does. A device that neither table names takes the estimated winner of its type, said once.
+Two tables: the user's, ~/.cache/lora_core/winners.json (XDG_CACHE_HOME), which
+`python -m benchmarks.kernels --tune` writes, precedes winners.json next to this module. A device is
+"cpu", a GPU's name, or a GPU's name and ", replayed": inside a CUDA graph (`replayed`, measured by
+`--tune --graph`) a launch costs nothing, outside of one it costs more than a small kernel does. A
+device that neither table names takes the estimated winners of its type, and one warning says so.
+A choice costs about a microsecond.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core.kernels.modes import dispatch
+
 FORMAT = "lora_core winners 1"
 BACKENDS = ("reference", "fused", "triton")
 REPLAYED = ", replayed"  # after a GPU's name: its winners inside a CUDA graph
 ANY = "*"  # a class or dtype that was not measured by itself
 COMMITTED = Path(__file__).with_name("winners.json")
 COMMAND = "python -m benchmarks.kernels --tune"
-ENTRIES = 4096  # of shapes remembered per op, device and dtype, some 1 MB; a run has as many as layers times buckets
-FIELDS = {"op", "dtype", "class", "winner"}  # of a row; "seconds" of the twins are for people
+# Shapes remembered per op, device and dtype, some 1 MB; a run has as many as layers times buckets.
+ENTRIES = 4096
+FIELDS = {"op", "dtype", "class", "winner"}  # of a row; its "seconds" are for people
 
 WinnersByOp = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> class -> winner
 
@@ -38,73 +43,72 @@ class Winners(NamedTuple):
     estimated: bool
 
 
-class _Known:
-    """What is known of one op, device and dtype."""
+class _Choices:
+    """The winners of one op on one device and dtype, and the shapes already looked up."""
 
     def __init__(self, op: Any, rows: dict[str, str]) -> None:
         self.op = op
         self.rows = rows
-        self.always = (
-            next(iter(set(rows.values()))) if len(set(rows.values())) == 1 else None
-        )  # whatever the shapes
+        winners = set(rows.values())
+        self.only = winners.pop() if len(winners) == 1 else None  # wins whatever the shapes
         self.by_shapes: dict[Any, str] = {}
 
 
 def choose_winner(name: str, op: Any, args: tuple[Any, ...]) -> str:
-    """ "reference", "fused" or "triton": the fastest measured for these arguments' device, dtype (their first tensor's) and class of shapes.
+    """ "reference", "fused" or "triton": the fastest for arguments like these.
 
-    A class that was not measured takes the winner over all that were; an op or dtype that was not takes the device type's estimate. "triton" only
-    for an op that has it. Under torch.compile the answer is a constant of the graph.
+    Device and dtype are those of the first tensor; shapes count by their class. A class that was
+    not measured takes the winner over all that were; an op or dtype that was not takes the device
+    type's estimate. "triton" only for an op that has it. Under torch.compile the answer is a
+    constant of the graph.
     """
-    x = first_tensor(args)
+    x = args[0] if isinstance(args[0], Tensor) else first_tensor(args)
     if torch.compiler.is_compiling():
-        return _constant(
-            name,
-            x.device.type,
-            x.device.index,
-            str(x.dtype),
-            op.triton is not None,
-            shape_class(op, args),
-        )
+        kind, index = x.device.type, x.device.index
+        group = shape_class(op, args)
+        return _constant_winner(name, kind, index, str(x.dtype), op.triton is not None, group)
     key = (name, x.device, x.dtype, bool(_replayed))
-    known = _memo.get(key)
-    if known is None or known.op is not op:  # a row of OPS can be replaced
-        known = _memo[key] = _Known(
-            op, _rows(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None)
-        )
-    if known.always is not None:
-        return known.always
+    choices = _memo.get(key)
+    if choices is None or choices.op is not op:  # a row of OPS can be replaced
+        rows = _find_rows(name, x.device.type, x.device.index, str(x.dtype), op.triton is not None)
+        choices = _memo[key] = _Choices(op, rows)
+    if choices.only is not None:
+        return choices.only
     shapes = _shapes(args)
-    winner = known.by_shapes.get(shapes)
+    winner = choices.by_shapes.get(shapes)
     if winner is None:
-        if len(known.by_shapes) >= ENTRIES:
-            known.by_shapes.clear()
-        winner = known.by_shapes[shapes] = known.rows.get(shape_class(op, args), known.rows[ANY])
+        if len(choices.by_shapes) >= ENTRIES:
+            choices.by_shapes.clear()
+        winner = choices.rows.get(shape_class(op, args), choices.rows[ANY])
+        choices.by_shapes[shapes] = winner
     return winner
 
 
 @contextmanager
 def replayed() -> Iterator[None]:
-    """Inside it a GPU's winners are those of a CUDA graph: for the calls that a graph captures, and those that warm it up."""
+    """Inside it a GPU's winners are those of a CUDA graph.
+
+    For the calls that a graph captures, and those that warm it up.
+    """
     _replayed.append(True)
+    dispatch.generation += 1
     try:
         yield
     finally:
         _replayed.pop()
+        dispatch.generation += 1
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:
-    """The one whose device and dtype are the row's."""
+    """The tensor whose device and dtype decide which rows of the table count."""
     return args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
 
 
 def shape_class(op: Any, args: tuple[Any, ...]) -> str:
-    """The op's own class of these arguments, or every tensor's shape with its numbers rounded up to powers of two."""
-    return (
-        op.shape_class(*args)
-        if op.shape_class
-        else ",".join(_rounded(a) for a in args if isinstance(a, Tensor | tuple))
-    )
+    """The op's own class of these arguments, or all shapes with sizes rounded to powers of two."""
+    if op.shape_class:
+        return op.shape_class(*args)
+    return ",".join(_rounded_shape(a) for a in args if isinstance(a, Tensor | tuple))
 
 
 def linear_class(
@@ -117,141 +121,153 @@ def linear_class(
     magnitude: Any = None,
     *rest: Any,
 ) -> str:
-    """The class of lora_linear's arguments: LoRA or DoRA, rows, in, out and rank, rounded up to powers of two."""
-    rows, columns = x.numel() // max(1, x.shape[-1]), down.shape[1]
+    """The class of lora_linear's arguments.
+
+    LoRA or DoRA, rows, in, out and rank, rounded up to powers of two.
+    """
+    rows = _power_of_two(x.numel() // max(1, x.shape[-1]))
+    width, out = _power_of_two(down.shape[1]), _power_of_two(up.shape[0])
     kind = "alone" if weight is None else "lora" if magnitude is None else "dora"
-    return f"{kind} {_up(rows)},{_up(columns)},{_up(up.shape[0])} rank {_up(down.shape[0])}"
+    return f"{kind} {rows},{width},{out} rank {_power_of_two(down.shape[0])}"
 
 
 def grouped_class(x: Tensor, members: tuple[Any, ...]) -> str:
-    """The class of lora_grouped's arguments: LoRA or DoRA, rows, in, summed out and summed rank."""
-    rows, out, rank = (
-        x.numel() // max(1, x.shape[-1]),
-        sum(m.up.shape[0] for m in members),
-        sum(m.down.shape[0] for m in members),
-    )
+    """The class of lora_grouped's arguments.
+
+    LoRA or DoRA, the number of members, rows, in, summed out and summed rank, rounded up to powers
+    of two.
+    """
+    rows, width = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    out, rank = sum(m.up.shape[0] for m in members), sum(m.down.shape[0] for m in members)
     kind = "lora" if all(m.magnitude is None for m in members) else "dora"
-    return f"{kind} {len(members)} of {_up(rows)},{_up(x.shape[-1])},{_up(out)} rank {_up(rank)}"
+    sizes = ",".join(str(_power_of_two(size)) for size in (rows, width, out))
+    return f"{kind} {len(members)} of {sizes} rank {_power_of_two(rank)}"
 
 
 def device_name(kind: str, index: int | None, *, graph: bool = False) -> str:
     """ "cpu", or the GPU's name, with ", replayed" for the table of its CUDA graphs."""
-    return (
-        (torch.cuda.get_device_name(index) + (REPLAYED if graph else ""))
-        if kind == "cuda"
-        else kind
-    )
+    if kind != "cuda":
+        return kind
+    return torch.cuda.get_device_name(index) + (REPLAYED if graph else "")
+
+
+# ---------------------------------------------------------------- tables
 
 
 def cache_file() -> Path:
-    """The user's table."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "lora_core"
-        / "winners.json"
-    )
+    """Path of the user's table."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "lora_core" / "winners.json"
 
 
 def read_winners(path: Path) -> dict[str, Winners]:
-    """Device -> its winners. ValueError, a sentence, where the file is not such a table."""
+    """Device -> its winners. Raises ValueError, a sentence, for a file that is no such table."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or not isinstance(content.get("devices"), dict)
-    ):
+    is_table = isinstance(content, dict) and content.get("format") == FORMAT
+    if not is_table or not isinstance(content.get("devices"), dict):
         raise ValueError(f"{path} is no table of kernels' winners (expected the format {FORMAT!r})")
     tables = {}
     for device, part in content["devices"].items():
         rows: WinnersByOp = {}
         for row in part.get("rows", [None]) if isinstance(part, dict) else [None]:
-            if (
-                not isinstance(row, dict)
-                or not row.keys() >= FIELDS
-                or row["winner"] not in BACKENDS
-            ):
+            if not _is_winner_row(row):
+                expected = f"{', '.join(sorted(FIELDS))}, winner of {BACKENDS}"
                 raise ValueError(
-                    f"{path} has a row for {device} that is none: {row!r} (expected {', '.join(sorted(FIELDS))}, winner of {BACKENDS})"
+                    f"{path} has a row for {device} that is none: {row!r} (expected {expected})"
                 )
             rows.setdefault((row["op"], row["dtype"]), {})[row["class"]] = row["winner"]
         tables[device] = Winners(rows, bool(part.get("estimated")))
     return tables
 
 
+def _is_winner_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= FIELDS and row["winner"] in BACKENDS
+
+
 def store_winners(path: Path, device: str, part: dict[str, Any]) -> None:
-    """Puts a device's measurements (command, date, machine, rows) into the table: a row replaces the one of its op, dtype and class."""
+    """Puts a device's measurements (command, date, machine, rows) into the table.
+
+    A row replaces the one of its op, dtype and class.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     devices: dict[str, Any] = {}
     if path.exists():
         read_winners(path)  # nothing is written over a file that is not ours
         devices = json.loads(path.read_text())["devices"]
-    rows = {
-        (row["op"], row["dtype"], row["class"]): row
-        for row in [*devices.get(device, {}).get("rows", []), *part["rows"]]
-    }
+    rows = {}
+    for row in [*devices.get(device, {}).get("rows", []), *part["rows"]]:
+        rows[row["op"], row["dtype"], row["class"]] = row
     devices[device] = part | {"rows": list(rows.values())}
     scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(_written(devices))
+    scratch.write_text(_to_json(devices))
     scratch.replace(path)
     reload_winners()
 
 
 def reload_winners() -> None:
-    """Reads both tables again: at import, so that no traced function opens a file, and after `store`."""
+    """Reads both tables again.
+
+    At import, so that no traced function opens a file, and after `store_winners`.
+    """
     _memo.clear()
-    _said.clear()
+    _warned_devices.clear()
     _tables[:] = [read_winners(COMMITTED)]
+    dispatch.generation += 1
     path = cache_file()
     if path.exists():
         try:
             _tables.insert(0, read_winners(path))
         except ValueError as error:
-            warnings.warn(
-                f"{error}; it is ignored: delete it, or measure again with {COMMAND}", stacklevel=2
-            )
+            advice = f"delete it, or measure again with {COMMAND}"
+            warnings.warn(f"{error}; it is ignored: {advice}", stacklevel=2)
 
 
-def _written(devices: dict[str, Any]) -> str:
+def _to_json(devices: dict[str, Any]) -> str:
     """The table as JSON with a row on a line, so that a diff of it can be read."""
     parts = []
     for device, part in devices.items():
         rows = ",\n   ".join(json.dumps(row) for row in part["rows"])
-        origin = "".join(
-            f"{json.dumps(key)}: {json.dumps(value)},\n   "
-            for key, value in part.items()
-            if key != "rows"
-        )
+        origin = ""
+        for key, value in part.items():
+            if key != "rows":
+                origin += f"{json.dumps(key)}: {json.dumps(value)},\n   "
         parts.append(f' {json.dumps(device)}: {{\n   {origin}"rows": [\n   {rows}\n  ]}}')
     return f'{{"format": {json.dumps(FORMAT)}, "devices": {{\n' + ",\n".join(parts) + "\n}}\n"
 
 
-def _rows(name: str, kind: str, index: int | None, dtype: str, has_triton: bool) -> dict[str, str]:
+# ---------------------------------------------------------------- look-up
+
+
+def _find_rows(
+    name: str, kind: str, index: int | None, dtype: str, has_triton: bool
+) -> dict[str, str]:
     """Class -> winner of one op, with ANY among them."""
-    dtype, device = dtype.removeprefix("torch."), device_name(kind, index, graph=bool(_replayed))
-    estimate = _estimate(name, kind)
-    found = {ANY: estimate}
-    measured = [
-        table[device] for table in _tables if device in table and not table[device].estimated
-    ]
-    for table in reversed(measured):  # the user's last: it precedes
-        found |= table.rows.get((name, dtype), {})
-    if not measured and kind != "meta" and device not in _said:
-        _said.add(device)
+    dtype = dtype.removeprefix("torch.")
+    device = device_name(kind, index, graph=bool(_replayed))
+    rows = {ANY: _estimated_winner(name, kind)}
+    measured = []
+    for table in _tables:
+        if device in table and not table[device].estimated:
+            measured.append(table[device])
+    for winners in reversed(measured):  # the user's last: it precedes
+        rows |= winners.rows.get((name, dtype), {})
+    if not measured and kind != "meta" and device not in _warned_devices:
+        _warned_devices.add(device)
         command = f"{COMMAND} --graph" if device.endswith(REPLAYED) else COMMAND
         warnings.warn(
-            f"no kernel was measured on {device}: ops take estimated winners, from an H100's; {command} measures",
+            f"no kernel was measured on {device}: ops take estimated winners, from an H100's; "
+            f"{command} measures",
             stacklevel=3,
         )
-    return {
-        group: winner if winner != "triton" or has_triton else "fused"
-        for group, winner in found.items()
-    }
+    if not has_triton:
+        rows = {group: "fused" if won == "triton" else won for group, won in rows.items()}
+    return rows
 
 
-def _estimate(name: str, kind: str) -> str:
+def _estimated_winner(name: str, kind: str) -> str:
     """The winner of an op on a type of device that nobody measured."""
     part = _tables[-1].get(kind + (REPLAYED if _replayed and kind == "cuda" else ""))
     if part is None:
@@ -260,14 +276,15 @@ def _estimate(name: str, kind: str) -> str:
     return rows.get(ANY, "fused")
 
 
-def _constant(
+def _constant_winner(
     name: str, kind: str, index: int | None, dtype: str, has_triton: bool, group: str
 ) -> str:
-    rows = _rows(name, kind, index, dtype, has_triton)
+    rows = _find_rows(name, kind, index, dtype, has_triton)
     return rows.get(group, rows[ANY])
 
 
-_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # all that torch.compiler.assume_constant_result does, after an import of 3 s
+# All that torch.compiler.assume_constant_result does, after an import of 3 s.
+_constant_winner._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -279,32 +296,33 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        [
-            a.shape
-            if isinstance(a, Tensor)
-            else _shapes(a)
-            if isinstance(a, tuple | list)
-            else a is None
-            for a in args
-        ]
-    )
+    """The shapes of the tensors among the arguments, which arguments are None, and nothing else."""
+    shapes: list[Any] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            shapes.append(value.shape)
+        elif isinstance(value, tuple | list):
+            shapes.append(_shapes(value))
+        else:
+            shapes.append(value is None)
+    return tuple(shapes)
 
 
-def _rounded(value: Any) -> str:
+def _rounded_shape(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "x".join(str(_up(n)) for n in value.shape)
-    return "(" + ",".join(_rounded(v) for v in value if isinstance(v, Tensor | tuple)) + ")"
+        return "x".join(str(_power_of_two(size)) for size in value.shape)
+    return "(" + ",".join(_rounded_shape(v) for v in value if isinstance(v, Tensor | tuple)) + ")"
 
 
-def _up(number: int) -> int:
+def _power_of_two(number: int) -> int:
+    """The number rounded up to a power of two."""
     return 1 << max(0, number - 1).bit_length()
 
 
-_memo: dict[tuple[str, torch.device, torch.dtype, bool], _Known] = {}
-_replayed: list[
-    bool
-] = []  # a plain list, as kernels._forced: checkpointing recomputes in autograd's threads
-_said: set[str] = set()
+_memo: dict[tuple[str, torch.device, torch.dtype, bool], _Choices] = {}
+# A plain list: a context variable would not reach autograd's threads, where checkpointing
+# recomputes.
+_replayed: list[bool] = []
+_warned_devices: set[str] = set()
 _tables: list[dict[str, Winners]] = []  # the user's first
 reload_winners()
