@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
 from lora_core.errors import UserError
-from merging.compare import frobenius_norm
-from merging.factor_sums import WeightedAdapters, concat_factors, lpl, slerp
+from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp
 from merging.svd import compress_adapter, distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 

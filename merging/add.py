@@ -32,7 +32,7 @@ from merging.adapter_sums import (
 )
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
-from merging.merge_methods import merge_terms
+from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
 from merging.options import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.output import (
@@ -40,11 +40,13 @@ from merging.output import (
     check_adapter_output,
     check_output,
     make_output,
+    print_note,
+    print_warning,
     print_written,
+    report_table,
     round_adapter,
     write_adapter,
 )
-from merging.printing import print_note, print_warning, report_table
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.token_names import join_tokens
 from merging.truncation import ApproximationReport

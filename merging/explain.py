@@ -16,7 +16,7 @@ from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_
 from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums
 from merging.opening import open_adapter
 from merging.options import Explain
-from merging.printing import align_columns
+from merging.output import align_columns
 from merging.svd import one_thread
 
 

@@ -28,11 +28,13 @@ from merging.output import (
     Output,
     check_adapter_output,
     check_output,
+    print_note,
+    print_warning,
     print_written,
+    report_table,
     token_file_path,
     write_adapter,
 )
-from merging.printing import print_note, print_warning, report_table
 from merging.recipe import write_sidecar
 from merging.token_names import join_tokens
 

@@ -99,9 +99,9 @@ def sha256_digest(path: str) -> str:
                 found.update(part)
         return found.hexdigest()
     if not place.is_dir():
-        from merging.base_models import download_model  # imports the networks' libraries
+        from models import hub_models  # imports the hub's client
 
-        place = download_model(path)
+        place = hub_models.download_model(path)
     lines = []
     for file in sorted(place.rglob("*")):
         name = file.relative_to(place)
