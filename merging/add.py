@@ -30,11 +30,11 @@ from merging.adapter_sums import (
     layers_by_key,
     lpl_layers,
 )
+from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
 from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
-from merging.options import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.output import (
     Output,
     check_adapter_output,

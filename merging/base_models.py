@@ -15,8 +15,8 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
+from merging.commands import ReadOptions
 from merging.opening import is_whole_model, open_layout
-from merging.options import ReadOptions
 from models import hub_models, single_file
 
 

@@ -24,6 +24,15 @@ from merging.adapter_sums import (
     sketch_generator,
     weighted_layers,
 )
+from merging.commands import (
+    BUDGET,
+    DENSITY_METHODS,
+    UNITS,
+    KeepOptions,
+    MergeMethod,
+    Mix,
+    OpenOptions,
+)
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.opening import (
@@ -32,15 +41,6 @@ from merging.opening import (
     is_whole_model,
     open_adapter,
     widest_dtype,
-)
-from merging.options import (
-    BUDGET,
-    DENSITY_METHODS,
-    UNITS,
-    KeepOptions,
-    MergeMethod,
-    Mix,
-    OpenOptions,
 )
 from merging.output import (
     Output,

@@ -18,12 +18,12 @@ from merging.base_models import (
     open_base_model,
     with_progress,
 )
+from merging.commands import ReadOptions
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
 from merging.model_tokens import add_token_rows, write_tokenizers
 from merging.opening import is_whole_model, open_adapter
-from merging.options import ReadOptions
 from merging.output import (
     Output,
     check_adapter_output,

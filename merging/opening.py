@@ -20,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import WRITABLE
 from lora_core.formats.layout import Layout
-from merging.options import OpenOptions, ReadOptions
+from merging.commands import OpenOptions, ReadOptions
 from models import known
 from models.published import PUBLISHED_MODELS
 

@@ -16,9 +16,9 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import load_function
 from lora_core.formats.layout import Layout
+from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
 from merging.opening import is_whole_model
-from merging.options import WriteOptions
 from merging.recipe import make_recipe, recipe_header
 from merging.truncation import ApproximationReport, total_report
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from merging.options import flatten
+from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder

@@ -23,8 +23,8 @@ from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, mix_layers_dense
+from merging.commands import ReadOptions
 from merging.factor_sums import cosine_similarity
-from merging.options import ReadOptions
 from merging.ties_dare import ties
 from merging.truncation import Keep
 from models import read_layout
