@@ -115,7 +115,7 @@ def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks
 def test_make_installs_with_a_python_that_is_new_enough_and_has_pip(
     tmp_path: Path, version: str, left: str
 ) -> None:
-    """An old python3 is named before torch is fetched; a .venv without pip (Debian) is completed."""
+    """An old python3 is named before torch is fetched; a .venv without pip is completed."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     fake = tmp_path / "python"
@@ -142,7 +142,8 @@ echo "$0 $*" >> calls
     ) == (version != "3.10")
     assert (
         done.returncode == 0
-        or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make"
+        or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 "
+        "make"
         in done.stderr
     )
 
@@ -210,9 +211,10 @@ def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(
 
 
 def build(hook: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A hook of the build backend, as pip calls it: in the repository, with the folder to write to if it takes one."""
-    place = [] if hook.startswith("get_requires") else [str(folder)]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backend; print(backend.{hook}(*{place!r}))"
+    """Call a hook of the build backend as pip does, with a folder to write to if it takes one."""
+    arguments = [] if hook.startswith("get_requires") else [str(folder)]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backend; "
+    code += f"print(backend.{hook}(*{arguments!r}))"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
