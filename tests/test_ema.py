@@ -18,7 +18,7 @@ def params(dtype=torch.float64):
 
 
 def train_(ps, step):
-    """A made-up optimiser step."""
+    """A made-up optimizer step."""
     with torch.no_grad():
         for p in ps:
             p.add_(

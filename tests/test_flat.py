@@ -144,9 +144,9 @@ def test_files_copies_and_state_dicts_notice_nothing(name: str, tmp_path) -> Non
         kept = values(model)
         train(other, again, 1)
         assert same(kept, values(model)) and not same(kept, values(other))
-    twin, again = copy.deepcopy((model, optimizer))
-    train(model, optimizer, 2), train(twin, again, 2)
-    assert same(values(model), values(twin))
+    copied, again = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2), train(copied, again, 2)
+    assert same(values(model), values(copied))
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -126,7 +126,7 @@ def test_the_scale_moves_as_torchs(name):
 
 
 def test_prodigy_unscales_for_torchs_scaler():
-    """GradScaler without unscale_ hands grad_scale to an optimiser of this protocol."""
+    """GradScaler without unscale_ hands grad_scale to an optimizer of this protocol."""
 
     def run(scaler):
         params = with_grads((4,))
