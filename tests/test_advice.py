@@ -12,8 +12,7 @@ import pytest
 
 from infer import Infer
 from lora_core.config import Config, Stage
-from merging.commands import COMMANDS
-from merging.options import flatten
+from merging.commands import COMMANDS, flatten
 from tests.test_house import PRODUCT, ROOT
 
 UNKNOWN = "\0"  # stands for what a message fills in

@@ -85,7 +85,7 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
         schedule = SCHEDULES[name]
     else:
         schedule = load_from_file(file, function, "function")
-    check_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
+    check_known_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
 
     def compute_multiplier(step: int, total: int, warmup: int) -> float:
         try:
@@ -105,7 +105,7 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
     return compute_multiplier
 
 
-def check_arguments(
+def check_known_arguments(
     fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()
 ) -> None:
     """Raises UserError naming the first of `args` that `fn` does not take, with the nearest name.
