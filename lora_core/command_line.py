@@ -113,10 +113,10 @@ def _help_texts(cls: type) -> dict[str, str]:
 @REGISTRY.primitive_rule
 def _table_option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Reads `--option a=1 b=2` for the types above; None leaves other types to tyro."""
-    row = next((row for kind, row in TABLE_TYPES.items() if kind == info.type), None)
-    if row is None:
+    found = next((how for kind, how in TABLE_TYPES.items() if kind == info.type), None)
+    if found is None:
         return None
-    read, metavar = row
+    read, metavar = found
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar=metavar,

@@ -131,8 +131,8 @@ def _check_keys(table: dict[str, Any], cls: type, prefix: str, known: dict[str, 
                 raise UserError(f"{message}; write [{name}] and its options below")
             _check_keys(value, kind, f"{name}.", known)  # type: ignore[arg-type]
         for inner in filter(is_dataclass, get_args(kind)):
-            for i, row in enumerate(_tables(value, name)):
-                _check_keys(row, inner, f"{name}.{i}.", known)  # type: ignore[arg-type]
+            for i, inner_table in enumerate(_tables(value, name)):
+                _check_keys(inner_table, inner, f"{name}.{i}.", known)  # type: ignore[arg-type]
 
 
 def _unknown_key(key: str, prefix: str, hints: list[str], known: dict[str, str]) -> str:
@@ -145,7 +145,7 @@ def _unknown_key(key: str, prefix: str, hints: list[str], known: dict[str, str])
 
 def _tables(value: Any, name: str) -> list[dict[str, Any]]:
     """The value of a list of tables. Raises UserError for anything else."""
-    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
     message = f"{name} is {value!r}, expected a list of tables"
     raise UserError(f"{message}; write [[{name}]] in double brackets for each")

@@ -23,7 +23,7 @@ def check_apart_from_inputs(out: Path | str, inputs: Mapping[str, str], *, overw
     folder = Path(os.path.abspath(out))
     harm = "the run's files would be mixed with it"
     if overwrite:
-        harm = "--overwrite would move what the run needs"
+        harm = "--overwrite would move files that the run needs"
     for option, given in inputs.items():
         relation = _relation(folder, Path(os.path.abspath(given))) if given else ""
         if relation == "lies in" and not overwrite:

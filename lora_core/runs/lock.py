@@ -114,7 +114,7 @@ def check_lock_free(folder: Path) -> None:
     path = folder / LOCK
     try:
         file = open(path, "r+b")  # noqa: SIM115
-    except OSError:  # no such file, or one that is not ours to write: `hold` will say so
+    except OSError:  # no such file, or one that is not ours to write: `hold` raises the error
         return
     with file:
         if not _try_lock(file):

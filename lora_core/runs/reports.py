@@ -47,29 +47,29 @@ class LogBook:
     def flush(self) -> list[dict[str, Any]]:
         """Writes the waiting metrics to metrics.jsonl and returns them as plain numbers."""
         _read_tensors(self.waiting)
-        rows, self.waiting = self.waiting, []
-        for row in rows:
-            self.run.log(row)
+        entries, self.waiting = self.waiting, []
+        for entry in entries:
+            self.run.log(entry)
             if self.sink is not None:
-                self.sink(row["step"], _floats(row))
-        return rows
+                self.sink(entry["step"], _floats(entry))
+        return entries
 
 
-def _read_tensors(rows: list[dict[str, Any]]) -> None:
-    """Replaces the tensors in `rows` by numbers, in one transfer from the device."""
+def _read_tensors(entries: list[dict[str, Any]]) -> None:
+    """Replaces the tensors in `entries` by numbers, in one transfer from the device."""
     places = []
-    for row in rows:
-        places += [(row, name) for name, value in row.items() if isinstance(value, Tensor)]
+    for entry in entries:
+        places += [(entry, name) for name, value in entry.items() if isinstance(value, Tensor)]
     if not places:
         return
-    tensors = [row[name].detach().double().reshape(()) for row, name in places]
-    for (row, name), number in zip(places, torch.stack(tensors).tolist()):
-        is_count = not row[name].is_floating_point()
-        row[name] = int(number) if is_count else number
+    tensors = [entry[name].detach().double().reshape(()) for entry, name in places]
+    for (entry, name), number in zip(places, torch.stack(tensors).tolist()):
+        is_count = not entry[name].is_floating_point()
+        entry[name] = int(number) if is_count else number
 
 
-def _floats(row: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if k != "step" and isinstance(v, float)}
+def _floats(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in entry.items() if k != "step" and isinstance(v, float)}
 
 
 # ---------------------------------------------------------------- TensorBoard and W&B
@@ -172,10 +172,10 @@ def _read_columns(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Metric -> (steps, values), those that are finite."""
     columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for line in path.read_text().splitlines():
-        row = json.loads(line)
-        for name, value in _floats(row).items():
+        entry = json.loads(line)
+        for name, value in _floats(entry).items():
             if math.isfinite(value):
-                columns[name][0].append(row["step"])
+                columns[name][0].append(entry["step"])
                 columns[name][1].append(value)
     return columns
 

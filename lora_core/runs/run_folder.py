@@ -157,18 +157,18 @@ class Run:
             temporary.write_text(text, encoding="utf-8")
         return self.folder / name
 
-    def log(self, row: dict[str, Any], *, to: str = "metrics") -> None:
+    def log(self, entry: dict[str, Any], *, to: str = "metrics") -> None:
         """Appends a line, which has a "step", to OUT/<to>.jsonl and flushes it.
 
         A line that does not fit on the disk leaves no trace.
         """
-        if type(row.get("step")) is not int:
+        if type(entry.get("step")) is not int:
             raise ValueError(
-                f"a line of {to}.jsonl has step {row.get('step')!r}; "
+                f"a line of {to}.jsonl has step {entry.get('step')!r}; "
                 "expected the number of steps done, by which a resumed run cuts"
             )
         path = self.folder / f"{to}.jsonl"
-        line = (json.dumps(row) + "\n").encode()
+        line = (json.dumps(entry) + "\n").encode()
         with _disk_errors(path), open(path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
