@@ -718,7 +718,7 @@ def test_a_mask_outside_the_centre_crop_moves_the_crop_and_is_counted(tmp_path, 
         again = ImageDataset(records, ImageSettings(64), seed=seed).example(0, visit)
         assert again.crop == moved.crop
     said = (
-        "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; "
+        "the center crop shows nothing of the mask of 1 of 2 images, first a.png; "
         "they are cropped around their masks instead"
     )
     assert describe_moved_crops(folder).startswith(
