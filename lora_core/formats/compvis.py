@@ -110,8 +110,7 @@ def unet_module_names(paths: Iterable[str]) -> dict[str, str]:
     Layers that the original code does not have are left out.
     """
     paths = list(paths)
-    blocks = name_unet_blocks(paths)
-    names = {path: _rename(path, blocks) for path in paths}
+    names = _rename_all(paths, name_unet_blocks(paths))
     return {path: name for path, name in names.items() if name}
 
 
@@ -291,8 +290,7 @@ def _name_tensors(
 ) -> dict[str, StoredTensor]:
     """One entry a tensor, named by the innermost known module around it."""
     entries: dict[str, StoredTensor] = {}
-    for key, shape in shapes.items():
-        name = _rename(key, modules)
+    for key, name in _rename_all(shapes, modules).items():
         if not name:
             raise UserError(
                 f"{key} has no name in a single file of this kind; "
@@ -303,16 +301,19 @@ def _name_tensors(
                 f"{key} and {entries[name].keys[0]} would both be {name} in a single file; "
                 "the network names one layer twice"
             )
-        entries[name] = StoredTensor((key,), shape)
+        entries[name] = StoredTensor((key,), shapes[key])
     return entries
 
 
-def _rename(key: str, modules: Mapping[str, str]) -> str:
-    """The key with the innermost known module around it renamed; "" where none is known."""
-    module = key
-    while module and module not in modules:
-        module = module.rpartition(".")[0]
-    return modules[module] + key[len(module) :] if module else ""
+def _rename_all(keys: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
+    """Key -> the key with the innermost known module around it renamed; "" where none is known."""
+    names = {}
+    for key in keys:
+        module = key
+        while module and module not in modules:
+            module = module.rpartition(".")[0]
+        names[key] = modules[module] + key[len(module) :] if module else ""
+    return names
 
 
 def _inner(here: str, there: str, names: Mapping[str, str]) -> dict[str, str]:

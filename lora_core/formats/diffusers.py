@@ -32,7 +32,7 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
-from lora_core.formats.known_formats import PEFT_HEADER, load_function
+from lora_core.formats.known_formats import PEFT_HEADER, import_function
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 # End of a projection's path -> its names in attention processors, with and without that level.
@@ -49,9 +49,9 @@ PROCESSORS = {
 PROCESSOR_KEY = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 
-def processor_names(path: str) -> list[str]:
-    """Names under which files of attention processors have a layer."""
-    found = []
+def spell_path(component: Component, path: str) -> list[str]:
+    """The path, then the names under which files of attention processors have the layer."""
+    found = [path]
     for end, names in PROCESSORS.items():
         if path == end or path.endswith("." + end):
             found += [path[: -len(end)] + name for name in names]
@@ -60,7 +60,7 @@ def processor_names(path: str) -> list[str]:
 
 GRAMMAR = Grammar(
     heads=lambda name, component: (name, f"{name}.base_model.model"),
-    names=lambda component, path: (path, *processor_names(path)),
+    names=spell_path,
     leaves={
         "down": ".lora_A.weight",
         "up": ".lora_B.weight",
@@ -85,7 +85,7 @@ def read_diffusers(
     """
     settings: Mapping[str, Any] = {}  # component -> PeftSettings
     if PEFT_HEADER in header:
-        settings = load_function("peft_settings", "header_settings")(header, source)
+        settings = import_function("peft_settings", "header_settings")(header, source)
     if settings and any(key.endswith(".alpha") for key in tensors):
         raise UserError(
             f"{source} gives its strength twice, in alpha tensors and in the header "

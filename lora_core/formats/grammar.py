@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Grammar:
     # (name, component) -> beginnings of its keys; the first is written, all are read; "" is none
     heads: Callable[[str, Component], tuple[str, ...]]
     # (component, published path) -> the dotted names of a module; likewise
-    names: Callable[[Component, str], tuple[str, ...]]
+    names: Callable[[Component, str], Sequence[str]]
     leaves: Mapping[str, str]  # role -> leaf that is written
     scale: Literal["folded", "alpha"]  # multiplied into up, or a tensor alpha = scale * rank
     # (out, ndim of the weight) -> shape of a DoRA magnitude by rows
@@ -134,12 +134,13 @@ def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]
 
 def _spell_path(grammar: Grammar, component: Component, path: str) -> list[str]:
     """The names of a module, each with and without the level that installed modules lack."""
-    dotted = []
+    spellings: list[str] = []
     for name in grammar.names(component, path):
-        for words in (name, name.removeprefix(component.module_prefix)):
-            if words not in dotted:
-                dotted.append(words)
-    return [words.replace(".", grammar.separator) for words in dotted]
+        for dotted in (name, name.removeprefix(component.module_prefix)):
+            words = dotted.replace(".", grammar.separator)
+            if words not in spellings:
+                spellings.append(words)
+    return spellings
 
 
 # ---------------------------------------------------------------- writing

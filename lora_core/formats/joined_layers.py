@@ -94,7 +94,7 @@ def _join_component(component: Component) -> Component:
         return component
     shapes = dict(component.shapes)
     for joined, parts in component.fused.items():
-        out = sum(component.shapes[path][0] for path in parts)
+        out = sum([component.shapes[path][0] for path in parts])
         shapes[joined] = (out, *component.shapes[parts[0]][1:])
     for path, name in _swapped_names(component).items():
         shapes[name] = component.shapes[path]

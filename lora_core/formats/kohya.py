@@ -19,6 +19,7 @@ under the original code's names or ours, and the prefixes of OneTrainer and Simp
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,6 +56,7 @@ GRAMMAR = Grammar(
     magnitude=lambda out, ndim: (out,) + (1,) * (ndim - 1),
     columns=True,
 )
+UNET_PATH = re.compile(r"down_blocks\.")
 # OneTrainer counts text encoders; kohya's lora_te3 is the third network of its kind.
 OTHER_PREFIXES = {"t5": ("lora_te2",)}
 
@@ -88,7 +90,8 @@ def original_names(component: Component) -> Mapping[str, str]:
 
     Empty for a network that does not come from there.
     """
-    if component.names or not any(path.startswith("down_blocks.") for path in component.shapes):
+    is_unet = any(map(UNET_PATH.match, component.shapes))
+    if component.names or not is_unet:
         return component.names
     names = compvis.unet_module_names(component.shapes)
     one_to_one = len(set(names.values())) == len(component.shapes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import joined_layers, kohya
-from lora_core.formats.diffusers import processor_names
+from lora_core.formats.diffusers import spell_path
 from lora_core.formats.grammar import (
     STRICT,
     Grammar,
@@ -124,8 +124,8 @@ def _only_fitting(
 def _peft_grammar(layout: Layout) -> Grammar:
     original = kohya.all_original_names(layout)
 
-    def names(component: Component, path: str) -> tuple[str, ...]:
-        return (path, *processor_names(path), original.get(path, path))
+    def names(component: Component, path: str) -> list[str]:
+        return [*spell_path(component, path), original.get(path, path)]
 
     return Grammar(
         heads=lambda name, component: (MODULE, ""),

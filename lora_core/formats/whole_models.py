@@ -306,8 +306,8 @@ def write_checkpoint_file(
         if path.suffix == ".safetensors":
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
-            tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
             with atomic_write(path) as temporary:
+                tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
                 torch.save({"state_dict": tensors}, temporary)
 
 
