@@ -29,8 +29,7 @@ from lora_core.data.dataset import (
     iterate_batches,
     scan_folder,
 )
-from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask
-from lora_core.data.srgb import to_srgb
+from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask, to_srgb
 from lora_core.diffusion.losses import masked_mean
 from lora_core.diffusion.start_images import fit_image
 from lora_core.errors import UserError
