@@ -313,7 +313,7 @@ def image_position_ids(height: int, width: int, device: torch.device | str = "cp
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [b, heads, s, d] (arXiv 2104.09864 eq. 34).
 
-    Each pair of neighbours turns by its angle, cos and sin [s, d].
+    Each pair of neighbors turns by its angle, cos and sin [s, d].
     """
     even, odd = x[..., ::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin

@@ -139,7 +139,7 @@ def test_of_two_kinds_txt_comes_first_and_the_other_is_named(tmp_path: Path) -> 
     records = scan_folder(tmp_path)
     assert [r.captions for r in records] == [("from txt",), ("from caption",)]
     assert dataset.find_unused_files(tmp_path, records) == {
-        "texts beside images that have another caption": [tmp_path / "a.caption"]
+        "texts of images that have another caption": [tmp_path / "a.caption"]
     }
     with pytest.raises(UserError, match=r"1 of 2 images lack a \.txt"):
         scan_folder(tmp_path, captions="txt")

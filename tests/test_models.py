@@ -2,6 +2,9 @@
 architectures without weights.
 """
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ from lora_core.diffusion.generation import (
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from models import LoadOptions, load_family
+from models import FAMILIES, LoadOptions, load_family
 from models.sd import PRESETS, unet_presets
 from tests.tiny_pipeline import pipeline
 
@@ -330,3 +333,19 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     assert (
         "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes
     )
+
+
+def test_every_pipeline_of_a_family_is_found_by_its_name() -> None:
+    by_file: dict[str, list[str]] = {}
+    for name, file in FAMILIES.items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
+        assert tuple(names) == importlib.import_module(file).PIPELINES
+
+
+def test_a_family_is_imported_when_a_model_of_it_is_opened() -> None:
+    code = "import sys, models; print([name for name in sys.modules if name.startswith(PREFIXES)])"
+    prefixes = ("diffusers", "transformers", "models.sd", "models.flux", "models.single_file")
+    code = f"PREFIXES = {prefixes}; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

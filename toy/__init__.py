@@ -1,3 +1,1 @@
-"""The embedded toy model: drawings, pretraining, recogniser and evaluation of a small latent
-diffusion model.
-"""
+"""The embedded toy model: drawings, pretraining, recogniser and evaluation."""

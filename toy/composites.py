@@ -104,9 +104,7 @@ def _mouth(ink: Pen, rng: Random, main: RGB) -> None:
 
 
 def emblem(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    """A badge put together at random: a frame in the main color around or under a motif in the
-    second one.
-    """
+    """A random badge: a frame in the main color with a motif in the second one."""
     main, second = palette["main"], palette["second"]
     frame = rng.choice(("ring", "ring", "disc", "tile", "shield", "gear"))
     field = LIGHT if main != LIGHT and rng.random() < 0.6 else DARK

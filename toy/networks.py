@@ -65,10 +65,10 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes vocab.json, merges.txt and the two configs of a CLIPTokenizer whose grammar words are
-    single tokens.
+    """Writes the files of a CLIPTokenizer whose grammar words are single tokens.
 
-    CLIP cuts "close-up" at its hyphen, the one exception.
+    They are vocab.json, merges.txt and two configs. CLIP cuts "close-up" at its hyphen, the one
+    exception.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges, symbols = learn_merges(grammar_words()), byte_symbols()
@@ -102,8 +102,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 image; the posterior starts narrow (log
-    variance -5).
+    """An autoencoder of 0.66 M parameters with 8 x 16 x 16 latents of a 64 x 64 image.
+
+    The posterior starts narrow (log variance -5).
     """
     vae = AutoencoderKL(
         in_channels=3,
@@ -158,8 +159,9 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels (Rombach et al., arXiv 2112.10752): scaled linear, 1000
-    steps, epsilon prediction.
+    """Stable Diffusion's scheduler: scaled linear, 1000 steps, epsilon prediction.
+
+    Rombach et al., arXiv 2112.10752.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -181,8 +183,9 @@ def write_pipeline(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
 ) -> None:
-    """Writes the folder that StableDiffusionPipeline.from_pretrained reads, weights in fp16, under
-    a temporary name first.
+    """Writes the folder that StableDiffusionPipeline.from_pretrained reads, weights in fp16.
+
+    It is written under a temporary name and renamed.
     """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)

@@ -80,9 +80,7 @@ def decoder_stage(seed: int) -> None:
 
 
 def export_stage(seed: int) -> None:
-    """Writes toy/model from the newest checkpoints, the averaged weights of denoiser and text
-    encoder.
-    """
+    """Writes toy/model from the newest checkpoints, with averaged weights."""
     if dist.is_initialized() and dist.get_rank():
         return
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")

@@ -195,9 +195,9 @@ class ImageDataset:
         )
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
-        """A name for what is computed from the pixels of this visit, cut to `size`.
+        """The cache key of what is computed from this visit's pixels, cut to `size`.
 
-        None is the record's own size. The name depends on the content and every setting that
+        None is the record's own size. The key depends on the content and every setting that
         changes pixels, not on captions. Raises UserError when pixels are fresh at every visit,
         because then nothing would be read twice.
         """
@@ -346,7 +346,7 @@ def describe_moved_crops(folder: ImageDataset) -> str:
     count = f"{len(folder.off_center)} of {images} images, first {folder.off_center[0]}"
     other = "" if folder.settings.buckets else " (--data.buckets cuts off less)"
     return (
-        f"the centre crop shows nothing of the mask of {count}; "
+        f"the center crop shows nothing of the mask of {count}; "
         f"they are cropped around their masks instead{other}"
     )
 

@@ -17,9 +17,8 @@ from huggingface_hub import cached_assets_path
 from PIL import UnidentifiedImageError
 
 from lora_core.data.captions import CAPTION_COLUMNS
-from lora_core.data.images import READ_ERRORS, decode_image
+from lora_core.data.images import READ_ERRORS, decode_image, to_srgb
 from lora_core.data.listing import METADATA_TABLES
-from lora_core.data.srgb import to_srgb
 from lora_core.errors import UserError, first_line
 
 MARK = "dataset.json"  # the source of a complete export

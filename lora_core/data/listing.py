@@ -152,7 +152,7 @@ def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Pat
             add(path, "masks that are not asked for (--data.masks file)")
         for path in itertools.chain.from_iterable(part.texts.values()):
             blank = not path.read_bytes().strip()
-            add(path, "empty texts" if blank else "texts beside images that have another caption")
+            add(path, "empty texts" if blank else "texts of images that have another caption")
         if part.table is not None:
             add(part.table, "tables that the chosen captions do not read")
         for path in part.images:

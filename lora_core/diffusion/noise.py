@@ -448,7 +448,7 @@ def _add_coarse_noise(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> 
 
     Level i = 1, 2, ... is 1/r^i as large, r uniform in [2, 4) per level. The sum is divided by its
     own standard deviation. kohya divides by that of the whole batch, which would make an example's
-    noise depend on its neighbours, also adds a full-size copy at i = 0 (white noise again), and
+    noise depend on its neighbors, also adds a full-size copy at i = 0 (white noise again), and
     divides after the offset is added.
     """
     c, h, w = eps.shape

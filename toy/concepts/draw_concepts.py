@@ -1,5 +1,4 @@
-"""The three concepts that pretraining never sees, and the folders of five images each that teach
-them.
+"""The three concepts that pretraining never sees, drawn as training sets of five images.
 
 `zib` is a small teal one-eyed alien with an orange scarf and two antennae, `trilo` a three-petal
 logo in a ring, `inkwash` a way of drawing. `python -m toy.concepts.draw_concepts` rewrites the

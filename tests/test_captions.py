@@ -1,10 +1,8 @@
-"""names: the rule that tells file names that somebody wrote from those of cameras and programs, as
-a table.
-"""
+"""Captions from file names: names that somebody wrote, and those of cameras and programs."""
 
 import pytest
 
-from lora_core.data.file_names import looks_like_caption
+from lora_core.data.captions import looks_like_caption
 
 UNWRITTEN = [
     "IMG_4711", "IMG_E4711", "img_4711 (2)", "IMG-20240501-WA0001", "IMG_20240501_123456_HDR",
