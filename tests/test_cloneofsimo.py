@@ -25,7 +25,7 @@ from tests.tiny_pipeline import pipeline, random_state
 
 DISNEY = (
     Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"
-)  # beside the checkout, where there is one
+)  # next to the checkout, where there is one
 PLAIN = ("*attn?.to_*", "*ff.net.0.proj")
 EXTENDED = (*PLAIN, "*resnets*conv*", "*time_emb_proj")
 TEXT = ("*self_attn*proj",)

@@ -82,7 +82,7 @@ def seeds():
     native = load_file(folder / "diffusersFalse.safetensors")
     rows = AdapterState(tokens={"clip_l": torch.randn(2, 6)}, token_names=("<a>", "<b>"))
     formats.save(rows, folder / "rows.safetensors", format="embeddings")
-    told = {
+    recorded = {
         "lora_adapter_metadata": json.dumps(
             {"unet.r": 2, "unet.lora_alpha": 1, "unet.rank_pattern": {"to_q": 2}}
         )
@@ -100,7 +100,7 @@ def seeds():
         "lora_unet_to_q.dora_scale": torch.rand(1, 6),
     }
     made = {
-        "told": (native, told),
+        "recorded": (native, recorded),
         "lycoris": (lycoris, {"ss_network_args": json.dumps({"wd_on_output": "False"})}),
     }
     comfy = {
@@ -218,7 +218,7 @@ def copied(header, key, rng):
     )
 
 
-def told(header, key, rng):
+def recorded(header, key, rng):
     words = [
         "",
         "{",
@@ -256,7 +256,7 @@ KEY_WAYS = (
     moved,
     exchanged,
     copied,
-    told,
+    recorded,
 )
 
 

@@ -30,7 +30,7 @@ from tests.tiny_pipeline import outputs, pipeline, random_state
 
 DISNEY = (
     Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"
-)  # beside the checkout, where there is one
+)  # next to the checkout, where there is one
 
 
 @pytest.fixture(scope="module")
@@ -787,7 +787,7 @@ def good(tmp_path, pipe, layout, format="kohya"):
 
 
 def bad_tensors(tensors):
-    """(what is wrong, tensors, expected sentence)"""
+    """(fault, tensors, expected sentence)"""
     name = "lora_unet_mid_block_attentions_0_proj_in"
     down, up, alpha = (f"{name}.{leaf}" for leaf in ("lora_down.weight", "lora_up.weight", "alpha"))
     return [

@@ -21,7 +21,7 @@ from lora_core.errors import UserError
 from lora_core.formats.pickles import MAGIC, PROTOCOL, read_pickle
 from lora_core.formats.unpickler import Inert
 
-BUILT = []  # what the classes below did
+BUILT = []  # notes of the classes below
 
 
 class Callback:
@@ -207,7 +207,7 @@ class Evil:
         return self.reduced
 
     def __call__(self):
-        """So that pickle agrees to write it as what is called."""
+        """So that pickle agrees to write it as a callable."""
 
 
 def payloads(mark):

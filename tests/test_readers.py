@@ -173,7 +173,7 @@ def test_every_spelling_of_diffusers_is_read(pipe, layout, tmp_path, style, alph
 
 @pytest.mark.parametrize("style", ["A B", "lora", "linear layer", "processors"])
 def test_diffusers_reads_these_spellings_alike(layout, tmp_path, style):
-    """Its loader is not asked about the others: it loses their modules, or raises."""
+    """Its loader does not read the others: it loses their modules, or raises."""
     theirs, mine = pipeline(), pipeline()
     base, state = outputs(mine), random_state(mine, scale=1.0, **ATTENTION)
     unet, text = (
@@ -349,17 +349,17 @@ def test_the_header_of_diffusers_tells_ranks_and_alphas_by_layer(layout, tmp_pat
         f"{name}_lora_layers": peft.get_peft_model_state_dict(getattr(theirs, name))
         for name in ("unet", "text_encoder")
     }
-    told = {
+    recorded = {
         f"{n}_lora_adapter_metadata": getattr(theirs, n).peft_config["default"].to_dict()
         for n in ("unet", "text_encoder")
     }
-    theirs.save_lora_weights(str(tmp_path), **layers, **told)
+    theirs.save_lora_weights(str(tmp_path), **layers, **recorded)
     apply(mine, formats.load(tmp_path / formats.NATIVE, layout), layout)
     assert disagreement(outputs(mine), outputs(theirs), base) < 1e-5
 
 
 def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_path, capsys):
-    small, large, twin = (
+    small, large, equal = (
         nn.ModuleDict({"encoder": nn.ModuleDict({"fc1": nn.Linear(n, 4)})}) for n in (6, 8, 8)
     )
     layout = layout_of(
@@ -367,7 +367,7 @@ def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_p
             "unet": nn.ModuleDict({"conv": nn.Conv2d(4, 6, 1)}),
             "text_encoder": small,
             "text_encoder_2": large,
-            "text_encoder_3": twin,
+            "text_encoder_3": equal,
         }
     )
     for inner, expected in ((6, "text_encoder"), (8, "text_encoder_2")):

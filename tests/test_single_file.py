@@ -36,7 +36,7 @@ NAMES = ("first", "inpainting", "second", "xl", "refiner")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """name -> its folder; the single file is beside it."""
+    """name -> its folder; the single file is next to it."""
     root = tmp_path_factory.mktemp("models")
     save_pipeline(root / "first")
     inpainting = save_pipeline(root / "inpainting")

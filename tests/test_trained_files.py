@@ -54,7 +54,7 @@ def modules(pipe):
 
 
 def batch(pipe):
-    """Latents, noise levels and what the encoder says to two captions, always the same."""
+    """Latents, noise levels and the embeddings of two captions, always the same."""
     size, generator = pipe.unet.config.sample_size, torch.Generator().manual_seed(5)
     latents = torch.randn(2, pipe.unet.config.in_channels, size, size, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)

@@ -490,7 +490,7 @@ def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
     )
     assert split_networks(single, FIRST, {"unet": shapes_of(pipe, "first")["unet"]}).keys() == {
         "unet"
-    }  # what is not asked for is left alone
+    }  # others are left alone
 
 
 def test_other_spellings_are_read(models):

@@ -16,7 +16,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, joined_layers
 from lora_core.formats.container import Shape, is_pickle, read_shapes, read_tensors, write_tensors
-from lora_core.formats.grammar import ReadOptions
+from lora_core.formats.grammar import DecodeOptions
 from lora_core.formats.known_formats import (
     CUSTOM,
     EMBEDDINGS,
@@ -76,7 +76,7 @@ def load(
     if dora_axis not in ("", "rows", "columns"):
         raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
     path = Path(path)
-    options = ReadOptions(allow_extra, dora_axis)
+    options = DecodeOptions(allow_extra, dora_axis)
     files = _find_files(path)
     states = [_load_file(file, layout, options) for file in files]
     merged = states[0]
@@ -117,7 +117,7 @@ def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     return read_shapes(file)
 
 
-def _load_file(path: Path, layout: Layout | None, options: ReadOptions) -> AdapterState:
+def _load_file(path: Path, layout: Layout | None, options: DecodeOptions) -> AdapterState:
     source = str(path)
     if not is_pickle(path):
         tensors, header = read_tensors(path)
@@ -133,7 +133,7 @@ def _read_tensors(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions,
+    options: DecodeOptions,
 ) -> AdapterState:
     for pattern, what in FOREIGN.items():
         key = next(filter(re.compile(pattern).fullmatch, tensors), None)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
-from lora_core.formats.grammar import STRICT, ReadOptions
+from lora_core.formats.grammar import STRICT, DecodeOptions
 from lora_core.formats.layer_numbering import Pair, list_pairs, numbered_components, place_pairs
 from lora_core.formats.layout import Layout
 
@@ -33,7 +33,7 @@ def read_cloneofsimo(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The file's state; tokens in the order of their names, or of the header's list of names.
 

@@ -20,8 +20,8 @@ from lora_core.errors import UserError
 from lora_core.formats import joined_layers, kohya
 from lora_core.formats.grammar import (
     STRICT,
+    DecodeOptions,
     Grammar,
-    ReadOptions,
     decode_adapter,
     find_leaves,
     list_known_keys,
@@ -49,7 +49,7 @@ def read_comfyui(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The file's state.
 
@@ -72,7 +72,7 @@ def read_xlabs(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The state of a file of XLabs' trainer.
 

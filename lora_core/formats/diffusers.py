@@ -23,8 +23,8 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.grammar import (
     STRICT,
+    DecodeOptions,
     Grammar,
-    ReadOptions,
     TensorRole,
     decode_adapter,
     encode_adapter,
@@ -77,7 +77,7 @@ def read_diffusers(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The file's state. Raises UserError.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.grammar import STRICT, ReadOptions
+from lora_core.formats.grammar import STRICT, DecodeOptions
 from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE
 from lora_core.formats.layout import Layout, nearest_name
 
@@ -100,7 +100,7 @@ def read_embeddings(
     metadata: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """Token rows and names, for every kind of .safetensors there is. Raises UserError.
 

@@ -47,7 +47,7 @@ class Grammar:
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class DecodeOptions:
     """Choices of a caller for reading a file."""
 
     allow_extra: bool = False  # unknown keys are left out and named in one line
@@ -55,7 +55,7 @@ class ReadOptions:
     header_axis: str = ""  # the same, from the file's header
 
 
-STRICT = ReadOptions()
+STRICT = DecodeOptions()
 
 
 # ---------------------------------------------------------------- keys
@@ -202,7 +202,7 @@ def decode_adapter(
     layout: Layout | None,
     source: str,
     *,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
     scales: Mapping[str, Scale] | None = None,
 ) -> dict[str, dict[str, Update]]:
     """Component -> published path -> update; factors of convolutions 4-D, of linear layers 2-D.
@@ -319,7 +319,7 @@ def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -
 
 
 def _add_magnitude(
-    update: Update, parts: Mapping[str, Tensor], options: ReadOptions, where: str
+    update: Update, parts: Mapping[str, Tensor], options: DecodeOptions, where: str
 ) -> Update:
     """The update with the file's DoRA magnitude: [out], or by columns [1, in (, 1, 1)]."""
     given = [role for role in ("magnitude", "dora_scale") if role in parts]
@@ -342,7 +342,7 @@ def _add_magnitude(
 
 
 def _magnitude_axis(
-    magnitude: Tensor, weight: Shape, role: str, options: ReadOptions, where: str
+    magnitude: Tensor, weight: Shape, role: str, options: DecodeOptions, where: str
 ) -> str:
     """Whether a magnitude goes by "rows" or "columns": by its shape, where both fit by `options`.
 

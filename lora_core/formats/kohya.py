@@ -31,8 +31,8 @@ from lora_core.errors import UserError
 from lora_core.formats import compvis, joined_layers
 from lora_core.formats.grammar import (
     STRICT,
+    DecodeOptions,
     Grammar,
-    ReadOptions,
     decode_adapter,
     encode_adapter,
     find_leaves,
@@ -66,7 +66,7 @@ def read_kohya(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The file's state.
 

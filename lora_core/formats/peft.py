@@ -21,8 +21,8 @@ from lora_core.formats import joined_layers, kohya
 from lora_core.formats.diffusers import spell_path
 from lora_core.formats.grammar import (
     STRICT,
+    DecodeOptions,
     Grammar,
-    ReadOptions,
     TensorRole,
     Update,
     decode_adapter,
@@ -42,7 +42,7 @@ def read_peft(
     header: Mapping[str, str],
     layout: Layout | None,
     source: str,
-    options: ReadOptions = STRICT,
+    options: DecodeOptions = STRICT,
 ) -> AdapterState:
     """The file's state, with the settings of the config next to it, if there is one.
 
@@ -92,7 +92,7 @@ def _only_fitting(
     known: Mapping[str, Mapping[str, TensorRole]],
     stored: Layout,
     source: str,
-    options: ReadOptions,
+    options: DecodeOptions,
     settings: PeftSettings | None,
 ) -> tuple[str, Found]:
     """(the component that a file fits, its updates). Raises UserError for none or several."""
