@@ -20,8 +20,7 @@ import tyro
 
 from lora_core.errors import UserError
 from lora_core.text import check_unicode, nearest_names
-from merging.commands import COMMANDS, run_command
-from merging.options import flatten
+from merging.commands import COMMANDS, flatten, run_command
 
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 

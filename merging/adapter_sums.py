@@ -11,23 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
-from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from merging.block_weights import LayerFactor, every_layer
-from merging.compare import frobenius_norm
-from merging.factor_sums import WeightedAdapters, concat_factors, lpl, slerp
+from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp
 from merging.svd import compress_adapter, distill_update, one_thread
-from merging.ties_dare import DenseMerge
 from merging.truncation import ApproximationReport, Keep
 
+if TYPE_CHECKING:
+    from merging.ties_dare import DenseMerge
+
 LayerKey = tuple[str, str]  # component, published path
+LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
 BaseWeight = Callable[[str, str], Tensor]  # (component, published path) -> weight of the base model
+
+
+def every_layer(component: str, path: str) -> float:
+    """The factor 1.0 for every layer."""
+    return 1.0
 
 
 class Term(NamedTuple):
@@ -58,29 +63,37 @@ class DenseOptions:
     sketch: int | None = None
 
 
-def iterate_layers(state: AdapterState) -> Iterator[tuple[LayerKey, LowRank]]:
-    """Every layer of an adapter, with its factors."""
+def layers_by_key(state: AdapterState) -> dict[LayerKey, LowRank]:
+    """Every layer of an adapter, in the order of the file."""
+    layers = {}
     for component, adapters in state.components.items():
         for path, adapter in adapters.items():
-            yield (component, path), adapter
+            layers[component, path] = adapter
+    return layers
 
 
 def has_magnitude(state: AdapterState) -> bool:
     """Whether a layer of an adapter is a DoRA."""
-    return any(adapter.magnitude is not None for _, adapter in iterate_layers(state))
+    for adapters in state.components.values():
+        for adapter in adapters.values():
+            if adapter.magnitude is not None:
+                return True
+    return False
 
 
-def weighted_layers(terms: Sequence[Term]) -> Iterator[tuple[LayerKey, WeightedAdapters]]:
+def weighted_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
     """Every layer that at least one term holds with a weight other than 0, with its adapters.
 
     Layers come in the order of their first appearance.
     """
-    keys: dict[LayerKey, None] = {}
-    for term in terms:
-        keys.update((key, None) for key, _ in iterate_layers(term.state))
-    for key in keys:
-        if weighted := list(_weighted_adapters(terms, *key)):
-            yield key, weighted
+    found: dict[LayerKey, list[tuple[float, LowRank]]] = {}
+    for state, weight, factor in terms:
+        for key, adapter in layers_by_key(state).items():
+            weighted = found.setdefault(key, [])
+            own = weight if factor is every_layer else weight * factor(*key)
+            if own != 0:
+                weighted.append((own, adapter))
+    return {key: weighted for key, weighted in found.items() if weighted}
 
 
 def mix_layers(
@@ -97,10 +110,9 @@ def mix_layers(
     Raises UserError, with the layer's name, for a DoRA without a base weight or without a
     criterion, and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers(terms):
-        wanted: Keep | int | None = keep[key] if isinstance(keep, Mapping) else keep
-        if isinstance(wanted, int) and wanted:
-            wanted = Keep(rank=wanted)
+    is_table = isinstance(keep, Mapping)
+    for key, weighted in weighted_layers(terms).items():
+        wanted: Any = _keep_rank(keep[key]) if is_table else keep  # type: ignore[index]
         try:
             merged = _merge_layer(key, weighted, wanted, dense)
         except ValueError as error:
@@ -122,11 +134,11 @@ def mix_layers_dense(
     Random numbers depend on (seed, layer) alone. Raises UserError, with the layer's name, for a
     DoRA without a base weight and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers(terms):
+    for key, weighted in weighted_layers(terms).items():
         try:
             base = dense.base(*key) if dense.base else None
             updates = [weight * delta_weight(lr, base) for weight, lr in weighted]
-            merged = merge(updates, density, keyed_generator(seed, ".".join(key), 0, "merge"))
+            merged = merge(updates, density, layer_generator(seed, key, "merge"))
             distilled = distill_update(
                 merged,
                 keep,
@@ -145,7 +157,8 @@ def mix_layers_slerp(
 
     Raises UserError, with the layer's name, for a DoRA and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers([Term(first, 1 - t), Term(second, t)]):
+    terms = [Term(first, 1 - t), Term(second, t)]
+    for key, weighted in weighted_layers(terms).items():
         try:
             if len(weighted) == 2:
                 lr = slerp(weighted[0][1], weighted[1][1], t)
@@ -166,7 +179,7 @@ def lpl_layers(
     Raises UserError when the files do not hold the same layers with the same ranks; the sentence
     names mix, which takes any.
     """
-    keys, others = dict(iterate_layers(first)), dict(iterate_layers(second))
+    keys, others = layers_by_key(first), layers_by_key(second)
     if only := sorted(keys.keys() ^ others.keys()):
         raise UserError(
             f"lpl needs the same layers in both files, but {len(only)} are in one only, such as "
@@ -198,31 +211,26 @@ def collect_layers(
 
 def sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:
     """The generator of a layer's randomized SVD; None where the exact one is taken."""
-    if dense.sketch is None:
-        return None
-    return keyed_generator(dense.sketch, ".".join(key), 0, "sketch")
+    return None if dense.sketch is None else layer_generator(dense.sketch, key, "sketch")
 
 
-def _weighted_adapters(
-    terms: Sequence[Term], component: str, path: str
-) -> Iterator[tuple[float, LowRank]]:
-    for term in terms:
-        adapter = term.state.components.get(component, {}).get(path)
-        if adapter is not None:
-            weight = term.weight * term.factor(component, path)
-            if weight != 0:
-                yield weight, adapter
+def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
+    """A generator for one layer, the same in every merge with that seed."""
+    # a sum of factors draws nothing, and loads no noise schedules
+    from lora_core.diffusion.noise import keyed_generator
+
+    return keyed_generator(seed, ".".join(key), 0, purpose)
 
 
 def _merge_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
 ) -> tuple[LowRank | None, ApproximationReport]:
     """The adapter of one layer and its report; `keep` is 0 where a budget leaves it nothing."""
-    if any(lr.magnitude is not None for _, lr in weighted):
-        weight, lr = weighted[0]
-        if len(weighted) == 1 and weight == 1 and keep is None:
-            return lr, _exact_report(lr._replace(magnitude=None))
-        return _distill_layer(key, weighted, keep, dense)
+    for weight, lr in weighted:
+        if lr.magnitude is not None:
+            if len(weighted) == 1 and weight == 1 and keep is None:
+                return lr, _exact_report(lr._replace(magnitude=None))
+            return _distill_layer(key, weighted, keep, dense)
     with one_thread():
         lr = concat_factors(weighted)
         if isinstance(keep, Keep):
@@ -233,8 +241,13 @@ def _merge_layer(
     return None, exact._replace(rank=0, lost=exact.norm)
 
 
+def _keep_rank(rank: int) -> Keep | int:
+    return Keep(rank=rank) if rank else 0
+
+
 def _exact_report(lr: LowRank) -> ApproximationReport:
-    return ApproximationReport(lr.rank, lr.rank, frobenius_norm(lr), 0.0)
+    rank = lr.rank
+    return ApproximationReport(rank, rank, frobenius_norm(lr), 0.0)
 
 
 def _distill_layer(

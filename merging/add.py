@@ -27,24 +27,26 @@ from merging.adapter_sums import (
     LayerKey,
     Term,
     has_magnitude,
-    iterate_layers,
+    layers_by_key,
     lpl_layers,
 )
+from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
-from merging.merge_methods import merge_terms
+from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
-from merging.options import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.output import (
     Output,
     check_adapter_output,
     check_output,
     make_output,
+    print_note,
+    print_warning,
     print_written,
+    report_table,
     round_adapter,
     write_adapter,
 )
-from merging.printing import print_note, print_warning, report_table
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.token_names import join_tokens
 from merging.truncation import ApproximationReport
@@ -249,8 +251,8 @@ def _print_lpl_warning(job: LoraAddition, *, is_same: bool = False) -> None:
 
 def _hold_same_update(first: AdapterState, second: AdapterState) -> bool:
     """Whether two files agree in every layer that they share with equal shapes."""
-    others = dict(iterate_layers(second))
-    for key, lr in iterate_layers(first):
+    others = layers_by_key(second)
+    for key, lr in layers_by_key(first).items():
         other = others.get(key)
         if other is None or other.up.shape != lr.up.shape:
             continue

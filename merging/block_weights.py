@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 
 from lora_core.errors import UserError
+from merging.adapter_sums import LayerFactor
 
 BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12)))
 # length of a list -> the blocks it has numbers for (sd-scripts, networks/svd_merge_lora.py)
@@ -23,7 +24,6 @@ BLOCK_LISTS: dict[int, tuple[int, ...]] = {
     26: tuple(range(26)),
 }
 BlockOf = Callable[[str, str], int | None]  # (component, published path) -> index into BLOCKS
-LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
 
 
 def parse_block_weights(
@@ -58,8 +58,3 @@ def factor_by_block(weights: Sequence[float], block_of: BlockOf) -> LayerFactor:
         return 1.0 if index is None else weights[index]
 
     return factor
-
-
-def every_layer(component: str, path: str) -> float:
-    """The factor 1.0 for every layer."""
-    return 1.0

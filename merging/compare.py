@@ -1,10 +1,5 @@
-"""Comparisons of adapters from small matrices: inner products, angles between their spaces, and the
-combination of adapters that is nearest to a given update.
-
-<A, B> = sum of the entries of A * B = s_a s_b sum((up_a^T up_b) * (down_a down_b^T))
-
-in fp64; the dense updates are never formed.
-"""
+"""Comparisons of adapters from small matrices, in fp64: angles between their spaces, and the
+combination of adapters that is nearest to a given update."""
 
 from __future__ import annotations
 
@@ -15,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import LowRank, factor_blocks, refuse_dora
+from lora_core.adapters.weight_updates import LowRank
+from merging.factor_sums import double_blocks, inner_product
 from merging.svd import factor_svd
 
 
@@ -47,34 +43,12 @@ class GramSums(NamedTuple):
     square: float  # squared norm of the update
 
 
-def inner_product(first: LowRank, second: LowRank) -> float:
-    """The inner product of two updates of one layer. Raises UserError for a DoRA."""
-    (up_1, down_1), (up_2, down_2) = _double_blocks(first), _double_blocks(second)
-    return first.scale * second.scale * float(((up_1.mT @ up_2) * (down_1 @ down_2.mT)).sum())
-
-
-def frobenius_norm(lr: LowRank) -> float:
-    """The Frobenius norm of the update. Raises UserError for a DoRA."""
-    up, down = _double_blocks(lr)
-    square = lr.scale * lr.scale * float(((up.mT @ up) * (down @ down.mT)).sum())
-    return math.sqrt(max(0.0, square))
-
-
-def cosine_similarity(first: LowRank, second: LowRank) -> float:
-    """The cosine of the angle between two updates as vectors; 0 when one of them is zero.
-
-    Raises UserError for a DoRA.
-    """
-    norms = frobenius_norm(first) * frobenius_norm(second)
-    return inner_product(first, second) / norms if norms else 0.0
-
-
 def inner_product_with_dense(delta: Tensor, lr: LowRank) -> float:
     """The inner product of a dense update, shaped like the base weight, and an adapter's.
 
     It takes one thin product. Raises UserError for a DoRA.
     """
-    up, down = _double_blocks(lr)
+    up, down = double_blocks(lr)
     dense = delta.double().reshape(*up.shape[:2], -1)
     return lr.scale * float(((dense @ down.mT) * up).sum())
 
@@ -128,13 +102,6 @@ def fit_coefficients(layers: Iterable[GramSums]) -> LeastSquaresFit:
     coefficients = inverse @ (products / norms) / norms
     left = square - 2 * float(coefficients @ products) + float(coefficients @ gram @ coefficients)
     return LeastSquaresFit(coefficients, math.sqrt(max(0.0, left) / square) if square else 0.0)
-
-
-def _double_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
-    """`factor_blocks` in fp64. Raises UserError for a DoRA."""
-    refuse_dora(lr)
-    up, down = factor_blocks(lr)
-    return up.double(), down.double()
 
 
 def _spaces(lr: LowRank, tolerance: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lora_core.errors import UserError
-from merging.compare import frobenius_norm
+from merging.commands import Convert, OpenOptions
 from merging.expression import WeightedFile
+from merging.factor_sums import frobenius_norm
 from merging.opening import find_layout, is_whole_model, open_adapter
-from merging.options import Convert, OpenOptions
 from merging.output import (
     Output,
     check_adapter_output,
     make_output,
     print_written,
+    report_table,
     round_adapter,
     write_adapter,
 )
-from merging.printing import report_table
 from merging.truncation import ApproximationReport
 
 

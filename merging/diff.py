@@ -9,11 +9,12 @@ from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from merging.adapter_sums import LayerKey
-from merging.compare import cosine_similarity, principal_angles
+from merging.commands import Diff, OpenOptions
+from merging.compare import principal_angles
+from merging.factor_sums import cosine_similarity
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter
-from merging.options import Diff, OpenOptions
-from merging.printing import align_columns, print_note
+from merging.output import align_columns, print_note
 
 Spectra = Mapping[LayerKey, LayerSpectrum]
 

@@ -14,16 +14,18 @@ from lora_core.errors import UserError
 from lora_core.formats.whole_models import weight_key
 from merging.adapter_sums import DenseOptions, LayerKey, MergedLayer, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
+from merging.commands import Distill
 from merging.layer_choice import parse_layer_choice
-from merging.options import Distill
 from merging.output import (
+    align_columns,
     check_adapter_output,
     make_output,
+    print_note,
     print_written,
+    report_table,
     round_adapter,
     write_adapter,
 )
-from merging.printing import align_columns, print_note, report_table
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 

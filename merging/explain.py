@@ -13,10 +13,10 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from merging.adapter_sums import LayerKey, has_magnitude
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
+from merging.commands import Explain
 from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums
 from merging.opening import open_adapter
-from merging.options import Explain
-from merging.printing import align_columns
+from merging.output import align_columns
 from merging.svd import one_thread
 
 

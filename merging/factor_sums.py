@@ -1,4 +1,4 @@
-"""Sums of adapters of one layer in factor space.
+"""Sums and inner products of adapters of one layer, in factor space.
 
 sum_i w_i delta W_i = [w_1 s_1 up_1, w_2 s_2 up_2, ...] [down_1; down_2; ...]
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
 from lora_core.errors import UserError
-from merging.compare import cosine_similarity, frobenius_norm
 
 WeightedAdapters = Sequence[tuple[float, LowRank]]  # (weight, adapter), all of one layer
 LPL_WARNING = (
@@ -55,10 +54,10 @@ def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
     Factors of which one is zero stay as they are.
     """
-    largest = float(up.abs().max()), float(down.abs().max())
-    if not all(0 < value < math.inf for value in largest):
+    largest_up, largest_down = float(up.abs().max()), float(down.abs().max())
+    if not (0 < largest_up < math.inf and 0 < largest_down < math.inf):
         return up, down
-    t = 2.0 ** round((math.log2(largest[1]) - math.log2(largest[0])) / 2)
+    t = 2.0 ** round((math.log2(largest_down) - math.log2(largest_up)) / 2)
     return up * t, down / t
 
 
@@ -102,6 +101,35 @@ def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
     return concat_factors(list(zip(weights, (first, second))))
 
 
+def inner_product(first: LowRank, second: LowRank) -> float:
+    """The inner product of two updates of one layer. Raises UserError for a DoRA."""
+    (up_1, down_1), (up_2, down_2) = double_blocks(first), double_blocks(second)
+    return first.scale * second.scale * float(((up_1.mT @ up_2) * (down_1 @ down_2.mT)).sum())
+
+
+def frobenius_norm(lr: LowRank) -> float:
+    """The Frobenius norm of the update. Raises UserError for a DoRA."""
+    up, down = double_blocks(lr)
+    square = lr.scale * lr.scale * float(((up.mT @ up) * (down @ down.mT)).sum())
+    return math.sqrt(max(0.0, square))
+
+
+def cosine_similarity(first: LowRank, second: LowRank) -> float:
+    """The cosine of the angle between two updates as vectors; 0 when one of them is zero.
+
+    Raises UserError for a DoRA.
+    """
+    norms = frobenius_norm(first) * frobenius_norm(second)
+    return inner_product(first, second) / norms if norms else 0.0
+
+
 def describe_shapes(lr: LowRank) -> str:
     """An adapter's shapes for an error sentence."""
     return f"up {list(lr.up.shape)} x down {list(lr.down.shape)}"
+
+
+def double_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
+    """`factor_blocks` in fp64. Raises UserError for a DoRA."""
+    refuse_dora(lr)
+    up, down = factor_blocks(lr)
+    return up.double(), down.double()

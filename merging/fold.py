@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lora_core.errors import UserError
+from merging.commands import Fold
 from merging.expression import WeightedFile, parse_files
 from merging.model_sums import FoldOptions, write_model_sum
 from merging.opening import is_whole_model
-from merging.options import Fold
 from merging.output import make_output
 
 

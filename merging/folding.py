@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
-from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 from lora_core.formats.compvis import TEXT_MODEL_LEVEL
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import TensorInfo, Weights
 from lora_core.formats.whole_models import Model, weight_key
-from merging.adapter_sums import LayerKey, Term, weighted_layers
+from merging.adapter_sums import LayerKey, Term, layer_generator, weighted_layers
 from merging.factor_sums import WeightedAdapters
 from merging.rounding import Rounding, add_updates, round_weight
 from merging.svd import distill_update
@@ -60,7 +59,7 @@ class FoldStatistics:
             groups = max(conv_groups(lr) for _, lr in weighted)
             keep = Keep(rank=math.ceil(self.residual_rank / groups) * groups)
             lost = exact - result.to(exact.dtype)
-            sketch = keyed_generator(0, ".".join(key), 0, "sketch")
+            sketch = layer_generator(0, key, "sketch")
             adapter, report = distill_update(lost, keep, groups=groups, generator=sketch)
             self.residual.components.setdefault(key[0], {})[key[1]] = adapter
             self.residual_reports[key] = report
@@ -122,7 +121,7 @@ def fold_adapters(
         for name, weights in first.items():
             parts[name].append((coefficient, _align_keys(name, weights, model[name])))
     places: dict[str, dict[str, tuple[LayerKey, WeightedAdapters]]] = {name: {} for name in first}
-    for key, weighted in weighted_layers(terms):
+    for key, weighted in weighted_layers(terms).items():
         component, path = key
         if component not in first:
             raise UserError(

@@ -15,11 +15,10 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
+from merging.commands import Info, ReadOptions
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
-from merging.options import Info, ReadOptions
-from merging.output import DTYPES, Output, check_output
-from merging.printing import align_columns
+from merging.output import DTYPES, Output, align_columns, check_output
 from merging.recipe import RECIPE, describe_recipe, parse_recipe
 
 LONGEST_ENTRY = 60  # characters of a header entry that is printed in full

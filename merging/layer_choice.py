@@ -17,14 +17,8 @@ from lora_core.adapters.targets import matches_pattern, nearest_paths
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import ENCODERS, Layout
-from merging.adapter_sums import iterate_layers
-from merging.block_weights import (
-    BLOCKS,
-    LayerFactor,
-    every_layer,
-    factor_by_block,
-    parse_block_weights,
-)
+from merging.adapter_sums import LayerFactor, layers_by_key
+from merging.block_weights import BLOCKS, factor_by_block, parse_block_weights
 from merging.expression import WeightedFile
 
 LayerKeys = Collection[tuple[str, str]]  # (component, published path)
@@ -54,12 +48,12 @@ BLOCK_PRESETS = {
 
 def choose_layers(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
     """The factor of each layer of a file, from all choices behind its name in a sum."""
-    keys = [key for key, _ in iterate_layers(state)]
+    keys = layers_by_key(state)
     try:
         factors = [parse_layer_choice(text, keys, layout) for text in file.choices]
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
-    return multiply_factors(factors) if factors else every_layer
+    return multiply_factors(factors)
 
 
 def parse_layer_choice(text: str, keys: LayerKeys, layout: Layout | None = None) -> LayerFactor:

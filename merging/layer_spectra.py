@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from merging.adapter_sums import LayerKey, iterate_layers
+from merging.adapter_sums import LayerKey, layers_by_key
 from merging.svd import one_thread, singular_values
 
 TINY = 1e-300  # keeps logarithms and quotients of zero energies finite
@@ -69,7 +69,7 @@ class LayerSpectrum:
 
 def layer_spectra(state: AdapterState, path: str) -> Iterator[LayerSpectrum]:
     """The spectrum of every layer. `path` is for the progress bar and for error sentences."""
-    layers = list(iterate_layers(state))
+    layers = layers_by_key(state).items()
     with one_thread():
         for key, lr in tqdm(layers, desc=Path(path).name, unit="layer", disable=None, leave=False):
             try:

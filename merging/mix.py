@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from lora_core.adapters.weight_updates import AdapterState
+import torch
+from tqdm import tqdm
+
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
-from merging.adapter_sums import LayerKey, Term
+from merging import adapter_sums
+from merging.adapter_sums import (
+    DenseOptions,
+    LayerFactor,
+    LayerKey,
+    MergedLayer,
+    Term,
+    every_layer,
+    has_magnitude,
+    sketch_generator,
+    weighted_layers,
+)
+from merging.commands import (
+    BUDGET,
+    DENSITY_METHODS,
+    UNITS,
+    KeepOptions,
+    MergeMethod,
+    Mix,
+    OpenOptions,
+)
 from merging.expression import WeightedFile, parse_files, render_sum
-from merging.layer_choice import choose_layers
-from merging.merge_methods import dense_options, merge_terms
+from merging.factor_sums import WeightedAdapters
 from merging.opening import (
     choose_output_format,
     find_layout,
@@ -19,12 +42,20 @@ from merging.opening import (
     open_adapter,
     widest_dtype,
 )
-from merging.options import KeepOptions, MergeMethod, Mix, OpenOptions
-from merging.output import Output, check_adapter_output, make_output, print_written, write_adapter
-from merging.printing import print_note, report_table
-from merging.ties_dare import MERGES
-from merging.token_names import join_tokens
-from merging.truncation import ApproximationReport
+from merging.output import (
+    Output,
+    check_adapter_output,
+    make_output,
+    print_note,
+    print_written,
+    report_table,
+    round_adapter,
+    write_adapter,
+)
+from merging.svd import distill_update, one_thread
+from merging.truncation import ApproximationReport, Keep
+
+TO_KEEP = "with --rank, --max-error or --energy"
 
 
 def run_mix(options: Mix) -> None:
@@ -85,17 +116,30 @@ def _merge_files(
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
     terms = []
     for file, state in zip(files, states):
-        terms.append(Term(state, file.weight, choose_layers(file, state, layout)))
+        terms.append(Term(state, file.weight, layer_factor(file, state, layout)))
     dtype = output.dtype
     if keep and dtype is None:  # what is cut anyway is not written wider than it was
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
     state, reports = merge_terms(terms, keep, method, dtype, dense)
+    state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
+    if not any(own.tokens for own in states):
+        return state, reports, []
+    from merging.token_names import join_tokens
+
     joined, notes = join_tokens(states, [file.path for file in files])
     state.tokens, state.token_names = joined.tokens, joined.token_names
-    kept = states[0].metadata if len(states) == 1 else {}
-    state.metadata = kept | joined.metadata
+    state.metadata |= joined.metadata
     return state, reports, notes
+
+
+def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
+    """The factor of each layer of a file in a sum, by the choices behind its name."""
+    if not file.choices:
+        return every_layer
+    from merging.layer_choice import choose_layers
+
+    return choose_layers(file, state, layout)
 
 
 def _refuse_idle(options: Mix, has_model: bool) -> None:
@@ -104,9 +148,163 @@ def _refuse_idle(options: Mix, has_model: bool) -> None:
     idle = {
         "--residual": bool(options.residual) and not has_model,
         "--format": bool(options.files.format) and has_model,
-        "--density": method.density != MergeMethod().density and method.method not in MERGES,
+        "--density": method.density != MergeMethod().density
+        and method.method not in DENSITY_METHODS,
     }
     target = "a sum of models" if has_model else f"{method.method} of adapters"
     for flag, is_idle in idle.items():
         if is_idle:
             raise UserError(f"{flag} has no effect on {target}; leave it out")
+
+
+# ---------------------------------------------------------------- methods
+
+
+def merge_terms(
+    terms: Sequence[Term],
+    keep: KeepOptions,
+    method: MergeMethod,
+    dtype: torch.dtype | None,
+    dense: DenseOptions,
+) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
+    """The merge as one record, in the output's dtype, and its reports by layer."""
+    count = len(weighted_layers(terms))
+    title = f"{method.method} of {len(terms)}"
+    with one_thread():
+        layers = _merge_layers(terms, keep, method, dtype, dense)
+        bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
+        rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
+        return adapter_sums.collect_layers(rounded)
+
+
+def dense_options(
+    terms: Sequence[Term], reading: OpenOptions, method: MergeMethod, keep: KeepOptions
+) -> DenseOptions:
+    """How dense updates are merged: with the weights of --model where there is a DoRA.
+
+    Raises UserError for a DoRA without them.
+    """
+    has_dora = any(has_magnitude(term.state) for term in terms)
+    sketch = method.seed if method.svd == "randomized" and keep.rank is not None else None
+    is_copy = len(terms) == 1 and terms[0].weight == 1 and not keep
+    if not has_dora or is_copy:
+        return DenseOptions(sketch=sketch)
+    if not reading.model:
+        raise UserError(
+            "a sum with a DoRA in it depends on the weights of the base model; name it with "
+            "--model, or fold the files into it"
+        )
+    # imports the networks' libraries
+    from merging.base_models import base_weight_reader, open_base_model
+
+    return DenseOptions(base_weight_reader(open_base_model(reading.model, reading)), sketch)
+
+
+def _merge_layers(
+    terms: Sequence[Term],
+    keep: KeepOptions,
+    method: MergeMethod,
+    dtype: torch.dtype | None,
+    dense: DenseOptions,
+) -> Iterator[MergedLayer]:
+    """The layers of a merge, one by one. Raises UserError for options that do not go together."""
+    whole = _dense_layers(terms)
+    criterion = keep.per_layer()
+    if whole and (method.method != "sum" or criterion is None):
+        raise UserError(
+            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, no product of two factors; "
+            f"say how much of it to keep {TO_KEEP} (and no --method), or fold it into a model"
+        )
+    if method.method == "sum":
+        factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
+        terms = factors if whole else terms
+        sums = adapter_sums.mix_layers(terms, _ranks_or_share(keep, terms, dtype), dense)
+        return itertools.chain(sums, _distill_dense_layers(whole, criterion, dense))
+    if keep.budget:
+        raise UserError(
+            f"--budget is for --method sum; {method.method} takes --rank, --max-error or --energy"
+        )
+    if method.method == "slerp":
+        return _slerp_layers(terms, criterion)
+    if criterion is None:
+        raise UserError(
+            f"{method.method} gives updates of full rank; say how much of them to keep {TO_KEEP}"
+        )
+    from merging.ties_dare import MERGES
+
+    merge, density = MERGES[method.method], method.density
+    return adapter_sums.mix_layers_dense(
+        terms, merge, criterion, density=density, seed=method.seed, dense=dense
+    )
+
+
+def _ranks_or_share(
+    keep: KeepOptions, terms: Sequence[Term], dtype: torch.dtype | None
+) -> Keep | Mapping[LayerKey, int] | None:
+    """A budget as a rank for each layer, spent where the update is largest; else one criterion."""
+    if not keep.budget:
+        return keep.per_layer()
+    from merging.rank_budget import allot_ranks, rank_steps
+
+    number, unit = BUDGET.fullmatch(keep.budget).groups()  # type: ignore[union-attr]
+    steps = rank_steps(terms)
+    if not unit:
+        return allot_ranks(steps, total=round(float(number)))
+    size = (dtype or torch.float32).itemsize
+    total = int(float(number) * UNITS[unit.lower()] / size)
+    return allot_ranks(steps, total=total, unit="parameters")
+
+
+def _dense_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
+    """Layers for which a file holds an update that is no product of two factors."""
+    found: dict[LayerKey, WeightedAdapters] = {}
+    for key, weighted in weighted_layers(terms).items():
+        for _, update in weighted:
+            if isinstance(update, DenseUpdate):
+                found[key] = weighted
+    return found
+
+
+def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
+    return lambda component, path: 0.0 if (component, path) in keys else factor(component, path)
+
+
+def _distill_dense_layers(
+    whole: Mapping[LayerKey, WeightedAdapters], criterion: Keep | None, dense: DenseOptions
+) -> Iterator[MergedLayer]:
+    """The nearest adapters of such layers."""
+    keep = criterion or Keep(energy=1.0)
+    for key, weighted in whole.items():
+        try:
+            weight = dense.base(*key) if dense.base else None
+            parts = [strength * delta_weight(lr, weight) for strength, lr in weighted]
+            update = torch.stack(parts).sum(0)
+            distilled = distill_update(update, keep, generator=sketch_generator(key, dense))
+        except ValueError as error:
+            raise UserError(f"{'.'.join(key)}: {error}") from None
+        yield MergedLayer(*key, *distilled)
+
+
+def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[MergedLayer]:
+    """The layers between two files, at the weight of the second."""
+    weights = [term.weight for term in terms]
+    is_whole = all(term.factor is every_layer for term in terms)
+    is_convex = min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6
+    if len(terms) != 2 or not is_whole or not is_convex:
+        shown = " and ".join(f"{weight:g}" for weight in weights)
+        raise UserError(
+            "slerp takes two whole files whose weights add up to 1, such as 0.7*a + 0.3*b; got "
+            f"{len(terms)} with {shown}"
+        )
+    first, second = terms
+    return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion)
+
+
+def _round_layer(layer: MergedLayer, dtype: torch.dtype | None) -> MergedLayer:
+    if layer.adapter is None:
+        return layer
+    try:
+        adapter, report = round_adapter(layer.adapter, layer.report, dtype)
+    except UserError as error:
+        raise UserError(f"{layer.component}.{layer.path}: {error}") from None
+    return layer._replace(adapter=adapter, report=report)

@@ -10,7 +10,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.weights import PICKLED
 from lora_core.formats.whole_models import Model, write_checkpoint_file, write_model_folder
-from merging.adapter_sums import Term, weighted_layers
+from merging.adapter_sums import Term, every_layer, weighted_layers
 from merging.base_models import (
     BaseModel,
     model_configs,
@@ -18,21 +18,23 @@ from merging.base_models import (
     open_base_model,
     with_progress,
 )
+from merging.commands import ReadOptions
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
 from merging.model_tokens import add_token_rows, write_tokenizers
 from merging.opening import is_whole_model, open_adapter
-from merging.options import ReadOptions
 from merging.output import (
     Output,
     check_adapter_output,
     check_output,
+    print_note,
+    print_warning,
     print_written,
+    report_table,
     token_file_path,
     write_adapter,
 )
-from merging.printing import print_note, print_warning, report_table
 from merging.recipe import write_sidecar
 from merging.token_names import join_tokens
 
@@ -72,7 +74,8 @@ def write_model_sum(
     states = [open_adapter(file.path, base.layout, reading, merging=True) for file in adapters]
     terms = []
     for file, state in zip(adapters, states):
-        terms.append(Term(state, file.weight, choose_layers(file, state, base.layout)))
+        factor = choose_layers(file, state, base.layout) if file.choices else every_layer
+        terms.append(Term(state, file.weight, factor))
     statistics = FoldStatistics(residual_rank=_residual_rank(terms, fold))
     weighted = [(file.weight, own.model) for file, own in zip(models, bases)]
     model = fold_adapters(weighted, terms, base.layout, statistics, dtype=output.dtype)
@@ -173,7 +176,7 @@ def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) 
 def _residual_rank(terms: Sequence[Term], fold: FoldOptions) -> int:
     if not fold.residual:
         return 0
-    largest = max((rank_of_sum(weighted) for _, weighted in weighted_layers(terms)), default=0)
+    largest = max(map(rank_of_sum, weighted_layers(terms).values()), default=0)
     return fold.residual_rank or largest
 
 

@@ -16,7 +16,7 @@ from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import Model
 from merging.folding import with_embedding_rows
-from merging.printing import print_note
+from merging.output import print_note
 from merging.token_names import free_name
 
 EMBEDDING_TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # CLIP's and T5's keys

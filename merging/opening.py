@@ -20,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import WRITABLE
 from lora_core.formats.layout import Layout
-from merging.options import OpenOptions, ReadOptions
+from merging.commands import OpenOptions, ReadOptions
 from models import known
 from models.published import PUBLISHED_MODELS
 
@@ -58,7 +58,8 @@ def is_whole_model(path: str) -> bool:
             keys = opened.keys()
     except (SafetensorError, OSError, RuntimeError):
         return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
-    return any(key.startswith(MODEL_KEY_PREFIXES) and ".lora" not in key for key in keys)
+    found = [key for key in keys if key.startswith(MODEL_KEY_PREFIXES)]
+    return any(".lora" not in key for key in found)
 
 
 def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:

@@ -1,8 +1,9 @@
-"""The output of a command: checks before any work, files with the recipe in their header."""
+"""The output of a command: checks before any work, files with their recipe, and what is printed."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +14,13 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.factor_lists import write_factor_lists
+from lora_core.formats.known_formats import import_function
 from lora_core.formats.layout import Layout
-from merging.compare import frobenius_norm
-from merging.factor_sums import concat_factors
+from merging.commands import WriteOptions
+from merging.factor_sums import concat_factors, frobenius_norm
 from merging.opening import is_whole_model
-from merging.options import WriteOptions
 from merging.recipe import make_recipe, recipe_header
-from merging.truncation import ApproximationReport
+from merging.truncation import ApproximationReport, total_report
 
 DTYPES = {
     "fp32": torch.float32,
@@ -136,7 +136,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return write_factor_lists(state, path, layout)
+        return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if not has_factors and not state.tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")
     if has_factors and output.format in FORMATS_WITH_TOKENS:
@@ -171,14 +171,6 @@ def round_adapter(
     return cast, report._replace(lost=(report.lost**2 + lost**2) ** 0.5)
 
 
-def print_written(paths: Iterable[str | Path], output: Output) -> None:
-    """Prints which files there are now, or that it was a dry run."""
-    if output.dry_run:
-        print(f"dry run: {output.path} was not written")
-    for path in paths:
-        print(f"written: {path}")
-
-
 def _save_factors(state: AdapterState, output: Output, layout: Layout | None) -> None:
     formats.save(
         state,
@@ -188,3 +180,59 @@ def _save_factors(state: AdapterState, output: Output, layout: Layout | None) ->
         metadata=output.header,
         dtype=output.dtype,
     )
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+def print_written(paths: Iterable[str | Path], output: Output) -> None:
+    """Prints which files there are now, or that it was a dry run."""
+    if output.dry_run:
+        print(f"dry run: {output.path} was not written")
+    for path in paths:
+        print(f"written: {path}")
+
+
+def report_table(reports: Mapping[tuple[str, str], ApproximationReport], *, extra: str = "") -> str:
+    """Layers, rank kept, energy kept and relative error, by component and in total.
+
+    The keys are (component, path); `extra` is a last line.
+    """
+    groups: dict[str, list[ApproximationReport]] = {}
+    for (component, _), report in reports.items():
+        groups.setdefault(component, []).append(report)
+    groups["total"] = list(reports.values())
+    rows = [("", "layers", "rank", "of", "energy kept", "relative error")]
+    for name, found in groups.items():
+        whole = total_report(found)
+        kept = f"{100 * max(0.0, whole.energy):.4f} %"
+        ranks = str(whole.rank), str(whole.full)
+        rows.append((name, str(len(found)), *ranks, kept, f"{whole.error:.2e}"))
+    lines = align_columns(rows)
+    if excess := total_report(reports.values()).excess:
+        lines.append(
+            f"randomized SVD: at most about {100 * excess:.2g} % above the smallest possible "
+            "error (--svd exact for that)"
+        )
+    return "\n".join([*lines, *([extra] if extra else [])])
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def print_note(text: str) -> None:
+    """One line on stderr about something that a user would not expect."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_warning(text: str) -> None:
+    """One line on stderr about something that is probably wrong."""
+    print(f"warning: {text}", file=sys.stderr)

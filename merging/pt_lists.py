@@ -13,8 +13,7 @@ from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.pickles import read_pickle
 from lora_core.runs.run_folder import atomic_write
-from merging.compare import frobenius_norm
-from merging.factor_sums import concat_factors, lpl
+from merging.factor_sums import concat_factors, frobenius_norm, lpl
 from merging.truncation import ApproximationReport
 
 Pair = tuple[float, float]

@@ -29,7 +29,7 @@ class RankSteps(NamedTuple):
 def rank_steps(terms: Sequence[Term]) -> dict[LayerKey, RankSteps]:
     """The steps of each layer of a weighted sum, for `allot_ranks`. Raises UserError for a DoRA."""
     found = {}
-    for key, weighted in weighted_layers(terms):
+    for key, weighted in weighted_layers(terms).items():
         with one_thread():
             lr = concat_factors(weighted)
             sigma = singular_values(lr)

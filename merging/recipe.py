@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from merging.options import flatten
+from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
@@ -99,9 +99,9 @@ def sha256_digest(path: str) -> str:
                 found.update(part)
         return found.hexdigest()
     if not place.is_dir():
-        from merging.base_models import download_model  # imports the networks' libraries
+        from models import hub_models  # imports the hub's client
 
-        place = download_model(path)
+        place = hub_models.download_model(path)
     lines = []
     for file in sorted(place.rglob("*")):
         name = file.relative_to(place)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from merging.commands import COMMANDS, run_command
-from merging.options import Redo, flatten, unflatten
+from merging.commands import COMMANDS, Redo, flatten, run_command, unflatten
 from merging.recipe import LEFT_OUT, describe_recipe, read_recipe, sha256_digest
 
 REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lora_core.errors import UserError
+from merging.commands import MergeMethod, Resize
 from merging.expression import WeightedFile
 from merging.mix import mix_adapters
-from merging.options import MergeMethod, Resize
 from merging.output import make_output
 
 

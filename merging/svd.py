@@ -14,8 +14,7 @@ turn (2-core EPYC, 64 columns: 1.4 ms a layer 1280 wide alone, 3.1 ms in a batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -100,21 +99,21 @@ def distill_update(
     return adapter, report._replace(norm=math.sqrt(square), lost=lost, excess=excess)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The block runs on one CPU thread of this process.
+class one_thread:
+    """A context whose block runs on one CPU thread of this process.
 
     Thin factorizations are thousands of tiny parallel regions. On 2 cores a second thread gains
     nothing even at best (1280 x 1280, 64 columns: 2.5 ms with one thread, 2.7 with two), and where
     other processes want the cores the threads wait for each other: a whole file took 7 s with one
     thread against 234 s with two.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
 
 
 def _truncate(

@@ -79,14 +79,15 @@ class ApproximationReport(NamedTuple):
 def total_report(reports: Iterable[ApproximationReport]) -> ApproximationReport:
     """The report of all layers together: ranks add up, norms and losses add up in squares, the
     excess is the largest."""
-    layers = list(reports)
-    return ApproximationReport(
-        rank=sum(layer.rank for layer in layers),
-        full=sum(layer.full for layer in layers),
-        norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
-        lost=math.sqrt(sum(layer.lost**2 for layer in layers)),
-        excess=max((layer.excess for layer in layers), default=0.0),
-    )
+    ranks = ranks_before = 0
+    norm = lost = excess = 0.0
+    for report in reports:
+        ranks += report.rank
+        ranks_before += report.full
+        norm += report.norm**2
+        lost += report.lost**2
+        excess = max(excess, report.excess)
+    return ApproximationReport(ranks, ranks_before, math.sqrt(norm), math.sqrt(lost), excess)
 
 
 def steps_within(squares: Tensor, allowance: float) -> int:

@@ -76,7 +76,7 @@ def test_a_share_weighs_layers_and_zero_leaves_them_out():
         Term(first, 2.0, lambda component, path: 0.0 if path == "a" else 0.5),
         Term(second, 0.0),
     ]
-    assert [key for key, _ in weighted_layers(terms)] == [("unet", "b")]
+    assert list(weighted_layers(terms)) == [("unet", "b")]
     torch.testing.assert_close(
         scaled_product(next(mix_layers(terms)).adapter),
         scaled_product(first.components["unet"]["b"]),

@@ -12,8 +12,7 @@ import pytest
 
 from infer import Infer
 from lora_core.config import Config, Stage
-from merging.commands import COMMANDS
-from merging.options import flatten
+from merging.commands import COMMANDS, flatten
 from tests.test_house import PRODUCT, ROOT
 
 UNKNOWN = "\0"  # stands for what a message fills in
@@ -67,7 +66,8 @@ CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
-    "infer.py": {"from"},
+    "command_line.py": {"help"},
+    "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
     "merge.py": {"help", "with_text_lora"},
 }
@@ -103,7 +103,7 @@ def is_taken(name: str, path: Path | None = None) -> bool:
     return (
         name.strip(".-" + UNKNOWN) == ""
         or name in own
-        or any(pattern.fullmatch(flag) for flag in TAKEN)
+        or any(pattern.fullmatch(flag) or flag.startswith(f"{name}.") for flag in TAKEN)
     )
 
 

@@ -30,7 +30,7 @@ def run_fresh(script: str, *words: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["infer.py"])
+@pytest.mark.parametrize("script", ["infer.py", "train.py"])
 def test_help_imports_no_torch(script: str) -> None:
     assert run_fresh(script, "--help") == "status 0 imported"
 

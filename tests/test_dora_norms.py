@@ -1,4 +1,4 @@
-"""DoRA's row norms in a layer: their gradient, and `steady`, which computes them once."""
+"""DoRA's row norms in a layer: their gradient, and `cache_dora_norms`, which computes them once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_cached_norms_are_computed_once_and_change_no_bit(norms, strength):
     assert len(norms) == 10 and all(p.grad is not None for p in injection.adapter_parameters(model))
 
 
-def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
+def test_the_cache_ends_with_an_exception(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     with pytest.raises(RuntimeError, match="stop"), injection.cache_dora_norms(model):
         raise RuntimeError("stop")
@@ -149,7 +149,7 @@ def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
     assert not torch.allclose(model(x), before) and len(norms) == 5
 
 
-def test_what_changes_inside_steady_computes_its_own_norms(norms):
+def test_what_changes_inside_the_block_computes_its_own_norms(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     shake(model)
     factors = adapter_factors(model)

@@ -23,8 +23,8 @@ from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, mix_layers_dense
-from merging.compare import cosine_similarity
-from merging.options import ReadOptions
+from merging.commands import ReadOptions
+from merging.factor_sums import cosine_similarity
 from merging.ties_dare import ties
 from merging.truncation import Keep
 from models import read_layout
@@ -496,7 +496,7 @@ def test_ljl_joins_exactly(here, made, layout, capsys):
 
 @pytest.mark.parametrize("name", ["base", "runwayml/stable-diffusion-v1-5"])
 def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, monkeypatch, capsys):
-    monkeypatch.setattr(base_models, "download_model", lambda _: model)
+    monkeypatch.setattr("models.hub_models.download_model", lambda _: model)
     call(name, "./c.safetensors", "./output_merged", "0.8", "--mode", "upl", lora_add=True)
     assert "100.00 % of the update's energy survived" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
