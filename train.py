@@ -159,10 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(functools.partial(run_command, words))
+    return exit_status(functools.partial(run_train_command, words))
 
 
-def run_command(words: list[str]) -> None:
+def run_train_command(words: list[str]) -> None:
     """Trains, compares two runs, or previews noise levels."""
     if words[:1] == [COMPARE_FLAG]:
         if len(words) != 3:

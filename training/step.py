@@ -93,7 +93,7 @@ def optimizer_step(
     with cached_dora_norms(model.adapted):
         for x in inputs:
             if x.dropout_keys is not None:
-                set_dropout_keys(model.adapted, x.dropout_keys, x.step)
+                name_dropout_rows(model.adapted, x.dropout_keys, x.step)
             rows = functions.step(model, x, config, functions.loss)
             if check:
                 nonfinite.check_loss_values(rows, functions.name, inputs, model, config)
@@ -167,7 +167,7 @@ def cached_dora_norms(adapted: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
 
 
-def set_dropout_keys(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:
+def name_dropout_rows(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:
     """Names the examples [b] of the next forward pass for the dropout of the adapters."""
     for module in adapted.values():
         injection.set_dropout_keys(module, keys, step)
