@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: ready wanted demo demo-photos test test-other-cpu test-all lint
+.PHONY: ready wanted demo demo-photos test test-other-cpu test-all lint docs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
@@ -56,3 +56,9 @@ lint: ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+WINGS := adapters data diffusion formats kernels optim runs config family prodigy tokens
+DOCUMENTED := lora_core $(foreach wing,$(WINGS),lora_core.$(wing)) merging training models
+docs: ready          ## API reference of lora_core, merging, training and models: build/docs/index.html
+	$(PIP) -c constraints.txt -e ".[docs]"
+	$(PY) -m pdoc --docformat markdown -o build/docs $(DOCUMENTED)

@@ -1,247 +1,184 @@
 """Fine-tune a text-to-image model with LoRA, DoRA, learned tokens, or all of them in stages.
 
-    python train.py configs/toy_pti.toml                                      # TOML, then flags: --optimizer.name adamw --stages.0.steps 200
-    python train.py --model MODEL --data.images photos --data.captions one --data.caption "a photo of TOK" --out runs/photos
-    python train.py --compare runs/a runs/b                                   # paired difference of two runs on the same images and noise
-    python train.py CONFIG.toml --preview-density                             # which noise levels a config trains on, as a table and a plot
+    python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
+    python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
+    python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
+    python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
 
-`training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another loss (`--loss FILE:FN`),
-`train(config, step=fn)` a whole step (`--step FILE:FN`).
+`training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
+loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
 """
 
+# ruff: noqa: E402 -- --help is answered before torch is imported
 from __future__ import annotations
 
-import functools
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lora_core import plugins
-from lora_core.command_line import parse_command_line
-from lora_core.config import Config, Stage
-from lora_core.data.dataset import Batch, micro_batches
-from lora_core.diffusion import losses, noise, prediction, validation
-from lora_core.diffusion.losses import StepOutput
-from lora_core.errors import UserError
-from lora_core.runs import destination, pictures
-from training import checkpoints, results
-from training.setup import Session
-from training.signals import Signals, Stopped
+from lora_core.command_line import answer_help, exit_status, parse_command_line
+from lora_core.config import Config
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 )
-PREVIEW_FLAG = "--preview-density"
-Loss = Callable[[StepOutput], Tensor]
-Step = Callable[[Session, Batch, Stage, int], Tensor]
+if __name__ == "__main__":
+    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)  # before torch is imported
+
+import functools
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_core import plugins
+from lora_core.diffusion import losses
+from lora_core.diffusion.losses import StepOutput
+from lora_core.diffusion.noise import add_noise
+from lora_core.diffusion.prediction import to_loss_space
+from lora_core.errors import UserError
+from lora_core.runs import destination
+from training import results, setup
+from training.checkpoints import Checkpoints
+from training.cuda_graph import GraphReplay, call_eagerly
+from training.log import Log
+from training.samples import SampleImages, save_sample_grid
+from training.scores import Scorer
+from training.setup import Model, function_name
+from training.signals import Signals
+from training.stages import begin_stage, remaining_stages, set_learning_rates
+from training.step import Loss, Step, StepFunctions, lazy_members, optimizer_step
+from training.step_inputs import InputSource, StepInputs, make_step_inputs
+
+COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
 
 
-def training_step(s: Session, batch: Batch, stage: Stage, step: int) -> Tensor:
-    """[b] loss rows, weighed by noise level. All on the device, nothing read back: the step can be captured as a CUDA graph."""
-    x = s.inputs(
-        batch, stage, step
-    )  # latents, noise and its level, text, sizes, keyed by image and visit: step_inputs.make_step_inputs
-    s.key_dropout(x)
-    x_t = noise.add_noise(x.x0, x.eps_in, x.level)
-    cond = s.conditioning(x.text, x.sizes)
-    out = s.denoise(x_t, x.level, cond, x.inpaint)
-    out, target, row = prediction.to_loss_space(
-        s.family.prediction, s.config.noise.space, out, x.x0, x.eps, x.level
-    )
-    lazy, t_max = s.lazy(x, x_t, cond), s.family.schedule.t_max
-    rows = s.loss(
-        StepOutput(
-            out,
-            target,
-            x.x0,
-            x.eps,
-            x_t,
-            x.level,
-            row,
-            x.mask,
-            x.is_prior,
-            step,
-            lazy,
-            t_max,
-            s.family.prediction,
-        )
-    )
-    s.check_rows(
-        rows, s.loss_name, len(batch.keys)
-    )  # before weighing, which would spread a scalar over the rows
+def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
+    """[b] losses of one micro-batch, weighted by noise level. A function of its arguments that
+    reads nothing back from the device, so that a CUDA graph can hold it.
+    """
+    prediction, space = model.family.prediction, config.noise.space
+    x_t = add_noise(x.x0, x.eps_in, x.level)
+    cond = model.conditioning(x.text, x.sizes)
+    out = model.denoise(x_t, x.level, cond, x.inpaint)
+    out, target, form = to_loss_space(prediction, space, out, x.x0, x.eps, x.level)
+    output = StepOutput(
+        out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
+        lazy=lazy_members(model, x, x_t, cond), t_max=model.family.schedule.t_max,
+        network=prediction,
+    )  # fmt: skip
+    rows = loss(output)
+    losses.check_loss_shape(rows, function_name(loss), len(x.is_prior))
     return rows * losses.loss_weights(
-        s.config.weighting,
-        x.level,
-        s.family.prediction,
-        space=s.config.noise.space,
-        **s.config.weighting_arg,
+        config.weighting, x.level, prediction, space=space, **config.weighting_arg
     )
-
-
-def optimizer_step(
-    s: Session, batch: Batch, stage: Stage, number: int, step: Step
-) -> tuple[Tensor, Tensor]:
-    """(loss, norm of the gradient) of one step of the optimiser on a batch, cut into micro-batches. This is what a CUDA graph captures."""
-    s.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=s.device)
-    with s.steady():
-        for micro in micro_batches(batch, s.config.accumulation):
-            rows = step(s, micro, stage, number)
-            s.check_rows(rows, getattr(step, "__name__", "step"), len(micro.keys))
-            is_prior = s.inputs(micro, stage, number).is_prior
-            part = losses.sum_losses(
-                rows, is_prior, prior_weight=s.config.prior.weight, instances=s.instances
-            )
-            s.backward(part)
-            total = total + part.detach()
-    norm = s.update()
-    s.control_norms(stage)
-    return total, norm
 
 
 def train(config: Config, *, loss: Loss | None = None, step: Step = training_step) -> Path:
-    """The folder of the finished run. Raises UserError, before heavy work where that is possible, when the config cannot be carried out."""
-    config, loss, step = _resolve_functions(config, loss, step)
-    with Signals() as signals:
-        s = Session(config, loss, None if step is training_step else step)
-        with _resumable(s):
-            if s.start == 0:
-                results.run_validation(s, 0)
-            with signals.deferred() as stop, s.progress(s.start) as bar:
-                for stage, first, last in stage_spans(config.stages):
-                    if s.start >= last:
-                        continue
-                    s.enter(stage)
-                    begin = max(first, s.start)
-                    for done, batch in enumerate(s.batches(begin, last), begin + 1):
-                        s.set_rates(stage, done - 1 - first)
-                        s.prepare(batch, stage, done - 1)
-                        total, norm = s.replay(
-                            functools.partial(optimizer_step, s, batch, stage, done - 1, step),
-                            stage,
-                        )
-                        s.average_()
-                        s.log(done, stage, total, norm, bar)
-                        if _is_due(done, config.validation.every):
-                            results.run_validation(s, done)
-                        if _is_due(done, config.samples.every):
-                            results.save_sample_grid(s, done)
-                        if stop or _is_due(
-                            done, config.save_every
-                        ):  # last: a checkpoint says that all before it is done
-                            checkpoints.write_checkpoint(s, done)
-                        stop.raise_if_received()
-            return results.finish_run(s)
-
-
-def _resolve_functions(
-    config: Config, loss: Loss | None, step: Step
-) -> tuple[Config, Loss | None, Step]:
-    """A config that names the loss and the step that the caller gives, so that it repeats the run where a file has them, and those two.
-
-    The config's own step stands where the caller gives none, as its loss does in Session. --loss-arg is for the loss that is given as well.
+    """The folder of the finished run. Raises UserError, before heavy work where that is possible,
+    when the config cannot be carried out.
     """
-    if loss is not None:
-        loss = losses.bind_arguments(loss, getattr(loss, "__name__", "loss"), config.loss_arg)
-        name, args = losses.name_and_arguments(loss)
-        config = replace(config, loss=name, loss_arg=args)
+    began = time.perf_counter()
+    config, functions = resolve_functions(config, loss, step)
+    with Signals() as signals, ExitStack() as stack:
+        setup.check_before_opening(config, functions.loss, functions.own_step)
+        data = setup.open_data(config)
+        model = setup.open_model(config)
+        setup.check_captions(data, model)
+        optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+        run = stack.enter_context(setup.open_run(config))
+        samples = SampleImages(config, data, model, optimization)
+        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        checkpoints = Checkpoints(run, config, data, model, optimization)
+        start = checkpoints.restore(began)
+        setup.describe_start(config, data, model, run)
+        log = Log(run, config, model, optimization)
+        scorer = Scorer(config, data, model, optimization)
+        source = InputSource(config, data, model)
+        replay = GraphReplay() if config.cuda_graph else call_eagerly
+        stack.enter_context(checkpoints.advice_on_interrupt())
+        if start == 0:
+            log.validate(0, scorer)
+        with signals.deferred() as stop, log.progress(start):
+            for stage, first, begin, last in remaining_stages(config.stages, start):
+                begin_stage(stage, config, model, optimization)
+                source.begin_stage()
+                advance = functools.partial(
+                    optimizer_step, functions, stage, config, model, optimization
+                )
+                for number, batch in enumerate(data.batches(config, begin, last), begin):
+                    check = number == begin  # values of a stage's first step are looked at
+                    set_learning_rates(stage, number - first, config, optimization)
+                    inputs = make_step_inputs(source, batch, stage, number, check=check)
+                    total, norm = replay(functools.partial(advance, check), inputs, key=first)
+                    optimization.update_average_()
+                    done = number + 1
+                    log.add_step(done, stage, total, norm, inputs)
+                    if is_due(done, config.validation.every):
+                        log.validate(done, scorer)
+                    if is_due(done, config.samples.every):
+                        save_sample_grid(samples, run, done)
+                    if stop or is_due(done, config.save_every):  # last: all before it is done
+                        checkpoints.write(done, log)
+                    stop.raise_if_received()
+        return results.finish_run(log, checkpoints, scorer, samples)
+
+
+def resolve_functions(
+    config: Config, loss: Loss | None, step: Step
+) -> tuple[Config, StepFunctions]:
+    """The config with the names of the loss and the step, so that it repeats the run where a file
+    has them, and the two functions. Those given here replace the config's; --loss-arg is bound to
+    either. Raises UserError for a name that nothing gives back.
+    """
     if step is not training_step:
-        return replace(config, step=plugins.name_function(step)), loss, step
-    return config, loss, plugins.load_function(config.step, "step") if config.step else step
+        config = replace(config, step=plugins.name_function(step))
+    elif config.step:
+        step = plugins.load_function(config.step, "step")
+    if loss is None:
+        loss = losses.find_function(config.loss, losses.LOSSES, config.loss_arg)
+    else:
+        loss = losses.bind_arguments(loss, function_name(loss), config.loss_arg)
+        name, arguments = losses.name_and_arguments(loss)
+        config = replace(config, loss=name, loss_arg=arguments)
+    if config.prior.swap:
+        loss = losses.add_preservation(loss, config.prior.swap_weight)
+    return config, StepFunctions(step, loss, None if step is training_step else step)
 
 
-def stage_spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
-    """(stage, its first step, one after its last) in order."""
-    first = 0
-    for stage in stages:
-        yield stage, first, first + stage.steps
-        first += stage.steps
-
-
-def _is_due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
     return every > 0 and step % every == 0
 
 
-@contextmanager
-def _resumable(s: Session) -> Iterator[None]:
-    """Says with an interruption how to go on, and lets the run's folder go at the end."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Stopped(
-            checkpoints.resume_advice(s), getattr(stop, "number", signal.SIGINT)
-        ) from None
-    finally:
-        s.lock.release()
-
-
-def print_comparison(run_a: Path, run_b: Path) -> None:
-    """Prints the paired difference B - A of the last validations of two runs, and writes RUN_B/compare_RUN_A.png."""
-    rows = validation.compare_scores(run_a, run_b)
-    print(validation.comparison_table(rows, (run_a.name, run_b.name)))
-    bins, out = rows[:-1], run_b / f"compare_{run_a.name}.png"
-    series = {f"{run_b.name} - {run_a.name}": ([r.t for r in bins], [r.mean for r in bins])}
-    errors = {name: [r.error for r in bins] for name in series}
-    pictures.plot_lines(
-        series,
-        out,
-        axes=("timestep", "loss difference (std. error)"),
-        title=f"{run_b.name} - {run_a.name}, paired on the same images and noise",
-        errors=errors,
-    )
-    print(f"plot: {out}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence explains, 128 + the number of a
-    signal that ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence
+    explains, 128 + the number of a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for
+    SIGHUP.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if words[:1] == ["--compare"]:
-            if len(words) != 3:
-                raise UserError(
-                    "--compare takes two run folders: python train.py --compare runs/a runs/b"
-                )
-            print_comparison(Path(words[1]), Path(words[2]))
-            return 0
-        preview = PREVIEW_FLAG in words
-        config = parse_command_line(
-            Config,
-            [word for word in words if word != PREVIEW_FLAG],
-            prog="train.py",
-            example=EXAMPLE,
-        )
-        if preview:
-            print(f"plot: {results.preview_noise_levels(config)}")
-            return 0
-        if config.overwrite and words and not words[0].startswith("-"):
-            destination.check_apart_from_inputs(
-                config.out, {"the config file": words[0]}, overwrite=True
-            )
-        print(f"done: {train(config)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stdout = None  # at its end Python would write to it once more
-        with suppress(OSError):
-            print(
-                "error: the program that this output was piped to has ended (| head?); write the output to a file",
-                file=sys.stderr,
-            )
-        return 2
-    except KeyboardInterrupt as stop:
-        with suppress(OSError):  # SIGHUP: the terminal is gone
-            print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    return 0
+    return exit_status(functools.partial(run_command, words))
+
+
+def run_command(words: list[str]) -> None:
+    """Trains, compares two runs, or previews noise levels."""
+    if words[:1] == [COMPARE_FLAG]:
+        if len(words) != 3:
+            example = "python train.py --compare runs/a runs/b"
+            raise UserError(f"--compare takes two run folders: {example}")
+        results.print_comparison(Path(words[1]), Path(words[2]))
+        return
+    options = [word for word in words if word != PREVIEW_FLAG]
+    config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
+    if PREVIEW_FLAG in words:
+        print(f"plot: {results.preview_noise_levels(config)}")
+        return
+    if config.overwrite and words and not words[0].startswith("-"):
+        given = {"the config file": words[0]}
+        destination.check_apart_from_inputs(config.out, given, overwrite=True)
+    print(f"done: {train(config)}")
 
 
 if __name__ == "__main__":

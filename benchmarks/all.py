@@ -1,16 +1,19 @@
-"""Every benchmark in a process of its own, and one file with all their numbers, the machine, the versions, the commit and the commands.
+"""Every benchmark in a process of its own, and one file with all their numbers.
 
-    python -m benchmarks.all [--out benchmarks/results/MACHINE.json] [--device cpu|cuda] [--quick] [--only PART ...]
+    python -m benchmarks.all [--out benchmarks/results/MACHINE.json] [--device cpu|cuda]
+                             [--quick] [--only PART ...]
     python -m benchmarks.plot benchmarks/results/MACHINE.json --out docs/benchmarks.png
 
-Each part has its time; what fails or runs over is in the file with its error and what it had by then, and the
-exit status is 1. On a GPU the times add up to nine minutes.
+The file has the machine, versions, commit and commands too. Each part has a time limit; a part that
+fails or runs over is in the file with its error and its numbers up to then, and the exit status is
+1. On a GPU the limits add up to nine minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import re
 import subprocess
@@ -31,7 +34,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "prodigyopt"
 
 
 class BenchmarkPart(NamedTuple):
-    """One benchmark: python -m benchmarks.`words`, which has `seconds` and is given --json."""
+    """One benchmark: python -m benchmarks.`words` --json FILE, with a limit of `seconds`."""
 
     words: str
     seconds: int
@@ -84,12 +87,12 @@ QUICK: dict[
 
 
 def run_part(part: BenchmarkPart, file: Path) -> dict[str, Any]:
-    """The part's command, seconds, and "results" or "error" or both; what it prints passes through."""
+    """The part's command, seconds, and "results" or "error" or both; its output passes through."""
     module, *words = part.words.split()
     command = [sys.executable, "-m", f"benchmarks.{module}", *words, "--json", str(file)]
-    begin, said = time.perf_counter(), f"python -m benchmarks.{part.words}"
-    print(f"\n== {said}", flush=True)
-    record: dict[str, Any] = {"command": said}
+    begin = time.perf_counter()
+    record: dict[str, Any] = {"command": f"python -m benchmarks.{part.words}"}
+    print(f"\n== {record['command']}", flush=True)
     try:
         done = subprocess.run(
             command, cwd=HERE.parent, timeout=part.seconds, stderr=subprocess.PIPE, text=True
@@ -100,9 +103,8 @@ def run_part(part: BenchmarkPart, file: Path) -> dict[str, Any]:
         record["error"] = f"not done after {part.seconds} s"
     record["seconds"] = round(time.perf_counter() - begin, 1)
     try:
-        record["results"] = json.loads(
-            file.read_text()
-        )  # of a part that failed or ran over, what it had by then
+        # a part that failed or ran over has the numbers up to then
+        record["results"] = json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         record.setdefault("error", f"it left no numbers: {error}")
     if "error" in record:
@@ -111,12 +113,13 @@ def run_part(part: BenchmarkPart, file: Path) -> dict[str, Any]:
 
 
 def _last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 def package_versions() -> dict[str, str]:
+    """Python's and each package's version, or "missing"."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -127,7 +130,7 @@ def package_versions() -> dict[str, str]:
 
 
 def measured_commit() -> str:
-    """The commit that was measured, with "+" where files differ from it; empty outside of a repository."""
+    """The commit that is measured, with "+" if files differ from it; empty outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -136,9 +139,8 @@ def measured_commit() -> str:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=HERE, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    done = subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def default_out(device: str) -> Path:
@@ -148,7 +150,10 @@ def default_out(device: str) -> Path:
 
 
 def collect(device: str, parts: dict[str, BenchmarkPart], out: Path) -> int:
-    """Runs the parts one after another and writes `out` after each, so that an interruption leaves what was measured; how many failed."""
+    """How many parts failed, after running them one after another.
+
+    Writes `out` after each, so that an interruption leaves the numbers up to then.
+    """
     began, head = datetime.now(UTC).isoformat(timespec="seconds"), measured_commit()
     report: dict[str, Any] = {
         "machine": timing.describe_machine(device),
@@ -165,10 +170,8 @@ def collect(device: str, parts: dict[str, BenchmarkPart], out: Path) -> int:
             timing.write_json(out, report)
     failed = [name for name, record in report["parts"].items() if "error" in record]
     seconds = sum(record["seconds"] for record in report["parts"].values())
-    print(
-        f"\n{out}: {len(parts) - len(failed)} of {len(parts)} parts in {seconds:.0f} s"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    line = f"\n{out}: {len(parts) - len(failed)} of {len(parts)} parts in {seconds:.0f} s"
+    print(line + (f"; failed: {', '.join(failed)}" if failed else ""))
     return len(failed)
 
 
@@ -184,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    names = dict.fromkeys(name for parts in PARTS.values() for name in parts)
+    names = dict.fromkeys(itertools.chain(*PARTS.values()))
     parser.add_argument("--quick", action="store_true", help="fewer models and rounds")
     parser.add_argument("--only", nargs="+", metavar="PART", help="of " + "; ".join(names))
     args = parser.parse_args(argv)

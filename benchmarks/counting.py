@@ -1,20 +1,28 @@
-"""What a computation issues, moves and keeps, exactly and without a GPU: its aten calls, the bytes they read and write, what autograd saves.
+"""Counts a computation's aten calls, the bytes they read and write, and what autograd saves.
 
-    with Counter() as counter, saved(list(model.parameters())) as kept, as_cuda():
+Exact, and without a GPU:
+
+    parameters = list(model.parameters())
+    with Counter() as counter, saved_activations(parameters) as kept, as_cuda():
         out = model(x)
     kept.bytes; counter.tally.ops; counter.tally.elementwise
 
 The convention, for tensors on any device (on "meta" nothing is computed):
-- An op is one call of an aten operator, as autograd and Python issue them. Some are several kernels on a GPU (group norm, split-K products); they
-  are one here, for every contender alike. A custom op `lora_core::*` counts the launches and bytes that `kernels.COSTS` declares for its arguments;
-  one that declares nothing is an error.
-- Not counted: views (operators whose results alias an argument), FREE (allocations without a fill and metadata) and calls whose tensors are all
-  empty. Zeros, fills, casts and copies are counted.
-- Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted apart and are no ops. A tensor without memory answers 1.
-- Bytes: every distinct tensor argument once for the read, every result and every argument that is written once for the write; elements that
-  broadcasting repeats (stride 0) once. OVERWRITES and SHAPED do not read what they write or are shaped after. Nothing is known of caches.
-- A class by operator: product, convolution, attention; all else is elementwise, normalisations and reductions too.
-- Saved: the distinct storages that autograd keeps for backward, custom Functions included, without parameters and inputs.
+- An op is one call of an aten operator, as autograd and Python issue them. Some are several kernels
+  on a GPU (group norm, split-K products); they are one here, for every contender alike. A custom op
+  `lora_core::*` counts the launches and bytes that `kernels.COSTS` declares for its arguments; one
+  that declares nothing is an error.
+- Not counted: views (operators whose results alias an argument), FREE (allocations without a fill
+  and metadata) and calls whose tensors are all empty. Zeros, fills, casts and copies are counted.
+- Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted apart and
+  are no ops. A tensor without memory answers 1.
+- Bytes: every distinct tensor argument once for the read, every result and every argument that is
+  written once for the write; elements that broadcasting repeats (stride 0) once. OVERWRITES do not
+  read what they write, SHAPED read a shape only. Caches are not modeled.
+- A class by operator: product, convolution, attention; all else is elementwise, normalizations and
+  reductions too.
+- Saved: the distinct storages that autograd keeps for backward, custom Functions included, without
+  parameters and inputs.
 """
 
 from __future__ import annotations
@@ -37,8 +45,13 @@ from torch.utils._pytree import tree_leaves
 from lora_core import kernels
 
 FREE = frozenset(
-    ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
-    + (
+    {
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "empty_permuted",
+        "new_empty",
+        "new_empty_strided",
         "_unsafe_view",
         "set_",
         "resize_",
@@ -47,7 +60,7 @@ FREE = frozenset(
         "sym_stride",
         "is_same_size",
         "_has_same_storage_numel",
-    )
+    }
 )
 SYNCS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"})
 OVERWRITES = frozenset(
@@ -74,7 +87,7 @@ SHAPED = frozenset(
         "new_ones",
         "new_full",
     }
-)  # read a shape alone
+)
 PRODUCTS = frozenset(
     {
         "mm",
@@ -102,37 +115,42 @@ class OperatorCount:
     bytes: int = 0
 
 
+def _counts() -> dict[str, OperatorCount]:
+    return defaultdict(OperatorCount)
+
+
 @dataclass
 class Tally:
-    """Sums by class and by operator."""
+    """Sums by class (product, convolution, attention, elementwise) and by operator."""
 
-    classes: dict[str, OperatorCount] = field(
-        default_factory=lambda: defaultdict(OperatorCount)
-    )  # product, convolution, attention, elementwise
-    operators: dict[str, OperatorCount] = field(default_factory=lambda: defaultdict(OperatorCount))
+    classes: dict[str, OperatorCount] = field(default_factory=_counts)
+    operators: dict[str, OperatorCount] = field(default_factory=_counts)
     syncs: int = 0
 
     @property
     def ops(self) -> int:
-        return sum(row.ops for row in self.classes.values())
+        return sum(count.ops for count in self.classes.values())
 
     @property
     def bytes(self) -> int:
-        return sum(row.bytes for row in self.classes.values())
+        return sum(count.bytes for count in self.classes.values())
 
     @property
     def elementwise(self) -> int:
-        """Bytes of all that is no matrix product, convolution or attention."""
+        """Bytes of everything but matrix products, convolutions and attention."""
         return self.classes["elementwise"].bytes
 
     def add(self, name: str, kind: str, ops: int, size: int) -> None:
-        for row in (self.classes[kind], self.operators[name]):
-            row.ops += ops
-            row.bytes += size
+        for count in (self.classes[kind], self.operators[name]):
+            count.ops += ops
+            count.bytes += size
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs inside the block (and adds to it in a second block). Calls inside a custom op are that op's, and declared by it."""
+    """Counts what runs inside the block, and adds to it in a second block.
+
+    Calls inside a custom op are that op's, and declared by it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,42 +158,42 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        asks = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
-        out = 1.0 if asks else func(*args, **kwargs)
+        reads_meta = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
+        out = 1.0 if reads_meta else func(*args, **kwargs)
         self.count(func, args, kwargs, out)
         return out
 
     def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        space, _, name = func._schema.name.partition("::")
+        """Adds one call to the tally."""
+        whole_name = func._schema.name
+        space, _, name = whole_name.partition("::")
         if space == "lora_core":
-            cost = kernels.COSTS.get(func._schema.name)
+            cost = kernels.COSTS.get(whole_name)
             if cost is None:
                 raise LookupError(
-                    f"{func._schema.name} declares no cost; add a row to kernels.COSTS beside its kernel"
+                    f"{whole_name} declares no cost; "
+                    "add an entry to kernels.COSTS beside its kernel"
                 )
             launches, size, product = cost(*args, **kwargs)
-            self.tally.add(
-                func._schema.name, "product" if product else "elementwise", launches, size
-            )
-        elif name in SYNCS:
+            self.tally.add(whole_name, "product" if product else "elementwise", launches, size)
+            return
+        if name in SYNCS:
             self.tally.syncs += any(t.device.type != "cpu" for t in _tensors(args))
-        elif (
-            name not in FREE
-            and not is_view(func)
-            and any(t.numel() for t in _tensors((args, kwargs, out)))
-        ):
+            return
+        if name in FREE or is_view(func):
+            return
+        if any(t.numel() for t in _tensors((args, kwargs, out))):
             self.tally.add(name, operator_class(name), 1, traffic_bytes(func, args, kwargs, out))
 
 
 def is_view(func: Any) -> bool:
     """Whether every result aliases an argument that the call does not write."""
-    returns = func._schema.returns
-    return bool(returns) and all(
-        r.alias_info is not None and not r.alias_info.is_write for r in returns
-    )
+    infos = [result.alias_info for result in func._schema.returns]
+    return bool(infos) and all(info is not None and not info.is_write for info in infos)
 
 
 def operator_class(name: str) -> str:
+    """ "product", "convolution", "attention" or "elementwise"."""
     if name in PRODUCTS:
         return "product"
     if name in CONVOLUTIONS:
@@ -235,7 +253,10 @@ class _Held:
 
 @dataclass
 class SavedActivations:
-    """The distinct storages that autograd still held at the end of the block, each by one of its tensors."""
+    """The distinct storages that autograd still held at the end of the block.
+
+    Each is represented by one of its tensors.
+    """
 
     tensors: list[Tensor] = field(default_factory=list)
 
@@ -246,7 +267,10 @@ class SavedActivations:
 
 @contextmanager
 def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
-    """What autograd saved inside the block and still holds at its end, but for the storages of `excluded`: parameters, inputs."""
+    """The tensors that autograd saved inside the block and still holds at its end.
+
+    Without the storages of `excluded`: parameters, inputs.
+    """
     kept, held = SavedActivations(), weakref.WeakSet[_Held]()
 
     def pack(tensor: Tensor) -> _Held:
@@ -261,32 +285,32 @@ def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
     kept.tensors = [tensor for key, tensor in found.items() if key not in known]
 
 
-# ---------------------------------------------------------------- composite operators as a GPU has them
+# ---------------------------------------------------------------- composite operators of a GPU
 
 
 @contextmanager
 def as_cuda() -> Iterator[None]:
-    """Attention and RMS norm as one op forward and one backward, as on CUDA, where the CPU and the meta device take them apart.
+    """Attention and RMS norm as one op forward and one backward, as on CUDA.
 
-    Attention is flash attention (memory-efficient for fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors.
-    torch knows no autocast on the meta device and raises where CUDA would say "off": here that device says so too.
+    The CPU and the meta device take them apart. Attention is flash attention (memory-efficient for
+    fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors. torch has no
+    autocast on the meta device and raises where CUDA reports "off": here that device reports it
+    too.
     """
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
 
-    def off(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return (
-            nullcontext()
-            if device_type == "meta" and kwargs.get("enabled") is False
-            else autocast(device_type, *args, **kwargs)
-        )
+    def autocast_or_nothing(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        if device_type == "meta" and kwargs.get("enabled") is False:
+            return nullcontext()
+        return autocast(device_type, *args, **kwargs)
 
-    def asked(*device_type: str) -> bool:
+    def is_enabled(*device_type: str) -> bool:
         return device_type != ("meta",) and enabled(*device_type)
 
     with (
         _AsCuda(),
-        patch.object(torch, "autocast", off),
-        patch.object(torch, "is_autocast_enabled", asked),
+        patch.object(torch, "autocast", autocast_or_nothing),
+        patch.object(torch, "is_autocast_enabled", is_enabled),
     ):
         yield
 
@@ -302,17 +326,22 @@ class _AsCuda(TorchFunctionMode):
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     assert not enable_gqa
+    tensors = query, key, value
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=scale
-        )[0]
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-    )[0]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(*tensors, dropout_p, is_causal, scale=scale)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(*tensors, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 def _rms_norm(
@@ -348,10 +377,11 @@ def _rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor
     return ((slope - normal * (slope * normal).mean(-1, keepdim=True)) * rstd).to(x.dtype)
 
 
-_rms_forward.register_fake(
-    lambda x, weight, eps: (
-        torch.empty_like(x),
-        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
-    )
-)
-_rms_backward.register_fake(lambda dy, x, weight, rstd: torch.empty_like(x))
+@_rms_forward.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_rms_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -1,10 +1,11 @@
 """One op in one case: its contenders checked against float64, timed in turns, and counted.
 
-`report` gives the row that benchmarks/kernels.py prints and stores.
+`measure_case` returns the row that benchmarks/kernels.py prints and stores.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import OPS
 
 NO_INPUT = ("keyed_dropout",)  # whose backward needs none of its arguments
-Call = tuple[Callable[[], Any], list[Tensor]]  # and what it trains
+Call = tuple[Callable[[], Any], list[Tensor]]  # and the tensors that it trains
 
 
 class MeasurementPlan(NamedTuple):
@@ -39,7 +40,7 @@ class MeasurementPlan(NamedTuple):
 
 
 class DeviceRates(NamedTuple):
-    """What the device can do, measured in this run."""
+    """The device's fastest copy and product, measured in this run."""
 
     bandwidth: float  # bytes a second of a copy, read and written
     products: float  # FLOP a second of a large matrix product in the run's dtype
@@ -72,36 +73,20 @@ def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[
     if "compile" in functions and (why := compile_failure(case, functions["compile"])):
         print(f"{case.op} {case.label}: torch.compile of the reference is left out, it {why}")
         del functions["compile"]
-    calls: dict[str, Call] = {
-        name: (lambda f=f: f(*case.args), trained_tensors(case.args))
-        for name, f in functions.items()
-    }  # type: ignore[misc]
-    calls |= {
-        "ours": (lambda: kernels.call(case.op, *case.args), trained_tensors(case.args))
-    } | case.others
-    if plan.quick:
-        calls = {
-            name: call
-            for name, call in calls.items()
-            if name in ("ours", "candidate") or name in case.others
-        }
+    calls = _calls(case, functions, plan)
     times = time_calls(calls, plan)
-    contenders = {
-        name: measure_call(name, call, case, times, plan)
-        for name, call in calls.items()
-        if name in times
-    }
     floor = minimum_cost(case, rates)
-    for name, row in contenders.items():
-        row.update(checked.get(name, {}))
-        bounded = floor and name != "frozen"
-        row["roofline"] = (
-            100 * floor["seconds"] / (row["forward"] + row["backward"]) if bounded else None
-        )
-        row["over minimum"] = (
-            row["bytes"] / floor["bytes"] if bounded and row["bytes"] is not None else None
-        )
-    row = {
+    contenders = {}
+    for name, call in calls.items():
+        if name in times:
+            row = measure_call(name, call, case, times, plan) | checked.get(name, {})
+            row["roofline"] = row["over minimum"] = None
+            if floor and name != "frozen":
+                row["roofline"] = 100 * floor["seconds"] / (row["forward"] + row["backward"])
+                if row["bytes"] is not None:
+                    row["over minimum"] = row["bytes"] / floor["bytes"]
+            contenders[name] = row
+    found = {
         "op": case.op,
         "case": case.label,
         "count": case.count,
@@ -111,14 +96,26 @@ def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[
     }
     for other in ("frozen", "peft", "torch", "compile"):
         if other in times:
-            row[f"to {other}"] = {
-                name: timing.median_ratio(times, name, other) for name in contenders
-            }
-            row[f"to {other}, clock"] = {
-                name: timing.median_ratio(times, name, other, clock=True) for name in contenders
-            }
-    row["rounds"] = len(times[next(iter(contenders))])
-    return row
+            for key, clock in ((f"to {other}", False), (f"to {other}, clock", True)):
+                found[key] = {
+                    name: timing.median_ratio(times, name, other, clock=clock)
+                    for name in contenders
+                }
+    found["rounds"] = len(times[next(iter(contenders))])
+    return found
+
+
+def _calls(
+    case: Case, functions: dict[str, Callable[..., Any]], plan: MeasurementPlan
+) -> dict[str, Call]:
+    """The contenders: every implementation, what `kernels.call` takes, and the case's others."""
+    trains = trained_tensors(case.args)
+    calls: dict[str, Call] = {}
+    for name, function in functions.items():
+        if not plan.quick or name == "candidate":
+            calls[name] = functools.partial(function, *case.args), trains
+    calls["ours"] = functools.partial(kernels.call, case.op, *case.args), trains
+    return calls | case.others
 
 
 def compile_failure(case: Case, compiled: Callable[..., Any]) -> str:
@@ -133,58 +130,64 @@ def compile_failure(case: Case, compiled: Callable[..., Any]) -> str:
 def check_implementations(
     case: Case, functions: dict[str, Callable[..., Any]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Per twin its errors to float64 (of results; the largest of gradients), and how those that break the law do."""
+    """(name -> errors to float64, name -> how it breaks the law)
+
+    The errors are the largest of results and the largest of gradients.
+    """
     reference = OPS[case.op].reference
-    if not is_plain(
-        case.args
-    ):  # there is no casting an optimiser's state; benchmarks.optimizer and the twins' tests measure its error
+    if not is_plain(case.args):
+        # An optimizer's state cannot be cast; benchmarks.optimizer and the tests of the
+        # implementations measure its error.
         if "candidate" in functions:
             raise UserError(
-                f"--candidate cannot be checked as {case.op}, whose arguments hold more than tensors; use an op that takes tensors"
+                f"--candidate cannot be checked as {case.op}, whose arguments hold more than "
+                "tensors; use an op that takes tensors"
             )
         return {}, {}
-    truth, eager = (
-        laws.run_outcome(reference, reference, copy_arguments(case.args, torch.float64)),
-        laws.run_outcome(reference, reference, case.args),
-    )
-    own, rows, broken = laws.errors_to_truth(eager, truth), {}, {}
+    truth = laws.run_outcome(reference, reference, copy_arguments(case.args, torch.float64))
+    eager = laws.run_outcome(reference, reference, case.args)
+    own = laws.errors_to_truth(eager, truth)
+    rows: dict[str, dict[str, float]] = {}
+    broken: dict[str, str] = {}
     for name, function in functions.items():
         try:
             got = eager if name == "reference" else laws.run_outcome(function, reference, case.args)
-            said = laws.broken_law(got, truth, own)
+            fault = laws.broken_law(got, truth, own)
         except Exception as error:  # whatever a user's file raises
-            if name == "compile":  # `untraceable` says so
+            if name == "compile":  # `compile_failure` reports it
                 continue
             if name != "candidate":
                 raise
-            said = f"raises {type(error).__name__}: {error}"
-        if said is None:
-            found = laws.errors_to_truth(got, truth)
-            gradients = [error.norm for key, error in found.items() if key.startswith("gradient")]
-            rows[name] = {
-                "error": max(
-                    error.norm for key, error in found.items() if not key.startswith("gradient")
-                )
-            }
-            rows[name] |= {"gradient error": max(gradients)} if gradients else {}
+            fault = f"raises {type(error).__name__}: {error}"
+        if fault is None:
+            rows[name] = _largest_errors(laws.errors_to_truth(got, truth))
         elif name == "candidate":
             raise UserError(
-                f"the candidate is refused: at {case.op} {case.label} it {said}; make it equal lora_core.kernels.reference.{case.op}"
+                f"the candidate is refused: at {case.op} {case.label} it {fault}; "
+                f"make it equal lora_core.kernels.reference.{case.op}"
             )
         elif name == "compile":
-            print(f"{case.op} {case.label}: what torch.compile makes of the reference {said}")
+            print(f"{case.op} {case.label}: the reference under torch.compile {fault}")
         else:
-            broken[name] = said
-            print(f"{case.op} {case.label}: THE {name} TWIN IS WRONG, it {said}")
+            broken[name] = fault
+            print(f"{case.op} {case.label}: THE IMPLEMENTATION {name} IS WRONG, it {fault}")
     return rows, broken
 
 
+def _largest_errors(found: dict[str, laws.Error]) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for key, error in found.items():
+        kind = "gradient error" if key.startswith("gradient") else "error"
+        errors[kind] = max(errors.get(kind, 0.0), error.norm)
+    return errors
+
+
 def time_calls(calls: dict[str, Call], plan: MeasurementPlan) -> timing.Times:
-    """Seconds of forward and backward together under the contender's name, of forward alone under "forward NAME"."""
-    whole = {name: forward_and_backward(*call) for name, call in calls.items()}
-    forward = {f"forward {name}": call for name, (call, trains) in calls.items() if trains}
+    """Seconds of forward and backward together; those of forward alone under "forward NAME"."""
+    contenders = {name: forward_and_backward(*call) for name, call in calls.items()}
+    contenders |= {f"forward {name}": call for name, (call, trains) in calls.items() if trains}
     times = timing.alternate(
-        whole | forward, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit
+        contenders, plan.rounds, device=plan.setting.device, graph=plan.graph, limit=plan.limit
     )
     for name, why in times.left_out.items():
         print(f"{name} cannot be captured as a CUDA graph: {why}")
@@ -192,32 +195,33 @@ def time_calls(calls: dict[str, Call], plan: MeasurementPlan) -> timing.Times:
 
 
 def forward_and_backward(call: Callable[[], Any], trains: list[Tensor]) -> Callable[[], Any]:
-    """Forward and backward for a fixed slope; forward alone where nothing is trained."""
+    """Forward and backward for fixed gradients; forward alone where nothing is trained."""
     if not trains:
         return call
-    slopes = [
-        laws.output_gradient(result) for result in result_tensors(call()) if result.requires_grad
-    ]
-    return lambda: torch.autograd.grad(
-        [result for result in result_tensors(call()) if result.requires_grad],
-        trains,
-        slopes,
-        allow_unused=True,
-    )
+    slopes = [laws.output_gradient(result) for result in _smooth_results(call())]
+
+    def run() -> Any:
+        return torch.autograd.grad(_smooth_results(call()), trains, slopes, allow_unused=True)
+
+    return run
 
 
 def result_tensors(out: Any) -> list[Tensor]:
+    """All tensors of a result."""
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _smooth_results(out: Any) -> list[Tensor]:
+    return [result for result in result_tensors(out) if result.requires_grad]
 
 
 def measure_call(
     name: str, call: Call, case: Case, times: timing.Times, plan: MeasurementPlan
 ) -> dict[str, Any]:
     """Seconds, bytes moved, memory."""
-    whole = timing.median_seconds(times, name)
-    forward = (
-        timing.median_seconds(times, f"forward {name}") if f"forward {name}" in times else whole
-    )
+    whole = forward = timing.median_seconds(times, name)
+    if f"forward {name}" in times:
+        forward = timing.median_seconds(times, f"forward {name}")
     row: dict[str, Any] = {"forward": forward, "backward": max(0.0, whole - forward)}
     step = forward_and_backward(*call)
     if plan.setting.device == "cuda":
@@ -231,9 +235,8 @@ def measure_call(
             out = call[0]()
         row["memory"] = kept.bytes
         del out
-    if name == "compile" or not is_plain(
-        case.args
-    ):  # a dispatch mode would take its kernels apart, and does not see loops over pointers
+    # a dispatch mode would take compiled kernels apart, and does not see loops over pointers
+    if name == "compile" or not is_plain(case.args):
         return row | {"bytes": None}
     with Counter() as counter:
         step()
@@ -241,14 +244,16 @@ def measure_call(
 
 
 def minimum_cost(case: Case, rates: DeviceRates) -> dict[str, float]:
-    """Bytes (every argument and result once forward, and again with their gradients backward), FLOP of the reference, and the seconds they take.
+    """The bytes and FLOP that a case cannot avoid, and the seconds that they take.
 
-    Empty for arguments that hold objects, whose tensors are not known.
+    Every argument and result once forward, and again with their gradients backward; FLOP of the
+    reference. Empty for arguments that hold objects, whose tensors are not known.
     """
     if not is_plain(case.args):
         return {}
-    tensors = [leaf for leaf in tree_leaves(case.args) if isinstance(leaf, Tensor)]
-    trains, call = trained_tensors(case.args), lambda: OPS[case.op].reference(*case.args)
+    tensors = result_tensors(case.args)
+    trains = trained_tensors(case.args)
+    call = functools.partial(OPS[case.op].reference, *case.args)
     made = result_tensors(call())
     size = sum(map(touched_bytes, tensors)) + sum(map(touched_bytes, made))
     if trains:
@@ -257,34 +262,34 @@ def minimum_cost(case: Case, rates: DeviceRates) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         forward_and_backward(call, trains)()
     flops = counter.get_total_flops()
-    return {
-        "bytes": size,
-        "flops": flops,
-        "seconds": max(size / rates.bandwidth, flops / rates.products),
-    }
+    seconds = max(size / rates.bandwidth, flops / rates.products)
+    return {"bytes": size, "flops": flops, "seconds": seconds}
 
 
 def measure_device_rates(setting: Setting) -> DeviceRates:
-    """Of a copy of 128 MB (1 GB on a GPU) and a product of 2048 (8192) squared, each at its fastest of seven.
+    """Rates of a copy of 128 MB (1 GB on a GPU) and of a product of 2048 (8192) squared.
 
-    A CPU without instructions for the dtype, which would take over a second, does a smaller product.
+    Each at its fastest of seven. A CPU without instructions for the dtype, which would take over a
+    second, does a smaller product.
     """
     large = setting.device == "cuda"
     source = torch.zeros(2**30 if large else 2**27, dtype=torch.uint8, device=setting.device)
     target = torch.zeros_like(source)
     n = 8192 if large else _affordable_side(setting.dtype)
     a = torch.randn(n, n, device=setting.device).to(setting.dtype)
-    times = timing.alternate(
-        {"copy": lambda: target.copy_(source), "product": lambda: a @ a}, 7, device=setting.device
-    )
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
+    times = timing.alternate(calls, 7, device=setting.device)
     copy, product = (min((times.processor or times)[name]) for name in ("copy", "product"))
     return DeviceRates(2 * source.numel() / copy, 2 * n**3 / product)
 
 
 def _affordable_side(dtype: torch.dtype) -> int:
-    """2048, or the largest half of it whose square product takes a CPU under a second, from the time of one of 256."""
+    """2048, or its largest half whose square product takes a CPU under a second.
+
+    Estimated from the time of a product of 256.
+    """
     small, side = torch.randn(256, 256).to(dtype), 2048
-    small @ small  # libraries initialise themselves
+    small @ small  # libraries initialize themselves
     began = time.perf_counter()
     small @ small
     seconds = time.perf_counter() - began

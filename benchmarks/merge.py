@@ -33,7 +33,8 @@ from benchmarks import timing
 from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
 from merging.adapter_sums import Term, mix_layers
 from merging.factor_sums import concat_factors
-from merging.svd import Keep, compress_adapter, one_thread, singular_values, total_report
+from merging.svd import compress_adapter, one_thread, singular_values
+from merging.truncation import Keep, total_report
 
 Contender = Callable[[list[LowRank], int], tuple[Tensor, Tensor]]
 WEIGHTS = (0.7, 0.3)

@@ -1,4 +1,4 @@
-"""What the adapters of a whole model cost over the frozen model: times of layers multiplied by their counts."""
+"""The cost of a whole model's adapters over the frozen model: times of layers by their counts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one te
 def model_cost(
     model: str, rows: list[dict[str, Any]], setting: Setting, *, graph: bool = False
 ) -> dict[str, Any]:
-    """Seconds of all adapters (ours, peft), of the frozen layers under them and of the frozen rest; printed, with the ratio of the sums.
+    """Seconds of all adapters (ours, peft), of the frozen layers under them and the frozen rest.
 
-    The rest is linear layers, convolutions and attention, forward and backward for their inputs (the layers of one row forward alone: nothing that is
-    trained lies before them). Norms, activations and additions are left out, which makes the ratio larger than a whole step's.
+    Printed, with the ratio of the sums. The rest is linear layers, convolutions and attention,
+    forward and backward for their inputs (layers whose input has one row forward alone: nothing
+    that is trained lies before them). Norms, activations and additions are left out, which makes
+    the ratio larger than a whole step's.
     """
     linears = [row for row in rows if row["op"] == "lora_linear"]
     cost: dict[str, Any] = {}
@@ -31,73 +33,78 @@ def model_cost(
         names = set.intersection(*(set(row["contenders"]) for row in group)) if group else set()
         if not {"frozen", "ours", "peft"} <= names:
             continue
-        sums = {
-            name: sum(row["count"] * step_seconds(row["contenders"][name]) for row in group)
-            for name in ("frozen", "ours", "peft")
-        }
+        sums = {name: _sum_layers(group, name) for name in ("frozen", "ours", "peft")}
         whole = rest + sums["frozen"]
-        cost[kind] = {"layers": sum(row["count"] for row in group), "rest": rest} | sums
-        cost[kind] |= {
-            f"{name} over frozen": (rest + sums[name]) / whole for name in ("ours", "peft")
-        }
+        layers = sum(row["count"] for row in group)
+        ours, peft = (rest + sums["ours"]) / whole, (rest + sums["peft"]) / whole
+        cost[kind] = {"layers": layers, "rest": rest, **sums}
+        cost[kind] |= {"ours over frozen": ours, "peft over frozen": peft}
         print(
-            f"{model} {kind}: {cost[kind]['layers']} adapters add {1e3 * (sums['ours'] - sums['frozen']):.3g} ms to the {1e3 * whole:.4g} ms of the "
-            f"frozen products, forward and backward: {cost[kind]['ours over frozen']:.3f}x (peft {cost[kind]['peft over frozen']:.3f}x)"
+            f"{model} {kind}: {layers} adapters add {1e3 * (sums['ours'] - sums['frozen']):.3g} ms "
+            f"to the {1e3 * whole:.4g} ms of the frozen products, forward and backward: "
+            f"{ours:.3f}x (peft {peft:.3f}x)"
         )
     return cost
 
 
+def _sum_layers(group: list[dict[str, Any]], name: str) -> float:
+    """Seconds of a contender over all layers of a group of rows."""
+    return sum(row["count"] * step_seconds(row["contenders"][name]) for row in group)
+
+
 def step_seconds(row: dict[str, Any]) -> float:
+    """Forward and backward."""
     return row["forward"] + row["backward"]
 
 
 def time_frozen_rest(model: str, setting: Setting, *, graph: bool = False) -> float:
     """Seconds of everything but the adapted layers."""
     layers, total = LAYERS[model], 0.0
-    made = [
+    kinds = [
         (frozen_linear, layers["linears"]),
         (frozen_convolution, layers["convolutions"]),
         (frozen_attention, layers["attention"]),
     ]
-    for make, shapes in made:
+    for make_call, shapes in kinds:
         for *shape, count in shapes:
-            call = make(shape, setting)
+            contenders = {"layer": make_call(shape, setting)}
             times = timing.alternate(
-                {"it": call}, ROUNDS, device=setting.device, graph=graph, limit=LIMIT
+                contenders, ROUNDS, device=setting.device, graph=graph, limit=LIMIT
             )
-            total += count * timing.median_seconds(times, "it")
+            total += count * timing.median_seconds(times, "layer")
     return total
 
 
 def frozen_linear(shape: list[int], setting: Setting) -> Callable[[], object]:
+    """Forward and backward of a linear layer without bias."""
     rows, fan_in, out = shape
-    drawn = RandomTensors(setting)
-    x, weight = (
-        drawn.base(rows, fan_in).requires_grad_(rows > 1),
-        drawn.base(out, fan_in, size=fan_in**-0.5),
-    )
+    random = RandomTensors(setting)
+    x = random.base(rows, fan_in).requires_grad_(rows > 1)
+    weight = random.base(out, fan_in, size=fan_in**-0.5)
     return gradient_call(lambda: F.linear(x, weight), [x] if rows > 1 else [])
 
 
 def frozen_convolution(shape: list[int], setting: Setting) -> Callable[[], object]:
+    """Forward and backward of a convolution without bias."""
     pixels, fan_in, kernel, stride, out = shape
-    drawn, side = RandomTensors(setting), math.isqrt(pixels) * stride
-    x = drawn.base(1, fan_in, side, side).requires_grad_()
-    weight = drawn.base(out, fan_in, kernel, kernel, size=(fan_in * kernel * kernel) ** -0.5)
+    random, side = RandomTensors(setting), math.isqrt(pixels) * stride
+    x = random.base(1, fan_in, side, side).requires_grad_()
+    weight = random.base(out, fan_in, kernel, kernel, size=(fan_in * kernel * kernel) ** -0.5)
     return gradient_call(lambda: F.conv2d(x, weight, None, stride, kernel // 2), [x])
 
 
 def frozen_attention(shape: list[int], setting: Setting) -> Callable[[], object]:
+    """Forward and backward of attention."""
     heads, queries, keys, width = shape
-    drawn = RandomTensors(setting)
-    q, k, v = (drawn.base(1, heads, n, width).requires_grad_() for n in (queries, keys, keys))
+    random = RandomTensors(setting)
+    q, k, v = (random.base(1, heads, n, width).requires_grad_() for n in (queries, keys, keys))
     return gradient_call(lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
 
 
 def gradient_call(
     call: Callable[[], torch.Tensor], trains: list[torch.Tensor]
 ) -> Callable[[], object]:
-    """Forward and backward."""
+    """Forward and backward; forward alone where nothing is trained."""
     if not trains:
         return call
     slope = laws.output_gradient(call())

@@ -1,11 +1,14 @@
-"""The optimiser's step on the adapters of SD1.5 (256 tensors) and SDXL (1,120): our Prodigy and AdamW beside prodigyopt and torch's AdamW.
+"""The optimizer's step on the adapters of SD1.5 (256 tensors) and SDXL (1,120).
 
-    python -m benchmarks.optimizer [--networks sd15 sdxl] [--rank 16] [--rounds 9] [--threads 1] [--device cpu|cuda] [--json FILE]
+    python -m benchmarks.optimizer [--networks sd15 sdxl] [--rank 16] [--rounds 9] [--threads 1]
+                                   [--device cpu|cuda] [--json FILE]
 
-prints, for each, the time of a step (contenders take turns in one process), its ratio to the peer's, the launches and waits for the device of a step
-on a GPU, and how far d and the parameters are from the peer's own float64 run after five steps. Launches are torch calls that are no views (one that
-takes many tensors is several on a GPU) and the declared ones of our kernels, counted on the meta device as benchmarks/counting.py says; a wait is a
-value that travels to the host (.item()).
+Our Prodigy and AdamW next to prodigyopt and torch's AdamW. Prints, for each, the time of a step
+(contenders take turns in one process), its ratio to the peer's, the launches and waits for the
+device of a step on a GPU, and the distance of d and of the parameters to the peer's own float64 run
+after five steps. Launches are torch calls without views (one that takes many tensors is several on
+a GPU) and the declared ones of our kernels, counted on the meta device as described in
+benchmarks/counting.py; a wait is a value that travels to the host (.item()).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from lora_core.prodigy import Prodigy
 
 STEPS = 5  # of the comparison with float64
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second one is the peer
+CONTENDERS: dict[str, dict[str, Make]] = {  # optimizer -> contender; the second one is the peer
     "prodigy": {"ours": Prodigy, "prodigyopt": Prodigyopt},
     "adamw": {
         "ours": AdamW,
@@ -45,17 +48,26 @@ CONTENDERS: dict[str, dict[str, Make]] = {  # optimiser -> contender; the second
 def make_parameters(
     shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """As an adapter starts: down random, up zero."""
+    """Parameters as an adapter starts: down random, up zero."""
     generator = torch.Generator().manual_seed(0)
-    made = [
-        torch.randn(s, generator=generator) / s[-1] if i % 2 == 0 else torch.zeros(s)
-        for i, s in enumerate(shapes)
-    ]
-    return [p.to(device, dtype).requires_grad_() for p in made]
+    found = []
+    for i, shape in enumerate(shapes):
+        p = torch.zeros(shape)
+        if i % 2 == 0:
+            p = torch.randn(shape, generator=generator) / shape[-1]
+        found.append(p.to(device, dtype).requires_grad_())
+    return found
+
+
+def _join(params: list[Tensor]) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in params])
 
 
 def set_gradients(params: list[Tensor], step: int) -> None:
-    """Of a noisy parabola around a point that is the same for every dtype: Prodigy's d grows on it from the second step on."""
+    """Sets the gradients of a noisy parabola around a point that is the same for every dtype.
+
+    Prodigy's d grows on it from the second step on.
+    """
     generator, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2 + step)
     for p in params:
         goal = 0.01 * torch.randn(p.shape, generator=generator)
@@ -63,12 +75,16 @@ def set_gradients(params: list[Tensor], step: int) -> None:
 
 
 def make_quietly(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
-    with contextlib.redirect_stdout(io.StringIO()):  # prodigyopt prints
+    """The optimizer, without the line that prodigyopt prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
         return make(params)
 
 
 def count_step(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tally:
-    """A step that is not the first, on the meta device, but for torch's fused kernel, which refuses it and issues the same calls on the CPU."""
+    """The counts of a step that is not the first, on the meta device.
+
+    On the CPU for torch's fused kernel, which refuses the meta device and issues the same calls.
+    """
     params = make_parameters(shapes, "cpu" if contender == "torch, fused" else "meta")
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -91,7 +107,7 @@ def run_trajectory(
         set_gradients(params, step)
         optimizer.step()
     d = optimizer.param_groups[0].get("d")
-    return torch.cat([p.detach().reshape(-1) for p in params]), None if d is None else float(d)
+    return _join(params), None if d is None else float(d)
 
 
 def measure_optimizer(
@@ -101,28 +117,33 @@ def measure_optimizer(
     shapes, contenders = tensor_shapes(network, rank), CONTENDERS[name]
     peer = list(contenders)[1]
     exact, exact_d = run_trajectory(contenders[peer], shapes, device, torch.float64)
-    moved = (
-        exact
-        - torch.cat(
-            [p.detach().reshape(-1) for p in make_parameters(shapes, device, torch.float64)]
-        )
-    ).norm()
+    moved = (exact - _join(make_parameters(shapes, device, torch.float64))).norm()
     rows, steps = [], {}
     for contender, make in contenders.items():
         found, d = run_trajectory(make, shapes, device, torch.float32)
         counted = count_step(make, shapes, contender)
-        rows.append({
-            "network": network, "tensors": len(shapes), "parameters": exact.numel(), "optimiser": name, "contender": contender,
-            "launches": counted.ops, "waits": counted.syncs, "error": ((found.double() - exact).norm() / moved).item(),
-            "error of d": None if d is None or exact_d is None else abs(d / exact_d - 1),
-        })  # fmt: skip
+        error_of_d = None
+        if d is not None and exact_d is not None:
+            error_of_d = abs(d / exact_d - 1)
+        rows.append(
+            {
+                "network": network,
+                "tensors": len(shapes),
+                "parameters": exact.numel(),
+                "optimiser": name,  # the spelling of the stored results
+                "contender": contender,
+                "launches": counted.ops,
+                "waits": counted.syncs,
+                "error": ((found.double() - exact).norm() / moved).item(),
+                "error of d": error_of_d,
+            }
+        )
         params = make_parameters(shapes, device)
         set_gradients(params, 0)
         optimizer = make_quietly(make, params)
-        for (
-            group
-        ) in optimizer.param_groups:  # the same gradient at every step would let d grow without end
-            group |= {"d_coef": 1e-12} if name == "prodigy" else {}
+        if name == "prodigy":  # the same gradient at every step would let d grow without end
+            for group in optimizer.param_groups:
+                group["d_coef"] = 1e-12
         steps[contender] = optimizer.step
     times = timing.alternate(steps, rounds, device=device)
     for row in rows:
@@ -164,32 +185,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network in given.networks:
         for name in CONTENDERS:
             rows += measure_optimizer(network, name, given.rank, given.rounds, given.device)
-    heads = [
-        "network",
-        "tensors",
-        "optimiser",
-        "contender",
-        "ms",
-        "ratio",
-        "launches",
-        "waits",
-        "error",
-        "error of d",
-    ]
+    heads = ["network", "tensors", "optimiser", "contender", "ms", "ratio", "launches", "waits"]
+    heads += ["error", "error of d"]
     print(timing.text_table(heads, [[row[head] for head in heads] for row in rows]))
     print(
-        f"ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a GPU; errors: to float64 after {STEPS} steps"
+        "ratio: to the peer, which has 1, in the same rounds; launches and waits: of a step on a "
+        f"GPU; errors: to float64 after {STEPS} steps"
     )
     if given.json:
-        timing.write_json(
-            given.json,
-            {
-                "machine": timing.describe_machine(given.device),
-                "threads": given.threads,
-                "rank": given.rank,
-                "rows": rows,
-            },
-        )
+        results = {
+            "machine": timing.describe_machine(given.device),
+            "threads": given.threads,
+            "rank": given.rank,
+            "rows": rows,
+        }
+        timing.write_json(given.json, results)
     return 0
 
 

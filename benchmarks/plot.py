@@ -1,14 +1,17 @@
-"""One picture of what adapters add to the frozen model, ours beside peft: launches, elementwise bytes, saved activations, time of a step.
+"""An image of what adapters add to the frozen model, ours next to peft.
 
     python -m benchmarks.plot benchmarks/results/MACHINE.json [--out docs/benchmarks.png]
 
-A bar begins at 1, the frozen model, and ends at the cost with adapters: what is seen is what they add. Counts are of benchmarks.step_cost with the
-kernels, times of benchmarks.train_step; what the file has no figure for is left out.
+Launches, elementwise bytes, saved activations and the time of a step. A bar begins at 1, the frozen
+model, and ends at the cost with adapters, so that it shows what they add. Counts are of
+benchmarks.step_cost with the kernels, times of benchmarks.train_step; panels without figures in the
+file are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,18 +24,15 @@ from lora_core.runs.run_folder import atomic_write
 
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
-COLOURS = {"ours": "#1f6f8b", "peft": "#c9ccd1"}
+COLORS = {"ours": "#1f6f8b", "peft": "#c9ccd1"}
 COUNTS = {
     "ops": "operations launched",
     "elementwise": "elementwise bytes",
     "saved": "saved activations",
 }
 TIMES = {"cpu": "time of a step, CPU", "cuda": "time of a step, GPU"}
-PANEL, ROW, EDGE = (
-    2.9,
-    0.46,
-    1.15,
-)  # inches: a panel's width, a row's height, above and below the rows
+# Inches: a panel's width, a row's height, above and below the rows.
+PANEL, ROW, EDGE = 2.9, 0.46, 1.15
 GAP = 0.35  # rows between two models
 
 CostRatios = dict[str, float]  # "ours" or "peft" -> times the frozen model
@@ -41,52 +41,53 @@ CostRatios = dict[str, float]  # "ours" or "peft" -> times the frozen model
 def gather_panels(report: Mapping[str, Any]) -> dict[str, dict[str, CostRatios]]:
     """Panel -> row -> times the frozen model, from a file of benchmarks.all."""
     panels: dict[str, dict[str, CostRatios]] = {title: {} for title in COUNTS.values()}
-    found = [part["results"] for part in report["parts"].values() if "results" in part]
-    for results in found:
-        for model, row in (
-            results.get("models", {}).items() if isinstance(results.get("models"), Mapping) else ()
-        ):
-            if "step" in row:
-                _counts(panels, model, row["step"])
-    for results in found:
-        for one in results.get("results", ()) if isinstance(results.get("results"), list) else ():
-            if "contenders" in one and one["model"] != "toy":
-                _times(panels.setdefault(TIMES[report["device"]], {}), one)
+    parts = [part["results"] for part in report["parts"].values() if "results" in part]
+    for part in parts:
+        models = part.get("models")
+        if isinstance(models, Mapping):
+            for model, row in models.items():
+                if "step" in row:
+                    _add_counts(panels, model, row["step"])
+    for part in parts:
+        results = part.get("results")
+        if isinstance(results, list):
+            for one in results:
+                if "contenders" in one and one["model"] != "toy":
+                    _add_times(panels.setdefault(TIMES[report["device"]], {}), one)
     return {title: rows for title, rows in panels.items() if rows}
 
 
-def _counts(
+def _add_counts(
     panels: dict[str, dict[str, CostRatios]], model: str, step: Mapping[str, Mapping[str, float]]
 ) -> None:
     for key, title in COUNTS.items():
         for kind, name in KINDS.items():
-            chosen = {"ours": f"triton {kind}", "peft": f"peft {kind}"}
-            row = {
-                side: step[variant][key] / step["frozen"][key]
-                for side, variant in chosen.items()
-                if variant in step
-            }
+            row = {}
+            for side, variant in (("ours", f"triton {kind}"), ("peft", f"peft {kind}")):
+                if variant in step:
+                    row[side] = step[variant][key] / step["frozen"][key]
             if row:
                 panels[title][f"{TITLES[model]} {name}"] = row
 
 
-def _times(panel: dict[str, CostRatios], one: Mapping[str, Any]) -> None:
+def _add_times(panel: dict[str, CostRatios], one: Mapping[str, Any]) -> None:
     batch = f", batch {one['batch']}" if one["batch"] > 1 else ""
     for kind, name in KINDS.items():
-        ratios = {
-            side: one["contenders"].get(f"{side} {kind}", {}).get("ratio") for side in COLOURS
-        }
-        row = {side: ratio for side, ratio in ratios.items() if ratio}
+        row = {}
+        for side in COLORS:
+            ratio = one["contenders"].get(f"{side} {kind}", {}).get("ratio")
+            if ratio:
+                row[side] = ratio
         if row:
             panel[f"{TITLES[one['model']]} {name}{batch}"] = row
 
 
 def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note: str) -> None:
-    """The picture as PNG, whole or not at all."""
+    """Writes the image as PNG, whole or not at all."""
     import matplotlib.pyplot as plt  # one second of import
 
     plt.switch_backend("Agg")
-    places = _places(list(dict.fromkeys(name for rows in panels.values() for name in rows)))
+    places = _places(list(dict.fromkeys(itertools.chain(*panels.values()))))
     height = EDGE + ROW * (max(places.values()) + 1)
     figure, axes = plt.subplots(
         1,
@@ -96,12 +97,11 @@ def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note:
         layout="constrained",
     )
     try:
-        for axis, (title, rows) in zip(
-            axes if len(panels) > 1 else [axes], panels.items(), strict=True
-        ):
-            _panel(axis, title, rows, places)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-        figure.legend(handles, list(COLOURS), loc="outside upper right", ncols=2, frameon=False)
+        all_axes = axes if len(panels) > 1 else [axes]
+        for axis, (title, rows) in zip(all_axes, panels.items(), strict=True):
+            _draw_panel(axis, title, rows, places)
+        handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+        figure.legend(handles, list(COLORS), loc="outside upper right", ncols=2, frameon=False)
         figure.suptitle(
             "What adapters of rank 16 add to a training step, times the frozen model",
             x=0.01,
@@ -117,7 +117,7 @@ def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note:
 
 
 def _places(names: Sequence[str]) -> dict[str, float]:
-    """Where each row stands: 0, 1, ... and a gap before another model."""
+    """The place of each row: 0, 1, ... and a gap before another model."""
     places, at = {}, 0.0
     for before, name in zip(["", *names], names):
         at += 0 if not before else 1 + GAP * (before.split()[0] != name.split()[0])
@@ -125,42 +125,25 @@ def _places(names: Sequence[str]) -> dict[str, float]:
     return places
 
 
-def _panel(
+def _draw_panel(
     axis: Any, title: str, rows: Mapping[str, CostRatios], places: Mapping[str, float]
 ) -> None:
-    most = max(value for row in rows.values() for value in row.values())
-    room = max(most - 1, 0.1)
+    values = list(itertools.chain(*(row.values() for row in rows.values())))
+    room = max(max(values) - 1, 0.1)
+    label = {"va": "center", "fontsize": 8}
     for name, i in places.items():
         for side, shift in (("ours", -0.19), ("peft", 0.19)):
             value = rows.get(name, {}).get(side)
             if value is None:
                 continue
-            axis.barh(i + shift, value - 1, left=1, height=0.34, color=COLOURS[side])
+            axis.barh(i + shift, value - 1, left=1, height=0.34, color=COLORS[side])
             weight = "bold" if side == "ours" else "normal"
-            axis.text(
-                max(value, 1) + 0.03 * room,
-                i + shift,
-                f"{value:.2f}",
-                va="center",
-                fontsize=8,
-                color=INK,
-                weight=weight,
-            )
+            x = max(value, 1) + 0.03 * room
+            axis.text(x, i + shift, f"{value:.2f}", color=INK, weight=weight, **label)
         if name not in rows:
-            axis.text(
-                1 + 0.03 * room,
-                i,
-                "not run",
-                va="center",
-                fontsize=8,
-                color="#9aa1a9",
-                style="italic",
-            )
+            axis.text(1 + 0.03 * room, i, "not run", color="#9aa1a9", style="italic", **label)
     axis.axvline(1, color=INK, linewidth=1)
-    axis.set_xlim(
-        min(1.0, *(value for row in rows.values() for value in row.values())) - 0.02 * room,
-        1 + 1.24 * room,
-    )
+    axis.set_xlim(min(1.0, *values) - 0.02 * room, 1 + 1.24 * room)
     axis.set_ylim(max(places.values()) + 0.55, -0.55)
     axis.set_yticks(list(places.values()), list(places), fontsize=9.5)
     axis.set_title(title, fontsize=10, loc="left", color=INK)
@@ -174,10 +157,13 @@ def _panel(
 
 
 def _ticks(room: float) -> Any:
-    """1, and whole steps from it."""
+    """1, and equal steps from it."""
     from matplotlib.ticker import MultipleLocator
 
-    return MultipleLocator(1 if room > 2 else 0.5 if room > 0.8 else 0.1 if room > 0.15 else 0.05)
+    for least, step in ((2, 1.0), (0.8, 0.5), (0.15, 0.1)):
+        if room > least:
+            return MultipleLocator(step)
+    return MultipleLocator(0.05)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         default=Path("docs/benchmarks.png"),
-        help="the picture; default docs/benchmarks.png",
+        help="the image; default docs/benchmarks.png",
     )
     args = parser.parse_args(argv)
     try:
@@ -199,15 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         panels = gather_panels(report)
         if not panels:
             raise UserError(
-                f"{args.result} has neither counts nor times of steps; make it with python -m benchmarks.all"
+                f"{args.result} has neither counts nor times of steps; "
+                "make it with python -m benchmarks.all"
             )
-    except (UserError, OSError, json.JSONDecodeError, KeyError) as error:
-        print(
-            f"error: {args.result} cannot be drawn: {error!r}"
-            if not isinstance(error, UserError)
-            else f"error: {error}",
-            file=sys.stderr,
-        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        print(f"error: {args.result} cannot be drawn: {error!r}", file=sys.stderr)
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw_panels(panels, args.out, figure_caption(report, panels))
@@ -221,11 +206,9 @@ def figure_caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
     if TIMES[report["device"]] in panels:
         at = ", SD1.5 at 256 px, bf16" if report["device"] == "cpu" else ""
         times = f"Times: paired medians, {report['machine'].split(',')[0]}{at}."
-    counts = (
-        "Counted on the meta device at batch 1 (SD1.5 at 512 px, SDXL and Flux at 1024). "
-        if set(COUNTS.values()) & set(panels)
-        else ""
-    )
+    counts = ""
+    if set(COUNTS.values()) & set(panels):
+        counts = "Counted on the meta device at batch 1 (SD1.5 at 512 px, SDXL and Flux at 1024). "
     return f"{counts}{times} Commit {report['commit'][:8] or 'unknown'}, {report['began'][:10]}."
 
 

@@ -1,8 +1,12 @@
-"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs, with random or no weights: what the benchmarks run, and its shapes.
+"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs.
 
-    model, kwargs = network("sdxl"), inputs("sdxl")     # on the meta device: shapes alone
-    model(**kwargs)
-`layers` are the paths that an adapter takes: every attention linear, as the public scripts have it.
+With random weights or none: what the benchmarks run, and its shapes.
+
+    model = build_network("sdxl")  # on the meta device: shapes alone
+    model(**network_inputs("sdxl"))
+
+`adapted_paths` are the layers that get an adapter: every attention linear, as in the public
+scripts.
 """
 
 from __future__ import annotations
@@ -33,17 +37,16 @@ CLIP_TOKENS, T5_TOKENS = 77, 512
 def build_network(
     name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> nn.Module:
-    """The denoiser, frozen, in training mode. Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1."""
+    """The denoiser, frozen, in training mode.
+
+    Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1.
+    """
     build, kind, part = CLASSES[name]
-    config = {
-        key: value
-        for key, value in PUBLISHED_MODELS[kind].files[f"{part}/config.json"].items()
-        if not key.startswith("_")
-    }
+    published = PUBLISHED_MODELS[kind].files[f"{part}/config.json"]
+    config = {key: value for key, value in published.items() if not key.startswith("_")}
     with torch.device("meta"):
-        model = (
-            nn.Module.to(build(**config), dtype).requires_grad_(False).train()
-        )  # diffusers' own `to` warns at every call
+        model = nn.Module.to(build(**config), dtype)  # diffusers' own `to` warns at every call
+    model.requires_grad_(False).train()
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         _fill(model, torch.Generator(device).manual_seed(seed))
@@ -52,7 +55,10 @@ def build_network(
 
 @torch.no_grad()
 def _fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Draws every parameter in place. These networks hold no buffers: to_empty would have lost them."""
+    """Samples every parameter in place.
+
+    These networks hold no buffers: to_empty would have lost them.
+    """
     assert not list(model.buffers())
     for p in model.parameters():
         if p.ndim > 1:
@@ -60,9 +66,8 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
         else:
             p.zero_()
     for module in model.modules():
-        if type(module).__name__.endswith("Norm") and isinstance(
-            weight := getattr(module, "weight", None), Tensor
-        ):
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and isinstance(weight, Tensor):
             weight.fill_(1)
 
 
@@ -74,39 +79,41 @@ def network_inputs(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of the network for `batch` pictures of side x side pixels (0: SIDES), random where the device has memory."""
-    side = side or SIDES[name]
-    generator = (
-        None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-    )
+    """Keyword arguments of the network for `batch` images of side x side pixels (0: SIDES).
 
-    def draw(*shape: int) -> Tensor:
+    Random where the device has memory.
+    """
+    side = side or SIDES[name]
+    generator = None
+    if torch.device(device).type != "meta":
+        generator = torch.Generator(device).manual_seed(seed)
+
+    def sample(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    told: dict[str, Any] = {"return_dict": False}
     if name == "flux":
         tokens = side // 16
-        return told | {
-            "hidden_states": draw(batch, tokens**2, 64),
-            "encoder_hidden_states": draw(batch, T5_TOKENS, 4096),
-            "pooled_projections": draw(batch, 768),
+        return {
+            "return_dict": False,
+            "hidden_states": sample(batch, tokens**2, 64),
+            "encoder_hidden_states": sample(batch, T5_TOKENS, 4096),
+            "pooled_projections": sample(batch, 768),
             "timestep": torch.full((batch,), 0.5, device=device),
             "guidance": torch.full((batch,), 1.0, device=device),
             "img_ids": flux.image_position_ids(2 * tokens, 2 * tokens, torch.device(device)),
             "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
         }
-    told |= {
-        "sample": draw(batch, 4, side // 8, side // 8),
+    inputs: dict[str, Any] = {
+        "return_dict": False,
+        "sample": sample(batch, 4, side // 8, side // 8),
         "timestep": torch.full((batch,), 500, device=device),
+        "encoder_hidden_states": sample(batch, CLIP_TOKENS, 2048 if name == "sdxl" else 768),
     }
-    told["encoder_hidden_states"] = draw(batch, CLIP_TOKENS, 2048 if name == "sdxl" else 768)
     if name == "sdxl":
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=dtype).to(device)
-        told["added_cond_kwargs"] = {
-            "text_embeds": draw(batch, 1280),
-            "time_ids": sizes.expand(batch, 6),
-        }
-    return told
+        text = {"text_embeds": sample(batch, 1280), "time_ids": sizes.expand(batch, 6)}
+        inputs["added_cond_kwargs"] = text
+    return inputs
 
 
 @cache
@@ -122,10 +129,15 @@ def _weights(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the adapters' tensors in the order of injection.adapter_parameters: down and up (and magnitude) of each layer."""
+    """Shapes of the adapters' tensors, in the order of injection.adapter_parameters.
+
+    down and up (and magnitude) of each layer.
+    """
     shapes: list[tuple[int, ...]] = []
     for out, fan in _weights(name).values():
-        shapes += [(rank, fan), (out, rank), *([(out,)] if dora else [])]
+        shapes += [(rank, fan), (out, rank)]
+        if dora:
+            shapes.append((out,))
     return shapes
 
 
@@ -133,19 +145,20 @@ def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tupl
 def count_linear_shapes(
     name: str, batch: int = 1, side: int = 0, *, every: bool = False
 ) -> Counter[tuple[int, int, int]]:
-    """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward; with `every`, all linears of the network."""
+    """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward.
+
+    With `every`, all linears of the network.
+    """
     model, found = build_network(name), Counter[tuple[int, int, int]]()
 
-    def seen(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+    def count(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         found[args[0].numel() // module.in_features, module.in_features, module.out_features] += 1
 
-    chosen = (
-        [m for m in model.modules() if isinstance(m, nn.Linear)]
-        if every
-        else [model.get_submodule(path) for path in adapted_paths(name)]
-    )
+    chosen = [model.get_submodule(path) for path in adapted_paths(name)]
+    if every:
+        chosen = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for module in chosen:
-        module.register_forward_pre_hook(seen)
+        module.register_forward_pre_hook(count)
     with torch.no_grad():
         model(**network_inputs(name, batch, side))
     return found

@@ -1,9 +1,10 @@
-"""Times of contenders that take turns in one process, and what a benchmark prints and stores beside them.
+"""Times of contenders that take turns in one process; tables and JSON files of a benchmark.
 
     times = alternate({"ours": ours, "peft": peft}, 9)
-    print(table(["", "ms", "to peft"], [[name, 1e3 * median(times, name), ratio(times, name, "peft")] for name in times]))
+    print(1e3 * median_seconds(times, "ours"), median_ratio(times, "ours", "peft"))
 
-A figure on the CPU is the median of rounds in processor seconds of this process, which a busy neighbour changes least; the clock's are kept too.
+A figure on the CPU is the median of rounds in processor seconds of this process, which a busy
+neighbor changes least; the clock's seconds are kept too.
 """
 
 from __future__ import annotations
@@ -28,30 +29,36 @@ import torch
 from lora_core.errors import UserError
 from lora_core.kernels import winners
 
-FLOOR = 0.005  # seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice takes milliseconds
+# Seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice
+# takes milliseconds.
+FLOOR = 0.005
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
-LEAST = 3  # rounds that a limit of time leaves
-# A graph's launch takes some 10 us, and hides behind the time that these take: by their memory's bandwidth 60 us on an H200, 32 on a B200.
-FLUSH = (
-    256 * 2**20
-)  # bytes written between repeats where the device does not say how large its L2 is; B200's has 126 MB
+LEAST = 3  # rounds that are run whatever the limit of time
+# Bytes written between repeats where the device does not report the size of its L2; B200's has
+# 126 MB.
+# A graph's launch takes some 10 us, and hides behind the time that these take: by their memory's
+# bandwidth 60 us on an H200, 32 on a B200.
+FLUSH = 256 * 2**20
+
+Call = Callable[[], object]
 
 
 class Times(dict[str, list[float]]):
-    """Name -> seconds of one call in each round, all of one length; by the clock on the CPU, between CUDA events on a GPU."""
+    """Name -> seconds of one call in each round, all of one length.
+
+    By the clock on the CPU, between CUDA events on a GPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.processor: dict[
-            str, list[float]
-        ] = {}  # the same in processor seconds of this process and its threads; empty on a GPU
-        self.left_out: dict[
-            str, str
-        ] = {}  # name -> why a contender could not be captured as a CUDA graph
+        # the same in processor seconds of this process and its threads; empty on a GPU
+        self.processor: dict[str, list[float]] = {}
+        # name -> why a contender could not be captured as a CUDA graph
+        self.left_out: dict[str, str] = {}
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[str, Call],
     rounds: int = 7,
     *,
     device: str | torch.device = "cpu",
@@ -59,19 +66,21 @@ def alternate(
     floor: float | None = None,
     limit: float = math.inf,
 ) -> Times:
-    """Seconds of one call of each contender, `rounds` times: every round runs all of them, and each round another one goes first.
+    """Seconds of one call of each contender in each of `rounds` rounds.
 
-    A round calls a contender as often as fills `floor` seconds (None: FLOOR, on a GPU a fifth). After `limit` seconds no further round starts, once
-    there are three.
-    On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so that the host's launches count, as in a training loop
-    at batch 1; with `graph` each contender is captured, and its replay waits in the queue while the L2 is overwritten, so that only the GPU's time
-    counts. What cannot be captured is in `left_out`.
+    Every round runs all of them, and each round another one goes first. A round calls a contender
+    as often as fills `floor` seconds (None: FLOOR, on a GPU a fifth). After `limit` seconds no
+    further round starts, once there are LEAST.
+    On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so
+    that the host's launches count, as in a training loop at batch 1; with `graph` each contender is
+    captured, and its replay waits in the queue while the L2 is overwritten, so that only the GPU's
+    time counts. What cannot be captured is in `left_out`.
     """
     times, device = Times(), torch.device(device)
-    floor = (
-        floor if floor is not None else FLOOR if device.type == "cpu" else FLOOR / 5
-    )  # events tick in half microseconds
-    start, ready = time.perf_counter(), dict(contenders)
+    if floor is None:
+        floor = FLOOR if device.type == "cpu" else FLOOR / 5  # events tick in half microseconds
+    start = time.perf_counter()
+    ready = dict(contenders)
     for name in contenders:
         try:
             ready[name] = _warm(contenders[name], device, graph)
@@ -81,10 +90,10 @@ def alternate(
             del ready[name]
             times.left_out[name] = str(error).splitlines()[0]
     run = _events(device, queued=graph) if device.type == "cuda" else _clocks
-    calls = {
-        name: max(1, math.ceil(floor / min(run(call, 1)[0], run(call, 1)[0])))
-        for name, call in ready.items()
-    }
+    calls = {}
+    for name, call in ready.items():
+        seconds = min(run(call, 1)[0], run(call, 1)[0])
+        calls[name] = max(1, math.ceil(floor / seconds))
     order = list(ready)
     for done in range(rounds):
         if done >= LEAST and time.perf_counter() - start > limit:
@@ -98,7 +107,8 @@ def alternate(
     return times
 
 
-def _warm(call: Callable[[], object], device: torch.device, graph: bool) -> Callable[[], object]:
+def _warm(call: Call, device: torch.device, graph: bool) -> Call:
+    """The call, or its CUDA graph, after its untimed calls."""
     if graph and device.type == "cuda":
         with winners.replayed():
             return capture_graph(call)
@@ -107,13 +117,17 @@ def _warm(call: Callable[[], object], device: torch.device, graph: bool) -> Call
     return call
 
 
-def capture_graph(call: Callable[[], object]) -> Callable[[], None]:
-    """Replays the CUDA graph of one call, which has to read and write the same tensors each time; RuntimeError where it cannot be captured."""
+def capture_graph(call: Call) -> Callable[[], None]:
+    """A function that replays the CUDA graph of one call.
+
+    The call has to read and write the same tensors each time. Raises RuntimeError where it cannot
+    be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        side
-    ):  # as torch.cuda.graph's documentation asks: libraries make their workspaces before the capture
+    # as torch.cuda.graph's documentation wants it: libraries make their workspaces before the
+    # capture
+    with torch.cuda.stream(side):
         for _ in range(WARM):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -128,7 +142,7 @@ def capture_graph(call: Callable[[], object]) -> Callable[[], None]:
     return replay
 
 
-def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
+def _clocks(call: Call, calls: int) -> tuple[float, float]:
     """(clock, processor) seconds of one call, without garbage collection."""
     collects = gc.isenabled()
     gc.disable()
@@ -143,14 +157,16 @@ def _clocks(call: Callable[[], object], calls: int) -> tuple[float, float]:
     return (end - clock) / calls, (spent - processor) / calls
 
 
-def _events(
-    device: torch.device, *, queued: bool
-) -> Callable[[Callable[[], object], int], tuple[float, float]]:
-    """What _clocks is, for a GPU. `queued`: the call is asked for while the GPU still overwrites its L2, which hides what a graph's launch takes."""
+def _events(device: torch.device, *, queued: bool) -> Callable[[Call, int], tuple[float, float]]:
+    """_clocks for a GPU: seconds between CUDA events, and 0.
+
+    `queued`: the call is issued while the GPU still overwrites its L2, which hides the time that a
+    graph's launch takes.
+    """
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     buffer = torch.empty(FLUSH if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
 
-    def run(call: Callable[[], object], calls: int) -> tuple[float, float]:
+    def run(call: Call, calls: int) -> tuple[float, float]:
         total = 0.0
         for _ in range(calls):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -173,18 +189,23 @@ def median_seconds(times: Times, name: str) -> float:
 
 
 def median_ratio(times: Times, name: str, other: str, *, clock: bool = False) -> float:
-    """Median over the rounds of name / other in the same round; in processor seconds on the CPU unless the clock's are asked for."""
-    rows = times if clock or not times.processor else times.processor
-    return statistics.median(a / b for a, b in zip(rows[name], rows[other], strict=True))
+    """Median over the rounds of name / other in the same round.
+
+    In processor seconds on the CPU, unless `clock` is set.
+    """
+    return statistics.median(_ratios(times, name, other, clock=clock))
 
 
 def middle_half(times: Times, name: str, other: str) -> tuple[float, float]:
-    """The middle half of the rounds' name / other, where `ratio` is their median: (first quartile, third)."""
-    rows = times.processor or times
-    low, _, high = statistics.quantiles(
-        (a / b for a, b in zip(rows[name], rows[other], strict=True)), n=4, method="inclusive"
-    )
+    """(first, third) quartile of the rounds' name / other, whose median is `median_ratio`."""
+    ratios = _ratios(times, name, other)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return low, high
+
+
+def _ratios(times: Times, name: str, other: str, *, clock: bool = False) -> list[float]:
+    seconds = times if clock or not times.processor else times.processor
+    return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -193,23 +214,22 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def check_positive(args: argparse.Namespace, *counts: str) -> None:
-    """Raises UserError for an option among `counts` that is below 1, and for a GPU that there is not."""
+    """Raises UserError for an option among `counts` below 1, and for a GPU that does not exist."""
     for name in counts:
         given = getattr(args, name)
-        if any(
-            value < 1
-            for value in (given if isinstance(given, list) else [given])
-            if value is not None
-        ):
-            raise UserError(
-                f"--{name} is {given if not isinstance(given, list) else ' '.join(map(str, given))}; expected a number from 1 on"
-            )
+        values = given if isinstance(given, list) else [given]
+        if any(value is not None and value < 1 for value in values):
+            received = " ".join(map(str, values))
+            raise UserError(f"--{name} is {received}; expected a number from 1 on")
     if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch sees no GPU; use --device cpu")
 
 
 def describe_machine(device: str | torch.device = "cpu") -> str:
-    """Where the figures come from, in one line: processor or GPU, torch, triton, threads, and how busy other programs keep the machine."""
+    """Where figures come from, in one line.
+
+    Processor or GPU, torch, triton, threads, and the load from other programs.
+    """
     name = _processor()
     if torch.device(device).type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda}), {name}"
@@ -218,8 +238,11 @@ def describe_machine(device: str | torch.device = "cpu") -> str:
     except metadata.PackageNotFoundError:
         triton = "no triton"
     threads = torch.get_num_threads()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{name}, {os.cpu_count()} cores{load}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {triton}"
+    cores = f"{os.cpu_count()} cores"
+    if hasattr(os, "getloadavg"):
+        cores += f", load {os.getloadavg()[0]:.1f}"
+    used = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {cores}, {used}, torch {torch.__version__}, {triton}"
 
 
 def _processor() -> str:
@@ -232,34 +255,36 @@ def _processor() -> str:
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns: text to the left, numbers to the right with three digits, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
-    left = [
-        bool(cells) and not any(row[i][:1].isdigit() or row[i][:1] in "-.<" for row in cells)
-        for i in range(len(heads))
-    ]
-    lines = [
-        "  ".join(c.ljust(w) if at else c.rjust(w) for c, w, at in zip(row, widths, left)).rstrip()
-        for row in [list(heads), *cells]
-    ]
-    return "\n".join(lines)
+    columns = list(zip(*cells)) if cells else [()] * len(heads)
+    lines = [""] * (1 + len(cells))
+    for head, column in zip(heads, columns, strict=True):
+        whole = [head, *column]
+        width = max(map(len, whole))
+        is_text = bool(column) and not any(map(_is_number, column))
+        for i, cell in enumerate(whole):
+            lines[i] += "  " + (cell.ljust(width) if is_text else cell.rjust(width))
+    return "\n".join(line[2:].rstrip() for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "-.<"
 
 
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return (
-            f"{value:.1e}"
-            if 0 < abs(value) < 1e-3
-            else f"{value:.0f}"
-            if abs(value) >= 1e3
-            else f"{value:.3g}"
-        )
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
 
 
 def write_json(path: Path | str, results: Mapping[str, Any]) -> None:
-    """The results with the command and the date that they come from; a number that is not finite is refused with ValueError."""
+    """Writes the results with the command and the date that they come from.
+
+    Raises ValueError for a number that is not finite.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     origin = {"command": " ".join([program, *sys.argv[1:]]), "date": date.today().isoformat()}

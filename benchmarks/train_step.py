@@ -1,13 +1,18 @@
-"""Steps per second and peak memory of training, ours against peft in the loop of diffusers' scripts, on one network's very weights.
+"""Steps per second and peak memory of training, ours against peft.
 
-    python -m benchmarks.train_step [--device cpu] [--model toy sd15] [--batch 1] [--rounds 15] [--json FILE]
-    python -m benchmarks.train_step --model sd15 --contenders frozen "ours lora" "ours lora reference" --profile
+    python -m benchmarks.train_step [--device cpu] [--model toy sd15] [--batch 1] [--rounds 15]
+                                    [--json FILE]
+    python -m benchmarks.train_step --model sd15 --profile
+                                    --contenders frozen "ours lora" "ours lora reference"
 
-A contender is a name and words: frozen; ours or peft, lora or dora; then reference, fused or triton (kernels, else auto), compile (regional), graph
-(CUDA, ours), last (channels_last, what ours has on a GPU), and for peft bf16 (adapters) and adamw (torch's fused one). What a step is, and what the
-peer does in it, is in benchmarks/contenders.py. Contenders take turns: "over frozen" is the median over rounds of the ratio within a round, in
-processor seconds on the CPU (and by the clock beside it, which a busy neighbour changes more). Memory is the peak of one step over what is held
-between steps: on the CPU resident memory, on a GPU that of torch's allocator.
+peft runs in the loop of diffusers' scripts; both on one network's very weights.
+A contender is a name and words: frozen; ours or peft, lora or dora; then reference, fused or triton
+(kernels, else auto), compile (regional), graph (CUDA, ours), last (channels_last, the default of
+ours on a GPU), and for peft bf16 (adapters) and adamw (torch's fused one). The steps of all
+contenders are in benchmarks/contenders.py. Contenders take turns: "over frozen" is the median over
+rounds of the ratio within a round, in processor seconds on the CPU (and by the clock next to it,
+which a busy neighbor changes more). Memory is the peak of one step over that between steps: on the
+CPU resident memory, on a GPU that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -31,52 +36,47 @@ from benchmarks.contenders import FrozenStep, OurStep, PeftStep, Problem
 from lora_core.errors import UserError
 from training import cuda_graph
 
-SIDES = {
-    "sd15": 256
-}  # pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own
+# Pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own.
+SIDES = {"sd15": 256}
 MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
 BATCHES = {("cuda", "sdxl"): (1, 4)}  # others: 1
 EAGER = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
 CONTENDERS = {"cpu": EAGER, "cuda": (*EAGER, "frozen graph", "ours lora graph", "ours dora graph")}
 KERNELS = ("reference", "fused", "triton")
 WORDS = (*KERNELS, "compile", "graph", "last", "bf16", "adamw")
-STEPS = {
-    ("cpu", "toy"): 10,
-    ("cuda", "sd15"): 10,
-    ("cuda", "sdxl"): 3,
-}  # in a round of each contender; others: 1
+# In a round of each contender; others: 1.
+STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 3}
 MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def parse_contender(name: str) -> tuple[str, str, set[str]]:
-    """(frozen, ours or peft; lora, dora or ""; the other words) of a contender. Raises UserError for one that there is not."""
+    """(frozen, ours or peft; lora, dora or ""; the other words) of a contender.
+
+    Raises UserError for an unknown one.
+    """
     who, *words = name.split()
     kind = words.pop(0) if who in ("ours", "peft") and words else ""
-    if (
-        who not in ("frozen", "ours", "peft")
-        or (who != "frozen" and kind not in ("lora", "dora"))
-        or set(words) - set(WORDS)
-    ):
+    known = who == "frozen" or (who in ("ours", "peft") and kind in ("lora", "dora"))
+    if not known or set(words) - set(WORDS):
         raise UserError(
-            f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, then any of {', '.join(WORDS)}"
+            f"contender {name!r} is unknown; expected frozen, or ours or peft with lora or dora, "
+            f"then any of {', '.join(WORDS)}"
         )
     if "graph" in words and (who == "peft" or not torch.cuda.is_available()):
-        raise UserError(
-            f"contender {name!r} cannot be captured: {'its loop reads the loss back' if who == 'peft' else 'there is no CUDA device'}"
-        )
+        reason = "its loop reads the loss back" if who == "peft" else "there is no CUDA device"
+        raise UserError(f"contender {name!r} cannot be captured: {reason}")
     return who, kind, set(words)
 
 
 def build_contender(problem: Problem, name: str) -> Callable[[], object]:
-    """A contender by its name. Raises UserError as words_of does."""
+    """A contender by its name. Raises UserError as parse_contender does."""
     who, kind, words = parse_contender(name)
     cuda = problem.mean.device.type == "cuda"
-    network = contenders.clone_network(
-        problem.network,
-        channels_last="last" in words or (cuda and who != "peft" and not problem.is_flow),
-    )
-    mode, graph = next((word for word in words if word in KERNELS), "auto"), "graph" in words
+    last = "last" in words or (cuda and who != "peft" and not problem.is_flow)
+    network = contenders.clone_network(problem.network, channels_last=last)
+    mode = next((word for word in words if word in KERNELS), "auto")
+    graph = "graph" in words
     step: Callable[[], object]
     if who == "peft":
         step = PeftStep(problem, kind, network, bf16="bf16" in words, fused="adamw" in words)
@@ -92,18 +92,13 @@ def build_contender(problem: Problem, name: str) -> Callable[[], object]:
 def measure_model(
     problem: Problem, names: Sequence[str], rounds: int, limit: float
 ) -> dict[str, Any]:
-    """Everything about one model: seconds of each round, memory, ratios."""
+    """Seconds of each round, memory and ratios of every contender on one model."""
     device = problem.mean.device
     steps = {name: build_contender(problem, name) for name in names}
     many = STEPS.get((device.type, problem.name), 1)
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    times = timing.alternate(
-        {name: _repeat_step(step, many) for name, step in steps.items()},
-        rounds,
-        device=device,
-        floor=0,
-        limit=limit,
-    )
+    calls = {name: _repeat_step(step, many) for name, step in steps.items()}
+    times = timing.alternate(calls, rounds, device=device, floor=0, limit=limit)
     found = {}
     for name in names:
         base = frozen_contender(name, names)
@@ -114,12 +109,10 @@ def measure_model(
             "peak_bytes": memory[name],
         }
         if base and base != name:
-            row |= {
-                "over": base,
-                "ratio": timing.median_ratio(times, name, base),
-                "spread": timing.middle_half(times, name, base),
-            }
-            row |= {"clock_ratio": timing.median_ratio(times, name, base, clock=True)}
+            row["over"] = base
+            row["ratio"] = timing.median_ratio(times, name, base)
+            row["spread"] = timing.middle_half(times, name, base)
+            row["clock_ratio"] = timing.median_ratio(times, name, base, clock=True)
         if name.startswith("ours") and (peer := f"peft {name.split()[1]}") in names:
             row |= {"peer": peer, "to_peer": timing.median_ratio(times, name, peer)}
         found[name] = row
@@ -143,18 +136,26 @@ def _repeat_step(step: Callable[[], object], many: int) -> Callable[[], None]:
 
 
 def frozen_contender(name: str, names: Sequence[str]) -> str:
-    """The frozen contender that `name` is measured over: of its own words, else the plain one, if it is there."""
+    """The frozen contender that `name` is compared with, or "".
+
+    The one with the same words, else the plain one.
+    """
     words = name.split()[0 if name.startswith("frozen") else 2 :]
     own = " ".join(["frozen", *(word for word in words if word in ("compile", "graph"))])
     return own if own in names else "frozen" if "frozen" in names else ""
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes in use during a contender's second step beyond those before it. On the CPU from Linux's resident memory; None where that cannot be
-    asked. A CUDA graph is not captured yet in its second step; it will hold as much all the time."""
+    """Most bytes in use during a contender's second step beyond those before it.
+
+    On the CPU from Linux's resident memory; None where that cannot be read. A CUDA graph is not
+    captured yet in its second step; it will hold as much all the time.
+    """
     step()
+    # Our loop frees the last step's gradients at the start of a step, the scripts at its end:
+    # neither side is credited with them.
     for p in getattr(step, "parameters", ()):
-        p.grad = None  # our loop frees the last step's gradients at the start of a step, the scripts at its end: neither side is credited with them
+        p.grad = None
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -165,13 +166,11 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(
-            MMAP_THRESHOLD, 2**16
-        )  # a tensor's memory goes back when it is freed, else a pool of free pages hides what is in use
+        # a tensor's memory goes back when it is freed, else a pool of free pages hides the use
+        libc.mallopt(MMAP_THRESHOLD, 2**16)
         libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # sets the peak back to what is resident now (proc(5))
+        # sets the peak back to the memory that is resident now (proc(5))
+        Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         step()
         used = _resident("VmHWM") - before
@@ -181,80 +180,69 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _resident(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def result_table(result: Mapping[str, Any]) -> str:
     """The table of one model."""
+    heads = ["", "steps/s", "ms", "over frozen", "middle half", "by the clock", "to peft"]
     rows = []
     for name, row in result["contenders"].items():
         ms = 1e3 * statistics.median(row["processor"] or row["clock"])
         spread = "-".join(f"{value:.3f}" for value in row["spread"]) if "spread" in row else None
-        ratios = [
-            f"{row[key]:.3f}" if key in row else None for key in ("ratio", "clock_ratio", "to_peer")
-        ]
+        keys = ("ratio", "clock_ratio", "to_peer")
+        ratio, clock, peer = (f"{row[key]:.3f}" if key in row else None for key in keys)
         memory = None if row["peak_bytes"] is None else f"{row['peak_bytes'] / MB:.0f}"
-        rows.append(
-            [
-                name,
-                f"{row['steps_per_second']:.3g}",
-                f"{ms:.4g}",
-                ratios[0],
-                spread,
-                *ratios[1:],
-                memory,
-            ]
-        )
-    heads = [
-        "",
-        "steps/s",
-        "ms",
-        "over frozen",
-        "middle half",
-        "by the clock",
-        "to peft",
-        "peak MB",
-    ]
-    title = f"{result['model']}, batch {result['batch']}, latents {result['latents']}, medians of {result['rounds']} rounds"
-    return f"{title}\n{timing.text_table(heads, rows)}"
+        cells = [name, f"{row['steps_per_second']:.3g}", f"{ms:.4g}"]
+        rows.append([*cells, ratio, spread, clock, peer, memory])
+    title = f"{result['model']}, batch {result['batch']}, latents {result['latents']}"
+    title += f", medians of {result['rounds']} rounds"
+    return f"{title}\n{timing.text_table([*heads, 'peak MB'], rows)}"
 
 
 def profile_difference(
     problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
 ) -> str:
-    """Operations called more often than in the first contender, ms a step by the clock; the time of all others together, which is noise."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in names:
-        step = build_contender(problem, name)
-        step()
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            for _ in range(steps):
-                step()
-        found[name] = {
-            event.key: (event.self_cpu_time_total / 1e3 / steps, event.count / steps)
-            for event in seen.key_averages()
-        }
+    """Operations that are called more often than in the first contender.
+
+    Milliseconds a step by the clock, and the time of all other operations together, which is noise.
+    """
+    found = {name: _profile_step(build_contender(problem, name), steps) for name in names}
     base, lines = found[names[0]], []
     for name in names[1:]:
-        keys, own = {*found[name], *base}, found[name]
-        more = {
-            key: tuple(a - b for a, b in zip(own.get(key, (0.0, 0.0)), base.get(key, (0.0, 0.0))))
-            for key in keys
-        }
+        more = {}
+        for key in {*found[name], *base}:
+            ms, calls = found[name].get(key, (0.0, 0.0))
+            base_ms, base_calls = base.get(key, (0.0, 0.0))
+            more[key] = ms - base_ms, calls - base_calls
         new = sorted((key for key in more if more[key][1]), key=lambda key: -more[key][0])
+        total = sum(more[key][0] for key in new)
         rest = sum(ms for ms, calls in more.values() if not calls)
         lines.append(
-            f"\n{name} beyond {names[0]}: {sum(more[key][0] for key in new):.1f} ms a step; operations called as often: {rest:+.1f} ms, noise"
+            f"\n{name} beyond {names[0]}: {total:.1f} ms a step; "
+            f"operations called as often: {rest:+.1f} ms, noise"
         )
-        lines += [
-            f"  {key[:56]:58}{more[key][0]:+8.2f} ms{more[key][1]:+8.0f} calls"
-            for key in new[:rows]
-        ]
+        for key in new[:rows]:
+            lines.append(f"  {key[:56]:58}{more[key][0]:+8.2f} ms{more[key][1]:+8.0f} calls")
     return "\n".join(lines)
 
 
+def _profile_step(step: Callable[[], object], steps: int) -> dict[str, tuple[float, float]]:
+    """Operation -> (ms, calls) of a step."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(steps):
+            step()
+    found = {}
+    for event in seen.key_averages():
+        found[event.key] = event.self_cpu_time_total / 1e3 / steps, event.count / steps
+    return found
+
+
 def train_step_parser() -> argparse.ArgumentParser:
+    """The options."""
     new = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
@@ -292,7 +280,7 @@ def train_step_parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--contenders",
         nargs="+",
-        help=f"default: {', '.join(CONTENDERS['cpu'])}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}",
+        help=f"default: {', '.join(EAGER)}; on a GPU also {', '.join(CONTENDERS['cuda'][5:])}",
     )
     new.add_argument(
         "--profile",
@@ -326,15 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 results.append(measure_model(problem, names, args.rounds, args.limit))
                 print(f"\n{result_table(results[-1])}", flush=True)
-                if args.json:  # what an interruption leaves
-                    timing.write_json(
-                        args.json,
-                        {
-                            "machine": timing.describe_machine(args.device),
-                            "device": args.device,
-                            "results": results,
-                        },
-                    )
+                if args.json:  # for an interruption
+                    machine = timing.describe_machine(args.device)
+                    origin = {"machine": machine, "device": args.device}
+                    timing.write_json(args.json, {**origin, "results": results})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

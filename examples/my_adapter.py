@@ -1,10 +1,10 @@
-"""An adapter of your own: (IA)^3 (arXiv 2205.05638).
+"""A custom adapter, (IA)^3 (arXiv 2205.05638): one learned factor per output feature.
 
     python train.py configs/toy_pti.toml --adapter.kind examples/my_adapter.py:IA3 --out runs/ia3
 
-It has no low-rank form, so the run writes its own parameters (runs/ia3/ia3_adapter.safetensors) and
-the whole model with them folded in (runs/ia3/model, for infer.py --model and diffusers) instead of
-LoRA files. The lines at the end put the parameters on a model again.
+(IA)^3 has no low-rank form, so no LoRA file can hold it. The run writes its own parameters
+(runs/ia3/ia3_adapter.safetensors) and the whole model with the adapter folded in (runs/ia3/model,
+for infer.py --model and diffusers). The lines at the end load the parameters onto a model again.
 """
 
 import torch
@@ -14,13 +14,13 @@ from lora_core.adapters.kinds import BaseLayer, LayerSpec
 
 
 class IA3(nn.Module):
-    """y = (1 + l) * base(x), one number for each output feature."""
+    """y = (1 + l) * base(x), with one number l for each output feature."""
 
     low_rank = False  # rank, alpha and dropout do not apply
 
-    def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
+    def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.layer = layer
         self.scale = nn.Parameter(torch.zeros(base.weight.shape[0], device=base.weight.device))  # l
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:

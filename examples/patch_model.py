@@ -1,4 +1,4 @@
-"""A run's LoRA and tokens on live networks, from Python, and off again.
+"""Apply a run's LoRA and tokens to a loaded model, generate an image, and undo it.
 
 python examples/patch_model.py
 """
@@ -10,8 +10,7 @@ from models import load_family
 
 family = load_family("toy/model")
 modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
-with patch(modules, "runs/demo", {"unet": 0.8}) as p:  # denoiser, text encoder and tokens at once
-    pixels = generate_images(
-        family, [p.bind("a photo of TOK in the desert")], [0], SamplerSettings()
-    )
+with patch(modules, "runs/demo", {"unet": 0.8}) as p:  # denoiser, text encoder and tokens
+    prompt = p.bind("a photo of TOK in the desert")
+    pixels = generate_images(family, [prompt], [0], SamplerSettings())
 to_images(pixels)[0].save("patched.png")  # the model is what it was before

@@ -10,11 +10,21 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from lora_core.errors import UserError
 from lora_core.text import check_unicode
@@ -71,6 +81,33 @@ TABLE_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {
     dict[str, Any]: (parse_value, "KEY=VALUE ..."),
 }
 REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.struct_rule
+def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The options of a dataclass as tyro reads them itself, but with each help text in one
+    paragraph: tyro keeps the line ends of an indented docstring.
+    """
+    if not is_dataclass(info.type):
+        return None
+    texts = _help_texts(info.type)
+    hints = get_type_hints(info.type, include_extras=True)
+    default = info.default if isinstance(info.default, info.type) else info.type()
+    options = [
+        StructFieldSpec(f.name, hints[f.name], getattr(default, f.name), texts.get(f.name))
+        for f in fields(info.type)
+    ]
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(options))
+
+
+@lru_cache(maxsize=32)
+def _help_texts(cls: type) -> dict[str, str]:
+    """Option -> the text below it in a settings class or the classes that it inherits from."""
+    texts: dict[str, str] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        for option in docstring_parser.parse_from_object(parent).params:
+            texts[option.arg_name] = " ".join((option.description or "").split())
+    return texts
 
 
 @REGISTRY.primitive_rule

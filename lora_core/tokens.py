@@ -1,10 +1,12 @@
-"""Learned token rows beside a frozen vocabulary, and the words in captions that stand for them.
+"""Textual inversion: learned token rows next to a frozen vocabulary, and placeholder words.
 
-Only the new rows are a parameter [n, d]; the table keeps no gradient and no optimiser state, so its bits cannot move (the public scripts train
-the whole table and put the old rows back after every step).
+Only the new rows are a parameter [n, d]. The embedding table has no gradient and no optimizer
+state, so its bits cannot move (the public scripts train the whole table and put the old rows back
+after every step).
 """
 
 import copy
+import itertools
 import math
 import re
 import unicodedata
@@ -20,23 +22,28 @@ from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 from lora_core.text import normalize_unicode
 
-# How Unicode's names of letters begin in scripts without spaces between words, or with particles that are glued to any word.
+# First words of Unicode's names of letters, of scripts without spaces between words or with
+# particles that are attached to any word.
 UNSPACED = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER",
-    "MYANMAR", "TIBETAN", "YI ",
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
+    "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """One concept: the word that stands for it in captions, the tokens that replace the word, and where their rows start from."""
+    """One concept: its word in captions, its learned tokens and their initializer."""
 
     word: str  # "TOK"
     names: tuple[str, ...]  # ("<s0>", "<s1>")
-    init: str = "random"  # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"), or words of the vocabulary
+    # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"),
+    # or words of the vocabulary
+    init: str = "random"
 
 
 class TokenReport(NamedTuple):
+    """A learned token after training."""
+
     name: str
     nearest: tuple[tuple[str, float], ...]  # (vocabulary entry, cosine), best first
     norm: float
@@ -46,9 +53,11 @@ class TokenReport(NamedTuple):
 def make_placeholders(
     words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
 ) -> tuple[Placeholder, ...]:
-    """One abstraction per word, `vectors` tokens each or one number for each, named <s0> <s1> ... through all of them (diffusers' numbering).
+    """One placeholder per word, with `vectors` tokens each or one number per word.
 
-    `words` maps a word to its init, or lists words that start at random. Raises UserError for no words, an empty or repeated one, or vectors < 1.
+    Tokens are named <s0> <s1> ... through all of them (diffusers' numbering). `words` maps a word
+    to its initializer, or lists words that start at random. Raises UserError for no words, an empty
+    or repeated one, or vectors < 1.
     """
     if isinstance(words, str):
         words = (words,)
@@ -59,104 +68,116 @@ def make_placeholders(
     counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
     if len(counts) != len(inits):
         raise UserError(
-            f"got {len(counts)} numbers of vectors for {len(inits)} words; give one for all or one each"
+            f"got {len(counts)} numbers of vectors for {len(inits)} words; "
+            "give one for all or one each"
         )
     if min(counts) < 1:
-        raise UserError(f"an abstraction needs at least 1 token, got {min(counts)}")
+        raise UserError(f"a placeholder word needs at least 1 token, got {min(counts)}")
     for word in inits:
         if not word or word != word.strip():
             raise UserError(
-                f"the placeholder word {word!r} is empty or has spaces around it; use something like 'TOK'"
+                f"the placeholder word {word!r} is empty or has spaces around it; "
+                "use something like 'TOK'"
             )
-    firsts = [sum(counts[:i]) for i in range(len(counts))]
-    names = [tuple(f"<s{first + j}>" for j in range(count)) for first, count in zip(firsts, counts)]
-    return tuple(Placeholder(word, own, init) for (word, init), own in zip(inits.items(), names))
+    placeholders, first = [], 0
+    for (word, init), count in zip(inits.items(), counts):
+        names = tuple(f"<s{number}>" for number in range(first, first + count))
+        placeholders.append(Placeholder(word, names, init))
+        first += count
+    return tuple(placeholders)
 
 
 def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
-    """How many tokens the words of an initializer are, in the tokenizer that makes most of them: the rows that hold all of it.
+    """The number of an initializer's tokens, in the tokenizer that makes most of them.
 
-    Raises UserError for a random or zero start, which has no tokens, and for words that a tokenizer does not know.
+    With so many rows all of it is used. Raises UserError for a random or zero start, which has no
+    tokens, and for words that a tokenizer does not know.
     """
     if is_random_init(init):
         raise UserError(
-            f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; give a number of vectors or initializing words"
+            f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; "
+            "give a number of vectors or initializing words"
         )
-    return max(len(_words(init, tokenizer)) for tokenizer in tokenizers)
+    return max(len(_initializer_ids(init, tokenizer)) for tokenizer in tokenizers)
 
 
 def is_random_init(init: str) -> bool:
-    """Whether an initializer is random or zero, not words of the vocabulary; UserError for a random one without a usable spread."""
-    return _sigma(init) is not None
+    """Whether an initializer is random or zero, not words of the vocabulary.
 
-
-def bind_placeholders(caption: str, abstractions: Sequence[Placeholder]) -> str:
-    """The caption with every placeholder word replaced by its glued tokens: "a photo of TOK" -> "a photo of <s0><s1>".
-
-    One pass, longest word first, whole words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced
-    (successive `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are compared in the normal
-    form C, so that it does not matter whether an accent is a character of its own.
+    Raises UserError for a random one without a usable standard deviation.
     """
-    if not abstractions:
+    return _random_sigma(init) is not None
+
+
+def bind_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
+    """The caption with every placeholder word replaced by its tokens, without spaces between them.
+
+    "a photo of TOK" -> "a photo of <s0><s1>". One pass, longest word first, whole words only:
+    neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced (successive
+    `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are
+    compared in the normal form C, so that it does not matter whether an accent is a character of
+    its own.
+    """
+    if not placeholders:
         return caption
     caption = normalize_unicode(caption)
-    glued = {normalize_unicode(a.word): "".join(a.names) for a in abstractions}
+    joined = {normalize_unicode(p.word): "".join(p.names) for p in placeholders}
     parts, end = [], 0
-    for start, word in _find_words(caption, tuple(glued)):
-        parts += [caption[end:start], glued[word]]
+    for start, word in _find_words(caption, tuple(joined)):
+        parts += [caption[end:start], joined[word]]
         end = start + len(word)
     return "".join([*parts, caption[end:]])
 
 
 def has_placeholder(caption: str, word: str) -> bool:
-    """Whether `bind` would find the word in the caption."""
-    return (
-        next(_find_words(normalize_unicode(caption), (normalize_unicode(word),)), None) is not None
-    )
+    """Whether `bind_placeholders` would find the word in the caption."""
+    found = _find_words(normalize_unicode(caption), (normalize_unicode(word),))
+    return next(found, None) is not None
 
 
 def truncated_tokens(
-    caption: str, abstractions: Sequence[Placeholder], tokenizer: Any, length: int
+    caption: str, placeholders: Sequence[Placeholder], tokenizer: Any, length: int
 ) -> dict[str, bool]:
-    """The learned tokens of the words in a caption -> whether the tokenizer, cutting at `length` tokens, cuts them off."""
-    bound, names = (
-        bind_placeholders(caption, abstractions),
-        {name: tokenizer.convert_tokens_to_ids(name) for a in abstractions for name in a.names},
-    )
+    """Learned token in a caption -> whether the tokenizer, cutting at `length`, cuts it off."""
+    bound = bind_placeholders(caption, placeholders)
     whole = tokenizer(bound, verbose=False).input_ids
     kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
-    return {
-        name: whole.count(index) > kept.count(index)
-        for name, index in names.items()
-        if index in whole
-    }
+    is_cut = {}
+    for placeholder in placeholders:
+        for name in placeholder.names:
+            index = tokenizer.convert_tokens_to_ids(name)
+            if index in whole:
+                is_cut[name] = whole.count(index) > kept.count(index)
+    return is_cut
 
 
 class LearnedEmbedding(nn.Module):
     """A frozen embedding table and n learned rows for the ids first_id .. first_id + n - 1.
 
-    Stands where the table stood. Output has the table's dtype; the rows stay fp32 (cast a text encoder before `install`, not after). The ids may lie
-    beyond the table or, where the table is longer than the vocabulary, over its unused rows.
+    Replaces the table in its text encoder. The output has the table's dtype; the rows stay fp32
+    (cast a text encoder before `install_tokens`, not after). The ids may lie beyond the table or,
+    where the table is longer than the vocabulary, over its unused rows.
     """
 
     rows: nn.Parameter  # [n, d] fp32
-    initial: Tensor  # [n, d] where the rows started, for the report
-    table: Any  # the module that stood here
-    tokenizer_before: dict[str, Any]  # what `uninstall` gives back to the tokenizer
-    table_trained: bool  # and to the table
+    initial: Tensor  # [n, d] the rows' first values, for the report
+    table: Any  # the replaced module
+    # the tokenizer's attributes, which `uninstall_tokens` restores
+    tokenizer_before: dict[str, Any]
+    table_trained: bool  # requires_grad of the table, restored likewise
 
     def __init__(
         self, table: nn.Module, rows: Tensor, names: Sequence[str], *, first_id: int
     ) -> None:
         super().__init__()
         if rows.ndim != 2 or rows.shape[0] != len(names):
+            shape = list(rows.shape)
             raise ValueError(
-                f"expected one row per token name, got rows {list(rows.shape)} for {len(names)} names"
+                f"expected one row per token name, got rows {shape} for {len(names)} names"
             )
         self.table = table
-        self.rows = nn.Parameter(
-            rows.detach().to(torch.promote_types(self.weight.dtype, torch.float32)).clone()
-        )
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.rows = nn.Parameter(rows.detach().to(dtype).clone())
         self.register_buffer("initial", self.rows.detach().clone(), persistent=False)
         self.names = tuple(names)
         self.first_id = first_id
@@ -186,34 +207,39 @@ class LearnedEmbedding(nn.Module):
 def install_tokens(
     text_encoder: Any,
     tokenizer: Any,
-    abstractions: Sequence[Placeholder],
+    placeholders: Sequence[Placeholder],
     *,
     seed: int,
     stream: str = "",
 ) -> LearnedEmbedding:
-    """The embedding now standing in the text encoder, with one row per token of all abstractions in order; the tokenizer knows the tokens.
+    """Puts a LearnedEmbedding into the text encoder, with one row per token, and returns it.
 
-    The table is never resized: ids follow the tokenizer's last one even where the table is longer. A further install stacks on the first.
-    Row k starts from the initializer's token k, from the first again after its last (the row number modulo their number, as diffusers' Flux
-    script). `stream` names the encoder where two of one width are to start from different random rows.
-    Raises UserError, changing nothing, for a token that exists or repeats, or an initializer of unknown words or more tokens than rows.
+    The tokenizer knows the tokens, in the placeholders' order. The table is never resized: ids
+    follow the tokenizer's last one even where the table is longer. A further install stacks on the
+    first. Row k starts from the initializer's token k, from the first again after its last (the row
+    number modulo their number, as diffusers' Flux script). `stream` names the encoder where two of
+    one width are to start from different random rows. Raises UserError, changing nothing, for a
+    token that exists or repeats, or an initializer of unknown words or more tokens than rows.
     """
-    names = [name for a in abstractions for name in a.names]
+    names = list(itertools.chain.from_iterable(p.names for p in placeholders))
     vocabulary = tokenizer.get_vocab()
     for name in names:
         if name in vocabulary:
+            index = vocabulary[name]
             raise UserError(
-                f"the token {name} is already in the tokenizer's vocabulary (id {vocabulary[name]}); choose another name"
+                f"the token {name} is already in the tokenizer's vocabulary (id {index}); "
+                "choose another name"
             )
     if not names or len(set(names)) != len(names):
         raise UserError(f"expected one or more different token names, got {names}")
     table = text_encoder.get_input_embeddings()
-    rows = torch.cat(
-        [_initial_rows(a, table, tokenizer, seed=seed, stream=stream) for a in abstractions]
-    )
+    rows = []
+    for placeholder in placeholders:
+        rows.append(_initial_rows(placeholder, table, tokenizer, seed=seed, stream=stream))
     before = copy.deepcopy(vars(tokenizer), {id(tokenizer): tokenizer})
     first_id = _add_tokens(tokenizer, names, before)
-    embedding = LearnedEmbedding(table, rows, names, first_id=first_id).to(table.weight.device)
+    embedding = LearnedEmbedding(table, torch.cat(rows), names, first_id=first_id)
+    embedding.to(table.weight.device)
     embedding.tokenizer_before = before
     embedding.table_trained = table.weight.requires_grad
     table.weight.requires_grad_(False)
@@ -222,54 +248,60 @@ def install_tokens(
 
 
 def uninstall_tokens(text_encoder: Any, tokenizer: Any) -> None:
-    """Undoes the latest `install`: the very same table stands again, and the tokenizer is as it was before (later additions to it go too).
+    """Undoes the latest `install_tokens`: the same table as before, and the tokenizer's state.
 
-    Raises ValueError when nothing is installed.
+    Later additions to the tokenizer go too. Raises ValueError when nothing is installed.
     """
     embedding = text_encoder.get_input_embeddings()
     if not isinstance(embedding, LearnedEmbedding):
         raise ValueError(
-            f"expected a text encoder with learned tokens, found {type(embedding).__name__}; install first"
+            f"expected a text encoder with learned tokens, found {type(embedding).__name__}; "
+            "install first"
         )
     embedding.weight.requires_grad_(embedding.table_trained)
     text_encoder.set_input_embeddings(embedding.table)
-    _restore(tokenizer, embedding.tokenizer_before)
+    _restore_tokenizer(tokenizer, embedding.tokenizer_before)
 
 
 def copy_token_rows(embedding: LearnedEmbedding) -> Tensor:
-    """A copy of the learned rows [n, d], fp32 on the CPU, contiguous, in the order of `embedding.names`."""
+    """A copy of the learned rows [n, d] in the order of `embedding.names`, fp32 on the CPU."""
     return embedding.rows.detach().float().cpu().clone().contiguous()
 
 
 def strip_token_rows(
     state: Mapping[str, Tensor], embedding: LearnedEmbedding, text_encoder: nn.Module
 ) -> dict[str, Tensor]:
-    """A state dict of the text encoder under the keys it has without learned tokens: the table's weight where it stood, no rows."""
-    prefixes = [
-        f"{path}."
-        for path, module in text_encoder.named_modules(remove_duplicate=False)
-        if module is embedding
-    ]
+    """A state dict of the text encoder under its keys without learned tokens, and without rows."""
+    modules = text_encoder.named_modules(remove_duplicate=False)
+    prefixes = [f"{path}." for path, module in modules if module is embedding]
     found = {}
     for key, value in state.items():
-        place = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        rest = (
-            re.sub(r"^(table\.)+", "", key.removeprefix(place)) if place else key
-        )  # installs stack
-        if not place or rest != "rows":
-            found[place + rest] = value
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        if not prefix:
+            found[key] = value
+            continue
+        inner = re.sub(r"^(table\.)+", "", key.removeprefix(prefix))  # installed more than once
+        if inner != "rows":
+            found[prefix + inner] = value
     return found
 
 
 def load_token_rows(embedding: LearnedEmbedding, rows: Tensor) -> None:
-    """Puts saved rows [n, d] in place. Raises UserError when they do not fit this encoder or hold NaN or Inf."""
+    """Puts saved rows [n, d] into the embedding.
+
+    Raises UserError when they do not fit this encoder or hold NaN or Inf.
+    """
     if rows.shape != embedding.rows.shape:
+        expected = list(embedding.rows.shape)
         raise UserError(
-            f"the token rows are {list(rows.shape)}, this text encoder takes {list(embedding.rows.shape)}; use the model they come from"
+            f"the token rows are {list(rows.shape)}, this text encoder takes {expected}; "
+            "use the model they come from"
         )
     if not torch.isfinite(rows).all():
+        names = ", ".join(embedding.names)
         raise UserError(
-            f"the token rows of {', '.join(embedding.names)} hold NaN or Inf; the file is damaged or its training diverged"
+            f"the token rows of {names} hold NaN or Inf; "
+            "the file is damaged or its training diverged"
         )
     with torch.no_grad():
         embedding.rows.copy_(rows)
@@ -277,112 +309,107 @@ def load_token_rows(embedding: LearnedEmbedding, rows: Tensor) -> None:
 
 @torch.no_grad()
 def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Tensor) -> Tensor:
-    """The rows [n, d], in place, each with its L2 norm moved towards `target`: e <- e / |e| * (|e| + rate (target - |e|)).
+    """The rows [n, d], in place, each with its L2 norm moved towards `target`.
 
-    cloneofsimo's prior of stage 1, where rate = min(1, 100 lr) after each optimiser step. A row of zeros has no direction and stays.
+    e <- e / |e| * (|e| + rate (target - |e|)): cloneofsimo's prior of stage 1, where
+    rate = min(1, 100 lr) after each optimizer step. A row of zeros has no direction and stays. At
+    rate 0 the bits stay.
     """
-    if (
-        not isinstance(rate, Tensor) and not 0 <= rate <= 1
-    ):  # a tensor is not read: it may lie on a GPU
+    # a tensor is not read: it may be on a GPU
+    if not isinstance(rate, Tensor) and not 0 <= rate <= 1:
         raise ValueError(f"the rate of the norm prior is a fraction in [0, 1], got {rate}")
     norms = rows.norm(dim=-1, keepdim=True)
-    return rows.mul_(
-        torch.where(norms > 0, 1 + rate * (target / norms - 1), torch.ones_like(norms))
-    )  # rate 0: the very bits
+    factors = torch.where(norms > 0, 1 + rate * (target / norms - 1), torch.ones_like(norms))
+    return rows.mul_(factors)
 
 
 @torch.no_grad()
 def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) -> Tensor:
-    """The rows [n, d], in place, times (std / std(rows)) ** exponent: one factor for all rows, as in diffusers' pivotal scripts.
+    """The rows [n, d], in place, times (std / std(rows)) ** exponent, one factor for all rows.
 
-    `std` is usually `table_std`. Rows without spread (all equal) stay.
+    As in diffusers' pivotal scripts; `std` is usually `table_std`. Rows that are all equal stay.
     """
-    spread = rows.std()
-    return rows.mul_(torch.where(spread > 0, (std / spread) ** exponent, torch.ones_like(spread)))
+    own = rows.std()
+    return rows.mul_(torch.where(own > 0, (std / own) ** exponent, torch.ones_like(own)))
 
 
 def table_std(embedding: nn.Module) -> Tensor:
     """The standard deviation of all entries of the frozen table, a 0-dim fp32 tensor.
 
-    diffusers measures it after the table was resized, new rows included; ours has the vocabulary's rows only.
+    diffusers measures it after the table was resized, new rows included; ours has the vocabulary's
+    rows only.
     """
     return embedding.weight.detach().float().std()  # type: ignore[operator]
 
 
 def first_eos(ids: Tensor, eos_id: int) -> Tensor:
-    """The position [b] of the first end-of-text token in ids [b, s], where pooled embeddings are read.
+    """The position [b] of the first end-of-text token in ids [b, s].
 
-    transformers takes the largest id when a configuration says eos_token_id 2, which with added tokens is a placeholder.
-    Raises ValueError naming the rows without one.
+    Pooled embeddings are read there. transformers takes the largest id when a configuration says
+    eos_token_id 2, which with added tokens is a placeholder. Raises ValueError naming the rows
+    without one.
     """
     found = ids == eos_id
     missing = (~found.any(dim=-1)).nonzero().flatten().tolist()
     if missing:
         raise ValueError(
-            f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; truncate prompts so that it stays"
+            f"no end-of-text token {eos_id} in row(s) {missing} of the token ids; "
+            "truncate prompts so that it stays"
         )
     return found.int().argmax(dim=-1)
 
 
 @torch.no_grad()
 def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
-    """For each learned token its k nearest vocabulary entries by cosine, its norm, and how far it moved."""
+    """For each learned token its k nearest vocabulary entries by cosine, its norm and its drift."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
-    known = [
-        index
-        for index in range(min(embedding.num_embeddings, embedding.first_id))
-        if index in words
-    ]
+    count = min(embedding.num_embeddings, embedding.first_id)
+    known = [index for index in range(count) if index in words]
     table = F.normalize(embedding.weight[known].to(embedding.rows.dtype), dim=-1)
-    cosines, places = (F.normalize(embedding.rows, dim=-1) @ table.T).topk(min(k, len(known)))
-    drifts = (embedding.rows - embedding.initial).norm(dim=-1)
-    return [
-        TokenReport(
-            name,
-            tuple(
-                (words[known[p]], c)
-                for p, c in zip(places[i].tolist(), cosines[i].tolist(), strict=True)
-            ),
-            norm,
-            drift,
-        )
-        for i, (name, norm, drift) in enumerate(
-            zip(embedding.names, embedding.rows.norm(dim=-1).tolist(), drifts.tolist(), strict=True)
-        )
-    ]
+    cosines, indices = (F.normalize(embedding.rows, dim=-1) @ table.T).topk(min(k, len(known)))
+    norms = embedding.rows.norm(dim=-1).tolist()
+    drifts = (embedding.rows - embedding.initial).norm(dim=-1).tolist()
+    reports = []
+    for i, name in enumerate(embedding.names):
+        entries = [words[known[index]] for index in indices[i].tolist()]
+        nearest = tuple(zip(entries, cosines[i].tolist(), strict=True))
+        reports.append(TokenReport(name, nearest, norms[i], drifts[i]))
+    return reports
 
 
 def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(place, word) of the whole words in a caption, from left to right; of several at one place the longest."""
-    ordered, place = sorted(words, key=len, reverse=True), 0
-    while place < len(caption):
-        word = next(
-            (
-                w
-                for w in ordered
-                if caption.startswith(w, place) and _is_whole(caption, place, place + len(w))
-            ),
-            "",
-        )
-        if word:
-            yield place, word
-        place += max(len(word), 1)
+    """(position, word) of the whole words in a caption, from left to right.
+
+    Of several at one position the longest.
+    """
+    ordered = sorted(words, key=len, reverse=True)
+    start = 0
+    while start < len(caption):
+        length = 1
+        for word in ordered:
+            if caption.startswith(word, start) and _is_whole_word(
+                caption, start, start + len(word)
+            ):
+                yield start, word
+                length = len(word)
+                break
+        start += length
 
 
-def _is_whole(caption: str, start: int, end: int) -> bool:
-    """Whether caption[start:end] is no piece of a longer word."""
-    begins = start == 0 or not (_joins(caption[start]) and _joins(caption[start - 1]))
-    return begins and (
-        end == len(caption)
-        or not (_joins(caption[end]) or _is_accent(caption[end]))
-        or not _joins(caption[end - 1])
-    )
+def _is_whole_word(caption: str, start: int, end: int) -> bool:
+    """Whether caption[start:end] is not a part of a longer word."""
+    if start > 0 and _is_word_letter(caption[start]) and _is_word_letter(caption[start - 1]):
+        return False
+    if end == len(caption) or not _is_word_letter(caption[end - 1]):
+        return True
+    return not (_is_word_letter(caption[end]) or _is_accent(caption[end]))
 
 
-def _joins(character: str) -> bool:
-    """Whether words are made of this character and are set apart by spaces, so that a letter beside it belongs to the same word.
+def _is_word_letter(character: str) -> bool:
+    """Whether a letter next to this character belongs to the same word.
 
-    Not in the scripts that write words without spaces, or glue particles to them: "TOK" is found in 一张TOK的照片 and TOK은.
+    Not in scripts that write words without spaces, or attach particles to them: "TOK" is found in
+    一张TOK的照片 and TOK은.
     """
     if character.isascii():
         return character.isalnum() or character == "_"
@@ -391,43 +418,45 @@ def _joins(character: str) -> bool:
 
 
 def _is_accent(character: str) -> bool:
-    """Whether the character only changes the one before it: a combining mark."""
-    return unicodedata.category(character).startswith("M") and not unicodedata.name(
-        character, ""
-    ).startswith("VARIATION")
+    """Whether the character is a combining mark, which changes the one before it."""
+    is_mark = unicodedata.category(character).startswith("M")
+    return is_mark and not unicodedata.name(character, "").startswith("VARIATION")
 
 
 @torch.no_grad()
 def _initial_rows(
-    abstraction: Placeholder, table: Any, tokenizer: Any, *, seed: int, stream: str
+    placeholder: Placeholder, table: Any, tokenizer: Any, *, seed: int, stream: str
 ) -> Tensor:
-    """Rows [n, d] fp32. Random ones depend on (seed, token name, d, stream) only, whatever else is installed."""
-    n, d = len(abstraction.names), table.weight.shape[1]
-    sigma = _sigma(abstraction.init)
+    """Rows [n, d] fp32 by the initializer.
+
+    Random ones depend on (seed, token name, d, stream) only, whatever else is installed.
+    """
+    n, d = len(placeholder.names), table.weight.shape[1]
+    sigma = _random_sigma(placeholder.init)
     if sigma == 0:
         return torch.zeros(n, d)
     if sigma is not None:
         purpose = f"token row {d} {stream}".rstrip()
-        noise = torch.stack(
-            [
-                torch.randn(d, generator=keyed_generator(seed, name, 0, purpose))
-                for name in abstraction.names
-            ]
-        )
-        return noise * (table_std(table).cpu() if math.isnan(sigma) else sigma)
-    ids = _words(abstraction.init, tokenizer)
+        rows = []
+        for name in placeholder.names:
+            rows.append(torch.randn(d, generator=keyed_generator(seed, name, 0, purpose)))
+        return torch.stack(rows) * (table_std(table).cpu() if math.isnan(sigma) else sigma)
+    ids = _initializer_ids(placeholder.init, tokenizer)
     if len(ids) > n:
         raise UserError(
-            f"the initializer {abstraction.init!r} of {abstraction.word} is {len(ids)} tokens, more than its {n} learned vectors; "
+            f"the initializer {placeholder.init!r} of {placeholder.word} is {len(ids)} tokens, "
+            f"more than its {n} learned vectors; "
             f"set --tokens.vectors {len(ids)} (or 0: as many as it has) or shorten it"
         )
-    return table(
-        torch.tensor([ids[k % len(ids)] for k in range(n)], device=table.weight.device)
-    ).cpu()
+    repeated = [ids[k % len(ids)] for k in range(n)]
+    return table(torch.tensor(repeated, device=table.weight.device)).cpu()
 
 
-def _sigma(init: str) -> float | None:
-    """The spread of a random start: its SIGMA, NaN for the table's own, 0 for zero; None for words. "<rand-SIGMA>", "<zero>": lora_pti's spelling."""
+def _random_sigma(init: str) -> float | None:
+    """The standard deviation of a random initializer; None for words of the vocabulary.
+
+    NaN is the table's own, 0 for zero. "<rand-SIGMA>", "<zero>" are lora_pti's spelling.
+    """
     if init in ("random", "zero", "<zero>"):
         return math.nan if init == "random" else 0.0
     found = re.fullmatch(r"random:(.*)|<rand-?(.*)>", init)
@@ -439,37 +468,46 @@ def _sigma(init: str) -> float | None:
         sigma = math.nan
     if not (math.isfinite(sigma) and sigma > 0):
         raise UserError(
-            f"the initializer {init!r} has no spread that is a positive number; write random:0.017, or <rand-0.017>"
+            f"the initializer {init!r} has no spread that is a positive number; "
+            "write random:0.017, or <rand-0.017>"
         )
     return sigma
 
 
-def _words(init: str, tokenizer: Any) -> list[int]:
-    """The ids of the initializer's tokens, without special ones; UserError when there are none or the tokenizer does not know one."""
+def _initializer_ids(init: str, tokenizer: Any) -> list[int]:
+    """The ids of the initializer's tokens, without special ones.
+
+    Raises UserError when there are none or the tokenizer does not know one.
+    """
     ids = tokenizer(init, add_special_tokens=False).input_ids
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not ids or (unknown is not None and unknown in ids):
         raise UserError(
-            f"the tokenizer does not know the initializer {init!r} (--tokens.init); choose other words, random or zero"
+            f"the tokenizer does not know the initializer {init!r} (--tokens.init); "
+            "choose other words, random or zero"
         )
     return ids
 
 
 def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int:
-    """The first id of the new tokens; puts the tokenizer back and raises UserError when it does not read them glued as one id each."""
+    """Adds the tokens and returns the first one's id.
+
+    Restores the tokenizer and raises UserError when it does not read them, without spaces between,
+    as one id each.
+    """
     tokenizer.add_tokens(names)
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-    read = [
-        i for i in tokenizer("".join(names), add_special_tokens=False).input_ids if i in set(ids)
-    ]
+    joined = tokenizer("".join(names), add_special_tokens=False).input_ids
+    read = [index for index in joined if index in set(ids)]
     if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
-        _restore(tokenizer, before)
+        _restore_tokenizer(tokenizer, before)
         raise UserError(
-            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected consecutive ids; choose plainer names"
+            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected "
+            "consecutive ids; choose plainer names"
         )
     return ids[0]
 
 
-def _restore(tokenizer: Any, before: dict[str, Any]) -> None:
+def _restore_tokenizer(tokenizer: Any, before: dict[str, Any]) -> None:
     vars(tokenizer).clear()
     vars(tokenizer).update(before)

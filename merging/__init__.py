@@ -1,1 +1,1 @@
-"""What the commands of merge.py do: opening files of any kind, sums of adapters, sums of models, comparisons, and cloneofsimo's lora_add."""
+"""Commands of merge.py, one file each, and the algebra of adapters in factor space."""

@@ -1,45 +1,37 @@
-"""Merges of whole files, streamed layer by layer, and the allotment of a rank budget to layers.
+"""Merges of whole adapter files, streamed layer by layer.
 
-Nothing here holds more than one layer in fp32 besides what it hands out, so a caller that rounds and drops each Layer keeps memory flat.
-Layers that only some of the files hold are kept. Tokens and headers are the caller's. Work in factor space runs on one thread (see `one_thread`,
-which a caller puts around its own loop over the layers as well: casting a small tensor on two threads costs as much as merging the layer).
+No more than one layer is held in fp32 at a time, apart from the results that the caller keeps, so a
+caller that rounds and drops each layer keeps memory flat. Layers that only some of the files hold
+are kept. Tokens and headers are the caller's. Work in factor space runs on one thread
+(`one_thread`, which a caller puts around its own loop over the layers as well: casting a small
+tensor on two threads costs as much as merging the layer).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
-from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from merging.block_weights import LayerFactor
-from merging.compare import frobenius_norm
-from merging.factor_sums import WeightedAdapters, concat_factors, lpl, slerp
-from merging.svd import (
-    ApproximationReport,
-    Keep,
-    compress_adapter,
-    distill_update,
-    one_thread,
-    singular_values,
-    steps_within,
-)
-from merging.ties_dare import DenseMerge
+from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp
+from merging.svd import compress_adapter, distill_update, one_thread
+from merging.truncation import ApproximationReport, Keep
+
+if TYPE_CHECKING:
+    from merging.ties_dare import DenseMerge
 
 LayerKey = tuple[str, str]  # component, published path
-BaseWeight = Callable[
-    [str, str], Tensor
-]  # (component, published path) -> weight of the model before any adapter
+LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
+BaseWeight = Callable[[str, str], Tensor]  # (component, published path) -> weight of the base model
 
 
 def every_layer(component: str, path: str) -> float:
-    """1.0 for every layer."""
+    """The factor 1.0 for every layer."""
     return 1.0
 
 
@@ -48,8 +40,8 @@ class Term(NamedTuple):
 
     state: AdapterState
     weight: float = 1.0
-    share: LayerFactor = (
-        every_layer  # factor of the weight by layer; 0 leaves the layer of this file out
+    factor: LayerFactor = (
+        every_layer  # of the weight, by layer; 0 leaves the layer of this file out
     )
 
 
@@ -62,45 +54,46 @@ class MergedLayer(NamedTuple):
     report: ApproximationReport
 
 
-class RankSteps(NamedTuple):
-    """What the ranks of one layer are worth and cost. A step is one rank, or one of each group of a grouped convolution."""
-
-    squares: Tensor  # [k] energy of each step, descending
-    ranks: int  # rows of `down` in a step
-    parameters: int  # numbers of both factors in a step
-
-
 @dataclass(frozen=True)
 class DenseOptions:
     """How layers merge that only have a dense update."""
 
     base: BaseWeight | None = None  # needed for DoRA
-    sketch: int | None = (
-        None  # seed of the randomised SVD; None takes the exact one, which takes a second for a layer 1280 wide
-    )
+    # seed of the randomized SVD; None takes the exact one, which takes a second for 1280 x 1280
+    sketch: int | None = None
 
 
-def weighted_layers(terms: Sequence[Term]) -> Iterator[tuple[LayerKey, WeightedAdapters]]:
-    """Every layer that at least one term holds with a weight other than 0, in order of first appearance, with its weighted adapters."""
-    keys = dict.fromkeys(
-        (component, path)
-        for term in terms
-        for component, rows in term.state.components.items()
-        for path in rows
-    )
-    for component, path in keys:
-        found = [
-            (
-                term.weight * term.share(component, path),
-                term.state.components.get(component, {}).get(path),
-            )
-            for term in terms
-        ]
-        kept = [
-            (weight, adapter) for weight, adapter in found if adapter is not None and weight != 0
-        ]
-        if kept:
-            yield (component, path), kept
+def layers_by_key(state: AdapterState) -> dict[LayerKey, LowRank]:
+    """Every layer of an adapter, in the order of the file."""
+    layers = {}
+    for component, adapters in state.components.items():
+        for path, adapter in adapters.items():
+            layers[component, path] = adapter
+    return layers
+
+
+def has_magnitude(state: AdapterState) -> bool:
+    """Whether a layer of an adapter is a DoRA."""
+    for adapters in state.components.values():
+        for adapter in adapters.values():
+            if adapter.magnitude is not None:
+                return True
+    return False
+
+
+def weighted_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
+    """Every layer that at least one term holds with a weight other than 0, with its adapters.
+
+    Layers come in the order of their first appearance.
+    """
+    found: dict[LayerKey, list[tuple[float, LowRank]]] = {}
+    for state, weight, factor in terms:
+        for key, adapter in layers_by_key(state).items():
+            weighted = found.setdefault(key, [])
+            own = weight if factor is every_layer else weight * factor(*key)
+            if own != 0:
+                weighted.append((own, adapter))
+    return {key: weighted for key, weighted in found.items() if weighted}
 
 
 def mix_layers(
@@ -108,26 +101,23 @@ def mix_layers(
     keep: Keep | Mapping[LayerKey, int] | None = None,
     dense: DenseOptions = DenseOptions(),
 ) -> Iterator[MergedLayer]:
-    """The weighted sum of files: exact of rank the sum of ranks, or the nearest adapter of what `keep` says, one for all or a rank for each layer.
+    """The weighted sum of files: exact of rank the sum of ranks, or the nearest adapter.
 
-    A single DoRA of weight 1 passes as it is. Any other sum with a DoRA in it is of full rank: with base weights its dense update is distilled.
+    `keep` is one criterion for all layers, or a rank for each. A single DoRA of weight 1 passes as
+    it is. Any other sum with a DoRA in it is of full rank: with base weights its dense update is
+    distilled.
 
-    Raises UserError, with the layer's name, for a DoRA without a base weight or without something to keep, and for shapes that do not fit.
+    Raises UserError, with the layer's name, for a DoRA without a base weight or without a
+    criterion, and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers(terms):
-        wanted = keep[key] if isinstance(keep, Mapping) else keep
+    is_table = isinstance(keep, Mapping)
+    for key, weighted in weighted_layers(terms).items():
+        wanted: Any = _keep_rank(keep[key]) if is_table else keep  # type: ignore[index]
         try:
-            yield MergedLayer(
-                *key,
-                *_merge_layer(
-                    key,
-                    weighted,
-                    Keep(rank=wanted) if isinstance(wanted, int) and wanted else wanted,
-                    dense,
-                ),
-            )
+            merged = _merge_layer(key, weighted, wanted, dense)
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
+        yield MergedLayer(*key, *merged)
 
 
 def mix_layers_dense(
@@ -139,242 +129,145 @@ def mix_layers_dense(
     seed: int,
     dense: DenseOptions = DenseOptions(),
 ) -> Iterator[MergedLayer]:
-    """A merge of MERGES by layer, on dense updates, then the nearest adapter. What is drawn depends on (seed, layer) alone.
+    """A merge of `ties_dare.MERGES` by layer, on dense updates, then the nearest adapter.
 
-    Raises UserError, with the layer's name, for a DoRA without a base weight and for shapes that do not fit.
+    Random numbers depend on (seed, layer) alone. Raises UserError, with the layer's name, for a
+    DoRA without a base weight and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers(terms):
+    for key, weighted in weighted_layers(terms).items():
         try:
-            updates = [
-                weight * delta_weight(lr, dense.base(*key) if dense.base else None)
-                for weight, lr in weighted
-            ]
-            merged = merge(updates, density, keyed_generator(seed, ".".join(key), 0, "merge"))
-            yield MergedLayer(
-                *key,
-                *distill_update(
-                    merged,
-                    keep,
-                    groups=_group_count(weighted[0][1]),
-                    generator=_sketch_generator(key, dense),
-                ),
+            base = dense.base(*key) if dense.base else None
+            updates = [weight * delta_weight(lr, base) for weight, lr in weighted]
+            merged = merge(updates, density, layer_generator(seed, key, "merge"))
+            distilled = distill_update(
+                merged,
+                keep,
+                groups=_group_count(weighted[0][1]),
+                generator=sketch_generator(key, dense),
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
+        yield MergedLayer(*key, *distilled)
 
 
 def mix_layers_slerp(
     first: AdapterState, second: AdapterState, t: float, keep: Keep | None = None
 ) -> Iterator[MergedLayer]:
-    """`sums.slerp` of every layer; one that a single file holds is scaled by that file's 1 - t or t.
+    """`factor_sums.slerp` of every layer; a layer of a single file is scaled by its 1 - t or t.
 
     Raises UserError, with the layer's name, for a DoRA and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers([Term(first, 1 - t), Term(second, t)]):
+    terms = [Term(first, 1 - t), Term(second, t)]
+    for key, weighted in weighted_layers(terms).items():
         try:
-            lr = (
-                slerp(weighted[0][1], weighted[1][1], t)
-                if len(weighted) == 2
-                else concat_factors(weighted)
-            )
-            yield MergedLayer(*key, *_merge_layer(key, [(1.0, lr)], keep, DenseOptions()))
+            if len(weighted) == 2:
+                lr = slerp(weighted[0][1], weighted[1][1], t)
+            else:
+                lr = concat_factors(weighted)
+            merged = _merge_layer(key, [(1.0, lr)], keep, DenseOptions())
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
+        yield MergedLayer(*key, *merged)
 
 
 def lpl_layers(
     first: AdapterState, second: AdapterState, alpha_1: float = 0.5, alpha_2: float = 0.5
 ) -> AdapterState:
-    """`sums.lpl` of every layer; tokens are the first file's, unscaled, as in cloneofsimo's tool.
+    """`factor_sums.lpl` of every layer; tokens are the first file's, unscaled, as in cloneofsimo's
+    tool.
 
-    Raises UserError when the files do not hold the same layers with the same ranks; the sentence names mix, which takes any.
+    Raises UserError when the files do not hold the same layers with the same ranks; the sentence
+    names mix, which takes any.
     """
-    keys = [
-        {(component, path) for component, rows in state.components.items() for path in rows}
-        for state in (first, second)
-    ]
-    if only := sorted(keys[0] ^ keys[1]):
-        name, count = ".".join(only[0]), len(only)
+    keys, others = layers_by_key(first), layers_by_key(second)
+    if only := sorted(keys.keys() ^ others.keys()):
         raise UserError(
-            f"lpl needs the same layers in both files, but {count} are in one only, such as {name}; mix keeps them all"
+            f"lpl needs the same layers in both files, but {len(only)} are in one only, such as "
+            f"{'.'.join(only[0])}; mix keeps them all"
         )
     merged = AdapterState(tokens=dict(first.tokens), token_names=first.token_names)
-    for component, rows in first.components.items():
-        merged.components[component] = {}
-        for path, lr in rows.items():
-            try:
-                merged.components[component][path] = lpl(
-                    lr, second.components[component][path], alpha_1, alpha_2
-                )
-            except UserError as error:
-                raise UserError(f"{component}.{path}: {error}") from None
+    for key, lr in keys.items():
+        component, path = key
+        try:
+            total = lpl(lr, others[key], alpha_1, alpha_2)
+        except UserError as error:
+            raise UserError(f"{component}.{path}: {error}") from None
+        merged.components.setdefault(component, {})[path] = total
     return merged
 
 
 def collect_layers(
     merged: Iterable[MergedLayer],
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    """A merge as one record without tokens or header, and the reports of all layers, dropped ones included."""
+    """A merge as one record without tokens or header, and the reports of all layers, dropped ones
+    included."""
     state, reports = AdapterState(), {}
-    for layer in merged:
-        reports[layer.component, layer.path] = layer.report
-        if layer.adapter is not None:
-            state.components.setdefault(layer.component, {})[layer.path] = layer.adapter
+    for component, path, adapter, report in merged:
+        reports[component, path] = report
+        if adapter is not None:
+            state.components.setdefault(component, {})[path] = adapter
     return state, reports
 
 
-def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
-    """The base weight plus the weighted updates, in fp32 or better, for the caller to round once.
-
-    Each DoRA counts as the update it makes to the base weight alone, W + t (W_dora - W), so the order does not matter. Raises ValueError when
-    shapes do not fit.
-    """
-    folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for strength, lr in weighted:
-        folded = folded + strength * delta_weight(lr, weight)
-    return folded
+def sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:
+    """The generator of a layer's randomized SVD; None where the exact one is taken."""
+    return None if dense.sketch is None else layer_generator(dense.sketch, key, "sketch")
 
 
-class Rounding(NamedTuple):
-    """How much of an update a rounded weight holds. Those of several layers add up entry by entry."""
+def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
+    """A generator for one layer, the same in every merge with that seed."""
+    # a sum of factors draws nothing, and loads no noise schedules
+    from lora_core.diffusion.noise import keyed_generator
 
-    square: float  # squared norm of the wished update
-    product: float  # its inner product with the effective one, rounded - base
-    effective: float  # squared norm of the effective update
-
-    @property
-    def kept(self) -> float:
-        """The effective update's share along the wished one, 1 when all survived; 1 for an update that is zero."""
-        return self.product / self.square if self.square else 1.0
-
-    @property
-    def cosine(self) -> float:
-        """Of the angle between both; 0 when nothing survived, 1 for an update that is zero."""
-        return (
-            (self.product / math.sqrt(self.square * self.effective) if self.effective else 0.0)
-            if self.square
-            else 1.0
-        )
-
-
-def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
-    """`folded` in the output dtype, and how much of folded - weight is left in it; folded - result is what rounding lost."""
-    result = folded.to(dtype)
-    wished, effective = folded.double() - weight.double(), result.double() - weight.double()
-    return result, Rounding(
-        *(
-            float((a * b).sum())
-            for a, b in ((wished, wished), (wished, effective), (effective, effective))
-        )
-    )
-
-
-def rank_steps(terms: Sequence[Term]) -> dict[LayerKey, RankSteps]:
-    """What the ranks of each layer of a weighted sum are worth and cost, for `allot`. Raises UserError for a DoRA."""
-    found = {}
-    for key, weighted in weighted_layers(terms):
-        with one_thread():
-            lr = concat_factors(weighted)
-            sigma = singular_values(lr)
-        found[key] = RankSteps(
-            sigma.square().sum(0),
-            len(sigma),
-            len(sigma) * (lr.down[0].numel() + lr.up.shape[0] // len(sigma)),
-        )
-    return found
-
-
-def allot_ranks(
-    steps: Mapping[LayerKey, RankSteps],
-    *,
-    total: int | None = None,
-    max_error: float | None = None,
-    unit: Literal["ranks", "parameters"] = "ranks",
-    at_least: int = 0,
-) -> dict[LayerKey, int]:
-    """The rank of each layer: the largest squared singular values of all layers first, per unit of cost, until a total or an error is reached.
-
-    A total in ranks gives the smallest sum of squared errors there is; a total in parameters the smallest but for what the last step that no longer
-    fits would have saved. An error, relative to the norm of all layers together, is met with the fewest units. Layers may come out at rank 0;
-    `at_least` steps of each go first.
-
-    Raises UserError when not one of total and max_error is given, or when the total is too small for `at_least`.
-    """
-    if (total is None) == (max_error is None):
-        raise UserError("give either the total budget or the error to reach")
-    order = sorted(
-        (
-            (j >= at_least, -square / getattr(row, unit), key)
-            for key, row in steps.items()
-            for j, square in enumerate(row.squares.tolist())
-        ),
-        key=lambda entry: entry[:2],
-    )
-    floor = sum(not entry[0] for entry in order)
-    if max_error is not None:
-        squares = torch.tensor(
-            [-value * getattr(steps[key], unit) for _, value, key in order], dtype=torch.float64
-        )
-        order = order[: max(floor, steps_within(squares, max_error**2 * float(squares.sum())))]
-    taken, left = dict.fromkeys(steps, 0), total
-    for optional, _, key in order:
-        cost = getattr(steps[key], unit)
-        if left is not None and cost > left:
-            if not optional:
-                raise UserError(
-                    f"a budget of {total} {unit} is too small for {at_least} of each of the {len(steps)} layers; raise it"
-                )
-            continue
-        left = None if left is None else left - cost
-        taken[key] += steps[key].ranks
-    return taken
+    return keyed_generator(seed, ".".join(key), 0, purpose)
 
 
 def _merge_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
 ) -> tuple[LowRank | None, ApproximationReport]:
-    """The adapter of one layer and its report; `keep` is 0 where a budget leaves the layer nothing."""
-    if any(lr.magnitude is not None for _, lr in weighted):
-        if len(weighted) == 1 and weighted[0][0] == 1 and keep is None:
-            lr = weighted[0][1]
-            return lr, ApproximationReport(
-                lr.rank, lr.rank, frobenius_norm(lr._replace(magnitude=None)), 0.0
-            )
-        return _distill_layer(key, weighted, keep, dense)
+    """The adapter of one layer and its report; `keep` is 0 where a budget leaves it nothing."""
+    for weight, lr in weighted:
+        if lr.magnitude is not None:
+            if len(weighted) == 1 and weight == 1 and keep is None:
+                return lr, _exact_report(lr._replace(magnitude=None))
+            return _distill_layer(key, weighted, keep, dense)
     with one_thread():
         lr = concat_factors(weighted)
         if isinstance(keep, Keep):
             return compress_adapter(lr, keep)
-        size = frobenius_norm(lr)
-        return (
-            (lr, ApproximationReport(lr.rank, lr.rank, size, 0.0))
-            if keep is None
-            else (None, ApproximationReport(0, lr.rank, size, size))
-        )
+        exact = _exact_report(lr)
+    if keep is None:
+        return lr, exact
+    return None, exact._replace(rank=0, lost=exact.norm)
+
+
+def _keep_rank(rank: int) -> Keep | int:
+    return Keep(rank=rank) if rank else 0
+
+
+def _exact_report(lr: LowRank) -> ApproximationReport:
+    rank = lr.rank
+    return ApproximationReport(rank, rank, frobenius_norm(lr), 0.0)
 
 
 def _distill_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
 ) -> tuple[LowRank, ApproximationReport]:
+    """The nearest adapter of a layer whose sum is only known as a dense update."""
     if dense.base is None:
         raise UserError(
-            "a sum with a DoRA in it depends on the base weight; give the base model, or fold the files into it"
+            "a sum with a DoRA in it depends on the base weight; give the base model, or fold the "
+            "files into it"
         )
     if not isinstance(keep, Keep):
         raise UserError(
-            "a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the files into the base model"
+            "a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the "
+            "files into the base model"
         )
     weight = dense.base(*key)
     update = torch.stack([strength * delta_weight(lr, weight) for strength, lr in weighted]).sum(0)
-    return distill_update(
-        update, keep, groups=_group_count(weighted[0][1]), generator=_sketch_generator(key, dense)
-    )
-
-
-def _sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:
-    return (
-        None if dense.sketch is None else keyed_generator(dense.sketch, ".".join(key), 0, "sketch")
-    )
+    groups, sketch = _group_count(weighted[0][1]), sketch_generator(key, dense)
+    return distill_update(update, keep, groups=groups, generator=sketch)
 
 
 def _group_count(lr: LowRank) -> int:

@@ -1,7 +1,5 @@
-"""Comparisons of adapters from small matrices: inner products, angles between their spaces, and the best combination for a given update.
-
-<A, B> = sum of the entries of A * B = s_a s_b sum((up_a^T up_b) * (down_a down_b^T)),   in fp64; the dense updates are never formed.
-"""
+"""Comparisons of adapters from small matrices, in fp64: angles between their spaces, and the
+combination of adapters that is nearest to a given update."""
 
 from __future__ import annotations
 
@@ -12,12 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import LowRank, factor_blocks, refuse_dora
+from lora_core.adapters.weight_updates import LowRank
+from merging.factor_sums import double_blocks, inner_product
 from merging.svd import factor_svd
 
 
 class PrincipalAngles(NamedTuple):
-    """Principal angles in radians, ascending; 0 where the spaces share a direction. All groups of a grouped convolution together."""
+    """Principal angles in radians, ascending; 0 where the spaces share a direction.
+
+    All groups of a grouped convolution together.
+    """
 
     outputs: Tensor  # between the column spaces of the updates, [min of the two ranks] in fp64
     inputs: Tensor  # between their row spaces
@@ -26,43 +28,27 @@ class PrincipalAngles(NamedTuple):
 class LeastSquaresFit(NamedTuple):
     """The least-squares combination of adapters that is nearest to an update."""
 
-    coefficients: Tensor  # [k] in fp64; the shortest ones where the adapters are linearly dependent
-    unexplained: float  # norm of what is left, relative to the norm of the update; 0 for an update that is zero
+    coefficients: Tensor  # [k] in fp64; the shortest ones where adapters are linearly dependent
+    unexplained: float  # norm of the rest over that of the update; 0 for an update that is zero
 
 
 class GramSums(NamedTuple):
-    """What `fit` needs to know of an update and k adapters; those of several layers add up."""
+    """The inner products of an update and k adapters, for `fit_coefficients`.
+
+    Those of several layers add up.
+    """
 
     gram: Tensor  # [k, k] inner products of the adapters, fp64
     products: Tensor  # [k] inner products of the update with each of them, fp64
     square: float  # squared norm of the update
 
 
-def inner_product(first: LowRank, second: LowRank) -> float:
-    """The inner product of two updates of one layer. Raises UserError for a DoRA."""
-    refuse_dora(first)
-    refuse_dora(second)
-    (up_1, down_1), (up_2, down_2) = (
-        [part.double() for part in factor_blocks(lr)] for lr in (first, second)
-    )
-    return first.scale * second.scale * float(((up_1.mT @ up_2) * (down_1 @ down_2.mT)).sum())
-
-
-def frobenius_norm(lr: LowRank) -> float:
-    """The Frobenius norm of the update. Raises UserError for a DoRA."""
-    return math.sqrt(max(0.0, inner_product(lr, lr)))
-
-
-def cosine_similarity(first: LowRank, second: LowRank) -> float:
-    """The cosine of the angle between two updates as vectors; 0 when one of them is zero. Raises UserError for a DoRA."""
-    norms = frobenius_norm(first) * frobenius_norm(second)
-    return inner_product(first, second) / norms if norms else 0.0
-
-
 def inner_product_with_dense(delta: Tensor, lr: LowRank) -> float:
-    """The inner product of a dense update, with the shape of the base weight, and an adapter's: one thin product. Raises UserError for a DoRA."""
-    refuse_dora(lr)
-    up, down = (part.double() for part in factor_blocks(lr))
+    """The inner product of a dense update, shaped like the base weight, and an adapter's.
+
+    It takes one thin product. Raises UserError for a DoRA.
+    """
+    up, down = double_blocks(lr)
     dense = delta.double().reshape(*up.shape[:2], -1)
     return lr.scale * float(((dense @ down.mT) * up).sum())
 
@@ -70,29 +56,27 @@ def inner_product_with_dense(delta: Tensor, lr: LowRank) -> float:
 def principal_angles(
     first: LowRank, second: LowRank, *, tolerance: float = 1e-5
 ) -> PrincipalAngles:
-    """The angles between what two updates read and between what they write, near pi / 2 where they do not interfere.
+    """The angles between the output spaces of two updates, and between their input spaces.
 
-    Directions whose singular value is below `tolerance` of the largest count as absent. Small angles are taken from their sines and large ones from
-    their cosines (Bjorck and Golub 1973), so both ends are accurate. Raises UserError for a DoRA.
+    They are near pi / 2 where the updates do not interfere. Directions whose singular value is
+    below `tolerance` of the largest count as absent. Small angles are taken from their sines and
+    large ones from their cosines (Bjorck and Golub 1973), so both ends are accurate. Raises
+    UserError for a DoRA.
     """
-    spaces = []
-    for lr in (first, second):
-        u, sigma, vh = factor_svd(lr)
-        present = [int((row > tolerance * sigma.max()).sum()) for row in sigma]
-        spaces.append(
-            [(u[g, :, :k].double(), vh[g, :k].double().mT) for g, k in enumerate(present)]
-        )
-    outputs, inputs = (
-        torch.cat([_angles_between(a[side], b[side]) for a, b in zip(*spaces)]).sort().values
-        for side in (0, 1)
-    )
-    return PrincipalAngles(outputs, inputs)
+    (out_1, in_1), (out_2, in_2) = _spaces(first, tolerance), _spaces(second, tolerance)
+    outputs = [_angles_between(a, b) for a, b in zip(out_1, out_2)]
+    inputs = [_angles_between(a, b) for a, b in zip(in_1, in_2)]
+    return PrincipalAngles(torch.cat(outputs).sort().values, torch.cat(inputs).sort().values)
 
 
 def gram_sums(delta: Tensor, adapters: Sequence[LowRank | None]) -> GramSums:
-    """Of one layer: a dense update and the adapters that files hold for it, None where a file holds none. Raises UserError for a DoRA."""
+    """The inner products of one layer: of a dense update and the adapters of several files.
+
+    None in place of an adapter: that file has none for the layer. Raises UserError for a DoRA.
+    """
     k = len(adapters)
-    gram, products = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    gram = torch.zeros(k, k, dtype=torch.float64)
+    products = torch.zeros(k, dtype=torch.float64)
     present = [(i, lr) for i, lr in enumerate(adapters) if lr is not None]
     for i, lr in present:
         products[i] = inner_product_with_dense(delta, lr)
@@ -102,31 +86,37 @@ def gram_sums(delta: Tensor, adapters: Sequence[LowRank | None]) -> GramSums:
 
 
 def fit_coefficients(layers: Iterable[GramSums]) -> LeastSquaresFit:
-    """The coefficients, the same in all layers, for which sum_i c_i delta W_i is nearest to the update.
+    """The coefficients, one set for all layers, with sum_i c_i delta W_i nearest to the update.
 
     Raises ValueError without a layer.
     """
-    rows = list(layers)
-    if not rows:
+    parts = list(layers)
+    if not parts:
         raise ValueError("there is no layer to fit")
-    gram, products = (
-        torch.stack([getattr(row, name) for row in rows]).sum(0) for name in ("gram", "products")
-    )
-    square = sum(row.square for row in rows)
-    lengths = (
-        gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    )  # files of any strength weigh alike in the cut-off below
-    coefficients = (
-        torch.linalg.pinv(gram / lengths[:, None] / lengths, rtol=1e-12, hermitian=True)
-        @ (products / lengths)
-        / lengths
-    )
+    gram = torch.stack([part.gram for part in parts]).sum(0)
+    products = torch.stack([part.products for part in parts]).sum(0)
+    square = sum(part.square for part in parts)
+    # divided by the norms, files of any strength count alike in the cut-off of the pseudo-inverse
+    norms = gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    inverse = torch.linalg.pinv(gram / norms[:, None] / norms, rtol=1e-12, hermitian=True)
+    coefficients = inverse @ (products / norms) / norms
     left = square - 2 * float(coefficients @ products) + float(coefficients @ gram @ coefficients)
     return LeastSquaresFit(coefficients, math.sqrt(max(0.0, left) / square) if square else 0.0)
 
 
+def _spaces(lr: LowRank, tolerance: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Orthonormal bases [out, k] and [in, k] of an update's output and input space, by group."""
+    u, sigma, vh = factor_svd(lr)
+    outputs, inputs = [], []
+    for g, values in enumerate(sigma):
+        k = int((values > tolerance * sigma.max()).sum())
+        outputs.append(u[g, :, :k].double())
+        inputs.append(vh[g, :k].double().mT)
+    return outputs, inputs
+
+
 def _angles_between(a: Tensor, b: Tensor) -> Tensor:
-    """Principal angles [min] in fp64 between the spans of two orthonormal bases [n, k] and [n, l]."""
+    """Principal angles [min] in fp64 between the spans of orthonormal bases [n, k] and [n, l]."""
     if a.shape[1] < b.shape[1]:
         a, b = b, a
     cosines = torch.linalg.svdvals(a.mT @ b).clamp(max=1)

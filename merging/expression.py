@@ -1,28 +1,31 @@
-"""The language of `mix`: a weighted sum of files, "0.7*a.safetensors + 0.3*(b.safetensors@attn - 'my c.safetensors')".
+"""The language of `mix`: a weighted sum of files.
+
+    0.7*a.safetensors + 0.3*(b.safetensors@attn - 'my c.safetensors')
 
     sum    := [sign] term { sign term }
     term   := number ["*"] term | "(" sum ")" [choice] | file [choice]
-    choice := "@" layers                       which layers of it count, see `selection`
+    choice := "@" layers                       the layers of it that count, see `layer_choice`
     file   := a word, or anything in quotes
 
-A "-" or "+" inside a word belongs to it where it does not follow a space, a parenthesis or a quote; spaces around operators make it plain.
+A "-" or "+" inside a word belongs to it where it does not follow a space, a parenthesis or a quote;
+spaces around operators make it plain.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_core.errors import UserError
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-WORD = re.compile(
-    r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)"
-)  # a "+" ends it before a space, a number or a group
+# a "+" ends a word before a space, a number or a group
+WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)")
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
-PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # what needs no quotes
+PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # a path that needs no quotes
 
 
 @dataclass(frozen=True)
@@ -34,91 +37,104 @@ class WeightedFile:
     choices: tuple[str, ...] = ()  # of layers; several, from groups in groups, all count
 
     def __str__(self) -> str:
-        plain = PLAIN.fullmatch(self.path) and not NUMBER.match(self.path)
-        return (
-            f"{repr(abs(self.weight)).removesuffix('.0')}*{self.path if plain else _quoted(self.path)}"
-            + "".join(
-                f"@{choice if CHOICE.fullmatch(choice) else _quoted(choice)}"
-                for choice in self.choices
-            )
-        )
+        """The file with its weight, without the sign, as `parse_sum` reads it."""
+        is_plain = PLAIN.fullmatch(self.path) and not NUMBER.match(self.path)
+        words = [repr(abs(self.weight)).removesuffix(".0"), "*"]
+        words.append(self.path if is_plain else _quote(self.path))
+        for choice in self.choices:
+            words += ["@", choice if CHOICE.fullmatch(choice) else _quote(choice)]
+        return "".join(words)
 
 
 def parse_sum(text: str) -> list[WeightedFile]:
-    """The files of a sum in order, parentheses multiplied out; what names one file with the same layers twice is added up.
+    """The files of a sum in order, parentheses multiplied out, equal ones added up.
 
-    Raises UserError, with a second and a third line that point at the place, for what is no sum, and for weights that cancel.
+    Raises UserError, with a second and a third line that point at the place, for a text that is no
+    sum, and for weights that cancel.
     """
-    reader = _SumParser(text)
-    entries = reader.sum()
-    reader.end()
+    parser = _SumParser(text)
+    files = parser.read_sum()
+    parser.expect_end()
     added: dict[tuple[str, tuple[str, ...]], float] = {}
-    for entry in entries:
-        key = (entry.path, entry.choices)
-        added[key] = added.get(key, 0.0) + entry.weight
-    kept = [
-        WeightedFile(weight, path, choices) for (path, choices), weight in added.items() if weight
-    ]
+    for file in files:
+        key = (file.path, file.choices)
+        added[key] = added.get(key, 0.0) + file.weight
+    kept = []
+    for (path, choices), weight in added.items():
+        if weight:
+            kept.append(WeightedFile(weight, path, choices))
     if not kept:
         raise UserError(f"nothing is left of the sum {text!r}; every weight in it is 0")
     return kept
 
 
-def render_sum(entries: Sequence[WeightedFile]) -> str:
-    """The sum as text that `parse` reads as the same."""
-    words = [f"{'-' if entry.weight < 0 else '+'} {entry}" for entry in entries]
+def parse_files(text: str) -> list[WeightedFile]:
+    """The files of a sum; ~ at the start of a path is the home folder.
+
+    No shell expands it inside quotes.
+    """
+    files = parse_sum(text)
+    return [replace(file, path=os.path.expanduser(file.path)) for file in files]
+
+
+def render_sum(files: Sequence[WeightedFile]) -> str:
+    """The sum as text that `parse_sum` reads as the same."""
+    words = [f"{'-' if file.weight < 0 else '+'} {file}" for file in files]
     return " ".join(words).removeprefix("+ ")
 
 
 class _SumParser:
-    """A position in a text. Every method reads one thing of the grammar from there on."""
+    """A position in a text. Every method reads one rule of the grammar from there on."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
 
-    def sum(self) -> list[WeightedFile]:
-        entries = list(self._scaled(self._sign(required=False), self.term()))
-        while (sign := self._sign(required=True)) is not None:
-            entries += self._scaled(sign, self.term())
-        return entries
+    def read_sum(self) -> list[WeightedFile]:
+        sign = self._take_sign()
+        files = _scale(-1.0 if sign == -1 else 1.0, self.read_term())
+        while (sign := self._take_sign()) is not None:
+            files += _scale(sign, self.read_term())
+        return files
 
-    def term(self) -> list[WeightedFile]:
-        inner = self._sign(required=False)
-        if inner == -1:
-            return list(self._scaled(inner, self.term()))
-        number = self._number()
+    def read_term(self) -> list[WeightedFile]:
+        if self._take_sign() == -1:
+            return _scale(-1.0, self.read_term())
+        number = self._take_number()
         if number is not None:
-            return list(self._scaled(number, self.term()))
+            return _scale(number, self.read_term())
         if self._take("("):
-            opened = self.at - 1
-            entries = self.sum()
-            if not self._take(")"):
-                raise (
-                    self.error("this parenthesis is not closed", opened)
-                    if self._rest() == ""
-                    else self.error("expected + , - or )")
-                )
+            files = self._read_group()
         else:
-            entries = [WeightedFile(1.0, self._path())]
+            files = [WeightedFile(1.0, self._take_path())]
         while self._take("@"):
-            choice = self._choice()
-            entries = [replace(entry, choices=(*entry.choices, choice)) for entry in entries]
-        return entries
+            choice = self._take_choice()
+            files = [replace(file, choices=(*file.choices, choice)) for file in files]
+        return files
 
-    def end(self) -> None:
+    def expect_end(self) -> None:
+        """Raises UserError where something is left."""
+        if not self._rest():
+            return
+        if self.text[self.at] == ")":
+            raise self._error("this parenthesis was never opened")
+        raise self._error("expected + or - with a space before it")
+
+    def _read_group(self) -> list[WeightedFile]:
+        """The sum between parentheses, of which the first is read."""
+        opened = self.at - 1
+        files = self.read_sum()
+        if self._take(")"):
+            return files
         if self._rest():
-            raise self.error(
-                "this parenthesis was never opened"
-                if self.text[self.at] == ")"
-                else "expected + or - with a space before it"
-            )
+            raise self._error("expected + , - or )")
+        raise self._error("this parenthesis is not closed", opened)
 
-    def error(self, what: str, at: int | None = None) -> UserError:
+    def _error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
         return UserError(f"the sum cannot be read: {what}\n  {self.text}\n  {' ' * place}^")
 
     def _rest(self) -> str:
-        """What is left, from the next character that is no space."""
+        """The text that is left, from the next character that is no space."""
         self.at += len(self.text[self.at :]) - len(self.text[self.at :].lstrip())
         return self.text[self.at :]
 
@@ -128,64 +144,61 @@ class _SumParser:
             return True
         return False
 
-    def _sign(self, *, required: bool) -> int | None:
-        """1 or -1; where there is none, None if it was required and else 1."""
+    def _take_sign(self) -> int | None:
+        """1 or -1, or None where there is no sign."""
         for character, sign in (("+", 1), ("-", -1), ("−", -1)):
             if self._take(character):
                 return sign
-        return None if required else 1
+        return None
 
-    def _number(self) -> float | None:
+    def _take_number(self) -> float | None:
         """The number before a "*" or a group, or None."""
         rest = self._rest()
         found = NUMBER.match(rest)
         if not found:
             return None
-        after = rest[found.end() :].lstrip()
+        behind = rest[found.end() :]
+        after = behind.lstrip()
         if after.startswith(("*", "(")):
             self.at += found.end()
             self._take("*")
             return float(found[0])
-        if not after or after[0] in "+-)" or rest[found.end() :][:1].isspace():
-            raise self.error(
-                f"expected * and a file after the number {found[0]}", self.at + found.end()
-            )
+        if not after or after[0] in "+-)" or behind[:1].isspace():
+            place = self.at + found.end()
+            raise self._error(f"expected * and a file after the number {found[0]}", place)
         return None
 
-    def _path(self) -> str:
+    def _take_path(self) -> str:
         rest = self._rest()
         if found := QUOTED.match(rest):
             path = found[1] if found[1] is not None else found[2]
             if not path:
-                raise self.error("these quotes are empty")
+                raise self._error("these quotes are empty")
         elif rest[:1] in ("'", '"'):
-            raise self.error("this quote is not closed")
+            raise self._error("this quote is not closed")
         elif found := WORD.match(rest):
             path = found[0]
+        elif rest:
+            raise self._error("expected a file, a number or (")
         else:
-            raise self.error(
-                "expected a file, a number or (" if rest else "expected a file; it ends too early"
-            )
+            raise self._error("expected a file; it ends too early")
         self.at += found.end()
         return path
 
-    def _choice(self) -> str:
+    def _take_choice(self) -> str:
         found = CHOICE.match(self.text[self.at :])
         if not found:
-            raise self.error(
+            raise self._error(
                 "expected layers right after the @: attn, unet, a glob, a list of block weights ..."
             )
         self.at += found.end()
         return found[0].strip("\"'")
 
-    @staticmethod
-    def _scaled(factor: float | None, entries: Sequence[WeightedFile]) -> Iterator[WeightedFile]:
-        return (
-            replace(entry, weight=entry.weight * (1.0 if factor is None else factor))
-            for entry in entries
-        )
+
+def _scale(factor: float, files: Sequence[WeightedFile]) -> list[WeightedFile]:
+    return [replace(file, weight=file.weight * factor) for file in files]
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     mark = "'" if '"' in text else '"'
     return f"{mark}{text}{mark}"

@@ -1,8 +1,10 @@
-"""Sums of adapters of one layer in factor space.
+"""Sums and inner products of adapters of one layer, in factor space.
 
-sum_i w_i delta W_i = [w_1 s_1 up_1, w_2 s_2 up_2, ...] [down_1; down_2; ...]     exact for any ranks, scales and signs
+sum_i w_i delta W_i = [w_1 s_1 up_1, w_2 s_2 up_2, ...] [down_1; down_2; ...]
 
-A DoRA has no place in such a sum, its update is neither low rank nor known without the base weight: `adapter_sums.mix_layers` and `adapter_sums.add_updates` take that.
+It is exact for any ranks, scales and signs. A DoRA has no place in such a sum, its update is
+neither low rank nor known without the base weight: `adapter_sums.mix_layers` and `add_updates` take
+it.
 """
 
 from __future__ import annotations
@@ -15,88 +17,119 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
 from lora_core.errors import UserError
-from merging.compare import cosine_similarity, frobenius_norm
 
 WeightedAdapters = Sequence[tuple[float, LowRank]]  # (weight, adapter), all of one layer
 LPL_WARNING = (
-    "lpl adds factors, not updates: (a1 up1 + a2 up2)(a1 down1 + a2 down2) squares the strengths and mixes unrelated bases in its cross terms; "
-    "mix computes the exact sum"
+    "lpl adds factors, not updates: (a1 up1 + a2 up2)(a1 down1 + a2 down2) squares the strengths "
+    "and mixes unrelated bases in its cross terms; mix computes the exact sum"
 )
 
 
 def concat_factors(terms: WeightedAdapters) -> LowRank:
     """The exact weighted sum, of rank the sum of ranks and scale 1, fp32 or better.
 
-    Weight times scale goes into `up`, then powers of two, which round nothing, bring the largest entries of both factors of a term together: neither
-    overflows or vanishes in fp16 where the other would not.
-
-    Raises UserError for a DoRA, and for adapters of different shapes.
+    Weight times scale goes into `up`. Then powers of two, which round nothing, bring the largest
+    entries of both factors of a term together: neither overflows or vanishes in fp16 where the
+    other would not. Raises UserError for a DoRA, and for adapters of different shapes.
     """
-    ups, downs = [], []
+    ups, downs, shapes = [], [], set()
     for weight, lr in terms:
         refuse_dora(lr)
         up, down = factor_blocks(lr)
         up, down = balance_factors(up * (weight * lr.scale), down)
         ups.append(up)
         downs.append(down)
-    if len({(up.shape[:2], lr.down.shape[1:]) for up, (_, lr) in zip(ups, terms)}) > 1:
+        shapes.add((up.shape[:2], lr.down.shape[1:]))
+    if len(shapes) > 1:
+        described = ", ".join(describe_shapes(lr) for _, lr in terms)
         raise UserError(
-            f"adapters of different layers cannot be added: {', '.join(describe_shapes(lr) for _, lr in terms)}; merge files of one model"
+            f"adapters of different layers cannot be added: {described}; merge files of one model"
         )
-    return from_blocks(torch.cat(ups, 2), torch.cat(downs, 1), tuple(terms[0][1].down.shape[2:]))
+    kernel = tuple(terms[0][1].down.shape[2:])
+    return from_blocks(torch.cat(ups, 2), torch.cat(downs, 1), kernel)
 
 
 def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """up * t and down / t with t a power of two that brings their largest entries together; as they are where one of them is zero."""
-    largest = float(up.abs().max()), float(down.abs().max())
-    if not all(0 < value < math.inf for value in largest):
+    """up * t and down / t with the power of two t that brings their largest entries together.
+
+    Factors of which one is zero stay as they are.
+    """
+    largest_up, largest_down = float(up.abs().max()), float(down.abs().max())
+    if not (0 < largest_up < math.inf and 0 < largest_down < math.inf):
         return up, down
-    t = 2.0 ** round((math.log2(largest[1]) - math.log2(largest[0])) / 2)
+    t = 2.0 ** round((math.log2(largest_down) - math.log2(largest_up)) / 2)
     return up * t, down / t
 
 
 def lpl(first: LowRank, second: LowRank, alpha_1: float = 0.5, alpha_2: float = 0.5) -> LowRank:
-    """cloneofsimo's lossy sum, (a1 up1 + a2 up2)(a1 down1 + a2 down2) with each scale in its `up`: LPL_WARNING says what is wrong with it.
+    """cloneofsimo's lossy sum, (a1 up1 + a2 up2)(a1 down1 + a2 down2) with each scale in its `up`.
 
-    A file with itself gives 4 delta W at (1, 1) and delta W at (0.5, 0.5).
-
-    Raises UserError for a DoRA and for different shapes or ranks.
+    LPL_WARNING says what is wrong with it: a file with itself gives 4 delta W at (1, 1) and delta W
+    at (0.5, 0.5). Raises UserError for a DoRA and for different shapes or ranks.
     """
     refuse_dora(first)
     refuse_dora(second)
     if first.down.shape != second.down.shape or first.up.shape != second.up.shape:
         raise UserError(
-            f"lpl adds factors of equal rank and shape, got {describe_shapes(first)} and {describe_shapes(second)}; mix takes any ranks"
+            f"lpl adds factors of equal rank and shape, got {describe_shapes(first)} and "
+            f"{describe_shapes(second)}; mix takes any ranks"
         )
     (up_1, down_1), (up_2, down_2) = factor_blocks(first), factor_blocks(second)
     up = alpha_1 * first.scale * up_1 + alpha_2 * second.scale * up_2
-    return from_blocks(up, alpha_1 * down_1 + alpha_2 * down_2, tuple(first.down.shape[2:]))
+    down = alpha_1 * down_1 + alpha_2 * down_2
+    return from_blocks(up, down, tuple(first.down.shape[2:]))
 
 
 def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
-    """The point at t in [0, 1] of the great circle from one update to the other (Shoemake 1985), exact, of rank the sum of ranks.
+    """The point at t in [0, 1] of the great circle from one update to the other (Shoemake 1985).
 
-    sin((1 - t) w) / sin w of the first plus sin(t w) / sin w of the second, w the angle between the updates as vectors; linear where w is 0 or pi or
-    one of them is zero.
-
-    Raises UserError for a DoRA.
+    Exact, of rank the sum of ranks: sin((1 - t) w) / sin w of the first plus sin(t w) / sin w of
+    the second, w the angle between the updates as vectors; linear where w is 0 or pi or one of them
+    is zero. Raises UserError for a DoRA.
     """
     refuse_dora(first)
     refuse_dora(second)
-    angle = (
-        math.acos(max(-1.0, min(1.0, cosine_similarity(first, second))))
-        if frobenius_norm(first) and frobenius_norm(second)
-        else 0.0
-    )
-    shares = (1 - t, t)
+    angle = 0.0
+    if frobenius_norm(first) and frobenius_norm(second):
+        angle = math.acos(max(-1.0, min(1.0, cosine_similarity(first, second))))
+    weights = (1 - t, t)
     if math.sin(angle) > 1e-4:
-        shares = (
+        weights = (
             math.sin((1 - t) * angle) / math.sin(angle),
             math.sin(t * angle) / math.sin(angle),
         )
-    return concat_factors([(shares[0], first), (shares[1], second)])
+    return concat_factors(list(zip(weights, (first, second))))
+
+
+def inner_product(first: LowRank, second: LowRank) -> float:
+    """The inner product of two updates of one layer. Raises UserError for a DoRA."""
+    (up_1, down_1), (up_2, down_2) = double_blocks(first), double_blocks(second)
+    return first.scale * second.scale * float(((up_1.mT @ up_2) * (down_1 @ down_2.mT)).sum())
+
+
+def frobenius_norm(lr: LowRank) -> float:
+    """The Frobenius norm of the update. Raises UserError for a DoRA."""
+    up, down = double_blocks(lr)
+    square = lr.scale * lr.scale * float(((up.mT @ up) * (down @ down.mT)).sum())
+    return math.sqrt(max(0.0, square))
+
+
+def cosine_similarity(first: LowRank, second: LowRank) -> float:
+    """The cosine of the angle between two updates as vectors; 0 when one of them is zero.
+
+    Raises UserError for a DoRA.
+    """
+    norms = frobenius_norm(first) * frobenius_norm(second)
+    return inner_product(first, second) / norms if norms else 0.0
 
 
 def describe_shapes(lr: LowRank) -> str:
-    """Its shapes for an error sentence."""
+    """An adapter's shapes for an error sentence."""
     return f"up {list(lr.up.shape)} x down {list(lr.down.shape)}"
+
+
+def double_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
+    """`factor_blocks` in fp64. Raises UserError for a DoRA."""
+    refuse_dora(lr)
+    up, down = factor_blocks(lr)
+    return up.double(), down.double()

@@ -1,38 +1,31 @@
-"""What a path on the command line is, adapter or model, and opening it with the layout it belongs to."""
+"""Adapter files opened with the layout of the model that they were made for.
+
+Whole models are told from adapters here and opened in `base_models`, which imports the libraries of
+the networks.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm
 
+import models
 from lora_core import formats
-from lora_core.adapters.patch import TOKENIZERS
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import NATIVE, cloneofsimo
-from lora_core.formats.container import is_pickle
-from lora_core.formats.pickles import read_pickle
-from lora_core.formats.weights import Weights
-from lora_core.formats.whole_models import NetworkLocation
-from merging.folding import ModelWeights, open_model_folder, weight_key
-from models import Layout, is_single_file, known, locate_networks, read_layout, single_file
+from lora_core.formats.known_formats import WRITABLE
+from lora_core.formats.layout import Layout
+from merging.commands import OpenOptions, ReadOptions
+from models import known
 from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
 MODEL_KEY_PREFIXES = (
     "model.diffusion_model.",
     "first_stage_model.",
@@ -40,71 +33,40 @@ MODEL_KEY_PREFIXES = (
     "conditioner.",
     "double_blocks.",
     "single_blocks.",
-)  # keys of single files
+)  # of keys in single-file models
 SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
-WRITABLE_FORMATS = {
-    "comfyui": "kohya",
-    "xlabs": "diffusers",
-    "peft": "diffusers",
-}  # format that is only read -> the one its readers know
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-CHUNK = 1 << 22  # bytes hashed at a time
-
-
-@dataclass(frozen=True)
-class OpenOptions:
-    """How files are opened."""
-
-    model: str = ""  # folder, single file, hub id or published name of the model that adapters belong to; empty: told by their keys
-    model_config: str = ""  # folder or hub id with the configs of single files
-    allow_extra: bool = False  # keys that mean nothing are named in a line, not refused
-    dora_axis: str = ""  # rows or columns, of DoRA magnitudes that do not tell
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """A whole model, opened and not read."""
-
-    path: str
-    layout: Layout
-    model: ModelWeights
-    folder: Path | None  # None: a single file
-    rows: tuple[NetworkLocation, ...] = ()  # where a single file has its networks
+NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
 
 
 def is_whole_model(path: str) -> bool:
-    """Whether a path is a whole model, not an adapter; the keys of a file decide. Raises UserError for a path that is not there.
+    """Whether a path is a whole model, not an adapter; the keys of a file decide.
 
-    What does not exist and looks like NAME/NAME without a file's ending is an id of the hub, and so a model.
+    A path that does not exist and looks like NAME/NAME without a file's ending is an id of the hub,
+    and so a model. Raises UserError for another path that is not there.
     """
     place = Path(path)
     if place.is_dir():
         return (place / "model_index.json").is_file()
     if not place.is_file():
-        if HUB_ID.fullmatch(path) and place.suffix not in (
-            ".safetensors",
-            ".ckpt",
-            ".pt",
-            ".bin",
-            ".pth",
-        ):
+        if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
         raise UserError(f"{path} is not there; give a file, a folder, or a model's id on the hub")
     if place.suffix == ".ckpt":
         return True
     try:
         with safe_open(place, "np") as opened:
-            return any(
-                key.startswith(MODEL_KEY_PREFIXES) and ".lora" not in key for key in opened.keys()
-            )  # noqa: SIM118 - not a dictionary
+            keys = opened.keys()
     except (SafetensorError, OSError, RuntimeError):
         return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
+    found = [key for key in keys if key.startswith(MODEL_KEY_PREFIXES)]
+    return any(".lora" not in key for key in found)
 
 
 def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
-    """The layout that adapters belong to: of --model, else of the published model that their keys and shapes tell.
+    """The layout that adapters belong to: of --model, else of the published model they fit.
 
-    None where they tell none, which files that spell their layers out can do without. Raises UserError for others.
+    None where their keys and shapes fit no model and they spell their layers out. Raises UserError
+    for other files that fit none.
     """
     if reading.model:
         return open_layout(reading.model, reading)
@@ -113,214 +75,68 @@ def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
         try:
             return known.recognize_path(path)
         except UserError as error:
-            reasons += [error] if detect_format(path) not in SPELLED_OUT else []
+            if formats.detect_format(path) not in SPELLED_OUT:
+                reasons.append(error)
     if reasons:
         raise reasons[0]
     return None
 
 
-def open_layout(path: str, reading: OpenOptions) -> Layout:
-    """What can be adapted in a model, from its configs or the keys of a single file; no weight is read. Published models have names, such as sdxl."""
+def open_layout(path: str, reading: ReadOptions) -> Layout:
+    """The layers of a model that can be adapted, from its configs or the keys of a single file.
+
+    `path` may be the name of a published model, such as sdxl. No weight is read.
+    """
     if path in PUBLISHED_MODELS and not Path(path).exists():
         return known.published_layout(path)
-    return read_layout(path, reading.model_config if is_single_file(path) else "")
+    config = reading.model_config if Path(path).is_file() else ""
+    return models.read_layout(path, config)
 
 
 def open_adapter(
-    path: str, layout: Layout | None, reading: OpenOptions, *, merging: bool = False
+    path: str, layout: Layout | None, reading: ReadOptions, *, merging: bool = False
 ) -> AdapterState:
-    """What an adapter's file or a run's folder holds. Raises UserError for a whole model, and as `formats.load` does.
+    """The adapter in a file or a run's folder.
 
-    `merging` also reads updates that are no two factors; they stand among the components as `Dense`.
+    `merging` also reads updates that are no product of two factors, as `DenseUpdate` among the
+    components. Raises UserError for a whole model, and as `formats.load` does.
     """
     if is_whole_model(path):
         raise UserError(
-            f"{path} is a whole model where an adapter is expected; distill makes an adapter of the difference of two models"
+            f"{path} is a whole model where an adapter is expected; distill makes an adapter of "
+            "the difference of two models"
         )
     state = formats.load(
         path, layout, allow_extra=reading.allow_extra, dora_axis=reading.dora_axis, merging=merging
     )
-    for component, rows in state.dense.items():
-        state.components.setdefault(component, {}).update(rows)  # type: ignore[arg-type]
+    for component, updates in state.dense.items():
+        state.components.setdefault(component, {}).update(updates)  # type: ignore[arg-type]
     state.dense = {}
     return state
 
 
-def open_base_model(path: str, reading: OpenOptions) -> BaseModel:
-    """A whole model: folder in the diffusers layout, single file or hub id. Raises UserError for an adapter."""
-    if not is_whole_model(path):
-        raise UserError(
-            f"{path} is no whole model; give a folder in the diffusers layout, a single-file checkpoint or a hub id"
-        )
-    if Path(path).is_file():
-        model, rows = single_file.open_parts(path, reading.model_config)
-        return BaseModel(path, open_layout(path, reading), model, None, rows)
-    folder = Path(path) if Path(path).is_dir() else download_model(path)
-    return BaseModel(path, read_layout(str(folder)), open_model_folder(folder), folder)
-
-
-def single_file_parts(base: BaseModel) -> tuple[NetworkLocation, ...]:
-    """Where the networks of a model lie in a single file. Raises UserError for a family without such files."""
-    return base.rows or locate_networks(str(base.folder))
-
-
-@contextlib.contextmanager
-def model_configs(base: BaseModel, reading: OpenOptions) -> Iterator[Path]:
-    """A folder with everything of a model that is no weight: its own, that of --model-config, or published configs with CLIP's tokenizers."""
-    if base.folder:
-        yield base.folder
-    elif reading.model_config:
-        yield single_file.find_configs(reading.model_config)
-    else:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "configs"
-            published = single_file.open_single_file(base.path).folder
-            shutil.copytree(published, folder)
-            for name, tokenizer in single_file.load_tokenizers(
-                published, base.rows, base.path
-            ).items():
-                tokenizer.save_pretrained(folder / TOKENIZERS[name])
-            yield folder
-
-
-def detect_format(path: str) -> str:
-    """The row of FORMATS that reads an adapter; diffusers for what none knows, whose reader then says so."""
-    place = Path(path)
-    if place.is_dir():
-        place = next(
-            (
-                file
-                for file in (place / NATIVE, *sorted(place.glob("*.safetensors")))
-                if file.is_file()
-            ),
-            place,
-        )
-    if place.is_file() and is_pickle(place):
-        return "cloneofsimo" if cloneofsimo.is_factor_list(read_pickle(place)) else "embeddings"
-    try:
-        with safe_open(place, "np") as opened:
-            keys = dict.fromkeys(opened.keys(), torch.empty(0))
-    except (SafetensorError, OSError, RuntimeError):
-        return "diffusers"
-    return next((name for name, row in formats.FORMATS.items() if row.detect(keys)), "diffusers")
-
-
 def choose_output_format(paths: Sequence[str]) -> str:
-    """The format for a result: that of the first file with factors, or the nearest one for a format that is only read."""
+    """The format for a result: that of the first file with factors.
+
+    For a format that is only read, the one that its readers are most likely to know.
+    """
     for path in paths:
-        found = detect_format(path)
+        found = formats.detect_format(path)
         if found != "embeddings":
-            return (
-                found if formats.FORMATS[found].write else WRITABLE_FORMATS.get(found, "diffusers")
-            )
+            return found if found in WRITABLE else NEAREST_WRITABLE.get(found, "diffusers")
     return "diffusers"
-
-
-def base_weight_reader(base: BaseModel) -> Callable[[str, str], Tensor]:
-    """A reader of the weight of (component, published path)."""
-
-    def read(component: str, path: str) -> Tensor:
-        if component not in base.model:
-            raise UserError(f"{base.path} has no {component}; it has {', '.join(base.model)}")
-        weights = base.model[component]
-        return weights.read(weight_key(weights, base.layout, component, path))
-
-    return read
-
-
-def download_model(name: str) -> Path:
-    """The folder with a model of the hub: configs, tokenizers, and one file of weights a network. Raises UserError when the hub gives none."""
-    try:
-        files = HfApi().list_repo_files(name)
-        wanted = [
-            file
-            for file in files
-            if file == "model_index.json"
-            or ("/" in file and file.endswith((".json", ".txt", ".model")))
-        ]
-        for folder in sorted({file.rpartition("/")[0] for file in files if file.count("/") == 1}):
-            wanted += _weights_of(folder, files)
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises a dozen classes: no network, no such repository, no such file, bad id
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{name} is no file or folder here, and the hub gave no model of that name: {reason}"
-        ) from None
-
-
-def sha256_digest(path: str) -> str:
-    """sha256 of a file; of a folder, over the names and digests of the files in it that are not hidden."""
-    place = Path(path)
-    if place.is_file():
-        found = hashlib.sha256()
-        with place.open("rb") as file:
-            while part := file.read(CHUNK):
-                found.update(part)
-        return found.hexdigest()
-    if not place.is_dir():
-        place = download_model(path)
-    files = sorted(
-        file
-        for file in place.rglob("*")
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(place).parts)
-    )
-    lines = [f"{file.relative_to(place).as_posix()} {sha256_digest(str(file))}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def with_progress(model: ModelWeights, title: str) -> dict[str, Weights]:
-    """The same model with a progress bar over the tensors that are read, on a terminal only."""
-    bar = tqdm(
-        total=sum(len(weights.infos) for weights in model.values()),
-        desc=title,
-        unit="tensor",
-        disable=None,
-        leave=False,
-    )
-
-    def watch(weights: Weights) -> Weights:
-        def read(key: str) -> Tensor:
-            bar.update()
-            if bar.n == bar.total:
-                bar.close()
-            return weights.read(key)
-
-        return Weights(weights.source, weights.infos, read)
-
-    return {name: watch(weights) for name, weights in model.items()}
-
-
-def _weights_of(folder: str, files: Sequence[str]) -> list[str]:
-    """The first of the usual forms of weights that a folder of a hub's repository has."""
-    for ending in (
-        ".safetensors",
-        ".safetensors.index.json",
-        ".bin",
-        ".fp16.safetensors",
-        ".fp16.bin",
-    ):
-        for stem in STEMS:
-            if f"{folder}/{stem}{ending}" in files:
-                shards = (
-                    [file for file in files if fnmatch(file, f"{folder}/{stem}-*-of-*.safetensors")]
-                    if ending.endswith("json")
-                    else []
-                )
-                return [f"{folder}/{stem}{ending}", *shards]
-    return []
 
 
 def widest_dtype(states: Sequence[AdapterState]) -> torch.dtype | None:
     """The widest dtype of the factors in some adapters or, without any, of their token rows."""
-    factors = [
-        lr
-        for state in states
-        for rows in state.components.values()
-        for lr in rows.values()
-        if isinstance(lr, LowRank)
-    ]
-    found = [lr.down.dtype for lr in factors] or [
-        rows.dtype for state in states for rows in state.tokens.values()
-    ]
-    return functools.reduce(torch.promote_types, found) if found else None
+    dtypes = {lr.down.dtype for lr in _all_factors(states)}
+    if not dtypes:
+        for state in states:
+            dtypes |= {rows.dtype for rows in state.tokens.values()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _all_factors(states: Sequence[AdapterState]) -> Iterator[LowRank]:
+    for state in states:
+        for updates in state.components.values():
+            yield from (lr for lr in updates.values() if isinstance(lr, LowRank))

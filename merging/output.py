@@ -1,8 +1,7 @@
-"""What a command leaves behind: the file, its recipe in the header, and the table on the screen."""
+"""The output of a command: checks before any work, files with their recipe, and what is printed."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,40 +14,68 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import EMBEDDINGS, cloneofsimo
+from lora_core.formats.known_formats import load_function
 from lora_core.formats.layout import Layout
-from merging.adapter_sums import LayerKey
-from merging.compare import frobenius_norm
-from merging.factor_sums import concat_factors
-from merging.svd import ApproximationReport, total_report
+from merging.commands import WriteOptions
+from merging.factor_sums import concat_factors, frobenius_norm
+from merging.opening import is_whole_model
+from merging.recipe import make_recipe, recipe_header
+from merging.truncation import ApproximationReport, total_report
 
-RECIPE = "lora_core.merge"  # header entry: JSON, the command with its options and the sha256 of its inputs
-SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
-FORMATS_WITH_TOKENS = ("cloneofsimo",)  # formats that hold tokens beside factors
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+FORMATS_WITH_TOKENS = ("cloneofsimo",)  # that hold token rows in the file of the factors
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result goes."""
+    """A result: its place, its form, and the recipe for its header."""
 
     path: str
     overwrite: bool = False
     dry_run: bool = False
     dtype: torch.dtype | None = None
     format: str = ""  # of an adapter; empty: the first input's
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # for the header
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def header(self) -> dict[str, str]:
-        return (
-            {RECIPE: json.dumps(self.recipe, sort_keys=True, ensure_ascii=False)}
-            if self.recipe
-            else {}
-        )
+        return recipe_header(self.recipe)
+
+
+def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
+    """The output that a command's options describe, with the command's recipe.
+
+    Raises UserError for an input that is not there and, before gigabytes are hashed, for an output
+    that cannot be written.
+    """
+    files: WriteOptions = options.files
+    output = Output(
+        options.out,
+        files.overwrite,
+        files.dry_run,
+        DTYPES.get(files.dtype),
+        getattr(files, "format", ""),
+    )
+    for path in inputs:
+        is_whole_model(path)  # refuses a path that is not there
+    if output.dry_run:
+        return output
+    if os.path.isfile(output.path):
+        check_output(output)
+    return replace(output, recipe=make_recipe(command, options, inputs))
 
 
 def check_output(output: Output, *, folder: bool = False) -> None:
-    """Raises UserError, before any work, for an output that exists (without --overwrite), is of the other kind, or cannot be written."""
+    """Raises UserError for an output that cannot be written, before any work.
+
+    That is: one that exists (without --overwrite), a file instead of a folder or the other way
+    round, a place that is not writable.
+    """
     path = Path(output.path)
     if path.is_dir() and not folder:
         raise UserError(f"the output {path} is a folder; name a file in it")
@@ -58,7 +85,8 @@ def check_output(output: Output, *, folder: bool = False) -> None:
         )
     if path.is_file() and folder:
         raise UserError(
-            f"the output {path} is a file; name a folder, or one that ends in .safetensors or .ckpt for a single file"
+            f"the output {path} is a file; name a folder, or one that ends in .safetensors or "
+            ".ckpt for a single file"
         )
     parent = next(place for place in path.absolute().parents if place.exists())
     if not parent.is_dir():
@@ -71,14 +99,11 @@ def check_output(output: Output, *, folder: bool = False) -> None:
         )
 
 
-def token_file_path(path: str | Path) -> Path:
-    """Where an adapter's token rows go when its format has no place for them."""
-    path = Path(path)
-    return path.with_name(path.stem + EMBEDDINGS)
-
-
 def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
-    """`check` of an adapter's file, and of its tokens' where it has some; of all three of cloneofsimo's .pt files."""
+    """`check_output` of an adapter's file, and of every file that will lie next to it.
+
+    `tokens`: the adapter has token rows, for which most formats need a file of their own.
+    """
     if not output.path:
         raise UserError("no output; name a file")
     path = Path(output.path)
@@ -94,49 +119,47 @@ def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
         check_output(replace(output, path=str(token_file_path(path))))
 
 
-def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:
-    """The files written: the factors, and beside them the token rows where the format has no place for them. None on a dry run.
+def token_file_path(path: str | Path) -> Path:
+    """The file for an adapter's token rows where its own format has no place for them."""
+    path = Path(path)
+    return path.with_name(path.stem + formats.EMBEDDINGS)
 
-    Without factors the file itself holds the rows. Raises UserError as `formats.save` does.
+
+def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:
+    """Writes an adapter and returns the files written; none on a dry run.
+
+    Token rows lie in a file next to the factors' where the format has no place for them, and in the
+    file itself where there are no factors. Raises UserError as `formats.save` does.
     """
     path = Path(output.path)
-    factors = any(state.components.values())
+    has_factors = any(state.components.values())
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return cloneofsimo.write_factor_lists(state, path, layout)
+        return load_function("factor_lists", "write_factor_lists")(state, path, layout)
+    if not has_factors and not state.tokens:
+        raise UserError(f"nothing is left to write to {path}: no layer and no token")
+    if has_factors and output.format in FORMATS_WITH_TOKENS:
+        _save_factors(state, output, layout)
+        return [path]
     written = []
-    if factors:
-        inside = output.format in FORMATS_WITH_TOKENS
-        own = (
-            state
-            if inside
-            else AdapterState(state.components, {}, state.token_names, state.metadata)
-        )
-        formats.save(
-            own,
-            path,
-            format=output.format,
-            layout=layout,
-            metadata=output.header,
-            dtype=output.dtype,
-        )
+    if has_factors:
+        _save_factors(replace(state, tokens={}), output, layout)
         written.append(path)
-        if inside:
-            return written
     if state.tokens:
-        rows = token_file_path(path) if factors else path
+        rows = token_file_path(path) if has_factors else path
         formats.save(state, rows, format="embeddings", layout=layout, metadata=output.header)
         written.append(rows)
-    if not written:
-        raise UserError(f"nothing is left to write to {path}: no layer and no token")
     return written
 
 
 def round_adapter(
     adapter: LowRank, report: ApproximationReport, dtype: torch.dtype | None
 ) -> tuple[LowRank, ApproximationReport]:
-    """The factors in the dtype of the file, and the report with what that loses."""
+    """The factors in the dtype of the file, and the report with what that loses.
+
+    Raises UserError for factors that overflow it.
+    """
     if dtype is None or (adapter.down.dtype == dtype and adapter.up.dtype == dtype):
         return adapter, report
     cast = adapter._replace(down=adapter.down.to(dtype), up=adapter.up.to(dtype))
@@ -148,54 +171,61 @@ def round_adapter(
     return cast, report._replace(lost=(report.lost**2 + lost**2) ** 0.5)
 
 
+def _save_factors(state: AdapterState, output: Output, layout: Layout | None) -> None:
+    formats.save(
+        state,
+        output.path,
+        format=output.format,
+        layout=layout,
+        metadata=output.header,
+        dtype=output.dtype,
+    )
+
+
 # ---------------------------------------------------------------- on the screen
 
 
-def report_table(reports: Mapping[LayerKey, ApproximationReport], *, extra: str = "") -> str:
-    """By component and in total: layers, rank kept, energy kept, relative error."""
-    components: dict[str, list[ApproximationReport]] = {}
+def print_written(paths: Iterable[str | Path], output: Output) -> None:
+    """Prints which files there are now, or that it was a dry run."""
+    if output.dry_run:
+        print(f"dry run: {output.path} was not written")
+    for path in paths:
+        print(f"written: {path}")
+
+
+def report_table(reports: Mapping[tuple[str, str], ApproximationReport], *, extra: str = "") -> str:
+    """Layers, rank kept, energy kept and relative error, by component and in total.
+
+    The keys are (component, path); `extra` is a last line.
+    """
+    groups: dict[str, list[ApproximationReport]] = {}
     for (component, _), report in reports.items():
-        components.setdefault(component, []).append(report)
+        groups.setdefault(component, []).append(report)
+    groups["total"] = list(reports.values())
     rows = [("", "layers", "rank", "of", "energy kept", "relative error")]
-    for name, found in [*components.items(), ("total", list(reports.values()))]:
+    for name, found in groups.items():
         whole = total_report(found)
-        rows.append(
-            (
-                name,
-                str(len(found)),
-                str(whole.rank),
-                str(whole.full),
-                f"{100 * max(0.0, whole.energy):.4f} %",
-                f"{whole.error:.2e}",
-            )
-        )
-    excess = total_report(reports.values()).excess
+        kept = f"{100 * max(0.0, whole.energy):.4f} %"
+        ranks = str(whole.rank), str(whole.full)
+        rows.append((name, str(len(found)), *ranks, kept, f"{whole.error:.2e}"))
     lines = align_columns(rows)
-    if excess:
+    if excess := total_report(reports.values()).excess:
         lines.append(
-            f"randomised SVD: at most about {100 * excess:.2g} % above the smallest possible error (--svd exact for that)"
+            f"randomized SVD: at most about {100 * excess:.2g} % above the smallest possible "
+            "error (--svd exact for that)"
         )
     return "\n".join([*lines, *([extra] if extra else [])])
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def print_written(paths: Iterable[str | Path], output: Output) -> None:
-    """Which files there are now, or that it was a dry run."""
-    if output.dry_run:
-        print(f"dry run: {output.path} was not written")
-    for path in paths:
-        print(f"written: {path}")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def print_note(text: str) -> None:
@@ -204,4 +234,5 @@ def print_note(text: str) -> None:
 
 
 def print_warning(text: str) -> None:
+    """One line on stderr about something that is probably wrong."""
     print(f"warning: {text}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""Merges that look at single entries of the updates and so need them dense: TIES, DARE and magnitude pruning, one layer at a time.
+"""TIES, DARE and magnitude pruning: merges that look at single entries of dense updates.
 
-They work on the products, not on the factors, whose entries mean nothing by themselves: up M and M^-1 down give the same update for any invertible M.
-Updates come weighted, w_i * delta W_i, in fp32 or better and of one shape; what comes out is the merged dense update.
+They work on the products, not on the factors, whose entries mean nothing by themselves: up M and
+M^-1 down give the same update for any invertible M. Updates of one layer come weighted,
+w_i * delta W_i, in fp32 or better and of one shape; the result is the merged dense update.
 """
 
 from __future__ import annotations
@@ -11,36 +12,38 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+# (updates, density, generator) -> merged update
 DenseMerge = Callable[[Sequence[Tensor], float, torch.Generator], Tensor]
 
 
 def trim_to_density(update: Tensor, density: float) -> Tensor:
-    """The update with all but its `density` share of largest magnitudes set to 0; equals at the threshold all stay."""
+    """The update with all but its `density` share of largest magnitudes set to 0.
+
+    All entries that equal the threshold stay.
+    """
     count = count_kept_entries(update.numel(), density)
     threshold = update.abs().flatten().kthvalue(update.numel() - count + 1).values
     return update * (update.abs() >= threshold)
 
 
 def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """DARE's drop and rescale (arXiv 2311.03099, equation 3): each entry stays with probability `density` = 1 - p, divided by it, else 0.
+    """DARE's drop and rescale (arXiv 2311.03099, equation 3).
 
-    The expectation over the generator is the update.
+    Each entry stays with probability `density` = 1 - p and is divided by it, else it is 0. The
+    expectation over the generator is the update.
     """
-    count_kept_entries(update.numel(), density)
-    stays = (
-        torch.rand(
-            update.shape, generator=generator, dtype=torch.float32, device=generator.device
-        ).to(update.device)
-        < density
-    )
-    return update * stays / density
+    count_kept_entries(update.numel(), density)  # checks the density
+    device = generator.device
+    draws = torch.rand(update.shape, generator=generator, dtype=torch.float32, device=device)
+    return update * (draws.to(update.device) < density) / density
 
 
 def elect_and_average(updates: Sequence[Tensor]) -> Tensor:
     """The sign election and disjoint mean of TIES (arXiv 2306.01708, section 3, steps 2 and 3).
 
-    The sign of an entry is that of its sum; the mean runs over the updates that have that sign there. Where the sum is 0 so is the result.
-    With weights the election counts them, as in mergekit (peft elects without).
+    The sign of an entry is that of its sum; the mean runs over the updates that have that sign
+    there. Where the sum is 0 so is the result. Weighted updates have weighted votes, as in mergekit
+    (peft elects without weights).
     """
     stack = torch.stack(tuple(updates))
     agrees = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
@@ -48,7 +51,10 @@ def elect_and_average(updates: Sequence[Tensor]) -> Tensor:
 
 
 def ties(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
-    """Trim, elect, mean (arXiv 2306.01708). Note the mean: files that agree give their average, not their sum. Draws nothing."""
+    """Trim, elect, mean (arXiv 2306.01708). Draws nothing.
+
+    A mean, not a sum: files that agree give their average.
+    """
     return elect_and_average([trim_to_density(update, density) for update in updates])
 
 
@@ -58,7 +64,8 @@ def dare(updates: Sequence[Tensor], density: float, generator: torch.Generator) 
 
 
 def dare_ties(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
-    """Drop and rescale in place of the trimming, then the election and mean of TIES (arXiv 2311.03099, section 4.3)."""
+    """Drop and rescale in place of the trimming, then the election and mean of TIES
+    (arXiv 2311.03099, section 4.3)."""
     return elect_and_average([drop_and_rescale(update, density, generator) for update in updates])
 
 
@@ -70,7 +77,10 @@ def prune_by_magnitude(
 
 
 def count_kept_entries(entries: int, density: float) -> int:
-    """How many of so many entries a density keeps, at least 1. Raises ValueError for a density outside (0, 1]."""
+    """How many of so many entries a density keeps, at least 1.
+
+    Raises ValueError for a density outside (0, 1].
+    """
     if not 0 < density <= 1:
         raise ValueError(f"a density is above 0 and at most 1, got {density}")
     return max(1, int(density * entries))

@@ -1,4 +1,7 @@
-"""Flux.1 dev and schnell: FluxTransformer2DModel on packed latents, AutoencoderKL, CLIP-L for one pooled vector, T5 for the rest; rectified flow."""
+"""Flux.1 dev and schnell: a transformer on packed latents, VAE, CLIP-L and T5.
+
+The models are rectified flows. CLIP-L gives one pooled vector, T5 the prompt embeddings.
+"""
 
 from __future__ import annotations
 
@@ -24,61 +27,51 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
-from lora_core.family import (
-    Conditioning,
-    LoadOptions,
-    Sizes,
+from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
+from lora_core.formats.layout import Layout, layout_of
+from lora_core.tokens import first_eos
+from models import sd
+from models.components import (
     decode_latents,
     encode_pixels,
     load_network,
     load_part,
     read_encoder_config,
     read_json,
+    recorded_outputs,
     tokenize_prompts,
 )
-from lora_core.formats.layout import Layout, layout_of
-from lora_core.tokens import first_eos
-from models import sd
 
 logging.disable_progress_bar()
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
-ADAPTABLE = ("transformer", "text_encoder", "text_encoder_2")  # what files may name
-PATCH = 2  # latents for one token, each way
+# Components that adapter files may name.
+ADAPTABLE = ("transformer", "text_encoder", "text_encoder_2")
+PATCH = 2  # latents per token, each way
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 PRESETS = {  # component -> preset -> globs; the counts are those of 19 double and 38 single blocks
     "transformer": {
         "attention": ATTENTION,  # 190, four names
         "fal": (*ATTENTION, *ADDED, *FEED_FORWARD),  # 342, diffusers' scripts
-        "ostris": (
-            *ATTENTION,
-            *ADDED,
-            *FEED_FORWARD,
-            "norm1.linear",
-            "norm1_context.linear",
-            "norm.linear",
-            "proj_mlp",
-            "proj_out",
-        ),  # 495
-        "kohya": (
-            "transformer_blocks.*",
-            "single_transformer_blocks.*",
-        ),  # 494, which are 304 of the original code's
+        "ostris": (*ATTENTION, *ADDED, *FEED_FORWARD, *MODULATION, "proj_mlp", "proj_out"),  # 495
+        # 494, which are 304 layers of the original code
+        "kohya": ("transformer_blocks.*", "single_transformer_blocks.*"),
         "all-linear": ("*",),
     },
     "text_encoder": sd.PRESETS["text_encoder"],
 }
-SHIFTS = (
+SHIFTS = (  # keys of scheduler_config.json that are read
     "shift",
     "use_dynamic_shifting",
     "base_shift",
     "max_shift",
     "base_image_seq_len",
     "max_image_seq_len",
-)  # what is read of a scheduler
-OTHER_STEPS = (
+)
+OTHER_STEPS = (  # keys that are refused
     "shift_terminal",
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -86,29 +79,25 @@ OTHER_STEPS = (
     "invert_sigmas",
     "stochastic_sampling",
 )
-LENGTHS = {
-    True: 512,
-    False: 256,
-}  # tokens of a T5 prompt, with and without a guidance embedding (dev and schnell)
-LONGEST = 512  # what the pipelines allow
+# Tokens of a T5 prompt, with and without a guidance embedding (dev and schnell).
+LENGTHS = {True: 512, False: 256}
+LONGEST = 512  # the pipelines' limit
 
-NAMES = {  # our path -> the original code's, in which kohya's files speak
+NAMES = {  # diffusers' path -> the original code's, which kohya's files use
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
-    **{
-        f"time_text_embed.{ours}_embedder.linear_{i}": f"{theirs}.{layer}_layer"
-        for ours, theirs in (
-            ("timestep", "time_in"),
-            ("guidance", "guidance_in"),
-            ("text", "vector_in"),
-        )
-        for i, layer in ((1, "in"), (2, "out"))
-    },
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
 }
-SWAPPED = frozenset({"norm_out.linear"})  # scale and shift here, shift and scale there
-DOUBLE = {
+# Layers whose output is scale and shift here, shift and scale in the original code.
+SWAPPED = frozenset({"norm_out.linear"})
+DOUBLE_BLOCK = {  # names inside a double block
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
     "ff.net.0.proj": "img_mlp.0",
@@ -118,16 +107,13 @@ DOUBLE = {
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
 }
-QKV, ADDED_QKV = (
-    ("attn.to_q", "attn.to_k", "attn.to_v"),
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-)
-BLOCKS: dict[
-    str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]
-] = {  # our blocks -> theirs, names within, layers they compute in one
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+# diffusers' blocks -> the original's, names inside, layers that the original computes in one
+BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
     "transformer_blocks": (
         "double_blocks",
-        DOUBLE,
+        DOUBLE_BLOCK,
         {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV},
     ),
     "single_transformer_blocks": (
@@ -139,16 +125,17 @@ BLOCKS: dict[
 
 
 class Flux:
-    """See lora_core.family.Family. The VAE stays in fp32 or better; transformer and text encoders take the base precision."""
+    """The `Family` of Flux.1.
+
+    The VAE stays in fp32 or better; transformer and text encoders take the base precision.
+    """
 
     name = "flux"
     denoiser = "transformer"
     prediction = "flow"
     inpainting = False
-    spacing: Spacing = (
-        "trailing"  # a flow has one layout of its steps; spacing and offset say nothing
-    )
-    offset = 0
+    spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
+    offset = 0  # unused
 
     def __init__(
         self,
@@ -158,11 +145,15 @@ class Flux:
         length: int,
     ):
         self.modules: dict[str, nn.Module] = modules
-        self.tokenizers, self.scheduler, self.length = tokenizers, scheduler, length
-        self.transformer, self.vae, self.clip, self.t5 = (
-            modules[name] for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
-        )
-        self.pipeline, self.said = PIPELINES[0], {name: set[str]() for name in tokenizers}
+        self.tokenizers = tokenizers
+        self.scheduler = scheduler
+        self.length = length
+        self.transformer = modules["transformer"]
+        self.vae = modules["vae"]
+        self.clip = modules["text_encoder"]
+        self.t5 = modules["text_encoder_2"]
+        self.pipeline = PIPELINES[0]
+        self.checked_prompts = {name: set[str]() for name in tokenizers}
         self.schedule = flux_schedule(scheduler)
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
         self.zeros: tuple[str, ...] = ()
@@ -177,9 +168,8 @@ class Flux:
 
     @property
     def device(self) -> torch.device:
-        return (
-            self.transformer.x_embedder.weight.device
-        )  # diffusers' own property looks at every module
+        # diffusers' own property looks at every module
+        return self.transformer.x_embedder.weight.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return flux_schedule(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -194,15 +184,15 @@ class Flux:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Ids for CLIP and T5, and the place of the first end-of-text token of CLIP's, looked for on the CPU."""
-        tokenizer = self.tokenizers["text_encoder"]
-        ids = tokenize_prompts(
-            tokenizer, prompts, tokenizer.model_max_length, self.said["text_encoder"]
-        )
-        t5 = tokenize_prompts(
-            self.tokenizers["text_encoder_2"], prompts, self.length, self.said["text_encoder_2"]
-        )
-        end = first_eos(ids, tokenizer.eos_token_id)
+        """Token ids of CLIP and T5, and the position of CLIP's first end-of-text token.
+
+        The position is searched on the CPU, so that nothing waits for the device.
+        """
+        first, second = self.tokenizers["text_encoder"], self.tokenizers["text_encoder_2"]
+        checked = self.checked_prompts
+        ids = tokenize_prompts(first, prompts, first.model_max_length, checked["text_encoder"])
+        t5 = tokenize_prompts(second, prompts, self.length, checked["text_encoder_2"])
+        end = first_eos(ids, first.eos_token_id)
         return {
             "clip": ids.to(self.clip.device),
             "end": end.to(self.clip.device),
@@ -210,16 +200,18 @@ class Flux:
         }
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """T5's last hidden state [b, length, d], padding included and unmasked, and CLIP's vector at the first end-of-text token.
+        """T5's last hidden state [b, length, d] and CLIP's vector at the first end-of-text token.
 
-        transformers' pooler looks for the largest id where a config says eos_token_id 2, and finds a learned token there. Every encoder reads the
-        same string; one that has not learned the tokens reads their names as plain text, as in diffusers.
+        T5's padding is included and unmasked. transformers' pooler looks for the largest id where a
+        config says eos_token_id 2, and finds a learned token there. Every encoder reads the same
+        string; one that has not learned the tokens reads their names as plain text, as in
+        diffusers.
         """
-        hidden, end = self.clip(tokens["clip"]).last_hidden_state, tokens["end"]
+        hidden = self.clip(tokens["clip"]).last_hidden_state
+        end = tokens["end"]
         pooled = hidden[torch.arange(len(end), device=end.device), end]
-        return Conditioning(
-            self.t5(tokens["t5"]).last_hidden_state, {"pooled_prompt_embeds": pooled}
-        )
+        embeds = self.t5(tokens["t5"]).last_hidden_state
+        return Conditioning(embeds, {"pooled_prompt_embeds": pooled})
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)
@@ -227,23 +219,28 @@ class Flux:
     def add_size_embeddings(
         self, cond: Conditioning, sizes: Sizes, guidance: float
     ) -> Conditioning:
-        """With the guidance scale [b] fp32 where the transformer is told one."""
+        """The conditioning with the guidance scale [b] fp32, if the transformer takes one."""
         if not self.distilled_guidance:
             return cond
         embeds = cond.prompt_embeds
-        return cond.with_extra(
-            guidance=torch.full((len(embeds),), guidance, dtype=torch.float32, device=embeds.device)
-        )
+        scales = torch.full((len(embeds),), guidance, dtype=torch.float32, device=embeds.device)
+        return cond.with_extra(guidance=scales)
 
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> Tensor:
-        """The velocity eps - x0. The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both to its own dtype."""
+        """The velocity eps - x0.
+
+        The network gets sigma, which it multiplies by 1000, and guidance in fp32, and rounds both
+        to its own dtype.
+        """
         if inpaint is not None:
             raise UserError(
-                "this model takes no mask and no masked image; leave them out or choose an inpainting model"
+                "this model takes no mask and no masked image; "
+                "leave them out or choose an inpainting model"
             )
-        dtype, (height, width) = self.transformer.x_embedder.weight.dtype, x_t.shape[-2:]
+        dtype = self.transformer.x_embedder.weight.dtype
+        height, width = x_t.shape[-2:]
         out = self.transformer(
             hidden_states=pack_latents(x_t).to(dtype),
             timestep=level.t,
@@ -258,38 +255,26 @@ class Flux:
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of the double blocks over all keys, text and image, of which the text's columns are returned: rows sum to less
-        than 1. One map [b, heads, tokens, s] a block, token (row, column) = one 2 x 2 patch of latents.
+        """softmax(q k^T / sqrt(d)) of the double blocks over text and image keys, text's columns.
 
-        q and k are the outputs of the norms; image tokens are then rotated by their place, text tokens have place 0 and are not.
+        Rows sum to less than 1, because the image's columns are left out. One map
+        [b, heads, tokens, s] per block, token (row, column) = one 2 x 2 patch of latents. q and k
+        are the outputs of the norms; image tokens are then rotated by their position, text tokens
+        have position 0 and are not.
         """
-        layers = {
-            name: m for name, m in self.transformer.named_modules() if hasattr(m, "norm_added_k")
-        }
-        seen: dict[tuple[str, str], Tensor] = {}
-        hooks = [
-            getattr(m, which).register_forward_hook(
-                lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out)
-            )
-            for name, m in layers.items()
-            for which in ("norm_q", "norm_k", "norm_added_k")
-        ]
-        try:
+        modules = self.transformer.named_modules()
+        layers = {name: module for name, module in modules if hasattr(module, "norm_added_k")}
+        with recorded_outputs(layers, ("norm_q", "norm_k", "norm_added_k")) as outputs:
             self.denoise(x_t, level, cond, inpaint)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        cos, sin = self.transformer.pos_embed(
-            image_position_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
-        )  # [tokens, d]
+        positions = image_position_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
+        cos, sin = self.transformer.pos_embed(positions)  # [tokens, d]
         maps = []
         for name in layers:
-            q, k, text = (
-                seen[name, which].transpose(1, 2).float()
-                for which in ("norm_q", "norm_k", "norm_added_k")
-            )  # [b, heads, s, d]
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-            scores = q @ torch.cat([text, k], dim=2).transpose(-1, -2) * q.shape[-1] ** -0.5
+            q = outputs[name, "norm_q"].transpose(1, 2).float()  # [b, heads, s, d]
+            k = outputs[name, "norm_k"].transpose(1, 2).float()
+            text = outputs[name, "norm_added_k"].transpose(1, 2).float()
+            keys = torch.cat([text, apply_rotary(k, cos, sin)], dim=2)
+            scores = apply_rotary(q, cos, sin) @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
             maps.append(scores.softmax(-1)[..., : text.shape[2]])
         return maps
 
@@ -298,12 +283,15 @@ class Flux:
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w]: one for each 2 x 2 patch, channels outermost."""
+    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w].
+
+    One for each 2 x 2 patch, channels outermost.
+    """
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Latents [b, c, height, width]; undoes `pack`."""
+    """Latents [b, c, height, width]; the inverse of `pack_latents`."""
     return rearrange(
         tokens,
         "b (h w) (c ph pw) -> b c (h ph) (w pw)",
@@ -315,17 +303,18 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_position_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(0, row, column) of every token of latents [b, c, height, width]: [(h / 2) (w / 2), 3] fp32."""
-    return torch.cartesian_prod(
-        *(
-            torch.arange(n, dtype=torch.float32, device=device)
-            for n in (1, height // PATCH, width // PATCH)
-        )
-    )
+    """[(h / 2) (w / 2), 3] fp32: (0, row, column) of every token of latents of that size."""
+    zero = torch.zeros(1, device=device)
+    rows = torch.arange(height // PATCH, dtype=torch.float32, device=device)
+    columns = torch.arange(width // PATCH, dtype=torch.float32, device=device)
+    return torch.cartesian_prod(zero, rows, columns)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864 eq. 34) of x [b, heads, s, d]: each pair of neighbours turns by its angle, cos and sin [s, d]."""
+    """Rotary embedding of x [b, heads, s, d] (arXiv 2104.09864 eq. 34).
+
+    Each pair of neighbours turns by its angle, cos and sin [s, d].
+    """
     even, odd = x[..., ::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
@@ -336,35 +325,36 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def load(path: str, how: LoadOptions) -> Flux:
     """The model in a folder or on the hub, in the diffusers layout.
 
-    Raises UserError, before any weight is read, for settings that mean nothing to a flow or to a pooled vector, and for a transformer with further
-    input channels; then for a missing or broken part.
+    Raises UserError, before any weight is read, for settings without effect on a flow or on a
+    pooled vector, and for a transformer with further input channels; then for a missing or broken
+    part.
     """
     if how.clip_skip:
         raise UserError(
-            f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector is used; leave it out"
+            f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
+            "is used; leave it out"
         )
-    scheduler = _scheduler(path, how.scheduler)
+    scheduler = _read_scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
-    check_channels(
-        config.get("in_channels", 64), read_json(path, "vae/config.json").get("latent_channels", 4)
-    )
-    length = _length(how.max_sequence_length, bool(config.get("guidance_embeds")))
+    latent_channels = read_json(path, "vae/config.json").get("latent_channels", 4)
+    check_channels(config.get("in_channels", 64), latent_channels)
+    length = _prompt_length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
         "text_encoder": load_part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
         "text_encoder_2": load_part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
     }
-    modules = {
-        "transformer": load_network(
-            FluxTransformer2DModel, path, "transformer", how.dtype, how.device
-        ),
-        "text_encoder": load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device),
-        "text_encoder_2": load_network(
-            T5EncoderModel, path, "text_encoder_2", how.dtype, how.device
-        ),
-        "vae": load_network(
-            AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
-        ),
+    classes = {
+        "transformer": FluxTransformer2DModel,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
     }
+    modules = {}
+    for name, kind in classes.items():
+        modules[name] = load_network(kind, path, name, how.dtype, how.device)
+    vae_folder = "" if how.vae else "vae"
+    modules["vae"] = load_network(
+        AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device
+    )
     family = Flux(modules, tokenizers, scheduler, length)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
     return family
@@ -382,44 +372,57 @@ def read_flux_layout(path: str) -> Layout:
 def read_flux_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs; with a resolution (pixels) in the shift for it."""
-    side = resolution // (
-        PATCH * 2 ** (len(read_json(path, "vae/config.json")["block_out_channels"]) - 1)
-    )
-    return flux_schedule(_scheduler(path, changes), side * side), "flow"
+    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs.
+
+    With a resolution (pixels) in the shift for it.
+    """
+    levels = len(read_json(path, "vae/config.json")["block_out_channels"])
+    side = resolution // (PATCH * 2 ** (levels - 1))
+    return flux_schedule(_read_scheduler(path, changes), side * side), "flow"
+
+
+FAMILY = FamilyFunctions(load, read_flux_layout, read_flux_schedule)
 
 
 def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
-    """The flow of a scheduler_config.json. With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is constant."""
-    c = scheduler
-    if not c.get("use_dynamic_shifting"):
-        return noise.flow_schedule(shift=c.get("shift", 1.0))
+    """The flow of a scheduler_config.json.
+
+    With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is
+    constant.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return noise.flow_schedule(shift=scheduler.get("shift", 1.0))
     if not tokens:
         return noise.flow_schedule()
-    law = dict(
-        base_tokens="base_image_seq_len",
-        max_tokens="max_image_seq_len",
-        base="base_shift",
-        max="max_shift",
-    )  # ours -> diffusers' key
-    return noise.flow_schedule(
-        shift=noise.resolution_shift(
-            tokens, **{ours: c[key] for ours, key in law.items() if key in c}
-        )
-    )
+    keys = {  # argument of resolution_shift -> diffusers' key
+        "base_tokens": "base_image_seq_len",
+        "max_tokens": "max_image_seq_len",
+        "base": "base_shift",
+        "max": "max_shift",
+    }
+    given = {name: scheduler[key] for name, key in keys.items() if key in scheduler}
+    return noise.flow_schedule(shift=noise.resolution_shift(tokens, **given))
 
 
 def check_channels(takes: int, latent_channels: int) -> None:
-    """Raises UserError for a transformer that reads more than packed latents, as those of Fill, Depth and Canny do."""
+    """Raises UserError for a transformer with more inputs than packed latents.
+
+    Those of Fill, Depth and Canny are such.
+    """
     expected = PATCH * PATCH * latent_channels
     if takes != expected:
         raise UserError(
-            f"the transformer takes {takes} channels, expected {expected}; models that read a mask or a control image are not supported"
+            f"the transformer takes {takes} channels, expected {expected}; "
+            "models that read a mask or a control image are not supported"
         )
 
 
-def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json with changes. Raises UserError for a change that a flow has no use for, and for a layout of levels that is not read."""
+def _read_scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json with changes.
+
+    Raises UserError for a change without effect on a flow, and for a layout of levels that is not
+    supported.
+    """
     for key in changes:
         if key not in SHIFTS:
             raise UserError(
@@ -429,28 +432,35 @@ def _scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     for key in OTHER_STEPS:
         if scheduler.get(key):
             raise UserError(
-                f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not supported; expected a shifted flow"
+                f"the scheduler_config.json of {path} has {key} = {scheduler[key]}, which is not "
+                "supported; expected a shifted flow"
             )
     if scheduler.get("time_shift_type", "exponential") != "exponential":
         raise UserError(
-            f"the scheduler_config.json of {path} has time_shift_type {scheduler['time_shift_type']}; expected exponential"
+            f"the scheduler_config.json of {path} has time_shift_type "
+            f"{scheduler['time_shift_type']}; expected exponential"
         )
     return scheduler
 
 
-def _length(asked: int, guidance: bool) -> int:
-    if not 0 <= asked <= LONGEST:
+def _prompt_length(length: int, guidance: bool) -> int:
+    """The tokens of a T5 prompt; 0 is the model's own number."""
+    if not 0 <= length <= LONGEST:
         raise UserError(
-            f"--max-sequence-length is {asked}; expected 1 to {LONGEST} tokens, or 0 for the model's own {LENGTHS[guidance]}"
+            f"--max-sequence-length is {length}; expected 1 to {LONGEST} tokens, or 0 for the "
+            f"model's own {LENGTHS[guidance]}"
         )
-    return asked or LENGTHS[guidance]
+    return length or LENGTHS[guidance]
 
 
 # ---------------------------------------------------------------- names
 
 
 def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
-    """Names and presets; the T5 is in it for its token rows and for reading, nothing of it is adapted."""
+    """Names and presets of a Flux model.
+
+    The T5 is in it for its token rows and for reading; nothing of it is adapted.
+    """
     guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
     plain = layout_of(
         modules,
@@ -461,15 +471,13 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    components = {
-        **plain.components,
-        "transformer": replace(network, **_original(network.shapes), swapped=SWAPPED),
-    }
+    named = replace(network, **_original_names(network.shapes), swapped=SWAPPED)
+    components = {**plain.components, "transformer": named}
     return replace(plain, components=components, network_module="networks.lora_flux")
 
 
-def _original(paths: Iterable[str]) -> dict[str, Any]:
-    """The names and fused layers of the original code for the transformer's paths."""
+def _original_names(paths: Iterable[str]) -> dict[str, Any]:
+    """Names and fused layers of the original code for the transformer's paths."""
     names, fused = {}, {}
     for path in paths:
         kind, _, rest = path.partition(".")

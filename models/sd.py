@@ -1,8 +1,11 @@
-"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder; epsilon or v, 4 or 9 input channels."""
+"""Stable Diffusion 1.x and 2.x: UNet, VAE and one CLIP text encoder.
+
+Networks that predict epsilon or v, with 4 or 9 (inpainting) input channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +18,21 @@ from transformers.utils import logging
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError
-from lora_core.family import (
-    Conditioning,
-    LoadOptions,
-    Sizes,
+from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
+from lora_core.formats.compvis import unet_module_names
+from lora_core.formats.layout import Layout, Numbering, layout_of
+from models.components import (
     decode_latents,
     encode_pixels,
     load_network,
     load_part,
     read_encoder_config,
     read_json,
+    recorded_outputs,
     tokenize_prompts,
 )
-from lora_core.formats.layout import Layout, Numbering, layout_of
 
-logging.disable_progress_bar()  # a bar for a file that loads in a blink
+logging.disable_progress_bar()  # it would show for every text encoder, which loads in a second
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -38,21 +41,15 @@ PIPELINES = (
 )
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 RESNETS = ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.time_emb_proj")
-FEED_FORWARD, PROJECTIONS = (
-    ("*.ff.net.0.proj", "*.ff.net.2"),
-    ("*.attentions.*.proj_in", "*.attentions.*.proj_out"),
-)
+FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
+PROJECTIONS = ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
 TRANSFORMER = (*ATTENTION, *FEED_FORWARD, *PROJECTIONS)
 PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
         "cloneofsimo": (*ATTENTION, "*.ff.net.0.proj"),  # 144, lora_pti
-        "extended": (
-            *ATTENTION,
-            "*.ff.net.0.proj",
-            *RESNETS,
-            "*.conv_shortcut",
-        ),  # lora_pti --use_extended_lora
+        # lora_pti --use_extended_lora
+        "extended": (*ATTENTION, "*.ff.net.0.proj", *RESNETS, "*.conv_shortcut"),
         "kohya": TRANSFORMER,  # 192, networks.lora
         "all": (*TRANSFORMER, *RESNETS, "*.conv_shortcut"),
     },
@@ -62,22 +59,20 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
         "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
 }
-CLASSES = {  # of modules, under the names they had and have in diffusers and transformers -> the layers in one
+# Class of a module, under its old and new name in diffusers and transformers -> its layers.
+CLASSES = {
     "CrossAttention": ATTENTION,
     "Attention": ATTENTION,
     "GEGLU": ("*.ff.net.0.proj",),
     "ResnetBlock2D": (*RESNETS, "*.conv_shortcut"),
     "CLIPAttention": ("*.self_attn.*_proj",),
 }
-AROUND = (
-    "down_blocks",
-    "up_blocks",
-    "mid_block",
-    "attentions",
-    "resnets",
-)  # the middle is registered last, attentions before residual blocks
+# The middle is registered last, attentions before residual blocks.
+AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")
 WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
-NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers between the attentions when its files were made, and now does after them
+# The order of layers in cloneofsimo's files. diffusers registered feed-forward layers between the
+# attentions when they were made, and now does after them.
+NUMBERINGS = {
     "unet": Numbering(
         CLASSES,
         targets=(
@@ -96,7 +91,11 @@ NUMBERINGS = {  # cloneofsimo's; diffusers registered feed-forward layers betwee
 
 
 class StableDiffusion:
-    """See lora_core.family.Family. The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base precision."""
+    """The `Family` of Stable Diffusion 1.x and 2.x.
+
+    The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base
+    precision.
+    """
 
     name = "sd"
     denoiser = "unet"
@@ -117,12 +116,15 @@ class StableDiffusion:
             "vae": vae,
         }
         self.tokenizers = {"text_encoder": tokenizer}
-        self.pipeline, self.clip_skip, self.said = PIPELINES[0], 0, set[str]()
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.schedule, self.prediction = (
-            noise.vp_schedule_from_config(scheduler),
-            scheduler.get("prediction_type", "epsilon"),
-        )
+        self.pipeline = PIPELINES[0]
+        self.clip_skip = 0
+        self.checked_prompts: set[str] = set()
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.schedule = noise.vp_schedule_from_config(scheduler)
+        self.prediction = scheduler.get("prediction_type", "epsilon")
         self.latent_channels = vae.config.latent_channels
         self.spacing = scheduler.get("timestep_spacing", "leading")
         self.offset = scheduler.get("steps_offset", 0)
@@ -150,16 +152,15 @@ class StableDiffusion:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {
-            "ids": tokenize_prompts(
-                self.tokenizer, prompts, self.tokenizer.model_max_length, self.said
-            ).to(self.text_encoder.device)
-        }
+        length = self.tokenizer.model_max_length
+        ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
+        return {"ids": ids.to(self.text_encoder.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """Last hidden state after the final norm, padded to the tokenizer's length, BOS and EOS included, as every SD pipeline does at inference.
+        """Last hidden state after the final norm, as in every SD pipeline at inference.
 
-        clip_skip k takes the state k layers earlier, through the same final norm.
+        Padded to the tokenizer's length, BOS and EOS included. clip_skip k takes the state k layers
+        earlier, through the same final norm.
         """
         ids = tokens["ids"]
         if not self.clip_skip:
@@ -180,7 +181,8 @@ class StableDiffusion:
     ) -> Tensor:
         if (inpaint is not None) != self.inpainting:
             raise UserError(
-                "an inpainting UNet needs a mask and a masked image, and only such a UNet takes them"
+                "an inpainting UNet needs a mask and a masked image, and only such a UNet takes "
+                "them"
             )
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
         dtype = self.unet.conv_in.weight.dtype
@@ -195,47 +197,38 @@ class StableDiffusion:
     def attention_maps(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of all cross-attention layers, from the outputs of their to_q and to_k."""
+        """softmax(q k^T / sqrt(d)) of all cross-attention layers.
+
+        q and k are the outputs of their to_q and to_k.
+        """
         layers = {name: m for name, m in self.unet.named_modules() if name.endswith(".attn2")}
-        seen: dict[tuple[str, str], Tensor] = {}
-        hooks = [
-            getattr(m, which).register_forward_hook(
-                lambda _m, _i, out, key=(name, which): seen.__setitem__(key, out)
-            )
-            for name, m in layers.items()
-            for which in ("to_q", "to_k")
-        ]
-        try:
+        with recorded_outputs(layers, ("to_q", "to_k")) as outputs:
             self.denoise(x_t, level, cond, inpaint)
-        finally:
-            for hook in hooks:
-                hook.remove()
         maps = []
-        for name, m in layers.items():
-            q, k = (
-                seen[name, which].unflatten(-1, (m.heads, -1)).transpose(1, 2).float()
-                for which in ("to_q", "to_k")
-            )  # [b, heads, s, d]
-            maps.append((q @ k.transpose(-1, -2) * m.scale).softmax(-1))
+        for name, layer in layers.items():
+            queries, keys = outputs[name, "to_q"], outputs[name, "to_k"]
+            q = queries.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()  # [b, heads, s, d]
+            k = keys.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()
+            maps.append((q @ k.transpose(-1, -2) * layer.scale).softmax(-1))
         return maps
 
 
 def load(path: str, how: LoadOptions) -> StableDiffusion:
-    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part."""
+    """The model in a folder or on the hub, in the diffusers layout.
+
+    Raises UserError for a missing or broken part.
+    """
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
     tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "tokenizer")
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
-    vae = load_network(
-        AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
-    )
+    vae_folder = "" if how.vae else "vae"
+    vae = load_network(AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device)
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
-    family.pipeline, family.clip_skip = (
-        read_json(path, "model_index.json")["_class_name"],
-        check_clip_skip(how.clip_skip, [text_encoder]),
-    )
+    family.pipeline = read_json(path, "model_index.json")["_class_name"]
+    family.clip_skip = check_clip_skip(how.clip_skip, [text_encoder])
     return family
 
 
@@ -250,67 +243,77 @@ def read_sd_layout(path: str) -> Layout:
 def read_sd_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    """(schedule, row of PREDICTIONS) of the model at `path`.
+
+    From its scheduler_config.json with some keys changed.
+    """
     config = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
     return noise.vp_schedule_from_config(config), config.get("prediction_type", "epsilon")
+
+
+FAMILY = FamilyFunctions(load, read_sd_layout, read_sd_schedule)
 
 
 def sd_layout(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: dict[str, Any]
 ) -> Layout:
     """Names and presets of Stable Diffusion 1.x or 2.x (which has OpenCLIP's text encoder)."""
-    second, v = (
-        text_encoder.config.hidden_size == 1024,
-        scheduler.get("prediction_type") == "v_prediction",
-    )
+    is_sd2 = text_encoder.config.hidden_size == 1024
+    predicts_v = scheduler.get("prediction_type") == "v_prediction"
+    architecture = "stable-diffusion-v1/lora"
+    if is_sd2:
+        architecture = f"stable-diffusion-v2-{'768-v' if predicts_v else '512'}/lora"
     found = layout_of(
         {"unet": unet, "text_encoder": text_encoder},
         family="sd",
-        base_model_version=("sd_v2" if second else "sd_v1") + ("_v" if v else ""),
+        base_model_version=("sd_v2" if is_sd2 else "sd_v1") + ("_v" if predicts_v else ""),
         presets=PRESETS | {"unet": unet_presets(unet)},
-        architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}/lora"
-        if second
-        else "stable-diffusion-v1/lora",
+        architecture=architecture,
     )
     components = {
         name: replace(component, numbering=NUMBERINGS[name])
         for name, component in found.components.items()
     }
     components["unet"] = replace(
-        components["unet"], blocks=block_indices(unet, components["unet"].shapes)
+        components["unet"], blocks=block_indices(components["unet"].shapes)
     )
     return replace(found, components=components, block_lists=(17, 26))
 
 
-def block_indices(unet: UNet2DConditionModel, paths: Iterable[str]) -> dict[str, int]:
-    """Path of a layer in a block -> index into `blocks.BLOCKS`: from 1 (conv_in) on the way down, 13 in the middle, from 14 on the way up."""
-    starts = {"input_blocks": 1, "middle_block": 13, "output_blocks": 14}
-    found = {"conv_in": 1}
-    for place, name in compvis_block_names(unet):
+def block_indices(paths: Iterable[str]) -> dict[str, int]:
+    """Path of a layer in one of the UNet's blocks -> its index into `block_weights.BLOCKS`.
+
+    1 (conv_in) and up on the way down, 13 in the middle, 14 and up on the way up.
+    """
+    found = {}
+    for path, name in unet_module_names(paths).items():
         kind, number, *_ = name.split(".")
-        index = starts[kind] + (0 if kind == "middle_block" else int(number))
-        found |= {path: index for path in paths if path == place or path.startswith(place + ".")}
+        if kind == "input_blocks":
+            found[path] = 1 + int(number)
+        elif kind == "middle_block":
+            found[path] = 13
+        elif kind == "output_blocks":
+            found[path] = 14 + int(number)
     return found
 
 
 def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
-    """The UNet's presets; around transformers Stable Diffusion 1.x has convolutions, later models have linear layers."""
+    """The UNet's presets, with all-linear.
+
+    Around transformers Stable Diffusion 1.x has convolutions, later models have linear layers.
+    """
     around = PROJECTIONS if unet.config.use_linear_projection else ()
-    return {
-        **PRESETS["unet"],
-        "all-linear": (
-            *ATTENTION,
-            *FEED_FORWARD,
-            *around,
-            "*.time_emb_proj",
-            "*_embedding.linear_?",
-        ),
-    }
+    embeddings = ("*.time_emb_proj", "*_embedding.linear_?")
+    return {**PRESETS["unet"], "all-linear": (*ATTENTION, *FEED_FORWARD, *around, *embeddings)}
 
 
 def is_inpainting_unet(unet: UNet2DConditionModel, latent_channels: int) -> bool:
-    """Whether the UNet is for inpainting. Raises UserError for a number of channels that is neither."""
-    takes, c = unet.config.in_channels, latent_channels
+    """Whether the UNet is for inpainting.
+
+    Raises UserError for a number of input channels that is neither.
+    """
+    takes = unet.config.in_channels
+    c = latent_channels
     if takes not in (c, 2 * c + 1):
         raise UserError(
             f"the UNet takes {takes} channels; expected {c}, or {2 * c + 1} for inpainting"
@@ -319,8 +322,12 @@ def is_inpainting_unet(unet: UNet2DConditionModel, latent_channels: int) -> bool
 
 
 def final_norm(text_encoder: nn.Module) -> nn.Module:
-    """The last layer norm of a CLIP text encoder; transformers 5 dropped the level that holds it."""
-    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # type: ignore[return-value]
+    """The last layer norm of a CLIP text encoder.
+
+    transformers 5 dropped the level that holds it.
+    """
+    inner: Any = getattr(text_encoder, "text_model", text_encoder)
+    return inner.final_layer_norm
 
 
 def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
@@ -328,39 +335,7 @@ def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
     if not 0 <= clip_skip < layers:
         raise UserError(
-            f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has {layers} layers"
+            f"--clip-skip is {clip_skip}; expected 0 to {layers - 1}, the text encoder has "
+            f"{layers} layers"
         )
     return clip_skip
-
-
-def compvis_block_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, Stability's name) of every residual block, attention, downsampling and upsampling convolution."""
-    entry = 1  # input_blocks.0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{entry}.0"
-            if attentions:
-                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{entry}.1"
-            entry += 1
-        if block.downsamplers:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{entry}.0.op"
-            entry += 1
-    for j in range(
-        len(getattr(unet.mid_block, "resnets", []))
-    ):  # distilled models have no middle block
-        yield f"mid_block.resnets.{j}", f"middle_block.{2 * j}"
-        yield f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"
-    entry = 0
-    for i, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", [])
-        for j in range(len(block.resnets)):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{entry}.0"
-            if attentions:
-                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{entry}.1"
-            entry += 1
-        if block.upsamplers:
-            yield (
-                f"up_blocks.{i}.upsamplers.0.conv",
-                f"output_blocks.{entry - 1}.{2 if attentions else 1}.conv",
-            )

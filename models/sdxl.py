@@ -1,6 +1,8 @@
-"""Stable Diffusion XL: UNet2DConditionModel with sizes and pooled prompts as further conditioning, CLIP-L and OpenCLIP bigG, AutoencoderKL.
+"""Stable Diffusion XL: UNet, VAE, CLIP-L and OpenCLIP bigG.
 
-Base, inpainting (9 channels), refiner (bigG alone, an aesthetic score in place of the target size), and Playground v2.5 style models (EDM).
+Image sizes and pooled prompts are further conditioning of the UNet. Base models, inpainting (9
+channels), refiners (bigG alone, an aesthetic score in place of the target size), and models in the
+style of Playground v2.5 (EDM).
 """
 
 from __future__ import annotations
@@ -18,19 +20,18 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.noise import Schedule
 from lora_core.diffusion.prediction import SIGMA_DATA
 from lora_core.errors import UserError
-from lora_core.family import (
-    Conditioning,
-    LoadOptions,
-    Sizes,
+from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
+from lora_core.formats.compvis import unet_module_names
+from lora_core.formats.layout import Component, Layout, layout_of
+from lora_core.tokens import first_eos
+from models import sd
+from models.components import (
     load_network,
     load_part,
     read_encoder_config,
     read_json,
     tokenize_prompts,
 )
-from lora_core.formats.layout import Component, Layout, layout_of
-from lora_core.tokens import first_eos
-from models import sd
 from models.sd import StableDiffusion
 
 PIPELINES = (
@@ -38,16 +39,14 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
-ENCODERS = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}  # a refiner has the second only
-SCORES = (
-    6.0,
-    2.5,
-)  # aesthetic scores that a refiner is told for a prompt and for the negative one (diffusers' defaults)
-PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text encoders 48 / 128 and 72 / 192
-    "unet": {  # arXiv 2403.14572: two blocks of the decoder separate what is drawn from how
+# A refiner has the second only.
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+# Aesthetic scores of a prompt and of the negative one for a refiner (diffusers' defaults).
+SCORES = (6.0, 2.5)
+# component -> preset -> globs; full-size counts: attention 560, kohya 722, b-lora 80 each; text
+# encoders 48 / 128 and 72 / 192
+PRESETS = {
+    "unet": {  # arXiv 2403.14572: two blocks of the decoder separate content from style
         "b-lora-content": tuple(f"up_blocks.0.attentions.0.{glob}" for glob in sd.ATTENTION),
         "b-lora-style": tuple(f"up_blocks.0.attentions.1.{glob}" for glob in sd.ATTENTION),
     },
@@ -58,7 +57,10 @@ PRESETS = {  # component -> preset -> globs; full-size counts: attention 560, ko
 
 @dataclass(frozen=True)
 class SDXLParts:
-    """What a checkpoint is made of; components of one name in `encoders` and `tokenizers` belong together."""
+    """The components of a checkpoint.
+
+    Entries of one name in `encoders` and `tokenizers` belong together.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -68,35 +70,32 @@ class SDXLParts:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """See lora_core.family.Family. Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after `inform`, time_ids [b, 6].
+    """The `Family` of Stable Diffusion XL.
 
-    A refiner's rows also carry aesthetic_score [b, 1] until `inform` moves it into time_ids [b, 5].
+    Conditioning.extra is the UNet's added_cond_kwargs: text_embeds [b, 1280] and, after
+    `add_size_embeddings`, time_ids [b, 6]. A refiner's rows also have aesthetic_score [b, 1] until
+    `add_size_embeddings` moves it into time_ids [b, 5].
     """
 
     name = "sdxl"
 
     def __init__(self, parts: SDXLParts, scheduler: Mapping[str, Any], how: LoadOptions):
-        unet, vae, config = parts.unet, parts.vae, {**scheduler, **how.scheduler}
-        self.unet, self.vae, self.encoders, self.tokenizers = (
-            unet,
-            vae,
-            parts.encoders,
-            parts.tokenizers,
-        )
+        unet, vae = parts.unet, parts.vae
+        config = {**scheduler, **how.scheduler}
+        self.unet = unet
+        self.vae = vae
+        self.encoders = parts.encoders
+        self.tokenizers = parts.tokenizers
         self.modules: dict[str, nn.Module] = {"unet": unet, **parts.encoders, "vae": vae}
-        self.pipeline, self.said = parts.index["_class_name"], set[str]()
+        self.pipeline = parts.index["_class_name"]
+        self.checked_prompts: set[str] = set()
         self.clip_skip = sd.check_clip_skip(how.clip_skip, list(parts.encoders.values()))
-        self.zeros = (
-            ("prompt_embeds", "text_embeds")
-            if parts.index.get("force_zeros_for_empty_prompt", True)
-            else ()
-        )
-        self.scored = parts.index.get("requires_aesthetics_score", False)
+        zeros_for_empty = parts.index.get("force_zeros_for_empty_prompt", True)
+        self.zeros = ("prompt_embeds", "text_embeds") if zeros_for_empty else ()
+        self.takes_score = parts.index.get("requires_aesthetics_score", False)
         self.schedule, self.prediction = sdxl_schedule(scheduler, how.scheduler)
-        self.spacing, self.offset = (
-            config.get("timestep_spacing", "leading"),
-            config.get("steps_offset", 0),
-        )
+        self.spacing = config.get("timestep_spacing", "leading")
+        self.offset = config.get("steps_offset", 0)
         self.latent_channels = vae.config.latent_channels
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = unet.config.sample_size * self.factor
@@ -109,21 +108,25 @@ class StableDiffusionXL(StableDiffusion):
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids by encoder, and the place of the first EOS, where bigG is pooled: looked for on the CPU, so that nothing waits for the device."""
-        found = {
-            name: tokenize_prompts(t, prompts, t.model_max_length, self.said)
-            for name, t in self.tokenizers.items()
-        }
-        found["end"] = first_eos(
-            found["text_encoder_2"], self.tokenizers["text_encoder_2"].eos_token_id
-        )
-        return {name: value.to(self.device) for name, value in found.items()}
+        """Token ids by encoder, and the position of the first EOS, where bigG is pooled.
+
+        The position is searched on the CPU, so that nothing waits for the device.
+        """
+        tokens = {}
+        for name, tokenizer in self.tokenizers.items():
+            length = tokenizer.model_max_length
+            tokens[name] = tokenize_prompts(tokenizer, prompts, length, self.checked_prompts)
+        eos_id = self.tokenizers["text_encoder_2"].eos_token_id
+        tokens["end"] = first_eos(tokens["text_encoder_2"], eos_id)
+        return {name: value.to(self.device) for name, value in tokens.items()}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """The second last hidden states of the encoders side by side, without final norm, and bigG's projected last state at the first EOS.
+        """The encoders' second last hidden states, concatenated, and bigG's pooled prompt.
 
-        clip_skip k takes the states k layers earlier; the pooled state stays. diffusers pools at the largest token id where the encoder's config
-        says eos_token_id 2, which is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
+        The hidden states are without final norm; the pooled prompt is the projected last state at
+        the first EOS. clip_skip k takes the states k layers earlier; the pooled state stays.
+        diffusers pools at the largest token id where the encoder's config says eos_token_id 2,
+        which is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
         """
         states, extra = [], {}
         for name, encoder in self.encoders.items():
@@ -131,65 +134,64 @@ class StableDiffusionXL(StableDiffusion):
             states.append(out.hidden_states[-(self.clip_skip + 2)])
             if name == "text_encoder_2":
                 end = tokens["end"]
-                extra["text_embeds"] = encoder.text_projection(
-                    out.last_hidden_state[torch.arange(len(end), device=end.device), end]
-                )
-        return self._scored(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
+                rows = torch.arange(len(end), device=end.device)
+                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[rows, end])
+        return self._add_score(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts encoded; zeros for empty ones, where model_index.json says force_zeros_for_empty_prompt (as by default).
+        """The prompts encoded, and zeros for empty ones.
 
-        clip_skip holds here too; diffusers encodes negative prompts without it.
+        Empty prompts are encoded like others where model_index.json has
+        force_zeros_for_empty_prompt = false. clip_skip applies here too; diffusers encodes negative
+        prompts without it.
         """
         cond = self.encode_prompts(prompts)
         kept = torch.tensor([float(bool(prompt)) for prompt in prompts])
-        return self._scored(cond.zeroed(self.zeros, kept), SCORES[1])
+        return self._add_score(cond.zeroed(self.zeros, kept), SCORES[1])
 
     def add_size_embeddings(
         self, cond: Conditioning, sizes: Sizes, guidance: float
     ) -> Conditioning:
-        """The conditioning with time_ids: original height and width, top and left of the crop, target height and width or the aesthetic score."""
-        extra, places = dict(cond.extra), sizes.on(self.device)
-        told = (
-            torch.cat([places[:, :4], extra.pop("aesthetic_score")], dim=1)
-            if self.scored
-            else places
-        )
-        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": told})
+        """The conditioning with time_ids.
 
-    def _scored(self, cond: Conditioning, score: float) -> Conditioning:
-        if not self.scored:
+        They are original height and width, top and left of the crop, then target height and width
+        or the aesthetic score.
+        """
+        extra = dict(cond.extra)
+        time_ids = sizes.to_tensor(self.device)
+        if self.takes_score:
+            time_ids = torch.cat([time_ids[:, :4], extra.pop("aesthetic_score")], dim=1)
+        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": time_ids})
+
+    def _add_score(self, cond: Conditioning, score: float) -> Conditioning:
+        if not self.takes_score:
             return cond
-        return cond.with_extra(
-            aesthetic_score=torch.full((len(cond.prompt_embeds), 1), score, device=self.device)
-        )
+        scores = torch.full((len(cond.prompt_embeds), 1), score, device=self.device)
+        return cond.with_extra(aesthetic_score=scores)
 
 
 # ---------------------------------------------------------------- loading
 
 
 def load(path: str, how: LoadOptions) -> StableDiffusionXL:
-    """The model in a folder or on the hub, in the diffusers layout. Raises UserError for a missing or broken part, and for parts that do not fit."""
+    """The model in a folder or on the hub, in the diffusers layout.
+
+    Raises UserError for a missing or broken part, and for parts that do not fit.
+    """
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
-    index, scheduler = (
-        read_json(path, "model_index.json"),
-        read_json(path, "scheduler/scheduler_config.json"),
-    )
-    sdxl_schedule(scheduler, how.scheduler)  # refuses before any weight is read
+    index = read_json(path, "model_index.json")
+    scheduler = read_json(path, "scheduler/scheduler_config.json")
+    sdxl_schedule(scheduler, how.scheduler)  # raises before any weight is read
     names = present_encoders(path, index)
-    vae = load_network(
-        AutoencoderKL, how.vae or path, "" if how.vae else "vae", how.exact, how.device
-    )
-    tokenizers = {
-        name: load_part(
-            CLIPTokenizer.from_pretrained, path, name.replace("text_encoder", "tokenizer")
-        )
-        for name in names
-    }
-    encoders = {
-        name: load_network(ENCODERS[name], path, name, how.dtype, how.device) for name in names
-    }
+    vae_folder = "" if how.vae else "vae"
+    vae = load_network(AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device)
+    tokenizers, encoders = {}, {}
+    for name in names:
+        folder = name.replace("text_encoder", "tokenizer")
+        tokenizers[name] = load_part(CLIPTokenizer.from_pretrained, path, folder)
+    for name in names:
+        encoders[name] = load_network(ENCODERS[name], path, name, how.dtype, how.device)
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)
     return StableDiffusionXL(SDXLParts(unet, vae, encoders, tokenizers, index), scheduler, how)
 
@@ -199,71 +201,72 @@ def read_sdxl_layout(path: str) -> Layout:
     names = present_encoders(path, read_json(path, "model_index.json"))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
-        encoders = {
-            name: ENCODERS[name](read_encoder_config(path, name, CLIPTextConfig)) for name in names
-        }
+        encoders = {}
+        for name in names:
+            encoders[name] = ENCODERS[name](read_encoder_config(path, name, CLIPTextConfig))
     return sdxl_layout(unet, encoders)
 
 
 def present_encoders(path: str, index: Mapping[str, Any]) -> list[str]:
-    """The text encoders that model_index.json lists. Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet."""
+    """The names of the text encoders that model_index.json lists.
+
+    Raises UserError when bigG is not among them, or they or the sizes do not fit the UNet.
+    """
     names = [name for name in ENCODERS if (index.get(name) or [None])[-1] is not None]
     if "text_encoder_2" not in names:
         raise UserError(
-            f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; the copy is incomplete"
+            f"model_index.json of {path} lists no text_encoder_2, which every SDXL model has; "
+            "the copy is incomplete"
         )
-    unet, encoders = (
-        read_json(path, "unet/config.json"),
-        [read_encoder_config(path, name, CLIPTextConfig) for name in names],
-    )
+    unet = read_json(path, "unet/config.json")
+    encoders = [read_encoder_config(path, name, CLIPTextConfig) for name in names]
     numbers = 5 if index.get("requires_aesthetics_score", False) else 6
-    told = numbers * (unet.get("addition_time_embed_dim") or 0) + encoders[-1].projection_dim
-    expected = {  # key of the UNet's config.json -> what its neighbours make of it
+    embedded = numbers * (unet.get("addition_time_embed_dim") or 0)
+    expected = {  # key of the UNet's config.json -> its value by the other components
         "cross_attention_dim": sum(config.hidden_size for config in encoders),
         "addition_embed_type": "text_time",
-        "projection_class_embeddings_input_dim": told,
+        "projection_class_embeddings_input_dim": embedded + encoders[-1].projection_dim,
     }
     for key, value in expected.items():
         if unet.get(key) != value:
-            has = (
-                f"has {key} {unet.get(key)}, with {' and '.join(names)} beside it expected {value}"
+            listed = " and ".join(names)
+            raise UserError(
+                f"the UNet of {path} has {key} {unet.get(key)}, expected {value} next to {listed}; "
+                "take all parts from one model"
             )
-            raise UserError(f"the UNet of {path} {has}; take all parts from one model")
     return names
 
 
 def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed; vp, or edm for the schedulers named so.
+    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed.
 
-    Their training tables are Karras' sigmas too; EDMEulerScheduler's has one row more between the same ends.
-    Raises UserError for a scheduler we do not have, and for changes that an edm scheduler has no use for.
+    vp, or edm for schedulers whose class name has EDM. Their training tables are Karras' sigmas
+    too; EDMEulerScheduler's has one row more between the same ends. Raises UserError for another
+    scheduler, and for changes that an edm scheduler does not take.
     """
-    name, merged = config.get("_class_name", ""), {**config, **changes}
+    name = config.get("_class_name", "")
+    merged = {**config, **changes}
     if "Flow" in name:
         raise UserError(
-            f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM schedulers only"
+            f"the model's scheduler is a {name}; SDXL models are supported with diffusion and EDM "
+            "schedulers only"
         )
     if "EDM" not in name:
         return noise.vp_schedule_from_config(merged), merged.get("prediction_type", "epsilon")
-    known = {
-        "sigma_min": 0.002,
-        "sigma_max": 80.0,
-        "rho": 7.0,
-        "num_train_timesteps": 1000,
-    }  # diffusers' defaults
+    # diffusers' defaults
+    known = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "num_train_timesteps": 1000}
     for key in changes:
         if key not in known:
             raise UserError(
-                f"the model's {name} takes no {key}; leave out --noise.prediction and --noise.zero-terminal-snr for EDM models"
+                f"the model's {name} takes no {key}; leave out --noise.prediction and "
+                "--noise.zero-terminal-snr for EDM models"
             )
-    for key, expected in (
-        ("prediction_type", "epsilon"),
-        ("sigma_data", SIGMA_DATA),
-        ("sigma_schedule", "karras"),
-    ):
+    only = {"prediction_type": "epsilon", "sigma_data": SIGMA_DATA, "sigma_schedule": "karras"}
+    for key, expected in only.items():
         if config.get(key, expected) != expected:
             raise UserError(
-                f"the model's {name} has {key} {config[key]!r}; this program knows EDM models with {expected!r} only"
+                f"the model's {name} has {key} {config[key]!r}; "
+                f"this program knows EDM models with {expected!r} only"
             )
     low, high, rho, steps = (merged.get(key, default) for key, default in known.items())
     return noise.edm_schedule(sigma_min=low, sigma_max=high, rho=rho, steps=steps), "edm"
@@ -272,15 +275,24 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
 def read_sdxl_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its scheduler_config.json with some keys changed."""
+    """(schedule, row of PREDICTIONS) of the model at `path`.
+
+    From its scheduler_config.json with some keys changed.
+    """
     return sdxl_schedule(read_json(path, "scheduler/scheduler_config.json"), changes)
+
+
+FAMILY = FamilyFunctions(load, read_sdxl_layout, read_sdxl_schedule)
 
 
 # ---------------------------------------------------------------- names
 
 
 def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layout:
-    """Names and presets of an SDXL model; kohya's files name the UNet's modules as Stability's code does."""
+    """Names and presets of an SDXL model.
+
+    kohya's files name the UNet's modules as Stability's code does.
+    """
     kind = "base" if "text_encoder" in encoders else "refiner"
     found = layout_of(
         {"unet": unet, **encoders},
@@ -295,46 +307,7 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
     component: Component = found.components["unet"]
     named = replace(
         component,
-        names=stability_names(unet, component.shapes),
-        blocks=sd.block_indices(unet, component.shapes),
+        names=unet_module_names(component.shapes),
+        blocks=sd.block_indices(component.shapes),
     )
     return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
-
-
-RESNET = {  # a residual block's modules, ours -> Stability's
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-EDGES = {  # outside of the blocks
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-
-
-def stability_names(
-    unet: UNet2DConditionModel, paths: Sequence[str] | Mapping[str, Any]
-) -> dict[str, str]:
-    """Path of a module -> its dotted name in Stability's code (sgm's UNetModel), from the UNet's own blocks; every path has a name of its own.
-
-    Stability numbers the blocks straight through: each residual layer is an entry with the attention that follows it, and so is a downsampler; an
-    upsampler is the last member of its block's last entry.
-    """
-    places = dict(sd.compvis_block_names(unet))
-    names = {}
-    for path in paths:
-        start = next(
-            (place for place in places if path == place or path.startswith(place + ".")), None
-        )
-        if start is None:
-            names[path] = EDGES[path]
-            continue
-        rest = path[len(start) + 1 :]
-        inner = RESNET[rest] if ".resnets." in start else rest
-        names[path] = places[start] + (f".{inner}" if inner else "")
-    return names

@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,9 @@ COLOURS = ["red", "green", "blue", "pink", "navy"]
 
 
 def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
-    """The random pipeline of tests/tiny_pipeline.py, with a VAE of factor 2, in the diffusers layout."""
+    """The random pipeline of tests/tiny_pipeline.py, with a VAE of factor 2, in the diffusers
+    layout.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from tests.tiny_pipeline import pipeline
@@ -76,7 +78,9 @@ def save_photos(
 
 @pytest.fixture(scope="session", autouse=True)
 def repository() -> Iterator[None]:
-    """The working folder of all tests, which name toy/model and examples/, wherever pytest was started."""
+    """The working folder of all tests, which name toy/model and examples/, wherever pytest was
+    started.
+    """
     with contextlib.chdir(Path(__file__).parent.parent):
         yield
 
@@ -95,11 +99,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(model: Path, photos: Path, tmp_path: Path) -> Config:
     """Two steps of the denoiser's LoRA at 16 pixels, with as little around them as there can be."""
     return Config(
-        model=str(model), out=str(tmp_path / "run"), device="cpu", batch_size=2, log_every=1, adapter=AdapterConfig(rank=4),
+        model=str(model),
+        out=str(tmp_path / "run"),
+        device="cpu",
+        batch_size=2,
+        log_every=1,
+        adapter=AdapterConfig(rank=4),
         data=DataConfig(images=str(photos), resolution=16),
-        optimizer=OptimizerConfig(lr={"denoiser": 1e-2}), stages=(Stage(steps=2),),
-        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)), validation=ValidationConfig(bins=1),
-    )  # fmt: skip
+        optimizer=OptimizerConfig(lr={"denoiser": 1e-2}),
+        stages=(Stage(steps=2),),
+        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)),
+        validation=ValidationConfig(bins=1),
+    )
 
 
 @pytest.fixture
@@ -107,20 +118,18 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures and plots at their end."""
     from training import results
 
-    monkeypatch.setattr(
-        results, "before_after_grid", lambda session, drawn: Image.new("RGB", (1, 1))
-    )
-    monkeypatch.setattr(
-        results,
-        "generate_samples",
-        lambda session, prompts, **_: [Image.new("RGB", (1, 1)) for _ in prompts],
-    )
+    def draw(self: object, prompts: Sequence[str], **_: bool) -> list[Image.Image]:
+        return [Image.new("RGB", (1, 1)) for _ in prompts]
+
+    monkeypatch.setattr(results, "before_after_grid", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(results.SampleImages, "draw", draw)
     monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
 
 
 @pytest.fixture
 def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter patches triton.language anew for every function that a kernel calls (3.6.0, 3.7.1, 3.9.0).
+    """Triton's interpreter patches triton.language anew for every function that a kernel calls
+    (3.6.0, 3.7.1, 3.9.0).
 
     Once a launch is enough, for each module that such functions use, and four times faster.
     """

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,10 @@ def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("mode", ["reference", "fused"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "default")
 def test_twenty_steps_are_torchs(options: dict, mode: str) -> None:
-    """In fp64 to 1e-12; in fp32 no further from fp64 than twice torch's own fp32. A parameter pauses: each has its own count."""
+    """In fp64 to 1e-12; in fp32 no further from fp64 than twice torch's own fp32.
+
+    A parameter pauses: each has its own count.
+    """
     found = {}
     for dtype in (torch.float64, torch.float32):
         for cls in (AdamW, torch.optim.AdamW):
@@ -117,24 +121,23 @@ def test_groups_have_their_own_settings() -> None:
 
 
 def test_half_precision_parameters_have_fp32_state() -> None:
-    """Each step is that of fp64 on the rounded parameter, rounded once; torch keeps bf16 moments there."""
+    """Each step is that of fp64 on the rounded parameter, rounded once.
+
+    torch keeps bf16 moments there.
+    """
     params = parameters(torch.bfloat16)
-    optimizer, twins = (
-        AdamW(params, lr=1e-2),
-        [p.detach().double().requires_grad_() for p in params],
-    )
-    exact = torch.optim.AdamW(twins, lr=1e-2)
+    copies = [p.detach().double().requires_grad_() for p in params]
+    optimizer, exact = AdamW(params, lr=1e-2), torch.optim.AdamW(copies, lr=1e-2)
     for step in range(5):
         train(optimizer, params, range(step, step + 1))
-        for p, twin in zip(params, twins):
-            twin.grad = p.grad.double()
+        for p, copied in zip(params, copies):
+            copied.grad = p.grad.double()
         exact.step()
-        for p, twin in zip(params, twins):
-            assert ((p.double() - twin).abs() <= twin.abs() * 2**-8).all()
-            twin.data.copy_(p.detach().double())
-    assert all(
-        value.dtype == torch.float32 for p in params for value in optimizer.state[p].values()
-    )
+        for p, copied in zip(params, copies):
+            assert ((p.double() - copied).abs() <= copied.abs() * 2**-8).all()
+            copied.data.copy_(p.detach().double())
+    for p in params:
+        assert {value.dtype for value in optimizer.state[p].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("mode", ["reference", "fused"])
@@ -168,20 +171,51 @@ def test_a_tensor_lr_a_scale_and_an_overflow(
     assert error([p.detach() for p in params], expected) < 1e-12
 
 
-def test_without_a_compiler_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_a_compiler_one_sentence_says_so_and_with_one_nothing_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """And torch's fused kernel takes over, for fp64 to the same 1e-12."""
     found = []
     for compiler in ("", "/no/such/compiler"):
         kernels.loops.load_library.cache_clear()
         monkeypatch.setenv("CC", compiler)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / (compiler.replace("/", "_") or "cc")))
         params = parameters()
         found.append(train(AdamW(params), params, range(4), skip=1))
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and ("no compiled loops (" in said) == bool(compiler)
+        assert said.count("\n") == bool(compiler)
+        assert ("no compiled loops (" in said) == bool(compiler)
     kernels.loops.load_library.cache_clear()
     assert error(*found) < 1e-12
+
+
+def test_the_loops_are_compiled_once_and_kept_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Found there without a compiler, and compiled again where the file is damaged."""
+    load_library = kernels.loops.load_library
+
+    def load_in(folder: Path, compiler: str) -> bool:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setenv("CC", compiler)
+        load_library.cache_clear()
+        return load_library() is not None
+
+    assert load_in(tmp_path / "first", "")
+    (library,) = (tmp_path / "first" / "lora_core").iterdir()
+    for case, content, compiler, loaded in (
+        ("moved", library.read_bytes(), "/no/such/compiler", True),
+        ("damaged", b"damaged", "", True),
+        ("damaged, no compiler", b"damaged", "/no/such/compiler", False),
+    ):
+        kept = tmp_path / case / "lora_core" / library.name
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(content)
+        assert load_in(tmp_path / case, compiler) == loaded
+        assert [path.name for path in kept.parent.iterdir()] == [library.name]
+        assert (kept.read_bytes() == b"damaged") != loaded
+    load_library.cache_clear()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

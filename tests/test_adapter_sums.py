@@ -14,23 +14,19 @@ from lora_core.adapters.weight_updates import AdapterState, delta_weight, scaled
 from lora_core.errors import UserError
 from merging.adapter_sums import (
     DenseOptions,
-    RankSteps,
-    Rounding,
     Term,
-    add_updates,
-    allot_ranks,
     collect_layers,
     lpl_layers,
     mix_layers,
     mix_layers_dense,
     mix_layers_slerp,
-    rank_steps,
-    round_weight,
     weighted_layers,
 )
 from merging.factor_sums import slerp
-from merging.svd import Keep, total_report
+from merging.rank_budget import RankSteps, allot_ranks, rank_steps
+from merging.rounding import Rounding, add_updates, round_weight
 from merging.ties_dare import MERGES
+from merging.truncation import Keep, total_report
 from tests.test_svd import adapter, randn
 
 SHAPES = {"a": ((8, 6), 1), "b": ((5, 9), 1), "c": ((6, 4, 3, 3), 1), "d": ((6, 2, 3, 3), 3)}
@@ -80,7 +76,7 @@ def test_a_share_weighs_layers_and_zero_leaves_them_out():
         Term(first, 2.0, lambda component, path: 0.0 if path == "a" else 0.5),
         Term(second, 0.0),
     ]
-    assert [key for key, _ in weighted_layers(terms)] == [("unet", "b")]
+    assert list(weighted_layers(terms)) == [("unet", "b")]
     torch.testing.assert_close(
         scaled_product(next(mix_layers(terms)).adapter),
         scaled_product(first.components["unet"]["b"]),
@@ -364,7 +360,7 @@ def test_budgets_against_brute_force(squares, budget, costs):
     enough = [
         sum(ranks.values())
         for ranks in choices
-        if everything - saved(steps, ranks) <= 0.25 * everything * (1 + 1e-6) + 1e-9
+        if everything - saved(steps, ranks) <= 0.25 * everything * (1 + 1e-6)
     ]
     assert everything - saved(steps, found) <= 0.25 * everything + 1e-4 and sum(
         found.values()

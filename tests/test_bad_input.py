@@ -1,4 +1,7 @@
-"""Mistakes end in one sentence on stderr and status 2, before any work and with nothing overwritten; Ctrl-C saves what was learned."""
+"""Mistakes end in one sentence on stderr and status 2, before any work; nothing is overwritten.
+
+Ctrl-C saves what was learned.
+"""
 
 import errno
 import json
@@ -27,8 +30,8 @@ from lora_core.toml import read_toml, to_toml
 from models import load_family
 from tests.conftest import final, learned, same, save_photos
 from tests.test_train import merged
-from training import config_checks, signals
-from training.setup import Session
+from training import config_checks, setup, signals
+from training.setup import Model
 
 TOKENS = (Stage(2, ("tokens",)),)
 ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}
@@ -185,7 +188,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "gpu"}, "--device gpu cannot be used"),
     "rank": (
         {"adapter": {"rank": 64}},
-        r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        r"rank 64 exceeds min\(in, out\) = 8 for "
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     ),
     "target": (
         {"adapter": {"targets": ("attn1.to_qq",)}},
@@ -438,9 +442,10 @@ def test_numbers_that_are_none_are_refused_before_anything_is_read(
 
 def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config) -> None:
     for change, option in (
-        ({"out": "runs/caf\udce9"}, "--out 'runs/caf"), ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
+        ({"out": "runs/caf\udce9"}, "--out 'runs/caf"),
+        ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
             config_checks.check_config(merged(config, change))
 
@@ -678,10 +683,16 @@ def test_a_full_disk_is_one_sentence(
         return full() if mode == "wb" else open(path, mode, *args, **given)
 
     writers: dict[str, tuple[Any, str, Any]] = {
-        "checkpoint": (run_module, "save_file", full), "picture": (Image.Image, "save", full), "adapter": (Path, "open", full_for_bytes),
-    }  # fmt: skip
+        "checkpoint": (run_module, "save_file", full),
+        "picture": (Image.Image, "save", full),
+        "adapter": (Path, "open", full_for_bytes),
+    }
     if where == "log":
-        monkeypatch.setattr(run_module, "open", lambda *a, **k: Full(open(*a, **k)), raising=False)  # noqa: SIM115
+
+        def open_full(*args: Any, **settings: Any) -> Full:
+            return Full(open(*args, **settings))
+
+        monkeypatch.setattr(run_module, "open", open_full, raising=False)
     else:
         monkeypatch.setattr(*writers[where])
     file = Path(config.out).parent / "given.toml"
@@ -738,7 +749,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
-        interrupt_in(patch, Session, "prepare", 3)
+        interrupt_in(patch, train, "make_step_inputs", 3)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
     assert (
@@ -760,14 +771,14 @@ def test_ctrl_c_before_the_first_step_claims_nothing(
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(config))
     with monkeypatch.context() as patch:
-        interrupt_in(patch, Session, "_open_model", 1)
+        interrupt_in(patch, setup, "open_model", 1)
         assert train.main([str(given)]) == 130
     assert (
         capsys.readouterr().err == "interrupted: nothing was saved\n"
         and not Path(config.out).exists()
     )
     with monkeypatch.context() as patch:
-        interrupt_in(patch, train.results, "run_validation", 1)
+        interrupt_in(patch, train.Log, "validate", 1)
         assert train.main([str(given)]) == 130
     error = capsys.readouterr().err
     assert "no step is saved" in error and "--resume" not in error
@@ -778,7 +789,7 @@ def test_ctrl_c_in_the_first_step_and_at_the_end(
     config: Config, quick: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for owner, name, at, step in (
-        (Session, "prepare", 1, 1),
+        (train, "make_step_inputs", 1, 1),
         (train.results, "before_after_grid", 1, 2),
     ):
         with (
@@ -796,8 +807,8 @@ def test_the_second_ctrl_c_ends_at_once(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
-    interrupt_in(monkeypatch, Session, "prepare", 2)
-    interrupt_in(monkeypatch, Session, "conditioning", 2)
+    interrupt_in(monkeypatch, train, "make_step_inputs", 2)
+    interrupt_in(monkeypatch, Model, "conditioning", 2)
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
         train.train(config)
 

@@ -1,4 +1,7 @@
-"""The benchmarks of whole steps: that contenders do the same work on the same weights, what is measured, and what becomes of the figures."""
+"""The benchmarks of whole steps.
+
+Contenders do the same work on the same weights; what is measured, and the files and images of it.
+"""
 
 import itertools
 import json
@@ -27,16 +30,16 @@ def tiny(name: str = "sd") -> contenders.Problem:
     """A problem of the tiny networks, rank 4, batch 2, 8 x 8 latents."""
     if name == "flux":
         pipe = tiny_flux.pipeline()
-        told = {
+        inputs = {
             "encoder_hidden_states": random(2, 6, 32),
             "pooled_projections": random(2, 16),
             "guidance": torch.ones(2),
         }
-        told |= {"img_ids": flux.image_position_ids(8, 8), "txt_ids": torch.zeros(6, 3)}
+        inputs |= {"img_ids": flux.image_position_ids(8, 8), "txt_ids": torch.zeros(6, 3)}
         return contenders.build_problem(
             name,
             pipe.transformer,
-            told,
+            inputs,
             random(2, 4, 8, 8),
             dict(pipe.scheduler.config),
             ("*.to_q", "*.to_v"),
@@ -44,25 +47,25 @@ def tiny(name: str = "sd") -> contenders.Problem:
         )
     if name == "sdxl":
         pipe = tiny_sdxl.pipeline(scheduler="ddim")
-        told = {
+        inputs = {
             "encoder_hidden_states": random(2, 5, 40),
             "added_cond_kwargs": {"text_embeds": random(2, 12), "time_ids": random(2, 6)},
         }
     else:
-        pipe, told = tiny_pipeline.pipeline(), {"encoder_hidden_states": random(2, 5, 16)}
+        pipe, inputs = tiny_pipeline.pipeline(), {"encoder_hidden_states": random(2, 5, 16)}
     return contenders.build_problem(
-        name, pipe.unet, told, random(2, 4, 8, 8), dict(pipe.scheduler.config), ATTENTION, 4
+        name, pipe.unet, inputs, random(2, 4, 8, 8), dict(pipe.scheduler.config), ATTENTION, 4
     )
 
 
 # ---------------------------------------------------------------- the contenders
 
 
-def test_a_twin_shares_every_parameter():
+def test_a_clone_shares_every_parameter():
     network = tiny().network
-    twin = contenders.clone_network(network)
-    assert twin is not network
-    assert all(a is b for a, b in zip(network.parameters(), twin.parameters(), strict=True))
+    clone = contenders.clone_network(network)
+    assert clone is not network
+    assert all(a is b for a, b in zip(network.parameters(), clone.parameters(), strict=True))
     last = contenders.clone_network(network, channels_last=True)
     for a, b in zip(network.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -152,7 +155,7 @@ def test_frozen_goes_back_to_the_first_adapted_layers_and_no_further():
     )
 
 
-def test_a_graph_replays_the_device_part_on_new_draws(monkeypatch):
+def test_a_graph_replays_the_device_part_on_new_random_numbers(monkeypatch):
     """The recording is a stand-in: what is replayed is seen from the inputs that it overwrites."""
 
     class Kept:
@@ -165,12 +168,14 @@ def test_a_graph_replays_the_device_part_on_new_draws(monkeypatch):
     monkeypatch.setattr(cuda_graph, "CudaGraph", Kept)
     problem, seen = tiny(), []
     step = OurStep(problem, "lora", contenders.clone_network(problem.network), graph=True)
-    monkeypatch.setattr(step, "update", lambda drawn: (seen.append(drawn) or drawn.eps.sum(),))
+    monkeypatch.setattr(
+        step, "update", lambda sampled: (seen.append(sampled) or sampled.eps.sum(),)
+    )
     assert isinstance(step.optimizer.param_groups[0]["lr"], torch.Tensor)
-    draws = [float(step()) for _ in range(cuda_graph.WARMUP_CALLS + 3)]
+    found = [float(step()) for _ in range(cuda_graph.WARMUP_CALLS + 3)]
     assert len(seen) == cuda_graph.WARMUP_CALLS + 1, "captured once, after the warm calls"
-    assert len(set(draws[: cuda_graph.WARMUP_CALLS + 1])) == cuda_graph.WARMUP_CALLS + 1
-    held, fresh = seen[-1], step.draw()
+    assert len(set(found[: cuda_graph.WARMUP_CALLS + 1])) == cuda_graph.WARMUP_CALLS + 1
+    held, fresh = seen[-1], step.sample_step()
     assert not torch.equal(held.eps, fresh.eps)
     step.visit -= 1
     step()
@@ -332,9 +337,8 @@ def test_all_collects_what_works_and_records_what_does_not(folder, monkeypatch, 
 
 def test_a_gpu_is_done_in_nine_minutes_and_every_command_is_one():
     assert sum(part.seconds for part in every.PARTS["cuda"].values()) <= 9 * 60
-    for part in itertools.chain(
-        *(parts.values() for table in (every.PARTS, every.QUICK) for parts in table.values())
-    ):
+    tables = [*every.PARTS.values(), *every.QUICK.values()]
+    for part in itertools.chain(*(parts.values() for parts in tables)):
         module, *words = part.words.split()
         if module == "train_step":
             args = train_step.train_step_parser().parse_args(words)
@@ -343,7 +347,7 @@ def test_a_gpu_is_done_in_nine_minutes_and_every_command_is_one():
             assert args.limit * len(models) <= part.seconds
 
 
-# ---------------------------------------------------------------- the picture
+# ---------------------------------------------------------------- the image
 
 
 def report(tmp_path, **changes):
@@ -391,9 +395,9 @@ def test_the_plot_shows_what_the_file_has(tmp_path, capsys):
     }
     assert panels["time of a step, CPU"] == {"SD1.5 LoRA": {"ours": 1.03, "peft": 1.06}}
     assert plot.main([str(file), "--out", str(tmp_path / "docs" / "b.png")]) == 0
-    with Image.open(tmp_path / "docs" / "b.png") as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    with Image.open(tmp_path / "docs" / "b.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
     assert (
         "times: not run"
         in plot.figure_caption(json.loads(file.read_text()), {"saved activations": {}}).lower()

@@ -1,4 +1,7 @@
-"""cloneofsimo's index-keyed files: numbers against a walk through live modules, the one real file, and diffusers' loaders on what becomes of it."""
+"""cloneofsimo's index-keyed files: numbers against a walk through live modules.
+
+Also the one real file, and diffusers' loaders on the files made of it.
+"""
 
 import json
 import random
@@ -13,8 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
 from lora_core.errors import UserError
-from lora_core.formats import cloneofsimo, diffusers, kohya, layout_of
+from lora_core.formats import cloneofsimo, diffusers, factor_lists, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
+from lora_core.formats.known_formats import find_format
 from lora_core.formats.layout import Numbering
 from models import sd
 from tests.tiny_pipeline import pipeline, random_state
@@ -39,15 +43,13 @@ def old_order(unet):
 
 
 def walk(network, classes, layers=(nn.Linear,)):
-    """What cloneofsimo's search meets: every layer below a module of the classes, in the order of registration."""
+    """The layers in the order of cloneofsimo's search: below a module of the classes."""
     names = {module: name for name, module in network.named_modules()}
-    return [
-        names[m]
-        for module in network.modules()
-        if type(module).__name__ in classes
-        for m in module.modules()
-        if isinstance(m, layers)
-    ]
+    found = []
+    for module in network.modules():
+        if type(module).__name__ in classes:
+            found += [names[m] for m in module.modules() if isinstance(m, layers)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,10 @@ def same(read, written):
 
 
 def file_of(state, walks, classes):
-    """(tensors, header) as cloneofsimo's writer makes them, from live walks: component -> module paths within the network."""
+    """(tensors, header) as cloneofsimo's writer makes them.
+
+    `walks` are live ones: component -> module paths within the network.
+    """
     tensors, header = {}, {}
     for component, paths in walks.items():
         header[component] = json.dumps(classes[component])
@@ -107,7 +112,7 @@ def test_files_of_either_order_are_read_by_a_live_walk(layout, old, extended, sa
         ],
     }
     tensors, header = file_of(state, walks, {"unet": classes, "text_encoder": ["CLIPAttention"]})
-    assert cloneofsimo.detect_cloneofsimo(tensors)
+    assert find_format({key: t.shape for key, t in tensors.items()}) == "cloneofsimo"
     same(
         cloneofsimo.read_cloneofsimo(
             dict(reversed(tensors.items())), header if said else {}, layout, "x"
@@ -178,7 +183,8 @@ def test_shapes_that_tell_no_order_are_refused():
     layout = replace(
         layout, components={"unet": replace(layout.components["unet"], numbering=numbering)}
     )
-    tensors = {f"unet:{i}:{role}": torch.ones(2, 2) for i in range(2) for role in ("up", "down")}
+    keys = ("unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down")
+    tensors = {key: torch.ones(2, 2) for key in keys}
     with pytest.raises(UserError, match="may mean a or b by unet:0, both fit"):
         cloneofsimo.read_cloneofsimo(tensors, {"unet": '["X"]'}, layout, "x")
 
@@ -188,7 +194,10 @@ def test_shapes_that_tell_no_order_are_refused():
 
 @pytest.fixture(scope="module")
 def full():
-    """Stable Diffusion 1.5's networks at full size whose weights are one zero each, repeated: loaders see shapes, memory stays empty."""
+    """Stable Diffusion 1.5's networks at full size whose weights are one zero each, repeated.
+
+    Loaders see shapes, memory stays empty.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         text = CLIPTextModel(
@@ -240,8 +249,14 @@ def test_the_real_file_fits_its_model(full, disney):
     }  # what numbers meant is not carried into other formats
     paths = list(state.components["unet"])  # semantics of the published files, written out
     block = "up_blocks.1.attentions.0.transformer_blocks.0."
-    assert paths[6 * 9 : 7 * 9] == [block + rest for rest in (*(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")), "ff.net.0.proj",
-                                                              *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")))]  # fmt: skip
+    assert paths[6 * 9 : 7 * 9] == [
+        block + rest
+        for rest in (
+            *(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")),
+            "ff.net.0.proj",
+            *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")),
+        )
+    ]
     assert all(path.startswith("mid_block.") for path in paths[135:])
     assert [path.split(".")[-1] for path in list(state.components["text_encoder"])[4:8]] == [
         "k_proj",
@@ -261,8 +276,8 @@ def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
         own[key] == header[key] for key in header if key != "unet"
     )
     assert set(json.loads(own["unet"])) == set(json.loads(header["unet"]))
-    cloneofsimo.write_factor_lists(state, tmp_path / "disney.pt", full[2])
-    read = cloneofsimo.read_factor_lists(tmp_path / "disney.pt", full[2])
+    factor_lists.write_factor_lists(state, tmp_path / "disney.pt", full[2])
+    read = factor_lists.read_factor_lists(tmp_path / "disney.pt", full[2])
     same(read, state)
     assert (
         torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
@@ -275,7 +290,10 @@ def test_the_real_file_does_not_fit_the_newer_order(full, disney):
     layout = full[2]
     unet = layout.components["unet"]
     newer = replace(unet, numbering=replace(unet.numbering, orders=unet.numbering.orders[1:]))
-    expected = r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, .*attn2.to_q \[320, 320\] would be the nearest"
+    expected = (
+        r"unet:4 of x has up \[2560, 1\] and down \[1, 320\], which fits no order of the layers, "
+        r".*attn2.to_q \[320, 320\] would be the nearest"
+    )
     with pytest.raises(UserError, match=expected):
         cloneofsimo.read_cloneofsimo(
             tensors, header, replace(layout, components={**layout.components, "unet": newer}), "x"
@@ -345,7 +363,7 @@ def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe
 
 def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     state = with_tokens(random_state(pipe, unet=EXTENDED, text=TEXT, scale=1.0, mixed=False))
-    written = cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
+    written = factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert [file.name for file in written] == [
         "my.lora.pt",
         "my.lora.text_encoder.pt",
@@ -354,24 +372,24 @@ def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
     data = torch.load(written[0], weights_only=True)
     assert (
         type(data) is list
-        and cloneofsimo.is_factor_list(data)
+        and factor_lists.is_factor_list(data)
         and data[0].shape == (8, 3)
         and data[1].shape == (3, 8)
     )
     assert set(torch.load(written[2], weights_only=True)) == {"<s2>", "<s10>", "<dog>"}
-    read = cloneofsimo.read_factor_lists(written[0], layout)
+    read = factor_lists.read_factor_lists(written[0], layout)
     same(read, state)
     assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
         read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
     )
-    alone = cloneofsimo.read_factor_lists(written[1], layout)
+    alone = factor_lists.read_factor_lists(written[1], layout)
     assert set(alone.components) == {"text_encoder"} and not alone.tokens
     tensors, header = cloneofsimo.write_cloneofsimo(
         read, layout, "x"
     )  # cloneofsimo's own convert, with the ranks that the factors have
     same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
     first = written[0].read_bytes()
-    cloneofsimo.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
+    factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
     assert written[0].read_bytes() == first
 
 
@@ -394,7 +412,7 @@ class Danger:
 def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
-        cloneofsimo.read_factor_lists(tmp_path / "x.pt", layout)
+        factor_lists.read_factor_lists(tmp_path / "x.pt", layout)
 
 
 # ---------------------------------------------------------------- refusals
@@ -417,22 +435,45 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     "state, expected",
     [
-        (AdapterState({"unet": one(TO_Q) | one("time_embedding.linear_1")}), "unet.time_embedding.linear_1 has no number in cloneofsimo's format"),
-        (AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}), "fc1 has no number .* holds layers of CLIPAttention only"),
+        (
+            AdapterState({"unet": one(TO_Q) | one("time_embedding.linear_1")}),
+            "unet.time_embedding.linear_1 has no number in cloneofsimo's format",
+        ),
+        (
+            AdapterState({"text_encoder": one("text_model.encoder.layers.0.mlp.fc1")}),
+            "fc1 has no number .* holds layers of CLIPAttention only",
+        ),
         (AdapterState({"unet": one("nowhere")}), "no Linear or Conv2d named nowhere"),
         (AdapterState({"unet": one(TO_Q, dora=True)}), "to_q is a DoRA"),
-        (AdapterState(dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}), "to_q is a LoHa update"),
-        (AdapterState({"unet": one(TO_Q, rank=9)}), "to_q has rank 9, cloneofsimo's reader takes 8 at most"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)), "token a:b reads like a factor .* <a-b>"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)), "token unety reads like a factor"),
-        (AdapterState({"unet": one(TO_Q)}, {"clip_g": torch.ones(1, 16)}, ("<s1>",)), "rows of clip_g have no place"),
+        (
+            AdapterState(
+                dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}
+            ),
+            "to_q is a LoHa update",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q, rank=9)}),
+            "to_q has rank 9, cloneofsimo's reader takes 8 at most",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("a:b",)),
+            "token a:b reads like a factor .* <a-b>",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_l": torch.ones(1, 16)}, ("unety",)),
+            "token unety reads like a factor",
+        ),
+        (
+            AdapterState({"unet": one(TO_Q)}, {"clip_g": torch.ones(1, 16)}, ("<s1>",)),
+            "rows of clip_g have no place",
+        ),
         (AdapterState({"transformer": one(TO_Q)}), "not of transformer"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_place_is_refused_by_name(layout, tmp_path, state, expected):
     for write in (
         lambda: cloneofsimo.write_cloneofsimo(state, layout, "x"),
-        lambda: cloneofsimo.write_factor_lists(state, tmp_path / "x.pt", layout),
+        lambda: factor_lists.write_factor_lists(state, tmp_path / "x.pt", layout),
     ):
         with pytest.raises(UserError, match=expected) as error:
             write()

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from lora_core.adapters.weight_updates import LowRank, scaled_product
-from merging.compare import (
-    cosine_similarity,
-    fit_coefficients,
-    frobenius_norm,
-    gram_sums,
-    inner_product,
-    inner_product_with_dense,
-    principal_angles,
-)
+from merging.compare import fit_coefficients, gram_sums, inner_product_with_dense, principal_angles
+from merging.factor_sums import cosine_similarity, frobenius_norm, inner_product
 from tests.test_svd import SHAPES, adapter, randn
 
 

@@ -1,8 +1,10 @@
-"""A step that is replayed gives the numbers of a step that is run. CUDA graphs need a GPU; here a tape of aten calls stands in for one.
+"""A step that is replayed gives the numbers of a step that is run. CUDA graphs need a GPU; here a
+tape of aten calls replaces them.
 
-Like a graph, the tape repeats the same calls on the same addresses and knows nothing of Python in between, so what a replay gets wrong on a GPU
-(a value baked in at the capture, a tensor rebound, an input left on the host) it gets wrong here; and what a capture refuses (reading a value
-back, copying from the host) it refuses.
+Like a graph, the tape repeats the same calls on the same addresses and knows nothing of Python in
+between, so what a replay gets wrong on a GPU (a value baked in at the capture, a tensor rebound, an
+input left on the host) it gets wrong here; and what a capture refuses (reading a value back,
+copying from the host) it refuses.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ FROM_HOST = (
 
 
 class Tape:
-    """A graphs.Recording on the CPU. A capture does not run what it records; the tape does, so its first replay has happened already."""
+    """A graphs.Recording on the CPU. A capture does not run what it records; the tape does, so its
+    first replay has happened already.
+    """
 
     made = 0
 
@@ -93,7 +97,7 @@ class Tape:
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dispatch, "mode", "reference"
-    )  # the tape hears torch calls, not the compiled loops of the optimisers on a CPU
+    )  # the tape hears torch calls, not the compiled loops of the optimizers on a CPU
     monkeypatch.setattr(cuda_graph, "CudaGraph", Tape)
     monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
     Tape.made = 0
@@ -151,14 +155,28 @@ ALL = ("denoiser", "text_encoder", "tokens")
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora, accumulated, warm-up": {
-        "adapter": AdapterConfig(rank=2, kind="dora"), "accumulation": 2, "batch_size": 1, "optimizer": OptimizerConfig(warmup=3, schedule="cosine"),
+        "adapter": AdapterConfig(rank=2, kind="dora"),
+        "accumulation": 2,
+        "batch_size": 1,
+        "optimizer": OptimizerConfig(warmup=3, schedule="cosine"),
     },
     "dora through the norm": {"adapter": AdapterConfig(rank=2, kind="dora", norm_grad="full")},
-    "dropout": {"adapter": AdapterConfig(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)},
-    "everything, prodigy": {"stages": (Stage(6, ALL),), "optimizer": OptimizerConfig(name="prodigy")},
-    "two stages, adamw, average": {"stages": (Stage(5, ("tokens",)), Stage(5, ("denoiser", "text_encoder"))), "ema": 0.9},
+    "dropout": {
+        "adapter": AdapterConfig(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)
+    },
+    "everything, prodigy": {
+        "stages": (Stage(6, ALL),),
+        "optimizer": OptimizerConfig(name="prodigy"),
+    },
+    "two stages, adamw, average": {
+        "stages": (Stage(5, ("tokens",)), Stage(5, ("denoiser", "text_encoder"))),
+        "ema": 0.9,
+    },
     "prodigy, a distance each, warm-up": {
-        "stages": (Stage(7, ALL),), "optimizer": OptimizerConfig(name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2),
+        "stages": (Stage(7, ALL),),
+        "optimizer": OptimizerConfig(
+            name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2
+        ),
     },
     "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
@@ -166,7 +184,7 @@ CASES: dict[str, dict[str, Any]] = {
     "preservation": {"stages": (Stage(6, ALL),), "prior": PriorConfig(swap={"TOK": "cat"})},
     "checkpointing": {"gradient_checkpointing": True},
     "autocast": {"autocast": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.full
@@ -184,7 +202,7 @@ def test_a_replayed_run_is_the_run(config: Config, quick: None, taped: None, cas
 
 
 def replay(config: Config, case: str) -> None:
-    plain = replace(config, **{"stages": (Stage(6, ("denoiser",)), ), **CASES[case]}, log_every=1)  # fmt: skip
+    plain = replace(config, **{"stages": (Stage(6, ("denoiser",)),), **CASES[case]}, log_every=1)
     eager = train.train(plain)
     replayed = train.train(replace(plain, cuda_graph=True, out=plain.out + "_graph"))
     assert Tape.made == len(plain.stages)

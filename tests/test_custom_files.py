@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import infer
 import train
 from lora_core import formats
 from lora_core.adapters import custom_files, injection
@@ -23,7 +22,6 @@ from lora_core.errors import UserError
 from models import load_family
 from tests.conftest import final, same
 from training import setup
-from training.setup import Session
 
 IA3 = "examples/my_adapter.py:IA3"
 # the same without saying low_rank: factors are asked for, and there are none
@@ -217,12 +215,10 @@ def test_a_kind_that_is_wrong_is_refused_before_any_weight(
     ]
     for change, said in cases:
         with pytest.raises(UserError, match=said):
-            Session(replace(config, adapter=replace(config.adapter, **change)))
+            train.train(replace(config, adapter=replace(config.adapter, **change)))
 
 
-def test_a_folder_that_holds_a_whole_model_is_no_lora(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
     with pytest.raises(
         UserError,
@@ -230,12 +226,3 @@ def test_a_folder_that_holds_a_whole_model_is_no_lora(
         "give that as the model",
     ):
         formats.load(tmp_path / "run")
-    infer._whole_model(
-        "toy/model", tmp_path / "run"
-    )  # token rows beside it would be drawn with on the base model
-    assert (
-        f"--model toy/model lacks that, give --model {tmp_path / 'run/model'}"
-        in capsys.readouterr().err
-    )
-    infer._whole_model(str(tmp_path / "run/model"), tmp_path / "run")
-    assert not capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""Valid files with bytes or keys changed: a state or one sentence, never a traceback, a partial output or a changed input. CASES=2000 pytest ..."""
+"""Valid files with bytes or keys changed: a state or one sentence. CASES=2000 pytest ...
+
+Never a traceback, a partial output or a changed input.
+"""
 
 import json
 import os
@@ -87,11 +90,10 @@ def seeds():
     torch.save(native, folder / "dict.bin")
     torch.save(native, folder / "older.bin", _use_new_zipfile_serialization=False)
     torch.save({"<a>": torch.randn(6)}, folder / "rows.pt")
-    lycoris = {
-        f"lora_unet_to_q.hada_w{i}_{x}": torch.randn(*shape)
-        for i in "12"
-        for x, shape in (("a", (6, 2)), ("b", (2, 6)))
-    }
+    lycoris = {}
+    for i in "12":
+        lycoris[f"lora_unet_to_q.hada_w{i}_a"] = torch.randn(6, 2)
+        lycoris[f"lora_unet_to_q.hada_w{i}_b"] = torch.randn(2, 6)
     lycoris |= {
         "lora_unet_proj.lokr_w1": torch.randn(2, 2),
         "lora_unet_proj.lokr_w2": torch.randn(2, 3, 1, 1),

@@ -1,5 +1,8 @@
-"""data, records, captions, images: what is read from disk, what is refused, and that every choice depends on the example alone."""
+"""data, records, captions, images: what is read from disk, what is refused, and that every choice
+depends on the example alone.
+"""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -11,10 +14,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from lora_core.data import dataset
+from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import (
     ImageDataset,
     ImageSettings,
-    TensorCache,
     images_missing_word,
     iterate_batches,
     sample_position,
@@ -161,10 +164,13 @@ def test_a_named_column_and_a_csv_table(folder):
 
 
 def test_caption_dropout_is_drawn_by_the_example_alone(folder):
-    """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and cache keys stay, prior rows keep theirs."""
+    """A visit loses its caption with the asked probability, whatever the batch; pixels, visits and
+    cache keys stay, prior rows keep theirs.
+    """
     records = scan_folder(folder)
     plain, dropped = ImageDataset(records, WILD), ImageDataset(records, WILD, caption_dropout=0.3)
-    lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
+    visits = itertools.product(range(5), range(120))
+    lost = [dropped.example(i, v).caption == "" for i, v in visits]
     assert abs(sum(lost) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
     assert (
         len({tuple(lost[i * 120 : i * 120 + 120]) for i in range(5)}) == 5
@@ -174,9 +180,10 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     streams = []
     for batch, workers in ((1, 0), (3, 0), (4, 2)):
         made = iterate_batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
-        streams.append(
-            [(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)]
-        )
+        stream = []
+        for b in made:
+            stream += zip(b.keys, b.visits, b.captions, strict=True)
+        streams.append(stream)
     assert streams[0] == streams[1] == streams[2] and 0 < sum(c == "" for *_, c in streams[0]) < 20
     for without, with_ in zip(
         iterate_batches(plain, batch=4, seed=0, stop=6),
@@ -545,13 +552,10 @@ def test_a_sample_looks_the_same_for_any_batch_size(folder):
         made = iterate_batches(
             ImageDataset(scan_folder(folder), WILD), batch=batch, seed=0, stop=12 // batch
         )
-        streams.append(
-            [
-                (b.keys[i], b.visits[i], b.captions[i], b.pixels[i], b.crops[i])
-                for b in made
-                for i in range(batch)
-            ]
-        )
+        stream = []
+        for b in made:
+            stream += zip(b.keys, b.visits, b.captions, b.pixels, b.crops, strict=True)
+        streams.append(stream)
     for stream in streams[1:]:
         for left, right in zip(streams[0], stream, strict=True):
             assert left[:3] == right[:3] and left[4] == right[4] and torch.equal(left[3], right[3])
@@ -562,11 +566,9 @@ def test_copies_of_an_image_take_turns_so_no_visit_comes_twice(folder):
     (folder / "7.txt").write_text("the same file again")
     records = scan_folder(folder, repeats=2)
     assert len(records) == 12
-    drawn = [
-        (k, v)
-        for b in iterate_batches(ImageDataset(records, WILD), batch=4, seed=0, stop=9)
-        for k, v in zip(b.keys, b.visits, strict=True)
-    ]
+    drawn = []
+    for b in iterate_batches(ImageDataset(records, WILD), batch=4, seed=0, stop=9):
+        drawn += zip(b.keys, b.visits, strict=True)
     assert len(set(drawn)) == 36
     for record, visits in ((records[0], 12), (records[1], 6)):
         assert sorted(v for k, v in drawn if k == record.key) == list(range(visits))
@@ -599,9 +601,9 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
             and both.captions[2:] == ["a photo of a dog"] * 2
         )
         assert_same(both.rows(slice(0, 2)), alone)
-    seen = [
-        k for b in iterate_batches(instance, prior, batch=1, seed=0, stop=3) for k in b.keys[1:]
-    ]
+    seen = []
+    for b in iterate_batches(instance, prior, batch=1, seed=0, stop=3):
+        seen += b.keys[1:]
     assert sorted(seen) == sorted(r.key for r in prior.records)
     with pytest.raises(ValueError, match="is_prior=True"):
         iterate_batches(instance, instance, batch=1, seed=0, stop=1)
@@ -645,7 +647,7 @@ def test_a_small_data_set_is_decoded_once(folder, monkeypatch):
     assert sorted(reads) == sorted(r.path for r in made.records)
     assert (
         made._recent.bytes
-        == sum(p.image.width * p.image.height * 4 for p in made._recent._pictures.values())
+        == sum(p.image.width * p.image.height * 4 for p in made._recent._images.values())
         > 0
     )
     bounded = ImageDataset(made.records, made.settings)
@@ -699,7 +701,9 @@ def test_cache_keys_follow_content_and_every_setting_that_changes_pixels(folder)
 
 
 def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_path):
-    """The public defect: a cache filled in one order and read in another. Here the 'latents' are the pixels' own mean."""
+    """The public defect: a cache filled in one order and read in another. Here the 'latents' are
+    the pixels' own mean.
+    """
     made = ImageDataset(scan_folder(folder), replace(WILD, variants=2))
     for cache in (TensorCache({"vae": "x"}), TensorCache({"vae": "x"}, tmp_path / "cache")):
         computed = 0
@@ -724,9 +728,11 @@ def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_p
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
 def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide):
-    """Filled in one order, read in another batch size, seed and stage: each row meets the caption, crop and size of the pixels it was made from.
+    """Filled in one order, read in another batch size, seed and stage: each row meets the caption,
+    crop and size of the pixels it was made from.
 
-    The public scripts read a list of batches by step number while the loader shuffles anew; on this stream that gives other rows.
+    The public scripts read a list of batches by step number while the loader shuffles anew; on this
+    stream that gives other rows.
     """
     made = ImageDataset(scan_folder(folder), replace(WILD, variants=2, buckets=wide, bucket_step=2))
     records = {r.key: r for r in made.records}
@@ -762,7 +768,9 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
 def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
-    """Rows are i..i c..c in every member of a batch; the public scripts' captions i c i c would meet other pixels."""
+    """Rows are i..i c..c in every member of a batch; the public scripts' captions i c i c would
+    meet other pixels.
+    """
     for i in range(3):
         save(noise_image(9, 9 + i, 20 + i), tmp_path / "class" / f"{i}.png")
         (tmp_path / "class" / f"{i}.txt").write_text(f"a dog {i}")
@@ -782,11 +790,8 @@ def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
             assert batch.captions == [
                 records[k].captions[0] for k in batch.keys
             ] and batch.original_sizes == [records[k].size for k in batch.keys]
-            interleaved = [
-                caption
-                for pair in zip(batch.captions[:b], batch.captions[b:], strict=True)
-                for caption in pair
-            ]
+            pairs = zip(batch.captions[:b], batch.captions[b:], strict=True)
+            interleaved = list(itertools.chain.from_iterable(pairs))
             assert (interleaved == batch.captions) == (b == 1)
             for i, key in enumerate(batch.keys):
                 source = prior if batch.is_prior[i] else instance

@@ -1,4 +1,6 @@
-"""Dropped captions: zeros where the model samples an empty prompt with zeros, or its encoding; never what a caption is that is really empty."""
+"""Dropped captions: zeros where the model samples an empty prompt with zeros, or its encoding;
+never what a caption is that is really empty.
+"""
 
 import json
 from dataclasses import replace
@@ -13,14 +15,16 @@ import train
 from lora_core.config import AdapterConfig, Config, DataConfig, Stage
 from lora_core.data.dataset import Batch, ImageDataset, ImageSettings, collate, scan_folder
 from lora_core.errors import UserError
+from lora_core.family import Conditioning, Sizes
 from models import load_family
 from tests import tiny_sdxl
 from tests.conftest import learned, same
+from tests.opened_run import OpenedRun, open_parts
 from training import step_inputs
-from training.setup import Session
-from training.step_inputs import KEPT
+from training.setup import TokenIds
 
 SIDE = 16
+TEXT, NO_TEXT = Stage(1, ("denoiser", "text_encoder")), Stage(1, ("denoiser",))
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,9 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(config: Config, model: Path, photos: Path, name: str = "", **data: Any) -> Session:
+def opened(config: Config, model: Path, photos: Path, name: str = "", **data: Any) -> OpenedRun:
     how = {"captions": "txt", "caption_dropout": 0.5, **data}
-    return Session(
+    return open_parts(
         replace(
             config,
             model=str(model),
@@ -42,8 +46,8 @@ def opened(config: Config, model: Path, photos: Path, name: str = "", **data: An
     )
 
 
-def batch_of(s: Session, captions: list[str], dropped: list[bool]) -> Batch:
-    batch = collate([s.folder.example(i, 0) for i in range(len(captions))])
+def batch_of(s: OpenedRun, captions: list[str], dropped: list[bool]) -> Batch:
+    batch = collate([s.data.training.example(i, 0) for i in range(len(captions))])
     return replace(batch, captions=captions, dropped=tuple(dropped))
 
 
@@ -53,7 +57,7 @@ def test_the_rows_that_are_dropped_are_known_and_as_many_as_before(photos: Path)
         for record in scan_folder(photos, captions="txt", masks="none")
     ]  # captions that are really empty
     folder = ImageDataset(records, ImageSettings(SIDE), caption_dropout=0.4)
-    seen = [folder.example(i, visit) for visit in range(60) for i in range(5)]
+    seen = [folder.example(number % 5, number // 5) for number in range(300)]
     share = sum(e.dropped for e in seen) / len(seen)
     assert 0.3 < share < 0.5 and all(e.caption == "" for e in seen)
     batch = collate(seen[:6])
@@ -71,15 +75,18 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
     config: Config, sdxl: Path, photos: Path, trains: bool
 ) -> None:
     s = opened(config, sdxl, photos)
-    s.text_trains = trains
     batch = batch_of(s, ["a cat", "", ""], [False, True, False])
-    text = step_inputs._make_text(s, batch)
-    assert isinstance(text, dict) is trains and (not trains or text[KEPT].tolist() == [1, 0, 1])
-    sizes = step_inputs._image_sizes(batch)
+    text = step_inputs._make_text(s.source, batch, TEXT if trains else NO_TEXT)
+    if trains:
+        assert isinstance(text, TokenIds) and text.kept.tolist() == [1, 0, 1]
+    else:
+        assert isinstance(text, Conditioning)
+    sizes = Sizes(batch.original_sizes, batch.crops, batch.pixels.shape[-2:])
+    family = s.model.family
     with torch.no_grad():
-        cond, plain = s.conditioning(text, sizes), s.family.encode_prompts(["a cat", "", ""])
-        negative = s.family.add_size_embeddings(
-            s.family.encode_negative([""]),
+        cond, plain = s.model.conditioning(text, sizes), family.encode_prompts(["a cat", "", ""])
+        negative = family.add_size_embeddings(
+            family.encode_negative([""]),
             sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]),
             1.0,
         )
@@ -101,20 +108,18 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
 
 def test_the_empty_prompts_encoding_is_an_option(config: Config, sdxl: Path, photos: Path) -> None:
     s = opened(config, sdxl, photos, dropped="empty")
-    s.text_trains = False
-    text = step_inputs._make_text(s, batch_of(s, ["a cat", ""], [False, True]))
-    assert torch.allclose(
-        text.prompt_embeds, s.family.encode_prompts(["a cat", ""]).prompt_embeds, atol=1e-5
-    )
-    s.text_trains = True
-    assert KEPT not in step_inputs._make_text(s, batch_of(s, ["a cat", ""], [False, True]))
+    batch = batch_of(s, ["a cat", ""], [False, True])
+    text = step_inputs._make_text(s.source, batch, NO_TEXT)
+    encoded = s.model.family.encode_prompts(["a cat", ""])
+    assert torch.allclose(text.prompt_embeds, encoded.prompt_embeds, atol=1e-5)
+    assert step_inputs._make_text(s.source, batch, TEXT).kept is None
 
 
 def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> None:
     family = load_family(str(sdxl))
-    ids = {**family.tokenize(["a cat", "a dog"]), KEPT: torch.tensor([1.0, 0.0])}
+    ids = TokenIds(family.tokenize(["a cat", "a dog"]), kept=torch.tensor([1.0, 0.0]))
     weight = family.modules["text_encoder"].get_input_embeddings().weight.requires_grad_()
-    cond = step_inputs.encode_text(family, ids)
+    cond = ids.encode(family)
     cond.prompt_embeds[1].sum().backward(retain_graph=True)
     assert weight.grad is not None and not weight.grad.any()
     cond.prompt_embeds[0].square().sum().backward()
@@ -128,13 +133,13 @@ def test_models_without_zeros_refuse_the_choice(
         with pytest.raises(
             UserError, match=f"--data.dropped {dropped} has no effect on this model"
         ):
-            Session(
+            open_parts(
                 replace(config, data=replace(config.data, caption_dropout=0.5, dropped=dropped))
             )  # type: ignore[arg-type]
     with pytest.raises(
         UserError, match=r"--data\.dropped has no effect without --data.caption-dropout"
     ):
-        Session(replace(config, data=replace(config.data, dropped="empty")))
+        open_parts(replace(config, data=replace(config.data, dropped="empty")))
     other = tmp_path / "encodes"
     tiny_sdxl.save(other)
     index = json.loads((other / "model_index.json").read_text())
@@ -144,18 +149,19 @@ def test_models_without_zeros_refuse_the_choice(
     with pytest.raises(UserError, match=r"--data\.dropped zeros has no effect on this model"):
         opened(config, other, photos, dropped="zeros")
     s = opened(config, other, photos)
-    s.text_trains = False
-    assert step_inputs._make_text(s, batch_of(s, ["", ""], [True, False])).prompt_embeds.any()
+    batch = batch_of(s, ["", ""], [True, False])
+    assert step_inputs._make_text(s.source, batch, NO_TEXT).prompt_embeds.any()
 
 
 def test_class_prompts_in_their_place_are_dropped_too(sdxl: Path) -> None:
     family = load_family(str(sdxl))
-    s = SimpleNamespace(
-        config=Config(data=DataConfig(caption_dropout=0.5)), family=family, device=torch.device("cpu"), encoders={}, base_text_cache={},
-        evaluating=torch.no_grad,
-    )  # fmt: skip
+    model = SimpleNamespace(
+        family=family, device=torch.device("cpu"), encoders={}, evaluating=torch.no_grad
+    )
+    config = Config(data=DataConfig(caption_dropout=0.5))
+    source = SimpleNamespace(config=config, model=model, base_encoded={}, zeroes_dropped=True)
     batch = SimpleNamespace(captions=["", "a dog"], dropped=(True, False))
-    base = step_inputs._make_base_text(s, batch)  # type: ignore[arg-type]
+    base = step_inputs._encode_without_adapters(source, batch)  # type: ignore[arg-type]
     assert not base.prompt_embeds[0].any() and base.prompt_embeds[1].any()
 
 

@@ -1,4 +1,4 @@
-"""embeddings: every kind of token file there is, read; what is written, in diffusers and through A1111's and ComfyUI's rules."""
+"""Token files: every kind there is, read; ours, in diffusers and by A1111's and ComfyUI's rules."""
 
 import json
 import random
@@ -11,12 +11,16 @@ from torch import nn
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, layout_of
+from lora_core.formats import embedding_pickles, embeddings, known_formats, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
 from lora_core.formats.layout import Component, Layout
 from lora_core.formats.pickles import read_pickle
 from models import sd
 from tests.tiny_pipeline import pipeline
+
+
+def is_embedding(tensors):
+    return known_formats.is_embedding({key: t.shape for key, t in tensors.items()})
 
 
 def layout(**widths):
@@ -65,11 +69,11 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(
     file = tmp_path / ("cat.bin" if pickled else "cat.safetensors")
     if pickled:
         torch.save(tensors, file)
-        assert embeddings.is_pickled_embedding(read_pickle(file))
-        state = embeddings.read_pickled_embeddings(file, PAIR)
+        assert embedding_pickles.is_pickled_embedding(read_pickle(file))
+        state = embedding_pickles.read_pickled_embeddings(file, PAIR)
     else:
         write_tensors(file, tensors, {"seed": "1"})
-        assert embeddings.detect_embeddings(load_file(file))
+        assert is_embedding(load_file(file))
         state = embeddings.read_embeddings(*read_tensors(file), PAIR, str(file))
         assert state.metadata["seed"] == "1"
     rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in sorted(tensors.items())])
@@ -83,7 +87,7 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(
 @pytest.mark.parametrize("older", [False, True])
 def test_a1111_dictionaries(tmp_path, change, older):
     torch.save(A1111 | change, tmp_path / "cat.pt", _use_new_zipfile_serialization=not older)
-    state = embeddings.read_pickled_embeddings(tmp_path / "cat.pt", ONE)
+    state = embedding_pickles.read_pickled_embeddings(tmp_path / "cat.pt", ONE)
     word = "dog" if "name" not in change else "cat"
     assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.placeholder_words(state) == {
         word: (f"<{word}>", f"<{word}>_1")
@@ -103,7 +107,7 @@ def test_pairs_of_encoders(tmp_path, tensors):
     torch.save(tensors, tmp_path / "e.pt")
     for state in (
         embeddings.read_embeddings(*read_tensors(tmp_path / "e.pti"), PAIR, "e"),
-        embeddings.read_pickled_embeddings(tmp_path / "e.pt", PAIR),
+        embedding_pickles.read_pickled_embeddings(tmp_path / "e.pt", PAIR),
     ):
         assert (
             torch.equal(state.tokens["clip_l"], ROWS)
@@ -188,7 +192,7 @@ def test_rows_bundled_in_a_lora_are_taken_out_of_it():
 
 
 def a1111_reader(data):
-    """A1111's and ComfyUI's rule for a dictionary: string_to_param's first entry, else the only tensor."""
+    """A1111's and ComfyUI's rule: string_to_param's first entry, else the only tensor."""
     if "string_to_param" in data:
         return next(iter(data["string_to_param"].values()))
     assert len(data) == 1
@@ -209,13 +213,13 @@ def test_single_files_read_back_bit_for_bit_with_names_and_words(tmp_path, words
     )
     file = tmp_path / "dog.pt"
     if writer is None:
-        embeddings.write_pickled_embedding(state, file)
+        embedding_pickles.write_pickled_embedding(state, file)
         first, read, raw = (
             file.read_bytes(),
-            embeddings.read_pickled_embeddings(file, ONE),
+            embedding_pickles.read_pickled_embeddings(file, ONE),
             torch.load(file, weights_only=True),
         )
-        embeddings.write_pickled_embedding(state, file)
+        embedding_pickles.write_pickled_embedding(state, file)
         assert file.read_bytes() == first and raw["name"] == "dog"
     else:
         tensors, own = writer(state, ONE, "dog")
@@ -250,7 +254,7 @@ def test_diffusers_loads_what_is_written(tmp_path, kind, count):
     )
     file = tmp_path / ("<dog>" + (".safetensors" if kind in ("emb_params", "learned") else ".pt"))
     if kind == "a1111.pt":
-        embeddings.write_pickled_embedding(state, file)
+        embedding_pickles.write_pickled_embedding(state, file)
     elif kind == "learned.bin":
         torch.save(embeddings.write_textual_inversion(state, own, "x")[0], file)
     else:
@@ -274,7 +278,7 @@ def test_diffusers_loads_what_is_written(tmp_path, kind, count):
     [
         embeddings.write_a1111,
         embeddings.write_textual_inversion,
-        lambda s, own, title: embeddings.write_pickled_embedding(s, title, own),
+        lambda s, own, title: embedding_pickles.write_pickled_embedding(s, title, own),
     ],
 )
 def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
@@ -340,7 +344,7 @@ class Danger:
 def test_pickles_that_are_no_plain_rows_are_refused_unexecuted(tmp_path, content, expected):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=expected) as error:
-        embeddings.read_pickled_embeddings(tmp_path / "x.pt", PAIR)
+        embedding_pickles.read_pickled_embeddings(tmp_path / "x.pt", PAIR)
     assert "\n" not in str(error.value)
 
 
@@ -351,29 +355,26 @@ def test_a_width_that_two_encoders_have_is_refused():
         embeddings.read_embeddings({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
     with pytest.raises(UserError, match="width 4 and fit no encoder, their widths are 768"):
         embeddings.read_embeddings({"emb_params": ROWS}, {}, None, "x")
-    with pytest.raises(UserError, match="the key more beside emb_params"):
+    with pytest.raises(UserError, match="the key more in addition to emb_params"):
         embeddings.read_embeddings({"emb_params": ROWS, "more": ROWS}, {}, ONE, "x")
 
 
 def test_weights_of_networks_are_not_taken_for_tokens():
-    assert not embeddings.detect_embeddings(
-        {"down_blocks.0.weight": ROWS}
-    ) and not embeddings.detect_embeddings({"<a>": torch.ones(2, 2, 2)})
-    assert not embeddings.detect_embeddings(
-        {"unet:0:up": ROWS}
-    ) and not embeddings.detect_embeddings({"alpha": torch.ones(())})
-    assert (
-        not embeddings.is_pickled_embedding([ROWS])
-        and not embeddings.is_pickled_embedding({})
-        and not embeddings.is_pickled_embedding({"a.weight": ROWS, "b": 1})
-    )
+    assert not is_embedding({"down_blocks.0.weight": ROWS})
+    assert not is_embedding({"<a>": torch.ones(2, 2, 2)})
+    assert not is_embedding({"unet:0:up": ROWS})
+    assert not is_embedding({"alpha": torch.ones(())})
+    for data in ([ROWS], {}, {"a.weight": ROWS, "b": 1}):
+        assert not embedding_pickles.is_pickled_embedding(data)
 
 
 def test_mutated_files_are_read_or_refused_in_a_sentence():
     files = [
-        ({"emb_params": ROWS}, {}), ({"<a>": ROWS[0], "<b>": ROWS[1]}, {}), ({"clip_l": ROWS, "clip_g": WIDE}, {"token_names": '["<x>", "<y>"]'}),
+        ({"emb_params": ROWS}, {}),
+        ({"<a>": ROWS[0], "<b>": ROWS[1]}, {}),
+        ({"clip_l": ROWS, "clip_g": WIDE}, {"token_names": '["<x>", "<y>"]'}),
         ({"bundle_emb.a.clip_l": ROWS, "bundle_emb.b.string_to_param.*": ROWS}, WORD),
-    ]  # fmt: skip
+    ]
     dice, refused = random.Random(0), 0
     for _ in range(400):
         tensors, header = (dict(part) for part in dice.choice(files))

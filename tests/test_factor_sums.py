@@ -13,7 +13,8 @@ from torch import nn
 from lora_core.adapters.weight_updates import LowRank, delta_weight, scaled_product
 from lora_core.errors import UserError
 from merging.factor_sums import LPL_WARNING, concat_factors, lpl, slerp
-from merging.svd import Keep, compress_adapter
+from merging.svd import compress_adapter
+from merging.truncation import Keep
 from tests.test_svd import SHAPES, adapter, randn
 
 

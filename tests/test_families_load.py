@@ -1,4 +1,4 @@
-"""A run on SDXL or Flux ends in a folder whose own README.md loads it into diffusers, which then draws what we draw."""
+"""A run on SDXL or Flux: its README.md loads it into diffusers, which then draws our images."""
 
 import re
 from dataclasses import replace
@@ -42,9 +42,14 @@ def case(
     save(tmp_path / "model")
     rates = dict.fromkeys(ALL, 2e-2)
     config = replace(
-        config, model=str(tmp_path / "model"), stages=(Stage(4, ALL),), optimizer=OptimizerConfig(lr=rates), tokens=TokensConfig(encoders=encoders),
-        adapter=AdapterConfig(rank=4, alpha=16), samples=replace(config.samples, prompts=("a TOK in b",)),
-    )  # fmt: skip
+        config,
+        model=str(tmp_path / "model"),
+        stages=(Stage(4, ALL),),
+        optimizer=OptimizerConfig(lr=rates),
+        tokens=TokensConfig(encoders=encoders),
+        adapter=AdapterConfig(rank=4, alpha=16),
+        samples=replace(config.samples, prompts=("a TOK in b",)),
+    )
     return tmp_path / "model", train.train(config), recipe
 
 

@@ -1,4 +1,4 @@
-"""A run on the embedded model ends in files that diffusers' own pipeline loads, and then draws what infer.py draws."""
+"""Files of a run on the embedded model, in diffusers' own pipeline: it draws infer.py's images."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty real steps: ten on the tokens, ten on tokens, denoiser and text encoder, at a rate that changes the pictures."""
+    """Twenty real steps: ten on the tokens, ten on tokens, denoiser and text encoder.
+
+    At a rate that changes the images.
+    """
     config = read_toml(ROOT / "configs" / "toy_pti.toml")
     stages = (
         replace(config.stages[0], steps=10),
@@ -30,13 +33,17 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     )
     rates = {"denoiser": 1e-2, "text_encoder": 1e-2, "tokens": 2e-2}
     config = replace(
-        config, model=str(ROOT / "toy" / "model"), out=str(tmp_path_factory.mktemp("runs") / request.param), batch_size=2, stages=stages,
+        config,
+        model=str(ROOT / "toy" / "model"),
+        out=str(tmp_path_factory.mktemp("runs") / request.param),
+        batch_size=2,
+        stages=stages,
         data=replace(config.data, images=str(ROOT / "toy" / "concepts" / "zib")),
         optimizer=replace(config.optimizer, name="adamw", args={}, lr=rates),
         adapter=replace(config.adapter, kind=request.param, rank=4, alpha=8.0),
         validation=replace(config.validation, bins=1),
         samples=replace(config.samples, prompts=("TOK",), new_prompts=(), steps=4),
-    )  # fmt: skip
+    )
     return train.train(config)
 
 

@@ -70,7 +70,7 @@ def test_parameters_keep_their_identity_layout_and_alignment(name: str) -> None:
 
 
 def test_a_graph_over_a_parameter_that_moved_is_refused() -> None:
-    """Autograd's own check of saved tensors: the version counters are the parameters', not the buffer's."""
+    """Autograd's own check of saved tensors: the version counters are the parameters'."""
     model = network()
     optimizer = AdamW(model.parameters(), lr=0.1)
     train(model, optimizer, 1)
@@ -108,7 +108,7 @@ def test_rebound_parameters_are_found(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_value_written_between_two_steps_counts(name: str) -> None:
-    """Through p.copy_ and through p.data = ...: the next step goes on from there, channels last or not."""
+    """Through p.copy_ and p.data = ...: the next step goes on from there, channels last or not."""
     for rebind in (False, True):
         model = network()
         optimizer = MAKE[name](list(model.parameters()))
@@ -172,12 +172,10 @@ def test_a_sparse_gradient_is_refused(name: str) -> None:
         MAKE[name]([p]).step()
 
 
-def test_words_hold_whole_numbers_and_doubles() -> None:
-    words = DeviceTable(torch.device("cpu"))
-    sent = words.send([3, -(2**62)], [0.1, -1e-300])
-    assert sent[:2].tolist() == [3, -(2**62)] and sent[2:].view(torch.float64).tolist() == [
-        0.1,
-        -1e-300,
-    ]
-    place = sent.data_ptr()
-    assert words.send([3, 4], [0.1, 2.0]).data_ptr() == place
+def test_a_device_table_holds_doubles_and_whole_numbers() -> None:
+    table = DeviceTable(torch.device("cpu"))
+    sent = table.send([0.1, -1e-300], [3, -(2**62)])
+    assert sent[:2].view(torch.float64).tolist() == [0.1, -1e-300]
+    assert sent[2:].tolist() == [3, -(2**62)]
+    address = sent.data_ptr()
+    assert table.send([0.1, 2.0], [3, 4]).data_ptr() == address

@@ -1,6 +1,9 @@
-"""models/flux.py against diffusers' FluxPipeline: packing, one call, prompts, pictures; names against its reader of the original weights."""
+"""models/flux.py against diffusers' FluxPipeline: packing, one call, prompts, pictures; names
+against its reader of the original weights.
+"""
 
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -55,7 +58,7 @@ def levels(x):
 
 def informed(family, prompts=PROMPTS, guidance=3.5):
     return family.add_size_embeddings(
-        family.encode_prompts(prompts), Sizes.whole(16, 24, len(prompts)), guidance
+        family.encode_prompts(prompts), Sizes.uncropped(16, 24, len(prompts)), guidance
     )
 
 
@@ -141,7 +144,9 @@ def test_latents_are_shifted_and_scaled(dev):
 
 
 def test_precision_reaches_the_networks_but_not_the_vae_and_the_level(folders, monkeypatch):
-    """Of 1000 sigmas 1000 reach the network; rounded to bf16 half of them would be gone (semantics, trap 20)."""
+    """Of 1000 sigmas 1000 reach the network; rounded to bf16 half of them would be gone (semantics,
+    trap 20).
+    """
     family = load_family(
         folders["dev"][0], LoadOptions(dtype=torch.bfloat16, max_sequence_length=8)
     )
@@ -182,7 +187,8 @@ def test_pictures_equal_the_pipelines(both):
     for height, width in ((16, 24), (64, 32)):  # other shifts where they are dynamic
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = pipe(
-            PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance, generator=generators, max_sequence_length=24,
+            PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance,
+            generator=generators, max_sequence_length=24,
             output_type="pt",
         ).images  # fmt: skip
         ours = generate_images(
@@ -220,7 +226,8 @@ def test_image_to_image_equals_the_pipeline(folders):
         latent_dist=SimpleNamespace(sample=lambda generator=None: mean)
     )
     theirs = pipe(
-        "cat", image=init, strength=0.5, height=32, width=48, num_inference_steps=8, guidance_scale=2.0,
+        "cat", image=init, strength=0.5, height=32, width=48, num_inference_steps=8,
+        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(5), max_sequence_length=24, output_type="pt",
     ).images  # fmt: skip
     pipe.vae.encode = encode
@@ -235,10 +242,13 @@ def test_image_to_image_equals_the_pipeline(folders):
 
 
 def test_trap_20_sigmas_run_as_in_the_pipeline(both):
-    """Our sigma times 1000 is the timestep of diffusers, 1 is noise, and the network sees it where the pipeline's network does."""
+    """Our sigma times 1000 is the timestep of diffusers, 1 is noise, and the network sees it where
+    the pipeline's network does.
+    """
     family, pipe = both
     seen, calls = [], []
-    hooks = [m.register_forward_pre_hook(lambda _m, _a, kw, to=to: to.append(kw["timestep"]), with_kwargs=True)
+    hooks = [m.register_forward_pre_hook(lambda _m, _a, kw, to=to: to.append(kw["timestep"]),
+    with_kwargs=True)
              for m, to in ((family.transformer, seen), (pipe.transformer, calls))]  # fmt: skip
     pipe(
         "a",
@@ -335,7 +345,9 @@ def test_attention_maps_are_the_probabilities_of_the_double_blocks(dev):
 
 
 def test_trap_12_the_pooled_vector_is_read_at_the_first_end_of_text(tmp_path):
-    """A legacy config says eos_token_id 2; transformers then takes the largest id, which is a learned token."""
+    """A legacy config says eos_token_id 2; transformers then takes the largest id, which is a
+    learned token.
+    """
     tiny_flux.save(tmp_path)
     file = tmp_path / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 2}))
@@ -449,32 +461,26 @@ def test_presets_match_as_many_modules_as_the_peers_do(full):
 
 
 def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
-    """Every module of a full-width model with two blocks of each kind: diffusers' reader of original checkpoints is the judge."""
+    """Every module of a full-width model with two blocks of each kind: diffusers' reader of
+    original checkpoints is the judge.
+    """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             num_layers=2, num_single_layers=2, guidance_embeds=True
         )
     layout = flux.flux_layout({"transformer": transformer})
     component = layout.components["transformer"]
-    parts = {path for stack in component.fused.values() for path in stack}
-    shapes = {
-        component.names.get(name, name): shape
-        for name, shape in joined_layers.join_layout(layout)
-        .components["transformer"]
-        .shapes.items()
-        if name not in parts
-    }
+    parts = set(itertools.chain.from_iterable(component.fused.values()))
+    joined = joined_layers.join_layout(layout).components["transformer"].shapes
+    whole = {name: shape for name, shape in joined.items() if name not in parts}
+    shapes = {component.names.get(name, name): shape for name, shape in whole.items()}
     ups = {name: torch.randn(shape[0], 1) for name, shape in shapes.items()}
     original = {f"{name}.weight": up for name, up in ups.items()} | {
         f"{name}.bias": torch.zeros(len(up)) for name, up in ups.items()
     }
     for block, stacks in (("double_blocks", ("img_attn.", "txt_attn.")), ("single_blocks", ("",))):
-        original |= {
-            f"{block}.{i}.{s}norm.{n}_norm.scale": torch.zeros(1)
-            for i in range(2)
-            for s in stacks
-            for n in ("query", "key")
-        }
+        for i, s, n in itertools.product(range(2), stacks, ("query", "key")):
+            original[f"{block}.{i}.{s}norm.{n}_norm.scale"] = torch.zeros(1)
     weights = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
     file = {f"lora_unet_{n.replace('.', '_')}.lora_up.weight": up for n, up in ups.items()}
     file |= {
@@ -596,7 +602,7 @@ def test_diffusers_loads_the_file_to_the_same_outputs(dev, tmp_path, format, tar
 
 
 def test_diffusers_converts_a_full_width_file_to_the_same_factors(tmp_path):
-    """Single blocks too, whose width is written into diffusers' converter; scales differ by layer."""
+    """Single blocks too, whose width diffusers' converter has; scales differ by layer."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             num_layers=1, num_single_layers=1, guidance_embeds=True

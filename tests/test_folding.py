@@ -19,15 +19,9 @@ from lora_core.adapters.weight_updates import (
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
 from lora_core.formats.weights import Weights, weights_in_memory
+from lora_core.formats.whole_models import open_model_folder, weight_key, write_model_folder
 from merging.adapter_sums import Term
-from merging.folding import (
-    FoldStatistics,
-    fold_adapters,
-    open_model_folder,
-    weight_key,
-    with_embedding_rows,
-    write_model_folder,
-)
+from merging.folding import FoldStatistics, fold_adapters, with_embedding_rows
 from tests.conftest import save_pipeline
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -76,7 +70,7 @@ def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dor
     assert set(ledger.roundings) == {
         (name, path) for name, modules in state.components.items() for path in modules
     }
-    assert ledger.survived == pytest.approx(1, abs=1e-6)
+    assert ledger.surviving_energy == pytest.approx(1, abs=1e-6)
     untouched = [key for key in made["vae"].infos]
     assert all(
         torch.equal(made["vae"].read(key), open_model_folder(folder)["vae"].read(key))
@@ -172,17 +166,19 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
             )
             lost += float((before + update - after - residual).square().sum())
     survived = max(0, 1 - whole / wished)
-    assert ledger.survived == pytest.approx(survived, rel=1e-3) and (
+    assert ledger.surviving_energy == pytest.approx(survived, rel=1e-3) and (
         survived > 0.9 if size == 1 else survived < 0.05
     )
-    assert sum(row.lost**2 for row in ledger.reports().values()) == pytest.approx(whole, rel=1e-3)
+    assert sum(row.lost**2 for row in ledger.layer_reports().values()) == pytest.approx(
+        whole, rel=1e-3
+    )
     assert lost == pytest.approx(
         sum(row.lost**2 for row in ledger.residual_reports.values()), rel=1e-2
     )
     assert lost < (0.7 if size == 1 else 1e-3) * whole
     for name in made:
         tensors(made[name])  # read again: counted once
-    assert ledger.survived == pytest.approx(survived, rel=1e-3)
+    assert ledger.surviving_energy == pytest.approx(survived, rel=1e-3)
 
 
 def test_updates_that_are_no_factors_are_folded(folder, layout):

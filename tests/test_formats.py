@@ -1,6 +1,10 @@
-"""formats: decode(encode(x)) = x, refusals by name, and diffusers' own loaders on a tiny pipeline as the judge of what is written."""
+"""Adapter files: reading undoes writing, refusals name the key, diffusers' loaders read ours.
+
+The loaders run on a tiny pipeline.
+"""
 
 import hashlib
+import itertools
 import json
 import pickle
 import struct
@@ -172,11 +176,9 @@ def test_linear_and_1x1_convolution_forms_stand_for_each_other(tmp_path):
         {"down": down[..., None, None], "up": up[..., None, None]},
     )
     for i, (conv, linear) in enumerate([(flat, deep), (deep, flat)]):
-        tensors = {
-            f"lora_unet_{m}.lora_{leaf}.weight": t
-            for m, parts in (("conv", conv), ("linear", linear))
-            for leaf, t in parts.items()
-        }
+        tensors = {}
+        for m, parts in (("conv", conv), ("linear", linear)):
+            tensors |= {f"lora_unet_{m}.lora_{leaf}.weight": t for leaf, t in parts.items()}
         save_file(tensors, tmp_path / f"{i}.safetensors")
         read = formats.load(tmp_path / f"{i}.safetensors", layout).components["unet"]
         assert (
@@ -195,7 +197,10 @@ def test_linear_and_1x1_convolution_forms_stand_for_each_other(tmp_path):
 
 
 def test_kohya_names_and_header_are_those_of_sd_scripts(pipe, layout, tmp_path):
-    """Names as sd-scripts prints them for SD 1.5 (diffusers module names, prefix lora_te with the text_model level, 4-D proj_in, float alpha)."""
+    """Names as sd-scripts prints them for SD 1.5.
+
+    They are diffusers' module names, lora_te with the text_model level, 4-D proj_in, float alpha.
+    """
     formats.save(
         random_state(pipe, rank=3, scale=0.5),
         tmp_path / "dog.safetensors",
@@ -224,11 +229,19 @@ def test_kohya_names_and_header_are_those_of_sd_scripts(pipe, layout, tmp_path):
     body = (tmp_path / "dog.safetensors").read_bytes()
     body = body[8 + struct.unpack("<Q", body[:8])[0] :]
     assert meta == {
-        "sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": hashlib.sha256().hexdigest()[:8],
+        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256().hexdigest()[:8],
         "modelspec.sai_model_spec": "1.0.1",
-        "ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora", "ss_network_dim": "3", "ss_network_alpha": "1.5",
-        "ss_network_args": "{}", "ss_output_name": "dog", "modelspec.title": "dog", "modelspec.architecture": "arch/lora",
-    }  # fmt: skip
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "3",
+        "ss_network_alpha": "1.5",
+        "ss_network_args": "{}",
+        "ss_output_name": "dog",
+        "modelspec.title": "dog",
+        "modelspec.architecture": "arch/lora",
+    }
     formats.save(
         random_state(pipe, mixed=True, dora=True),
         tmp_path / "dora.safetensors",
@@ -304,13 +317,17 @@ def test_layout_finds_published_names_in_both_clip_classes_and_back():
     assert [c.prefixes[0] for c in layout.components.values()] == ["lora_te1", "lora_te2"]
     with pytest.raises(
         UserError,
-        match=r"no Linear or Conv2d named text_model.encoder.layers.0.mlp.fc3; the nearest is \S*mlp.fc",
+        match=r"no Linear or Conv2d named text_model.encoder.layers.0.mlp.fc3; "
+        r"the nearest is \S*mlp.fc",
     ):
         layout.module_path("text_encoder", "text_model.encoder.layers.0.mlp.fc3")
 
 
 def test_the_real_architecture_has_kohyas_module_counts():
-    """SD 1.5 on the meta device: sd-scripts makes 192 UNet and 72 text encoder modules, 86 more with conv_dim."""
+    """SD 1.5 on the meta device: sd-scripts makes 192 UNet and 72 text encoder modules.
+
+    With conv_dim 86 more.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         text = CLIPTextModel(
@@ -373,7 +390,7 @@ def test_two_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
 
 
 def fused_layout():
-    """q, k (4 outputs each) and m (8) in one layer "one.qkm", p under another name, n with its halves swapped."""
+    """q, k (4 outputs each) and m (8) in one layer "one.qkm", p renamed, n with swapped halves."""
     net = nn.ModuleDict(
         {
             name: nn.Linear(6, out)
@@ -425,7 +442,7 @@ def test_fused_layers_read_back_bit_for_bit(tmp_path, paths, ranks):
 
 
 def test_trap_7_a_fused_layer_is_the_stack_of_its_parts(tmp_path):
-    """alpha grows with the number of parts: unchanged, the file would act with a third of its strength."""
+    """alpha grows with the number of parts: else the file would have a third of its strength."""
     layout = fused_layout()
     state = factors(layout, "qkmpn")
     formats.save(state, tmp_path / "a.safetensors", format="kohya", layout=layout)
@@ -519,7 +536,7 @@ def test_an_untrained_fused_layer_keeps_all_its_parts(tmp_path, rank, own):
 
 
 def test_columns_of_zeros_change_nothing(tmp_path):
-    """An up with dead columns, in an order of its own and with unequal ranks, still splits into the same updates."""
+    """An up with dead columns, in another order, with unequal ranks, gives the same updates."""
     layout, name = fused_layout(), "lora_unet_one_qkm"
     down, up = torch.randn(7, 6), torch.zeros(16, 7)
     for column, rows in ((1, slice(8, 16)), (2, slice(0, 4)), (4, slice(8, 16)), (5, slice(0, 4))):
@@ -618,10 +635,7 @@ KINDS_OF_FILE = [
 ]  # the last: diffusers' first-key trap
 
 
-CASES = [
-    ("diffusers", {"dora": True}),
-    *((format, kind) for format in ("diffusers", "kohya") for kind in KINDS_OF_FILE),
-]
+CASES = [("diffusers", {"dora": True}), *itertools.product(("diffusers", "kohya"), KINDS_OF_FILE)]
 
 
 @pytest.mark.parametrize("format, kind", CASES, ids=str)
@@ -645,11 +659,9 @@ def test_the_scale_in_peft_headers_is_honoured(layout, tmp_path):
     theirs, mine = pipeline(), pipeline()
     base, state = outputs(mine), random_state(mine, rank=4, scale=1.0)
     formats.save(state, tmp_path / "a.safetensors", layout=layout)
-    fields = {
-        f"{c}.{k}": v
-        for c in state.components
-        for k, v in {"r": 4, "lora_alpha": 2, "target_modules": ["to_q"]}.items()
-    }
+    fields = {}
+    for c in state.components:
+        fields |= {f"{c}.r": 4, f"{c}.lora_alpha": 2, f"{c}.target_modules": ["to_q"]}
     for c, level in (("unet", ""), ("text_encoder", "text_model.")):
         fields[f"{c}.target_modules"] = [path.removeprefix(level) for path in state.components[c]]
     save_file(
@@ -659,7 +671,8 @@ def test_the_scale_in_peft_headers_is_honoured(layout, tmp_path):
     )
     theirs.load_lora_weights(str(tmp_path), weight_name="b.safetensors")
     read = formats.load(tmp_path / "b.safetensors", layout)
-    assert {lr.scale for modules in read.components.values() for lr in modules.values()} == {0.5}
+    for modules in read.components.values():
+        assert {lr.scale for lr in modules.values()} == {0.5}
     apply(mine, read, layout)
     assert disagreement(outputs(mine), outputs(theirs), base) < 1e-5
     formats.save(read, tmp_path / "c.safetensors", layout=layout, metadata=None)
@@ -669,7 +682,10 @@ def test_the_scale_in_peft_headers_is_honoured(layout, tmp_path):
 
 
 def test_kohya_dora_is_lycoris_formula(pipe, layout, tmp_path):
-    """The file's numbers through LyCORIS' (wd_on_output) merge, written out: (W + alpha / r up down) * dora_scale / row norm."""
+    """The file's numbers through LyCORIS' (wd_on_output) merge, written out.
+
+    It is (W + alpha / r up down) * dora_scale / row norm.
+    """
     state = random_state(pipe, dora=True, scale=0.5)
     formats.save(state, tmp_path / "a.safetensors", format="kohya", layout=layout)
     tensors, mine = load_file(tmp_path / "a.safetensors"), pipeline()
@@ -887,12 +903,19 @@ def test_bad_files_are_refused(pipe, layout, tmp_path):
 
 @pytest.mark.parametrize(
     "key, what",
-    [("base_model.model.to_q.lora_A.weight", "does not say which network"), ("diffusion_model.x.lora_A.weight", "ComfyUI"),
-     ("lora_controlnet", "control LoRA"), ("double_blocks.0.img_attn.norm.key_norm.scale", "control LoRA"),
-     ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"), ("lora_unet_x.oft_blocks", "OFT"), ("emb_params", "embedding"),
-     ("unet.down.attn1.processor.to_q_lora.down.weight", "old attention processors"), ("model.diffusion_model.out.2.weight", "checkpoint"),
-     ("down_blocks.0.weight", "no adapter file")],
-)  # fmt: skip
+    [
+        ("base_model.model.to_q.lora_A.weight", "does not say which network"),
+        ("diffusion_model.x.lora_A.weight", "ComfyUI"),
+        ("lora_controlnet", "control LoRA"),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "control LoRA"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("emb_params", "embedding"),
+        ("unet.down.attn1.processor.to_q_lora.down.weight", "old attention processors"),
+        ("model.diffusion_model.out.2.weight", "checkpoint"),
+        ("down_blocks.0.weight", "no adapter file"),
+    ],
+)
 def test_foreign_files_are_refused_by_their_name(tmp_path, key, what):
     save_file({key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=what):
@@ -946,7 +969,7 @@ def test_a_broken_or_doubled_strength_in_the_header_is_refused(pipe, layout, tmp
 def test_broken_token_files_are_refused(layout, tmp_path):
     rows = torch.randn(2, 16)
     for tensors, meta, expected in (
-        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x beside its token rows"),
+        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x in addition to its token rows"),
         ({"clip_l": rows[0]}, {}, r"expected token rows \[n, d\]"),
         (
             {"clip_l": rows, "clip_g": rows},

@@ -1,4 +1,6 @@
-"""hub: a dataset becomes a folder once, whole or not at all, and its files keep their bytes. Offline: every dataset here is a local folder."""
+"""hub: a dataset becomes a folder once, whole or not at all, and its files keep their bytes.
+Offline: every dataset here is a local folder.
+"""
 
 import io
 import json
@@ -114,7 +116,9 @@ def test_the_first_usual_column_one_caption_for_all_or_a_named_one(photos, tmp_p
 
 
 def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_path, capsys):
-    """As in train_dreambooth_lora_sdxl.py, where --instance_prompt stands for empty rows of --caption_column."""
+    """As in train_dreambooth_lora_sdxl.py, where --instance_prompt stands for empty rows of
+    --caption_column.
+    """
     good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
     name = parquet(tmp_path / "data", image=[good] * 4, text=["one", "", None, " "])
     out = export_dataset(name, tmp_path / "out", caption="a TOK", caption_column="text")
@@ -132,7 +136,7 @@ def test_empty_captions_of_a_column_fall_back_on_the_caption_that_is_given(tmp_p
     )
     with pytest.raises(
         UserError,
-        match=r"row 1 of the dataset has '' in 'text', .*beside --data.caption-column text",
+        match=r"row 1 of the dataset has '' in 'text', .*in addition to --data.caption-column text",
     ):
         export_dataset(name, tmp_path / "none")
     lists = parquet(tmp_path / "lists", image=[good] * 2, text=[["a", "b"], ["c", ""]])
@@ -164,7 +168,8 @@ def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
 def test_a_broken_row_leaves_nothing_behind(tmp_path):
     good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
     for i, (cell, text, match) in enumerate([
-        ({"bytes": good["bytes"][:30], "path": None}, "a", "row 1 of the dataset has no readable image in 'image'"),
+        ({"bytes": good["bytes"][:30], "path": None}, "a",
+        "row 1 of the dataset has no readable image in 'image'"),
         (None, "a", "row 1 of the dataset has no readable image in 'image' \\(it is empty\\)"),
         ({"bytes": b"<html>", "path": None}, "a", "no image format that is known"),
         (good, "  ", "row 1 of the dataset has '  ' in 'text'"),

@@ -1,4 +1,5 @@
-"""Image files of every mode, bit depth, profile and orientation against littleCMS, the PNG specification and public formulas.
+"""Image files of every mode, bit depth, profile and orientation against littleCMS, the PNG
+specification and public formulas.
 
 Masks: their greys, what a crop leaves of them, and masked beside whole images.
 """
@@ -6,6 +7,7 @@ Masks: their greys, what a crop leaves of them, and masked beside whole images.
 import ast
 import colorsys
 import io
+import itertools
 import random
 import struct
 import zlib
@@ -17,7 +19,6 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
-import infer
 import train
 from lora_core.data import images
 from lora_core.data.dataset import (
@@ -31,6 +32,7 @@ from lora_core.data.dataset import (
 from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask
 from lora_core.data.srgb import to_srgb
 from lora_core.diffusion.losses import masked_mean
+from lora_core.diffusion.start_images import fit_image
 from lora_core.errors import UserError
 from tests.conftest import rows
 from training import step_inputs
@@ -53,7 +55,8 @@ PRIMARIES = {  # columns of RGB to XYZ under D50
 }
 
 
-# ---------------------------------------------------------------- profiles and PNG files, from their specifications
+# ---------------------------------------------------------------- profiles and PNG files, from
+# their specifications
 
 
 def icc(space: bytes, pcs: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr") -> bytes:
@@ -162,7 +165,8 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 def pixels(image: Image.Image) -> list:
-    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+    places = itertools.product(range(image.height), range(image.width))
+    return [image.getpixel((x, y)) for y, x in places]
 
 
 def turned(orientation: int) -> Image.Exif:
@@ -219,7 +223,9 @@ def test_orientations_of_every_format(tmp_path, suffix):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_profile_alpha_and_orientation_together(tmp_path, orientation):
-    """White below what is transparent is white of sRGB, not of the profile; the alpha itself is no colour."""
+    """White below what is transparent is white of sRGB, not of the profile; the alpha itself is no
+    colour.
+    """
     image, alpha, profile = noise(9, 6), noise(9, 6, "L", 1), rgb_profile("Display P3")
     both = image.copy()
     both.putalpha(alpha)
@@ -340,7 +346,7 @@ def test_a_profile_that_cannot_be_used_is_said_once_and_left_out(
         assert read_image(tmp_path / "x.tiff").image.tobytes() == image.convert("RGB").tobytes()
     said = capsys.readouterr().err
     assert (
-        said.count("warning: the colour profile of") == 1
+        said.count("warning: the color profile of") == 1
         and "x.tiff" in said
         and reason in said
         and "taken as sRGB" in said
@@ -428,19 +434,27 @@ DEPTHS = {  # bits, colour type, row, chunks -> colours, alpha (None: there is n
     "4 bits, one clear": (4, 0, bytes([0x3F]), {"tRNS": b"\0\3"}, greys(51, 255), [0, 255]),
     "8 bits, one clear": (8, 0, bytes([9, 200]), {"tRNS": b"\0\xc8"}, greys(9, 200), [255, 0]),
     "16 bits": (16, 0, struct.pack(">2H", 1000, 65535), {}, greys(3, 255), None),
-    "16 bits, one clear": (16, 0, struct.pack(">2H", 20000, 20001), {"tRNS": struct.pack(">H", 20000)}, greys(77, 77), [0, 255]),
-    "16 bits with alpha": (16, 4, struct.pack(">4H", 20000, 65535, 40000, 30000), {}, greys(78, 156), [255, 117]),
-    "colours, one clear": (8, 2, bytes([1, 2, 3, 9, 8, 7]), {"tRNS": b"\0\x09\0\x08\0\x07"}, [(1, 2, 3), (9, 8, 7)], [255, 0]),
-    "16-bit colours": (16, 2, struct.pack(">6H", 300, 33023, 65535, 20000, 30000, 0), {}, [(1, 128, 255), (78, 117, 0)], None),
+    "16 bits, one clear": (16, 0, struct.pack(">2H", 20000, 20001),
+    {"tRNS": struct.pack(">H", 20000)}, greys(77, 77), [0, 255]),
+    "16 bits with alpha": (16, 4, struct.pack(">4H", 20000, 65535, 40000, 30000), {},
+    greys(78, 156), [255, 117]),
+    "colours, one clear": (8, 2, bytes([1, 2, 3, 9, 8, 7]), {"tRNS": b"\0\x09\0\x08\0\x07"},
+    [(1, 2, 3), (9, 8, 7)], [255, 0]),
+    "16-bit colours": (16, 2, struct.pack(">6H", 300, 33023, 65535, 20000, 30000, 0), {},
+    [(1, 128, 255), (78, 117, 0)], None),
     "16-bit colours, one clear": (
-        16, 2, struct.pack(">6H", 1000, 2000, 3000, 20000, 30000, 40000), {"tRNS": struct.pack(">3H", 20000, 30000, 40000)},
+        16, 2, struct.pack(">6H", 1000, 2000, 3000, 20000, 30000, 40000),
+        {"tRNS": struct.pack(">3H", 20000, 30000, 40000)},
         [(3, 7, 11), (78, 117, 156)], [255, 0],
     ),
     "16-bit colours with alpha": (
-        16, 6, struct.pack(">8H", *(9, 9, 9, 65535), *(20000, 65535, 40000, 30000)), {}, [(0, 0, 0), (78, 255, 156)], [255, 117],
+        16, 6, struct.pack(">8H", *(9, 9, 9, 65535), *(20000, 65535, 40000, 30000)), {},
+        [(0, 0, 0), (78, 255, 156)], [255, 117],
     ),
-    "palette": (8, 3, bytes([1, 0]), {"PLTE": bytes([9, 8, 7, 200, 100, 50])}, [(200, 100, 50), (9, 8, 7)], None),
-    "palette, clear": (2, 3, bytes([0b01000000]), {"PLTE": bytes([9, 8, 7, 200, 100, 50]), "tRNS": bytes([0, 128])},
+    "palette": (8, 3, bytes([1, 0]), {"PLTE": bytes([9, 8, 7, 200, 100, 50])},
+    [(200, 100, 50), (9, 8, 7)], None),
+    "palette, clear": (2, 3, bytes([0b01000000]), {"PLTE": bytes([9, 8, 7, 200, 100, 50]),
+    "tRNS": bytes([0, 128])},
                        [(200, 100, 50), (9, 8, 7)], [128, 0]),
 }  # fmt: skip
 
@@ -506,7 +520,7 @@ def test_every_suffix_is_a_format_that_pillow_reads_and_what_it_writes_is_read(t
 
 
 def test_a_photoshop_file_shows_its_merged_picture(tmp_path):
-    """Adobe's format specification: header, no palette, no resources, no layers, then the planes."""
+    """By Adobe's specification: header, no palette, no resources, no layers, the planes."""
     image, profile = noise(6, 4), rgb_profile("Adobe RGB")
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 6, 8, 3)
     resource = (
@@ -619,7 +633,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
             _center_crop(tmp_path / name).tobytes() == read_image(tmp_path / name).image.tobytes()
         )
         assert (
-            infer._fit(str(tmp_path / name), 40, 40).tobytes()
+            fit_image(str(tmp_path / name), 40, 40).tobytes()
             == read_image(tmp_path / name).image.tobytes()
         )
     clear = noise(8, 8)
@@ -632,7 +646,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
     paint = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     paint.paste((255, 255, 255, 255), (10, 10, 30, 30))
     paint.save(tmp_path / "hole.png")
-    hole = infer._fit(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
+    hole = fit_image(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
     assert hole.mode == "L" and hole.getbbox() == (10, 10, 30, 30)
 
 
@@ -704,7 +718,10 @@ def test_a_mask_outside_the_centre_crop_moves_the_crop_and_is_counted(tmp_path, 
     for seed, visit in ((0, 5), (3, 0)):  # cached latents have neither in their key
         again = ImageDataset(records, ImageSettings(64), seed=seed).example(0, visit)
         assert again.crop == moved.crop
-    said = "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; they are cropped around their masks instead"
+    said = (
+        "the centre crop shows nothing of the mask of 1 of 2 images, first a.png; "
+        "they are cropped around their masks instead"
+    )
     assert describe_moved_crops(folder).startswith(
         said
     ) and "--data.buckets" in describe_moved_crops(folder)
@@ -717,8 +734,10 @@ WILD = ImageSettings(16, crop="random")
 @pytest.mark.parametrize(
     "settings",
     [
-        WILD, ImageSettings(16, crop="random", zoom=2.0, flip=True), ImageSettings(16, zoom=3.0), ImageSettings(16, flip=True),
-        ImageSettings(16, crop="random", variants=3), ImageSettings(16, crop="random", zoom=1.5, buckets=True, bucket_step=4),
+        WILD, ImageSettings(16, crop="random", zoom=2.0, flip=True), ImageSettings(16, zoom=3.0),
+        ImageSettings(16, flip=True),
+        ImageSettings(16, crop="random", variants=3), ImageSettings(16, crop="random", zoom=1.5,
+        buckets=True, bucket_step=4),
     ],
 )  # fmt: skip
 def test_no_visit_has_an_empty_mask_and_visits_that_had_some_keep_their_crop(tmp_path, settings):
@@ -761,7 +780,8 @@ def test_masks_that_vanish_or_say_nothing_after_the_crop_are_refused(tmp_path):
     for crop in ("center", "random"):
         with pytest.raises(
             UserError,
-            match=r"nothing is left of the mask of .*a\.png when it is scaled to 16 x 16 pixels; .* --data\.resolution",
+            match=r"nothing is left of the mask of .*a\.png when it is scaled to 16 x 16 pixels; "
+            r".* --data\.resolution",
         ):
             ImageDataset(
                 scan_folder(tmp_path / "dot", caption="x", masks="file"),
@@ -771,7 +791,8 @@ def test_masks_that_vanish_or_say_nothing_after_the_crop_are_refused(tmp_path):
     records = scan_folder(tmp_path / "full", caption="x", masks="file")
     with pytest.raises(
         UserError,
-        match=r"every mask is one grey inside the crop, without effect, first that of a\.png; leave --data\.masks out",
+        match=r"every mask is one grey inside the crop, without effect, first that of a\.png; "
+        r"leave --data\.masks out",
     ):
         ImageDataset(records, ImageSettings(30))
     for settings in (
@@ -838,7 +859,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs._sharpen_mask(mask, temperature)
+        raised = step_inputs.sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was

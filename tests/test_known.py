@@ -1,4 +1,7 @@
-"""Every published model's files are recognised as its own, whatever their format, and so are files with few layers as far as shapes tell."""
+"""Every published model's files are recognized as its own, whatever their format.
+
+So are files with few layers, as far as shapes tell.
+"""
 
 import re
 from pathlib import Path
@@ -13,6 +16,7 @@ from lora_core.errors import UserError
 from lora_core.formats.whole_models import SingleFileFacts
 from models import known, read_layout
 from models.published import PUBLISHED_MODELS, published_configs
+from models.single_file import recognize_checkpoint
 from tests import tiny_pipeline, tiny_sdxl
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
@@ -34,7 +38,10 @@ def factors(shape, rank=2):
 
 
 def state_of(kind, component="", pattern=""):
-    """An adapter of a kind; of one component and the layers that match a pattern, where they are given. No memory is used for its factors."""
+    """An adapter of a kind; no memory is used for its factors.
+
+    Of one component and the layers that match a pattern, where they are given.
+    """
     layout = known.published_layout(kind)
     components = {
         name: {
@@ -93,23 +100,36 @@ def test_whole_networks_are_recognised(kind):
     assert known.recognize_kind(shapes) == known.recognize_kind(shapes, header) == kind
 
 
-@pytest.mark.parametrize(("kind", "component", "pattern", "format"), [
-    ("sd1", "unet", r"mid_block.*attn2\.to_k", "diffusers"),
-    ("sd2", "unet", r"mid_block.*attn2\.to_v", "kohya"),
-    ("sdxl", "unet", r"mid_block.*attn1\.to_q", "diffusers"),  # no such block, of this depth, in the others
-    ("sdxl", "unet", r"attentions\.1\.transformer_blocks\.9\.attn1\.to_q", "kohya"),
-    ("sdxl", "text_encoder_2", "", "kohya"),
-    ("sd1", "text_encoder", "", "kohya"),  # lora_te: with a second encoder it is written lora_te1
-    ("sd2", "text_encoder", "", "kohya"),
-    ("sd2", "text_encoder", "layers.0.self_attn.q_proj", "diffusers"),
-    ("sd1", "unet", "proj_in", "kohya"),  # a 1x1 convolution
-    ("sd2", "unet", "proj_in", "kohya"),
-    ("sdxl-refiner", "unet", r"mid_block.*attn1\.to_q", "diffusers"),
-    ("flux-dev", "transformer", r"^transformer_blocks\.3\.attn\.to_q", "kohya"),
-    ("flux-dev", "transformer", r"single_transformer_blocks\.3\.proj_out", "diffusers"),
-    ("flux-schnell", "transformer", "guidance", "diffusers"),
-    ("sd1-inpainting", "unet", r"conv_in|mid_block.*attn2\.to_k", "diffusers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "component", "pattern", "format"),
+    [
+        ("sd1", "unet", r"mid_block.*attn2\.to_k", "diffusers"),
+        ("sd2", "unet", r"mid_block.*attn2\.to_v", "kohya"),
+        (
+            "sdxl",
+            "unet",
+            r"mid_block.*attn1\.to_q",
+            "diffusers",
+        ),  # others have no block of this depth
+        ("sdxl", "unet", r"attentions\.1\.transformer_blocks\.9\.attn1\.to_q", "kohya"),
+        ("sdxl", "text_encoder_2", "", "kohya"),
+        (
+            "sd1",
+            "text_encoder",
+            "",
+            "kohya",
+        ),  # lora_te: with a second encoder it is written lora_te1
+        ("sd2", "text_encoder", "", "kohya"),
+        ("sd2", "text_encoder", "layers.0.self_attn.q_proj", "diffusers"),
+        ("sd1", "unet", "proj_in", "kohya"),  # a 1x1 convolution
+        ("sd2", "unet", "proj_in", "kohya"),
+        ("sdxl-refiner", "unet", r"mid_block.*attn1\.to_q", "diffusers"),
+        ("flux-dev", "transformer", r"^transformer_blocks\.3\.attn\.to_q", "kohya"),
+        ("flux-dev", "transformer", r"single_transformer_blocks\.3\.proj_out", "diffusers"),
+        ("flux-schnell", "transformer", "guidance", "diffusers"),
+        ("sd1-inpainting", "unet", r"conv_in|mid_block.*attn2\.to_k", "diffusers"),
+    ],
+)
 def test_files_with_few_layers(kind, component, pattern, format):
     state = state_of(kind, component, pattern)
     if kind == "flux-schnell":
@@ -198,41 +218,127 @@ CONV, FC, QKV = (
     "text_model_encoder_layers_3_mlp_fc1",
     "double_blocks.0.img_attn.qkv",
 )
+TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
-@pytest.mark.parametrize(("kind", "tensors"), [
-    ("sd1", {f"lora_unet_{K}.lora_down.weight": (4, 768)}),
-    ("sd2", {f"lora_unet_{K}.hada_w1_a": (640, 4), f"lora_unet_{K}.hada_w1_b": (4, 1024), f"lora_unet_{K}.alpha": ()}),
-    ("sd1", {f"lycoris_{K}.lokr_w1": (8, 8), f"lycoris_{K}.lokr_w2_a": (80, 4), f"lycoris_{K}.lokr_w2_b": (4, 96)}),
-    ("sd2", {f"lora_unet_{K}.lokr_w1_a": (8, 2), f"lora_unet_{K}.lokr_w1_b": (2, 8), f"lora_unet_{K}.lokr_w2": (80, 128)}),
-    ("sd2", {f"lora_unet_{K}.diff": (640, 1024)}),
-    ("sdxl", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 2048)}),
-    ("sdxl", {f"lora_unet_{K}.lora_down.weight": (4, 2048)}),  # diffusers' names under kohya's prefix
-    ("sd1", {"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}),
-    ("sd1", {f"{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
-    ("sd1", {f"unet.{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
-    ("sd2", {f"unet.{DOTTED}.lora.down.weight": (4, 1024)}),
-    ("sd1", {f"base_model.model.{DOTTED}.lora_A.default.weight": (4, 768)}),
-    ("sd1", {f"base_model.model.{DOTTED}.lora_A.weight": (4, 768), f"base_model.model.{DOTTED}.lora_magnitude_vector": (640,)}),
-    ("flux-dev", {f"diffusion_model.{QKV}.lora_A.weight": (4, 3072), f"diffusion_model.{QKV}.lora_B.weight": (9216, 4)}),
-    ("flux-dev", {"double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072), "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16)}),
-    ("flux-dev", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}),
-    ("flux-dev", {"lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight": (4, 3072)}),
-    ("sd1", {f"lora_unet_{CONV}.lora_down.weight": (4, 320, 1, 1), f"lora_unet_{CONV}.lora_mid.weight": (4, 4, 3, 3),
-             f"lora_unet_{K}.lora_down.weight": (4, 768)}),
-    ("sd2", {f"lora_unet_{CONV}.hada_w1_a": (4, 320), f"lora_unet_{CONV}.hada_w1_b": (4, 320), f"lora_unet_{CONV}.hada_t1": (4, 4, 3, 3),
-             f"lora_unet_{K}.hada_w1_b": (4, 1024)}),
-    ("sd2", {f"lora_te_{FC}.hada_w1_a": (4096, 4), f"lora_te_{FC}.hada_w1_b": (4, 1024)}),
-    ("sd1", {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (4, 768),
-             f"unet.{DOTTED}.lora.down.weight": (4, 768)}),
-    ("sd1", {"<s1>": (768,), "<s2>": (768,)}),
-    ("sd2", {"emb_params": (3, 1024)}),
-    ("sd1", {"clip_l": (2, 768)}),
-    ("sdxl", {"clip_l": (2, 768), "clip_g": (2, 1280)}),
-    ("sdxl", {"text_encoders_0": (2, 768), "text_encoders_1": (2, 1280)}),
-    ("flux-dev", {"clip_l": (2, 768), "t5": (2, 4096), "t5xxl": (2, 4096)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tensors"),
+    [
+        ("sd1", {f"lora_unet_{K}.lora_down.weight": (4, 768)}),
+        (
+            "sd2",
+            {
+                f"lora_unet_{K}.hada_w1_a": (640, 4),
+                f"lora_unet_{K}.hada_w1_b": (4, 1024),
+                f"lora_unet_{K}.alpha": (),
+            },
+        ),
+        (
+            "sd1",
+            {
+                f"lycoris_{K}.lokr_w1": (8, 8),
+                f"lycoris_{K}.lokr_w2_a": (80, 4),
+                f"lycoris_{K}.lokr_w2_b": (4, 96),
+            },
+        ),
+        (
+            "sd2",
+            {
+                f"lora_unet_{K}.lokr_w1_a": (8, 2),
+                f"lora_unet_{K}.lokr_w1_b": (2, 8),
+                f"lora_unet_{K}.lokr_w2": (80, 128),
+            },
+        ),
+        ("sd2", {f"lora_unet_{K}.diff": (640, 1024)}),
+        (
+            "sdxl",
+            {
+                "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (
+                    4,
+                    2048,
+                )
+            },
+        ),
+        (
+            "sdxl",
+            {f"lora_unet_{K}.lora_down.weight": (4, 2048)},
+        ),  # diffusers' names under kohya's prefix
+        (
+            "sd1",
+            {
+                "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (
+                    4,
+                    768,
+                )
+            },
+        ),
+        ("sd1", {f"{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
+        ("sd1", {f"unet.{DOTTED.removesuffix('to_k')}processor.to_k_lora.down.weight": (4, 768)}),
+        ("sd2", {f"unet.{DOTTED}.lora.down.weight": (4, 1024)}),
+        ("sd1", {f"base_model.model.{DOTTED}.lora_A.default.weight": (4, 768)}),
+        (
+            "sd1",
+            {
+                f"base_model.model.{DOTTED}.lora_A.weight": (4, 768),
+                f"base_model.model.{DOTTED}.lora_magnitude_vector": (640,),
+            },
+        ),
+        (
+            "flux-dev",
+            {
+                f"diffusion_model.{QKV}.lora_A.weight": (4, 3072),
+                f"diffusion_model.{QKV}.lora_B.weight": (9216, 4),
+            },
+        ),
+        (
+            "flux-dev",
+            {
+                "double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072),
+                "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16),
+            },
+        ),
+        (
+            "flux-dev",
+            {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)},
+        ),
+        (
+            "flux-dev",
+            {"lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight": (4, 3072)},
+        ),
+        (
+            "sd1",
+            {
+                f"lora_unet_{CONV}.lora_down.weight": (4, 320, 1, 1),
+                f"lora_unet_{CONV}.lora_mid.weight": (4, 4, 3, 3),
+                f"lora_unet_{K}.lora_down.weight": (4, 768),
+            },
+        ),
+        (
+            "sd2",
+            {
+                f"lora_unet_{CONV}.hada_w1_a": (4, 320),
+                f"lora_unet_{CONV}.hada_w1_b": (4, 320),
+                f"lora_unet_{CONV}.hada_t1": (4, 4, 3, 3),
+                f"lora_unet_{K}.hada_w1_b": (4, 1024),
+            },
+        ),
+        ("sd2", {f"lora_te_{FC}.hada_w1_a": (4096, 4), f"lora_te_{FC}.hada_w1_b": (4, 1024)}),
+        (
+            "sd1",
+            {
+                f"text_encoder.{TEXT_Q}.lora_linear_layer.down.weight": (4, 768),
+                f"unet.{DOTTED}.lora.down.weight": (4, 768),
+            },
+        ),
+        ("sd1", {"<s1>": (768,), "<s2>": (768,)}),
+        ("sd2", {"emb_params": (3, 1024)}),
+        ("sd1", {"clip_l": (2, 768)}),
+        ("sdxl", {"clip_l": (2, 768), "clip_g": (2, 1280)}),
+        ("sdxl", {"text_encoders_0": (2, 768), "text_encoders_1": (2, 1280)}),
+        ("flux-dev", {"clip_l": (2, 768), "t5": (2, 4096), "t5xxl": (2, 4096)}),
+    ],
+)
 def test_spellings_from_elsewhere(kind, tensors):
     assert known.recognize_kind(tensors) == kind
 
@@ -301,7 +407,7 @@ def test_files_folders_and_pickles(tmp_path):
 
 
 def test_configs_are_those_of_the_published_models():
-    """The numbers of modules that public trainers adapt (semantics.md 4.2) and the full-size networks of the other tests."""
+    """The numbers of modules that public trainers adapt, and other tests' full-size networks."""
     layouts = known.published_layouts()
     unet, clip, big = tiny_sdxl.full_size()
     expected = formats.layout_of(
@@ -320,12 +426,21 @@ def test_configs_are_those_of_the_published_models():
     }
     assert count["sd1"] == count["sd2"] == 192 and count["sdxl"] == 722
     assert {kind: found.base_model_version for kind, found in layouts.items()} == {
-        "sd1": "sd_v1", "sd1-inpainting": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2_v", "sd2-inpainting": "sd_v2", "sdxl": "sdxl_base_v1-0",
-        "sdxl-inpainting": "sdxl_base_v1-0", "sdxl-refiner": "sdxl_refiner_v1-0", "flux-dev": "flux1", "flux-schnell": "flux1",
-    }  # fmt: skip
+        "sd1": "sd_v1",
+        "sd1-inpainting": "sd_v1",
+        "sd2": "sd_v2",
+        "sd2-v": "sd_v2_v",
+        "sd2-inpainting": "sd_v2",
+        "sdxl": "sdxl_base_v1-0",
+        "sdxl-inpainting": "sdxl_base_v1-0",
+        "sdxl-refiner": "sdxl_refiner_v1-0",
+        "flux-dev": "flux1",
+        "flux-schnell": "flux1",
+    }
     assert layouts["sd2"].components["text_encoder"].width == 1024
     for kind in PUBLISHED_MODELS:
-        assert read_layout(str(published_configs(kind))).components == layouts[kind].components
+        # the table against the networks; after a change run python -m models.published_tables
+        assert read_layout(str(published_configs(kind))) == layouts[kind]
 
 
 def test_checkpoints_are_told_by_their_widths():
@@ -333,14 +448,19 @@ def test_checkpoints_are_told_by_their_widths():
         return SingleFileFacts(channels, context, label, True, {}, True, ())
 
     expected = {
-        (4, 768, None): "sd1", (9, 768, None): "sd1-inpainting", (4, 1024, None): "sd2", (9, 1024, None): "sd2-inpainting",
-        (4, 2048, 2816): "sdxl", (9, 2048, 2816): "sdxl-inpainting", (4, 1280, 2560): "sdxl-refiner",
-    }  # fmt: skip
-    assert {key: known.recognize_checkpoint(facts(*key), "a") for key in expected} == expected
+        (4, 768, None): "sd1",
+        (9, 768, None): "sd1-inpainting",
+        (4, 1024, None): "sd2",
+        (9, 1024, None): "sd2-inpainting",
+        (4, 2048, 2816): "sdxl",
+        (9, 2048, 2816): "sdxl-inpainting",
+        (4, 1280, 2560): "sdxl-refiner",
+    }
+    assert {key: recognize_checkpoint(facts(*key), "a") for key in expected} == expected
     assert (
-        known.recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
-        and known.recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+        recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
+        and recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
     )
     for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
-        text = sentence(known.recognize_checkpoint, facts(*key), "a.ckpt")
+        text = sentence(recognize_checkpoint, facts(*key), "a.ckpt")
         assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

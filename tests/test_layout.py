@@ -20,11 +20,18 @@ def layouts():
     with torch.device("meta"):
         plain = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         large = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
+        )
         first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     return {
         17: sd.sd_layout(plain, first, {}),
@@ -35,13 +42,12 @@ def layouts():
 def hit(layout, globs):
     """The blocks of all layers that the globs match, and of the text encoders."""
     globs = (*globs, "*self_attn*")
-    paths = [
-        (name, path)
-        for name, part in layout.components.items()
-        for path in part.shapes
-        if any(matches_pattern(path, glob) for glob in globs)
-    ]
-    return {layout.block_of(name, path) for name, path in paths}
+    found = set()
+    for name, part in layout.components.items():
+        for path in part.shapes:
+            if any(matches_pattern(path, glob) for glob in globs):
+                found.add(layout.block_of(name, path))
+    return found
 
 
 @pytest.mark.parametrize("length", [17, 12])
@@ -65,7 +71,7 @@ def test_a_list_of_20_names_all_blocks(layouts):
 
 @pytest.mark.parametrize(
     "length, path, block",
-    [  # by sd-scripts' rules: 3 entries a block, the third of the encoder's its downsampler; input 0 is conv_in
+    [  # by sd-scripts' rules: 3 entries a block, the encoder's third its downsampler; 0 is conv_in
         (17, "conv_in", "IN00"),
         (17, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "IN01"),
         (17, "down_blocks.0.resnets.1.conv1", "IN02"),

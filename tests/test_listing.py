@@ -1,5 +1,8 @@
-"""listing, records, captions: what each file of a folder is to a training, in the layouts that people and other tools leave."""
+"""listing, records, captions: what each file of a folder is to a training, in the layouts that
+people and other tools leave.
+"""
 
+import itertools
 import json
 import os
 import unicodedata
@@ -36,8 +39,10 @@ def names(folder: Path, **how: object) -> list[str]:
 # ---------------------------------------------------------------- masks
 
 MASKS = [
-    "a.mask.png", "a.mask.PNG", "a.MASK.jpg", "a.mask.webp", "a-masklabel.png", "a_mask.png", "a-mask.jpg", "mask_a.png", "a.png.mask.png",
-    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png", "a (mask).png", "a-matte.webp", "a_seg.png", "a_segmentation.PNG",
+    "a.mask.png", "a.mask.PNG", "a.MASK.jpg", "a.mask.webp", "a-masklabel.png", "a_mask.png",
+    "a-mask.jpg", "mask_a.png", "a.png.mask.png",
+    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png", "a (mask).png", "a-matte.webp",
+    "a_seg.png", "a_segmentation.PNG",
 ]  # fmt: skip
 
 
@@ -111,8 +116,10 @@ def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("IMG_1.caption", "a red TOK"), ("IMG_1.TXT", "a red TOK\r\n"), ("IMG_1.Caption", "\ufeffa red TOK"), ("IMG_1.png.txt", "a red TOK"),
-        ("IMG_1.json", '{"caption": "a red TOK"}'), ("IMG_1.json", '{"prompt": ["a red TOK"], "width": 3}'), ("IMG_1.JSON", '"a red TOK"'),
+        ("IMG_1.caption", "a red TOK"), ("IMG_1.TXT", "a red TOK\r\n"),
+        ("IMG_1.Caption", "\ufeffa red TOK"), ("IMG_1.png.txt", "a red TOK"),
+        ("IMG_1.json", '{"caption": "a red TOK"}'), ("IMG_1.json",
+        '{"prompt": ["a red TOK"], "width": 3}'), ("IMG_1.JSON", '"a red TOK"'),
         ("IMG_1.json", "a red TOK"),
     ],
 )  # fmt: skip
@@ -165,7 +172,8 @@ def test_names_that_nobody_wrote_are_captions_only_when_asked_for(
     (tmp_path / "notes.txt").write_text("bought in May")
     with pytest.raises(
         UserError,
-        match=r"1 of 2 images .* no caption but a name .*--data.caption, .*--data.captions filename",
+        match=r"1 of 2 images .* no caption but a name "
+        r".*--data.caption, .*--data.captions filename",
     ):
         scan_folder(tmp_path)
     records = scan_folder(tmp_path, captions="filename")
@@ -227,7 +235,9 @@ def kohya(root: Path) -> Path:
 
 
 def test_kohyas_folders_are_read_with_their_repeats_and_names(tmp_path: Path) -> None:
-    """As generate_dreambooth_subsets_config_by_subdirs: N repeats, the rest of the name where an image has no caption file."""
+    """As generate_dreambooth_subsets_config_by_subdirs: N repeats, the rest of the name where an
+    image has no caption file.
+    """
     root = kohya(tmp_path / "img")
     save(root / "reg" / "1_dog" / "x.png")
     save(root / "2024_summer" / "y.png")
@@ -346,7 +356,8 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
     found = dataset.find_unused_files(tmp_path, scan_folder(tmp_path, captions="one", caption="x"))
     assert found.pop("links to nothing") == [tmp_path / "e.png"]
-    assert sorted(path.name for paths in found.values() for path in paths) == sorted(
+    every = itertools.chain.from_iterable(found.values())
+    assert sorted(path.name for path in every) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
     )
     assert [p.name for p in next(paths for why, paths in found.items() if "HEIC" in why)] == [
@@ -499,7 +510,7 @@ def test_a_text_beside_an_image_without_a_caption_is_named(tmp_path: Path) -> No
     (tmp_path / "IMG_1.json").write_text('{"text": null, "caption": "of a TOK"}')
     (tmp_path / "IMG_2.json").write_text('{"tags": "x"}')
     with pytest.raises(
-        UserError, match=r"1 of 2 images lack .*IMG_2\.png, beside which is IMG_2\.json; add it"
+        UserError, match=r"1 of 2 images lack .*IMG_2\.png, next to which is IMG_2\.json; add it"
     ):
         scan_folder(tmp_path)
     assert [r.captions for r in scan_folder(tmp_path, caption="a TOK")] == [

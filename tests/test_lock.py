@@ -1,4 +1,6 @@
-"""One process per folder: the lock keeps others out while its process lives, and a killed process leaves nothing that does."""
+"""One process per folder: the lock keeps others out while its process lives, and a killed process
+leaves none.
+"""
 
 import json
 import os
@@ -75,9 +77,9 @@ def test_the_lock_is_no_file_of_a_run_and_stays_out_of_backups(tmp_path: Path) -
     out = tmp_path / "run"
     lock = FolderLock.hold(out)
     assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
-    assert Run.check(out, resume=False, overwrite=False) == (out, False)
+    assert Run.check_folder(out, resume=False, overwrite=False) == (out, False)
     with pytest.raises(UserError, match="no run in"):
-        Run.check(out, resume=True, overwrite=False)
+        Run.check_folder(out, resume=True, overwrite=False)
     assert lock.follow(out) is lock
     (out / "config.toml").write_text("")
     Run.open(out, overwrite=True)

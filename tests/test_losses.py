@@ -1,4 +1,6 @@
-"""Losses and weightings against the papers' formulas in float64; masks; what is refused, and by what name."""
+"""Losses and weightings against the papers' formulas in float64; masks; what is refused, and by
+what name.
+"""
 
 import functools
 import math
@@ -14,7 +16,8 @@ from lora_core.diffusion.losses import (
     WEIGHTINGS,
     StepOutput,
     add_preservation,
-    check_loss_rows,
+    check_loss_finite,
+    check_loss_shape,
     describe_loss,
     find_function,
     huber_delta,
@@ -92,7 +95,9 @@ def test_mse_and_l1_are_torchs_by_row() -> None:
 
 
 def kohya_c(t: float, sigma: float, c: float, schedule: str) -> float:
-    """sd-scripts library/train_util.py, get_huber_threshold_if_needed, for one timestep, huber_scale = 1."""
+    """sd-scripts library/train_util.py, get_huber_threshold_if_needed, for one timestep,
+    huber_scale = 1.
+    """
     if schedule == "exponential":
         return math.exp(-(-math.log(c) / 1000) * t)
     return (1 - c) / (1 + sigma) ** 2 + c if schedule == "snr" else c
@@ -222,7 +227,9 @@ def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, ...]) -> None
 
 # ---------------------------------------------------------------- weightings
 
-PAPERS = {  # (weighting, prediction) -> weight of the squared output error, from snr and sigma, as printed in the papers
+# (weighting, prediction) -> weight of the squared output error, from snr and sigma, as printed in
+# the papers
+PAPERS = {
     ("min_snr", "epsilon"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) / s,
     ("min_snr", "v_prediction"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)) / (s + 1),
     ("min_snr", "sample"): lambda s, sigma: torch.minimum(s, torch.full_like(s, 5)),
@@ -355,7 +362,8 @@ def test_x0_pred_of_a_perfect_output_is_x0(prediction: str) -> None:
 def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, 2, 3))\n\nnumber = 1\n"
+        "def cube(step, power=3):\n    return (step.out - step.target).abs().pow(power).mean((1, "
+        "2, 3))\n\nnumber = 1\n"
     )
     step = make()
     assert find_function("l1", LOSSES) is LOSSES["l1"]
@@ -396,8 +404,11 @@ def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
 )
 def test_what_is_not_a_row_per_example_is_refused_by_name(rows: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_loss_rows(rows, "mine", 2)
-    check_loss_rows(torch.ones(2, requires_grad=True), "mine", 2)
+        check_loss_shape(rows, "mine", 2)
+        check_loss_finite(rows, "mine")
+    good = torch.ones(2, requires_grad=True)
+    check_loss_shape(good, "mine", 2)
+    check_loss_finite(good, "mine")
 
 
 def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:
@@ -418,7 +429,8 @@ def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
 # ---------------------------------------------------------------- spaces
 
 
-SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, from alpha^2 of vp or sigma of flow
+# what diffusers' 1 / sigma^2 of the x0 error is on each row, from alpha^2 of vp or sigma of flow
+SNR_WEIGHTED = {
     "epsilon": lambda level: torch.ones_like(level.sigma),
     "v_prediction": lambda level: level.alpha**2,
     "sample": lambda level: level.snr,
@@ -428,7 +440,9 @@ SNR_WEIGHTED = {  # what diffusers' 1 / sigma^2 of the x0 error is on each row, 
 
 @pytest.mark.parametrize("prediction", SNR_WEIGHTED)
 def test_snr_in_edm_space_is_the_published_weight_in_the_networks_own(prediction: str) -> None:
-    """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2 times v's."""
+    """EDM-style training of an epsilon network is epsilon's squared error; of a v network alpha^2
+    times v's.
+    """
     schedule = flow_schedule(steps=1001) if prediction == "flow" else SD
     level = schedule.level(schedule.ts[[0, 147, 500, 998]])
     torch.testing.assert_close(
@@ -460,7 +474,7 @@ def test_a_weighting_computes_the_same_in_both_spaces(name: str, prediction: str
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=0)
 
 
-def test_a_network_of_the_edm_row_is_not_weighed_in_edm_space() -> None:
+def test_a_network_of_the_edm_row_is_not_weighted_in_edm_space() -> None:
     level = edm_schedule().level(edm_schedule().ts[::100])
     assert (loss_weights("none", level, "edm", space="edm") == 1).all()
     torch.testing.assert_close(
@@ -486,22 +500,22 @@ def test_the_weighting_schemes_of_flow_are_diffusers(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("words", "args"),
     [
-        ("loss: mse of epsilon, not weighed", ("none", "epsilon")),
-        ("loss: mse of v, weighed by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
+        ("loss: mse of epsilon, not weighted", ("none", "epsilon")),
+        ("loss: mse of v, weighted by min(snr, 5) / (snr + 1)", ("min_snr", "v_prediction")),
         (
-            "loss: mse of x0, read from epsilon, weighed by snr = 1 / sigma^2",
+            "loss: mse of x0, read from epsilon, weighted by snr = 1 / sigma^2",
             ("none", "epsilon", "edm"),
         ),
         (
-            "loss: mse of x0, read from EDM's preconditioned output, not weighed",
+            "loss: mse of x0, read from EDM's preconditioned output, not weighted",
             ("none", "edm", "edm"),
         ),
         (
-            "loss: mse of x0, read from EDM's preconditioned output, weighed by min(snr, 5)",
+            "loss: mse of x0, read from EDM's preconditioned output, weighted by min(snr, 5)",
             ("min_snr", "edm", "edm"),
         ),
         (
-            "loss: mse of the velocity eps - x0, weighed by snr / (1 + snr)^1 sigma^2",
+            "loss: mse of the velocity eps - x0, weighted by snr / (1 + snr)^1 sigma^2",
             ("p2", "flow"),
         ),
     ],
@@ -513,7 +527,7 @@ def test_a_run_says_what_its_loss_computes(words: str, args: tuple[str, ...]) ->
 def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
     assert (
         describe_loss("min_snr", "sample", gamma=3.0, loss="huber")
-        == "loss: huber of x0, weighed by min(snr, 3)"
+        == "loss: huber of x0, weighted by min(snr, 3)"
     )
     (tmp_path / "mine.py").write_text("def half(snr): return snr / 2")
     assert describe_loss(f"{tmp_path}/mine.py:half", "flow").endswith("mine.py:half of snr sigma^2")
@@ -526,7 +540,8 @@ def test_the_words_know_arguments_files_and_every_row(tmp_path: Path) -> None:
             ).startswith("loss: mse of x0")
 
 
-# ---------------------------------------------------------------- preserving the base model's output
+# ---------------------------------------------------------------- preserving the base model's
+# output
 
 
 def test_preserving_adds_the_squared_difference_to_the_base_without_its_gradient() -> None:

@@ -1,4 +1,4 @@
-"""lycoris: the updates written out entry by entry, refusals, and what may be done with an update that is no LoRA."""
+"""LyCORIS: the updates written out entry by entry, refusals, and uses of other updates."""
 
 import itertools
 
@@ -61,9 +61,10 @@ def entry(parts, i, o, n, *k):
     a, b, t = (parts.get(key) for key in (f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}"))
     if t is None:
         return sum(a[o, r].item() * b[r, n].item() for r in range(R))
-    return sum(
-        t[(r, s, *k)].item() * a[r, o].item() * b[s, n].item() for r in range(R) for s in range(R)
-    )
+    total = 0.0
+    for r, s in itertools.product(range(R), range(R)):
+        total += t[(r, s, *k)].item() * a[r, o].item() * b[s, n].item()
+    return total
 
 
 @pytest.mark.parametrize(
@@ -216,16 +217,37 @@ def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_
 
 @pytest.mark.parametrize(
     "parts, expected",
-    [({"hada_w1_a": (8, R)}, "LoHa update without its hada_w1_b; the file is incomplete"),
-     ({"hada_w1_a": (8, R), "hada_w1_b": (R, 12), "hada_w2_a": (8, R), "hada_w2_b": (R, 11)}, r"hada_w2_b .3, 11., which do not make up"),
-     ({"hada_w1_a": (12, R), "hada_w1_b": (R, 8), "hada_w2_a": (12, R), "hada_w2_b": (R, 8)}, r"do not make up its weight \[8, 12\]"),
-     ({"hada_w1_a": (8, 0), "hada_w1_b": (0, 12), "hada_w2_a": (8, R), "hada_w2_b": (R, 12)}, "a rank above 0"),
-     ({"lokr_w1": (2, 3)}, "LoKr update without its lokr_w2_a"), ({"lokr_w1": (2, 3), "lokr_w2": (4, 5)}, "do not make up"),
-     ({"lokr_w1": (2,), "lokr_w2": (4, 4)}, "do not make up"), ({"diff": (12, 8)}, "do not make up"), ({"diff": (), "alpha": (1,)}, "do not make up"),
-     ({"diff": (8, 12), "lokr_w1": (2, 3)}, "is a LoKr update with a diff"), ({"diff": (8, 12), "scalar": (2,)}, r"a scalar of shape \[2\]"),
-     ({"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 3), "lokr_w2": (4, 4), "alpha": (2,)}, r"an alpha of shape \[2\]"),
-     ({"diff": (8, 12), "diff_b": (8,)}, r"1 key\(s\) that mean nothing here: lora_unet_a.diff_b")],
-)  # fmt: skip
+    [
+        ({"hada_w1_a": (8, R)}, "LoHa update without its hada_w1_b; the file is incomplete"),
+        (
+            {"hada_w1_a": (8, R), "hada_w1_b": (R, 12), "hada_w2_a": (8, R), "hada_w2_b": (R, 11)},
+            r"hada_w2_b .3, 11., which do not make up",
+        ),
+        (
+            {"hada_w1_a": (12, R), "hada_w1_b": (R, 8), "hada_w2_a": (12, R), "hada_w2_b": (R, 8)},
+            r"do not make up its weight \[8, 12\]",
+        ),
+        (
+            {"hada_w1_a": (8, 0), "hada_w1_b": (0, 12), "hada_w2_a": (8, R), "hada_w2_b": (R, 12)},
+            "a rank above 0",
+        ),
+        ({"lokr_w1": (2, 3)}, "LoKr update without its lokr_w2_a"),
+        ({"lokr_w1": (2, 3), "lokr_w2": (4, 5)}, "do not make up"),
+        ({"lokr_w1": (2,), "lokr_w2": (4, 4)}, "do not make up"),
+        ({"diff": (12, 8)}, "do not make up"),
+        ({"diff": (), "alpha": (1,)}, "do not make up"),
+        ({"diff": (8, 12), "lokr_w1": (2, 3)}, "is a LoKr update with a diff"),
+        ({"diff": (8, 12), "scalar": (2,)}, r"a scalar of shape \[2\]"),
+        (
+            {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 3), "lokr_w2": (4, 4), "alpha": (2,)},
+            r"an alpha of shape \[2\]",
+        ),
+        (
+            {"diff": (8, 12), "diff_b": (8,)},
+            r"1 key\(s\) that mean nothing here: lora_unet_a.diff_b",
+        ),
+    ],
+)
 def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expected):
     with pytest.raises(UserError, match=expected) as error:
         read({name: torch.randn(shape) for name, shape in parts.items()}, layout, tmp_path)
@@ -234,7 +256,10 @@ def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expe
 
 def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
     state = read(loha((8, 12), False), layout, tmp_path)
-    advice = r"unet.a is a LoHa update, no product of two factors; merge\.py resize --rank R makes a LoRA of it, merge\.py fold puts it into a model"
+    advice = (
+        r"unet.a is a LoHa update, no product of two factors; "
+        r"merge\.py resize --rank R makes a LoRA of it, merge\.py fold puts it into a model"
+    )
     with pytest.raises(UserError, match=f"cannot be put on a model as it is: {advice}"):
         formats.load(tmp_path / "a.safetensors", layout)
     for format in ("kohya", "diffusers"):

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 import merge
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
-from lora_core.formats import cloneofsimo, embeddings
+from lora_core.formats import embeddings
+from lora_core.formats.factor_lists import write_factor_lists
+from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
-from merging import opening
+from merging import base_models
 from merging.adapter_sums import Term, collect_layers, mix_layers_dense
-from merging.compare import cosine_similarity
-from merging.folding import open_model_folder, weight_key
-from merging.svd import Keep
+from merging.commands import ReadOptions
+from merging.factor_sums import cosine_similarity
 from merging.ties_dare import ties
+from merging.truncation import Keep
 from models import read_layout
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -389,7 +391,7 @@ def test_redo_of_a_model_folder(here, capsys):
 def test_lpl_of_a_file_with_itself(here, made, layout, alpha, times, suffix, capsys):
     if suffix == "pt":
         plain = replace(made[1]["c"], tokens={}, token_names=())
-        cloneofsimo.write_factor_lists(plain, "c.pt", layout)
+        write_factor_lists(plain, "c.pt", layout)
         exact = summed([(times, plain)])
     else:
         exact = summed([(times, made[1]["c"])])
@@ -453,7 +455,7 @@ def test_lpl_of_unlike_files_is_refused(here, made, layout, capsys):
         status=2,
     )
     for name, rank in (("p", 2), ("q", 3)):
-        cloneofsimo.write_factor_lists(
+        write_factor_lists(
             random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()),
             f"{name}.pt",
             layout,
@@ -494,7 +496,7 @@ def test_ljl_joins_exactly(here, made, layout, capsys):
 
 @pytest.mark.parametrize("name", ["base", "runwayml/stable-diffusion-v1-5"])
 def test_upl_writes_the_model_with_its_tokens(here, made, layout, model, name, monkeypatch, capsys):
-    monkeypatch.setattr(opening, "download_model", lambda _: model)
+    monkeypatch.setattr("models.hub_models.download_model", lambda _: model)
     call(name, "./c.safetensors", "./output_merged", "0.8", "--mode", "upl", lora_add=True)
     assert "100.00 % of the update's energy survived" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
@@ -556,15 +558,15 @@ def test_flags_of_python_fire_are_understood(here, made, layout, words):
 @pytest.mark.parametrize("out", ["merged", "merged.safetensors", "merged.ckpt"])
 def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
-    folded = opening.open_base_model(
-        out, opening.OpenOptions(model_config="" if out == "merged" else "base")
+    folded = base_models.open_base_model(
+        out, ReadOptions(model_config="" if out == "merged" else "base")
     )
     before = open_model_folder("base")
     wished = summed(
         [(0.7, made[1]["a"]), (-0.2, AdapterState({"unet": made[1]["b"].components["unet"]}))]
     )
     for (name, path), update in wished.items():
-        weight = opening.base_weight_reader(folded)(name, path)
+        weight = base_models.base_weight_reader(folded)(name, path)
         torch.testing.assert_close(
             weight.double(),
             before[name].read(weight_key(before[name], layout, name, path)) + update,
@@ -628,8 +630,8 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     call("mix", "base + both", "--out", "x", "--rank", "4", status=2)
     assert re.search(r"(?s)add up to 1.2.*distill makes.*no rank", capsys.readouterr().err)
     call("convert", "tuned.safetensors", "tuned", "--model-config", "base")
-    single = opening.open_base_model(
-        "tuned.safetensors", opening.OpenOptions(model_config="base")
+    single = base_models.open_base_model(
+        "tuned.safetensors", ReadOptions(model_config="base")
     ).model
     for name, weights in open_model_folder("tuned").items():
         assert all(torch.equal(weights.read(key), single[name].read(key)) for key in weights.infos)
@@ -803,7 +805,7 @@ BAD = [
     (("redo", "nowhere"), "is not there"),
     (("add", "a.safetensors", "b.safetensors"), "one of these is missing"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is no number"),
-    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "besides"),
+    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "in addition"),
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
     (("add", "base", "a.safetensors", "o.safetensors"), "choose --mode upl"),
@@ -830,13 +832,11 @@ def spoiled(here, monkeypatch):
     monkeypatch.setattr(
         os, "access", lambda place, mode: "locked" not in str(place) and access(place, mode)
     )  # root may write anywhere
-    monkeypatch.setattr(
-        opening,
-        "HfApi",
-        lambda: type(
-            "Offline", (), {"list_repo_files": lambda self, name: exec("raise OSError('offline')")}
-        )(),
-    )
+
+    def refuse(self, name):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", refuse)
     return here
 
 
@@ -907,7 +907,9 @@ def test_dry_runs_report_and_write_nothing(spoiled, words, capsys):
 
 
 @pytest.mark.parametrize("command", ["", *merge.COMMANDS])
-def test_help_fits_on_a_screen(command, capsys):
+def test_help_fits_on_a_screen(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", True)  # as on a terminal
     call(*([command] if command else []), "--help")
     lines = capsys.readouterr().out.splitlines()
     assert (
@@ -920,18 +922,18 @@ def test_help_fits_on_a_screen(command, capsys):
 def test_examples_of_the_help_are_commands(monkeypatch):
     import shlex
 
-    for name, row in merge.COMMANDS.items():
-        seen = []
-        monkeypatch.setitem(merge.COMMANDS, name, row._replace(run=seen.append))
-        call(name, *shlex.split(row.example))
-        assert seen
+    seen = []
+    monkeypatch.setattr(merge, "run_command", lambda name, options: seen.append(name))
+    for name, command in merge.COMMANDS.items():
+        call(name, *shlex.split(command.example))
+    assert seen == list(merge.COMMANDS)
 
 
 def test_an_interruption_is_said(here, monkeypatch, capsys):
-    def stop(args):
+    def stop(name, options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(merge.COMMANDS, "info", merge.COMMANDS["info"]._replace(run=stop))
+    monkeypatch.setattr(merge, "run_command", stop)
     call("info", "a.safetensors", status=130)
     assert "interrupted" in capsys.readouterr().err
 

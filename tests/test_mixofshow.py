@@ -61,12 +61,28 @@ def test_it_acts_and_says_that_rows_belong_to_layers(tmp_path):
     assert torch.equal(outputs(PIPE)[0], before)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda p: p["unet"].update({"nowhere.lora_down.weight": torch.ones(1, 2), "nowhere.lora_up.weight": torch.ones(2, 1)}), "nearest known"),
-    (lambda p: p["unet"].popitem(), "is no factor of a pair"),
-    (lambda p: p["new_concept_embedding"].update({"<a>": torch.ones(3)}), "has no rows"),
-    (lambda p: p["new_concept_embedding"].update({"<a>": torch.full((16, 16), float("nan"))}), "NaN or Inf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda p: p["unet"].update(
+                {
+                    "nowhere.lora_down.weight": torch.ones(1, 2),
+                    "nowhere.lora_up.weight": torch.ones(2, 1),
+                }
+            ),
+            "nearest known",
+        ),
+        (lambda p: p["unet"].popitem(), "is no factor of a pair"),
+        (lambda p: p["new_concept_embedding"].update({"<a>": torch.ones(3)}), "has no rows"),
+        (
+            lambda p: p["new_concept_embedding"].update(
+                {"<a>": torch.full((16, 16), float("nan"))}
+            ),
+            "NaN or Inf",
+        ),
+    ],
+)
 def test_damage_is_one_sentence(tmp_path, change, said):
     file(tmp_path / "x.pth", random_state(PIPE, unet=("*attn1.to_q",), text=()), ["<dog1>"])
     data = torch.load(tmp_path / "x.pth", weights_only=True)

@@ -1,4 +1,6 @@
-"""Noise: the identities of the schedules, diffusers' tables, and numbers that depend on an example's key alone."""
+"""Noise: the identities of the schedules, diffusers' tables, and numbers that depend on an
+example's key alone.
+"""
 
 import math
 

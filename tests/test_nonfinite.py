@@ -1,4 +1,6 @@
-"""Numbers that are none are refused where they enter, and no checkpoint, file or picture is made of them."""
+"""Numbers that are none are refused where they enter, and no checkpoint, file or image is made of
+them.
+"""
 
 import json
 import math
@@ -24,7 +26,8 @@ from lora_core.runs.run_folder import Run, nonfinite_names
 from models import load_family
 from tests.conftest import rows
 from training import nonfinite
-from training.setup import Session
+from training.log import Log
+from training.setup import Optimization
 
 NAN = float("nan")
 
@@ -75,7 +78,8 @@ def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
     last = {0: "there is no checkpoint", 1: "of step 3", 2: "of step 2"}[save_every]
     with pytest.raises(
         UserError,
-        match=f"the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*{last}",
+        match="the gradient is nan in step 4, whose loss is a number.*denoiser took it over.*"
+        + last,
     ):
         train.train(config, loss=broken_gradient(3))
     kept = [
@@ -93,14 +97,19 @@ def test_a_gradient_of_nan_under_a_finite_loss_writes_nothing(
 
 
 DAMAGED = {
-    "parameter": (lambda s: s.groups["denoiser"][2], r"denoiser \(unet\..*\.down\) holds NaN"),
-    "rows of tokens": (lambda s: s.groups["tokens"][0], r"tokens \(text_encoder\..*\) holds NaN"),
+    "parameter": (lambda o: params(o, "denoiser")[2], r"denoiser \(unet\..*\.down\) holds NaN"),
+    "rows of tokens": (lambda o: params(o, "tokens")[0], r"tokens \(text_encoder\..*\) holds NaN"),
     "optimizer": (
-        lambda s: s.optimizer.state[s.groups["denoiser"][0]]["exp_avg_sq"],
+        lambda o: o.optimizer.state[params(o, "denoiser")[0]]["exp_avg_sq"],
         "the optimizer's state of denoiser holds NaN",
     ),
-    "average": (lambda s: s.average.averages[1], "the moving average holds NaN"),
+    "average": (lambda o: o.average.averages[1], "the moving average holds NaN"),
 }
+
+
+def params(optimization: Optimization, name: str) -> list[torch.Tensor]:
+    groups = optimization.optimizer.param_groups
+    return next(group["params"] for group in groups if group["name"] == name)
 
 
 @pytest.mark.parametrize("place, said", DAMAGED.values(), ids=DAMAGED)
@@ -108,15 +117,15 @@ def test_damaged_state_is_named_and_not_saved(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, place: Any, said: str
 ) -> None:
     config = replace(config, ema=0.5, stages=(Stage(2, ("denoiser", "tokens")),))
-    whole, calls = Session.average_, []
+    whole, calls = Optimization.update_average_, []
 
-    def average_(s: Session) -> None:
-        whole(s)
+    def damage(optimization: Optimization) -> None:
+        whole(optimization)
         calls.append(1)
         if len(calls) == 2:
-            place(s).data.view(-1)[0] = NAN
+            place(optimization).data.view(-1)[0] = NAN
 
-    monkeypatch.setattr(Session, "average_", average_)
+    monkeypatch.setattr(Optimization, "update_average_", damage)
     with pytest.raises(UserError, match=f"{said} or infinity after step 2.*there is no checkpoint"):
         train.train(config)
     assert not list(Path(config.out).glob("checkpoints/*")) and not list(
@@ -183,7 +192,8 @@ def test_a_checkpoint_of_nan_is_passed_over(
     run = Run.open(tmp_path / "run")
     for step, value in ((1, 1.0), (2, NAN)):
         run.save_checkpoint(step, {"a": torch.tensor([value])}, {})
-    assert run.load_checkpoint().step == 1 and "a holds NaN or infinity" in capsys.readouterr().out  # type: ignore[union-attr]
+    assert run.load_checkpoint().step == 1  # type: ignore[union-attr]
+    assert "a holds NaN or infinity" in capsys.readouterr().out
 
 
 def test_older_checkpoints_go_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +284,7 @@ def test_a_bad_row_of_the_latent_cache_is_named(
 def test_a_damaged_part_of_the_model_is_named(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, part: str, said: str, random: bool
 ) -> None:
-    from training import results, setup
+    from training import setup
 
     load = setup.load_family
 
@@ -288,7 +298,7 @@ def test_a_damaged_part_of_the_model_is_named(
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    monkeypatch.setattr(results, "run_validation", lambda s, done: None)
+    monkeypatch.setattr(Log, "validate", lambda log, done, scorer: None)
     config = replace(config, data=replace(config.data, flip=random))
     with pytest.raises(UserError, match=said):
         train.train(config)
@@ -316,17 +326,17 @@ def test_the_first_validation_says_so_too(
         train.train(config)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize(
     "part, said",
     [
-        ("unet", r"the denoiser \(unet\) drew NaN .* seed 3"),
-        ("vae", "the VAE's decoder drew NaN .* seed 3"),
+        ("unet", r"the denoiser \(unet\) gave NaN .* seed 3"),
+        ("vae", "the VAE's decoder gave NaN .* seed 3"),
     ],
 )
-def test_black_pictures_are_refused(
+def test_black_images_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, said: str
 ) -> None:
     broken = Path(shutil.copytree(model, tmp_path / part))
@@ -360,10 +370,10 @@ def test_black_pictures_are_refused(
         )
         == 2
     )
-    assert "drew NaN" in capsys.readouterr().err and not out.exists()
+    assert "gave NaN" in capsys.readouterr().err and not out.exists()
 
 
-def test_pixels_of_nan_are_no_picture() -> None:
+def test_pixels_of_nan_are_refused() -> None:
     pixels = torch.zeros(2, 3, 4, 4)
     pixels[1, 0, 0, 0] = NAN
     with pytest.raises(UserError, match="NaN"):
@@ -384,7 +394,7 @@ def test_class_images_of_nan_are_not_written(
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    with pytest.raises(UserError, match="decoder drew NaN"):
+    with pytest.raises(UserError, match="decoder gave NaN"):
         train.train(replace(config, prior=PriorConfig("a cat", count=2)))
     assert not list(Path(config.out).rglob("*.png"))
 
@@ -409,7 +419,7 @@ def test_several_ranks_are_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
-        Session(config)
+        train.train(config)
     assert not Path(config.out).exists()
 
 
@@ -448,11 +458,11 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
     nowhere = replace(config, data=DataConfig(images="nowhere"), adapter=AdapterConfig(rank=2))
     with pytest.raises(
         UserError,
-        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log in",
+        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log",
     ):
-        Session(replace(nowhere, push_to_hub="you/yours"))
+        train.train(replace(nowhere, push_to_hub="you/yours"))
     with pytest.raises(UserError, match="nowhere does not exist"):
-        Session(replace(nowhere, push_to_hub="me/mine"))
+        train.train(replace(nowhere, push_to_hub="me/mine"))
     assert asked == ["you/yours", "me/mine"] and not os.path.exists(config.out)
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
@@ -460,7 +470,7 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(UserError, match="--report wandb: there is no login; run `wandb login`"):
-        Session(replace(nowhere, report="wandb"))
+        train.train(replace(nowhere, report="wandb"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="nowhere does not exist"):
-        Session(replace(nowhere, report="wandb"))
+        train.train(replace(nowhere, report="wandb"))

@@ -1,6 +1,8 @@
-"""One optimisation step of each public script's objective, written out from its formulas, equals ours to 1e-12 in float64.
+"""One optimization step of each public script's objective, written out from its formulas, equals
+ours to 1e-12 in float64.
 
-The first half is the scripts: plain torch and diffusers, nothing of lora_core. The second half composes our laws as train.training_step does.
+The first half is the scripts: plain torch and diffusers, nothing of lora_core. The second half
+composes our laws as train.training_step does.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,9 @@ def batch() -> Batch:
 
 
 class Tiny(nn.Module):
-    """A linear map over channels, of the latents, of what the network is told about the noise, and of the prompt."""
+    """A linear map over channels, of the latents, of the noise level that the network reads, and
+    of the prompt.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,10 +53,10 @@ class Tiny(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
-        told = torch.stack([torch.sin(t.double() / 100), torch.cos(3 * t.double())], -1)
+        time_input = torch.stack([torch.sin(t.double() / 100), torch.cos(3 * t.double())], -1)
         return (
             torch.einsum("oc,bchw->bohw", self.mix, x)
-            + (told @ self.time.T + e @ self.text.T)[..., None, None]
+            + (time_input @ self.time.T + e @ self.text.T)[..., None, None]
         )
 
 
@@ -103,7 +107,7 @@ def min_snr(t: Tensor, kind: str, gamma: float = 5.0, *, wrong: bool = False) ->
     return least / snr + 1 if wrong else least / (snr + 1)
 
 
-def ddpm_weighed(net: Tiny, data: Batch, t: Tensor, kind: str, weights: Tensor) -> Tensor:
+def ddpm_weighted(net: Tiny, data: Batch, t: Tensor, kind: str, weights: Tensor) -> Tensor:
     return (ddpm_rows(net, data, t, kind).mean((1, 2, 3)) * weights).mean()
 
 
@@ -114,7 +118,9 @@ def ddpm_with_prior(
     e: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The prediction chunked in two: lam[0] mean over the instances + lam[1] mean over the class images."""
+    """The prediction chunked in two: lam[0] mean over the instances + lam[1] mean over the class
+    images.
+    """
     rows = ddpm_rows(net, data, TIMES, "epsilon", e).mean((1, 2, 3)) * (
         torch.ones(B) if weights is None else weights
     )
@@ -123,7 +129,9 @@ def ddpm_with_prior(
 
 
 def edm_euler(net: Tiny, data: Batch, t: Tensor, kind: str, *, weigh: bool = True) -> Tensor:
-    """EDM-style training of the SDXL scripts: EulerDiscreteScheduler's sigmas, looked up by the timestep's index."""
+    """EDM-style training of the SDXL scripts: EulerDiscreteScheduler's sigmas, looked up by the
+    timestep's index.
+    """
     sigmas = (
         ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt().flip(0)
     )  # as the scheduler keeps them, noisiest first
@@ -145,13 +153,15 @@ def edm_playground(
     data: Batch,
     sigma: Tensor,
     *,
-    told: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
+    time_input: Callable[[Tensor], Tensor] = lambda s: 0.25 * torch.log(s),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning, no weighting."""
+    """The same of a Playground v2.5 style model: EDMEulerScheduler's preconditioning,
+    no weighting.
+    """
     s, d = column(sigma), 0.5
     noisy = data.x + s * data.n
-    out = net(noisy / (s**2 + d**2) ** 0.5, told(sigma), data.e)
+    out = net(noisy / (s**2 + d**2) ** 0.5, time_input(sigma), data.e)
     x_hat = d**2 / (s**2 + d**2) * noisy + s * d / (s**2 + d**2) ** 0.5 * out
     rows = ((x_hat - data.x) ** 2).flatten(1).mean(1)
     return (rows if weights is None else rows * weights).mean()
@@ -164,7 +174,7 @@ def flow_script(
     weighting: Callable[[Tensor], Tensor],
     *,
     ascending: bool = False,
-    told: float = 1000.0,
+    time_input: float = 1000.0,
 ) -> Tensor:
     """Flux and SD3 scripts: u indexes a table of timesteps that descends from 1000 to 1."""
     timesteps = torch.arange(1000, 0, -1, dtype=torch.float64)
@@ -173,7 +183,7 @@ def flow_script(
     t = timesteps[(u * 1000).long()]
     s = column(t / 1000)
     noisy = (1 - s) * data.x + s * data.n
-    out = net(noisy, t / told, data.e)
+    out = net(noisy, t / time_input, data.e)
     return (weighting(s) * (out - (data.n - data.x)) ** 2).reshape(B, -1).mean(1).mean()
 
 
@@ -181,7 +191,8 @@ def masked(net: Tiny, data: Batch, m: Tensor, norm: Callable[[Tensor], Tensor]) 
     return ((m * ddpm_rows(net, data, TIMES, "epsilon")).sum((1, 2, 3)) / norm(m)).mean()
 
 
-# ---------------------------------------------------------------- ours, composed as in train.training_step
+# ---------------------------------------------------------------- ours, composed as in
+# train.training_step
 
 
 class Law(NamedTuple):
@@ -221,7 +232,8 @@ def ours(
         law.row,
     )
     rows = losses.LOSSES["mse"](record)
-    losses.check_loss_rows(rows, "mse", len(data.x))
+    losses.check_loss_shape(rows, "mse", len(data.x))
+    losses.check_loss_finite(rows, "mse")
     rows = rows * losses.loss_weights(
         law.weighting,
         level,
@@ -279,7 +291,7 @@ def test_ddpm_objective(kind: str) -> None:
 @pytest.mark.parametrize("kind", OTHER)
 def test_min_snr_objective(kind: str, gamma: float) -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, kind, weighting="min_snr", gamma=gamma))
-    assert equal(mine, stepped(ddpm_weighed, batch(), TIMES, kind, min_snr(TIMES, kind, gamma)))
+    assert equal(mine, stepped(ddpm_weighted, batch(), TIMES, kind, min_snr(TIMES, kind, gamma)))
     assert differ(mine, stepped(ddpm, batch(), TIMES, kind))
 
 
@@ -290,7 +302,9 @@ def test_prior_preservation_objective() -> None:
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_edm_style_objective_of_discrete_networks(kind: str) -> None:
-    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighed x0 error is the network's own with another weight."""
+    """x_sigma / sqrt(sigma^2 + 1) is the x_t of vp, and the weighted x0 error is the network's own
+    with another weight.
+    """
     theirs = stepped(edm_euler, batch(), TIMES, kind)
     assert equal(stepped(ours, batch(), at(TIMES), Law(VP, kind, "edm")), theirs)
     assert equal(stepped(ours, batch(), at(TIMES), Law(VP, kind, "model", "snr")), theirs)
@@ -305,14 +319,16 @@ def test_edm_objective_of_a_preconditioned_network() -> None:
 
 
 def test_the_levels_of_edm_span_the_schedulers_table() -> None:
-    """diffusers' table has 1001 rows, of which scripts draw the noisiest 1000; ours has 1000, both ends included: less than a row apart."""
+    """diffusers' table has 1001 rows, of which scripts draw the noisiest 1000; ours has 1000, both
+    ends included: less than a row apart.
+    """
     table = pytest.importorskip("diffusers").EDMEulerScheduler().sigmas[:1000].double().flip(0)
     gap = ((table.log() - EDM.sigmas.log()) / EDM.sigmas.log().diff().max()).abs()
     assert gap.max() < 1 and EDM.sigmas[-1] == pytest.approx(table[-1].item())
 
 
 def flow_levels(scheme: str, mean: float = 0.0, std: float = 1.0) -> tuple[Tensor, NoiseLevel]:
-    """diffusers' own draw of u, and our levels for the numbers that stand for it in our direction."""
+    """diffusers' own draw of u, and our levels for the same numbers in our direction."""
     training = pytest.importorskip("diffusers.training_utils")
     g = torch.Generator().manual_seed(21)
     u = training.compute_density_for_timestep_sampling(
@@ -363,7 +379,9 @@ def test_flow_objective_of_each_weighting_scheme(scheme: str, mean: float, std: 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
 def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
-    """Each weighting is one law in both spaces; none is not one: there it is snr, as for every network that is not of the edm row."""
+    """Each weighting is one law in both spaces; none is not one: there it is snr, as for every
+    network that is not of the edm row.
+    """
     _, level = flow_levels(scheme)
     here, there = (
         stepped(ours, batch(), level, Law(FLOW, "flow", space, scheme))
@@ -376,14 +394,15 @@ def test_a_flow_law_is_the_same_in_the_space_of_x0(scheme: str) -> None:
     )
 
 
-# ---------------------------------------------------------------- traps of semantics 7, each next to the wrong formula
+# ---------------------------------------------------------------- traps of semantics 7, each next
+# to the wrong formula
 
 
 def test_trap_19_min_snr_of_v() -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "v_prediction", weighting="min_snr"))
     right, wrong = (
         stepped(
-            ddpm_weighed, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)
+            ddpm_weighted, batch(), TIMES, "v_prediction", min_snr(TIMES, "v_prediction", wrong=bad)
         )
         for bad in (False, True)
     )
@@ -403,7 +422,9 @@ def test_trap_19_zero_terminal_snr_is_finite() -> None:
 
 
 def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preservation() -> None:
-    """Not that of the instance it is paired with. The scripts leave prior rows unweighed, which is another objective; ours weighs all alike."""
+    """Not that of the instance it is paired with. The scripts leave prior rows unweighted, which is
+    another objective; ours weighs all alike.
+    """
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "epsilon", weighting="min_snr"), PRIOR, 0.3)
     weights = min_snr(TIMES, "epsilon")
     assert equal(mine, stepped(ddpm_with_prior, batch(), (1, 0.3), weights=weights))
@@ -414,7 +435,9 @@ def test_trap_19_each_row_has_the_weight_of_its_own_timestep_with_prior_preserva
 
 
 def test_trap_20_the_direction_of_logit_mean() -> None:
-    """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign turned."""
+    """diffusers' +1 is a mean sigma of 0.30, ours is 0.70; a script's recipe is ours with the sign
+    turned.
+    """
     training = pytest.importorskip("diffusers.training_utils")
     many = RandomKeys(5, tuple(map(str, range(4000))), (0,) * 4000)
     u = training.compute_density_for_timestep_sampling(
@@ -462,13 +485,15 @@ def test_trap_20_the_network_is_told_sigma() -> None:
     assert torch.equal(level.t, level.sigma)
     mine = stepped(ours, batch(), level, Law(FLOW, "flow"))
     right, wrong = (
-        stepped(flow_script, batch(), u, torch.ones_like, told=by) for by in (1000.0, 1.0)
+        stepped(flow_script, batch(), u, torch.ones_like, time_input=by) for by in (1000.0, 1.0)
     )
     assert equal(mine, right) and differ(mine, wrong)
 
 
 def test_trap_21_the_mask_weighs_once_and_is_normalised() -> None:
-    """Right: sum(m e^2) / (c sum(m)). Wrong: m^2 (pred and target both times m), the mean over all pixels, 4 channels over one (Mix-of-Show)."""
+    """Right: sum(m e^2) / (c sum(m)). Wrong: m^2 (pred and target both times m), the mean over all
+    pixels, 4 channels over one (Mix-of-Show).
+    """
     m = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     mine = stepped(ours, batch(), at(TIMES), Law(VP, "epsilon", mask=m))
     norms: dict[str, Callable[[Tensor], Tensor]] = {
@@ -485,7 +510,9 @@ def test_trap_21_the_mask_weighs_once_and_is_normalised() -> None:
 
 
 def test_trap_21_a_mask_is_resized_by_area() -> None:
-    """The masked mean over pixels of an error that is constant on each latent is that over latents with the area-resized mask, not the nearest."""
+    """The masked mean over pixels of an error that is constant on each latent is that over latents
+    with the area-resized mask, not the nearest.
+    """
     g = torch.Generator().manual_seed(4)
     pixels, error = (
         torch.rand(B, 1, 8 * H, 8 * W, generator=g).double(),
@@ -501,7 +528,7 @@ def test_trap_21_a_mask_is_resized_by_area() -> None:
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_trap_22_discrete_networks_are_weighed_in_edm_space(kind: str) -> None:
+def test_trap_22_discrete_networks_are_weighted_in_edm_space(kind: str) -> None:
     mine = stepped(ours, batch(), at(TIMES), Law(VP, kind, "edm"))
     right, wrong = (
         stepped(edm_euler, batch(), TIMES, kind, weigh=weigh) for weigh in (True, False)
@@ -509,10 +536,10 @@ def test_trap_22_discrete_networks_are_weighed_in_edm_space(kind: str) -> None:
     assert equal(mine, right) and differ(mine, wrong)
 
 
-def test_trap_22_preconditioned_networks_are_told_the_log_and_not_weighed() -> None:
+def test_trap_22_preconditioned_networks_read_the_log_and_not_weighted() -> None:
     sigma, mine = edm_levels().sigma, stepped(ours, batch(), edm_levels(), Law(EDM, "edm", "edm"))
     assert equal(mine, stepped(edm_playground, batch(), sigma))
-    assert differ(mine, stepped(edm_playground, batch(), sigma, told=lambda s: s))
+    assert differ(mine, stepped(edm_playground, batch(), sigma, time_input=lambda s: s))
     assert differ(mine, stepped(edm_playground, batch(), sigma, weights=sigma**-2.0))
 
 
@@ -522,7 +549,9 @@ def test_trap_22_preconditioned_networks_are_told_the_log_and_not_weighed() -> N
 def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
     kind: str, schedule: Schedule
 ) -> None:
-    """min(snr, 5) |x0 error|^2, whatever the network predicts; for epsilon and v that is min-SNR itself."""
+    """min(snr, 5) |x0 error|^2, whatever the network predicts; for epsilon and v that is min-SNR
+    itself.
+    """
     level = at(TIMES) if schedule is VP else edm_levels()
     mine = stepped(ours, batch(), level, Law(schedule, kind, "edm", "min_snr"))
     if kind == "edm":
@@ -530,11 +559,11 @@ def test_trap_22_min_snr_with_edm_is_the_law_that_public_scripts_refuse(
             edm_playground, batch(), level.sigma, weights=(level.sigma**-2.0).clamp(max=5.0)
         )
     else:
-        right = stepped(ddpm_weighed, batch(), TIMES, kind, min_snr(TIMES, kind))
+        right = stepped(ddpm_weighted, batch(), TIMES, kind, min_snr(TIMES, kind))
     assert equal(mine, right) and differ(
         mine, stepped(ours, batch(), level, Law(schedule, kind, "edm"))
     )
-    assert losses.describe_loss("min_snr", kind, "edm").endswith("weighed by min(snr, 5)")
+    assert losses.describe_loss("min_snr", kind, "edm").endswith("weighted by min(snr, 5)")
 
 
 def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
@@ -543,7 +572,7 @@ def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
     wrong = [stepped(ddpm_with_prior, data, (0.3, 0.3)), stepped(ddpm_with_prior, data, (0.3, 1))]
     wrong.append(
         stepped(ddpm_with_prior, data, (1, 0.3), data.e[order])
-    )  # embeddings i c i c beside pixels i i c c
+    )  # embeddings i c i c next to pixels i i c c
     for rows, flags, times in (
         (data, PRIOR, TIMES),
         (Batch(*(v[order] for v in data)), PRIOR[order], TIMES[order]),
@@ -553,7 +582,9 @@ def test_trap_23_lambda_is_on_the_prior_rows_alone_wherever_they_are() -> None:
 
 
 def test_trap_23_micro_batches_of_any_make_up_add_up_to_the_step() -> None:
-    """Three prior rows and one instance, in halves: the sum is the step's own loss, which a mean of means is not."""
+    """Three prior rows and one instance, in halves: the sum is the step's own loss, which a mean of
+    means is not.
+    """
     flags, rows = (
         torch.tensor([True, False, True, True]),
         ddpm_rows(Tiny(), batch(), TIMES, "epsilon").mean((1, 2, 3)),

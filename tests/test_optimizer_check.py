@@ -1,4 +1,4 @@
-"""Optimisers and schedules of others: tried before any weight is read, logged, evaluated, kept and resumed."""
+"""Optimizers and schedules of others: tried before any weight is read, logged, resumed."""
 
 import inspect
 from dataclasses import replace
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import train
 from lora_core.config import Config, OptimizerConfig, Stage, ValidationConfig
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.optim import building
 from tests.conftest import final, learned, rows, same
-from training import checkpoints, results, setup
+from tests.opened_run import open_parts
+from training import setup
 from training.optimizer_check import try_optimizer
-from training.setup import Session
 
 SETTINGS = {"denoiser": {"name": "denoiser", "lr": 1e-2}, "tokens": {"name": "tokens", "lr": 1e-3}}
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ class Averaging(Plain):
                 group["train_mode"] = mode
                 for p in group["params"]:
                     if "x" in self.state[p]:
-                        p.data.add_(self.state[p]["x"] - p.data if not mode else self.state[p]["y"] - p.data)
+                        p.data.add_(self.state[p]["y" if mode else "x"] - p.data)
     def eval(self):
         for group in self.param_groups:
             for p in group["params"]:
@@ -100,13 +100,17 @@ class Forgets(Plain):
                 p.data.add_(0.1 * self.count)
 
 class KeepsHalf(Plain):
-    """A state that torch's load_state_dict gives another dtype; nothing shows it in the parameters for a while."""
+    """A state that torch's load_state_dict gives another dtype.
+
+    Nothing shows it in the parameters for a while.
+    """
     def step(self, closure=None):
         super().step()
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                state["s"] = state.get("s", torch.zeros_like(p, dtype=torch.bfloat16)) + p.grad.bfloat16()
+                zeros = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["s"] = state.get("s", zeros) + p.grad.bfloat16()
 
 class NoDefault(Plain):
     """As bitsandbytes' SGD and LARS: asks for a learning rate."""
@@ -192,11 +196,19 @@ def test_installed_classes_are_tried_too(name: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("adamw", {}), ("prodigy", {}), ("prodigyopt.Prodigy", {}), ("torch.optim.Adam", {"fused": True}), ("torch.optim.Adam", {"foreach": True}),
-        ("torch.optim.SGD", {"momentum": 0.9}), ("torch.optim.Adafactor", {}), ("torch.optim.Muon", {}), ("torch.optim.Rprop", {}),
-        ("torch.optim.NAdam", {}), ("torch.optim.ASGD", {}),
+        ("adamw", {}),
+        ("prodigy", {}),
+        ("prodigyopt.Prodigy", {}),
+        ("torch.optim.Adam", {"fused": True}),
+        ("torch.optim.Adam", {"foreach": True}),
+        ("torch.optim.SGD", {"momentum": 0.9}),
+        ("torch.optim.Adafactor", {}),
+        ("torch.optim.Muon", {}),
+        ("torch.optim.Rprop", {}),
+        ("torch.optim.NAdam", {}),
+        ("torch.optim.ASGD", {}),
     ],
-)  # fmt: skip
+)
 def test_others_pass_and_leave_the_generators_alone(name: str, args: dict[str, Any]) -> None:
     before = torch.get_rng_state()
     settings = {group: {**s, "lr": 1e-2} for group, s in SETTINGS.items()}
@@ -222,11 +234,11 @@ def test_no_weight_is_read_before(
     ):
         args = {"nesterof": True} if name.endswith("SGD") else {}
         with pytest.raises(UserError, match=said):
-            Session(replace(config, optimizer=OptimizerConfig(name, args=args)))
+            train.train(replace(config, optimizer=OptimizerConfig(name, args=args)))
     with pytest.raises(UserError, match="averages itself"):
-        Session(replace(config, ema=0.5, optimizer=OptimizerConfig(f"{own}:Averaging")))
+        train.train(replace(config, ema=0.5, optimizer=OptimizerConfig(f"{own}:Averaging")))
     with pytest.raises(UserError, match="takes no weight_decay"):
-        Session(
+        train.train(
             replace(
                 config,
                 optimizer=OptimizerConfig("torch.optim.Rprop"),
@@ -240,19 +252,19 @@ def test_no_weight_is_read_before(
 
 def test_d_is_logged_whatever_holds_it_and_a_setting_of_that_name_is_none(own: str) -> None:
     p = nn.Parameter(torch.ones(2, 2))
-    ours = schedules.build_optimizer("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
-    assert isinstance(schedules.read_distance(ours, ours.param_groups[0]), Tensor)
+    ours = building.build_optimizer("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
+    assert isinstance(building.read_distance(ours, ours.param_groups[0]), Tensor)
     theirs = prodigyopt.Prodigy([p], d0=1e-4)
-    assert schedules.read_distance(theirs, theirs.param_groups[0]) == 1e-4
+    assert building.read_distance(theirs, theirs.param_groups[0]) == 1e-4
     clipping = torch.optim.Adafactor([p], d=2.0)  # torch: the threshold of its clipping
     assert (
         clipping.param_groups[0]["d"] == 2.0
-        and schedules.read_distance(clipping, clipping.param_groups[0]) is None
+        and building.read_distance(clipping, clipping.param_groups[0]) is None
     )
     assert (
-        schedules.read_distance(theirs, {"d": None}) is None
-        and schedules.read_distance(theirs, {}) is None
-        and schedules.read_distance(theirs, {"d": "d"}) is None
+        building.read_distance(theirs, {"d": None}) is None
+        and building.read_distance(theirs, {}) is None
+        and building.read_distance(theirs, {"d": "d"}) is None
     )
 
 
@@ -298,29 +310,25 @@ def test_looking_at_a_schedule_free_run_does_not_change_it(
 def test_validation_and_files_have_the_averaged_weights_and_checkpoints_the_trained(
     config: Config, quick: None, own: str
 ) -> None:
-    s = Session(
+    s = open_parts(
         replace(config, optimizer=OptimizerConfig(schedule_free(own)[0], lr={"denoiser": 1e-1}))
     )
-    stage = s.config.stages[0]
-    s.enter(stage)
-    for number, batch in enumerate(s.batches(0, 2)):
-        s.set_rates(stage, number)
-        train.optimizer_step(s, batch, stage, number, train.training_step)
-    params = s.groups["denoiser"]
-    y, x = [p.detach().clone() for p in params], [s.optimizer.state[p]["x"] for p in params]
+    s.take_steps(2)
+    params, optimizer = s.model.groups["denoiser"], s.optimization.optimizer
+    y, x = [p.detach().clone() for p in params], [optimizer.state[p]["x"] for p in params]
     assert any(not torch.equal(a, b) for a, b in zip(x, y))
     inside: list[bool] = []
-    denoise = s.family.denoise
+    denoise = s.model.family.denoise
 
     def look(*a: Any) -> Tensor:
         inside.append(all(torch.allclose(p, mean) for p, mean in zip(params, x)))
         return denoise(*a)
 
-    s.family.denoise = look  # type: ignore[method-assign]
-    results.run_validation(s, 2)
-    checkpoints.write_checkpoint(s, 2)
+    s.model.family.denoise = look  # type: ignore[method-assign]
+    s.log.validate(2, s.scorer)
+    s.checkpoints.write(2, s.log)
     assert inside and all(inside) and all(torch.equal(p, before) for p, before in zip(params, y))
-    assert all(group["train_mode"] for group in s.optimizer.param_groups)
+    assert all(group["train_mode"] for group in optimizer.param_groups)
     kept = learned(Path(config.out))
     assert all(torch.equal(kept[f"groups/denoiser/{i}"], before) for i, before in enumerate(y))
 
@@ -391,14 +399,12 @@ def test_schedules_are_called_before_any_work(
     ):
         if c is not None:
             with pytest.raises(UserError, match=said):
-                Session(c)
+                train.train(c)
 
 
 def test_a_file_is_run_once(own: str) -> None:
-    assert schedules.resolve_optimizer(f"{own}:Plain") is schedules.resolve_optimizer(
-        f"{own}:Plain"
-    )
-    assert "shrink" in inspect.signature(schedules.resolve_optimizer(f"{own}:Plain")).parameters
+    assert building.resolve_optimizer(f"{own}:Plain") is building.resolve_optimizer(f"{own}:Plain")
+    assert "shrink" in inspect.signature(building.resolve_optimizer(f"{own}:Plain")).parameters
 
 
 @pytest.mark.parametrize("name", ["NoDefault", "ChecksNone"])
@@ -410,8 +416,8 @@ def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(
             UserError,
             match=r"has no learning rate of its own; give --optimizer.lr, such as denoiser=1e-4",
         ):
-            schedules.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
-    settings = schedules.group_settings(
+            building.group_settings(f"{own}:{name}", groups, lr={}, decay={}, betas={})
+    settings = building.group_settings(
         f"{own}:{name}",
         ["denoiser", "tokens"],
         lr={"denoiser": 1e-2, "tokens": 2e-2},
@@ -419,14 +425,14 @@ def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(
         betas={},
     )
     assert try_optimizer(f"{own}:{name}", settings, {}, CPU) == []
-    built = schedules.build_optimizer(
+    built = building.build_optimizer(
         f"{own}:{name}",
         [{"params": [nn.Parameter(torch.ones(1))], **group} for group in settings.values()],
         {},
     )
     assert [group["lr"] for group in built.param_groups] == [1e-2, 2e-2]
     with pytest.raises(UserError, match=r"own; give --optimizer.lr, such as tokens=1e-4"):
-        schedules.group_settings(
+        building.group_settings(
             f"{own}:{name}", ["denoiser", "tokens"], lr={"denoiser": 1e-2}, decay={}, betas={}
         )
 
@@ -444,8 +450,6 @@ def test_a_state_that_cannot_be_taken_up_is_a_sentence(
     """As adv_optm's Lion and Muon."""
     lion = replace(config, optimizer=OptimizerConfig(f"{own}:CannotLoad"))
     train.train(lion)
-    with pytest.raises(
-        UserError,
-        match=r"cannot take up the state it saved .KeyError: 'precision'.*begin anew in another --out",
-    ):
+    said = r"cannot take up the state it saved .KeyError: 'precision'.*begin anew in another --out"
+    with pytest.raises(UserError, match=said):
         train.train(replace(lion, resume=True))

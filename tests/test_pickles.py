@@ -1,4 +1,7 @@
-"""Files of torch.save: what torch and pickle read, we read; what would run, lies still; what is damaged, is one sentence."""
+"""Files of torch.save: read as torch and pickle read them, but nothing in them runs.
+
+A damaged file is one sentence.
+"""
 
 import collections
 import io
@@ -15,13 +18,14 @@ import torch
 from torch import nn
 
 from lora_core.errors import UserError
-from lora_core.formats.pickles import MAGIC, PROTOCOL, Inert, read_pickle
+from lora_core.formats.pickles import MAGIC, PROTOCOL, read_pickle
+from lora_core.formats.unpickler import Inert
 
 BUILT = []  # what the classes below did
 
 
 class Callback:
-    """An object as training frameworks leave it in a checkpoint; it takes notes when it is built."""
+    """An object as training frameworks leave it in a checkpoint; it is noted when it is built."""
 
     def __init__(self, patience):
         self.patience, self.best = patience, torch.tensor(3.0)
@@ -88,9 +92,23 @@ def tensors():
     )
     return {
         "state_dict": collections.OrderedDict((str(kind), (grid % 5).to(kind)) for kind in kinds),
-        "rows": grid[1:3], "columns": grid[:, ::2], "turned": grid.T, "scalar": torch.tensor(2.5), "none": torch.empty(0, 3),
-        "parameter": nn.Parameter(grid + 1), "sizes": [torch.Size((2, 3)), (1, "a"), {"b": {1, 2}}, b"\x00\xff", None, True, 1 << 70, -1.5],
-    }  # fmt: skip
+        "rows": grid[1:3],
+        "columns": grid[:, ::2],
+        "turned": grid.T,
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 3),
+        "parameter": nn.Parameter(grid + 1),
+        "sizes": [
+            torch.Size((2, 3)),
+            (1, "a"),
+            {"b": {1, 2}},
+            b"\x00\xff",
+            None,
+            True,
+            1 << 70,
+            -1.5,
+        ],
+    }
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
@@ -118,6 +136,7 @@ def test_plain_pickles_are_those_of_pickle(tmp_path, protocol):
         2: {"é": "\u2603", b"b": bytearray(b"c")},
         (1, "t"): {3, 4},
         "f": 1e-9,
+        "z": frozenset((7, 8)),
     }
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(value, protocol))
@@ -231,13 +250,19 @@ def test_nothing_runs(tmp_path, container):
     assert mark.exists()  # so the mark would have been seen
 
 
-@pytest.mark.parametrize("code", [
-    b"cposix\nsystem\n(S'touch MARK'\ntR.", b"(S'touch MARK'\niposix\nsystem\n.", b"(cposix\nsystem\nS'touch MARK'\no.",
-    b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt\x81.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0atouch MARK\x85R.",
-    b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt}\x92.",
-    b"\x80\x02ccollections\nOrderedDict\nN}X\x03\x00\x00\x00popcposix\nsystem\ns\x86b.",
-    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__code__K\x01s\x86b.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cposix\nsystem\n(S'touch MARK'\ntR.",
+        b"(S'touch MARK'\niposix\nsystem\n.",
+        b"(cposix\nsystem\nS'touch MARK'\no.",
+        b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt\x81.",
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0atouch MARK\x85R.",
+        b"\x80\x02cposix\nsystem\n(X\x0a\x00\x00\x00touch MARKt}\x92.",
+        b"\x80\x02ccollections\nOrderedDict\nN}X\x03\x00\x00\x00popcposix\nsystem\ns\x86b.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__code__K\x01s\x86b.",
+    ],
+)
 def test_every_opcode_that_calls_lies_still(tmp_path, code, monkeypatch):
     mark = tmp_path / "M"
     path = tmp_path / "a.pt"
@@ -259,7 +284,8 @@ def test_a_named_module_is_not_imported(tmp_path):
 
 def pickled_tensor(numel, size, stride, offset=0, *, held=16):
     """A zip with one tensor of that description, over a storage of `held` bytes."""
-    text = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    text = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
+    text += b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
     text += (
         pickle.dumps(numel, 2)[2:-1]
         + b"tQ"
@@ -278,9 +304,20 @@ def test_a_tensor_must_lie_in_its_storage(tmp_path):
     path.write_bytes(pickled_tensor(4, (2, 2), (2, 1)))
     assert torch.equal(read_pickle(path), torch.zeros(2, 2))
     bad = [
-        (1 << 40, (4,), (1,)), (5, (5,), (1,)), (4, (5,), (1,)), (4, (2, 2), (3, 1)), (4, (4,), (1,), 1), (4, (4,), (-1,), 3), (4, (1 << 40,), (0,)),
-        (4, (2, 2), (1,)), (-1, (1,), (1,)), (4, (1 << 70, 0), (1, 1)), (4, ("a",), (1,)), (4, 3, 1), (0, (1,), (1,)),
-    ]  # fmt: skip
+        (1 << 40, (4,), (1,)),
+        (5, (5,), (1,)),
+        (4, (5,), (1,)),
+        (4, (2, 2), (3, 1)),
+        (4, (4,), (1,), 1),
+        (4, (4,), (-1,), 3),
+        (4, (1 << 40,), (0,)),
+        (4, (2, 2), (1,)),
+        (-1, (1,), (1,)),
+        (4, (1 << 70, 0), (1, 1)),
+        (4, ("a",), (1,)),
+        (4, 3, 1),
+        (0, (1,), (1,)),
+    ]
     for case in bad:
         path.write_bytes(pickled_tensor(*case))
         sentence(path)

@@ -1,4 +1,6 @@
-"""A loss or a step that is handed over in Python: its file and name are in config, header, card and table, and repeat the run or say they cannot."""
+"""A loss or a step that is handed over in Python: its file and name are in config, header, card and
+table, and repeat the run or say why they cannot.
+"""
 
 import functools
 import tomllib
@@ -25,8 +27,8 @@ def cubed(step: StepOutput, *, power: int = 3) -> Tensor:
     return (step.out - step.target).abs().pow(power).flatten(1).mean(1)
 
 
-def doubled(s: Any, batch: Any, stage: Any, number: int) -> Tensor:
-    return 2 * train.training_step(s, batch, stage, number)
+def doubled(model: Any, x: Any, config: Any, loss: Any) -> Tensor:
+    return 2 * train.training_step(model, x, config, loss)
 
 
 @functools.wraps(cubed)

@@ -1,4 +1,6 @@
-"""Predictions: x0 comes back from the target, the Jacobian is autograd's, the rows agree with each other; all in float64."""
+"""Predictions: x0 comes back from the target, the Jacobian is autograd's, the rows agree with each
+other; all in float64.
+"""
 
 import pytest
 import torch
@@ -63,7 +65,9 @@ def test_the_jacobian_is_autograds(name: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_error_in_x0_is_each_rows_error_over_its_jacobian(schedule: str) -> None:
-    """All rows describe one network: if its x0 is off by d, its output is off by d / jacobian whatever it predicts."""
+    """All rows describe one network: if its x0 is off by d, its output is off by d / jacobian
+    whatever it predicts.
+    """
     x0, eps, level, x_t = batch(schedule)
     off = x0 + 0.1
     eps_off = eps_from_x0(x_t, off, level)
@@ -140,7 +144,8 @@ def test_half_precision_outputs_are_read_in_fp32(name: str) -> None:
     )
 
 
-# ---------------------------------------------------------------- what the network is shown, and where it is compared
+# ---------------------------------------------------------------- what the network is shown, and
+# where it is compared
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)

@@ -1,4 +1,7 @@
-"""Prodigy: golden values of the algorithm, prodigyopt as the oracle, and the laws it does not hold (freezing, groups, no host sync)."""
+"""Prodigy: golden values of the algorithm, prodigyopt as the oracle, and laws of our own.
+
+prodigyopt does not hold the latter: freezing, groups, no host sync.
+"""
 
 import contextlib
 import copy
@@ -80,7 +83,10 @@ OPTIONS = [
 
 
 class NoSync(TorchDispatchMode):
-    """Raises where a tensor's value would travel to the host: .item(), float(), `if tensor`, .any() in a branch, all end in this operator."""
+    """Raises where a tensor's value would travel to the host.
+
+    .item(), float(), `if tensor` and .any() in a branch all end in this operator.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -102,7 +108,10 @@ def toy_grads(params):
 
 
 def problem(seed=0, dtype=torch.float64):
-    """A small least-squares net with two layers and a bias, one all zero, one non-contiguous; returns (params, function that sets gradients)."""
+    """(parameters, function that sets their gradients) of a small least-squares net.
+
+    Two layers and a bias, one all zero, one non-contiguous.
+    """
     g = torch.Generator().manual_seed(seed)
     x, y = (
         torch.randn(16, 5, generator=g, dtype=dtype),
@@ -125,8 +134,12 @@ def problem(seed=0, dtype=torch.float64):
 
 
 def quadratic():
-    """Separate parabolas pulled by a varying force. Here 1 ulp at the start stays below 1e-11 in 150 steps of prodigyopt itself, for every row of
-    OPTIONS; on `problem` it grows to 1e-4 in one row, so no two implementations could agree to 1e-8 there."""
+    """Separate parabolas pulled by a varying force.
+
+    Here 1 ulp at the start stays below 1e-11 in 150 steps of prodigyopt itself, for every entry of
+    OPTIONS; on `problem` it grows to 1e-4 in one of them, so no two implementations could agree to
+    1e-8 there.
+    """
     g = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (7, 3), (3,)]
     goals = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
@@ -204,7 +217,10 @@ def test_one_shared_distance_over_two_groups_is_prodigyopts():
 
 @pytest.mark.parametrize("slice_p", [1, 2])
 def test_a_step_without_gradient_signal_is_prodigyopts_early_return(slice_p):
-    """D = 0: no count, no movement, no decay of N; with slices the moments see a gradient that the estimate does not."""
+    """D = 0: no count, no movement, no decay of N.
+
+    With slices the moments see a gradient that the estimate does not.
+    """
     ours, theirs = toy()[:1], toy()[:1]
     a, b = (
         Prodigy(ours, slice_p=slice_p, use_bias_correction=True),
@@ -261,7 +277,10 @@ def test_a_paused_group_is_bit_identical(how, distance, weight_decay, decouple):
 
 
 def test_the_distance_is_measured_on_the_groups_that_move():
-    """With one group paused from the start, the other walks as if it were alone (prodigyopt counts the numerator of all and the s of some)."""
+    """With one group paused from the start, the other walks as if it were alone.
+
+    prodigyopt counts the numerator of all and the s of some.
+    """
     (both, both_grads), (alone, alone_grads) = problem(3), problem(3)
     a = Prodigy([{"params": both[:2]}, {"params": both[2:], "lr": 0.0}])
     b = Prodigy(alone[:2])
@@ -286,7 +305,11 @@ def test_a_distance_per_group_is_one_optimizer_per_group():
 
 
 def test_a_group_lr_scales_its_own_step():
-    """Second step of the toy, by hand: both groups have m / sqrt(v) from one constant gradient, so their steps are in the ratio of their lr."""
+    """Second step of the toy, by hand.
+
+    Both groups have m / sqrt(v) from one constant gradient, so their steps are in the ratio of
+    their lr.
+    """
     params = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     optimizer = Prodigy([{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 0.25}])
     for _ in range(5):
@@ -294,7 +317,8 @@ def test_a_group_lr_scales_its_own_step():
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert float(params[1].detach() / params[0].detach()) == pytest.approx(0.25, rel=1e-12)
-    # N and D by hand for the first two steps: N = d0 (1 d0 x0 + .25 d0 x1) / d0 ..., x = lr d0 m/sqrt(v) of step one
+    # N and D by hand for the first two steps: N = d0 (1 d0 x0 + .25 d0 x1) / d0 ...,
+    # x = lr d0 m / sqrt(v) of step one
     params = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     optimizer = Prodigy(
         [{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 0.25}], eps=1e-300
@@ -332,7 +356,10 @@ def test_no_host_sync_in_a_step(options, distance):
     "options", [{}, dict(OPTIONS[-1], distance="group")], ids=["default", "many"]
 )
 def test_state_round_trips_bit_for_bit(options, resume_at):
-    """Through state_dict, the flat tensors and JSON of a checkpoint, and into a fresh optimiser, in the middle of a pause."""
+    """Through state_dict, the flat tensors and JSON of a checkpoint, and into a new optimizer.
+
+    In the middle of a pause.
+    """
 
     def run(stop, resume=None):
         params, gradients = problem(6, torch.float32)
@@ -392,7 +419,10 @@ def test_half_precision_parameters_keep_fp32_state_over_a_load():
     list(itertools.product([0.0, 0.1], [True, False], [True, False])),
 )
 def test_an_overflown_step_changes_nothing(weight_decay, decouple, use_bias_correction):
-    """found_inf = 1 on the first step, and later: no weight, moment, count or distance moves; the run goes on as if the step had not been."""
+    """found_inf = 1 on the first step, and later: no weight, moment, count or distance moves.
+
+    The run goes on as if the step had not been.
+    """
     runs = []
     for overflow in (True, False):
         params, gradients = problem(8)

@@ -1,6 +1,10 @@
-"""formats: adapters as other programs write them, judged by peft, by diffusers' loaders, and by the architecture at full size."""
+"""Adapters as other programs write them.
+
+Peers are peft, diffusers' loaders, and the architecture at full size.
+"""
 
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -375,13 +379,14 @@ def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_p
         if inner == 6:
             assert list(formats.load(file, layout).components) == [expected]
             assert (
-                "no adapter_config.json beside it; its strength is taken as alpha = r"
+                "no adapter_config.json next to it; its strength is taken as alpha = r"
                 in capsys.readouterr().err
             )
         else:
             with pytest.raises(
                 UserError,
-                match="fits text_encoder_2 and text_encoder_3 alike; put it into a folder called like",
+                match="fits text_encoder_2 and text_encoder_3 alike; "
+                "put it into a folder called like",
             ):
                 formats.load(file, layout)
     (tmp_path / "pipe" / "text_encoder_3").mkdir(parents=True)
@@ -407,11 +412,18 @@ def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_p
 
 @pytest.mark.parametrize(
     "config, expected",
-    [("{", "broken"), ("[]", "expected a JSON object"), ({"peft_type": "LOHA"}, "LOHA adapter, expected LORA"), ({"r": "a"}, "a rank of 'a'"),
-     ({"r": 3}, "tensors of rank 2, its settings say r = 3"), ({"r": 2, "use_dora": True}, "no magnitude for conv"),
-     ({"r": 2, "lora_alpha": None}, "an alpha of None"), ({"r": 2, "rank_pattern": [1]}, r"rank_pattern \[1\]"),
-     ({"r": 2, "alpha_pattern": {"(": 2}}, "no regular expression")],
-)  # fmt: skip
+    [
+        ("{", "broken"),
+        ("[]", "expected a JSON object"),
+        ({"peft_type": "LOHA"}, "LOHA adapter, expected LORA"),
+        ({"r": "a"}, "a rank of 'a'"),
+        ({"r": 3}, "tensors of rank 2, its settings say r = 3"),
+        ({"r": 2, "use_dora": True}, "no magnitude for conv"),
+        ({"r": 2, "lora_alpha": None}, "an alpha of None"),
+        ({"r": 2, "rank_pattern": [1]}, r"rank_pattern \[1\]"),
+        ({"r": 2, "alpha_pattern": {"(": 2}}, "no regular expression"),
+    ],
+)
 def test_broken_settings_are_refused(tmp_path, config, expected):
     layout = layout_of({"unet": nn.ModuleDict({"conv": nn.Conv2d(4, 6, 1)})})
     factors = {
@@ -676,7 +688,7 @@ def test_names_in_the_wild(tmp_path, name, module, path, leaves):
     )
 
 
-# ---------------------------------------------------------------- one transformer under several names
+# ------------------------------------------------------- one transformer under several names
 
 
 @pytest.fixture(scope="module")
@@ -706,7 +718,7 @@ def flow_state(layout, paths):
 
 
 def test_comfyuis_names_of_fused_and_turned_layers(flow, tmp_path):
-    """The same tensors as kohya's, under dotted names; a turned layer under our own name is not turned."""
+    """The same tensors as kohya's, under dotted names; a swapped layer is not under our name."""
     state = flow_state(flow, flow.components["transformer"].shapes)
     kohya, comfy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     formats.save(state, kohya, format="kohya", layout=flow)
@@ -737,8 +749,9 @@ def test_comfyuis_names_of_fused_and_turned_layers(flow, tmp_path):
         assert torch.equal(
             formats.load(file, flow).components["transformer"]["norm_out.linear"].up, expected
         )
-    twice = {f"{module}.lora_{leaf}.weight": tensor for leaf, tensor in (("down", lr.down), ("up", lr.up))
-             for module in ("lora_unet_norm_out_linear", "lora_unet_final_layer_adaLN_modulation_1")}  # fmt: skip
+    twice = {}
+    for module in ("lora_unet_norm_out_linear", "lora_unet_final_layer_adaLN_modulation_1"):
+        twice |= {f"{module}.lora_down.weight": lr.down, f"{module}.lora_up.weight": lr.up}
     with pytest.raises(
         UserError, match=r"has norm_out.linear twice, alone and in final_layer.adaLN_modulation.1"
     ):
@@ -770,9 +783,10 @@ def test_files_of_xlabs_are_read_as_diffusers_converts_them(flow, tmp_path, head
         "transformer"
     ]
     theirs = lora_conversion_utils._convert_xlabs_flux_lora_to_diffusers(dict(tensors))
-    assert {f"transformer.{path}.lora_{x}.weight" for path in read for x in "AB"} == set(
-        theirs
-    ) and len(read) == 2 * 8 + 2 * 4
+    pairs = itertools.product(read, "AB")
+    assert {f"transformer.{path}.lora_{x}.weight" for path, x in pairs} == set(theirs) and len(
+        read
+    ) == 2 * 8 + 2 * 4
     for path, lr in read.items():
         assert torch.equal(lr.down, theirs[f"transformer.{path}.lora_A.weight"]) and torch.equal(
             lr.up, theirs[f"transformer.{path}.lora_B.weight"]
@@ -796,7 +810,10 @@ def dora_file(tmp_path, shape, magnitude, header=None, name="lora_unet_a"):
     "layer", [nn.Linear(6, 4), nn.Linear(5, 5), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)], ids=str
 )
 def test_a_dora_by_columns_is_lycoris_formula(tmp_path, layer):
-    """(W + P) * m / norm over all but the inputs, as LyCORIS merges it without wd_on_output; and it survives a round trip."""
+    """(W + P) * m / norm over all but the inputs, as LyCORIS merges it without wd_on_output.
+
+    It survives a round trip.
+    """
     weight = layer.weight.detach()
     layout = layout_of({"unet": nn.ModuleDict({"a": layer})})
     magnitude = torch.rand(1, weight.shape[1], *[1] * (weight.ndim - 2)) + 0.5
@@ -835,7 +852,8 @@ def test_a_flat_magnitude_of_a_square_layer_is_never_guessed(tmp_path):
     flat = torch.rand(5)
     with pytest.raises(
         UserError,
-        match=r'by the rows or columns of \[5, 5\]; choose dora_axis="rows" .* or dora_axis="columns"',
+        match=r"by the rows or columns of \[5, 5\]; "
+        r'choose dora_axis="rows" .* or dora_axis="columns"',
     ):
         formats.load(dora_file(tmp_path, (5, 5), flat), layout, merging=True)
 
@@ -867,7 +885,8 @@ def test_a_flat_magnitude_of_a_square_layer_is_never_guessed(tmp_path):
         assert tuple(state.components["unet"]["a"].magnitude.shape) == expected
     with pytest.raises(
         UserError,
-        match=r"DoRA magnitude \[7\], expected one number per output, \[4\] or \[4, 1\], or one per input, \[1, 6\]",
+        match=r"DoRA magnitude \[7\], expected one number per output, \[4\] or \[4, 1\], "
+        r"or one per input, \[1, 6\]",
     ):
         formats.load(dora_file(tmp_path, (4, 6), torch.rand(7)), wide, merging=True)
 
@@ -876,7 +895,8 @@ def test_a_fused_layer_with_a_dora_by_columns_is_refused(flow, tmp_path):
     name, magnitude = "lora_unet_double_blocks_0_img_attn_qkv", torch.rand(1, 32)
     with pytest.raises(
         UserError,
-        match=r"double_blocks.0.img_attn.qkv of transformer .* is a DoRA by columns, whose parts have other norms",
+        match=r"double_blocks.0.img_attn.qkv of transformer .* is a DoRA by columns, "
+        "whose parts have other norms",
     ):
         formats.load(dora_file(tmp_path, (96, 32), magnitude, name=name), flow, merging=True)
 
@@ -890,7 +910,8 @@ def test_allow_extra_leaves_unknown_keys_out_and_says_so_once(pipe, layout, tmp_
     file = save_file(respelled(state, "A B") | odd, tmp_path / "a.safetensors")
     with pytest.raises(
         UserError,
-        match=r"has 5 key\(s\) that mean nothing here: unet.extra.0.lora_A.weight, .* and 2 more; nearest known: unet\.",
+        match=r"has 5 key\(s\) that mean nothing here: unet.extra.0.lora_A.weight, .* and 2 more; "
+        r"nearest known: unet\.",
     ):
         formats.load(file, layout)
     same(formats.load(file, layout, allow_extra=True), state)
@@ -948,7 +969,7 @@ def test_a_single_integer_is_an_alpha_but_no_factor(tmp_path):
 
 
 def test_hashes_are_those_that_kohya_computes(tmp_path):
-    """sd-scripts serialises tensors and ss_ entries, hashes what follows the header, and 64 KB from 1 MB on."""
+    """sd-scripts hashes the bytes after a header of ss_ entries, and 64 KB from 1 MB on."""
     layout = layout_of(
         {"unet": nn.ModuleDict({f"l{i}": nn.Linear(900, 700) for i in range(9)})},
         base_model_version="v",

@@ -1,4 +1,6 @@
-"""A run killed with SIGKILL, at a random step or in the middle of writing, and resumed ends with the bits of the uninterrupted run."""
+"""A run killed with SIGKILL, at a random step or in the middle of writing, and resumed ends with
+the bits of the uninterrupted run.
+"""
 
 import json
 import os
@@ -19,10 +21,11 @@ from tests.conftest import final, rows, same
 
 STEPS, EVERY = (4, 5), 3
 
-# Imports once, then forks a child for each job before anything is computed; a job ends as its child does.
+# Imports once, then forks a child for each job before anything is computed; a job ends as its child
+# does.
 CHILD = """
 import json, os, signal, sys
-from training import setup
+from training import step
 import train, lora_core.runs.run_folder
 from pathlib import Path
 from lora_core.toml import read_toml
@@ -30,12 +33,12 @@ from lora_core.toml import read_toml
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def dying_step(at):
-    whole = setup.Session.inputs
-    def inputs(self, batch, stage, step):
-        if step == at:
+    whole = step.set_dropout_keys
+    def set_keys(adapted, keys, number):
+        if number == at:
             die()
-        return whole(self, batch, stage, step)
-    setup.Session.inputs = inputs
+        return whole(adapted, keys, number)
+    step.set_dropout_keys = set_keys
 
 def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
     whole = lora_core.runs.run_folder.save_file
@@ -75,7 +78,9 @@ for config, how, at in json.loads(sys.stdin.read()):
 class Case:
     name: str
     config: Config
-    how: str  # step: while it computes, file: while it writes the checkpoint of step 6, validation: between its rows
+    # step: while it computes, file: while it writes the checkpoint of step 6, validation: between
+    # its rows
+    how: str
     at: int
 
 
@@ -88,12 +93,21 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         return random.SystemRandom().choice([step for step in range(sum(STEPS)) if step % EVERY])
 
     base = Config(
-        model=str(model), device="cpu", threads=1, batch_size=2, save_every=EVERY, log_every=2,
+        model=str(model),
+        device="cpu",
+        threads=1,
+        batch_size=2,
+        save_every=EVERY,
+        log_every=2,
         samples=SamplesConfig(steps=1, guidance=1, prompts=("a TOK",)),
-        data=DataConfig(images=str(photos), resolution=16, crop="random", flip=True), adapter=AdapterConfig(rank=4, dropout=0.1),
+        data=DataConfig(images=str(photos), resolution=16, crop="random", flip=True),
+        adapter=AdapterConfig(rank=4, dropout=0.1),
         validation=ValidationConfig(bins=2, every=EVERY),
-        stages=(Stage(STEPS[0], ("tokens",)), Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine")),
-    )  # fmt: skip
+        stages=(
+            Stage(STEPS[0], ("tokens",)),
+            Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine"),
+        ),
+    )
     both = replace(
         base,
         stages=(
@@ -150,7 +164,7 @@ def meta(run: Path) -> dict:
 def test_a_killed_run_resumes_and_ends_bit_identical(
     cases: dict[str, Case], tmp_path: Path, quick: None, name: str
 ) -> None:
-    case, told = cases[name], f"killed at {cases[name].how} {cases[name].at}"
+    case, where = cases[name], f"killed at {cases[name].how} {cases[name].at}"
     killed, whole = (
         Path(case.config.out),
         train.train(replace(case.config, out=str(tmp_path / "run"))),
@@ -161,13 +175,13 @@ def test_a_killed_run_resumes_and_ends_bit_identical(
     done = [int(folder.name) for folder in (killed / "checkpoints").glob("[0-9]*")]
     assert done == [step for step in done if step % EVERY == 0] and (
         not done or case.how != "step" or max(done) < case.at
-    ), told
+    ), where
     train.train(replace(case.config, resume=True))
-    assert same(final(killed), final(whole)), told
-    assert meta(killed) == meta(whole), told
-    assert rows(killed) == rows(whole) and len(rows(whole)) == sum(STEPS) + 4, told
-    assert rows(killed, "val") == rows(whole, "val") and len(rows(whole, "val")) == 4 * 2 * 5, told
-    assert not [file for file in killed.rglob(".*")], told
+    assert same(final(killed), final(whole)), where
+    assert meta(killed) == meta(whole), where
+    assert rows(killed) == rows(whole) and len(rows(whole)) == sum(STEPS) + 4, where
+    assert rows(killed, "val") == rows(whole, "val") and len(rows(whole, "val")) == 4 * 2 * 5, where
+    assert not [file for file in killed.rglob(".*")], where
     files = sorted(file.name for file in whole.rglob("*") if file.is_file())
     assert sorted(file.name for file in killed.rglob("*") if file.is_file()) == files
 

@@ -1,4 +1,6 @@
-"""A checkpoint knows its run: what changed is named, what does not matter is free, and before and after are compared on the same images."""
+"""A checkpoint keeps the inputs of its run: changes are named, and options that do not matter are
+free. Before and after are compared on the same images.
+"""
 
 import json
 import shutil
@@ -25,8 +27,7 @@ from lora_core.toml import to_table
 from models import load_family
 from tests.conftest import final, rows, same
 from training import run_identity
-from training.run_identity import FREE, identity_changes, model_identity
-from training.setup import Session
+from training.run_identity import FREE_OPTIONS, identity_changes, model_identity
 
 
 def made(config: Config, *records: Record, model: dict[str, str] | None = None) -> dict:
@@ -128,9 +129,12 @@ def test_changed_images_are_counted_and_named() -> None:
         record("a.png"),
     ]
     assert identity_changes(made(Config(), *old), made(Config(), *new), 1) == [
-        "1 image added: z.png", "1 image removed: d.png", "the content or the mask of 1 image changed: c.png",
-        "the captions of 1 image changed: b.png", "the repeats of 1 image changed: a.png",
-    ]  # fmt: skip
+        "1 image added: z.png",
+        "1 image removed: d.png",
+        "the content or the mask of 1 image changed: c.png",
+        "the captions of 1 image changed: b.png",
+        "the repeats of 1 image changed: a.png",
+    ]
     moved = [record(r.path.name, folder="/elsewhere") for r in old]
     assert identity_changes(made(Config(), *old), made(Config(), *moved), 1) == []
     assert identity_changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == [
@@ -144,7 +148,7 @@ def test_changed_images_are_counted_and_named() -> None:
 
 def test_every_free_option_is_one_and_has_a_reason() -> None:
     table = to_table(Config())
-    for name, reason in FREE.items():
+    for name, reason in FREE_OPTIONS.items():
         section, _, option = name.partition(".")
         assert reason and (option in table[section] if option else section in table), name
 
@@ -298,4 +302,4 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
 
 def test_resume_anyway_needs_resume(config: Config) -> None:
     with pytest.raises(UserError, match="--resume-anyway has no effect without --resume"):
-        Session(replace(config, resume_anyway=True))
+        train.train(replace(config, resume_anyway=True))

@@ -1,4 +1,6 @@
-"""Samplers: against diffusers' schedulers from the same noise with a fake network, against each other, and against exact answers."""
+"""Samplers: against diffusers' schedulers from the same noise with a fake network, against each
+other, and against exact answers.
+"""
 
 import math
 from collections.abc import Callable
@@ -61,7 +63,9 @@ def ours(prediction: str) -> Callable[[Tensor, NoiseLevel], Tensor]:
 
 
 def theirs(scheduler: Any, steps: int, x: Tensor, skip: int = 0, **step: Any) -> Tensor:
-    """diffusers' own loop, `x` already in its convention; `skip` steps are left out as its image-to-image pipelines do."""
+    """diffusers' own loop, `x` already in its convention; `skip` steps are left out as its
+    image-to-image pipelines do.
+    """
     scheduler.set_timesteps(steps)
     if skip and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skip)
@@ -274,7 +278,9 @@ def second(x: Tensor, t: float) -> Tensor:
 @pytest.mark.parametrize("steps", [7, 20, 25])
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_base_and_refiner_take_over_where_diffusers_do(name: str, steps: int, share: float) -> None:
-    """denoising_end of the pipeline of the base model, denoising_start of the image to image pipeline: one scheduler each."""
+    """denoising_end of the pipeline of the base model, denoising_start of the image to image
+    pipeline: one scheduler each.
+    """
     scheduler = {
         "ddim": "DDIMScheduler",
         "euler": "EulerDiscreteScheduler",
@@ -408,7 +414,9 @@ def exact(mean: float, std: float) -> Callable[[Tensor, NoiseLevel], Tensor]:
 def test_deterministic_samplers_carry_a_gaussian_along_its_probability_flow(
     name: str, schedule: Schedule
 ) -> None:
-    """The flow ODE keeps (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), exactly; more steps come closer, the second order closest."""
+    """The flow ODE keeps (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), exactly; more steps come
+    closer, the second order closest.
+    """
     x, errors = (
         start_latents(EPS.double(), sampler_levels(name, schedule, 400, spacing="trailing")),
         [],

@@ -1,4 +1,6 @@
-"""models/sdxl.py against diffusers' own pipelines, on tiny random networks; module counts on the true architecture without weights."""
+"""models/sdxl.py against diffusers' own pipelines, on tiny random networks; module counts on the
+true architecture without weights.
+"""
 
 import json
 from collections import Counter
@@ -23,11 +25,12 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.diffusion import sampling
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
+from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import layout_of
 from lora_core.tokens import Placeholder, first_eos
 from models import Conditioning, LoadOptions, Sizes, load_family, read_layout
 from models.sd import unet_presets
-from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule, stability_names
+from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule
 from tests import tiny_sdxl
 from tests.tiny_sdxl import FULL_UNET, save
 
@@ -37,7 +40,9 @@ SIZES = Sizes([(30, 44), (30, 44)], [(3, 5), (3, 5)], (16, 18))  # nothing squar
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """(folder, pipeline, family) of `save`'s settings, made once; for tests that change none of the three."""
+    """(folder, pipeline, family) of `save`'s settings, made once; for tests that change none of the
+    three.
+    """
 
     @cache
     def make(**settings: Any) -> tuple:
@@ -62,7 +67,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def gap(x: torch.Tensor) -> float:
-    """The largest difference of two pictures in levels of 255; the pipelines' rounding makes up to 4e-4 of one here."""
+    """The largest difference of two pictures in levels of 255; the pipelines' rounding makes up to
+    4e-4 of one here.
+    """
     return x.mul(127.5).abs().max().item()
 
 
@@ -74,7 +81,9 @@ def edit(file: Path, **keys: Any) -> None:
 
 
 def draw(pipe: Any, kind: str, **settings: Any) -> Any:
-    """The pipeline's pictures of two prompts with SIZES as what the UNet is told, from start pictures where the kind has any."""
+    """The pipeline's pictures of two prompts with SIZES as what the UNet is told, from start
+    pictures where the kind has any.
+    """
     given = {
         "text": {},
         "image": {"image": picture(), "strength": 0.5},
@@ -135,7 +144,7 @@ def test_one_denoiser_call_equals_the_pipelines(tiny: Tiny, kind: str, scheduler
     ours = family.denoise(x[:, :4], level, cond, inpaint)
     assert (ours - theirs).abs().max() < 1e-6 < 1e-3 < theirs.std()
     unlike = Conditioning.cat(
-        [family.add_size_embeddings(part, Sizes.whole(16, 16, 2), 3.0) for part in parts]
+        [family.add_size_embeddings(part, Sizes.uncropped(16, 16, 2), 3.0) for part in parts]
     )
     assert (
         family.denoise(x[:, :4], level, unlike, inpaint) - theirs
@@ -184,9 +193,8 @@ def test_sizes_keep_their_precision_in_bf16(tiny: Tiny) -> None:
         load_family(str(folder), LoadOptions(torch.float32, vae_dtype=torch.bfloat16)).vae.dtype
         == torch.bfloat16
     )
-    assert not any(
-        p.requires_grad for module in family.modules.values() for p in module.parameters()
-    )
+    for module in family.modules.values():
+        assert not any(p.requires_grad for p in module.parameters())
 
 
 # ---------------------------------------------------------------- prompts
@@ -208,7 +216,9 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny: Tiny, skip: int, legacy:
 
 
 def test_trap_12_pooling_stays_at_the_eos_with_added_tokens(tmp_path: Path) -> None:
-    """transformers pools at the largest id where a config says eos_token_id 2: right for plain prompts, the placeholder's once there is one."""
+    """transformers pools at the largest id where a config says eos_token_id 2: right for plain
+    prompts, the placeholder's once there is one.
+    """
     save(tmp_path, legacy=True)
     family, prompts = load_family(str(tmp_path)), ["a <s0><s1> b", "<s0><s1>"]
     second, tokenizer = family.modules["text_encoder_2"], family.tokenizers["text_encoder_2"]
@@ -379,7 +389,10 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
     cond = family.add_size_embeddings(family.encode_prompts(["a", "cat dog"]), SIZES, 1.0)
     x, level, seen = torch.randn(2, 4, 8, 8), family.schedule.level(torch.tensor([10.0, 500.0])), []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
-    note = lambda m, args, kwargs: seen.append((m, args[0], kwargs["encoder_hidden_states"]))  # noqa: E731
+
+    def note(m, args, kwargs):
+        seen.append((m, args[0], kwargs["encoder_hidden_states"]))
+
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     maps = family.attention_maps(x, level, cond)
     for hook in hooks:
@@ -509,7 +522,7 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: Pat
             opened(str(tmp_path))
     edit(tmp_path / "model_index.json", requires_aesthetics_score=False, text_encoder=[None, None])
     with pytest.raises(
-        UserError, match="cross_attention_dim 40, with text_encoder_2 beside it expected 24"
+        UserError, match="cross_attention_dim 40, expected 24 next to text_encoder_2"
     ):
         load_family(str(tmp_path))
     edit(tmp_path / "model_index.json", text_encoder_2=[None, None])
@@ -585,17 +598,24 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
     )
     assert blocks == expected and sum(expected.values()) == 722
     for known in (
-        "lora_unet_input_blocks_4_1_proj_in", "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
-        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj", "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_2",
+        "lora_unet_input_blocks_4_1_proj_in",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_2",
         "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q",
     ):  # fmt: skip
         assert known in chosen
     others = {  # what diffusers reads back, block by block
-        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2", "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection", "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
-        "mid_block.resnets.0.time_emb_proj": "middle_block.0.emb_layers.1", "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv", "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3", "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+        "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
+        "mid_block.resnets.0.time_emb_proj": "middle_block.0.emb_layers.1",
+        "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3",
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2",
         "add_embedding.linear_1": "label_emb.0.0", "time_embedding.linear_2": "time_embed.2",
     }  # fmt: skip
     assert {path: names[path] for path in others} == others
@@ -611,18 +631,25 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
 
 
 def test_names_follow_the_unets_own_blocks() -> None:
-    """The refiner's four blocks, of which the first and last have no attention: an upsampler then stands one place earlier."""
+    """The refiner's four blocks, of which the first and last have no attention: an upsampler then
+    stands one place earlier.
+    """
     kinds = dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(384, 768, 1536, 1536),
-        transformer_layers_per_block=4, attention_head_dim=[6, 12, 24, 24], cross_attention_dim=1280, projection_class_embeddings_input_dim=2560,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
+        "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(384, 768, 1536, 1536),
+        transformer_layers_per_block=4, attention_head_dim=[6, 12, 24, 24],
+        cross_attention_dim=1280, projection_class_embeddings_input_dim=2560,
     )  # fmt: skip
     with torch.device("meta"):
         unet = tiny_sdxl.UNet2DConditionModel(**(FULL_UNET | kinds))
     names = sdxl_layout(unet, {"text_encoder_2": tiny_sdxl.full_size()[2]}).components["unet"].names
     others = {
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv", "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op", "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op",
+        "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
         "up_blocks.3.resnets.0.conv1": "output_blocks.9.0.in_layers.2",
     }  # fmt: skip
     assert {path: names[path] for path in others} == others and len(set(names.values())) == len(
@@ -631,7 +658,7 @@ def test_names_follow_the_unets_own_blocks() -> None:
     shallow = tiny_sdxl.UNet2DConditionModel(
         **(dict(tiny_sdxl.unet().config) | {"layers_per_block": 1})
     )
-    names = stability_names(shallow, dict(layout_of({"unet": shallow}).components["unet"].shapes))
+    names = unet_module_names(layout_of({"unet": shallow}).components["unet"].shapes)
     assert (
         names["down_blocks.0.downsamplers.0.conv"] == "input_blocks.2.0.op"
         and names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.2.conv"

@@ -4,6 +4,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,6 @@ import train
 from lora_core.config import Config, Stage
 from lora_core.toml import to_toml
 from training import signals as signals_module
-from training.setup import Session
 from training.signals import Signals, Stopped
 
 EVERY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -81,16 +81,16 @@ def test_a_run_saves_and_ends_with_the_signals_status(
 ) -> None:
     given = Path(config.out).parent / "given.toml"
     given.write_text(to_toml(replace(config, stages=(Stage(5),))))
-    prepare, calls = Session.prepare, []
+    make, calls = train.make_step_inputs, []
 
-    def stopped(self: Session, *args: object) -> None:
+    def stopped(*args: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(number)
             signal.raise_signal(number)
-        prepare(self, *args)  # type: ignore[arg-type]
+        return make(*args, **settings)
 
-    monkeypatch.setattr(Session, "prepare", stopped)
+    monkeypatch.setattr(train, "make_step_inputs", stopped)
     assert train.main([str(given)]) == code
     assert "the run is saved after step 3, go on with" in capsys.readouterr().err
     assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["3"]

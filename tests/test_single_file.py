@@ -1,4 +1,7 @@
-"""A model in one file is the model in its folder: the same numbers, the same names, the same noise; what is wrong with a file is one sentence."""
+"""A model in one file is the model in its folder: the same numbers, names and noise.
+
+An error in a file is one sentence.
+"""
 
 import shutil
 from dataclasses import replace
@@ -9,23 +12,21 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lora_core.diffusion.generation import Sizes
 from lora_core.errors import UserError
+from lora_core.family import Sizes
 from lora_core.formats.weights import open_weights, weights_in_memory
 from lora_core.formats.whole_models import describe_single_file, join_networks, split_networks
 from models import (
     LoadOptions,
-    convert_to_folder,
-    known,
+    hub_models,
     load_family,
-    locate_networks,
     read_layout,
     read_schedule,
     save_family,
-    save_single_file,
     single_file,
 )
 from models.published import PUBLISHED_MODELS, published_configs
+from models.single_file import convert_to_folder, locate_networks, save_single_file
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
 from tests.test_whole_models import second_pipeline
@@ -256,12 +257,24 @@ def test_a_changed_family_is_saved_as_a_folder(tmp_path, models):
 # ---------------------------------------------------------------- published models, without weights
 
 
-@pytest.mark.parametrize(("kind", "counts"), [
-    ("sd1", 1130), ("sd1-inpainting", 1130), ("sd2", 686 + 248 + 280), ("sd2-v", 686 + 248 + 280), ("sd2-inpainting", 686 + 248 + 280),
-    ("sdxl", 2513), ("sdxl-inpainting", 2513), ("sdxl-refiner", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("sd1", 1130),
+        ("sd1-inpainting", 1130),
+        ("sd2", 686 + 248 + 280),
+        ("sd2-v", 686 + 248 + 280),
+        ("sd2-inpainting", 686 + 248 + 280),
+        ("sdxl", 2513),
+        ("sdxl-inpainting", 2513),
+        ("sdxl-refiner", None),
+    ],
+)
 def test_full_size_key_lists(tmp_path, kind, counts):
-    """The keys of a published file name their kind, and every one of them has its place in the networks of the known configs."""
+    """The keys of a published file name their kind.
+
+    Every one of them has its place in the networks of the known configs.
+    """
     rows = locate_networks(published_configs(kind))
     modules = single_file.build_meta_networks(published_configs(kind), rows)
     whole = join_networks(
@@ -270,7 +283,7 @@ def test_full_size_key_lists(tmp_path, kind, counts):
     )
     assert counts in (None, len(whole.infos))
     facts = describe_single_file(whole.shapes)
-    assert known.recognize_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(
+    assert single_file.recognize_checkpoint(facts, "a", v=kind == "sd2-v") == kind and set(
         facts.encoders
     ) == {row.prefix for row in rows[2:]}
     parts = split_networks(
@@ -287,7 +300,10 @@ def test_full_size_key_lists(tmp_path, kind, counts):
 
 
 def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
-    """A tiny file in the place of a published one: its configs and its tokenizers, which the hub's cache has, are found."""
+    """A tiny file in the place of a published one.
+
+    Its configs and its tokenizers, which the hub's cache has, are found.
+    """
     calls = []
 
     def cached(name, **settings):
@@ -305,13 +321,11 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
     kinds = {"xl": "sdxl", "first": "sd1", "second": "sd2"}
     for name, kind in kinds.items():
         monkeypatch.setattr(
-            single_file.known,
+            single_file,
             "recognize_checkpoint",
             lambda facts, source, v=False, kind=kind: "sd2-v" if v and kind == "sd2" else kind,
         )
-        monkeypatch.setattr(
-            single_file.published, "config_folder", lambda kind, name=name: bare[name]
-        )
+        monkeypatch.setattr(single_file, "published_configs", lambda kind, name=name: bare[name])
         assert load_family(file(models[name])).pipeline.startswith("StableDiffusion")
         assert [settings["pad_token"] for _, settings in calls] == {
             "xl": ["<|endoftext|>", "!"],
@@ -458,15 +472,21 @@ def test_half_precision_and_existing_outputs(tmp_path, models):
 
 
 def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
-    asked = []
+    wanted = []
+    root = models["first"]
+
+    def list_files(self, name):
+        return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
     def snapshot(name, allow_patterns):
-        asked.append((name, "*/model*.safetensors" in allow_patterns))
+        weights = [pattern for pattern in allow_patterns if pattern.endswith(".safetensors")]
+        wanted.append((name, weights))
         if name != "someone/tiny":
             raise OSError("no such repository")
-        return str(models["first"])
+        return str(root)
 
-    monkeypatch.setattr(single_file, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_models, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_models.HfApi, "list_repo_files", list_files)
     ours = load_family(file(models["first"]), LoadOptions(config="someone/tiny"))
     assert all(
         torch.equal(a, b)
@@ -474,7 +494,13 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
     )
     save_single_file("someone/tiny", tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(file(models["first"])).keys()
-    assert asked == [("someone/tiny", False), ("someone/tiny", True)]
+    (_, configs), (name, weights) = wanted
+    assert name == "someone/tiny" and not configs
+    assert set(weights) == {
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
     assert "no such repository" in sentence(
         load_family, file(models["first"]), LoadOptions(config="someone/other")
     )

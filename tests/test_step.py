@@ -1,9 +1,15 @@
-"""What is around a training step: inputs drawn ahead of it, autocast, compiled blocks, the machine's own line."""
+"""What is around a training step: inputs drawn ahead of it, autocast, compiled blocks, the
+machine's own line.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -11,13 +17,20 @@ from torch import Tensor
 
 import train
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
+from lora_core.data.dataset import micro_batches
 from lora_core.errors import UserError
 from lora_core.kernels import dispatch
+from lora_core.toml import read_toml
 from tests.conftest import distance, learned, rows
+from tests.opened_run import open_parts
 from training import config_checks, cuda_graph
-from training.setup import Session
+from training.setup import Model, TokenIds
+from training.stages import begin_stage
+from training.step import Loss, optimizer_step
+from training.step_inputs import InputSource, StepInputs, make_step_inputs
 
 ALL = ("denoiser", "text_encoder", "tokens")
+ROOT = Path(__file__).parent.parent
 
 
 def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: None) -> None:
@@ -29,34 +42,27 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
         prior=PriorConfig(swap={"TOK": "cat"}),
         adapter=AdapterConfig(rank=2, dropout=0.1),
     )
-    s = Session(config)
+    s = open_parts(config)
     stage = config.stages[0]
-    s.enter(stage)
-    batch = next(iter(s.batches(0, 1)))
-    s.prepare(batch, stage, 0)
-    ahead = list(s.drawn.values())
-    assert len(ahead) == 2
-    parts = list(train.micro_batches(batch, 2))
-    assert all(s.inputs(part, stage, 0) is given for part, given in zip(parts, ahead))
-    s.drawn = {}
-    for part, given in zip(parts, ahead):
-        on_the_spot = s.inputs(part, stage, 0)
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(
-                cuda_graph.tree_tensors(on_the_spot), cuda_graph.tree_tensors(given), strict=True
-            )
-        )
-    assert (
-        s.inputs(parts[0], stage, 1000) is not ahead[0]
-    )  # a step of one's own may ask for another draw
-    x = ahead[0]
-    assert (
-        isinstance(x.text, dict)
-        and x.swapped is not None
-        and x.rows is not None
-        and x.step.item() == 0
-    )
+    begin_stage(stage, config, s.model, s.optimization)
+    batch = next(iter(s.data.batches(config, 0, 1)))
+    inputs = make_step_inputs(s.source, batch, stage, 0, check=True)
+    assert len(inputs) == 2
+    again = InputSource(config, s.data, s.model)  # encodes and tokenizes anew
+    for part, ahead in zip(micro_batches(batch, 2), inputs, strict=True):
+        (alone,) = make_step_inputs(
+            InputSource(replace(config, accumulation=1), s.data, s.model),
+            part, stage, 0, check=True,
+        )  # fmt: skip
+        given = cuda_graph.tree_tensors(ahead)
+        for a, b in zip(cuda_graph.tree_tensors(alone), given, strict=True):
+            assert torch.equal(a, b)
+    repeated = make_step_inputs(again, batch, stage, 0, check=True)
+    for a, b in zip(cuda_graph.tree_tensors(repeated), cuda_graph.tree_tensors(inputs)):
+        assert torch.equal(a, b)
+    x = inputs[0]
+    assert isinstance(x.text, TokenIds) and x.swapped is not None
+    assert x.dropout_keys is not None and x.step.item() == x.number == 0
     assert len(cuda_graph.tree_tensors(x)) >= 12
 
 
@@ -65,16 +71,16 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
 ) -> None:
     seen: dict[str, set[torch.dtype]] = {"weight": set(), "out": set()}
 
-    def watched(s: Session, *rest: object) -> Tensor:
+    def watched(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
         def look(m: torch.nn.Module, _: object, out: Tensor) -> None:
             seen["weight"].add(m.weight.dtype)  # type: ignore[union-attr, arg-type]
             seen["out"].add(out.dtype)
 
         handle = next(
-            m for m in s.denoiser.modules() if isinstance(m, torch.nn.Conv2d)
+            m for m in model.denoiser.modules() if isinstance(m, torch.nn.Conv2d)
         ).register_forward_hook(look)
         try:
-            return train.training_step(s, *rest)  # type: ignore[arg-type]
+            return train.training_step(model, x, config, loss)
         finally:
             handle.remove()
 
@@ -91,7 +97,9 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
 def test_compiled_blocks_share_graphs_and_train_alike(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the graph; blocks of one kind are not compiled apart."""
+    """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the
+    graph; blocks of one kind are not compiled apart.
+    """
     compiled: list[object] = []
     in_place = torch.nn.Module.compile
 
@@ -108,7 +116,9 @@ def test_compiled_blocks_share_graphs_and_train_alike(
     stats = torch._dynamo.utils.counters["stats"]
     assert (
         len(compiled) == 4
-    )  # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no gradient
+        # the tiny UNet's transformer blocks: two sizes, and at each size one whose input needs no
+        # gradient
+    )
     assert (
         0 < stats["unique_graphs"] <= 6 and not torch._dynamo.utils.counters["graph_break"]
     )  # 2 in validation, 4 in training
@@ -159,3 +169,42 @@ def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
         config_checks.check_config(replace(config, adapter=AdapterConfig(norm_grad="full")))
     with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
         cuda_graph.compile_blocks(torch.nn.Linear(2, 2))
+
+
+MOST_FILES, MOST_FUNCTIONS = 28, 204  # of ours
+
+
+def test_one_step_of_the_toy_model_runs_through_few_functions(tmp_path: Path) -> None:
+    """Making the inputs, forward, backward and update of one step of the toy model, with latents
+    and captions that the steps before have encoded and tokenized: every Python function of ours
+    that is entered, generator expressions and lambdas included.
+    """
+    config = read_toml(Path("configs/toy_pti.toml"))
+    data = replace(config.data, crop="center", zoom=1.0, variants=0)
+    stages = (replace(config.stages[1], steps=9),)
+    config = replace(config, out=str(tmp_path / "run"), data=data, stages=stages)
+    s = open_parts(config)
+    s.take_steps(3)
+    batch = next(iter(s.data.batches(config, 3, 4)))
+    entered: set[tuple[str, str]] = set()
+    sys.setprofile(lambda frame, event, _: entered.add(_place(frame)) if event == "call" else None)
+    try:
+        inputs = make_step_inputs(s.source, batch, stages[0], 3, check=False)
+        optimizer_step(s.functions, stages[0], config, s.model, s.optimization, False, inputs)
+    finally:
+        sys.setprofile(None)
+    ours = {place for place in entered if is_ours(place[0])}
+    by_file: dict[str, list[str]] = {}
+    for file, function in sorted(ours):
+        by_file.setdefault(os.path.relpath(file, ROOT), []).append(function)
+    listing = "\n".join(f"{file}: {', '.join(names)}" for file, names in by_file.items())
+    print(f"{len(by_file)} files, {len(ours)} functions\n{listing}")
+    assert len(by_file) <= MOST_FILES and len(ours) <= MOST_FUNCTIONS, listing
+
+
+def _place(frame: FrameType) -> tuple[str, str]:
+    return frame.f_code.co_filename, frame.f_code.co_qualname
+
+
+def is_ours(file: str) -> bool:
+    return file.startswith(f"{ROOT}/") and not file.startswith((f"{ROOT}/.venv", f"{ROOT}/tests"))

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from lora_core.adapters.weight_updates import LowRank, delta_weight, scaled_product
 from lora_core.errors import UserError
 from merging import svd
-from merging.svd import (
-    ApproximationReport,
-    Keep,
-    compress_adapter,
-    distill_update,
-    singular_values,
-    total_report,
-)
+from merging.svd import compress_adapter, distill_update, singular_values
+from merging.truncation import ApproximationReport, Keep, total_report
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

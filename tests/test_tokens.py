@@ -1,4 +1,6 @@
-"""tokens: rows beside a frozen vocabulary, binding, norm control; one step of cloneofsimo's inversion written out here."""
+"""tokens: rows beside a frozen vocabulary, binding, norm control; one step of cloneofsimo's
+inversion written out here.
+"""
 
 import copy
 import itertools
@@ -53,8 +55,10 @@ def tokenizer(tmp_path):
 def encoder(tokenizer, kind=CLIPTextModel, extra_rows=0):
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer) + extra_rows, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, projection_dim=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer) + extra_rows, hidden_size=8, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=8, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return kind(config).eval()
 
@@ -388,7 +392,9 @@ def test_a_spread_that_is_no_positive_number_is_refused(tokenizer, init):
 
 @pytest.fixture
 def sentencepiece():
-    """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before every word."""
+    """A T5 tokenizer that knows single letters, WORDS and 100 extra ids, and puts its mark before
+    every word.
+    """
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -450,7 +456,9 @@ def test_t5s_tied_table_and_marked_words(sentencepiece):
 
 
 def _same_rows(model, embedding, length):
-    """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's unused ones."""
+    """The table as the public scripts grow it: the vocabulary, then the learned rows over T5's
+    unused ones.
+    """
     table = torch.cat([embedding.weight[: embedding.first_id], embedding.rows])[:length].detach()
     return dict.fromkeys(
         (
@@ -532,7 +540,9 @@ def test_trap_14_the_std_is_that_of_the_table_before_it_grew(tokenizer):
 
 
 def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
-    """Encoded with special tokens, as `tokenizer(text)` does, row 0 would start from the beginning-of-text token."""
+    """Encoded with special tokens, as `tokenizer(text)` does, row 0 would start from the
+    beginning-of-text token.
+    """
     model = encoder(tokenizer)
     table = model.get_input_embeddings().weight
     wrong = table[torch.tensor(tokenizer("red dog").input_ids[:2])]
@@ -544,7 +554,9 @@ def test_trap_14_an_initializer_is_its_own_tokens_only(tokenizer):
 
 @pytest.mark.parametrize("wrong", ["decay", "momentum"])
 def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
-    """Masking the gradient of the whole table is not enough: weight decay, or the moments of a step that came before, move the other rows."""
+    """Masking the gradient of the whole table is not enough: weight decay, or the moments of a step
+    that came before, move the other rows.
+    """
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
     decay = 0.5 if wrong == "decay" else 0.0
@@ -555,17 +567,17 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
         nn.Embedding.from_pretrained(torch.cat([before, embedding.rows.detach()]), freeze=False)
     )
     table = theirs.get_input_embeddings().weight
-    optimisers = [
+    optimizers = [
         torch.optim.AdamW([p], lr=0.1, weight_decay=decay) for p in (embedding.rows, table)
     ]
     ids = tokenizer("a photo of <s0> dog", return_tensors="pt").input_ids
     for step in range(3):
-        for model, optimiser in zip((ours, theirs), optimisers):
-            optimiser.zero_grad()
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
             model(ids)[0].square().sum().backward()
             if model is theirs and (wrong == "decay" or step > 0):
                 table.grad[:first] = 0
-            optimiser.step()
+            optimizer.step()
             if step == 0:
                 with torch.no_grad():
                     table[:first] = before  # restored once, as before a pivot
@@ -574,8 +586,10 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
 
 
 def test_trap_16_the_norm_controls_are_not_interchangeable():
-    """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows)) ** 0.1; cog does that twice a step; Mix-of-Show
-    stops a row at norm 0.55. From rows of norms 0.2, 0.4 and 0.9 no two of them agree."""
+    """cloneofsimo pulls each row's norm to 0.4; diffusers multiplies all rows by (std / std(rows))
+    ** 0.1; cog does that twice a step; Mix-of-Show stops a row at norm 0.55. From rows of norms
+    0.2, 0.4 and 0.9 no two of them agree.
+    """
     start = torch.nn.functional.normalize(
         torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1
     )
@@ -618,14 +632,15 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
     embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
     start = tokens.copy_token_rows(embedding)
     ids = tokenizer("a photo of <s0><s1> dog", return_tensors="pt").input_ids
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [p for p in embedding.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
     )
-    assert [p.shape for group in optimiser.param_groups for p in group["params"]] == [(2, 8)]
+    (group,) = optimizer.param_groups
+    assert [p.shape for p in group["params"]] == [(2, 8)]
     for _ in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(ids)[0].square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     assert (tokens.copy_token_rows(embedding) - start).abs().min() > 0
     assert embedding.weight.grad is None and not embedding.weight.requires_grad
     uninstall_tokens(model, tokenizer)
@@ -635,8 +650,10 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
 
 
 def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
-    """Theirs (semantics 1.11): the whole table trains under AdamW, each placeholder row is pulled to norm 0.4 with lambda = min(1, 100 lr), and every
-    other row is put back. Ours: rows only. Several steps, so that moments, decay and pull all enter; float64 except for the rows' own fp32."""
+    """Theirs (semantics 1.11): the whole table trains under AdamW, each placeholder row is pulled
+    to norm 0.4 with lambda = min(1, 100 lr), and every other row is put back. Ours: rows only.
+    Several steps, so that moments, decay and pull all enter; float64 except for the rows' own fp32.
+    """
     lr, decay = 2e-3, 0.1
     ours = encoder(tokenizer)
     theirs = copy.deepcopy(ours)
@@ -653,15 +670,15 @@ def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
     ).input_ids
     target = torch.randn(*ids.shape, 8, generator=torch.Generator().manual_seed(0))
     options = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
-    our_optimiser, their_optimiser = (
+    our_optimizer, their_optimizer = (
         torch.optim.AdamW([embedding.rows], **options),
         torch.optim.AdamW([table], **options),
     )
     for _ in range(3):
-        for model, optimiser in ((ours, our_optimiser), (theirs, their_optimiser)):
-            optimiser.zero_grad()
+        for model, optimizer in ((ours, our_optimizer), (theirs, their_optimizer)):
+            optimizer.zero_grad()
             (model(ids)[0] - target).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         tokens.pull_norms_(embedding.rows, 0.4, rate=min(1.0, 100 * lr))
         with torch.no_grad():
             new = table[first:last].double()
@@ -690,7 +707,9 @@ def test_the_norm_prior_moves_each_norm_by_its_rate_and_keeps_directions():
 
 
 def test_the_std_rescale_converges_geometrically():
-    """One step takes the ratio q of the standard deviations to q ** 0.9, so 1.5 is 1.152, 1.051 and 1.002 after 10, 20 and 50."""
+    """One step takes the ratio q of the standard deviations to q ** 0.9, so 1.5 is 1.152, 1.051 and
+    1.002 after 10, 20 and 50.
+    """
     rows = torch.randn(4, 64, dtype=torch.float64)
     rows *= 1.5 * 0.01 / rows.std()
     for step in range(1, 51):

@@ -1,5 +1,8 @@
-"""The laws of a training run: what must not change a bit, what must change something, and what a run leaves behind."""
+"""The laws of a training run: what must not change a bit, what must change something, and what a
+run leaves behind.
+"""
 
+import itertools
 import json
 import math
 import statistics
@@ -33,7 +36,12 @@ from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
 from lora_core.toml import from_table, to_toml
 from tests.conftest import distance, final, learned, rows, same, save_photos, save_pipeline
-from training.setup import Session
+from tests.opened_run import open_parts
+from training import setup
+from training import step as step_module
+from training.setup import Model
+from training.step import Loss
+from training.step_inputs import StepInputs
 
 TOKENS = ("tokens",)
 ALL = ("denoiser", "text_encoder", "tokens")
@@ -54,22 +62,17 @@ def merged(config: Config, change: dict[str, Any]) -> Config:
 def gradients(config: Config) -> dict[str, Tensor]:
     """Of the first step, before clipping."""
     found: dict[str, Tensor] = {}
-    update = Session.update
+    update = step_module.update_parameters
 
-    def keep(s: Session) -> Tensor:
-        if not found:
-            found.update(
-                {
-                    f"{n}/{i}": p.grad.clone()
-                    for n, ps in s.groups.items()
-                    for i, p in enumerate(ps)
-                    if p.grad is not None
-                }
-            )
-        return update(s)
+    def keep(model: Model, *rest: Any) -> Tensor:
+        for name, params in model.groups.items():
+            for i, p in enumerate(params):
+                if p.grad is not None:
+                    found.setdefault(f"{name}/{i}", p.grad.clone())
+        return update(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "update", keep)
+        patch.setattr(step_module, "update_parameters", keep)
         train.train(config)
     return found
 
@@ -83,12 +86,13 @@ def gradient_error(found: dict[str, Tensor], exact: dict[str, Tensor], group: st
     return float((a - b).norm() / b.norm())
 
 
-# ---------------------------------------------------------------- what must not change a bit, or not by more than rounding
+# ---------------------------------------------------------------- what must not change a bit, or
+# not by more than rounding
 
 
 @pytest.fixture
 def splits(config: Config) -> list[Config]:
-    """Batch 4 as 4 x 1, 2 x 2 and 1 x 4 passes, all groups, class images beside."""
+    """Batch 4 as 4 x 1, 2 x 2 and 1 x 4 passes, all groups, with class images."""
     config = replace(
         config,
         stages=(Stage(1, ALL),),
@@ -105,7 +109,9 @@ def splits(config: Config) -> list[Config]:
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     splits: list[Config], quick: None, prior: bool
 ) -> None:
-    """Whatever the split, a gradient is no further from float64 than twice the whole batch's own, and a rounding for each sum."""
+    """Whatever the split, a gradient is no further from float64 than twice the whole batch's own,
+    and a rounding for each sum.
+    """
     splits = [c if prior else replace(c, prior=PriorConfig()) for c in splits]
     whole, *parts = map(gradients, splits)
     exact = gradients(replace(splits[0], precision="fp64", out=splits[0].out + "_fp64"))
@@ -154,22 +160,22 @@ def test_the_bits_do_not_depend_on_data_workers(config: Config, quick: None) -> 
 
 def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick: None) -> None:
     before: dict[str, Tensor] = {}
-    opened: list[Session] = []
+    opened: list[Model] = []
 
-    def step(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
+    def watched(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
         if not opened:
-            opened.append(s)
-            before.update({k: v.clone() for k, v in frozen(s).items()})
-        return train.training_step(s, batch, stage, number)
+            opened.append(model)
+            before.update({k: v.clone() for k, v in frozen(model).items()})
+        return train.training_step(model, x, config, loss)
 
-    def frozen(s: Session) -> dict[str, Tensor]:
-        trained = {id(p) for ps in s.groups.values() for p in ps}
-        return {
-            f"{n}/{k}": v
-            for n, m in s.family.modules.items()
-            for k, v in m.state_dict(keep_vars=True).items()
-            if id(v) not in trained
-        }
+    def frozen(model: Model) -> dict[str, Tensor]:
+        trained = {id(p) for p in itertools.chain(*model.groups.values())}
+        found = {}
+        for name, module in model.family.modules.items():
+            for key, value in module.state_dict(keep_vars=True).items():
+                if id(value) not in trained:
+                    found[f"{name}/{key}"] = value
+        return found
 
     train.train(
         replace(
@@ -177,12 +183,13 @@ def test_frozen_parameters_and_vocabulary_keep_their_bits(config: Config, quick:
             stages=(Stage(3, ALL),),
             optimizer=OptimizerConfig(lr={"tokens": 0.1}, weight_decay={"tokens": 0.5}),
         ),
-        step=step,
+        step=watched,
     )
-    s = opened[0]
+    model = opened[0]
     assert any("token_embedding.table" in name for name in before) and len(before) > 200
-    assert same(before, {k: v.detach() for k, v in frozen(s).items()})
-    assert not torch.equal(s.embeddings["text_encoder"].rows, s.embeddings["text_encoder"].initial)
+    assert same(before, {k: v.detach() for k, v in frozen(model).items()})
+    embedding = model.embeddings["text_encoder"]
+    assert not torch.equal(embedding.rows, embedding.initial)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +242,8 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
     (tmp_path / "mine.py").write_text(
         "seen = []\n"
         "def same(step):\n    return (step.out - step.target).square().flatten(1).mean(1)\n"
-        "def cube(step, power=3):\n    seen.append((step.x_t.clone(), step.level.t.clone(), step.eps.clone()))\n"
+        "def cube(step, power=3):\n    seen.append((step.x_t.clone(), step.level.t.clone(), "
+        "step.eps.clone()))\n"
         "    return (step.out - step.target).abs().pow(power).flatten(1).mean(1)\n"
     )
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -249,11 +257,6 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
         train.train(replace(config, out=config.out + "same", loss=f"{tmp_path}/mine.py:same"))
     )
     assert same_loss == base
-    s = Session(
-        replace(
-            config, out=config.out + "other", loss=f"{tmp_path}/mine.py:cube", loss_arg={"power": 4}
-        )
-    )
     other = rows(
         train.train(
             replace(
@@ -265,8 +268,6 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
         )
     )
     assert other[1]["loss"] != base[1]["loss"] and other[1]["lr_denoiser"] == base[1]["lr_denoiser"]
-    function = s.loss.func  # type: ignore[attr-defined]
-    assert callable(function)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def cube(step: StepOutput) -> Tensor:
@@ -275,9 +276,9 @@ def test_a_loss_from_a_file_changes_the_loss_and_nothing_else(
 
     again = rows(train.train(replace(config, out=config.out + "again"), loss=cube))
     assert again == other
-    assert len(seen) == len(found) == 2 and all(
-        torch.equal(a, b) for one, two in zip(seen, found) for a, b in zip(one, two)
-    )
+    assert len(seen) == len(found) == 2
+    for one, two in zip(seen, found):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_a_loss_that_is_no_row_per_example_is_refused_by_name(
     with pytest.raises(UserError, match=said):
         train.train(config, loss=bad)
 
-    def bad_step(s: Session, batch: Any, stage: Stage, number: int) -> Any:
+    def bad_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Any:
         return bad(
             StepOutput(*[torch.ones(2, 4, 8, 8)] * 5, None, "epsilon", None, torch.zeros(2), 0)
         )  # type: ignore[arg-type]
@@ -347,10 +348,10 @@ def test_lazy_members_of_a_step_work_in_a_loss(config: Config, quick: None) -> N
 
 
 def test_a_step_of_ones_own_replaces_training_step(config: Config, quick: None) -> None:
-    def two_forwards(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
-        return 0.5 * train.training_step(s, batch, stage, number) + 0.5 * train.training_step(
-            s, batch, stage, number + 1000
-        )
+    def two_forwards(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
+        first = train.training_step(model, x, config, loss)
+        later = replace(x, number=x.number + 1000)
+        return 0.5 * first + 0.5 * train.training_step(model, later, config, loss)
 
     run, other = (
         train.train(config),
@@ -504,9 +505,8 @@ def test_every_option_changes_what_is_learned(
     if not fingerprints:
         fingerprints[digest(train.train(replace(config, out=config.out + "0")))] = "the base run"
     change = dict(OPTIONS[name])
-    groups = {
-        g for stage in change.get("stages", (Stage(groups=("denoiser",)),)) for g in stage.groups
-    }
+    stages = change.get("stages", (Stage(groups=("denoiser",)),))
+    groups = set(itertools.chain(*[stage.groups for stage in stages]))
     if "denoiser" not in groups:
         change["optimizer"] = {"lr": dict.fromkeys(groups, 1e-2)}
     if groups == {"tokens"}:
@@ -555,7 +555,8 @@ def test_the_moving_average_is_what_is_kept_and_shown(config: Config, quick: Non
     assert (
         distance(*files) > 0.01 and rows(plain, "val")[-1]["loss"] != rows(mean, "val")[-1]["loss"]
     )
-    # the average begins as the start, so that three updates at decays 1/5, 1/4, 1/3 ... are between the first and the last step
+    # the average begins as the start, so that three updates at decays 1/5, 1/4, 1/3 ... are between
+    # the first and the last step
     half = replace(config, out=config.out + "3", ema=0.5, stages=(Stage(2),))
     train.train(half)
     assert same(final(train.train(replace(half, stages=config.stages, resume=True))), final(mean))
@@ -605,7 +606,9 @@ def test_a_full_fine_tune_leaves_a_whole_model(config: Config, quick: None) -> N
 
 
 def test_preservation_holds_the_class_to_the_base_model(config: Config, quick: None) -> None:
-    """With an overwhelming weight on it the adapter learns next to nothing that shows on the class caption."""
+    """With an overwhelming weight on it the adapter learns next to nothing that shows on the class
+    caption.
+    """
 
     def shift(weight: float) -> float:
         seen: list[float] = []
@@ -672,7 +675,8 @@ def test_half_precision_with_a_loss_scale_that_is_kept(config: Config, quick: No
 def test_an_adapter_of_ones_own(config: Config, quick: None, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from lora_core.adapters.kinds import LoRA\nclass Half(LoRA):\n    def __init__(self, base, layer):\n"
+        "from lora_core.adapters.kinds import LoRA\nclass Half(LoRA):\n    def __init__(self, "
+        "base, layer):\n"
         "        super().__init__(base, layer)\n        self.scale /= 2\n"
     )
     own = train.train(replace(config, adapter=replace(config.adapter, kind=f"{file}:Half")))
@@ -729,8 +733,10 @@ def test_more_class_images_than_asked_for_are_said(
     own = save_photos(tmp_path / "class", count=3)
     for mask in own.glob("*.mask.png"):
         mask.unlink()
-    s = Session(replace(config, prior=PriorConfig("a cat", images=str(own), count=2)))
-    assert s.prior is not None and len(s.prior) == 3
+    found = open_parts(
+        replace(config, prior=PriorConfig("a cat", images=str(own), count=2))
+    ).data.class_images
+    assert found is not None and len(found) == 3
     assert f"class images: all 3 of {own}; --prior.count 2" in capsys.readouterr().out
 
 
@@ -765,14 +771,23 @@ def test_an_inpainting_model_trains_and_draws(
 
 @pytest.fixture(scope="module")
 def finished(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A whole run with pictures and plots."""
+    """A whole run with images and plots."""
     config = Config(
-        model=str(model), out=str(tmp_path_factory.mktemp("finished") / "run"), device="cpu", batch_size=2, log_every=1,
-        data=DataConfig(images=str(photos), resolution=16), adapter=AdapterConfig(rank=4, kind="dora"), tokens=TokensConfig(init=("c",)),
-        optimizer=OptimizerConfig("prodigy", args={"d0": 1e-4}, betas={"tokens": (0.9, 0.99), "denoiser": (0.9, 0.99)}),
+        model=str(model),
+        out=str(tmp_path_factory.mktemp("finished") / "run"),
+        device="cpu",
+        batch_size=2,
+        log_every=1,
+        data=DataConfig(images=str(photos), resolution=16),
+        adapter=AdapterConfig(rank=4, kind="dora"),
+        tokens=TokensConfig(init=("c",)),
+        optimizer=OptimizerConfig(
+            "prodigy", args={"d0": 1e-4}, betas={"tokens": (0.9, 0.99), "denoiser": (0.9, 0.99)}
+        ),
         stages=(Stage(4, ("denoiser", "tokens"), low=0.1),),
-        samples=SamplesConfig(steps=2, every=2, prompts=("a TOK",), new_prompts=("a TOK on mars",)), validation=ValidationConfig(bins=3, every=2, draws=2),
-    )  # fmt: skip
+        samples=SamplesConfig(steps=2, every=2, prompts=("a TOK",), new_prompts=("a TOK on mars",)),
+        validation=ValidationConfig(bins=3, every=2, draws=2),
+    )
     train.train(config)
     return config
 
@@ -781,9 +796,21 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:
     run = Path(finished.out)
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert names >= {
-        "pytorch_lora_weights.safetensors", "run.safetensors", "run_emb.safetensors", "config.toml", "metrics.jsonl", "val.jsonl", "summary.json",
-        "samples/step_000002.png", "samples/step_000004.png", "before_after.png", "loss.png", "val.png", "d.png", "checkpoints/4/state.safetensors",
-    }  # fmt: skip
+        "pytorch_lora_weights.safetensors",
+        "run.safetensors",
+        "run_emb.safetensors",
+        "config.toml",
+        "metrics.jsonl",
+        "val.jsonl",
+        "summary.json",
+        "samples/step_000002.png",
+        "samples/step_000004.png",
+        "before_after.png",
+        "loss.png",
+        "val.png",
+        "d.png",
+        "checkpoints/4/state.safetensors",
+    }
     for name in ("loss.png", "before_after.png", "samples/step_000004.png"):
         assert Image.open(run / name).convert("L").getextrema() != (255, 255)
     again = from_table(tomllib.loads((run / "config.toml").read_text()))
@@ -878,7 +905,7 @@ def test_the_held_out_images_are_the_ones_scored(
 ) -> None:
     held_out = save_photos(tmp_path / "held", side=40, count=2)
     run = train.train(replace(config, validation=ValidationConfig(str(held_out), bins=2)))
-    s = Session(replace(config, out=config.out + "2"))
+    trained = setup.open_data(replace(config, out=config.out + "2")).training
     assert len(rows(run, "val")) == 2 * 2 * 2 and not {r["key"] for r in rows(run, "val")} & {
-        r.key for r in s.folder.records
+        r.key for r in trained.records
     }

@@ -1,6 +1,7 @@
-"""What a few steps of training on the embedded model leave in a file of any format is what others draw with: same UNet output, same update.
+"""Files of a few training steps on the embedded model: others get the same output and update.
 
-diffusers' own pipeline is the judge of native and kohya's files; cloneofsimo's, which nothing else reads today, is read back.
+Native and kohya's files are read by diffusers' own pipeline; cloneofsimo's, which nothing else
+reads today, are read back.
 """
 
 from pathlib import Path
@@ -73,7 +74,7 @@ def output(pipe):
 
 
 def trained(pipe, layout, kind, places):
-    """A state after a few steps towards the opposite of the noise, of the U-Net and its text encoder."""
+    """A state of UNet and text encoder after a few steps towards the opposite of the noise."""
     found = {"unet": places, "text_encoder": TEXT}
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     try:
@@ -83,7 +84,9 @@ def trained(pipe, layout, kind, places):
                 AdapterSpec(targets=found[name], kind=kind, rank=3, alpha=6.0),
                 seed=i,
             )
-        wanted = [p for net in networks.values() for p in injection.adapter_parameters(net)]
+        wanted = []
+        for net in networks.values():
+            wanted += injection.adapter_parameters(net)
         optimizer = torch.optim.AdamW(wanted, lr=RATE)
         latents, noise, levels, ids = batch(pipe)
         for _ in range(STEPS):

@@ -8,7 +8,6 @@ Each test also computes what the public scripts do, and shows that it is somethi
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,10 @@ import train
 from lora_core.config import Config, OptimizerConfig, Stage
 from models import load_family
 from tests.conftest import rows, same
-from training.setup import Session
+from training.setup import Model
+from training.stages import stage_spans
+from training.step import Loss
+from training.step_inputs import StepInputs
 
 PIVOT = (Stage(4, ("denoiser", "tokens"), schedule="cosine"), Stage(4, ("denoiser",)))
 
@@ -96,7 +98,7 @@ def test_trap_17_the_pivot_is_a_number_of_steps(config: Config) -> None:
     """
     spans = [
         (first, last)
-        for _, first, last in train.stage_spans(
+        for _, first, last in stage_spans(
             (Stage(2, ("denoiser", "tokens")), Stage(1, ("denoiser",)))
         )
     ]
@@ -108,14 +110,14 @@ def test_trap_17_tokens_are_in_every_checkpoint_and_come_back(config: Config, qu
     whole = train.train(replace(config, stages=stages, save_every=1, keep=9))
     opened: list[dict[str, Tensor]] = []
 
-    def stop(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
-        if number == 3:
+    def stop(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
+        if x.number == 3:
             raise KeyboardInterrupt
-        return train.training_step(s, batch, stage, number)
+        return train.training_step(model, x, config, loss)
 
-    def look(s: Session, batch: Any, stage: Stage, number: int) -> Tensor:
-        opened.append({name: e.rows.detach().clone() for name, e in s.embeddings.items()})
-        return train.training_step(s, batch, stage, number)
+    def look(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
+        opened.append({name: e.rows.detach().clone() for name, e in model.embeddings.items()})
+        return train.training_step(model, x, config, loss)
 
     half = replace(config, stages=stages, save_every=1, keep=9, out=config.out + "_half")
     with pytest.raises(KeyboardInterrupt):

@@ -1,5 +1,8 @@
-"""Which images a run is validated on, what that is called, what it costs, and a run without validation."""
+"""Which images a run is validated on, what that is called, what it costs, and a run without
+validation.
+"""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,11 @@ import train
 from lora_core.config import Config, SamplesConfig, ValidationConfig
 from lora_core.data.records import Record, scan_folder
 from lora_core.diffusion import validation
-from lora_core.runs import pictures
+from lora_core.runs import pictures, reports
 from lora_core.runs.pictures import ImageRow
 from tests.conftest import rows, save_photos
-from training import results
-from training.setup import Session
+from tests.opened_run import open_parts
+from training.samples import before_after_grid, save_sample_grid, wrap_row
 
 
 def records(names: str, **changes: Any) -> list[Record]:
@@ -88,45 +91,41 @@ def test_a_mask_does_not_change_what_an_image_is_called_in_the_validation(photos
 def test_it_costs_a_batch_at_a_time_and_reads_each_image_once(
     config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, batch: int, count: int
 ) -> None:
-    s = Session(
+    s = open_parts(
         replace(config, batch_size=batch, validation=ValidationConfig(bins=2, draws=2, count=count))
     )
     sizes: list[int] = []
     read: list[int] = []
     prompts: list[int] = []
-    denoise, example, encode = s.family.denoise, s.val_folder.example, s.family.encode_prompts
-    monkeypatch.setattr(
-        s.family, "denoise", lambda x, *a: (sizes.append(len(x)), denoise(x, *a))[1]
-    )
-    monkeypatch.setattr(
-        s.family, "encode_prompts", lambda p: (prompts.append(len(p)), encode(p))[1]
-    )
-    monkeypatch.setattr(
-        s.val_folder, "example", lambda i, visit: (read.append(i), example(i, visit))[1]
-    )
+    family, images = s.model.family, s.data.validation
+    denoise, example, encode = family.denoise, images.example, family.encode_prompts
+    monkeypatch.setattr(family, "denoise", lambda x, *a: (sizes.append(len(x)), denoise(x, *a))[1])
+    monkeypatch.setattr(family, "encode_prompts", lambda p: (prompts.append(len(p)), encode(p))[1])
+    monkeypatch.setattr(images, "example", lambda i, visit: (read.append(i), example(i, visit))[1])
     for done in (0, 1):
-        results.run_validation(s, done)
-    images = count or 5
-    assert set(sizes) == {min(batch, images)} == set(prompts) and sorted(read) == list(
-        range(images)
+        s.log.validate(done, s.scorer)
+    number = count or 5
+    assert set(sizes) == {min(batch, number)} == set(prompts) and sorted(read) == list(
+        range(number)
     )
-    assert s.scores[0] == s.scores[1] and [x.key for x in s.scores[0][:images]] == [
-        r.key for r in s.val_folder.records
+    assert s.log.scores[0] == s.log.scores[1] and [x.key for x in s.log.scores[0][:number]] == [
+        r.key for r in images.records
     ]
-    assert [(x.draw, x.bin) for x in s.scores[0]] == [
-        (d, b) for d in range(2) for b in range(2) for _ in range(images)
-    ]
-    assert s.val_folder._recent.bytes == 0 and all(
-        e.pixels.shape == (4, 8, 8) for e in s.val_latents.values()
+    expected = []
+    for place in itertools.product(range(2), range(2)):
+        expected += [place] * number
+    assert [(x.draw, x.bin) for x in s.log.scores[0]] == expected
+    assert images._recent.bytes == 0 and all(
+        e.pixels.shape == (4, 8, 8) for e in s.scorer.latents.values()
     )
 
 
 def test_scores_of_other_batches_differ_by_rounding_only(config: Config, quick: None) -> None:
     found = []
     for batch in (1, 2, 5):
-        s = Session(replace(config, batch_size=batch, validation=ValidationConfig(bins=3)))
-        results.run_validation(s, 0)
-        found.append(torch.tensor([score.loss for score in s.scores[0]]))
+        s = open_parts(replace(config, batch_size=batch, validation=ValidationConfig(bins=3)))
+        s.log.validate(0, s.scorer)
+        found.append(torch.tensor([score.loss for score in s.log.scores[0]]))
         Path(config.out).mkdir(exist_ok=True)
         config = replace(config, out=config.out + "x")
     assert all(torch.allclose(found[0], other, rtol=1e-5, atol=0) for other in found[1:])
@@ -170,7 +169,7 @@ def test_the_plot_says_which_images_it_is_of(
         "plot_lines",
         lambda series, path, *, axes, title: seen.update(series=list(series), title=title),
     )
-    results.reports.plot_metrics(tmp_path, "loss on the training images")
+    reports.plot_metrics(tmp_path, "loss on the training images")
     assert seen == {
         "series": ["loss on the training images"],
         "title": "loss on the training images, at fixed timesteps and noise",
@@ -187,11 +186,10 @@ def test_prompts_beyond_five_go_on_below(count: int) -> None:
         [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)],
         [f"prompt {i}" for i in range(count)],
     )
-    cut = list(results._wrap_row(row))
+    cut = list(wrap_row(row))
     assert [len(r.images) for r in cut] == [5] * (count // 5) + ([count % 5] if count % 5 else [])
-    assert [c for r in cut for c in r.captions] == row.captions and [
-        im for r in cut for im in r.images
-    ] == row.images
+    assert list(itertools.chain.from_iterable(r.captions for r in cut)) == row.captions
+    assert list(itertools.chain.from_iterable(r.images for r in cut)) == row.images
 
 
 def test_all_prompts_of_the_config_are_drawn_before_and_after(
@@ -202,7 +200,7 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
         tuple(f"a TOK {i}" for i in range(7)),
         tuple(f"TOK on mars {i}" for i in range(6)),
     )
-    s = Session(
+    s = open_parts(
         replace(
             config, samples=SamplesConfig(steps=1, guidance=1.0, prompts=prompts, new_prompts=new)
         )
@@ -213,7 +211,7 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
         "draw_grid",
         lambda rows, **_: (sheets.append(list(rows)), Image.new("RGB", (1, 1)))[1],
     )
-    results.before_after_grid(s, results.generate_samples(s, results.sample_prompts(s)))
+    before_after_grid(s.samples, s.samples.draw(s.samples.prompts), "")
     labels = [(row.label.split(":")[0], len(row.images)) for row in sheets[0]]
     assert labels == [
         ("what it learned from", 5),
@@ -224,9 +222,10 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
         ("after", 5),
         ("after", 1),
     ]
-    assert [c for row in sheets[0][-2:] for c in row.captions] == list(new)
-    results.save_sample_grid(s, 1)
-    assert [c for row in sheets[1] for c in row.captions] == list(prompts)
+    assert [*sheets[0][-2].captions, *sheets[0][-1].captions] == list(new)
+    save_sample_grid(s.samples, s.run, 1)
+    shown = itertools.chain.from_iterable(row.captions for row in sheets[1])
+    assert list(shown) == list(prompts)
 
 
 def test_captions_stand_for_prompts_up_to_five(config: Config, quick: None, tmp_path: Path) -> None:
@@ -234,11 +233,11 @@ def test_captions_stand_for_prompts_up_to_five(config: Config, quick: None, tmp_
     for i in range(7):
         Image.new("RGB", (16, 16), (30 * i, 9, 9)).save(folder / f"x{i}.png")
         (folder / f"x{i}.txt").write_text(f"a photo {i}")
-    s = Session(
+    s = open_parts(
         replace(
             config,
             data=replace(config.data, images=str(folder)),
             samples=SamplesConfig(steps=1, guidance=1.0),
         )
     )
-    assert len(results.sample_prompts(s)) == 5
+    assert len(s.samples.prompts) == 5

@@ -1,4 +1,7 @@
-"""Whole models between the diffusers layout and single files: nothing is lost, diffusers reads ours, damage is one sentence."""
+"""Whole models between the diffusers layout and single files.
+
+Nothing is lost, diffusers reads ours, damage is one sentence.
+"""
 
 import json
 import os
@@ -64,9 +67,16 @@ def second_pipeline():
     torch.manual_seed(3)
     tok = tiny_pipeline.tokenizer()
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=[2, 4],
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=[2, 4],
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        use_linear_projection=True,
+    )
     kinds = {
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -79,9 +89,17 @@ def second_pipeline():
         **kinds,
     )
     config = CLIPTextConfig(
-        vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=23, num_attention_heads=2, max_position_embeddings=16,
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, hidden_act="gelu", initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tok),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=23,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        hidden_act="gelu",
+        initializer_range=0.2,
+    )
     scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
     return StableDiffusionPipeline(
         vae,
@@ -170,9 +188,14 @@ def test_a_folder_comes_back_bit_identical(tmp_path, models, kind, suffix):
         )
 
 
-@pytest.mark.parametrize(("kind", "suffix", "make"), [
-    ("first", "ckpt", StableDiffusionPipeline), ("second", "safetensors", StableDiffusionPipeline), ("xl", "safetensors", StableDiffusionXLPipeline),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "suffix", "make"),
+    [
+        ("first", "ckpt", StableDiffusionPipeline),
+        ("second", "safetensors", StableDiffusionPipeline),
+        ("xl", "safetensors", StableDiffusionXLPipeline),
+    ],
+)
 def test_the_public_reader_loads_ours(tmp_path, models, kind, suffix, make):
     pipe, folder = models[kind]
     single, rows = tmp_path / f"model.{suffix}", ROWS[kind]
@@ -215,7 +238,10 @@ def full_size():
 
 
 def test_full_size_models_have_the_known_keys():
-    """Counts of diffusers' converters (scripts/convert_diffusers_to_original_*), which agree key by key and shape by shape."""
+    """Counts of diffusers' converters (scripts/convert_diffusers_to_original_*).
+
+    They agree key by key and shape by shape.
+    """
     first, second, vae = full_size()
     unet, *text = tiny_sdxl.full_size()
     cases = (
@@ -234,10 +260,14 @@ def test_full_size_models_have_the_known_keys():
         ),
     )
     known = {
-        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "model.diffusion_model.middle_block.1.proj_in.weight",
-        "model.diffusion_model.output_blocks.5.2.conv.weight", "model.diffusion_model.out.2.bias", "first_stage_model.encoder.mid.attn_1.q.weight",
-        "first_stage_model.decoder.up.3.upsample.conv.weight", "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
-    }  # fmt: skip
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.middle_block.1.proj_in.weight",
+        "model.diffusion_model.output_blocks.5.2.conv.weight",
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.encoder.mid.attn_1.q.weight",
+        "first_stage_model.decoder.up.3.upsample.conv.weight",
+        "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
+    }
     for rows, nets, counts, (channels, context, label, linear, *encoders) in cases:
         single = join_networks(
             {
@@ -336,10 +366,15 @@ def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
 
 def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path):
     tensors = {
-        "b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(3).to(torch.bfloat16), "é": torch.tensor(1.5), "i": torch.tensor([[1, 2]]),
-        "turned": torch.arange(6.0).reshape(2, 3).T, "f8": torch.ones(3).to(torch.float8_e4m3fn), "none": torch.empty(0, 3),
+        "b": torch.arange(6.0).reshape(2, 3),
+        "a": torch.arange(3).to(torch.bfloat16),
+        "é": torch.tensor(1.5),
+        "i": torch.tensor([[1, 2]]),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "f8": torch.ones(3).to(torch.float8_e4m3fn),
+        "none": torch.empty(0, 3),
         "yes": torch.tensor([True]),
-    }  # fmt: skip
+    }
     path = tmp_path / "a.safetensors"
     write_weights(path, weights_in_memory(tensors, "here"), {"b": "1", "a": "ü"})
     first = path.read_bytes()
@@ -404,13 +439,22 @@ def test_layers_that_readers_build_and_never_run(tmp_path, models, capsys):
 
 
 EXTRA = {
-    "model_ema.diffusion_modelinput_blocks00weight": torch.ones(2), "model_ema.decay": torch.tensor(0.9), "betas": torch.ones(3),
-    "alphas_cumprod_prev": torch.ones(3), "sqrt_alphas_cumprod": torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
+    "model_ema.diffusion_modelinput_blocks00weight": torch.ones(2),
+    "model_ema.decay": torch.tensor(0.9),
+    "betas": torch.ones(3),
+    "alphas_cumprod_prev": torch.ones(3),
+    "sqrt_alphas_cumprod": torch.ones(3),
+    "sqrt_one_minus_alphas_cumprod": torch.ones(3),
     "logvar": torch.ones(3),
-    "log_one_minus_alphas_cumprod": torch.ones(3), "sqrt_recipm1_alphas_cumprod": torch.ones(3), "posterior_mean_coef1": torch.ones(3),
-    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None], "cond_stage_model.logit_scale": torch.tensor(4.6),
-    "first_stage_model.loss.discriminator.main.0.weight": torch.ones(3), "lvlb_weights": torch.ones(3), "v_pred": torch.empty(0),
-}  # fmt: skip
+    "log_one_minus_alphas_cumprod": torch.ones(3),
+    "sqrt_recipm1_alphas_cumprod": torch.ones(3),
+    "posterior_mean_coef1": torch.ones(3),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+    "cond_stage_model.logit_scale": torch.tensor(4.6),
+    "first_stage_model.loss.discriminator.main.0.weight": torch.ones(3),
+    "lvlb_weights": torch.ones(3),
+    "v_pred": torch.empty(0),
+}
 
 
 def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
@@ -468,7 +512,10 @@ def test_other_spellings_are_read(models):
 
 
 def test_folders_of_every_age_are_read(tmp_path, models):
-    """Shards, .bin, half-precision variants, the VAE's older names, a text_model level and position_ids give the same file."""
+    """Other forms of a folder give the same file.
+
+    Shards, .bin, half-precision variants, the VAE's older names, a text_model level, position_ids.
+    """
     _, folder = models["first"]
     expected = tensors_of(join_networks(open_located_networks(folder, FIRST), FIRST))
     old = tmp_path / "old"
@@ -656,7 +703,10 @@ def test_inpainting_is_seen_in_the_shapes(models):
 
 
 def test_a_file_larger_than_memory_is_read(tmp_path):
-    """A terabyte that takes no place on disk: its tensors are read one by one, and what was read is not a view of the file."""
+    """A terabyte that takes no place on disk: its tensors are read one by one.
+
+    A tensor that was read is not a view of the file.
+    """
     path, names, size = tmp_path / "large.safetensors", [f"t{i}" for i in range(1024)], 2**30
     text = {
         name: {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]}

@@ -1,1 +1,3 @@
-"""The embedded toy model: drawings, pretraining, recogniser and evaluation of a small latent diffusion model."""
+"""The embedded toy model: drawings, pretraining, recogniser and evaluation of a small latent
+diffusion model.
+"""

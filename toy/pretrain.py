@@ -1,7 +1,9 @@
-"""Pretrains the toy model: `python -m toy.pretrain --seed 0` runs all stages; `--stage NAME` runs one, from where it stopped.
+"""Pretraining of the toy model in stages: `python -m toy.pretrain --seed 0`.
 
-With two processes: `torchrun --nproc-per-node 2 -m toy.pretrain --seed 0` (each single-threaded, gradients averaged). Batch sizes are
-per process, so one process takes twice the steps for the same samples: then double the *_STEPS. Intermediates go to /tmp/toy_work.
+`--stage NAME` runs one stage, from where it stopped.
+With two processes: `torchrun --nproc-per-node 2 -m toy.pretrain --seed 0` (each single-threaded,
+gradients averaged). Batch sizes are per process, so one process takes twice the steps for the same
+samples: then double the *_STEPS. Intermediates go to /tmp/toy_work.
 """
 
 import argparse
@@ -78,7 +80,9 @@ def decoder_stage(seed: int) -> None:
 
 
 def export_stage(seed: int) -> None:
-    """Writes toy/model from the newest checkpoints, the averaged weights of denoiser and text encoder."""
+    """Writes toy/model from the newest checkpoints, the averaged weights of denoiser and text
+    encoder.
+    """
     if dist.is_initialized() and dist.get_rank():
         return
     tokenizer = networks.load_tokenizer(WORK / "tokenizer")

@@ -1,181 +1,221 @@
-"""What a run keeps: checkpoints that a killed run goes on from, and what it has learned as an
-AdapterState. Functions of an open Session.
+"""Checkpoints, from which a killed run goes on, and the learned factors and token rows as an
+AdapterState.
 """
 
 from __future__ import annotations
 
 import shlex
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lora_core import tokens
+from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState
-from lora_core.diffusion import validation
+from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, run_file_paths, save_run
-from lora_core.runs.run_folder import flatten_state, unflatten_state
+from lora_core.runs.run_folder import Run, flatten_state, unflatten_state
 from lora_core.toml import to_table, to_toml
 from training import config_checks, nonfinite
+from training.log import Log
 from training.run_identity import identity_changes, run_identity
+from training.setup import Data, Model, Optimization
+from training.signals import Stopped
 
-if TYPE_CHECKING:
-    from training.setup import Session
 
+class Checkpoints:
+    """Writes and restores OUT/checkpoints/STEP of one run.
 
-def write_checkpoint(s: Session, done: int) -> None:
-    """Writes checkpoints/<done>/: everything that `restore` needs, and beside it the files that can
-    be used elsewhere.
+    `began` is time.perf_counter() at the start of this process; `restore` takes the seconds of the
+    processes before it off.
     """
-    s.flush()
-    nonfinite.check_finite_state(s, done)
-    tree = {
-        "groups": s.groups,
-        "optimizer": s.optimizer.state_dict(),
-        "optimizer_name": s.config.optimizer.name,
-        "scaler": s.scaler and s.scaler.state_dict(),
-        "average": s.average and s.average.state_dict(),
-        "seconds": time.perf_counter() - s.began,
-        "identity": _run_identity(s),
-        "changes": s.changes,
-    }
-    folder = s.run.save_checkpoint(done, *flatten_state(tree))
-    s.saved = done
-    with s.averaged():
-        save_run(learned_state(s, done), folder, layout=s.family.layout)
 
+    def __init__(
+        self, run: Run, config: Config, data: Data, model: Model, optimization: Optimization
+    ) -> None:
+        self.run, self.config = run, config
+        self.model, self.optimization = model, optimization
+        prior = data.class_images.records if data.class_images else ()
+        records = data.training.records
+        self.identity = run_identity(to_table(config), records, prior, model.identity)
+        self.changes: list[str] = []  # what the run was resumed with that it did not begin with
+        self.began = time.perf_counter()
 
-def restore_checkpoint(s: Session) -> int:
-    """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of another
-    run, naming in what.
-    """
-    found = s.run.load_checkpoint() if s.config.resume else None
-    if found is None:
-        if s.config.resume:
-            print(f"there is no checkpoint in {s.run.folder} yet: the run begins at step 0")
-        return 0
-    tree = unflatten_state(found.tensors, found.meta)
-    s.changes = list(tree.get("changes", ())) + _accept_changes(s, tree, found.step)
-    with torch.no_grad():
-        for group, params in s.groups.items():
-            for p, saved in zip(params, tree["groups"][group]):
-                p.copy_(saved)
-    try:
-        s.optimizer.load_state_dict(tree["optimizer"])
-    except Exception as error:  # of a class that may be anybody's
-        told = f"cannot take up the state it saved ({type(error).__name__}: {error})"
-        raise UserError(
-            f"{s.config.optimizer.name} {told}, so that this run cannot be resumed; begin anew in another --out"
-        ) from error
-    for state in s.optimizer.param_groups:  # as this config says, not as the saved state does
-        state.update(
-            s.settings[state["name"]]
-            | {k: v for k, v in s.config.optimizer.args.items() if k in state}
-        )
-    if s.scaler is not None and tree["scaler"] is not None:
-        s.scaler.load_state_dict(tree["scaler"])
-        s.skips = (int(s.scaler.skipped), 0)
-    if s.average is not None:
-        s.average.load_state_dict(tree["average"])
-    s.began -= tree["seconds"]
-    if (s.run.folder / "val.jsonl").is_file():
-        s.scores = validation.read_scores(s.run.folder)
-    s.saved = found.step
-    _write_missing(s, found.step)
-    print(f"resumed after step {found.step}")
-    return found.step
+    def restore(self, began: float) -> int:
+        """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of
+        another run, naming in what, and for parameters that are not finite.
+        """
+        self.began = began
+        done = self._load()
+        nonfinite.check_finite_state(self.model, self.optimization, done, self.run)
+        return done
 
+    def _load(self) -> int:
+        """Puts the newest checkpoint into the model and the optimizer; returns its step."""
+        found = self.run.load_checkpoint() if self.config.resume else None
+        if found is None:
+            if self.config.resume:
+                print(f"there is no checkpoint in {self.run.folder} yet: the run begins at step 0")
+            return 0
+        tree = unflatten_state(found.tensors, found.meta)
+        accepted = self._accept_changes(tree, found.step)
+        self.changes = [*tree.get("changes", ()), *accepted]
+        with torch.no_grad():
+            for group, params in self.model.groups.items():
+                for p, saved in zip(params, tree["groups"][group]):
+                    p.copy_(saved)
+        self._restore_optimizer(tree["optimizer"])
+        scaler, average = self.optimization.scaler, self.optimization.average
+        if scaler is not None and tree["scaler"] is not None:
+            scaler.load_state_dict(tree["scaler"])
+        if average is not None:
+            average.load_state_dict(tree["average"])
+        self.began -= tree["seconds"]
+        self._write_missing_files(found.step)
+        print(f"resumed after step {found.step}")
+        return found.step
 
-def _run_identity(s: Session) -> dict[str, Any]:
-    return run_identity(
-        to_table(s.config), s.folder.records, s.prior.records if s.prior else (), s.model_identity
-    )
-
-
-def _accept_changes(s: Session, tree: dict[str, Any], step: int) -> list[str]:
-    """The changes that --resume-anyway takes, said in a line each. Raises UserError for changes
-    without it, and for state that cannot be taken.
-    """
-    obstacle = _refusal(s, tree, step)
-    if "identity" not in tree and not obstacle:
-        print(
-            f"the checkpoint of step {step} is of an earlier version and does not say what it was made from; it is taken as it is"
-        )
-    found = identity_changes(tree["identity"], _run_identity(s), step) if "identity" in tree else []
-    if obstacle or (found and not s.config.resume_anyway):
-        named = (
-            f"the checkpoint of step {step} in {s.run.folder} is not of this run: {'; '.join(found)}; "
-            if found
-            else ""
-        )
-        raise UserError(
-            named + (obstacle or "resume with what the run began with, or pass --resume-anyway")
-        )
-    told = [f"from step {step} on: {change}" for change in found]
-    for line in told:
-        print(f"resumed with a change {line}")
-    return told
-
-
-def _refusal(s: Session, tree: dict[str, Any], step: int) -> str:
-    """Why the state of a checkpoint cannot be put into this run, as a sentence; "" where it can."""
-    folder, name = s.run.folder, s.config.optimizer.name
-    if {n: [p.shape for p in ps] for n, ps in tree["groups"].items()} != {
-        n: [p.shape for p in ps] for n, ps in s.groups.items()
-    }:
-        return f"the checkpoint in {folder} has other adapters or tokens than this config; resume with the config of the run"
-    if tree["optimizer_name"] != name:
-        return f"the checkpoint in {folder} is of {tree['optimizer_name']}, not of {name}; resume with that optimizer"
-    if step > s.config.steps:
-        return f"{folder} has done {step} steps, more than the {s.config.steps} of this config; give its stages more"
-    if (tree["average"] is None) != (s.average is None):
-        return f"the checkpoint in {folder} was written {'without' if s.average else 'with'} --ema; resume as the run began"
-    return ""
-
-
-def _write_missing(s: Session, step: int) -> None:
-    """The files beside the state of a checkpoint, where the process that wrote it was killed in
-    between.
-    """
-    folder, state = s.run.folder / "checkpoints" / str(step), learned_state(s, step)
-    if not all(file.is_file() for file in run_file_paths(state, folder, s.family.layout)):
-        with s.averaged():
-            save_run(learned_state(s, step), folder, layout=s.family.layout)
-        print(f"wrote the files that were missing in {folder}")
-
-
-def resume_advice(s: Session) -> str:
-    """How to go on with this run after an interruption."""
-    if s.saved is None:
-        return f"no step is saved; start again with --overwrite, which moves {s.run.folder.name} to {s.run.folder.name}.bak"
-    if only := config_checks.rerun_reason(s.config):
-        return f"the run is saved after step {s.saved}; go on from Python with resume=True and config.toml, {only}"
-    command = shlex.join(
-        ["python", "train.py", str(Path(s.config.out) / "config.toml"), "--resume"]
-    )
-    return f"the run is saved after step {s.saved}, go on with: {command}"
-
-
-def learned_state(s: Session, done: int) -> AdapterState:
-    """What the run has learned after `done` steps, under published names; a full fine-tune has no
-    factors (results.save_trained_model writes it).
-    """
-    layout = s.family.layout
-    components: dict[str, dict[str, Any]] = {}
-    for name, module in s.trained.items() if s.has_factors else ():
-        components[name] = {
-            layout.published(name, path): factors
-            for path, factors in injection.adapter_factors(module).items()
+    def write(self, done: int, log: Log) -> None:
+        """Writes checkpoints/<done>/: everything that `restore` needs, and next to it the files
+        that can be used elsewhere.
+        """
+        log.flush()
+        nonfinite.check_finite_state(self.model, self.optimization, done, self.run)
+        scaler, average = self.optimization.scaler, self.optimization.average
+        tree = {
+            "groups": self.model.groups,
+            "optimizer": self.optimization.optimizer.state_dict(),
+            "optimizer_name": self.config.optimizer.name,
+            "scaler": scaler and scaler.state_dict(),
+            "average": average and average.state_dict(),
+            "seconds": time.perf_counter() - self.began,
+            "identity": self.identity,
+            "changes": self.changes,
         }
-    rows = {
-        layout.encoders[name]: tokens.copy_token_rows(embedding)
-        for name, embedding in s.embeddings.items()
-    }
-    names = next((e.names for e in s.embeddings.values()), ())
-    words = embeddings.placeholder_header({a.word: a.names for a in s.abstractions})
-    header = {"lora_core.config": to_toml(s.config.recorded), "lora_core.steps": str(done)}
-    header |= {"lora_core.changes": "\n".join(s.changes)} if s.changes else {}
-    return AdapterState(components, rows, names, header | words)
+        folder = self.run.save_checkpoint(done, *flatten_state(tree))
+        with self.optimization.averaged():
+            formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)
+
+    def learned_state(self, done: int) -> AdapterState:
+        """What the run has learned after `done` steps, under published names; a full fine-tune has
+        no factors (results.py writes it).
+        """
+        model, layout = self.model, self.model.family.layout
+        components: dict[str, dict[str, Any]] = {}
+        for name, module in model.adapted.items() if model.has_factors else ():
+            components[name] = {
+                layout.published(name, path): factors
+                for path, factors in injection.adapter_factors(module).items()
+            }
+        rows = {
+            layout.encoders[name]: tokens.copy_token_rows(embedding)
+            for name, embedding in model.embeddings.items()
+        }
+        names = next((e.names for e in model.embeddings.values()), ())
+        words = formats.placeholder_header({p.word: p.names for p in model.placeholders})
+        header = {"lora_core.config": to_toml(self.config.recorded), "lora_core.steps": str(done)}
+        if self.changes:
+            header["lora_core.changes"] = "\n".join(self.changes)
+        return AdapterState(components, rows, names, header | words)
+
+    @contextmanager
+    def advice_on_interrupt(self) -> Iterator[None]:
+        """Adds to an interruption how to go on with the run."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Stopped(self._resume_advice(), number) from None
+
+    def _resume_advice(self) -> str:
+        saved, name = self.run.newest_step(), self.run.folder.name
+        if saved is None:
+            again = f"start again with --overwrite, which moves {name} to {name}.bak"
+            return f"no step is saved; {again}"
+        kept = f"the run is saved after step {saved}"
+        if only := config_checks.rerun_reason(self.config):
+            return f"{kept}; go on from Python with resume=True and config.toml, {only}"
+        file = str(Path(self.config.out) / "config.toml")
+        return f"{kept}, go on with: {shlex.join(['python', 'train.py', file, '--resume'])}"
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state, with the settings of this config."""
+        optimizer, o = self.optimization.optimizer, self.config.optimizer
+        try:
+            optimizer.load_state_dict(state)
+        except Exception as error:  # of a class that may be anybody's
+            raise UserError(
+                f"{o.name} cannot take up the state it saved ({type(error).__name__}: {error}), "
+                "so that this run cannot be resumed; begin anew in another --out"
+            ) from error
+        for group in optimizer.param_groups:
+            arguments = {name: value for name, value in o.args.items() if name in group}
+            group.update(self.optimization.settings[group["name"]] | arguments)
+
+    def _accept_changes(self, tree: dict[str, Any], step: int) -> list[str]:
+        """The changes that --resume-anyway accepts, each printed in a line. Raises UserError for
+        changes without it, and for state that cannot be taken.
+        """
+        refusal, found = self._refusal(tree, step), []
+        if "identity" in tree:
+            found = identity_changes(tree["identity"], self.identity, step)
+        elif not refusal:
+            print(
+                f"the checkpoint of step {step} is of an earlier version and does not say what it "
+                "was made from; it is taken as it is"
+            )
+        if refusal or (found and not self.config.resume_anyway):
+            advice = refusal or "resume with what the run began with, or pass --resume-anyway"
+            if found:
+                which = f"the checkpoint of step {step} in {self.run.folder}"
+                advice = f"{which} is not of this run: {'; '.join(found)}; {advice}"
+            raise UserError(advice)
+        accepted = [f"from step {step} on: {change}" for change in found]
+        for line in accepted:
+            print(f"resumed with a change {line}")
+        return accepted
+
+    def _refusal(self, tree: dict[str, Any], step: int) -> str:
+        """Why the state of a checkpoint does not fit this run, as a sentence; "" where it does."""
+        folder, config = self.run.folder, self.config
+        if _shapes(tree["groups"]) != _shapes(self.model.groups):
+            return (
+                f"the checkpoint in {folder} has other adapters or tokens than this config; "
+                "resume with the config of the run"
+            )
+        name = config.optimizer.name
+        if tree["optimizer_name"] != name:
+            return (
+                f"the checkpoint in {folder} is of {tree['optimizer_name']}, not of {name}; "
+                "resume with that optimizer"
+            )
+        if step > config.steps:
+            return (
+                f"{folder} has done {step} steps, more than the {config.steps} of this config; "
+                "give its stages more"
+            )
+        average = self.optimization.average
+        if (tree["average"] is None) != (average is None):
+            how = "without" if average else "with"
+            return f"the checkpoint in {folder} was written {how} --ema; resume as the run began"
+        return ""
+
+    def _write_missing_files(self, step: int) -> None:
+        """The files next to the state of a checkpoint, where the process that wrote it was killed
+        in between.
+        """
+        folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
+        files = formats.run_file_paths(self.learned_state(step), folder, layout)
+        if not all(file.is_file() for file in files):
+            with self.optimization.averaged():
+                formats.save_run(self.learned_state(step), folder, layout=layout)
+            print(f"wrote the files that were missing in {folder}")
+
+
+def _shapes(groups: dict[str, Any]) -> dict[str, list[torch.Size]]:
+    return {name: [p.shape for p in params] for name, params in groups.items()}

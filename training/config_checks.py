@@ -22,7 +22,7 @@ from lora_core import tokens
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.diffusion import losses
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.optim import building, schedules
 from lora_core.runs import card, destination, lock, reports
 from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
@@ -305,7 +305,7 @@ def check_run_folder(c: Config) -> None:
             destination.check_path_lengths(option, [Path(given[option]) / "0"])
     if not c.resume:
         destination.check_apart_from_inputs(c.out, given, overwrite=c.overwrite)
-    out, _ = Run.check(c.out, resume=c.resume, overwrite=c.overwrite)
+    out, _ = Run.check_folder(c.out, resume=c.resume, overwrite=c.overwrite)
     if c.overwrite:
         destination.check_overwritten(out)
     lock.check_lock_free(out)
@@ -350,16 +350,14 @@ def check_optimizer(c: Config, device: torch.device) -> None:
     """
     o = c.optimizer
     groups = [group for group in GROUPS if c.trains(group)]
-    settings = schedules.group_settings(
-        o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
-    )
+    settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
     for i, stage in enumerate(c.stages):
-        if stage.weight_decay and "weight_decay" not in schedules.optimizer_arguments(o.name):
+        if stage.weight_decay and "weight_decay" not in building.optimizer_arguments(o.name):
             raise UserError(
                 f"--stages.{i}.weight-decay has no effect: "
                 f"{o.name} takes no weight_decay; leave it out"
             )
-    if c.ema and schedules.is_schedule_free(schedules.resolve_optimizer(o.name)):
+    if c.ema and building.is_schedule_free(building.resolve_optimizer(o.name)):
         raise UserError(f"--ema averages what {o.name} averages itself; leave out one of the two")
     for sentence in try_optimizer(o.name, settings, o.args, device):
         print(f"warning: {sentence}", file=sys.stderr)

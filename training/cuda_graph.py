@@ -1,4 +1,6 @@
-"""A step with fewer launches: captured as one CUDA graph and replayed on new inputs, or with the network's repeated blocks compiled."""
+"""A training step with fewer kernel launches: captured as one CUDA graph and replayed on new
+inputs, or with the repeated blocks of the network compiled.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,27 @@ from lora_core.adapters import groups
 from lora_core.errors import UserError
 from lora_core.kernels import winners
 
-WARMUP_CALLS = 3  # eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialise themselves, kernels are compiled
+# Eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialize
+# themselves, kernels are compiled.
+WARMUP_CALLS = 3
 
 
 class Recording(Protocol):
     """One captured call."""
 
     def record(self) -> AbstractContextManager[None]:
-        """Inside it work is written down, not done."""
+        """Inside the block work is recorded, not done."""
         ...
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Does the recorded work again, on the same addresses."""
+        ...
 
 
 class CudaGraph:
-    """The recording of `torch.cuda.CUDAGraph`; all share one memory pool, for only one replays at a time."""
+    """A recording by torch.cuda.CUDAGraph; all share one memory pool, for only one replays at a
+    time.
+    """
 
     pool: Any = None
 
@@ -56,19 +64,23 @@ class _Capture:
 
 
 class GraphReplay:
-    """fn(inputs) -> tensors, the first WARM calls of each kind as they are, the following ones from a graph.
+    """Calls of fn(inputs) -> tensors: the first WARMUP_CALLS of each kind run eagerly, the
+    following ones are replays of a graph.
 
-    Between two captures lies a call as it is: it makes ready what a capture takes with it (the optimisers' pinned tables of addresses). Our kernels
-    count arrivals in memory that all graphs share: one graph replays at a time, on one stream.
+    A kind is `key` and the shapes and dtypes of the tensors in `inputs`. fn must do all its work
+    on the device, the same for every call of a kind, and keep what outlives it (parameters,
+    optimizer state) at its addresses; Python values that it reads stay what they were at the
+    capture.
 
-    A kind is `key` and the shapes and dtypes of the tensors in `inputs`. fn must do all its work on the device, the same for every call of a kind,
-    and keep what outlives it (parameters, optimiser state) at its addresses; Python values that it reads stay what they were at the capture.
+    Between two captures lies an eager call: it prepares what a capture uses up (the optimizers'
+    pinned tables of addresses). Our kernels count arrivals in memory that all graphs share: one
+    graph replays at a time, on one stream.
     """
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, int] = {}
         self.captures: dict[Hashable, _Capture] = {}
-        self.ready = False  # whether the last call that was no replay was no capture either
+        self.ready = False  # whether an eager call came after the last capture
 
     def __call__(
         self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
@@ -78,11 +90,13 @@ class GraphReplay:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         if self.calls[kind] <= WARMUP_CALLS or (kind not in self.captures and not self.ready):
             self.ready = True
-            with winners.replayed():  # the kernels that the capture will take, compiled before it
+            with winners.replayed():  # compiles the kernels that the capture will take
                 return fn(inputs)
         if kind not in self.captures:
             self.ready = False
-            gc.collect()  # a cycle that holds a node of an earlier backward pass would bring that pass's stream into the capture
+            # A cycle that holds a node of an earlier backward pass would bring that pass's stream
+            # into the capture.
+            gc.collect()
             static = map_tensors(inputs, torch.clone)
             recording: Recording = CudaGraph()
             with winners.replayed(), recording.record():
@@ -93,6 +107,13 @@ class GraphReplay:
             old.copy_(new)
         capture.recording.replay()
         return tuple(t.clone() for t in capture.outputs)
+
+
+def call_eagerly(
+    fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
+) -> tuple[Tensor, ...]:
+    """fn(inputs): what GraphReplay does where there is no graph."""
+    return fn(inputs)
 
 
 def tree_tensors(tree: Any) -> list[Tensor]:
@@ -114,19 +135,22 @@ def map_tensors(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(value, fn) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(value, fn) for value in tree))
+        return type(tree)(*[map_tensors(value, fn) for value in tree])
     if isinstance(tree, list | tuple):
         return type(tree)(map_tensors(value, fn) for value in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree)(**{f.name: map_tensors(getattr(tree, f.name), fn) for f in fields(tree)})
+        values = {f.name: map_tensors(getattr(tree, f.name), fn) for f in fields(tree)}
+        return type(tree)(**values)
     return tree
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """torch.compile of each block that a diffusers network repeats, in place: one compilation serves all of a kind and shape.
+    """torch.compile of each block that a diffusers network repeats, in place: one compilation
+    serves all blocks of a kind and shape.
 
-    The whole network at once takes several times as long (diffusers' `compile_repeated_blocks`, on an H200: 50.7 against 8.1 s, sglang#28193).
-    Raises UserError where the network names no such blocks.
+    The whole network at once takes several times as long (diffusers' `compile_repeated_blocks`, on
+    an H200: 50.7 against 8.1 s, sglang#28193). Raises UserError where the network names no such
+    blocks.
     """
     names = getattr(network, "_repeated_blocks", None) or ()
     blocks = [m for m in network.modules() if type(m).__name__ in names]
@@ -134,10 +158,10 @@ def compile_blocks(network: nn.Module) -> None:
         raise UserError(
             f"--compile finds no repeated blocks in {type(network).__name__}; leave it out"
         )
-    # A block is compiled anew for each width, resolution and gradient mode, and one with adapter dropout for each block: its number is in the hash.
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, 64, 4 * len(blocks)
-    )
+    # A block is compiled anew for each width, resolution and gradient mode, and with adapter
+    # dropout for each block: its number is in the hash.
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, 64, 4 * len(blocks))
     kernels.import_backends()
     groups.remove_group_hooks(network)
     for block in blocks:

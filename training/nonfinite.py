@@ -1,165 +1,192 @@
 """Losses, gradients, weights and latents that are NaN or infinite: in which step, which group,
-which part of the model, and what to do. Functions of an open Session.
+which part of the model, and what to do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_core.config import Config
 from lora_core.diffusion import losses, noise
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import nonfinite_names
-from models import Conditioning
+from lora_core.runs.run_folder import Run, nonfinite_names
 from training import cuda_graph
-
-if TYPE_CHECKING:
-    from training.setup import Session
+from training.setup import Model, Optimization, TokenIds
+from training.step_inputs import StepInputs
 
 # Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and a
 # gradient that still overflows comes of activations.
 MAX_SKIPPED_IN_A_ROW = 25
+LOWER_RATE = "lower the learning rate (--optimizer.lr)"
 
 
-def check_logged_values(s: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+@dataclass
+class SkippedSteps:
+    """Steps that changed nothing, for their gradients overflowed in fp16."""
+
+    total: int = 0
+    in_a_row: int = 0  # up to the last row of the log
+
+    def count(self, total: int) -> None:
+        """Takes the total after one more step."""
+        self.in_a_row = self.in_a_row + 1 if total > self.total else 0
+        self.total = total
+
+
+def check_logged_values(
+    rows: Sequence[Mapping[str, Any]],
+    skipped: SkippedSteps,
+    inputs: Sequence[StepInputs],
+    model: Model,
+    config: Config,
+    run: Run,
+) -> None:
     """Raises UserError for the first row of the log with a loss or a gradient that is NaN or
-    infinite, and for too many skipped steps in a row.
+    infinite, and for too many skipped steps in a row. `inputs` are those of the newest step.
 
     In fp16 a step whose gradient overflows is skipped, which is no fault as long as it happens now
     and then.
     """
     for row in rows:
-        count, streak = s.skips
         if "skipped" in row:
-            s.skips = (row["skipped"], streak + 1 if row["skipped"] > count else 0)
-        if s.skips[1] >= MAX_SKIPPED_IN_A_ROW:
-            skipped = f"the last {MAX_SKIPPED_IN_A_ROW} steps up to step {row['step']} were skipped, for their gradients overflow in fp16 at any loss scale"
-            raise UserError(f"{skipped}; use --precision bf16 or fp32; {last_checkpoint_note(s)}")
-        bad = [
-            name
-            for name in ("loss", "grad_norm", "val_loss")
-            if not math.isfinite(row.get(name, 0.0))
-        ]
-        if bad == ["val_loss"]:
-            overflow = f"the network's output is no number in {s.config.precision}"
-            reason = (
-                find_nonfinite_part(s)
-                or f"{overflow}; use --precision bf16 or fp32, or lower the learning rate"
-            )
+            skipped.count(row["skipped"])
+        if skipped.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"the validation loss is {row['val_loss']} after {row['step']} steps: {reason}; {last_checkpoint_note(s)}"
+                f"the last {MAX_SKIPPED_IN_A_ROW} steps up to step {row['step']} were skipped, "
+                "for their gradients overflow in fp16 at any loss scale; "
+                f"use --precision bf16 or fp32; {last_checkpoint_note(run)}"
             )
-        if bad and s.scaler is None:
-            raise UserError(_nonfinite_sentence(s, row, bad[0]))
+        values = {name: row.get(name, 0.0) for name in ("loss", "grad_norm", "val_loss")}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad == ["val_loss"]:
+            reason = find_nonfinite_part(inputs, model, config) or (
+                f"the network's output is not finite in {config.precision}; "
+                "use --precision bf16 or fp32, or lower the learning rate"
+            )
+            loss = f"the validation loss is {row['val_loss']} after {row['step']} steps"
+            raise UserError(f"{loss}: {reason}; {last_checkpoint_note(run)}")
+        if bad and config.precision != "fp16":
+            sentence = _describe_nonfinite_row(row, bad[0], model)
+            raise UserError(f"{sentence}; {last_checkpoint_note(run)}")
 
 
-def check_loss_values(s: Session, rows: Tensor, name: str, b: int) -> None:
-    """Refuses loss rows that are not one finite number per example; where the model is to blame,
-    not the loss, it is named.
+def check_loss_values(
+    rows: Tensor, name: str, inputs: Sequence[StepInputs], model: Model, config: Config
+) -> None:
+    """Raises UserError for losses that are not one finite number per example, naming the part of
+    the model that gives NaN, or else the function `name` that returned them.
     """
-    if (
-        isinstance(rows, Tensor)
-        and not bool(rows.isfinite().all())
-        and (sentence := find_nonfinite_part(s))
-    ):
+    finite = not isinstance(rows, Tensor) or bool(rows.isfinite().all())
+    sentence = "" if finite else find_nonfinite_part(inputs, model, config)
+    if sentence:
         raise UserError(sentence)
-    losses.check_loss_rows(rows, name, b)
+    losses.check_loss_shape(rows, name, len(inputs[0].is_prior))
+    losses.check_loss_finite(rows, name)
 
 
-def _nonfinite_sentence(s: Session, row: Mapping[str, Any], what: str) -> str:
+def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> str:
     if what == "loss":
-        return f"the loss is {row['loss']} since step {row['step']}; lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
-    damaged = [
-        name for name, params in s.groups.items() if nonfinite_names(dict(enumerate(params)))
-    ]
+        return f"the loss is {row['loss']} since step {row['step']}; {LOWER_RATE}"
+    damaged = []
+    for name, params in model.groups.items():
+        if nonfinite_names(dict(enumerate(params))):
+            damaged.append(name)
     hit = f", and {' and '.join(damaged)} took it over" if damaged else ""
     return (
-        f"the gradient is {row['grad_norm']} in step {row['step']}, whose loss is a number, {row['loss']:g}{hit}; "
-        f"look for a place in the loss without a derivative (a square root of 0, 0 / 0), or lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
+        f"the gradient is {row['grad_norm']} in step {row['step']}, "
+        f"whose loss is a number, {row['loss']:g}{hit}; look for a place in the loss "
+        f"without a derivative (a square root of 0, 0 / 0), or {LOWER_RATE}"
     )
 
 
-def last_checkpoint_note(s: Session) -> str:
+def last_checkpoint_note(run: Run) -> str:
     """Which checkpoint there is to go back to."""
-    return (
-        "there is no checkpoint"
-        if s.saved is None
-        else f"the last checkpoint, of step {s.saved}, is from before"
-    )
+    saved = run.newest_step()
+    if saved is None:
+        return "there is no checkpoint"
+    return f"the last checkpoint, of step {saved}, is from before"
 
 
 @torch.no_grad()
-def check_finite_state(s: Session, done: int) -> None:
-    """Raises UserError where a parameter, the optimiser's state or the moving average holds NaN or
-    infinity. Waits for the device once.
+def check_finite_state(model: Model, optimization: Optimization, done: int, run: Run) -> None:
+    """Raises UserError where a parameter, the optimizer's state or the moving average holds NaN or
+    infinity after `done` steps. Waits for the device once.
     """
-    parts: dict[str, dict[int, Tensor]] = {
-        name: dict(enumerate(params)) for name, params in s.groups.items()
-    }
-    for group in s.optimizer.param_groups:
-        own = [s.optimizer.state.get(p, {}) for p in group["params"]]
+    parts: dict[str, Sequence[Tensor]] = dict(model.groups)
+    optimizer = optimization.optimizer
+    for group in optimizer.param_groups:
+        own = [optimizer.state.get(p, {}) for p in group["params"]]
         shared = {key: value for key, value in group.items() if key != "params"}
-        parts[f"the optimizer's state of {group['name']}"] = dict(
-            enumerate(cuda_graph.tree_tensors([own, shared]))
-        )
-    parts["the moving average"] = dict(
-        enumerate(s.average.averages if s.average is not None else ())
-    )
-    every = {(part, i): tensor for part, tensors in parts.items() for i, tensor in tensors.items()}
+        state = cuda_graph.tree_tensors([own, shared])
+        parts[f"the optimizer's state of {group['name']}"] = state
+    if optimization.average is not None:
+        parts["the moving average"] = optimization.average.averages
+    every: dict[tuple[str, int], Tensor] = {}
+    for part, tensors in parts.items():
+        every |= {(part, i): tensor for i, tensor in enumerate(tensors)}
     bad = nonfinite_names(every)
-    if bad:
-        part, i = bad[0]
-        where = _parameter_path(s, parts[part][i]) if part in s.groups else ""
-        if not done:
-            raise UserError(
-                f"{part}{where} holds NaN or infinity before the first step; look at the adapter's or the tokens' initial values"
-            )
-        raise UserError(
-            f"{part}{where} holds NaN or infinity after step {done}, and nothing of it is written; "
-            f"lower the learning rate (--optimizer.lr); {last_checkpoint_note(s)}"
-        )
+    if not bad:
+        return
+    part, i = bad[0]
+    where = _parameter_path(model, parts[part][i]) if part in model.groups else ""
+    damage = f"{part}{where} holds NaN or infinity"
+    if not done:
+        advice = "look at the adapter's or the tokens' initial values"
+        raise UserError(f"{damage} before the first step; {advice}")
+    raise UserError(
+        f"{damage} after step {done}, and nothing of it is written; {LOWER_RATE}; "
+        f"{last_checkpoint_note(run)}"
+    )
 
 
-def check_steps_taken(s: Session) -> None:
-    """Raises UserError where no step of the run changed anything: all of them overflowed in fp16."""
-    if s.scaler is not None and s.skips[0] >= s.config.steps:
+def check_steps_taken(skipped: SkippedSteps, steps: int) -> None:
+    """Raises UserError where no step of the run changed anything: all overflowed in fp16."""
+    if skipped.total >= steps:
         raise UserError(
-            f"all {s.config.steps} steps were skipped, for their gradients overflow in fp16, so nothing was learned; use --precision bf16 or fp32"
+            f"all {steps} steps were skipped, for their gradients overflow in fp16, "
+            "so nothing was learned; use --precision bf16 or fp32"
         )
 
 
 @torch.no_grad()
-def find_nonfinite_part(s: Session) -> str:
+def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Config) -> str:
     """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where
     none is found. Looks at everything, for a run that ends here.
     """
-    cure = f"fetch the model again, or use --precision bf16 or fp32 (this run is in {s.config.precision})"
-    for name, module in s.family.modules.items():
-        if bad := nonfinite_names(
-            {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        ):
+    family = model.family
+    cure = (
+        "fetch the model again, or use --precision bf16 or fp32 "
+        f"(this run is in {config.precision})"
+    )
+    for name, module in family.modules.items():
+        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if bad := nonfinite_names(weights):
             return f"{name} has NaN or infinity among its weights, first in {bad[0]}; {cure}"
-    for x in s.drawn.values():
+    for x in inputs:
         if nonfinite_names({"x0": x.x0}):
-            return "the VAE's latents of the images are no numbers; leave --vae-precision at fp32 or give another --vae"
-        cond = x.text if isinstance(x.text, Conditioning) else s.conditioning(x.text, x.sizes)
+            return (
+                "the VAE's latents of the images are not finite; "
+                "leave --vae-precision at fp32 or give another --vae"
+            )
+        cond = x.text.encode(family) if isinstance(x.text, TokenIds) else x.text
         if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
-            return f"the text encoder's output is no number, though its weights are; {cure}"
-        cond = s.family.add_size_embeddings(cond, x.sizes, s.config.noise.guidance)
-        if nonfinite_names(
-            {"out": s.denoise(noise.add_noise(x.x0, x.eps_in, x.level), x.level, cond, x.inpaint)}
-        ):
-            return f"the output of {s.family.denoiser} is no number, though its weights are; {cure}"
+            return f"the text encoder's output is not finite, though its weights are; {cure}"
+        cond = model.conditioning(cond, x.sizes)
+        x_t = noise.add_noise(x.x0, x.eps_in, x.level)
+        if nonfinite_names({"out": model.denoise(x_t, x.level, cond, x.inpaint)}):
+            return f"the output of {family.denoiser} is not finite, though its weights are; {cure}"
     return ""
 
 
-def _parameter_path(s: Session, parameter: Tensor) -> str:
+def _parameter_path(model: Model, parameter: Tensor) -> str:
     """` (its path in the model)`, of a parameter that trains."""
-    for name, module in s.family.modules.items():
+    for name, module in model.family.modules.items():
         for path, other in module.named_parameters():
             if other is parameter:
                 return f" ({name}.{path})"

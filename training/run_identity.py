@@ -1,4 +1,4 @@
-"""What a run was made from, as its checkpoints keep it: options, images, weights; and what changed."""
+"""Options, images and weights that a run was made from, as checkpoints keep them; changes."""
 
 from __future__ import annotations
 
@@ -12,54 +12,57 @@ from torch import nn
 from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
 
-FREE = {  # option or section -> why another value leaves what is learned as it is
-    **dict.fromkeys(
-        ("out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite"),
-        "where the run is written, not what",
-    ),
-    **dict.fromkeys(
-        (
-            "save_every",
-            "keep",
-            "log_every",
-            "samples",
-            "validation.every",
-            "validation.images",
-            "validation.count",
-        ),
-        "when and how it is looked at",
-    ),
-    **dict.fromkeys(("data.workers", "data.cache", "threads"), "who computes it"),
-    **dict.fromkeys(
-        ("device", "compile", "cuda_graph", "gradient_checkpointing"),
-        "the same formulas, rounded as that device or graph rounds",
-    ),
-    **dict.fromkeys(("model", "model_config", "vae"), "a path: the weights behind it are compared"),
-    **dict.fromkeys(
-        ("data.images", "data.dataset", "data.split", "data.image_column", "prior.images"),
-        "a path: the images behind it are compared",
-    ),
-    **dict.fromkeys(
-        ("data.caption_column", "data.captions", "data.caption"),
-        "where captions are: they are compared",
-    ),
-    **dict.fromkeys(("data.repeats", "data.masks", "prior.count"), "compared with the images"),
+WHERE_WRITTEN = "where the run is written, not its result"
+WHEN_LOOKED_AT = "when and how the run is looked at"
+COMPUTED_BY = "the threads and files that compute it"
+ROUNDING = "the same formulas, rounded as that device or graph rounds"
+WEIGHTS_PATH = "a path: the weights behind it are compared"
+IMAGES_PATH = "a path: the images behind it are compared"
+CAPTIONS = "where captions are: they are compared"
+WITH_IMAGES = "compared with the images"
+FREE_OPTIONS = {  # option or section -> why the result does not depend on it
+    "out": WHERE_WRITTEN,
+    "report": WHERE_WRITTEN,
+    "push_to_hub": WHERE_WRITTEN,
+    "resume": WHERE_WRITTEN,
+    "resume_anyway": WHERE_WRITTEN,
+    "overwrite": WHERE_WRITTEN,
+    "save_every": WHEN_LOOKED_AT,
+    "keep": WHEN_LOOKED_AT,
+    "log_every": WHEN_LOOKED_AT,
+    "list_targets": WHEN_LOOKED_AT,
+    "samples": WHEN_LOOKED_AT,
+    "validation.every": WHEN_LOOKED_AT,
+    "validation.images": WHEN_LOOKED_AT,
+    "validation.count": WHEN_LOOKED_AT,
+    "data.workers": COMPUTED_BY,
+    "data.cache": COMPUTED_BY,
+    "threads": COMPUTED_BY,
+    "device": ROUNDING,
+    "compile": ROUNDING,
+    "cuda_graph": ROUNDING,
+    "gradient_checkpointing": ROUNDING,
+    "model": WEIGHTS_PATH,
+    "model_config": WEIGHTS_PATH,
+    "vae": WEIGHTS_PATH,
+    "data.images": IMAGES_PATH,
+    "data.dataset": IMAGES_PATH,
+    "data.split": IMAGES_PATH,
+    "data.image_column": IMAGES_PATH,
+    "prior.images": IMAGES_PATH,
+    "data.caption_column": CAPTIONS,
+    "data.captions": CAPTIONS,
+    "data.caption": CAPTIONS,
+    "data.repeats": WITH_IMAGES,
+    "data.masks": WITH_IMAGES,
+    "prior.count": WITH_IMAGES,
     "stages": "compared one by one, those that have begun",
 }
-SECTIONS = (
-    "data",
-    "prior",
-    "adapter",
-    "tokens",
-    "noise",
-    "optimizer",
-    "samples",
-    "validation",
-)  # of a config, each a table of options
-CAST = {
-    "vae": "vae_precision",
-    "scheduler": "",
-}  # component -> the option that it is loaded by, for all others `precision`
+# Sections of a config, each a table of options.
+SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")
+# Component -> the option for the precision that it is loaded in; for all others `precision`.
+PRECISION_OPTIONS = {"vae": "vae_precision", "scheduler": ""}
+VAE_UNITS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of its latents
 SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
@@ -70,12 +73,16 @@ def run_identity(
     prior: Sequence[Record],
     model: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What JSON can hold of a run: its config (as a table), its images, its class images, its model
-    (of `model_identity`)."""
-    settings = {name: value for name, value in _flat(config) if not _is_free(name)}
+    """The inputs of a run as JSON: its config (a table), images, class images, and the model (the
+    table of `model_identity`).
+    """
     return {
-        "settings": settings, "stages": list(config["stages"]), "images": _images(records), "class images": _images(prior), "model": dict(model),
-    }  # fmt: skip
+        "settings": {name: value for name, value in _flat(config) if not _is_free(name)},
+        "stages": list(config["stages"]),
+        "images": _images(records),
+        "class images": _images(prior),
+        "model": dict(model),
+    }
 
 
 def model_identity(
@@ -84,11 +91,11 @@ def model_identity(
     """Component -> hash of its tensors' names, shapes and a sample of their numbers; also of the
     noise schedule.
 
-    As loaded, so before adapters and tokens change it, and the same for a folder, a hub id and a
-    single file. 64 numbers spread over each tensor tell any two trainings apart and cost one
-    transfer from the device.
+    For modules as they were loaded, before adapters and tokens change them: the same for a folder,
+    a hub id and a single file. 64 numbers spread over each tensor tell any two trainings apart and
+    cost one transfer from the device.
     """
-    found = {name: _weights(module) for name, module in modules.items()}
+    found = {name: _hash_weights(module) for name, module in modules.items()}
     content = hashlib.blake2b(f"{schedule.kind} {prediction}".encode(), digest_size=8)
     for tensor in (schedule.ts, schedule.alphas, schedule.sigmas):
         content.update(tensor.detach().cpu().double().numpy().tobytes())
@@ -96,20 +103,22 @@ def model_identity(
 
 
 def identity_changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
-    """What differs between two identities for the first `step` steps, one phrase each with its
-    name, its old and its new value.
+    """The differences between two identities for the first `step` steps: one phrase each, with the
+    name, the old and the new value.
     """
-    found = [f"{name} was {_shown(value)}, is {_shown(new['settings'][name])}"
-             for name, value in old["settings"].items() if name in new["settings"] and new["settings"][name] != value]  # fmt: skip
+    found = []
+    settings = new["settings"]
+    for name, value in old["settings"].items():
+        if name in settings and settings[name] != value:
+            found.append(f"{name} was {_shown(value)}, is {_shown(settings[name])}")
     found += _stages(old["stages"], new["stages"], step)
     for what in ("images", "class images"):
-        found += _differing(old[what], new[what], what.removesuffix("s"))
+        found += _image_changes(old[what], new[what], what.removesuffix("s"))
     for name in dict.fromkeys([*old["model"], *new["model"]]):
-        option = CAST.get(name, "precision")
-        cast = old["settings"].get(option) != new["settings"].get(
-            option
-        )  # said above; numbers of another precision tell nothing
-        if old["model"].get(name) != new["model"].get(name) and not cast:
+        option = PRECISION_OPTIONS.get(name, "precision")
+        # Another precision is listed above, and changes the numbers of the same weights.
+        is_cast = old["settings"].get(option) != settings.get(option)
+        if old["model"].get(name) != new["model"].get(name) and not is_cast:
             found.append(f"the model's {name} is another one")
     return found
 
@@ -124,14 +133,14 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _is_free(name: str) -> bool:
-    return name in FREE or name.split(".")[0] in FREE
+    return name in FREE_OPTIONS or name.split(".")[0] in FREE_OPTIONS
 
 
 def _stages(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], step: int
 ) -> list[str]:
     """Changes of the stages that have begun; the one under way may end earlier or later, but not
-    before what is done of it.
+    before the steps that are done.
     """
     found: list[str] = []
     first = 0
@@ -148,59 +157,61 @@ def _stages(
                 )
         under_way = last >= step and first + new[i]["steps"] >= step
         if before["steps"] != new[i]["steps"] and not under_way:
+            done = min(step - first, before["steps"])
             found.append(
-                f"stages.{i}.steps was {before['steps']}, is {new[i]['steps']}, of which {min(step - first, before['steps'])} are done"
+                f"stages.{i}.steps was {before['steps']}, is {new[i]['steps']}, "
+                f"of which {done} are done"
             )
         first = last
     return found
 
 
 def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Name -> what is trained on of the image, in the order in which the run draws from them."""
+    """Name -> the image's content, size, captions and repeats, in the order of the records."""
     names = _names(records)
     found: dict[str, dict[str, Any]] = {}
     for record, name in zip(records, names):
-        captions = hashlib.blake2b(
-            "\0".join(record.captions).encode("utf-8", "surrogatepass"), digest_size=8
-        ).hexdigest()
-        kept = {
+        captions = "\0".join(record.captions).encode("utf-8", "surrogatepass")
+        found[name] = {
             "content": record.key,
             "size": list(record.size),
-            "captions": captions,
+            "captions": hashlib.blake2b(captions, digest_size=8).hexdigest(),
             "repeats": found.get(name, {}).get("repeats", 0) + 1,
         }
-        found[name] = kept
     return found
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """The files' names, with their folders where they lie in several: what stays when the data set
-    is moved.
+    """The files' names, with their folders where they lie in several; they stay the same when the
+    data set is moved.
     """
-    folders = {record.path.parent for record in records}
-    return [
-        record.path.name if len(folders) == 1 else f"{record.path.parent.name}/{record.path.name}"
-        for record in records
+    paths = [record.path for record in records]
+    if len({path.parent for path in paths}) == 1:
+        return [path.name for path in paths]
+    return [f"{path.parent.name}/{path.name}" for path in paths]
+
+
+def _image_changes(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> list[str]:
+    """Images that were added, removed or changed; `what`: "image" or "class image"."""
+    groups = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+    }
+    found = [
+        f"{_count(len(names), what)} {verb}: {_some(names)}"
+        for verb, names in groups.items()
+        if names
     ]
-
-
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> list[str]:
-    found = []
-    for verb, names in (
-        ("added", [n for n in new if n not in old]),
-        ("removed", [n for n in old if n not in new]),
-    ):
-        if names:
-            found.append(f"{_count(len(names), what)} {verb}: {_some(names)}")
+    parts = {
+        "content": "the content or the mask",
+        "captions": "the captions",
+        "repeats": "the repeats",
+    }
     both = [name for name in old if name in new]
-    for part, word in (
-        ("content", "the content or the mask"),
-        ("captions", "the captions"),
-        ("repeats", "the repeats"),
-    ):
+    for part, words in parts.items():
         names = [name for name in both if old[name][part] != new[name][part]]
         if names:
-            found.append(f"{word} of {_count(len(names), what)} changed: {_some(names)}")
+            found.append(f"{words} of {_count(len(names), what)} changed: {_some(names)}")
     if not found and list(old) != list(new):
         found.append(f"the order of the {what}s changed")
     return found
@@ -215,26 +226,25 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "not set" if value is None else f"{value}" if value != "" else "empty"
+    """A value as a phrase."""
+    if value is None:
+        return "not set"
+    return f"{value}" if value != "" else "empty"
 
 
 @torch.no_grad()
-def _weights(module: nn.Module) -> str:
+def _hash_weights(module: nn.Module) -> str:
+    """Hash of the names, shapes and some numbers of a network's tensors."""
     content = hashlib.blake2b(digest_size=8)
-    for key in (
-        "scaling_factor",
-        "shift_factor",
-        "latents_mean",
-        "latents_std",
-    ):  # of a VAE: the units of its latents
-        content.update(f"{key} {getattr(getattr(module, 'config', None), key, None)}".encode())
+    config = getattr(module, "config", None)
+    for key in VAE_UNITS:
+        content.update(f"{key} {getattr(config, key, None)}".encode())
     samples: dict[torch.dtype, list[torch.Tensor]] = {}
     for name, tensor in module.state_dict().items():
         content.update(f"{name} {tuple(tensor.shape)}".encode())
         numbers = tensor.detach().reshape(-1)
-        samples.setdefault(tensor.dtype, []).append(
-            numbers[:: max(1, numbers.numel() // SAMPLED)][:SAMPLED]
-        )
+        stride = max(1, numbers.numel() // SAMPLED)
+        samples.setdefault(tensor.dtype, []).append(numbers[::stride][:SAMPLED])
     for part in samples.values():
         content.update(torch.cat(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

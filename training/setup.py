@@ -1,653 +1,526 @@
-"""Everything the training loop holds: the model with its adapters and tokens, the data, the optimiser, the run folder. Built once, checked first."""
+"""What a run opens before its first step: its data, its model with adapters and learned tokens, and
+its optimizer, three functions that return three frozen records; then the folder it writes to.
+Nothing on the disk changes before `open_run`.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
 import sys
-import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from lora_core import tokens
 from lora_core.adapters import injection
-from lora_core.config import Config, Stage
-from lora_core.data import buckets, dataset, hub
-from lora_core.data.cache import TensorCache
-from lora_core.data.dataset import Batch, ImageDataset, micro_batches
-from lora_core.diffusion import losses, noise, prediction, sampling, validation
-from lora_core.diffusion.generation import Sizes
-from lora_core.diffusion.losses import StepOutput
+from lora_core.config import Config
+from lora_core.data import buckets, dataset
+from lora_core.data.dataset import Batch, ImageDataset
+from lora_core.diffusion import losses, prediction, sampling, validation
 from lora_core.diffusion.noise import NoiseLevel
+from lora_core.diffusion.validation import ValidationSet
 from lora_core.errors import UserError
-from lora_core.optim import schedules
+from lora_core.family import Conditioning, Family, LoadOptions, Sizes
+from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
-from lora_core.runs import reports
 from lora_core.runs.run_folder import Run, lock_folder
-from lora_core.settings import ImageSettings, SamplerSettings, scheduler_changes
+from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
-from lora_core.toml import to_table, to_toml
-from models import DTYPES, Conditioning, LoadOptions, choose_device, load_family, read_layout
-from training import (
-    checkpoints,
-    class_images,
-    config_checks,
-    cuda_graph,
-    model_checks,
-    nonfinite,
-    step_inputs,
-)
+from lora_core.toml import to_toml
+from models import DTYPES, choose_device, load_family, read_layout
+from training import class_images, config_checks, cuda_graph, model_checks
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
-from training.step_inputs import StepInputs, TextInput
+
+# (step, steps of the stage, warm-up steps) -> factor of the learning rate
+RateSchedule = Callable[[int, int, int], float]
+CLIP_ENCODERS = ("clip_l", "clip_g")  # learn tokens where the config names no text encoder
 
 
-class Session:
-    """Opened by `train`; `training_step` asks it for latents and conditioning, the loop for everything else."""
+@dataclass(frozen=True)
+class Data:
+    """The images of a run."""
 
-    def __init__(
-        self,
-        config: Config,
-        loss: Callable[[StepOutput], Tensor] | None = None,
-        step: Callable[..., Tensor] | None = None,
-    ) -> None:
-        self.config = config
-        self.began = time.perf_counter()
-        config_checks.check_startup(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.device = choose_device(config.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # Triton launches on the current device
-        config_checks.check_device(config, self.device)
-        config_checks.check_optimizer(config, self.device)
-        self.loss_name = config.loss if loss is None else getattr(loss, "__name__", "loss")
-        self.loss: Callable[[StepOutput], Tensor] = loss or losses.find_function(
-            config.loss, losses.LOSSES, config.loss_arg
-        )
-        if config.prior.swap:
-            self.loss = losses.add_preservation(self.loss, config.prior.swap_weight)
-        self.replayed = cuda_graph.GraphReplay() if config.cuda_graph else None
-        if config.cuda_graph:
-            config_checks.check_capturable(self.loss, self.loss_name, step)
-        self.density = noise.bind_density(config.noise.density, **config.noise.density_args)
-        self.noise = config.noise
-        self.instances = config.batch_size * config.accumulation
-        self.drops = bool(
-            config.adapter.dropout or config.adapter.rank_dropout or config.adapter.module_dropout
-        )
-        side, look = config.data.resolution, config.samples
-        self.recipe = SamplerSettings(
-            look.sampler, look.steps, look.guidance, look.negative, width=side, height=side
-        )
-        self._open_data()
-        self._open_model()
-        self._open_optimizer()
-        self.lock = lock_folder(Path(os.path.abspath(config.out)))  # first here may the disk change
-        try:
-            self._open_run()
-        except BaseException:
-            self.lock.release()
-            raise
+    training: ImageDataset  # trained on, cropped and augmented as the config says
+    validation: ImageDataset  # scored by the validation, center-cropped, without masks
+    scored: ValidationSet  # the records of `validation`, and what the loss on them is called
+    unused: Mapping[str, Sequence[Path]]  # reason -> files next to the images that nothing reads
+    class_images: ImageDataset | None = None  # of prior preservation
 
-    # ------------------------------------------------------------ opening
-
-    def _open_run(self) -> None:
-        """The folder, which may hold a run to go on with, and what is read and written there."""
-        config = self.config
-        self.run = Run.open(
-            config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep
-        )
-        self.lock = self.lock.follow(self.run.folder)
-        self.log_book = reports.LogBook(self.run, config.report, to_table(config))
-        self.prior = class_images.open_class_images(self)
-        self.records = {
-            r.key: r for folder in (self.folder, self.prior) if folder for r in folder.records
-        }
-        self.scores: dict[int, list[validation.Score]] = {}  # steps done -> validation
-        self.val_latents: dict[
-            int, dataset.Example
-        ] = {}  # of val_folder, with latents on the CPU in place of pixels
-        self.latent_cache = TensorCache(
-            step_inputs.vae_fingerprint(self.family.modules["vae"]) if config.data.cache else {},
-            config.data.cache or None,
-        )
-        self.text_cache: dict[str, Conditioning] = {}
-        self.base_text_cache: dict[str, Conditioning] = {}  # without adapters
-        self.drawn: dict[Hashable, StepInputs] = {}  # what `prepare` drew
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.saved: int | None = None  # the step of the newest checkpoint
-        self.checked = False  # whether a step of this stage was looked at
-        self.changes: list[str] = []  # what the run was resumed with that it did not begin with
-        self.skips = (
-            0,
-            0,
-        )  # steps that overflowed in fp16, and those of them in a row up to the last row of the log
-        self.start = checkpoints.restore_checkpoint(self)
-        nonfinite.check_finite_state(self, self.start)
-        for group in self.optimizer.param_groups if config.cuda_graph else ():
-            group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=self.device)
-        length = RunLength(config.steps, config.batch_size, config.accumulation)
-        print_escaped(describe_run(self.folder, self.prior, self.abstractions, length, self.unused))
-        self.run.write(
-            "config.toml", to_toml(config.recorded)
-        )  # so that `config.toml --resume` goes on
-
-    def _open_data(self) -> None:
-        d, images = self.config.data, self.config.data.images
-        if d.dataset:
-            images = str(
-                hub.export_dataset(
-                    d.dataset,
-                    split=d.split,
-                    image_column=d.image_column,
-                    caption_column=d.caption_column,
-                    caption=d.caption,
-                )
-            )
-        column = None if d.dataset else d.caption_column or None
-        how: dict[str, Any] = {
-            "captions": d.captions,
-            "caption": d.caption or None,
-            "caption_column": column,
-        }
-        records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **how)
-        self.folder = ImageDataset(
-            records, d, seed=self.config.seed, caption_dropout=d.caption_dropout
-        )
-        if d.buckets:
-            print(buckets.describe_buckets(self.folder.sizes, self.instances))
-        doubts = (
-            dataset.describe_upscaled(self.folder),
-            dataset.describe_moved_crops(self.folder),
-            dataset.describe_unread_folder_names(images, records),
-        )
-        for sentence in filter(None, doubts):
-            print(f"warning: {sentence}", file=sys.stderr)
-        for word in (
-            model_checks.token_initializers(self.config)
-            if self.config.trains("tokens")
-            else self.config.prior.swap
-        ):
-            model_checks.check_placeholder(records, word)
-        model_checks.check_masks(self.config, self.folder)
-        class_images.check_class_folder(self.config.prior.images, images)
-        self.unused = dataset.find_unused_files(images, records)
-        v = self.config.validation
-        held_out = (
-            dataset.scan_folder(v.images, masks="none", held_out=True, **how) if v.images else None
-        )
-        self.scored = validation.choose_images(records, held_out, v.count)
-        if v.every >= 0:
-            print(self.scored.sentence)
-        self.val_folder = ImageDataset(
-            self.scored.records,
-            ImageSettings(d.resolution, interpolation=d.interpolation),
-            keep_bytes=0,
+    def batches(self, config: Config, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start .. stop - 1, each a function of the seed and its number."""
+        return dataset.iterate_batches(
+            self.training,
+            self.class_images,
+            batch=config.batch_size * config.accumulation,
+            seed=config.seed,
+            start=start,
+            stop=stop,
+            workers=config.data.workers,
         )
 
-    def _open_model(self) -> None:
-        c = self.config
-        plan = model_checks.plan_adapters(c, read_layout(c.model, c.model_config))
-        vae_dtype = None if c.vae_precision == "fp32" else DTYPES[c.vae_precision]
-        how = LoadOptions(
-            DTYPES[c.precision],
-            self.device,
-            c.vae,
-            vae_dtype,
-            scheduler_changes(c.noise.prediction, zero_terminal_snr=c.noise.zero_terminal_snr),
-            c.clip_skip,
-            c.max_sequence_length,
-            c.model_config,
-        )
-        self.family = load_family(c.model, how)
-        model_checks.check_model(c, self.family)
-        self.model_identity = model_identity(
-            self.family.modules, self.family.schedule, self.family.prediction
-        )
-        sampling.sampler_levels(
-            self.recipe.sampler,
-            self.family.schedule,
-            self.recipe.steps,
-            spacing=self.family.spacing,
-            offset=self.family.offset,
-        )
-        print(
-            losses.describe_loss(
-                c.weighting, self.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
-            )
-        )
-        self.encoders = {name: self.family.modules[name] for name in self.family.tokenizers}
-        self.denoiser = self.family.modules[self.family.denoiser]
-        paths = {
-            name: injection.inject(self.family.modules[name], spec, seed=c.seed)
-            for name, spec in plan.items()
-        }
-        self.trained = {
-            name: self.family.modules[name] for name in plan
-        }  # the networks with adapters
-        self.has_factors = model_checks.report_adapters(
-            c, self.trained, paths
-        )  # else the run writes a whole model
-        self._install_tokens()
-        model_checks.check_token_limit(
-            self.family, self.embeddings, self.abstractions, self.folder.records
-        )
-        if c.gradient_checkpointing:
-            # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
-            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            self.denoiser.enable_gradient_checkpointing(again)  # type: ignore[operator]
-            for encoder in self.encoders.values():  # transformers 6 keeps the first name only
-                enable = (
-                    getattr(encoder, "activation_checkpointing_enable", None)
-                    or encoder.gradient_checkpointing_enable
-                )
-                enable(again.keywords)  # type: ignore[operator]
-        if self.device.type == "cuda":
-            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 4-d weights: cuDNN's half-precision kernels are NHWC
-        if c.compile:
-            cuda_graph.compile_blocks(self.denoiser)
-        text = [
-            p
-            for name in self.encoders
-            if name in self.trained
-            for p in injection.adapter_parameters(self.encoders[name])
-        ]
-        unet = (
-            injection.adapter_parameters(self.denoiser)
-            if self.family.denoiser in self.trained
-            else []
-        )
-        every = {
-            "denoiser": unet,
-            "text_encoder": text,
-            "tokens": [e.rows for e in self.embeddings.values()],
-        }
-        self.groups: dict[str, list[nn.Parameter]] = {
-            name: params for name, params in every.items() if params
-        }
-        self.average = (
-            ParameterAverage([p for params in self.groups.values() for p in params], c.ema)
-            if c.ema
-            else None
-        )
 
-    def _install_tokens(self) -> None:
-        """The learned rows of the chosen text encoders; what each abstraction starts from needs the tokenizers."""
-        c, keys, self.embeddings = self.config, self.family.layout.encoders, {}
-        self.abstractions: tuple[tokens.Placeholder, ...] = ()
-        if not c.trains("tokens"):
-            return
-        chosen = [
-            name
-            for name in self.encoders
-            if keys[name] in (c.tokens.encoders or ("clip_l", "clip_g"))
-        ]
-        if missing := set(c.tokens.encoders) - {keys[name] for name in chosen}:
-            raise UserError(
-                f"--tokens.encoders has {', '.join(sorted(missing))}; the text encoders of this model are {', '.join(keys.values())}"
-            )
-        inits = model_checks.token_initializers(c)
-        vectors = [
-            c.tokens.vectors
-            or tokens.count_initializer_tokens(
-                init, [self.family.tokenizers[name] for name in chosen]
-            )
-            for init in inits.values()
-        ]
-        self.abstractions = tokens.make_placeholders(inits, vectors)
-        for name in chosen:
-            stream = "" if name == "text_encoder" else keys[name]
-            self.embeddings[name] = tokens.install_tokens(
-                self.encoders[name],
-                self.family.tokenizers[name],
-                self.abstractions,
-                seed=c.seed,
-                stream=stream,
-            )
-        self.norm_targets = {
-            name: _norm_target(e, c.tokens.norm_target) for name, e in self.embeddings.items()
-        }
-        self.table_stds = {name: tokens.table_std(e) for name, e in self.embeddings.items()}
+@dataclass(frozen=True)
+class TokenIds:
+    """Captions as the text encoders read them, where something in the text encoders trains."""
 
-    def _open_optimizer(self) -> None:
-        o = self.config.optimizer
-        self.settings = schedules.group_settings(
-            o.name, self.groups, lr=o.lr, decay=o.weight_decay, betas=o.betas
-        )  # beside its parameters
-        self.rates = {name: settings["lr"] for name, settings in self.settings.items()}
-        self.decays = {
-            name: o.weight_decay.get(name, schedules.DEFAULT_WEIGHT_DECAYS[name])
-            for name in self.groups
-        }
-        groups = [{"params": params, **self.settings[name]} for name, params in self.groups.items()]
-        ups: dict[
-            str, list[Tensor]
-        ] = {}  # of each group, where they have a learning rate of their own
-        for name, module in self.trained.items() if o.lora_plus != 1 else ():
-            ups.setdefault("text_encoder" if name in self.encoders else "denoiser", []).extend(
-                injection.up_parameters(module)
-            )
-        self.optimizer = schedules.build_optimizer(
-            o.name, schedules.split_lora_plus(groups, ups, o.lora_plus), o.args
-        )
-        if schedules.is_schedule_free(self.optimizer):
-            self.optimizer.train()  # type: ignore[attr-defined]
-        self.scaler = (
-            schedules.LossScaler(device=self.device) if self.config.precision == "fp16" else None
-        )
-        names = {stage.schedule or o.schedule for stage in self.config.stages}
-        self.schedules = {
-            name: schedules.resolve_schedule(
-                name, **(o.schedule_args if name == o.schedule else {})
-            )
-            for name in names
-        }
+    ids: dict[str, Tensor]  # tokenizer's output -> [b, ...], as family.encode takes it
+    kept: Tensor | None  # [b] 0 in the rows of dropped captions that zeros replace, else 1
 
-    # ------------------------------------------------------------ what training_step asks for
+    def encode(self, family: Family) -> Conditioning:
+        """The conditioning of these captions, computed on the device alone."""
+        cond = family.encode(self.ids)
+        return cond if self.kept is None else cond.zeroed(family.zeros, self.kept)
 
-    def prepare(self, batch: Batch, stage: Stage, step: int) -> None:
-        """Draws the inputs of a batch's micro-batches; on a GPU on a stream of its own, beside the steps that were asked for and are not done."""
-        with self.beside():
-            self.drawn = {
-                self._name(micro, step): step_inputs.make_step_inputs(self, micro, stage, step)
-                for micro in micro_batches(batch, self.config.accumulation)
-            }
 
-    def inputs(self, batch: Batch, stage: Stage, step: int) -> StepInputs:
-        """What `prepare` drew for this batch, else drawn now."""
-        name = self._name(batch, step)
-        if name not in self.drawn:
-            self.drawn[name] = step_inputs.make_step_inputs(self, batch, stage, step)
-        return self.drawn[name]
+@dataclass(frozen=True)
+class Model:
+    """The model that trains: frozen networks with adapters and learned token rows in them."""
 
-    def _name(self, batch: Batch, step: int) -> Hashable:
-        return batch.keys, batch.visits, step
+    family: Family
+    device: torch.device
+    denoiser: nn.Module
+    encoders: dict[str, nn.Module]  # component -> text encoder
+    adapted: dict[str, nn.Module]  # component -> network with adapters
+    has_factors: bool  # whether the adapters have a low-rank form; else a whole model is written
+    placeholders: tuple[tokens.Placeholder, ...]  # words of the captions and their tokens
+    embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
+    norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms that the rows are pulled to
+    table_stds: dict[str, Tensor]  # text encoder -> 0-dim, spread of its vocabulary
+    groups: dict[str, list[nn.Parameter]]  # what trains: denoiser, text_encoder, tokens
+    up_factors: dict[str, list[Tensor]]  # group -> up of its adapters, with LoRA+ only
+    identity: dict[str, str]  # component -> hash of its weights as they were loaded
+    guidance: float  # scale that a guidance-distilled denoiser reads
+    autocast: torch.autocast  # matrix products in bf16 with --autocast
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """A GPU's side stream; the main one waits for what was asked for in it. Nothing on a CPU."""
-        if self.side is None:
-            yield
-            return
-        main = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.side):
-            yield
-        main.wait_stream(self.side)
-        for tensor in cuda_graph.tree_tensors(self.drawn):
-            tensor.record_stream(main)
-
-    def conditioning(self, text: TextInput, sizes: Sizes) -> Conditioning:
-        """The prompts encoded, where they are not yet, and what the denoiser is told of the images."""
-        with self.autocast():
-            cond = (
-                text
-                if isinstance(text, Conditioning)
-                else step_inputs.encode_text(self.family, text)
-            )
-        return self.family.add_size_embeddings(cond, sizes, self.config.noise.guidance)
+    def conditioning(self, text: Conditioning | TokenIds, sizes: Sizes) -> Conditioning:
+        """What the denoiser reads in addition to the latents: encoded captions, image sizes."""
+        with self.autocast:
+            cond = text.encode(self.family) if isinstance(text, TokenIds) else text
+        return self.family.add_size_embeddings(cond, sizes, self.guidance)
 
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
     ) -> Tensor:
         """The network's raw output [b, c, h, w] for x_t."""
-        with self.autocast():
-            return self.family.denoise(
-                prediction.scale_input(self.family.prediction, x_t, level), level, cond, inpaint
-            )
+        scaled = prediction.scale_input(self.family.prediction, x_t, level)
+        with self.autocast:
+            return self.family.denoise(scaled, level, cond, inpaint)
 
-    def autocast(self) -> torch.autocast:
-        # a graph replays addresses: no copies of weights may be kept from one step to the next
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.config.autocast,
-            cache_enabled=not self.config.cuda_graph,
-        )
-
-    def key_dropout(self, x: StepInputs) -> None:
-        for module in self.trained.values() if x.rows is not None else ():
-            injection.set_dropout_keys(module, x.rows, x.step)  # type: ignore[arg-type]
-
-    def lazy(self, x: StepInputs, x_t: Tensor, cond: Conditioning) -> dict[str, Callable[..., Any]]:
-        """Members of StepOutput that cost a forward pass, for losses that touch them."""
-
-        @torch.no_grad()
-        def base_out(told: Conditioning = cond) -> Tensor:
-            with injection.disable_adapters(self.denoiser):
-                return self.denoise(x_t, x.level, told, x.inpaint)
-
-        def preserved() -> tuple[Tensor, Tensor]:
-            assert x.swapped is not None
-            now, before = (self.conditioning(text, x.sizes) for text in x.swapped)
-            return self.denoise(x_t, x.level, now, x.inpaint), base_out(before)
-
-        def attention() -> list[Tensor]:
-            with torch.compiler.set_stance(
-                "force_eager"
-            ):  # a compiled block does not see the hooks that look at its layers
-                return self.family.attention_maps(
-                    prediction.scale_input(self.family.prediction, x_t, x.level),
-                    x.level,
-                    cond,
-                    x.inpaint,
-                )
-
-        return {
-            "base_out": base_out,
-            "attention": attention,
-            "decode": self.family.decode,
-            "preserved": preserved,
-        }
-
-    # ------------------------------------------------------------ what the loop asks for
-
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        return dataset.iterate_batches(
-            self.folder,
-            self.prior,
-            batch=self.instances,
-            seed=self.config.seed,
-            start=start,
-            stop=stop,
-            workers=self.config.data.workers,
-        )
-
-    def enter(self, stage: Stage) -> None:
-        """Lets the stage's groups step and freezes the others: no gradient, no update, optimiser state as it is."""
-        self.active = [p for name in stage.groups for p in self.groups[name]]
-        for name, params in self.groups.items():
-            for p in params:
-                p.requires_grad_(name in stage.groups)
-                p.grad = None
-        for group in self.optimizer.param_groups:
-            if "weight_decay" in group:
-                group["weight_decay"] = stage.weight_decay.get(
-                    group["name"], self.decays[group["name"]]
-                )
-        self.text_trains = bool({"text_encoder", "tokens"} & set(stage.groups))
-        self.text_cache.clear()
-        training = self.drops or self.config.gradient_checkpointing
-        for module in (self.denoiser, *self.encoders.values()):
-            module.train(training)
-        if self.side is not None:
-            self.side.wait_stream(
-                torch.cuda.current_stream(self.device)
-            )  # what trained so far encodes the texts of this stage
-        self.checked = False
-
-    def set_rates(self, stage: Stage, step: int) -> None:
-        """Learning rates of step number `step` of the stage; 0 for the groups that pause."""
-        o = self.config.optimizer
-        factor = self.schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
-        for group in self.optimizer.param_groups:
-            name = group["name"]
-            group["rate"] = (
-                stage.lr.get(name, self.rates[name]) * factor * group["ratio"]
-                if name in stage.groups
-                else 0.0
-            )
-            if isinstance(group["lr"], Tensor):  # a CUDA graph reads it there
-                group["lr"].fill_(group["rate"])
-            else:
-                group["lr"] = group["rate"]
-
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def check_rows(self, rows: Tensor, name: str, b: int) -> None:
-        """Refuses what is not one finite number per example, in the first step of a stage: to look means to wait for the device."""
-        if not self.checked:
-            nonfinite.check_loss_values(self, rows, name, b)
-
-    def replay(self, advance: Callable[[], tuple[Tensor, ...]], stage: Stage) -> tuple[Tensor, ...]:
-        """advance(), or with --cuda-graph its replay on the inputs that were drawn."""
-        if self.replayed is None:
-            return advance()
-
-        def on(given: list[StepInputs]) -> tuple[Tensor, ...]:
-            self.drawn = dict(zip(self.drawn, given, strict=True))
-            return advance()
-
-        return self.replayed(on, list(self.drawn.values()), key=self.config.stages.index(stage))
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The denoiser and the text encoders."""
+        return [self.denoiser, *self.encoders.values()]
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Within it no adapter changes, so that what depends on factors alone is computed once."""
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout; the training mode comes back afterwards."""
+        before = [module.training for module in self.networks]
+        try:
+            with torch.no_grad():
+                for module in self.networks:
+                    module.eval()
+                yield
+        finally:
+            for module, training in zip(self.networks, before):
+                module.train(training)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model, with the learned token rows."""
         with ExitStack() as stack:
-            for module in self.trained.values():
-                stack.enter_context(injection.cache_dora_norms(module))
+            for module in self.adapted.values():
+                stack.enter_context(injection.disable_adapters(module))
             yield
 
-    def update(self) -> Tensor:
-        """One optimiser step; the gradient's norm before clipping."""
-        if not self.checked:
-            for name, params in self.groups.items():
-                if params[0].requires_grad and all(p.grad is None for p in params):
-                    raise UserError(
-                        f"the group {name} gets no gradient from this loss; take it out of the stage"
-                    )
-            self.checked = True
-        if self.scaler is not None:
-            self.scaler.unscale_(self.active)
-        norm = schedules.clip_gradients_(self.active, self.config.optimizer.clip or math.inf)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return norm
 
-    def average_(self) -> None:
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer and what steers it."""
+
+    optimizer: torch.optim.Optimizer
+    settings: dict[str, dict[str, Any]]  # group -> name, lr ... that it was built with
+    weight_decays: dict[str, float]  # group -> weight decay in stages that give none
+    rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
+    scaler: gradients.LossScaler | None  # in fp16
+    average: ParameterAverage | None  # with --ema
+
+    def update_average_(self) -> None:
         """Brings the moving average up to date, where there is one."""
         if self.average is not None:
             self.average.update_()
 
-    def control_norms(self, stage: Stage) -> None:
-        """The norm prior of the token rows, after each step of the optimiser."""
-        how = stage.norm or self.config.tokens.norm
-        if "tokens" not in stage.groups or how == "none":
-            return
-        group = next(g for g in self.optimizer.param_groups if g["name"] == "tokens")
-        d = schedules.read_distance(self.optimizer, group)
-        rate = torch.as_tensor(
-            100 * group["lr"] * (1.0 if d is None else d), dtype=torch.float64
-        ).clamp(max=1.0)
-        for name, embedding in self.embeddings.items():
-            if how == "pull":
-                tokens.pull_norms_(embedding.rows, self.norm_targets[name], rate=rate)
-            else:
-                tokens.rescale_std_(embedding.rows, self.table_stds[name])
-
-    @contextmanager
-    def progress(self, start: int) -> Iterator[tqdm]:
-        with tqdm(
-            total=self.config.steps,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        ) as bar:
-            yield bar
-        self.flush()
-
-    def log(self, done: int, stage: Stage, loss: Tensor, norm: Tensor, bar: tqdm) -> None:
-        """A row for each step; values are read from the device every --log-every steps."""
-        rates = {
-            f"lr_{g['name']}": g["rate"]
-            for g in reversed(self.optimizer.param_groups)
-            if g["name"] in stage.groups
-        }  # LoRA+: that of down
-        found = {
-            f"d_{g['name']}": schedules.read_distance(self.optimizer, g)
-            for g in self.optimizer.param_groups
-            if g["name"] in stage.groups
-        }
-        distances = {name: d for name, d in found.items() if d is not None}
-        skipped = {} if self.scaler is None else {"skipped": self.scaler.skipped.clone()}
-        self.log_book.add(done, loss=loss, grad_norm=norm, **rates, **distances, **skipped)
-        bar.update()
-        if done % self.config.log_every == 0:
-            rows = self.flush()
-            shown = {
-                name: f"{value:.2e}" for name, value in rows[-1].items() if name.startswith("d_")
-            }
-            bar.set_postfix(loss=f"{sum(row['loss'] for row in rows) / len(rows):.4f}", **shown)
-
-    def flush(self) -> list[dict[str, Any]]:
-        """Writes and returns the waiting rows. Raises UserError when one of them is no number, before a checkpoint could hold the damage."""
-        rows = self.log_book.flush()
-        nonfinite.check_logged_values(self, rows)
-        return rows
-
-    # ------------------------------------------------------------ looking at it
-
-    def hole(self, i: int) -> dict[str, Tensor]:
-        """What an inpainting model is sampled with: a training image [1, 3, h, w] and a mask [1, 1, h, w] of its middle; nothing for other models."""
-        if not self.family.inpainting:
-            return {}
-        pixels = self.val_folder.example(i % len(self.val_folder), 0).pixels[None].to(self.device)
-        mask, side = torch.zeros_like(pixels[:, :1]), self.recipe.width
-        mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
-        return {"init": pixels, "mask": mask}
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving average in the parameters' place, where there is one: --ema's, or a schedule-free optimiser's own."""
+        """The parameters to look at and to write: the moving average of --ema, or that of a
+        schedule-free optimizer; without either, those that train.
+        """
         with ExitStack() as stack:
-            stack.enter_context(schedules.use_evaluation_parameters(self.optimizer))
+            stack.enter_context(building.use_evaluation_parameters(self.optimizer))
             if self.average is not None:
                 stack.enter_context(self.average.swapped())
             yield
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No gradients, no dropout; the training mode comes back afterwards."""
-        networks = [self.denoiser, *self.encoders.values()]
-        before = [module.training for module in networks]
-        try:
-            with torch.no_grad():
-                for module in networks:
-                    module.eval()
-                yield
-        finally:
-            for module, training in zip(networks, before):
-                module.train(training)
+
+# ---------------------------------------------------------------- the device and the run's folder
+
+
+def check_before_opening(
+    config: Config, loss: Callable[..., Tensor], own_step: Callable[..., Tensor] | None
+) -> None:
+    """Raises UserError for what is known to be wrong before data and weights are read; prints the
+    device, which becomes torch's current one. `own_step` replaces train.training_step.
+    """
+    config_checks.check_startup(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    config_checks.check_device(config, device)
+    config_checks.check_optimizer(config, device)
+    if config.cuda_graph:
+        config_checks.check_capturable(loss, function_name(loss), own_step)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a loss or a step in error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """The run's folder, which no other process can open inside the block. Raises UserError where
+    another process has it, or where it cannot be made.
+    """
+    lock = lock_folder(Path(os.path.abspath(config.out)))
+    try:
+        run = Run.open(
+            config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep
+        )
+        lock = lock.follow(run.folder)
+        yield run
+    finally:
+        lock.release()
+
+
+def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
+    """Prints what the run is about to do, and writes OUT/config.toml, from which it resumes."""
+    length = RunLength(config.steps, config.batch_size, config.accumulation)
+    words = describe_run(data.training, data.class_images, model.placeholders, length, data.unused)
+    print_escaped(words)
+    run.write("config.toml", to_toml(config.recorded))
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_data(config: Config) -> Data:
+    """Finds images, captions and masks, and prints what is doubtful about them. Raises UserError
+    for a folder without images, and for captions and masks that the config cannot train on.
+    """
+    d, v = config.data, config.validation
+    images = _images_folder(config)
+    captions = _caption_options(config)
+    records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **captions)
+    training = ImageDataset(records, d, seed=config.seed, caption_dropout=d.caption_dropout)
+    if d.buckets:
+        size = config.batch_size * config.accumulation
+        print(buckets.describe_buckets(training.sizes, size))
+    _print_warnings(training, images)
+    _check_words(config, records)
+    model_checks.check_masks(config, training)
+    class_images.check_class_folder(config.prior.images, images)
+    unused = dataset.find_unused_files(images, records)
+    held_out = None
+    if v.images:
+        held_out = dataset.scan_folder(v.images, masks="none", held_out=True, **captions)
+    scored = validation.choose_images(records, held_out, v.count)
+    if v.every >= 0:
+        print(scored.sentence)
+    plain = ImageSettings(d.resolution, interpolation=d.interpolation)
+    return Data(training, ImageDataset(scored.records, plain, keep_bytes=0), scored, unused)
+
+
+def _images_folder(config: Config) -> str:
+    """The folder of the training images; a data set of the hub is written to one."""
+    d = config.data
+    if not d.dataset:
+        return d.images
+    from lora_core.data import hub  # its client is needed for such a data set only
+
+    folder = hub.export_dataset(
+        d.dataset,
+        split=d.split,
+        image_column=d.image_column,
+        caption_column=d.caption_column,
+        caption=d.caption,
+    )
+    return str(folder)
+
+
+def _caption_options(config: Config) -> dict[str, Any]:
+    """How captions are read, by the training images and the validation alike."""
+    d = config.data
+    column = None if d.dataset else d.caption_column or None
+    return {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
+
+
+def _print_warnings(training: ImageDataset, images: str) -> None:
+    sentences = [
+        dataset.describe_upscaled(training),
+        dataset.describe_moved_crops(training),
+        dataset.describe_unread_folder_names(images, training.records),
+    ]
+    for sentence in filter(None, sentences):
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
+    """Raises UserError for a placeholder word that no caption has."""
+    words: Mapping[str, str] = config.prior.swap
+    if config.trains("tokens"):
+        words = model_checks.token_initializers(config)
+    for word in words:
+        model_checks.check_placeholder(records, word)
+
+
+def add_class_images(
+    config: Config, data: Data, run: Run, draw: Callable[[int], Image.Image]
+) -> Data:
+    """The data with the class images of prior preservation, if the config asks for them; `draw`
+    gives the base model's image for a seed, for those that are missing.
+    """
+    found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
+    return replace(data, class_images=found)
+
+
+def check_captions(data: Data, model: Model) -> None:
+    """Raises UserError for a learned token that every caption loses to a text encoder's limit."""
+    model_checks.check_token_limit(
+        model.family, model.embeddings, model.placeholders, data.training.records
+    )
+
+
+# ---------------------------------------------------------------- the model
+
+
+def open_model(config: Config) -> Model:
+    """Loads the model and puts adapters and learned tokens into it, on the config's device. Prints
+    the loss and the adapters. Raises UserError for options that this model does not support.
+    """
+    plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
+    device = choose_device(config.device)
+    family = _open_family(config, device)
+    identity = model_identity(family.modules, family.schedule, family.prediction)
+    print(_describe_loss(config, family))
+    encoders = {name: family.modules[name] for name in family.tokenizers}
+    adapted = {name: family.modules[name] for name in plan}
+    paths = {
+        name: injection.inject(family.modules[name], spec, seed=config.seed)
+        for name, spec in plan.items()
+    }
+    has_factors = model_checks.report_adapters(config, adapted, paths)
+    placeholders, embeddings = _install_tokens(config, family, encoders)
+    target = config.tokens.norm_target
+    model = Model(
+        family=family,
+        device=device,
+        denoiser=family.modules[family.denoiser],
+        encoders=encoders,
+        adapted=adapted,
+        has_factors=has_factors,
+        placeholders=placeholders,
+        embeddings=embeddings,
+        norm_targets={name: _norm_target(e, target) for name, e in embeddings.items()},
+        table_stds={name: tokens.table_std(e) for name, e in embeddings.items()},
+        groups=_parameter_groups(family, adapted, embeddings),
+        up_factors=_up_factors(config, family, adapted),
+        identity=identity,
+        guidance=config.noise.guidance,
+        # a graph replays addresses: no copies of weights may be kept from one step to the next
+        autocast=torch.autocast(
+            device.type,
+            torch.bfloat16,
+            enabled=config.autocast,
+            cache_enabled=not config.cuda_graph,
+        ),
+    )
+    _set_up_networks(config, model)
+    return model
+
+
+def _open_family(config: Config, device: torch.device) -> Family:
+    """The frozen model. Raises UserError for options that it does not take."""
+    n = config.noise
+    options = LoadOptions(
+        DTYPES[config.precision],
+        device,
+        config.vae,
+        None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
+        scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
+        config.clip_skip,
+        config.max_sequence_length,
+        config.model_config,
+    )
+    family = load_family(config.model, options)
+    model_checks.check_model(config, family)
+    sampling.sampler_levels(  # refuses a sampler or a number of steps that this schedule has not
+        config.samples.sampler,
+        family.schedule,
+        config.samples.steps,
+        spacing=family.spacing,
+        offset=family.offset,
+    )
+    return family
+
+
+def _describe_loss(config: Config, family: Family) -> str:
+    space = config.noise.space
+    return losses.describe_loss(
+        config.weighting, family.prediction, space, loss=config.loss, **config.weighting_arg
+    )
+
+
+def _install_tokens(
+    config: Config, family: Family, encoders: Mapping[str, nn.Module]
+) -> tuple[tuple[tokens.Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
+    """The placeholders, and the learned rows of each text encoder that learns; neither without a
+    stage that trains tokens.
+    """
+    if not config.trains("tokens"):
+        return (), {}
+    keys = family.layout.encoders
+    wanted = config.tokens.encoders or CLIP_ENCODERS
+    chosen = [name for name in encoders if keys[name] in wanted]
+    if missing := set(config.tokens.encoders) - {keys[name] for name in chosen}:
+        raise UserError(
+            f"--tokens.encoders has {', '.join(sorted(missing))}; "
+            f"the text encoders of this model are {', '.join(keys.values())}"
+        )
+    initializers = model_checks.token_initializers(config)
+    tokenizers = [family.tokenizers[name] for name in chosen]
+    vectors = [
+        config.tokens.vectors or tokens.count_initializer_tokens(initializer, tokenizers)
+        for initializer in initializers.values()
+    ]
+    placeholders = tokens.make_placeholders(initializers, vectors)
+    embeddings = {}
+    for name in chosen:
+        stream = "" if name == "text_encoder" else keys[name]
+        embeddings[name] = tokens.install_tokens(
+            encoders[name], family.tokenizers[name], placeholders, seed=config.seed, stream=stream
+        )
+    return placeholders, embeddings
 
 
 def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> Tensor:
-    """[n, 1] the norms that the prior pulls to: those the rows started with, unless one is given (0.4 in lora_pti: SD 1.5's usual norm).
-
-    Rows that start at zero take the vocabulary's mean norm.
+    """[n, 1] norms that the prior pulls to: those the rows started with, unless one is given (0.4
+    in lora_pti: SD 1.5's usual norm). Rows that start at zero take the vocabulary's mean norm.
     """
     start = embedding.initial.norm(dim=-1, keepdim=True)
+    if wanted:
+        return torch.full_like(start, wanted)
     usual = embedding.weight.detach().to(start).norm(dim=-1).mean()
-    return torch.full_like(start, wanted) if wanted else torch.where(start > 0, start, usual)
+    return torch.where(start > 0, start, usual)
+
+
+def _parameter_groups(
+    family: Family,
+    adapted: Mapping[str, nn.Module],
+    embeddings: Mapping[str, tokens.LearnedEmbedding],
+) -> dict[str, list[nn.Parameter]]:
+    """Group -> its parameters; groups of which nothing trains are left out."""
+    groups: dict[str, list[nn.Parameter]] = {"denoiser": [], "text_encoder": [], "tokens": []}
+    for name in [family.denoiser, *family.tokenizers]:
+        if name in adapted:
+            group = _group_of(family, name)
+            groups[group] += injection.adapter_parameters(family.modules[name])
+    groups["tokens"] = [embedding.rows for embedding in embeddings.values()]
+    return {name: params for name, params in groups.items() if params}
+
+
+def _up_factors(
+    config: Config, family: Family, adapted: Mapping[str, nn.Module]
+) -> dict[str, list[Tensor]]:
+    """Group -> the up of its adapters, which LoRA+ gives a learning rate of their own."""
+    found: dict[str, list[Tensor]] = {}
+    if config.optimizer.lora_plus != 1:
+        for name, module in adapted.items():
+            ups = injection.up_parameters(module)
+            found.setdefault(_group_of(family, name), []).extend(ups)
+    return found
+
+
+def _group_of(family: Family, component: str) -> str:
+    return "text_encoder" if component in family.tokenizers else "denoiser"
+
+
+def _set_up_networks(config: Config, model: Model) -> None:
+    """Gradient checkpointing, memory format and compilation."""
+    if config.gradient_checkpointing:
+        # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        model.denoiser.enable_gradient_checkpointing(again)  # type: ignore[operator]
+        for encoder in model.encoders.values():  # transformers 6 keeps the first name only
+            enable = getattr(encoder, "activation_checkpointing_enable", None)
+            enable = enable or encoder.gradient_checkpointing_enable
+            enable(again.keywords)  # type: ignore[operator]
+    if model.device.type == "cuda":  # cuDNN's half-precision kernels are NHWC
+        model.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        cuda_graph.compile_blocks(model.denoiser)
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def open_optimizer(
+    config: Config,
+    groups: Mapping[str, list[nn.Parameter]],
+    up_factors: Mapping[str, Sequence[Tensor]],
+) -> Optimization:
+    """The optimizer over the groups of parameters; those in `up_factors` have the learning rate of
+    LoRA+ (arXiv 2402.12354). Raises UserError for what its class does not take.
+    """
+    o = config.optimizer
+    settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
+    whole = [{"params": params, **settings[name]} for name, params in groups.items()]
+    split = building.split_lora_plus(whole, up_factors, o.lora_plus)
+    optimizer = building.build_optimizer(o.name, split, o.args)
+    if building.is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    parameters = list(itertools.chain(*groups.values()))
+    scaler = None
+    if config.precision == "fp16":
+        scaler = gradients.LossScaler(device=parameters[0].device)
+    decays = building.DEFAULT_WEIGHT_DECAYS
+    return Optimization(
+        optimizer=optimizer,
+        settings=settings,
+        weight_decays={name: o.weight_decay.get(name, decays[name]) for name in groups},
+        rate_schedules=_resolve_schedules(config),
+        scaler=scaler,
+        average=ParameterAverage(parameters, config.ema) if config.ema else None,
+    )
+
+
+def _resolve_schedules(config: Config) -> dict[str, RateSchedule]:
+    """The schedules that the stages name; --optimizer.schedule-args are those of the config's."""
+    o = config.optimizer
+    found: dict[str, RateSchedule] = {}
+    for name in {stage.schedule or o.schedule for stage in config.stages}:
+        arguments = o.schedule_args if name == o.schedule else {}
+        found[name] = schedules.resolve_schedule(name, **arguments)
+    return found

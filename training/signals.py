@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM (Slurm, docker stop, spot instances) and SIGHUP (a closed terminal): a run ends
-between two steps, after a checkpoint."""
+between two steps, after a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ REPEAT_SECONDS = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to end; `number` is that of the signal."""
+    """A signal ended the run; `number` is that of the signal."""
 
     def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(text)
@@ -28,8 +29,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Within it each of the signals raises Stopped at once, or within `deferred` the first one only
-    makes it true.
+    """Inside the block each of the signals raises Stopped at once; inside `deferred` the first one
+    only makes this object true.
 
     What comes within a second of the first signal is the same request, and changes nothing. A
     signal that the process was started to ignore (nohup) stays ignored, and outside of the main
@@ -37,12 +38,10 @@ class Signals:
     """
 
     def __enter__(self) -> Signals:
-        self.number, self.waits, self.since = (
-            0,
-            False,
-            0.0,
-        )  # of the first signal; whether it may wait; when it came
-        self.before: dict[int, Any] = {}
+        self.number = 0  # of the first signal
+        self.since = 0.0  # when it came
+        self.waits = False  # whether it may wait for the end of a step
+        self.before: dict[int, Any] = {}  # signal -> its handler before
         for number in [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]:
             handler = signal.getsignal(number)
             try:
@@ -62,7 +61,9 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[Signals]:
-        """Where the loop asks between two steps whether a signal came; a second one ends at once."""
+        """For the training loop, which looks between two steps whether a signal came; a second one
+        ends the run at once.
+        """
         self.waits = True
         try:
             yield self
@@ -77,7 +78,8 @@ class Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         first = not self.number
         if first:
-            self.number, self.since = number, time.monotonic()
+            self.number = number
+            self.since = time.monotonic()
         elif time.monotonic() - self.since < REPEAT_SECONDS:
             return
         if not (first and self.waits):

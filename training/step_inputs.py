@@ -1,13 +1,14 @@
-"""What a training step is given: latents, noise and its level, text, sizes. Drawn on the host, keyed by image and visit, and brought to the device
-ahead of the step, which then works on the device alone. Functions of an open Session."""
+"""Inputs of a training step: latents, noise and its level, captions, image sizes. They are made on
+the host, keyed by image and visit, and are on the device before the step begins, which then works
+on the device alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,131 +16,221 @@ from torch import Tensor, nn
 
 from lora_core import tokens
 from lora_core.adapters import injection
-from lora_core.config import Stage
-from lora_core.data.dataset import Batch
+from lora_core.config import Config, Stage
+from lora_core.data.cache import TensorCache
+from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.diffusion import generation, noise
-from lora_core.diffusion.generation import Sizes
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
+from lora_core.family import Conditioning, Sizes
 from lora_core.runs.run_folder import nonfinite_names
-from models import Conditioning, Family
 from training import model_checks
-
-if TYPE_CHECKING:
-    from training.setup import Session
-
-TextInput = (
-    Conditioning | dict[str, Tensor]
-)  # encoded, or token ids (and KEPT) where something in the text encoders trains
+from training.cuda_graph import tree_tensors
+from training.setup import Data, Model, TokenIds
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Of one micro-batch, all on the device."""
+    """Inputs of one micro-batch, all tensors on the device."""
 
     x0: Tensor  # [b, c, h, w] sampled from the VAE's posterior
     eps: Tensor  # [b, c, h, w] the noise that the target is made of
     eps_in: Tensor  # [b, c, h, w] the noise that x_t is made with
-    level: NoiseLevel  # rows [b]
+    level: NoiseLevel  # [b] each
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
-    inpaint: Tensor | None  # [b, 1 + c, h, w] what an inpainting model sees beside x_t
-    text: TextInput
-    sizes: Sizes  # with `places`
-    is_prior: Tensor  # [b] bool
-    rows: Tensor | None  # [b] int64, what adapter dropout is keyed by
-    step: Tensor  # [] int64
-    swapped: (
-        tuple[TextInput, Conditioning] | None
-    )  # prior.swap: text with the classes in place of the words, and the base model's conditioning for it
+    inpaint: Tensor | None  # [b, 1 + c, h, w] mask and masked latents, for an inpainting model
+    text: Conditioning | TokenIds  # encoded, where nothing in the text encoders trains
+    sizes: Sizes  # with its `values` on the device
+    is_prior: Tensor  # [b] bool, class images of prior preservation
+    dropout_keys: Tensor | None  # [b] int64, keys of the adapters' dropout
+    step: Tensor  # [] int64, for the adapters' dropout
+    number: int  # of the step, from 0; in a replayed step that of the capture
+    # With --prior.swap: the captions with classes in place of the placeholder words, and the
+    # conditioning of the base model for them.
+    swapped: tuple[Conditioning | TokenIds, Conditioning] | None
 
 
-KEPT = (
-    "kept"  # key of token ids: [b] 0 in the rows of dropped captions that zeros stand for, else 1
-)
+class InputSource:
+    """Where the inputs of a run's steps come from, with what is computed once: latents of images
+    whose pixels come again, captions that are encoded or tokenized already.
+    """
+
+    def __init__(self, config: Config, data: Data, model: Model) -> None:
+        self.config, self.data, self.model = config, data, model
+        self.records: dict[str, Record] = {}
+        for folder in filter(None, (data.training, data.class_images)):
+            self.records |= {record.key: record for record in folder.records}
+        n = config.noise
+        self.density = noise.bind_density(n.density, **n.density_args)
+        settings = data.training.settings
+        self.pixels_come_again = not settings.is_random or settings.variants > 0
+        a = config.adapter
+        self.has_dropout = bool(a.dropout or a.rank_dropout or a.module_dropout)
+        cache = config.data.cache
+        made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
+        self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
+        self.latents = TensorCache(made_by, cache or None)
+        self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
+        self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
+        self.tokenized: dict[str, dict[str, Tensor]] = {}  # caption -> token ids [1, ...]
+        self.stream: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            self.stream = torch.cuda.Stream(model.device)
+
+    def begin_stage(self) -> None:
+        """Forgets the encodings that the parameters of the stage before made."""
+        self.encoded.clear()
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
 
 
-def make_step_inputs(s: Session, batch: Batch, stage: Stage, step: int) -> StepInputs:
+def make_step_inputs(
+    source: InputSource, batch: Batch, stage: Stage, number: int, *, check: bool
+) -> list[StepInputs]:
+    """The inputs of each micro-batch of step `number`. On a GPU they are made on a stream of their
+    own, while the steps before are still computed. `check` looks at latents that are encoded anew,
+    which waits for the device.
+    """
+    with on_side_stream(source.stream, source.model.device) as made:
+        for micro in micro_batches(batch, source.config.accumulation):
+            made.append(_make_inputs(source, micro, stage, number, check=check))
+    return made
+
+
+@contextmanager
+def on_side_stream(
+    stream: torch.cuda.Stream | None, device: torch.device
+) -> Iterator[list[StepInputs]]:
+    """A list to fill on another stream of a GPU, which the current one waits for afterwards."""
+    made: list[StepInputs] = []
+    if stream is None:
+        yield made
+        return
+    main = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        yield made
+    main.wait_stream(stream)
+    for tensor in tree_tensors(made):
+        tensor.record_stream(main)
+
+
+def _make_inputs(
+    source: InputSource, batch: Batch, stage: Stage, number: int, *, check: bool
+) -> StepInputs:
     """Randomness is keyed by image and visit: a row does not depend on the batch around it."""
-    keys, n = RandomKeys(s.config.seed, batch.keys, batch.visits), s.config.noise
-    x0, mask, inpaint = _make_latents(s, batch, keys, stage)
-    low, high = (
-        n.low if stage.low is None else stage.low,
-        n.high if stage.high is None else stage.high,
-    )
-    schedule = s.family.schedule_at(*x0.shape[-2:]) if n.dynamic_shift else s.family.schedule
-    level = noise.sample_levels(
-        schedule, keys, low=low, high=high, density=s.density, shift=n.shift
-    )
-    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), s.noise)
-    swapped = None
-    if s.config.prior.swap:
-        other = replace(
-            batch,
-            captions=[
-                model_checks.swap_words(caption, s.config.prior.swap) for caption in batch.captions
-            ],
-        )
-        swapped = (_make_text(s, other), _make_base_text(s, other))
-    eps = _to_device(eps, s.device, x0.dtype)
+    config, device = source.config, source.model.device
+    keys = RandomKeys(config.seed, batch.keys, batch.visits)
+    mean, std = _posterior(source, batch, check=check)
+    normal = keys.normal("posterior", tuple(mean.shape[1:]))
+    x0 = mean + std * to_device(normal, device, mean.dtype)
+    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise)
+    eps_on_device = to_device(eps, device, x0.dtype)
+    level = _sample_levels(source, keys, stage, x0)
+    height, width = batch.pixels.shape[-2:]
+    sizes = Sizes(batch.original_sizes, batch.crops, (height, width))
+    mask = inpaint = dropout_keys = swapped = None
+    if batch.mask is not None:
+        mask = _loss_mask(batch.mask, stage, x0)
+    if source.model.family.inpainting:
+        inpaint = _inpainting_input(source, batch, keys)
+    if source.has_dropout:
+        dropout_keys = to_device(keys.hashes("dropout"), device)
+    if config.prior.swap:
+        swapped = _swapped_text(source, batch, stage)
     return StepInputs(
         x0=x0,
-        eps=eps,
-        eps_in=_to_device(eps_in, s.device, x0.dtype) if s.noise.perturbation else eps,
-        level=NoiseLevel(*(_to_device(row, s.device) for row in level)),
+        eps=eps_on_device,
+        eps_in=eps_on_device if eps_in is eps else to_device(eps_in, device, x0.dtype),
+        level=NoiseLevel(*[to_device(values, device) for values in level]),
         mask=mask,
         inpaint=inpaint,
-        text=_make_text(s, batch),
-        sizes=_image_sizes(batch)._replace(
-            places=_to_device(_image_sizes(batch).on("cpu"), s.device)
-        ),
-        is_prior=_to_device(batch.is_prior, s.device),
-        rows=_to_device(keys.hashes("dropout"), s.device) if s.drops else None,
-        step=torch.full((), step, dtype=torch.int64, device=s.device),
+        text=_make_text(source, batch, stage),
+        sizes=sizes._replace(values=to_device(sizes.to_tensor("cpu"), device)),
+        is_prior=to_device(batch.is_prior, device),
+        dropout_keys=dropout_keys,
+        step=torch.full((), number, dtype=torch.int64, device=device),
+        number=number,
         swapped=swapped,
     )
 
 
-def _to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """x on the device; from pinned memory to a GPU, so that the host need not wait."""
     x = x if dtype is None else x.to(dtype)
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and x.device.type == "cpu"
-        else x.to(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def _sample_levels(source: InputSource, keys: RandomKeys, stage: Stage, x0: Tensor) -> NoiseLevel:
+    """[b] noise levels on the CPU, in the range and with the density of the stage."""
+    n, family = source.config.noise, source.model.family
+    schedule = family.schedule
+    if n.dynamic_shift:
+        schedule = family.schedule_at(x0.shape[-2], x0.shape[-1])
+    return noise.sample_levels(
+        schedule,
+        keys,
+        low=n.low if stage.low is None else stage.low,
+        high=n.high if stage.high is None else stage.high,
+        density=source.density,
+        shift=n.shift,
     )
 
 
-def _image_sizes(batch: Batch) -> Sizes:
-    return Sizes(
-        batch.original_sizes, batch.crops, (batch.pixels.shape[-2], batch.pixels.shape[-1])
-    )
+# ---------------------------------------------------------------- latents
 
 
-def _make_latents(
-    s: Session, batch: Batch, keys: RandomKeys, stage: Stage
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x0, the loss mask and the inpainting input; see Inputs."""
-    mean, std = (_to_device(rows, s.device) for rows in _posterior_moments(s, batch))
-    x0 = mean + std * _to_device(
-        keys.normal("posterior", tuple(mean.shape[1:])), s.device, mean.dtype
-    )
-    mask = None
-    if batch.mask is not None:
-        small = _to_device(
-            F.interpolate(batch.mask, x0.shape[-2:], mode="area"), s.device, x0.dtype
+@torch.no_grad()
+def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
+    """Mean and std [b, c, h, w] of the latents; from the cache where pixels come again."""
+    folder, model = source.data.training, source.model
+    if not source.pixels_come_again:
+        return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
+    height, width = batch.pixels.shape[-2:]
+    names = [
+        folder.cache_key(source.records[key], visit, (height, width))
+        for key, visit in zip(batch.keys, batch.visits)
+    ]
+    factor = model.family.factor
+    shape = (model.family.latent_channels, height // factor, width // factor)
+
+    def encode_one(i: int) -> dict[str, Tensor]:
+        mean, std = _encode_images(source, batch.rows(slice(i, i + 1)), check=True)
+        return {"mean": mean[0], "std": std[0]}
+
+    rows = source.latents.get(names, encode_one, {"mean": shape, "std": shape})
+    return to_device(rows["mean"], model.device), to_device(rows["std"], model.device)
+
+
+def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
+    """Mean and std of the latents by the VAE. Raises UserError for NaN and infinity."""
+    mean, std = source.model.family.encode_images(batch.pixels)
+    if not check:
+        return mean, std
+    finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist()
+    if all(finite):
+        return mean, std
+    precision = source.config.vae_precision
+    if precision == "fp16":
+        raise UserError(
+            "the VAE overflows in fp16 on these images; leave --vae-precision at fp32, "
+            "or give a VAE made for fp16 with --vae"
         )
-        mask = _sharpen_mask(small, stage.mask_temperature)
-    inpaint = None
-    if s.family.inpainting:
-        holes = generation.random_hole_masks(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
-        with torch.no_grad():
-            inpaint = generation.encode_masked_image(
-                s.family, _to_device(batch.pixels, s.device), _to_device(holes, s.device)
-            )
-    return x0, mask, inpaint
+    path = source.records[batch.keys[finite.index(False)]].path
+    raise UserError(
+        f"the VAE gives NaN or infinity for {path} in {precision}: its weights are damaged; "
+        "give another --vae"
+    )
 
 
-def _sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
+def _loss_mask(mask: Tensor, stage: Stage, x0: Tensor) -> Tensor:
+    """[b, 1, h, w] the loss mask on the grid of the latents, as the stage sharpens it."""
+    small = F.interpolate(mask, x0.shape[-2:], mode="area")
+    return sharpen_mask(to_device(small, x0.device, x0.dtype), stage.mask_temperature)
+
+
+def sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
     """The mask [b, 1, h, w] to the power of the temperature.
 
     Where this dtype would leave nothing of a row, relative to its brightest place; a loss that
@@ -149,110 +240,102 @@ def _sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
     return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
 
 
-@torch.no_grad()
-def _posterior_moments(s: Session, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean and std of the latents; from the cache where an image's pixels come again."""
-    if not s.folder.settings.is_random or s.folder.settings.variants:
-        size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
-        names = [
-            s.folder.cache_key(s.records[key], visit, size)
-            for key, visit in zip(batch.keys, batch.visits)
-        ]
-        shape = (s.family.latent_channels, *(side // s.family.factor for side in size))
-        rows = s.latent_cache.get(
-            names,
-            lambda i: _cached_moments(s, batch.rows(slice(i, i + 1))),
-            {"mean": shape, "std": shape},
-        )
-        return rows["mean"], rows["std"]
-    return _encode_images(
-        s, batch, look=s.config.vae_precision == "fp16" or not s.checked
-    )  # in the first step: to look means to wait for the device
+def _inpainting_input(source: InputSource, batch: Batch, keys: RandomKeys) -> Tensor:
+    """[b, 1 + c, h, w] random holes and the latents around them."""
+    model = source.model
+    holes = generation.random_hole_masks(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
+    pixels = to_device(batch.pixels, model.device)
+    with torch.no_grad():
+        return generation.encode_masked_image(model.family, pixels, to_device(holes, model.device))
 
 
-def _cached_moments(s: Session, batch: Batch) -> dict[str, Tensor]:
-    """What is kept of one image's latents."""
-    mean, std = _encode_images(s, batch, look=True)
-    return {"mean": mean[0], "std": std[0]}
+# ---------------------------------------------------------------- captions
 
 
-def _encode_images(s: Session, batch: Batch, *, look: bool) -> tuple[Tensor, Tensor]:
-    mean, std = s.family.encode_images(batch.pixels)
-    good = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist() if look else [True]
-    if all(good):
-        return mean, std
-    if s.config.vae_precision == "fp16":
-        raise UserError(
-            "the VAE overflows in fp16 on these images; leave --vae-precision at fp32, or give a VAE made for fp16 with --vae"
-        )
-    path = s.records[batch.keys[good.index(False)]].path
-    raise UserError(
-        f"the VAE gives NaN or infinity for {path} in {s.config.vae_precision}: its weights are damaged; give another --vae"
-    )
+def _make_text(source: InputSource, batch: Batch, stage: Stage) -> Conditioning | TokenIds:
+    """The captions with their placeholders bound: encoded, unless something in the text encoders
+    trains in this stage.
+    """
+    kept = _kept_captions(source, batch) if source.zeroes_dropped else None
+    if "text_encoder" in stage.groups or "tokens" in stage.groups:
+        return TokenIds(_tokenize(source, batch.captions), kept)
+    cond = _encode(source, batch.captions, source.encoded, source.model.placeholders)
+    return cond if kept is None else cond.zeroed(source.model.family.zeros, kept)
 
 
-def _make_text(s: Session, batch: Batch) -> TextInput:
-    """The prompts, placeholders bound: encoded, from a cache, while nothing in the text encoders trains."""
-    prompts = [tokens.bind_placeholders(caption, s.abstractions) for caption in batch.captions]
-    kept = _caption_kept(s, batch)
-    if not s.text_trains:
-        return _zero_dropped(s.family, _encode_cached(s, prompts, s.text_cache), kept)
-    return s.family.tokenize(prompts) | ({} if kept is None else {KEPT: kept})
+def _swapped_text(
+    source: InputSource, batch: Batch, stage: Stage
+) -> tuple[Conditioning | TokenIds, Conditioning]:
+    """The captions with classes in place of the placeholder words: for the model with adapters as
+    `_make_text`, and encoded by the base model.
+    """
+    swap = source.config.prior.swap
+    captions = [model_checks.swap_words(caption, swap) for caption in batch.captions]
+    swapped = replace(batch, captions=captions)
+    return _make_text(source, swapped, stage), _encode_without_adapters(source, swapped)
 
 
-def encode_text(family: Family, text: Mapping[str, Tensor]) -> Conditioning:
-    """The conditioning of token ids as `draw` gives them, on the device alone."""
-    return _zero_dropped(
-        family,
-        family.encode({name: ids for name, ids in text.items() if name != KEPT}),
-        text.get(KEPT),
-    )
-
-
-def _caption_kept(s: Session, batch: Batch) -> Tensor | None:
-    """[b] 0 in the rows whose caption was dropped; None where no caption is dropped, or the encoding of the empty prompt stands for those."""
-    if not model_checks.drops_to_zeros(s.config, s.family):
-        return None
-    return _to_device(torch.tensor([float(not dropped) for dropped in batch.dropped]), s.device)
-
-
-def _zero_dropped(family: Family, cond: Conditioning, kept: Tensor | None) -> Conditioning:
-    return cond if kept is None else cond.zeroed(family.zeros, kept)
-
-
-def _make_base_text(s: Session, batch: Batch) -> Conditioning:
-    """The conditioning without adapters."""
+def _encode_without_adapters(source: InputSource, batch: Batch) -> Conditioning:
+    """The captions as the base model encodes them."""
+    model = source.model
     with ExitStack() as stack:
-        for encoder in s.encoders.values():
+        for encoder in model.encoders.values():
             stack.enter_context(injection.disable_adapters(encoder))
-        return _zero_dropped(
-            s.family, _encode_cached(s, batch.captions, s.base_text_cache), _caption_kept(s, batch)
-        )
+        cond = _encode(source, batch.captions, source.base_encoded, ())
+    if source.zeroes_dropped:
+        cond = cond.zeroed(model.family.zeros, _kept_captions(source, batch))
+    return cond
 
 
-def _encode_cached(
-    s: Session, prompts: Sequence[str], cache: dict[str, Conditioning]
+def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
+    """[b] 0 in the rows whose caption was dropped, else 1."""
+    kept = torch.tensor([float(not dropped) for dropped in batch.dropped])
+    return to_device(kept, source.model.device)
+
+
+def _tokenize(source: InputSource, captions: Sequence[str]) -> dict[str, Tensor]:
+    """The token ids of the captions, one row each; every caption is tokenized once."""
+    known = source.tokenized
+    for caption in captions:
+        if caption not in known:
+            prompt = tokens.bind_placeholders(caption, source.model.placeholders)
+            known[caption] = source.model.family.tokenize([prompt])
+    rows = [known[caption] for caption in captions]
+    ids = {}
+    for name in rows[0]:
+        ids[name] = torch.cat([row[name] for row in rows])
+    return ids
+
+
+def _encode(
+    source: InputSource,
+    captions: Sequence[str],
+    known: dict[str, Conditioning],
+    placeholders: Sequence[tokens.Placeholder],
 ) -> Conditioning:
-    for prompt in dict.fromkeys(prompts):
-        if prompt not in cache:
-            with s.evaluating():
-                cond = s.family.encode_prompts([prompt])
+    """The encodings of the captions, those in `known` from there. Raises UserError for NaN."""
+    model = source.model
+    for caption in captions:
+        if caption not in known:
+            prompt = tokens.bind_placeholders(caption, placeholders)
+            with model.evaluating():
+                cond = model.family.encode_prompts([prompt])
             if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
                 raise UserError(
-                    f"the text encoder gives NaN or infinity for the prompt {prompt!r} in {s.config.precision}: "
-                    "its weights are damaged or its numbers overflow; use --precision bf16 or fp32, or fetch the model again"
+                    f"the text encoder gives NaN or infinity for the prompt {prompt!r} in "
+                    f"{source.config.precision}: its weights are damaged or its numbers overflow; "
+                    "use --precision bf16 or fp32, or fetch the model again"
                 )
-            cache[prompt] = cond
-    return Conditioning.cat([cache[prompt] for prompt in prompts])
+            known[caption] = cond
+    return Conditioning.cat([known[caption] for caption in captions])
 
 
 def vae_fingerprint(vae: nn.Module) -> Mapping[str, str]:
-    """What a cache on disk is keyed by: the very weights that encode, so that a retrained VAE at the same path does not get old latents."""
+    """Settings of a latent cache on the disk: a hash of the encoding weights, so that a
+    retrained VAE at the same path does not get old latents.
+    """
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in vae.state_dict().items():
-        content.update(
-            name.encode()
-            + str(tensor.dtype).encode()
-            + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        numbers = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        content.update(name.encode() + str(tensor.dtype).encode() + numbers)
     return {"vae": content.hexdigest()}

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes images are cut to so that their proportions stay, and which size is nearest to an image."""
+"""Aspect-ratio buckets: sizes that images are cut to so that their proportions stay."""
 
 import math
 from collections import Counter
@@ -14,21 +14,22 @@ Size = tuple[int, int]  # h, w in pixels
 
 @lru_cache(maxsize=8)
 def bucket_sizes(resolution: int, step: int) -> tuple[Size, ...]:
-    """The bucket sizes (h, w) of about resolution^2 pixels, sorted: the square, and for each side the longest other side, both multiples of `step`.
+    """The bucket sizes (h, w) of about resolution^2 pixels, sorted.
 
-    No area exceeds resolution^2; sides lie between resolution / 2 (rounded to the step) and 2 resolution. At 512 and 64 these are the sizes of
-    kohya's sd-scripts (256 to 1024). Sizes that fit inside another of the same side are left out: they would only throw pixels away.
-    Raises UserError for a resolution below the step.
+    They are the square, and for each side the longest other side, both multiples of `step`. No area
+    exceeds resolution^2; sides lie between resolution / 2 (rounded to the step) and 2 resolution.
+    At 512 and 64 these are the sizes of kohya's sd-scripts (256 to 1024). Sizes that fit inside
+    another of the same side are left out: they would only throw pixels away. Raises UserError for a
+    resolution below the step.
     """
     if step < 1 or resolution < step:
         raise UserError(
-            f"expected a bucket step of at least 1 and at most the resolution, got step {step} at resolution {resolution}"
+            "expected a bucket step of at least 1 and at most the resolution, "
+            f"got step {step} at resolution {resolution}"
         )
     square = resolution // step * step
-    low, high = (
-        max(step, (resolution // 2 + step // 2) // step * step),
-        2 * resolution // step * step,
-    )
+    low = max(step, (resolution // 2 + step // 2) // step * step)
+    high = 2 * resolution // step * step
     found = {(square, square)}
     for side in range(low, high + 1, step):
         other = min(high, resolution**2 // side // step * step)
@@ -38,10 +39,12 @@ def bucket_sizes(resolution: int, step: int) -> tuple[Size, ...]:
 
 
 def nearest_size(size: Size, choice: Sequence[Size]) -> Size:
-    """The size in `choice` with an image's aspect: its own size if that is there, else the one with the least |difference of log aspects|.
+    """The size in `choice` that is nearest to an image's aspect ratio.
 
-    Ties go to the larger area, then to the first. Logarithms treat wide and tall images alike, where kohya's difference of w / h favours tall
-    buckets. They are compared as exact fractions, so that no rounding decides.
+    The image's own size if that is there, else the one with the least |difference of log aspects|.
+    Ties go to the larger area, then to the first. Logarithms treat wide and tall images alike,
+    where kohya's difference of w / h prefers tall buckets. They are compared as exact fractions, so
+    that no rounding decides.
     """
     if size in choice:
         return size
@@ -61,16 +64,18 @@ def cut_size(settings: ImageSettings, image: Size) -> Size:
 
 
 def describe_buckets(cuts: Sequence[Size], batch: int) -> str:
-    """In words, how images cut to `cuts` (one each, repeats counted) fill the batches of an epoch: a line for each size; one line for one size."""
+    """The sizes of an epoch's batches, a line for each size; one line for one size.
+
+    `cuts` has the size of every image, repeats included.
+    """
     lines = []
     for (h, w), count in sorted(Counter(cuts).items()):
         more = -count % batch
         filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
-        lines.append(
-            f"{w} x {h}: {count} image{'s' * (count != 1)}{filled} in {(count + more) // batch} batch{'es' * (count > batch)}"
-        )
+        images = f"{count} image{'s' * (count != 1)}{filled}"
+        batches = f"{(count + more) // batch} batch{'es' * (count > batch)}"
+        lines.append(f"{w} x {h}: {images} in {batches}")
     if len(lines) == 1:
         return f"one bucket, {lines[0]}"
-    return "\n  ".join(
-        [f"{len(lines)} buckets (width x height), each visited whole in an epoch:", *lines]
-    )
+    head = f"{len(lines)} buckets (width x height), each visited whole in an epoch:"
+    return "\n  ".join([head, *lines])

@@ -1,6 +1,5 @@
-"""Computed rows (latent mean and std, text embeddings) kept by key and settings."""
+"""Cache of computed tensors (latent mean and std, text embeddings) by key and settings."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +16,12 @@ from lora_core.runs.run_folder import atomic_write, nonfinite_names
 
 
 class TensorCache:
-    """Rows of named tensors on the CPU, in memory and, given a folder, on disk as one safetensors
-    file a row.
+    """Rows of named tensors on the CPU, in memory and, with a folder, on disk.
 
-    A row's name is a hash of `settings` (whatever made it: model, dtype, length ...) and its key
-    (an image's content and cut, a prompt), never a position: a cache read in another order than it
-    was filled in pairs captions with the wrong images (a public defect, diffusers #14430).
+    On disk a row is one safetensors file. Its name is a hash of `settings` (everything that the
+    tensors depend on: model, dtype, length ...) and its key (an image's content and cut, a prompt),
+    never a position: a cache read in another order than it was filled in pairs captions with the
+    wrong images (a public defect, diffusers #14430).
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | str | None = None) -> None:
@@ -38,65 +37,82 @@ class TensorCache:
         compute_one: Callable[[int], Mapping[str, Tensor]],
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Tensor]:
-        """Name -> [b, ...], row i belonging to keys[i]; `compute_one(i)` gives one row without its
-        batch axis and is asked only for missing ones.
+        """Name -> [b, ...], row i of keys[i].
 
-        Rows are computed one at a time, so their bits do not depend on the batch. `shapes` are
-        those of a row. Raises UserError naming the file of a row on the disk that is damaged, not
+        `compute_one(i)` computes one row without its batch axis, and is called for missing ones
+        only. Rows are computed one at a time, so their bits do not depend on the batch. `shapes`
+        are those of a row. Raises UserError naming the file of a row on disk that is damaged, not
         finite or of other names or shapes, ValueError when rows differ in names or shapes.
         """
-        rows = [
-            self._row(self._name(key), functools.partial(compute_one, i), shapes)
-            for i, key in enumerate(keys)
-        ]
-        kinds = [{name: tuple(t.shape) for name, t in row.items()} for row in rows]
-        for i, shape in enumerate(kinds):
-            if shape != kinds[0]:
-                raise ValueError(
-                    f"cached rows of one batch must agree: {keys[0]!r} has {kinds[0]}, {keys[i]!r} has {shape}"
-                )
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        rows = []
+        for i, key in enumerate(keys):
+            if key not in self._rows:
+                self._rows[key] = self._read_or_compute(key, i, compute_one, shapes)
+            rows.append(self._rows[key])
+            if rows[i].keys() != rows[0].keys():
+                raise _disagreement(keys, rows, i)
+        if not rows:
+            return {}
+        batch = {}
+        for name, first in rows[0].items():
+            for i, row in enumerate(rows):
+                if row[name].shape != first.shape:
+                    raise _disagreement(keys, rows, i)
+            batch[name] = torch.stack([row[name] for row in rows])
+        return batch
 
     def __len__(self) -> int:
-        """How many rows are in memory."""
+        """The number of rows in memory."""
         return len(self._rows)
 
-    def _name(self, key: str) -> str:
-        return hashlib.blake2b(
-            json.dumps([self.settings, key]).encode(), digest_size=20
-        ).hexdigest()
-
-    def _row(
+    def _read_or_compute(
         self,
-        name: str,
-        compute: Callable[[], Mapping[str, Tensor]],
+        key: str,
+        i: int,
+        compute_one: Callable[[int], Mapping[str, Tensor]],
         shapes: Mapping[str, tuple[int, ...]] | None,
     ) -> dict[str, Tensor]:
-        if name not in self._rows:
-            path = None if self.folder is None else self.folder / f"{name}.safetensors"
-            if path is not None and path.is_file():
-                self._rows[name] = _load(path, shapes)
-            else:
-                self._rows[name] = {
-                    n: t.detach().to("cpu", copy=True).contiguous() for n, t in compute().items()
-                }
-                if path is not None:
-                    with atomic_write(path) as partial:
-                        save_file(self._rows[name], partial)
-        return self._rows[name]
+        """A row from the disk, else computed and, with a folder, written."""
+        if self.folder is None:
+            return _on_cpu(compute_one(i))
+        content = json.dumps([self.settings, key]).encode()
+        path = self.folder / f"{hashlib.blake2b(content, digest_size=20).hexdigest()}.safetensors"
+        if path.is_file():
+            return _load_row(path, shapes)
+        row = _on_cpu(compute_one(i))
+        with atomic_write(path) as partial:
+            save_file(row, partial)
+        return row
 
 
-def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
+def _on_cpu(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in row.items()}
+
+
+def _disagreement(keys: Sequence[str], rows: Sequence[dict[str, Tensor]], i: int) -> ValueError:
+    first, other = _shapes(rows[0]), _shapes(rows[i])
+    return ValueError(
+        f"cached rows of one batch must agree: {keys[0]!r} has {first}, {keys[i]!r} has {other}"
+    )
+
+
+def _shapes(row: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in row.items()}
+
+
+def _load_row(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
     try:
         row = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"the cache file {path} is damaged ({error}); delete it and run again"
         ) from error
-    found = {name: tuple(tensor.shape) for name, tensor in row.items()}
+    found = _shapes(row)
     if shapes is not None and found != dict(shapes):
         raise UserError(
-            f"the cache file {path} holds {_shown(found)}, expected {_shown(shapes)}; delete it and run again"
+            f"the cache file {path} holds {_format_shapes(found)}, expected "
+            f"{_format_shapes(shapes)}; "
+            "delete it and run again"
         )
     if bad := nonfinite_names(row):
         raise UserError(
@@ -105,5 +121,5 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str,
     return row
 
 
-def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

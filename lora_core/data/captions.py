@@ -1,7 +1,11 @@
-"""Captions of a folder of images: text files, a metadata table, file names, one for all, or templates."""
+"""Captions of a folder of images.
+
+They come from text files, a metadata table, file names, one caption for all, or templates.
+"""
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,9 +24,10 @@ from lora_core.text import normalize_unicode, parse_json, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, first found
-OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # somebody's captions, perhaps
-ONE_FOR_ALL = ("one", "object", "style")  # modes that need the caption
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, the first found is taken
+OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # may hold captions, but are not read
+ONE_FOR_ALL = ("one", "object", "style")  # modes that need --data.caption
+# Sources of captions, as messages name them.
 ONE = "the one caption of --data.caption"
 FALLBACK = "--data.caption, where an image has no text of its own"
 TEMPLATE = "sentence templates with --data.caption"
@@ -71,7 +76,7 @@ class Captions(NamedTuple):
     """The captions of one image."""
 
     texts: tuple[str, ...]
-    source: Path | str  # the file that they are from, or in words
+    source: Path | str  # the file that they are from, or one of the sources above
 
 
 def read_captions(
@@ -82,61 +87,59 @@ def read_captions(
     *,
     must_use: bool = True,
 ) -> dict[Path, Captions]:
-    """The captions of each image, one or more, in the images' order. `mode` is one of CAPTION_MODES.
+    """The captions of each image, one or more, in the images' order.
 
-    txt        every line of 001.txt beside 001.png that is not empty
-    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a head; `column` names
-               another column than text, caption or prompt; in JSON a text may be a list; a file may have several rows
+    `mode` is one of CAPTION_MODES:
+
+    txt        every line of 001.txt next to 001.png that is not empty
+    metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a
+               head; `column` names another column than text, caption or prompt; in JSON a text may
+               be a list; a file may have several rows
     filename   the file's name up to its first dot (cloneofsimo)
     one        `caption`
     object, style    TEMPLATES with `caption` in place of {}
-    auto       the metadata table if there is one, else files beside the images if one of them has a text (.txt, else .caption,
-               else a .json with text, caption or prompt), else `caption`, else the words of a folder called N_words (kohya),
-               else file names where somebody wrote them (`is_caption`)
+    auto       the metadata table if there is one, else files next to the images if one of them has
+               a text (.txt, else .caption, else a .json with text, caption or prompt), else
+               `caption`, else the words of a folder called N_words (kohya), else file names that
+               somebody wrote (`looks_like_caption`)
 
-    An image without a text in its file or table takes `caption` where that is given, else the words of such a folder. All texts
-    are in Unicode's normal form C. Raises UserError for an image without a caption, an unknown mode, a `caption` or `column` that
-    is missing, and, if it `must_use` them, for one that no image takes.
+    An image without a text in its file or table takes `caption` where that is given, else the words
+    of such a folder. All texts are in Unicode's normal form C. Raises UserError for an image
+    without a caption, an unknown mode, a `caption` or `column` that is missing, and, if it
+    `must_use` them, for one that no image takes.
     """
     if mode not in CAPTION_MODES:
         raise UserError(
             f"unknown caption mode {mode!r}, expected one of {', '.join(CAPTION_MODES)}"
         )
-    modes = {part.folder: _detect(part, caption) if mode == "auto" else mode for part in parts}
-    if (first := next(iter(modes.values()))) in ONE_FOR_ALL and not (caption and caption.strip()):
+    modes = [_detect_mode(part, caption) if mode == "auto" else mode for part in parts]
+    if modes[0] in ONE_FOR_ALL and not (caption and caption.strip()):
         raise UserError(
-            f"captions {first!r} need the caption (for templates, the word to put in them), got {caption!r}; add --data.caption"
+            f"captions {modes[0]!r} need the caption (for templates, the word to put in them), "
+            f"got {caption!r}; add --data.caption"
         )
+    suffixes = CAPTION_SUFFIXES if mode == "auto" else (".txt",)
     found: dict[Path, Captions] = {}
-    for part in parts:
-        own = _read_part(
-            part,
-            modes[part.folder],
-            caption,
-            column,
-            suffixes=CAPTION_SUFFIXES if mode == "auto" else (".txt",),
-        )
+    for part, own_mode in zip(parts, modes, strict=True):
+        own = _read_one_folder(part, own_mode, caption, column, suffixes=suffixes)
         needed = {"txt": "a .txt file with a caption", "metadata": f"a row in {_table(part).name}"}
-        found |= _complete(
-            own, part, needed.get(modes[part.folder], "a caption in its name"), caption
-        )
+        found |= _complete(own, part, needed.get(own_mode, "a caption in its name"), caption)
     if must_use:
-        _check_use(
-            {captions.source for captions in found.values()},
-            f"{parts[0].folder} is read with captions {first!r}",
-            caption,
-            column,
-        )
+        sources = {captions.source for captions in found.values()}
+        how = f"{parts[0].folder} is read with captions {modes[0]!r}"
+        _check_use(sources, how, caption, column)
+    normalized = {}
     for image, (texts, source) in found.items():
         check_texts(texts, f"the caption of {image.name} from {source}")
-    return {
-        image: Captions(tuple(map(normalize_unicode, texts)), source)
-        for image, (texts, source) in found.items()
-    }
+        normalized[image] = Captions(tuple(map(normalize_unicode, texts)), source)
+    return normalized
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:
-    """Raises UserError for a zero byte or half a character (\\ud83d), which JSON can write and no tokenizer reads."""
+    """Raises UserError for a zero byte or half a character (\\ud83d).
+
+    JSON can write both, and no tokenizer reads them.
+    """
     for text in texts:
         if "\0" in text or printable(text) != text:
             raise UserError(f"{name} has a zero byte or half a character: {text!a}; correct it")
@@ -145,26 +148,27 @@ def check_texts(texts: Sequence[str], name: str) -> None:
 def read_metadata(
     path: Path, column: str | None = None, *, may_be_empty: bool = False
 ) -> dict[Path, tuple[str, ...]]:
-    """The images that metadata.jsonl or metadata.csv names, relative to its folder, with their captions.
+    """Image -> captions, from metadata.jsonl or metadata.csv.
 
-    A file is found in whichever normal form of Unicode the table and the disk write its name. Raises UserError for a bad row,
-    a column that is not there, an image that is not there and, unless it `may_be_empty`, an empty caption.
+    File names are relative to the table's folder. A file is found in whichever normal form of
+    Unicode the table and the disk write its name. Raises UserError for a bad row, a column that is
+    not there, an image that is not there and, unless it `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(
-            f"captions 'metadata' need the file {path}, which is missing; write one JSON object per line with file_name and text"
+            f"captions 'metadata' need the file {path}, which is missing; "
+            "write one JSON object per line with file_name and text"
         )
     captions: dict[Path, tuple[str, ...]] = {}
-    for where, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
+    rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+    for where, row in rows:
         name, texts = _read_row(row, column, where, may_be_empty=may_be_empty)
         image = find_file(path.parent, name)
-        if (
-            image is None
-            or image.suffix.lower() not in IMAGE_SUFFIXES
-            or image.name.startswith(".")
-        ):
+        is_image = image is not None and image.suffix.lower() in IMAGE_SUFFIXES
+        if image is None or not is_image or image.name.startswith("."):
             raise UserError(
-                f"{where} names {name}, which is not an image in {path.parent}; correct file_name or add the image"
+                f"{where} names {name}, which is not an image in {path.parent}; "
+                "correct file_name or add the image"
             )
         captions[image] = captions.get(image, ()) + texts
     return captions
@@ -174,21 +178,22 @@ def _check_use(sources: set[Path | str], how: str, caption: str | None, column: 
     """Raises UserError for a `caption` or a `column` of tables that no image takes."""
     if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
         raise UserError(
-            f"the caption {caption!r} has no use when {how}; leave it out or add --data.captions one"
+            f"the caption {caption!r} has no use when {how}; "
+            "leave it out or add --data.captions one"
         )
-    if column and not any(
-        isinstance(source, Path) and source.name in METADATA_TABLES for source in sources
-    ):
+    names = {source.name for source in sources if isinstance(source, Path)}
+    if column and not names & set(METADATA_TABLES):
         raise UserError(
-            f"the caption column {column!r} has no use when {how}; leave it out or add metadata.jsonl"
+            f"the caption column {column!r} has no use when {how}; "
+            "leave it out or add metadata.jsonl"
         )
 
 
-def _detect(part: FolderContents, caption: str | None) -> str:
-    """The mode that auto stands for."""
+def _detect_mode(part: FolderContents, caption: str | None) -> str:
+    """The mode that auto means for a folder: one of CAPTION_MODES, or "folder"."""
     if part.table is not None:
         return "metadata"
-    if any(_read_beside(path) for own in part.texts.values() for path in own):
+    if any(_read_text_file(path) for path in _text_files(part)):
         return "txt"
     if caption is not None:
         return "one"
@@ -198,86 +203,90 @@ def _detect(part: FolderContents, caption: str | None) -> str:
     if unwritten:
         first = unwritten[0]
         unread = _unread_texts(part)
-        lacking = f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a name that says nothing"
-        ways = f"write captions in files such as {first.stem}.txt, give one for all with --data.caption"
         raise UserError(
-            f"{lacking}, first {first.name}{unread}; {ways}, or take the names with --data.captions filename"
+            f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a "
+            f"name that says nothing, first {first.name}{unread}; "
+            f"write captions in files such as {first.stem}.txt, "
+            "give one for all with --data.caption, "
+            "or take the names with --data.captions filename"
         )
     return "filename"
 
 
+def _text_files(part: FolderContents) -> Iterator[Path]:
+    """All caption files next to the folder's images."""
+    return itertools.chain.from_iterable(part.texts.values())
+
+
 def _unread_texts(part: FolderContents) -> str:
-    """What is in the folder that may be meant as captions and is not read, in brackets."""
-    without = [
-        path.name
-        for own in part.texts.values()
-        for path in own
-        if path.suffix.lower() == ".json" and path.read_bytes().strip()
-    ]
-    strays = [
-        path.name
-        for path, why in part.others.items()
-        if why == NO_IMAGE or path.suffix.lower() in OTHER_TABLES
-    ]
-    found = [f"{', '.join(without[:3])} has no {', '.join(CAPTION_COLUMNS)}"] if without else []
-    found += [f"{', '.join(strays[:3])} there belongs to no image"] if strays else []
+    """The folder's files that may be meant as captions and are not read, in brackets."""
+    found = []
+    jsons = [path for path in _text_files(part) if path.suffix.lower() == ".json"]
+    without = [path.name for path in jsons if path.read_bytes().strip()]
+    if without:
+        found.append(f"{', '.join(without[:3])} has no {', '.join(CAPTION_COLUMNS)}")
+    strays = []
+    for path, why in part.others.items():
+        if why == NO_IMAGE or path.suffix.lower() in OTHER_TABLES:
+            strays.append(path.name)
+    if strays:
+        found.append(f"{', '.join(strays[:3])} there belongs to no image")
     return f" ({'; '.join(found)})" if found else ""
 
 
-def _read_part(
+def _read_one_folder(
     part: FolderContents,
-    chosen: str,
+    mode: str,
     caption: str | None,
     column: str | None,
     *,
     suffixes: Sequence[str],
 ) -> dict[Path, Captions]:
-    """The captions that one folder has, of those images that have one."""
-    if chosen == "one":
+    """The captions in one folder, of those images that have one."""
+    if mode == "one":
         return dict.fromkeys(part.images, Captions((str(caption),), ONE))
-    if chosen in TEMPLATES:
-        return dict.fromkeys(
-            part.images, Captions(tuple(t.format(caption) for t in TEMPLATES[chosen]), TEMPLATE)
-        )
-    if chosen == "folder":
-        return dict.fromkeys(
-            part.images, Captions((_checked(part.words, part.folder),), FOLDER_NAME)
-        )
-    if chosen == "filename":
-        return {
-            image: Captions((_checked(_name_of(image), image),), FILE_NAME) for image in part.images
-        }
-    if chosen == "metadata":
+    if mode in TEMPLATES:
+        texts = tuple(template.format(caption) for template in TEMPLATES[mode])
+        return dict.fromkeys(part.images, Captions(texts, TEMPLATE))
+    if mode == "folder":
+        words = _check_words(part.words, part.folder)
+        return dict.fromkeys(part.images, Captions((words,), FOLDER_NAME))
+    found = {}
+    if mode == "filename":
+        for image in part.images:
+            found[image] = Captions((_check_words(_name_of(image), image),), FILE_NAME)
+        return found
+    if mode == "metadata":
         table = _table(part)
         read = read_metadata(table, column, may_be_empty=caption is not None)
         return {image: Captions(texts, table) for image, texts in read.items()}
-    found = {}
     for image, own in part.texts.items():
         for path in own:
-            texts = _read_beside(path) if path.suffix.lower() in suffixes else ()
+            texts = _read_text_file(path) if path.suffix.lower() in suffixes else ()
             if texts and image not in found:
                 found[image] = Captions(texts, path)
     return found
 
 
 def _complete(
-    own: Mapping[Path, Captions], part: FolderContents, what: str, caption: str | None
+    own: Mapping[Path, Captions], part: FolderContents, needed: str, caption: str | None
 ) -> dict[Path, Captions]:
-    """The captions of a folder in the images' order; UserError with a count and the first name when some image has none."""
+    """The captions of a folder in the images' order, where some have none of their own.
+
+    Raises UserError with a count and the first name when some image has none at all.
+    """
     missing = [image for image in part.images if image not in own or not any(own[image].texts)]
-    spare = (
-        Captions((caption,), FALLBACK)
-        if caption and caption.strip()
-        else Captions((part.words,), FOLDER_NAME)
-    )
-    if missing and not spare.texts[0]:
-        advice = "add it, give --data.caption for those without, or choose other --data.captions"
-        beside = ", ".join(path.name for path in part.texts.get(missing[0], ()))
-        first = f"{missing[0]}, beside which is {beside}" if beside else str(missing[0])
+    fallback = Captions((part.words,), FOLDER_NAME)
+    if caption and caption.strip():
+        fallback = Captions((caption,), FALLBACK)
+    if missing and not fallback.texts[0]:
+        nearby = ", ".join(path.name for path in part.texts.get(missing[0], ()))
+        first = f"{missing[0]}, next to which is {nearby}" if nearby else str(missing[0])
         raise UserError(
-            f"{len(missing)} of {len(part.images)} images lack {what}, first {first}; {advice}"
+            f"{len(missing)} of {len(part.images)} images lack {needed}, first {first}; add it, "
+            "give --data.caption for those without, or choose other --data.captions"
         )
-    return {image: spare if image in missing else own[image] for image in part.images}
+    return {image: fallback if image in missing else own[image] for image in part.images}
 
 
 def _table(part: FolderContents) -> Path:
@@ -288,19 +297,21 @@ def _name_of(image: Path) -> str:
     return image.name.split(".")[0].strip()
 
 
-def _checked(words: str, path: Path) -> str:
-    """The words of a file's or folder's name; UserError where they are no Unicode."""
+def _check_words(words: str, path: Path) -> str:
+    """The words of a file's or folder's name; raises UserError where they are no Unicode."""
     if printable(words) != words:
         raise UserError(
-            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; rename it, or choose other --data.captions"
+            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; "
+            "rename it, or choose other --data.captions"
         )
     return words
 
 
-def _read_beside(path: Path) -> tuple[str, ...]:
-    """The captions in a file beside an image; none in an empty one and in JSON without text, caption or prompt.
+def _read_text_file(path: Path) -> tuple[str, ...]:
+    """The captions in a file next to an image.
 
-    A .json of one line that is no JSON is read as its text.
+    None in an empty one and in JSON without text, caption or prompt. A .json of one line that is no
+    JSON is read as its text.
     """
     lines = read_lines(path)
     if path.suffix.lower() != ".json" or (len(lines) == 1 and lines[0][0] not in '{["'):
@@ -309,28 +320,26 @@ def _read_beside(path: Path) -> tuple[str, ...]:
     if isinstance(value, dict):
         value = next((value[name] for name in CAPTION_COLUMNS if value.get(name)), None)
     texts: list[Any] = value if isinstance(value, list) else [value]
-    return (
-        tuple(t.strip() for t in texts if t.strip())
-        if all(isinstance(t, str) for t in texts)
-        else ()
-    )
+    if not all(isinstance(text, str) for text in texts):
+        return ()
+    return tuple(text.strip() for text in texts if text.strip())
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row is, for errors, and the row."""
-    for number, line in enumerate(
-        read_text(path).split("\n"), start=1
-    ):  # not splitlines: JSON texts may hold U+2028
+    """(file and line for errors, row) of a JSON table."""
+    advice = "write one object per line with file_name and text"
+    lines = read_text(path).split("\n")  # not splitlines: JSON texts may hold U+2028
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
-            yield (
-                where,
-                parse_json(line, where, "write one object per line with file_name and text"),
-            )
+            yield where, parse_json(line, where, advice)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The same; quoted texts may go over several lines, of which the last is named."""
+    """(file and line for errors, row) of a CSV table.
+
+    Quoted texts may go over several lines, of which the last is named.
+    """
     reader = csv.DictReader(
         io.StringIO(read_text(path), newline=""), restkey="(columns without a name)", strict=True
     )
@@ -338,7 +347,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
         raise UserError(
-            f"{path} is not CSV ({error} after line {reader.line_num}); write a head with file_name and text, then a line per image"
+            f"{path} is not CSV ({error} after line {reader.line_num}); "
+            "write a head with file_name and text, then a line per image"
         ) from error
 
 
@@ -352,7 +362,7 @@ def _read_row(
             f'{where} has no "file_name"{has}; each row needs file_name and a caption such as text'
         )
     expected = (column,) if column else CAPTION_COLUMNS
-    found = next((c for c in expected if c in row), None)
+    found = next((name for name in expected if name in row), None)
     if found is None:
         names = repr(column) if column else f"one of {', '.join(CAPTION_COLUMNS)}"
         raise UserError(
@@ -361,10 +371,11 @@ def _read_row(
     texts = row[found] if isinstance(row[found], list) else [row[found]]
     if may_be_empty and (not texts or row[found] is None):
         return row["file_name"], ()
-    if may_be_empty and all(isinstance(t, str) for t in texts):
-        return row["file_name"], tuple(t.strip() for t in texts if t.strip())
-    if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+    are_texts = all(isinstance(text, str) for text in texts)
+    captions = tuple(text.strip() for text in texts if text.strip()) if are_texts else ()
+    is_complete = bool(texts) and len(captions) == len(texts)
+    if not are_texts or not (is_complete or may_be_empty):
         raise UserError(
             f"{where} has the {found} {row[found]!r}, expected a caption or a list of captions"
         )
-    return row["file_name"], tuple(t.strip() for t in texts)
+    return row["file_name"], captions

@@ -1,4 +1,7 @@
-"""Datasets of the hub, or anything else that `datasets.load_dataset` takes, written out once as a folder of images that `scan` reads."""
+"""Export of a hub dataset to a folder of images that `scan_folder` reads.
+
+Anything that `datasets.load_dataset` takes can be exported.
+"""
 
 import hashlib
 import io
@@ -17,17 +20,13 @@ from lora_core.data.captions import CAPTION_COLUMNS
 from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.data.listing import METADATA_TABLES
 from lora_core.data.srgb import to_srgb
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 
-MARK = "dataset.json"  # what the folder was made from; there once it is whole
-KEPT = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "BMP": ".bmp",
-}  # encoded images that are copied as they are
-PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # whose values and profile a PNG keeps
+MARK = "dataset.json"  # the source of a complete export
+# Formats of encoded images that are copied as they are.
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}
+# Modes whose values and profile a PNG keeps.
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 def export_dataset(
@@ -39,34 +38,37 @@ def export_dataset(
     caption_column: str = "",
     caption: str = "",
 ) -> Path:
-    """The folder that holds the images of one split of a dataset, and metadata.jsonl if it has captions; what is there is not written again.
+    """The folder with the images of one split of a dataset, exported unless it is there already.
 
-    `name`: a dataset of the hub, a folder (ImageFolder, parquet ...). `folder` None: one of its own in the hub's cache of assets. An image that
-    is stored as a file keeps its bytes, and so its EXIF data and quality; others are written as PNG. Captions: `caption_column`, whose rows may
-    be empty where there is a `caption` for those (as in diffusers' scripts); else that one for all; else the first of text, caption and prompt.
-    In metadata.jsonl they are always the text. The folder appears whole or not at all, and a dataset that has changed since is exported anew.
-    Raises UserError for a missing package, dataset, split or column, a row without an image, and a folder of something else.
+    It has a metadata.jsonl if there are captions. `name` is a dataset of the hub or a folder
+    (ImageFolder, parquet ...); without `folder` it gets one of its own in the hub's cache of
+    assets. An image that is stored as a file keeps its bytes, and so its EXIF data and quality;
+    others are written as PNG.
+
+    Captions are of `caption_column`, whose rows may be empty if there is a `caption` for those (as
+    in diffusers' scripts); else that one for all; else of the first of text, caption and prompt. In
+    metadata.jsonl their key is always text.
+
+    The folder appears complete or not at all, and a dataset that has changed since is exported
+    anew. Raises UserError for a missing package, dataset, split or column, a row without an image,
+    and a folder of something else.
     """
-    data, caption_column = _load(
-        name, split, image_column, caption_column, one_for_all=bool(caption)
+    has_caption = bool(caption)
+    data, caption_column = _load_split(
+        name, split, image_column, caption_column, one_for_all=has_caption
     )
-    mark: dict[str, Any] = {
-        "dataset": name,
-        "split": split,
-        "image_column": image_column,
-        "caption_column": caption_column,
-    }
-    target = Path(folder) if folder is not None else _place(mark)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    mark: dict[str, Any] = {"dataset": name, "split": split, **columns}
+    target = Path(folder) if folder is not None else _cached_folder(mark)
     mark |= {"fingerprint": data._fingerprint, "images": len(data)}
-    if _is_whole(target, mark):
+    if _is_complete(target, mark):
         return target
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
-        written = _write_images(
-            data, image_column, caption_column, partial, may_be_empty=bool(caption)
-        )
-        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in written]
+        rows = []
+        for row in _write_images(data, **columns, folder=partial, may_be_empty=has_caption):
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
         if caption_column:
             (partial / METADATA_TABLES[0]).write_text("".join(rows), encoding="utf-8")
         (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
@@ -79,10 +81,13 @@ def export_dataset(
     return target
 
 
-def _load(
+def _load_split(
     name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool
 ) -> tuple[Any, str]:
-    """The split with its images undecoded and no columns but the two; the caption column, "" when there is one caption for all."""
+    """(split with its images undecoded and only the columns that are read, caption column).
+
+    The caption column is "" when there is one caption for all.
+    """
     try:
         import datasets
     except ImportError:
@@ -91,51 +96,61 @@ def _load(
         ) from None
     try:
         data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, ArrowInvalid ... by library and version
+    except Exception as error:
+        # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError ... by version
         raise UserError(
-            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; check its name, its split and the connection"
+            f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; "
+            "check its name, its split and the connection"
         ) from None
     columns = data.column_names
-    if (
-        not caption_column
-        and one_for_all
-        and (unread := next((c for c in CAPTION_COLUMNS if c in columns), ""))
-    ):
+    listed = ", ".join(columns)
+    usual = next((column for column in CAPTION_COLUMNS if column in columns), "")
+    if not caption_column and one_for_all and usual:
         print(
-            f"the column {unread!r} of {name} is not read, for one caption is given for all; --data.caption-column {unread} reads it"
+            f"the column {usual!r} of {name} is not read, for one caption is given for all; "
+            f"--data.caption-column {usual} reads it"
         )
     if not caption_column and not one_for_all:
-        caption_column = next((c for c in CAPTION_COLUMNS if c in columns), "")
-        if not caption_column:
-            none = f"the dataset {name} has the columns {', '.join(columns)}, none of {', '.join(CAPTION_COLUMNS)}"
+        caption_column = usual
+        if not usual:
+            known = ", ".join(CAPTION_COLUMNS)
             raise UserError(
-                f"{none}; name the caption column with --data.caption-column, or give one caption for all with --data.caption"
+                f"the dataset {name} has the columns {listed}, none of {known}; "
+                "name the caption column with --data.caption-column, "
+                "or give one caption for all with --data.caption"
             )
-    wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
-    for what, column in wanted.items():
+    wanted = {"image": image_column}
+    if caption_column:
+        wanted["caption"] = caption_column
+    for kind, column in wanted.items():
         if column not in columns:
-            advice = f"its columns are {', '.join(columns)}; name one with --data.{what}-column"
-            raise UserError(f"the dataset {name} has no {what} column {column!r}; {advice}")
+            raise UserError(
+                f"the dataset {name} has no {kind} column {column!r}; "
+                f"its columns are {listed}; name one with --data.{kind}-column"
+            )
     if not len(data):
         raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
     try:
-        return data.select_columns(list(wanted.values())).cast_column(
-            image_column, datasets.Image(decode=False)
-        ), caption_column
+        data = data.select_columns(list(wanted.values()))
+        return data.cast_column(image_column, datasets.Image(decode=False)), caption_column
     except Exception as error:  # pyarrow's and datasets' own, by type of column
         raise UserError(
-            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; name another image column"
+            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; "
+            "name another image column"
         ) from None
 
 
-def _place(mark: Mapping[str, Any]) -> Path:
-    """A folder of this dataset's own in the hub's cache of assets."""
+def _cached_folder(mark: Mapping[str, Any]) -> Path:
+    """A folder for this export in the hub's cache of assets."""
     name = hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest()
     return Path(cached_assets_path("lora_core", "datasets", Path(mark["dataset"]).name)) / name
 
 
-def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very export; UserError for a folder with anything else than an export of the same dataset."""
+def _is_complete(folder: Path, mark: Mapping[str, Any]) -> bool:
+    """Whether the folder has exactly this export.
+
+    Raises UserError for a folder with anything else than an export of the same dataset.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
@@ -146,9 +161,11 @@ def _is_whole(folder: Path, mark: Mapping[str, Any]) -> bool:
         ) from None
     changes = [key for key in mark if found.get(key) != mark[key]]
     if other := [key for key in changes if key not in ("fingerprint", "images")]:
-        was, wanted = (", ".join(f"{key} {m.get(key)!r}" for key in other) for m in (found, mark))
+        was = ", ".join(f"{key} {found.get(key)!r}" for key in other)
+        wanted = ", ".join(f"{key} {mark.get(key)!r}" for key in other)
         raise UserError(
-            f"{folder} holds another export ({was}; wanted {wanted}); choose another folder or remove it"
+            f"{folder} holds another export ({was}; wanted {wanted}); "
+            "choose another folder or remove it"
         )
     return not changes
 
@@ -159,7 +176,8 @@ def _write_images(
     """Writes each row's image and yields its row of metadata.jsonl."""
     advice = "choose another column"
     if not may_be_empty:
-        advice = f"add it, give --data.caption beside --data.caption-column {caption_column}, or {advice}"
+        both = f"--data.caption in addition to --data.caption-column {caption_column}"
+        advice = f"add it, give {both}, or {advice}"
     for number, row in enumerate(data):
         where = f"row {number} of the dataset"
         cell = row[image_column] or {"path": None}
@@ -172,10 +190,12 @@ def _write_images(
             if image.format in KEPT:
                 file.write_bytes(content)
             else:
-                (image if image.mode in PNG_MODES else to_srgb(image, where)[0]).save(file)
+                writable = image if image.mode in PNG_MODES else to_srgb(image, where)[0]
+                writable.save(file)
         except (KeyError, TypeError, *READ_ERRORS) as error:
             raise UserError(
-                f"{where} has no readable image in {image_column!r} ({_reason(error)}); remove it or choose another column"
+                f"{where} has no readable image in {image_column!r} ({_reason(error)}); "
+                "remove it or choose another column"
             ) from error
         texts = row.get(caption_column)
         if caption_column and not _are_captions(texts, may_be_empty=may_be_empty):
@@ -186,7 +206,7 @@ def _write_images(
 
 
 def _are_captions(texts: Any, *, may_be_empty: bool) -> bool:
-    """Whether a cell is a caption or a list of captions, which `read_metadata` will read."""
+    """Whether a cell is a caption or a list of captions that `read_metadata` accepts."""
     every = texts if isinstance(texts, list) else [texts]
     if may_be_empty:
         return texts is None or all(isinstance(text, str) for text in every)
@@ -196,4 +216,4 @@ def _are_captions(texts: Any, *, may_be_empty: bool) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # Pillow names the buffer that it read
         return "no image format that is known"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)

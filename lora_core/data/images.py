@@ -1,6 +1,7 @@
-"""Image and mask files: read, checked, scaled and cut, turned into tensors. Pillow only, whose results are integers and the same everywhere.
+"""Image and mask files: reading, checking, scaling, cropping, conversion to tensors.
 
-Nothing else in the product opens an image file.
+Pillow does it all: its results are integers and the same on every machine. Nothing else in the
+product opens an image file.
 """
 
 import struct
@@ -39,7 +40,7 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG f
 # Goes up when the same file gives other pixels: a cache must not return what an older version read.
 READER_VERSION = 2
 MASK_SUFFIX = ".mask.png"
-READ_ERRORS = (  # what Pillow's readers raise for damaged files
+READ_ERRORS = (  # exceptions of Pillow's readers for damaged files
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
@@ -51,13 +52,15 @@ INTERPOLATIONS = {
 
 
 class MaskedImage(NamedTuple):
+    """An image and its mask."""
+
     image: Image.Image  # RGB
     mask: Image.Image | None  # L, same size
     original_size: tuple[int, int]  # h, w of the file, upright
 
 
 def mask_path(image: Path) -> Path:
-    """Where the mask of 001.jpg would be: 001.mask.png beside it."""
+    """The path of an image's mask file: 001.mask.png next to 001.jpg."""
     return image.with_name(image.stem + MASK_SUFFIX)
 
 
@@ -81,8 +84,8 @@ def format_problem(path: Path) -> str | None:
 def decode_image(source: Path | BinaryIO) -> Image.Image:
     """The file's first frame in its own mode, decoded whole and turned upright (EXIF).
 
-    Raises one of UNREADABLE. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colours
-    to 8 bits, but not its one transparent grey or colour, which is brought to the same depth here.
+    Raises one of READ_ERRORS. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colors
+    to 8 bits, but not its one transparent grey or color, which is brought to the same depth here.
     """
     with Image.open(source) as image:
         rows = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
@@ -99,8 +102,9 @@ def decode_image(source: Path | BinaryIO) -> Image.Image:
 def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> MaskedImage:
     """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
 
-    Transparency that is not the mask is composited on white. Raises UserError naming the file for one that cannot be read, a mask of another size,
-    and a mask with one value everywhere (it would have no effect, or leave nothing to learn).
+    Transparency that is not the mask is composited on white. Raises UserError naming the file for
+    one that cannot be read, a mask of another size, and a mask with one value everywhere (it would
+    have no effect, or leave nothing to learn).
     """
     opened = _open(path)
     image, alpha = to_srgb(opened, str(path))
@@ -108,9 +112,10 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
     if use_alpha:
         if alpha is None:
             raise UserError(
-                f"{path} has no alpha channel to use as its mask; add one, or choose other --data.masks"
+                f"{path} has no alpha channel to use as its mask; "
+                "add one, or choose other --data.masks"
             )
-        return MaskedImage(image, _checked(alpha, f"the alpha channel of {path}"), size)
+        return MaskedImage(image, _check_mask(alpha, f"the alpha channel of {path}"), size)
     if alpha is not None:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -118,16 +123,15 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
         return MaskedImage(image, None, size)
     grey = read_mask(mask)
     if grey.size != image.size:
-        raise UserError(
-            f"the mask {mask} is {grey.width}x{grey.height}, its image {image.width}x{image.height}; make them the same size"
-        )
-    return MaskedImage(image, _checked(grey, f"the mask {mask}"), size)
+        sizes = f"{grey.width}x{grey.height}, its image {image.width}x{image.height}"
+        raise UserError(f"the mask {mask} is {sizes}; make them the same size")
+    return MaskedImage(image, _check_mask(grey, f"the mask {mask}"), size)
 
 
 def read_mask(path: Path) -> Image.Image:
     """A mask file's luminance in mode L, upright.
 
-    Transparent parts are black. An ICC profile is not applied, for weights are no colours.
+    Transparent parts are black. An ICC profile is not applied, because weights are no colors.
     """
     opened = _open(path)
     opened.info.pop("icc_profile", None)
@@ -143,50 +147,56 @@ def has_alpha_mask(path: Path) -> bool:
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The (h, w) of an image scaled until it covers `target`: one side exact, the other rounded down, as torchvision's Resize does for squares."""
+    """The (h, w) of an image scaled until it covers `target`.
+
+    One side is exact, the other rounded down, as torchvision's Resize does for squares.
+    """
     (h, w), (height, width) = size, target
-    return (
-        (max(height, width * h // w), width)
-        if width * h >= height * w
-        else (height, max(width, height * w // h))
-    )
+    if width * h >= height * w:
+        return max(height, width * h // w), width
+    return height, max(width, height * w // h)
 
 
 def resize_image(
-    picture: MaskedImage, target: tuple[int, int], interpolation: str = "bilinear"
+    masked: MaskedImage, target: tuple[int, int], interpolation: str = "bilinear"
 ) -> MaskedImage:
-    """The picture scaled to cover `target` (h, w), antialiased. `interpolation`: one of INTERPOLATIONS; bilinear is the public scripts' default.
+    """The image scaled to cover `target` (h, w), antialiased.
 
-    Masks are always bilinear: the other two overshoot at edges, and would give weight to what the mask leaves out.
+    `interpolation` is one of INTERPOLATIONS; bilinear is the public scripts' default. Masks are
+    always bilinear: the other two overshoot at edges, and would give weight to pixels that the mask
+    leaves out.
     """
-    height, width = covering_size((picture.image.height, picture.image.width), target)
-    if picture.image.size == (width, height):
-        return picture
-    mask = (
-        None
-        if picture.mask is None
-        else picture.mask.resize((width, height), Image.Resampling.BILINEAR)
-    )
-    return picture._replace(
-        image=picture.image.resize((width, height), INTERPOLATIONS[interpolation]), mask=mask
-    )
+    image, mask, original_size = masked
+    height, width = covering_size((image.height, image.width), target)
+    if image.size == (width, height):
+        return masked
+    if mask is not None:
+        mask = mask.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), INTERPOLATIONS[interpolation])
+    return MaskedImage(image, mask, original_size)
 
 
-def mirror_image(picture: MaskedImage) -> MaskedImage:
-    """The picture and its mask mirrored left to right."""
-    return _both(picture, ImageOps.mirror)
+def mirror_image(masked: MaskedImage) -> MaskedImage:
+    """The image and its mask mirrored left to right."""
+    mask = None if masked.mask is None else ImageOps.mirror(masked.mask)
+    return masked._replace(image=ImageOps.mirror(masked.image), mask=mask)
 
 
-def crop_image(picture: MaskedImage, corner: tuple[int, int], size: tuple[int, int]) -> MaskedImage:
-    """The `size` (h, w) pixels at `corner` (top, left) of the picture and its mask."""
+def crop_image(masked: MaskedImage, corner: tuple[int, int], size: tuple[int, int]) -> MaskedImage:
+    """The `size` (h, w) pixels at `corner` (top, left) of the image and its mask."""
     (top, left), (height, width) = corner, size
-    return _both(picture, lambda image: image.crop((left, top, left + width, top + height)))
+    box = (left, top, left + width, top + height)
+    mask = None if masked.mask is None else masked.mask.crop(box)
+    return masked._replace(image=masked.image.crop(box), mask=mask)
 
 
-def jitter_colors(picture: MaskedImage, brightness: float, contrast: float) -> MaskedImage:
-    """The picture with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1). The mask is not touched."""
-    image = ImageEnhance.Brightness(picture.image).enhance(brightness)
-    return picture._replace(image=ImageEnhance.Contrast(image).enhance(contrast))
+def jitter_colors(masked: MaskedImage, brightness: float, contrast: float) -> MaskedImage:
+    """The image with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1).
+
+    The mask is not changed.
+    """
+    image = ImageEnhance.Brightness(masked.image).enhance(brightness)
+    return masked._replace(image=ImageEnhance.Contrast(image).enhance(contrast))
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
@@ -201,39 +211,36 @@ def image_to_pixels(image: Image.Image) -> Tensor:
 
 
 class RecentImages:
-    """Decoded pictures by key, the latest used ones up to a number of bytes, so that a small data set is read from disk once. Safe with threads."""
+    """Decoded images by key, the latest used ones up to a number of bytes.
+
+    So a small data set is read from disk once. Safe with threads.
+    """
 
     def __init__(self, limit_bytes: int = 2**29) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self._pictures: OrderedDict[Hashable, MaskedImage] = OrderedDict()
+        self._images: OrderedDict[Hashable, MaskedImage] = OrderedDict()
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], MaskedImage]) -> MaskedImage:
+        """The image of that key, made if it is not in memory."""
         with self._lock:
-            if key in self._pictures:
-                self._pictures.move_to_end(key)
-                return self._pictures[key]
+            if key in self._images:
+                self._images.move_to_end(key)
+                return self._images[key]
         made = make()
         with self._lock:
-            if key not in self._pictures:
-                self._pictures[key] = made
+            if key not in self._images:
+                self._images[key] = made
                 self.bytes += _bytes(made)
-            while self.bytes > self.limit_bytes and self._pictures:
-                self.bytes -= _bytes(self._pictures.popitem(last=False)[1])
+            while self.bytes > self.limit_bytes and self._images:
+                self.bytes -= _bytes(self._images.popitem(last=False)[1])
         return made
 
 
-def _both(picture: MaskedImage, change: Callable[[Image.Image], Image.Image]) -> MaskedImage:
-    return picture._replace(
-        image=change(picture.image), mask=None if picture.mask is None else change(picture.mask)
-    )
-
-
-def _bytes(picture: MaskedImage) -> int:
-    return (
-        picture.image.width * picture.image.height * (4 if picture.mask is None else 5)
-    )  # Pillow keeps RGB in 4 bytes
+def _bytes(masked: MaskedImage) -> int:
+    per_pixel = 4 if masked.mask is None else 5  # Pillow keeps RGB in 4 bytes
+    return masked.image.width * masked.image.height * per_pixel
 
 
 def _is_heic(path: Path) -> bool:
@@ -247,7 +254,7 @@ def _is_heic(path: Path) -> bool:
 
 
 def _open(path: Path) -> Image.Image:
-    """`decode`; UserError naming the file for one that cannot be read."""
+    """`decode_image`; raises UserError naming the file for one that cannot be read."""
     try:
         return decode_image(path)
     except READ_ERRORS as error:
@@ -256,11 +263,17 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
-def _checked(mask: Image.Image, name: str) -> Image.Image:
+def _check_mask(mask: Image.Image, name: str) -> Image.Image:
+    """The mask; raises UserError for one with one value everywhere."""
     low, high = mask.getextrema()
     if low == high:
-        value = "only zeros" if low == 0 else "only ones" if low == 255 else f"one grey, {low},"
+        value = f"one grey, {low},"
+        if low == 0:
+            value = "only zeros"
+        elif low == 255:
+            value = "only ones"
         raise UserError(
-            f"{name} is {value} and picks out nothing; paint the object white and the rest black, or do without the mask"
+            f"{name} is {value} and picks out nothing; paint the object white and the rest black, "
+            "or do without the mask"
         )
     return mask

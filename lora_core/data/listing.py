@@ -1,50 +1,43 @@
-"""What is in a folder of images: which file is an image, a mask, a caption or a table, and why another one is left out.
+"""Listing of a folder of images: its images, masks, captions and tables, and other files.
 
-Folders are read as they are, as the parent of kohya's N_name folders, or as ImageFolder's train folder.
+Folders are read as they are, as the parent of kohya's N_name folders, or as ImageFolder's train
+folder.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
 from lora_core.errors import UserError
 from lora_core.text import normalize_unicode
 
-METADATA_TABLES = (
-    "metadata.jsonl",
-    "metadata.csv",
-)  # as ImageFolder of the datasets library has them
-CAPTION_SUFFIXES = (
-    ".txt",
-    ".caption",
-    ".json",
-)  # of a file beside an image, the first that is there and has a text counts
-MASK_ENDS = (".mask", "-masklabel")  # a mask whatever stands beside it: ours, OneTrainer's
-MASK_ENDS_BESIDE = (  # a mask if the image without this end is there
-    "_masklabel", "_mask", "-mask", " mask", " (mask)", "(mask)", "_matte", "-matte", "_seg", "-seg", "_segmentation", "-segmentation",
+METADATA_TABLES = ("metadata.jsonl", "metadata.csv")  # the datasets library's names for ImageFolder
+# Suffixes of a caption file next to an image: the first that is there and has a text counts.
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+MASK_ENDS = (".mask", "-masklabel")  # always a mask: our own end, OneTrainer's
+PAIRED_MASK_ENDS = (  # a mask if the image without this end is there
+    "_masklabel", "_mask", "-mask", " mask", " (mask)", "(mask)", "_matte", "-matte", "_seg",
+    "-seg", "_segmentation", "-segmentation",
 )  # fmt: skip
-MASK_STARTS_BESIDE = ("mask_", "mask-")
+PAIRED_MASK_STARTS = ("mask_", "mask-")
 CONDITION_END = "-condlabel"  # OneTrainer's conditioning images
-MASK_FOLDERS = ("mask", "masks")  # a mask is called there as its image is
+MASK_FOLDERS = ("mask", "masks")  # a mask in them has its image's name
 NO_IMAGE = "texts of no image"  # why a caption file is left out
 SOURCE_END = ".src"  # cloneofsimo's 0.src.jpg has the mask 0.mask.png
 OTHER_IMAGES = (".jxl", ".ico", ".svg", ".exr", ".hdr", ".xcf", ".ai", ".eps", ".pdf")
-JUNK = (
-    "thumbs.db",
-    "desktop.ini",
-    "dataset.json",
-)  # of the system, and what an exported dataset was made from
+# Files of the system, and the source of an exported dataset.
+JUNK = ("thumbs.db", "desktop.ini", "dataset.json")
+HIDDEN_JUNK = (".ds_store", ".directory", ".gitignore", ".gitattributes", ".gitkeep")
 JUNK_FOLDERS = ("__macosx", "@eadir")
-NUMBERED = re.compile(
-    r"(\d+)_(.*)", re.DOTALL
-)  # kohya's folders: repeats, and the caption of images that have none
+# kohya's folders: repeats, and the caption of images that have none.
+NUMBERED = re.compile(r"(\d+)_(.*)", re.DOTALL)
 YEARS = range(1900, 2100)  # 2024_summer is no folder of 2,024 repeats
-MOST_REPEATS = 9_999  # nor 240501_summer or 20240501_summer
-MANY = 10_000  # images in sub-folders are counted so far
+MOST_REPEATS = 9_999  # nor are 240501_summer and 20240501_summer
+MOST_COUNTED = 10_000  # images in sub-folders
 
 
 @dataclass(frozen=True)
@@ -54,14 +47,13 @@ class FolderContents:
     folder: Path
     images: tuple[Path, ...]
     masks: dict[Path, Path]  # image -> its mask
-    texts: dict[
-        Path, tuple[Path, ...]
-    ]  # image -> the caption files beside it, in the order of CAPTION_SUFFIXES
+    # image -> the caption files next to it, in the order of CAPTION_SUFFIXES
+    texts: dict[Path, tuple[Path, ...]]
     table: Path | None
     unclaimed: tuple[Path, ...]  # masks that belong to no image
     others: dict[Path, str]  # file or sub-folder -> why nothing reads it
     repeats: int = 1
-    words: str = ""  # the caption that a folder's name gives to images without one
+    words: str = ""  # caption from the folder's name for images without one
 
 
 @dataclass(frozen=True)
@@ -70,89 +62,85 @@ class Listing:
 
     root: Path
     parts: tuple[FolderContents, ...]
-    others: dict[Path, str] = field(
-        default_factory=dict
-    )  # of the root, where that is not one of the parts
+    # of the root, where that is not one of the parts
+    others: dict[Path, str] = field(default_factory=dict)
 
 
 def list_folder(root: Path, *, tabled: bool = True) -> Listing:
-    """What is in the folder. `tabled`: a metadata table may name images below it.
+    """The contents of a folder of images.
 
-    A folder without images of its own stands for its N_name folders (kohya: N repeats, the name is the caption of images that
-    have none), or for its folder `train` (ImageFolder of the datasets library). Raises UserError, naming what is there, when
-    there are no images.
+    `tabled`: a metadata table may name images below it. Of a folder without images of its own its
+    N_name folders are read (kohya: N repeats, the name is the caption of images that have none), or
+    its folder `train` (ImageFolder of the datasets library). Raises UserError, with the folder's
+    contents, when there are no images.
     """
     own = list_one_folder(root)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    parts = tuple(part for path in folders if (part := _numbered_part(path)) is not None)
+    parts = [part for part in map(_numbered_part, folders) if part is not None]
     if not parts:
         trained = [list_one_folder(path) for path in folders if path.name.lower() == "train"]
-        parts = tuple(part for part in trained if part.images or (tabled and part.table))
+        parts = [part for part in trained if part.images or (tabled and part.table)]
     if not parts:
         raise UserError(_no_images(own))
     used = {part.folder for part in parts}
-    return Listing(root, parts, {path: why for path, why in own.others.items() if path not in used})
+    others = {path: why for path, why in own.others.items() if path not in used}
+    return Listing(root, tuple(parts), others)
 
 
 def list_one_folder(folder: Path) -> FolderContents:
-    """What is in one folder, whatever lies below it."""
+    """The contents of one folder, without those of the folders below it."""
     entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     files = [path for path in entries if path.is_file()]
-    shown = [path for path in files if not path.name.startswith(".")]
-    pictures = [
-        path
-        for path in shown
-        if path.suffix.lower() in IMAGE_SUFFIXES and why_unreadable(path) is None
-    ]
-    names = {name for path in pictures for name in _names(path)}
-    bases = {path: base for path in pictures if (base := _masked_name(path, names)) is not None}
-    conditions = [path for path in pictures if path.stem.lower().endswith(CONDITION_END)]
-    images = tuple(path for path in pictures if path not in bases and path not in conditions)
-    masks, unclaimed, spare = _pair_masks(images, bases, entries)
-    texts, strays = _pair_texts(
-        images, [path for path in shown if path.suffix.lower() in CAPTION_SUFFIXES]
-    )
-    table = _table(folder)
+    visible = [path for path in files if not path.name.startswith(".")]
+    readable = [path for path in visible if _is_readable_image(path)]
+    names = _all_names(readable)
+    bases = {path: _masked_name(path, names) for path in readable}
+    mask_bases = {path: base for path, base in bases.items() if base is not None}
+    conditions = [path for path in readable if path.stem.lower().endswith(CONDITION_END)]
+    images = [path for path in readable if path not in mask_bases and path not in conditions]
+    masks, unclaimed, spare = _pair_masks(images, mask_bases, entries)
+    text_files = [path for path in visible if path.suffix.lower() in CAPTION_SUFFIXES]
+    texts, strays = _pair_texts(images, text_files)
+    table = _find_table(folder)
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
     others |= dict.fromkeys(conditions, "conditioning images")
     others |= dict.fromkeys(strays, NO_IMAGE)
-    others |= _reasons(
-        files,
-        {
-            *pictures,
-            *strays,
-            *(path for own in texts.values() for path in own),
-            *([table] if table else []),
-        },
-    )
+    known = {*readable, *strays, *itertools.chain.from_iterable(texts.values()), table}
+    others |= _unread_reasons(path for path in files if path not in known)
     mask_folders = {mask.parent for mask in (*masks.values(), *unclaimed, *spare)}
-    others |= {
-        path: "sub-folders" for path in entries if path.is_dir() and path not in mask_folders
-    }
-    return FolderContents(folder, images, masks, texts, table, tuple(unclaimed), others)
+    for path in entries:
+        if path.is_dir() and path not in mask_folders:
+            others[path] = "sub-folders"
+    return FolderContents(folder, tuple(images), masks, texts, table, tuple(unclaimed), others)
 
 
 def why_unreadable(path: Path) -> str | None:
-    """None for a file that can be read as an image, as far as its name and first bytes tell, else the reason; "" for other files."""
+    """Why an image file cannot be read, by its name and first bytes.
+
+    None for one that can be read, "" for files that are no images.
+    """
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES or suffix in RAW_SUFFIXES:
         return format_problem(path)
-    return (
-        "images in formats that are not read (save them as JPEG or PNG)"
-        if suffix in OTHER_IMAGES
-        else ""
-    )
+    if suffix in OTHER_IMAGES:
+        return "images in formats that are not read (save them as JPEG or PNG)"
+    return ""
 
 
 def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Path]]:
-    """Reason -> the files, and sub-folders with images, that nothing reads. `used`: images, masks, caption files and tables that are read."""
-    taken, found = set(used), dict[str, list[Path]]()
+    """Reason -> the files, and sub-folders with images, that nothing reads.
+
+    `used` are the images, masks, caption files and tables that are read.
+    """
+    taken = set(used)
+    found: dict[str, list[Path]] = {}
 
     def add(path: Path, why: str) -> None:
-        if path not in taken and not (path.is_dir() and not any(_images_below(path, taken))):
+        is_empty = path.is_dir() and not any(_images_below(path, taken))
+        if path not in taken and not is_empty:
             found.setdefault(why, []).append(path)
 
     for path, why in listing.others.items():
@@ -162,7 +150,7 @@ def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Pat
             add(path, why)
         for path in (*part.masks.values(), *part.unclaimed):
             add(path, "masks that are not asked for (--data.masks file)")
-        for path in (path for own in part.texts.values() for path in own):
+        for path in itertools.chain.from_iterable(part.texts.values()):
             blank = not path.read_bytes().strip()
             add(path, "empty texts" if blank else "texts beside images that have another caption")
         if part.table is not None:
@@ -173,14 +161,15 @@ def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Pat
 
 
 def count_images(folder: Path, taken: Iterable[Path] = ()) -> int:
-    """How many images are in a folder and below it, without those that are taken."""
-    return sum(1 for _ in islice(_images_below(folder, set(taken)), MANY))
+    """The number of images in a folder and below it, at most MOST_COUNTED, without `taken`."""
+    return sum(1 for _ in itertools.islice(_images_below(folder, set(taken)), MOST_COUNTED))
 
 
 def folder_for_new_images(root: Path) -> tuple[Path, int]:
-    """(the folder that further images belong in, how many images there are): of N_name folders the first, else the folder itself.
+    """(folder for further images, number of images that there are).
 
-    Raises UserError for a folder without images of its own that has sub-folders of images which are not read.
+    Of N_name folders it is the first, else the folder itself. Raises UserError for a folder without
+    images of its own that has sub-folders of images which are not read.
     """
     if not count_images(root):
         return root, 0
@@ -189,43 +178,44 @@ def folder_for_new_images(root: Path) -> tuple[Path, int]:
 
 
 def is_junk(path: Path) -> bool:
-    """Whether a file or folder is what operating systems leave everywhere (.DS_Store, ._001.jpg, Thumbs.db), or a hidden folder."""
+    """Whether a file is of the operating system (.DS_Store, ._001.jpg), or a folder hidden."""
     name = path.name.lower()
     if path.is_dir():
         return name in JUNK_FOLDERS or name.startswith(".")
-    return (
-        name in JUNK
-        or name.startswith("._")
-        or name in (".ds_store", ".directory", ".gitignore", ".gitattributes", ".gitkeep")
-    )
+    return name in JUNK or name in HIDDEN_JUNK or name.startswith("._")
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file that a table calls `name`, in whichever normal form of Unicode the disk has it; None when it is not there."""
-    path = _below(folder, name)
-    if not name or os.path.isfile(path):
-        return path if name else None
+    """The file that a table calls `name`, in any normal form of Unicode; None without one."""
+    if not name:
+        return None
+    path = _path_below(folder, name)
+    if os.path.isfile(path):
+        return path
     for part in Path(name).parts:
         if not os.path.isdir(folder):
             return None
-        exact = folder / part
-        same = [
-            entry
-            for entry in folder.iterdir()
-            if normalize_unicode(entry.name) == normalize_unicode(part)
-        ]
-        if not os.path.exists(exact) and not same:
+        exact, normal = folder / part, normalize_unicode(part)
+        if os.path.exists(exact):
+            folder = exact
+            continue
+        same = [entry for entry in folder.iterdir() if normalize_unicode(entry.name) == normal]
+        if not same:
             return None
-        folder = exact if os.path.exists(exact) else same[0]
+        folder = same[0]
     return folder if folder.is_file() else None
 
 
-def _below(folder: Path, name: str) -> Path:
-    """folder / name without `..`; a whole path of a file below the folder as a listing of the folder writes it."""
-    place, path = os.path.abspath(folder), os.path.abspath(folder / name)
-    return (
-        folder / os.path.relpath(path, place) if Path(path).is_relative_to(place) else folder / name
-    )
+def _path_below(folder: Path, name: str) -> Path:
+    """folder / name without `..`, written as a listing of the folder writes it."""
+    root, path = os.path.abspath(folder), os.path.abspath(folder / name)
+    if Path(path).is_relative_to(root):
+        return folder / os.path.relpath(path, root)
+    return folder / name
+
+
+def _is_readable_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and format_problem(path) is None
 
 
 def _numbered_part(folder: Path) -> FolderContents | None:
@@ -234,30 +224,29 @@ def _numbered_part(folder: Path) -> FolderContents | None:
     if found is None or not 1 <= int(found[1]) <= MOST_REPEATS or int(found[1]) in YEARS:
         return None
     part = list_one_folder(folder)
+    if not part.images and not part.table:
+        return None
     words = found[2].strip()
     has_letter = any(character.isalpha() for character in words)
-    return (
-        replace(part, repeats=int(found[1]), words=words if has_letter else "")
-        if part.images or part.table
-        else None
-    )
+    return replace(part, repeats=int(found[1]), words=words if has_letter else "")
 
 
 def _no_images(own: FolderContents) -> str:
-    """The sentence for a folder without images: what it has instead."""
+    """The sentence for a folder without images, with what it has instead."""
     formats = ", ".join(IMAGE_SUFFIXES)
     folders = [path for path in own.others if path.is_dir() and count_images(path)]
     if folders:
         where = _folder_of_images(folders[0])
-        more = (
-            f" (and {len(folders) - 1} more such folder{'s' * (len(folders) > 2)})"
-            if len(folders) > 1
-            else ""
-        )
-        return f"no images in {own.folder} itself, but {count_images(folders[0])} below {folders[0]}{more}; give the folder {where} itself"
+        further = len(folders) - 1
+        more = f" (and {further} more such folder{'s' * (further > 1)})" if further else ""
+        below = f"{count_images(folders[0])} below {folders[0]}{more}"
+        return f"no images in {own.folder} itself, but {below}; give the folder {where} itself"
     if own.unclaimed:
-        masks = f"{len(own.unclaimed)} mask{'s' * (len(own.unclaimed) > 1)}, first {own.unclaimed[0].name}"
-        return f"no images in {own.folder}, but {masks}; put the images that they belong to there, or rename them"
+        count, first = len(own.unclaimed), own.unclaimed[0].name
+        return (
+            f"no images in {own.folder}, but {count} mask{'s' * (count > 1)}, first {first}; "
+            "put the images that they belong to there, or rename them"
+        )
     unread = [path for path in own.others if why_unreadable(path)]
     if unread:
         files = f"{len(unread)} file{'s' * (len(unread) > 1)} left out, first {unread[0].name}"
@@ -266,17 +255,17 @@ def _no_images(own: FolderContents) -> str:
 
 
 def _folder_of_images(folder: Path) -> Path:
-    """The first folder, this one or one below it, that would be read: it has images, or N_name folders with images."""
-    for place in sorted([folder, *(path for path in folder.rglob("*") if path.is_dir())]):
-        if list_one_folder(place).images or any(
-            map(_numbered_part, filter(Path.is_dir, place.iterdir()))
-        ):
-            return place
+    """The first folder, this one or one below it, with images or N_name folders of images."""
+    below = [path for path in folder.rglob("*") if path.is_dir()]
+    for candidate in sorted([folder, *below]):
+        folders = filter(Path.is_dir, candidate.iterdir())
+        if list_one_folder(candidate).images or any(map(_numbered_part, folders)):
+            return candidate
     return folder
 
 
-def _table(folder: Path) -> Path | None:
-    """The folder's metadata.jsonl or metadata.csv; UserError when there are both."""
+def _find_table(folder: Path) -> Path | None:
+    """The folder's metadata.jsonl or metadata.csv; raises UserError when there are both."""
     found = [folder / name for name in METADATA_TABLES if (folder / name).is_file()]
     if len(found) > 1:
         raise UserError(f"{folder} has both {' and '.join(METADATA_TABLES)}; keep one of them")
@@ -287,22 +276,29 @@ def _stem(path: Path) -> str:
     return normalize_unicode(path.stem)
 
 
-def _names(image: Path) -> tuple[str, ...]:
-    """What the mask of an image may be called after, nearest first: 0.src, 0.src.jpg and 0 for 0.src.jpg."""
+def _mask_names(image: Path) -> tuple[str, ...]:
+    """Names of an image that its mask's name may contain, nearest first.
+
+    0.src, 0.src.jpg and 0 for 0.src.jpg.
+    """
     return _stem(image), normalize_unicode(image.name), _stem(image).removesuffix(SOURCE_END)
 
 
+def _all_names(images: Iterable[Path]) -> set[str]:
+    return set(itertools.chain.from_iterable(map(_mask_names, images)))
+
+
 def _masked_name(path: Path, names: set[str]) -> str | None:
-    """The name of the image that this file is the mask of, None for an image."""
+    """The name of the image that this file is a mask of; None for a file that is no mask."""
     stem = _stem(path)
     for end in MASK_ENDS:
         if stem.lower().endswith(end):
             return stem[: -len(end)]
-    for end in MASK_ENDS_BESIDE:
+    for end in PAIRED_MASK_ENDS:
         base = stem[: -len(end)]
         if stem.lower().endswith(end) and base in names:
             return base
-    for start in MASK_STARTS_BESIDE:
+    for start in PAIRED_MASK_STARTS:
         if stem.lower().startswith(start) and stem[len(start) :] in names:
             return stem[len(start) :]
     return None
@@ -311,40 +307,42 @@ def _masked_name(path: Path, names: set[str]) -> str | None:
 def _pair_masks(
     images: Iterable[Path], bases: dict[Path, str], entries: Iterable[Path]
 ) -> tuple[dict[Path, Path], list[Path], list[Path]]:
-    """(image -> mask, masks of no image, further masks of an image). A mask beside the image comes before one in a folder of masks."""
+    """(image -> mask, masks of no image, further masks of an image).
+
+    A mask next to the image comes before one in a folder of masks.
+    """
     named: dict[str, list[Path]] = {}
     for path in sorted(bases, key=lambda path: (not path.name.endswith(".mask.png"), path)):
         named.setdefault(bases[path], []).append(path)
-    names = {name for image in images for name in _names(image)}
-    for path in _index_masks(entries, names):
+    names = _all_names(images)
+    for path in _masks_in_folders(entries, names):
         named.setdefault(_masked_name(path, names) or _stem(path), []).append(path)
     masks: dict[Path, Path] = {}
     for image in images:
-        choice = [path for name in _names(image) for path in named.get(name, ())]
+        choice: list[Path] = []
+        for name in _mask_names(image):
+            choice += named.get(name, [])
+        # the first of those next to the image, else the first
+        own = [path for path in choice if path.parent == image.parent]
         if choice:
-            masks[image] = min(
-                choice, key=lambda path: path.parent != image.parent
-            )  # the first of those that are nearest
-    unclaimed = [path for name, paths in named.items() for path in paths if name not in names]
-    spare = [
-        path
-        for name, paths in named.items()
-        for path in paths
-        if name in names and path not in masks.values()
-    ]
+            masks[image] = (own or choice)[0]
+    used = set(masks.values())
+    unclaimed, spare = [], []
+    for name, paths in named.items():
+        if name not in names:
+            unclaimed += paths
+        else:
+            spare += [path for path in paths if path not in used]
     return masks, unclaimed, spare
 
 
-def _index_masks(entries: Iterable[Path], names: set[str]) -> list[Path]:
-    """The masks in sub-folders called mask or masks, if one there is called as an image is."""
+def _masks_in_folders(entries: Iterable[Path], names: set[str]) -> list[Path]:
+    """The masks in sub-folders called mask or masks, if one of them has an image's name."""
     found: list[Path] = []
     for folder in entries:
         if folder.is_dir() and folder.name.lower() in MASK_FOLDERS:
-            own = [
-                path
-                for path in sorted(folder.iterdir())
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-            ]
+            files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+            own = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             if any((_masked_name(path, names) or _stem(path)) in names for path in own):
                 found += own
     return found
@@ -353,36 +351,39 @@ def _index_masks(entries: Iterable[Path], names: set[str]) -> list[Path]:
 def _pair_texts(
     images: Iterable[Path], texts: Iterable[Path]
 ) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
-    """(image -> its caption files, those of no image). NAME.txt and NAME.png.txt both belong to NAME.png."""
+    """(image -> its caption files, those of no image).
+
+    NAME.txt and NAME.png.txt both belong to NAME.png.
+    """
     named: dict[str, list[Path]] = {}
     for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
         named.setdefault(_stem(path), []).append(path)
-    found = {
-        image: (*named.get(_stem(image), ()), *named.get(normalize_unicode(image.name), ()))
-        for image in images
-    }
-    claimed = {path for own in found.values() for path in own}
-    return {image: own for image, own in found.items() if own}, [
-        path for own in named.values() for path in own if path not in claimed
-    ]
+    found: dict[Path, tuple[Path, ...]] = {}
+    claimed: set[Path] = set()
+    for image in images:
+        own = (*named.get(_stem(image), ()), *named.get(normalize_unicode(image.name), ()))
+        if own:
+            found[image] = own
+            claimed.update(own)
+    every = itertools.chain.from_iterable(named.values())
+    return found, [path for path in every if path not in claimed]
 
 
-def _reasons(files: Iterable[Path], known: set[Path]) -> dict[Path, str]:
-    """Why the files that are not known have no part."""
+def _unread_reasons(files: Iterable[Path]) -> dict[Path, str]:
+    """File -> why nothing reads it."""
     found = {}
     for path in files:
-        if path not in known:
-            hidden = path.name.startswith(".")
-            found[path] = "hidden files" if hidden else why_unreadable(path) or "other files"
+        is_hidden = path.name.startswith(".")
+        found[path] = "hidden files" if is_hidden else why_unreadable(path) or "other files"
     return found
 
 
 def _images_below(folder: Path, taken: set[Path]) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
+    """Images, no masks, in the folder and below it that are not taken."""
+    for parent, _, names in os.walk(folder):
         for name in sorted(names):
-            path = Path(place, name)
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.lower().endswith(
-                MASK_ENDS
-            )
+            path = Path(parent, name)
+            is_mask = path.stem.lower().endswith(MASK_ENDS)
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES and not is_mask
             if is_image and not name.startswith(".") and path not in taken:
                 yield path

@@ -1,4 +1,4 @@
-"""An opened image of any Pillow mode -> sRGB with 8 bits, and its alpha.
+"""Conversion of an opened image of any Pillow mode to sRGB with 8 bits, and its alpha.
 
 ICC profiles are applied by littleCMS, through Pillow.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 
-# mode -> the colour space that an ICC profile for it names
+# mode -> the color space that an ICC profile for it names
 SPACES = {"L": "GRAY", "I;16": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 GREYS = ("1", "L", "LA")
 # For one channel: the tables of littleCMS 2.19 put a linear grey profile up to 10 of 255 wrong.
@@ -25,15 +25,15 @@ def to_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
     """(RGB, alpha in mode L or None) of an image; `name` is the file, for messages.
 
     An ICC profile is applied with the perceptual intent, Pillow's own default. Where it moves no
-    colour by more than 1 of 255 it is sRGB, and the numbers stay as they are, as they do without a
-    profile: gAMA, cHRM and nclx entries and EXIF's colour space are not applied. A profile that is
+    color by more than 1 of 255 it is sRGB, and the numbers stay as they are, as they do without a
+    profile: gAMA, cHRM and nclx entries and EXIF's color space are not applied. A profile that is
     damaged, or for another kind of image, is left out with a warning. By mode:
 
     1, L, P, RGB, RGBX, YCbCr, HSV   as Pillow converts them
-    LA, La, PA, RGBA, RGBa           the same and alpha; premultiplied colours are divided by it
+    LA, La, PA, RGBA, RGBa           the same and alpha; premultiplied colors are divided by it
     CMYK without a profile           (255 - C) (255 - K) / 255, Pillow's formula
     LAB                              CIE L*a*b* under D50
-    I;16, I                          white is 65535, rounded down; Pillow reads 16-bit colours as
+    I;16, I                          white is 65535, rounded down; Pillow reads 16-bit colors as
                                      their upper 8 bits
     F                                white is 1, or 255 where values go up to 32 and more
 
@@ -53,7 +53,10 @@ def to_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The image without alpha, and its alpha, from a channel, a palette or a PNG's one transparent value."""
+    """(image without alpha, alpha or None).
+
+    Alpha is from a channel, a palette or a PNG's one transparent value.
+    """
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
@@ -67,7 +70,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
-    """The image in sRGB; unchanged numbers and one warning where the profile cannot be used."""
+    """The image in sRGB; its numbers unchanged and a warning if the profile cannot be used."""
     try:
         space = _color_space(profile)
         if space == "RGB" and SPACES[image.mode] == "GRAY":
@@ -80,9 +83,7 @@ def _apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image
         transform = _to_srgb(profile, image.mode)
         changed = image if transform is None else transform.apply(image)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        _warn(
-            f"the colour profile of {name} cannot be used ({error}); its colours are taken as sRGB"
-        )
+        _warn(f"the color profile of {name} cannot be used ({error}); its colors are taken as sRGB")
         changed = image
     return _eight_bit(changed).convert("RGB")
 
@@ -98,8 +99,9 @@ def _color_space(profile: bytes) -> str:
 
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way to sRGB; None for a profile that is sRGB."""
-    source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    """The transform to sRGB; None for a profile that is sRGB."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    target = ImageCms.createProfile("sRGB")
     flags = EXACT if SPACES[mode] == "GRAY" else ImageCms.Flags.NONE
     transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=flags)
     if mode == "L":
@@ -115,7 +117,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 @cache
 def _warn(sentence: str) -> None:
-    """Prints a warning, once: large data sets are read again in each epoch."""
+    """Prints a warning once: large data sets are read again in each epoch."""
     print(f"warning: {sentence}", file=sys.stderr)
 
 

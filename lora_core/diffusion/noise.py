@@ -1,7 +1,8 @@
-"""Noise: how much of it (schedules), where on the schedule (draw), which numbers (keyed randomness), and how it is added.
+"""Noise of diffusion training: schedules, timestep densities, keyed random numbers, noised latents.
 
-Everything downstream speaks one law, x_t = alpha x0 + sigma eps, with one row (t, alpha, sigma) per example. Three schedules:
-vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma, arXiv 2210.02747), edm (alpha = 1, arXiv 2206.00364).
+Every schedule is a table of levels (t, alpha, sigma) of one law, x_t = alpha x0 + sigma eps:
+vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma, arXiv 2210.02747) and
+edm (alpha = 1, arXiv 2206.00364).
 """
 
 import functools
@@ -11,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,12 +20,18 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.settings import NoiseSettings
+from lora_core.text import nearest_names
+
+Density = Callable[[Tensor], Tensor]  # u [b] in [0, 1) -> fraction of the schedule [b]
 
 
 class NoiseLevel(NamedTuple):
-    """Noise levels of a batch, one row per example: x_t = alpha x0 + sigma eps. fp32; float64 passes through."""
+    """Noise levels of a batch, one per example: x_t = alpha x0 + sigma eps.
 
-    t: Tensor  # [b] what the network is told: vp 0..T-1, flow sigma in [0, 1], edm 0.25 ln sigma
+    fp32; float64 passes through.
+    """
+
+    t: Tensor  # [b] timestep for the network: vp 0..T-1, flow sigma in [0, 1], edm 0.25 ln sigma
     alpha: Tensor  # [b]
     sigma: Tensor  # [b]
 
@@ -35,16 +41,22 @@ class NoiseLevel(NamedTuple):
         return (self.alpha / self.sigma) ** 2
 
     def like(self, x: Tensor) -> "NoiseLevel":
-        """The same levels shaped [b, 1, ...] so that they broadcast over x [b, ...], on its device."""
-        return NoiseLevel(*(row.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for row in self))
+        """The same levels shaped [b, 1, ...], which broadcast over x [b, ...], on its device."""
+        t, alpha, sigma = self
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return NoiseLevel(
+            t.to(x.device).reshape(shape),
+            alpha.to(x.device).reshape(shape),
+            sigma.to(x.device).reshape(shape),
+        )
 
     def to(self, device: torch.device | str) -> "NoiseLevel":
         """The same levels on `device`."""
-        return NoiseLevel(*(row.to(device) for row in self))
+        return NoiseLevel(*(values.to(device) for values in self))
 
     def rows(self, index: slice) -> "NoiseLevel":
-        """The levels of some examples: rows(slice(0, 2)) are the first two."""
-        return NoiseLevel(*(row[index] for row in self))
+        """The levels of some examples: rows(slice(0, 2)) are those of the first two."""
+        return NoiseLevel(*(values[index] for values in self))
 
 
 # ---------------------------------------------------------------- schedules
@@ -52,54 +64,60 @@ class NoiseLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of T noise levels, cleanest first, in float64; what lies between the rows is given by `level`."""
+    """A table of T noise levels, cleanest first, in float64; `level` interpolates between them."""
 
     kind: Literal["vp", "flow", "edm"]
-    ts: Tensor  # [T] what the network is told
+    ts: Tensor  # [T] timesteps as the network reads them
     alphas: Tensor  # [T]
     sigmas: Tensor  # [T]
-    shift: float = (
-        1.0  # flow only: the shift already applied to the table (arXiv 2403.03206 eq. 23)
-    )
-    rho: float = 7.0  # edm only: the exponent of the table (arXiv 2206.00364 eq. 5)
+    shift: float = 1.0  # flow: the shift that the table has already (arXiv 2403.03206 eq. 23)
+    rho: float = 7.0  # edm: the exponent of the table (arXiv 2206.00364 eq. 5)
 
     def __len__(self) -> int:
         return len(self.sigmas)
 
     @property
     def t_max(self) -> float | None:
-        """The t of pure noise where t counts noise up from 0: the number of rows for vp, 1 for flow; None for edm."""
-        return {"vp": float(len(self)), "flow": 1.0, "edm": None}[self.kind]
+        """The t of pure noise if t counts noise up from 0: T for vp, 1 for flow; else None."""
+        return {"vp": float(len(self.ts)), "flow": 1.0, "edm": None}[self.kind]
 
     def level(self, t: Tensor) -> NoiseLevel:
-        """Levels at times t [b]; fp32, or float64 where t is float64.
+        """Noise levels at times t [b]; fp32, or float64 where t is float64.
 
-        flow and edm are closed forms. vp is its table at whole t; between rows sigma / alpha is linear in t, as in k-diffusion
-        (`DiscreteSchedule`) and diffusers' Euler. A t outside of the table is refused (on the CPU, where looking costs nothing).
+        flow and edm are closed forms. vp is its table at whole t; between its entries sigma / alpha
+        is linear in t, as in k-diffusion (`DiscreteSchedule`) and diffusers' Euler. Raises
+        UserError for a t outside of the table (on the CPU, where the check waits for no device).
         """
         dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-        if self.kind == "vp":
-            alpha, sigma = self._between(t)
+        if self.kind == "flow":
+            sigma = t.double()
+            alpha = 1 - sigma
+        elif self.kind == "edm":
+            sigma = torch.exp(4 * t.double())
+            alpha = torch.ones_like(sigma)
         else:
-            sigma = t.double() if self.kind == "flow" else torch.exp(4 * t.double())
-            alpha = 1 - sigma if self.kind == "flow" else torch.ones_like(sigma)
+            last = len(self.sigmas) - 1
+            if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= last):
+                span = f"{t.min():g}..{t.max():g}"
+                raise UserError(f"timesteps {span} leave the schedule, which has 0..{last}")
+            alpha, sigma = self._interpolate(t.double())
         return NoiseLevel(t.to(dtype), alpha.to(dtype), sigma.to(dtype))
 
-    def _between(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= len(self) - 1):
-            raise UserError(
-                f"timesteps {t.min():g}..{t.max():g} leave the schedule, which has 0..{len(self) - 1}"
-            )
-        low = t.double().floor()
-        part, row = t.double() - low, low.long()
-        after = (row + 1).clamp(max=len(self) - 1)
-        ratios = (
-            self.sigmas / self.alphas
-        )  # the last is infinite at zero terminal SNR: torch.lerp would make it NaN
-        ratio = ratios[row] + part * (ratios[after] - ratios[row])
-        alpha, whole = (1 + ratio**2) ** -0.5, part == 0
-        return torch.where(whole, self.alphas[row], alpha), torch.where(
-            whole, self.sigmas[row], (1 - alpha**2).sqrt()
+    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) [b] of a vp table at times t [b], sigma / alpha being linear between."""
+        low = t.floor()
+        fraction = t - low
+        row = low.long()
+        next_row = (row + 1).clamp(max=len(self.sigmas) - 1)
+        # The last ratio is infinite at zero terminal SNR: torch.lerp would make it NaN.
+        ratios = self.sigmas / self.alphas
+        ratio = ratios[row] + fraction * (ratios[next_row] - ratios[row])
+        alpha = (1 + ratio**2) ** -0.5
+        sigma = (1 - alpha**2).sqrt()
+        is_whole = fraction == 0
+        return (
+            torch.where(is_whole, self.alphas[row], alpha),
+            torch.where(is_whole, self.sigmas[row], sigma),
         )
 
     def to(self, device: torch.device | str) -> "Schedule":
@@ -113,10 +131,11 @@ class Schedule:
 
 
 def vp_schedule(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
-    """Variance preserving schedule of DDPM: alpha_t^2 = prod_{s<=t} (1 - beta_s) (arXiv 2006.11239 eq. 4).
+    """DDPM's variance preserving schedule: alpha_t^2 = prod_{s<=t} (1 - beta_s).
 
-    zero_terminal_snr shifts and rescales alpha (not alpha^2) so that the last row is pure noise and the first is unchanged
-    (arXiv 2305.08891 algorithm 1). The last alpha is exactly 0; diffusers' Euler and DPM put 2^-12 there.
+    arXiv 2006.11239 eq. 4. zero_terminal_snr shifts and rescales alpha (not alpha^2) so that the
+    last level is pure noise and the first is unchanged (arXiv 2305.08891 algorithm 1). The last
+    alpha is exactly 0; diffusers' Euler and DPM put 2^-12 there.
     """
     alphas = torch.cumprod(1 - betas.double(), 0).sqrt()
     if zero_terminal_snr:
@@ -125,30 +144,32 @@ def vp_schedule(betas: Tensor, *, zero_terminal_snr: bool = False) -> Schedule:
 
 
 def cosine_betas(steps: int, beta_max: float = 0.999) -> Tensor:
-    """Betas of the squared-cosine schedule, float64 (arXiv 2102.09672 eq. 17, s = 0.008, betas capped at 0.999)."""
-    alpha_bar = (
-        torch.cos(
-            (torch.linspace(0, 1, steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
-        )
-        ** 2
-    )
+    """[steps] betas of the squared-cosine schedule, float64.
+
+    arXiv 2102.09672 eq. 17, s = 0.008.
+    """
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)
 
 
+def _linear_betas(start: float, end: float, steps: int) -> Tensor:
+    return torch.linspace(start, end, steps, dtype=torch.float64)
+
+
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
-    "linear": lambda start, end, steps: torch.linspace(start, end, steps, dtype=torch.float64),
-    "scaled_linear": lambda start, end, steps: (
-        torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    ),
+    "linear": _linear_betas,
+    "scaled_linear": lambda start, end, steps: _linear_betas(start**0.5, end**0.5, steps) ** 2,
     "squaredcos_cap_v2": lambda start, end, steps: cosine_betas(steps),
 }
 
 
 def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """The vp schedule that a model's `scheduler_config.json` describes; keys and their defaults are diffusers' own.
+    """The vp schedule that a model's `scheduler_config.json` describes.
 
-    Reads trained_betas, beta_schedule, beta_start, beta_end, num_train_timesteps and rescale_betas_zero_snr.
-    Raises UserError for a beta_schedule that is not in BETAS.
+    Keys and their defaults are diffusers' own: trained_betas, beta_schedule, beta_start, beta_end,
+    num_train_timesteps, rescale_betas_zero_snr. Raises UserError for a beta_schedule that is not in
+    BETAS.
     """
     name = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
@@ -157,25 +178,35 @@ def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         steps = config.get("num_train_timesteps", 1000)
         betas = BETAS[name](config.get("beta_start", 0.0001), config.get("beta_end", 0.02), steps)
     else:
+        known = ", ".join(BETAS)
         raise UserError(
-            f"scheduler_config.json has beta_schedule {name!r}; this program knows {', '.join(BETAS)}"
+            f"scheduler_config.json has beta_schedule {name!r}; this program knows {known}"
         )
     return vp_schedule(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
-    """Flow sigmas moved towards the noise: shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206 eq. 23)."""
+    """Flow sigmas moved towards the noise: shift sigma / (1 + (shift - 1) sigma).
+
+    arXiv 2403.03206 eq. 23.
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def flow_schedule(*, shift: float = 1.0, steps: int = 1000) -> Schedule:
-    """Rectified flow: alpha = 1 - sigma and t = sigma (arXiv 2210.02747, 2209.03003); rows 1/steps ... 1, then shifted."""
+    """Rectified flow: alpha = 1 - sigma, t = sigma, levels 1/steps ... 1, then shifted.
+
+    arXiv 2210.02747, 2209.03003.
+    """
     sigmas = shift_sigmas(torch.arange(1, steps + 1).double() / steps, shift)
     return Schedule("flow", sigmas, 1 - sigmas, sigmas, shift=shift)
 
 
 def karras_sigmas(fraction: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """Sigmas from sigma_min (fraction 0) to sigma_max (fraction 1), even in sigma^(1/rho) (arXiv 2206.00364 eq. 5)."""
+    """Sigmas from sigma_min (fraction 0) to sigma_max (fraction 1), even in sigma^(1/rho).
+
+    arXiv 2206.00364 eq. 5.
+    """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + fraction * (high - low)) ** rho
 
@@ -183,116 +214,120 @@ def karras_sigmas(fraction: Tensor, sigma_min: float, sigma_max: float, rho: flo
 def edm_schedule(
     *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, steps: int = 1000
 ) -> Schedule:
-    """Variance exploding schedule of EDM: alpha = 1 and t = c_noise = ln(sigma) / 4 (arXiv 2206.00364 table 1)."""
-    sigmas = karras_sigmas(
-        torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max, rho
-    )
+    """EDM's variance exploding schedule: alpha = 1 and t = c_noise = ln(sigma) / 4.
+
+    arXiv 2206.00364 table 1.
+    """
+    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = karras_sigmas(fractions, sigma_min, sigma_max, rho)
     return Schedule("edm", sigmas.log() / 4, torch.ones_like(sigmas), sigmas, rho=rho)
 
 
 # ---------------------------------------------------------------- keyed randomness
 
 
-def _hash(seed: int, name: str, visit: int, purpose: str) -> int:
-    words = json.dumps(
-        [seed, name, visit, purpose]
-    ).encode()  # json, because "a" + "bc" must not meet "ab" + "c"
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
+def keyed_hash(seed: int, name: str, visit: int, purpose: str) -> int:
+    """64 bits, signed, that depend on nothing but the four arguments (blake2b)."""
+    words = json.dumps([seed, name, visit, purpose])  # json: "a" + "bc" must not equal "ab" + "c"
+    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def keyed_generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its four arguments (blake2b of them is its seed).
+    """A CPU generator seeded with `keyed_hash` of the same arguments.
 
-    torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be equal, which harms nothing.
+    torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be
+    equal, which harms nothing.
     """
-    return torch.Generator().manual_seed(_hash(seed, name, visit, purpose))
+    return torch.Generator().manual_seed(keyed_hash(seed, name, visit, purpose))
 
 
 @dataclass(frozen=True)
 class RandomKeys:
-    """Keyed randomness of a batch: row i of a draw depends on (seed, names[i], visits[i], purpose) alone.
+    """Keyed random numbers of a batch.
 
-    So an example gets the same numbers in any batch, order, accumulation, world size or resumed run.
+    Row i of every tensor depends on (seed, names[i], visits[i], purpose) alone, so an example gets
+    the same numbers in any batch, order, accumulation, world size or resumed run.
     """
 
     seed: int
-    names: tuple[str, ...]  # Example.key, one per row
-    visits: tuple[int, ...]  # how often this example was seen before
+    names: tuple[str, ...]  # Example.key, one per example
+    visits: tuple[int, ...]  # how often each example was seen before
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.visits):
+        names, visits = len(self.names), len(self.visits)
+        if names != visits:
             raise ValueError(
-                f"Keys need one visit per name, got {len(self.names)} names and {len(self.visits)} visits"
+                f"RandomKeys need one visit per name, got {names} names and {visits} visits"
             )
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """[b, *shape] standard normal numbers, fp32 on the CPU."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(purpose)])
+        rows = []
+        for name, visit in zip(self.names, self.visits, strict=True):
+            generator = keyed_generator(self.seed, name, visit, purpose)
+            rows.append(torch.randn(shape, generator=generator))
+        return torch.stack(rows)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """[b, *shape] uniform numbers in [0, 1), fp32 on the CPU."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(purpose)])
+        rows = []
+        for name, visit in zip(self.names, self.visits, strict=True):
+            generator = keyed_generator(self.seed, name, visit, purpose)
+            rows.append(torch.rand(shape, generator=generator))
+        return torch.stack(rows)
 
     def hashes(self, purpose: str) -> Tensor:
-        """[b] int64, the row keys of a counter hash (adapter dropout)."""
-        return torch.tensor(
-            [_hash(self.seed, n, v, purpose) for n, v in zip(self.names, self.visits, strict=True)],
-            dtype=torch.int64,
-        )
+        """[b] int64 `keyed_hash` of each example: the row keys of adapter dropout."""
+        pairs = zip(self.names, self.visits, strict=True)
+        hashes = [keyed_hash(self.seed, name, visit, purpose) for name, visit in pairs]
+        return torch.tensor(hashes, dtype=torch.int64)
 
     def rows(self, index: slice) -> "RandomKeys":
-        """The keys of some examples: rows(slice(0, 2)) are the first two."""
+        """The keys of some examples: rows(slice(0, 2)) are those of the first two."""
         return RandomKeys(self.seed, self.names[index], self.visits[index])
 
-    def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [
-            keyed_generator(self.seed, n, v, purpose)
-            for n, v in zip(self.names, self.visits, strict=True)
-        ]
+
+# ---------------------------------------------------------------- timesteps of a training batch
 
 
-# ---------------------------------------------------------------- where on the schedule
-
-
-DENSITIES: dict[
-    str, Callable[..., Tensor]
-] = {  # u in [0, 1) -> fraction of the schedule, 0 clean, 1 noise (arXiv 2403.03206 section 3.1)
+# Quantile functions: u in [0, 1) -> fraction of the schedule, 0 clean, 1 pure noise.
+# arXiv 2403.03206 section 3.1.
+DENSITIES: dict[str, Callable[..., Tensor]] = {
     "uniform": lambda u: u,
     "logit_normal": lambda u, mean=0.0, std=1.0: torch.sigmoid(mean + std * torch.special.ndtri(u)),
     "mode": lambda u, scale=1.29: 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u),
-    "cosmap": lambda u: (
-        1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
-    ),  # of density 2 / (pi - 2 pi f + 2 pi f^2)
+    "cosmap": lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),  # 2 / (pi - 2 pi f + 2 pi f^2)
 }
 
 
-def bind_density(name: str, **args: float) -> Callable[[Tensor], Tensor]:
-    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b], 0 clean, 1 pure noise.
+def bind_density(name: str, **args: float) -> Density:
+    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b].
 
-    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the
-    opposite sign, because they look the fraction up in a table that descends; their +1 is our -1. The other densities are symmetric.
-    Raises UserError for an unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
+    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers'
+    and kohya's flow scripts has the opposite sign, because they look the fraction up in a table
+    that descends; their +1 is our -1. The other densities are symmetric. Raises UserError for an
+    unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
     """
     if name not in DENSITIES:
-        near = get_close_matches(name, DENSITIES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"unknown density {name!r}, the nearest is {near!r}; choose {', '.join(DENSITIES)}"
-        )
-    known = list(inspect.signature(DENSITIES[name]).parameters)[1:]
+        near = nearest_names(name, DENSITIES)[0]
+        known = ", ".join(DENSITIES)
+        raise UserError(f"unknown density {name!r}, the nearest is {near!r}; choose {known}")
+    taken = list(inspect.signature(DENSITIES[name]).parameters)[1:]
     for arg, value in args.items():
-        if arg not in known:
-            raise UserError(
-                f"density {name} takes no argument {arg!r}; it takes {', '.join(known) or 'none'}"
-            )
+        if arg not in taken:
+            listed = ", ".join(taken) or "none"
+            raise UserError(f"density {name} takes no argument {arg!r}; it takes {listed}")
         if not isinstance(value, int | float):
             raise UserError(f"argument {arg} of density {name} is {value!r}, expected a number")
-    bound = functools.partial(DENSITIES[name], **args)
-    fractions = bound(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
+    density = functools.partial(DENSITIES[name], **args)
+    fractions = density(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
     if not (fractions.min() >= 0 and fractions.max() <= 1):  # also where they are NaN
         raise UserError(
-            f"density {name} with {args} leaves the fractions 0..1 of the schedule; give values nearer to the default"
+            f"density {name} with {args} leaves the fractions 0..1 of the schedule; "
+            "give values nearer to the default"
         )
-    return bound
+    return density
 
 
 def sample_levels(
@@ -301,12 +336,16 @@ def sample_levels(
     *,
     low: float = 0.0,
     high: float = 1.0,
-    density: Callable[[Tensor], Tensor] | None = None,
+    density: Density | None = None,
     shift: float = 1.0,
 ) -> NoiseLevel:
-    """One level per example by `place` of keyed uniform numbers: by default every row of the schedule in [low T, high T) is equally likely."""
+    """One random noise level per example, keyed; see `levels_at_quantiles`.
+
+    By default every level of the table in [low T, high T) is equally likely.
+    """
+    quantiles = keys.uniform("timestep")
     return levels_at_quantiles(
-        schedule, keys.uniform("timestep"), low=low, high=high, density=density, shift=shift
+        schedule, quantiles, low=low, high=high, density=density, shift=shift
     )
 
 
@@ -316,43 +355,47 @@ def levels_at_quantiles(
     *,
     low: float = 0.0,
     high: float = 1.0,
-    density: Callable[[Tensor], Tensor] | None = None,
+    density: Density | None = None,
     shift: float = 1.0,
 ) -> NoiseLevel:
-    """The levels that u [b] in [0, 1) stands for, on the schedule's device: row floor(f T) of its table, f = low + (high - low) density(u).
+    """The levels at quantiles u [b] in [0, 1) of the timestep distribution.
 
-    The fractions count rows, so for a shifted flow they are taken before the shift. `density` is what the function of that name returns, or
-    any quantile function; towards 1 is towards noise. `shift` (flow only) moves the sigma so found by `shifted`, on top of the table's own
-    shift: the two multiply.
-    Raises UserError for an empty or impossible range, and for a shift of a schedule that is no flow.
+    They are on the schedule's device. The level of u is entry floor(f T) of the table with
+    f = low + (high - low) density(u). Fractions count entries, so for a shifted flow they are taken
+    before the shift. `density` is a result of `bind_density` or any quantile function; towards 1 is
+    towards noise. `shift` (flow only) moves the sigma that was found by `shift_sigmas`, on top of
+    the table's own shift: the two multiply.
+    Raises UserError for an empty or impossible range, and for a shift of another kind of schedule.
     """
-    # 1e-6 of a row: 0.29 * 1000 is not quite 290
-    first, stop = math.floor(low * len(schedule) + 1e-6), math.ceil(high * len(schedule) - 1e-6)
+    count = len(schedule.ts)
+    # 1e-6 of an entry: 0.29 * 1000 is not quite 290
+    first = math.floor(low * count + 1e-6)
+    stop = math.ceil(high * count - 1e-6)
     if not (0 <= low < high <= 1 and first < stop):
         raise UserError(
-            f"timestep range {low:g}..{high:g} is empty or outside of 0..1; give fractions with low < high"
+            f"timestep range {low:g}..{high:g} is empty or outside of 0..1; "
+            "give fractions with low < high"
         )
-    check_shift(schedule, shift)
-    u = u.double()
-    row = (
-        (first + (u if density is None else density(u)) * (stop - first))
-        .floor()
-        .long()
-        .clamp(first, stop - 1)
-    )
+    if shift != 1:
+        check_shift(schedule, shift)
+    fraction = u.double() if density is None else density(u.double())
+    row = (first + fraction * (stop - first)).floor().long().clamp(first, stop - 1)
     t = schedule.ts[row.to(schedule.ts.device)]
-    return schedule.level((t if shift == 1 else shift_sigmas(t, shift)).float())
+    if shift != 1:
+        t = shift_sigmas(t, shift)
+    return schedule.level(t.float())
 
 
 def check_shift(schedule: Schedule, shift: float) -> None:
-    """Raises UserError for a shift that is not above 0, and for one other than 1 where the schedule is no flow."""
+    """Raises UserError for a shift that is not above 0, and for one other than 1 without a flow."""
     if not (shift > 0 and math.isfinite(shift)):
         raise UserError(
             f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing"
         )
     if shift != 1 and schedule.kind != "flow":
         raise UserError(
-            f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; leave it at 1"
+            f"a shift of {shift:g} needs a flow model, this one has a {schedule.kind} schedule; "
+            "leave it at 1"
         )
 
 
@@ -364,29 +407,35 @@ def resolution_shift(
     base: float = 0.5,
     max: float = 1.15,
 ) -> float:
-    """The shift e^mu for images of `tokens` patches, mu on the line through (base_tokens, base) and (max_tokens, max), not cut off beyond.
+    """The shift e^mu of a flow model for images of `tokens` patches.
 
-    What BFL's Flux and diffusers' `calculate_shift` with use_dynamic_shifting do: their time shift e^mu / (e^mu + 1 / sigma - 1) is
-    `shifted(sigma, e^mu)` (arXiv 2403.03206 eq. 23, where the shift is sqrt(tokens / base tokens)).
+    mu is on the line through (base_tokens, base) and (max_tokens, max), not cut off beyond. This is
+    the shift of BFL's Flux and of diffusers' `calculate_shift` with use_dynamic_shifting: their
+    e^mu / (e^mu + 1 / sigma - 1) is `shift_sigmas(sigma, e^mu)` (arXiv 2403.03206 eq. 23, where the
+    shift is sqrt(tokens / base tokens)).
     """
     return math.exp(base + (max - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
 
 
-# ---------------------------------------------------------------- the noise itself
+# ---------------------------------------------------------------- the noise of a training batch
+
+WHITE_NOISE = NoiseSettings()
 
 
 def sample_noise(
-    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
+    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = WHITE_NOISE
 ) -> tuple[Tensor, Tensor]:
-    """(eps that the target is made of, eps that x_t is made with), both [b, *shape], shape = (c, h, w), fp32 on the CPU.
+    """(eps of the target, eps of x_t), both [b, *shape] fp32 on the CPU, shape = (c, h, w).
 
-    They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps (arXiv 2301.11706 algorithm 1).
+    They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps
+    (arXiv 2301.11706 algorithm 1).
     """
     eps = keys.normal("noise", shape)
     if settings.multires_levels:
-        eps = torch.stack(
-            [_multires(row, keys.rows(slice(i, i + 1)), settings) for i, row in enumerate(eps)]
-        )
+        rows = []
+        for i, row in enumerate(eps):
+            rows.append(_add_coarse_noise(row, keys.rows(slice(i, i + 1)), settings))
+        eps = torch.stack(rows)
     if settings.offset:
         eps = eps + settings.offset * keys.normal("offset", (shape[0], 1, 1))
     if settings.perturbation:
@@ -394,21 +443,21 @@ def sample_noise(
     return eps, eps
 
 
-def _multires(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:
-    """Noise [c, h, w] plus discount^i times noise drawn 1/r^i as large (r uniform in [2, 4) per level) and scaled up, i = 1, 2, ...
+def _add_coarse_noise(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:
+    """Multi-resolution noise [c, h, w]: white noise plus discount^i times coarser noise scaled up.
 
-    The sum is divided by its own standard deviation. kohya divides by that of the whole batch, which would make an example's noise
-    depend on its neighbours, also adds a full-size copy at i = 0 (white noise again), and divides after the offset is added.
+    Level i = 1, 2, ... is 1/r^i as large, r uniform in [2, 4) per level. The sum is divided by its
+    own standard deviation. kohya divides by that of the whole batch, which would make an example's
+    noise depend on its neighbours, also adds a full-size copy at i = 0 (white noise again), and
+    divides after the offset is added.
     """
     c, h, w = eps.shape
     ratios = 2 + 2 * key.uniform("multires", (settings.multires_levels,))[0]
     for i, ratio in enumerate(ratios.tolist(), start=1):
         size = (max(1, int(h / ratio**i)), max(1, int(w / ratio**i)))
         coarse = key.normal(f"multires {i}", (c, *size))
-        eps = (
-            eps
-            + settings.multires_discount**i * F.interpolate(coarse, size=(h, w), mode="bilinear")[0]
-        )
+        upscaled = F.interpolate(coarse, size=(h, w), mode="bilinear")[0]
+        eps = eps + settings.multires_discount**i * upscaled
         if size == (1, 1):
             break
     return eps / eps.std()
@@ -416,5 +465,5 @@ def _multires(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:
 
 def add_noise(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """x_t = alpha x0 + sigma eps, computed in fp32 or better, returned in x0's dtype."""
-    wide = level.like(x0)
-    return (wide.alpha * x0 + wide.sigma * eps.to(x0.device)).to(x0.dtype)
+    _, alpha, sigma = level.like(x0)
+    return (alpha * x0 + sigma * eps.to(x0.device)).to(x0.dtype)

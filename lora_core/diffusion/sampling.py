@@ -1,16 +1,17 @@
-"""Samplers: from noise to an image in n steps, each a free function named after its paper's algorithm.
+"""Samplers of diffusion and flow models: from noise to latents in n steps.
 
-One convention for all: x is x_t = alpha x0 + sigma eps at the first of `levels` [n + 1], and is returned at the last. `denoise(x_t, level)`
-gives the clean image the network believes in. Papers that work with x / alpha (Karras, k-diffusion) are written back into x_t, with
-s = sigma / alpha; so alpha = 0 is allowed (zero terminal SNR) and start noise is the same for every sampler.
+Each is a free function named after its paper's algorithm, with one convention for all: x is
+x_t = alpha x0 + sigma eps at the first of `levels` [n + 1], and is returned at the last.
+`denoise(x_t, level)` returns the network's estimate of x0. Papers that work with x / alpha (Karras,
+k-diffusion) are written back into x_t, with s = sigma / alpha; so alpha = 0 is allowed (zero
+terminal SNR) and start noise is the same for every sampler.
 
-    sampler = SAMPLERS["dpmpp_2m"]
-    path = levels("dpmpp_2m", family.schedule, 25)
-    latents = sampler.run(guided(family.denoise, family.prediction, cond, uncond, 7.5), start(eps, path), path)
+    levels = sampler_levels("dpmpp_2m", family.schedule, 25)
+    denoise = guided_denoiser(family.denoise, family.prediction, cond, uncond, 7.5)
+    latents = SAMPLERS["dpmpp_2m"].run(denoise, start_latents(eps, levels), levels)
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras_sigmas, shift_sigmas
 from lora_core.diffusion.prediction import PREDICTIONS, eps_from_x0, scale_input
 from lora_core.errors import UserError
+from lora_core.text import nearest_names
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # (x_t [b, c, h, w], level [b]) -> x0 [b, c, h, w]
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], from a keyed source
@@ -34,14 +36,17 @@ def guided_denoiser(
     uncond: Any = None,
     scale: float = 1.0,
 ) -> Denoise:
-    """A denoiser with classifier-free guidance: out = uncond + scale (cond - uncond) on the raw output (arXiv 2207.12598 eq. 6).
+    """A denoiser with classifier-free guidance: out = uncond + scale (cond - uncond).
 
-    `network(c_in x_t, level, conditioning)` is called once, with the uncond rows (the negative prompts) first. At scale 1 the sum is
-    cond alone, and so is the call. The conditioning is any class with a static `cat`. Raises UserError for a scale without uncond.
+    The sum is of raw outputs (arXiv 2207.12598 eq. 6). `network(c_in x_t, level, conditioning)` is
+    called once, with the unconditional half (the negative prompts) first. At scale 1 the sum is
+    cond alone, and so is the call. The conditioning is any class with a static `cat`. Raises
+    UserError for a scale without uncond.
     """
     if scale != 1 and uncond is None:
         raise UserError(
-            f"guidance scale {scale:g} needs an unconditional or negative prompt; give one, or scale 1"
+            f"guidance scale {scale:g} needs an unconditional or negative prompt; "
+            "give one, or scale 1"
         )
     row = PREDICTIONS[prediction]
     both = type(cond).cat([uncond, cond]) if scale != 1 else cond
@@ -50,7 +55,7 @@ def guided_denoiser(
         x_in = scale_input(prediction, x_t, level)
         if scale == 1:
             return row.x0(x_t, network(x_in, level, both), level)
-        twice = NoiseLevel(*(torch.cat([v, v]) for v in level))
+        twice = NoiseLevel(*(torch.cat([values, values]) for values in level))
         out_uncond, out_cond = network(torch.cat([x_in, x_in]), twice, both).chunk(2)
         return row.x0(x_t, out_uncond + scale * (out_cond - out_uncond), level)
 
@@ -68,16 +73,17 @@ def ddim(
     eta: float = 0.0,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """x at the last level, by DDIM (arXiv 2010.02502 eq. 12; eq. 16 for eta, where 1 is DDPM's ancestral sampling).
+    """x at the last level, by DDIM (arXiv 2010.02502 eq. 12).
 
-    Raises UserError if eta is above 0 and there is no noise.
+    `eta` is that of eq. 16, where 1 is DDPM's ancestral sampling. Raises UserError if eta is above
+    0 and there is no noise.
     """
     if eta > 0 and noise is None:
         raise UserError(
             f"ddim with eta = {eta:g} adds noise at every step; give a noise source, or eta 0"
         )
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
-        level = _at(levels, i, x)
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
+        level = _level_of(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         sigma_eta = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
@@ -88,12 +94,13 @@ def ddim(
 
 
 def euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
-    """x at the last level, by Euler's method on dy/ds = (y - x0) / s for y = x / alpha (arXiv 2206.00364 eq. 4 and algorithm 1, no churn).
+    """x at the last level, by Euler's method on dy/ds = (y - x0) / s for y = x / alpha.
 
-    Here (y - x0) / s is eps, and y - s eps is x0, so a step reads y' = y + (s' - s) eps = x0 + s' eps: Euler is DDIM with eta = 0.
+    arXiv 2206.00364 eq. 4 and algorithm 1, no churn. Here (y - x0) / s is eps, and y - s eps is x0,
+    so a step reads y' = y + (s' - s) eps = x0 + s' eps: Euler is DDIM with eta = 0.
     """
-    for i, (_, _, alpha_next, sigma_next) in enumerate(_pairs(levels)):
-        level = _at(levels, i, x)
+    for i, (_, _, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
+        level = _level_of(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         x = alpha_next * (x0 + sigma_next / alpha_next * eps)
@@ -101,12 +108,13 @@ def euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
 
 
 def euler_ancestral(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: StepNoise) -> Tensor:
-    """x at the last level, by an Euler step down to s_down and noise back up to s' (k-diffusion, `sample_euler_ancestral`).
+    """x at the last level, by Euler steps down to s_down and noise back up to s'.
 
-    s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 - s_up^2 keep the variance of y = x / alpha at s'^2; so s_down = s'^2 / s.
+    k-diffusion's `sample_euler_ancestral`. s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 -
+    s_up^2 keep the variance of y = x / alpha at s'^2; so s_down = s'^2 / s.
     """
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
-        level = _at(levels, i, x)
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
+        level = _level_of(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         s, s_next = sigma / alpha, sigma_next / alpha_next
@@ -121,59 +129,64 @@ def euler_ancestral(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: S
 def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
     """x at the last level, by DPM-Solver++(2M) (arXiv 2211.01095 algorithm 2; midpoint).
 
-    With lambda = ln(alpha / sigma) and h the step in it, x' = sigma'/sigma x - alpha' (e^-h - 1) D, where D extrapolates x0 from the last
-    two steps. The first step has no history; one that ends clean is of first order (its lambda' is infinite).
+    With lambda = ln(alpha / sigma) and h the step in it, x' = sigma'/sigma x - alpha' (e^-h - 1) D,
+    where D extrapolates x0 from the last two steps. The first step has no history; one that ends
+    clean is of first order (its lambda' is infinite).
     """
-    x0_before, lambda_before = None, None
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_pairs(levels)):
-        x0 = denoise(x, _at(levels, i, x))
+    x0_before = None
+    lambda_before = None
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
+        x0 = denoise(x, _level_of(levels, i, x))
         lambda_, lambda_next = (alpha / sigma).log(), (alpha_next / sigma_next).log()
         d = x0
         if x0_before is not None and lambda_before is not None and sigma_next > 0:
-            r = (lambda_ - lambda_before) / (
-                lambda_next - lambda_
-            )  # infinite after a step from alpha = 0: no extrapolation
+            # infinite after a step from alpha = 0: no extrapolation
+            r = (lambda_ - lambda_before) / (lambda_next - lambda_)
             d = x0 + (x0 - x0_before) / (2 * r)
         x = sigma_next / sigma * x - alpha_next * torch.expm1(lambda_ - lambda_next) * d
-        x0_before, lambda_before = x0, lambda_
+        x0_before = x0
+        lambda_before = lambda_
     return x
 
 
 def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
-    """x at the last level, by Euler's method on dx/dsigma = v = (x - x0) / sigma, the velocity of rectified flow (arXiv 2209.03003).
+    """x at the last level, by Euler's method on dx/dsigma = v = (x - x0) / sigma.
 
-    Raises UserError for levels that are not a flow's.
+    v is the velocity of rectified flow (arXiv 2209.03003). Raises UserError for levels that are not
+    a flow's.
     """
     if (levels.alpha + levels.sigma - 1).abs().max() > 1e-5:
         raise UserError(
-            "flow_euler needs a flow schedule (alpha + sigma = 1); choose euler, ddim or dpmpp_2m for this model"
+            "flow_euler needs a flow schedule (alpha + sigma = 1); "
+            "choose euler, ddim or dpmpp_2m for this model"
         )
-    for i, (_, sigma, _, sigma_next) in enumerate(_pairs(levels)):
-        velocity = (x - denoise(x, _at(levels, i, x))) / sigma
+    for i, (_, sigma, _, sigma_next) in enumerate(_step_ends(levels)):
+        velocity = (x - denoise(x, _level_of(levels, i, x))) / sigma
         x = x + (sigma_next - sigma) * velocity
     return x
 
 
 class Sampler(NamedTuple):
-    """A sampler, whether it needs `noise=`, and the habits of its diffusers counterpart in laying out the steps."""
+    """A sampler, and how its diffusers counterpart chooses the timesteps."""
 
     run: Callable[..., Tensor]
-    stochastic: bool = False
-    whole: bool = False  # linspace rounds to whole timesteps
-    spare: bool = False  # lays out n + 1 steps and drops the last (not for trailing)
-    clean: bool = True  # ends at sigma = 0; else at the schedule's first row (set_alpha_to_one = false of SD's DDIM config)
+    stochastic: bool = False  # needs `noise=`
+    rounds_timesteps: bool = False  # linspace rounds to whole timesteps
+    drops_last: bool = False  # takes n + 1 timesteps and drops the last (not for trailing)
+    # False: at the schedule's first level (set_alpha_to_one = false of SD's DDIM config)
+    ends_at_zero: bool = True
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, whole=True, clean=False),
+    "ddim": Sampler(ddim, rounds_timesteps=True, ends_at_zero=False),
     "euler": Sampler(euler),
     "euler_ancestral": Sampler(euler_ancestral, stochastic=True),
-    "dpmpp_2m": Sampler(dpmpp_2m, whole=True, spare=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, rounds_timesteps=True, drops_last=True),
     "flow_euler": Sampler(flow_euler),
 }
 
 
-# ---------------------------------------------------------------- where the steps are
+# ---------------------------------------------------------------- timesteps of a sampler
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -181,9 +194,11 @@ Spacing = Literal["leading", "trailing", "linspace"]
 def sampler_timesteps(
     schedule: Schedule, steps: int, *, spacing: Spacing = "leading", offset: int = 1
 ) -> list[float]:
-    """n times from noisy to clean. For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) belongs to leading only.
+    """The n timesteps of a sampler from noisy to clean.
 
-    flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206); Karras' steps (arXiv 2206.00364 eq. 5).
+    For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) applies to leading
+    only. flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv
+    2403.03206), and Karras' steps (arXiv 2206.00364 eq. 5).
     """
     count = len(schedule)
     if steps < 1:
@@ -192,12 +207,8 @@ def sampler_timesteps(
         return shift_sigmas(torch.arange(steps, 0, -1).double() / steps, schedule.shift).tolist()
     if schedule.kind == "edm":
         low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
-        return (
-            karras_sigmas(
-                torch.linspace(1, 0, steps, dtype=torch.float64), low, high, schedule.rho
-            ).log()
-            / 4
-        ).tolist()
+        fractions = torch.linspace(1, 0, steps, dtype=torch.float64)
+        return (karras_sigmas(fractions, low, high, schedule.rho).log() / 4).tolist()
     if spacing == "leading":
         times: list[float] = [i * (count // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
@@ -223,64 +234,70 @@ def sampler_levels(
     offset: int = 1,
     strength: float = 1.0,
 ) -> NoiseLevel:
-    """The n + 1 levels that a sampler walks down, [n + 1] float64 on the CPU, from noisy to the one it ends at.
+    """The n + 1 levels of a sampler's steps from noisy to clean, [n + 1] float64 on the CPU.
 
-    strength below 1 keeps the last int(strength * steps) steps, for image to image: x starts as an image with that much noise.
-    Raises UserError for an unknown sampler or spacing, a number of steps that does not fit, and a strength that leaves no step.
+    The last is the one it ends at. strength below 1 keeps the last int(strength * steps) steps, for
+    image to image: x starts as an image with that much noise. Raises UserError for an unknown
+    sampler or spacing, a number of steps that does not fit, and a strength that leaves no step.
     """
     if sampler not in SAMPLERS:
-        near = get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
+        near = nearest_names(sampler, SAMPLERS)[0]
         raise UserError(
             f"unknown sampler {sampler!r}, the nearest is {near!r}; choose {', '.join(SAMPLERS)}"
         )
-    row, is_vp = SAMPLERS[sampler], schedule.kind == "vp"
-    spare = row.spare and is_vp and spacing != "trailing"
-    times = sampler_timesteps(schedule, steps + spare, spacing=spacing, offset=offset)[:steps]
+    row = SAMPLERS[sampler]
+    is_vp = schedule.kind == "vp"
+    count = steps + (row.drops_last and is_vp and spacing != "trailing")
+    times = sampler_timesteps(schedule, count, spacing=spacing, offset=offset)[:steps]
     kept = int(strength * steps)
     if not (0 < strength <= 1 and kept > 0):
         raise UserError(
-            f"strength {strength:g} of {steps} steps leaves none; it must be at most 1 and at least {1 / steps:g}"
+            f"strength {strength:g} of {steps} steps leaves none; "
+            f"it must be at most 1 and at least {1 / steps:g}"
         )
-    times = [round(t) if row.whole and is_vp else t for t in times[steps - kept :]]
-    home = schedule.to("cpu")
-    path, first = (
-        home.level(torch.tensor(times, dtype=torch.float64)),
-        NoiseLevel(home.ts[:1], home.alphas[:1], home.sigmas[:1]),
-    )
-    if row.clean or not is_vp:
-        first = first._replace(
-            alpha=torch.ones_like(first.alpha), sigma=torch.zeros_like(first.sigma)
-        )
-    return NoiseLevel(*(torch.cat(pair) for pair in zip(path, first, strict=True)))
+    times = times[steps - kept :]
+    if row.rounds_timesteps and is_vp:
+        times = [round(t) for t in times]
+    schedule = schedule.to("cpu")
+    levels = schedule.level(torch.tensor(times, dtype=torch.float64))
+    end = NoiseLevel(schedule.ts[:1], schedule.alphas[:1], schedule.sigmas[:1])
+    if row.ends_at_zero or not is_vp:
+        end = end._replace(alpha=torch.ones_like(end.alpha), sigma=torch.zeros_like(end.sigma))
+    return NoiseLevel(*(torch.cat(pair) for pair in zip(levels, end, strict=True)))
 
 
 def split_for_refiner(
     levels: NoiseLevel, schedule: Schedule, start: float
 ) -> tuple[NoiseLevel, NoiseLevel]:
-    """The path of a base model and that of its refiner, which takes over where the first ends, after the share `start` of the schedule.
+    """The levels of a base model's steps and of its refiner's.
 
-    The base model walks the steps whose t is at least round(T - start T) (flow: sigma that / T): diffusers' denoising_end and denoising_start.
-    Raises UserError for a share that leaves one of them no step, and for edm, whose t counts neither steps nor sigma.
+    The refiner takes over where the base model ends, after the fraction `start` of the schedule.
+    The base model takes the steps whose t is at least round(T - start T) (flow: sigma that / T):
+    diffusers' denoising_end and denoising_start. Raises UserError for a fraction that leaves one
+    of them no step, and for edm, whose t counts neither steps nor sigma.
     """
     if schedule.kind == "edm":
         raise UserError(
-            "a refiner takes over at a share of the timesteps, which a model with an edm schedule does not count; leave it out"
+            "a refiner takes over at a share of the timesteps, which a model with an edm schedule "
+            "does not count; leave it out"
         )
     count = len(schedule)
     cutoff = round(count - start * count) / (count if schedule.kind == "flow" else 1)
     steps = len(levels.t) - 1
-    mine = int((levels.t[:-1] >= cutoff - 1e-9).sum())
-    if not (0 < start < 1 and 0 < mine < steps):
+    own = int((levels.t[:-1] >= cutoff - 1e-9).sum())
+    if not (0 < start < 1 and 0 < own < steps):
         raise UserError(
-            f"a refiner start of {start:g} leaves the base model {mine} of {steps} steps; choose one in (0, 1) that leaves both at least 1"
+            f"a refiner start of {start:g} leaves the base model {own} of {steps} steps; "
+            "choose one in (0, 1) that leaves both at least 1"
         )
-    return levels.rows(slice(0, mine + 1)), levels.rows(slice(mine, None))
+    return levels.rows(slice(0, own + 1)), levels.rows(slice(own, None))
 
 
 def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> Tensor:
-    """x_t at the first of `levels`, from unit noise eps [b, c, h, w] and, for image to image, clean latents x0; fp32 or better.
+    """x_t [b, c, h, w] at the first of `levels`, from unit noise eps; fp32 or better.
 
-    Without x0 it is sqrt(alpha^2 + sigma^2) eps, the variance of noised unit-variance latents: eps itself for vp and for flow from sigma 1.
+    For image to image also from clean latents x0. Without x0 it is sqrt(alpha^2 + sigma^2) eps, the
+    variance of noised unit-variance latents: eps itself for vp and for flow from sigma 1.
     """
     eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
     first = levels.rows(slice(0, 1)).like(eps)
@@ -289,13 +306,16 @@ def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> 
     return ((first.alpha**2 + first.sigma**2).sqrt() * eps).to(eps.dtype)
 
 
-def _pairs(levels: NoiseLevel) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(alpha, sigma, alpha', sigma') of every step: 0-dim float64 on the CPU, which mix with tensors of any device and dtype."""
+def _step_ends(levels: NoiseLevel) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(alpha, sigma, alpha', sigma') of every step, 0-dim float64 on the CPU.
+
+    0-dim tensors mix with tensors of any device and dtype.
+    """
     alpha, sigma = levels.alpha.double().cpu(), levels.sigma.double().cpu()
     return list(zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True))
 
 
-def _at(levels: NoiseLevel, i: int, x: Tensor) -> NoiseLevel:
-    """Level i, once per row of x."""
+def _level_of(levels: NoiseLevel, i: int, x: Tensor) -> NoiseLevel:
+    """Level i for each example of x."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return NoiseLevel(*(row[i].to(x.device, dtype).expand(len(x)) for row in levels))
+    return NoiseLevel(*(values[i].to(x.device, dtype).expand(len(x)) for values in levels))

@@ -1,7 +1,8 @@
-"""A loss that can be compared: the same images, the same timesteps, the same noise, whoever trained for however long.
+"""Validation loss: the same images, timesteps and noise for every run, so that runs compare.
 
-The training loss of one step says mostly which timestep was drawn. Here every image is scored at the midpoints of equal timestep bins with noise
-keyed by (seed, image, draw), by the plain squared error of the network's output, and next to the score of the model before training.
+The training loss of one step depends mostly on the timestep that was drawn. Here every image is
+scored at the midpoints of equal timestep bins with noise keyed by (seed, image, draw), by the plain
+squared error of the network's output, and next to the score of the model before training.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.errors import UserError
 
-RawDenoise = Callable[
-    [Tensor, NoiseLevel, Tensor], Tensor
-]  # (x_t before c_in, level, rows of the examples [b]) -> raw output
+# (x_t before c_in, level, indices of the examples [b]) -> raw output
+RawDenoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]
 
 
 class Score(NamedTuple):
@@ -41,42 +41,39 @@ class ValidationSet(NamedTuple):
     """The images that a run is validated on."""
 
     records: list[Record]
-    words: str  # what the loss on them is called in tables and plots
-    sentence: str
+    words: str  # the name of the loss on them in tables and plots
+    sentence: str  # the line that is printed about them
 
 
 def choose_images(
     training: Sequence[Record], held_out: Sequence[Record] | None, count: int
 ) -> ValidationSet:
-    """At most `count` images (0: all), those at i n / count of the n in order, and what they are: held-out ones, or those that are trained on.
+    """At most `count` images (0: all), evenly chosen: those at i n / count of the n in order.
 
-    `training` may hold an image several times, and with its mask, which does not count here. Held-out images that are trained on as well, by path
-    or content, are counted and not called held-out.
+    They are held-out images or, without any, those that are trained on. `training` may hold an
+    image several times, and with its mask, which does not count here. Held-out images that are
+    trained on as well, by path or content, are counted and not called held-out.
     """
     given = training if held_out is None else held_out
     images = list({record.path.resolve(): record for record in given}.values())
     number = min(count, len(images)) if count else len(images)
     chosen = [without_mask(images[i * len(images) // number]) for i in range(number)]
-    paths, contents = (
-        {record.path.resolve() for record in training},
-        {record.key for record in training},
-    )
+    paths = {record.path.resolve() for record in training}
+    contents = {record.key for record in training}
     seen = sum(record.path.resolve() in paths or record.key in contents for record in chosen)
-    kind = "held-out" if not seen else "training" if seen == number else "given"
-    mixed = f"loss on {seen} training image{'' if seen == 1 else 's'} and others"
-    words = {
-        "held-out": "held-out loss",
-        "training": "loss on the training images",
-        "given": mixed,
-    }[kind]
-    share = (
-        f"{number} {kind} image{'' if number == 1 else 's'}"
-        if number == len(images)
-        else f"{number} of {len(images)} {kind} images, evenly chosen"
-    )
-    trained = f", {seen} of them trained on" if kind == "given" else ""
-    more = "" if number == len(images) else "; --validation.count 0 takes all"
-    return ValidationSet(chosen, words, f"validation: {share}{trained}{more}")
+    if not seen:
+        kind, words, trained = "held-out", "held-out loss", ""
+    elif seen == number:
+        kind, words, trained = "training", "loss on the training images", ""
+    else:
+        words = f"loss on {seen} training image{'' if seen == 1 else 's'} and others"
+        kind, trained = "given", f", {seen} of them trained on"
+    if number == len(images):
+        taken = f"{number} {kind} image{'' if number == 1 else 's'}{trained}"
+    else:
+        taken = f"{number} of {len(images)} {kind} images, evenly chosen{trained}"
+        taken += "; --validation.count 0 takes all"
+    return ValidationSet(chosen, words, f"validation: {taken}")
 
 
 def bin_midpoints(schedule: Schedule, bins: int) -> Tensor:
@@ -97,7 +94,10 @@ def score_latents(
     draws: int,
     seed: int,
 ) -> list[Score]:
-    """One Score for every latent of x0 [n, c, h, w], draw and bin, one call of `denoise` for each bin and draw. `names` are the examples' keys."""
+    """One Score for every latent of x0 [n, c, h, w], draw and bin.
+
+    `denoise` is called once for each bin and draw; `names` are the examples' keys.
+    """
     scores = []
     for draw in range(draws):
         keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
@@ -114,13 +114,14 @@ def score_latents(
 def mean_by_timestep(scores: Iterable[Score]) -> dict[float, float]:
     """Mean loss per timestep, ascending."""
     groups: dict[float, list[float]] = defaultdict(list)
-    for s in scores:
-        groups[s.t].append(s.loss)
-    return {t: sum(v) / len(v) for t, v in sorted(groups.items())}
+    for score in scores:
+        groups[score.t].append(score.loss)
+    return {t: sum(losses) / len(losses) for t, losses in sorted(groups.items())}
 
 
 def mean_loss(scores: Sequence[Score]) -> float:
-    return sum(s.loss for s in scores) / len(scores)
+    """The mean over images, timesteps and draws."""
+    return sum(score.loss for score in scores) / len(scores)
 
 
 def read_scores(run: Path) -> dict[int, list[Score]]:
@@ -128,7 +129,8 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
     file = run / "val.jsonl"
     if not file.is_file() and (run / "summary.json").is_file():
         raise UserError(
-            f"{run} was trained without validation (--validation.every -1), so there is no loss to compare; train it with validation"
+            f"{run} was trained without validation (--validation.every -1), so there is no loss to "
+            "compare; train it with validation"
         )
     if not file.is_file():
         raise UserError(f"{run} has no val.jsonl; is it the folder of a finished run?")
@@ -140,61 +142,79 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
 
 
 class PairedDifference(NamedTuple):
-    """Mean of B - A over pairs of scores of the same image, draw and timestep, and its standard error."""
+    """Mean of B - A over pairs of scores of the same image, draw and timestep."""
 
-    t: float
+    t: float  # nan: over all timesteps
     a: float
     b: float
     mean: float
-    error: float
+    error: float  # standard error of the mean
     pairs: int
 
 
 def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
-    """The paired difference per timestep of the last validations of two runs; the last row (t = nan) is over all timesteps.
+    """The paired difference of two runs' last validations, per timestep and over all of them.
 
-    The pairs of one image at one timestep share their noise, so what differs is the model; the standard error is taken over images and draws
-    (for the total: over the images' means). Raises UserError when the runs were not scored on the same images, timesteps and draws.
+    The last one is over all timesteps. The pairs of one image at one timestep share their noise, so
+    what differs is the model; the standard error is taken over images and draws (for the total:
+    over the images' means). Raises UserError when the runs were not scored on the same images,
+    timesteps and draws.
     """
-    last = [steps[max(steps)] for steps in (read_scores(run_a), read_scores(run_b))]
-    a, b = ({(s.key, s.draw, s.t): s.loss for s in scores} for scores in last)
+    a, b = _last_losses(run_a), _last_losses(run_b)
     if a.keys() != b.keys():
         raise UserError(
-            f"{run_a} and {run_b} were validated on different images, timesteps or draws; give both the same [validation] and data"
+            f"{run_a} and {run_b} were validated on different images, timesteps or draws; "
+            "give both the same [validation] and data"
         )
-    rows = []
+    differences = []
     for t in sorted({t for _, _, t in a}):
-        rows.append(_difference(t, [(a[k], b[k]) for k in sorted(a) if k[2] == t]))
-    whole = [[(a[k], b[k]) for k in a if k[:2] == pair] for pair in sorted({k[:2] for k in a})]
-    rows.append(
-        _difference(
-            math.nan,
-            [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in whole],
-        )
-    )
-    return rows
+        pairs = [(a[score], b[score]) for score in sorted(a) if score[2] == t]
+        differences.append(_difference(t, pairs))
+    means = []
+    for image in sorted({score[:2] for score in a}):
+        own = [score for score in a if score[:2] == image]
+        mean_a = sum(a[score] for score in own) / len(own)
+        mean_b = sum(b[score] for score in own) / len(own)
+        means.append((mean_a, mean_b))
+    differences.append(_difference(math.nan, means))
+    return differences
+
+
+def _last_losses(run: Path) -> dict[tuple[str, int, float], float]:
+    """(key, draw, t) -> loss of a run's last validation."""
+    steps = read_scores(run)
+    return {(score.key, score.draw, score.t): score.loss for score in steps[max(steps)]}
 
 
 def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
     n = len(pairs)
     changes = [y - x for x, y in pairs]
-    centre = sum(changes) / n
-    error = math.sqrt(sum((c - centre) ** 2 for c in changes) / (n - 1) / n) if n > 1 else math.nan
-    return PairedDifference(
-        t, sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n, centre, error, n
-    )
+    mean = sum(changes) / n
+    error = math.nan
+    if n > 1:
+        error = math.sqrt(sum((change - mean) ** 2 for change in changes) / (n - 1) / n)
+    mean_a, mean_b = sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n
+    return PairedDifference(t, mean_a, mean_b, mean, error, n)
 
 
 def comparison_table(rows: Sequence[PairedDifference], names: tuple[str, str]) -> str:
-    """The comparison as text."""
-    head = f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
-    lines = [
-        f"{format_timestep(r.t):>9} {r.a:14.6f} {r.b:14.6f} {r.mean:+11.6f} {r.error:11.6f} {r.pairs:6d}"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+    """The comparison as a text table; `names` are those of the runs A and B."""
+    head = (
+        f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} "
+        f"{'std. error':>11} {'pairs':>6}"
+    )
+    lines = [head]
+    for row in rows:
+        losses = f"{row.a:14.6f} {row.b:14.6f} {row.mean:+11.6f} {row.error:11.6f}"
+        lines.append(f"{format_timestep(row.t):>9} {losses} {row.pairs:6d}")
+    return "\n".join(lines)
 
 
 def format_timestep(t: float) -> str:
-    """A timestep for people: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm (whose t ends near 1.1), all for nan."""
-    return "all" if math.isnan(t) else f"{t:.0f}" if t > 2 else f"{t:.3f}"
+    """A timestep as text: 625 of a vp schedule, 0.625 of a flow, -0.625 of edm, all for nan.
+
+    The t of edm ends near 1.1.
+    """
+    if math.isnan(t):
+        return "all"
+    return f"{t:.0f}" if t > 2 else f"{t:.3f}"

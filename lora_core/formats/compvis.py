@@ -1,12 +1,13 @@
-"""How CompVis' latent-diffusion code and its descendants name the tensors of a diffusion UNet, a VAE and CLIP text encoders.
+"""Names of tensors in single-file checkpoints of CompVis' latent-diffusion code and its kin.
 
-Each grammar is a function from the shapes of a network in the diffusers layout to a table: key in the single file -> `Entry`. Tables are made from
-the network's own blocks, so any depth and width will do, and reading is the same table the other way round. Keys are relative to a prefix.
+Each `name_*` function maps the shapes of a network in the diffusers layout to a table: key in the
+single file -> `StoredTensor`. Tables are made from the network's own blocks, so any depth and width
+will do, and reading is the same table the other way round. Keys are relative to a prefix.
 """
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -17,12 +18,49 @@ from torch import Tensor
 from lora_core.errors import UserError
 
 Shape = tuple[int, ...]
-Form = Literal[
-    "same", "conv", "transposed"
-]  # how a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o]
-TEXT_MODEL_LEVEL = (
-    "text_model."  # a level of published names that transformers 5 dropped from CLIPTextModel
-)
+# How a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o].
+Form = Literal["same", "conv", "transposed"]
+TEXT_MODEL_LEVEL = "text_model."  # of published names; transformers 5 dropped it (CLIPTextModel)
+UNET_EDGES = {  # modules outside of the UNet's blocks
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "class_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+VAE_RESNET["conv_shortcut"] = "nin_shortcut"
+VAE_ATTENTION = {  # diffusers' names, and its older ones
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -35,15 +73,15 @@ class StoredTensor:
     also: tuple[str, ...] = ()  # other names under which files have it; only read
     spare: bool = False  # a copy for readers that expect it and never use it; not read
 
-    def encode(self, parts: list[Tensor]) -> Tensor:
+    def join_parts(self, parts: list[Tensor]) -> Tensor:
         """The tensor of the single file from those of `keys`."""
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.form == "transposed":
             tensor = tensor.T
         return tensor.reshape(self.shape)
 
-    def decode(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> list[Tensor]:
-        """The tensors of `keys` from that of the single file, the exact inverse of `encode`."""
+    def split_parts(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> list[Tensor]:
+        """The tensors of `keys` from that of the single file, the exact inverse of `join_parts`."""
         if self.form == "transposed":
             tensor = tensor.T
         rows = [shapes[key][0] if shapes[key] else 1 for key in self.keys]
@@ -52,155 +90,149 @@ class StoredTensor:
 
 
 class NetworkNames(NamedTuple):
-    entries: Callable[[Mapping[str, Shape]], dict[str, StoredTensor]]
+    """How single files name the tensors of one kind of network."""
+
+    name_tensors: Callable[[Mapping[str, Shape]], dict[str, StoredTensor]]
     weights: str  # the stem of the weights' file in the diffusers layout
 
 
-def name_unet(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """UNet2DConditionModel. Resnets and samplers are numbered through: input_blocks from 1 (0 is conv_in), output_blocks from 0.
+# ---------------------------------------------------------------- the UNet
 
-    Raises UserError for a tensor that this grammar has no name for.
+
+def name_unet(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
+    """UNet2DConditionModel. Raises UserError for a tensor that this grammar has no name for."""
+    return _name_tensors(shapes, name_unet_blocks(shapes))
+
+
+def unet_module_names(paths: Iterable[str]) -> dict[str, str]:
+    """Path of a layer in a UNet2DConditionModel -> its dotted name in CompVis' code.
+
+    Layers that the original code does not have are left out.
     """
-    modules = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "class_embedding.linear_1": "label_emb.0.0",
-        "class_embedding.linear_2": "label_emb.0.2",
-        "class_embedding": "label_emb",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
+    paths = list(paths)
+    names = _rename_all(paths, name_unet_blocks(paths))
+    return {path: name for path, name in names.items() if name}
+
+
+def name_unet_blocks(keys: Iterable[str]) -> dict[str, str]:
+    """Block, or module outside of the blocks, -> its CompVis name, for the keys of one UNet.
+
+    Resnets and samplers are numbered through: input_blocks from 1 (0 is conv_in), output_blocks
+    from 0. An upsampler is the last member of its block's last entry.
+    """
+    counts = count_numbered(keys)
+    modules = dict(UNET_EDGES)
     number = 1
-    for i in range(_count_blocks(shapes, r"down_blocks\.(\d+)\..*")):
+    for i in range(counts["down_blocks"]):
         block = f"down_blocks.{i}"
-        for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-            modules |= _resnet_names(f"{block}.resnets.{j}", f"input_blocks.{number}.0")
+        for j in range(counts[f"{block}.resnets"]):
+            modules |= _inner(f"{block}.resnets.{j}", f"input_blocks.{number}.0", UNET_RESNET)
             modules[f"{block}.attentions.{j}"] = f"input_blocks.{number}.1"
             number += 1
-        if _count_blocks(shapes, rf"{block}\.downsamplers\.(\d+)\..*"):
+        if counts[f"{block}.downsamplers"]:
             modules[f"{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
-    attends = _count_blocks(shapes, r"mid_block\.attentions\.(\d+)\..*")
-    middle = ["mid_block.resnets.0", *["mid_block.attentions.0"][:attends], "mid_block.resnets.1"]
-    for n, name in enumerate(middle):
-        modules |= (
-            {name: f"middle_block.{n}"}
-            if "attentions" in name
-            else _resnet_names(name, f"middle_block.{n}")
-        )
+    modules |= _inner("mid_block.resnets.0", "middle_block.0", UNET_RESNET)
+    number = 1
+    if counts["mid_block.attentions"]:
+        modules["mid_block.attentions.0"] = "middle_block.1"
+        number = 2
+    modules |= _inner("mid_block.resnets.1", f"middle_block.{number}", UNET_RESNET)
     number = 0
-    for i in range(_count_blocks(shapes, r"up_blocks\.(\d+)\..*")):
+    for i in range(counts["up_blocks"]):
         block = f"up_blocks.{i}"
-        attends = _count_blocks(shapes, rf"{block}\.attentions\.(\d+)\..*")
-        for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-            modules |= _resnet_names(f"{block}.resnets.{j}", f"output_blocks.{number}.0")
+        for j in range(counts[f"{block}.resnets"]):
+            modules |= _inner(f"{block}.resnets.{j}", f"output_blocks.{number}.0", UNET_RESNET)
             modules[f"{block}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
-        modules[f"{block}.upsamplers.0.conv"] = (
-            f"output_blocks.{number - 1}.{2 if attends else 1}.conv"
-        )
-    return _name_tensors(shapes, modules)
+        member = 2 if counts[f"{block}.attentions"] else 1
+        modules[f"{block}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{member}.conv"
+    return modules
+
+
+# ---------------------------------------------------------------- the other networks
 
 
 def name_vae(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """AutoencoderKL. Linear layers of attention are 1x1 convolutions here; blocks of the decoder are numbered from the finest.
+    """AutoencoderKL. Linear layers of attention are 1x1 convolutions in single files.
 
-    diffusers' older names of these layers (query, key, value, proj_attn) are known. Raises UserError for a tensor without a name here.
+    Blocks of the decoder are numbered from the finest. diffusers' older names of attention layers
+    (query, key, value, proj_attn) are known. Raises UserError for a tensor without a name here.
     """
+    counts = count_numbered(shapes)
     modules = {name: name for name in ("quant_conv", "post_quant_conv")}
-    for part, blocks, sampler in (
-        ("encoder", "down_blocks", "downsample"),
-        ("decoder", "up_blocks", "upsample"),
-    ):
-        short = blocks.removesuffix("_blocks")
-        modules |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")} | {
-            f"{part}.conv_norm_out": f"{part}.norm_out"
-        }
-        depth = _count_blocks(shapes, rf"{part}\.{blocks}\.(\d+)\..*")
-        for i in range(depth):
-            block, there = (
-                f"{part}.{blocks}.{i}",
-                f"{part}.{short}.{i if part == 'encoder' else depth - 1 - i}",
-            )
-            for j in range(_count_blocks(shapes, rf"{block}\.resnets\.(\d+)\..*")):
-                modules |= _vae_resnet_names(
-                    f"{block}.resnets.{j}", f"{there}.block.{j}"
-                ) | _vae_attention_names(f"{block}.attentions.{j}", f"{there}.attn.{j}")
-            modules[f"{block}.{sampler}rs.0.conv"] = f"{there}.{sampler}.conv"
-        for j in range(2):
-            modules |= _vae_resnet_names(
-                f"{part}.mid_block.resnets.{j}", f"{part}.mid.block_{j + 1}"
-            )
-        modules |= _vae_attention_names(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1")
+    modules |= _name_vae_half("encoder", "down_blocks", "downsample", counts)
+    modules |= _name_vae_half("decoder", "up_blocks", "upsample", counts)
     entries = _name_tensors(shapes, modules)
-    linear = [
-        key
-        for key, entry in entries.items()
-        if ".attentions." in entry.keys[0] and len(entry.shape) == 2
-    ]
-    return entries | {
-        key: replace(entries[key], form="conv", shape=(*entries[key].shape, 1, 1)) for key in linear
-    }
+    for key, entry in entries.items():
+        if ".attentions." in entry.keys[0] and len(entry.shape) == 2:
+            entries[key] = replace(entry, form="conv", shape=(*entry.shape, 1, 1))
+    return entries
+
+
+def _name_vae_half(
+    part: str, blocks: str, sampler: str, counts: Mapping[str, int]
+) -> dict[str, str]:
+    """Modules of the encoder or the decoder -> their names in single files."""
+    modules = {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")}
+    modules[f"{part}.conv_norm_out"] = f"{part}.norm_out"
+    depth = counts[f"{part}.{blocks}"]
+    for i in range(depth):
+        block = f"{part}.{blocks}.{i}"
+        number = i if part == "encoder" else depth - 1 - i
+        there = f"{part}.{blocks.removesuffix('_blocks')}.{number}"
+        for j in range(counts[f"{block}.resnets"]):
+            modules |= _inner(f"{block}.resnets.{j}", f"{there}.block.{j}", VAE_RESNET)
+            modules |= _inner(f"{block}.attentions.{j}", f"{there}.attn.{j}", VAE_ATTENTION)
+        modules[f"{block}.{sampler}rs.0.conv"] = f"{there}.{sampler}.conv"
+    for j in range(2):
+        modules |= _inner(f"{part}.mid_block.resnets.{j}", f"{part}.mid.block_{j + 1}", VAE_RESNET)
+    return modules | _inner(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1", VAE_ATTENTION)
 
 
 def name_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """CLIPTextModel as transformers 4 published it, with the level text_model; files without that level are read, too."""
-    names = {
-        key: key
-        if key.startswith((TEXT_MODEL_LEVEL, "text_projection"))
-        else TEXT_MODEL_LEVEL + key
-        for key in shapes
-    }
-    return {
-        name: StoredTensor(
-            (key,),
-            shapes[key],
-            also=(name.removeprefix(TEXT_MODEL_LEVEL),)
-            if name.startswith(TEXT_MODEL_LEVEL)
-            else (),
-        )
-        for key, name in names.items()
-    }
+    """CLIPTextModel as transformers 4 published it, with the level text_model.
+
+    Files without that level are read, too.
+    """
+    entries = {}
+    for key, shape in shapes.items():
+        if key.startswith("text_projection"):
+            entries[key] = StoredTensor((key,), shape)
+        else:
+            short = key.removeprefix(TEXT_MODEL_LEVEL)
+            entries[TEXT_MODEL_LEVEL + short] = StoredTensor((key,), shape, also=(short,))
+    return entries
 
 
 def name_open_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """OpenCLIP's text tower: q, k and v are one in_proj, the projection is transposed. Raises UserError for a tensor without a name here."""
+    """OpenCLIP's text tower: q, k and v are one in_proj, the projection is transposed.
+
+    Raises UserError for a tensor without a name here.
+    """
     level = TEXT_MODEL_LEVEL if any(key.startswith(TEXT_MODEL_LEVEL) for key in shapes) else ""
-    modules = {
-        f"{level}final_layer_norm": "ln_final",
-        f"{level}embeddings.token_embedding": "token_embedding",
-    }
-    layer_names = {
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-        "self_attn.out_proj": "attn.out_proj",
-    }
+    modules = {f"{level}final_layer_norm": "ln_final"}
+    modules[f"{level}embeddings.token_embedding"] = "token_embedding"
     entries: dict[str, StoredTensor] = {}
     for i in range(count_text_layers(shapes)):
-        layer, block = f"{level}encoder.layers.{i}", f"transformer.resblocks.{i}"
-        modules |= {f"{layer}.{name}": f"{block}.{there}" for name, there in layer_names.items()}
+        layer = f"{level}encoder.layers.{i}"
+        block = f"transformer.resblocks.{i}"
+        modules |= _inner(layer, block, OPEN_CLIP_LAYER)
         for leaf in ("weight", "bias"):
             parts = tuple(f"{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv")
             if all(part in shapes for part in parts):
                 rows = sum(shapes[part][0] for part in parts)
-                entries[f"{block}.attn.in_proj_{leaf}"] = StoredTensor(
-                    parts, (rows, *shapes[parts[0]][1:])
-                )
+                shape = (rows, *shapes[parts[0]][1:])
+                entries[f"{block}.attn.in_proj_{leaf}"] = StoredTensor(parts, shape)
     if (key := f"{level}embeddings.position_embedding.weight") in shapes:
         entries["positional_embedding"] = StoredTensor((key,), shapes[key])
     if (key := "text_projection.weight") in shapes:
         entries["text_projection"] = StoredTensor((key,), shapes[key][::-1], "transposed")
-    done = {key for entry in entries.values() for key in entry.keys} | {
-        f"{level}embeddings.position_ids"
-    }  # a buffer that OpenCLIP does not have
-    return entries | _name_tensors(
-        {key: shape for key, shape in shapes.items() if key not in done}, modules
-    )
+    done = {f"{level}embeddings.position_ids"}  # a buffer that OpenCLIP does not have
+    for entry in entries.values():
+        done.update(entry.keys)
+    rest = {key: shape for key, shape in shapes.items() if key not in done}
+    return entries | _name_tensors(rest, modules)
 
 
 NETWORK_NAMES = {
@@ -214,29 +246,43 @@ NETWORK_NAMES = {
 def spare_layers(entries: Mapping[str, StoredTensor], count: int) -> dict[str, StoredTensor]:
     """Entries for `count` further layers of an OpenCLIP text tower, copies of its last one.
 
-    Stable Diffusion 2 reads the state before the last of 24 layers, so diffusers keeps 23; readers of single files build 24 and never run the last.
-    kohya's scripts write the same copy.
+    Stable Diffusion 2 reads the state before the last of 24 layers, so diffusers keeps 23; readers
+    of single files build 24 and never run the last. kohya's scripts write the same copy.
     """
-    last = max(
-        (
-            int(match[1])
-            for key in entries
-            if (match := re.match(r"transformer\.resblocks\.(\d+)\.", key))
-        ),
-        default=-1,
-    )
-    head = f"transformer.resblocks.{last}."
-    own = {key: entry for key, entry in entries.items() if key.startswith(head)}
-    return {
-        f"transformer.resblocks.{last + n}.{key.removeprefix(head)}": replace(entry, spare=True)
-        for n in range(1, count + 1)
-        for key, entry in own.items()
-    }
+    layers = "transformer.resblocks"
+    last = count_numbered(entries)[layers] - 1
+    head = f"{layers}.{last}."
+    copies = {}
+    for key, entry in entries.items():
+        if key.startswith(head):
+            for n in range(1, count + 1):
+                name = f"{layers}.{last + n}.{key.removeprefix(head)}"
+                copies[name] = replace(entry, spare=True)
+    return copies
 
 
-def count_text_layers(shapes: Iterable[str]) -> int:
+def count_text_layers(keys: Iterable[str]) -> int:
     """The number of layers of a CLIP text encoder in the diffusers layout."""
-    return _count_blocks(shapes, r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
+    counts = count_numbered(keys)
+    return max(counts["encoder.layers"], counts[f"{TEXT_MODEL_LEVEL}encoder.layers"])
+
+
+def count_numbered(keys: Iterable[str]) -> Mapping[str, int]:
+    """List of modules, such as `down_blocks.0.resnets` -> one more than its highest number.
+
+    0 for a list that no key has.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    for key in keys:
+        words = key.split(".")
+        for i, word in enumerate(words[:-1]):
+            if word.isdecimal():
+                group = ".".join(words[:i])
+                counts[group] = max(counts[group], int(word) + 1)
+    return counts
+
+
+# ---------------------------------------------------------------- helpers
 
 
 def _name_tensors(
@@ -244,51 +290,32 @@ def _name_tensors(
 ) -> dict[str, StoredTensor]:
     """One entry a tensor, named by the innermost known module around it."""
     entries: dict[str, StoredTensor] = {}
-    for key, shape in shapes.items():
-        module, tail = key, ""
-        while module and module not in modules:
-            module, dot, word = module.rpartition(".")
-            tail = dot + word + tail
-        if not module:
+    for key, name in _rename_all(shapes, modules).items():
+        if not name:
             raise UserError(
-                f"{key} has no name in a single file of this kind; only networks of the original architectures can be written as one"
+                f"{key} has no name in a single file of this kind; "
+                "only networks of the original architectures can be written as one"
             )
-        name = modules[module] + tail
         if name in entries:
             raise UserError(
-                f"{key} and {entries[name].keys[0]} would both be {name} in a single file; the network names one layer twice"
+                f"{key} and {entries[name].keys[0]} would both be {name} in a single file; "
+                "the network names one layer twice"
             )
-        entries[name] = StoredTensor((key,), shape)
+        entries[name] = StoredTensor((key,), shapes[key])
     return entries
 
 
-def _count_blocks(keys: Iterable[str], pattern: str) -> int:
-    """One more than the highest number in that place of a key; 0 where no key has it."""
-    compiled = re.compile(pattern)
-    return max((int(match[1]) + 1 for key in keys if (match := compiled.fullmatch(key))), default=0)
+def _rename_all(keys: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
+    """Key -> the key with the innermost known module around it renamed; "" where none is known."""
+    names = {}
+    for key in keys:
+        module = key
+        while module and module not in modules:
+            module = module.rpartition(".")[0]
+        names[key] = modules[module] + key[len(module) :] if module else ""
+    return names
 
 
-def _resnet_names(here: str, there: str) -> dict[str, str]:
-    names = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-    }
-    return {
-        f"{here}.{name}": f"{there}.{other}"
-        for name, other in (names | {"conv_shortcut": "skip_connection"}).items()
-    }
-
-
-def _vae_resnet_names(here: str, there: str) -> dict[str, str]:
-    return {
-        f"{here}.{name}": f"{there}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")
-    } | {f"{here}.conv_shortcut": f"{there}.nin_shortcut"}
-
-
-def _vae_attention_names(here: str, there: str) -> dict[str, str]:
-    names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    older = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-    return {f"{here}.{name}": f"{there}.{other}" for name, other in (names | older).items()}
+def _inner(here: str, there: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The modules inside of one, in both spellings."""
+    return {f"{here}.{name}": f"{there}.{other}" for name, other in names.items()}

@@ -1,30 +1,43 @@
-"""Safetensors files, read with suspicion and written atomically."""
+"""Safetensors files of adapters: checked when they are read, written atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core.errors import UserError
-from lora_core.formats.pickles import Inert
 from lora_core.runs.run_folder import atomic_write
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles
 LONGEST_HEADER = 100_000_000  # bytes of a header that safetensors reads
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-LEGACY_HASHED = slice(
-    0x100000, 0x110000
-)  # the bytes of a file that sd-webui-additional-networks once hashed
+LEGACY_HASHED = slice(0x100000, 0x110000)  # the bytes that sd-webui-additional-networks once hashed
+# safetensors' names of dtypes, in the order in which its files have them, backwards.
+DTYPE_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+
+Shape = tuple[int, ...]
 
 
 def is_pickle(path: Path) -> bool:
@@ -35,53 +48,42 @@ def is_pickle(path: Path) -> bool:
         start = file.read(len(ZIP))
     if not start:
         raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
-    return start == ZIP or (
-        start[:1] == PICKLE and path.suffix != ".safetensors"
-    )  # 0x80 may also be the low byte of a header's size
+    if path.suffix == ".safetensors":  # where 0x80 may be the low byte of a header's size
+        return start == ZIP
+    return start == ZIP or start[:1] == PICKLE
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors on the CPU and the header, of a .safetensors file.
+    """All tensors on the CPU and the header's metadata, of a .safetensors file.
 
-    Raises UserError for a truncated or foreign file, a name that stands twice in the header, a file without tensors, and as `checked` does.
+    Raises UserError for a truncated or foreign file, a name that occurs twice in the header, a file
+    without tensors, and as `check_tensors` does.
     """
     _refuse_repeated_names(path)
-    try:
-        with safe_open(path, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
-            header = dict(opened.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        with path.open("rb") as file:
-            kind = (
-                "a pickle or damaged"
-                if file.read(1) == PICKLE
-                else "truncated, damaged or no safetensors file"
-            )
-        raise UserError(
-            f"{path} cannot be read, it is {kind} ({error}); fetch or write it again"
-        ) from None
+    with _read_errors(path), safe_open(path, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        header = dict(opened.metadata() or {})
     return check_tensors(tensors, str(path)), header
 
 
-def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of a state dict that torch.save wrote, from what `read_pickle` found. Raises UserError for anything else in it."""
-    if isinstance(data, dict) and set(data) == {"state_dict"}:
-        data = data["state_dict"]
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{source} is a pickle of {_describe_value(data)}, expected a dictionary of tensors; nothing in it was executed"
-        )
-    for key, value in data.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{source} is a pickle with {_describe_value(value)} under {key!r:.80}, expected tensors only; nothing in it was executed"
-            )
-    return check_tensors(dict(data), source)
+def read_shapes(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    """The shapes of all tensors and the header's metadata; no tensor is read.
+
+    Raises UserError for a truncated or foreign file, and for a name that occurs twice.
+    """
+    _refuse_repeated_names(path)
+    shapes = {}
+    with _read_errors(path), safe_open(path, "np") as opened:
+        for key in opened.keys():  # noqa: SIM118 - it is no dictionary
+            shapes[key] = tuple(opened.get_slice(key).get_shape())
+        return shapes, dict(opened.metadata() or {})
 
 
 def check_tensors(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors, 8-bit floats widened to fp16, which holds them exactly. Raises UserError for none, NaN, Inf, and a tensor that is not floating
-    point (an alpha may be an integer).
+    """The tensors, 8-bit floats widened to fp16, which holds them exactly.
+
+    Raises UserError for none, NaN, Inf, and a tensor that is not floating point (an alpha may be an
+    integer).
     """
     if not tensors:
         raise UserError(
@@ -90,91 +92,15 @@ def check_tensors(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.dtype in FLOAT8:
             tensors[key] = tensor.half()
-        elif tensor.dtype not in READABLE and (
-            tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex()
-        ):
-            raise UserError(
-                f"{key} in {source} is {tensor.dtype}, expected floating point; quantised adapters are not read"
-            )
+        elif tensor.dtype not in READABLE:
+            is_integer = not (tensor.is_floating_point() or tensor.is_complex())
+            if tensor.numel() != 1 or not is_integer:
+                raise UserError(
+                    f"{key} in {source} is {tensor.dtype}, expected floating point; "
+                    "quantized adapters are not read"
+                )
     check_finite(tensors, source)
     return tensors
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, hashes: bool = False
-) -> None:
-    """Writes the file whole or not at all. The same input gives the same bytes: safetensors 0.8.0 shuffles the header, so it is sorted here.
-
-    With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for NaN or Inf (an overflow in a narrow dtype),
-    ValueError for a header value that is not a string.
-    """
-    for key, value in header.items():
-        if not isinstance(value, str):
-            raise ValueError(
-                f"header entry {key} is a {type(value).__name__}; safetensors headers hold strings only"
-            )
-    check_finite(tensors, f"what should become {path}")
-    data = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    )
-    size = 8 + int.from_bytes(data[:8], "little")
-    entries, body = json.loads(data[8:size]), memoryview(data)[size:]
-    if hashes:
-        header = {
-            **header,
-            **_kohya_hashes(
-                entries,
-                {key: value for key, value in header.items() if key.startswith("ss_")},
-                body,
-            ),
-        }
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(_encode_header(entries, header))
-        file.write(body)
-
-
-def _encode_header(entries: Mapping[str, Any], header: Mapping[str, str]) -> bytes:
-    """The file up to its tensors: the length of the JSON, then the JSON, padded so that the tensors are aligned."""
-    every = {**entries, "__metadata__": dict(header)} if header else entries
-    text = json.dumps(every, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _kohya_hashes(
-    entries: Mapping[str, Any], training: Mapping[str, str], body: memoryview
-) -> dict[str, str]:
-    """kohya's hashes: of the tensors' bytes, and 8 digits of that of a stretch of the file as it were with the ss_ entries alone in its header."""
-    head = _encode_header(entries, training)
-    start, stop = (max(0, edge - len(head)) for edge in (LEGACY_HASHED.start, LEGACY_HASHED.stop))
-    legacy = hashlib.sha256(head[LEGACY_HASHED])
-    legacy.update(body[start:stop])
-    return {
-        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
-        "sshs_legacy_hash": legacy.hexdigest()[:8],
-    }
-
-
-def _refuse_repeated_names(path: Path) -> None:
-    """Raises UserError for a name that stands twice in the header, of which safetensors takes one. Whatever else is wrong is left to it."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise UserError(
-                f"{path} has {key} twice in its header, so what it means is open; fetch or write it again"
-            )
-        return found
-
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= LONGEST_HEADER else b""
-    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        json.loads(text, object_pairs_hook=unique)
-
-
-def _describe_value(value: Any) -> str:
-    return f"an object of {value.name}" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -182,5 +108,117 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{key} in {source} holds NaN or Inf; its training diverged, or the numbers overflow {tensor.dtype}"
+                f"{key} in {source} holds NaN or Inf; its training diverged, "
+                f"or the numbers overflow {tensor.dtype}"
+            )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, hashes: bool = False
+) -> None:
+    """Writes the file whole or not at all. The same input gives the same bytes.
+
+    Tensors lie as safetensors writes them; the header is sorted, which safetensors 0.8.0 shuffles.
+    With `hashes` it gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for NaN or
+    Inf (an overflow in a narrow dtype), ValueError for a header value that is not a string.
+    """
+    for key, value in header.items():
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise ValueError(
+                f"header entry {key} is a {kind}; safetensors headers hold strings only"
+            )
+    check_finite(tensors, f"what should become {path}")
+    entries, body = encode_tensors(tensors)
+    if hashes:
+        training = {key: value for key, value in header.items() if key.startswith("ss_")}
+        header = {**header, **_kohya_hashes(entries, training, body)}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(encode_header(entries, header))
+        file.write(body)
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], bytes]:
+    """(name -> its entry in a header, the bytes of all tensors one after the other).
+
+    Wide dtypes come first, so that every tensor is aligned; then names in order.
+    """
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+    entries, pieces, end = {}, [], 0
+    for key in sorted(tensors, key=lambda key: (-ranks[tensors[key].dtype], key)):
+        tensor = tensors[key].detach().cpu().contiguous()
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        start, end = end, end + data.nbytes
+        entries[key] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        pieces.append(data.data)
+    return entries, b"".join(pieces)
+
+
+def encode_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The file up to its tensors: the length of the JSON, then the JSON, padded to 8 bytes."""
+    every = {**entries, "__metadata__": dict(metadata)} if metadata else entries
+    text = json.dumps(every, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turns errors of safetensors into one sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        with path.open("rb") as file:
+            pickled = file.read(1) == PICKLE
+        kind = "a pickle or damaged" if pickled else "truncated, damaged or no safetensors file"
+        raise UserError(
+            f"{path} cannot be read, it is {kind} ({error}); fetch or write it again"
+        ) from None
+
+
+def _kohya_hashes(
+    entries: Mapping[str, Any], training: Mapping[str, str], body: bytes
+) -> dict[str, str]:
+    """kohya's hash of the tensors' bytes, and the first 8 digits of its older hash.
+
+    The older one is of a stretch of the file as it were with the ss_ entries alone in its header.
+    """
+    head = encode_header(entries, training)
+    start = max(0, LEGACY_HASHED.start - len(head))
+    stop = max(0, LEGACY_HASHED.stop - len(head))
+    legacy = hashlib.sha256(head[LEGACY_HASHED])
+    legacy.update(memoryview(body)[start:stop])
+    return {
+        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
+        "sshs_legacy_hash": legacy.hexdigest()[:8],
+    }
+
+
+def _refuse_repeated_names(path: Path) -> None:
+    """Raises UserError for a name that occurs twice in the header, of which safetensors takes one.
+
+    Everything else that may be wrong is left to safetensors.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= LONGEST_HEADER else b""
+    try:
+        header = json.loads(text, object_pairs_hook=list)  # objects as lists of (name, value)
+    except (ValueError, RecursionError):
+        return
+    objects = [header]
+    if isinstance(header, list):
+        objects += [pair[1] for pair in header if isinstance(pair, tuple)]
+    for pairs in objects:
+        is_object = isinstance(pairs, list) and pairs and isinstance(pairs[0], tuple)
+        if is_object and len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            key = next(name for i, name in enumerate(names) if name in names[:i])
+            raise UserError(
+                f"{path} has {key} twice in its header, so its meaning is open; "
+                "fetch or write it again"
             )

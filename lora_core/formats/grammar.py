@@ -1,17 +1,17 @@
-"""Key grammars as tables: encode every module a layout knows, and read a file through the inverted dictionary.
+"""Keys of adapter files: written by a grammar, and read through the table of all keys it can write.
 
-A key is a head, a module's path in the format's spelling, and a leaf. Writers use one spelling of each; readers know all leaves under every head,
-because files mix them. What differs between formats is a `Grammar`; what differs between families is the `Layout`. No key is ever taken apart.
+A key is a head, a module's path in the format's spelling, and a leaf. Writers use one spelling of
+each; readers know all leaves under every head, because files mix them. Formats differ in their
+`Grammar`, families in their `Layout`. No key is ever taken apart.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,339 +19,372 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
-from lora_core.formats.layout import Component, Layout
+from lora_core.formats.known_formats import ADAPTER_NAME, ROLE_OF_LEAF
+from lora_core.formats.layout import Component, Layout, Shape, nearest_name
 
-LEAVES: Mapping[
-    str, tuple[str, ...]
-] = {  # role -> all its spellings; a leaf with "_" goes with the names of old attention processors
-    "down": (
-        ".lora_A.weight",
-        ".lora_down.weight",
-        ".lora.down.weight",
-        ".lora_linear_layer.down.weight",
-        "_lora.down.weight",
-        ".lora_A",
-    ),
-    "up": (
-        ".lora_B.weight",
-        ".lora_up.weight",
-        ".lora.up.weight",
-        ".lora_linear_layer.up.weight",
-        "_lora.up.weight",
-        ".lora_B",
-    ),
-    "mid": (".lora_mid.weight",),
-    "alpha": (".alpha", "_lora.alpha"),
-    "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),  # by rows
-    "dora_scale": (".dora_scale",),  # by rows or columns
-    **{role: (f".{role}",) for role in lycoris.ROLES},
-}
-ADAPTER_NAME = re.compile(
-    r"\.lora_(?:[AB]\.(?P<factor>[^.]+)\.weight|magnitude_vector\.(?!weight$)(?P<vector>[^.]+)(?:\.weight)?)$"
-)  # an adapter's name
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
 Update = LowRank | DenseUpdate
-Scale = Callable[
-    [str, int, str], float
-]  # (path, rank, where: for errors) -> the factor of up @ down in a file without alphas
+Scale = Callable[[str, int, str], float]  # (path, rank, where) -> the factor of up @ down
+TensorRole = tuple[str, str, str]  # (component, published path, role)
 
 
 @dataclass(frozen=True)
 class Grammar:
     """How a format spells the tensors of one module."""
 
-    heads: Callable[
-        [str, Component], tuple[str, ...]
-    ]  # what a component's names begin with; the first is written, all are read; "" is no head
-    names: Callable[
-        [Component, str], tuple[str, ...]
-    ]  # the dotted names a published path goes by; likewise
+    # (name, component) -> beginnings of its keys; the first is written, all are read; "" is none
+    heads: Callable[[str, Component], tuple[str, ...]]
+    # (component, published path) -> the dotted names of a module; likewise
+    names: Callable[[Component, str], Sequence[str]]
     leaves: Mapping[str, str]  # role -> leaf that is written
-    scale: Literal[
-        "folded", "alpha"
-    ]  # where the scale goes: multiplied into up, or a tensor alpha = scale * rank
-    magnitude: Callable[
-        [int, int], tuple[int, ...]
-    ]  # (out, ndim of the weight) -> shape of a DoRA magnitude by rows
+    scale: Literal["folded", "alpha"]  # multiplied into up, or a tensor alpha = scale * rank
+    # (out, ndim of the weight) -> shape of a DoRA magnitude by rows
+    magnitude: Callable[[int, int], tuple[int, ...]]
     separator: str = "."  # between the words of a module's name
     columns: bool = False  # whether a DoRA magnitude may be by columns
-    written: Mapping[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # (component, role) -> leaf that is written there instead
-
-
-class TensorRole(NamedTuple):
-    component: str
-    path: str  # published
-    role: str
+    # (component, role) -> leaf that is written there instead
+    written: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a caller asks of a reader."""
+    """Choices of a caller for reading a file."""
 
-    allow_extra: bool = False  # unknown keys are left out, said in one line
+    allow_extra: bool = False  # unknown keys are left out and named in one line
     dora_axis: str = ""  # "rows" or "columns" of magnitudes whose shape does not tell
-    header_axis: str = ""  # what the file says of it
+    header_axis: str = ""  # the same, from the file's header
 
 
 STRICT = ReadOptions()
 
 
+# ---------------------------------------------------------------- keys
+
+
 def list_known_keys(
     grammar: Grammar, layout: Layout, leaves: Mapping[str, str] | None = None
 ) -> dict[str, TensorRole]:
-    """Every key a file of this grammar can have -> what it means; with these leaves (leaf -> role), else with all.
+    """Every key that a file of this grammar can have -> the tensor's role.
 
-    Raises ValueError when two modules would share a key.
+    With `leaves` (leaf -> role) only keys that end in one of them, else in any. Raises ValueError
+    when two modules would share a key.
     """
-    leaves = (
-        {leaf: role for role, spellings in LEAVES.items() for leaf in spellings}
-        if leaves is None
-        else leaves
-    )
+    leaves = ROLE_OF_LEAF if leaves is None else leaves
     known: dict[str, TensorRole] = {}
     for name, component in layout.components.items():
+        heads = _spell_heads(grammar, name, component)
         for path in component.shapes:
-            for module in spell_module(grammar, name, component, path):
-                for leaf, role in leaves.items():
-                    site = TensorRole(name, path, role)
-                    other = known.setdefault(module + leaf, site)
-                    if other != site:
-                        raise ValueError(
-                            f"{module} would name both {other.path} and {path}; this grammar cannot spell the layout"
-                        )
+            for words in _spell_path(grammar, component, path):
+                for head in heads:
+                    module = head + words
+                    for leaf, role in leaves.items():
+                        meaning = (name, path, role)
+                        other = known.setdefault(module + leaf, meaning)
+                        if other != meaning:
+                            raise ValueError(
+                                f"{module} would name both {other[1]} and {path}; "
+                                "this grammar cannot spell the layout"
+                            )
     return known
 
 
 def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
-    """The leaves that occur in a file -> their roles, with an adapter's name where peft left it in. Raises UserError for two adapters in a file."""
+    """The leaves that occur in a file -> their roles.
+
+    An adapter's name, where peft left it in the keys, is part of a leaf. Raises UserError for two
+    adapters in a file.
+    """
     keys = list(keys)
-    names = {
-        match["factor"] or match["vector"]: key
-        for key in keys
-        if (match := ADAPTER_NAME.search(key))
-    }
+    matches = [(ADAPTER_NAME.search(key), key) for key in keys]
+    names = {match["factor"] or match["vector"]: key for match, key in matches if match}
     if len(names) > 1:
         (one, key), (other, second) = list(names.items())[:2]
         raise UserError(
-            f"{source} has the adapters {one} ({key}) and {other} ({second}), expected one; save them apart"
+            f"{source} has the adapters {one} ({key}) and {other} ({second}), expected one; "
+            "save them apart"
         )
-    every = {leaf: role for role, spellings in LEAVES.items() for leaf in spellings}
+    every = dict(ROLE_OF_LEAF)
     for name in names:
         every |= {f".lora_A.{name}.weight": "down", f".lora_B.{name}.weight": "up"}
         every |= {f".lora_magnitude_vector.{name}{end}": "magnitude" for end in ("", ".weight")}
-    return {leaf: role for leaf, role in every.items() if any(key.endswith(leaf) for key in keys)}
-
-
-def is_adapter_key(key: str) -> bool:
-    """Whether a key ends like a tensor of an adapter."""
-    return key.endswith(
-        tuple(leaf for role, spellings in LEAVES.items() if role != "alpha" for leaf in spellings)
-    ) or bool(ADAPTER_NAME.search(key))
+    found = set()
+    for key in keys:
+        for leaf in every:
+            if key.endswith(leaf):
+                found.add(leaf)
+    return {leaf: role for leaf, role in every.items() if leaf in found}
 
 
 def spell_module(grammar: Grammar, name: str, component: Component, path: str) -> list[str]:
-    """The spellings of a module: first the one that is written, then those that are only read (older heads, a missing published level)."""
-    dotted = dict.fromkeys(
-        word
-        for own in grammar.names(component, path)
-        for word in (own, own.removeprefix(component.module_prefix))
-    )
-    return [(f"{head}." if head else "").replace(".", grammar.separator) + words.replace(".", grammar.separator)
-            for words in dotted for head in grammar.heads(name, component)]  # fmt: skip
+    """The spellings of a module, first the one that is written.
+
+    Others are only read: older heads, names without a published level that some files lack.
+    """
+    heads = _spell_heads(grammar, name, component)
+    spellings = []
+    for words in _spell_path(grammar, component, path):
+        spellings += [head + words for head in heads]
+    return spellings
+
+
+def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]:
+    heads = [f"{head}." if head else "" for head in grammar.heads(name, component)]
+    return [head.replace(".", grammar.separator) for head in heads]
+
+
+def _spell_path(grammar: Grammar, component: Component, path: str) -> list[str]:
+    """The names of a module, each with and without the level that installed modules lack."""
+    spellings: list[str] = []
+    for name in grammar.names(component, path):
+        for dotted in (name, name.removeprefix(component.module_prefix)):
+            words = dotted.replace(".", grammar.separator)
+            if words not in spellings:
+                spellings.append(words)
+    return spellings
+
+
+# ---------------------------------------------------------------- writing
 
 
 def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
     """Tensors under this grammar's keys. A folded scale is multiplied in fp32 or better.
 
-    Raises UserError for a module the layout lacks, and for a DoRA by columns where the format has none.
+    Raises UserError for a module the layout lacks, and for a DoRA by columns where the format has
+    none.
     """
     tensors: dict[str, Tensor] = {}
     for name, modules in state.components.items():
+        component = layout.component(name)
+        leaves = {
+            role: grammar.written.get((name, role), leaf) for role, leaf in grammar.leaves.items()
+        }
+        head = _spell_heads(grammar, name, component)[0]
         for path, lr in modules.items():
-            layout.module_path(name, path)  # refuses a path that is not there
+            if path not in component.shapes:
+                layout.module_path(name, path)  # raises the error that names the nearest path
             if lr.magnitude is not None and lr.magnitude.ndim > 1 and not grammar.columns:
                 raise UserError(
-                    f"{name}.{path} is a DoRA by columns, which only kohya's format holds; fold it into a model, or write that"
+                    f"{name}.{path} is a DoRA by columns, which only kohya's format holds; "
+                    "fold it into a model, or write that"
                 )
-            module = spell_module(grammar, name, layout.component(name), path)[0]
+            module = head + _spell_path(grammar, component, path)[0]
             for role, tensor in _tensors_to_write(lr, grammar).items():
-                tensors[module + grammar.written.get((name, role), grammar.leaves[role])] = tensor
+                tensors[module + leaves[role]] = tensor
     return tensors
 
 
-def decode_adapter(
-    tensors: Mapping[str, Tensor], known: Mapping[str, TensorRole], layout: Layout | None, source: str, *, how: ReadOptions = STRICT,
-    scales: Mapping[str, Scale] | None = None,
-) -> dict[str, dict[str, Update]]:  # fmt: skip
-    """Component -> published path -> update, its scale resolved; factors of conv layers 4-D, of linear layers 2-D.
+def _tensors_to_write(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
+    """Role -> tensor of one module."""
+    parts: dict[str, Tensor] = {"down": lr.down, "up": lr.up}
+    if grammar.scale == "alpha":
+        parts["alpha"] = torch.tensor(lr.scale * lr.rank, dtype=torch.float32)
+    elif lr.scale != 1:
+        parts["up"] = scale_tensor(lr.up, lr.scale)
+    if lr.magnitude is not None:
+        by_rows = lr.magnitude.ndim == 1
+        shape = grammar.magnitude(lr.up.shape[0], lr.down.ndim)
+        parts["magnitude"] = lr.magnitude.reshape(shape) if by_rows else lr.magnitude
+    return parts
 
-    The scale is alpha / rank where the file has an alpha, else what `scales` say of the component, else 1. Raises UserError for keys that mean
-    nothing here, incomplete or repeated modules, and shapes that do not fit the layout.
+
+def scale_tensor(tensor: Tensor, scale: float) -> Tensor:
+    """tensor * scale in the tensor's dtype, multiplied in fp32 or better."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (wide * scale).to(tensor.dtype)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def decode_adapter(
+    tensors: Mapping[str, Tensor],
+    known: Mapping[str, TensorRole],
+    layout: Layout | None,
+    source: str,
+    *,
+    options: ReadOptions = STRICT,
+    scales: Mapping[str, Scale] | None = None,
+) -> dict[str, dict[str, Update]]:
+    """Component -> published path -> update; factors of convolutions 4-D, of linear layers 2-D.
+
+    The scale is alpha / rank where the file has an alpha, else that of the component's `scales`,
+    else 1. Raises UserError for unknown keys, incomplete or repeated modules, and shapes that do
+    not fit the layout.
     """
     if leftover := [key for key in tensors if key not in known]:
-        if not how.allow_extra or len(leftover) == len(tensors):
-            raise UserError(_unknown_keys_error(leftover, known, source))
+        if not options.allow_extra or len(leftover) == len(tensors):
+            near = nearest_key(leftover[0], known) or "none"
+            raise UserError(
+                f"{_describe_unknown(leftover, source)}; nearest known: {near}; "
+                "is it for another model?"
+            )
         print(f"{_describe_unknown(leftover, source)}, left out", file=sys.stderr)
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key in tensors:
-        if key in known:
-            component, path, role = known[key]
-            parts = found.setdefault((component, path), {})
-            if role in parts:
-                raise UserError(
-                    f"{source} has two tensors for the {role} of {component}.{path}, one of them {key}; expected one"
-                )
-            if role != "alpha" and not tensors[key].is_floating_point():
-                raise UserError(
-                    f"{key} in {source} is {tensors[key].dtype}, expected floating point; quantised adapters are not read"
-                )
-            parts[role] = tensors[key]
     components: dict[str, dict[str, Update]] = {}
-    for (component, path), parts in sorted(found.items()):
-        shape, where = (
-            layout.component(component).shapes[path] if layout else None,
-            f"{component}.{path} in {source}",
-        )
+    for (component, path), parts in sorted(_group_by_module(tensors, known, source).items()):
+        shape = layout.components[component].shapes[path] if layout else None
+        where = f"{component}.{path} in {source}"
         if lycoris.is_lycoris(parts):
             update: Update = lycoris.to_dense_update(parts, shape, where)
         else:
             update = _to_low_rank(parts, shape, where)
             if scales and component in scales and "alpha" not in parts:
                 update = update._replace(scale=scales[component](path, update.rank, where))
-        components.setdefault(component, {})[path] = _add_magnitude(update, parts, how, where)
+        if "magnitude" in parts or "dora_scale" in parts:
+            update = _add_magnitude(update, parts, options, where)
+        components.setdefault(component, {})[path] = update
     return components
 
 
 def to_adapter_state(
     components: Mapping[str, Mapping[str, Update]], header: Mapping[str, str]
 ) -> AdapterState:
-    """The state of what `decode` found: factors in `components`, the rest in `dense`."""
-    factors = {
-        name: {path: u for path, u in modules.items() if isinstance(u, LowRank)}
-        for name, modules in components.items()
-    }
-    dense = {
-        name: {path: u for path, u in modules.items() if isinstance(u, DenseUpdate)}
-        for name, modules in components.items()
-    }
-    return AdapterState(
-        {n: m for n, m in factors.items() if m},
-        metadata=dict(header),
-        dense={n: m for n, m in dense.items() if m},
-    )
+    """The state of decoded updates: factors in `components`, the rest in `dense`."""
+    factors: dict[str, dict[str, LowRank]] = {}
+    dense: dict[str, dict[str, DenseUpdate]] = {}
+    for name, modules in components.items():
+        for path, update in modules.items():
+            if isinstance(update, LowRank):
+                factors.setdefault(name, {})[path] = update
+            else:
+                dense.setdefault(name, {})[path] = update
+    return AdapterState(factors, metadata=dict(header), dense=dense)
 
 
-def _tensors_to_write(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
-    parts: dict[str, Tensor] = {"down": lr.down, "up": lr.up}
-    if grammar.scale == "alpha":
-        parts["alpha"] = torch.tensor(lr.scale * lr.rank, dtype=torch.float32)
-    elif lr.scale != 1:
-        parts["up"] = (lr.up.to(torch.promote_types(lr.up.dtype, torch.float32)) * lr.scale).to(
-            lr.up.dtype
-        )
-    if lr.magnitude is not None:
-        parts["magnitude"] = (
-            lr.magnitude
-            if lr.magnitude.ndim > 1
-            else lr.magnitude.reshape(grammar.magnitude(lr.up.shape[0], lr.down.ndim))
-        )
-    return parts
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The known key most like this one, out of those that share the most words with it.
+
+    "" when nothing is known.
+    """
+    words = set(re.split(r"[._]", key))
+
+    def count_shared(other: str) -> int:
+        return len(words.intersection(re.split(r"[._]", other)))
+
+    likely = sorted(known, key=count_shared, reverse=True)[:MOST_COMPARED]
+    return nearest_name(key, likely)
 
 
-def _to_low_rank(parts: Mapping[str, Tensor], shape: tuple[int, ...] | None, where: str) -> LowRank:
+def _group_by_module(
+    tensors: Mapping[str, Tensor], known: Mapping[str, TensorRole], source: str
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """(component, path) -> role -> tensor. Raises UserError for a role that occurs twice."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key not in known:
+            continue
+        component, path, role = known[key]
+        parts = found.setdefault((component, path), {})
+        if role in parts:
+            raise UserError(
+                f"{source} has two tensors for the {role} of {component}.{path}, "
+                f"one of them {key}; expected one"
+            )
+        if role != "alpha" and not tensor.is_floating_point():
+            raise UserError(
+                f"{key} in {source} is {tensor.dtype}, expected floating point; "
+                "quantized adapters are not read"
+            )
+        parts[role] = tensor
+    return found
+
+
+def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -> LowRank:
     for role in ("down", "up"):
         if role not in parts:
-            raise UserError(
-                f"{where} has {' and '.join(parts)} but no {role}; the file is incomplete"
-            )
+            has = " and ".join(parts)
+            raise UserError(f"{where} has {has} but no {role}; the file is incomplete")
     down, up = parts["down"], parts["up"]
     if "mid" in parts:
         down = lycoris.merge_core(down, parts["mid"], where)
-    out, inner = (shape[0], shape[1:]) if shape else (up.shape[:1].numel(), down.shape[1:])
-    rank = down.shape[:1].numel() if down.ndim else 0
-    if (
-        not rank
-        or down.ndim not in (2, 4)
-        or _pad_shape(down.shape[1:]) != _pad_shape(inner)
-        or _pad_shape(up.shape) != _pad_shape((out, rank))
-    ):
-        expected = (
-            f"[r, {', '.join(map(str, inner))}] and [{out}, r]"
-            if shape
-            else "[r, in] or [r, in, kh, kw], and [out, r] with the same r > 0"
+    if shape is None:
+        shape = (up.shape[:1].numel(), *down.shape[1:])
+        expected = "[r, in] or [r, in, kh, kw], and [out, r] with the same r > 0"
+    else:
+        expected = f"[r, {', '.join(map(str, shape[1:]))}] and [{shape[0]}, r]"
+    out, *inner = shape
+    rank = down.shape[0] if down.ndim else 0
+    whole = (rank, *inner)
+    if tuple(down.shape) != whole or tuple(up.shape) != (out, rank) or len(whole) != 2 or not rank:
+        fits = pad_shape(down.shape) == pad_shape(whole) and pad_shape(up.shape) == pad_shape(
+            (out, rank)
         )
-        raise UserError(
-            f"{where} has down {list(down.shape)} and up {list(up.shape)}, expected {expected}; is it for another model?"
-        )
-    down = down.reshape(rank, *inner)
-    up = up.reshape(out, rank, *[1] * (len(inner) - 1))
+        if not rank or down.ndim not in (2, 4) or not fits:
+            raise UserError(
+                f"{where} has down {list(down.shape)} and up {list(up.shape)}, "
+                f"expected {expected}; is it for another model?"
+            )
+        down = down.reshape(whole)
+        up = up.reshape(out, rank, *[1] * (len(inner) - 1))
     return LowRank(down, up, lycoris.resolve_scale(parts, rank, where))
 
 
 def _add_magnitude(
-    update: Update, parts: Mapping[str, Tensor], how: ReadOptions, where: str
+    update: Update, parts: Mapping[str, Tensor], options: ReadOptions, where: str
 ) -> Update:
-    """The update with its DoRA magnitude, if the file has one: [out], or by columns [1, in (, 1, 1)]."""
+    """The update with the file's DoRA magnitude: [out], or by columns [1, in (, 1, 1)]."""
     given = [role for role in ("magnitude", "dora_scale") if role in parts]
-    if not given:
-        return update
     if len(given) > 1:
         raise UserError(
             f"{where} has two DoRA magnitudes, lora_magnitude_vector and dora_scale; expected one"
         )
     magnitude = parts[given[0]]
-    shape = (
-        update.shape
-        if isinstance(update, DenseUpdate)
-        else (update.up.shape[0], *update.down.shape[1:])
-    )
-    if _magnitude_axis(magnitude, shape, given[0], how, where) == "rows":
+    if isinstance(update, DenseUpdate):
+        shape = update.shape
+    else:
+        shape = (update.up.shape[0], *update.down.shape[1:])
+    if _magnitude_axis(magnitude, shape, given[0], options, where) == "rows":
         magnitude = magnitude.reshape(shape[0])
     else:
         magnitude = magnitude.reshape(1, shape[1], *[1] * (len(shape) - 2))
-    return (
-        update._replace(magnitude=magnitude)
-        if isinstance(update, LowRank)
-        else lycoris.add_dense_magnitude(update, magnitude)
-    )
+    if isinstance(update, DenseUpdate):
+        return lycoris.add_dense_magnitude(update, magnitude)
+    return update._replace(magnitude=magnitude)
 
 
 def _magnitude_axis(
-    magnitude: Tensor, weight: tuple[int, ...], role: str, how: ReadOptions, where: str
+    magnitude: Tensor, weight: Shape, role: str, options: ReadOptions, where: str
 ) -> str:
-    """Whether a magnitude goes by rows or columns: by its shape, and where both fit by what the caller says. Raises UserError, never guesses."""
-    (out, inner), got = weight[:2], tuple(magnitude.shape)
-    rows = (
-        got == (out,)
-        or _pad_shape(got) == (out, 1, 1, 1)
-        or (role == "magnitude" and _pad_shape(got) == (1, out, 1, 1))
-    )
-    columns = role == "dora_scale" and (got == (inner,) or _pad_shape(got) == (1, inner, 1, 1))
+    """Whether a magnitude goes by "rows" or "columns": by its shape, where both fit by `options`.
+
+    Raises UserError where neither tells; it never guesses.
+    """
+    out, inner = weight[:2]
+    got = tuple(magnitude.shape)
+    padded = pad_shape(got)
+    rows = got == (out,) or padded == (out, 1, 1, 1)
+    columns = False
+    expected = f"one number per output, [{out}] or [{out}, 1]"
+    if role == "magnitude":
+        rows = rows or padded == (1, out, 1, 1)
+    else:
+        columns = got == (inner,) or padded == (1, inner, 1, 1)
+        expected += f", or one per input, [1, {inner}]"
     if not rows and not columns:
-        expected = f"one number per output, [{out}] or [{out}, 1]" + (
-            f", or one per input, [1, {inner}]" if role == "dora_scale" else ""
-        )
         raise UserError(f"{where} has a DoRA magnitude {list(got)}, expected {expected}")
-    said = how.dora_axis or how.header_axis
     if rows and columns:
-        if not said:
-            either = 'dora_axis="rows" (peft, LyCORIS with wd_on_output) or dora_axis="columns" (older LyCORIS)'
+        chosen = options.dora_axis or options.header_axis
+        if not chosen:
             raise UserError(
-                f"{where} has a DoRA magnitude {list(got)}, which may go by the rows or columns of {list(weight)}; choose {either}"
+                f"{where} has a DoRA magnitude {list(got)}, "
+                f"which may go by the rows or columns of {list(weight)}; "
+                'choose dora_axis="rows" (peft, LyCORIS with wd_on_output) '
+                'or dora_axis="columns" (older LyCORIS)'
             )
-        return said
+        return chosen
     axis = "rows" if rows else "columns"
-    if how.dora_axis not in ("", axis):
+    if options.dora_axis not in ("", axis):
         raise UserError(
-            f"{where} has a DoRA magnitude {list(got)}, which goes by {axis}, not by {how.dora_axis}; leave the axis out"
+            f"{where} has a DoRA magnitude {list(got)}, which goes by {axis}, "
+            f"not by {options.dora_axis}; leave the axis out"
         )
     return axis
 
 
-def _pad_shape(shape: Iterable[int]) -> tuple[int, ...]:
-    """The shape with trailing ones up to four axes: a 1x1 convolution and a linear layer are written either way."""
+def pad_shape(shape: Iterable[int]) -> Shape:
+    """The shape with trailing ones up to four axes.
+
+    A 1x1 convolution and a linear layer are written either way.
+    """
     sizes = tuple(shape)
     return sizes + (1,) * (4 - len(sizes))
 
@@ -359,16 +392,3 @@ def _pad_shape(shape: Iterable[int]) -> tuple[int, ...]:
 def _describe_unknown(keys: list[str], source: str) -> str:
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     return f"{source} has {len(keys)} key(s) that mean nothing here: {shown}"
-
-
-def _unknown_keys_error(keys: list[str], known: Mapping[str, TensorRole], source: str) -> str:
-    return f"{_describe_unknown(keys, source)}; nearest known: {nearest_key(keys[0], known) or 'none'}; is it for another model?"
-
-
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The known key most like this one, out of those that share the most words with it; "" when nothing is known."""
-    words = set(re.split(r"[._]", key))
-    likely = sorted(known, key=lambda other: -len(words.intersection(re.split(r"[._]", other))))[
-        :MOST_COMPARED
-    ]
-    return next(iter(difflib.get_close_matches(key, likely, 1, 0.0)), "")

@@ -1,8 +1,10 @@
-"""Mix-of-Show's ED-LoRA files (arXiv 2305.18292): {"params": {"new_concept_embedding", "text_encoder", "unet"}} of torch.save; read only.
+"""Mix-of-Show's ED-LoRA files of torch.save (arXiv 2305.18292); read only.
 
-Factors stand under module paths, their scale is outside of the file (alpha without / rank, 1 by default there and here). A concept has a row for each
-cross-attention layer (P+): sixteen tokens <new0> ... <new15>, the next concept's go on from there, as Mix-of-Show numbers them. Nothing here
-conditions by layer, so each row is a token of its own and no word stands for them.
+They hold {"params": {"new_concept_embedding", "text_encoder", "unet"}}. Factors are under module
+paths, their scale is outside of the file (alpha without / rank, 1 by default there and here). A
+concept has a row for each cross-attention layer (P+): sixteen tokens <new0> ... <new15>, the next
+concept's go on from there, as Mix-of-Show numbers them. Nothing here conditions by layer, so each
+row is a token of its own and no word is a placeholder for them.
 """
 
 from __future__ import annotations
@@ -18,28 +20,29 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import TOKEN_NAMES
-from lora_core.formats.layout import Layout, nearest_name
+from lora_core.formats.layout import Layout, Shape, nearest_name
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
-PER_LAYER = "per_layer_rows"  # header entry: JSON object, concept -> its tokens, one for each cross-attention layer
+# Header entry: JSON object, concept -> its tokens, one for each cross-attention layer.
+PER_LAYER = "per_layer_rows"
 
 
 def is_mixofshow(data: Any) -> bool:
-    """Whether what `read_pickle` found is such a file."""
-    return (
-        isinstance(data, dict)
-        and isinstance(data.get("params"), dict)
-        and "new_concept_embedding" in data["params"]
-    )
+    """Whether the result of `read_pickle` is such a file."""
+    params = data.get("params") if isinstance(data, dict) else None
+    return isinstance(params, dict) and "new_concept_embedding" in params
 
 
 def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) -> AdapterState:
-    """The file's state; shapes are checked against the layout where there is one. Raises UserError."""
+    """The file's state; shapes are checked against the layout where there is one.
+
+    Raises UserError.
+    """
     params = data["params"]
-    components = {
-        name: _read_factors(params.get(name) or {}, layout, name, source)
-        for name in ("text_encoder", "unet")
-    }
+    components = {}
+    for name in ("text_encoder", "unet"):
+        if modules := _read_factors(params.get(name) or {}, layout, name, source):
+            components[name] = modules
     concepts = params["new_concept_embedding"] or {}
     for concept, rows in concepts.items():
         if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
@@ -47,17 +50,16 @@ def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) 
                 f"the concept {concept!r} in {source} has no rows [layers, d]; is the file damaged?"
             )
     check_finite(concepts, source)
-    state = AdapterState({name: modules for name, modules in components.items() if modules})
+    state = AdapterState(components)
     if concepts:
-        first, tokens = 0, {}
+        names: list[str] = []
+        tokens = {}
         for concept, rows in concepts.items():
+            first = len(names)
             tokens[concept] = [f"<new{first + i}>" for i in range(len(rows))]
-            first += len(rows)
-        names = [name for own in tokens.values() for name in own]
-        state.tokens, state.token_names = (
-            {"clip_l": torch.cat(list(concepts.values()))},
-            tuple(names),
-        )
+            names += tokens[concept]
+        state.tokens = {"clip_l": torch.cat(list(concepts.values()))}
+        state.token_names = tuple(names)
         state.metadata = {TOKEN_NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
     return state
 
@@ -65,34 +67,41 @@ def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) 
 def _read_factors(
     entries: Mapping[str, Any], layout: Layout | None, component: str, source: str
 ) -> dict[str, LowRank]:
-    """Path -> factors. Raises UserError for keys that mean nothing, incomplete pairs and other shapes."""
+    """Path -> factors.
+
+    Raises UserError for keys that mean nothing, incomplete pairs and other shapes.
+    """
     known = layout.component(component).shapes if layout and entries else None
     found = {}
     for key, down in entries.items():
-        path, up = key.removesuffix(DOWN), entries.get(key.removesuffix(DOWN) + UP)
+        path = key.removesuffix(DOWN)
+        up = entries.get(path + UP)
         if key.endswith(UP) and key.removesuffix(UP) + DOWN in entries:
             continue
         if not key.endswith(DOWN) or not isinstance(up, Tensor) or not isinstance(down, Tensor):
             raise UserError(
-                f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; is the file damaged?"
+                f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; "
+                "is the file damaged?"
             )
         if known is not None and path not in known:
             raise UserError(
-                f"{source} adapts {component}.{path}, which this model lacks; nearest known: {nearest_name(path, known)}"
+                f"{source} adapts {component}.{path}, which this model lacks; "
+                f"nearest known: {nearest_name(path, known)}"
             )
-        out, inner = (
-            (known[path][0], known[path][1:])
-            if known is not None
-            else (up.shape[0], down.shape[1:])
-        )
-        rank = down.shape[0]
-        if down.numel() != rank * torch.Size(inner).numel() or up.numel() != out * rank or not rank:
-            expected = f"[r, {', '.join(map(str, inner))}] and [{out}, r]"
-            raise UserError(
-                f"{component}.{path} in {source} has down {list(down.shape)} and up {list(up.shape)}, expected {expected}"
-            )
+        shape = (up.shape[0], *down.shape[1:]) if known is None else known[path]
+        found[path] = _fit_factors(down, up, shape, f"{component}.{path} in {source}")
         check_finite({path + DOWN: down, path + UP: up}, source)
-        found[path] = LowRank(
-            down.reshape(rank, *inner), up.reshape(out, rank, *[1] * (len(inner) - 1)), 1.0
-        )
     return found
+
+
+def _fit_factors(down: Tensor, up: Tensor, shape: Shape, where: str) -> LowRank:
+    """The factors in the shape of the base weight's. Raises UserError where they do not fit."""
+    out, *inner = shape
+    rank = down.shape[0]
+    if down.numel() != rank * torch.Size(inner).numel() or up.numel() != out * rank or not rank:
+        raise UserError(
+            f"{where} has down {list(down.shape)} and up {list(up.shape)}, "
+            f"expected [r, {', '.join(map(str, inner))}] and [{out}, r]"
+        )
+    ones = [1] * (len(inner) - 1)
+    return LowRank(down.reshape(rank, *inner), up.reshape(out, rank, *ones), 1.0)

@@ -1,7 +1,10 @@
-"""Whole models: a folder in the diffusers layout <-> one file with CompVis' names (`.safetensors`, `.ckpt`), tensor by tensor.
+"""Whole models: folders in the diffusers layout and single files with CompVis' names.
 
-A family says what lies where in its single files: `SingleFile` rows. What the networks look like comes from shapes: of the folder's own weights when
-a single file is written, of the caller's networks (built on the meta device from their configs) when one is read.
+A model is component -> `Weights` with the keys of the diffusers layout, each tensor read when it is
+needed. Both forms are opened and written here, one tensor at a time. A family's
+`NetworkLocation`s tell where its networks lie in single files. Shapes of networks come from the
+folder's own weights when a single file is written, and from the caller's networks (built on the
+meta device from their configs) when one is read.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,9 +25,9 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.formats.compvis import NETWORK_NAMES, Shape, StoredTensor, spare_layers
-from lora_core.formats.layout import nearest_name
+from lora_core.formats.known_formats import PICKLED
+from lora_core.formats.layout import ENCODERS, Layout, nearest_name
 from lora_core.formats.weights import (
-    PICKLED,
     TensorInfo,
     Weights,
     cast_weights,
@@ -34,9 +37,11 @@ from lora_core.formats.weights import (
 )
 from lora_core.runs.run_folder import atomic_write
 
+Model = Mapping[str, Weights]  # component -> its tensors, keys of the diffusers layout
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> key in the diffusers layout -> shape
 
-EXTRAS = {  # patterns of keys that real checkpoints have beside their networks -> what they are
+# Patterns of keys that real checkpoints have in addition to their networks -> their contents.
+EXTRAS = {
     "model_ema.*": "an average of the weights",
     "*position_ids": "position numbers",
     "*logit_scale": "CLIP's temperature",
@@ -47,28 +52,18 @@ EXTRAS = {  # patterns of keys that real checkpoints have beside their networks 
     "*.attn_mask": "a causal mask",
     "*loss.*": "the VAE's discriminator",
     "embedding_manager.*": "a textual inversion in training",
-    **dict.fromkeys(
-        (
-            "*betas",
-            "*alphas*_cumprod*",
-            "posterior_*",
-            "lvlb_weights",
-            "logvar",
-            "scale_factor",
-            "denoiser.*",
-        ),
-        "the noise schedule",
-    ),
+    "*betas": "the noise schedule",
+    "*alphas*_cumprod*": "the noise schedule",
+    "posterior_*": "the noise schedule",
+    "lvlb_weights": "the noise schedule",
+    "logvar": "the noise schedule",
+    "scale_factor": "the noise schedule",
+    "denoiser.*": "the noise schedule",
 }
-MARKERS = (
-    "v_pred",
-    "ztsnr",
-    "edm_mean",
-    "edm_std",
-    "edm_vpred.sigma_max",
-    "edm_vpred.sigma_min",
-)  # empty tensors that tell ComfyUI the prediction
-COPIED_NEVER = (
+# Empty tensors that tell ComfyUI the prediction.
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Files with a network's weights, which a rewritten network leaves behind.
+WEIGHT_PATTERNS = (
     "*.safetensors",
     "*.bin",
     "*.ckpt",
@@ -78,7 +73,7 @@ COPIED_NEVER = (
     "*.h5",
     "*.onnx",
     "*.index.json",
-)  # weights of a network
+)
 
 
 @dataclass(frozen=True)
@@ -88,19 +83,19 @@ class NetworkLocation:
     component: str  # its folder in the diffusers layout
     prefix: str  # of its keys, the last dot included
     grammar: Literal["unet", "vae", "clip", "open_clip"]
-    spare: int = (
-        0  # layers that readers build after the last one and never run (see compvis.spare_layers)
-    )
+    # layers that readers build after the last one and never run (see compvis.spare_layers)
+    spare: int = 0
 
 
 @dataclass(frozen=True)
 class SingleFileFacts:
-    """What the keys and shapes of a single file tell. Epsilon or v they do not tell, unless a marker does: it must come from a config."""
+    """The kind of model in a single file, as far as keys and shapes tell.
 
-    channels: (
-        int | None
-    )  # that the UNet reads: 4; 9 for inpainting; 8 for editing; None without a UNet
-    context: int | None  # width of what it attends to: 768, 1024, 2048, 1280 ...
+    They do not tell epsilon from v, unless a marker does: that must come from a config.
+    """
+
+    channels: int | None  # of the UNet's input: 4; 9 for inpainting; 8 for editing; None: no UNet
+    context: int | None  # width of the text it attends to: 768, 1024, 2048, 1280 ...
     label: int | None  # width of its further conditioning: 2816, 2560; None without
     linear: bool  # whether proj_in and proj_out are linear layers, not convolutions
     encoders: Mapping[str, tuple[str, int]]  # prefix -> ("clip" | "open_clip", width)
@@ -108,13 +103,13 @@ class SingleFileFacts:
     markers: tuple[str, ...]
 
     def __str__(self) -> str:
-        unet = f"a UNet of {self.channels} channels and context {self.context}" + (
-            f", label {self.label}" if self.label else ""
-        )
-        encoders = ", ".join(
-            f"{kind} {width} at {prefix}" for prefix, (kind, width) in self.encoders.items()
-        )
-        return f"{unet if self.channels else 'no UNet'}, {'a' if self.vae else 'no'} VAE, {encoders or 'no text encoder'}"
+        unet = "no UNet"
+        if self.channels:
+            unet = f"a UNet of {self.channels} channels and context {self.context}"
+            unet += f", label {self.label}" if self.label else ""
+        encoders = [f"{kind} {width} at {at}" for at, (kind, width) in self.encoders.items()]
+        listed = ", ".join(encoders) or "no text encoder"
+        return f"{unet}, {'a' if self.vae else 'no'} VAE, {listed}"
 
 
 def describe_single_file(
@@ -123,17 +118,19 @@ def describe_single_file(
     unet: str = "model.diffusion_model.",
     vae: str = "first_stage_model.",
 ) -> SingleFileFacts:
-    """What kind of model a single file holds, for the caller to name the family. Never raises; a foreign file has no channels and no encoders."""
+    """The kind of model in a single file, for the caller to name the family.
 
-    def axis(key: str | None, index: int) -> int | None:
-        return shapes[key][index] if key and len(shapes.get(key, ())) > index else None
+    Never raises; a foreign file has no channels and no encoders. `unet` and `vae` are the networks'
+    prefixes.
+    """
 
-    attends = next(
-        (key for key in shapes if key.startswith(unet) and key.endswith(".attn2.to_k.weight")), None
-    )
-    projects = next(
-        (key for key in shapes if key.startswith(unet) and key.endswith(".proj_in.weight")), None
-    )
+    def first(leaf: str) -> str:
+        """The first key of the UNet that ends in `leaf`."""
+        return next((key for key in shapes if key.startswith(unet) and key.endswith(leaf)), "")
+
+    def axis(key: str, index: int) -> int | None:
+        return shapes[key][index] if len(shapes.get(key, ())) > index else None
+
     encoders = {}
     for kind, leaf in (
         ("clip", "embeddings.position_embedding.weight"),
@@ -141,335 +138,130 @@ def describe_single_file(
     ):
         for key in shapes:
             if key == leaf or key.endswith("." + leaf):
-                encoders[key.removesuffix(leaf).removesuffix("text_model.")] = (
-                    kind,
-                    shapes[key][-1] if shapes[key] else 0,
-                )
+                prefix = key.removesuffix(leaf).removesuffix("text_model.")
+                encoders[prefix] = (kind, shapes[key][-1] if shapes[key] else 0)
     return SingleFileFacts(
-        channels=axis(f"{unet}input_blocks.0.0.weight", 1), context=axis(attends, 1), label=axis(f"{unet}label_emb.0.0.weight", 1),
-        linear=projects is not None and len(shapes[projects]) == 2, encoders=encoders,
-        vae=any(key.startswith(vae) for key in shapes), markers=tuple(key for key in MARKERS if key in shapes),
-    )  # fmt: skip
+        channels=axis(f"{unet}input_blocks.0.0.weight", 1),
+        context=axis(first(".attn2.to_k.weight"), 1),
+        label=axis(f"{unet}label_emb.0.0.weight", 1),
+        linear=len(shapes.get(first(".proj_in.weight"), ())) == 2,
+        encoders=encoders,
+        vae=any(key.startswith(vae) for key in shapes),
+        markers=tuple(key for key in MARKERS if key in shapes),
+    )
 
 
-# ---------------------------------------------------------------- one file from a folder
+# ---------------------------------------------------------------- folders
+
+
+def open_model_folder(folder: str | Path) -> dict[str, Weights]:
+    """The networks of a folder in the diffusers layout that have weights, opened but not read.
+
+    They are the denoiser, text encoders and the VAE. Raises UserError for a folder without
+    model_index.json or a network without weights.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json; give a model in the diffusers layout")
+    names = ("unet", "transformer", *ENCODERS, "vae")
+    present = [name for name in names if (folder / name / "config.json").is_file()]
+    return {name: open_network_weights(folder / name, network_stem(name)) for name in present}
 
 
 def open_located_networks(
-    folder: str | Path, rows: Iterable[NetworkLocation]
+    folder: str | Path, locations: Iterable[NetworkLocation]
 ) -> dict[str, Weights]:
-    """The weights of a folder in the diffusers layout, for `to_single`. Raises UserError for a component without weights."""
-    return {
-        row.component: open_network_weights(
-            Path(folder) / row.component, NETWORK_NAMES[row.grammar].weights
-        )
-        for row in rows
-    }
+    """The networks of a folder that have a place in a single file.
+
+    Raises UserError for a component without weights.
+    """
+    names = [location.component for location in locations]
+    return {name: open_network_weights(Path(folder) / name, network_stem(name)) for name in names}
 
 
-def write_checkpoint_file(
-    model: Mapping[str, Weights],
-    rows: Sequence[NetworkLocation],
-    path: str | Path,
+def network_stem(component: str) -> str:
+    """The name of a network's file of weights in its folder, without its ending."""
+    return "model" if component in ENCODERS else "diffusion_pytorch_model"
+
+
+def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
+    """The key of a layer's weight.
+
+    With or without a level that one library version publishes and another drops. Raises UserError
+    for a layer that is not there.
+    """
+    for name in (path, layout.module_path(component, path)):
+        if f"{name}.weight" in weights.infos:
+            return f"{name}.weight"
+    near = nearest_name(f"{path}.weight", weights.infos)
+    raise UserError(f"{weights.source} has no {component} layer {path}; nearest: {near}")
+
+
+def write_model_folder(
+    model: Model,
+    source: str | Path,
+    out: str | Path,
     *,
-    dtype: torch.dtype | None = None,
-    header: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a model as one file, atomically: .safetensors with one tensor in memory at a time, .ckpt ({"state_dict": ...}) with all of them.
+    """Writes a model in the diffusers layout, whole or not at all, one tensor at a time.
 
-    Dtypes are kept unless `dtype` is given. A changed model is written by replacing `Weights.read`. Raises UserError for an existing output, an
-    unknown suffix, a network without names in such files, numbers that overflow `dtype`, a full disk.
+    The networks of `model` are written, everything else is copied from the folder `source`.
+    `finish` may change the new folder before it gets its name. Raises UserError for an output that
+    exists (unless `overwrite`) and a full disk.
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", *PICKLED):
-        raise UserError(
-            f"{path} has the suffix {path.suffix or '(none)'}; expected .safetensors or .ckpt"
-        )
-    _check_output(path, overwrite)
-    single = cast_weights(join_networks(model, rows), dtype)
-    with _disk_errors(path):
-        if path.suffix == ".safetensors":
-            write_weights(path, single, {"format": "pt", **(header or {})})
-        else:
-            with atomic_write(path) as temporary:
-                torch.save(
-                    {
-                        "state_dict": {
-                            key: single.read(key).contiguous().clone() for key in single.infos
-                        }
-                    },
-                    temporary,
-                )
+    source = Path(source)
+    out = Path(os.path.abspath(out))
+    refuse_existing(out, overwrite)
+    mark = secrets.token_hex(4)
+    temporary = out.with_name(f".{out.name}.{mark}.tmp")
+    old = out.with_name(f".{out.name}.{mark}.old")
 
+    def left_behind(place: str, names: list[str]) -> set[str]:
+        return _left_behind(Path(place), names, source, model)
 
-def join_networks(model: Mapping[str, Weights], rows: Sequence[NetworkLocation]) -> Weights:
-    """The tensors of a single file, each made when it is read. Raises UserError for a component that is missing or has no names there."""
-    places: dict[str, tuple[Weights, StoredTensor]] = {}
-    for row in rows:
-        if row.component not in model:
-            raise UserError(
-                f"there is no {row.component} to write, only {', '.join(model) or 'nothing'}"
-            )
-        weights = model[row.component]
-        places |= {
-            row.prefix + key: (weights, entry)
-            for key, entry in _names_table(row, weights.shapes).items()
-        }
-    infos = {
-        key: TensorInfo(entry.shape, weights.infos[entry.keys[0]].dtype)
-        for key, (weights, entry) in places.items()
-    }
-
-    def read(key: str) -> Tensor:
-        weights, entry = places[key]
-        return entry.encode([weights.read(part) for part in entry.keys])
-
-    return Weights(
-        " and ".join(dict.fromkeys(weights.source for weights in model.values())), infos, read
-    )
-
-
-# ---------------------------------------------------------------- a folder from one file
-
-
-def split_networks(
-    single: Weights, rows: Sequence[NetworkLocation], shapes: Shapes
-) -> dict[str, Weights]:
-    """The networks in a single file under the keys of `shapes`, each tensor read when it is asked for.
-
-    Rows whose component is not in `shapes` are passed over with their keys. Tensors that no network uses are named in one printed line.
-    Raises UserError for missing tensors, other shapes (a 1x1 convolution and a linear layer are one), dtypes that are no floating point, and
-    keys that mean nothing.
-    """
-    wanted = [row for row in rows if row.component in shapes]
-    tables = {row: _names_table(row, shapes[row.component]) for row in wanted}
-    names = {
-        row: {
-            key: _name_in_file(row, key, entry, single)
-            for key, entry in table.items()
-            if not entry.spare
-        }
-        for row, table in tables.items()
-    }
-    for row, found in names.items():
-        _check_complete(row, found, single)
-        for key, name in found.items():
-            _check_tensor(name or key, tables[row][key].shape, single)
-    used = {name for found in names.values() for name in found.values()}
-    spare = {
-        row.prefix + key
-        for row, table in tables.items()
-        for key, entry in table.items()
-        if entry.spare
-    }
-    elsewhere = tuple(row.prefix for row in rows if row not in wanted)
-    _report_unused(
-        [
-            key
-            for key in single.infos
-            if key not in used and not (elsewhere and key.startswith(elsewhere))
-        ],
-        spare,
-        used,
-        single,
-    )
-    return {
-        row.component: _network_weights(single, tables[row], names[row], shapes[row.component])
-        for row in wanted
-    }
-
-
-def write_folder_from_single_file(
-    path: str | Path,
-    rows: Sequence[NetworkLocation],
-    shapes: Shapes,
-    folder: str | Path,
-    *,
-    configs: str | Path,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes the model in a single file as a folder in the diffusers layout, whole or not at all, with one tensor in memory at a time.
-
-    Everything but the networks' weights (configs, tokenizers, scheduler, other networks whole) is copied from the folder `configs`; weights go by the
-    keys of `shapes`. Raises UserError like `split`, and for an existing output and configs that lack a component.
-    """
-    folder, configs = Path(os.path.abspath(folder)), Path(configs)
-    _check_output(folder, overwrite)
-    for row in rows:
-        if row.component in shapes and not (configs / row.component / "config.json").is_file():
-            raise UserError(
-                f"{configs} has no {row.component}/config.json; give a folder in the diffusers layout for this kind of model"
-            )
-    model = split_networks(open_weights(path), rows, shapes)
-    stems = {row.component: NETWORK_NAMES[row.grammar].weights for row in rows}
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _disk_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(
-                configs,
-                temporary,
-                ignore=lambda place, names: _files_left_behind(Path(place), names, configs, model),
-            )
+        with _disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, temporary, ignore=left_behind)
             for name, weights in model.items():
-                write_weights(
-                    temporary / name / f"{stems[name]}.safetensors",
-                    cast_weights(weights, dtype),
-                    {"format": "pt"},
-                )
-            _swap_folder(temporary, folder)
+                file = temporary / name / f"{network_stem(name)}.safetensors"
+                write_weights(file, weights, {"format": "pt"})
+            if finish:
+                finish(temporary)
+            if out.exists():
+                out.rename(old)
+            temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- helpers
-
-
-def _names_table(row: NetworkLocation, shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """Key without its prefix -> what lies there."""
-    entries = NETWORK_NAMES[row.grammar].entries(shapes)
-    return entries | spare_layers(entries, row.spare)
-
-
-def _name_in_file(
-    row: NetworkLocation, key: str, entry: StoredTensor, single: Weights
-) -> str | None:
-    """The name under which the file has an entry."""
-    return next(
-        (row.prefix + name for name in (key, *entry.also) if row.prefix + name in single.infos),
-        None,
-    )
-
-
-def _check_complete(row: NetworkLocation, found: Mapping[str, str | None], single: Weights) -> None:
-    missing = [row.prefix + key for key, name in found.items() if name is None]
-    if len(missing) == len(found):
-        raise UserError(
-            f"{single.source} has no {row.component} at {row.prefix or 'its top'}; it has {describe_single_file(single.shapes)}: is it of another family?"
-        )
-    if missing:
-        shown = ", ".join(missing[:3]) + (
-            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        )
-        raise UserError(
-            f"{single.source} lacks {len(missing)} of {len(found)} tensors of {row.component}: {shown}; is it for another config, or cut?"
-        )
-
-
-def _check_tensor(key: str, expected: Shape, single: Weights) -> None:
-    shape, dtype = single.infos[key]
-    if not dtype.is_floating_point:
-        raise UserError(
-            f"{key} in {single.source} is {dtype}, expected floating point; quantised checkpoints are not read"
-        )
-    if _padded(shape) != _padded(expected):
-        raise UserError(
-            f"{key} in {single.source} is {list(shape)}, expected {list(expected)}; is it of another family or for another config?"
-        )
-
-
-def _padded(shape: Shape) -> Shape:
-    """The shape with trailing ones up to four axes: a 1x1 convolution and a linear layer are written either way."""
-    return shape + (1,) * (4 - len(shape))
-
-
-def _report_unused(
-    left: list[str], spare: set[str], used: Iterable[str | None], single: Weights
-) -> None:
-    """Prints what is passed over, once; raises UserError for keys that mean nothing."""
-    passed: Counter[str] = Counter()
-    odd = []
-    for key in left:
-        what = (
-            "layers that are never run"
-            if key in spare
-            else "markers of the prediction"
-            if key in MARKERS
-            else ""
-        )
-        what = what or next(
-            (what for pattern, what in EXTRAS.items() if fnmatch.fnmatchcase(key, pattern)), ""
-        )
-        if what:
-            passed[what] += 1
-        else:
-            odd.append(key)
-    if odd:
-        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-        near = nearest_name(odd[0], [key for key in used if key])
-        raise UserError(
-            f"{single.source} has {len(odd)} key(s) that mean nothing here: {shown}; nearest known: {near}; is it of another family?"
-        )
-    if passed:
-        listed = ", ".join(f"{what} ({count})" for what, count in passed.items())
-        print(
-            f"{single.source}: passed over {passed.total()} tensors that no network uses: {listed}",
-            flush=True,
-        )
-
-
-def _network_weights(
-    single: Weights,
-    table: Mapping[str, StoredTensor],
-    names: Mapping[str, str | None],
-    shapes: Mapping[str, Shape],
-) -> Weights:
-    """One network of a single file."""
-    places = {
-        part: (names[key] or key, entry)
-        for key, entry in table.items()
-        if not entry.spare
-        for part in entry.keys
-    }
-    infos = {
-        key: TensorInfo(tuple(shapes[key]), single.infos[name].dtype)
-        for key, (name, _) in places.items()
-    }
-
-    def read(key: str) -> Tensor:
-        name, entry = places[key]
-        return entry.decode(single.read(name).reshape(entry.shape), shapes)[entry.keys.index(key)]
-
-    return Weights(single.source, infos, read)
-
-
-def _files_left_behind(
-    place: Path, names: list[str], configs: Path, model: Mapping[str, Weights]
-) -> set[str]:
-    """What of a folder is not copied: the weights of networks that are written anew, hidden files."""
-    hidden = {name for name in names if name.startswith(".")}
-    if place == configs:  # single files that lie beside the folders
-        return hidden | {
-            name
-            for name in names
-            if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)
-        }
-    if place.relative_to(configs).parts[0] not in model:
-        return hidden
-    return hidden | {
-        name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED_NEVER)
-    }
-
-
-def _check_output(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises UserError for an output that is there, unless it may be replaced."""
     if path.exists() and not overwrite:
         raise UserError(
             f"{path} is there already; pass --overwrite to replace it, or name another output"
         )
 
 
-def _swap_folder(temporary: Path, folder: Path) -> None:
-    """Puts the new folder in the place of an old one."""
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+def _left_behind(place: Path, names: list[str], source: Path, model: Model) -> set[str]:
+    """Files of a folder that are not copied.
+
+    They are hidden files, weights of networks that are written anew, and single files next to the
+    networks' folders.
+    """
+    left = {name for name in names if name.startswith(".")}
+    if place == source or place.relative_to(source).parts[0] in model:
+        for pattern in WEIGHT_PATTERNS:
+            left.update(fnmatch.filter(names, pattern))
+    return left
 
 
 @contextlib.contextmanager
@@ -480,5 +272,240 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
         raise UserError(
-            f"{path} cannot be written ({reason}); what was there is untouched, free some space or choose another place"
+            f"{path} cannot be written ({reason}); "
+            "what was there is untouched, free some space or choose another place"
         ) from error
+
+
+# ---------------------------------------------------------------- a single file written
+
+
+def write_checkpoint_file(
+    model: Model,
+    locations: Sequence[NetworkLocation],
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    header: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as one file, atomically.
+
+    .safetensors is written with one tensor in memory at a time, .ckpt ({"state_dict": ...}) with
+    all of them. Dtypes are kept unless `dtype` is given. A changed model is written by replacing
+    `Weights.read`. Raises UserError for an existing output, an unknown suffix, a network without
+    names in such files, numbers that overflow `dtype`, a full disk.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", *PICKLED):
+        suffix = path.suffix or "(none)"
+        raise UserError(f"{path} has the suffix {suffix}; expected .safetensors or .ckpt")
+    refuse_existing(path, overwrite)
+    single = cast_weights(join_networks(model, locations), dtype)
+    with _disk_errors(path):
+        if path.suffix == ".safetensors":
+            write_weights(path, single, {"format": "pt", **(header or {})})
+        else:
+            with atomic_write(path) as temporary:
+                tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
+                torch.save({"state_dict": tensors}, temporary)
+
+
+def join_networks(model: Model, locations: Sequence[NetworkLocation]) -> Weights:
+    """The tensors of a single file, each made when it is read.
+
+    Raises UserError for a component that is missing or has no names there.
+    """
+    places: dict[str, tuple[Weights, StoredTensor]] = {}
+    for location in locations:
+        if location.component not in model:
+            has = ", ".join(model) or "nothing"
+            raise UserError(f"there is no {location.component} to write, only {has}")
+        weights = model[location.component]
+        for key, entry in _names_table(location, weights.shapes).items():
+            places[location.prefix + key] = (weights, entry)
+    infos = {}
+    for key, (weights, entry) in places.items():
+        infos[key] = TensorInfo(entry.shape, weights.infos[entry.keys[0]].dtype)
+
+    def read(key: str) -> Tensor:
+        weights, entry = places[key]
+        return entry.join_parts([weights.read(part) for part in entry.keys])
+
+    sources = dict.fromkeys(weights.source for weights in model.values())
+    return Weights(" and ".join(sources), infos, read)
+
+
+def _names_table(location: NetworkLocation, shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
+    """Key without its prefix -> the tensor there."""
+    entries = NETWORK_NAMES[location.grammar].name_tensors(shapes)
+    return entries | spare_layers(entries, location.spare)
+
+
+# ---------------------------------------------------------------- a single file read
+
+
+def split_networks(
+    single: Weights, locations: Sequence[NetworkLocation], shapes: Shapes
+) -> dict[str, Weights]:
+    """The networks in a single file under the keys of `shapes`, each tensor read when needed.
+
+    Locations whose component is not in `shapes` are skipped with their keys. Tensors that no
+    network uses are named in one printed line. Raises UserError for missing tensors, other shapes
+    (a 1x1 convolution and a linear layer are one), dtypes that are no floating point, and unknown
+    keys.
+    """
+    wanted = [location for location in locations if location.component in shapes]
+    used: set[str] = set()
+    spare: set[str] = set()
+    networks = {}
+    for location in wanted:
+        own = shapes[location.component]
+        table = _names_table(location, own)
+        names = _find_names(location, table, single)
+        used.update(names.values())
+        spare.update(location.prefix + key for key, entry in table.items() if entry.spare)
+        networks[location.component] = _network_weights(single, table, names, own)
+    skipped = tuple(location.prefix for location in locations if location not in wanted)
+    left = [key for key in single.infos if key not in used]
+    if skipped:
+        left = [key for key in left if not key.startswith(skipped)]
+    _report_unused(left, spare, used, single)
+    return networks
+
+
+def write_folder_from_single_file(
+    path: str | Path,
+    locations: Sequence[NetworkLocation],
+    shapes: Shapes,
+    folder: str | Path,
+    *,
+    configs: str | Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model in a single file as a folder, as `write_model_folder` does.
+
+    Everything but the networks' weights (configs, tokenizers, scheduler, other networks whole) is
+    copied from the folder `configs`; weights go by the keys of `shapes`. Raises UserError like
+    `split_networks`, and for an existing output and configs that lack a component.
+    """
+    refuse_existing(Path(folder), overwrite)
+    for location in locations:
+        name = location.component
+        if name in shapes and not (Path(configs) / name / "config.json").is_file():
+            raise UserError(
+                f"{configs} has no {name}/config.json; "
+                "give a folder in the diffusers layout for this kind of model"
+            )
+    networks = split_networks(open_weights(path), locations, shapes)
+    model = {name: cast_weights(weights, dtype) for name, weights in networks.items()}
+    write_model_folder(model, configs, folder, overwrite=overwrite)
+
+
+def _find_names(
+    location: NetworkLocation, table: Mapping[str, StoredTensor], single: Weights
+) -> dict[str, str]:
+    """Key of the table -> the name under which the file has it.
+
+    Raises UserError for missing tensors, other shapes and dtypes.
+    """
+    names = {}
+    missing = []
+    for key, entry in table.items():
+        if entry.spare:
+            continue
+        spellings = [location.prefix + name for name in (key, *entry.also)]
+        found = next((name for name in spellings if name in single.infos), None)
+        if found is None:
+            missing.append(spellings[0])
+        else:
+            names[key] = found
+    if missing and not names:
+        raise UserError(
+            f"{single.source} has no {location.component} at {location.prefix or 'its top'}; "
+            f"it has {describe_single_file(single.shapes)}: is it of another family?"
+        )
+    if missing:
+        shown = _list_first(missing)
+        raise UserError(
+            f"{single.source} lacks {len(missing)} of {len(missing) + len(names)} tensors of "
+            f"{location.component}: {shown}; is it for another config, or cut?"
+        )
+    for key, name in names.items():
+        _check_tensor(name, table[key].shape, single)
+    return names
+
+
+def _check_tensor(key: str, expected: Shape, single: Weights) -> None:
+    shape, dtype = single.infos[key]
+    if not dtype.is_floating_point:
+        raise UserError(
+            f"{key} in {single.source} is {dtype}, expected floating point; "
+            "quantized checkpoints are not read"
+        )
+    if _without_ones(shape) != _without_ones(expected):
+        raise UserError(
+            f"{key} in {single.source} is {list(shape)}, expected {list(expected)}; "
+            "is it of another family or for another config?"
+        )
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """The shape without trailing ones: linear layers may be written as 1x1 convolutions."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _report_unused(left: list[str], spare: set[str], used: Iterable[str], single: Weights) -> None:
+    """Prints which tensors no network uses, once; raises UserError for unknown keys."""
+    passed: Counter[str] = Counter()
+    odd = []
+    for key in left:
+        contents = [what for pattern, what in EXTRAS.items() if fnmatch.fnmatchcase(key, pattern)]
+        if key in spare:
+            passed["layers that are never run"] += 1
+        elif key in MARKERS:
+            passed["markers of the prediction"] += 1
+        elif contents:
+            passed[contents[0]] += 1
+        else:
+            odd.append(key)
+    if odd:
+        raise UserError(
+            f"{single.source} has {len(odd)} key(s) that mean nothing here: {_list_first(odd)}; "
+            f"nearest known: {nearest_name(odd[0], sorted(used))}; is it of another family?"
+        )
+    if passed:
+        listed = ", ".join(f"{what} ({count})" for what, count in passed.items())
+        print(
+            f"{single.source}: passed over {passed.total()} tensors that no network uses: {listed}",
+            flush=True,
+        )
+
+
+def _list_first(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _network_weights(
+    single: Weights,
+    table: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+) -> Weights:
+    """One network of a single file."""
+    places: dict[str, tuple[str, StoredTensor]] = {}
+    for key, name in names.items():
+        places |= dict.fromkeys(table[key].keys, (name, table[key]))
+    infos = {}
+    for key, (name, _) in places.items():
+        infos[key] = TensorInfo(tuple(shapes[key]), single.infos[name].dtype)
+
+    def read(key: str) -> Tensor:
+        name, entry = places[key]
+        tensor = single.read(name).reshape(entry.shape)
+        return entry.split_parts(tensor, shapes)[entry.keys.index(key)]
+
+    return Weights(single.source, infos, read)

@@ -1,44 +1,45 @@
-"""Many parameters as views of one tensor, so that an optimiser's step is a call and not a loop."""
+"""Parameters and optimizer state as views of a few flat tensors, for steps in few calls."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
 
-ALIGNED = 64  # bytes; what a CPU allocation of torch is aligned to, and more than cuBLAS asks for: products of a view keep their bits
+# Bytes. What a CPU allocation of torch is aligned to, and more than cuBLAS needs: products of a
+# view have the same bits as those of a tensor of its own.
+ALIGNED = 64
+SLICED = ("p0", "s")  # states that Prodigy keeps of every slice_p-th element only
 
 
 class FlatParameters:
-    """Parameters of one dtype in one tensor `param` [n], their state in `state` (name -> [n]), of which p.data and the given states become views.
+    """Parameters of one dtype in one tensor `param` [n], and their state in `state`, name -> [n].
 
-    Every parameter keeps its name, hooks, gradient, values, strides, alignment and version counter. Whoever rebinds p.data (module.to, swapping)
-    leaves the buffer: `whole` says so, and a new Flat takes over the values found then. A parameter that is not row-major (channels last) stays
-    where it is and is copied in and out at each step. Between the parameters lie zeros, up to the next aligned place.
+    p.data and the given states become views of them. Every parameter keeps its name, hooks,
+    gradient, values, strides, alignment and version counter. Code that rebinds p.data (module.to,
+    swapping) takes the parameter out of the flat tensor, which GroupLayout.is_current finds; a new
+    FlatParameters then takes over the current values. A parameter that is not row-major (channels
+    last) stays where it is and is copied in and out at each step. Between the parameters lie zeros,
+    up to the next aligned place.
     """
 
     def __init__(
         self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slice_p: int = 1
     ) -> None:
-        """States are shaped as their parameter, but "step" is one number, and "p0" and "s" are [every slice_p-th element]."""
+        """States are shaped as their parameter, but for "step" (one number) and SLICED."""
         self.params = list(params)
-        device, unit = params[0].device, max(1, ALIGNED // params[0].element_size())
-        counts = [p.numel() for p in params]
-        seen = [-(-count // slice_p) for count in counts]
-        *starts, size = 0, *accumulate(-(-count // unit) * unit for count in counts)
-        *firsts, picked = (*starts, size) if slice_p == 1 else (0, *accumulate(seen))
-        self.bounds = list(
-            zip(starts, counts, firsts)
-        )  # start in param, elements, start in p0 and s
+        self.slice_p = slice_p
+        device = params[0].device
+        self.bounds, size, sliced_size = _place(params, slice_p)  # (start, elements, start in p0)
         self.param = params[0].new_zeros(size, requires_grad=False)
-        self.loose: list[tuple[Tensor, Tensor]] = []  # a parameter and its row-major copy here
-        for p, start, count in zip(params, starts, counts):
+        self.loose: list[tuple[Tensor, Tensor]] = []  # a parameter, its row-major copy in `param`
+        for p, (start, count, _) in zip(params, self.bounds):
             view = self.param[start : start + count].view(p.shape)
             view.copy_(p.detach())
             if p.is_contiguous():
@@ -46,73 +47,113 @@ class FlatParameters:
             else:
                 self.loose.append((p, view))
         self.state: dict[str, Tensor] = {}
-        ones = list(range(len(params)))
-        for name in states[0]:
-            places, total = {
-                "step": (ones, len(ones)),
-                "p0": (firsts, picked),
-                "s": (firsts, picked),
-            }.get(name, (starts, size))
-            self.state[name] = torch.zeros(total, dtype=states[0][name].dtype, device=device)
-            for state, place in zip(states, places):
+        sizes = {"step": len(params), **dict.fromkeys(SLICED, sliced_size)}
+        for name, value in states[0].items():
+            self.state[name] = torch.zeros(sizes.get(name, size), dtype=value.dtype, device=device)
+            for i, state in enumerate(states):
                 old = state[name]
-                state[name] = (
-                    self.state[name][place : place + old.numel()].view(old.shape).copy_(old)
-                )
-        self.places = [p.data_ptr() for p in params]
+                place = self._find_state(i, name)
+                state[name] = self.state[name][place : place + old.numel()].view(old.shape)
+                state[name].copy_(old)
+        self.is_sharded = any(hasattr(p, "_fsdp_flattened") for p in params)
         self.geometry = torch.tensor(self.bounds, device=device).reshape(-1, 3)  # [parameters, 3]
-        self.words = DeviceTable(device)
-        self.room: dict[str, Tensor] = {}  # workspace of the kernels, made by them
+        self.table = DeviceTable(device)
+        self.workspace: dict[str, Tensor] = {}  # temporary tensors of the kernels, made by them
 
-    def whole(self) -> bool:
-        """Whether every parameter is where it was laid."""
-        return [p.data_ptr() for p in self.params] == self.places
+    def _find_state(self, i: int, name: str) -> int:
+        """Where the state `name` of parameter i begins in its flat tensor."""
+        if name == "step":
+            return i
+        return self.bounds[i][2 if name in SLICED else 0]
 
-    def gradients(self) -> list[Tensor | None]:
-        """The gradient of each parameter, row-major, or None, to begin a step with. Raises UserError for a sparse one."""
-        grads = [p.grad for p in self.params]
-        if any(g is not None and g.is_sparse for g in grads):
-            raise UserError(
-                "the optimiser got a sparse gradient; build the embedding with sparse=False"
-            )
+    def read_gradients(self) -> list[Tensor | None]:
+        """The gradient of each parameter, row-major, or None; [] where there is none at all.
+
+        The beginning of a step. Raises UserError for a sparse gradient.
+        """
+        grads = []
+        found = False
+        for p in self.params:
+            g = p.grad
+            if g is not None and g.is_sparse:
+                raise UserError(
+                    "the optimizer got a sparse gradient; build the embedding with sparse=False"
+                )
+            found = found or g is not None
+            grads.append(g if g is None or g.is_contiguous() else g.contiguous())
         for p, copy in self.loose:
             copy.copy_(p)
-        return [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
+        return grads if found else []
 
-    def finish(self, grads: Sequence[Tensor | None]) -> None:
-        """Ends a step: autograd learns that the parameters with a gradient have changed."""
-        torch.autograd.graph.increment_version(
-            [p for p, g in zip(self.params, grads) if g is not None]
-        )
+    def send_table(
+        self, settings: list[float], grads: Sequence[Tensor | None], *whole: int
+    ) -> Tensor:
+        """[settings, whole numbers, address of each gradient or 0] int64, on the device."""
+        words = list(whole)
+        for g in grads:
+            words.append(0 if g is None else g.data_ptr())
+        return self.table.send(settings, words)
+
+    def iterate_tensors(
+        self, grads: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Each parameter with a gradient: values [n], gradient [n] and state, views of the flat."""
+        for i, (g, (start, count, _)) in enumerate(zip(grads, self.bounds)):
+            if g is None:
+                continue
+            lengths = {"step": 1, **dict.fromkeys(SLICED, -(-count // self.slice_p))}
+            state = {}
+            for name, value in self.state.items():
+                place = self._find_state(i, name)
+                state[name] = value[place : place + lengths.get(name, count)]
+            yield self.param[start : start + count], g.reshape(-1), state
+
+    def finish_step(self, grads: Sequence[Tensor | None]) -> None:
+        """Tells autograd that the parameters with a gradient have changed."""
+        moved = []
+        for p, g in zip(self.params, grads):
+            if g is not None:
+                moved.append(p)
+        torch.autograd.graph.increment_version(moved)
         for p, copy in self.loose:
             p.copy_(copy)
 
 
-class DeviceTable:
-    """64-bit words on a device, whole numbers and then doubles: the addresses of gradients and the numbers of a recipe.
+def _place(params: Sequence[Tensor], slice_p: int) -> tuple[list[tuple[int, int, int]], int, int]:
+    """((start, elements, start of the sliced state) of each, elements in all, sliced elements)."""
+    unit = max(1, ALIGNED // params[0].element_size())
+    counts = [p.numel() for p in params]
+    *starts, size = accumulate((-(-count // unit) * unit for count in counts), initial=0)
+    if slice_p == 1:
+        return list(zip(starts, counts, starts)), size, size
+    *firsts, sliced_size = accumulate((-(-count // slice_p) for count in counts), initial=0)
+    return list(zip(starts, counts, firsts)), size, sliced_size
 
-    They are sent when they differ from the last ones, from pinned memory without a wait. Within the capture of a CUDA graph they get a tensor of
-    their own, which stays alive for its replays; pinned memory for that must lie ready, so a step outside of any graph has to come first.
+
+class DeviceTable:
+    """A table of 64-bit words on a device: settings (doubles), then whole numbers and addresses.
+
+    It is sent when it differs from the last one, from pinned memory, without waiting. Within the
+    capture of a CUDA graph each table gets a tensor of its own, which stays alive for the replays;
+    the pinned memory for it must already exist, so a step outside of any graph has to come first.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sent: tuple[list[int], list[float]] | None = None
+        self.sent: tuple[list[float], list[int]] | None = None
         self.tensor = torch.empty(0, dtype=torch.int64, device=device)
         self.spare: Tensor | None = None
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.captured: list[tuple[Tensor, Tensor]] = []
 
-    def send(self, whole: list[int], numbers: list[float]) -> Tensor:
-        """[whole + numbers] int64 on the device, the doubles by their bits."""
+    def send(self, settings: list[float], whole: list[int]) -> Tensor:
+        """[settings + whole] int64 on the device, the doubles by their bits."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.sent == (whole, numbers) and not capturing:
+        if self.sent == (settings, whole) and not capturing:
             return self.tensor
-        host = torch.frombuffer(
-            bytearray(struct.pack(f"={len(whole)}q{len(numbers)}d", *whole, *numbers)),
-            dtype=torch.int64,
-        )
+        packed = struct.pack(f"={len(settings)}d{len(whole)}q", *settings, *whole)
+        host = torch.frombuffer(bytearray(packed), dtype=torch.int64)
         if capturing:
-            return self._captured(host)
+            return self._capture(host)
         if self.tensor.shape != host.shape:
             self.tensor = torch.empty_like(host, device=self.device)
         if self.device.type == "cuda":
@@ -120,67 +161,83 @@ class DeviceTable:
                 self.spare = torch.empty_like(host).pin_memory()
             host = host.pin_memory()  # torch reuses its memory only after the copy
         self.tensor.copy_(host, non_blocking=True)
-        self.sent = (list(whole), list(numbers))
+        self.sent = (list(settings), list(whole))
         return self.tensor
 
-    def _captured(self, host: Tensor) -> Tensor:
+    def _capture(self, host: Tensor) -> Tensor:
         if self.spare is None or self.spare.shape != host.shape:
             raise UserError(
-                "a CUDA graph captures an optimiser that has not stepped since the last capture; run one step outside first"
+                "a CUDA graph captures an optimizer that has not stepped since the last capture; "
+                "run one step outside first"
             )
-        pinned, self.spare, self.sent = self.spare, None, None
+        pinned = self.spare
+        self.spare = self.sent = None
         pinned.copy_(host)
         table = torch.empty_like(host, device=self.device)
         table.copy_(pinned, non_blocking=True)
-        self.kept.append((pinned, table))
+        self.captured.append((pinned, table))
         return table
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """fp64 for fp64 parameters, else fp32: what their state is kept in."""
+    """The dtype of a parameter's optimizer state: float64 for float64, else float32."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+class GroupLayout(NamedTuple):
+    """A group's parameters, where each one lies, and their flat tensors."""
+
+    params: list[Tensor]
+    addresses: dict[int, int]  # id -> address, of those that have had a gradient
+    flats: tuple[FlatParameters, ...]  # one for each dtype
+
+    def is_current(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, each where it was placed, those with a gradient too."""
+        if len(params) != len(self.params):
+            return False
+        for p, known in zip(params, self.params):
+            address = self.addresses.get(id(p))
+            if p is not known or (address is None and p.grad is not None):
+                return False
+            if address is not None and address != p.data_ptr():
+                return False
+        return True
 
 
 def lay_out_flat(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
-    fresh: Callable[[Tensor], dict[str, Tensor]],
+    initial_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
     slice_p: int = 1,
-) -> Sequence[FlatParameters]:
-    """The group's parameters that have had a gradient, a Flat for each dtype; the same ones from step to step while they fit.
+) -> tuple[FlatParameters, ...]:
+    """The group's parameters that have had a gradient, one FlatParameters for each dtype.
 
-    `fresh` gives the state of a parameter at its first gradient. The layout is no part of an optimiser's state: copies and pickles leave it behind.
+    The same ones from step to step while they fit. `initial_state` makes the state of a parameter
+    of the group at its first gradient. The layout is no part of an optimizer's state: copies and
+    pickles of the optimizer do not have it.
     """
-    kept = optimizer.__dict__.setdefault("_layouts", {})
+    layouts: dict[int, GroupLayout] = optimizer.__dict__.setdefault("_layouts", {})
     params = group["params"]
-    known = kept.get(id(params))
-    if known is not None:
-        ids, laid, flats = known
-        if (
-            ids == [id(p) for p in params]
-            and all(p.grad is None or id(p) in laid for p in params)
-            and all(flat.whole() for flat in flats)
-        ):
-            return flats
+    known = layouts.get(id(params))
+    if known is not None and known.is_current(params):
+        return known.flats
     state = optimizer.state
     for p in params:
         if p.grad is not None and not state[p]:
-            state[p] = fresh(p)
+            state[p] = initial_state(p, group)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for p in params:
         if state.get(p):
             by_dtype.setdefault(p.dtype, []).append(p)
-    flats = tuple(
-        FlatParameters(part, [state[p] for p in part], slice_p) for part in by_dtype.values()
-    )
-    kept[id(params)] = (
-        [id(p) for p in params],
-        {id(p) for part in by_dtype.values() for p in part},
-        flats,
-    )
-    return flats
+    flats = []
+    addresses: dict[int, int] = {}
+    for part in by_dtype.values():
+        flats.append(FlatParameters(part, [state[p] for p in part], slice_p))
+        addresses |= {id(p): p.data_ptr() for p in part}
+    layouts[id(params)] = GroupLayout(list(params), addresses, tuple(flats))
+    return layouts[id(params)].flats
 
 
 def forget_layout(optimizer: torch.optim.Optimizer) -> None:
-    """The next step lays everything out anew, from the optimiser's state."""
+    """Lets the next step lay everything out anew, from the optimizer's state."""
     optimizer.__dict__.pop("_layouts", None)

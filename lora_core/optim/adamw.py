@@ -1,4 +1,7 @@
-"""AdamW (arXiv 1711.05101) with torch.optim.AdamW's names, numbers and state, in one call for all the parameters of a group."""
+"""AdamW (arXiv 1711.05101) with torch.optim.AdamW's names, numbers and state.
+
+One call updates all the parameters of a group.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,20 @@ from lora_core.errors import UserError
 from lora_core.kernels.flat import forget_layout, lay_out_flat, state_dtype
 from lora_core.kernels.steps import AdamWSettings
 
-UNSUPPORTED = {
-    "amsgrad": False,
-    "maximize": False,
-    "differentiable": False,
-}  # what torch's class can do and this one does not
+UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # options of torch's class, not of this
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW without amsgrad, maximize and differentiable ("torch.optim.AdamW" as an optimiser's name has them).
+    """torch.optim.AdamW without UNSUPPORTED (which "torch.optim.AdamW" as optimizer name offers).
 
-    Parameters and state lie flat (lora_core/kernels/flat.py); `state[p]` has exp_avg, exp_avg_sq and step as there, so that either class loads the other's
-    state, but in fp32 for half-precision parameters, where torch keeps theirs. `lr` may be a 0-dim tensor, which a CUDA graph reads at each replay.
-    Nothing waits for the device; loss scalers hand over `found_inf` and `grad_scale`. Raises UserError for values out of range.
+    Parameters and state lie in flat tensors (kernels/flat.py). `state[p]` has exp_avg, exp_avg_sq
+    and step, as in torch's class, so that either class loads the other's state; for half-precision
+    parameters the state is fp32, where torch keeps it in their dtype. `lr` may be a 0-dim tensor,
+    which a CUDA graph reads at each replay. Nothing waits for the device; loss scalers hand over
+    `found_inf` and `grad_scale`. Raises UserError for values out of range.
     """
 
-    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler and optim.LossScaler
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler and LossScaler
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group. Raises UserError for values out of range."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -49,21 +51,24 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state bit for bit, torch.optim.AdamW's too. Raises UserError when that was made with amsgrad or maximize."""
+        """Takes over a state bit for bit, torch.optim.AdamW's too.
+
+        Raises UserError for a state that was made with one of UNSUPPORTED.
+        """
         for group in state_dict["param_groups"]:
-            if asked := [name for name in UNSUPPORTED if group.get(name)]:
-                raise UserError(
-                    f"the saved AdamW has {asked[0]}=True, which adamw does not do; resume with torch.optim.AdamW"
-                )
+            for name in UNSUPPORTED:
+                if group.get(name):
+                    raise UserError(
+                        f"the saved AdamW has {name}=True, which adamw does not support; "
+                        "resume with torch.optim.AdamW"
+                    )
         super().load_state_dict(state_dict)
         forget_layout(self)
         for group, old in zip(self.param_groups, state_dict["param_groups"]):
             for p, index in zip(group["params"], old["params"]):
-                if index in state_dict["state"]:
-                    self.state[p] = {
-                        name: _restore_value(name, value, p)
-                        for name, value in state_dict["state"][index].items()
-                    }
+                saved = state_dict["state"].get(index)
+                if saved is not None:
+                    self.state[p] = {name: _restore_value(name, x, p) for name, x in saved.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,54 +79,52 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            if all(p.grad is None for p in group["params"]):
-                continue
-            recipe = AdamWSettings(
-                group["lr"],
-                group["betas"][0],
-                group["betas"][1],
-                group["eps"],
-                group["weight_decay"],
-            )
             for flat in lay_out_flat(self, group, _initial_state):
-                grads = flat.gradients()
-                if any(g is not None for g in grads):
-                    kernels.call(
-                        "adamw_step", flat.param, found_inf, grad_scale, flat, grads, recipe
+                grads = flat.read_gradients()
+                if grads:
+                    beta1, beta2 = group["betas"]
+                    settings = AdamWSettings(
+                        group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
                     )
-                    flat.finish(grads)
+                    arguments = flat.param, found_inf, grad_scale, flat, grads, settings
+                    kernels.call("adamw_step", *arguments)
+                    flat.finish_step(grads)
         return loss
 
 
-def _initial_state(p: Tensor) -> dict[str, Tensor]:
+def _initial_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter at its first gradient."""
-    moments = {
-        name: torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
-        for name in ("exp_avg", "exp_avg_sq")
-    }
-    return {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
+    return state
 
 
 def _restore_value(name: str, value: Any, p: Tensor) -> Tensor:
-    """A saved state on the parameter's device, in fp32 or better; old torch saved `step` as a number."""
-    return torch.as_tensor(value).to(
-        p.device, torch.float32 if name == "step" else state_dtype(p), copy=True
-    )
+    """A saved value of a parameter's state on its device, in fp32 or better.
+
+    Early versions of torch saved `step` as a number.
+    """
+    dtype = torch.float32 if name == "step" else state_dtype(p)
+    return torch.as_tensor(value).to(p.device, dtype, copy=True)
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    """Raises UserError for settings out of range and for complex parameters."""
     ranges = {
         "lr": bool(group["lr"] >= 0),
         "eps": group["eps"] >= 0,
         "weight_decay": group["weight_decay"] >= 0,
         "betas": all(0 <= beta < 1 for beta in group["betas"]),
     }
-    for name, ok in ranges.items():
-        if not ok:
+    for name, in_range in ranges.items():
+        if not in_range:
             raise UserError(
-                f"AdamW got {name} = {group[name]}; expected lr, eps, weight_decay >= 0 and betas in [0, 1)"
+                f"AdamW got {name} = {group[name]}; "
+                "expected lr, eps, weight_decay >= 0 and betas in [0, 1)"
             )
     if any(not p.is_floating_point() for p in group["params"]):
         raise UserError(
-            "AdamW got a parameter that is not of floating point; torch.optim.AdamW takes complex ones"
+            "AdamW got a parameter that is not of floating point; "
+            "torch.optim.AdamW takes complex ones"
         )

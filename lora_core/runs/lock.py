@@ -1,6 +1,4 @@
-"""One process per run folder: the operating system's lock on OUT/.lock, which ends with its
-process.
-"""
+"""One process per run folder: the operating system's lock on OUT/.lock, which ends with it."""
 
 from __future__ import annotations
 
@@ -21,19 +19,23 @@ else:
     import fcntl
 
 LOCK = ".lock"
-FAR = 2**30  # the byte that Windows locks: one that nobody reads
-RANKS = {  # what starters of several processes set -> which of them
-    "WORLD_SIZE": "torchrun or accelerate launch", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun",
-}  # fmt: skip
+LOCKED_BYTE = 2**30  # the byte that Windows locks: one that nobody reads
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+LAUNCHERS = {  # variable with the number of processes -> the launchers that set it
+    "WORLD_SIZE": "torchrun or accelerate launch",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    SLURM_TASKS: "srun",
+}
 
 
 class FolderLock:
-    """Held from `hold` to `release`, or to the end of the process, however it ends: a killed run
-    leaves a file that locks nothing.
+    """The lock on a run folder, held from `hold` to `release` or to the end of the process.
 
-    On NFS the lock is as good as the server's: Linux turns flock into a lock of the server's, which
-    other machines see, unless the file system is mounted with nolock or local_lock. There, and on
-    file systems without locks, two machines can write to one folder.
+    A killed run leaves a file that locks nothing. On NFS the lock is as good as the server's: Linux
+    turns flock into a lock of the server, which other machines see, unless the file system is
+    mounted with nolock or local_lock. There, and on file systems without locks, two machines can
+    write to one folder.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -49,8 +51,8 @@ class FolderLock:
         path = folder / LOCK
         while True:
             file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock is held)
-            if not _lock(file):
-                raise _refusal(file, folder)
+            if not _try_lock(file):
+                raise _in_use_error(file, folder)
             if _is_at(file, path):
                 break
             file.close()  # its last holder removed it between our opening and our locking
@@ -59,8 +61,8 @@ class FolderLock:
         return lock
 
     def follow(self, folder: Path) -> FolderLock:
-        """The lock on what is at `folder` now: this one, or a new one after --overwrite has moved
-        the folder with its lock away.
+        """The lock on the folder that is at `folder` now: this one, or a new one after --overwrite
+        has moved the old folder away with its lock.
         """
         path = folder / LOCK
         if _is_at(self.file, path):
@@ -74,7 +76,8 @@ class FolderLock:
         """Removes the file and lets the lock go; nothing where that is done already."""
         if self.file.closed:
             return
-        with contextlib.suppress(OSError):  # Windows removes no open file: it stays, and locks nothing
+        # Windows removes no open file: it stays, and locks nothing.
+        with contextlib.suppress(OSError):
             if _is_at(self.file, self.path):
                 self.path.unlink()
         self.file.close()
@@ -82,19 +85,25 @@ class FolderLock:
     def _write_holder(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             self.file.truncate(0)
-            self.file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode())
+            holder = {"process": os.getpid(), "machine": socket.gethostname()}
+            self.file.write(json.dumps(holder).encode())
             self.file.flush()
 
 
 def check_single_process(environment: Mapping[str, str]) -> None:
-    """Raises UserError where this process is one of several: each would train the same run and write to the same folder."""
-    counts = {name: environment.get(name, "") for name in RANKS}
-    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":  # a batch script has the tasks of its job, and is one process
-        counts["SLURM_STEP_NUM_TASKS"] = counts["SLURM_STEP_NUM_TASKS"] or environment.get("SLURM_NTASKS", "")
+    """Raises UserError where this process is one of several: each would train the same run and
+    write to the same folder.
+    """
+    counts = {name: environment.get(name, "") for name in LAUNCHERS}
+    # A batch script sees the number of its job's tasks, and is one process: only a step counts.
+    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":
+        counts[SLURM_TASKS] = counts[SLURM_TASKS] or environment.get("SLURM_NTASKS", "")
     for name, count in counts.items():
         if count.isdecimal() and int(count) > 1:
-            raise UserError(f"{RANKS[name]} started {count} processes ({name}), and a run trains in one; start it with python train.py alone, "
-                            "on the GPU that --device names")  # fmt: skip
+            raise UserError(
+                f"{LAUNCHERS[name]} started {count} processes ({name}), and a run trains in one; "
+                "start it with python train.py alone, on the GPU that --device names"
+            )
 
 
 def check_lock_free(folder: Path) -> None:
@@ -108,22 +117,26 @@ def check_lock_free(folder: Path) -> None:
     except OSError:  # no such file, or one that is not ours to write: `hold` will say so
         return
     with file:
-        if not _lock(file):
-            raise _refusal(file, folder)
+        if not _try_lock(file):
+            raise _in_use_error(file, folder)
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Whether the lock is ours now; it goes when the file is closed."""
+def _try_lock(file: BinaryIO) -> bool:
+    """Locks an open file, until it is closed; False where another process holds the lock."""
     try:
         if sys.platform == "win32":
-            file.seek(FAR)
+            file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        print(f"warning: {file.name} cannot be locked ({error.strerror}); start no second run in its folder", file=sys.stderr)
+        print(
+            f"warning: {file.name} cannot be locked ({error.strerror}); "
+            "start no second run in its folder",
+            file=sys.stderr,
+        )
     return True
 
 
@@ -135,8 +148,8 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _refusal(file: BinaryIO, folder: Path) -> UserError:
-    """The sentence about the process that has the lock. Closes the file."""
+def _in_use_error(file: BinaryIO, folder: Path) -> UserError:
+    """The error that names the process which has the lock. Closes the file."""
     with file:
         file.seek(0)
         try:

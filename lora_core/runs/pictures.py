@@ -1,4 +1,4 @@
-"""Tensors to PNG files: labelled grids of images and plots of metrics."""
+"""Images and plots as PNG files: labeled grids of images, line plots, histograms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from lora_core.errors import UserError
 from lora_core.runs.run_folder import atomic_write
 
 INK, PAPER = "#1b1f24", "#ffffff"
+MARGIN, GAP = 14, 10  # pixels around a grid, and between its images
+LABEL_WIDTH = 170  # pixels left of the images
+CAPTION_LINE = 16  # pixels
+COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,28 @@ class ImageRow:
     images: Sequence[Image.Image]
     captions: Sequence[str] = ()
 
+    def image_height(self, cell: int) -> int:
+        """Height of the tallest image when all are `cell` pixels wide."""
+        return max(round(image.height * cell / image.width) for image in self.images)
+
+    def caption_height(self, cell: int) -> int:
+        """Pixels under the images."""
+        lines = max((len(_wrap(c, cell, 6.4)) for c in self.captions), default=0)
+        return lines * CAPTION_LINE + (6 if self.captions else 0)
+
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """PIL images of pixels [b, 3, h, w] in [-1, 1]. Raises UserError for NaN, which would come out black."""
+    """PIL images of pixels [b, 3, h, w] in [-1, 1].
+
+    Raises UserError for NaN, which would come out black.
+    """
     if bool(pixels.isnan().any()):
-        raise UserError("the pixels of a picture are NaN; look at the network that drew it, or draw with --precision bf16 or fp32")
-    array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+        raise UserError(
+            "the pixels of an image are NaN; look at the network that drew it, "
+            "or draw with --precision bf16 or fp32"
+        )
+    bytes_ = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = bytes_.permute(0, 2, 3, 1).cpu().contiguous()
     return [Image.frombytes("RGB", (a.shape[1], a.shape[0]), a.numpy().tobytes()) for a in array]
 
 
@@ -47,82 +68,125 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
         image.save(temporary, format="PNG", pnginfo=info)
 
 
+# ---------------------------------------------------------------- grids
+
+
 def draw_grid(rows: Sequence[ImageRow], *, title: str = "", cell: int = 192) -> Image.Image:
-    """All rows in one picture, each image scaled to `cell` pixels wide with Lanczos, labels on the left, captions underneath."""
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
-    gap, margin, line = 10, 14, 16
-    label_width = 170 if any(row.label for row in rows) else 0
+    """All rows in one image: labels on the left, captions underneath.
+
+    Each image is scaled to `cell` pixels wide with Lanczos.
+    """
+    left = MARGIN + (LABEL_WIDTH if any(row.label for row in rows) else 0)
     columns = max(len(row.images) for row in rows)
-    under = [max((len(_wrap(c, cell, 6.4)) for c in row.captions), default=0) * line + (6 if row.captions else 0) for row in rows]
-    heights = [max(round(im.height * cell / im.width) for im in row.images) for row in rows]
-    top = margin + (34 if title else 0)
-    size = (2 * margin + label_width + columns * (cell + gap) - gap, top + sum(heights) + sum(under) + gap * (len(rows) - 1) + margin)
-    sheet = Image.new("RGB", size, PAPER)
+    heights = [row.image_height(cell) + row.caption_height(cell) for row in rows]
+    top = MARGIN + (34 if title else 0)
+    width = left + columns * (cell + GAP) - GAP + MARGIN
+    height = top + sum(heights) + GAP * (len(rows) - 1) + MARGIN
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin), title, INK, bold)
-    y = top
-    for row, height, below in zip(rows, heights, under):
-        for i, text in enumerate(_wrap(row.label, label_width - 12, 7.6)):
-            draw.text((margin, y + 4 + 20 * i), text, INK, ImageFont.load_default(15))
-        for i, image in enumerate(row.images):
-            x = margin + label_width + i * (cell + gap)
-            sheet.paste(image.convert("RGB").resize((cell, round(image.height * cell / image.width)), Image.Resampling.LANCZOS), (x, y))
-            for j, text in enumerate(_wrap(row.captions[i], cell, 6.4) if i < len(row.captions) else []):
-                draw.text((x, y + height + 4 + line * j), text, INK, font)
-        y += height + below + gap
+    draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(17))
+    for row, row_height in zip(rows, heights):
+        for i, text in enumerate(_wrap(row.label, left - MARGIN - 12, 7.6)):
+            draw.text((MARGIN, top + 4 + 20 * i), text, INK, ImageFont.load_default(15))
+        _paste_row(sheet, draw, row, (left, top), cell)
+        top += row_height + GAP
     return sheet
 
 
+def _paste_row(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, row: ImageRow, corner: tuple[int, int], cell: int
+) -> None:
+    """Puts the images and captions of a row on the sheet; `corner`: x, y of the first image."""
+    font = ImageFont.load_default(13)
+    left, top = corner
+    under = top + row.image_height(cell) + 4
+    for i, image in enumerate(row.images):
+        x = left + i * (cell + GAP)
+        size = cell, round(image.height * cell / image.width)
+        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, top))
+        caption = row.captions[i] if i < len(row.captions) else ""
+        for j, text in enumerate(_wrap(caption, cell, 6.4)):
+            draw.text((x, under + CAPTION_LINE * j), text, INK, font)
+
+
 def _wrap(text: str, width: float, advance: float) -> list[str]:
-    return [part for line in text.split("\n") for part in textwrap.wrap(line, max(1, int(width / advance)))]
+    """Lines of at most `width` pixels, at `advance` pixels a character."""
+    longest = max(1, int(width / advance))
+    return list(chain.from_iterable(textwrap.wrap(line, longest) for line in text.split("\n")))
 
 
-Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+# ---------------------------------------------------------------- plots
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
 
 
 def plot_lines(
-    series: Series, path: Path, *, axes: tuple[str, str], title: str = "", log: bool = False, errors: Mapping[str, Sequence[float]] | None = None
+    series: Series,
+    path: Path,
+    *,
+    axes: tuple[str, str],
+    title: str = "",
+    log: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """A line plot of named (x, y) series as PNG; with `errors` (one per point), error bars."""
     with _figure(path) as axis:
         for name, (x, y) in series.items():
-            axis.errorbar(x, y, yerr=(errors or {}).get(name), label=name, linewidth=1.4, capsize=3)
-        axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale="log" if log else "linear")
+            yerr = (errors or {}).get(name)
+            axis.errorbar(x, y, yerr=yerr, label=name, linewidth=1.4, capsize=3)
+        scale = "log" if log else "linear"
+        axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale=scale)
         axis.grid(alpha=0.3)
-        if all(float(value).is_integer() for x, _ in series.values() for value in x):
+        places = chain.from_iterable(x for x, _ in series.values())
+        if all(float(place).is_integer() for place in places):
             axis.locator_params(axis="x", integer=True)
         if len(series) > 1:
             axis.legend(edgecolor="white")
 
 
-def plot_steps_and_lines(filled: Series, series: Series, path: Path, *, axes: tuple[str, str, str], title: str = "", log: bool = False) -> None:
-    """As PNG: `filled` as steps on the left axis, from 0, and lines of `series` over it on the right axis, which `log` makes logarithmic.
+def plot_steps_and_lines(
+    filled: Series,
+    series: Series,
+    path: Path,
+    *,
+    axes: tuple[str, str, str],
+    title: str = "",
+    log: bool = False,
+) -> None:
+    """As PNG: histograms `filled` on the left axis, and lines of `series` on the right axis.
 
-    `axes` names x, left and right. x are the middles of equal bins.
+    The left axis begins at 0, the right one is logarithmic with `log`. `axes` names x, left and
+    right. x are the middles of equal bins.
     """
     with _figure(path) as axis:
-        right, colours = axis.twinx(), iter(("#bcd5ea", "#1b4f8a", "#d95f0e"))
+        right, colors = axis.twinx(), iter(COLORS)
         for i, (name, (x, y)) in enumerate(filled.items()):
             half = (x[1] - x[0]) / 2
-            edges = [x[0] - half, *(v + half for v in x)]
-            axis.stairs(y, edges, label=name, fill=i == 0, color=next(colours), linewidth=1.6)
+            edges = [x[0] - half, *(middle + half for middle in x)]
+            color = next(colors)
+            axis.stairs(y, edges, label=name, fill=i == 0, color=color, linewidth=1.6)
             axis.set_xlim(edges[0], edges[-1])
         for name, (x, y) in series.items():
-            right.plot(x, y, label=name, linewidth=1.6, color=next(colours))
+            right.plot(x, y, label=name, linewidth=1.6, color=next(colors))
         axis.set(xlabel=axes[0], ylabel=axes[1])
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(0, 1.25 * max(v for _, y in filled.values() for v in y))  # room for the legend
+        axis.set_ylim(0, 1.25 * max(_all_values(filled)))  # room for the legend
         right.set(ylabel=axes[2], yscale="log" if log else "linear")
-        values = [v for _, y in series.values() for v in y]
-        right.set_ylim(min(values) if log else 0, 1.25 * max(values) if not log else max(values) * (max(values) / min(values)) ** 0.25)
-        handles = [h for part in (axis, right) for h in part.get_legend_handles_labels()[0]]
-        axis.legend(handles=handles, frameon=False, ncols=len(handles), loc="upper center", fontsize=9)
+        low, high = min(_all_values(series)), max(_all_values(series))
+        right.set_ylim(low if log else 0, high * (high / low) ** 0.25 if log else 1.25 * high)
+        handles = axis.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
+        columns = len(handles)
+        axis.legend(handles=handles, frameon=False, ncols=columns, loc="upper center", fontsize=9)
         axis.grid(alpha=0.3)
+
+
+def _all_values(series: Series) -> list[float]:
+    return list(chain.from_iterable(y for _, y in series.values()))
 
 
 @contextmanager
 def _figure(path: Path) -> Iterator[Any]:
-    """Axes of a new figure that is written to `path` as PNG, whole or not at all, when what is drawn on them is complete."""
+    """Axes of a new figure, which is written to `path` as PNG when the block ends without error."""
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
@@ -136,9 +200,9 @@ def _figure(path: Path) -> Iterator[Any]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Running mean over the last `window` values."""
-    total, out = 0.0, []
+    """Mean over the last `window` values, at each value."""
+    total, means = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)
-        out.append(total / min(i + 1, window))
-    return out
+        means.append(total / min(i + 1, window))
+    return means

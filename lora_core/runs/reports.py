@@ -1,4 +1,7 @@
-"""Numbers of a run: rows of metrics.jsonl, TensorBoard or W&B beside them, plots at the end. Device values are read in bunches, not at every step."""
+"""Numbers of a run: metrics.jsonl, TensorBoard or W&B, plots, and a preview of the noise levels.
+
+Values on the device are read many steps at a time, not at every step.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_core.diffusion import losses
-from lora_core.diffusion import noise
-from lora_core.runs import pictures
-from lora_core.diffusion import validation
-from lora_core.errors import UserError
+from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
+from lora_core.errors import UserError, first_line
+from lora_core.runs import pictures
 from lora_core.runs.run_folder import Run
 
 
 class Sink(Protocol):
-    """Where scalars also go."""
+    """A logger that gets the scalars in addition to metrics.jsonl."""
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
 
 class LogBook:
-    """Collects rows with values on the device and writes them out together, one host sync for all."""
+    """Collects metrics, some of them still on the device, and writes them out together: one host
+    sync for all.
+    """
 
     def __init__(self, run: Run, report: str, config: dict[str, Any]) -> None:
         self.run = run
@@ -38,28 +41,47 @@ class LogBook:
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, step: int, **values: float | int | Tensor) -> None:
+        """Metrics of one step, written at the next `flush`."""
         self.waiting.append({"step": step, **values})
 
     def flush(self) -> list[dict[str, Any]]:
-        """Writes the waiting rows to metrics.jsonl and returns them as plain numbers."""
-        places = [(row, name) for row in self.waiting for name, value in row.items() if isinstance(value, Tensor)]
-        if places:
-            numbers = torch.stack([row[name].detach().double().reshape(()) for row, name in places]).tolist()
-            for (row, name), number in zip(places, numbers):
-                row[name] = number if row[name].is_floating_point() else int(number)  # a count
+        """Writes the waiting metrics to metrics.jsonl and returns them as plain numbers."""
+        _read_tensors(self.waiting)
         rows, self.waiting = self.waiting, []
         for row in rows:
             self.run.log(row)
             if self.sink is not None:
-                self.sink(row["step"], {name: value for name, value in row.items() if name != "step" and isinstance(value, float)})
+                self.sink(row["step"], _floats(row))
         return rows
 
 
-def _tensorboard(folder: Path, config: dict[str, Any]) -> Sink:
+def _read_tensors(rows: list[dict[str, Any]]) -> None:
+    """Replaces the tensors in `rows` by numbers, in one transfer from the device."""
+    places = []
+    for row in rows:
+        places += [(row, name) for name, value in row.items() if isinstance(value, Tensor)]
+    if not places:
+        return
+    tensors = [row[name].detach().double().reshape(()) for row, name in places]
+    for (row, name), number in zip(places, torch.stack(tensors).tolist()):
+        is_count = not row[name].is_floating_point()
+        row[name] = int(number) if is_count else number
+
+
+def _floats(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if k != "step" and isinstance(v, float)}
+
+
+# ---------------------------------------------------------------- TensorBoard and W&B
+
+
+def _open_tensorboard(folder: Path, config: dict[str, Any]) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--report tensorboard needs the package tensorboard: pip install tensorboard") from None
+        raise UserError(
+            "--report tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from None
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(step: int, values: dict[str, float]) -> None:
@@ -70,7 +92,7 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Sink:
     return write
 
 
-def _wandb(folder: Path, config: dict[str, Any]) -> Sink:
+def _open_wandb(folder: Path, config: dict[str, Any]) -> Sink:
     try:
         import wandb
     except ImportError:
@@ -79,13 +101,25 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Sink:
     return lambda step, values: wandb.log(values, step=step)
 
 
+SINKS: dict[str, Any] = {  # --report -> fn(folder, config) -> Sink, or None
+    "none": lambda folder, config: None,
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+}
+
+
 def check_login(report: str) -> None:
-    """Imports what --report needs and, for W&B, logs in. Raises UserError in one sentence where that fails."""
+    """Imports the package that --report needs and, for W&B, logs in.
+
+    Raises UserError in one sentence where that fails.
+    """
     if report == "tensorboard":
         try:
             import torch.utils.tensorboard  # noqa: F401
-        except Exception as error:  # a broken installation raises what it likes
-            raise UserError(f"--report tensorboard cannot be imported ({error}): pip install tensorboard") from None
+        except Exception as error:  # a broken installation raises anything
+            raise UserError(
+                f"--report tensorboard cannot be imported ({error}): pip install tensorboard"
+            ) from None
     if report == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
         try:
             import wandb
@@ -93,53 +127,72 @@ def check_login(report: str) -> None:
             if not wandb.login():
                 raise RuntimeError("there is no login")
         except Exception as error:  # UsageError, AuthenticationError, CommError ... by version
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--report wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline") from None
+            raise UserError(
+                f"--report wandb: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
 
 
-SINKS: dict[str, Any] = {"none": lambda folder, config: None, "tensorboard": _tensorboard, "wandb": _wandb}
+# ---------------------------------------------------------------- plots
 
 
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
-    """OUT/loss.png, OUT/val.png and, for an optimiser that estimates a distance, OUT/d.png, from the rows of metrics.jsonl and val.jsonl.
+    """OUT/loss.png, OUT/val.png and, for an optimizer that estimates a distance, OUT/d.png, from
+    metrics.jsonl. Returns the files that were written.
 
-    `scored` says in val.png's title which images the loss is on, e.g. "held-out loss".
+    `scored` names the validation loss in the title of val.png, e.g. "held-out loss".
     """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, float) and math.isfinite(value):
-                columns[name][0].append(row["step"])
-                columns[name][1].append(value)
+    columns = _read_columns(folder / "metrics.jsonl")
     written = []
     if "loss" in columns:
         steps, loss = columns["loss"]
-        series = {"every step": (steps, loss), "mean of 50": (steps, pictures.running_mean(loss, 50))}
         written.append(folder / "loss.png")
-        pictures.plot_lines(series, written[-1], axes=("step", "training loss"), title="training loss (mostly says which timesteps were drawn)")
-    distances = {name: columns[name] for name in columns if name == "d" or name.startswith("d_")}
+        pictures.plot_lines(
+            {"every step": (steps, loss), "mean of 50": (steps, pictures.running_mean(loss, 50))},
+            written[-1],
+            axes=("step", "training loss"),
+            title="training loss (mostly says which timesteps were drawn)",
+        )
+    distances = {name: xy for name, xy in columns.items() if name == "d" or name[:2] == "d_"}
     if distances:
         written.append(folder / "d.png")
-        pictures.plot_lines(distances, written[-1], axes=("step", "d"), title="Prodigy's distance estimate", log=True)
+        title = "Prodigy's distance estimate"
+        pictures.plot_lines(distances, written[-1], axes=("step", "d"), title=title, log=True)
     if len(columns["val_loss"][0]) > 1:
         written.append(folder / "val.png")
-        pictures.plot_lines({scored: columns["val_loss"]}, written[-1], axes=("step", "loss"), title=f"{scored}, at fixed timesteps and noise")
+        pictures.plot_lines(
+            {scored: columns["val_loss"]},
+            written[-1],
+            axes=("step", "loss"),
+            title=f"{scored}, at fixed timesteps and noise",
+        )
     return written
 
 
-# ---------------------------------------------------------------- where on the schedule training happens
+def _read_columns(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Metric -> (steps, values), those that are finite."""
+    columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for name, value in _floats(row).items():
+            if math.isfinite(value):
+                columns[name][0].append(row["step"])
+                columns[name][1].append(value)
+    return columns
 
-BINS, DRAWS = 50, 100_000  # of the plot; 5 bins are one row of the table, and so many draws are exact to 1e-5 of all
+
+# ---------------------------------------------------------------- preview of the noise levels
+
+BINS = 50  # of the plot; 5 of them are one line of the table
+DRAWS = 100_000  # enough to be exact to 1e-5 of all draws
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What decides how often a noise level is trained on and how much it counts."""
+    """The settings that decide how often a noise level is trained on and how much it counts."""
 
     schedule: Schedule
-    prediction: str  # a row of PREDICTIONS
-    density: Callable[[Tensor], Tensor] | None = None  # as noise.bind_density returns it; None: uniform
+    prediction: str  # a key of PREDICTIONS
+    density: Callable[[Tensor], Tensor] | None = None  # of noise.bind_density; None: uniform
     low: float = 0.0
     high: float = 1.0
     shift: float = 1.0
@@ -147,6 +200,12 @@ class Objective:
     loss: str = "mse"  # only named
     weighting: str = "none"
     args: Mapping[str, float] = field(default_factory=dict)  # of the weighting
+
+    def weigh(self, level: NoiseLevel) -> Tensor:
+        """[b] the weight of the loss at each level, float64."""
+        return losses.loss_weights(
+            self.weighting, level, self.prediction, space=self.space, **self.args
+        ).double()
 
 
 class TimestepBins(NamedTuple):
@@ -160,45 +219,60 @@ class TimestepBins(NamedTuple):
 
 
 def timestep_bins(objective: Objective, count: int) -> TimestepBins:
-    """How draws and weights are spread over `count` equal stretches of the timesteps; evenly spaced numbers stand for random ones."""
+    """The distribution of draws and weights over `count` equal stretches of the timesteps, with
+    evenly spaced numbers in place of random ones.
+    """
     o, schedule = objective, objective.schedule.to("cpu")
-    low, high = (schedule.ts[0].item(), schedule.ts[-1].item()) if schedule.t_max is None else (0.0, schedule.t_max)
-    half = {"vp": 0.5, "flow": -0.5 / len(schedule), "edm": 0.0}[schedule.kind]  # row t stands for t ... t + 1; row sigma for what is just below
+    low, high = 0.0, schedule.t_max
+    if high is None:
+        low, high = schedule.ts[0].item(), schedule.ts[-1].item()
+    # A row of a vp table is the timesteps t ... t + 1; of a flow table those just below its sigma.
+    half = {"vp": 0.5, "flow": -0.5 / len(schedule), "edm": 0.0}[schedule.kind]
     u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
-    drawn = noise.levels_at_quantiles(schedule, u, low=o.low, high=o.high, density=o.density, shift=o.shift)
+    drawn = noise.levels_at_quantiles(
+        schedule, u, low=o.low, high=o.high, density=o.density, shift=o.shift
+    )
     place = ((drawn.t.double() + half - low) / (high - low) * count).long().clamp(0, count - 1)
-
-    def weigh(level: NoiseLevel) -> Tensor:
-        return losses.loss_weights(o.weighting, level, o.prediction, space=o.space, **o.args).double()
-
     middles = low + (torch.arange(count, dtype=torch.float64) + 0.5) / count * (high - low)
     level = schedule.level(middles.clamp(max=schedule.ts[-1].item()))
-    product = torch.zeros(count, dtype=torch.float64).index_add(0, place, weigh(drawn))
+    product = torch.zeros(count, dtype=torch.float64).index_add(0, place, o.weigh(drawn))
     share = torch.bincount(place, minlength=count).double() / DRAWS
-    return TimestepBins(middles, level, share, weigh(level), product / product.sum())
+    return TimestepBins(middles, level, share, o.weigh(level), product / product.sum())
 
 
 def preview_table(objective: Objective) -> str:
-    """Ten stretches of the timesteps with their noise level, the share of the draws, the weight, and the share of draws x weight."""
+    """Ten stretches of the timesteps with their noise level, the share of the draws, the weight,
+    and the share of draws x weight.
+    """
     b = timestep_bins(objective, 10)
-    lines = [f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10} {'draws x weight':>15}   from clean to pure noise"]
-    for t, sigma, snr, share, weight, product in zip(b.t, b.level.sigma, b.level.snr, b.share, b.weight, b.product):
-        shown = validation.format_timestep(t.item())
-        lines.append(f"{shown:>9} {sigma:8.4f} {snr.log():+8.2f} {share:7.1%} {weight:10.4g} {product:15.1%}")
+    titles = f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10}"
+    lines = [f"{titles} {'draws x weight':>15}   from clean to pure noise"]
+    columns = (b.t, b.level.sigma, b.level.snr, b.share, b.weight, b.product)
+    for t, sigma, snr, share, weight, product in zip(*columns):
+        level = f"{validation.format_timestep(t.item()):>9} {sigma:8.4f} {snr.log():+8.2f}"
+        lines.append(f"{level} {share:7.1%} {weight:10.4g} {product:15.1%}")
     return "\n".join(lines)
 
 
 def preview_density(objective: Objective, path: Path) -> Path:
-    """Prints `preview_table` and writes the same as a plot to `path`: draws, weight, and draws x weight over the timesteps. Returns `path`."""
-    b, o = timestep_bins(objective, BINS), objective
-    words, t, weights = losses.describe_loss(o.weighting, o.prediction, o.space, loss=o.loss, **o.args), b.t.tolist(), b.weight.tolist()
+    """Prints `preview_table` and writes the same as a plot to `path`, which is returned: draws,
+    weight, and draws x weight over the timesteps.
+    """
+    o, b = objective, timestep_bins(objective, BINS)
+    words = losses.describe_loss(o.weighting, o.prediction, o.space, loss=o.loss, **o.args)
     print(f"{words}\n{preview_table(o)}")
-    unit = {"vp": "timestep", "flow": "timestep = sigma", "edm": "timestep = ln(sigma) / 4"}[o.schedule.kind]
+    t, weights = b.t.tolist(), b.weight.tolist()
+    units = {"vp": "timestep", "flow": "timestep = sigma", "edm": "timestep = ln(sigma) / 4"}
+    left, right = "\N{LEFTWARDS ARROW}", "\N{RIGHTWARDS ARROW}"
+    x = f"clean   {left}   {units[o.schedule.kind]}   {right}   pure noise"
     pictures.plot_steps_and_lines(
-        {"draws": (t, (b.share * BINS).tolist()), "draws x weight": (t, (b.product * BINS).tolist())},
+        {
+            "draws": (t, (b.share * BINS).tolist()),
+            "draws x weight": (t, (b.product * BINS).tolist()),
+        },
         {"weight": (t, weights)},
         path,
-        axes=(f"clean   \N{LEFTWARDS ARROW}   {unit}   \N{RIGHTWARDS ARROW}   pure noise", "share of the steps (uniform = 1)", "weight"),
+        axes=(x, "share of the steps (uniform = 1)", "weight"),
         title=words,
         log=max(weights) > 20 * min(weights) > 0,
     )

@@ -1,10 +1,12 @@
-"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle, resume that
-loses and repeats nothing.
+"""The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle.
+
+Resuming from it loses and repeats nothing.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,12 +28,14 @@ from lora_core.runs.lock import LOCK, FolderLock
 K = TypeVar("K", bound=Hashable)
 SUMS = "checksums.b2"  # of a checkpoint's two files, as b2sum writes and checks them
 LOGS = ("metrics", "val")  # names of the logs, which a resumed run cuts
-# What a run has; the last ones alone if it ended at its very beginning.
+# Names in a run's folder; only the last ones where it ended at its very beginning.
 MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK, "class_images")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")  # names of `temporary_name`
 
 
 class Checkpoint(NamedTuple):
+    """The state of a run after a number of steps."""
+
     step: int  # steps done
     tensors: dict[str, Tensor]  # on the CPU
     meta: Any  # JSON
@@ -39,11 +43,10 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk; any
-    error removes it and leaves an old `path` as it was.
+    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk.
 
-    The name keeps the suffix (image writers choose their format by it). UserError in one sentence
-    when the disk is full.
+    Any error removes it and leaves an old `path` as it was. The name keeps the suffix, by which
+    image writers choose their format. Raises UserError in one sentence when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,49 +62,58 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A fresh name beside `path` for a file while it is written."""
+    """A fresh name in the folder of `path` for a file while it is written."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, of which there may be no more than its beginning."""
+    """Whether a folder holds a run, if only the beginning of one."""
     return any((folder / mark).exists() for mark in MARKS)
 
 
 def first_names(folder: Path) -> str:
-    """The first three names in a folder, for a sentence about what it holds."""
+    """The first three names in a folder, for an error message."""
     held = sorted(path.name for path in folder.iterdir())
     return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
 
 
 def lock_folder(folder: Path) -> FolderLock:
-    """The lock on the folder of a run, made where it is missing. Raises UserError where another
-    process has it, or the disk refuses.
+    """The lock on the folder of a run, which is made where it is missing.
+
+    Raises UserError where another process has the lock, or the disk refuses.
     """
     with _disk_errors(folder):
         return FolderLock.hold(folder)
 
 
 class Run:
-    """An open run folder. `step` everywhere is the number of steps done: a row or checkpoint with
-    step n says how things are after n steps.
+    """An open run folder. `step` is always the number of steps done: a checkpoint or a line of a
+    log with step n is the state after n steps.
     """
 
     def __init__(self, folder: Path, *, keep: int | None) -> None:
-        self.folder, self.keep = folder, keep
+        self.folder = folder
+        self.keep = keep
 
     @classmethod
-    def open(cls, out: Path | str, *, resume: bool = False, overwrite: bool = False, keep: int | None = None) -> "Run":
-        """The run in `out`, a new one unless `resume`; `keep` is the number of newest checkpoints
-        kept (None: all).
+    def open(
+        cls,
+        out: Path | str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        keep: int | None = None,
+    ) -> "Run":
+        """The run in `out`, a new one unless `resume`.
 
-        A folder with anything in it is refused without `resume` or `overwrite`, which moves it to
-        OUT.bak (an older OUT.bak to OUT.bak.1, .2 ...). `resume` cuts the logs after the newest
-        whole checkpoint and clears away what a killed process left half-written.
+        `keep`: the number of newest checkpoints that are kept (None: all). A folder with anything
+        in it is refused without `resume` or `overwrite`, which moves it to OUT.bak (an older
+        OUT.bak to OUT.bak.1, .2 ...). `resume` cuts the logs after the newest whole checkpoint and
+        removes files that a killed process left half written.
         """
         if keep is not None and keep < 1:
             raise UserError(f"the number of checkpoints to keep is {keep}; expected at least 1")
-        folder, occupied = cls.check(out, resume=resume, overwrite=overwrite)
+        folder, occupied = cls.check_folder(out, resume=resume, overwrite=overwrite)
         if occupied and overwrite:
             _back_up(folder)
         run = cls(folder, keep=keep)
@@ -112,25 +124,30 @@ class Run:
         return run
 
     @staticmethod
-    def check(out: Path | str, *, resume: bool, overwrite: bool) -> tuple[Path, bool]:
-        """(the folder, whether anything is in it); changes nothing. Raises UserError where `open`
-        would refuse it.
+    def check_folder(out: Path | str, *, resume: bool, overwrite: bool) -> tuple[Path, bool]:
+        """(the folder, whether anything is in it); changes nothing.
+
+        Raises UserError where `open` would refuse it.
         """
         folder = Path(os.path.abspath(out))
         if resume and overwrite:
-            raise UserError("--resume and --overwrite were both given; choose to go on with the old run or to start a new one")
+            raise UserError(
+                "--resume and --overwrite were both given; "
+                "choose to go on with the old run or to start a new one"
+            )
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{out} is a file; name a folder for the run")
         occupied = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
         if resume and not occupied:
             raise UserError(f"there is no run in {out} to resume; leave --resume out to start one")
         if occupied and not overwrite and not is_run(folder):
+            held, marks = first_names(folder), ", ".join(MARKS[:3])
             wanted = "the folder of the run to resume" if resume else "another --out"
-            raise UserError(f"{out} holds {first_names(folder)} and none of a run's {', '.join(MARKS[:3])}; name {wanted}")
+            raise UserError(f"{out} holds {held} and none of a run's {marks}; name {wanted}")
         if occupied and not resume and not overwrite:
             raise UserError(
-                f"{out} already holds files of another run; pass --resume to go on with it, --overwrite to move it to {folder.name}.bak, "
-                "or name another --out"
+                f"{out} already holds files of another run; pass --resume to go on with it, "
+                f"--overwrite to move it to {folder.name}.bak, or name another --out"
             )
         return folder, occupied
 
@@ -141,12 +158,17 @@ class Run:
         return self.folder / name
 
     def log(self, row: dict[str, Any], *, to: str = "metrics") -> None:
-        """Appends a row, which has a "step", to OUT/<to>.jsonl and flushes it; a row that does not
-        fit on the disk leaves no trace.
+        """Appends a line, which has a "step", to OUT/<to>.jsonl and flushes it.
+
+        A line that does not fit on the disk leaves no trace.
         """
         if type(row.get("step")) is not int:
-            raise ValueError(f"a row of {to}.jsonl has step {row.get('step')!r}; expected the number of steps done, by which a resumed run cuts")
-        path, line = self.folder / f"{to}.jsonl", (json.dumps(row) + "\n").encode()
+            raise ValueError(
+                f"a line of {to}.jsonl has step {row.get('step')!r}; "
+                "expected the number of steps done, by which a resumed run cuts"
+            )
+        path = self.folder / f"{to}.jsonl"
+        line = (json.dumps(row) + "\n").encode()
         with _disk_errors(path), open(path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
@@ -159,9 +181,9 @@ class Run:
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
         """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not
-        at all, then drops the ones beyond `keep`.
+        at all, and returns that folder; then removes the checkpoints beyond `keep`.
 
-        Returns the folder. `meta` is what JSON can hold; `flatten` makes both from nested state.
+        `meta`: anything that JSON can hold. `flatten_state` makes both from nested state.
         """
         folder = self.folder / "checkpoints" / str(step)
         folder.parent.mkdir(exist_ok=True)
@@ -169,91 +191,104 @@ class Run:
         try:
             with _disk_errors(folder):
                 temporary.mkdir()
-                save_file(_apart(tensors), temporary / "state.safetensors")
+                save_file(_unshare(tensors), temporary / "state.safetensors")
                 size = (temporary / "state.safetensors").stat().st_size
-                (temporary / "state.json").write_text(json.dumps({"step": step, "bytes": size, "meta": meta}), encoding="utf-8")
-                (temporary / SUMS).write_text(_sums(temporary), encoding="utf-8")
+                text = json.dumps({"step": step, "bytes": size, "meta": meta})
+                (temporary / "state.json").write_text(text, encoding="utf-8")
+                (temporary / SUMS).write_text(_checksums(temporary), encoding="utf-8")
                 for path in (*temporary.iterdir(), temporary):
                     _sync(path)
-                _drop(folder)  # only a run that saves one step twice has it
+                _remove_folder(folder)  # only a run that saves one step twice has it
                 os.replace(temporary, folder)
                 _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._checkpoints()[self.keep :] if self.keep else []:
-            _drop(old)
+        if self.keep:
+            for old in self._checkpoints()[self.keep :]:
+                _remove_folder(old)
         return folder
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none; each damaged one that is passed
-        over is named in a printed line.
+        """The newest whole checkpoint, or None if there is none.
 
-        Raises UserError where all of them are damaged, and for one that cannot be read now, which
-        says nothing of what is in it.
+        Prints a line for each damaged one that is passed over. Raises UserError where all of them
+        are damaged, and for one that cannot be read now: it may be whole.
         """
         folders = self._checkpoints()
         for folder in folders:
             try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                if (folder / "state.safetensors").stat().st_size != state["bytes"] or state["step"] != int(folder.name):
-                    raise ValueError("its files do not belong together")
-                if (folder / SUMS).is_file() and (folder / SUMS).read_text(encoding="utf-8") != _sums(folder):  # older ones have none
-                    raise ValueError(f"its files are not those of {SUMS}")
-                tensors = load_file(folder / "state.safetensors")
-                if bad := nonfinite_names(tensors):
-                    raise ValueError(f"{bad[0]} holds NaN or infinity")
-                return Checkpoint(state["step"], tensors, state["meta"])
+                return _read_checkpoint(folder)
             except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 print(f"checkpoint {folder} is damaged ({error}) and passed over", flush=True)
             except OSError as error:
-                cure = f"try again, or remove {folder} to go back to the one before it"
-                raise UserError(f"checkpoint {folder} cannot be read ({error.strerror or error}); {cure}") from error
+                advice = f"try again, or remove {folder} to go back to the one before it"
+                reason = error.strerror or error
+                raise UserError(
+                    f"checkpoint {folder} cannot be read ({reason}); {advice}"
+                ) from error
         if folders:
             raise UserError(
-                f"{self.folder} has no whole checkpoint to resume from; start again with --overwrite, which moves it to {self.folder.name}.bak"
+                f"{self.folder} has no whole checkpoint to resume from; "
+                f"start again with --overwrite, which moves it to {self.folder.name}.bak"
             )
         return None
 
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, damaged or not; None where there is none."""
+        return next((int(folder.name) for folder in self._checkpoints()), None)
+
     def _checkpoints(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
-        folders = [path for path in (self.folder / "checkpoints").glob("*") if re.fullmatch(r"\d+", path.name) and path.is_dir()]
+        found = (self.folder / "checkpoints").glob("*")
+        folders = [path for path in found if re.fullmatch(r"\d+", path.name) and path.is_dir()]
         return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def _rewind(self) -> None:
-        """Makes the folder what it was when the newest whole checkpoint was written: rows and
-        checkpoints after it go, and so do temporary files.
+        """Brings the folder back to the state in which the newest whole checkpoint was written:
+        later log lines and checkpoints go, and so do temporary files.
         """
-        for left in [path for path in self.folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for path in [path for path in self.folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         checkpoint = self.load_checkpoint()
-        step = checkpoint.step if checkpoint else -1  # without one everything is done again, the validation before the first step too
-        for damaged in [folder for folder in self._checkpoints() if int(folder.name) > step]:
-            _drop(damaged)
+        # Without a checkpoint everything is repeated, the validation before the first step too.
+        step = checkpoint.step if checkpoint else -1
+        for folder in self._checkpoints():
+            if int(folder.name) > step:
+                _remove_folder(folder)
         for path in [self.folder / f"{name}.jsonl" for name in LOGS]:
             if not path.is_file():
                 continue
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, step)]
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _is_done_by(line, step)]
             with atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
 
 def nonfinite_names(tensors: Mapping[K, Tensor]) -> list[K]:
     """The names of the tensors that hold NaN or infinity. Waits for a GPU once."""
-    floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    floating = {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
     if not floating:
         return []
     device = max((t.device for t in floating.values()), key=lambda d: d.type != "cpu")
     exact = torch.float32 if device.type == "mps" else torch.float64
     wide = [t if t.element_size() > 1 else t.float() for t in floating.values()]
-    largest = torch.stack([torch.linalg.vector_norm(t, math.inf).to(device, exact) for t in wide])
-    return [name for name, good in zip(floating, largest.isfinite().tolist()) if not good]
+    largest = [torch.linalg.vector_norm(t, math.inf).to(device, exact) for t in wide]
+    are_finite = torch.stack(largest).isfinite().tolist()
+    return [name for name, is_finite in zip(floating, are_finite) if not is_finite]
 
 
 def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None;
-    `unflatten` gives the same tree, floats to the bit.
+    """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None.
 
-    Raises TypeError naming the place of anything else. Tensors are not copied.
+    `unflatten_state` gives the same tree, floats to the bit. Raises TypeError naming the place of
+    anything else. Tensors are not copied.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -264,8 +299,9 @@ def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
             return {"$": "tensor", "name": name}
         if node is None or isinstance(node, (bool, str)) or type(node) is int:
             return node
-        if isinstance(node, float):  # json writes the shortest text that reads back as the same double
-            return float(node) if math.isfinite(node) else {"$": "float", "text": repr(float(node))}
+        if isinstance(node, float):  # json writes a text that reads back as the same double
+            is_finite = math.isfinite(node)
+            return float(node) if is_finite else {"$": "float", "text": repr(float(node))}
         if isinstance(node, (list, tuple)):
             items = [encode(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(node)]
             return items if isinstance(node, list) else {"$": "tuple", "items": items}
@@ -273,14 +309,18 @@ def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
             values = [encode(value, f"{path}/{key}".lstrip("/")) for key, value in node.items()]
             if all(type(key) is str and key != "$" for key in node):
                 return dict(zip(node, values))
-            return {"$": "dict", "items": [[encode(key, f"{path}/key"), value] for key, value in zip(node, values)]}
-        raise TypeError(f"{path or 'the state'} is a {type(node).__name__}; a checkpoint holds tensors, numbers, strings, None, lists, tuples, dicts")
+            keys = [encode(key, f"{path}/key") for key in node]
+            return {"$": "dict", "items": [list(pair) for pair in zip(keys, values)]}
+        raise TypeError(
+            f"{path or 'the state'} is a {type(node).__name__}; "
+            "a checkpoint holds tensors, numbers, strings, None, lists, tuples, dicts"
+        )
 
     return tensors, encode(tree, "")
 
 
 def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
-    """The tree that `flatten` took apart."""
+    """The tree that `flatten_state` took apart."""
     if isinstance(meta, list):
         return [unflatten_state(tensors, item) for item in meta]
     if not isinstance(meta, dict):
@@ -295,11 +335,27 @@ def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
     return tuple(items) if meta["$"] == "tuple" else {key: value for key, value in items}
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory (safetensors refuses those: a shared d
-    stands in every group).
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises ValueError and others where it is damaged."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    size = (folder / "state.safetensors").stat().st_size
+    if size != state["bytes"] or state["step"] != int(folder.name):
+        raise ValueError("its files do not belong together")
+    sums = folder / SUMS  # older checkpoints have none
+    if sums.is_file() and sums.read_text(encoding="utf-8") != _checksums(folder):
+        raise ValueError(f"its files are not those of {SUMS}")
+    tensors = load_file(folder / "state.safetensors")
+    if bad := nonfinite_names(tensors):
+        raise ValueError(f"{bad[0]} holds NaN or infinity")
+    return Checkpoint(state["step"], tensors, state["meta"])
+
+
+def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, which safetensors would refuse: the d of
+    Prodigy is one tensor in the state of every group.
     """
-    apart, seen = {}, set()
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         if (pointer := tensor.untyped_storage().data_ptr()) in seen:
@@ -309,8 +365,8 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _sums(folder: Path) -> str:
-    """Lines of b2sum for a checkpoint's files: a second per gigabyte."""
+def _checksums(folder: Path) -> str:
+    """Lines of b2sum for a checkpoint's files; takes a second per gigabyte."""
     lines = []
     for name in ("state.json", "state.safetensors"):
         with open(folder / name, "rb") as file:
@@ -318,9 +374,9 @@ def _sums(folder: Path) -> str:
     return "".join(lines)
 
 
-def _belongs(line: bytes, step: int) -> bool:
-    """Whether a row of a log was written at or before `step`; the last line of a killed process may
-    be half a row.
+def _is_done_by(line: bytes, step: int) -> bool:
+    """Whether a line of a log was written at or before `step`; the last line of a killed process
+    may be half written.
     """
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
@@ -331,20 +387,27 @@ def _belongs(line: bytes, step: int) -> bool:
 def _back_up(folder: Path) -> None:
     """Moves OUT to OUT.bak, and an OUT.bak that is already there to the first free OUT.bak.N."""
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise UserError(f"--overwrite would move {folder}, in which this command runs; start it from another folder")
+        raise UserError(
+            f"--overwrite would move {folder}, in which this command runs; "
+            "start it from another folder"
+        )
     backup = folder.with_name(folder.name + ".bak")
     try:
         if os.path.lexists(backup):
-            number = next(n for n in range(1, 1_000_000) if not os.path.lexists(folder.with_name(f"{backup.name}.{n}")))
-            backup.rename(folder.with_name(f"{backup.name}.{number}"))
+            numbered = (folder.with_name(f"{backup.name}.{n}") for n in itertools.count(1))
+            backup.rename(next(path for path in numbered if not os.path.lexists(path)))
         folder.rename(backup)
-    except OSError as error:  # a mount point, a layer of a container, another user's folder, a name too long
-        raise UserError(f"--overwrite cannot move {folder} to {backup.name} ({error.strerror}); name another --out") from error
+    except OSError as error:
+        # a mount point, a layer of a container, another user's folder, a name too long
+        raise UserError(
+            f"--overwrite cannot move {folder} to {backup.name} ({error.strerror}); "
+            "name another --out"
+        ) from error
 
 
-def _drop(folder: Path) -> None:
-    """Removes a folder under a name that nothing reads, so that a kill in between leaves no half of
-    it.
+def _remove_folder(folder: Path) -> None:
+    """Removes a folder, first renamed: a kill in between leaves the rest under a name that nothing
+    reads.
     """
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
@@ -367,9 +430,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", errno.ENOSPC if "No space left" in str(error) else None)
+        is_full = "No space left" in str(error)
+        code = getattr(error, "errno", errno.ENOSPC if is_full else None)
         if code in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full: {path} was not written, what was there is untouched; free some space and try again") from error
+            raise UserError(
+                f"the disk is full: {path} was not written, what was there is untouched; "
+                "free some space and try again"
+            ) from error
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{path} cannot be written ({os.strerror(code)}); choose another folder or mend its permissions") from error
+            raise UserError(
+                f"{path} cannot be written ({os.strerror(code)}); "
+                "choose another folder or fix its permissions"
+            ) from error
         raise

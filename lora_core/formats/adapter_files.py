@@ -1,0 +1,376 @@
+"""Reading and writing adapter files of any format, and the files of a run's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.errors import UserError
+from lora_core.formats import embeddings, joined_layers
+from lora_core.formats.container import Shape, is_pickle, read_shapes, read_tensors, write_tensors
+from lora_core.formats.grammar import ReadOptions
+from lora_core.formats.known_formats import (
+    CUSTOM,
+    EMBEDDINGS,
+    FORMATS,
+    NATIVE,
+    READABLE,
+    TOKEN_FORMATS,
+    WRITABLE,
+    find_format,
+    import_function,
+    run_file_names,
+)
+from lora_core.formats.layout import Layout, nearest_name
+
+HOW_TO_DISTILL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
+FOREIGN = {  # pattern of a key -> kind of file; known in order to be refused by name
+    r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": (
+        "a control LoRA, which also changes norms and adds input channels"
+    ),
+    r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
+    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": (
+        "an OFT adapter, which turns weights and has no update of its own"
+    ),
+    r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": (
+        "a whole checkpoint"
+    ),
+}
+# Header entries that describe the file they were read from.
+STALE_HEADER = re.compile(r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load(
+    path: str | Path,
+    layout: Layout | None = None,
+    *,
+    allow_extra: bool = False,
+    dora_axis: str = "",
+    merging: bool = False,
+) -> AdapterState:
+    """The content of an adapter's file, of a run's folder, or of a folder of peft's.
+
+    A run's folder has its LoRA and the token rows next to it. Nothing in a file is executed.
+
+    allow_extra: leave out unknown keys, named in one line on stderr, instead of refusing the file.
+    dora_axis: "rows" or "columns", for the DoRA magnitudes of files in kohya's names whose shapes
+    and header do not tell.
+    merging: also read updates that can only be merged into a model or distilled: LyCORIS'
+    (`AdapterState.dense`) and DoRAs by columns.
+
+    Raises UserError for anything but a whole, finite file whose every key is known; with a layout,
+    shapes must fit it too.
+    """
+    if dora_axis not in ("", "rows", "columns"):
+        raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
+    path = Path(path)
+    options = ReadOptions(allow_extra, dora_axis)
+    files = _find_files(path)
+    states = [_load_file(file, layout, options) for file in files]
+    merged = states[0]
+    for file, state in zip(files[1:], states[1:], strict=True):
+        merged = _join_states(merged, state, str(files[0]), str(file))
+    if not merging:
+        _refuse_merge_only(merged, str(path))
+    return merged
+
+
+def detect_format(path: str | Path) -> str:
+    """The row of FORMATS that reads an adapter's file, or the first file of a folder.
+
+    "diffusers" for files that no format knows: its reader names the odd keys.
+    """
+    place = Path(path)
+    if place.is_dir():
+        files = [place / NATIVE, *sorted(place.glob("*.safetensors"))]
+        place = next((file for file in files if file.is_file()), place)
+    if place.is_file() and is_pickle(place):
+        return import_function("pickled_adapters", "detect_pickled")(place)
+    try:
+        shapes, _ = read_shapes(place)
+    except (UserError, OSError):
+        return "diffusers"
+    return find_format(shapes) or "diffusers"
+
+
+def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    """(key -> shape, header) of one adapter file; of a .safetensors file no tensor is read.
+
+    Raises UserError for a damaged file.
+    """
+    if file.is_file() and is_pickle(file):
+        return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
+    if not file.is_file():
+        raise UserError(f"{file} is not there; give a file or a run's folder")
+    return read_shapes(file)
+
+
+def _load_file(path: Path, layout: Layout | None, options: ReadOptions) -> AdapterState:
+    source = str(path)
+    if not is_pickle(path):
+        tensors, header = read_tensors(path)
+        return _read_tensors(tensors, header, layout, source, options)
+    found = import_function("pickled_adapters", "load_pickled")(path, layout)
+    if isinstance(found, AdapterState):
+        return found
+    return _read_tensors(found, {}, layout, source, options)
+
+
+def _read_tensors(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layout: Layout | None,
+    source: str,
+    options: ReadOptions,
+) -> AdapterState:
+    for pattern, what in FOREIGN.items():
+        key = next(filter(re.compile(pattern).fullmatch, tensors), None)
+        if key is not None:
+            raise UserError(
+                f"{source} is {what} (key {key}), which is not read; "
+                f"the formats are {', '.join(READABLE)}"
+            )
+    rest, bundled = embeddings.split_bundled_tokens(tensors, layout, source)
+    if bundled and not rest:
+        return bundled
+    name = find_format({key: tuple(tensor.shape) for key, tensor in rest.items()})
+    if name is None:
+        raise UserError(_unknown_file_error(list(tensors), source))
+    state = FORMATS[name].read(rest, header, layout, source, options)
+    return _add_bundled_tokens(state, bundled, source) if bundled else state
+
+
+def _unknown_file_error(keys: list[str], source: str) -> str:
+    if source.endswith(CUSTOM):
+        model = Path(source).with_name("model")
+        return (
+            f"{source} holds adapters without a low-rank form, which no LoRA can be made of; "
+            f"take the whole model next to it, {model}, "
+            "or put them on again with lora_core.adapters.custom_files.load_adapters"
+        )
+    return (
+        f"{source} is no adapter file: none of its {len(keys)} keys "
+        f"({', '.join(keys[:3])} ...) is known to {', '.join(READABLE)}"
+    )
+
+
+def _add_bundled_tokens(state: AdapterState, rows: AdapterState, source: str) -> AdapterState:
+    """The state of a file with the token rows that it bundles."""
+    if state.tokens:
+        raise UserError(
+            f"{source} has token rows ({', '.join(state.token_names)}) as well as bundled ones "
+            f"({', '.join(rows.token_names)}); expected one"
+        )
+    metadata = state.metadata | rows.metadata
+    return replace(state, tokens=rows.tokens, token_names=rows.token_names, metadata=metadata)
+
+
+def _join_states(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
+    """The networks of both files and the tokens of one.
+
+    Raises UserError for a network in both, and for tokens of another training.
+    """
+    for name in (*second.components, *second.dense):
+        if first.components.get(name) or first.dense.get(name):
+            raise UserError(f"{one} and {other} both adapt {name}; expected one of them")
+    joined = replace(
+        first,
+        components=first.components | second.components,
+        dense=first.dense | second.dense,
+        metadata=second.metadata | first.metadata,
+    )
+    if second.tokens:
+        trained = embeddings.token_names(first.metadata, second.token_names, one)
+        if trained != second.token_names:
+            raise UserError(
+                f"{one} was trained with the tokens {', '.join(trained)}, "
+                f"{other} has {', '.join(second.token_names)}"
+            )
+        joined.tokens = second.tokens
+        joined.token_names = second.token_names
+    return joined
+
+
+def _refuse_merge_only(state: AdapterState, source: str) -> None:
+    if any(state.dense.values()):
+        raise UserError(
+            f"{source} cannot be put on a model as it is: {_describe_first_dense(state)}; "
+            f"{HOW_TO_DISTILL}"
+        )
+    for name, modules in state.components.items():
+        for path, lr in modules.items():
+            if lr.magnitude is not None and lr.magnitude.ndim > 1:
+                raise UserError(
+                    f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by "
+                    "columns; merge.py fold puts it into a model"
+                )
+
+
+def _describe_first_dense(state: AdapterState) -> str:
+    name, modules = next((name, own) for name, own in state.dense.items() if own)
+    path, update = next(iter(modules.items()))
+    return f"{name}.{path} is a {update.kind} update, no product of two factors"
+
+
+# ---------------------------------------------------------------- files of a folder
+
+
+def _find_files(path: Path) -> list[Path]:
+    """The files to read: the one given, or those of a folder.
+
+    A folder is peft's, has folders of peft's called like components, or is a run's. Raises
+    UserError.
+    """
+    if not path.is_dir():
+        return [path]
+    return import_function("peft_settings", "find_peft_files")(path) or _find_run_files(path)
+
+
+def _find_run_files(folder: Path) -> list[Path]:
+    """The LoRA of a run's folder, if any, then its token rows, if any.
+
+    Raises UserError for neither, or a choice.
+    """
+    files = sorted(folder.glob("[!.]*.safetensors"))  # a dot: left by a writer that was killed
+    rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
+    loras = [file for file in files if file not in rows]
+    if folder / NATIVE in loras:
+        loras = [folder / NATIVE]
+    for kind in (loras, rows):
+        if len(kind) > 1:
+            names = ", ".join(file.name for file in kind[:4])
+            raise UserError(
+                f"{folder} has {len(kind)} files to choose from ({names}); name one of them"
+            )
+    if not loras and not rows and (folder / "model").is_dir():
+        raise UserError(
+            f"{folder} has no LoRA: its run trained the whole model, which is {folder / 'model'}; "
+            "give that as the model"
+        )
+    if not loras and not rows:
+        raise UserError(
+            f"{folder} has no .safetensors file; expected {NATIVE} or *{EMBEDDINGS}, "
+            "is the run finished?"
+        )
+    return loras + rows
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(
+    state: AdapterState,
+    path: str | Path,
+    *,
+    format: str = "diffusers",
+    layout: Layout | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the part of the state that the format holds: factors, or token rows.
+
+    Atomic; the same state gives the same bytes. The header has the state's metadata (without what
+    described the file it came from), then `metadata`, the tokens' names, then the format's own.
+    Factors and rows are cast to `dtype` where given; magnitudes are not, because a DoRA lives off
+    the small difference to a norm.
+
+    Raises UserError when the state has nothing for this format, the layout lacks a module, or a
+    number overflows `dtype`.
+    """
+    if format not in WRITABLE:
+        what = f"there is no format {format}"
+        if format in READABLE:
+            what = f"{format} is only read"
+        raise UserError(f"{what}; the nearest is {nearest_name(format, WRITABLE)}")
+    if any(state.dense.values()):
+        raise UserError(
+            f"{path} cannot be written: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
+        )
+    is_token_format = format in TOKEN_FORMATS
+    if not (state.tokens if is_token_format else any(state.components.values())):
+        missing = "token rows" if is_token_format else "adapted modules"
+        raise UserError(f"there is nothing to write to {path}: the state has no {missing}")
+    path = Path(path)
+    write = FORMATS[format].write
+    assert write is not None  # of a writable format
+    tensors, own = write(_cast_state(state, dtype), layout, path.stem)
+    kept = {key: text for key, text in state.metadata.items() if not STALE_HEADER.fullmatch(key)}
+    header = kept | dict(metadata or {}) | own
+    if state.token_names:
+        names = json.dumps(list(state.token_names), ensure_ascii=False)
+        header[embeddings.TOKEN_NAMES] = names
+    write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
+
+
+def save_run(
+    state: AdapterState,
+    folder: str | Path,
+    *,
+    layout: Layout,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
+    """Writes the files that a run ends with, those that the state has content for.
+
+    They are NATIVE and <run>.safetensors (kohya's names), <run>_emb.safetensors; <run> is the
+    folder's name. Token rows stay fp32. A state that kohya's names cannot hold is reported in one
+    line, and that file left out.
+    """
+    folder = Path(folder).resolve()
+    native, kohya, rows = (folder / name for name in run_file_names(folder.name))
+    written = run_file_paths(state, folder, layout)
+    if native in written:
+        save(state, native, format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
+    if kohya in written:
+        save(state, kohya, format="kohya", layout=layout, metadata=metadata, dtype=dtype)
+    elif native in written:
+        print(
+            f"{kohya.name}, the file for A1111 and ComfyUI, is not written: "
+            f"{joined_layers.why_not_joined(state, layout)}",
+            file=sys.stderr,
+        )
+    if rows in written:
+        save(state, rows, format="embeddings", layout=layout, metadata=metadata)
+    return written
+
+
+def run_file_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
+    """The files that `save_run` writes of this state."""
+    native, kohya, rows = (folder / name for name in run_file_names(folder.name))
+    written = []
+    if any(state.components.values()):
+        written.append(native)
+        if not joined_layers.why_not_joined(state, layout):
+            written.append(kohya)
+    if state.tokens:
+        written.append(rows)
+    return written
+
+
+def _cast_state(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
+    """The state with factors and rows in `dtype`.
+
+    A scale that is folded on writing rounds `up` a second time.
+    """
+    if dtype is None:
+        return state
+    components: dict[str, dict[str, LowRank]] = {}
+    for name, modules in state.components.items():
+        components[name] = {}
+        for path, lr in modules.items():
+            cast = LowRank(lr.down.to(dtype), lr.up.to(dtype), lr.scale, lr.magnitude)
+            components[name][path] = cast
+    tokens = {key: rows.to(dtype) for key, rows in state.tokens.items()}
+    return replace(state, components=components, tokens=tokens)

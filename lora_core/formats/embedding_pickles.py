@@ -1,0 +1,113 @@
+"""Token rows in .pt, .bin and .pti files of torch.save: A1111's dictionary and others.
+
+Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats.container import check_finite
+from lora_core.formats.embeddings import (
+    A1111_ROWS,
+    PLACEHOLDERS,
+    TOKEN_NAMES,
+    check_token_rows,
+    only_word,
+    placeholder_words,
+    read_embeddings,
+    refuse_layerwise,
+    rows_of_tensor,
+    state_of_words,
+)
+from lora_core.formats.known_formats import SINGLE
+from lora_core.formats.layout import Layout
+from lora_core.formats.pickles import read_pickle
+from lora_core.formats.unpickler import Inert
+from lora_core.runs.run_folder import atomic_write
+
+
+def is_pickled_embedding(data: Any) -> bool:
+    """Whether the result of `read_pickle` is a dictionary of token rows."""
+    if not isinstance(data, dict) or not data:
+        return False
+    if A1111_ROWS in data:
+        return True
+    values = all(isinstance(t, Tensor) and t.ndim < 3 for t in data.values())
+    return values and not any("." in str(key) for key in data)
+
+
+def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> AdapterState:
+    """The rows in a file: A1111's dictionary, {token: row or rows}, or encoders' keys.
+
+    Raises UserError for anything else.
+    """
+    data = read_pickle(path)
+    source = str(path)
+    if not isinstance(data, dict):
+        kind = type(data).__name__
+        raise UserError(
+            f"{source} holds a {kind}, no embedding; expected a dictionary of token rows"
+        )
+    refuse_layerwise(data, source)
+    metadata = {}
+    for key in (TOKEN_NAMES, PLACEHOLDERS):
+        if isinstance(data.get(key), list | dict):
+            metadata[key] = json.dumps(data[key], ensure_ascii=False)
+    if A1111_ROWS in data:
+        name = data.get("name")
+        own = name.strip() if isinstance(name, str) else ""
+        word = own or Path(source).stem.strip()
+        entry = rows_of_tensor(word, _a1111_parameter(data[A1111_ROWS], source), layout, source)
+        check_finite(entry.rows, source)
+        return state_of_words([entry], metadata, source)
+    rest = {key: value for key, value in data.items() if key not in metadata}
+    return read_embeddings(check_token_rows(rest, source), metadata, layout, source)
+
+
+def write_pickled_embedding(
+    state: AdapterState, path: str | Path, layout: Layout | None = None
+) -> None:
+    """A1111's older dictionary, as torch.save writes it, with the tokens' names; atomic.
+
+    Raises UserError as `write_a1111`.
+    """
+    path = Path(path)
+    rows = only_word(state, path.stem)[1].detach().cpu().contiguous().clone()
+    check_finite({SINGLE: rows}, f"what should become {path}")
+    content = {
+        "string_to_token": {"*": 265},
+        A1111_ROWS: {"*": rows},
+        "name": path.stem,
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        TOKEN_NAMES: list(state.token_names),
+        PLACEHOLDERS: {word: list(own) for word, own in placeholder_words(state).items()},
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _a1111_parameter(value: Any, source: str) -> Tensor:
+    """The one tensor in A1111's dictionary, which may have been a torch ParameterDict."""
+    if isinstance(value, Inert):
+        value = value.state.get("_parameters") if isinstance(value.state, dict) else None
+    tensors = list(value.values()) if isinstance(value, dict) else []
+    is_single = len(tensors) == 1 and isinstance(tensors[0], Tensor)
+    if not is_single or not tensors[0].is_floating_point():
+        raise UserError(
+            f"{A1111_ROWS} of {source} holds {len(tensors)} entries, "
+            "expected one with floating-point token rows; is it damaged?"
+        )
+    return tensors[0]

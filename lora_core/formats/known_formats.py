@@ -1,0 +1,184 @@
+"""The formats of adapter files as a table: which keys tell each one, and who reads and writes it.
+
+A row names the module of its reader and writer, which is imported when one of them is first called.
+Nothing here needs torch, so that a command line can list the formats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any
+
+NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
+EMBEDDINGS = "_emb.safetensors"  # how the name of a run's file of token rows ends
+# How the name of a run's adapters of a user's own kind ends (adapters.custom_files).
+CUSTOM = "_adapter.safetensors"
+
+# Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
+PEFT_HEADER = "lora_adapter_metadata"
+PICKLED = (".ckpt", ".pt", ".bin", ".pth")  # endings of files of torch.save
+
+# Role of a tensor in an adapted layer -> its spellings at the end of a key. Those that begin with
+# "_" go with the names of old attention processors.
+LEAVES: Mapping[str, tuple[str, ...]] = {
+    "down": (
+        ".lora_A.weight",
+        ".lora_down.weight",
+        ".lora.down.weight",
+        ".lora_linear_layer.down.weight",
+        "_lora.down.weight",
+        ".lora_A",
+    ),
+    "up": (
+        ".lora_B.weight",
+        ".lora_up.weight",
+        ".lora.up.weight",
+        ".lora_linear_layer.up.weight",
+        "_lora.up.weight",
+        ".lora_B",
+    ),
+    "mid": (".lora_mid.weight",),
+    "alpha": (".alpha", "_lora.alpha"),
+    "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),  # by rows
+    "dora_scale": (".dora_scale",),  # by rows or columns
+    "hada_w1_a": (".hada_w1_a",),  # from here on LyCORIS' (see lycoris.py)
+    "hada_w1_b": (".hada_w1_b",),
+    "hada_w2_a": (".hada_w2_a",),
+    "hada_w2_b": (".hada_w2_b",),
+    "hada_t1": (".hada_t1",),
+    "hada_t2": (".hada_t2",),
+    "lokr_w1": (".lokr_w1",),
+    "lokr_w1_a": (".lokr_w1_a",),
+    "lokr_w1_b": (".lokr_w1_b",),
+    "lokr_w2": (".lokr_w2",),
+    "lokr_w2_a": (".lokr_w2_a",),
+    "lokr_w2_b": (".lokr_w2_b",),
+    "lokr_t2": (".lokr_t2",),
+    "diff": (".diff",),
+    "scalar": (".scalar",),
+}
+ROLE_OF_LEAF: dict[str, str] = {}
+for _role, _leaves in LEAVES.items():
+    ROLE_OF_LEAF |= dict.fromkeys(_leaves, _role)
+FACTOR_LEAVES = tuple(leaf for leaf, role in ROLE_OF_LEAF.items() if role != "alpha")
+# The name of an adapter, where peft left it in a key.
+ADAPTER_NAME = re.compile(
+    r"\.lora_(?:[AB]\.(?P<factor>[^.]+)\.weight"
+    r"|magnitude_vector\.(?!weight$)(?P<vector>[^.]+)(?:\.weight)?)$"
+)
+
+# Encoder -> spellings of its token rows' key, all of them written; ComfyUI looks for t5xxl.
+ENCODER_KEYS = {"clip_l": ("clip_l",), "clip_g": ("clip_g",), "t5": ("t5", "t5xxl")}
+# Spelling -> encoder, with those of cog-sdxl, which are only read.
+ENCODER_SPELLINGS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+for _encoder, _keys in ENCODER_KEYS.items():
+    ENCODER_SPELLINGS |= dict.fromkeys(_keys, _encoder)
+SINGLE = "emb_params"  # a file's only tensor, for its only encoder
+TOKEN = re.compile(r"<.+>|[^.:]+")  # a key that may be a token; keys of weights have dots
+
+Shapes = Mapping[str, tuple[int, ...]]  # key -> shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of adapter files.
+
+    The reader has the signature read(tensors, header, layout, source, options) -> AdapterState,
+    the writer write(state, layout, title) -> (tensors, header). Raised are UserErrors.
+    """
+
+    module: str  # in lora_core.formats
+    reader: str  # names of functions in it
+    writer: str = ""  # "": the format is only read
+    starts: tuple[str, ...] = ()  # beginnings of keys that end like a tensor of an adapter
+    pattern: str = ""  # or a pattern of whole keys
+    is_token_rows: bool = False  # rows of an embedding table, no factors
+    has_hashes: bool = False  # whether the header gets kohya's hashes of the file
+
+    def detect(self, shapes: Shapes) -> bool:
+        """Whether a file is of the format. One matching key is enough: readers name odd ones."""
+        if self.is_token_rows:
+            return is_embedding(shapes)
+        if self.pattern:
+            return any(map(re.compile(self.pattern).fullmatch, shapes))
+        return any(is_adapter_key(key) for key in shapes if key.startswith(self.starts))
+
+    @property
+    def read(self) -> Callable[..., Any]:
+        return import_function(self.module, self.reader)
+
+    @property
+    def write(self) -> Callable[..., Any] | None:
+        return import_function(self.module, self.writer) if self.writer else None
+
+
+FORMATS = {  # in the order in which they are tried
+    "diffusers": Format(
+        "diffusers",
+        "read_diffusers",
+        "write_diffusers",
+        starts=("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
+    ),
+    "kohya": Format(
+        "kohya", "read_kohya", "write_kohya", starts=("lora_", "lycoris_"), has_hashes=True
+    ),
+    "cloneofsimo": Format(
+        "cloneofsimo", "read_cloneofsimo", "write_cloneofsimo", pattern=r"[^:]+:\d{1,9}:(up|down)"
+    ),
+    "xlabs": Format(
+        "comfy", "read_xlabs", pattern=r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight"
+    ),
+    "comfyui": Format("comfy", "read_comfyui", starts=("diffusion_model.", "text_encoders.")),
+    "peft": Format("peft", "read_peft", starts=("",)),
+    "embeddings": Format("embeddings", "read_embeddings", "write_embeddings", is_token_rows=True),
+    "a1111": Format("embeddings", "read_embeddings", "write_a1111", is_token_rows=True),
+    "textual_inversion": Format(
+        "embeddings", "read_embeddings", "write_textual_inversion", is_token_rows=True
+    ),
+}
+READABLE = tuple(FORMATS)
+WRITABLE = tuple(name for name, row in FORMATS.items() if row.writer)
+TOKEN_FORMATS = tuple(name for name, row in FORMATS.items() if row.is_token_rows)
+
+
+def find_format(shapes: Shapes) -> str | None:
+    """The name of the format that a file's keys tell; None where no format knows one of them."""
+    return next((name for name, row in FORMATS.items() if row.detect(shapes)), None)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key ends like a tensor of an adapter."""
+    return key.endswith(FACTOR_LEAVES) or bool(ADAPTER_NAME.search(key))
+
+
+def is_embedding(shapes: Shapes) -> bool:
+    """Whether any key is an encoder's, or all may be tokens: ask other formats first."""
+    if SINGLE in shapes or not ENCODER_SPELLINGS.keys().isdisjoint(shapes):
+        return True
+    return all(
+        TOKEN.fullmatch(key) and len(shape) in (1, 2) and prod(shape) > 1
+        for key, shape in shapes.items()
+    )
+
+
+def import_function(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of this package, which is imported on the first call."""
+    return getattr(import_module(f"lora_core.formats.{module}"), name)
+
+
+# ---------------------------------------------------------------- names of a run's files
+
+
+def run_file_names(name: str) -> tuple[str, str, str]:
+    """The names of the files of a run called `name`: diffusers', kohya's, token rows."""
+    return NATIVE, f"{name}.safetensors", f"{name}{EMBEDDINGS}"
+
+
+def is_single_file(path: str) -> bool:
+    """Whether a model's path means a file, which may be missing."""
+    return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)

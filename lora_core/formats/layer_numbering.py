@@ -1,0 +1,225 @@
+"""Layers by number instead of by name, as cloneofsimo's files have them.
+
+A number is the place of a layer in a walk through the modules of a few classes. The walk depends on
+the library's version at the time of writing, which the file does not tell: a `Numbering` has the
+orders there are, and the shapes decide. Written is the older one, in which the published files are.
+Every layer of the classes has a number: layers without an adapter are written as zeros of the
+others' rank, and layers whose two factors are zero are left out on reading.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.errors import UserError
+from lora_core.formats.grammar import scale_tensor
+from lora_core.formats.layout import Component, Layout, Numbering, Shape
+
+Pair = tuple[Tensor, Tensor]  # up, down
+
+
+# ---------------------------------------------------------------- reading
+
+
+def place_pairs(
+    pairs: Sequence[Pair],
+    classes: tuple[str, ...] | None,
+    layout: Layout,
+    component: str,
+    source: str,
+) -> dict[str, LowRank]:
+    """Published path -> factors: the one way to number the network's layers that all shapes fit.
+
+    `classes` are those of the file; None where it does not list them. Raises UserError for no way
+    that fits, or several.
+    """
+    walks = _possible_walks(layout, component, classes, source)
+    shapes = layout.component(component).shapes
+    right = [walk for walk in walks if len(walk) == len(pairs)]
+    if not right:
+        counts = " or ".join(sorted({str(len(walk)) for walk in walks}))
+        raise UserError(
+            f"{source} has {len(pairs)} layers for {component}, expected {counts}; "
+            "is it for another model?"
+        )
+    misfits = [_first_misfit(pairs, walk, shapes) for walk in right]
+    fitting = [walk for walk, misfit in zip(right, misfits) if misfit == len(pairs)]
+    if not fitting:
+        i = max(misfits)
+        path = right[misfits.index(i)][i]
+        up, down = pairs[i]
+        raise UserError(
+            f"{component}:{i} of {source} has up {list(up.shape)} and down {list(down.shape)}, "
+            f"which fits no order of the layers, {path} {list(shapes[path])} would be the nearest; "
+            "is it for another model?"
+        )
+    if len(fitting) > 1:
+        i = next(i for i, paths in enumerate(zip(*fitting)) if len(set(paths)) > 1)
+        raise UserError(
+            f"{source} may mean {fitting[0][i]} or {fitting[1][i]} by {component}:{i}, "
+            "both fit its shapes; use another format"
+        )
+    placed = {}
+    for path, (up, down) in zip(fitting[0], pairs):
+        if up.any() or down.any():
+            placed[path] = LowRank(down, up, 1.0)
+    return placed
+
+
+def _first_misfit(pairs: Sequence[Pair], walk: Sequence[str], shapes: Mapping[str, Shape]) -> int:
+    """The number of the first pair that does not fit its layer; how many there are if all fit."""
+    for i, (up, down) in enumerate(pairs):
+        out, *inner = shapes[walk[i]]
+        rank = down.shape[0] if down.ndim else 0
+        ones = (1,) * (len(inner) - 1)
+        if not rank or down.shape != (rank, *inner) or up.shape != (out, rank, *ones):
+            return i
+    return len(pairs)
+
+
+def _possible_walks(
+    layout: Layout, component: str, classes: tuple[str, ...] | None, source: str
+) -> list[list[str]]:
+    """All different ways to number the layers.
+
+    By classes where they are not known, by order, and with linear layers only, as older files have
+    it.
+    """
+    numbering = _numbering(layout, component, source)
+    part = layout.component(component)
+    for name in classes or ():
+        if name not in numbering.classes:
+            raise UserError(
+                f"{source} has layers of the class {name} in {component}, "
+                f"whose order is not known here; known are {', '.join(numbering.classes)}"
+            )
+    walks: list[list[str]] = []
+    for names in [classes] if classes else numbering.targets:
+        paths = _layers_of(part, numbering, names)
+        for order in numbering.orders:
+            walks.append(_in_order(paths, order))
+    for walk in list(walks):
+        walks.append([path for path in walk if len(part.shapes[path]) == 2])
+    return [list(walk) for walk in dict.fromkeys(map(tuple, walks))]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def list_pairs(
+    modules: Mapping[str, LowRank], layout: Layout, component: str
+) -> tuple[tuple[str, ...], list[Pair]]:
+    """The smallest set of classes that holds the layers, and (up, down) of all layers in it.
+
+    Raises UserError for a layer that has no place there.
+    """
+    numbering = _numbering(layout, component, "the adapter")
+    part = layout.component(component)
+    for path, lr in modules.items():
+        layout.module_path(component, path)  # refuses a path that is not there
+        _check_writable(lr, part.shapes[path], f"{component}.{path}")
+    for classes in numbering.targets:
+        walk = _in_order(_layers_of(part, numbering, classes), numbering.orders[0])
+        if modules.keys() <= set(walk):
+            break
+    else:
+        path = next(path for path in modules if path not in walk)
+        raise UserError(
+            f"{component}.{path} has no number in cloneofsimo's format, "
+            f"which holds layers of {', '.join(classes)} only"
+        )
+    rank = Counter(lr.rank for lr in modules.values()).most_common(1)[0][0]
+    dtype = next(iter(modules.values())).down.dtype
+    pairs = []
+    for path in walk:
+        if path in modules:
+            pairs.append(_to_pair(modules[path]))
+        else:
+            pairs.append(_zero_pair(part.shapes[path], rank, dtype))
+    return classes, pairs
+
+
+def numbered_components(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
+    """(component, its factors) of a state. Raises UserError for updates of another form."""
+    for component, updates in state.dense.items():
+        for path, update in updates.items():
+            raise UserError(
+                f"{component}.{path} is a {update.kind} update, "
+                "for which cloneofsimo's format has no place; distill it to factors first"
+            )
+    return [(component, modules) for component, modules in state.components.items() if modules]
+
+
+def _check_writable(lr: LowRank, shape: Shape, name: str) -> None:
+    if lr.magnitude is not None:
+        raise UserError(
+            f"{name} is a DoRA, for which cloneofsimo's format has no place; "
+            "write diffusers' or kohya's"
+        )
+    if lr.rank > min(shape[:2]):
+        raise UserError(
+            f"{name} has rank {lr.rank}, cloneofsimo's reader takes {min(shape[:2])} at most; "
+            "resize it first"
+        )
+
+
+def _to_pair(lr: LowRank) -> Pair:
+    return (lr.up if lr.scale == 1 else scale_tensor(lr.up, lr.scale)), lr.down
+
+
+def _zero_pair(shape: Shape, rank: int, dtype: torch.dtype) -> Pair:
+    rank = min(rank, *shape[:2])
+    ones = [1] * (len(shape) - 2)
+    up = torch.zeros(shape[0], rank, *ones, dtype=dtype)
+    return up, torch.zeros(rank, *shape[1:], dtype=dtype)
+
+
+# ---------------------------------------------------------------- the walk
+
+
+def _numbering(layout: Layout, component: str, source: str) -> Numbering:
+    part = layout.components.get(component)
+    if part is None or part.numbering is None:
+        known = [name for name, own in layout.components.items() if own.numbering]
+        raise UserError(
+            f"{source} does not fit: cloneofsimo's index-keyed format numbers the layers of "
+            f"{' and '.join(known) or 'no network'} of this model, not of {component}; "
+            "is it for another model?"
+        )
+    return part.numbering
+
+
+def _layers_of(component: Component, numbering: Numbering, classes: Iterable[str]) -> list[str]:
+    """The published paths of all layers of these classes."""
+    globs: dict[str, None] = {}
+    for name in classes:
+        for glob in numbering.classes[name]:  # of a whole path, or of its end from a dot on
+            own = (glob,) if glob.startswith("*.") else (glob, f"*.{glob}")
+            globs |= dict.fromkeys(own)
+    pattern = "|".join(map(fnmatch.translate, globs))
+    return list(filter(re.compile(pattern).match, component.shapes))
+
+
+def _in_order(paths: Iterable[str], order: Sequence[str]) -> list[str]:
+    """The paths in the order in which a walk meets them; `order` ranks the words of paths."""
+    rank = {word: i for i, word in enumerate(order)}
+
+    def place(path: str) -> list[tuple[int, int, str]]:
+        places = []
+        for word in path.split("."):
+            if word.isdecimal():
+                places.append((0, int(word), ""))
+            elif word in rank:
+                places.append((1, rank[word], ""))
+            else:
+                places.append((2, 0, word))
+        return places
+
+    return sorted(paths, key=place)

@@ -1,0 +1,47 @@
+"""Adapters in files of torch.save, whichever of their formats it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.formats.container import Shape
+from lora_core.formats.embedding_pickles import is_pickled_embedding, read_pickled_embeddings
+from lora_core.formats.factor_lists import is_factor_list, read_factor_lists, read_list_shapes
+from lora_core.formats.layout import Layout
+from lora_core.formats.mixofshow import is_mixofshow, read_mixofshow
+from lora_core.formats.pickles import pickled_tensors, read_pickle
+
+
+def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, Tensor]:
+    """The state of a file in a format of pickles, or the tensors of a state dict.
+
+    Raises UserError for anything else.
+    """
+    data = read_pickle(path)
+    if is_factor_list(data):
+        return read_factor_lists(path, layout)
+    if is_mixofshow(data):
+        return read_mixofshow(data, layout, str(path))
+    if is_pickled_embedding(data):
+        return read_pickled_embeddings(path, layout)
+    return pickled_tensors(data, str(path))
+
+
+def detect_pickled(path: Path) -> str:
+    """The row of FORMATS next to a file's format."""
+    return "cloneofsimo" if is_factor_list(read_pickle(path)) else "embeddings"
+
+
+def read_pickled_shapes(path: Path) -> dict[str, Shape]:
+    """Key -> shape of a file. Raises UserError as `load_pickled` does."""
+    data = read_pickle(path)
+    if is_factor_list(data):
+        return read_list_shapes(path, data)
+    if is_pickled_embedding(data):
+        tensors = read_pickled_embeddings(path).tokens
+    else:
+        tensors = pickled_tensors(data, str(path))
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -1,0 +1,241 @@
+"""Choosing an optimizer class by name, its parameter groups and settings, and building it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import UserError
+from lora_core.optim.adamw import AdamW
+from lora_core.optim.schedules import check_known_arguments, suggest_name
+from lora_core.plugins import load_from_file
+from lora_core.prodigy import Prodigy
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "prodigy": Prodigy}
+# Optimizer -> group -> learning rate: cloneofsimo's lora_pti; arXiv 2306.06101.
+DEFAULT_RATES = {
+    "adamw": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 5e-4},
+    "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
+}
+DEFAULT_WEIGHT_DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
+OWN_OPTIONS = ("params", "lr", "weight_decay", "betas")  # arguments with options of their own
+
+
+# ---------------------------------------------------------------- the class
+
+
+def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer class of a name.
+
+    An entry of OPTIMIZERS, a dotted path such as "torch.optim.Adagrad", or "path/to/file.py:Class".
+    Raises UserError if there is none.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    file, _, attribute = name.rpartition(":")
+    if file.endswith(".py"):
+        return _check_class(load_from_file(file, attribute, "class"), name)
+    path, _, attribute = name.rpartition(".")
+    if not path:
+        raise UserError(
+            f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, a dotted "
+            "class path such as torch.optim.Adagrad, or path/to/file.py:Class"
+            f"{suggest_name(name, OPTIMIZERS)}"
+        )
+    try:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"optimizer {name!r}: module {path!r} cannot be imported ({error}); "
+            "install it or correct the path"
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise UserError(
+            f"optimizer {name!r}: module {path!r} has no {attribute!r}; "
+            f"name a class in it{suggest_name(attribute, dir(module))}"
+        )
+    return _check_class(found, name)
+
+
+def _check_class(found: Any, name: str) -> type[torch.optim.Optimizer]:
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(
+            f"optimizer {name!r} is {found!r}, not a torch.optim.Optimizer class; "
+            "name the class itself"
+        )
+    return found
+
+
+def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments that the class of an optimizer takes."""
+    return _class_arguments(resolve_optimizer(name))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=64)
+def _class_arguments(cls: type[torch.optim.Optimizer]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls).parameters
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
+    """The learning rate of each group: of DEFAULT_RATES, else the default of the class.
+
+    Raises UserError where there is none.
+    """
+    own, names = _default_rate(name), list(groups)
+    if own is None and names and name not in DEFAULT_RATES:
+        rates = " ".join(f"{group}=1e-4" for group in names)
+        raise UserError(
+            f"optimizer {name} has no learning rate of its own; "
+            f"give --optimizer.lr, such as {rates}"
+        )
+    known = DEFAULT_RATES.get(name, {})
+    return {group: known.get(group, own) for group in names}  # type: ignore[misc]
+
+
+def _default_rate(name: str) -> float | None:
+    """The default lr of a class, or None."""
+    argument = optimizer_arguments(name).get("lr")
+    own = None if argument is None else argument.default
+    return float(own) if isinstance(own, float | int) else None
+
+
+def group_settings(
+    name: str,
+    groups: Iterable[str],
+    *,
+    lr: Mapping[str, float],
+    decay: Mapping[str, float],
+    betas: Mapping[str, Sequence[float]],
+) -> dict[str, dict[str, Any]]:
+    """The settings of each group: name and lr; weight_decay and betas where they are given.
+
+    Learning rates that are not given are those of `default_rates`, weight decays those of
+    DEFAULT_WEIGHT_DECAYS; a class without weight decay gets none if none is given.
+    """
+    names = list(groups)
+    rates = default_rates(name, [group for group in names if group not in lr]) | dict(lr)
+    decays = bool(decay) or "weight_decay" in optimizer_arguments(name)
+    settings: dict[str, dict[str, Any]] = {}
+    for group in names:
+        settings[group] = {"name": group, "lr": rates[group]}
+        if decays:
+            settings[group]["weight_decay"] = decay.get(group, DEFAULT_WEIGHT_DECAYS[group])
+        if group in betas:
+            settings[group]["betas"] = tuple(betas[group])
+    return settings
+
+
+def split_lora_plus(
+    groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float
+) -> list[dict[str, Any]]:
+    """The parameter groups of LoRA+ (arXiv 2402.12354): `ups` train at lr * ratio.
+
+    Every group named in `ups` becomes two of its name, the other parameters and its ups. Each group
+    has its factor in "ratio" (1.0 except for the ups), so that a schedule may set
+    lr = rate * factor * group["ratio"] later; with ratio 1 nothing is split. `groups` have "name",
+    "params" and "lr". Raises UserError for a ratio that is not a positive number.
+    """
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise UserError(
+            f"--optimizer.lora-plus is {ratio}; expected a positive number "
+            "(1: one learning rate for up and down, the paper's 16: up faster)"
+        )
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        chosen = {id(p) for p in ups.get(group["name"], ())} if ratio != 1 else set()
+        faster = [p for p in group["params"] if id(p) in chosen]
+        slower = [p for p in group["params"] if id(p) not in chosen]
+        if len(faster) != len(chosen):
+            missing = len(chosen) - len(faster)
+            raise ValueError(f"{missing} of the ups of {group['name']} are not its parameters")
+        for params, factor in ((slower, 1.0), (faster, float(ratio))):
+            if params:
+                lr = group["lr"] * factor
+                found.append({**group, "params": params, "lr": lr, "ratio": factor})
+    return found
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], args: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer over named parameter groups, with further arguments of its class.
+
+    Raises UserError for arguments that the class does not take or refuses.
+    """
+    for option in ("weight_decay", "betas"):
+        if option not in optimizer_arguments(name) and any(option in group for group in groups):
+            flag = f"--optimizer.{option.replace('_', '-')}"
+            raise UserError(f"{name} takes no {option}; leave {flag} out")
+    check_known_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
+    rate = {}
+    if "lr" in optimizer_arguments(name) and _default_rate(name) is None:
+        rate["lr"] = groups[0]["lr"]  # a class may insist on one; the groups have their own
+    try:
+        return resolve_optimizer(name)(groups, **rate, **args)
+    except Exception as error:  # TypeError, ValueError, AssertionError ... of anybody's class
+        given = " ".join(f"{key}={value!r}" for key, value in args.items())
+        settings = f" (--optimizer.args are {given})" if given else ""
+        raise UserError(f"{name} refuses its settings: {error}{settings}") from None
+
+
+# ---------------------------------------------------------------- schedule-free, distance
+
+
+@contextmanager
+def use_evaluation_parameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block a schedule-free optimizer's parameters are those meant for use.
+
+    Such an optimizer (arXiv 2405.15682) trains at one point and evaluates at another; its methods
+    train() and eval() move the parameters between them, with rounding. They are put back bit for
+    bit, so that looking at a model does not change its training. Any other optimizer's parameters
+    stay as they are.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    params: list[Tensor] = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    trained = [p.detach().clone() for p in params]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for p, before in zip(params, trained):
+                p.copy_(before)
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer or its class has train() and eval(), as in the package schedulefree."""
+    methods = [getattr(optimizer, name, None) for name in ("train", "eval")]
+    return all(map(callable, methods))
+
+
+def read_distance(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> Tensor | float | None:
+    """A copy of a group's distance estimate d, with Prodigy (arXiv 2306.06101) and its relatives.
+
+    None where "d" is a setting or absent.
+    """
+    d = group.get("d")
+    # torch's Adafactor clips at a d
+    if "d" in _class_arguments(type(optimizer)):  # type: ignore[arg-type]
+        return None
+    if isinstance(d, Tensor):
+        return d.detach().clone().reshape(()) if d.numel() == 1 else None
+    return float(d) if isinstance(d, int | float) else None

@@ -1,0 +1,1 @@
+"""The run folder: its files, lock, reports, images and model card."""

@@ -1,0 +1,81 @@
+"""Axes of a grid of images: a setting of sampling and the values that it takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+from PIL import Image
+
+from lora_core.errors import UserError
+from lora_core.runs.pictures import ImageRow, draw_grid
+
+MOST_VALUES = 64  # of one axis
+SETTINGS = r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)"
+WHOLE = ("seed", "steps")  # settings that are whole numbers
+
+
+class Axis(NamedTuple):
+    setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ...
+    values: list[float]
+
+
+def parse_axis(text: str) -> Axis:
+    """SETTING=START:STOP:STEP (stop included, for seed excluded) or SETTING=A,B,C.
+
+    Raises UserError for anything else.
+    """
+    name, _, tail = text.partition("=")
+    if not re.fullmatch(SETTINGS, name):
+        raise UserError(
+            f"--grid {text}: unknown setting {name!r}; "
+            "choose seed, strength, unet, text, lora0.strength ..., guidance or steps"
+        )
+    try:
+        values, total = _parse_values(tail, includes_stop=name != "seed")
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(
+            f"--grid {text}: expected SETTING=START:STOP:STEP or SETTING=A,B,C, "
+            "e.g. strength=0:1.2:0.3"
+        ) from None
+    if not 0 < total <= MOST_VALUES:
+        raise UserError(f"--grid {text} gives {total} values; expected 1 to {MOST_VALUES}")
+    for value in values:
+        if not math.isfinite(value) or (name in WHOLE and not value.is_integer()):
+            kind = "whole number" if name in WHOLE else "number"
+            raise UserError(f"--grid {text}: {value:g} is no {kind}, which {name} has to be")
+    return Axis(name, values)
+
+
+def _parse_values(text: str, *, includes_stop: bool) -> tuple[list[float], int]:
+    """(the values, at most MOST_VALUES of them, how many there are) of A:B:STEP or A,B,C."""
+    if ":" not in text:
+        values = [float(value) for value in text.split(",")]
+        return values, len(values)
+    start, stop, *rest = (float(value) for value in text.split(":"))
+    (step,) = rest or (1.0,)
+    total = int((stop - start) / step + 1e-9)
+    if includes_stop or (stop - start) % step != 0:
+        total += 1
+    return [round(start + i * step, 9) for i in range(min(total, MOST_VALUES))], total
+
+
+def draw_axes(
+    axes: Sequence[Axis], draw: Callable[[Mapping[str, float]], Image.Image], title: str
+) -> Image.Image:
+    """One sheet: the last axis runs over the columns, the first of two over the rows.
+
+    `draw` makes the image of one cell from {setting: value}.
+    """
+    *vertical, across = axes
+    rows = []
+    for down in product(*(axis.values for axis in vertical)):
+        fixed = {axis.setting: value for axis, value in zip(vertical, down)}
+        cells = [draw(fixed | {across.setting: value}) for value in across.values]
+        label = ", ".join(f"{setting} {value:g}" for setting, value in fixed.items())
+        captions = [f"{across.setting} {value:g}" for value in across.values]
+        rows.append(ImageRow(label, cells, captions))
+    return draw_grid(rows, title=title)

@@ -1,0 +1,216 @@
+"""LoRA files and run folders on a model: strengths, learned tokens, the settings of their runs."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from lora_core import formats
+from lora_core.adapters.patch import Patch, patch
+from lora_core.errors import UserError
+from lora_core.family import Family
+from lora_core.formats import embeddings
+from lora_core.settings import scheduler_changes
+
+
+class LoraSource(NamedTuple):
+    """A LoRA file or run folder, and its strength: one for all networks, or one for each."""
+
+    path: str
+    strength: float | dict[str, float]
+
+
+def parse_lora(text: str) -> LoraSource:
+    """PATH, PATH:0.8 or PATH:unet=0.6,text=0.9. Raises UserError for a strength that is not a
+    number.
+    """
+    path, colon, tail = text.rpartition(":")
+    if not colon or "/" in tail or "\\" in tail or Path(text).exists():
+        return LoraSource(text, 1.0)
+    try:
+        if "=" not in tail:
+            return LoraSource(path, float(tail))
+        pairs = (pair.split("=") for pair in tail.split(","))
+        return LoraSource(path, {name: float(value) for name, value in pairs})
+    except ValueError:
+        raise UserError(
+            f"--lora {text}: cannot read the strength {tail!r}; "
+            "write PATH:0.8 or PATH:unet=0.6,text=0.9"
+        ) from None
+
+
+def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -> list[Patch]:
+    """Puts every LoRA on the model, in order, until the stack closes; then the tokens that lie in
+    the folders of LoRAs given as single files.
+
+    Words and tokens that an earlier file has already taken are renamed and reported.
+    """
+    modules = dict(family.modules)
+    del modules["vae"]
+    for name, tokenizer in family.tokenizers.items():
+        modules[name.replace("text_encoder", "tokenizer")] = tokenizer
+    token_files = [file for lora in loras if (file := find_token_file(lora.path))]
+    patches: list[Patch] = []
+    for lora in (*loras, *(LoraSource(file, 1.0) for file in token_files)):
+        state = formats.load(lora.path, family.layout)
+        strength = lora.strength
+        if isinstance(strength, dict):
+            strength = _by_component(strength, state.components, lora.path)
+        names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
+        applied = patch(
+            modules, lora.path, strength, layout=family.layout, rename=_free_names(names, patches)
+        )
+        patches.append(stack.enter_context(applied))
+        if not find_token_file(lora.path):  # else its tokens are still to come, from their own file
+            for sentence in applied.report:
+                print(f"note: {sentence}", file=sys.stderr)
+    return patches
+
+
+def set_strengths(
+    patches: Sequence[Patch], loras: Sequence[LoraSource], settings: Mapping[str, float]
+) -> None:
+    """Sets the strengths of LoRAs that are on a model, as given and then changed by `settings`.
+
+    `settings` has strength, unet or text, for all of them, or lora0.strength, lora1.unet ...
+    """
+    for i, (applied, lora) in enumerate(zip(patches, loras)):
+        given = lora.strength if isinstance(lora.strength, dict) else {}
+        strengths = _by_component(given, applied.adapted, lora.path)
+        if isinstance(lora.strength, float):
+            strengths = dict.fromkeys(applied.adapted, lora.strength)
+        for name, value in settings.items():
+            which, _, part = name.rpartition(".")
+            if which not in ("", f"lora{i}") or part not in ("strength", "unet", "text"):
+                continue
+            if part == "strength":
+                strengths = dict.fromkeys(applied.adapted, value)
+            else:
+                named = _matching_components(part, applied.adapted, lora.path, value)
+                strengths |= dict.fromkeys(named, value)
+        if applied.adapted:
+            applied.set_strength(strengths)
+
+
+def find_token_file(path: str) -> str:
+    """The token file in the folder of a LoRA file that was trained with tokens.
+
+    "" where there is none, or more than one.
+    """
+    found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
+    is_lora_file = Path(path).is_file() and path not in map(str, found)
+    has_tokens = is_lora_file and embeddings.TOKEN_NAMES in read_headers(path)
+    return str(found[0]) if has_tokens and len(found) == 1 else ""
+
+
+def read_headers(path: str) -> dict[str, str]:
+    """The header entries of a LoRA file, or of all files of a run folder.
+
+    Empty for a file that cannot be read; loading it later raises the error.
+    """
+    found: dict[str, str] = {}
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= opened.metadata() or {}
+        except (OSError, SafetensorError):
+            continue
+    return found
+
+
+class RunSettings(NamedTuple):
+    """The settings of a training run that sampling has to repeat."""
+
+    scheduler: dict[str, Any]  # keys of the model's scheduler_config.json that it replaces
+    text: dict[str, int]  # clip_skip and max_sequence_length, where they are not 0
+
+
+def read_run_settings(paths: Sequence[str]) -> RunSettings:
+    """The settings that the runs behind some LoRA files were trained with; later files win."""
+    scheduler: dict[str, Any] = {}
+    text: dict[str, int] = {}
+    for path in paths:
+        trained = tomllib.loads(read_headers(path).get("lora_core.config", ""))
+        noise = trained.get("noise", {})
+        scheduler |= scheduler_changes(
+            noise.get("prediction", "model"),
+            zero_terminal_snr=noise.get("zero_terminal_snr", False),
+        )
+        for name in ("clip_skip", "max_sequence_length"):
+            if trained.get(name):
+                text[name] = trained[name]
+    return RunSettings(scheduler, text)
+
+
+def warn_of_whole_model(model: str, run: Path) -> None:
+    """Prints a warning for a run that trained its networks whole, if another model is given.
+
+    The run's folder alone adds its tokens and nothing else.
+    """
+    own = run / "model"
+    if own.is_dir() and Path(model).resolve() != own.resolve():
+        print(
+            f"warning: {run} trained the whole model, which is {own}; "
+            f"--model {model} lacks that, give --model {own}",
+            file=sys.stderr,
+        )
+
+
+def _by_component(
+    given: Mapping[str, float], components: Collection[str], source: str
+) -> dict[str, float]:
+    """Strength of each network that a file adapts; 1 for those that are not named."""
+    strengths: dict[str, float] = dict.fromkeys(components, 1.0)
+    for name, value in given.items():
+        named = _matching_components(name, components, source, value)
+        strengths |= dict.fromkeys(named, value)
+    return strengths
+
+
+def _matching_components(
+    name: str, components: Collection[str], source: str, value: float
+) -> list[str]:
+    """The networks that a name means: unet is any denoiser, text every text encoder.
+
+    Raises UserError where the file adapts none of them.
+    """
+    aliases = {"unet": ("transformer",)}.get(name, ())
+    found = [
+        component
+        for component in components
+        if component == name
+        or component in aliases
+        or (name == "text" and component.startswith("text_encoder"))
+    ]
+    if not found:
+        raise UserError(
+            f"{source} adapts {', '.join(components) or 'no network'}, "
+            f"so the strength {name}={value:g} would have no effect"
+        )
+    return found
+
+
+def _free_names(names: Sequence[str], patches: Sequence[Patch]) -> dict[str, str]:
+    """Old name -> new name, of the words and tokens that earlier patches have taken."""
+    taken: set[str] = set()
+    for applied in patches:
+        for placeholder in applied.placeholders:
+            taken |= {placeholder.word, *placeholder.names}
+    return {name: _numbered_name(name, taken) for name in names if name in taken}
+
+
+def _numbered_name(name: str, taken: Collection[str]) -> str:
+    """The first of TOK2, TOK3 ..., or <s0-2>, <s0-3> ..., that is not taken."""
+    for number in count(2):
+        other = f"{name[:-1]}-{number}>" if name.endswith(">") else f"{name}{number}"
+        if other not in taken:
+            return other
+    raise AssertionError("unreachable")

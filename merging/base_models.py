@@ -1,0 +1,107 @@
+"""Whole models, opened and not read: folders in the diffusers layout, single files, hub ids."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+import models
+from lora_core.errors import UserError
+from lora_core.formats.layout import Layout
+from lora_core.formats.weights import Weights
+from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
+from merging.commands import ReadOptions
+from merging.opening import is_whole_model, open_layout
+from models import hub_models, single_file
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A whole model, opened and not read."""
+
+    path: str
+    layout: Layout
+    model: Model
+    folder: Path | None  # None: a single file
+    locations: tuple[NetworkLocation, ...] = ()  # of the networks in a single file
+
+
+def open_base_model(path: str, reading: ReadOptions) -> BaseModel:
+    """A whole model: folder in the diffusers layout, single file or hub id.
+
+    Raises UserError for an adapter.
+    """
+    if not is_whole_model(path):
+        raise UserError(
+            f"{path} is no whole model; give a folder in the diffusers layout, a single-file "
+            "checkpoint or a hub id"
+        )
+    if Path(path).is_file():
+        model, locations = single_file.open_parts(path, reading.model_config)
+        return BaseModel(path, open_layout(path, reading), model, None, locations)
+    folder = Path(path) if Path(path).is_dir() else hub_models.download_model(path)
+    return BaseModel(path, models.read_layout(str(folder)), open_model_folder(folder), folder)
+
+
+def network_locations(base: BaseModel) -> tuple[NetworkLocation, ...]:
+    """The places of a model's networks in a single file.
+
+    Raises UserError for a family without such files.
+    """
+    return base.locations or single_file.locate_networks(str(base.folder))
+
+
+@contextlib.contextmanager
+def model_configs(base: BaseModel, reading: ReadOptions) -> Iterator[Path]:
+    """A folder with everything of a model but its weights.
+
+    That is its own, the one of --model-config, or published configs with CLIP's tokenizers.
+    """
+    if base.folder:
+        yield base.folder
+        return
+    opened = single_file.open_single_file(base.path, reading.model_config)
+    with single_file.config_folder(opened, base.path) as folder:
+        yield folder
+
+
+def base_weight_reader(base: BaseModel) -> Callable[[str, str], Tensor]:
+    """A reader of the weight of (component, published path)."""
+
+    def read(component: str, path: str) -> Tensor:
+        if component not in base.model:
+            raise UserError(f"{base.path} has no {component}; it has {', '.join(base.model)}")
+        weights = base.model[component]
+        return weights.read(weight_key(weights, base.layout, component, path))
+
+    return read
+
+
+def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
+    """(component, published path) of every layer that can be adapted."""
+    keys: list[tuple[str, str]] = []
+    for component, part in base.layout.components.items():
+        keys += [(component, path) for path in part.shapes]
+    return keys
+
+
+def with_progress(model: Model, title: str) -> dict[str, Weights]:
+    """The same model with a progress bar over the tensors that are read, on a terminal only."""
+    count = sum(len(weights.infos) for weights in model.values())
+    bar = tqdm(total=count, desc=title, unit="tensor", disable=None, leave=False)
+
+    def count_reads(weights: Weights) -> Weights:
+        def read(key: str) -> Tensor:
+            bar.update()
+            if bar.n == bar.total:
+                bar.close()
+            return weights.read(key)
+
+        return Weights(weights.source, weights.infos, read)
+
+    return {name: count_reads(weights) for name, weights in model.items()}

@@ -1,0 +1,434 @@
+"""The commands of merge.py: a dataclass of flags for each, and the table of them all.
+
+A field is a flag, its docstring the help text. Nothing here imports torch, so that
+`merge.py COMMAND --help` answers at once; the file of a command is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, NamedTuple
+
+from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from lora_core.errors import UserError
+from lora_core.formats.known_formats import WRITABLE
+from merging.truncation import Keep
+
+MERGE_METHODS = ("sum", "slerp", "ties", "dare", "dare_ties", "magnitude")
+DENSITY_METHODS = MERGE_METHODS[2:]  # those that --density has an effect on
+ADD_MODES = ("lpl", "ljl", "upl", "upl-ckpt-v2")
+DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp64")
+SVD_METHODS = ("randomized", "exact")
+ADD_USAGE = "PATH_1 PATH_2 OUTPUT [ALPHA_1 [ALPHA_2]]"
+DEFAULT_ALPHA = 0.5  # both weights of lora_add, as in cloneofsimo's tool
+LISTED_LAYERS = 10
+BUDGET = re.compile(r"(\d+(?:\.\d+)?)(|kb|mb|gb)", re.IGNORECASE)
+UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+# ---------------------------------------------------------------- types of flags
+
+PLAIN = arg(help_behavior_hint="")  # the help text itself names the default
+GROUP = arg(help="")  # the group's name is its title, its docstring is for readers of the code
+
+
+def text(metavar: str, **more: Any) -> Any:
+    """A flag with any text as its value."""
+    return arg(metavar=metavar, help_behavior_hint="", **more)
+
+
+def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
+    """A flag with an `int` or `float` as its value, or none."""
+
+    def read(words: list[str]) -> Any:
+        try:
+            return convert(words[0])
+        except ValueError:
+            raise ValueError(f"invalid {convert.__name__} value: {words[0]!r}") from None
+
+    return _one_word(metavar, read)
+
+
+def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
+    """A flag with one of some names as its value."""
+
+    def read(words: list[str]) -> str:
+        if words[0] not in names:
+            raise ValueError(f"invalid choice: {words[0]!r} (choose from {', '.join(names)})")
+        return words[0]
+
+    return _one_word(metavar, read)
+
+
+def _read_truth(words: list[str]) -> bool:
+    """True or False as python-fire reads it."""
+    if words[0].lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"{words[0]!r} is neither True nor False")
+    return words[0].lower() in ("true", "1")
+
+
+def _one_word(metavar: str, read: Callable[[list[str]], Any]) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+TRUTH = _one_word("BOOL", _read_truth)
+
+# ---------------------------------------------------------------- groups of flags
+
+
+@dataclass(frozen=True)
+class KeepShare:
+    """How much of each layer's update is kept: one of these, or all of it."""
+
+    rank: Annotated[int | None, number("R", int), PLAIN] = None
+    """rank of every layer"""
+    max_error: Annotated[float | None, number("E", float), PLAIN] = None
+    """smallest rank of each layer with this relative error"""
+    energy: Annotated[float | None, number("E", float), PLAIN] = None
+    """smallest rank of each layer with this share of the squared norm"""
+
+    def __post_init__(self) -> None:
+        given = self.given_flags()
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other; choose one")
+        try:
+            self.per_layer()
+        except ValueError as error:
+            raise UserError(f"{given[0]}: {error}") from None
+
+    def __bool__(self) -> bool:
+        return bool(self.given_flags())
+
+    def given_flags(self) -> list[str]:
+        """The flags that say how much to keep."""
+        values = {"--rank": self.rank, "--max-error": self.max_error, "--energy": self.energy}
+        return [flag for flag, value in values.items() if value is not None]
+
+    def per_layer(self) -> Keep | None:
+        """The same criterion for every layer; None for all of the update, and for a budget."""
+        if self.rank is None and self.max_error is None and self.energy is None:
+            return None
+        return Keep(self.rank, self.max_error, self.energy)
+
+
+@dataclass(frozen=True)
+class KeepOptions(KeepShare):
+    """How much of an update is kept: one of these, or all of it."""
+
+    budget: Annotated[str, text("N")] = ""
+    """ranks of all layers together (1024), or size (20MB), spent where it counts"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget and not BUDGET.fullmatch(self.budget):
+            raise UserError(
+                f"--budget {self.budget} is no number of ranks and no size; write 1024, or 20MB"
+            )
+
+    def given_flags(self) -> list[str]:
+        return super().given_flags() + (["--budget"] if self.budget else [])
+
+
+@dataclass(frozen=True)
+class SvdOptions:
+    """How dense updates are decomposed."""
+
+    svd: Annotated[str, choice("S", SVD_METHODS), PLAIN] = "randomized"
+    """randomized or exact, of dense updates; exact takes a second for 1280 x 1280 (randomized)"""
+    seed: Annotated[int, number("N", int), PLAIN] = 0
+    """of what is drawn at random (0)"""
+
+
+@dataclass(frozen=True)
+class MergeMethod(SvdOptions):
+    """How the updates of several files come together."""
+
+    method: Annotated[str, choice("M", MERGE_METHODS), PLAIN] = "sum"
+    """sum, slerp, ties, dare, dare_ties, magnitude (sum)"""
+    density: Annotated[float, number("D", float), PLAIN] = 0.5
+    """share of entries that ties, dare, magnitude keep (0.5)"""
+
+
+@dataclass(frozen=True)
+class AdapterModel:
+    """The model that adapters were made for."""
+
+    model: Annotated[str, text("M")] = ""
+    """whose adapters they are: a model, or sd1, sd2, sdxl, flux-dev (recognized by their keys)"""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read."""
+
+    model_config: Annotated[str, text("DIR")] = ""
+    """folder or hub id with the configs of a single-file model"""
+    dora_axis: Annotated[str, choice("A", ("rows", "columns")), PLAIN] = ""
+    """rows or columns, of the magnitudes of kohya's DoRAs where the file does not tell"""
+    allow_extra: Annotated[bool, PLAIN] = False
+    """pass over keys that mean nothing, in one line"""
+
+
+@dataclass(frozen=True)
+class OpenOptions(ReadOptions, AdapterModel):
+    """How adapter files are read, and of which model they are."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a result is written."""
+
+    dtype: Annotated[str, choice("D", DTYPE_NAMES), PLAIN] = ""
+    """fp32, fp16, bf16, fp64 (sums of adapters: fp32; models and cut ranks: the input's)"""
+    overwrite: Annotated[bool, PLAIN] = False
+    """replace an output that exists"""
+    dry_run: Annotated[bool, PLAIN] = False
+    """compute and report, write nothing"""
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """The format of an adapter file."""
+
+    format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
+
+
+@dataclass(frozen=True)
+class FileOptions(WriteOptions, OpenOptions):
+    """How files are read and written."""
+
+
+@dataclass(frozen=True)
+class AdapterFileOptions(WriteOptions, AdapterFormat, OpenOptions):
+    """How adapter files are read and written."""
+
+
+@dataclass(frozen=True)
+class DistillFileOptions(WriteOptions, AdapterFormat, ReadOptions):
+    """How models are read, which say themselves what they are, and an adapter is written."""
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The exact sum of LoRA files, or of models."""
+
+    sum: Positional[Annotated[str, text("SUM")]] = ""
+    """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)\""""
+    out: Annotated[str, text("FILE")] = ""
+    """the result; a folder or a single file for whole models"""
+    residual: Annotated[str, text("FILE")] = ""
+    """for whole models: what rounding lost, as a LoRA"""
+    merge: OmitArgPrefixes[Annotated[MergeMethod, GROUP]] = MergeMethod()
+    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
+    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Adapters added to a model's weights, each rounded once."""
+
+    base: Positional[Annotated[str, text("MODEL")]] = ""
+    """folder in the diffusers layout, single file, or hub id"""
+    sum: Positional[Annotated[str, text("SUM")]] = ""
+    """adapters: "0.7*a.safetensors + 0.3*b.safetensors@attn\""""
+    out: Positional[Annotated[str, text("OUT")]] = ""
+    """a folder, or a single file by its ending .safetensors or .ckpt"""
+    residual: Annotated[str, text("FILE")] = ""
+    """what rounding lost, as a LoRA"""
+    residual_rank: Annotated[int, number("N", int), PLAIN] = 0
+    """its rank (that of the folded updates)"""
+    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+
+
+@dataclass(frozen=True)
+class Add:
+    """cloneofsimo's lora_add: its modes, argument order and defaults."""
+
+    words: Positional[Annotated[tuple[str, ...], text(ADD_USAGE)]] = ()
+    """PATH_1 may be a model, as a folder or hub id"""
+    mode: Annotated[str, choice("M", ADD_MODES), PLAIN] = "lpl"
+    """LoRA + LoRA: lpl, ljl; model + LoRA: upl, upl-ckpt-v2 (lpl)"""
+    alpha_1: Annotated[str, text("A", aliases=("--alpha",))] = ""
+    """weight of the first LoRA, or of the only one (0.5)"""
+    alpha_2: Annotated[str, text("A")] = ""
+    """weight of the second (0.5)"""
+    path_1: Annotated[str, text("PATH")] = ""
+    """the first file by name"""
+    path_2: Annotated[str, text("PATH")] = ""
+    """the second file by name"""
+    out: Annotated[str, text("PATH", name="output-path")] = ""
+    """the output by name"""
+    with_text_lora: Annotated[FlagConversionOff[bool], TRUTH, PLAIN] = False
+    """merge x.text_encoder.pt too (.pt lists only)"""
+    residual: Annotated[str, text("FILE")] = ""
+    """of upl: what rounding lost, as a LoRA"""
+    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The difference of two models as a LoRA."""
+
+    base: Positional[Annotated[str, text("BASE")]] = ""
+    """model before training: folder, single file or hub id"""
+    tuned: Positional[Annotated[str, text("TUNED")]] = ""
+    """model after training"""
+    out: Positional[Annotated[str, text("OUT")]] = ""
+    """the adapter"""
+    layers: Annotated[str, text("CHOICE")] = ""
+    """which layers, as after @ in mix: attn, unet, ~conv, a glob (all)"""
+    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
+    keep: OmitArgPrefixes[Annotated[KeepShare, GROUP]] = KeepShare()
+    files: OmitArgPrefixes[Annotated[DistillFileOptions, GROUP]] = DistillFileOptions()
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The nearest LoRA of smaller rank."""
+
+    file: Positional[Annotated[str, text("FILE")]] = ""
+    """a LoRA file or run folder"""
+    out: Positional[Annotated[str, text("OUT")]] = ""
+    """the smaller one"""
+    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
+    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
+    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+
+
+@dataclass(frozen=True)
+class Convert:
+    """An adapter or a model in another format."""
+
+    file: Positional[Annotated[str, text("FILE")]] = ""
+    """an adapter file or run folder, or a whole model"""
+    out: Positional[Annotated[str, text("OUT")]] = ""
+    """for a whole model: a folder, or a file that ends in .safetensors or .ckpt"""
+    to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
+    """of an adapter: diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion"""
+    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file holds: ranks, norms and spectra of its layers, tokens, header."""
+
+    file: Positional[Annotated[str, text("FILE")]] = ""
+    """an adapter file or run folder, or a whole model"""
+    top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
+    """layers to list (10)"""
+    plot: Annotated[str, text("PNG")] = ""
+    """draw the spectra of singular values"""
+    overwrite: Annotated[bool, PLAIN] = False
+    """replace a plot that exists"""
+    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+
+
+@dataclass(frozen=True)
+class Diff:
+    """How two LoRA files differ, layer by layer."""
+
+    first: Positional[Annotated[str, text("FILE")]] = ""
+    """a LoRA file or run folder"""
+    second: Positional[Annotated[str, text("FILE")]] = ""
+    """another one of the same model"""
+    top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
+    """layers to list (10)"""
+    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Which mixture of LoRAs a checkpoint is."""
+
+    checkpoint: Positional[Annotated[str, text("TUNED")]] = ""
+    """model: folder in the diffusers layout, single file, or hub id"""
+    base: Positional[Annotated[str, text("BASE")]] = ""
+    """the model that it was made from"""
+    loras: Positional[Annotated[tuple[str, ...], text("LORA")]] = ()
+    """LoRA files that may be in it"""
+    files: OmitArgPrefixes[Annotated[ReadOptions, GROUP]] = ReadOptions()
+
+
+@dataclass(frozen=True)
+class Redo:
+    """The same merge again, by the recipe in its result."""
+
+    file: Positional[Annotated[str, text("FILE")]] = ""
+    """a file or model folder that merge.py made"""
+    out: Annotated[str, text("FILE")] = ""
+    """where to (FILE itself: left alone if it comes out the same)"""
+    overwrite: Annotated[bool, PLAIN] = False
+    """replace an output that differs"""
+    dry_run: Annotated[bool, PLAIN] = False
+    """only compare"""
+
+
+# ---------------------------------------------------------------- the table of commands
+
+
+class Command(NamedTuple):
+    """A command of merge.py. The file merging/NAME.py carries it out, by its function run_NAME."""
+
+    options: type  # the dataclass of its flags
+    required: tuple[str, ...]  # fields that a command line has to give
+    example: str  # words after its name
+    words: str = ""  # the field that takes any number of words
+
+
+EXAMPLE_SUM = '"0.7*a.safetensors + 0.3*b.safetensors@attn"'
+COMMANDS = {
+    "mix": Command(Mix, ("sum",), f"{EXAMPLE_SUM} --out c.safetensors --rank 16"),
+    "fold": Command(Fold, ("base", "sum", "out"), 'toy/model "0.8*runs/demo" merged.safetensors'),
+    "add": Command(Add, (), "toy/model a.safetensors merged 0.8 --mode upl", words="words"),
+    "distill": Command(Distill, ("base", "tuned", "out"), "base tuned a.safetensors --rank 16"),
+    "resize": Command(Resize, ("file", "out"), "big.safetensors small.safetensors --energy 0.99"),
+    "convert": Command(Convert, ("file", "out"), "a.safetensors b.safetensors --to kohya"),
+    "info": Command(Info, ("file",), "a.safetensors --plot spectrum.png"),
+    "diff": Command(Diff, ("first", "second"), "a.safetensors b.safetensors --top 20"),
+    "explain": Command(
+        Explain, ("checkpoint", "base", "loras"), "tuned base a.safetensors", words="loras"
+    ),
+    "redo": Command(Redo, ("file",), "c.safetensors"),
+}
+
+
+def run_command(name: str, options: Any) -> None:
+    """Carries out a command with its options. Raises UserError."""
+    module = importlib.import_module(f"merging.{name}")
+    getattr(module, f"run_{name}")(options)
+
+
+# ---------------------------------------------------------------- as a flat table
+
+
+def flatten(options: Any) -> dict[str, Any]:
+    """Name of a flag -> its value, without the groups."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        flat |= flatten(value) if is_dataclass(value) else {name: value}
+    return flat
+
+
+def unflatten(options: type, flat: Mapping[str, Any]) -> Any:
+    """The options with the values of a flat table, and defaults for what it leaves out."""
+    values: dict[str, Any] = {}
+    for name, default in vars(options()).items():
+        if is_dataclass(default):
+            values[name] = unflatten(type(default), flat)
+        elif name in flat:
+            values[name] = flat[name]
+    return options(**values)

@@ -1,0 +1,150 @@
+"""merge.py distill: the difference of two models as an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats.whole_models import weight_key
+from merging.adapter_sums import DenseOptions, LayerKey, MergedLayer, sketch_generator
+from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
+from merging.commands import Distill
+from merging.layer_choice import parse_layer_choice
+from merging.output import (
+    align_columns,
+    check_adapter_output,
+    make_output,
+    print_note,
+    print_written,
+    report_table,
+    round_adapter,
+    write_adapter,
+)
+from merging.svd import distill_update, one_thread
+from merging.truncation import ApproximationReport, Keep
+
+
+def run_distill(options: Distill) -> None:
+    """Writes the adapter nearest to tuned - base, of every Linear and Conv2d layer that differs.
+
+    Raises UserError before writing.
+    """
+    output = make_output("distill", options, [options.base, options.tuned])
+    check_adapter_output(output)
+    keep = options.keep.per_layer()
+    if keep is None:
+        raise UserError(
+            "say how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95"
+        )
+    base = open_base_model(options.base, options.files)
+    tuned = open_base_model(options.tuned, options.files)
+    _check_kinds(base, tuned)
+    keys = list(_chosen_keys(base, options.layers))
+    is_random = options.svd.svd == "randomized" and keep.rank is not None
+    dense = DenseOptions(sketch=options.svd.seed if is_random else None)
+    state, reports = _distill_layers(base, tuned, keys, keep, dense, output.dtype)
+    if not reports:
+        raise UserError(
+            f"{tuned.path} and {base.path} do not differ in any of {len(keys)} layers; there is "
+            "nothing to distil"
+        )
+    print(report_table(reports))
+    _print_uncovered(base, tuned, set(reports))
+    output = replace(output, format=output.format or "diffusers")
+    print_written(write_adapter(state, output, base.layout), output)
+
+
+def _check_kinds(base: BaseModel, tuned: BaseModel) -> None:
+    is_same = set(base.model) == set(tuned.model)
+    if not is_same or base.layout.components.keys() != tuned.layout.components.keys():
+        raise UserError(
+            f"{base.path} has {', '.join(base.model)}, {tuned.path} has {', '.join(tuned.model)}; "
+            "give two models of one kind"
+        )
+
+
+def _chosen_keys(base: BaseModel, choice: str) -> Iterator[LayerKey]:
+    """The layers of a model that a choice means; all of them without one."""
+    keys = layer_keys(base)
+    factor = parse_layer_choice(choice, keys, base.layout) if choice else None
+    for key in keys:
+        if factor is None or factor(*key):
+            yield key
+
+
+def _distill_layers(
+    base: BaseModel,
+    tuned: BaseModel,
+    keys: Collection[LayerKey],
+    keep: Keep,
+    dense: DenseOptions,
+    dtype: torch.dtype | None,
+) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
+    before, after = base_weight_reader(base), base_weight_reader(tuned)
+    state, reports = AdapterState(), {}
+    with one_thread():
+        for key in tqdm(keys, desc="distil", unit="layer", disable=None, leave=False):
+            layer = _distill_pair(key, after(*key), before(*key), keep, dense)
+            if layer and layer.adapter:
+                adapter, reports[key] = round_adapter(layer.adapter, layer.report, dtype)
+                state.components.setdefault(layer.component, {})[layer.path] = adapter
+    return state, reports
+
+
+def _distill_pair(
+    key: LayerKey, after: Tensor, before: Tensor, keep: Keep, dense: DenseOptions
+) -> MergedLayer | None:
+    """The adapter of one layer's difference; None for a layer that does not differ."""
+    name = ".".join(key)
+    if after.shape != before.shape:
+        raise UserError(
+            f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned "
+            "model; give two models of one kind"
+        )
+    exact = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
+    delta = after.to(exact) - before.to(exact)
+    if not torch.isfinite(delta).all():
+        raise UserError(f"{name} holds NaN or Inf in one of the models; fix it first")
+    if not delta.any():
+        return None
+    return MergedLayer(*key, *distill_update(delta, keep, generator=sketch_generator(key, dense)))
+
+
+def _print_uncovered(base: BaseModel, tuned: BaseModel, covered: set[LayerKey]) -> None:
+    """How much of the difference lies in tensors that no adapter of linear and convolutional layers
+    holds."""
+    squares: dict[str, float] = {}
+    count = 0
+    for name in base.layout.components:
+        weights = base.model[name]
+        paths = [path for component, path in covered if component == name]
+        held = {weight_key(weights, base.layout, name, path) for path in paths}
+        for difference in _uncovered_differences(base, tuned, name, held):
+            squares[name] = squares.get(name, 0.0) + difference
+            count += difference > 0
+    if not count:
+        return
+    table = [("not in the adapter", "|difference|")]
+    table += [(name, f"{value**0.5:.3e}") for name, value in squares.items() if value]
+    print("\n".join(align_columns(table)))
+    print_note(
+        f"{count} tensors that no such adapter can hold differ too: norms, biases, embeddings, or "
+        "layers that were not chosen"
+    )
+
+
+def _uncovered_differences(
+    base: BaseModel, tuned: BaseModel, name: str, held: Collection[str]
+) -> Iterator[float]:
+    """The squared norm of the difference of every tensor of a network that is not held."""
+    first, other = base.model[name], tuned.model[name]
+    for key, info in first.infos.items():
+        is_shared = key in other.infos and other.infos[key].shape == info.shape
+        if key not in held and info.dtype.is_floating_point and is_shared:
+            yield float((other.read(key).double() - first.read(key).double()).square().sum())

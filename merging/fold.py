@@ -1,0 +1,29 @@
+"""merge.py fold: adapters added to the weights of a whole model, each rounded once."""
+
+from __future__ import annotations
+
+from lora_core.errors import UserError
+from merging.commands import Fold
+from merging.expression import WeightedFile, parse_files
+from merging.model_sums import FoldOptions, write_model_sum
+from merging.opening import is_whole_model
+from merging.output import make_output
+
+
+def run_fold(options: Fold) -> None:
+    """Writes a model with adapters in it. Raises UserError for files in the wrong places."""
+    files = parse_files(options.sum)
+    if not is_whole_model(options.base):
+        raise UserError(
+            f"{options.base} is no whole model; give a folder in the diffusers layout, a "
+            "single-file checkpoint or a hub id first"
+        )
+    if wrong := [file.path for file in files if is_whole_model(file.path)]:
+        raise UserError(
+            f"{wrong[0]} is a whole model, fold adds adapters to {options.base}; mix adds models: "
+            'mix "0.6*A + 0.4*B" --out C'
+        )
+    files = [WeightedFile(1.0, options.base), *files]
+    output = make_output("fold", options, [file.path for file in files])
+    fold = FoldOptions(options.residual, options.residual_rank)
+    write_model_sum(files, output, options.files, fold)

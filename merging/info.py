@@ -1,0 +1,194 @@
+"""merge.py info: a file's family, layers, ranks, spectra, tokens and header."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lora_core import formats
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats import embeddings
+from lora_core.formats.layout import Layout
+from merging.commands import Info, ReadOptions
+from merging.layer_spectra import LayerSpectrum, layer_spectra
+from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
+from merging.output import DTYPES, Output, align_columns, check_output
+from merging.recipe import RECIPE, describe_recipe, parse_recipe
+
+LONGEST_ENTRY = 60  # characters of a header entry that is printed in full
+PLOTTED_LAYERS = 5
+SMALLEST_PLOTTED = 1e-12  # singular value on a logarithmic axis
+
+
+def run_info(options: Info) -> None:
+    """Prints the contents of a file; --plot draws the spectra as PNG.
+
+    Raises UserError for a file that cannot be read.
+    """
+    path, plot = options.file, options.plot
+    if is_whole_model(path):
+        if plot:
+            raise UserError(
+                f"--plot draws the spectra of an adapter, and {path} is a whole model; leave it out"
+            )
+        _print_model_info(path, options.files)
+        return
+    if plot:
+        check_output(Output(plot, options.overwrite))
+    layout = find_layout([path], options.files)
+    state = open_adapter(path, layout, options.files, merging=True)
+    print(f"{path}: {_describe_file(path, state, layout)}")
+    spectra = list(layer_spectra(state, path))
+    if spectra:
+        listed = min(options.top, len(spectra))
+        print("\n".join(align_columns(_component_table(spectra))))
+        print(
+            f"\nranks that hold so much of the energy, and the {listed} largest of "
+            f"{len(spectra)} layers"
+        )
+        print("\n".join(align_columns(_layer_table(spectra, options.top))))
+    for line in (*_token_lines(state, path), *_header_lines(state)):
+        print(line)
+    if plot:
+        if not spectra:
+            raise UserError(f"{path} holds tokens only, there is no spectrum to plot")
+        _plot_spectra(spectra, Path(plot), Path(path).name)
+        print(f"plot: {plot}")
+
+
+def _describe_file(path: str, state: AdapterState, layout: Layout | None) -> str:
+    """Format, family, dtype and size."""
+    dtype, family = widest_dtype([state]), "family unknown"
+    if layout:
+        version = layout.base_model_version
+        family = f"{layout.family} ({version})" if version else layout.family
+    kind = _dtype_name(dtype) if dtype else "dense"
+    return f"{formats.detect_format(path)}, {family}, {kind}, {_file_size(path)}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    names = {known: name for name, known in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _file_size(path: str) -> str:
+    place = Path(path)
+    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+
+
+def _component_table(spectra: Sequence[LayerSpectrum]) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [
+        ("", "layers", "conv", "DoRA", "rank", "alpha", "|delta W|", "effective rank")
+    ]
+    groups: dict[str, list[LayerSpectrum]] = {}
+    for layer in spectra:
+        groups.setdefault(layer.key[0], []).append(layer)
+    for name, own in [*groups.items(), ("total", list(spectra))]:
+        counts = len(own), sum(layer.is_conv for layer in own), sum(map(_is_dora, own))
+        ranges = [_value_range([layer.rank for layer in own])]
+        ranges.append(_value_range([layer.alpha for layer in own]))
+        norm = math.sqrt(sum(layer.norm**2 for layer in own))
+        mean = sum(layer.effective_rank for layer in own) / len(own)
+        table.append((name, *map(str, counts), *ranges, f"{norm:.4g}", f"{mean:.2f}"))
+    return table
+
+
+def _is_dora(layer: LayerSpectrum) -> bool:
+    return layer.adapter.magnitude is not None
+
+
+def _value_range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.6g}" if low == high else f"{low:.4g}..{high:.4g}"
+
+
+def _layer_table(spectra: Sequence[LayerSpectrum], top: int) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [("", "rank", "|delta W|", "sigma 1", "90 %", "99 %", "99.9 %")]
+    for layer in sorted(spectra, key=lambda layer: -layer.norm)[:top]:
+        needed = map(str, layer.ranks_of_energy(0.9, 0.99, 0.999))
+        sizes = f"{layer.norm:.4g}", f"{layer.sigma[0]:.4g}"
+        table.append((".".join(layer.key), str(layer.rank), *sizes, *needed))
+    return table
+
+
+def _token_lines(state: AdapterState, path: str) -> list[str]:
+    lines = []
+    for key, rows in state.tokens.items():
+        norms = rows.float().norm(dim=1).tolist()
+        named = [f"{name} {norm:.4f}" for name, norm in zip(state.token_names, norms)]
+        lines.append(
+            f"tokens of {key} [{rows.shape[0]}, {rows.shape[1]}], with their norms: "
+            f"{', '.join(named)}"
+        )
+    words = embeddings.placeholder_words(state, path) if state.tokens else {}
+    return lines + [f"word {word} stands for {''.join(names)}" for word, names in words.items()]
+
+
+def _header_lines(state: AdapterState) -> list[str]:
+    lines = []
+    if RECIPE in state.metadata:
+        with contextlib.suppress(UserError):  # a recipe of something else
+            lines.append(describe_recipe(parse_recipe(state.metadata[RECIPE], "the file")))
+    short, long = [], []
+    for key, value in state.metadata.items():
+        if key in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS):
+            continue
+        if len(value) > LONGEST_ENTRY or "\n" in value:
+            long.append(f"{key} ({len(value)} characters)")
+        else:
+            short.append(f"{key}={value}")
+    return lines + ([f"header: {', '.join(short + long)}"] if short or long else [])
+
+
+def _plot_spectra(spectra: Sequence[LayerSpectrum], path: Path, title: str) -> None:
+    """Draws the singular values of the largest layers, and the median over each component's."""
+    from lora_core.runs import pictures  # imports matplotlib
+
+    series = {}
+    for name in dict.fromkeys(layer.key[0] for layer in spectra):
+        own = [layer for layer in spectra if layer.key[0] == name and layer.norm]
+        medians = _median_values(own)
+        label = f"{name}, median of {len(own)} layers"
+        series[label] = (list(range(1, len(medians) + 1)), medians)
+    for layer in sorted(spectra, key=lambda layer: -layer.norm)[:PLOTTED_LAYERS]:
+        values = [max(value, SMALLEST_PLOTTED) for value in layer.sigma.tolist()]
+        series[".".join(layer.key)[-60:]] = (list(range(1, len(values) + 1)), values)
+    axes = ("index", "singular value of delta W")
+    pictures.plot_lines(series, path, axes=axes, title=title, log=True)
+
+
+def _median_values(spectra: Sequence[LayerSpectrum]) -> list[float]:
+    """The i-th entry is the median of the i-th singular values of the layers that have one."""
+    medians = []
+    for i in range(max(len(layer.sigma) for layer in spectra)):
+        values = sorted(float(layer.sigma[i]) for layer in spectra if len(layer.sigma) > i)
+        medians.append(values[len(values) // 2])
+    return medians
+
+
+def _print_model_info(path: str, reading: ReadOptions) -> None:
+    # imports the networks' libraries
+    from lora_core.formats.weights import open_weights
+    from lora_core.formats.whole_models import describe_single_file
+    from merging.base_models import open_base_model
+
+    if Path(path).is_file():
+        facts = describe_single_file(open_weights(path).shapes)
+        print(f"{path}: a single-file checkpoint with {facts}, {_file_size(path)}")
+    base = open_base_model(path, reading)
+    table = [("", "tensors", "parameters", "dtype", "layers for adapters")]
+    for name, weights in base.model.items():
+        dtypes = Counter(_dtype_name(info.dtype) for info in weights.infos.values())
+        count = sum(math.prod(info.shape) for info in weights.infos.values())
+        part = base.layout.components.get(name)
+        layers = len(part.shapes) if part else 0
+        table.append((name, str(len(weights.infos)), f"{count:,}", ", ".join(dtypes), str(layers)))
+    print(f"{path}: {base.layout.family} {base.layout.base_model_version}".rstrip())
+    print("\n".join(align_columns(table)))

@@ -1,0 +1,99 @@
+"""New tokens in a whole model: rows of its embedding tables, words of its tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from lora_core.adapters.patch import TOKENIZERS
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats.layout import Layout
+from lora_core.formats.weights import Weights
+from lora_core.formats.whole_models import Model
+from merging.folding import with_embedding_rows
+from merging.output import print_note
+from merging.token_names import free_name
+
+EMBEDDING_TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # CLIP's and T5's keys
+
+
+def add_token_rows(
+    model: Model, folder: Path, tokens: AdapterState, layout: Layout
+) -> tuple[dict[str, Weights], dict[str, tuple[str, ...]]]:
+    """(the model with rows for new tokens, text encoder -> the new tokens of its tokenizer).
+
+    `folder` has the tokenizers. Tokens that they have already are renamed, in one printed line.
+    Raises UserError for rows that do not fit.
+    """
+    grown, added = dict(model), dict[str, tuple[str, ...]]()
+    names = tokens.token_names
+    for component, key in layout.encoders.items():
+        if key not in tokens.tokens:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZERS[component])
+        if not added:
+            names = _rename_known(names, tokenizer)
+        tokenizer.add_tokens(list(names))
+        ids = tokenizer.convert_tokens_to_ids(list(names))
+        rows = dict(zip(ids, tokens.tokens[key]))
+        table = _fitting_table(model[component], component, key, tokens.tokens[key].shape[1])
+        grown[component] = with_embedding_rows(model[component], table, rows)
+        added[component] = names
+    if added:
+        print(f"tokens {' '.join(names)} are in the tokenizer and the text encoder of the result")
+    return grown, added
+
+
+def write_tokenizers(
+    added: Mapping[str, tuple[str, ...]], model: Model, source: Path, folder: Path
+) -> None:
+    """Writes the tokenizers of `source` with new tokens into a model's folder, and the new sizes of
+    their vocabularies into its configs."""
+    for component, names in added.items():
+        tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZERS[component])
+        tokenizer.add_tokens(list(names))
+        tokenizer.save_pretrained(folder / TOKENIZERS[component])
+        infos = model[component].infos
+        size = infos[_embedding_table(model[component])].shape[0]
+        edit_json(folder / component / "config.json", vocab_size=size)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Changes entries of a JSON file."""
+    table = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _rename_known(names: tuple[str, ...], tokenizer: Any) -> tuple[str, ...]:
+    """The names, with others for those that a tokenizer has already."""
+    known = set(tokenizer.get_vocab())
+    renamed = list(names)
+    for i, name in enumerate(names):
+        if name in known:
+            renamed[i] = free_name(name, known | set(renamed))
+            print_note(
+                f"the model has a token {name} already; that of the adapter is called {renamed[i]}"
+            )
+    return tuple(renamed)
+
+
+def _embedding_table(weights: Weights) -> str:
+    """The key of a text encoder's embedding table; empty where there is none."""
+    return next((key for key in weights.infos if key.endswith(EMBEDDING_TABLES)), "")
+
+
+def _fitting_table(weights: Weights, component: str, key: str, width: int) -> str:
+    """The key of the embedding table. Raises UserError where its rows have another width."""
+    table = _embedding_table(weights)
+    own = weights.infos[table].shape[1] if table else "no table"
+    if own != width:
+        raise UserError(
+            f"the token rows of {key} have width {width}, this {component} takes {own}; are they "
+            "for another model?"
+        )
+    return table

@@ -1,0 +1,78 @@
+"""cloneofsimo's .pt lists [up, down, up, ...] added by position, by the lossy formula of lpl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import LowRank
+from lora_core.errors import UserError
+from lora_core.formats.container import check_finite
+from lora_core.formats.pickles import read_pickle
+from lora_core.runs.run_folder import atomic_write
+from merging.factor_sums import concat_factors, frobenius_norm, lpl
+from merging.truncation import ApproximationReport
+
+Pair = tuple[float, float]
+
+
+def lpl_of_lists(
+    first: Path, second: Path, name: str, alphas: Pair
+) -> tuple[list[Tensor], dict[tuple[str, str], ApproximationReport]]:
+    """([up, down, up, ...] of the lossy sum, its reports by (name, number of the layer)).
+
+    Raises UserError for lists of different lengths or shapes.
+    """
+    a, b = _read_pt_list(first), _read_pt_list(second)
+    if len(a) != len(b):
+        raise UserError(
+            f"{first} has {len(a) // 2} layers, {second} {len(b) // 2}; lpl needs the same, mix "
+            "takes any (with --model)"
+        )
+    tensors: list[Tensor] = []
+    reports = {}
+    for i in range(0, len(a), 2):
+        pair = LowRank(a[i + 1], a[i], 1.0), LowRank(b[i + 1], b[i], 1.0)
+        try:
+            merged = lpl(*pair, *alphas)
+        except UserError as error:
+            raise UserError(f"layer {i // 2}: {error}") from None
+        reports[name, str(i // 2)] = compare_with_sum(merged, pair, alphas)
+        tensors += [part.to(a[i].dtype).clone() for part in (merged.up, merged.down)]
+    return tensors, reports
+
+
+def save_list(tensors: Sequence[Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """Writes a list, in its own dtypes or in `dtype`, whole or not at all."""
+    cast = [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+    with atomic_write(path) as temporary, temporary.open("wb") as opened:
+        torch.save(cast, opened)
+
+
+def compare_with_sum(
+    lr: LowRank, pair: tuple[LowRank, LowRank], alphas: Pair
+) -> ApproximationReport:
+    """The error of a lossy sum against the exact one."""
+    exact = concat_factors(list(zip(alphas, pair)))
+    lost = frobenius_norm(concat_factors([(1.0, exact), (-1.0, lr)]))
+    return ApproximationReport(lr.rank, exact.rank, frobenius_norm(exact), lost)
+
+
+def _read_pt_list(path: Path) -> list[Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} is not there; give a LoRA file")
+    data = read_pickle(path)
+    is_pairs = isinstance(data, list) and data and len(data) % 2 == 0
+    if not is_pairs or not all(map(_is_factor, data)):
+        raise UserError(
+            f"{path} is no list of up and down factors; give a LoRA saved by cloneofsimo's tools"
+        )
+    check_finite({str(i): part for i, part in enumerate(data)}, str(path))
+    return data
+
+
+def _is_factor(part: object) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()

@@ -1,0 +1,124 @@
+"""The recipe that a result carries: the command, its options, and the sha256 of its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lora_core.errors import UserError
+from merging.commands import flatten
+
+RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
+SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
+TYPED_WITHOUT_FLAG = ("sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2")
+CHUNK = 1 << 22  # bytes hashed at a time
+LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # options that make no difference
+
+
+def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, Any]:
+    """The recipe of a command: options that are not the defaults, and a digest of every input."""
+    default = flatten(type(options)())
+    changed = {}
+    for name, value in flatten(options).items():
+        if name not in LEFT_OUT and value != default[name]:
+            changed[name] = value
+    digests = {path: sha256_digest(path) for path in inputs}
+    return {"command": command, "options": changed, "inputs": digests}
+
+
+def recipe_header(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The header entry of a recipe; none without one."""
+    return {RECIPE: json.dumps(recipe, sort_keys=True, ensure_ascii=False)} if recipe else {}
+
+
+def write_sidecar(recipe: Mapping[str, Any], folder: Path) -> None:
+    """Puts a recipe into a model's folder."""
+    text = json.dumps(recipe, sort_keys=True, indent=1, ensure_ascii=False)
+    (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The recipe in a file's header or a model's folder. Raises UserError where there is none."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{path} is not there; give a file that merge.py made")
+    try:
+        text = _recipe_text(place)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the recipe of {path} cannot be read ({reason}); is the file damaged?"
+        ) from None
+    if not text:
+        raise UserError(
+            f"{path} carries no recipe; only .safetensors files and model folders that merge.py "
+            "made have one"
+        )
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, source: str) -> dict[str, Any]:
+    """A recipe from its JSON. Raises UserError for anything else."""
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError):
+        recipe = None
+    if not _is_recipe(recipe):
+        raise UserError(f"the recipe of {source} is broken; expected a command, options and inputs")
+    return recipe
+
+
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """The command of a recipe, as it may be typed again, and how its inputs' digests begin."""
+    words = [f"merge.py {recipe['command']}"]
+    for name, value in recipe["options"].items():
+        if name not in TYPED_WITHOUT_FLAG:
+            words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
+    inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
+    return f"made by: {' '.join(words)}   (sha256 of {inputs} ...)"
+
+
+def sha256_digest(path: str) -> str:
+    """sha256 of a file; of a folder, over the names and digests of its files that are not hidden.
+
+    An id of the hub counts as the folder that it is downloaded to.
+    """
+    place = Path(path)
+    if place.is_file():
+        found = hashlib.sha256()
+        with place.open("rb") as opened:
+            while part := opened.read(CHUNK):
+                found.update(part)
+        return found.hexdigest()
+    if not place.is_dir():
+        from models import hub_models  # imports the hub's client
+
+        place = hub_models.download_model(path)
+    lines = []
+    for file in sorted(place.rglob("*")):
+        name = file.relative_to(place)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            lines.append(f"{name.as_posix()} {sha256_digest(str(file))}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _recipe_text(place: Path) -> str:
+    if place.is_dir():
+        file = place / SIDECAR
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    with safe_open(place, "np") as opened:
+        return (opened.metadata() or {}).get(RECIPE, "")
+
+
+def _is_recipe(value: Any) -> bool:
+    if not isinstance(value, dict) or {"command", "options", "inputs"} - set(value):
+        return False
+    return isinstance(value["options"], dict) and isinstance(value["inputs"], dict)

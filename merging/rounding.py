@@ -1,0 +1,66 @@
+"""Updates added to a base weight, and how much of them survives the rounding to a narrow dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import delta_weight
+from merging.factor_sums import WeightedAdapters
+
+
+class Rounding(NamedTuple):
+    """How much of an update a rounded weight holds. Those of several layers add up by field."""
+
+    square: float  # squared norm of the wished update
+    product: float  # its inner product with the effective one, rounded - base
+    effective: float  # squared norm of the effective update
+
+    @property
+    def kept(self) -> float:
+        """The effective update's share along the wished one, 1 when all survived.
+
+        1 for an update that is zero.
+        """
+        return self.product / self.square if self.square else 1.0
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between both updates.
+
+        0 when nothing survived, 1 for an update that is zero.
+        """
+        if not self.square:
+            return 1.0
+        if not self.effective:
+            return 0.0
+        return self.product / math.sqrt(self.square * self.effective)
+
+
+def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
+    """The base weight plus the weighted updates, in fp32 or better, for the caller to round once.
+
+    Each DoRA counts as the update it makes to the base weight alone, W + t (W_dora - W), so the
+    order does not matter. Raises ValueError when shapes do not fit.
+    """
+    folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for strength, lr in weighted:
+        folded = folded + strength * delta_weight(lr, weight)
+    return folded
+
+
+def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
+    """`folded` in the output dtype, and how much of folded - weight is left in it.
+
+    folded - result is the loss by rounding.
+    """
+    result = folded.to(dtype)
+    wished, effective = folded.double() - weight.double(), result.double() - weight.double()
+    return result, Rounding(
+        square=float((wished * wished).sum()),
+        product=float((wished * effective).sum()),
+        effective=float((effective * effective).sum()),
+    )

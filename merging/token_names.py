@@ -1,0 +1,93 @@
+"""Token rows of several adapter files in one: names that clash are changed, and said so."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.weight_updates import AdapterState
+from lora_core.errors import UserError
+from lora_core.formats import embeddings
+
+Rename = Callable[[int, int, str], str]  # (number of the file, row, name there) -> name
+
+
+def join_tokens(
+    states: Sequence[AdapterState], paths: Sequence[str], rename: Rename | None = None
+) -> tuple[AdapterState, list[str]]:
+    """(tokens and placeholder words of several files as one record, a note for each renamed one).
+
+    A name that an earlier file has becomes <s1-2>, TOK2; `rename` names tokens otherwise. The same
+    file twice counts once. Raises UserError for files with rows of different encoders.
+    """
+    joined, seen = _JoinedTokens(), set[str]()
+    for i, (state, path) in enumerate(zip(states, paths)):
+        if state.tokens and path not in seen:
+            seen.add(path)
+            joined.check_rows(state.tokens, path)
+            joined.add_file(state, path, i, rename)
+    return joined.as_state(), joined.notes
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """The name, or the first of <s1-2>, <s1-3> ..., TOK2, TOK3 ... that is not taken."""
+    if name not in taken:
+        return name
+    for n in itertools.count(2):
+        other = f"{name[:-1]}-{n}>" if name.endswith(">") else f"{name}{n}"
+        if other not in taken:
+            return other
+    raise AssertionError("numbers do not end")
+
+
+@dataclass
+class _JoinedTokens:
+    """The tokens of the files so far."""
+
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)  # encoder -> [n, d] of each file
+    names: list[str] = field(default_factory=list)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)  # placeholder -> tokens
+    notes: list[str] = field(default_factory=list)
+
+    def check_rows(self, tokens: Mapping[str, Tensor], path: str) -> None:
+        """Raises UserError for rows that cannot be stacked onto those of earlier files."""
+        if not self.rows:
+            return
+        if set(self.rows) != set(tokens):
+            raise UserError(
+                f"{path} has token rows for {', '.join(tokens)}, an earlier file for "
+                f"{', '.join(self.rows)}; their tokens cannot share a file"
+            )
+        if any(self.rows[key][0].shape[1] != own.shape[1] for key, own in tokens.items()):
+            raise UserError(
+                f"the token rows of {path} have another width than those of an earlier file; "
+                "merge files of one model"
+            )
+
+    def add_file(self, state: AdapterState, path: str, number: int, rename: Rename | None) -> None:
+        own_words = embeddings.placeholder_words(state, path)
+        used = {*self.names, *self.words}
+        new_names = {}
+        for row, name in enumerate(state.token_names):
+            new_names[name] = rename(number, row, name) if rename else free_name(name, used)
+        new_words = {word: free_name(word, used) for word in own_words}
+        for old, new in [*new_names.items(), *new_words.items()]:
+            if old != new:
+                self.notes.append(f"{old} of {path} is called {new} in the result")
+        for word, tokens in own_words.items():
+            self.words[new_words[word]] = tuple(new_names[name] for name in tokens)
+        self.names += new_names.values()
+        for key, own in state.tokens.items():
+            self.rows.setdefault(key, []).append(own)
+
+    def as_state(self) -> AdapterState:
+        tokens = {key: torch.cat(parts) for key, parts in self.rows.items()}
+        metadata = embeddings.placeholder_header(self.words)
+        if self.names:
+            metadata[embeddings.TOKEN_NAMES] = json.dumps(self.names, ensure_ascii=False)
+        return AdapterState(tokens=tokens, token_names=tuple(self.names), metadata=metadata)

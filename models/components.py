@@ -1,0 +1,185 @@
+"""The components of a model folder: configs, networks, VAE and tokenizers, for all families."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+
+from lora_core.errors import UserError, first_line
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """`name` (say "scheduler/scheduler_config.json") of a model in a folder or on the hub.
+
+    Raises UserError when it is not there.
+    """
+    file = Path(path) / name
+    if not Path(path).is_dir():
+        try:
+            file = Path(hf_hub_download(path, name))
+        except Exception as error:
+            # The hub's client raises a dozen classes: no network, no such repository or file ...
+            reason = first_line(error)
+            raise UserError(
+                f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}"
+            ) from None
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"the model folder {path} has no {name}; it must be in the diffusers layout"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
+    """One component of a model, loaded by its library's class.
+
+    Where `subfolder` is empty `path` itself is the component. Raises UserError with the reason.
+    """
+    if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
+        raise UserError(
+            f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout"
+        )
+    try:
+        return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
+    except Exception as error:
+        # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
+        reason = first_line(error)
+        place = f"{subfolder}/ of {path}" if subfolder else path
+        raise UserError(f"cannot load {place}: {reason}") from None
+
+
+def load_network(
+    kind: Any, path: str, subfolder: str, dtype: torch.dtype, device: torch.device | str
+) -> Any:
+    """A network of diffusers or transformers with its weights, on `device`.
+
+    `subfolder` as in `load_part`. diffusers' default way of loading needs accelerate, which is no
+    dependency here, and warns twice without it. The other way leaves weights that the files lack
+    uninitialized, and transformers initializes them at random: both are refused. Raises UserError.
+    """
+    if kind.__module__.startswith("diffusers."):
+        settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    else:
+        settings = {"dtype": dtype}
+    loaded, report = load_part(
+        kind.from_pretrained, path, subfolder, output_loading_info=True, **settings
+    )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        place = f"{subfolder}/ of {path}" if subfolder else path
+        raise UserError(
+            f"cannot load {place}: its files lack {missing[0]}{more}; download them again"
+        )
+    return loaded.to(device)
+
+
+def read_encoder_config(path: str, component: str, config_class: Any) -> Any:
+    """A text encoder's configuration object, read without its weights."""
+    return config_class(**read_json(path, f"{component}/config.json"))
+
+
+# ---------------------------------------------------------------- pixels, latents and tokens
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the posterior of pixels [b, 3, h, w], in the denoiser's units.
+
+    They are (z - mean) / std * scaling where the VAE's config has latents_mean and latents_std,
+    else (z - shift) * scaling. fp32 or better.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift, scale = _latent_units(vae, posterior.mean)
+    exact = torch.promote_types(posterior.mean.dtype, torch.float32)
+    return (posterior.mean.to(exact) - shift) * scale, posterior.std.to(exact) * scale
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels [b, 3, h, w] in [-1, 1] of latents in the denoiser's units."""
+    shift, scale = _latent_units(vae, latents)
+    return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
+
+
+def _latent_units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale) of the denoiser's latents (z - shift) * scale, [1, c, 1, 1] or 0-dim."""
+    config = vae.config
+    exact = torch.promote_types(like.dtype, torch.float32)
+    mean = getattr(config, "latents_mean", None)
+    std = getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        shift = getattr(config, "shift_factor", None) or 0.0
+        scale = config.scaling_factor
+        return (
+            torch.tensor(shift, dtype=exact, device=like.device),
+            torch.tensor(scale, dtype=exact, device=like.device),
+        )
+    shape = (1, -1, 1, 1)
+    means = torch.tensor(mean, dtype=exact, device=like.device).view(shape)
+    stds = torch.tensor(std, dtype=exact, device=like.device).view(shape)
+    return means, config.scaling_factor / stds
+
+
+def tokenize_prompts(
+    tokenizer: Any, prompts: Sequence[str], length: int, checked: set[str]
+) -> Tensor:
+    """Token ids [b, length] with the special tokens, padded as the tokenizer pads.
+
+    Prints a warning with the words that do not fit, once per prompt; `checked` holds the prompts
+    that were looked at.
+    """
+    for prompt in prompts:
+        if prompt not in checked:
+            checked.add(prompt)
+            _warn_of_truncation(tokenizer, prompt, length)
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
+    ids = tokenizer(prompt, add_special_tokens=True, verbose=False).input_ids
+    if len(ids) <= length:
+        return
+    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    kept = length - (len(ids) - len(words))
+    lost = tokenizer.decode(words[kept:], clean_up_tokenization_spaces=False).strip()
+    reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
+    print(
+        f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; "
+        f"cut off: {lost!r}",
+        file=sys.stderr,
+    )
+
+
+# ---------------------------------------------------------------- outputs inside a network
+
+
+@contextmanager
+def recorded_outputs(
+    layers: Mapping[str, nn.Module], members: Sequence[str]
+) -> Iterator[dict[tuple[str, str], Tensor]]:
+    """Within it, (layer's name, member) -> the latest output of that member of the layer."""
+    outputs: dict[tuple[str, str], Tensor] = {}
+
+    def record(module: nn.Module, key: tuple[str, str]) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            outputs[key] = out
+
+        return module.register_forward_hook(hook)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            for member in members:
+                handle = record(getattr(layer, member), (name, member))
+                hooks.callback(handle.remove)
+        yield outputs

@@ -1,0 +1,157 @@
+"""The family of a checkpoint, found and opened.
+
+A family's file is imported when a model of that family is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from lora_core.diffusion.noise import Schedule
+from lora_core.errors import UserError
+from lora_core.family import Family, FamilyFunctions, LoadOptions
+from lora_core.formats.known_formats import is_single_file
+from lora_core.formats.layout import Layout
+from models.components import read_json
+
+DTYPES = {  # --precision
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+DEFAULT_LOADING = LoadOptions()  # fp32 on the CPU
+FAMILIES = {  # `_class_name` of model_index.json -> the family's file
+    "StableDiffusionPipeline": "models.sd",
+    "StableDiffusionImg2ImgPipeline": "models.sd",
+    "StableDiffusionInpaintPipeline": "models.sd",
+    "StableDiffusionXLPipeline": "models.sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "models.sdxl",
+    "StableDiffusionXLInpaintPipeline": "models.sdxl",
+    "FluxPipeline": "models.flux",
+    "FluxImg2ImgPipeline": "models.flux",
+}
+
+
+def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
+    """The model at `path`, frozen and in eval mode.
+
+    `path` is a folder in the diffusers layout, a hub id, or a single file. Raises UserError for a
+    path that is not there, another family, a missing or broken part, and a `config` for a model
+    that has its own.
+    """
+    if is_single_file(path):
+        return _single_file().load(path, how)
+    return _find_family(path, how.config).load(path, how)
+
+
+def read_layout(path: str, config: str = "") -> Layout:
+    """The adaptable layers of the model at `path`, and their names in files.
+
+    Reads its configs, not its weights. `config` is that of `LoadOptions`. Raises UserError like
+    `load_family`.
+    """
+    if is_single_file(path):
+        return _single_file().read_single_file_layout(path, config)
+    return _find_family(path, config).read_layout(path)
+
+
+def read_schedule(
+    path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
+) -> tuple[Schedule, str]:
+    """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs.
+
+    With a resolution (pixels), in the shift of its scheduler for that resolution. `changes` and
+    `config` are `scheduler` and `config` of `LoadOptions`. Raises UserError like `load_family`.
+    """
+    if is_single_file(path):
+        return _single_file().read_single_file_schedule(path, changes, resolution, config)
+    return _find_family(path, config).read_schedule(path, changes, resolution)
+
+
+def save_family(
+    family: Family,
+    path: str,
+    folder: Path,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    config: str = "",
+) -> None:
+    """Writes a whole model in the diffusers layout to `folder`.
+
+    The components named in `states` get those weights, everything else is copied from `path`.
+    """
+    if is_single_file(path):
+        _single_file().convert_to_folder(path, folder, config, overwrite=True)
+        for name, state in states.items():
+            _save_network(family.modules[name], state, folder / name)
+        return
+    source = Path(path)
+    if not source.is_dir():
+        source = Path(hf_hub_download(path, "model_index.json")).parent
+    index = read_json(path, "model_index.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "model_index.json", folder)
+    for name in index:
+        if name in states:
+            _save_network(family.modules[name], states[name], folder / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is CUDA where there is one.
+
+    Raises UserError when it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        # no such device, or a torch that was built without it
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(
+            f"--device {name} cannot be used ({why}); leave --device out to take what there is"
+        ) from None
+
+
+def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes a network of the same kind with other weights, in its library's layout.
+
+    save_pretrained of diffusers takes no state dict.
+    """
+    with torch.device("meta"):
+        if hasattr(network, "from_config"):
+            bare = type(network).from_config(network.config)
+        else:
+            bare = type(network)(network.config)
+    bare.load_state_dict(dict(state), assign=True)
+    bare.save_pretrained(folder)
+
+
+def _single_file() -> Any:
+    return importlib.import_module("models.single_file")
+
+
+def _find_family(path: str, config: str) -> FamilyFunctions:
+    """The functions of the family that model_index.json names."""
+    if path and config:
+        raise UserError(
+            f"--model-config {config} has no effect: {path} has configs of its own; "
+            "it is for models in a single file"
+        )
+    if not path:
+        raise UserError("no base model; name a folder, a file or a hub id with --model")
+    name = read_json(path, "model_index.json").get("_class_name", "")
+    if name not in FAMILIES:
+        kind = name or "model without _class_name"
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{path} is a {kind}, which is not supported; supported are {known}")
+    return importlib.import_module(FAMILIES[name]).FAMILY

@@ -1,0 +1,66 @@
+"""Models of the hub: their configs, and their weights in the form that is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+
+from lora_core.errors import UserError, first_line
+
+CONFIG_FILES = (".json", ".txt", ".model")  # endings; of tokenizers, too
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # names of files of weights
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors", ".fp16.bin")
+
+
+def download_configs(model: str) -> Path:
+    """A model's folder, or a copy of its configs and tokenizers from the hub.
+
+    Raises UserError where there is none.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=[f"*{end}" for end in CONFIG_FILES]))
+    except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
+        raise UserError(
+            f"{model} is no folder here, and the hub gave no model of that name: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def download_model(model: str) -> Path:
+    """The folder of a model of the hub: configs, tokenizers, one form of each network's weights.
+
+    Raises UserError when the hub gives none.
+    """
+    try:
+        files = HfApi().list_repo_files(model)
+        wanted = []
+        for file in files:
+            if file == "model_index.json" or ("/" in file and file.endswith(CONFIG_FILES)):
+                wanted.append(file)
+        for folder in sorted({file.rpartition("/")[0] for file in files if file.count("/") == 1}):
+            wanted += _weights_of(folder, files)
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
+        raise UserError(
+            f"{model} is no file or folder here, and the hub gave no model of that name: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def _weights_of(folder: str, files: Sequence[str]) -> list[str]:
+    """The first of the usual forms of weights that a folder of a hub's repository has."""
+    for ending in WEIGHTS:
+        for stem in STEMS:
+            name = f"{folder}/{stem}{ending}"
+            if name in files:
+                shards = []
+                if ending.endswith("json"):
+                    pattern = f"{folder}/{stem}-*-of-*.safetensors"
+                    shards = [file for file in files if fnmatch(file, pattern)]
+                return [name, *shards]
+    return []

@@ -1,0 +1,66 @@
+"""The parts of a run as `train.train` opens them, for tests that look at a part by itself."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import train
+from lora_core.config import Config
+from lora_core.runs.run_folder import Run
+from training import setup
+from training.checkpoints import Checkpoints
+from training.log import Log
+from training.samples import SampleImages
+from training.scores import Scorer
+from training.setup import Data, Model, Optimization
+from training.stages import begin_stage, set_learning_rates
+from training.step import StepFunctions, optimizer_step
+from training.step_inputs import InputSource, make_step_inputs
+
+
+@dataclass
+class OpenedRun:
+    config: Config
+    functions: StepFunctions
+    data: Data
+    model: Model
+    optimization: Optimization
+    run: Run
+    samples: SampleImages
+    checkpoints: Checkpoints
+    log: Log
+    scorer: Scorer
+    source: InputSource
+
+    def take_steps(self, count: int) -> None:
+        """The first steps of the first stage."""
+        stage = self.config.stages[0]
+        begin_stage(stage, self.config, self.model, self.optimization)
+        self.source.begin_stage()
+        for number, batch in enumerate(self.data.batches(self.config, 0, count)):
+            set_learning_rates(stage, number, self.config, self.optimization)
+            inputs = make_step_inputs(self.source, batch, stage, number, check=True)
+            optimizer_step(
+                self.functions, stage, self.config, self.model, self.optimization, True, inputs
+            )
+
+
+def open_parts(config: Config) -> OpenedRun:
+    """Everything that exists before the first step of a run; its folder is not locked."""
+    config, functions = train.resolve_functions(config, None, train.training_step)
+    setup.check_before_opening(config, functions.loss, None)
+    data = setup.open_data(config)
+    model = setup.open_model(config)
+    setup.check_captions(data, model)
+    optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+    with ExitStack() as stack:
+        run = stack.enter_context(setup.open_run(config))
+        samples = SampleImages(config, data, model, optimization)
+        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        checkpoints = Checkpoints(run, config, data, model, optimization)
+        checkpoints.restore(0.0)
+        log = Log(run, config, model, optimization)
+    scorer = Scorer(config, data, model, optimization)
+    source = InputSource(config, data, model)
+    return OpenedRun(
+        config, functions, data, model, optimization, run, samples, checkpoints, log, scorer, source
+    )

@@ -1,0 +1,142 @@
+"""Every code block of the README and of docs/ runs in a folder with photos, a run and LoRA files.
+
+bash: each command, with one training step; commands that need the hub are parsed and not run.
+python: the blocks of a page share one namespace. toml: a valid config. text: not code.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import infer
+import merge
+import train
+from lora_core.config import Config
+from lora_core.toml import parse_command_line, read_toml
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+FEW = ["--rounds", "1", "--shape", "32,16,16", "--threads", "1"]  # of a benchmark
+HUB = re.compile(r"stable-diffusion-v1-5/")  # models that are downloaded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Links to the repository's folders, and photos/, runs/demo, a, b and 'my style'."""
+    folder = tmp_path_factory.mktemp("docs")
+    for path in ROOT.iterdir():
+        if path.name not in {"runs", "photos", ".git", ".venv", "docs"}:
+            (folder / path.name).symlink_to(path)
+    (folder / "docs").mkdir()
+    (folder / "photos").mkdir()
+    for name in ("00.png", "00.txt", "01.png", "01.txt"):
+        shutil.copy(ROOT / "toy/concepts/zib" / name, folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = read_toml(Path("configs/toy_pti.toml"))
+        train.train(shorten(replace(config, out="runs/demo")))
+    for seed, name in enumerate(("a", "b", "my style")):
+        save_sd1_lora(folder / f"{name}.safetensors", seed)
+    return folder
+
+
+def save_sd1_lora(file: Path, seed: int, rank: int = 4) -> None:
+    """A file in diffusers' format on some attention layers of Stable Diffusion 1.5."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for block, width in (("down_blocks.0", 320), ("up_blocks.1", 1280)):
+        for name, width_in in (("attn1.to_q", width), ("attn2.to_k", 768)):
+            path = f"unet.{block}.attentions.0.transformer_blocks.0.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, width_in, generator=generator)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(width, rank, generator=generator)
+    save_file(tensors, file)
+
+
+def shorten(config: Config) -> Config:
+    """The same config with one step a stage, one image and no validation."""
+    stages = tuple(replace(stage, steps=1) for stage in config.stages)
+    samples = replace(config.samples, steps=1)
+    validation = replace(config.validation, every=-1)
+    return replace(config, stages=stages, samples=samples, validation=validation, device="cpu")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(block: str) -> Iterator[str]:
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for command in shlex.join(words).replace("'&&'", "\n").splitlines():
+            if command.strip():
+                yield command.strip()
+
+
+def run_command(command: str) -> None:
+    words = shlex.split(command)
+    if words[:2] == ["python", "train.py"]:
+        if "--preview-density" in words:
+            assert train.main(words[2:]) == 0
+            return
+        config = parse_command_line(Config, words[2:], prog="train.py", example="")
+        if not HUB.match(config.model):
+            train.train(shorten(config))
+    elif words[:2] == ["python", "infer.py"]:
+        assert infer.main([*words[2:], "--steps", "1", "--device", "cpu"]) == 0
+    elif words[:2] == ["python", "merge.py"]:
+        overwrite = [] if words[2] in ("info", "diff", "explain") else ["--overwrite"]
+        assert merge.main([*words[2:], *overwrite]) == 0
+    elif words[:2] == ["python", "-m"]:
+        done = subprocess.run([sys.executable, *words[1:], *FEW], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    elif words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert words[:2] == ["git", "clone"] or words[0] == "cd", command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for language, code in blocks(page):
+        assert language in {"bash", "python", "toml", "text", "mermaid"}, (
+            f"{page.name}: {code[:80]}"
+        )
+        if language == "python":
+            exec(compile(code, f"{page.name}", "exec"), namespace)
+        elif language == "toml":
+            tomllib.loads(code)
+            Path("page.toml").write_text(code)
+            read_toml(Path("page.toml"))
+        elif language == "bash":
+            for command in commands(code):
+                run_command(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor[1:] in slugs, f"{page.name}: {target}{anchor}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1000

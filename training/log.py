@@ -1,0 +1,106 @@
+"""The log of a run: rows of metrics.jsonl and val.jsonl, the progress bar, and the check that every
+logged number is finite.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_core.config import Config, Stage
+from lora_core.diffusion import validation
+from lora_core.diffusion.validation import Score
+from lora_core.optim import building
+from lora_core.runs.reports import LogBook
+from lora_core.runs.run_folder import Run
+from lora_core.toml import to_table
+from training import nonfinite
+from training.scores import Scorer, on_common_images
+from training.setup import Model, Optimization
+from training.step_inputs import StepInputs
+
+
+class Log:
+    """Rows wait on the device until `flush` reads them all at once, every --log-every steps."""
+
+    def __init__(self, run: Run, config: Config, model: Model, optimization: Optimization) -> None:
+        self.run, self.config, self.model = run, config, model
+        self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
+        self.book = LogBook(run, config.report, to_table(config))
+        self.scores: dict[int, list[Score]] = {}  # steps done -> validation
+        if (run.folder / "val.jsonl").is_file():  # the run goes on
+            self.scores = validation.read_scores(run.folder)
+        self.skipped = nonfinite.SkippedSteps()
+        if self.scaler is not None:
+            self.skipped.total = int(self.scaler.skipped)
+        self.inputs: Sequence[StepInputs] = ()  # of the newest step
+        self.bar = tqdm(disable=True)
+
+    @contextmanager
+    def progress(self, done: int) -> Iterator[None]:
+        """The progress bar, from step `done` on; writes what waits when it ends."""
+        settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=self.config.steps, initial=done, disable=hidden, **settings) as self.bar:
+            yield
+        self.flush()
+
+    def add_step(
+        self, done: int, stage: Stage, loss: Tensor, norm: Tensor, inputs: Sequence[StepInputs]
+    ) -> None:
+        """The row of a step: loss, norm of the gradient, learning rates, Prodigy's distances."""
+        self.inputs = inputs
+        values: dict[str, Any] = {"loss": loss, "grad_norm": norm}
+        groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
+        for group in reversed(groups):  # the last one counts: with LoRA+ that of down
+            values[f"lr_{group['name']}"] = group["rate"]
+        for group in groups:
+            d = building.read_distance(self.optimizer, group)
+            if d is not None:
+                values[f"d_{group['name']}"] = d
+        if self.scaler is not None:
+            values["skipped"] = self.scaler.skipped.clone()
+        self.book.add(done, **values)
+        self.bar.update()
+        if done % self.config.log_every == 0:
+            self._show(self.flush())
+
+    def validate(self, done: int, scorer: Scorer) -> None:
+        """Scores the validation images after `done` steps: rows of val.jsonl, and their mean
+        relative to that of the first validation.
+        """
+        if self.config.validation.every < 0 or done in self.scores:
+            return
+        scores = scorer.score()
+        self.scores[done] = scores
+        for score in scores:
+            self.run.log({"step": done, **score._asdict()}, to="val")
+        before, after = on_common_images(self.scores[min(self.scores)], scores)
+        values = {"val_loss": validation.mean_loss(scores)}
+        if after:  # none where the run was resumed with other images
+            values["val_change"] = validation.mean_loss(after) / validation.mean_loss(before) - 1
+        self.book.add(done, **values)
+        self.flush()
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Writes and returns the rows that wait. Raises UserError where one of them is not finite,
+        before a checkpoint could hold the damage.
+        """
+        rows = self.book.flush()
+        nonfinite.check_logged_values(
+            rows, self.skipped, self.inputs, self.model, self.config, self.run
+        )
+        return rows
+
+    def _show(self, rows: Sequence[dict[str, Any]]) -> None:
+        distances = {}
+        for name, value in rows[-1].items():
+            if name.startswith("d_"):
+                distances[name] = f"{value:.2e}"
+        mean = sum(row["loss"] for row in rows) / len(rows)
+        self.bar.set_postfix(loss=f"{mean:.4f}", **distances)

@@ -1,0 +1,168 @@
+"""Images that a run draws: samples on the way, before_after.png at the end, class images of prior
+preservation before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_core import tokens
+from lora_core.config import Config
+from lora_core.data.dataset import Record
+from lora_core.data.images import read_image
+from lora_core.diffusion import generation
+from lora_core.runs import pictures
+from lora_core.runs.pictures import ImageRow
+from lora_core.runs.run_folder import Run
+from lora_core.settings import SamplerSettings
+from training.setup import Data, Model, Optimization
+
+COLUMNS = 5  # images in a row
+
+
+class SampleImages:
+    """Draws images with the model of a run: sampler and prompts of its config, size of its
+    training images.
+    """
+
+    def __init__(
+        self, config: Config, data: Data, model: Model, optimization: Optimization
+    ) -> None:
+        self.config, self.data = config, data
+        self.model, self.optimization = model, optimization
+        look, side = config.samples, config.data.resolution
+        self.settings = SamplerSettings(
+            look.sampler, look.steps, look.guidance, look.negative, width=side, height=side
+        )
+
+    def draw(
+        self, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False
+    ) -> list[Image.Image]:
+        """One image for each prompt, seeds 0, 1, 2 ...: of the base model, of the learned tokens
+        alone, or of the model as it is. An inpainting model paints the middle of the validation
+        images anew.
+        """
+        model = self.model
+        if base:
+            bound = [self.ordinary_prompt(prompt) for prompt in prompts]
+        else:
+            bound = [tokens.bind_placeholders(prompt, model.placeholders) for prompt in prompts]
+        # what fits in training fits here
+        size = 1 if model.family.inpainting else self.config.batch_size
+        images: list[Image.Image] = []
+        with ExitStack() as stack:
+            stack.enter_context(model.evaluating())
+            stack.enter_context(self.optimization.averaged())
+            if base or only_tokens:
+                stack.enter_context(model.without_adapters())
+            for i in range(0, len(bound), size):
+                part = bound[i : i + size]
+                images += self._generate(part, range(i, i + len(part)))
+        return images
+
+    def draw_class_image(self, seed: int) -> Image.Image:
+        """A class image of prior preservation, by the model before its first step."""
+        with self.model.evaluating():
+            return self._generate([self.config.prior.prompt], [seed])[0]
+
+    def _generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        family = self.model.family
+        init, mask = self._hole(seeds[0]) if family.inpainting else (None, None)
+        drawn = generation.generate_images(
+            family, prompts, seeds, self.settings, init=init, mask=mask
+        )
+        return pictures.to_images(drawn)
+
+    def _hole(self, i: int) -> tuple[Tensor, Tensor]:
+        """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, which an
+        inpainting model is to draw.
+        """
+        images = self.data.validation
+        pixels = images.example(i % len(images), 0).pixels[None].to(self.model.device)
+        mask, side = torch.zeros_like(pixels[:, :1]), self.settings.width
+        middle = slice(side // 4, side - side // 4)
+        mask[..., middle, middle] = 1
+        return pixels, mask
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the config, else the captions of the first training images."""
+        captions = [record.captions[0] for record in self.data.training.records]
+        return list(self.config.samples.prompts) or list(dict.fromkeys(captions))[:COLUMNS]
+
+    def ordinary_prompt(self, prompt: str) -> str:
+        """The prompt for a model that knows no placeholder: --samples.base-word in its place, else
+        the words that its tokens started from.
+        """
+        word = self.config.samples.base_word
+        for p in self.model.placeholders:
+            ordinary = "" if tokens.is_random_init(p.init) else p.init
+            plain = tokens.Placeholder(p.word, (word or ordinary,), "zero")
+            prompt = tokens.bind_placeholders(prompt, [plain])
+        return " ".join(prompt.split())
+
+
+def save_sample_grid(
+    samples: SampleImages, run: Run, done: int, drawn: Sequence[Image.Image] = ()
+) -> None:
+    """OUT/samples/step_NNNNNN.png; of `drawn`, where the images are there already."""
+    prompts = samples.prompts
+    row = ImageRow("", drawn or samples.draw(prompts), prompts)
+    sheet = pictures.draw_grid(list(wrap_row(row)), title=f"after {done} steps")
+    pictures.save_png(sheet, run.folder / "samples" / f"step_{done:06d}.png")
+
+
+def before_after_grid(
+    samples: SampleImages, drawn: Sequence[Image.Image], title: str
+) -> Image.Image:
+    """Training images, base model, tokens alone, everything (`drawn`), and everything in new
+    places: one row each.
+
+    More than COLUMNS prompts go on below, where before and after of one prompt are again one above
+    the other.
+    """
+    model, config, prompts = samples.model, samples.config, samples.prompts
+    ordinary = [samples.ordinary_prompt(prompt) for prompt in prompts]
+    rows = [ImageRow("before: the base model", samples.draw(prompts, base=True), ordinary)]
+    learned = []
+    if model.placeholders:
+        learned.append("tokens")
+    if model.adapted:
+        learned.append(config.adapter.kind.split(":")[-1])
+    if len(learned) == 2:
+        alone = samples.draw(prompts, only_tokens=True)
+        rows.append(ImageRow("learned tokens alone", alone, prompts))
+    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, prompts))
+    sheet = [ImageRow("what it learned from", _reference_images(samples.data.training.records))]
+    for together in zip(*[wrap_row(row) for row in rows], strict=True):
+        sheet += together
+    new = list(config.samples.new_prompts)
+    if new:
+        sheet += wrap_row(ImageRow("after: new places", samples.draw(new), new))
+    return pictures.draw_grid(sheet, title=title)
+
+
+def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
+    """The row cut into rows of at most COLUMNS images, each with its captions and the label."""
+    for i in range(0, len(row.images), COLUMNS):
+        yield ImageRow(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
+
+
+def _reference_images(records: Sequence[Record]) -> list[Image.Image]:
+    """The first training images, center-cropped."""
+    paths = {record.path: record.use_alpha for record in records}
+    return [_center_crop(path, use_alpha=alpha) for path, alpha in list(paths.items())[:COLUMNS]]
+
+
+def _center_crop(path: Path, *, use_alpha: bool) -> Image.Image:
+    """A training image as training reads it, cropped to a square."""
+    image = read_image(path, use_alpha=use_alpha).image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

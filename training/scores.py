@@ -1,0 +1,142 @@
+"""Validation of a run: images scored at fixed timesteps and fixed noise, and the losses before and
+after it as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_core import tokens
+from lora_core.config import Config
+from lora_core.data.dataset import Example, collate
+from lora_core.diffusion import generation, validation
+from lora_core.diffusion.noise import NoiseLevel
+from lora_core.diffusion.validation import Score
+from lora_core.family import Sizes
+from training.setup import Data, Model, Optimization
+
+
+class Scorer:
+    """Scores the validation images, as many at once as in training."""
+
+    def __init__(
+        self, config: Config, data: Data, model: Model, optimization: Optimization
+    ) -> None:
+        self.config, self.images = config, data.validation
+        self.model, self.optimization = model, optimization
+        self.latents: dict[int, Example] = {}  # number of an image -> it, latents as its pixels
+
+    def score(self) -> list[Score]:
+        """One score of each image, timestep and noise draw, by the moving average if there is one;
+        sorted by draw and timestep, the images in order within each.
+        """
+        found: list[Score] = []
+        count, size = len(self.images), self.config.batch_size
+        size = min(size, count)
+        with self.model.evaluating(), self.optimization.averaged():
+            for first in range(0, count, size):
+                # The last batch is as large as the others: a GEMM's bits depend on its rows.
+                start = min(first, count - size)
+                scores = self._score_batch(range(start, start + size))
+                for i, score in enumerate(scores):
+                    if start + i % size >= first:
+                        found.append(score)
+        return sorted(found, key=lambda score: (score.draw, score.bin))
+
+    def _score_batch(self, images: range) -> list[Score]:
+        model, family = self.model, self.model.family
+        batch, side = collate([self._encoded(i) for i in images]), self.images.settings.resolution
+        prompts = [
+            tokens.bind_placeholders(caption, model.placeholders) for caption in batch.captions
+        ]
+        sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
+        cond = family.add_size_embeddings(
+            family.encode_prompts(prompts), sizes, self.config.noise.guidance
+        )
+        inpaint = None
+        if family.inpainting:
+            gray = torch.zeros(len(images), 3, side, side, device=model.device)
+            inpaint = generation.encode_masked_image(family, gray, torch.ones_like(gray[:, :1]))
+
+        def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
+            return model.denoise(x_t, level, cond, inpaint)
+
+        v = self.config.validation
+        return validation.score_latents(
+            denoise,
+            batch.pixels.to(model.device),
+            batch.keys,
+            family.schedule,
+            family.prediction,
+            bins=v.bins,
+            draws=v.draws,
+            seed=v.seed,
+        )
+
+    def _encoded(self, i: int) -> Example:
+        """Image i with the mean of its latents [c, h, w], on the CPU, in place of its pixels;
+        decoded and encoded once a run.
+        """
+        if i not in self.latents:
+            example = self.images.example(i, 0)
+            mean, _ = self.model.family.encode_images(example.pixels[None])
+            self.latents[i] = replace(example, pixels=mean[0].cpu())
+        return self.latents[i]
+
+
+def on_common_images(
+    first: Sequence[Score], last: Sequence[Score]
+) -> tuple[list[Score], list[Score]]:
+    """The scores of two validations on the images that both have: a run may be resumed with other
+    images.
+    """
+    both = {score.key for score in first} & {score.key for score in last}
+    before = [score for score in first if score.key in both]
+    after = [score for score in last if score.key in both]
+    return before, after
+
+
+def comparable_scores(
+    scores: dict[int, list[Score]], done: int
+) -> tuple[tuple[list[Score], list[Score]] | None, str]:
+    """((scores before, scores after), a remark) on the images that both validations have.
+
+    No scores without a validation before the first step or after the last one, and where the two
+    have no image in common.
+    """
+    if not scores.keys() >= {0, done}:
+        return None, ""
+    first, last = scores[0], scores[done]
+    before, after = on_common_images(first, last)
+    if not before:
+        why = f"the validation after {done} steps has none of the images of the first one"
+        return None, f"no loss before and after: {why}"
+    if len(before) == len(first) and len(after) == len(last):
+        return (first, last), ""
+    both = len({score.key for score in before})
+    images = f"the {both} image{'s' * (both != 1)} that both validations have"
+    return (before, after), f"before and after are those of {images}"
+
+
+def losses_by_timestep(
+    first: Sequence[Score], last: Sequence[Score]
+) -> list[tuple[str, float, float]]:
+    """(timestep, loss before, loss after), and the means of all."""
+    before, after = validation.mean_by_timestep(first), validation.mean_by_timestep(last)
+    rows = []
+    for (t, loss), later in zip(before.items(), after.values(), strict=True):
+        rows.append((validation.format_timestep(t), loss, later))
+    return [*rows, ("all", validation.mean_loss(first), validation.mean_loss(last))]
+
+
+def loss_table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
+    """The losses before and after a run; `words` names the images they are on."""
+    head = f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}"
+    lines = [f"{head}   {words} at fixed timesteps and noise"]
+    for name, before, after in losses_by_timestep(first, last):
+        lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The stages of a run: when each begins, which groups it trains, and at which learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.config import Config, Stage
+from training.setup import Model, Optimization
+
+
+def stage_spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
+    """(stage, its first step, one after its last) in order."""
+    first = 0
+    for stage in stages:
+        yield stage, first, first + stage.steps
+        first += stage.steps
+
+
+def remaining_stages(stages: Sequence[Stage], done: int) -> Iterator[tuple[Stage, int, int, int]]:
+    """(stage, its first step, the first that is not done, one after its last) of the stages that
+    have steps left after `done` steps.
+    """
+    for stage, first, last in stage_spans(stages):
+        if done < last:
+            yield stage, first, max(first, done), last
+
+
+def begin_stage(stage: Stage, config: Config, model: Model, optimization: Optimization) -> None:
+    """Lets the stage's groups step and freezes the others: no gradient, no update, the optimizer's
+    state as it is.
+    """
+    for name, params in model.groups.items():
+        for p in params:
+            p.requires_grad_(name in stage.groups)
+            p.grad = None
+    for group in optimization.optimizer.param_groups:
+        if "weight_decay" in group:
+            usual = optimization.weight_decays[group["name"]]
+            group["weight_decay"] = stage.weight_decay.get(group["name"], usual)
+    a = config.adapter
+    drops = bool(a.dropout or a.rank_dropout or a.module_dropout)
+    for module in model.networks:
+        module.train(drops or config.gradient_checkpointing)
+
+
+def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Optimization) -> None:
+    """Learning rates of step number `step` of the stage; 0 for the groups that pause. With
+    --cuda-graph they are tensors, which a captured step reads.
+    """
+    o = config.optimizer
+    factor = optimization.rate_schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
+    for group in optimization.optimizer.param_groups:
+        name = group["name"]
+        group["rate"] = 0.0
+        if name in stage.groups:
+            rate = stage.lr.get(name, optimization.settings[name]["lr"])
+            group["rate"] = rate * factor * group["ratio"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["rate"])
+        elif config.cuda_graph:
+            device = group["params"][0].device
+            group["lr"] = torch.full((), group["rate"], dtype=torch.float64, device=device)
+        else:
+            group["lr"] = group["rate"]

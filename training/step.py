@@ -1,0 +1,173 @@
+"""One step of the optimizer over the micro-batches of a batch; train.training_step gives the losses
+of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import tokens
+from lora_core.adapters import injection
+from lora_core.config import Config, Stage
+from lora_core.diffusion import losses
+from lora_core.diffusion.losses import StepOutput
+from lora_core.diffusion.prediction import scale_input
+from lora_core.errors import UserError
+from lora_core.family import Conditioning
+from lora_core.optim import building, gradients
+from training import nonfinite
+from training.setup import Model, Optimization, function_name
+from training.step_inputs import StepInputs
+
+Loss = Callable[[StepOutput], Tensor]  # -> [b]
+Step = Callable[[Model, StepInputs, Config, Loss], Tensor]  # -> [b]
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """The step of a run, and the loss that it is called with."""
+
+    step: Step
+    loss: Loss
+    own_step: Step | None = None  # `step`, where it replaces train.training_step
+
+    @property
+    def name(self) -> str:
+        """The function that errors name: the loss, or a step of one's own."""
+        return function_name(self.own_step or self.loss)
+
+
+def lazy_members(
+    model: Model, x: StepInputs, x_t: Tensor, cond: Conditioning
+) -> dict[str, Callable[..., Any]]:
+    """Members of StepOutput that cost a forward pass, for losses that read them."""
+
+    @torch.no_grad()
+    def base_out(other: Conditioning = cond) -> Tensor:
+        with injection.disable_adapters(model.denoiser):
+            return model.denoise(x_t, x.level, other, x.inpaint)
+
+    def preserved() -> tuple[Tensor, Tensor]:
+        assert x.swapped is not None
+        ours, base = (model.conditioning(text, x.sizes) for text in x.swapped)
+        return model.denoise(x_t, x.level, ours, x.inpaint), base_out(base)
+
+    def attention() -> list[Tensor]:
+        family = model.family
+        scaled = scale_input(family.prediction, x_t, x.level)
+        # a compiled block does not see the hooks that look at its layers
+        with torch.compiler.set_stance("force_eager"):
+            return family.attention_maps(scaled, x.level, cond, x.inpaint)
+
+    decode = model.family.decode
+    members: dict[str, Callable[..., Any]] = {"base_out": base_out, "preserved": preserved}
+    return members | {"attention": attention, "decode": decode}
+
+
+# ---------------------------------------------------------------- the optimizer step
+
+
+def optimizer_step(
+    functions: StepFunctions,
+    stage: Stage,
+    config: Config,
+    model: Model,
+    optimization: Optimization,
+    check: bool,
+    inputs: Sequence[StepInputs],
+) -> tuple[Tensor, Tensor]:
+    """(loss, norm of the gradient before clipping) of one step over the micro-batches. A CUDA graph
+    captures this function. `check` waits for the device, to refuse losses that are not finite and
+    groups without gradient.
+    """
+    optimization.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=model.device)
+    images = config.batch_size * config.accumulation
+    with cached_dora_norms(model.adapted):
+        for x in inputs:
+            if x.dropout_keys is not None:
+                set_dropout_keys(model.adapted, x.dropout_keys, x.step)
+            rows = functions.step(model, x, config, functions.loss)
+            if check:
+                nonfinite.check_loss_values(rows, functions.name, inputs, model, config)
+            loss = losses.sum_losses(
+                rows, x.is_prior, prior_weight=config.prior.weight, instances=images
+            )
+            scaler = optimization.scaler
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            total = total + loss.detach()
+    if check:
+        check_gradients(model.groups)
+    norm = update_parameters(model, optimization, stage, config)
+    control_token_norms(model, optimization, stage, config)
+    return total, norm
+
+
+def update_parameters(
+    model: Model, optimization: Optimization, stage: Stage, config: Config
+) -> Tensor:
+    """Clips the gradients and steps the optimizer; returns their norm before clipping."""
+    moving: list[nn.Parameter] = []
+    for name in stage.groups:
+        moving += model.groups[name]
+    optimizer, scaler = optimization.optimizer, optimization.scaler
+    if scaler is None:
+        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
+        optimizer.step()
+    else:
+        scaler.unscale_(moving)
+        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    return norm
+
+
+def control_token_norms(
+    model: Model, optimization: Optimization, stage: Stage, config: Config
+) -> None:
+    """The norm prior of the learned token rows, after each optimizer step: pulls each row's norm to
+    its target, at a rate of 100 times its learning rate, or rescales all rows to the table's std.
+    """
+    how = stage.norm or config.tokens.norm
+    for group in optimization.optimizer.param_groups:
+        if group["name"] != "tokens" or group["name"] not in stage.groups or how == "none":
+            continue
+        lr, d = group["lr"], building.read_distance(optimization.optimizer, group)
+        rate = torch.as_tensor(100 * lr * (1.0 if d is None else d), dtype=torch.float64)
+        for name, embedding in model.embeddings.items():
+            if how == "rescale":
+                tokens.rescale_std_(embedding.rows, model.table_stds[name])
+            else:
+                target = model.norm_targets[name]
+                tokens.pull_norms_(embedding.rows, target, rate=rate.clamp(max=1.0))
+
+
+def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Raises UserError for a group that trains and has no gradient."""
+    for name, params in groups.items():
+        if params[0].requires_grad and all(p.grad is None for p in params):
+            raise UserError(
+                f"the group {name} gets no gradient from this loss; take it out of the stage"
+            )
+
+
+@contextmanager
+def cached_dora_norms(adapted: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside it no adapter changes, so that the norms of DoRA are computed once."""
+    with ExitStack() as stack:
+        for module in adapted.values():
+            stack.enter_context(injection.cache_dora_norms(module))
+        yield
+
+
+def set_dropout_keys(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:
+    """Names the examples [b] of the next forward pass for the dropout of the adapters."""
+    for module in adapted.values():
+        injection.set_dropout_keys(module, keys, step)
