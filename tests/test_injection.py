@@ -531,6 +531,9 @@ def test_a_resolved_forward_follows_the_kernels(monkeypatch):
     assert torch.equal(model(x), y) and len(seen) == 2
     with use_kernels("reference"):
         torch.testing.assert_close(model(x), y)
+    with injection.disable_adapters(model), use_kernels("fused"):
+        assert torch.equal(model(x), model[0].base(x))  # resolved while no adapter acts
+    assert torch.equal(model(x), y)
 
 
 def test_a_resolved_forward_follows_the_training_mode():

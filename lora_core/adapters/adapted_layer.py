@@ -31,7 +31,7 @@ class Group(Protocol):
         """Whether the members' outputs are computed together now."""
 
     def watch_parent(self) -> None:
-        """Start or stop acting, as the members' device and the kernels' mode ask for."""
+        """Start or stop acting, by the members' device and the kernels' mode."""
 
     def compute(self, index: int, x: Tensor) -> Tensor | None:
         """The output of one member, or None where it has to be computed alone."""
@@ -140,10 +140,10 @@ class Adapted(nn.Module):
         return self.adapters[name]
 
     def active(self) -> list[tuple[Any, float]]:
-        """(adapter, strength) of the adapters that act now."""
+        """(adapter, strength) of those that act while the layer is enabled."""
         found = []
         for name, strength in self._strengths.items():
-            if self.enabled and strength != 0 and name not in self.folded:
+            if strength != 0 and name not in self.folded:
                 found.append((self.adapter(name), strength))
         return found
 

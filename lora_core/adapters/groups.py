@@ -154,7 +154,7 @@ class LayerGroup:
         found = []
         for layer in self.members:
             active = layer.active()
-            if len(active) != 1:
+            if len(active) != 1 or not layer.enabled:
                 return None
             adapter, strength = active[0]
             found.append((layer.base, adapter, strength))

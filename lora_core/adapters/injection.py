@@ -272,9 +272,9 @@ def cache_dora_norms(model: nn.Module) -> Iterator[None]:
     Inside, factors and base weights must not change. A training step's forwards and backwards
     belong inside, with whatever checkpointing recomputes; the optimizer's step does not. A block
     inside a block does nothing more. At the end of the outermost one, also by an exception, every
-    norm is forgotten. These compute their norms in each forward as ever: DoRAs with norm_grad
-    "full" (which need the norms' graph), folded ones, and those injected, loaded into or moved to
-    another dtype or device inside.
+    norm is forgotten. Not cached are the norms of DoRAs with norm_grad "full" (which need the
+    norms' graph), folded ones, and those injected, loaded into or moved to another dtype or device
+    inside.
     """
     cached: list[tuple[BaseLayer, DoRA]] = []
     for layer in adapted_layers(model):

@@ -108,7 +108,7 @@ class LoRA(FullPrecisionModule):
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         if self.fits_lora_linear(base, strength):
             return call("lora_linear", x, *self.linear_arguments(base, x, strength))
-        if self._drops_in_training() or not is_plain(base):
+        if self._drops_in_training() or not is_plain_layer(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         return self._apply_factors(base, x, base.weight, base.bias, self.scale * strength)
@@ -120,7 +120,7 @@ class LoRA(FullPrecisionModule):
         """
         if self.training and (self.spec.rank_dropout or self.spec.module_dropout):
             return False
-        return isinstance(base, nn.Linear) and is_plain(base)
+        return isinstance(base, nn.Linear) and is_plain_layer(base)
 
     def linear_arguments(self, base: BaseLayer, x: Tensor, strength: float) -> Member:
         """The arguments of that lora_linear after x, without the norm, which takes time."""
@@ -309,7 +309,7 @@ class FullUpdate(FullPrecisionModule):
         self.bias = None if base.bias is None else nn.Parameter(_wide_zeros(base.bias))
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
-        if not is_plain(base):
+        if not is_plain_layer(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         bias = None
@@ -404,7 +404,7 @@ def resolve_forward(adapter: Any, base: BaseLayer, strength: float) -> Callable[
     resolved: dict[Any, Callable[..., Tensor]] = {}  # shape, dtype and device of x -> kernel
 
     def run(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not is_plain(base) or _has_hooks(adapter):
+        if torch.compiler.is_compiling() or not is_plain_layer(base) or _has_hooks(adapter):
             return adapter(base, x, strength)
         magnitude = own.get("magnitude")
         norm = None if magnitude is None else adapter.norm(base)
@@ -423,7 +423,7 @@ def has_dropout(spec: LayerSpec) -> bool:
     return spec.dropout > 0 or spec.rank_dropout > 0 or spec.module_dropout > 0
 
 
-def is_plain(base: nn.Module) -> bool:
+def is_plain_layer(base: nn.Module) -> bool:
     """Whether base(x) is its weight and bias applied and nothing more.
 
     Hooks, or a forward of one's own on the class or the object, would be skipped by a fused op.
