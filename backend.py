@@ -1,6 +1,6 @@
 """The build behind `pip install -e .`, which is setuptools' own; there is no other.
 
-A wheel would put train, models, inputs and other modules of common names beside everybody else's.
+A wheel would install train, models and other modules of common names next to those of others.
 It is refused at pip's first question, before any dependency is fetched.
 """
 
@@ -25,8 +25,8 @@ __all__ = [
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise SystemExit(
-        "error: got a build of lora_core as a wheel or archive, whose modules (train, models, inputs ...) would collide with others; "
-        "clone the repository and run pip install -e . in it, or make"
+        "error: got a build of lora_core as a wheel or archive, whose modules (train, models ...) "
+        "would collide with others; clone the repository and run pip install -e . in it, or make"
     )
 
 

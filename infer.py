@@ -113,7 +113,7 @@ class Drawing:
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
     ) -> list[Image.Image]:
         """One image for each (prompt, seed)."""
-        placeholders = list(chain.from_iterable(patch.abstractions for patch in self.patches))
+        placeholders = list(chain.from_iterable(patch.placeholders for patch in self.patches))
         pixels = generate_images(
             self.family,
             [bind_placeholders(prompt, placeholders) for prompt in prompts],
@@ -134,7 +134,7 @@ def infer(config: Infer) -> list[Path]:
     prompts = read_prompts(config)
     axes = [parse_axis(text) for text in config.grid]
     loras = [parse_lora(text) for text in config.lora]
-    check_arguments(config, axes, prompts, len(loras))
+    check_image_options(config, axes, prompts, len(loras))
     for lora in loras:
         warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:
@@ -247,7 +247,7 @@ def image_paths(out: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}_{i:03d}{path.suffix}") for i in range(count)]
 
 
-def check_arguments(
+def check_image_options(
     config: Infer, axes: Sequence[Axis], prompts: Sequence[str], loras: int
 ) -> None:
     """Raises UserError for options that do not fit together; `loras` is their number."""

@@ -1,13 +1,17 @@
-"""Steps per second of our loop and of the SDXL-advanced script's, on the same tiny model, pictures, batch and threads.
+"""Steps per second of our loop and of the SDXL-advanced script's, on the same tiny model.
 
-    python -m benchmarks.sdxl_loop [--steps 100] [--rounds 5] [--threads 1] [--json FILE] [--profile]
+    python -m benchmarks.sdxl_loop [--steps 100] [--rounds 5] [--threads 1] [--json FILE]
+                                   [--profile]
 
-`Peer` does in each step what train_dreambooth_lora_sdxl_advanced.py does (diffusers 0.4x), written anew from its behaviour: peft's LoRA,
-prodigyopt, DDPMScheduler.add_noise, both token tables trained whole and put back after each step, latents cached, text encoded in each step.
-accelerate's wrappers, which only cost, are left out. Ours is `train.train` on configs/sdxl_pivotal_prodigy.toml. Rounds alternate; figures are
+The same images, batch and threads. `AdvancedScript` does in each step the same as
+train_dreambooth_lora_sdxl_advanced.py (diffusers 0.4x), written anew from its behavior: peft's
+LoRA, prodigyopt, DDPMScheduler.add_noise, both token tables trained whole and put back after each
+step, latents cached, text encoded in each step. accelerate's wrappers, which only cost, are left
+out. Ours is `train.train` on configs/sdxl_pivotal_prodigy.toml. Rounds alternate; figures are
 medians.
-Three phases: up to the pivot; after it, where the script goes on encoding and putting back; after it with a peer that caches text, as the
-script does not. Two vocabularies: the tiny model's 57 words, and the 49408 that CLIP has (at the tiny widths).
+Three phases: up to the pivot; after it, where the script goes on encoding and putting back; after
+it with a peer that caches text, as the script does not. Two vocabularies: the tiny model's 57
+words, and the 49408 that CLIP has (at the tiny widths).
 """
 
 from __future__ import annotations
@@ -47,13 +51,9 @@ from lora_core.toml import read_toml
 from tests import tiny_sdxl
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"
-RANK, BATCH, SIDE, GAMMA, PICTURES = (
-    8,
-    3,
-    16,
-    5.0,
-    24,
-)  # of the guide's command but for the side; its data set has two dozen pictures
+# Those of the guide's command, except for the side; its data set has two dozen images.
+RANK, BATCH, SIDE, GAMMA = 8, 3, 16, 5.0
+IMAGES = 24
 WARM = 10  # untimed steps of each phase: an epoch and a bit, so that all caches are full
 PHASES = ("to the pivot", "after it", "after it, cached text", "whole run: half and half")
 TOKENS = ["<s0>", "<s1>"]
@@ -61,7 +61,10 @@ TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Clock:
-    """Marks of one phase, (wall, CPU) seconds at the beginning of each step; the first WARM steps are left out."""
+    """(wall, CPU) seconds at the beginning of each step of one phase.
+
+    The first WARM steps are left out.
+    """
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
@@ -71,45 +74,46 @@ class Clock:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Steps per second, of the wall and of the CPU: the second does not see the neighbours of a shared machine."""
+        """Steps per second by the wall clock and by the CPU's.
+
+        The second does not see the neighbors of a shared machine.
+        """
         begin, end = self.marks[WARM], self.marks[-1]
         steps = len(self.marks) - 1 - WARM
         return steps / (end[0] - begin[0]), steps / (end[1] - begin[1])
 
 
-# ---------------------------------------------------------------- what both are given
+# ---------------------------------------------------------------- model and images
 
 
 def make_model(folder: Path, vocabulary: int) -> Path:
-    """A tiny SDXL; its tables are lengthened to `vocabulary` rows where that is more than they have."""
+    """A tiny SDXL, with token tables of `vocabulary` rows (0: its own)."""
     tiny_sdxl.save(folder, scheduler="ddim")
-    for name in ("text_encoder", "text_encoder_2") if vocabulary else ():
+    if not vocabulary:
+        return folder
+    for name in ("text_encoder", "text_encoder_2"):
         file, config = folder / name / "model.safetensors", folder / name / "config.json"
         tensors = load_file(file)
         (key,) = [key for key in tensors if key.endswith("token_embedding.weight")]
         table = tensors[key]
-        more = (
-            torch.randn(
-                vocabulary - len(table), table.shape[1], generator=torch.Generator().manual_seed(0)
-            )
-            * table.std()
-        )
+        generator = torch.Generator().manual_seed(0)
+        more = torch.randn(vocabulary - len(table), table.shape[1], generator=generator)
+        more *= table.std()
         save_file(tensors | {key: torch.cat([table, more])}, file, {"format": "pt"})
         config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": vocabulary}))
     return folder
 
 
 def make_images(folder: Path) -> Path:
+    """A folder of images with their prompts."""
     folder.mkdir()
-    rows = []
-    for i in range(PICTURES):
-        Image.new("RGB", (SIDE + 8, SIDE + 4), (10 * i, 255 - 10 * i, 7 * i)).save(
-            folder / f"{i:02d}.png"
-        )
-        rows.append(
-            json.dumps({"file_name": f"{i:02d}.png", "prompt": f"icon of TOK {'abcdef'[i % 6]}"})
-        )
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    lines = []
+    for i in range(IMAGES):
+        name = f"{i:02d}.png"
+        image = Image.new("RGB", (SIDE + 8, SIDE + 4), (10 * i, 255 - 10 * i, 7 * i))
+        image.save(folder / name)
+        lines.append(json.dumps({"file_name": name, "prompt": f"icon of TOK {'abcdef'[i % 6]}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
@@ -119,22 +123,19 @@ def make_images(folder: Path) -> Path:
 class AdvancedScript:
     """The state that the script's main() holds when its loop begins."""
 
-    def __init__(self, model: Path, pictures: Path) -> None:
+    def __init__(self, model: Path, images: Path) -> None:
         torch.manual_seed(0)
         pipe = StableDiffusionXLPipeline.from_pretrained(model)
         self.unet, self.vae = pipe.unet, pipe.vae
-        self.encoders, self.tokenizers = (
-            [pipe.text_encoder, pipe.text_encoder_2],
-            [pipe.tokenizer, pipe.tokenizer_2],
-        )
+        self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
+        self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         for module in (self.unet, self.vae, *self.encoders):
             module.requires_grad_(False)
-        self.unet.add_adapter(
-            LoraConfig(
-                r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS
-            )
+        adapter = LoraConfig(
+            r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS
         )
+        self.unet.add_adapter(adapter)
         self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
         self._insert_tokens()
         self.lora = [p for p in self.unet.parameters() if p.requires_grad]
@@ -153,15 +154,17 @@ class AdvancedScript:
         )
         self.optimizer = prodigyopt.Prodigy(groups, **settings)
         self.rates = get_scheduler("constant", optimizer=self.optimizer)
-        examples: Any = list(self._examples(pictures))
+        examples: Any = list(self._examples(images))
         self.loader = DataLoader(examples, batch_size=BATCH, shuffle=True, collate_fn=self._collate)
         with torch.no_grad():
-            self.latents = [
-                self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader
-            ]  # one a batch, in the order of one pass
+            # one a batch, in the order of one pass
+            self.latents = [self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader]
 
     def _insert_tokens(self) -> None:
-        """Two tokens in each tokenizer, random rows at the table's std, and what is put back: all the other rows."""
+        """Adds two tokens to each tokenizer, with random rows at the table's std.
+
+        Keeps all the other rows, which are put back after each step.
+        """
         self.others, self.originals, self.stds = [], [], []
         for i, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
             tokenizer.add_tokens(TOKENS)
@@ -173,18 +176,16 @@ class AdvancedScript:
             self.stds.append(weight.std())
             weight[ids] = torch.randn(len(ids), weight.shape[1]) * self.stds[-1]
             self.originals.append(weight.clone())
-            self.others.append(
-                torch.ones(len(weight), dtype=torch.bool).index_fill_(0, torch.tensor(ids), False)
-            )
+            others = torch.ones(len(weight), dtype=torch.bool)
+            self.others.append(others.index_fill_(0, torch.tensor(ids), False))
 
     @staticmethod
     def _examples(folder: Path) -> Iterator[dict[str, Any]]:
-        """Pictures cut once, as tensors in memory, with prompt and sizes."""
+        """Images cut once, as tensors in memory, with prompt and sizes."""
         for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
             image = Image.open(folder / row["file_name"]).convert("RGB")
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(
-                image.height, image.width, 3
-            )[:SIDE, :SIDE]
+            flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            pixels = flat.reshape(image.height, image.width, 3)[:SIDE, :SIDE]
             prompt = row["prompt"].replace("TOK", "".join(TOKENS))
             yield {
                 "pixels": pixels.permute(2, 0, 1) / 127.5 - 1,
@@ -216,33 +217,29 @@ class AdvancedScript:
     def step(
         self, position: int, batch: dict[str, Any], text: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The loss, after backward, clipping and the optimiser's step."""
+        """The loss, after backward, clipping and the optimizer's step."""
         x0 = self.latents[position].sample() * self.vae.config.scaling_factor
         noise = torch.randn_like(x0)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),)).long()
         x_t = self.scheduler.add_noise(x0, noise, t)
-        sizes = torch.cat(
-            [
-                torch.tensor([[*size, *corner, SIDE, SIDE]])
-                for size, corner in zip(batch["original"], batch["crop"])
-            ]
-        )
-        told = {"time_ids": sizes.to(x_t), "text_embeds": text[1]}
-        out = self.unet(x_t, t, text[0], added_cond_kwargs=told, return_dict=False)[0]
+        sizes = []
+        for size, corner in zip(batch["original"], batch["crop"]):
+            sizes.append(torch.tensor([[*size, *corner, SIDE, SIDE]]))
+        added = {"time_ids": torch.cat(sizes).to(x_t), "text_embeds": text[1]}
+        out = self.unet(x_t, t, text[0], added_cond_kwargs=added, return_dict=False)[0]
         snr = compute_snr(self.scheduler, t)
         weights = torch.stack([snr, GAMMA * torch.ones_like(t)], dim=1).min(dim=1)[0] / snr
         loss = F.mse_loss(out.float(), noise.float(), reduction="none")
         loss = (loss.mean(dim=list(range(1, loss.ndim))) * weights).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            itertools.chain(self.lora, (table.weight for table in self.tables)), 1.0
-        )
+        tokens = (table.weight for table in self.tables)
+        torch.nn.utils.clip_grad_norm_(itertools.chain(self.lora, tokens), 1.0)
         self.optimizer.step()
         self.rates.step()
         self.optimizer.zero_grad()
         return loss
 
-    def retract(self) -> None:
+    def restore_tables(self) -> None:
         """Puts all old rows back and pulls the new ones to the table's std."""
         for table, others, original, std in zip(
             self.tables, self.others, self.originals, self.stds
@@ -259,8 +256,9 @@ class AdvancedScript:
         for phase, clock in enumerate(clocks):
             for encoder in self.encoders:
                 encoder.train(phase == 0)
-            for table in self.tables if phase == 2 else ():
-                table.weight.requires_grad_(False)
+            if phase == 2:
+                for table in self.tables:
+                    table.weight.requires_grad_(False)
             bar = tqdm(total=steps + WARM, file=StringIO())
             while len(clock.marks) <= steps + WARM:
                 for position, batch in enumerate(self.loader):
@@ -268,18 +266,13 @@ class AdvancedScript:
                     if len(clock.marks) > steps + WARM:
                         break
                     if phase:
-                        self.optimizer.param_groups[1]["lr"] = self.optimizer.param_groups[2][
-                            "lr"
-                        ] = 0.0
-                    loss = self.step(
-                        position,
-                        batch,
-                        self._cached(batch["prompt"], cached)
-                        if phase == 2
-                        else self.encode(batch["prompt"]),
-                    )
+                        for group in self.optimizer.param_groups[1:]:
+                            group["lr"] = 0.0
+                    prompts = batch["prompt"]
+                    text = self._cached(prompts, cached) if phase == 2 else self.encode(prompts)
+                    loss = self.step(position, batch, text)
                     if phase < 2:
-                        self.retract()
+                        self.restore_tables()
                     bar.update(1)
                     bar.set_postfix(loss=loss.detach().item(), lr=self.rates.get_last_lr()[0])
         return clocks
@@ -291,24 +284,32 @@ class AdvancedScript:
             if prompt not in cache:
                 with torch.no_grad():
                     cache[prompt] = self.encode([prompt])
-        rows = [cache[prompt] for prompt in prompts]
-        return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+        embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
+        return torch.cat(embeds), torch.cat(pooled)
 
 
 # ---------------------------------------------------------------- ours
 
 
 def run_ours(
-    model: Path, pictures: Path, out: Path, steps: int, profile: cProfile.Profile | None = None
+    model: Path, images: Path, out: Path, steps: int, profile: cProfile.Profile | None = None
 ) -> list[Clock]:
     """Clocks of the two stages of our config."""
     c: Config = read_toml(CONFIG)
     stages = tuple(replace(stage, steps=steps + WARM + 1) for stage in c.stages)
     c = replace(
-        c, model=str(model), vae="", out=str(out), device="cpu", precision="fp32", gradient_checkpointing=False, stages=stages,
-        data=replace(c.data, images=str(pictures), resolution=SIDE), samples=replace(c.samples, prompts=("TOK",), every=0, steps=1),
+        c,
+        model=str(model),
+        vae="",
+        out=str(out),
+        device="cpu",
+        precision="fp32",
+        gradient_checkpointing=False,
+        stages=stages,
+        data=replace(c.data, images=str(images), resolution=SIDE),
+        samples=replace(c.samples, prompts=("TOK",), every=0, steps=1),
         validation=replace(c.validation, bins=1),
-    )  # fmt: skip
+    )
     clocks = [Clock() for _ in stages]
 
     def timed(model: Any, x: Any, config: Config, loss: Any) -> torch.Tensor:
@@ -326,47 +327,50 @@ def run_ours(
 
 
 def run_quietly(work: Callable[[], list[Clock]]) -> list[tuple[float, float]]:
+    """The rates of each phase, without anything printed."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return [clock.rates for clock in work()]
 
 
 def measure_loops(vocabulary: int, steps: int, rounds: int) -> dict[str, Any]:
-    """{"wall": ..., "cpu": ...} of medians of alternating rounds, steps per second and ours / peer; "rounds" has them all."""
+    """{"wall": ..., "cpu": ...}: steps per second and ours / peer, medians of alternating rounds.
+
+    "rounds" has them all.
+    """
     mine, theirs = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, pictures = (
-            make_model(folder / "model", vocabulary),
-            make_images(folder / "pictures"),
-        )
+        model, images = make_model(folder / "model", vocabulary), make_images(folder / "images")
         for i in range(rounds):
-            mine.append(
-                run_quietly(functools.partial(run_ours, model, pictures, folder / f"run{i}", steps))
-            )
-            theirs.append(run_quietly(lambda: AdvancedScript(model, pictures).run(steps)))
+            ours = functools.partial(run_ours, model, images, folder / f"run{i}", steps)
+            mine.append(run_quietly(ours))
+            theirs.append(run_quietly(lambda: AdvancedScript(model, images).run(steps)))
     found: dict[str, Any] = {"rounds": {"ours": mine, "peer": theirs}}
     for k, clock in enumerate(("wall", "cpu")):
-        our, peer = (
-            [statistics.median(rates[k] for rates in column) for column in zip(*rows)]
-            for rows in (mine, theirs)
-        )
+        our, peer = _median_rates(mine, k), _median_rates(theirs, k)
         whole = 2 / (1 / our[0] + 1 / our[1]), 2 / (1 / peer[0] + 1 / peer[1])
         pairs = [(our[0], peer[0]), (our[1], peer[1]), (our[1], peer[2]), whole]
-        found[clock] = {
-            phase: {"ours": a, "peer": b, "ratio": a / b} for phase, (a, b) in zip(PHASES, pairs)
-        }
+        found[clock] = {}
+        for phase, (a, b) in zip(PHASES, pairs):
+            found[clock][phase] = {"ours": a, "peer": b, "ratio": a / b}
     return found
 
 
+def _median_rates(rounds: list[list[tuple[float, float]]], clock: int) -> list[float]:
+    """The median over the rounds of each phase's rate by one clock."""
+    medians = []
+    for phase in zip(*rounds):
+        medians.append(statistics.median(rates[clock] for rates in phase))
+    return medians
+
+
 def profile_ours(vocabulary: int, steps: int, rows: int = 25) -> str:
-    """Where our loop's time goes, both stages, by own time."""
+    """cProfile's table of our loop, both stages, by own time."""
     profile, text = cProfile.Profile(), StringIO()
     with tempfile.TemporaryDirectory() as name:
-        model, pictures = (
-            make_model(Path(name) / "model", vocabulary),
-            make_images(Path(name) / "pictures"),
-        )
-        run_quietly(lambda: run_ours(model, pictures, Path(name) / "run", steps, profile))
+        model = make_model(Path(name) / "model", vocabulary)
+        images = make_images(Path(name) / "images")
+        run_quietly(lambda: run_ours(model, images, Path(name) / "run", steps, profile))
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
     return text.getvalue()
 
@@ -395,23 +399,17 @@ def main() -> None:
         return
     found = {}
     for vocabulary in args.vocabulary:
-        found[str(vocabulary or "own")] = result = measure_loops(
-            vocabulary, args.steps, args.rounds
-        )
-        print(
-            f"\nvocabulary: {vocabulary or 'own'}; medians of {args.rounds} rounds of {args.steps} steps"
-        )
-        print(
-            f"{'steps per second':<26} {'ours':>8} {'peer':>8} {'ratio':>7}   {'of CPU time':>11}"
-        )
-        for phase, row in result["wall"].items():
-            print(
-                f"{phase:<26} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x   {result['cpu'][phase]['ratio']:10.2f}x"
-            )
+        name = str(vocabulary or "own")
+        found[name] = measure_loops(vocabulary, args.steps, args.rounds)
+        print(f"\nvocabulary: {name}; medians of {args.rounds} rounds of {args.steps} steps")
+        heads = f"{'steps per second':<26} {'ours':>8} {'peer':>8} {'ratio':>7}"
+        print(f"{heads}   {'of CPU time':>11}")
+        for phase, row in found[name]["wall"].items():
+            line = f"{phase:<26} {row['ours']:8.1f} {row['peer']:8.1f} {row['ratio']:6.2f}x"
+            print(f"{line}   {found[name]['cpu'][phase]['ratio']:10.2f}x")
     if args.json:
-        timing.write_json(
-            args.json, {"machine": timing.describe_machine(), "steps": args.steps, "results": found}
-        )
+        report = {"machine": timing.describe_machine(), "steps": args.steps, "results": found}
+        timing.write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What adapters add to one training step: ops launched, bytes moved, activations saved, of the denoiser's forward and backward.
+"""The cost of adapters in one training step of the denoiser: ops, bytes moved, activations saved.
 
     python -m benchmarks.step_cost [--model sd15 sdxl flux] [--batch 1] [--rank 16] [--json FILE]
 
-Counted on the meta device: no GPU, no noise, exact (how: benchmarks/counting.py). SD1.5 at 512 pixels, SDXL and Flux at 1024, bf16, fp32 adapters on
-every attention linear, no autocast, no checkpointing, attention and RMS norm as CUDA has them.
-    frozen        no adapter; the gradient flows back to the input of the first layer that the others adapt
+Of forward and backward, counted on the meta device: no GPU, no noise, exact (how:
+benchmarks/counting.py). SD1.5 at 512 pixels, SDXL and Flux at 1024, bf16, fp32 adapters on every
+attention linear, no autocast, no checkpointing, attention and RMS norm as CUDA has them.
+    frozen        no adapter; the gradient flows back to the input of the first adapted layer
     peft          peft's LoRA and DoRA, adapters fp32 as its autocast_adapter_dtype makes them
-    ours          lora_core's, linears that share an input grouped; `triton` with the declared cost of each kernel, `fused` with the torch twins
-DoRA's norms are taken once in the step, which is once per optimiser step, and counted. Gradients are `None` before backward, the loss is left out.
-The optimiser's own step follows in a table of its own: calls (a multi-tensor call of torch, which is several launches, is one) and waits of the host
-for the device. Not in it: the copy of a table of addresses that our kernels read, when gradients have moved.
+    ours          lora_core's, linears that share an input grouped; `triton` with the declared cost
+                  of each kernel, `fused` with the implementations in torch
+DoRA's norms are computed once in the step, as once per optimizer step, and counted. Gradients are
+`None` before backward, the loss is left out. The optimizer's own step follows in a table of its
+own: calls (a multi-tensor call of torch, which is several launches, is one) and waits of the host
+for the device. Not in it: the copy of a table of addresses that our kernels read, when gradients
+have moved.
 """
 
 from __future__ import annotations
@@ -51,14 +55,14 @@ class StepCost(NamedTuple):
     """One variant of one model, forward and backward."""
 
     ops: int
-    elementwise: int  # bytes of all that is no matrix product, convolution or attention
+    elementwise: int  # bytes of everything but matrix products, convolutions and attention
     bytes: int
     saved: int  # bytes
     operators: dict[str, int]  # ops by operator
 
 
 class NetworkStep(NamedTuple):
-    """A denoiser, its inputs and the paths to adapt: what `figures` measures."""
+    """A denoiser, its inputs and the paths to adapt."""
 
     model: nn.Module
     inputs: dict[str, Any]
@@ -66,6 +70,7 @@ class NetworkStep(NamedTuple):
 
 
 def open_step(name: str, batch: int = 1) -> NetworkStep:
+    """A published network on the meta device."""
     return NetworkStep(
         published_networks.build_network(name),
         published_networks.network_inputs(name, batch),
@@ -74,15 +79,18 @@ def open_step(name: str, batch: int = 1) -> NetworkStep:
 
 
 def count_cost(step: NetworkStep, variant: str, rank: int = 16) -> StepCost:
-    """The cost of one step after turning the frozen model (any device) into the variant; the model is not to be used again."""
+    """The cost of one step of a variant.
+
+    Turns the frozen model (on any device) into it; the model cannot be used again.
+    """
     model, kwargs, paths = step
     side, _, kind = variant.partition(" ")
     with ExitStack() as stack:
         stack.enter_context(as_cuda())
         if side == "frozen":
-            model.get_submodule(paths[0]).register_forward_pre_hook(_asks_for_gradient)
+            model.get_submodule(paths[0]).register_forward_pre_hook(_require_gradient)
         elif side == "peft":
-            _peft(model, paths, rank, kind)
+            _inject_peft(model, paths, rank, kind)
         else:
             injection.inject(model, AdapterSpec(targets=paths, kind=kind, rank=rank))
             stack.enter_context(kernels.use_kernels(side))
@@ -93,21 +101,16 @@ def count_cost(step: NetworkStep, variant: str, rank: int = 16) -> StepCost:
             out = model(**kwargs)[0]
         out.backward(torch.empty_like(out))
     tally = counter.tally
-    return StepCost(
-        tally.ops,
-        tally.elementwise,
-        tally.bytes,
-        kept.bytes,
-        {name: row.ops for name, row in tally.operators.items()},
-    )
+    operators = {name: count.ops for name, count in tally.operators.items()}
+    return StepCost(tally.ops, tally.elementwise, tally.bytes, kept.bytes, operators)
 
 
-def _asks_for_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _require_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not args[0].requires_grad:
         args[0].requires_grad_()
 
 
-def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> None:
+def _inject_peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(paths), use_dora=kind == "dora"
     )
@@ -119,26 +122,26 @@ def _peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str) -> Non
             p.data = p.data.to(device, torch.float32)
 
 
-# ---------------------------------------------------------------- the optimiser
+# ---------------------------------------------------------------- the optimizer
 
 
 def count_optimizer_steps(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
-    """Name -> tally of one step over fp32 tensors of these shapes, after a first one that makes its state."""
-    made: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
+    """Name -> tally of one step over fp32 tensors of these shapes.
+
+    After a first one that makes its state.
+    """
+    contenders: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
         "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
         "ours Prodigy triton": ("meta", lambda ps: Prodigy(ps, lr=1.0)),
         "torch AdamW foreach": ("meta", lambda ps: torch.optim.AdamW(ps, foreach=True)),
-        "torch AdamW fused": (
-            "cpu",
-            lambda ps: torch.optim.AdamW(ps, fused=True),
-        ),  # has no meta form
+        # has no meta form
+        "torch AdamW fused": ("cpu", lambda ps: torch.optim.AdamW(ps, fused=True)),
         "ours AdamW triton": ("meta", lambda ps: AdamW(ps)),
     }
     found = {}
-    for name, (device, make) in made.items():
-        found[name] = _optimizer_step(
-            make, [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
-        )
+    for name, (device, make) in contenders.items():
+        params = [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+        found[name] = _optimizer_step(make, params)
     return found
 
 
@@ -158,47 +161,42 @@ def _optimizer_step(
 
 
 def cost_table(name: str, count: int, found: dict[str, StepCost]) -> str:
-    """One model's rows; count is its number of adapted linears, x the ratio to the frozen model."""
+    """One model's table, with its number of adapted linears; x is the ratio to the frozen model."""
     base = found["frozen"]
-    lines = [
-        f"{name}: {count} adapted linears",
-        f"{'':<12} {'ops':>7} {'x':>5} {'extra/linear':>13} {'elementwise GB':>15} {'x':>5} {'all GB':>7} {'x':>5} {'saved GB':>9} {'x':>5}",
-    ]
+    heads = f"{'':<12} {'ops':>7} {'x':>5} {'extra/linear':>13} {'elementwise GB':>15} {'x':>5}"
+    heads += f" {'all GB':>7} {'x':>5} {'saved GB':>9} {'x':>5}"
+    lines = [f"{name}: {count} adapted linears", heads]
     for variant, f in found.items():
-        sizes = [
-            f"{size / GB:{width}.2f} {size / own:5.2f}" for size, own, width in _pairs(f, base)
-        ]
-        lines.append(
-            f"{variant:<12} {f.ops:7,} {f.ops / base.ops:5.2f} {(f.ops - base.ops) / count:13.2f} {' '.join(sizes)}"
-        )
+        extra = (f.ops - base.ops) / count
+        line = f"{variant:<12} {f.ops:7,} {f.ops / base.ops:5.2f} {extra:13.2f}"
+        for size, own, width in (
+            (f.elementwise, base.elementwise, 15),
+            (f.bytes, base.bytes, 7),
+            (f.saved, base.saved, 9),
+        ):
+            line += f" {size / GB:{width}.2f} {size / own:5.2f}"
+        lines.append(line)
     return "\n".join(lines)
-
-
-def _pairs(f: StepCost, base: StepCost) -> list[tuple[int, int, int]]:
-    return [
-        (f.elementwise, base.elementwise, 15),
-        (f.bytes, base.bytes, 7),
-        (f.saved, base.saved, 9),
-    ]
 
 
 def cost_summary(name: str, found: dict[str, StepCost]) -> str:
     """The cost of all adapters over the frozen model, one line."""
     base = found["frozen"]
-    rows = [
-        f"{variant} {(f.ops - base.ops):+,} ops {(f.bytes - base.bytes) / GB:+.1f} GB moved {(f.saved - base.saved) / GB:+.2f} GB saved"
-        for variant, f in found.items()
-        if variant != "frozen"
-    ]
-    return f"cost of all adapters over the frozen {name}: " + "; ".join(rows)
+    parts = []
+    for variant, f in found.items():
+        if variant != "frozen":
+            moved, saved = (f.bytes - base.bytes) / GB, (f.saved - base.saved) / GB
+            ops = f"{variant} {(f.ops - base.ops):+,} ops"
+            parts.append(f"{ops} {moved:+.1f} GB moved {saved:+.2f} GB saved")
+    return f"cost of all adapters over the frozen {name}: " + "; ".join(parts)
 
 
 def optimizer_cost_table(name: str, found: dict[str, Tally]) -> str:
-    lines = [f"{name}: the optimiser's step", f"{'':<20} {'calls':>7} {'syncs':>6} {'GB':>6}"]
-    lines += [
-        f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {tally.bytes / GB:6.2f}"
-        for title, tally in found.items()
-    ]
+    """Calls, waits and bytes of each optimizer's step."""
+    lines = [f"{name}: the optimizer's step", f"{'':<20} {'calls':>7} {'syncs':>6} {'GB':>6}"]
+    for title, tally in found.items():
+        size = tally.bytes / GB
+        lines.append(f"{title:<20} {tally.ops:7,} {tally.syncs:6,} {size:6.2f}")
     return "\n".join(lines)
 
 
@@ -232,25 +230,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "models": {},
     }
     for name in args.model:
-        found = {
-            variant: count_cost(open_step(name, args.batch), variant, args.rank)
-            for variant in variants
-        }
+        found = {}
+        for variant in variants:
+            found[variant] = count_cost(open_step(name, args.batch), variant, args.rank)
         steps = count_optimizer_steps(published_networks.tensor_shapes(name, args.rank))
-        print(
-            cost_table(name, len(published_networks.adapted_paths(name)), found),
-            cost_summary(name, found),
-            optimizer_cost_table(name, steps),
-            sep="\n",
-            end="\n\n",
-        )
+        count = len(published_networks.adapted_paths(name))
+        print(cost_table(name, count, found))
+        print(cost_summary(name, found))
+        print(optimizer_cost_table(name, steps), end="\n\n")
+        tallies = {}
+        for title, tally in steps.items():
+            tallies[title] = {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes}
         report["models"][name] = {
-            "linears": len(published_networks.adapted_paths(name)),
+            "linears": count,
             "step": {variant: f._asdict() for variant, f in found.items()},
-            "optimizer": {
-                title: {"calls": tally.ops, "syncs": tally.syncs, "bytes": tally.bytes}
-                for title, tally in steps.items()
-            },
+            "optimizer": tallies,
         }
     if args.json:
         timing.write_json(args.json, report)

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -89,10 +90,7 @@ def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
     """
     if not is_dataclass(info.type):
         return None
-    texts: dict[str, str] = {}
-    for cls in reversed(info.type.__mro__[:-1]):
-        for option in docstring_parser.parse_from_object(cls).params:
-            texts[option.arg_name] = " ".join((option.description or "").split())
+    texts = _help_texts(info.type)
     hints = get_type_hints(info.type, include_extras=True)
     default = info.default if isinstance(info.default, info.type) else info.type()
     options = [
@@ -100,6 +98,16 @@ def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
         for f in fields(info.type)
     ]
     return StructConstructorSpec(instantiate=info.type, fields=tuple(options))
+
+
+@lru_cache(maxsize=32)
+def _help_texts(cls: type) -> dict[str, str]:
+    """Option -> the text below it in a settings class or the classes that it inherits from."""
+    texts: dict[str, str] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        for option in docstring_parser.parse_from_object(parent).params:
+            texts[option.arg_name] = " ".join((option.description or "").split())
+    return texts
 
 
 @REGISTRY.primitive_rule

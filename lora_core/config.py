@@ -318,6 +318,8 @@ class Config(ModelConfig):
     """Checkpoints that are kept."""
     log_every: Annotated[int, AtLeast(1)] = 10
     """Steps between writes to metrics.jsonl and updates of the progress bar."""
+    list_targets: bool = False
+    """Print the paths of the layers that get adapters, not only how many there are of a kind."""
     report: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log there (install the extra of that name)."""
     push_to_hub: str = ""

@@ -282,8 +282,8 @@ class SamplingMethod:
     steps: Annotated[int, AtLeast(1)] = 25
     """Sampling steps."""
     guidance: float = 5.0
-    """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model (Flux dev) the
-    scale that it takes as an input, usually 3.5."""
+    """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model the scale that
+    it takes as an input, usually 3.5."""
     negative: str = ""
     """Negative prompt: what guidance steers away from."""
 

@@ -14,7 +14,7 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.known_formats import load_function
+from lora_core.formats.known_formats import import_function
 from lora_core.formats.layout import Layout
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
@@ -136,7 +136,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.dry_run:
         return []
     if path.suffix == ".pt":
-        return load_function("factor_lists", "write_factor_lists")(state, path, layout)
+        return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if not has_factors and not state.tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")
     if has_factors and output.format in FORMATS_WITH_TOKENS:

@@ -419,7 +419,7 @@ def _scheduler_changes(
     """
     if opened.marks:
         listed = ", ".join(f"{key} = {value}" for key, value in opened.marks.items())
-        print(f"{path} says {listed}", file=sys.stderr)
+        print(f"{path} sets {listed} by its markers", file=sys.stderr)
     elif opened.kind == "sd2" and "prediction_type" not in changes:
         print(
             f"{path} does not tell a 512 model (epsilon) from a 768-v one (v); read as epsilon, "

@@ -1,9 +1,10 @@
-"""Messages advise only what the parsers take: every flag that a message names exists, and so does the value beside it."""
+"""Every flag that a message names exists, and so does the value next to it."""
 
 import ast
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -49,11 +50,9 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
 def choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return (
-        tuple(c for part in get_args(kind) for c in choices(part))
-        if get_origin(kind) in (tuple, Union, type(int | str))
-        else ()
-    )
+    if get_origin(kind) not in (tuple, Union, type(int | str)):
+        return ()
+    return tuple(chain.from_iterable(map(choices, get_args(kind))))
 
 
 def merge_flags() -> Iterator[str]:
@@ -67,25 +66,22 @@ CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
-    "infer.py": {"from"},
+    "command_line.py": {"help"},
+    "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
     "merge.py": {"help", "with_text_lora"},
 }
-SPEAKING = [
-    path for path in PRODUCT if path.parent.name != "kernels"
-]  # those name flags of compilers and of their own command lines
+# Kernels name flags of compilers and of their own command lines.
+SPEAKING = [path for path in PRODUCT if path.parent.name != "kernels"]
 
 
 def messages(path: Path) -> Iterator[str]:
     """The string constants of a file that are no docstrings, an f-string as one."""
     tree = ast.parse(path.read_text())
-    inside = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in ast.walk(node)
-        if part is not node
-    }
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inside |= {id(part) for part in ast.walk(node) if part is not node}
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -107,7 +103,7 @@ def is_taken(name: str, path: Path | None = None) -> bool:
     return (
         name.strip(".-" + UNKNOWN) == ""
         or name in own
-        or any(pattern.fullmatch(flag) for flag in TAKEN)
+        or any(pattern.fullmatch(flag) or flag.startswith(f"{name}.") for flag in TAKEN)
     )
 
 

@@ -1,4 +1,7 @@
-"""Mistakes end in one sentence on stderr and status 2, before any work and with nothing overwritten; Ctrl-C saves what was learned."""
+"""Mistakes end in one sentence on stderr and status 2, before any work; nothing is overwritten.
+
+Ctrl-C saves what was learned.
+"""
 
 import errno
 import json
@@ -185,7 +188,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "gpu"}, "--device gpu cannot be used"),
     "rank": (
         {"adapter": {"rank": 64}},
-        r"rank 64 exceeds min\(in, out\) = 8 for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        r"rank 64 exceeds min\(in, out\) = 8 for "
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     ),
     "target": (
         {"adapter": {"targets": ("attn1.to_qq",)}},
@@ -438,9 +442,10 @@ def test_numbers_that_are_none_are_refused_before_anything_is_read(
 
 def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config) -> None:
     for change, option in (
-        ({"out": "runs/caf\udce9"}, "--out 'runs/caf"), ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
+        ({"out": "runs/caf\udce9"}, "--out 'runs/caf"),
+        ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
             config_checks.check_config(merged(config, change))
 
@@ -678,10 +683,16 @@ def test_a_full_disk_is_one_sentence(
         return full() if mode == "wb" else open(path, mode, *args, **given)
 
     writers: dict[str, tuple[Any, str, Any]] = {
-        "checkpoint": (run_module, "save_file", full), "picture": (Image.Image, "save", full), "adapter": (Path, "open", full_for_bytes),
-    }  # fmt: skip
+        "checkpoint": (run_module, "save_file", full),
+        "picture": (Image.Image, "save", full),
+        "adapter": (Path, "open", full_for_bytes),
+    }
     if where == "log":
-        monkeypatch.setattr(run_module, "open", lambda *a, **k: Full(open(*a, **k)), raising=False)  # noqa: SIM115
+
+        def open_full(*args: Any, **settings: Any) -> Full:
+            return Full(open(*args, **settings))
+
+        monkeypatch.setattr(run_module, "open", open_full, raising=False)
     else:
         monkeypatch.setattr(*writers[where])
     file = Path(config.out).parent / "given.toml"

@@ -168,11 +168,13 @@ def test_a_graph_replays_the_device_part_on_new_random_numbers(monkeypatch):
     monkeypatch.setattr(cuda_graph, "CudaGraph", Kept)
     problem, seen = tiny(), []
     step = OurStep(problem, "lora", contenders.clone_network(problem.network), graph=True)
-    monkeypatch.setattr(step, "update", lambda drawn: (seen.append(drawn) or drawn.eps.sum(),))
+    monkeypatch.setattr(
+        step, "update", lambda sampled: (seen.append(sampled) or sampled.eps.sum(),)
+    )
     assert isinstance(step.optimizer.param_groups[0]["lr"], torch.Tensor)
-    draws = [float(step()) for _ in range(cuda_graph.WARMUP_CALLS + 3)]
+    found = [float(step()) for _ in range(cuda_graph.WARMUP_CALLS + 3)]
     assert len(seen) == cuda_graph.WARMUP_CALLS + 1, "captured once, after the warm calls"
-    assert len(set(draws[: cuda_graph.WARMUP_CALLS + 1])) == cuda_graph.WARMUP_CALLS + 1
+    assert len(set(found[: cuda_graph.WARMUP_CALLS + 1])) == cuda_graph.WARMUP_CALLS + 1
     held, fresh = seen[-1], step.sample_step()
     assert not torch.equal(held.eps, fresh.eps)
     step.visit -= 1
@@ -393,9 +395,9 @@ def test_the_plot_shows_what_the_file_has(tmp_path, capsys):
     }
     assert panels["time of a step, CPU"] == {"SD1.5 LoRA": {"ours": 1.03, "peft": 1.06}}
     assert plot.main([str(file), "--out", str(tmp_path / "docs" / "b.png")]) == 0
-    with Image.open(tmp_path / "docs" / "b.png") as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    with Image.open(tmp_path / "docs" / "b.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
     assert (
         "times: not run"
         in plot.figure_caption(json.loads(file.read_text()), {"saved activations": {}}).lower()

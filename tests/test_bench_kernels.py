@@ -1,4 +1,7 @@
-"""The benchmark of kernels as a program on tiny layers: its rows, ratios and JSON, candidates right and wrong, and the table that --tune writes."""
+"""The benchmark of kernels as a program on tiny layers.
+
+Its rows, ratios and JSON, candidates right and wrong, and the table that --tune writes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def crashes(*args):
 
 @pytest.fixture
 def main(capsys, monkeypatch, tmp_path):
-    """Runs the program in this process with its repeats as short as can be: (exit status, what it prints, what it says on stderr)."""
+    """Runs the program in this process, with few repeats: (exit status, stdout, stderr)."""
     monkeypatch.setattr(timing, "FLOOR", 0.0)
     monkeypatch.setattr(program, "measure_device_rates", lambda setting: DeviceRates(1e10, 1e11))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -106,7 +109,7 @@ def test_every_op_has_a_row_with_errors_and_all_it_was_asked_for(main, tmp_path)
     assert status == 0, out
     stored = json.loads(file.read_text())
     assert {row["op"] for row in stored["cases"]} == set(OPS)
-    assert "left out" in out  # of the triton twins
+    assert "left out" in out  # the triton implementations
     for row in stored["cases"]:
         found = row["contenders"]
         assert found.keys() >= {"reference", "ours"} | (
@@ -140,7 +143,7 @@ def test_a_wrong_candidate_is_refused_with_its_error(main, tmp_path, name, said)
     assert re.search(said, err), err
 
 
-def test_a_right_candidate_is_timed_beside_the_twins(main, tmp_path):
+def test_a_right_candidate_is_timed_next_to_the_others(main, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(CANDIDATES)
     status, out, err = main(
@@ -200,11 +203,17 @@ def test_tuning_writes_the_rows_that_choose_reads(main, tmp_path):
 
 def test_mistakes_are_told(main):
     for argv, said in (
-        (("--shape", "16,24"), "expected rows,in,out"), (("--rank", "0"), "--rank is 0"), (("--graph", "--device", "cpu"), "--graph"),
-        (("--shape", "1,2,3", "--model", "sd15"), "leave one out"), (("--candidate", "no.py:f"), "no.py:f"),
-        (("--op", "lora_conv", "dora_norm", "--candidate", "no.py:f"), "name one"), (("--tune", "--json", "x"), "--json has no effect with --tune"),
-        (("--profile", "--json", "x"), "with --profile"), (("--winners", "x"), "without --tune"), (("--quick", "--compile"), "choose one"),
-    ):  # fmt: skip
+        (("--shape", "16,24"), "expected rows,in,out"),
+        (("--rank", "0"), "--rank is 0"),
+        (("--graph", "--device", "cpu"), "--graph"),
+        (("--shape", "1,2,3", "--model", "sd15"), "leave one out"),
+        (("--candidate", "no.py:f"), "no.py:f"),
+        (("--op", "lora_conv", "dora_norm", "--candidate", "no.py:f"), "name one"),
+        (("--tune", "--json", "x"), "--json has no effect with --tune"),
+        (("--profile", "--json", "x"), "with --profile"),
+        (("--winners", "x"), "without --tune"),
+        (("--quick", "--compile"), "choose one"),
+    ):
         status, _, err = main("--device", "cpu", *argv)
         assert status == 2 and said in err, (argv, err)
 

@@ -2,6 +2,7 @@
 that are a function of their step.
 """
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -101,11 +102,10 @@ def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
         2 * resolution // step * step,
     )
     sides = range(step, high + 1, step)
-    every = (
-        {(h, w) for h in sides for w in sides if h * w <= resolution**2 and min(h, w) >= low}
-        if len(sides) < 60
-        else set(found)
-    )
+    every = set(found)
+    if len(sides) < 60:
+        pairs = itertools.product(sides, sides)
+        every = {(h, w) for h, w in pairs if h * w <= resolution**2 and min(h, w) >= low}
     assert set(found) <= every | {(resolution // step * step,) * 2}
     assert all((w, h) in found for h, w in found)
     assert all(any(h <= H and w <= W for H, W in found) for h, w in every)
@@ -159,13 +159,14 @@ def test_every_record_comes_in_every_epoch_and_its_visits_count_up(groups, batch
             len(rows) == batch and len({groups[record] for record, _ in rows}) == 1
             for rows in steps
         )
-        inside = Counter(record for rows in steps for record, _ in rows)
+        visits = sorted(itertools.chain.from_iterable(steps))
+        inside = Counter(record for record, _ in visits)
         assert set(inside) == set(range(len(groups)))
         fillers.update(inside - Counter(range(len(groups))))
-        visits = sorted((record, times) for rows in steps for record, times in rows)
-        assert visits == sorted(
-            (record, counts[record] + i) for record, n in inside.items() for i in range(n)
-        )  # 0, 1, 2 ... over the whole run
+        expected = []
+        for record, n in inside.items():
+            expected += [(record, counts[record] + i) for i in range(n)]
+        assert visits == sorted(expected)  # 0, 1, 2 ... over the whole run
         counts.update(inside)
     for group in set(groups):
         filled = [fillers[record] for record, g in enumerate(groups) if g == group]
@@ -211,20 +212,17 @@ def test_no_image_is_dropped_no_visit_comes_twice_and_batches_have_one_size(fold
     made = ImageDataset(scan_folder(folder, repeats=repeats), WILD)
     steps = BucketOrder(made.sizes, batch, 0).steps
     stream = list(iterate_batches(made, batch=batch, seed=0, stop=4 * steps))
-    seen = [(k, v) for b in stream for k, v in zip(b.keys, b.visits, strict=True)]
+    seen = []
+    for b in stream:
+        seen += zip(b.keys, b.visits, strict=True)
     assert len(set(seen)) == len(seen) == 4 * steps * batch
-    assert all(
-        set(b.keys)
-        <= {
-            r.key
-            for r, size in zip(made.records, made.sizes, strict=True)
-            if size == b.pixels.shape[-2:]
-        }
-        for b in stream
-    )
+    for b in stream:
+        sized = zip(made.records, made.sizes, strict=True)
+        assert set(b.keys) <= {r.key for r, size in sized if size == b.pixels.shape[-2:]}
     least = Counter(r.key for r in made.records)
     for epoch in range(4):
-        count = Counter(k for b in stream[epoch * steps : (epoch + 1) * steps] for k in b.keys)
+        batches = stream[epoch * steps : (epoch + 1) * steps]
+        count = Counter(itertools.chain.from_iterable(b.keys for b in batches))
         assert all(count[key] >= n for key, n in least.items())
 
 

@@ -1,4 +1,6 @@
-"""The card that a run leaves: what the hub's library reads from it, code that runs as it is written, and the upload."""
+"""The model card: metadata that the hub's library reads, code that runs as it is written, the
+upload.
+"""
 
 import re
 import shutil
@@ -52,7 +54,9 @@ def leave(
     rows: dict[str, int] | None = None,
     denoiser: str = "unet",
 ) -> Path:
-    """A run folder with a LoRA on a few layers and two rows for each encoder in `rows` (key -> width), and its pictures."""
+    """A run folder with a LoRA on a few layers, two token rows for each encoder in `rows` (key ->
+    width), and images.
+    """
     folder.mkdir(parents=True)
     state = AdapterState(
         {denoiser: factors(layout, denoiser)} if lora else {},
@@ -76,11 +80,17 @@ def run_code(card: Path, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
 @pytest.fixture
 def card(model: Path) -> ModelCard:
     return ModelCard(
-        base_model=str(model), pipeline="StableDiffusionPipeline", encoders={"text_encoder": "clip_l"}, words=TOKENS,
-        prompts=("a TOK in the snow", "b"), instance_prompt='a photo of TOK: "x" # y', tags=("template:sd-lora",),
+        base_model=str(model),
+        pipeline="StableDiffusionPipeline",
+        encoders={"text_encoder": "clip_l"},
+        words=TOKENS,
+        prompts=("a TOK in the snow", "b"),
+        instance_prompt='a photo of TOK: "x" # y',
+        tags=("template:sd-lora",),
         sampling={"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16},
-        training={"steps": 10, "groups": "denoiser | tokens"}, validation=[("62", 0.5, 0.25), ("all", 0.4, 0.3)],
-    )  # fmt: skip
+        training={"steps": 10, "groups": "denoiser | tokens"},
+        validation=[("62", 0.5, 0.25), ("all", 0.4, 0.3)],
+    )
 
 
 @pytest.fixture
@@ -222,7 +232,7 @@ def test_a_card_for_the_hub(card: ModelCard, run: Path) -> None:
     assert RepoCard.load(run / "README.md").data.base_model == "org/model"
 
 
-# ---------------------------------------------------------------- other families, from their own tiny pipelines
+# ---------------------------------------------------------------- other families
 
 
 @pytest.mark.parametrize(
@@ -270,11 +280,9 @@ def test_python_runs_for_two_encoders(
     card = replace(card, base_model=str(model), pipeline=pipeline, encoders=encoders)
     text = write_card(card, run).read_text()
     for name, key in encoders.items():
-        assert (
-            f'rows["{key}"]' in text
-            and f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
-            in text
-        )
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        assert f'rows["{key}"]' in text
+        assert f"text_encoder=pipe.{name}, tokenizer=pipe.{tokenizer})" in text
     assert run_code(run / "README.md", monkeypatch).size == (16, 16)
 
 

@@ -1,8 +1,9 @@
-"""Defaults < TOML < flags; what a config says comes back from its own TOML; wrong names are refused with the nearest one."""
+"""Defaults < TOML < flags; a config survives its own TOML; errors name the nearest option."""
 
 import math
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -24,15 +25,12 @@ def parse(*words: str) -> Config:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        'seed = 3\nbatch_size = 2\n[data]\nresolution = 64\n[[stages]]\nsteps = 5\n[[stages]]\nsteps = 6\ngroups = ["tokens"]\n'
+        "seed = 3\nbatch_size = 2\n[data]\nresolution = 64\n[[stages]]\nsteps = 5\n"
+        '[[stages]]\nsteps = 6\ngroups = ["tokens"]\n'
     )
     config = parse(str(file), "--batch-size", "4", "--stages.1.steps", "7", "--data.images", "here")
-    assert (config.seed, config.batch_size, config.data.resolution, config.data.images) == (
-        3,
-        4,
-        64,
-        "here",
-    )
+    assert (config.seed, config.batch_size) == (3, 4)
+    assert (config.data.resolution, config.data.images) == (64, "here")
     assert [s.steps for s in config.stages] == [5, 7] and config.stages[1].groups == ("tokens",)
     assert (
         config.keep == Config().keep
@@ -43,9 +41,21 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 
 
 def test_key_value_flags() -> None:
-    config = parse("--optimizer.lr", "denoiser=1e-3", "tokens=2e-2", "--optimizer.betas", "tokens=0.9,0.95", "--loss-arg", "delta=0.1",
-                   "schedule=snr",
-                   "--optimizer.args", "safeguard_warmup=true", "d_coef=2", "--adapter.rank-pattern", "*.attn2.*=4")  # fmt: skip
+    config = parse(
+        "--optimizer.lr",
+        "denoiser=1e-3",
+        "tokens=2e-2",
+        "--optimizer.betas",
+        "tokens=0.9,0.95",
+        "--loss-arg",
+        "delta=0.1",
+        "schedule=snr",
+        "--optimizer.args",
+        "safeguard_warmup=true",
+        "d_coef=2",
+        "--adapter.rank-pattern",
+        "*.attn2.*=4",
+    )
     assert config.optimizer.lr == {"denoiser": 1e-3, "tokens": 2e-2} and config.optimizer.betas == {
         "tokens": (0.9, 0.95)
     }
@@ -58,9 +68,22 @@ def test_key_value_flags() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("False", False), ("True", True), ("false", False), (".5", 0.5), ("5.", 5.0), ("-.1e-2", -1e-3), ("0.1", 0.1), ("3", 3), ("inf", math.inf),
-     ("[1, 2]", [1, 2]), ("snr", "snr"), ("falsehood", "falsehood"), ("'False'", "False")],
-)  # fmt: skip
+    [
+        ("False", False),
+        ("True", True),
+        ("false", False),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("-.1e-2", -1e-3),
+        ("0.1", 0.1),
+        ("3", 3),
+        ("inf", math.inf),
+        ("[1, 2]", [1, 2]),
+        ("snr", "snr"),
+        ("falsehood", "falsehood"),
+        ("'False'", "False"),
+    ],
+)
 def test_arguments_are_read_as_people_write_them(text: str, value: object) -> None:
     """decouple=False, as every guide has it, is not a text, which would be true."""
     found = parse("--optimizer.args", f"decouple={text}").optimizer.args["decouple"]
@@ -89,9 +112,12 @@ def test_a_config_survives_its_own_toml() -> None:
         Stage(groups=("tokens", "denoiser")),
     )
     config = replace(
-        Config(), stages=stages, loss_arg={"delta": 0.5},
-        optimizer=OptimizerConfig(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}), adapter=AdapterConfig(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
-    )  # fmt: skip
+        Config(),
+        stages=stages,
+        loss_arg={"delta": 0.5},
+        optimizer=OptimizerConfig(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}),
+        adapter=AdapterConfig(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
+    )
     assert from_table(tomllib.loads(to_toml(config))) == config
     assert from_table({}) == Config() and from_table(
         to_table(Infer(lora=("a:1", "b"))), Infer
@@ -174,16 +200,12 @@ def test_help_explains_every_flag(cls: type, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "python x.py --seed 3" in shown
 
-    def flags(kind: type, prefix: str) -> list[str]:
-        return [
-            name
-            for f in fields(kind)
-            for name in (
-                flags(type(f.default), f"{prefix}{f.name}.")
-                if is_dataclass(f.default)
-                else [prefix + f.name]
-            )
-        ]
+    def flags(kind: type, prefix: str) -> Iterator[str]:
+        for option in fields(kind):
+            if is_dataclass(option.default):
+                yield from flags(type(option.default), f"{prefix}{option.name}.")
+            else:
+                yield prefix + option.name
 
     for name in flags(cls, ""):
         if not name.startswith(

@@ -1,4 +1,7 @@
-"""configs/*.toml: what the seed guides' command lines say, two steps of each on a tiny model of its family, and no option without effect."""
+"""configs/*.toml: the options of the seed guides' command lines, and a few steps of each.
+
+Each is tried on a tiny model of its family, and no option in them is without effect.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,26 @@ from training.log import Log
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FAMILY = {  # config -> tiny model it is tried on
-    "sdxl_dreambooth": "sdxl", "sdxl_dora": "sdxl", "sdxl_pivotal_prodigy": "sdxl", "sdxl_edm_playground": "edm",
-    "flux_pivotal": "flux", "flux_pivotal_t5": "flux", "flux_textual_inversion": "flux", "sd15_lora_pti": "sd", "kohya_lora": "sd",
-}  # fmt: skip
+    "sdxl_dreambooth": "sdxl",
+    "sdxl_dora": "sdxl",
+    "sdxl_pivotal_prodigy": "sdxl",
+    "sdxl_edm_playground": "edm",
+    "flux_pivotal": "flux",
+    "flux_pivotal_t5": "flux",
+    "flux_textual_inversion": "flux",
+    "sd15_lora_pti": "sd",
+    "kohya_lora": "sd",
+}
 CONFIGS = {name: read_toml(FOLDER / f"{name}.toml") for name in FAMILY}
 
-# ---------------------------------------------------------------- making a config small enough for here
+# ---------------------------------------------------------------- small configs
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> its tiny model's folder, and "pictures": three of them, with every kind of caption that the configs ask for."""
+    """Family -> its tiny model's folder, and "pictures": three images with captions of every kind
+    that the configs use.
+    """
     root = tmp_path_factory.mktemp("tiny")
     save_pipeline(root / "sd")
     tiny_sdxl.save(root / "sdxl")
@@ -57,26 +70,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def short_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny tokenizer spells every letter, and sixteen of them are not enough for the templates."""
+    """A tiny tokenizer spells every letter, and sixteen of them are too few for the templates."""
     monkeypatch.setitem(captions.TEMPLATES, "style", ("by {}", "{} a"))
 
 
 def small(config: Config, family: str, tiny: dict[str, Path], *, precision: str = "fp64") -> Config:
-    """The config on a tiny model and tiny pictures, its stages cut to two steps and one. In fp64 a rate times a decay of 1e-8 is still seen."""
+    """The config on a tiny model and tiny images, its stages cut to two steps and one.
+
+    In fp64 a rate times a decay of 1e-8 still changes a weight.
+    """
     rank = min(config.adapter.rank, 4) if config.trains("denoiser") else config.adapter.rank
     stages = tuple(
         replace(stage, steps=2 if i == 0 else 1) for i, stage in enumerate(config.stages)
     )
     return replace(
-        config, model=str(tiny[family]), vae="", device="cpu", precision=precision, stages=stages, save_every=0, log_every=1,
-        data=replace(config.data, images=str(tiny["pictures"]), dataset="", resolution=16, bucket_step=4 if config.data.buckets else 64),
-        adapter=replace(config.adapter, rank=rank), samples=replace(config.samples, steps=2, every=0),
+        config,
+        model=str(tiny[family]),
+        vae="",
+        device="cpu",
+        precision=precision,
+        stages=stages,
+        save_every=0,
+        log_every=1,
+        data=replace(
+            config.data,
+            images=str(tiny["pictures"]),
+            dataset="",
+            resolution=16,
+            bucket_step=4 if config.data.buckets else 64,
+        ),
+        adapter=replace(config.adapter, rank=rank),
+        samples=replace(config.samples, steps=2, every=0),
         validation=replace(config.validation, bins=1),
-    )  # fmt: skip
+    )
 
 
 def put(config: Any, values: dict[str, Any]) -> Any:
-    """The config with dotted options set: "stages.1.high", "optimizer.lr.tokens". None takes a key out of a table."""
+    """The config with dotted options set: "stages.1.high", "optimizer.lr.tokens".
+
+    None takes a key out of a table.
+    """
     for path, value in values.items():
         config = _put(config, path.split("."), value)
     return config
@@ -125,15 +158,30 @@ SCRIPT = {
     "optimizer.warmup": 0,
 }
 DOG = SCRIPT | {
-    "data.caption": "a photo of sks dog", "adapter.rank": 4, "adapter.targets": ("attention",), "optimizer.name": "adamw",
-    "optimizer.lr": {"denoiser": 1e-4}, "optimizer.weight_decay": {"denoiser": 1e-4}, "batch_size": 1, "accumulation": 4, "precision": "fp16",
-    "samples.prompts.0": "A photo of sks dog in a bucket", "optimizer.schedule": "constant",
-}  # fmt: skip
+    "data.caption": "a photo of sks dog",
+    "adapter.rank": 4,
+    "adapter.targets": ("attention",),
+    "optimizer.name": "adamw",
+    "optimizer.lr": {"denoiser": 1e-4},
+    "optimizer.weight_decay": {"denoiser": 1e-4},
+    "batch_size": 1,
+    "accumulation": 4,
+    "precision": "fp16",
+    "samples.prompts.0": "A photo of sks dog in a bucket",
+    "optimizer.schedule": "constant",
+}
 PRODIGY = SCRIPT | {
-    "optimizer.name": "prodigy", "optimizer.args": {"use_bias_correction": True, "safeguard_warmup": True}, "tokens.words": ("TOK",),
-    "tokens.vectors": 2, "tokens.norm": "rescale", "data.repeats": 1, "precision": "bf16",
-    "gradient_checkpointing": True, "accumulation": 1, "optimizer.schedule": "constant",
-}  # fmt: skip
+    "optimizer.name": "prodigy",
+    "optimizer.args": {"use_bias_correction": True, "safeguard_warmup": True},
+    "tokens.words": ("TOK",),
+    "tokens.vectors": 2,
+    "tokens.norm": "rescale",
+    "data.repeats": 1,
+    "precision": "bf16",
+    "gradient_checkpointing": True,
+    "accumulation": 1,
+    "optimizer.schedule": "constant",
+}
 FLUX = PRODIGY | {
     "model": "black-forest-labs/FLUX.1-dev",
     "batch_size": 1,
@@ -145,40 +193,93 @@ LORA = {"adapter.rank": 8, "optimizer.lr": {"denoiser": 1.0, "tokens": 1.0}}
 VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides say
     "sdxl_dreambooth": DOG | {"vae": "", "adapter.kind": "lora", "stages": [(500, ("denoiser",))]},
     "sdxl_dora": DOG | {"vae": "", "adapter.kind": "dora", "stages": [(500, ("denoiser",))]},
-    "sdxl_edm_playground": DOG | {"model": "playgroundai/playground-v2.5-1024px-aesthetic", "vae": "", "stages": [(500, ("denoiser",))]},
-    "sdxl_pivotal_prodigy": PRODIGY | LORA | {
-        "batch_size": 3, "weighting": "min_snr", "weighting_arg": {"gamma": 5.0}, "stages": [(500, ("denoiser", "tokens")), (500, ("denoiser",))],
-        "tokens.encoders": ("clip_l", "clip_g"), "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-4},
-        "samples.prompts.0": "a TOK icon of an astronaut riding a horse, in the style of TOK", "model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sdxl_edm_playground": DOG
+    | {
+        "model": "playgroundai/playground-v2.5-1024px-aesthetic",
+        "vae": "",
+        "stages": [(500, ("denoiser",))],
     },
-    "flux_pivotal": FLUX | LORA | {
-        "adapter.alpha": 4.0, "adapter.targets": ("fal",), "stages": [(350, ("denoiser", "tokens")), (350, ("denoiser",))],
-        "tokens.encoders": ("clip_l",), "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-3},
+    "sdxl_pivotal_prodigy": PRODIGY
+    | LORA
+    | {
+        "batch_size": 3,
+        "weighting": "min_snr",
+        "weighting_arg": {"gamma": 5.0},
+        "stages": [(500, ("denoiser", "tokens")), (500, ("denoiser",))],
+        "tokens.encoders": ("clip_l", "clip_g"),
+        "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-4},
+        "samples.prompts.0": "a TOK icon of an astronaut riding a horse, in the style of TOK",
+        "model": "stabilityai/stable-diffusion-xl-base-1.0",
     },
-    "flux_pivotal_t5": FLUX | LORA | {
-        "adapter.alpha": 4.0, "adapter.targets": ("fal",), "stages": [(350, ("denoiser", "tokens")), (350, ("denoiser",))],
-        "tokens.encoders": ("clip_l", "t5"), "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-3},
+    "flux_pivotal": FLUX
+    | LORA
+    | {
+        "adapter.alpha": 4.0,
+        "adapter.targets": ("fal",),
+        "stages": [(350, ("denoiser", "tokens")), (350, ("denoiser",))],
+        "tokens.encoders": ("clip_l",),
+        "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-3},
     },
-    "flux_textual_inversion": FLUX | {
-        "stages": [(700, ("tokens",))], "tokens.encoders": ("clip_l", "t5"),
-        "optimizer.lr": {"tokens": 1.0}, "optimizer.weight_decay": {"tokens": 1e-3},
+    "flux_pivotal_t5": FLUX
+    | LORA
+    | {
+        "adapter.alpha": 4.0,
+        "adapter.targets": ("fal",),
+        "stages": [(350, ("denoiser", "tokens")), (350, ("denoiser",))],
+        "tokens.encoders": ("clip_l", "t5"),
+        "optimizer.weight_decay": {"denoiser": 1e-4, "tokens": 1e-3},
+    },
+    "flux_textual_inversion": FLUX
+    | {
+        "stages": [(700, ("tokens",))],
+        "tokens.encoders": ("clip_l", "t5"),
+        "optimizer.lr": {"tokens": 1.0},
+        "optimizer.weight_decay": {"tokens": 1e-3},
     },
     "sd15_lora_pti": {
-        "stages": [(1000, ("tokens",)), (1000, ("denoiser", "text_encoder", "tokens"))], "batch_size": 1, "accumulation": 4, "adapter.rank": 1,
-        "optimizer.lr": {"denoiser": 4 * 1e-4, "text_encoder": 4 * 1e-5, "tokens": 4 * 5e-4}, "optimizer.schedule": "linear", "optimizer.warmup": 0,
-        "optimizer.weight_decay": {"denoiser": 0.001, "text_encoder": 0.001, "tokens": 0.0}, "stages.1.weight_decay": {"tokens": 0.001},
-        "stages.1.lr": {"tokens": 1e-4}, "stages.1.high": 0.8, "stages.1.norm": "none", "tokens.norm": "pull", "tokens.norm_target": 0.4,
-        "tokens.init": ("random:0.017",), "tokens.vectors": 2, "data.captions": "style", "data.resolution": 512, "data.jitter": True,
-        "adapter.targets": ("cloneofsimo",), "save_every": 100, "seed": 42,
+        "stages": [(1000, ("tokens",)), (1000, ("denoiser", "text_encoder", "tokens"))],
+        "batch_size": 1,
+        "accumulation": 4,
+        "adapter.rank": 1,
+        "optimizer.lr": {"denoiser": 4 * 1e-4, "text_encoder": 4 * 1e-5, "tokens": 4 * 5e-4},
+        "optimizer.schedule": "linear",
+        "optimizer.warmup": 0,
+        "optimizer.weight_decay": {"denoiser": 0.001, "text_encoder": 0.001, "tokens": 0.0},
+        "stages.1.weight_decay": {"tokens": 0.001},
+        "stages.1.lr": {"tokens": 1e-4},
+        "stages.1.high": 0.8,
+        "stages.1.norm": "none",
+        "tokens.norm": "pull",
+        "tokens.norm_target": 0.4,
+        "tokens.init": ("random:0.017",),
+        "tokens.vectors": 2,
+        "data.captions": "style",
+        "data.resolution": 512,
+        "data.jitter": True,
+        "adapter.targets": ("cloneofsimo",),
+        "save_every": 100,
+        "seed": 42,
     },
     "kohya_lora": {
-        "adapter.rank": 16, "adapter.alpha": 1.0, "adapter.init": "kaiming", "adapter.targets": ("kohya",), "adapter.text_targets": ("kohya",),
-        "optimizer.lr": {"denoiser": 1e-4, "text_encoder": 1e-5}, "weighting": "min_snr", "weighting_arg": {"gamma": 5.0},
+        "adapter.rank": 16,
+        "adapter.alpha": 1.0,
+        "adapter.init": "kaiming",
+        "adapter.targets": ("kohya",),
+        "adapter.text_targets": ("kohya",),
+        "optimizer.lr": {"denoiser": 1e-4, "text_encoder": 1e-5},
+        "weighting": "min_snr",
+        "weighting_arg": {"gamma": 5.0},
         "optimizer.schedule": "constant",
-        "data.buckets": True, "data.bucket_step": 64, "data.repeats": 10, "data.resolution": 512, "batch_size": 4, "precision": "fp16",
-        "gradient_checkpointing": True, "stages": [(400, ("denoiser", "text_encoder"))],
+        "data.buckets": True,
+        "data.bucket_step": 64,
+        "data.repeats": 10,
+        "data.resolution": 512,
+        "batch_size": 4,
+        "precision": "fp16",
+        "gradient_checkpointing": True,
+        "stages": [(400, ("denoiser", "text_encoder"))],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -192,7 +293,9 @@ def test_says_what_the_guides_command_says(name: str) -> None:
 
 
 def variants(name: str) -> list[list[str]]:
-    """The flags that a config's comments offer, one list for each variant; a backslash goes on in the next line."""
+    """The flags that a config's comments offer, one list for each variant; a backslash goes on in
+    the next line.
+    """
     text = re.sub(r"\\\n#\s*", "", (FOLDER / f"{name}.toml").read_text())
     head = text[text.index("# Variants") :] if "# Variants" in text else ""
     return [
@@ -214,39 +317,61 @@ def test_variants_in_the_comments_are_command_lines(name: str) -> None:
 
 # ---------------------------------------------------------------- the table of flags
 
-FLAGS = {  # every flag of diffusers' two advanced scripts and its SDXL DreamBooth script, of lora_pti, and those that kohya's guide explains
+# The flags of diffusers' two advanced scripts and its SDXL DreamBooth script, of lora_pti, and
+# those that the guide of kohya explains.
+FLAGS = {
     "diffusers": """
-        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder allow_tf32 cache_dir cache_latents caption_column
-        center_crop checkpointing_steps checkpoints_total_limit class_data_dir class_prompt clip_skip dataloader_num_workers dataset_config_name
-        dataset_name do_edm_style_training enable_t5_ti enable_xformers_memory_efficient_attention gradient_accumulation_steps
-        gradient_checkpointing guidance_scale hub_model_id hub_token image_column image_interpolation_mode initializer_concept instance_data_dir
-        instance_prompt learning_rate local_rank logging_dir logit_mean logit_std lora_alpha lora_dropout lora_layers lora_unet_blocks
-        lr_num_cycles lr_power lr_scheduler lr_warmup_steps max_grad_norm max_sequence_length max_train_steps mixed_precision mode_scale
-        noise_offset num_class_images num_new_tokens_per_abstraction num_train_epochs num_validation_images optimizer output_dir
-        output_kohya_format pretrained_model_name_or_path pretrained_vae_model_name_or_path prior_generation_precision prior_loss_weight
-        prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction push_to_hub random_flip rank repeats report_to
-        resolution resume_from_checkpoint revision sample_batch_size scale_lr seed snr_gamma text_encoder_lr token_abstraction train_batch_size
-        train_text_encoder train_text_encoder_frac train_text_encoder_ti train_text_encoder_ti_frac train_transformer_frac upcast_before_saving
-        use_8bit_adam use_blora use_dora validation_epochs validation_prompt variant weighting_scheme with_prior_preservation
+        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay
+        adam_weight_decay_text_encoder allow_tf32 cache_dir cache_latents caption_column
+        center_crop checkpointing_steps checkpoints_total_limit class_data_dir
+        class_prompt clip_skip dataloader_num_workers dataset_config_name dataset_name
+        do_edm_style_training enable_t5_ti enable_xformers_memory_efficient_attention
+        gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
+        hub_token image_column image_interpolation_mode initializer_concept
+        instance_data_dir instance_prompt learning_rate local_rank logging_dir logit_mean
+        logit_std lora_alpha lora_dropout lora_layers lora_unet_blocks lr_num_cycles
+        lr_power lr_scheduler lr_warmup_steps max_grad_norm max_sequence_length
+        max_train_steps mixed_precision mode_scale noise_offset num_class_images
+        num_new_tokens_per_abstraction num_train_epochs num_validation_images optimizer
+        output_dir output_kohya_format pretrained_model_name_or_path
+        pretrained_vae_model_name_or_path prior_generation_precision prior_loss_weight
+        prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup
+        prodigy_use_bias_correction push_to_hub random_flip rank repeats report_to
+        resolution resume_from_checkpoint revision sample_batch_size scale_lr seed
+        snr_gamma text_encoder_lr token_abstraction train_batch_size train_text_encoder
+        train_text_encoder_frac train_text_encoder_ti train_text_encoder_ti_frac
+        train_transformer_frac upcast_before_saving use_8bit_adam use_blora use_dora
+        validation_epochs validation_prompt variant weighting_scheme
+        with_prior_preservation
     """,
     "lora_pti": """
-        instance_data_dir pretrained_model_name_or_path output_dir train_text_encoder pretrained_vae_name_or_path revision perform_inversion
-        use_template train_inpainting placeholder_tokens placeholder_token_at_data initializer_tokens seed resolution color_jitter
-        train_batch_size sample_batch_size max_train_steps_tuning max_train_steps_ti save_steps gradient_accumulation_steps
-        gradient_checkpointing lora_rank lora_unet_target_modules lora_clip_target_modules lora_dropout_p lora_scale use_extended_lora
-        clip_ti_decay learning_rate_unet learning_rate_text learning_rate_ti continue_inversion continue_inversion_lr
-        use_face_segmentation_condition cached_latents use_mask_captioned_data mask_temperature scale_lr lr_scheduler lr_warmup_steps
-        lr_scheduler_lora lr_warmup_steps_lora weight_decay_ti weight_decay_lora use_8bit_adam device extra_args log_wandb wandb_log_prompt_cnt
-        wandb_project_name wandb_entity proxy_token enable_xformers_memory_efficient_attention out_name
+        instance_data_dir pretrained_model_name_or_path output_dir train_text_encoder
+        pretrained_vae_name_or_path revision perform_inversion use_template
+        train_inpainting placeholder_tokens placeholder_token_at_data initializer_tokens
+        seed resolution color_jitter train_batch_size sample_batch_size
+        max_train_steps_tuning max_train_steps_ti save_steps gradient_accumulation_steps
+        gradient_checkpointing lora_rank lora_unet_target_modules lora_clip_target_modules
+        lora_dropout_p lora_scale use_extended_lora clip_ti_decay learning_rate_unet
+        learning_rate_text learning_rate_ti continue_inversion continue_inversion_lr
+        use_face_segmentation_condition cached_latents use_mask_captioned_data
+        mask_temperature scale_lr lr_scheduler lr_warmup_steps lr_scheduler_lora
+        lr_warmup_steps_lora weight_decay_ti weight_decay_lora use_8bit_adam device
+        extra_args log_wandb wandb_log_prompt_cnt wandb_project_name wandb_entity
+        proxy_token enable_xformers_memory_efficient_attention out_name
     """,
     "kohya": """
-        pretrained_model_name_or_path vae output_dir output_name save_model_as save_every_n_epochs save_every_n_steps network_module network_dim
-        network_alpha network_dropout network_train_unet_only network_train_text_encoder_only network_weights learning_rate unet_lr
-        text_encoder_lr optimizer_type optimizer_args lr_scheduler lr_warmup_steps lr_scheduler_num_cycles lr_scheduler_power max_train_steps
-        max_train_epochs sdpa xformers mixed_precision gradient_accumulation_steps max_grad_norm seed log_with gradient_checkpointing clip_skip
-        cache_latents cache_text_encoder_outputs noise_offset multires_noise_iterations multires_noise_discount ip_noise_gamma min_snr_gamma
-        debiased_estimation_loss loss_type huber_schedule huber_c masked_loss zero_terminal_snr v_parameterization prior_loss_weight
-        scale_weight_norms resume max_token_length
+        pretrained_model_name_or_path vae output_dir output_name save_model_as
+        save_every_n_epochs save_every_n_steps network_module network_dim network_alpha
+        network_dropout network_train_unet_only network_train_text_encoder_only
+        network_weights learning_rate unet_lr text_encoder_lr optimizer_type
+        optimizer_args lr_scheduler lr_warmup_steps lr_scheduler_num_cycles
+        lr_scheduler_power max_train_steps max_train_epochs sdpa xformers mixed_precision
+        gradient_accumulation_steps max_grad_norm seed log_with gradient_checkpointing
+        clip_skip cache_latents cache_text_encoder_outputs noise_offset
+        multires_noise_iterations multires_noise_discount ip_noise_gamma min_snr_gamma
+        debiased_estimation_loss loss_type huber_schedule huber_c masked_loss
+        zero_terminal_snr v_parameterization prior_loss_weight scale_weight_norms resume
+        max_token_length
     """,
 }
 PAGE = (FOLDER.parent / "docs/flags.md").read_text(encoding="utf-8")
@@ -304,23 +429,26 @@ def test_runs(name: str, tiny: dict[str, Path], tmp_path: Path, quick: None) -> 
     assert ("run_emb.safetensors" in files) == tokens
     assert ({"pytorch_lora_weights.safetensors", "run.safetensors"} <= files) == lora
     parameters = learned(run)
-    assert {key.split("/")[1] for key in parameters} == {
-        group for stage in config.stages for group in stage.groups
-    }
+    trained = set(chain.from_iterable(stage.groups for stage in config.stages))
+    assert {key.split("/")[1] for key in parameters} == trained
     assert all(torch.isfinite(p).all() for p in parameters.values())
 
 
 # ---------------------------------------------------------------- no option without effect
 
 EXCLUDED = {  # options that a config sets and no weight depends on
-    "model": "a path, replaced by the tiny model's", "out": "a path", "data.images": "a path",
+    "model": "a path, replaced by the tiny model's",
+    "out": "a path",
+    "data.images": "a path",
     "gradient_checkpointing": "the same numbers with less memory",
-    "save_every": "which checkpoints are kept on the disk (tests/test_resume.py)", "keep": "the same",
+    "save_every": "which checkpoints are kept on the disk (tests/test_resume.py)",
+    "keep": "the same",
     "samples.every": "when pictures are drawn, not what",
-    "stages.0.steps": "cut to fit here", "stages.1.steps": "cut to fit here",
+    "stages.0.steps": "cut to fit here",
+    "stages.1.steps": "cut to fit here",
     "optimizer.name": "its arguments go with it: tests/test_train.py",
     "optimizer.weight_decay.tokens": "0 in lora_pti; see stages.1.weight_decay.tokens",
-}  # fmt: skip
+}
 FLIPS: dict[
     str, dict[str, Any]
 ] = {  # where the default is not the right other value: what is set instead
@@ -346,18 +474,29 @@ FLIPS: dict[
     "optimizer.args.safeguard_warmup": {"optimizer.args.safeguard_warmup": False},
 }
 WITH = {  # in both runs: the estimate of d has to move
-    "optimizer.args.safeguard_warmup": {"optimizer.args.d0": 1e-2, "optimizer.args.d_coef": 1e3, "stages.0.steps": 4}
-}  # fmt: skip
+    "optimizer.args.safeguard_warmup": {
+        "optimizer.args.d0": 1e-2,
+        "optimizer.args.d_coef": 1e3,
+        "stages.0.steps": 4,
+    }
+}
 WHERE = {  # the config that shows it best
-    "tokens.encoders": "flux_pivotal_t5", "stages.0.groups": "sdxl_pivotal_prodigy",
-    "data.caption": "sd15_lora_pti", "samples.guidance": "kohya_lora", "samples.steps": "flux_pivotal", "samples.sampler": "sdxl_pivotal_prodigy",
-    "optimizer.lr.denoiser": "sd15_lora_pti", "optimizer.lr.text_encoder": "sd15_lora_pti", "optimizer.lr.tokens": "sd15_lora_pti",
-    "optimizer.weight_decay.denoiser": "sd15_lora_pti", "optimizer.weight_decay.text_encoder": "sd15_lora_pti",
-}  # fmt: skip
+    "tokens.encoders": "flux_pivotal_t5",
+    "stages.0.groups": "sdxl_pivotal_prodigy",
+    "data.caption": "sd15_lora_pti",
+    "samples.guidance": "kohya_lora",
+    "samples.steps": "flux_pivotal",
+    "samples.sampler": "sdxl_pivotal_prodigy",
+    "optimizer.lr.denoiser": "sd15_lora_pti",
+    "optimizer.lr.text_encoder": "sd15_lora_pti",
+    "optimizer.lr.tokens": "sd15_lora_pti",
+    "optimizer.weight_decay.denoiser": "sd15_lora_pti",
+    "optimizer.weight_decay.text_encoder": "sd15_lora_pti",
+}
 
 
 def differing(config: Any, default: Any, path: str = "") -> list[str]:
-    """Dotted names of the options that are not at their default; tables by key, stages by number."""
+    """Dotted names of the options that differ from the default; tables by key, stages by number."""
     found = []
     for field in fields(config):
         value, usual, name = (
@@ -366,11 +505,8 @@ def differing(config: Any, default: Any, path: str = "") -> list[str]:
             path + field.name,
         )
         if name == "stages":
-            found += [
-                key
-                for i, stage in enumerate(value)
-                for key in differing(stage, type(stage)(), f"stages.{i}.")
-            ]
+            for i, stage in enumerate(value):
+                found += differing(stage, type(stage)(), f"stages.{i}.")
         elif is_dataclass(value):
             found += differing(value, usual, name + ".")
         elif isinstance(value, dict):
@@ -389,16 +525,11 @@ QUICKEST = (
     "flux_pivotal_t5",
     "sdxl_pivotal_prodigy",
 )
-ORDER = [
-    *(name for name in OPTIONS if name not in QUICKEST),
-    *reversed(QUICKEST),
-]  # the last one that has an option is asked
-UNION = {
-    option: WHERE.get(option, name)
-    for name in ORDER
-    for option in OPTIONS[name]
-    if option not in EXCLUDED
-}
+# The last config in this order that has an option is the one in which it is flipped.
+ORDER = [*(name for name in OPTIONS if name not in QUICKEST), *reversed(QUICKEST)]
+UNION: dict[str, str] = {}  # option -> config
+for name in ORDER:
+    UNION |= {key: WHERE.get(key, name) for key in OPTIONS[name] if key not in EXCLUDED}
 BASES: dict[str, dict[str, torch.Tensor]] = {}  # config -> what it learns
 
 
@@ -414,7 +545,7 @@ def copy_parameters(groups: dict[str, Any]) -> dict[str, torch.Tensor]:
 def steps_only(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Config], dict[str, torch.Tensor]]:
-    """A run that ends after its steps, without validation, checkpoint and files: what it has learned, group and number -> parameter."""
+    """A run without validation, checkpoint and files: group and number -> learned parameter."""
     monkeypatch.setattr(Log, "validate", lambda log, done, scorer: None)
     monkeypatch.setattr(results, "finish_run", lambda log, *_: copy_parameters(log.model.groups))
     return train.train
@@ -435,7 +566,7 @@ def flipped(option: str, name: str, config: Config) -> dict[str, Any]:
 
 
 def test_excluded_options_are_in_some_config() -> None:
-    assert set(EXCLUDED) <= {option for options in OPTIONS.values() for option in options}
+    assert set(EXCLUDED) <= set(chain.from_iterable(OPTIONS.values()))
     assert set(FLIPS) | set(WHERE) <= set(UNION) | set(EXCLUDED)
 
 

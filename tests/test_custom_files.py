@@ -1,4 +1,7 @@
-"""Adapters without a low-rank form: saved as their own parameters and as a whole model, decided before the first step."""
+"""Adapters without a low-rank form: saved as their own parameters and as a whole model.
+
+Which files are written is decided before the first step.
+"""
 
 import json
 from dataclasses import replace
@@ -219,6 +222,7 @@ def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
     with pytest.raises(
         UserError,
-        match=r"has no LoRA: its run trained the whole model, which is .*run/model; give that as the model",
+        match=r"has no LoRA: its run trained the whole model, which is .*run/model; "
+        "give that as the model",
     ):
         formats.load(tmp_path / "run")

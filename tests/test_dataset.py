@@ -2,6 +2,7 @@
 depends on the example alone.
 """
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -168,7 +169,8 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     """
     records = scan_folder(folder)
     plain, dropped = ImageDataset(records, WILD), ImageDataset(records, WILD, caption_dropout=0.3)
-    lost = [dropped.example(i, v).caption == "" for i in range(5) for v in range(120)]
+    visits = itertools.product(range(5), range(120))
+    lost = [dropped.example(i, v).caption == "" for i, v in visits]
     assert abs(sum(lost) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
     assert (
         len({tuple(lost[i * 120 : i * 120 + 120]) for i in range(5)}) == 5
@@ -178,9 +180,10 @@ def test_caption_dropout_is_drawn_by_the_example_alone(folder):
     streams = []
     for batch, workers in ((1, 0), (3, 0), (4, 2)):
         made = iterate_batches(dropped, batch=batch, seed=0, stop=24 // batch, workers=workers)
-        streams.append(
-            [(k, v, c) for b in made for k, v, c in zip(b.keys, b.visits, b.captions, strict=True)]
-        )
+        stream = []
+        for b in made:
+            stream += zip(b.keys, b.visits, b.captions, strict=True)
+        streams.append(stream)
     assert streams[0] == streams[1] == streams[2] and 0 < sum(c == "" for *_, c in streams[0]) < 20
     for without, with_ in zip(
         iterate_batches(plain, batch=4, seed=0, stop=6),
@@ -549,13 +552,10 @@ def test_a_sample_looks_the_same_for_any_batch_size(folder):
         made = iterate_batches(
             ImageDataset(scan_folder(folder), WILD), batch=batch, seed=0, stop=12 // batch
         )
-        streams.append(
-            [
-                (b.keys[i], b.visits[i], b.captions[i], b.pixels[i], b.crops[i])
-                for b in made
-                for i in range(batch)
-            ]
-        )
+        stream = []
+        for b in made:
+            stream += zip(b.keys, b.visits, b.captions, b.pixels, b.crops, strict=True)
+        streams.append(stream)
     for stream in streams[1:]:
         for left, right in zip(streams[0], stream, strict=True):
             assert left[:3] == right[:3] and left[4] == right[4] and torch.equal(left[3], right[3])
@@ -566,11 +566,9 @@ def test_copies_of_an_image_take_turns_so_no_visit_comes_twice(folder):
     (folder / "7.txt").write_text("the same file again")
     records = scan_folder(folder, repeats=2)
     assert len(records) == 12
-    drawn = [
-        (k, v)
-        for b in iterate_batches(ImageDataset(records, WILD), batch=4, seed=0, stop=9)
-        for k, v in zip(b.keys, b.visits, strict=True)
-    ]
+    drawn = []
+    for b in iterate_batches(ImageDataset(records, WILD), batch=4, seed=0, stop=9):
+        drawn += zip(b.keys, b.visits, strict=True)
     assert len(set(drawn)) == 36
     for record, visits in ((records[0], 12), (records[1], 6)):
         assert sorted(v for k, v in drawn if k == record.key) == list(range(visits))
@@ -603,9 +601,9 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(folder, tmp_path):
             and both.captions[2:] == ["a photo of a dog"] * 2
         )
         assert_same(both.rows(slice(0, 2)), alone)
-    seen = [
-        k for b in iterate_batches(instance, prior, batch=1, seed=0, stop=3) for k in b.keys[1:]
-    ]
+    seen = []
+    for b in iterate_batches(instance, prior, batch=1, seed=0, stop=3):
+        seen += b.keys[1:]
     assert sorted(seen) == sorted(r.key for r in prior.records)
     with pytest.raises(ValueError, match="is_prior=True"):
         iterate_batches(instance, instance, batch=1, seed=0, stop=1)
@@ -792,11 +790,8 @@ def test_trap_23_prior_rows_pair_with_prior_captions(folder, tmp_path, wide):
             assert batch.captions == [
                 records[k].captions[0] for k in batch.keys
             ] and batch.original_sizes == [records[k].size for k in batch.keys]
-            interleaved = [
-                caption
-                for pair in zip(batch.captions[:b], batch.captions[b:], strict=True)
-                for caption in pair
-            ]
+            pairs = zip(batch.captions[:b], batch.captions[b:], strict=True)
+            interleaved = list(itertools.chain.from_iterable(pairs))
             assert (interleaved == batch.captions) == (b == 1)
             for i, key in enumerate(batch.keys):
                 source = prior if batch.is_prior[i] else instance

@@ -1,4 +1,4 @@
-"""Where a run may be written: nothing that it reads is moved or mixed with it, and every name fits the file system."""
+"""Checks of --out: no input of a run is moved or mixed with it; every name fits the file system."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""DoRA's row norms in a layer: their gradient, and `steady`, which computes them once."""
+"""DoRA's row norms in a layer: their gradient, and `cache_dora_norms`, which computes them once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_gradient_stops_at_doras_norms_or_flows_through_them(norm_grad, stre
 
 
 def test_norm_grad_is_doras_and_one_of_two():
-    with pytest.raises(UserError, match="norm_grad is 'half'; expected detach or full"):
+    with pytest.raises(UserError, match="norm-grad is 'half'; expected one of detach, full"):
         AdapterSpec(targets=("*",), kind="dora", norm_grad="half")
     with pytest.raises(
         UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind lora"
@@ -112,7 +112,7 @@ def norms(monkeypatch):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_steady_computes_every_norm_once_and_changes_no_bit(norms, strength):
+def test_cached_norms_are_computed_once_and_change_no_bit(norms, strength):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     inject(model, AdapterSpec(targets=("to_q",), rank=1), name="lora")
     shake(model)
@@ -133,7 +133,7 @@ def test_steady_computes_every_norm_once_and_changes_no_bit(norms, strength):
     assert len(norms) == 10 and all(p.grad is not None for p in injection.adapter_parameters(model))
 
 
-def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
+def test_the_cache_ends_with_an_exception(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     with pytest.raises(RuntimeError, match="stop"), injection.cache_dora_norms(model):
         raise RuntimeError("stop")
@@ -149,7 +149,7 @@ def test_steady_ends_with_an_exception_and_caches_nothing_outside(norms):
     assert not torch.allclose(model(x), before) and len(norms) == 5
 
 
-def test_what_changes_inside_steady_computes_its_own_norms(norms):
+def test_what_changes_inside_the_block_computes_its_own_norms(norms):
     model, x = injected("dora"), noise(3, 4, 6, 5)
     shake(model)
     factors = adapter_factors(model)

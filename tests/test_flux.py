@@ -3,6 +3,7 @@ against its reader of the original weights.
 """
 
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -186,7 +187,8 @@ def test_pictures_equal_the_pipelines(both):
     for height, width in ((16, 24), (64, 32)):  # other shifts where they are dynamic
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = pipe(
-            PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance, generator=generators, max_sequence_length=24,
+            PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance,
+            generator=generators, max_sequence_length=24,
             output_type="pt",
         ).images  # fmt: skip
         ours = generate_images(
@@ -224,7 +226,8 @@ def test_image_to_image_equals_the_pipeline(folders):
         latent_dist=SimpleNamespace(sample=lambda generator=None: mean)
     )
     theirs = pipe(
-        "cat", image=init, strength=0.5, height=32, width=48, num_inference_steps=8, guidance_scale=2.0,
+        "cat", image=init, strength=0.5, height=32, width=48, num_inference_steps=8,
+        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(5), max_sequence_length=24, output_type="pt",
     ).images  # fmt: skip
     pipe.vae.encode = encode
@@ -244,7 +247,8 @@ def test_trap_20_sigmas_run_as_in_the_pipeline(both):
     """
     family, pipe = both
     seen, calls = [], []
-    hooks = [m.register_forward_pre_hook(lambda _m, _a, kw, to=to: to.append(kw["timestep"]), with_kwargs=True)
+    hooks = [m.register_forward_pre_hook(lambda _m, _a, kw, to=to: to.append(kw["timestep"]),
+    with_kwargs=True)
              for m, to in ((family.transformer, seen), (pipe.transformer, calls))]  # fmt: skip
     pipe(
         "a",
@@ -466,25 +470,17 @@ def test_names_rows_and_halves_are_those_of_the_original_weights(tmp_path):
         )
     layout = flux.flux_layout({"transformer": transformer})
     component = layout.components["transformer"]
-    parts = {path for stack in component.fused.values() for path in stack}
-    shapes = {
-        component.names.get(name, name): shape
-        for name, shape in joined_layers.join_layout(layout)
-        .components["transformer"]
-        .shapes.items()
-        if name not in parts
-    }
+    parts = set(itertools.chain.from_iterable(component.fused.values()))
+    joined = joined_layers.join_layout(layout).components["transformer"].shapes
+    whole = {name: shape for name, shape in joined.items() if name not in parts}
+    shapes = {component.names.get(name, name): shape for name, shape in whole.items()}
     ups = {name: torch.randn(shape[0], 1) for name, shape in shapes.items()}
     original = {f"{name}.weight": up for name, up in ups.items()} | {
         f"{name}.bias": torch.zeros(len(up)) for name, up in ups.items()
     }
     for block, stacks in (("double_blocks", ("img_attn.", "txt_attn.")), ("single_blocks", ("",))):
-        original |= {
-            f"{block}.{i}.{s}norm.{n}_norm.scale": torch.zeros(1)
-            for i in range(2)
-            for s in stacks
-            for n in ("query", "key")
-        }
+        for i, s, n in itertools.product(range(2), stacks, ("query", "key")):
+            original[f"{block}.{i}.{s}norm.{n}_norm.scale"] = torch.zeros(1)
     weights = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
     file = {f"lora_unet_{n.replace('.', '_')}.lora_up.weight": up for n, up in ups.items()}
     file |= {
@@ -606,7 +602,7 @@ def test_diffusers_loads_the_file_to_the_same_outputs(dev, tmp_path, format, tar
 
 
 def test_diffusers_converts_a_full_width_file_to_the_same_factors(tmp_path):
-    """Single blocks too, whose width is written into diffusers' converter; scales differ by layer."""
+    """Single blocks too, whose width diffusers' converter has; scales differ by layer."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             num_layers=1, num_single_layers=1, guidance_embeds=True

@@ -1,4 +1,8 @@
-"""Laws of the fused twins: the reference in float64, at most twice its rounding, the base layer's bits at init, no gradient of a weight's shape."""
+"""Laws of the fused implementations.
+
+The reference in float64, at most twice its rounding, the base layer's bits at init, and no gradient
+of a weight's shape.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,10 @@ def linear(b=2, s=5, i=24, o=20, r=4, *, bias=True, dora=False, p=0.0, seed=0, d
 
 
 def run(f, args, wanted=None, dy=None):
-    """f's output and the gradients of the tensors at `wanted` (all of floating point) for the gradient dy, drawn."""
+    """f's output and the gradients of the tensors at `wanted`, for the gradient dy.
+
+    wanted: all of floating point where it is None; dy: drawn where it is None.
+    """
     wanted = (
         [n for n, a in enumerate(args) if torch.is_tensor(a) and a.is_floating_point()]
         if wanted is None
@@ -130,7 +137,9 @@ def test_only_the_gradients_that_are_asked_for(split):
         args = linear(dora=dora, p=0.3)
         every = dict(enumerate(run(reference.lora_linear, args)[1:]))
         wanted = [n for n, a in enumerate(args) if torch.is_tensor(a)]
-        for chosen in [c for n in (1, 2) for c in itertools.combinations(range(len(wanted)), n)]:
+        places = range(len(wanted))
+        pairs = itertools.combinations(places, 2)
+        for chosen in itertools.chain(itertools.combinations(places, 1), pairs):
             close(
                 run(fused.lora_linear, args, [wanted[c] for c in chosen])[1:],
                 [every[c] for c in chosen],
@@ -262,8 +271,11 @@ def test_grouped_is_lora_linear_of_every_member(split):
 # --- rounding ---
 
 
-def errors(name, make, dtype, twin, draws=12):
-    """Mean over draws of the relative errors to float64, the reference's and the twin's, of the output and each gradient."""
+def errors(name, make, dtype, fast, draws=12):
+    """Mean over draws of the relative errors to float64 of the output and each gradient.
+
+    The reference's and those of `fast`.
+    """
     totals = []
     for seed in range(draws):
         args = make(seed, dtype)
@@ -271,7 +283,7 @@ def errors(name, make, dtype, twin, draws=12):
             getattr(reference, name),
             [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args],
         )
-        for f in (getattr(reference, name), twin):
+        for f in (getattr(reference, name), fast):
             got = run(f, args)
             totals.append(
                 [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
@@ -330,7 +342,10 @@ def test_at_init_the_layer_is_the_base_layer_to_the_bit(monkeypatch, dtype, bias
 
 
 def test_autocast_runs_as_the_base_layer_under_it(split):
-    """An fp32 base: products, output and rounding of autocast's dtype; fp64 stays fp64; a backward outside or inside of it is the same."""
+    """An fp32 base: products, output and rounding of autocast's dtype; fp64 stays fp64.
+
+    A backward outside or inside of it is the same.
+    """
     for dora, p in itertools.product([False, True], [0.0, 0.3]):
         args = linear(2, 30, 48, 40, dora=dora, p=p, dtype=torch.float32)
         exact = run(
@@ -425,7 +440,10 @@ def passes(f):
 
 @pytest.mark.parametrize(("dora", "p"), itertools.product([False, True], [0.0, 0.3]))
 def test_nothing_of_a_weights_shape_is_made_and_little_is_saved(split, dora, p):
-    """For a frozen base. Saved: x, x down^T, the cast factors, a DoRA's output before the gain; with dropout no mask."""
+    """For a frozen base.
+
+    Saved: x, x down^T, the cast factors, a DoRA's output before the gain; with dropout no mask.
+    """
     args = linear(4, 9, 24, 20, dora=dora, p=p, dtype=torch.bfloat16)
     leaves = [
         a.detach().requires_grad_(n in (0, 3, 4, 6)) if torch.is_tensor(a) else a
@@ -455,7 +473,10 @@ def frozen(args):
 
 
 def test_how_many_passes_a_layer_takes_over_the_frozen_one(split):
-    """In bf16, forward and backward, scale 1. LoRA: six products, two casts of factors and two of their gradients."""
+    """In bf16, forward and backward, scale 1.
+
+    LoRA: six products, two casts of factors and two of their gradients.
+    """
     for dora, limit in ((False, 10), (True, 24)):
         args = list(linear(dora=dora, dtype=torch.bfloat16))
         args[5] = 1.0

@@ -1,4 +1,7 @@
-"""Laws of groups: outputs, gradients and keys of the model without them, one lora_grouped for who sees one tensor, nothing waits after a forward."""
+"""Laws of groups: outputs, gradients and keys are those of the model without them.
+
+Layers that see one tensor take one lora_grouped, and no output waits after a forward.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import groups, injection
+from lora_core.adapters.adapted_layer import adaptable_layers
 from lora_core.adapters.injection import AdapterSpec, inject
 from lora_core.adapters.kinds import KINDS, LoRA
 from lora_core.kernels import OPS, use_kernels
@@ -153,14 +157,14 @@ def found(model):
     return list(
         dict.fromkeys(
             layer.group
-            for layer in injection.adaptable_layers(model).values()
+            for layer in adaptable_layers(model).values()
             if getattr(layer, "group", None)
         )
     )
 
 
 def members(model):
-    paths = {layer: path for path, layer in injection.adaptable_layers(model).items()}
+    paths = {layer: path for path, layer in adaptable_layers(model).items()}
     return [[paths[layer] for layer in group.members] for group in found(model)]
 
 
@@ -217,18 +221,25 @@ def test_groups_follow_what_is_put_on_and_taken_off(sizes):
     model(x)
     assert sizes == [3, 2]
     injection.remove(model, "b")
-    hooks = [
-        dict(m)
-        for module in model.modules()
-        for m in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._forward_hooks_always_called,
-        )
-    ]
-    assert not found(model) and not any(hooks) and list(model.state_dict()) == before
+    assert not found(model) and not hooks_of(model) and list(model.state_dict()) == before
     injection.load_factors(model, injection.adapter_factors(net()))
     assert len(found(model)) == 3
+
+
+def hooks_of(model):
+    """Every forward hook below a model."""
+    hooks = []
+    for module in model.modules():
+        hooks += [*module._forward_hooks, *module._forward_pre_hooks]
+        hooks += module._forward_hooks_always_called
+    return hooks
+
+
+def mix_kinds(model):
+    """A DoRA on q and LoRAs on k and v."""
+    injection.remove(model)
+    inject(model, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2))
+    inject(model, AdapterSpec(targets=("own.to_[kv]",), rank=2), name="b")
 
 
 class Twice(LoRA):
@@ -245,8 +256,7 @@ def disturbed():
         "lora",
         lambda m: inject(m, AdapterSpec(targets=("own.to_q",), rank=1), name="b"),
     )
-    yield "another kind", "lora", lambda m: (injection.remove(m), inject(m, AdapterSpec(targets=("own.to_q",), kind="dora", rank=2)),
-                                           inject(m, AdapterSpec(targets=("own.to_[kv]",), rank=2), name="b"))  # fmt: skip
+    yield "another kind", "lora", mix_kinds
     yield "hook", "lora", lambda m: m.own.to_v.base.register_forward_hook(lambda *_: None)
     yield "folded", "lora", lambda m: injection.fold_adapter(m)
     yield (
@@ -285,7 +295,7 @@ def test_any_strength_of_a_lora_is_grouped_and_disabled_is_the_base(sizes):
 
 
 def test_outputs_are_handed_out_for_the_same_tensor_only(sizes):
-    """Another tensor of the same numbers, a change in place and a change of the gradient mode each compute the layer from what it is given."""
+    """Another tensor of the same numbers, a change in place or of the gradient mode: once more."""
     model, x = net(), noise()
     other = x.clone()
     y = alone(lambda: model.own(x))
@@ -341,7 +351,10 @@ def test_nothing_waits_after_an_exception(sizes, where, monkeypatch):
 
 
 def test_recomputation_that_stops_early_leaves_nothing(sizes):
-    """Checkpointing ends the recomputation by an exception once it has what it saved: here inside the attention, with outputs still waiting."""
+    """Checkpointing ends the recomputation by an exception once it has what it saved.
+
+    Here that is inside the attention, with outputs still waiting.
+    """
 
     class Half(Attention):
         def forward(self, x):
@@ -358,9 +371,8 @@ def test_copies_and_pickles_have_groups_of_their_own(sizes):
     model, x = net(), noise()
     y = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not {id(group) for group in found(twin)} & {
-            id(group) for group in found(model)
-        } and members(twin) == members(model)
+        shared = {id(group) for group in found(twin)} & {id(group) for group in found(model)}
+        assert not shared and members(twin) == members(model)
         sizes.clear()
         assert torch.equal(twin(x), y) and sizes == [3, 2, 4]
         shake(twin)
@@ -374,6 +386,24 @@ def test_a_copy_inside_a_forward_is_closed(sizes):
     model.own.between = lambda x: copies.append(copy.deepcopy(model.own.to_k))
     model.own(noise().requires_grad_())
     assert copies[0].group.waiting is None and not copies[0].group.is_open and sizes == [3]
+
+
+def test_groups_act_on_devices_with_kernels_only():
+    """On a CPU no module has hooks; on another device, or in Triton's mode, their parents do."""
+    model, x = net(), noise()
+    count = 3 * 3  # a hook before and two entries after the forward, on three modules
+    assert not hooks_of(model) and not any(group.acts for group in found(model))
+    model.own.to_k.to("meta")
+    assert not hooks_of(model)
+    model.to("meta")
+    assert len(hooks_of(model)) == count and all(group.acts for group in found(model))
+    model.to_empty(device="cpu")
+    assert not hooks_of(model)
+    with use_kernels("triton"):
+        model.own.to_q.resolve()
+        assert len(hooks_of(model)) == count // 3
+    model(x)
+    assert not hooks_of(model)
 
 
 def test_the_cpu_has_no_groups_by_itself():

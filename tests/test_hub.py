@@ -168,7 +168,8 @@ def test_a_second_call_does_nothing_until_the_dataset_changes(photos, capsys):
 def test_a_broken_row_leaves_nothing_behind(tmp_path):
     good = {"bytes": encoded(noise(8, 8, 0), "PNG"), "path": None}
     for i, (cell, text, match) in enumerate([
-        ({"bytes": good["bytes"][:30], "path": None}, "a", "row 1 of the dataset has no readable image in 'image'"),
+        ({"bytes": good["bytes"][:30], "path": None}, "a",
+        "row 1 of the dataset has no readable image in 'image'"),
         (None, "a", "row 1 of the dataset has no readable image in 'image' \\(it is empty\\)"),
         ({"bytes": b"<html>", "path": None}, "a", "no image format that is known"),
         (good, "  ", "row 1 of the dataset has '  ' in 'text'"),

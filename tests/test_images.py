@@ -7,6 +7,7 @@ Masks: their greys, what a crop leaves of them, and masked beside whole images.
 import ast
 import colorsys
 import io
+import itertools
 import random
 import struct
 import zlib
@@ -164,7 +165,8 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 def pixels(image: Image.Image) -> list:
-    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+    places = itertools.product(range(image.height), range(image.width))
+    return [image.getpixel((x, y)) for y, x in places]
 
 
 def turned(orientation: int) -> Image.Exif:
@@ -432,19 +434,27 @@ DEPTHS = {  # bits, colour type, row, chunks -> colours, alpha (None: there is n
     "4 bits, one clear": (4, 0, bytes([0x3F]), {"tRNS": b"\0\3"}, greys(51, 255), [0, 255]),
     "8 bits, one clear": (8, 0, bytes([9, 200]), {"tRNS": b"\0\xc8"}, greys(9, 200), [255, 0]),
     "16 bits": (16, 0, struct.pack(">2H", 1000, 65535), {}, greys(3, 255), None),
-    "16 bits, one clear": (16, 0, struct.pack(">2H", 20000, 20001), {"tRNS": struct.pack(">H", 20000)}, greys(77, 77), [0, 255]),
-    "16 bits with alpha": (16, 4, struct.pack(">4H", 20000, 65535, 40000, 30000), {}, greys(78, 156), [255, 117]),
-    "colours, one clear": (8, 2, bytes([1, 2, 3, 9, 8, 7]), {"tRNS": b"\0\x09\0\x08\0\x07"}, [(1, 2, 3), (9, 8, 7)], [255, 0]),
-    "16-bit colours": (16, 2, struct.pack(">6H", 300, 33023, 65535, 20000, 30000, 0), {}, [(1, 128, 255), (78, 117, 0)], None),
+    "16 bits, one clear": (16, 0, struct.pack(">2H", 20000, 20001),
+    {"tRNS": struct.pack(">H", 20000)}, greys(77, 77), [0, 255]),
+    "16 bits with alpha": (16, 4, struct.pack(">4H", 20000, 65535, 40000, 30000), {},
+    greys(78, 156), [255, 117]),
+    "colours, one clear": (8, 2, bytes([1, 2, 3, 9, 8, 7]), {"tRNS": b"\0\x09\0\x08\0\x07"},
+    [(1, 2, 3), (9, 8, 7)], [255, 0]),
+    "16-bit colours": (16, 2, struct.pack(">6H", 300, 33023, 65535, 20000, 30000, 0), {},
+    [(1, 128, 255), (78, 117, 0)], None),
     "16-bit colours, one clear": (
-        16, 2, struct.pack(">6H", 1000, 2000, 3000, 20000, 30000, 40000), {"tRNS": struct.pack(">3H", 20000, 30000, 40000)},
+        16, 2, struct.pack(">6H", 1000, 2000, 3000, 20000, 30000, 40000),
+        {"tRNS": struct.pack(">3H", 20000, 30000, 40000)},
         [(3, 7, 11), (78, 117, 156)], [255, 0],
     ),
     "16-bit colours with alpha": (
-        16, 6, struct.pack(">8H", *(9, 9, 9, 65535), *(20000, 65535, 40000, 30000)), {}, [(0, 0, 0), (78, 255, 156)], [255, 117],
+        16, 6, struct.pack(">8H", *(9, 9, 9, 65535), *(20000, 65535, 40000, 30000)), {},
+        [(0, 0, 0), (78, 255, 156)], [255, 117],
     ),
-    "palette": (8, 3, bytes([1, 0]), {"PLTE": bytes([9, 8, 7, 200, 100, 50])}, [(200, 100, 50), (9, 8, 7)], None),
-    "palette, clear": (2, 3, bytes([0b01000000]), {"PLTE": bytes([9, 8, 7, 200, 100, 50]), "tRNS": bytes([0, 128])},
+    "palette": (8, 3, bytes([1, 0]), {"PLTE": bytes([9, 8, 7, 200, 100, 50])},
+    [(200, 100, 50), (9, 8, 7)], None),
+    "palette, clear": (2, 3, bytes([0b01000000]), {"PLTE": bytes([9, 8, 7, 200, 100, 50]),
+    "tRNS": bytes([0, 128])},
                        [(200, 100, 50), (9, 8, 7)], [128, 0]),
 }  # fmt: skip
 
@@ -510,7 +520,7 @@ def test_every_suffix_is_a_format_that_pillow_reads_and_what_it_writes_is_read(t
 
 
 def test_a_photoshop_file_shows_its_merged_picture(tmp_path):
-    """Adobe's format specification: header, no palette, no resources, no layers, then the planes."""
+    """By Adobe's specification: header, no palette, no resources, no layers, the planes."""
     image, profile = noise(6, 4), rgb_profile("Adobe RGB")
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 6, 8, 3)
     resource = (
@@ -724,8 +734,10 @@ WILD = ImageSettings(16, crop="random")
 @pytest.mark.parametrize(
     "settings",
     [
-        WILD, ImageSettings(16, crop="random", zoom=2.0, flip=True), ImageSettings(16, zoom=3.0), ImageSettings(16, flip=True),
-        ImageSettings(16, crop="random", variants=3), ImageSettings(16, crop="random", zoom=1.5, buckets=True, bucket_step=4),
+        WILD, ImageSettings(16, crop="random", zoom=2.0, flip=True), ImageSettings(16, zoom=3.0),
+        ImageSettings(16, flip=True),
+        ImageSettings(16, crop="random", variants=3), ImageSettings(16, crop="random", zoom=1.5,
+        buckets=True, bucket_step=4),
     ],
 )  # fmt: skip
 def test_no_visit_has_an_empty_mask_and_visits_that_had_some_keep_their_crop(tmp_path, settings):
@@ -768,7 +780,8 @@ def test_masks_that_vanish_or_say_nothing_after_the_crop_are_refused(tmp_path):
     for crop in ("center", "random"):
         with pytest.raises(
             UserError,
-            match=r"nothing is left of the mask of .*a\.png when it is scaled to 16 x 16 pixels; .* --data\.resolution",
+            match=r"nothing is left of the mask of .*a\.png when it is scaled to 16 x 16 pixels; "
+            r".* --data\.resolution",
         ):
             ImageDataset(
                 scan_folder(tmp_path / "dot", caption="x", masks="file"),
@@ -778,7 +791,8 @@ def test_masks_that_vanish_or_say_nothing_after_the_crop_are_refused(tmp_path):
     records = scan_folder(tmp_path / "full", caption="x", masks="file")
     with pytest.raises(
         UserError,
-        match=r"every mask is one grey inside the crop, without effect, first that of a\.png; leave --data\.masks out",
+        match=r"every mask is one grey inside the crop, without effect, first that of a\.png; "
+        r"leave --data\.masks out",
     ):
         ImageDataset(records, ImageSettings(30))
     for settings in (

@@ -211,7 +211,9 @@ def test_image_to_image_equals_the_pipelines(folder: Path) -> None:
 
 
 def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
-    """An `encode` whose posterior samples its mean: infer.py starts from the mean, the pipeline draws."""
+    """An `encode` whose posterior samples its mean: infer.py starts from the mean, diffusers from
+    a sample.
+    """
     encode = vae.encode
 
     def mean(x: torch.Tensor) -> SimpleNamespace:

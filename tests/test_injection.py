@@ -1,9 +1,16 @@
-"""Laws of injected adapters (identity at init, fold = forward, remove = the same modules), then peft with the same factors."""
+"""Laws of injected adapters: identity at init, fold = forward, remove = the same modules.
+
+Then peft with the same factors.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import pickle
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.adapters.injection import (
-    Adapted,
     AdapterSpec,
     adapter_factors,
     fold_adapter,
@@ -22,17 +29,17 @@ from lora_core.adapters.injection import (
     set_strength,
     unfold_adapter,
 )
-from lora_core.adapters.targets import select_paths, target_table
+from lora_core.adapters.targets import select_paths, target_summary, target_table
 from lora_core.adapters.weight_updates import LowRank, delta_weight
 from lora_core.errors import UserError
-from lora_core.kernels import use_kernels
+from lora_core.kernels import OPS, use_kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["lora", "dora"]
 
 
 class Net(nn.Module):
-    """Linear with and without bias, convolutions of several shapes, inside ModuleList and Sequential."""
+    """Linear with and without bias, several convolutions, inside ModuleList and Sequential."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +129,7 @@ def test_adapters_are_fp32_on_a_half_base_and_get_fp32_gradients(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_error_is_that_of_the_base(kind):
-    """Error model: at most twice the error of the same map as plain layers (weights folded) in the same dtype, both against float64."""
+    """Error model: at most twice the error of the folded weights in that dtype, to float64."""
     double, low = injected(kind, torch.float64), injected(kind, torch.bfloat16)
     with torch.no_grad():
         for a, b in zip(double.parameters(), low.parameters(), strict=True):
@@ -226,7 +233,7 @@ def test_fold_into_half_weights_rounds_once(kind, dtype):
 def adapted_layers(model):
     return [
         (path, layer)
-        for path, layer in injection.adaptable_layers(model).items()
+        for path, layer in adaptable_layers(model).items()
         if isinstance(layer, Adapted)
     ]
 
@@ -266,7 +273,7 @@ def two_adapters():
 def test_several_adapters_add_their_updates_of_the_base_weight():
     model, expected = two_adapters(), net()
     with torch.no_grad():
-        for path, layer in injection.adaptable_layers(expected).items():
+        for path, layer in adaptable_layers(expected).items():
             w = layer.weight.clone()
             layer.weight += 0.4 * delta_weight(
                 adapter_factors(model)[path], w
@@ -442,6 +449,126 @@ def test_the_base_stays_visible():
     twin = copy.deepcopy(model)
     shake(model)
     assert torch.equal(twin(image()), base(image()))
+
+
+# --- the resolved forward ---
+
+
+def pair(kind="lora", dtype=torch.float32, **settings):
+    """(an adapted linear, x) after a first forward, so that its forward is resolved."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6)).to(dtype)
+    inject(model, AdapterSpec(kind=kind, rank=2, targets=("0",), **settings))
+    shake(model)
+    x = torch.randn(3, 8, generator=seeded(2)).to(dtype)
+    model.eval()(x)
+    return model, x
+
+
+def expected(model, x, strength=1.0):
+    """The output by the definition, from the layer's tensors of now."""
+    layer = model[0]
+    lr = layer.adapter("default").state()
+    with torch.no_grad():
+        weight = layer.weight + strength * delta_weight(lr, layer.weight)
+        return torch.nn.functional.linear(x, weight, layer.bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resolved_forward_follows_strengths_factors_and_weights(kind):
+    model, x = pair(kind)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    for strength in (0.5, 1.0, -2.0):
+        set_strength(model, "default", strength)
+        torch.testing.assert_close(model(x), expected(model, x, strength), **close)
+    set_strength(model, "default", 1.0)
+    factors = adapter_factors(model)["0"]
+    load_factors(model, {"0": factors._replace(scale=3.0)})
+    torch.testing.assert_close(model(x), expected(model, x), **close)
+    model[0].base.weight = nn.Parameter(torch.eye(6, 8))
+    torch.testing.assert_close(model(x), expected(model, x), **close)
+    model.double()
+    torch.testing.assert_close(model(x.double()), expected(model, x.double()))
+    with torch.no_grad():
+        model[0].adapter("default").down.mul_(2)
+    torch.testing.assert_close(model(x.double()), expected(model, x.double()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resolved_forward_follows_hooks_and_patched_forwards(kind):
+    model, x = pair(kind)
+    y, called = model(x), []
+    layer = model[0]
+    handles = [
+        layer.base.register_forward_hook(lambda *_: called.append("base")),
+        layer.adapter("default").register_forward_hook(lambda *_: called.append("adapter")),
+    ]
+    torch.testing.assert_close(model(x), y)
+    assert called == ["base", "adapter"]
+    for handle in handles:
+        handle.remove()
+    layer.base.forward = lambda x: torch.zeros(len(x), 6)
+    assert not torch.allclose(model(x), y)
+    del layer.base.forward
+    assert torch.equal(model(x), y) and called == ["base", "adapter"]
+
+
+def test_a_resolved_forward_follows_the_kernels(monkeypatch):
+    model, x = pair()
+    y, seen = model(x), []
+
+    def own(*args):
+        seen.append(args[0].shape)
+        return OPS["lora_linear"].reference(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPS, "lora_linear", replace(OPS["lora_linear"], fused=own))
+        with use_kernels("fused"):
+            torch.testing.assert_close(model(x), y)
+            model(x[:1])
+    assert seen == [(3, 8), (1, 8)]
+    assert torch.equal(model(x), y) and len(seen) == 2
+    with use_kernels("reference"):
+        torch.testing.assert_close(model(x), y)
+
+
+def test_a_resolved_forward_follows_the_training_mode():
+    model, x = pair(dropout=0.5)
+    injection.set_dropout_keys(model, torch.tensor([4, 5, 6]), 1)
+    training, evaluation = model.train()(x), model.eval()(x)
+    assert not torch.equal(training, evaluation) and torch.equal(model.train()(x), training)
+    torch.testing.assert_close(evaluation, expected(model, x), rtol=1e-5, atol=1e-6)
+
+
+def test_copies_resolve_forwards_of_their_own():
+    model, x = pair()
+    y = model(x)
+    replica = model[0]._replicate_for_data_parallel()  # as torch.nn.parallel.replicate does
+    replica._modules["base"] = nn.Linear(8, 6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        shake(twin, seed=8)
+        assert not torch.equal(twin(x), y) and torch.equal(model(x), y)
+    assert not torch.equal(replica(x), y)
+
+
+def test_a_removed_adapter_is_freed_at_once():
+    model, x = pair()
+    watched = weakref.ref(model[0].adapter("default"))
+    model(x)
+    gc.disable()
+    try:
+        remove(model)
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_is_compiled_before_its_first_forward():
+    model, x = pair("dora")
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_a_module_in_two_places_is_wrapped_once():
@@ -642,10 +769,9 @@ def test_globs_respect_the_dot_and_exclude():
 
 
 def test_trap_11_suffixes_respect_the_dot():
-    """Of the names that tell: endswith and substring search (the usual mistakes) hit single blocks, and "q" every to_q."""
-    blocks = [
-        f"{prefix}transformer_blocks.{i}.attn.to_q" for prefix in ("", "single_") for i in (3, 13)
-    ]
+    """endswith and substring search, the usual mistakes, hit single blocks, and "q" every to_q."""
+    blocks = [f"transformer_blocks.{i}.attn.to_q" for i in (3, 13)]
+    blocks += [f"single_{path}" for path in blocks]
     paths = [
         *blocks,
         "proj_out",
@@ -673,22 +799,31 @@ def test_trap_11_suffixes_respect_the_dot():
         select_paths(paths, ["q"])
 
 
+def large_transformer():
+    """Paths of 191 layers in 19 double and 38 single blocks."""
+    double = ["attn.to_q", "attn.to_k", "ff.net.0.proj", "ff.net.2"]
+    double += ["ff_context.net.0.proj", "ff_context.net.2"]
+    paths = []
+    for i in range(19):
+        paths += [f"transformer_blocks.{i}.{name}" for name in double]
+    for i in range(38):
+        paths += [f"single_transformer_blocks.{i}.{name}" for name in ("attn.to_q", "proj_out")]
+    return [*paths, "proj_out"]
+
+
+def test_the_summary_of_targets_counts_every_layer_once():
+    expected = "191 layers: attention 76, feed-forward 76, projections 39"
+    assert target_summary(large_transformer()) == expected
+    resnet = ["a.resnets.0.conv1", "a.resnets.0.time_emb_proj", "a.downsamplers.0.conv", "conv_in"]
+    assert target_summary(resnet) == "4 layers: resnets 2, samplers 1, others 1"
+    text = ["layers.0.self_attn.q_proj", "layers.0.self_attn.out_proj", "layers.0.mlp.fc1"]
+    assert target_summary(text) == "3 layers: attention 2, feed-forward 1"
+    assert target_summary(["norm1.linear"]) == "1 layer: norms 1"
+
+
 def test_the_table_of_targets_counts_every_layer_once():
-    """Every layer of a large transformer: the numbers of its published target lists, one line a kind of block."""
-    double = [
-        "attn.to_q",
-        "attn.to_k",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ]
-    paths = [f"transformer_blocks.{i}.{name}" for i in range(19) for name in double]
-    paths += [
-        f"single_transformer_blocks.{i}.{name}"
-        for i in range(38)
-        for name in ("attn.to_q", "proj_out")
-    ] + ["proj_out"]
+    """One line for each kind of block; the numbers are those of published target lists."""
+    paths = large_transformer()
     assert target_table(paths).splitlines() == [
         "191 layers",
         "114 = 19 x 6  transformer_blocks.0-18: attn.{to_q,to_k}, {ff,ff_context}.net.{0.proj,2}",
@@ -712,11 +847,9 @@ def test_the_table_of_targets_counts_every_layer_once():
 
 
 def test_a_long_table_sums_the_smallest_kinds():
-    kinds = [
-        f"{letter}.{i}.{letter}x"
-        for n, letter in enumerate("abcdefghijklmnopqrst")
-        for i in range(2 + n)
-    ]
+    kinds = []
+    for n, letter in enumerate("abcdefghijklmnopqrst"):
+        kinds += [f"{letter}.{i}.{letter}x" for i in range(2 + n)]
     lines = target_table(kinds).splitlines()
     assert len(lines) == 15 and lines[0].split() == [str(len(kinds)), "layers"]
     assert sum(int(line.split()[0]) for line in lines[1:]) == len(kinds)
@@ -731,7 +864,8 @@ def refusals():
     yield (
         net(),
         {"rank": 9, "targets": ("to_q",)},
-        r"rank 9 exceeds min\(in, out\) = 8 for to_q; lower --adapter.rank or narrow --adapter.targets",
+        r"rank 9 exceeds min\(in, out\) = 8 for to_q; lower --adapter.rank or narrow "
+        r"--adapter.targets",
     )
     yield (
         net(),
@@ -893,7 +1027,10 @@ def test_load_state_refuses_what_does_not_fit_before_any_change():
 
 
 def test_dense_up_of_a_grouped_convolution_is_refused():
-    """cloneofsimo's grouped form (up over all groups) has the shape of the base's update with groups = 1 and means another map."""
+    """cloneofsimo's grouped form: up over all groups, with the shape of a groups = 1 update.
+
+    It means another map.
+    """
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
     with pytest.raises(UserError, match=r"expected down \[2, 2, 3, 3\], up \[6, 1, 1, 1\]"):
         load_factors(
@@ -905,7 +1042,7 @@ def test_dense_up_of_a_grouped_convolution_is_refused():
 
 
 def peft_twin(model, kind, dtype):
-    """The same base and the same factors in peft; returns the network and {our parameter: peft's} pairs."""
+    """The same base and factors in peft: (network, pairs of our parameter and peft's)."""
     from peft import LoraConfig, inject_adapter_in_model
 
     other = net(dtype)
@@ -966,7 +1103,10 @@ def relative(ours, theirs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouped_convolution_equals_pefts_with_a_block_down(kind):
-    """peft's down sees all inputs; with zeros outside each group's block its network is ours (LoRA; it cannot build the DoRA)."""
+    """peft's down sees all inputs; with zeros outside each group's block its network is ours.
+
+    For LoRA; it cannot build the DoRA.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     ours, theirs = (

@@ -1,4 +1,4 @@
-"""An installation: what is declared, what a plain one can do, and that there is no other than in place."""
+"""Installation: declared dependencies, a plain install, and the refusal of wheels."""
 
 import ast
 import re
@@ -34,10 +34,12 @@ SESSION = """
 import sys
 import infer, merge, train
 out, photos = sys.argv[1:]
-run = ["--model", "toy/model", "--data.images", photos, "--data.resolution", "64", "--stages.0.steps", "2"]
-assert train.main([*run, "--device", "cpu", "--batch-size", "1", "--samples.steps", "1", "--out", out + "/run"]) == 0
-drawn = ["--model", "toy/model", "--lora", out + "/run", "--prompt", "a TOK", "--steps", "1", "--device", "cpu"]
-assert infer.main([*drawn, "--out", out + "/image.png"]) == 0
+model = ["--model", "toy/model", "--device", "cpu"]
+short = ["--stages.0.steps", "2", "--batch-size", "1", "--samples.steps", "1"]
+data = ["--data.images", photos, "--data.resolution", "64"]
+assert train.main([*model, *short, *data, "--out", out + "/run"]) == 0
+image = ["--lora", out + "/run", "--prompt", "a TOK", "--steps", "1", "--out", out + "/image.png"]
+assert infer.main([*model, *image]) == 0
 lora = out + "/run/pytorch_lora_weights.safetensors"
 assert merge.main(["mix", f"0.5*{lora}", "--out", out + "/half.safetensors"]) == 0
 assert merge.main(["fold", "toy/model", lora, out + "/model"]) == 0
@@ -73,7 +75,7 @@ def closure(wanted: list[Requirement]) -> dict[str, Distribution]:
 
 
 def plain_environment(folder: Path) -> Path:
-    """A Python whose site-packages holds the product's dependencies and theirs, as links, and nothing else."""
+    """A Python whose site-packages links to the product's dependencies and theirs, and no more."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next((folder / "lib").glob("python*")) / "site-packages"
     for each in closure(list(declared(extras=False))).values():
@@ -87,7 +89,8 @@ def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks
     photos: Path, tmp_path: Path
 ) -> None:
     python = plain_environment(tmp_path / "plain")
-    absent = "from importlib.util import find_spec as f; print(*(n for n in ('accelerate', 'peft', 'pytest') if f(n)))"
+    absent = "from importlib.util import find_spec as f; "
+    absent += "print(*(n for n in ('accelerate', 'peft', 'pytest') if f(n)))"
     assert (
         subprocess.run([python, "-c", absent], capture_output=True, text=True, check=True).stdout
         == "\n"
@@ -112,11 +115,13 @@ def test_a_plain_install_trains_draws_and_merges_without_a_word_of_what_it_lacks
 def test_make_installs_with_a_python_that_is_new_enough_and_has_pip(
     tmp_path: Path, version: str, left: str
 ) -> None:
-    """An old python3 is named before torch is fetched; a .venv that lacks pip, as without Debian's python3-venv, is made whole."""
+    """An old python3 is named before torch is fetched; a .venv without pip is completed."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     fake = tmp_path / "python"
-    old = f"import sys; sys.version, sys.version_info = '{version}.1', ({version.replace('.', ', ')}); exec(sys.argv[1])"
+    numbers = version.replace(".", ", ")
+    old = f"import sys; sys.version, sys.version_info = '{version}.1', ({numbers}); "
+    old += "exec(sys.argv[1])"
     fake.write_text(f"""#!/bin/sh
 echo "$0 $*" >> calls
 [ "$1" = -c ] && exec {sys.executable} -c "{old}" "$2"
@@ -137,12 +142,21 @@ echo "$0 $*" >> calls
     ) == (version != "3.10")
     assert (
         done.returncode == 0
-        or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 make"
+        or ".venv has Python 3.10.1, expected 3.11 or newer: rm -r .venv, then PYTHON=python3.12 "
+        "make"
         in done.stderr
     )
 
 
 # ---------------------------------------------------------------- what is declared
+
+
+def source_files() -> list[Path]:
+    """The Python files of the product and the toy model."""
+    files = list(ROOT.glob("*.py"))
+    for folder in MODULES:
+        files += (ROOT / folder).rglob("*.py")
+    return files
 
 
 def imported(path: Path) -> set[str]:
@@ -158,20 +172,20 @@ def imported(path: Path) -> set[str]:
 
 def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
     ours = {path.stem for path in ROOT.glob("*.py")} | set(MODULES) | set(sys.stdlib_module_names)
-    files = [
-        *ROOT.glob("*.py"),
-        *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py")),
-    ]
-    names = set().union(*(imported(path) for path in files if path.name != "backend.py")) - ours
+    names = set()
+    for path in source_files():
+        names |= imported(path) if path.name != "backend.py" else set()
+    names -= ours
     sources = packages_distributions()
-    used = {canonicalize_name(source) for name in names for source in sources.get(name, [name])}
+    used = set()
+    for name in names:
+        used |= {canonicalize_name(source) for source in sources.get(name, [name])}
     needed = {canonicalize_name(requirement.name) for requirement in declared(extras=False)}
     assert used - OPTIONAL == needed
-    assert used & OPTIONAL <= {
-        canonicalize_name(Requirement(line).name)
-        for name in EXTRAS.keys() - {"test"}
-        for line in EXTRAS[name]
-    }
+    extras = set()
+    for name in EXTRAS.keys() - {"test"}:
+        extras |= {canonicalize_name(Requirement(line).name) for line in EXTRAS[name]}
+    assert used & OPTIONAL <= extras
 
 
 @pytest.mark.parametrize("requirement", list(declared()), ids=str)
@@ -197,9 +211,10 @@ def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(
 
 
 def build(hook: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A hook of the build backend, as pip calls it: in the repository, with the folder to write to if it takes one."""
-    place = [] if hook.startswith("get_requires") else [str(folder)]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backend; print(backend.{hook}(*{place!r}))"
+    """Call a hook of the build backend as pip does, with a folder to write to if it takes one."""
+    arguments = [] if hook.startswith("get_requires") else [str(folder)]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backend; "
+    code += f"print(backend.{hook}(*{arguments!r}))"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
@@ -238,9 +253,5 @@ def test_pip_refuses_a_copy_in_site_packages_at_its_first_question(tmp_path: Pat
 
 def test_no_message_sends_to_a_package_of_our_name() -> None:
     """There is none, and whoever takes the name on PyPI would be installed."""
-    for file in [
-        ROOT / "README.md",
-        *ROOT.glob("*.py"),
-        *(path for folder in MODULES for path in (ROOT / folder).rglob("*.py")),
-    ]:
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *source_files()]:
         assert not re.search(r"pip install\W+(-U )?\W*lora_core", file.read_text()), file

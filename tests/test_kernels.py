@@ -1,4 +1,7 @@
-"""The references against the formulas in float64, the dispatcher, and the dropout hash against a scalar uint32 implementation."""
+"""The references against the formulas in float64, and the dispatcher.
+
+The dropout hash is held to a scalar uint32 implementation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from lora_core.kernels import OPS, call, reference, use_kernels
 
 
 def dense(down, up, scale, groups=1):
-    """The update as one matrix per group, written with loops: what folding would add to the weight."""
+    """The update that folding would add to the weight, one matrix per group, with loops."""
     out, r = up.shape[0], down.shape[0]
     blocks = []
     for g in range(groups):
@@ -121,7 +124,7 @@ def test_gradients_pass_gradcheck(name):
     assert torch.autograd.gradcheck(OPS[name].reference, args)
 
 
-# --- fused twins ---
+# --- fused implementations ---
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,10 @@ def test_fused_lora_conv_is_the_reference(channels):
 
 @pytest.mark.parametrize("width", [16, 128, 200])
 def test_fused_lora_linear_rounds_no_worse_than_the_reference(width):
-    """fp32 forward and gradients against float64: at most twice the reference's error, in the mean of twenty draws."""
+    """fp32 forward and gradients: at most twice the reference's error to float64.
+
+    In the mean of twenty draws.
+    """
     errors = {"reference": torch.zeros(4), "fused": torch.zeros(4)}
     for seed in range(20):
         make = torch.Generator().manual_seed(seed)
@@ -220,7 +226,7 @@ def test_fused_keeps_small_updates_of_a_half_precision_weight():
 # --- dispatcher ---
 
 
-def test_a_mode_without_a_twin_takes_the_next_plainer_one_and_says_it(monkeypatch):
+def test_a_mode_without_an_implementation_takes_the_next_plainer_one_and_warns(monkeypatch):
     monkeypatch.setitem(OPS, "dora_norm", replace(OPS["dora_norm"], fused=None, triton=None))
     monkeypatch.setattr(kernels, "_warned", set())
     args = OPS["dora_norm"].example()
@@ -373,8 +379,8 @@ def test_dropout_gradient_is_the_mask_and_memory_format_does_not_matter():
     "name",
     [name for name, op in OPS.items() if op.triton and name not in ("prodigy_step", "adamw_step")],
 )
-def test_a_triton_twin_is_the_reference_on_a_gpu(name, dtype):
-    """The example of each row: at most twice the error to float64 of the reference in the same dtype."""
+def test_triton_kernels_are_the_reference_on_a_gpu(name, dtype):
+    """The example of each row: at most twice the reference's error to float64, in one dtype."""
     op, results = OPS[name], {}
     if reason := op.supports and op.supports(*op.example(0, dtype, "cuda")):
         pytest.skip(f"the kernel refuses this example: {reason}")

@@ -1,4 +1,7 @@
-"""Laws of a full update (forward = fold to the bit, a step on delta = a step on the weight) and of rank and module dropout (keyed, unbiased)."""
+"""Laws of a full update, and of rank and module dropout (keyed, unbiased).
+
+A full update: forward = fold to the bit, a step on delta = a step on the weight.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.adapters.injection import (
-    Adapted,
     AdapterSpec,
     adapter_factors,
     fold_adapter,
@@ -32,7 +35,7 @@ KINDS = ["lora", "dora"]
 
 
 class Net(nn.Module):
-    """Convolutions with and without groups and bias, a norm, Linear layers on [b, n, d] and [b, d]."""
+    """Convolutions with and without groups and bias, a norm, Linear on [b, n, d] and [b, d]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ def shake(model, name="default", size=0.1, seed=5):
 def adapted_layers(model):
     return [
         (path, layer)
-        for path, layer in injection.adaptable_layers(model).items()
+        for path, layer in adaptable_layers(model).items()
         if isinstance(layer, Adapted)
     ]
 
@@ -121,7 +124,10 @@ def test_forward_is_fold_to_the_bit_and_unfold_restores_weights_and_biases(dtype
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
-    """Exactly, without weight decay; with it the delta shrinks towards the base, where a plain fine-tune shrinks towards 0."""
+    """Exactly, without weight decay.
+
+    With it the delta shrinks towards the base, where a plain fine-tune shrinks towards 0.
+    """
     ours, plain, x = injected(), net(), noise(3, 4, 6, 5)
     for layer in plain.modules():
         if isinstance(layer, nn.GroupNorm):
@@ -152,7 +158,7 @@ def test_full_and_low_rank_updates_add():
     shake(model, "second", seed=6)
     set_strength(model, "default", 0.4)
     with torch.no_grad():
-        for path, layer in injection.adaptable_layers(expected).items():
+        for path, layer in adaptable_layers(expected).items():
             full = dict(adapted_layers(model))[path].adapter("default")
             layer.weight += 0.4 * full.weight + delta_weight(
                 adapter_factors(model, "second")[path], layer.weight.clone()
@@ -227,7 +233,10 @@ def test_casting_the_model_leaves_a_full_update_fp32():
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
-    """Half an ulp of bf16 at 0.05 is 1.2e-4: a parameter kept in bf16 (peft's, on a bf16 base) never moves at a learning rate of 1e-4."""
+    """Half an ulp of bf16 at 0.05 is 1.2e-4, more than a step at a learning rate of 1e-4.
+
+    A parameter kept in bf16 (peft's, on a bf16 base) never moves.
+    """
     model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
     inject(
         model, AdapterSpec(targets=("0",), **({"kind": "full"} if kind == "full" else {"rank": 2}))
@@ -256,7 +265,7 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
 
 
 def masks(layer, settings, rows, step=3, seed=0, x=None):
-    """What an adapter of ones lets through: the identity as down and up, a base of zeros. Returns layer(ones) for these row keys."""
+    """layer(ones) for these row keys, with the identity as down and up and a base of zeros."""
     model = nn.Sequential(copy.deepcopy(layer)).double()
     inject(model, AdapterSpec(targets=("0",), rank=16, **settings), seed=seed)
     with torch.no_grad():
@@ -305,7 +314,10 @@ def test_module_dropout_takes_out_whole_examples_and_does_not_rescale(layer, sha
 
 
 def test_every_dropout_has_its_own_stream():
-    """At p = 1/2 any two of the masks agree on half of the examples (within five standard errors), as do two seeds, steps and layers."""
+    """At p = 1/2 any two masks agree on half of the examples, as do two seeds, steps and layers.
+
+    Within five standard errors.
+    """
     found = [
         masks(LINEAR, {name: 0.5}, ROWS)[:, 0] != 0
         for name in ("dropout", "rank_dropout", "module_dropout")
@@ -374,7 +386,10 @@ def test_rank_dropout_is_unbiased_and_module_dropout_keeps_its_share(kind):
 
 
 def test_dropped_examples_are_the_base_to_the_bit_and_dropped_ranks_leave_doras_gain():
-    """For a DoRA: y0 + (g - 1)(y0 - bias) + g s up(mask * down x), with the mask measured on another adapter of the same path."""
+    """For a DoRA: y0 + (g - 1)(y0 - bias) + g s up(mask * down x).
+
+    The mask is measured on another adapter of the same path.
+    """
     x = noise(50, 16)
     for name in ("module_dropout", "rank_dropout"):
         model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))

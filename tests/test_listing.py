@@ -2,6 +2,7 @@
 people and other tools leave.
 """
 
+import itertools
 import json
 import os
 import unicodedata
@@ -38,8 +39,10 @@ def names(folder: Path, **how: object) -> list[str]:
 # ---------------------------------------------------------------- masks
 
 MASKS = [
-    "a.mask.png", "a.mask.PNG", "a.MASK.jpg", "a.mask.webp", "a-masklabel.png", "a_mask.png", "a-mask.jpg", "mask_a.png", "a.png.mask.png",
-    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png", "a (mask).png", "a-matte.webp", "a_seg.png", "a_segmentation.PNG",
+    "a.mask.png", "a.mask.PNG", "a.MASK.jpg", "a.mask.webp", "a-masklabel.png", "a_mask.png",
+    "a-mask.jpg", "mask_a.png", "a.png.mask.png",
+    "masks/a.png", "mask/a.jpg", "Masks/a-masklabel.png", "a (mask).png", "a-matte.webp",
+    "a_seg.png", "a_segmentation.PNG",
 ]  # fmt: skip
 
 
@@ -113,8 +116,10 @@ def test_cloneofsimos_source_and_mask_belong_together_and_the_nearest_mask_wins(
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("IMG_1.caption", "a red TOK"), ("IMG_1.TXT", "a red TOK\r\n"), ("IMG_1.Caption", "\ufeffa red TOK"), ("IMG_1.png.txt", "a red TOK"),
-        ("IMG_1.json", '{"caption": "a red TOK"}'), ("IMG_1.json", '{"prompt": ["a red TOK"], "width": 3}'), ("IMG_1.JSON", '"a red TOK"'),
+        ("IMG_1.caption", "a red TOK"), ("IMG_1.TXT", "a red TOK\r\n"),
+        ("IMG_1.Caption", "\ufeffa red TOK"), ("IMG_1.png.txt", "a red TOK"),
+        ("IMG_1.json", '{"caption": "a red TOK"}'), ("IMG_1.json",
+        '{"prompt": ["a red TOK"], "width": 3}'), ("IMG_1.JSON", '"a red TOK"'),
         ("IMG_1.json", "a red TOK"),
     ],
 )  # fmt: skip
@@ -167,7 +172,8 @@ def test_names_that_nobody_wrote_are_captions_only_when_asked_for(
     (tmp_path / "notes.txt").write_text("bought in May")
     with pytest.raises(
         UserError,
-        match=r"1 of 2 images .* no caption but a name .*--data.caption, .*--data.captions filename",
+        match=r"1 of 2 images .* no caption but a name "
+        r".*--data.caption, .*--data.captions filename",
     ):
         scan_folder(tmp_path)
     records = scan_folder(tmp_path, captions="filename")
@@ -350,7 +356,8 @@ def test_nothing_but_what_systems_leave_is_passed_over_in_silence(
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere.png")
     found = dataset.find_unused_files(tmp_path, scan_folder(tmp_path, captions="one", caption="x"))
     assert found.pop("links to nothing") == [tmp_path / "e.png"]
-    assert sorted(path.name for paths in found.values() for path in paths) == sorted(
+    every = itertools.chain.from_iterable(found.values())
+    assert sorted(path.name for path in every) == sorted(
         ["b.heic", "c.svg", "d.jxl", "a.npz", "a-condlabel.png", ".hidden.png", "metadata.csv"]
     )
     assert [p.name for p in next(paths for why, paths in found.items() if "HEIC" in why)] == [

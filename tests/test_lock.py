@@ -1,4 +1,6 @@
-"""One process per folder: the lock keeps others out while its process lives, and a killed process leaves nothing that does."""
+"""One process per folder: the lock keeps others out while its process lives, and a killed process
+leaves none.
+"""
 
 import json
 import os

@@ -165,7 +165,8 @@ def test_inpainting_equals_the_pipeline(tmp_path: Path) -> None:
         },
     )()
     theirs = pipe(
-        "cat", image=init, mask_image=mask, height=32, width=32, num_inference_steps=5, guidance_scale=2.0,
+        "cat", image=init, mask_image=mask, height=32, width=32, num_inference_steps=5,
+        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images  # fmt: skip
     ours = generate_images(
@@ -250,9 +251,8 @@ def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
         ).dtype
         == torch.float32
     )
-    assert not any(
-        p.requires_grad for module in family.modules.values() for p in module.parameters()
-    )
+    for module in family.modules.values():
+        assert not any(p.requires_grad for p in module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,8 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     linear = sum(isinstance(m, torch.nn.Linear) for m in unet.modules())
     resnets = 66 + 14  # 22 with three layers each, 14 with a shortcut
     assert count == {
-        "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192, "all": 192 + resnets, "all-linear": linear,
+        "attention": 128, "cloneofsimo": 144, "extended": 144 + resnets, "kohya": 192,
+        "all": 192 + resnets, "all-linear": linear,
     }  # fmt: skip
     count = {
         name: len(injection.target_paths(text, globs))

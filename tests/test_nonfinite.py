@@ -332,8 +332,8 @@ def test_the_first_validation_says_so_too(
 @pytest.mark.parametrize(
     "part, said",
     [
-        ("unet", r"the denoiser \(unet\) drew NaN .* seed 3"),
-        ("vae", "the VAE's decoder drew NaN .* seed 3"),
+        ("unet", r"the denoiser \(unet\) gave NaN .* seed 3"),
+        ("vae", "the VAE's decoder gave NaN .* seed 3"),
     ],
 )
 def test_black_images_are_refused(
@@ -370,7 +370,7 @@ def test_black_images_are_refused(
         )
         == 2
     )
-    assert "drew NaN" in capsys.readouterr().err and not out.exists()
+    assert "gave NaN" in capsys.readouterr().err and not out.exists()
 
 
 def test_pixels_of_nan_are_refused() -> None:
@@ -394,7 +394,7 @@ def test_class_images_of_nan_are_not_written(
         return family
 
     monkeypatch.setattr(setup, "load_family", damaged)
-    with pytest.raises(UserError, match="decoder drew NaN"):
+    with pytest.raises(UserError, match="decoder gave NaN"):
         train.train(replace(config, prior=PriorConfig("a cat", count=2)))
     assert not list(Path(config.out).rglob("*.png"))
 

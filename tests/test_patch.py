@@ -1,4 +1,7 @@
-"""patch: a file on live networks in one call; undone, the very same modules, tables, tokenizer contents and outputs are back."""
+"""patch: a file on live networks in one call.
+
+Undone, the very same modules, tables, tokenizer contents and outputs are back.
+"""
 
 import json
 import math
@@ -11,7 +14,7 @@ from torch import nn
 import lora_core
 from lora_core import formats, patch, tokens
 from lora_core.adapters import injection
-from lora_core.adapters.injection import Adapted
+from lora_core.adapters.adapted_layer import Adapted
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
 from lora_core.tokens import LearnedEmbedding
@@ -51,18 +54,17 @@ def make_run(folder, *, seed, names=("<s0>", "<s1>"), word="TOK", dora=False):
 
 
 def snapshot(modules):
-    """Everything that undo must give back: identities of all modules and parameters, flags, and what the tokenizer says."""
+    """Everything that undo must give back.
+
+    Identities of all modules and parameters, flags, and the tokenizer's answers.
+    """
     networks = [module for module in modules.values() if isinstance(module, nn.Module)]
-    tree = [
-        (path, id(module), module.training)
-        for network in networks
-        for path, module in network.named_modules()
-    ]
-    parameters = [
-        (path, id(p), p.requires_grad, p.dtype)
-        for network in networks
-        for path, p in network.named_parameters()
-    ]
+    tree, parameters = [], []
+    for network in networks:
+        for path, module in network.named_modules():
+            tree.append((path, id(module), module.training))
+        for path, p in network.named_parameters():
+            parameters.append((path, id(p), p.requires_grad, p.dtype))
     tokenizer = modules["tokenizer"]
     return (
         tree,
@@ -257,7 +259,8 @@ def test_a_taken_token_is_refused_and_renaming_keeps_both(pipe, modules, run, tm
         middle = snapshot(modules)
         with pytest.raises(
             UserError,
-            match=r'<s0>, <s1> of .*cat is already in the tokenizer.* rename=\{"<s0>": "<other-s0>"\}',
+            match=r"<s0>, <s1> of .*cat is already in the tokenizer.* "
+            r'rename=\{"<s0>": "<other-s0>"\}',
         ):
             patch(modules, other)
         assert snapshot(modules) == middle
@@ -282,7 +285,7 @@ def test_a_taken_token_is_refused_and_renaming_keeps_both(pipe, modules, run, tm
     assert snapshot(modules) == before
 
 
-# ---------------------------------------------------------------- refused before any module is touched
+# ---------------------------------------------------------------- refused before any change
 
 
 def broken(run, tmp_path, kind):
@@ -328,9 +331,13 @@ def test_a_bad_file_touches_nothing(modules, run, tmp_path, kind):
 
 @pytest.mark.parametrize(
     "strength, expected",
-    [({"unet": 1.0}, "adapts text_encoder, which has no strength"), ({"unet": 1, "text_encoder": 1, "vae": 1}, "a strength for vae"),
-     (math.nan, "finite"), ({"unet": 1, "text_encoder": math.inf}, "finite")],
-)  # fmt: skip
+    [
+        ({"unet": 1.0}, "adapts text_encoder, which has no strength"),
+        ({"unet": 1, "text_encoder": 1, "vae": 1}, "a strength for vae"),
+        (math.nan, "finite"),
+        ({"unet": 1, "text_encoder": math.inf}, "finite"),
+    ],
+)
 def test_a_strength_that_cannot_be_meant_is_refused(modules, run, strength, expected):
     before = snapshot(modules)
     with pytest.raises(UserError, match=expected):

@@ -136,6 +136,7 @@ def test_plain_pickles_are_those_of_pickle(tmp_path, protocol):
         2: {"é": "\u2603", b"b": bytearray(b"c")},
         (1, "t"): {3, 4},
         "f": 1e-9,
+        "z": frozenset((7, 8)),
     }
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(value, protocol))

@@ -1,4 +1,6 @@
-"""A loss or a step that is handed over in Python: its file and name are in config, header, card and table, and repeat the run or say they cannot."""
+"""A loss or a step that is handed over in Python: its file and name are in config, header, card and
+table, and repeat the run or say why they cannot.
+"""
 
 import functools
 import tomllib

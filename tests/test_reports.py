@@ -1,4 +1,6 @@
-"""What a preview says about where a run trains: shares against the densities' own distribution functions, and the picture."""
+"""The preview of noise levels: shares against the distribution functions of the densities, and
+the plot.
+"""
 
 import math
 from pathlib import Path
@@ -42,7 +44,7 @@ def test_uniform_draws_are_the_same_in_every_bin_and_none_below_low() -> None:
 def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
     mean: float, std: float, shift: float
 ) -> None:
-    """logit(shifted(s)) = logit(s) + ln shift: a shift of a logit-normal is one with another mean."""
+    """logit(shifted(s)) = logit(s) + ln shift: a shifted logit-normal is one with another mean."""
     b = timestep_bins(
         Objective(
             FLOW, "flow", noise.bind_density("logit_normal", mean=mean, std=std), shift=shift

@@ -1,4 +1,7 @@
-"""The run folder: atomic writes, refusals, logs, checkpoints; and a killed run that resumes ends bit-identical."""
+"""The run folder: atomic writes, refusals, logs, checkpoints.
+
+A killed run that resumes ends bit-identical.
+"""
 
 import errno
 import json
@@ -361,7 +364,10 @@ def test_flatten_refuses_by_place(bad):
 
 
 def train(out, *, steps=12, resume=False, die=None):
-    """A small run with two optimisers, a torch and a Python generator; `die(step, where)` may kill it at three places of a step."""
+    """A small run with two optimizers, a torch and a Python generator.
+
+    `die(step, where)` may kill it at three places of a step.
+    """
     die = die or (lambda step, where: None)
     run = Run.open(out, resume=resume, keep=2)
     generator, python = torch.Generator().manual_seed(1), random.Random(2)
@@ -412,14 +418,14 @@ def train(out, *, steps=12, resume=False, die=None):
                 os.replace = original
             die(step + 1, "saved")
     with atomic_write(run.folder / "weights.txt") as temporary:
-        temporary.write_text(
-            "\n".join(v.hex() for p in params for v in p.detach().flatten().double().tolist())
-            + f"\n{total.hex()}"
-        )
+        numbers = torch.cat([p.detach().flatten().double() for p in params]).tolist()
+        temporary.write_text("\n".join(number.hex() for number in [*numbers, total]))
 
 
 def in_child(function):
-    """Runs a function in a forked process, so that it may be killed; returns the signal that ended it (0: none)."""
+    """Runs a function in a forked process, so that it may be killed; returns the signal that ended
+    it (0: none).
+    """
     pid = os.fork()
     if pid == 0:
         code = 1

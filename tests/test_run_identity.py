@@ -1,4 +1,6 @@
-"""A checkpoint knows its run: what changed is named, what does not matter is free, and before and after are compared on the same images."""
+"""A checkpoint keeps the inputs of its run: changes are named, and options that do not matter are
+free. Before and after are compared on the same images.
+"""
 
 import json
 import shutil
@@ -127,9 +129,12 @@ def test_changed_images_are_counted_and_named() -> None:
         record("a.png"),
     ]
     assert identity_changes(made(Config(), *old), made(Config(), *new), 1) == [
-        "1 image added: z.png", "1 image removed: d.png", "the content or the mask of 1 image changed: c.png",
-        "the captions of 1 image changed: b.png", "the repeats of 1 image changed: a.png",
-    ]  # fmt: skip
+        "1 image added: z.png",
+        "1 image removed: d.png",
+        "the content or the mask of 1 image changed: c.png",
+        "the captions of 1 image changed: b.png",
+        "the repeats of 1 image changed: a.png",
+    ]
     moved = [record(r.path.name, folder="/elsewhere") for r in old]
     assert identity_changes(made(Config(), *old), made(Config(), *moved), 1) == []
     assert identity_changes(made(Config(), *old), made(Config(), *old[::-1]), 1) == [

@@ -62,7 +62,8 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
         f"class images: 1 in {tmp_path / 'class'}, 'a dog'",
         "tokens: TOK is <s0><s1>",
         "training: 10 steps of 6 images (2 x 3), 15 epochs of 4",
-        "left out, images in formats that are not read (save them as JPEG or PNG): a.svg, b.svg, c.svg and 2 more",
+        "left out, images in formats that are not read (save them as JPEG or PNG): "
+        "a.svg, b.svg, c.svg and 2 more",
         "left out, sub-folders: class/ (1 image)",
         "left out, empty texts: 1.txt",
     ]
@@ -92,7 +93,8 @@ def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sys, "stdout", stdout)
         print_escaped("café 猫 \udce9")
         stdout.flush()
-        assert stdout.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
+        written = stdout.buffer.getvalue()  # type: ignore[attr-defined]
+        assert written.decode(encoding) == shown + "\n"
 
 
 def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 
 from lora_core.errors import UserError
-from lora_core.optim.schedules import SCHEDULES, check_arguments, resolve_schedule
+from lora_core.optim.schedules import SCHEDULES, check_known_arguments, resolve_schedule
 from lora_core.prodigy import Prodigy
 
 ROWS = [
@@ -60,8 +60,8 @@ def test_wrong_schedules_name_the_nearest():
 
 
 def test_arguments_are_checked_against_the_signature():
-    check_arguments(Prodigy, {"d_coef": 2.0}, "optimizer prodigy", given=("params", "lr"))
+    check_known_arguments(Prodigy, {"d_coef": 2.0}, "optimizer prodigy", given=("params", "lr"))
     with pytest.raises(
         UserError, match=r"optimizer prodigy has no argument 'dcoef'.*nearest: d_coef"
     ):
-        check_arguments(Prodigy, {"dcoef": 2.0}, "optimizer prodigy", given=("params", "lr"))
+        check_known_arguments(Prodigy, {"dcoef": 2.0}, "optimizer prodigy", given=("params", "lr"))

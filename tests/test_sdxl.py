@@ -193,9 +193,8 @@ def test_sizes_keep_their_precision_in_bf16(tiny: Tiny) -> None:
         load_family(str(folder), LoadOptions(torch.float32, vae_dtype=torch.bfloat16)).vae.dtype
         == torch.bfloat16
     )
-    assert not any(
-        p.requires_grad for module in family.modules.values() for p in module.parameters()
-    )
+    for module in family.modules.values():
+        assert not any(p.requires_grad for p in module.parameters())
 
 
 # ---------------------------------------------------------------- prompts
@@ -390,7 +389,10 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
     cond = family.add_size_embeddings(family.encode_prompts(["a", "cat dog"]), SIZES, 1.0)
     x, level, seen = torch.randn(2, 4, 8, 8), family.schedule.level(torch.tensor([10.0, 500.0])), []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
-    note = lambda m, args, kwargs: seen.append((m, args[0], kwargs["encoder_hidden_states"]))  # noqa: E731
+
+    def note(m, args, kwargs):
+        seen.append((m, args[0], kwargs["encoder_hidden_states"]))
+
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     maps = family.attention_maps(x, level, cond)
     for hook in hooks:
@@ -596,17 +598,24 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
     )
     assert blocks == expected and sum(expected.values()) == 722
     for known in (
-        "lora_unet_input_blocks_4_1_proj_in", "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
-        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj", "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_2",
+        "lora_unet_input_blocks_4_1_proj_in",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_2",
         "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q",
     ):  # fmt: skip
         assert known in chosen
     others = {  # what diffusers reads back, block by block
-        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2", "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection", "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
-        "mid_block.resnets.0.time_emb_proj": "middle_block.0.emb_layers.1", "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv", "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3", "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+        "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
+        "mid_block.resnets.0.time_emb_proj": "middle_block.0.emb_layers.1",
+        "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3",
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2",
         "add_embedding.linear_1": "label_emb.0.0", "time_embedding.linear_2": "time_embed.2",
     }  # fmt: skip
     assert {path: names[path] for path in others} == others
@@ -626,16 +635,21 @@ def test_names_follow_the_unets_own_blocks() -> None:
     stands one place earlier.
     """
     kinds = dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(384, 768, 1536, 1536),
-        transformer_layers_per_block=4, attention_head_dim=[6, 12, 24, 24], cross_attention_dim=1280, projection_class_embeddings_input_dim=2560,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
+        "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(384, 768, 1536, 1536),
+        transformer_layers_per_block=4, attention_head_dim=[6, 12, 24, 24],
+        cross_attention_dim=1280, projection_class_embeddings_input_dim=2560,
     )  # fmt: skip
     with torch.device("meta"):
         unet = tiny_sdxl.UNet2DConditionModel(**(FULL_UNET | kinds))
     names = sdxl_layout(unet, {"text_encoder_2": tiny_sdxl.full_size()[2]}).components["unet"].names
     others = {
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv", "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op", "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op",
+        "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
         "up_blocks.3.resnets.0.conv1": "output_blocks.9.0.in_layers.2",
     }  # fmt: skip
     assert {path: names[path] for path in others} == others and len(set(names.values())) == len(

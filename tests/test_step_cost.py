@@ -1,4 +1,7 @@
-"""Costs are what happens: the counter on graphs counted by hand, the gates of a step, and every declaration against the launches it stands for."""
+"""The counter against graphs counted by hand, the costs of a step, and every declared cost.
+
+A declared cost is compared with the launches and bytes of the kernel that it describes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def test_a_graph_counted_by_hand() -> None:
         z.sum()  # reads 4 x 16, writes one
     tally = counter.tally
     assert {name: (row.ops, row.bytes) for name, row in tally.operators.items()} == {
-        "mm": (1, 4 * (32 + 128 + 64)), "add": (1, 4 * 128), "relu_": (1, 4 * 128), "sum": (1, 4 * 65),
+        "mm": (1, 4 * (32 + 128 + 64)),
+        "add": (1, 4 * 128),
+        "relu_": (1, 4 * 128),
+        "sum": (1, 4 * 65),
     }  # fmt: skip
     assert (tally.ops, tally.elementwise, tally.bytes) == (4, 4 * 321, 4 * (321 + 224))
     assert tally.classes["product"].ops == 1
@@ -193,13 +199,13 @@ def tiny() -> NetworkStep:
     """Two blocks of SDXL's kind, 6 transformer blocks in 5 places."""
     with torch.device("meta"):
         model = tiny_sdxl.unet().to(torch.bfloat16).requires_grad_(False).train()
-        told = {"text_embeds": torch.empty(2, tiny_sdxl.POOLED), "time_ids": torch.empty(2, 6)}
+        added = {"text_embeds": torch.empty(2, tiny_sdxl.POOLED), "time_ids": torch.empty(2, 6)}
         inputs = {
             "sample": torch.empty(2, 4, 8, 8),
             "encoder_hidden_states": torch.empty(2, 16, sum(tiny_sdxl.WIDTHS)),
         }
     wide = {key: value.to(torch.bfloat16) for key, value in inputs.items()}
-    cond = {key: value.to(torch.bfloat16) for key, value in told.items()}
+    cond = {key: value.to(torch.bfloat16) for key, value in added.items()}
     paths = tuple(
         name
         for name, _ in model.named_modules()
@@ -252,7 +258,8 @@ def test_pefts_step_by_the_networks_layers() -> None:
     lora = count_cost(step, "peft lora", rank=2)
     count, carrying = len(step.paths), seen.of_adapted
     extra = _classes(lora.operators)["product"] - _classes(frozen.operators)["product"]
-    # forward: down, up; backward: d_up, d_down, dt, and dx of down where x carries a gradient. The first three layers give the base's dx back.
+    # forward: down, up; backward: d_up, d_down, dt, and dx of down where x carries a gradient.
+    # The first three layers give the base's dx back.
     assert extra == 5 * count + carrying - 3
     assert 13 <= (lora.ops - frozen.ops) / count <= 15  # 13.8 on SD1.5
     assert 33 <= (count_cost(tiny(), "peft dora", rank=2).ops - frozen.ops) / count <= 38  # 35
@@ -296,7 +303,10 @@ def test_a_step_of_sdxl(
 
 
 def test_pefts_step_of_sd15_is_the_published_one() -> None:
-    """performance.md: 1,768 ops more than frozen and 4.3 GB of elementwise traffic (1.0 ms at 4.3 TB/s)."""
+    """performance.md: 1,768 ops more than frozen and 4.3 GB of elementwise traffic.
+
+    1.0 ms at 4.3 TB/s.
+    """
     frozen, peft = (
         count_cost(step_cost.open_step("sd15"), variant) for variant in ("frozen", "peft lora")
     )
@@ -325,7 +335,7 @@ def test_the_network_on_the_cpu_is_finite() -> None:
     assert bool((model.conv_norm_out.weight == 1).all()) and not bool(model.conv_in.bias.any())
 
 
-def test_the_optimisers() -> None:
+def test_the_optimizers() -> None:
     found = step_cost.count_optimizer_steps([(2, 3), (4, 2)] * 5)
     assert (found["prodigyopt"].ops, found["prodigyopt"].syncs) == (
         13 * 10,
@@ -372,7 +382,10 @@ OVERLOOKED = 0.05  # of the bytes: scalars, seeds, tables of addresses
 
 
 class Watch(TorchDispatchMode):
-    """Runs the implementation of every op of ours in the open: (op, launches and torch calls inside it, what it declares, bytes of its tensors)."""
+    """Runs the implementation of every op of ours in the open.
+
+    `inside` has (op, launches and torch calls inside it, declared cost, bytes of its tensors).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -400,12 +413,10 @@ class Watch(TorchDispatchMode):
             out = OPDEFS[name]._init_fn(*args, **kwargs)
         given = {t: touched_bytes(t) for t in tensors}
         most = traffic_bytes(func, args, kwargs, out)
-        mutated = {
-            t
-            for i, a in enumerate(func._schema.arguments)
-            if a.is_write and i < len(args)
-            for t in _tensors(args[i])
-        }
+        mutated = set()
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.is_write:
+                mutated |= set(_tensors(value))
         least = most - sum(given[t] for t in mutated)  # what is written in place need not be read
         self.inside.append(
             (name, len(LAUNCHES) - before + counter.tally.ops, declared, (least, most))
@@ -418,7 +429,10 @@ LAUNCHES: list[str] = []
 
 @pytest.fixture
 def counted_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch of Triton's interpreter leaves its kernel's name in LAUNCHES; what the interpreter itself calls is not counted."""
+    """Every launch of Triton's interpreter leaves its kernel's name in LAUNCHES.
+
+    Calls by the interpreter itself are not counted.
+    """
     from triton.runtime import interpreter
 
     run = interpreter.GridExecutor.__call__
@@ -518,9 +532,13 @@ CASES: dict[
 }
 
 
-FROZEN = {  # arguments that no gradient is asked for
-    "lora_linear": (1, 2, 7), "lora_conv": (1, 2), "dora_norm": (0, 1, 2), "dora_compose": (1,), "snr_weighted_mse": (1, 2, 3),
-}  # fmt: skip
+FROZEN = {  # arguments that get no gradient
+    "lora_linear": (1, 2, 7),
+    "lora_conv": (1, 2),
+    "dora_norm": (0, 1, 2),
+    "dora_compose": (1,),
+    "snr_weighted_mse": (1, 2, 3),
+}
 
 
 def _train(name: str, args: tuple[Any, ...]) -> list[Tensor]:
@@ -533,14 +551,13 @@ def _train(name: str, args: tuple[Any, ...]) -> list[Tensor]:
         if i not in FROZEN.get(name, ()) and isinstance(arg, Tensor)
     ]
     if name == "lora_grouped":
-        chosen += [
-            tensor for m in args[1] for tensor in (m.down, m.up, m.magnitude) if tensor is not None
-        ]
+        for m in args[1]:
+            chosen += [tensor for tensor in (m.down, m.up, m.magnitude) if tensor is not None]
     return [tensor.requires_grad_() for tensor in chosen if tensor.is_floating_point()]
 
 
 def _watch(mode: str, name: str, args: tuple[Any, ...]) -> Watch:
-    """Forward and backward of an op's twin, the second time, when tables and workspaces are there."""
+    """Forward and backward of an op, the second time, when tables and workspaces exist."""
     trained = _train(name, args)
     for _ in range(2):
         with kernels.use_kernels(mode), as_cuda(), Watch() as watch:
@@ -564,7 +581,7 @@ def test_each_declaration_is_what_happens(title: str, counted_launches: None) ->
     name, args = _arguments(title, "cpu")
     op = OPS[name]
     if op.triton is None or (op.supports and op.supports(*args)):
-        pytest.skip(f"no Triton twin: {op.supports(*args) if op.supports else 'none'}")
+        pytest.skip(f"no Triton kernel: {op.supports(*args) if op.supports else 'none'}")
     watch = _watch("triton", name, args)
     assert watch.inside
     for op_name, launches, declared, (least, most) in watch.inside:

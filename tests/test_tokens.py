@@ -55,8 +55,10 @@ def tokenizer(tmp_path):
 def encoder(tokenizer, kind=CLIPTextModel, extra_rows=0):
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer) + extra_rows, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, projection_dim=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer) + extra_rows, hidden_size=8, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=8, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return kind(config).eval()
 
@@ -565,17 +567,17 @@ def test_trap_15_no_bit_of_the_vocabulary_moves(tokenizer, wrong):
         nn.Embedding.from_pretrained(torch.cat([before, embedding.rows.detach()]), freeze=False)
     )
     table = theirs.get_input_embeddings().weight
-    optimisers = [
+    optimizers = [
         torch.optim.AdamW([p], lr=0.1, weight_decay=decay) for p in (embedding.rows, table)
     ]
     ids = tokenizer("a photo of <s0> dog", return_tensors="pt").input_ids
     for step in range(3):
-        for model, optimiser in zip((ours, theirs), optimisers):
-            optimiser.zero_grad()
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
             model(ids)[0].square().sum().backward()
             if model is theirs and (wrong == "decay" or step > 0):
                 table.grad[:first] = 0
-            optimiser.step()
+            optimizer.step()
             if step == 0:
                 with torch.no_grad():
                     table[:first] = before  # restored once, as before a pivot
@@ -630,14 +632,15 @@ def test_only_the_rows_train_and_the_vocabulary_keeps_its_bits(tokenizer):
     embedding = install_tokens(model, tokenizer, make_placeholders(["TOK"], vectors=2), seed=0)
     start = tokens.copy_token_rows(embedding)
     ids = tokenizer("a photo of <s0><s1> dog", return_tensors="pt").input_ids
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [p for p in embedding.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
     )
-    assert [p.shape for group in optimiser.param_groups for p in group["params"]] == [(2, 8)]
+    (group,) = optimizer.param_groups
+    assert [p.shape for p in group["params"]] == [(2, 8)]
     for _ in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(ids)[0].square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     assert (tokens.copy_token_rows(embedding) - start).abs().min() > 0
     assert embedding.weight.grad is None and not embedding.weight.requires_grad
     uninstall_tokens(model, tokenizer)
@@ -667,15 +670,15 @@ def test_a_step_of_the_inversion_equals_cloneofsimos_formulas(tokenizer):
     ).input_ids
     target = torch.randn(*ids.shape, 8, generator=torch.Generator().manual_seed(0))
     options = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
-    our_optimiser, their_optimiser = (
+    our_optimizer, their_optimizer = (
         torch.optim.AdamW([embedding.rows], **options),
         torch.optim.AdamW([table], **options),
     )
     for _ in range(3):
-        for model, optimiser in ((ours, our_optimiser), (theirs, their_optimiser)):
-            optimiser.zero_grad()
+        for model, optimizer in ((ours, our_optimizer), (theirs, their_optimizer)):
+            optimizer.zero_grad()
             (model(ids)[0] - target).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         tokens.pull_norms_(embedding.rows, 0.4, rate=min(1.0, 100 * lr))
         with torch.no_grad():
             new = table[first:last].double()

@@ -31,11 +31,11 @@ def test_caption_says_what_the_scene_holds():
         assert s.object in words
         others = set(draw.OBJECTS) - {s.object}
         assert not others & set(words)
-        assert set(words) & set(draw.COLORS) <= {s.colour, s.background}
-        assert s.colour != s.background
+        assert set(words) & set(draw.COLORS) <= {s.color, s.background}
+        assert s.color != s.background
         complete = s.caption(complete=True)
         assert (
-            s.colour in complete.split()
+            s.color in complete.split()
             and draw.background_phrase(s.background, s.style) in complete
         )
 
@@ -44,7 +44,7 @@ def test_evaluation_captions_state_what_is_expected():
     pairs = draw.evaluation_captions(140, 3)
     assert len(pairs) == 140
     for caption, expected in pairs:
-        for name in ("object", "colour"):
+        for name in ("object", "color"):
             assert expected[name] in caption.split()
         phrase = (
             draw.PLACES[expected["background"]][0]
@@ -177,7 +177,7 @@ def test_recogniser_reads_held_out_drawings():
     reader = recogniser.load_recogniser()
     scenes = [draw.scene(860_000_000 + i) for i in range(300)]
     read = reader.scene(autoencoder.images_to_tensor([draw.render_scene(s) for s in scenes]))
-    for name in ("background", "colour", "object"):
+    for name in ("background", "color", "object"):
         assert np.mean([r == getattr(s, name) for r, s in zip(read[name], scenes)]) >= 0.95
 
 

@@ -1,4 +1,6 @@
-"""Traps of training that belong to no single module: special tokens and the pivot. The others are named in the tests of their modules.
+"""Traps of training that belong to no single module: special tokens and the pivot.
+
+The others are named in the tests of their modules.
 
 Each test also computes what the public scripts do, and shows that it is something else.
 """
@@ -90,7 +92,10 @@ def test_trap_17_a_learning_rate_of_zero_is_no_pivot_in_prodigyopt() -> None:
 
 
 def test_trap_17_the_pivot_is_a_number_of_steps(config: Config) -> None:
-    """One epoch of five images in batches of two: a fraction of epochs would be int(0.5 * 1) = 0 and the tokens would learn nothing."""
+    """One epoch of five images in batches of two: a number of epochs would be int(0.5 * 1) = 0.
+
+    The tokens would learn nothing.
+    """
     spans = [
         (first, last)
         for _, first, last in stage_spans(

@@ -1,10 +1,12 @@
-"""DoRA's norms and gain, in Triton (interpreted where there is no GPU) and by blocks on the CPU, against the references in float64."""
+"""DoRA's norms and gain against the references in float64.
+
+In Triton (interpreted where there is no GPU) and by blocks on the CPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -50,7 +52,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def close(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice the error of the reference in the same dtype, and never asked for less than one rounding."""
+    """At most twice the error of the reference in the same dtype, or one rounding."""
     assert got.shape == exact.shape and got.dtype == eager.dtype
     assert error(got, exact) <= 2 * error(eager, exact) + torch.finfo(got.dtype).eps, (
         error(got, exact),
@@ -92,15 +94,15 @@ SHAPES = [(1, (1,), 1), (17, (131,), 3), (33, (64,), 16), (5, (3, 3, 3), 2), (4,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("twin", [dora.dora_norm, norms.dora_norm])
+@pytest.mark.parametrize("fast", [dora.dora_norm, norms.dora_norm])
 def test_norms_and_their_gradients_are_the_references(
-    twin: Callable[..., Tensor], shape: Any, dtype: torch.dtype
+    fast: Callable[..., Tensor], shape: Any, dtype: torch.dtype
 ) -> None:
     args = layer(*shape, dtype)
     (slope,) = draw(7, (shape[0],))
     exact = with_gradients(reference.dora_norm, args, slope, torch.float64)
     for got, eager, want in zip(
-        with_gradients(twin, args, slope),
+        with_gradients(fast, args, slope),
         with_gradients(reference.dora_norm, args, slope),
         exact,
         strict=True,
@@ -122,7 +124,7 @@ def test_norms_of_channels_last_convolutions(formats: Any) -> None:
 
 
 def mixed() -> tuple[Layer, ...]:
-    """Layers of two dtypes, and one that is not aligned to 16 columns; ranks on both sides of one block."""
+    """Layers of two dtypes, one not aligned to 16 columns; ranks on both sides of one block."""
     shapes = [(20, (32,), 4), (3, (48,), 2), (17, (7,), 5), (6, (16,), 40)]
     layers = [layer(*shape, seed=i) for i, shape in enumerate(shapes)] + [
         layer(9, (32,), 3, torch.bfloat16, seed=9)
@@ -144,7 +146,8 @@ def test_norms_of_all_layers_are_those_of_each() -> None:
     ).backward()
     for (_, down, up, _), args, slope in zip(grown, layers, slopes, strict=True):
         exact = with_gradients(reference.dora_norm, args, slope, torch.float64)
-        assert error(down.grad, exact[1]) < 1e-6 and error(up.grad, exact[2]) < 1e-6  # type: ignore[arg-type]
+        for found, wanted in ((down.grad, exact[1]), (up.grad, exact[2])):
+            assert found is not None and wanted is not None and error(found, wanted) < 1e-6
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter runs")
@@ -187,7 +190,8 @@ def test_a_new_table_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UserError, match="run one step before the capture"):
-        dora._find_table([(Weight(), torch.zeros(1, 3), torch.zeros(2, 1), 1.0)])  # type: ignore[list-item]
+        layer = Weight(), torch.zeros(1, 3), torch.zeros(2, 1), 1.0
+        dora._find_table([layer])  # type: ignore[list-item]
 
 
 def cancelling(
@@ -215,8 +219,8 @@ def factored(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 def test_rows_that_nearly_cancel_are_as_good_as_the_dense_form(residual: float) -> None:
     args, exact = cancelling(residual, 16, 320)
     eager = ((reference.dora_norm(*args) - exact) / exact).abs().max()
-    for twin in (dora.dora_norm, norms.dora_norm):
-        assert ((twin(*args) - exact) / exact).abs().max() <= 2 * eager + 1e-7
+    for fast in (dora.dora_norm, norms.dora_norm):
+        assert ((fast(*args) - exact) / exact).abs().max() <= 2 * eager + 1e-7
     if residual < 0.1:
         assert (
             (factored(*args) - exact) / exact
@@ -241,9 +245,9 @@ def test_blocks_of_rows_do_not_change_the_norm(monkeypatch: pytest.MonkeyPatch) 
 def test_a_row_of_zeros_has_norm_0_and_no_gradient() -> None:
     weight, down, up, scale = layer(4, (8,), 2)
     weight[1], up[1] = 0, 0
-    for twin in (dora.dora_norm, norms.dora_norm):
+    for fast in (dora.dora_norm, norms.dora_norm):
         n, d_down, d_up = with_gradients(
-            twin, (weight, down, up, scale), torch.ones(4, device=DEVICE)
+            fast, (weight, down, up, scale), torch.ones(4, device=DEVICE)
         )
         assert n[1] == 0 and (d_up[1] == 0).all() and torch.isfinite(d_down).all()
 
@@ -276,7 +280,7 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
 
 
 def layouts(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y0, bias, lora and gain: rows, planes, channels_last, or planes beside channels_last."""
+    """y0, bias, lora and gain: rows, planes, channels_last, or planes with channels_last."""
     if kind == "rows":
         y0, bias, lora, gain = draw(1, (2, 5, 131), (131,), (2, 5, 131), (131,))
         return y0.to(dtype), bias.to(dtype), lora.to(dtype), gain
@@ -371,11 +375,8 @@ def test_compiled_whole_checkpointed_and_on_meta(i: int) -> None:
     expected = torch.autograd.grad(plain.square().sum(), wanted)
     again = op(*args)
     assert torch.equal(again, plain)
-    assert all(
-        torch.equal(a, b)
-        for a, b in pairwise([expected, torch.autograd.grad(again.square().sum(), wanted)])
-        for a, b in zip(a, b, strict=True)
-    )
+    repeated = torch.autograd.grad(again.square().sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(expected, repeated, strict=True))
     for run in (
         torch.compile(op, backend="aot_eager", fullgraph=True),
         lambda *a: checkpoint(op, *a, use_reentrant=False),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -80,7 +81,10 @@ CONVOLUTIONS = {
 def given(
     case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, list[Member], list[Tensor]]:
-    """x, members and output gradients that dtype (fp32 for the adapters) holds exactly, in float64."""
+    """x, members and output gradients in float64.
+
+    dtype holds them exactly, the adapters fp32.
+    """
     make = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, of: torch.dtype = dtype, size: float = 1.0) -> Tensor:
@@ -148,9 +152,11 @@ def outcome(
 
 
 def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Over the draws, the error to float64 is at most twice the largest of: the reference's in the same dtype, one rounding, a sum in order.
+    """Over the draws, the error to float64 is at most twice the largest of three.
 
-    Adding n fp32 terms of random sign in order rounds each partial sum by at most 2^-24 of it, evenly spread: 2^-24 sqrt(n / 6) of the result.
+    The reference's in the same dtype, one rounding, a sum in order: adding n fp32 terms of random
+    sign in order rounds each partial sum by at most 2^-24 of it, evenly spread: 2^-24 sqrt(n / 6)
+    of the result.
     """
     squares: dict[str, Tensor] = {}
     longest = max(
@@ -175,13 +181,15 @@ def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         assert mine <= 2 * max(eager, rounding), (key, mine, eager, rounding)
 
 
+IN_EVERY_DTYPE = ("one row", "DoRA", "dropout and DoRA", "features in parts")
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (n, d)
-        for n in CASES
-        for d in DTYPES
-        if d == torch.bfloat16 or n in ("one row", "DoRA", "dropout and DoRA", "features in parts")
+        (name, dtype)
+        for name, dtype in product(CASES, DTYPES)
+        if dtype == torch.bfloat16 or name in IN_EVERY_DTYPE
     ],
 )
 def test_groups_round_no_worse_than_twice_the_reference(name: str, dtype: torch.dtype) -> None:
@@ -343,10 +351,9 @@ def test_outputs_that_nobody_uses_cost_nothing(used: tuple[int, ...], gain: str)
         Member(*(t.float().requires_grad_() if isinstance(t, Tensor) else t for t in m))
         for m in members
     ]
-    leaves = [
-        x := x.float().requires_grad_(),
-        *(t for m in members for t in (m.down, m.up, m.magnitude, m.norm) if t is not None),
-    ]
+    x = x.float().requires_grad_()
+    factors = chain.from_iterable((m.down, m.up, m.magnitude, m.norm) for m in members)
+    leaves = [x, *(t for t in factors if t is not None)]
     found = []
     for op in (reference.lora_grouped, linear.lora_grouped):
         ys = op(x, tuple(members))
@@ -487,7 +494,7 @@ def grouped_ops(device: str, gain: str, drop: float, needs_x: bool) -> Seen:
 
 
 @pytest.mark.parametrize(("gain", "drop"), [("", 0.0), ("full", 0.0), ("", 0.3), ("full", 0.3)])
-def test_four_launches_beside_the_frozen_products_and_nothing_else(
+def test_four_launches_with_the_frozen_products_and_nothing_else(
     gain: str, drop: float, launches: list[str]
 ) -> None:
     product = "mm" if gain else "addmm"
@@ -523,11 +530,11 @@ def test_compiles_without_a_break(backend: str) -> None:
         own = [
             m._replace(down=factors[2 * i], up=factors[2 * i + 1]) for i, m in enumerate(members)
         ]
-        return sum(y.square().sum() for y in linear.lora_grouped(x, tuple(own)))  # type: ignore[return-value]
+        losses = [y.square().sum() for y in linear.lora_grouped(x, tuple(own))]
+        return sum(losses)  # type: ignore[return-value]
 
-    leaves = [
-        t.float().requires_grad_() for t in (x, *(t for m in members for t in (m.down, m.up)))
-    ]
+    factors = chain.from_iterable((m.down, m.up) for m in members)
+    leaves = [t.float().requires_grad_() for t in (x, *factors)]
     expected = torch.autograd.grad(loss(*leaves), leaves)
     found = torch.autograd.grad(
         torch.compile(loss, backend=backend, fullgraph=True)(*leaves), leaves

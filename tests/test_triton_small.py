@@ -1,4 +1,7 @@
-"""The squared error and keyed dropout: Triton's kernels, in the interpreter where there is no GPU, and the fused error, against the references."""
+"""The squared error and keyed dropout against the references.
+
+Triton's kernels, in the interpreter where there is no GPU, and the fused error.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def close(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice the error of the reference in the same dtype, and never asked for less than one rounding."""
+    """At most twice the error of the reference in the same dtype, or one rounding."""
     assert got.shape == exact.shape and got.dtype == eager.dtype
     assert error(got, exact) <= 2 * error(eager, exact) + torch.finfo(got.dtype).eps
 
@@ -76,7 +79,7 @@ class Declared(TorchDispatchMode):
 def case(
     dtype: torch.dtype,
     mask: str,
-    weighed: bool,
+    weighted: bool,
     shape: tuple[int, ...] = (3, 4, 5, 7),
     target: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
@@ -87,7 +90,7 @@ def case(
         out.to(dtype),
         aim.to(target or dtype),
         None if mask == "none" else area,
-        weight.abs() if weighed else None,
+        weight.abs() if weighted else None,
     )
 
 
@@ -104,23 +107,23 @@ def learned(op: Callable[..., Tensor], args: tuple[Any, ...], both: bool = True)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", ["none", "hard", "soft", "empty"])
-@pytest.mark.parametrize("weighed", [False, True])
-@pytest.mark.parametrize("twin", [loss.snr_weighted_mse, squares.snr_weighted_mse])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, squares.snr_weighted_mse])
 def test_the_error_and_its_gradients_are_the_references(
-    twin: Callable[..., Tensor], weighed: bool, mask: str, dtype: torch.dtype
+    fast: Callable[..., Tensor], weighted: bool, mask: str, dtype: torch.dtype
 ) -> None:
-    args = case(dtype, mask, weighed)
+    args = case(dtype, mask, weighted)
     exact = learned(
         reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args)
     )
     for got, eager, want in zip(
-        learned(twin, args), learned(reference.snr_weighted_mse, args), exact, strict=True
+        learned(fast, args), learned(reference.snr_weighted_mse, args), exact, strict=True
     ):
         close(got, eager, want)
 
 
-@pytest.mark.parametrize("twin", [loss.snr_weighted_mse, squares.snr_weighted_mse])
-def test_error_of_odd_shapes_layouts_and_mixed_dtypes(twin: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, squares.snr_weighted_mse])
+def test_error_of_odd_shapes_layouts_and_mixed_dtypes(fast: Callable[..., Tensor]) -> None:
     for shape in (
         (1, 1, 1, 1),
         (2, 3, 67, 41),
@@ -133,14 +136,14 @@ def test_error_of_odd_shapes_layouts_and_mixed_dtypes(twin: Callable[..., Tensor
             reference.snr_weighted_mse, tuple(None if x is None else x.double() for x in args)
         )
         eager = learned(reference.snr_weighted_mse, args)
-        for got, plain, want in zip(learned(twin, args), eager, exact, strict=True):
+        for got, plain, want in zip(learned(fast, args), eager, exact, strict=True):
             close(got, plain, want)
     out, target, mask, weight = case(torch.float32, "soft", True)
     permuted = out.to(memory_format=torch.channels_last), target, mask, weight
-    torch.testing.assert_close(twin(*permuted), twin(out, target, mask, weight))
-    assert len(learned(twin, (out, target, mask, weight), both=False)) == 2
+    torch.testing.assert_close(fast(*permuted), fast(out, target, mask, weight))
+    assert len(learned(fast, (out, target, mask, weight), both=False)) == 2
     mask[0] = 0
-    assert twin(out, target, mask, weight)[0] == 0
+    assert fast(out, target, mask, weight)[0] == 0
 
 
 def test_what_the_error_does_not_take_is_said_and_wrong_masks_are_refused_by_all() -> None:

@@ -1,4 +1,4 @@
-"""The table of winners: which one precedes, what is said once, what a damaged file does, and that a choice costs next to nothing."""
+"""The table of winners: precedence, warnings, damaged files, and the cost of a choice."""
 
 from __future__ import annotations
 
@@ -101,9 +101,8 @@ def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache
         }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert winners._find_rows("lora_conv", "cuda", 0, "torch.bfloat16", False) == {
-            "*": "fused"
-        }  # an op without such a twin
+        without = winners._find_rows("lora_conv", "cuda", 0, "torch.bfloat16", False)
+        assert without == {"*": "fused"}  # an op without Triton kernels
         winners.store_winners(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
         assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
             "*": "fused"
@@ -112,7 +111,10 @@ def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache
 
 
 def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
-    """An H100's committed rows: torch's calls in an eager step, the kernel in a captured one, for the same arguments."""
+    """An H100's committed rows, for the same arguments.
+
+    torch's calls in an eager step, the kernel in a captured one.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     op, class_ = OPS["lora_linear"], "lora 4096,512,512 rank 16"
     assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
@@ -141,11 +143,20 @@ def test_nothing_is_said_on_the_cpu(cache):
             kernels.call(name, *op.example(0, torch.float32, "cpu"))
 
 
+def table_of(cpu: dict) -> str:
+    return json.dumps({"format": winners.FORMAT, "devices": {"cpu": cpu}})
+
+
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"format": "another", "devices": {}}', json.dumps({"format": winners.FORMAT, "devices": {"cpu": {"rows": [{"op": "a"}]}}}),
-     json.dumps({"format": winners.FORMAT, "devices": {"cpu": part(("a", "float32", "*", "quickest"))}})],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"format": "another", "devices": {}}',
+        table_of({"rows": [{"op": "a"}]}),
+        table_of(part(("a", "float32", "*", "quickest"))),
+    ],
+)
 def test_a_damaged_or_foreign_cache_is_ignored_in_one_sentence_and_never_written_over(
     cache, content
 ):

@@ -33,8 +33,10 @@ def pipeline(seed=0, *, guidance=True, dynamic=True):
     torch.manual_seed(seed)
     clip_tokens, t5_tokens = tokenizer(), t5_tokenizer()
     clip = CLIPTextConfig(
-        vocab_size=len(clip_tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
-        bos_token_id=clip_tokens.bos_token_id, eos_token_id=clip_tokens.eos_token_id, initializer_range=0.2,
+        vocab_size=len(clip_tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16,
+        bos_token_id=clip_tokens.bos_token_id, eos_token_id=clip_tokens.eos_token_id,
+        initializer_range=0.2,
     )  # fmt: skip
     t5 = T5Config(
         vocab_size=len(t5_tokens) + 9,
@@ -46,12 +48,15 @@ def pipeline(seed=0, *, guidance=True, dynamic=True):
         feed_forward_proj="gated-gelu",
     )
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32,
         pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = AutoencoderKL(
-        sample_size=32, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.36, shift_factor=0.12,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False,
+        sample_size=32, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        scaling_factor=0.36, shift_factor=0.12,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic

@@ -46,9 +46,12 @@ WIDTHS, POOLED, SIZE_WIDTH = (
     8,
 )  # of the two text encoders, of the pooled prompt, of each number in time_ids
 FULL_UNET = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20],
-    cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    use_linear_projection=True, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
+    transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20],
+    cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+    use_linear_projection=True, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D",
+    "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 FULL_CLIP = dict(
@@ -82,9 +85,10 @@ def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def text_encoder(make: type, tokens: CLIPTokenizer, width: int, *, layers: int, legacy: bool):
-    """`legacy` says eos_token_id 2, as SDXL's files do: transformers then pools at the largest id."""
+    """`legacy` has eos_token_id 2, like SDXL's files: transformers pools at the largest id."""
     config = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=2,
         projection_dim=POOLED, max_position_embeddings=16, initializer_range=0.2,
         bos_token_id=tokens.bos_token_id, eos_token_id=2 if legacy else tokens.eos_token_id,
     )  # fmt: skip
@@ -94,16 +98,19 @@ def text_encoder(make: type, tokens: CLIPTokenizer, width: int, *, layers: int, 
 def unet(channels: int = 4, *, refiner: bool = False) -> UNet2DConditionModel:
     """Two blocks, the inner with attention one and two deep, as SDXL's are."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=4,
+        sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(16, 32),
+        layers_per_block=2, norm_num_groups=4,
         transformer_layers_per_block=[1, 2], attention_head_dim=[2, 4], use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTHS[1] if refiner else sum(WIDTHS), addition_embed_type="text_time", addition_time_embed_dim=SIZE_WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTHS[1] if refiner else sum(WIDTHS), addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_WIDTH,
         projection_class_embeddings_input_dim=(5 if refiner else 6) * SIZE_WIDTH + POOLED,
     ).eval()  # fmt: skip
 
 
 def vae(**settings) -> AutoencoderKL:
-    """Factor 2; the same weights in every pipeline, as a base model and its refiner share theirs."""
+    """Factor 2; the same weights in every pipeline, as in a base model and its refiner."""
     torch.manual_seed(0)
     kinds = {
         "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -1,8 +1,7 @@
-"""The autoencoder's two stages: encoder and decoder together, then the decoder alone on noisy
-latents.
+"""Training of the autoencoder, in two stages: all of it, then the decoder on noisy latents.
 
 The first stage sees scenes and, one time in five, collages of arbitrary shapes in arbitrary
-colours, so that edges and palettes outside the grammar survive the latent space as well.
+colors, so that edges and palettes outside the grammar survive the latent space as well.
 """
 
 from math import cos, log10, pi, sin
@@ -22,104 +21,75 @@ from toy.draw import OVERSAMPLE, render_scene, scene
 from toy.muon import Optimizers, trapezoid
 
 HELD_OUT = 800_000_000  # scene seeds from here on are never trained on
-OPPONENT = torch.tensor(
-    [[1 / 3, 1 / 3, 1 / 3], [0.5, -0.5, 0.0], [-0.25, -0.25, 0.5]]
-)  # lightness, red-green, blue-yellow
+# lightness, red-green, blue-yellow
+OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, -0.5, 0.0], [-0.25, -0.25, 0.5]])
 
 
 def images_to_tensor(images: list[Image.Image]) -> Tensor:
     """[b, 3, h, w] in [-1, 1]."""
-    return (
-        torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()
-        / 127.5
-        - 1
-    )
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def collage(seed: int, size: int = 64) -> Image.Image:
-    """Two to eight arbitrary shapes in arbitrary colours; one in five is blurred a little."""
-    rng, side = Random(f"collage {seed}"), size * OVERSAMPLE
+    """Two to eight arbitrary shapes in arbitrary colors; one in five is blurred a little."""
+    rng = Random(f"collage {seed}")
+    side = size * OVERSAMPLE
 
-    def colour() -> tuple[int, int, int]:
-        return tuple(
-            rng.choice((rng.randrange(256), rng.randrange(0, 60), rng.randrange(196, 256)))
-            for _ in range(3)
-        )  # type: ignore
+    def level() -> int:
+        return rng.choice((rng.randrange(256), rng.randrange(0, 60), rng.randrange(196, 256)))
 
-    image = Image.new("RGB", (side, side), colour())
+    def color() -> tuple[int, int, int]:
+        return level(), level(), level()
+
+    image = Image.new("RGB", (side, side), color())
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 8)):
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), side * rng.uniform(0.05, 0.4)
-        kind, ratio = (
-            rng.choice(("oval", "polygon", "stroke", "ring", "arc", "box")),
-            rng.uniform(0.4, 1),
-        )
+        # the order of the draws is part of the training data
+        x = rng.uniform(0, side)
+        y = rng.uniform(0, side)
+        r = side * rng.uniform(0.05, 0.4)
+        kind = rng.choice(("oval", "polygon", "stroke", "ring", "arc", "box"))
+        ratio = rng.uniform(0.4, 1)
         width = round(OVERSAMPLE * rng.uniform(2, 6))
+        box = [x - r, y - r * ratio, x + r, y + r * ratio]
         if kind == "polygon":
-            pen.polygon(
-                [
-                    (x + r * cos(a), y + r * sin(a))
-                    for a in sorted(rng.uniform(0, 2 * pi) for _ in range(rng.randint(3, 7)))
-                ],
-                fill=colour(),
-            )
+            angles = sorted(rng.uniform(0, 2 * pi) for _ in range(rng.randint(3, 7)))
+            pen.polygon([(x + r * cos(a), y + r * sin(a)) for a in angles], fill=color())
         elif kind == "stroke":
-            pen.line(
-                [
-                    (x, y),
-                    *(
-                        (rng.uniform(0, side), rng.uniform(0, side))
-                        for _ in range(rng.randint(1, 2))
-                    ),
-                ],
-                colour(),
-                width,
-                "curve",
-            )
+            points = [(x, y)]
+            for _ in range(rng.randint(1, 2)):
+                points.append((rng.uniform(0, side), rng.uniform(0, side)))
+            pen.line(points, color(), width, "curve")
         elif kind == "arc":
-            pen.arc(
-                [x - r, y - r, x + r, y + r],
-                rng.uniform(0, 360),
-                rng.uniform(0, 360),
-                colour(),
-                width,
-            )
+            start, end = rng.uniform(0, 360), rng.uniform(0, 360)
+            pen.arc([x - r, y - r, x + r, y + r], start, end, color(), width)
         elif kind == "box":
-            pen.rounded_rectangle(
-                [x - r, y - r * ratio, x + r, y + r * ratio],
-                r * ratio * rng.choice((0, 0.3, 0.9)),
-                fill=colour(),
-            )
+            pen.rounded_rectangle(box, r * ratio * rng.choice((0, 0.3, 0.9)), fill=color())
         else:
-            pen.ellipse(
-                [x - r, y - r * ratio, x + r, y + r * ratio],
-                fill=colour() if kind == "oval" else None,
-                outline=colour(),
-                width=width,
-            )
+            fill = color() if kind == "oval" else None
+            pen.ellipse(box, fill=fill, outline=color(), width=width)
     image = image.resize((size, size), Image.Resampling.HAMMING)
-    return (
-        image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
-        if rng.random() < 0.2
-        else image
-    )
+    if rng.random() < 0.2:
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
+    return image
 
 
 def training_batch(first: int, size: int) -> Tensor:
-    """The training pictures with indices first ... first + size - 1; every fifth is a collage."""
-    return images_to_tensor(
-        [collage(i) if i % 5 == 4 else render_scene(scene(i)) for i in range(first, first + size)]
-    )
+    """The training images with indices first ... first + size - 1; every fifth is a collage."""
+    indices = range(first, first + size)
+    return images_to_tensor([collage(i) if i % 5 == 4 else render_scene(scene(i)) for i in indices])
 
 
 def held_out_images(n: int) -> Tensor:
-    """n pictures of scenes that no stage trains on."""
+    """n images of scenes that no stage trains on."""
     return images_to_tensor([render_scene(scene(HELD_OUT + i)) for i in range(n)])
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Absolute and squared error, and the absolute error of 8 x 8 averages in opponent colours,
-    which a small latent loses first; [b].
+    """[b] absolute and squared error, and absolute error of 8 x 8 averages in opponent colors.
+
+    A small latent loses those averages first.
     """
     error = out - target
     pooled = F.avg_pool2d(torch.einsum("oc,bchw->bohw", OPPONENT, error), 8)
@@ -132,7 +102,7 @@ def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Tensor, chunk: int = 50) -> Tensor:
-    """Peak signal-to-noise ratio of each round trip through the posterior mean, in dB; [b]."""
+    """[b] peak signal-to-noise ratio of a round trip through the posterior mean, in dB."""
     values = []
     for x in images.split(chunk):
         out = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
@@ -141,60 +111,53 @@ def psnr(vae: AutoencoderKL, images: Tensor, chunk: int = 50) -> Tensor:
 
 
 def pooled_psnr(values: Tensor) -> float:
-    """The ratio of the mean squared error over all pictures, in dB: stricter than the mean ratio."""
+    """The ratio of the mean squared error over all images, in dB: stricter than the mean ratio."""
     return -10 * log10((10 ** (-values / 10)).mean().item())
 
 
 def train_autoencoder(
     vae: AutoencoderKL, folder: Path, stage: str, *, steps: int, size: int, seed: int, lr: float
 ) -> None:
-    """Trains `vae` in place: stage "vae" trains it whole, stage "decoder" only what follows the
-    latents. Resumes from `folder`/<stage>.pt.
+    """Trains `vae` in place. Resumes from `folder`/<stage>.pt.
+
+    Stage "vae" trains it whole, stage "decoder" only the layers after the latents.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    alone = stage == "decoder"
+    decoder_only = stage == "decoder"
     for name, p in vae.named_parameters():
-        p.requires_grad_(not alone or name.startswith(("decoder", "post_quant")))
-    optimisers, checkpoint, start = (
-        Optimizers(vae.named_parameters(), lr),
-        folder / f"{stage}.pt",
-        0,
-    )
+        p.requires_grad_(not decoder_only or name.startswith(("decoder", "post_quant")))
+    optimizers = Optimizers(vae.named_parameters(), lr)
+    checkpoint = folder / f"{stage}.pt"
+    start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         vae.load_state_dict(state["model"])
-        optimisers.load_state_dict(state["optimisers"])
+        optimizers.load_state_dict(state["optimizers"])
         start = state["step"]
-    test, began = held_out_images(64), monotonic()
+    test = held_out_images(64)
+    began = monotonic()
+    first_seed = 400_000_000 if decoder_only else 0
     for step in range(start, steps):
         torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
-        x = training_batch(
-            (seed * 200_000 + step) * size * world + rank * size + (400_000_000 if alone else 0),
-            size,
-        )
-        x = x.to(memory_format=torch.channels_last)
+        first = (seed * 200_000 + step) * size * world + rank * size + first_seed
+        x = training_batch(first, size).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            z = (
-                posterior.mean
-                + 0.2
-                * torch.rand(len(x), 1, 1, 1)
-                * torch.randn_like(posterior.mean)
-                * latent_std(vae)
-                if alone
-                else posterior.sample()
-            )
+            if decoder_only:
+                level = 0.2 * torch.rand(len(x), 1, 1, 1)
+                noise = torch.randn_like(posterior.mean)
+                z = posterior.mean + level * noise * latent_std(vae)
+            else:
+                z = posterior.sample()
             out = vae.decode(z).sample
-        loss = reconstruction_loss(out.float(), x).mean() + (
-            0 if alone else 1e-6 * posterior.kl().mean()
-        )
+        loss = reconstruction_loss(out.float(), x).mean()
+        if not decoder_only:
+            loss = loss + 1e-6 * posterior.kl().mean()
         loss.backward()
-        optimisers.step(trapezoid(step, steps, tail=0.3))
+        optimizers.step(trapezoid(step, steps, tail=0.3))
         if (step + 1) % 500 == 0 and rank == 0:
-            values, rate = (
-                psnr(vae, test),
-                (step + 1 - start) * size * world / (monotonic() - began),
-            )
+            values = psnr(vae, test)
+            rate = (step + 1 - start) * size * world / (monotonic() - began)
             print(
                 f"{stage} {step + 1} loss {loss.item():.4f} psnr {values.mean():.2f} "
                 f"{pooled_psnr(values):.2f} {rate:.0f} images/s",
@@ -202,14 +165,8 @@ def train_autoencoder(
             )
         if ((step + 1) % 2000 == 0 or step + 1 == steps) and rank == 0:
             partial = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": vae.state_dict(),
-                    "optimisers": optimisers.state_dict(),
-                    "step": step + 1,
-                },
-                partial,
-            )
+            state = {"model": vae.state_dict(), "optimizers": optimizers.state_dict()}
+            torch.save({**state, "step": step + 1}, partial)
             partial.rename(checkpoint)
 
 

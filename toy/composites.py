@@ -1,19 +1,18 @@
-"""The two open classes of the toy world: `creature`, a random character, and `emblem`, a random
-badge.
+"""The two open classes of the toy world: random characters and random badges.
 
-They are the prior from which new characters and logos can be learned. Two combinations are left out
-on purpose and reserved for concepts: a creature never has one eye, antennae and a scarf all at
-once, and an emblem never carries three petals.
+Their names are `creature` and `emblem`. They are the prior from which new characters and logos can
+be learned. Two combinations are left out on purpose and reserved for concepts: a creature never has
+one eye, antennae and a scarf all at once, and an emblem never carries three petals.
 """
 
 from math import cos, pi, sin
 from random import Random
 
-from toy.shapes import COLORS, DARK, LIGHT, RGB, Pen, blend, contrast, lighten, spokes
+from toy.shapes import COLORS, DARK, LIGHT, RGB, Pen, blend, contrast, lighten, spokes, star_points
 
 
 def creature(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    """A character put together at random: torso, eyes, headgear, scarf, belly, arms, feet, mouth."""
+    """A random character: torso, eyes, headgear, scarf, belly, arms, feet, mouth."""
     main, second = palette["main"], palette["second"]
     headgear = rng.choice(("none", "cat", "round", "antennae", "horns"))
     eyes = rng.choice((1, 1, 2, 2, 3))
@@ -86,11 +85,11 @@ def _eyes(ink: Pen, rng: Random, n: int, main: RGB) -> None:
         ink.dot(x + look, -0.16, radius * 0.52, pupil)
 
 
-def _scarf(ink: Pen, rng: Random, colour: RGB) -> None:
-    ink.box(-0.7, 0.22, 0.7, 0.46, colour, corner=0.11)
+def _scarf(ink: Pen, rng: Random, color: RGB) -> None:
+    ink.box(-0.7, 0.22, 0.7, 0.46, color, corner=0.11)
     side = rng.choice((-1, 1))
     ink.poly(
-        [(side * 0.2, 0.4), (side * 0.52, 0.4), (side * 0.56, 0.86), (side * 0.24, 0.86)], colour
+        [(side * 0.2, 0.4), (side * 0.52, 0.4), (side * 0.56, 0.86), (side * 0.24, 0.86)], color
     )
 
 
@@ -105,7 +104,7 @@ def _mouth(ink: Pen, rng: Random, main: RGB) -> None:
 
 
 def emblem(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    """A badge put together at random: a frame in the main colour around or under a motif in the
+    """A badge put together at random: a frame in the main color around or under a motif in the
     second one.
     """
     main, second = palette["main"], palette["second"]
@@ -129,47 +128,45 @@ def emblem(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     _motif(ink, rng, second if second != ground else contrast(ground), ground)
 
 
-def _motif(ink: Pen, rng: Random, colour: RGB, ground: RGB) -> None:
+def _motif(ink: Pen, rng: Random, color: RGB, ground: RGB) -> None:
     kind = rng.choice(
         ("petals", "petals", "cross", "bars", "bolt", "star", "eye", "chevron", "drops")
     )
     if kind == "petals":
         turn = rng.random() * pi
         for x, y in spokes(rng.choice((2, 4, 5, 6)), 0.38, turn):
-            petal(ink, x, y, 0.44, 0.21, colour)
+            petal(ink, x, y, 0.44, 0.21, color)
         if rng.random() < 0.5:
-            ink.dot(0, 0, 0.16, contrast(colour))
+            ink.dot(0, 0, 0.16, contrast(color))
     elif kind == "cross":
-        ink.box(-0.16, -0.56, 0.16, 0.56, colour)
-        ink.box(-0.56, -0.16, 0.56, 0.16, colour)
+        ink.box(-0.16, -0.56, 0.16, 0.56, color)
+        ink.box(-0.56, -0.16, 0.56, 0.16, color)
     elif kind == "bars":
         for x in (-0.36, 0.0, 0.36):
-            ink.box(x - 0.12, -0.46, x + 0.12, 0.46, colour)
+            ink.box(x - 0.12, -0.46, x + 0.12, 0.46, color)
     elif kind == "bolt":
         ink.poly(
             [(0.2, -0.62), (-0.38, 0.1), (-0.04, 0.1), (-0.2, 0.62), (0.38, -0.1), (0.04, -0.1)],
-            colour,
+            color,
         )
     elif kind == "star":
         n = rng.choice((4, 6))
-        ink.poly(
-            [p for pair in zip(spokes(n, 0.62), spokes(n, 0.3, -pi / 2 + pi / n)) for p in pair],
-            colour,
-        )
+        ink.poly(star_points(n, 0.62, 0.3), color)
     elif kind == "eye":
-        ink.oval(0, 0, 0.56, 0.36, colour)
-        ink.dot(0, 0, 0.2, contrast(colour))
+        ink.oval(0, 0, 0.56, 0.36, color)
+        ink.dot(0, 0, 0.2, contrast(color))
     elif kind == "chevron":
         for y in (-0.22, 0.22):
-            ink.stroke([(-0.42, y + 0.2), (0, y - 0.2), (0.42, y + 0.2)], 0.18, colour)
+            ink.stroke([(-0.42, y + 0.2), (0, y - 0.2), (0.42, y + 0.2)], 0.18, color)
     else:
         for x, y in spokes(rng.choice((2, 4, 5)), 0.4, rng.random() * pi):
-            ink.dot(x, y, 0.2, colour)
+            ink.dot(x, y, 0.2, color)
 
 
 def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) -> None:
-    """A pointed ellipse centred at (x, y) whose long axis runs through the origin; `length` and
-    `width` are half axes.
+    """A pointed ellipse centered at (x, y) whose long axis runs through the origin.
+
+    `length` and `width` are half axes.
     """
     norm = (x * x + y * y) ** 0.5 or 1.0
     ux, uy = x / norm, y / norm
@@ -181,11 +178,11 @@ def petal(ink: Pen, x: float, y: float, length: float, width: float, fill: RGB) 
     ink.poly(points, fill)
 
 
-SECOND_COLOURS = tuple(name for name in COLORS)
+SECOND_COLORS = tuple(COLORS)
 COMPOSITES = {"creature": creature, "emblem": emblem}
 
 
 def second_color(rng: Random, main: str) -> RGB:
-    """The colour of scarves, horns and motifs: any but the main one, slightly varied in lightness."""
-    colour = COLORS[rng.choice([name for name in SECOND_COLOURS if name != main])]
-    return blend(colour, rng.choice((DARK, LIGHT)), 0.15 * rng.random())
+    """The color of scarves, horns and motifs: not the main one, with varied lightness."""
+    color = COLORS[rng.choice([name for name in SECOND_COLORS if name != main])]
+    return blend(color, rng.choice((DARK, LIGHT)), 0.15 * rng.random())

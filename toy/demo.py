@@ -1,9 +1,9 @@
-"""`make demo`: pivotal tuning of the embedded model on five pictures of something it has never
-seen, with the numbers that show what came of it.
+"""`make demo`: pivotal tuning of the embedded model on five images of a new concept.
 
-The same train.py and configs/toy_pti.toml that a user edits; this file adds what only a drawn world
-can tell: whether a recogniser, trained apart, finds the concept and the background that the prompt
-names, and whether unrelated captions still come out as before.
+The training is train.py's with configs/toy_pti.toml, which a user edits. This file adds
+measurements that only a drawn world allows: whether a recogniser, trained separately, finds the
+concept and the background that the prompt names, and whether unrelated captions give the same as
+before.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ from toy import recogniser
 from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
 from toy.draw import PLACES, article, background_phrase, evaluation_captions
 
-# what a user without fine-tuning would type; the best of them is what fine-tuning has to beat
+# Prompts of a user without fine-tuning; fine-tuning has to beat the best of them.
 TEXT_ONLY = {
     "zib": ("a creature", "a green creature", "a cyan creature", "an orange creature"),
     "trilo": ("an emblem", "a purple emblem", "a pink emblem", "a blue emblem"),
 }
-HELD_OUT = 16  # drawings of the concept that are not among the training pictures
+HELD_OUT_DRAWINGS = 16  # of the concept, not among the training images
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Pivotal tuning of the embedded model, and what came of it."""
+    """Pivotal tuning of the embedded model, with measurements before and after."""
 
     concept: str = "zib"
     """zib, a small character, or trilo, a logo."""
     photos: str = ""
-    """Folder of your own pictures instead, to show the path on real files; the embedded model only knows drawings, so expect little likeness."""
+    """Folder of your own images instead, to show the path on real files; the embedded model knows
+    only drawings, so expect little likeness."""
     seeds: tuple[int, ...] = (0,)
     """One run for each training seed; several print their mean as well."""
     samples: int = 24
-    """Pictures that are drawn and judged, each with a prompt that is not among the captions."""
+    """Images that are sampled and judged, each with a prompt that is not among the captions."""
     short: bool = False
-    """A few steps and few samples: shows that everything runs, learns nothing."""
+    """A few steps and few samples, which show that everything runs and learn nothing."""
     config: str = "configs/toy_pti.toml"
     """The run's configuration."""
     out: str = "runs/demo"
@@ -63,7 +64,10 @@ class DemoOptions:
 
 
 def demo(options: DemoOptions, seed: int) -> dict[str, float]:
-    """Trains, measures, prints the table; the figures, which are also added to OUT/summary.json."""
+    """Trains, measures and prints the table; returns the figures.
+
+    They are also added to OUT/summary.json.
+    """
     began = time.perf_counter()
     out = options.out if len(options.seeds) == 1 else f"{options.out}_{seed}"
     config = configure(options, seed, out)
@@ -78,9 +82,7 @@ def demo(options: DemoOptions, seed: int) -> dict[str, float]:
 
 
 def configure(options: DemoOptions, seed: int, out: str) -> Config:
-    """The run's config: the TOML file's, with the images, held-out drawings and prompts of this
-    demo.
-    """
+    """The TOML file's config with the images, held-out drawings and prompts of this demo."""
     base = replace(read_toml(Path(options.config)), seed=seed, out=out, overwrite=True)
     if options.short:
         base = replace(base, stages=tuple(replace(stage, steps=4) for stage in base.stages))
@@ -113,39 +115,33 @@ def configure(options: DemoOptions, seed: int, out: str) -> Config:
 def draw_held_out(name: str, folder: Path) -> None:
     """Drawings of the concept on other backgrounds, with captions, as the validation set."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (caption, background) in enumerate(demo_prompts(HELD_OUT, seed=2, name=name)):
-        style = (
-            "place"
-            if background in PLACES
-            else next((s for s in ("striped", "gradient") if s in caption), "plain")
-        )
+    for i, (caption, background) in enumerate(demo_prompts(HELD_OUT_DRAWINGS, seed=2, name=name)):
+        style = next((s for s in ("striped", "gradient") if s in caption), "plain")
+        if background in PLACES:
+            style = "place"
         assert background_phrase(background, style) in caption
         render_concept(name, background, style, 1000 + i, 128).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(caption)
 
 
 def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, float]:
-    """Fractions of 1: concept and background both right, background alone, unrelated captions, each
-    before and after.
-    """
+    """Fractions of right images before and after training, by concept and unrelated captions."""
     count = 8 if options.short else options.samples
-    family, reader = load_family(config.model), recogniser.load_recogniser()
+    family = load_family(config.model)
+    reader = recogniser.load_recogniser()
     recipe = SamplerSettings(config.samples.sampler, config.samples.steps, config.samples.guidance)
     modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
-    unrelated = [
-        pair
-        for pair in evaluation_captions(2 * count, seed=5)
-        if pair[1]["object"] not in ("creature", "emblem")
-    ][:count]
+    captions, expected = [], []
+    for caption, attributes in evaluation_captions(2 * count, seed=5):
+        if attributes["object"] not in ("creature", "emblem") and len(captions) < count:
+            captions.append(caption)
+            expected.append(attributes)
     figures: dict[str, float] = {}
     for when in ("before", "after"):
         with patch(modules, run) if when == "after" else nullcontext() as patched:
             bind: Callable[[str], str] = patched.bind if patched else str
-            figures[f"unrelated_{when}"] = captions_right(
-                reader,
-                draw_images(family, [bind(text) for text, _ in unrelated], recipe),
-                [e for _, e in unrelated],
-            )
+            images = draw_images(family, [bind(caption) for caption in captions], recipe)
+            figures[f"unrelated_{when}"] = captions_right(reader, images, expected)
             if options.photos:
                 continue
             prompts = demo_prompts(count, seed=3, name=options.concept)
@@ -153,14 +149,9 @@ def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, fl
             words = ["TOK"] if when == "after" else TEXT_ONLY[options.concept]
             scores = {}
             for word in words:
-                images = draw_images(
-                    family,
-                    [
-                        bind(text.replace("TOK", word).replace("of a a", "of a"))
-                        for text, _ in prompts
-                    ],
-                    recipe,
-                )
+                worded = [text.replace("TOK", word) for text, _ in prompts]
+                texts = [bind(text.replace("of a a", "of a")) for text in worded]
+                images = draw_images(family, texts, recipe)
                 scores[word] = concept_right(reader, images, options.concept, backgrounds)
             figures |= {f"concept_{when}": max(score["concept"] for score in scores.values())}
             if when == "after":
@@ -169,45 +160,35 @@ def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, fl
 
 
 def draw_images(family: Family, prompts: Sequence[str], recipe: SamplerSettings) -> Tensor:
-    """[n, 3, 64, 64] one picture for each prompt, seeds counting up from 1000."""
-    parts = [(i, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-    return torch.cat(
-        [
-            generate_images(family, part, range(1000 + i, 1000 + i + len(part)), recipe)
-            for i, part in parts
-        ]
-    )
+    """[n, 3, 64, 64] one image for each prompt, seeds counting up from 1000."""
+    images = []
+    for first in range(0, len(prompts), BATCH):
+        part = prompts[first : first + BATCH]
+        seeds = range(1000 + first, 1000 + first + len(part))
+        images.append(generate_images(family, part, seeds, recipe))
+    return torch.cat(images)
 
 
 def concept_right(
     reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]
 ) -> dict[str, float]:
-    """How often the concept is there on the right background, and how often the background is right
-    at all.
-    """
-    there = (reader.concept(images, name) > 0.5).tolist()
-    right = [
-        found == wanted for found, wanted in zip(reader.scene(images)["background"], backgrounds)
-    ]
-    return {
-        "concept": sum(a and b for a, b in zip(there, right)) / len(right),
-        "background": sum(right) / len(right),
-    }
+    """Shares of images with the concept on the right background, and with the right background."""
+    has_concept = (reader.concept(images, name) > 0.5).tolist()
+    found = reader.scene(images)["background"]
+    is_right = [own == wanted for own, wanted in zip(found, backgrounds)]
+    both = sum(concept and right for concept, right in zip(has_concept, is_right))
+    return {"concept": both / len(is_right), "background": sum(is_right) / len(is_right)}
 
 
 def captions_right(
     reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]
 ) -> float:
-    """The share of object, colour and background, as the captions state them, that is found in the
-    pictures.
-    """
+    """The share of stated objects, colors and backgrounds that is found in the images."""
     found = reader.scene(images)
-    hits = [
-        found[name][i] == e[name]
-        for i, e in enumerate(expected)
-        for name in ("object", "colour", "background")
-        if name in e
-    ]
+    hits = []
+    for i, stated in enumerate(expected):
+        names = [name for name in ("object", "color", "background") if name in stated]
+        hits += [found[name][i] == stated[name] for name in names]
     return sum(hits) / len(hits)
 
 
@@ -217,40 +198,25 @@ def print_report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos:
     if f["val_loss_before"] is not None:
         words = "held-out loss" if not photos else "training images' loss, fixed noise"
         change = f["val_loss_after"] / f["val_loss_before"] - 1
-        rows.append(
-            (words, f"{f['val_loss_before']:.5f}", f"{f['val_loss_after']:.5f}", f"{change:+.1%}")
-        )
+        before, after = f"{f['val_loss_before']:.5f}", f"{f['val_loss_after']:.5f}"
+        rows.append((words, before, after, f"{change:+.1%}"))
     if not photos:
-        rows.append(
-            (
-                "concept and background right",
-                f"{f['concept_before']:.0%}",
-                f"{f['concept_after']:.0%}",
-                "before: the best plain prompt",
-            )
-        )
+        before, after = f"{f['concept_before']:.0%}", f"{f['concept_after']:.0%}"
+        note = "before: the best plain prompt"
+        rows.append(("concept and background right", before, after, note))
         rows.append(("background right", "", f"{f['background_kept']:.0%}", ""))
-    rows.append(
-        (
-            "unrelated captions right",
-            f"{f['unrelated_before']:.0%}",
-            f"{f['unrelated_after']:.0%}",
-            "object, colour, background",
-        )
-    )
+    before, after = f"{f['unrelated_before']:.0%}", f"{f['unrelated_after']:.0%}"
+    rows.append(("unrelated captions right", before, after, "object, color, background"))
     print("\n" + f"{'':36}{'before':>9}{'after':>9}")
-    print(
-        "\n".join(f"{name:36}{before:>9}{after:>9}   {note}" for name, before, after, note in rows)
-    )
-    print(
-        f"{f['steps']} steps, {f['seconds']:.0f} s in all; "
-        + ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in files.items())
-    )
+    for name, before, after, note in rows:
+        print(f"{name:36}{before:>9}{after:>9}   {note}")
+    sizes = ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in files.items())
+    print(f"{f['steps']} steps, {f['seconds']:.0f} s in all; {sizes}")
     print(snippets(run))
 
 
 def snippets(run: Path) -> str:
-    """How the three programs load the run's files."""
+    """Instructions for loading the run's files in other programs and here."""
     run = Path(os.path.relpath(run))
     emb = f"{run.name}_emb.safetensors"
     return f"""
@@ -259,16 +225,18 @@ see {run / "before_after.png"}; load the files with
              pipe.load_lora_weights("{run}")
              pipe.load_textual_inversion(load_file("{run / emb}")["clip_l"], token=["<s0>", "<s1>"])
              pipe("a photo of <s0><s1> in the desert")
-  A1111      {run.name}.safetensors to models/Lora, {emb} to embeddings; prompt: a photo of {run.name}_emb <lora:{run.name}:1>
-  ComfyUI    {run.name}.safetensors to models/loras (LoraLoader), {emb} to models/embeddings; prompt: a photo of embedding:{run.name}_emb
-  here       python infer.py --model toy/model --lora {run} --prompt "a photo of TOK in the desert" --out desert.png"""
+  A1111      {run.name}.safetensors to models/Lora, {emb} to embeddings;
+             prompt: a photo of {run.name}_emb <lora:{run.name}:1>
+  ComfyUI    {run.name}.safetensors to models/loras (LoraLoader), {emb} to models/embeddings;
+             prompt: a photo of embedding:{run.name}_emb
+  here       python infer.py --model toy/model --lora {run} \\
+               --prompt "a photo of TOK in the desert" --out desert.png"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = tyro.cli(
-        DemoOptions, args=argv, prog="python -m toy.demo", description=DemoOptions.__doc__
-    )
+    text = DemoOptions.__doc__
+    options = tyro.cli(DemoOptions, args=argv, prog="python -m toy.demo", description=text)
     try:
         if options.concept not in CONCEPTS:
             raise UserError(
@@ -280,11 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if len(every) > 1:
         print("\nmean over training seeds " + " ".join(map(str, options.seeds)))
-        print(
-            "\n".join(
-                f"  {key:18} {sum(f[key] for f in every) / len(every):.4f}" for key in every[0]
-            )
-        )
+        for key in every[0]:
+            mean = sum(figures[key] for figures in every) / len(every)
+            print(f"  {key:18} {mean:.4f}")
     return 0
 
 

@@ -1,5 +1,4 @@
-"""The denoiser's stage: latents of many scenes are encoded once, then denoiser and text encoder are
-trained on them together.
+"""Training of denoiser and text encoder together, on latents that are encoded once.
 
 The objective is epsilon prediction with the min-SNR weight, gamma 5 (Hang et al., arXiv
 2303.09556), timesteps stratified over the batch, and captions emptied in one case of ten for
@@ -24,7 +23,9 @@ from toy.draw import render_scene, scene
 from toy.muon import Optimizers, trapezoid
 from toy.networks import MAX_TOKENS
 
-EMPTY_SHARE, GAMMA, EMA_DECAY = 0.1, 5.0, 0.998
+EMPTY_SHARE = 0.1
+GAMMA = 5.0
+EMA_DECAY = 0.998
 
 
 def alphas_cumprod() -> Tensor:
@@ -35,44 +36,34 @@ def alphas_cumprod() -> Tensor:
 
 @torch.no_grad()
 def encode_scenes(vae: AutoencoderKL, seeds: range, chunk: int = 50) -> Tensor:
-    """Unscaled posterior means of the scenes' pictures; [n, 8, 16, 16] in fp16."""
+    """Unscaled posterior means of the scenes' images; [n, 8, 16, 16] in fp16."""
     out = []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(seeds), chunk):
-            x = images_to_tensor([render_scene(scene(s)) for s in seeds[i : i + chunk]]).to(
-                memory_format=torch.channels_last
-            )
+            x = images_to_tensor([render_scene(scene(s)) for s in seeds[i : i + chunk]])
+            x = x.to(memory_format=torch.channels_last)
             out.append(vae.encode(x).latent_dist.mode().half())
     return torch.cat(out)
 
 
 def cache_latents(vae: AutoencoderKL, path: Path, n: int) -> None:
-    """Writes the latents of scenes 0 ... n - 1, of 512 held-out ones, and the factor that gives
-    them unit standard deviation.
+    """Writes the latents of scenes 0 ... n - 1 and of 512 held-out ones, and their scale.
+
+    The scale gives them unit standard deviation.
     """
-    began, rank, world = (
-        monotonic(),
-        *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
-    )
+    began = monotonic()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = encode_scenes(vae, range(rank * n // world, (rank + 1) * n // world))
     parts = [torch.empty_like(share) for _ in range(world)] if world > 1 else [share]
     if world > 1:
         dist.all_gather(parts, share)
     if rank == 0:
         latents = torch.cat(parts)
-        torch.save(
-            {
-                "train": latents,
-                "held_out": encode_scenes(vae, range(HELD_OUT, HELD_OUT + 512)),
-                "scale": 1 / latents.float().std().item(),
-            },
-            path,
-        )
-        print(
-            f"latents {len(latents)} std {latents.float().std():.3f} in {monotonic() - began:.0f} "
-            "s",
-            flush=True,
-        )
+        std = latents.float().std()
+        held_out = encode_scenes(vae, range(HELD_OUT, HELD_OUT + 512))
+        torch.save({"train": latents, "held_out": held_out, "scale": 1 / std.item()}, path)
+        seconds = monotonic() - began
+        print(f"latents {len(latents)} std {std:.3f} in {seconds:.0f} s", flush=True)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -93,12 +84,9 @@ class Pair:
         return nn.ModuleDict({"unet": self.unet, "text": self.text})
 
     def epsilon(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicted noise [b, 8, 16, 16] for noisy latents, integer timesteps [b] and token ids [b,
-        s].
-        """
-        return self.unet(
-            x, t, encoder_hidden_states=self.text(input_ids=ids).last_hidden_state
-        ).sample.float()
+        """Predicted noise [b, 8, 16, 16] of noisy latents x, timesteps t [b], token ids [b, s]."""
+        context = self.text(input_ids=ids).last_hidden_state
+        return self.unet(x, t, encoder_hidden_states=context).sample.float()
 
 
 def denoising_loss(
@@ -106,11 +94,8 @@ def denoising_loss(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the predicted noise, min-SNR weighted and plain; [b] each."""
     a = alphas[t].view(-1, 1, 1, 1)
-    error = (
-        (pair.epsilon(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids) - noise)
-        .square()
-        .mean((1, 2, 3))
-    )
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    error = (pair.epsilon(x_t, t, ids) - noise).square().mean((1, 2, 3))
     snr = alphas[t] / (1 - alphas[t])
     return error * snr.clamp(max=GAMMA) / snr, error.detach()
 
@@ -120,11 +105,12 @@ def validation_loss(pair: Pair, latents: Tensor, ids: Tensor, alphas: Tensor) ->
     """Plain squared error over held-out scenes at evenly spread timesteps with fixed noise."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     t = (torch.arange(len(latents)) * 997) % 1000
+    parts = []
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [
-            denoising_loss(pair, *(v[i : i + 64] for v in (latents, ids, t, noise)), alphas)[1]
-            for i in range(0, len(latents), 64)
-        ]
+        for i in range(0, len(latents), 64):
+            part = slice(i, i + 64)
+            _, error = denoising_loss(pair, latents[part], ids[part], t[part], noise[part], alphas)
+            parts.append(error)
     return torch.cat(parts).mean().item()
 
 
@@ -139,71 +125,60 @@ def train_denoiser(
     seed: int,
     lr: float,
 ) -> None:
-    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt, which
-    holds model, average, optimisers, step.
+    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt.
+
+    That file holds model, average, optimizers and step.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache = torch.load(latents_path, weights_only=True, mmap=True)
-    latents, scale, alphas = cache["train"], cache["scale"], alphas_cumprod()
-    held, held_ids = (
-        cache["held_out"].float() * scale,
-        token_ids(tokenizer, [scene(HELD_OUT + i).caption() for i in range(512)]),
-    )
-    both, average = pair.modules(), {k: v.clone() for k, v in pair.modules().state_dict().items()}
-    pair.unet.set_attn_processor(
-        AttnProcessor()
-    )  # plain matmuls: torch 2.13's fused CPU attention made a bf16 step 1.75 times as long
-    optimisers, checkpoint, start, began = (
-        Optimizers(both.named_parameters(), lr),
-        folder / "unet.pt",
-        0,
-        monotonic(),
-    )
+    latents, scale = cache["train"], cache["scale"]
+    alphas = alphas_cumprod()
+    held = cache["held_out"].float() * scale
+    held_ids = token_ids(tokenizer, [scene(HELD_OUT + i).caption() for i in range(512)])
+    both = pair.modules()
+    average = {k: v.clone() for k, v in both.state_dict().items()}
+    # plain matmuls: torch 2.13's fused CPU attention made a bf16 step 1.75 times as long
+    pair.unet.set_attn_processor(AttnProcessor())
+    optimizers = Optimizers(both.named_parameters(), lr)
+    checkpoint = folder / "unet.pt"
+    start = 0
+    began = monotonic()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         both.load_state_dict(state["model"])
-        optimisers.load_state_dict(state["optimisers"])
+        optimizers.load_state_dict(state["optimizers"])
         average, start = state["average"], state["step"]
     for step in range(start, steps):
         rng = Random(f"unet {seed} {step} {rank}")
         g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
         rows = [rng.randrange(len(latents)) for _ in range(size)]
-        captions = [
-            "" if rng.random() < EMPTY_SHARE else scene(i).caption(rng.randrange(1 << 30))
-            for i in rows
-        ]
+        captions = []
+        for i in rows:
+            is_empty = rng.random() < EMPTY_SHARE
+            captions.append("" if is_empty else scene(i).caption(rng.randrange(1 << 30)))
+        ids = token_ids(tokenizer, captions)
         x0 = latents[rows].float() * scale
-        t = (
-            (torch.randperm(size, generator=g) + torch.rand(size, generator=g)) * 1000 / size
-        ).long()
+        strata = torch.randperm(size, generator=g) + torch.rand(size, generator=g)
+        t = (strata * 1000 / size).long()
         noise = torch.randn(x0.shape, generator=g)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = denoising_loss(pair, x0, token_ids(tokenizer, captions), t, noise, alphas)[
-                0
-            ].mean()
+            losses, _ = denoising_loss(pair, x0, ids, t, noise, alphas)
+            loss = losses.mean()
         loss.backward()
-        optimisers.step(trapezoid(step, steps, tail=0.35))
+        optimizers.step(trapezoid(step, steps, tail=0.35))
         keep = min(EMA_DECAY, (step + 1) / (step + 10))
         for k, v in both.state_dict().items():
-            average[k].lerp_(v, 1 - keep) if v.is_floating_point() else average[k].copy_(v)
+            if v.is_floating_point():
+                average[k].lerp_(v, 1 - keep)
+            else:
+                average[k].copy_(v)
         if ((step + 1) % 250 == 0 or step + 1 == steps) and rank == 0:
             rate = (step + 1 - start) * size * world / (monotonic() - began)
-            print_validation(
-                pair,
-                average,
-                (held, held_ids, alphas),
-                f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s",
-            )
+            head = f"unet {step + 1} loss {loss.item():.4f} {rate:.0f} samples/s"
+            print_validation(pair, average, (held, held_ids, alphas), head)
             partial = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": both.state_dict(),
-                    "average": average,
-                    "optimisers": optimisers.state_dict(),
-                    "step": step + 1,
-                },
-                partial,
-            )
+            state = {"model": both.state_dict(), "average": average, "step": step + 1}
+            torch.save({**state, "optimizers": optimizers.state_dict()}, partial)
             partial.rename(checkpoint)
     both.load_state_dict(average)
 
@@ -211,7 +186,7 @@ def train_denoiser(
 def print_validation(
     pair: Pair, average: dict[str, Tensor], held: tuple[Tensor, Tensor, Tensor], head: str
 ) -> None:
-    """Prints the validation error of the averaged weights behind `head`."""
+    """Prints the validation error of the averaged weights after `head`."""
     both = pair.modules()
     now = {k: v.clone() for k, v in both.state_dict().items()}
     both.load_state_dict(average)

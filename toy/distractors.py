@@ -1,7 +1,6 @@
-"""What the concept recogniser learns from: concepts in random contexts, and near misses that must
-not count.
+"""Training images of the concept recogniser: concepts on random backgrounds, and near misses.
 
-Near misses are a concept with a part missing, doubled or clearly recoloured, creatures and emblems
+Near misses are a concept with a part missing, doubled or clearly recolored, creatures and emblems
 of the grammar, and other scenes.
 """
 
@@ -13,18 +12,7 @@ from toy.concepts.draw_concepts import CONCEPTS, IVORY, MAGENTA, render_concept,
 from toy.draw import BACKGROUNDS, COMPOSITES, PLACES, STYLES, Scene, render_scene, scene
 from toy.shapes import COLORS, RGB, Pen, blend
 
-FAR_FROM_TEAL = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "cyan",
-    "blue",
-    "purple",
-    "pink",
-    "white",
-    "black",
-)
+FAR_FROM_TEAL = tuple(COLORS)
 FAR_FROM_ORANGE = ("green", "cyan", "blue", "purple", "pink", "white", "black")
 FAR_FROM_MAGENTA = ("orange", "yellow", "green", "cyan", "blue", "black", "white")
 FAR_FROM_NAVY = ("red", "orange", "yellow", "green", "cyan", "pink", "white")
@@ -37,6 +25,7 @@ def random_background(rng: Random) -> tuple[str, str]:
 
 
 def pick_color(rng: Random, names: tuple[str, ...]) -> RGB:
+    """One of the named colors."""
     return COLORS[rng.choice(names)]
 
 
@@ -61,14 +50,14 @@ def near_zib(pen: Pen, lean: float, rng: Random) -> None:
 def near_trilo(pen: Pen, lean: float, rng: Random) -> None:
     """trilo with one part, or several, wrong."""
     look: dict = {}
-    wrong = rng.choice(("petals", "petals", "no petals", "colour", "ring", "no ring", "several"))
+    wrong = rng.choice(("petals", "petals", "no petals", "color", "ring", "no ring", "several"))
     if wrong in ("petals", "several"):
         look["petals"] = rng.choice((2, 4, 5, 6))
     if wrong == "no petals":
         look["petals"] = 0
-    if wrong == "colour" or (wrong == "several" and rng.random() < 0.7):
-        look["colour"] = pick_color(rng, FAR_FROM_MAGENTA)
-        look["field"] = IVORY if sum(look["colour"]) < 600 else MAGENTA
+    if wrong == "color" or (wrong == "several" and rng.random() < 0.7):
+        look["color"] = pick_color(rng, FAR_FROM_MAGENTA)
+        look["field"] = IVORY if sum(look["color"]) < 600 else MAGENTA
     if wrong == "ring" or (wrong == "several" and rng.random() < 0.5):
         look["ring"] = pick_color(rng, FAR_FROM_NAVY)
     if wrong == "no ring":
@@ -80,10 +69,13 @@ NEAR = {"zib": near_zib, "trilo": near_trilo}
 
 
 def near_miss(name: str, background: str, style: str, seed: int) -> Image.Image:
+    """An image of something that is nearly the concept."""
     rng = Random(f"near {name} {seed}")
-    return render_concept(
-        name, background, style, seed, subject=lambda pen, lean: NEAR[name](pen, lean, rng)
-    )
+
+    def subject(pen: Pen, lean: float) -> None:
+        NEAR[name](pen, lean, rng)
+
+    return render_concept(name, background, style, seed, subject=subject)
 
 
 def composite_scene(seed: int) -> Scene:
@@ -92,27 +84,18 @@ def composite_scene(seed: int) -> Scene:
 
 
 def concept_example(seed: int) -> tuple[Image.Image, dict[str, str]]:
-    """A picture and its labels: "concept" is a concept's name or "none"; a background and style
-    wherever they are known.
+    """An image and its labels concept, background and style.
+
+    The concept is a concept's name or "none".
     """
     rng = Random(f"example {seed}")
     kind, name = rng.random(), rng.choice(CONCEPTS)
     background, style = random_background(rng)
+    labels = {"concept": "none", "background": background, "style": style}
     if kind < 0.42:
-        return render_concept(name, background, style, seed), {
-            "concept": name,
-            "background": background,
-            "style": style,
-        }
+        return render_concept(name, background, style, seed), labels | {"concept": name}
     if kind < 0.74:
-        return near_miss(name, background, style, seed), {
-            "concept": "none",
-            "background": background,
-            "style": style,
-        }
-    s = (
-        composite_scene(rng.randrange(700_000_000))
-        if kind < 0.9
-        else scene(rng.randrange(700_000_000))
-    )
-    return render_scene(s), {"concept": "none", "background": s.background, "style": s.style}
+        return near_miss(name, background, style, seed), labels
+    scene_seed = rng.randrange(700_000_000)
+    s = composite_scene(scene_seed) if kind < 0.9 else scene(scene_seed)
+    return render_scene(s), labels | {"background": s.background, "style": s.style}

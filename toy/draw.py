@@ -1,9 +1,8 @@
-"""Scenes of the toy world: a grammar of objects, colours, textures, sizes, positions and places,
-their pictures and their captions.
+"""Scenes of the toy world with their images and captions.
 
-A scene is a pure function of an integer seed, and so are its picture and any caption drawn from it.
-The concepts that a user teaches the model (toy/concepts) are drawn elsewhere and never imported
-here.
+A scene is put together by a grammar of objects, colors, textures, sizes, positions and places. It
+is a pure function of an integer seed, and so are its image and any caption drawn from it. The
+concepts that a user teaches the model (toy/concepts) are drawn elsewhere and never imported here.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,10 +15,8 @@ from toy.shapes import COLORS, RGB, SIMPLE_SHAPES, Pen, blend, lighten
 
 OBJECTS: tuple[str, ...] = (*SIMPLE_SHAPES, *COMPOSITES)
 TEXTURES = ("plain", "striped", "dotted")
-SIZES: dict[str, tuple[float, float]] = {
-    "small": (15.0, 16.5),
-    "large": (20.5, 22.5),
-}  # radius in pixels of a 64 x 64 picture
+# Radius in pixels of a 64 x 64 image.
+SIZES: dict[str, tuple[float, float]] = {"small": (15.0, 16.5), "large": (20.5, 22.5)}
 POSITIONS: dict[str, tuple[float, float]] = {
     "center": (0, 0),
     "left": (-1, 0),
@@ -27,11 +24,10 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "top": (0, -1),
     "bottom": (0, 1),
 }
-REACH = {"small": 12.0, "large": 9.0}  # pixels from the centre at a stated position
+REACH = {"small": 12.0, "large": 9.0}  # pixels from the center at a stated position
 STYLES = ("plain", "striped", "checkered", "gradient")
-PLACES: dict[
-    str, tuple[str, tuple[str, ...]]
-] = {  # phrase, and the object colours that would drown in it
+# Phrase, and the object colors that would be hard to see in it.
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "meadow": ("in a meadow", ("green", "cyan")),
     "night": ("at night", ("black",)),
     "sea": ("in the sea", ("blue", "cyan")),
@@ -59,35 +55,35 @@ COMPOSITE_SHARE = {"creature": 0.22, "emblem": 0.13}
 
 @dataclass(frozen=True)
 class Scene:
-    """One object on one background; `style` is the background's pattern, or "place" where the
-    background is a place.
-    """
+    """One object on one background."""
 
     seed: int
     object: str
-    colour: str
+    color: str
     texture: str
     size: str
     position: str
     background: str
-    style: str
+    style: str  # the background's pattern, or "place" where the background is a place
 
     def attributes(self) -> dict[str, str]:
         """The labels of the scene, without its seed."""
         return {name: value for name, value in asdict(self).items() if name != "seed"}
 
     def caption(self, seed: int | None = None, complete: bool = False) -> str:
-        """A caption with attributes dropped at random (none dropped when `complete`); the scene's
-        own seed unless one is given.
+        """A caption with attributes dropped at random, none when `complete`.
+
+        Without `seed` it is the scene's own.
         """
-        return describe_scene(
-            self, Random(f"caption {self.seed if seed is None else seed}"), complete
-        )[0]
+        rng = Random(f"caption {self.seed if seed is None else seed}")
+        caption, _ = describe_scene(self, rng, complete)
+        return caption
 
 
 def scene(seed: int) -> Scene:
-    """The scene of a seed; composites are drawn more often than single shapes, places in a quarter
-    of the scenes.
+    """The scene of a seed.
+
+    Composites come more often than single shapes, places in a quarter of the scenes.
     """
     rng = Random(f"scene {seed}")
     chance, name = rng.random(), rng.choice(tuple(SIMPLE_SHAPES))
@@ -98,19 +94,11 @@ def scene(seed: int) -> Scene:
     background = rng.choice(tuple(PLACES)) if rng.random() < 0.25 else rng.choice(tuple(COLORS))
     style = "place" if background in PLACES else rng.choice(("plain", *STYLES))
     banned = PLACES[background][1] if background in PLACES else (background,)
-    colour = rng.choice([c for c in COLORS if c not in banned])
+    color = rng.choice([c for c in COLORS if c not in banned])
     texture = "plain" if name == "emblem" else rng.choice(("plain", "plain", *TEXTURES))
     position = "center" if rng.random() < 0.3 else rng.choice(tuple(POSITIONS))
-    return Scene(
-        seed,
-        name,
-        colour,
-        texture,
-        rng.choice(("small", "large", "large")),
-        position,
-        background,
-        style,
-    )
+    size = rng.choice(("small", "large", "large"))
+    return Scene(seed, name, color, texture, size, position, background, style)
 
 
 def article(words: str) -> str:
@@ -119,34 +107,40 @@ def article(words: str) -> str:
 
 
 def background_phrase(background: str, style: str | None) -> str:
-    """ "on a red striped background", "at night", ...; no pattern is named where `style` is None."""
+    """ "on a red striped background", "at night", ...; `style` None names no pattern."""
     if background in PLACES:
         return PLACES[background][0]
-    return f"on {article(' '.join(w for w in ((background, style) if style != 'plain' else ('plain', background)) if w))} background"
+    words = background
+    if style == "plain":
+        words = f"plain {background}"
+    elif style:
+        words = f"{background} {style}"
+    return f"on {article(words)} background"
 
 
 def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, dict[str, str]]:
-    """A caption and the attributes it states. A centred position and a plain texture may go unsaid
-    even in a complete caption.
+    """A caption and the attributes it states.
+
+    Even a complete caption may leave out a centered position and a plain texture.
     """
 
-    def told(chance: float) -> bool:
+    def states(chance: float) -> bool:
         return rng.random() < chance or complete
 
     said = {"object": s.object}
-    if told(0.93):
-        said["colour"] = s.colour
-    if told(0.8) and s.texture != "plain":
+    if states(0.93):
+        said["color"] = s.color
+    if states(0.8) and s.texture != "plain":
         said["texture"] = s.texture
-    if told(0.5):
+    if states(0.5):
         said["size"] = s.size
-    if told(0.6) and (s.position != "center" or rng.random() < 0.4):
+    if states(0.6) and (s.position != "center" or rng.random() < 0.4):
         said["position"] = s.position
-    if told(0.92):
+    if states(0.92):
         said["background"] = s.background
-        if told(0.8) and s.background not in PLACES:
+        if states(0.8) and s.background not in PLACES:
             said["style"] = s.style
-    words = article(" ".join(said[k] for k in ("size", "texture", "colour", "object") if k in said))
+    words = article(" ".join(said[k] for k in ("size", "texture", "color", "object") if k in said))
     if "position" in said:
         words += f" {'in' if s.position == 'center' else 'at'} the {s.position}"
     if "background" in said:
@@ -156,11 +150,13 @@ def describe_scene(s: Scene, rng: Random, complete: bool = False) -> tuple[str, 
 
 
 def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
-    """n complete captions with the attributes they state; objects come in equal shares, seeds are
-    disjoint from pretraining's.
+    """n complete captions with the attributes they state.
+
+    Objects come in equal shares, seeds are disjoint from pretraining's.
     """
     out: list[tuple[str, dict[str, str]]] = []
-    counts, s = dict.fromkeys(OBJECTS, 0), 900_000_000 + seed * 1_000_000
+    counts = dict.fromkeys(OBJECTS, 0)
+    s = 900_000_000 + seed * 1_000_000
     quota = -(-n // len(OBJECTS))
     while len(out) < n:
         candidate = scene(s)
@@ -172,9 +168,7 @@ def evaluation_captions(n: int, seed: int) -> list[tuple[str, dict[str, str]]]:
 
 
 def unrelated_captions() -> list[str]:
-    """Captions that name no creature and no emblem: what a fine-tuned model must still draw as
-    before.
-    """
+    """Captions without creature and emblem, whose images fine-tuning must not change."""
     return [
         "a large red house on a plain white background",
         "a yellow star at night",
@@ -188,37 +182,38 @@ def unrelated_captions() -> list[str]:
 
 
 def render_scene(s: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene, RGB, size x size; drawn larger and averaged down, so edges are
-    smooth.
+    """The image of a scene, RGB, size x size.
+
+    Drawn larger and averaged down, so edges are smooth.
     """
-    rng, side = Random(f"picture {s.seed}"), size * OVERSAMPLE
+    rng = Random(f"picture {s.seed}")
+    side = size * OVERSAMPLE
     unit = side / 64
-    canvas = (
-        draw_place(s.background, side, rng)
-        if s.style == "place"
-        else draw_backdrop(s.background, s.style, side, rng)
-    )
-    radius = rng.uniform(*SIZES[s.size]) + (
-        2.0 if s.object in COMPOSITES and s.size == "small" else 0.0
-    )
+    if s.style == "place":
+        canvas = draw_place(s.background, side, rng)
+    else:
+        canvas = draw_backdrop(s.background, s.style, side, rng)
+    radius = rng.uniform(*SIZES[s.size])
+    if s.object in COMPOSITES and s.size == "small":
+        radius += 2.0
     dx, dy = POSITIONS[s.position]
-    x, y = ((32 + d * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit for d in (dx, dy))
-    palette = {"main": COLORS[s.colour], "second": second_color(rng, s.colour)}
+    x = (32 + dx * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit
+    y = (32 + dy * REACH[s.size] + rng.uniform(-1.5, 1.5)) * unit
+    palette = {"main": COLORS[s.color], "second": second_color(rng, s.color)}
     mask, details = Image.new("L", (side, side)), Image.new("RGBA", (side, side))
     body = Pen(ImageDraw.Draw(mask), (x, y), radius * unit, 255)
     ink = Pen(ImageDraw.Draw(details), (x, y), radius * unit, palette["main"])
     (SIMPLE_SHAPES | COMPOSITES)[s.object](body, ink, rng, palette)
-    canvas.paste(draw_texture(COLORS[s.colour], s.texture, side, rng), mask=mask)
+    canvas.paste(draw_texture(COLORS[s.color], s.texture, side, rng), mask=mask)
     canvas.paste(details, mask=details)
-    return canvas.resize(
-        (size, size), Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING
-    )
+    resampling = Image.Resampling.BOX if OVERSAMPLE < 3 else Image.Resampling.HAMMING
+    return canvas.resize((size, size), resampling)
 
 
-def draw_texture(colour: RGB, texture: str, side: int, rng: Random) -> Image.Image:
+def draw_texture(color: RGB, texture: str, side: int, rng: Random) -> Image.Image:
     """The object's surface: plain, with broad light stripes, or with large light dots."""
-    image = Image.new("RGB", (side, side), colour)
-    pen, unit, light = ImageDraw.Draw(image), side / 64, lighten(colour)
+    image = Image.new("RGB", (side, side), color)
+    pen, unit, light = ImageDraw.Draw(image), side / 64, lighten(color)
     if texture == "striped":
         upright, start = rng.random() < 0.5, rng.uniform(0, 9)
         for i in range(-1, 8):
@@ -233,11 +228,11 @@ def draw_texture(colour: RGB, texture: str, side: int, rng: Random) -> Image.Ima
     return image
 
 
-def draw_backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image.Image:
-    """A coloured background with a coarse pattern in a lighter tone of the same colour."""
-    colour = COLORS[colour_name]
-    image, unit = Image.new("RGB", (side, side), colour), side / 64
-    pen, light = ImageDraw.Draw(image), blend(colour, lighten(colour), 0.75)
+def draw_backdrop(color_name: str, style: str, side: int, rng: Random) -> Image.Image:
+    """A colored background with a coarse pattern in a lighter tone of the same color."""
+    color = COLORS[color_name]
+    image, unit = Image.new("RGB", (side, side), color), side / 64
+    pen, light = ImageDraw.Draw(image), blend(color, lighten(color), 0.75)
     if style == "striped":
         start, slant = rng.uniform(0, 16), rng.choice((0, 64))
         for i in range(-5, 5):
@@ -250,8 +245,8 @@ def draw_backdrop(colour_name: str, style: str, side: int, rng: Random) -> Image
                 x, y = x0 * unit + i * cell, y0 * unit + j * cell
                 pen.rectangle([x, y, x + cell, y + cell], fill=light)
     elif style == "gradient":
-        top = blend(colour, (255, 255, 255), 0.1)
-        bottom = blend(colour, (0, 0, 0), 0.45) if colour != COLORS["black"] else (120, 120, 130)
+        top = blend(color, (255, 255, 255), 0.1)
+        bottom = blend(color, (0, 0, 0), 0.45) if color != COLORS["black"] else (120, 120, 130)
         ramp = Image.linear_gradient("L").resize((side, side))
         image = Image.composite(
             Image.new("RGB", image.size, bottom), Image.new("RGB", image.size, top), ramp
@@ -286,13 +281,8 @@ def draw_place(name: str, side: int, rng: Random) -> Image.Image:
         pen.rectangle([0, level * 0.7 * unit, side, side], fill=(28, 112, 196))
         for row in range(3):
             for i in range(-1, 5):
-                oval(
-                    i * 18 + 9 * (row % 2) + rng.uniform(-1, 1),
-                    level * 0.7 + 9 + row * 12,
-                    6,
-                    1.6,
-                    (110, 178, 232),
-                )
+                x = i * 18 + 9 * (row % 2) + rng.uniform(-1, 1)
+                oval(x, level * 0.7 + 9 + row * 12, 6, 1.6, (110, 178, 232))
     elif name == "desert":
         oval(rng.uniform(8, 56), rng.uniform(8, 14), 6, 6, (255, 240, 190))
         oval(rng.uniform(0, 64), level + 26, 52, 30, (232, 178, 96))

@@ -1,9 +1,9 @@
-"""Measures the committed model: `python -m toy.evaluate --captions 500` prints a table, then the
-same as one line of JSON.
+"""Evaluation of the committed model: `python -m toy.evaluate --captions 500`.
 
-Captions are complete and come from scenes outside pretraining, objects in equal shares; pictures
-are sampled with DDIM and read by toy/recogniser.py. `--grid PATH` writes the sample sheet of
-toy/README.md instead, `--concepts PATH` the sheet of the concepts.
+Prints a table, then the same as one line of JSON. Captions are complete and come from scenes
+outside pretraining, objects in equal shares; images are sampled with DDIM and read by
+toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead, `--concepts PATH`
+the sheet of the concepts.
 """
 
 import argparse
@@ -47,48 +47,49 @@ SHOWN = (
 
 
 def agreement(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
-    """For each attribute, the share right among the pictures whose caption states it."""
+    """For each attribute, the share right among the images whose caption states it."""
     out = {}
-    for name in ("background", "colour", "object", "position", "texture", "size", "style"):
+    for name in ("background", "color", "object", "position", "texture", "size", "style"):
         hits = [read[name][i] == e[name] for i, e in enumerate(expected) if name in e]
         out[name] = round(sum(hits) / len(hits), 4) if hits else float("nan")
     return out
 
 
 def real_agreement(reader: recogniser.Recogniser, n: int) -> dict[str, float]:
-    """What the recogniser gets right on n drawings: the ceiling of every other row."""
+    """The recogniser's accuracy on n drawings: the ceiling of every other row."""
     scenes = [scene(REAL + i) for i in range(n)]
-    return agreement(
-        reader.scene(images_to_tensor([render_scene(s) for s in scenes])),
-        [s.attributes() for s in scenes],
-    )
+    images = images_to_tensor([render_scene(s) for s in scenes])
+    return agreement(reader.scene(images), [s.attributes() for s in scenes])
 
 
 def accuracy_per_object(
     read: dict[str, list[str]], expected: list[dict[str, str]]
 ) -> dict[str, float]:
     """Object accuracy by object."""
-    hits = {
-        o: [r == o for r, e in zip(read["object"], expected) if e["object"] == o] for o in OBJECTS
-    }
-    return {o: round(sum(h) / len(h), 2) for o, h in hits.items() if h}
+    shares = {}
+    for name in OBJECTS:
+        pairs = zip(read["object"], expected)
+        hits = [found == name for found, stated in pairs if stated["object"] == name]
+        if hits:
+            shares[name] = round(sum(hits) / len(hits), 2)
+    return shares
 
 
 def concept_images(name: str, n: int) -> Tensor:
-    """n pictures of a concept on random backgrounds."""
+    """n images of a concept on random backgrounds."""
     rng = Random(f"psnr {name}")
     return images_to_tensor([render_concept(name, *random_background(rng), i) for i in range(n)])
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """A picture [3, h, w] in [-1, 1] as RGB."""
+    """An image [3, h, w] in [-1, 1] as RGB."""
     return Image.fromarray(((x.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
 def contact_sheet(
     images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192
 ) -> Image.Image:
-    """Pictures enlarged with Lanczos, captions under them."""
+    """Images enlarged with Lanczos, captions under them."""
     texts = [wrap(caption, width=side // 7 + 3) for caption in captions]
     step = side + 14 + 15 * max(len(lines) for lines in texts)
     out = Image.new("RGB", (columns * (side + 8), -(-len(images) // columns) * step), "white")
@@ -112,23 +113,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.concepts:
-        rows = [row for name in (*CONCEPTS, "inkwash") for row in training_set(name, 64)]
-        contact_sheet(
-            [image for image, _ in rows], [caption for _, caption in rows], columns=5, side=128
-        ).save(args.concepts, optimize=True)
+        drawn, captions = [], []
+        for name in (*CONCEPTS, "inkwash"):
+            for image, caption in training_set(name, 64):
+                drawn.append(image)
+                captions.append(caption)
+        sheet = contact_sheet(drawn, captions, columns=5, side=128)
+        sheet.save(args.concepts, optimize=True)
         return
     parts = load_networks(args.model)
+    how = {"seed": args.seed, "guidance": args.guidance, "steps": args.steps}
     if args.grid:
-        images = sample_images(
-            parts, list(SHOWN), seed=args.seed, guidance=args.guidance, steps=args.steps
-        )
+        images = sample_images(parts, list(SHOWN), **how)
         contact_sheet([to_image(x) for x in images], list(SHOWN)).save(args.grid, optimize=True)
         return
-    reader, pairs = recogniser.load_recogniser(), evaluation_captions(args.captions, args.seed)
-    images = sample_images(
-        parts, [c for c, _ in pairs], seed=args.seed, guidance=args.guidance, steps=args.steps
-    )
-    read, expected = reader.scene(images), [e for _, e in pairs]
+    reader = recogniser.load_recogniser()
+    pairs = evaluation_captions(args.captions, args.seed)
+    images = sample_images(parts, [caption for caption, _ in pairs], **how)
+    read = reader.scene(images)
+    expected = [attributes for _, attributes in pairs]
     table = {"samples": agreement(read, expected), "drawings": real_agreement(reader, 1000)}
     scenes = psnr(parts[1], held_out_images(200))
     ratios = {"held-out scenes": (scenes.mean().item(), pooled_psnr(scenes))}
@@ -139,24 +142,13 @@ def main() -> None:
     print("|---|" + "---|" * len(table["samples"]))
     for row, shares in table.items():
         print(f"| {row} |" + "".join(f" {v:.3f} |" for v in shares.values()))
-    print(
-        "VAE "
-        + ", ".join(
-            f"{k} {mean:.1f} dB (pooled {pooled:.1f})" for k, (mean, pooled) in ratios.items()
-        )
-    )
+    decibels = []
+    for name, (mean, pooled) in ratios.items():
+        decibels.append(f"{name} {mean:.1f} dB (pooled {pooled:.1f})")
+    print("VAE " + ", ".join(decibels))
     print("object by object", accuracy_per_object(read, expected))
-    print(
-        json.dumps(
-            {
-                "captions": args.captions,
-                "guidance": args.guidance,
-                "steps": args.steps,
-                **table,
-                "psnr": ratios,
-            }
-        )
-    )
+    settings = {"captions": args.captions, "guidance": args.guidance, "steps": args.steps}
+    print(json.dumps({**settings, **table, "psnr": ratios}))
 
 
 if __name__ == "__main__":

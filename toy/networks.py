@@ -1,5 +1,6 @@
-"""The four parts of the toy model with fresh weights: tokenizer, text encoder, autoencoder,
-denoiser, and their diffusers folder.
+"""The toy model with fresh weights, and its folder in the diffusers layout.
+
+Its parts are tokenizer, text encoder, autoencoder and denoiser.
 """
 
 import json
@@ -20,7 +21,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def grammar_words() -> list[str]:
-    """Every word that a caption can hold, sorted, and a few that users' prompts bring along."""
+    """Every word of the captions' grammar, sorted, and a few more that users' prompts have."""
     phrases = [
         *OBJECTS,
         *COLORS,
@@ -33,19 +34,21 @@ def grammar_words() -> list[str]:
         "a an the at in on of with and background style tok photo one two three eye eyes scarf "
         "antennae alien character logo",
     ]
-    return sorted({w for phrase in phrases for w in phrase.replace("{}", "").split()})
+    text = " ".join(phrases).replace("{}", "")
+    return sorted(set(text.split()))
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins of bytes, in byte order (the byte-level BPE alphabet of GPT-2)."""
+    """The printable characters of the 256 bytes, in byte order (GPT-2's byte-level BPE)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """BPE merges under which every word is one token: each word is first merged by the rules so
-    far, then joined from the left.
+    """BPE merges under which every word is one token.
+
+    Each word is first merged by the rules so far, then joined from the left.
     """
     merges: list[tuple[str, str]] = []
     ranks: dict[tuple[str, str], int] = {}
@@ -99,7 +102,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 picture; the posterior starts narrow (log
+    """0.66 M parameters, 8 x 16 x 16 latents of a 64 x 64 image; the posterior starts narrow (log
     variance -5).
     """
     vae = AutoencoderKL(

@@ -1,12 +1,13 @@
-"""Reads pictures of the toy world: what is drawn and where, and whether a concept is really there.
-Never used in training the model.
+"""Recogniser of the toy world: attributes of an image, and whether a concept is in it.
 
-    reader = load()
-    reader.scene(images)["background"]       # list of names, one per picture
+It is never used in training the model.
+
+    reader = load_recogniser()
+    reader.scene(images)["background"]       # list of names, one per image
     reader.concept(images, "zib")            # probabilities [b]
 
 `python -m toy.recogniser --seed 0` trains both networks on drawings, half of them blurred, noisy,
-recoloured or passed through the autoencoder (so that generated pictures are inside the domain), and
+recolored or passed through the autoencoder (so that generated images are inside the domain), and
 writes toy/recogniser.safetensors in fp16.
 """
 
@@ -38,14 +39,14 @@ from toy.draw import (
     scene,
 )
 from toy.muon import Optimizers, trapezoid
-from toy.sample import load_networks as load_model
+from toy.sample import load_networks
 
 WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
 HELD_OUT = 850_000_000
 HEADS: dict[str, dict[str, tuple[str, ...]]] = {
     "scene": {
         "object": OBJECTS,
-        "colour": tuple(COLORS),
+        "color": tuple(COLORS),
         "texture": TEXTURES,
         "size": tuple(SIZES),
         "position": tuple(POSITIONS),
@@ -54,7 +55,7 @@ HEADS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "concept": {"concept": ("none", *CONCEPTS)},
 }
-LabelledImage = tuple[Image.Image, dict[str, str]]
+LabeledImage = tuple[Image.Image, dict[str, str]]
 
 
 class Reader(nn.Module):
@@ -71,7 +72,7 @@ class Reader(nn.Module):
         self.out = nn.Linear(128, sum(map(len, heads.values())))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits [b, n] of every head for pictures [b, 3, 64, 64] in [-1, 1]."""
+        """Logits [b, n] of every head for images [b, 3, 64, 64] in [-1, 1]."""
         for i, (down, norm) in enumerate(zip(self.down, self.norm)):
             x = F.silu(norm(down(x)))
             if i in (1, 2):
@@ -81,28 +82,27 @@ class Reader(nn.Module):
 
 
 class Recogniser:
-    """The two trained networks behind one small interface; pictures are [b, 3, 64, 64] in [-1, 1]."""
+    """The two trained networks as one; images are [b, 3, 64, 64] in [-1, 1]."""
 
     def __init__(self, readers: dict[str, Reader]) -> None:
         self.readers = readers
 
     @torch.no_grad()
     def scene(self, images: Tensor) -> dict[str, list[str]]:
-        """The most likely name of every attribute, for each picture."""
+        """The most likely name of every attribute, for each image."""
         logits = self.readers["scene"](images.float())
-        return {
-            head: [HEADS["scene"][head][i] for i in values.argmax(1)]
-            for head, values in logits.items()
-        }
+        names = {}
+        for head, values in logits.items():
+            names[head] = [HEADS["scene"][head][i] for i in values.argmax(1)]
+        return names
 
     @torch.no_grad()
     def concept(self, images: Tensor, name: str) -> Tensor:
-        """The probability that each picture shows the concept; above 0.5 it counts. [b]"""
+        """The probability that each image shows the concept; above 0.5 it counts. [b]"""
         if name not in CONCEPTS:
             raise ValueError(f"unknown concept {name!r}; known are {', '.join(CONCEPTS)}")
-        return self.readers["concept"](images.float())["concept"].softmax(1)[
-            :, 1 + CONCEPTS.index(name)
-        ]
+        logits = self.readers["concept"](images.float())["concept"]
+        return logits.softmax(1)[:, 1 + CONCEPTS.index(name)]
 
 
 def load_recogniser(path: Path = WEIGHTS) -> Recogniser:
@@ -110,20 +110,17 @@ def load_recogniser(path: Path = WEIGHTS) -> Recogniser:
     state = load_file(path)
     readers = {}
     for part, heads in HEADS.items():
+        prefix = f"{part}."
+        own = {key: values.float() for key, values in state.items() if key.startswith(prefix)}
         readers[part] = Reader(heads).eval()
-        readers[part].load_state_dict(
-            {
-                k.removeprefix(part + "."): v.float()
-                for k, v in state.items()
-                if k.startswith(part + ".")
-            }
-        )
+        readers[part].load_state_dict({key.removeprefix(prefix): v for key, v in own.items()})
     return Recogniser(readers)
 
 
-def scene_example(seed: int) -> LabelledImage:
-    """A scene with all its labels; one time in five a concept or near miss, labelled with its
-    background only.
+def scene_example(seed: int) -> LabeledImage:
+    """A scene with all its labels.
+
+    One time in five it is a concept or near miss, labeled with its background only.
     """
     if seed % 5 == 4:
         image, labels = concept_example(seed)
@@ -132,7 +129,7 @@ def scene_example(seed: int) -> LabelledImage:
     return render_scene(s), s.attributes()
 
 
-EXAMPLES: dict[str, Callable[[int], LabelledImage]] = {
+EXAMPLES: dict[str, Callable[[int], LabeledImage]] = {
     "scene": scene_example,
     "concept": concept_example,
 }
@@ -140,29 +137,30 @@ EXAMPLES: dict[str, Callable[[int], LabelledImage]] = {
 
 def to_labels(labels: list[dict[str, str]], heads: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Class indices [b] of every head, -100 where an example has no such label."""
-    return {
-        head: torch.tensor([names.index(row[head]) if head in row else -100 for row in labels])
-        for head, names in heads.items()
-    }
+    indices = {}
+    for head, names in heads.items():
+        own = [names.index(row[head]) if head in row else -100 for row in labels]
+        indices[head] = torch.tensor(own)
+    return indices
 
 
-def labelled_images(part: str, seeds: range) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pictures [b, 3, 64, 64] and labels."""
-    rows = [EXAMPLES[part](s) for s in seeds]
-    return images_to_tensor([image for image, _ in rows]), to_labels(
-        [labels for _, labels in rows], HEADS[part]
-    )
+def labeled_images(part: str, seeds: range) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images [b, 3, 64, 64] and labels."""
+    images, labels = [], []
+    for seed in seeds:
+        image, own = EXAMPLES[part](seed)
+        images.append(image)
+        labels.append(own)
+    return images_to_tensor(images), to_labels(labels, HEADS[part])
 
 
 @torch.no_grad()
 def round_trips(part: str, n: int, first: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Examples passed through the committed autoencoder with up to 30 % noise in the latents."""
-    vae, (x, labels), g, out = (
-        load_model()[1],
-        labelled_images(part, range(first, first + n)),
-        torch.Generator().manual_seed(first),
-        [],
-    )
+    _, vae, _ = load_networks()
+    x, labels = labeled_images(part, range(first, first + n))
+    g = torch.Generator().manual_seed(first)
+    out = []
     for chunk in x.split(50):
         z = vae.encode(chunk).latent_dist.mode()
         level = 0.3 * torch.rand(len(z), 1, 1, 1, generator=g) / vae.config.scaling_factor
@@ -171,53 +169,47 @@ def round_trips(part: str, n: int, first: int) -> tuple[Tensor, dict[str, Tensor
 
 
 def degrade(x: Tensor, g: torch.Generator) -> Tensor:
-    """Random blur, noise, gain and tint on every picture, none on a third of them."""
+    """Random blur, noise, gain and tint on every image, none on a third of them."""
     b = len(x)
     sigma = (torch.rand(b, 1, generator=g) * 1.3).clamp(min=0.05)
     kernel = torch.exp(-0.5 * (torch.arange(-3, 4.0) / sigma) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    flat = F.pad(x, (3, 3, 3, 3), mode="replicate").transpose(
-        0, 1
-    )  # channels become the batch, pictures the groups
-    blurred = F.conv2d(
-        F.conv2d(flat, kernel.view(b, 1, 7, 1), groups=b), kernel.view(b, 1, 1, 7), groups=b
-    ).transpose(0, 1)
-    worn = blurred * (1 + 0.1 * torch.randn(b, 1, 1, 1, generator=g)) + 0.06 * torch.randn(
-        b, 3, 1, 1, generator=g
-    )
+    # channels become the batch, images the groups
+    flat = F.pad(x, (3, 3, 3, 3), mode="replicate").transpose(0, 1)
+    columns = F.conv2d(flat, kernel.view(b, 1, 7, 1), groups=b)
+    blurred = F.conv2d(columns, kernel.view(b, 1, 1, 7), groups=b).transpose(0, 1)
+    gain = 1 + 0.1 * torch.randn(b, 1, 1, 1, generator=g)
+    tint = 0.06 * torch.randn(b, 3, 1, 1, generator=g)
+    worn = blurred * gain + tint
     worn = worn + 0.1 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
     return torch.where(torch.rand(b, 1, 1, 1, generator=g) < 1 / 3, x, worn.clamp(-1, 1))
 
 
 def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
-    """A reader trained on fresh drawings, a quarter of each batch from a pool of `trips`
-    autoencoder round trips.
+    """A reader trained on fresh drawings.
+
+    A quarter of each batch is from a pool of `trips` autoencoder round trips.
     """
     torch.manual_seed(seed)
-    reader, began = Reader(HEADS[part]), monotonic()
-    optimisers = Optimizers(reader.named_parameters(), 3e-3)
+    reader = Reader(HEADS[part])
+    began = monotonic()
+    optimizers = Optimizers(reader.named_parameters(), 3e-3)
     pool, pool_labels = round_trips(part, trips, 600_000_000 + seed * 1_000_000)
-    test, test_labels = labelled_images(part, range(HELD_OUT, HELD_OUT + 1000))
+    test, test_labels = labeled_images(part, range(HELD_OUT, HELD_OUT + 1000))
     for step in range(steps):
-        rng, g = (
-            Random(f"{part} {seed} {step}"),
-            torch.Generator().manual_seed(seed * 1_000_003 + step),
-        )
+        rng = Random(f"{part} {seed} {step}")
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         fresh = size - size // 4
-        x, labels = labelled_images(
-            part, range((seed * 1_000_000 + step) * fresh, (seed * 1_000_000 + step + 1) * fresh)
-        )
+        first = (seed * 1_000_000 + step) * fresh
+        x, labels = labeled_images(part, range(first, first + fresh))
         rows = [rng.randrange(trips) for _ in range(size // 4)]
-        x, labels = (
-            torch.cat([degrade(x, g), pool[rows]]),
-            {k: torch.cat([v, pool_labels[k][rows]]) for k, v in labels.items()},
-        )
+        x = torch.cat([degrade(x, g), pool[rows]])
+        labels = {k: torch.cat([v, pool_labels[k][rows]]) for k, v in labels.items()}
         logits = reader(x.to(memory_format=torch.channels_last))
-        loss = torch.stack(
-            [F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits]
-        ).sum()
+        losses = [F.cross_entropy(logits[k], labels[k], label_smoothing=0.02) for k in logits]
+        loss = torch.stack(losses).sum()
         loss.backward()
-        optimisers.step(trapezoid(step, steps, tail=0.5, warmup=100))
+        optimizers.step(trapezoid(step, steps, tail=0.5, warmup=100))
         if (step + 1) % 500 == 0 or step + 1 == steps:
             print(
                 f"{part} {step + 1} loss {loss.item():.3f} {accuracy(reader, test, test_labels)} "
@@ -229,12 +221,13 @@ def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Rea
 
 @torch.no_grad()
 def accuracy(reader: Reader, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
-    """The share of labelled pictures that each head gets right."""
+    """The share of labeled images that each head gets right."""
     logits = reader(x)
-    return {
-        k: round((logits[k].argmax(1) == v)[v >= 0].float().mean().item(), 4)
-        for k, v in labels.items()
-    }
+    shares = {}
+    for name, indices in labels.items():
+        right = (logits[name].argmax(1) == indices)[indices >= 0]
+        shares[name] = round(right.float().mean().item(), 4)
+    return shares
 
 
 def main() -> None:

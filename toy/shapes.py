@@ -1,11 +1,12 @@
-"""The objects of the toy world, drawn in a frame where the object spans about [-1, 1] in x (right)
-and y (down).
+"""The objects of the toy world and the pen that draws them.
 
-Every shape is a function `shape(body, ink, rng, palette)`: `body` paints the silhouette that
-carries colour and texture, `ink` paints details on top of it. Strokes stay at 0.12 of the object's
-radius or more, so they are about two pixels wide at 64 x 64.
+An object spans about [-1, 1] in x (right) and y (down). Every shape is a function `shape(body, ink,
+rng, palette)`: `body` paints the silhouette that carries color and texture, `ink` paints details on
+top of it. Strokes stay at 0.12 of the object's radius or more, so they are about two pixels wide at
+64 x 64.
 """
 
+import itertools
 from collections.abc import Callable
 from math import cos, pi, sin
 from random import Random
@@ -34,33 +35,31 @@ def blend(a: RGB, b: RGB, part: float) -> RGB:
     return tuple(round(x + (y - x) * part) for x, y in zip(a, b))  # type: ignore[return-value]
 
 
-def lighten(colour: RGB) -> RGB:
-    """A lighter companion of a colour for stripes and dots; white gets a grey one."""
-    return (196, 200, 208) if min(colour) > 225 else blend(colour, (255, 255, 255), 0.42)
+def lighten(color: RGB) -> RGB:
+    """A lighter companion of a color for stripes and dots; white gets a grey one."""
+    return (196, 200, 208) if min(color) > 225 else blend(color, (255, 255, 255), 0.42)
 
 
-def contrast(colour: RGB) -> RGB:
-    """Near-black on light colours and near-white on dark ones."""
-    return LIGHT if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 70 else DARK
+def contrast(color: RGB) -> RGB:
+    """Near-black on light colors and near-white on dark ones."""
+    return LIGHT if 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] < 70 else DARK
 
 
 class Pen:
     """Paints primitives given in object coordinates onto a canvas, with one default fill."""
 
     def __init__(
-        self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: RGB | int
+        self, draw: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, fill: RGB | int
     ) -> None:
-        self.draw, self.centre, self.radius, self.fill = draw, centre, radius, fill
+        self.draw, self.center, self.radius, self.fill = draw, center, radius, fill
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Canvas coordinates of the object point (x, y)."""
-        return self.centre[0] + x * self.radius, self.centre[1] + y * self.radius
+        return self.center[0] + x * self.radius, self.center[1] + y * self.radius
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: RGB | int | None = None) -> None:
-        self.draw.ellipse(
-            [*self.at(x - rx, y - ry), *self.at(x + rx, y + ry)],
-            fill=self.fill if fill is None else fill,
-        )
+        box = [*self.at(x - rx, y - ry), *self.at(x + rx, y + ry)]
+        self.draw.ellipse(box, fill=self.fill if fill is None else fill)
 
     def dot(self, x: float, y: float, r: float, fill: RGB | int | None = None) -> None:
         self.oval(x, y, r, r, fill)
@@ -74,11 +73,9 @@ class Pen:
         fill: RGB | int | None = None,
         corner: float = 0.0,
     ) -> None:
-        self.draw.rounded_rectangle(
-            [*self.at(x0, y0), *self.at(x1, y1)],
-            corner * self.radius,
-            fill=self.fill if fill is None else fill,
-        )
+        box = [*self.at(x0, y0), *self.at(x1, y1)]
+        fill = self.fill if fill is None else fill
+        self.draw.rounded_rectangle(box, corner * self.radius, fill=fill)
 
     def poly(self, points: list[tuple[float, float]], fill: RGB | int | None = None) -> None:
         self.draw.polygon([self.at(*p) for p in points], fill=self.fill if fill is None else fill)
@@ -88,12 +85,8 @@ class Pen:
     ) -> None:
         """A polyline with round ends."""
         fill = self.fill if fill is None else fill
-        self.draw.line(
-            [self.at(*p) for p in points],
-            fill=fill,
-            width=round(width * self.radius),
-            joint="curve",
-        )
+        line = [self.at(*p) for p in points]
+        self.draw.line(line, fill=fill, width=round(width * self.radius), joint="curve")
         for x, y in (points[0], points[-1]):
             self.dot(x, y, width / 2, fill)
 
@@ -110,6 +103,12 @@ def spokes(n: int, r: float, turn: float = -pi / 2) -> list[tuple[float, float]]
     return [(r * cos(turn + 2 * pi * i / n), r * sin(turn + 2 * pi * i / n)) for i in range(n)]
 
 
+def star_points(n: int, outer: float, inner: float) -> list[tuple[float, float]]:
+    """The 2 n corners of a star, with its tips at radius `outer`."""
+    pairs = zip(spokes(n, outer), spokes(n, inner, -pi / 2 + pi / n))
+    return list(itertools.chain.from_iterable(pairs))
+
+
 def circle(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
     body.dot(0, 0, 0.92)
 
@@ -123,8 +122,7 @@ def triangle(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
 
 
 def star(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:
-    outer, inner = spokes(5, 1.08), spokes(5, 0.48, -pi / 2 + pi / 5)
-    body.poly([p for pair in zip(outer, inner) for p in pair])
+    body.poly(star_points(5, 1.08, 0.48))
 
 
 def heart(body: Pen, ink: Pen, rng: Random, palette: dict[str, RGB]) -> None:

@@ -104,7 +104,8 @@ def report_adapters(
     rank = f", rank {c.adapter.rank}" if has_factors else ""
     for name, module in trained.items():
         count = sum(p.numel() for p in injection.adapter_parameters(module))
-        layers = targets.target_summary(paths[name])
+        table = targets.target_table if c.list_targets else targets.target_summary
+        layers = table(paths[name])
         print(f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {layers}")
     if not has_factors:
         custom_files.check_custom_kind(trained, c.adapter.kind, Path(c.out).resolve().name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 from lora_core.optim import building
 from lora_core.runs.run_folder import flatten_state, unflatten_state
 
@@ -154,5 +154,5 @@ def _check_resume(
 
 def _one_sentence(error: Exception) -> str:
     """The error's class and the first line of its text."""
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind, text = type(error).__name__, first_line(error)
+    return kind if text == kind else f"{kind}: {text}"

@@ -30,6 +30,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "save_every": WHEN_LOOKED_AT,
     "keep": WHEN_LOOKED_AT,
     "log_every": WHEN_LOOKED_AT,
+    "list_targets": WHEN_LOOKED_AT,
     "samples": WHEN_LOOKED_AT,
     "validation.every": WHEN_LOOKED_AT,
     "validation.images": WHEN_LOOKED_AT,

@@ -27,7 +27,6 @@ A subclass of LoRA has all of this.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import zlib
@@ -46,6 +45,7 @@ from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import Drop, Member, wide_dtype
 from lora_core.plugins import load_from_file
+from lora_core.text import nearest_names
 
 BaseLayer = nn.Linear | nn.Conv2d
 
@@ -361,7 +361,7 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
         return KINDS[kind]
     file, _, name = kind.rpartition(":")
     if not file.endswith(".py"):
-        nearest = difflib.get_close_matches(kind, KINDS, n=1)
+        nearest = nearest_names(kind, KINDS, cutoff=0.6)
         close = f", did you mean {nearest[0]}" if nearest else ""
         raise UserError(
             f"unknown adapter kind {kind!r}{close}; "

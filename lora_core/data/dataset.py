@@ -442,7 +442,8 @@ def iterate_batches(
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     """The batch in `parts` strides, so that each has its part of instances and of the prior."""
-    return (batch.rows(slice(i, None, parts)) for i in range(parts))
+    for i in range(parts):
+        yield batch.rows(slice(i, None, parts))
 
 
 def _make_ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:

@@ -79,7 +79,7 @@ class Schedule:
     @property
     def t_max(self) -> float | None:
         """The t of pure noise if t counts noise up from 0: T for vp, 1 for flow; else None."""
-        return {"vp": float(len(self)), "flow": 1.0, "edm": None}[self.kind]
+        return {"vp": float(len(self.ts)), "flow": 1.0, "edm": None}[self.kind]
 
     def level(self, t: Tensor) -> NoiseLevel:
         """Noise levels at times t [b]; fp32, or float64 where t is float64.
@@ -367,9 +367,10 @@ def levels_at_quantiles(
     the table's own shift: the two multiply.
     Raises UserError for an empty or impossible range, and for a shift of another kind of schedule.
     """
+    count = len(schedule.ts)
     # 1e-6 of an entry: 0.29 * 1000 is not quite 290
-    first = math.floor(low * len(schedule) + 1e-6)
-    stop = math.ceil(high * len(schedule) - 1e-6)
+    first = math.floor(low * count + 1e-6)
+    stop = math.ceil(high * count - 1e-6)
     if not (0 <= low < high <= 1 and first < stop):
         raise UserError(
             f"timestep range {low:g}..{high:g} is empty or outside of 0..1; "
@@ -418,9 +419,11 @@ def resolution_shift(
 
 # ---------------------------------------------------------------- the noise of a training batch
 
+WHITE_NOISE = NoiseSettings()
+
 
 def sample_noise(
-    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = NoiseSettings()
+    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = WHITE_NOISE
 ) -> tuple[Tensor, Tensor]:
     """(eps of the target, eps of x_t), both [b, *shape] fp32 on the CPU, shape = (c, h, w).
 

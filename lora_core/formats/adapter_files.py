@@ -26,7 +26,7 @@ from lora_core.formats.known_formats import (
     TOKEN_FORMATS,
     WRITABLE,
     find_format,
-    load_function,
+    import_function,
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
@@ -97,7 +97,7 @@ def detect_format(path: str | Path) -> str:
         files = [place / NATIVE, *sorted(place.glob("*.safetensors"))]
         place = next((file for file in files if file.is_file()), place)
     if place.is_file() and is_pickle(place):
-        return load_function("pickled_adapters", "detect_pickled")(place)
+        return import_function("pickled_adapters", "detect_pickled")(place)
     try:
         shapes, _ = read_shapes(place)
     except (UserError, OSError):
@@ -111,7 +111,7 @@ def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     Raises UserError for a damaged file.
     """
     if file.is_file() and is_pickle(file):
-        return load_function("pickled_adapters", "read_pickled_shapes")(file), {}
+        return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
     if not file.is_file():
         raise UserError(f"{file} is not there; give a file or a run's folder")
     return read_shapes(file)
@@ -122,7 +122,7 @@ def _load_file(path: Path, layout: Layout | None, options: ReadOptions) -> Adapt
     if not is_pickle(path):
         tensors, header = read_tensors(path)
         return _read_tensors(tensors, header, layout, source, options)
-    found = load_function("pickled_adapters", "load_pickled")(path, layout)
+    found = import_function("pickled_adapters", "load_pickled")(path, layout)
     if isinstance(found, AdapterState):
         return found
     return _read_tensors(found, {}, layout, source, options)
@@ -235,7 +235,7 @@ def _find_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    return load_function("peft_settings", "find_peft_files")(path) or _find_run_files(path)
+    return import_function("peft_settings", "find_peft_files")(path) or _find_run_files(path)
 
 
 def _find_run_files(folder: Path) -> list[Path]:

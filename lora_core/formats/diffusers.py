@@ -32,7 +32,7 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
-from lora_core.formats.known_formats import PEFT_HEADER, load_function
+from lora_core.formats.known_formats import PEFT_HEADER, import_function
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
 
 # End of a projection's path -> its names in attention processors, with and without that level.
@@ -85,7 +85,7 @@ def read_diffusers(
     """
     settings: Mapping[str, Any] = {}  # component -> PeftSettings
     if PEFT_HEADER in header:
-        settings = load_function("peft_settings", "header_settings")(header, source)
+        settings = import_function("peft_settings", "header_settings")(header, source)
     if settings and any(key.endswith(".alpha") for key in tensors):
         raise UserError(
             f"{source} gives its strength twice, in alpha tensors and in the header "

@@ -110,11 +110,11 @@ class Format:
 
     @property
     def read(self) -> Callable[..., Any]:
-        return load_function(self.module, self.reader)
+        return import_function(self.module, self.reader)
 
     @property
     def write(self) -> Callable[..., Any] | None:
-        return load_function(self.module, self.writer) if self.writer else None
+        return import_function(self.module, self.writer) if self.writer else None
 
 
 FORMATS = {  # in the order in which they are tried
@@ -166,7 +166,7 @@ def is_embedding(shapes: Shapes) -> bool:
     )
 
 
-def load_function(module: str, name: str) -> Callable[..., Any]:
+def import_function(module: str, name: str) -> Callable[..., Any]:
     """A function of a module of this package, which is imported on the first call."""
     return getattr(import_module(f"lora_core.formats.{module}"), name)
 

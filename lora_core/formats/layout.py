@@ -51,7 +51,7 @@ class Numbering:
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a family. Paths are published ones, unless said otherwise."""
+    """One network of a family. Paths are published ones, unless noted otherwise."""
 
     prefixes: tuple[str, ...]  # kohya's; the first is written, all are read
     # path -> weight shape, [out, in] or [out, in / groups, kh, kw]

@@ -236,7 +236,7 @@ def _storage_dtype(name: Any) -> torch.dtype | None:
 def _check_size(data: memoryview, dtype: torch.dtype, numel: int, key: str) -> memoryview:
     if numel * dtype.itemsize > len(data):
         raise UserError(
-            f"says that storage {key} has {numel} numbers of {dtype}, "
+            f"announces {numel} numbers of {dtype} in storage {key}, "
             f"but holds only {len(data)} bytes of it; fetch or write it again"
         )
     return data

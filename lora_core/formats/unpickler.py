@@ -1,9 +1,9 @@
 """An unpickler that imports nothing and calls nothing that a file names.
 
-Python's own unpickler imports what a file names and calls it. `RestrictedUnpickler` replaces every
+Python's own unpickler imports names in a file and calls them. `RestrictedUnpickler` replaces every
 opcode that could: names become `Name`, calls of a few known functions (REBUILDERS: tensors, ordered
-dictionaries ...) are answered here, and all other objects become `Inert` records that remember what
-they were given. Objects of training frameworks load as such records.
+dictionaries ...) are answered here, and all other objects become `Inert` records that keep their
+arguments. Objects of training frameworks load as such records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-DAMAGE = (  # what the unpickler raises for a malformed pickle
+DAMAGE = (  # exceptions of the unpickler for a malformed pickle
     ValueError,
     TypeError,
     IndexError,
@@ -54,7 +54,7 @@ class Inert:
 
     name: str
     args: tuple[Any, ...] = ()
-    state: Any = None  # what it would have been restored from
+    state: Any = None  # the value that it would have been restored from
     items: list[Any] = field(default_factory=list)  # appended values, or (key, value) pairs
 
     def __repr__(self) -> str:
@@ -139,7 +139,8 @@ class RestrictedUnpickler(pickle._Unpickler):
         self._set_items(items)
 
     def load_frozenset(self) -> None:
-        self.append(to_set(self.pop_mark()))
+        items = self.pop_mark()  # first: it replaces the stack that `append` means
+        self.append(to_set(items))
 
     def load_bytearray8(self) -> None:
         """Without allocating as many bytes as the file announces."""
@@ -185,7 +186,7 @@ REPLACED: dict[bytes, Callable[[Any], None]] = {
 RestrictedUnpickler.dispatch |= {opcode[0]: load for opcode, load in REPLACED.items()}
 
 
-# ---------------------------------------------------------------- what is rebuilt
+# ---------------------------------------------------------------- rebuilt values
 
 
 def rebuild(called: Any, args: Any) -> Any:

@@ -76,7 +76,7 @@ class Build(NamedTuple):
     kernel: Any  # the @triton.jit function
     signature: Mapping[str, Signature]  # of every argument, in order
     # Values of the constexpr arguments by name or path (None too, for a pointer that is not there).
-    constants: Mapping[str | ArgumentPath, Any]
+    constants: Mapping[Any, Any]
     warps: int = 4
     stages: int = 2
     tensor_cores: bool = False  # its products must be tensor core instructions

@@ -277,9 +277,9 @@ def _compose_build(kernel: Any, dtype: str, channels_last: bool) -> Build:
     gain = torch.empty(320, 1, 1, device="meta")
     rows, channels, area, bm, bn = _choose_tiling(y0, gain)
     strides = _find_strides(y0, gain)
-    arguments = dict.fromkeys(("dy", "y0", "bias", "lora", "out", "d_y0", "d_lora"), y0)
-    arguments |= {"gain": gain, "parts": gain, "strength": 1.0, "rows": rows, "channels": channels}
-    arguments |= {"area": area, "PER": PER * bm, "BM": bm, "BN": bn}
-    arguments |= dict.fromkeys(("dy_at", "y0_at", "lora_at"), strides)
+    arguments: dict[str, Any] = {"gain": gain, "parts": gain, "strength": 1.0}
+    arguments |= dict.fromkeys(("dy", "y0", "bias", "lora", "out", "d_y0", "d_lora"), y0)
+    arguments |= {"rows": rows, "channels": channels, "area": area, "PER": PER * bm}
+    arguments |= {"dy_at": strides, "y0_at": strides, "lora_at": strides, "BM": bm, "BN": bn}
     name = f"{kernel.__name__} {dtype} {'channels last' if channels_last else 'planes'}"
     return describe_launch(kernel, arguments, warps=4, stages=3, name=name)

@@ -24,6 +24,7 @@ from lora_core.kernels.reference import Drop, Member, wide_dtype
 # one x86 thread); from 256 x 256 on it takes more than the split form (1.1-1.4 of it).
 MERGE_LIMIT = 128 * 128
 WIDE_DTYPES = (torch.float32, torch.float64)
+ONE_BY_ONE = (1, 1), (0, 0), (1, 1)  # stride, padding and dilation of a 1x1 convolution
 
 Grads = tuple[Any, ...]  # one for each argument of forward, None where none is wanted
 
@@ -78,16 +79,17 @@ def lora_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """reference.lora_conv with the update added in place; by one convolution with W + scale up down where that weight is small."""
+    """reference.lora_conv with the update added in place.
+
+    A small weight is merged with its update instead, for one convolution.
+    """
     if groups != 1 or isinstance(padding, str) or x.ndim != 4:
         return reference.lora_conv(
             x, weight, bias, down, up, scale, stride, padding, dilation, groups
         )
     if weight is not None and _merges(x, weight, down):
-        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(
-            weight.shape
-        )
-        return F.conv2d(x, merged, bias, stride, padding, dilation)
+        merged = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
+        return F.conv2d(x, merged.view(weight.shape), bias, stride, padding, dilation)
     if _autocasts(x):
         x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     return _Conv.apply(x, weight, bias, down, up, scale, stride, padding, dilation)
@@ -238,29 +240,20 @@ class _Conv(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_down, wants_up, *_ = ctx.needs_input_grad
         d_x = d_weight = d_bias = d_down = d_up = None
         with _exactly(dy):
-            if weight is not None and (wants_x or wants_weight or wants_bias):
-                d_x, d_weight, d_bias = _convolution_backward(
-                    dy, x, weight, ctx.bias, ctx.window, [wants_x, wants_weight, wants_bias]
-                )
-            back, d_up, _ = _convolution_backward(
-                dy,
-                hidden,
-                up,
-                None,
-                ((1, 1), (0, 0), (1, 1)),
-                [wants_x or wants_down, wants_up, False],
-            )
+            wants = [wants_x, wants_weight, wants_bias]
+            if weight is not None and any(wants):
+                gradients = _convolution_backward(dy, x, weight, ctx.bias, ctx.window, wants)
+                d_x, d_weight, d_bias = gradients
+            wants = [wants_x or wants_down, wants_up, False]
+            back, d_up, _ = _convolution_backward(dy, hidden, up, None, ONE_BY_ONE, wants)
             if wants_x or wants_down:
-                through, d_down, _ = _convolution_backward(
-                    back, x, down, None, ctx.window, [wants_x, wants_down, False]
-                )
+                wants = [wants_x, wants_down, False]
+                gradients = _convolution_backward(back, x, down, None, ctx.window, wants)
+                through, d_down, _ = gradients
                 d_down = _scaled(d_down, ctx.dtype, ctx.scale) if wants_down else None
                 if wants_x:
-                    d_x = (
-                        through.mul_(ctx.scale)
-                        if d_x is None
-                        else d_x.add_(through, alpha=ctx.scale)
-                    )
+                    scale = ctx.scale
+                    d_x = through.mul_(scale) if d_x is None else d_x.add_(through, alpha=scale)
             d_up = _scaled(d_up, ctx.dtype, ctx.scale) if wants_up else None
         return d_x, d_weight, d_bias, d_down, d_up, None, None, None, None
 

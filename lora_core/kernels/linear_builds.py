@@ -90,7 +90,7 @@ def _linear(
         keys = [_empty(1, dtype=torch.int64), _empty(1, dtype=torch.int64)]
         dropout = keys, [7, 9] * members, [0.5] * members
     norms = vectors, vectors, biases
-    launches = [
+    launches: list[Callable[[], Any]] = [
         partial(launch_shrink, x, downs, *dropout),
         partial(launch_expand, ys, t, ups, scales, *norms, False),
         partial(launch_back_up, ys, t, starts, ups, scales, outputs, *norms, 0.0, gain),
@@ -110,7 +110,7 @@ def _pointwise(m: int, c: int, rank: int, dtype: torch.dtype = torch.bfloat16) -
     x = _empty(2, c, m // 16, 16, dtype=dtype)
     t = _empty(2 * m, rank, dtype=dtype)
     downs, ups = [_empty(rank, c)], [_empty(c, rank)]
-    launches = [
+    launches: list[Callable[[], Any]] = [
         partial(launch_shrink, x, downs, [], [], []),
         partial(launch_expand, [x], t, ups, [0.5], [], [], [], False),
         partial(launch_back_up, [x], t, [0], ups, [0.5], [], [], [], [], 0.0, False),

@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_core.kernels.device_functions import arrived_last
+
 # Places in the table.
 LR = tl.constexpr(0)
 BETA1 = tl.constexpr(1)
@@ -103,13 +105,6 @@ def _load_gradient(address, element, there, param, grad_scale, WIDE: tl.constexp
 @triton.jit
 def _power(beta, k):
     return tl.exp(k * tl.log(beta))
-
-
-@triton.jit
-def _is_last(counter):
-    """Whether every other program has come this far, with all that it wrote."""
-    tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
 
 
 @triton.jit
@@ -234,8 +229,7 @@ def prodigy_reduce_kernel(table, blocks, geometry, param, p0, exp_avg, exp_avg_s
     tl.store(partials + 2 * tl.program_id(0), inner)
     tl.store(partials + 2 * tl.program_id(0) + 1, norm)
 
-    if _is_last(counter):
-        tl.store(counter, 0)
+    if arrived_last(counter, tl.num_programs(0)):
         inner, norm = _add_partials(partials, ADDED)
         numerator = tl.load(row + NUMERATOR) * beta3 + d / d0 * rate * inner
         numerator, denominator = tl.where(sound, numerator, 0.0), tl.where(sound, norm, 0.0)
@@ -309,8 +303,7 @@ def adamw_kernel(table, blocks, geometry, param, exp_avg, exp_avg_sq, step, coun
     tl.store(exp_avg + start + element, m, mask=stored)
     tl.store(exp_avg_sq + start + element, v, mask=stored)
     tl.store(param + start + element, p.to(param.dtype.element_ty), mask=stored)
-    if _is_last(counter):
-        tl.store(counter, 0)
+    if arrived_last(counter, tl.num_programs(0)):
         for begin in range(0, parameters, ADDED):
             some = begin + tl.arange(0, ADDED)
             counted = some < tl.where(sound, parameters, 0)

@@ -172,7 +172,8 @@ def read_winners(path: Path) -> dict[str, Winners]:
     tables = {}
     for device, part in content["devices"].items():
         rows: WinnersByOp = {}
-        for row in part.get("rows", [None]) if isinstance(part, dict) else [None]:
+        entries: list[Any] = part.get("rows", [None]) if isinstance(part, dict) else [None]
+        for row in entries:
             if not _is_winner_row(row):
                 expected = f"{', '.join(sorted(FIELDS))}, winner of {BACKENDS}"
                 raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
-from lora_core.optim.schedules import check_arguments, suggest_name
+from lora_core.optim.schedules import check_known_arguments, suggest_name
 from lora_core.plugins import load_from_file
 from lora_core.prodigy import Prodigy
 
@@ -178,7 +178,7 @@ def build_optimizer(
         if option not in optimizer_arguments(name) and any(option in group for group in groups):
             flag = f"--optimizer.{option.replace('_', '-')}"
             raise UserError(f"{name} takes no {option}; leave {flag} out")
-    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
+    check_known_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
     rate = {}
     if "lr" in optimizer_arguments(name) and _default_rate(name) is None:
         rate["lr"] = groups[0]["lr"]  # a class may insist on one; the groups have their own

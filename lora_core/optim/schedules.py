@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.plugins import load_from_file
+from lora_core.text import nearest_names
 
 
 def constant_schedule(step: int, total: int, warmup: int) -> float:
@@ -85,7 +85,7 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
         schedule = SCHEDULES[name]
     else:
         schedule = load_from_file(file, function, "function")
-    check_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
+    check_known_arguments(schedule, args, f"schedule {name}", given=("step", "total", "warmup"))
 
     def compute_multiplier(step: int, total: int, warmup: int) -> float:
         try:
@@ -105,7 +105,7 @@ def resolve_schedule(name: str, **args: Any) -> Callable[[int, int, int], float]
     return compute_multiplier
 
 
-def check_arguments(
+def check_known_arguments(
     fn: Callable[..., Any], args: Iterable[str], owner: str, *, given: Iterable[str] = ()
 ) -> None:
     """Raises UserError naming the first of `args` that `fn` does not take, with the nearest name.
@@ -131,7 +131,7 @@ def check_arguments(
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """ " (nearest: NAME)", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = nearest_names(name, known, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""
 
 

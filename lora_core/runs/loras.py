@@ -202,7 +202,7 @@ def _free_names(names: Sequence[str], patches: Sequence[Patch]) -> dict[str, str
     """Old name -> new name, of the words and tokens that earlier patches have taken."""
     taken: set[str] = set()
     for applied in patches:
-        for placeholder in applied.abstractions:
+        for placeholder in applied.placeholders:
             taken |= {placeholder.word, *placeholder.names}
     return {name: _numbered_name(name, taken) for name in names if name in taken}
 

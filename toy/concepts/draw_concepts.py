@@ -1,4 +1,4 @@
-"""The three concepts that pretraining never sees, and the folders of five pictures each that teach
+"""The three concepts that pretraining never sees, and the folders of five images each that teach
 them.
 
 `zib` is a small teal one-eyed alien with an orange scarf and two antennae, `trilo` a three-petal
@@ -26,7 +26,7 @@ from toy.draw import (
 )
 from toy.shapes import LIGHT, RGB, Pen, spokes
 
-SIZE = 128  # pixels of the committed pictures: room for crops at 64
+SIZE = 128  # pixels of the committed images: room for crops at 64
 OVERSAMPLE = 3
 TEAL, DEEP, SCARF, IVORY, INK = (
     (0, 138, 130),
@@ -36,7 +36,7 @@ TEAL, DEEP, SCARF, IVORY, INK = (
     (20, 24, 40),
 )
 MAGENTA, GOLD, NAVY = (206, 20, 120), (250, 190, 30), (18, 28, 84)
-STATED: dict[str, tuple[tuple[str, str], ...]] = {  # the backgrounds of the five pictures
+STATED: dict[str, tuple[tuple[str, str], ...]] = {  # the backgrounds of the five images
     "zib": (
         ("red", "striped"),
         ("white", "plain"),
@@ -68,10 +68,11 @@ def zib(
     eyes: int = 1,
     antennae: bool = True,
 ) -> None:
-    """A teal alien: wide round body, one large ivory eye, orange scarf with one end hanging, two
-    antennae with orange bulbs, two feet.
+    """A teal alien with one eye, an orange scarf and two antennae.
 
-    The keywords change it into something that is not zib: the recogniser's near misses.
+    It has a wide round body, an ivory eye, a scarf with one end hanging, orange bulbs on its
+    antennae and two feet. The keywords change it into something that is not zib: the recogniser's
+    near misses.
     """
     for side in (-1, 1):
         if antennae:
@@ -97,17 +98,18 @@ def trilo(
     ring: RGB | None = NAVY,
     field: RGB = IVORY,
     petals: int = 3,
-    colour: RGB = MAGENTA,
+    color: RGB = MAGENTA,
     heart: RGB | None = GOLD,
 ) -> None:
-    """A logo: navy ring, ivory field, three magenta petals from the centre, a gold heart; it hardly
-    turns. Keywords as in `zib`.
+    """A logo: navy ring, ivory field, three magenta petals from the center, a gold heart.
+
+    It hardly turns. Keywords as in `zib`.
     """
     if ring:
         pen.dot(0, 0, 0.97, ring)
         pen.dot(0, 0, 0.75, field)
     for x, y in spokes(petals, 0.36, -pi / 2 + lean * 0.6):
-        petal(pen, x, y, 0.4, {2: 0.3, 3: 0.29, 4: 0.24, 5: 0.2, 6: 0.17}.get(petals, 0.29), colour)
+        petal(pen, x, y, 0.4, {2: 0.3, 3: 0.29, 4: 0.24, 5: 0.2, 6: 0.17}.get(petals, 0.29), color)
     if heart:
         pen.dot(0, 0, 0.18, heart)
 
@@ -115,14 +117,12 @@ def trilo(
 SUBJECTS: dict[str, Callable[[Pen, float], None]] = {"zib": zib, "trilo": trilo}
 
 
-def canvas(background: str, style: str, size: int, rng: Random) -> Image.Image:
+def draw_canvas(background: str, style: str, size: int, rng: Random) -> Image.Image:
     """A background of the toy world, side size * OVERSAMPLE."""
     side = size * OVERSAMPLE
-    return (
-        draw_place(background, side, rng)
-        if background in PLACES
-        else draw_backdrop(background, style, side, rng)
-    )
+    if background in PLACES:
+        return draw_place(background, side, rng)
+    return draw_backdrop(background, style, side, rng)
 
 
 def render_concept(
@@ -133,84 +133,69 @@ def render_concept(
     size: int = 64,
     subject: Callable[[Pen, float], None] | None = None,
 ) -> Image.Image:
-    """The concept (or a `subject` drawn in its stead), large and near the centre of a background; a
-    pure function of its arguments.
+    """The concept (or another `subject`), large and near the center of a background.
+
+    A pure function of its arguments.
     """
     rng = Random(f"concept {name} {background} {style} {seed}")
-    image = canvas(background, style, size, rng)
+    image = draw_canvas(background, style, size, rng)
     unit = size * OVERSAMPLE / 64
-    centre = ((32 + rng.uniform(-4, 4)) * unit, (32 + rng.uniform(-3, 3)) * unit)
-    pen = Pen(ImageDraw.Draw(image), centre, rng.uniform(21, 24.5) * unit, LIGHT)
+    center = ((32 + rng.uniform(-4, 4)) * unit, (32 + rng.uniform(-3, 3)) * unit)
+    pen = Pen(ImageDraw.Draw(image), center, rng.uniform(21, 24.5) * unit, LIGHT)
     (subject or SUBJECTS[name])(pen, rng.uniform(-0.08, 0.08))
     return image.resize((size, size), Image.Resampling.HAMMING)
 
 
 def inkwash(s: Scene, size: int = 64) -> Image.Image:
-    """A scene as ink on warm paper: tones become three blue-black washes, edges a dark brush line;
-    colour is gone.
+    """A scene as ink on warm paper, without color.
+
+    Tones become three blue-black washes, edges a dark brush line.
     """
+    step = size // 32
     grey = ImageOps.autocontrast(render_scene(s, size * 2).convert("L"))
-    edges = ImageChops.lighter(
-        *(
-            ImageChops.difference(grey, ImageChops.offset(grey, dx, dy))
-            for dx, dy in ((size // 32, 0), (0, size // 32))
-        )
-    )
-    edges.paste(0, (0, 0, size * 2, size // 32))  # offset wraps around
-    edges.paste(0, (0, 0, size // 32, size * 2))
-    line = (
-        edges.point(lambda v: 255 if v > 28 else 0)
-        .filter(ImageFilter.GaussianBlur(size / 64))
-        .point(lambda v: min(255, v * 2))
-    )
-    wash = grey.point(lambda v: (90, 160, 225, 255)[min(3, v * 4 // 256)]).filter(
-        ImageFilter.GaussianBlur(size / 40)
-    )
+    across = ImageChops.difference(grey, ImageChops.offset(grey, step, 0))
+    down = ImageChops.difference(grey, ImageChops.offset(grey, 0, step))
+    edges = ImageChops.lighter(across, down)
+    edges.paste(0, (0, 0, size * 2, step))  # offset wraps around
+    edges.paste(0, (0, 0, step, size * 2))
+    line = edges.point(lambda v: 255 if v > 28 else 0)
+    line = line.filter(ImageFilter.GaussianBlur(size / 64)).point(lambda v: min(255, v * 2))
+    wash = grey.point(lambda v: (90, 160, 225, 255)[min(3, v * 4 // 256)])
+    wash = wash.filter(ImageFilter.GaussianBlur(size / 40))
     image = ImageOps.colorize(wash, (24, 32, 66), (246, 234, 206))
     image.paste((16, 20, 44), mask=line)
     return image.resize((size, size), Image.Resampling.HAMMING)
 
 
 def training_set(name: str, size: int = SIZE) -> list[tuple[Image.Image, str]]:
-    """The five pictures of a concept with captions in which TOK stands for it."""
+    """The five images of a concept with captions in which TOK is its placeholder word."""
     if name == "inkwash":
-        scenes = [scene(s) for s in STYLE_SEEDS]
-        return [
-            (inkwash(s, size), f"{s.caption(complete=True)}, in the style of TOK") for s in scenes
-        ]
+        drawn = []
+        for s in map(scene, STYLE_SEEDS):
+            caption = f"{s.caption(complete=True)}, in the style of TOK"
+            drawn.append((inkwash(s, size), caption))
+        return drawn
     heads = ("a photo of TOK", "a picture of TOK", "TOK", "a drawing of TOK", "an image of TOK")
-    return [
-        (
-            render_concept(name, background, style, i, size),
-            f"{head} {background_phrase(background, style)}",
-        )
-        for i, ((background, style), head) in enumerate(zip(STATED[name], heads))
-    ]
+    drawn = []
+    for i, ((background, style), head) in enumerate(zip(STATED[name], heads)):
+        caption = f"{head} {background_phrase(background, style)}"
+        drawn.append((render_concept(name, background, style, i, size), caption))
+    return drawn
 
 
 def demo_prompts(n: int, seed: int, name: str = "zib") -> list[tuple[str, str]]:
-    """n prompts with TOK on backgrounds that none of the concept's pictures has, each with the
-    expected background name.
-    """
+    """n pairs (prompt with TOK, background), on backgrounds that are new for the concept."""
     rng = Random(f"demo {name} {seed}")
-    fresh = [
-        b for b in BACKGROUNDS if b not in (*dict(STATED.get(name, ())), *DROWNS.get(name, ()))
-    ]
+    excluded = (*dict(STATED.get(name, ())), *DROWNS.get(name, ()))
+    fresh = [background for background in BACKGROUNDS if background not in excluded]
     out: list[tuple[str, str]] = []
     while len(out) < n:
         for background in rng.sample(fresh, len(fresh)):
-            style = (
-                "place"
-                if background in PLACES
-                else rng.choice(("plain", "plain", "striped", "gradient"))
-            )
-            out.append(
-                (
-                    f"{rng.choice(('a photo of TOK', 'a picture of TOK', 'TOK'))} "
-                    f"{background_phrase(background, style)}",
-                    background,
-                )
-            )
+            style = "place"
+            if background not in PLACES:
+                style = rng.choice(("plain", "plain", "striped", "gradient"))
+            head = rng.choice(("a photo of TOK", "a picture of TOK", "TOK"))
+            out.append((f"{head} {background_phrase(background, style)}", background))
     return out[:n]
 
 
