@@ -1,19 +1,23 @@
-"""Two adapters of rank r added and cut back to rank r: in factor space, through the dense matrix, and by peft; then a whole network's file.
+"""Two adapters of rank r added and cut back to rank r: in factor space, through the dense matrix,
+and by peft; then a whole network's file.
 
     python -m benchmarks.merge [--threads 2] [--quick] [--json FILE]
 
-`ours` is svd.compress_adapter(concat(...)), which takes one thread whatever is set. `dense` forms B A of both and takes torch.linalg.svd, as
-sd-scripts' svd_merge_lora.py does, without its 99 % clamp. `peft` is add_weighted_adapter(combination_type="svd") on a model of that one layer.
-Both get the thin SVD, which neither takes by default, so both are faster here than for their users. All fp32, the three take turns, figures are
-medians ("best" is dense / ours of the fastest rounds); the error is measured in fp64 on the dense sum, as excess over the optimum (the fp64
-singular values that are cut off).
-The whole file: 722 Linear layers of SDXL's attention blocks at rank 32 in fp16, two of them read, mixed, cut to rank 32 and written, in a process
-of its own so that its peak memory is known. On a busy machine take --threads 1, which is also kinder to the peers.
+`ours` is svd.compress_adapter(concat(...)), which takes one thread whatever is set. `dense` forms B
+A of both and takes torch.linalg.svd, as sd-scripts' svd_merge_lora.py does, without its 99 % clamp.
+`peft` is add_weighted_adapter(combination_type="svd") on a model of that one layer. Both get the
+thin SVD, which neither takes by default, so both are faster here than for their users. All fp32,
+the three take turns, figures are medians ("best" is dense / ours of the fastest rounds); the error
+is measured in fp64 on the dense sum, as excess over the optimum (the fp64 singular values that are
+cut off). The whole file: 722 Linear layers of SDXL's attention blocks at rank 32 in fp16, two of
+them read, mixed, cut to rank 32 and written, in a process of its own so that its peak memory is
+known. On a busy machine take --threads 1, which is also kinder to the peers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +84,16 @@ def main() -> None:
         "--quick", action="store_true", help="square layers at rank 16 and the whole file"
     )
     parser.add_argument("--json", type=Path, help="file for all the numbers")
-    parser.add_argument(
-        "--whole", type=Path, nargs=2, help=argparse.SUPPRESS
-    )  # the process of its own
+    # the process of its own
+    parser.add_argument("--whole", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.whole:
         print(json.dumps(merge_files(*args.whole)))
         return
-    ranks = (16,) if args.quick else RANKS
-    cases: list[tuple[str, tuple[int, ...], int]] = [
-        (name, shape, rank) for name, shape in SQUARE_LAYERS.items() for rank in ranks
-    ]
-    cases += (
-        []
-        if args.quick
-        else [(name, shape, rank) for name, shape in OTHER_LAYERS.items() for rank in (16, 64)]
-    )
+    cases = list(itertools.product(SQUARE_LAYERS.items(), (16,) if args.quick else RANKS))
+    if not args.quick:
+        cases += itertools.product(OTHER_LAYERS.items(), (16, 64))
     machine = timing.describe_machine()
     print(f"{machine}; milliseconds are medians")
     heads = "".join(
@@ -103,7 +101,7 @@ def main() -> None:
         for head in ("ours ms", "dense ms", "peft ms", "dense/ours", "peft/ours", "(best)")
     )
     print(f"{'layer':26}{'rank':>5}{heads}   excess error ours, dense, peft")
-    rows = [report_case(*case, rounds=5) for case in cases]
+    rows = [report_case(*layer, rank, rounds=5) for layer, rank in cases]
     whole = time_whole_file(args.threads)
     if args.json:
         timing.write_json(
@@ -137,13 +135,13 @@ def report_case(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) ->
         excess[key] = float((up.double() @ down.double() - wished).norm()) / best - 1
     for _ in range(rounds):
         for key, merge in contenders.items():
-            seconds[key].append(time_call(lambda merge=merge: merge(adapters, rank)))  # type: ignore[misc]
+            seconds[key].append(time_call(partial(merge, adapters, rank)))
     ms = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
     errors = ", ".join(f"{value:.0e}" for value in excess.values())
-    figures = f"{ms['ours']:11.2f}{ms['dense']:11.1f}{ms['peft']:11.1f}{ms['dense'] / ms['ours']:10.0f}x{ms['peft'] / ms['ours']:10.0f}x"
-    best_ratio = min(seconds["dense"]) / min(
-        seconds["ours"]
-    )  # of the fastest rounds, the steadier figure on a busy machine
+    figures = f"{ms['ours']:11.2f}{ms['dense']:11.1f}{ms['peft']:11.1f}"
+    figures += f"{ms['dense'] / ms['ours']:10.0f}x{ms['peft'] / ms['ours']:10.0f}x"
+    # of the fastest rounds, the steadier figure on a busy machine
+    best_ratio = min(seconds["dense"]) / min(seconds["ours"])
     print(
         f"{name:26}{rank:5}{figures}{best_ratio:10.0f}x   {errors}   ({rounds} rounds)", flush=True
     )
@@ -158,7 +156,9 @@ def report_case(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) ->
 
 
 def time_call(call: Callable[[], object]) -> float:
-    """Seconds of one call, in the mean of as many as fill ENOUGH: layers come by the hundred in a file, none finds the caches of another job."""
+    """Seconds of one call, in the mean of as many as fill ENOUGH: layers come by the hundred in a
+    file, none finds the caches of another job.
+    """
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < MINIMUM_SECONDS:
         call()
@@ -253,8 +253,10 @@ def time_whole_file(threads: int) -> dict[str, Any]:
         )
     figures |= {"input_mb": size / 2**20, "allowed_mb": 2 * size / 2**20 + 500}
     print(
-        "whole file: {layers} layers of rank {rank}, two of {each:.0f} MB: {seconds:.1f} s ({cpu:.1f} s of processor time), of it {reading:.1f} s "
-        "reading and writing; peak memory {peak_mb:.0f} MB, {start_mb:.0f} MB of it before the first file is read (allowed {allowed_mb:.0f}); "
+        "whole file: {layers} layers of rank {rank}, two of {each:.0f} MB: "
+        "{seconds:.1f} s ({cpu:.1f} s of processor time), of it {reading:.1f} s "
+        "reading and writing; peak memory {peak_mb:.0f} MB, {start_mb:.0f} MB of it before the "
+        "first file is read (allowed {allowed_mb:.0f}); "
         "error {error:.4f}, energy {energy:.4f}".format(
             **figures, rank=FILE_RANK, each=size / 2**21
         )
@@ -263,7 +265,7 @@ def time_whole_file(threads: int) -> dict[str, Any]:
 
 
 def sdxl_attention_layers() -> dict[str, tuple[int, ...]]:
-    """Path -> weight shape of the Linear layers in SDXL's attention blocks, those of a kohya file."""
+    """Path -> weight shape of the Linear layers in SDXL's attention blocks, as in a kohya file."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -328,7 +330,9 @@ def read_file(path: Path) -> AdapterState:
 
 
 def peak_mb() -> float:
-    """The most memory this process has had since it was started, in MB (Linux; getrusage would count the parent's)."""
+    """The most memory this process has had since it was started, in MB (Linux; getrusage would
+    count the parent's).
+    """
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(rows["VmHWM"].split()[0]) / 1024
 

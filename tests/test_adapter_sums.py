@@ -1,4 +1,6 @@
-"""Merges of whole files: every layer of every file counts, budgets are optimal, DoRA is exact or refused."""
+"""Merges of whole files: every layer of every file counts, budgets are optimal, DoRA is exact or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -343,7 +345,10 @@ def test_budgets_against_brute_force(squares, budget, costs):
     assert saved(steps, found) == pytest.approx(
         max(saved(steps, ranks) for ranks in choices if sum(ranks.values()) <= budget), abs=1e-4
     )
-    price = lambda ranks: sum(rank * steps[key].parameters for key, rank in ranks.items())  # noqa: E731
+
+    def price(ranks):
+        return sum(rank * steps[key].parameters for key, rank in ranks.items())
+
     found = allot_ranks(steps, total=budget, unit="parameters")
     best = max(saved(steps, ranks) for ranks in choices if price(ranks) <= budget)
     left_out = max(

@@ -1,4 +1,6 @@
-"""Sums of adapters: the exact one against dense arithmetic and peft, the lossy ones against their published formulas."""
+"""Sums of adapters: the exact one against dense arithmetic and peft, the lossy ones against their
+published formulas.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_lpl_has_the_cross_terms_that_the_sum_has_not():
 
 
 def test_other_tools_formulas_are_not_ours():
-    """kohya's merge_lora: one file at ratio 0.5 gives a quarter of it; its concat of two files keeps alpha, so half. Ours are what was asked for."""
+    """kohya's merge_lora: one file at ratio 0.5 gives a quarter of it; its concat of two files
+    keeps alpha, so half. Ours are what was asked for.
+    """
     a, b = adapter((6, 9), 3, scale=1.0), adapter((6, 9), 3, scale=1.0, seed=7)
     kohya = (0.5 * a.up) @ (0.5 * a.down)
     torch.testing.assert_close(kohya, 0.25 * delta_weight(a), rtol=0, atol=1e-12)

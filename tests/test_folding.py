@@ -1,4 +1,6 @@
-"""fold: what is streamed is what a patched model has, models add up, rounding is counted, folders are whole or not at all."""
+"""fold: what is streamed is what a patched model has, models add up, rounding is counted, folders
+are whole or not at all.
+"""
 
 import json
 import os
@@ -20,7 +22,7 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
 from lora_core.formats.weights import Weights, weights_in_memory
 from lora_core.formats.whole_models import open_model_folder, weight_key, write_model_folder
-from merging.adapter_sums import Term
+from merging.adapter_sums import Term, layers_by_key
 from merging.folding import FoldStatistics, fold_adapters, with_embedding_rows
 from tests.conftest import save_pipeline
 from tests.tiny_pipeline import pipeline, random_state
@@ -67,9 +69,7 @@ def test_streamed_weights_are_those_of_a_patched_model(folder, pipe, layout, dor
                 rtol=0,
                 atol=1e-6,
             )
-    assert set(ledger.roundings) == {
-        (name, path) for name, modules in state.components.items() for path in modules
-    }
+    assert set(ledger.roundings) == set(layers_by_key(state))
     assert ledger.surviving_energy == pytest.approx(1, abs=1e-6)
     untouched = [key for key in made["vae"].infos]
     assert all(
@@ -141,7 +141,9 @@ def test_models_add_up_under_other_names_of_keys(folder, layout):
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
-    """At a thousandth of the weights' size most of the update is lost in bfloat16; the residual gives it back."""
+    """At a thousandth of the weights' size most of the update is lost in bfloat16; the residual
+    gives it back.
+    """
     state = random_state(pipe, rank=2, size=0.05 * size**0.5)
     ledger = FoldStatistics(residual_rank=8)
     base = {
@@ -184,7 +186,7 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
 def test_updates_that_are_no_factors_are_folded(folder, layout):
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     update = torch.randn(8, 8)
-    state = AdapterState({"unet": {path: DenseUpdate("LoHa", (8, 8), lambda: update)}})  # type: ignore[dict-item]
+    state = AdapterState({"unet": {path: DenseUpdate("LoHa", (8, 8), lambda: update)}})
     ledger, base = FoldStatistics(residual_rank=1), open_model_folder(folder)
     made = fold_adapters([(1.0, base)], [Term(state, 2.0)], layout, ledger)["unet"].read(
         f"{path}.weight"
@@ -194,8 +196,11 @@ def test_updates_that_are_no_factors_are_folded(folder, layout):
 
 
 MISFITS = {
-    "component": "change transformer, which the model does not have", "path": "no Linear or Conv2d", "shape": "base weight", "overflow": "NaN or Inf"
-}  # fmt: skip
+    "component": "change transformer, which the model does not have",
+    "path": "no Linear or Conv2d",
+    "shape": "base weight",
+    "overflow": "NaN or Inf",
+}
 
 
 @pytest.mark.parametrize(("change", "sentence"), MISFITS.items())
@@ -203,9 +208,11 @@ def test_what_does_not_fit_is_refused(folder, pipe, layout, change, sentence):
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     good = LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)
     bad = {
-        "component": {"transformer": {path: good}}, "path": {"unet": {"nowhere.to_q": good}},
-        "shape": {"unet": {path: good._replace(down=torch.ones(1, 9))}}, "overflow": {"unet": {path: good._replace(scale=1e6)}},
-    }  # fmt: skip
+        "component": {"transformer": {path: good}},
+        "path": {"unet": {"nowhere.to_q": good}},
+        "shape": {"unet": {path: good._replace(down=torch.ones(1, 9))}},
+        "overflow": {"unet": {path: good._replace(scale=1e6)}},
+    }
     with pytest.raises(UserError, match=sentence):
         made = fold_adapters(
             [(1.0, open_model_folder(folder))],

@@ -1,4 +1,6 @@
-"""merge.py and lora_add in this process: sums are sums, every command does what it says, and mistakes are one sentence with nothing touched."""
+"""merge.py and lora_add in this process: sums are sums, every command does what it says, and
+mistakes are one sentence with nothing touched.
+"""
 
 import errno
 import json
@@ -22,7 +24,7 @@ from lora_core.formats.factor_lists import write_factor_lists
 from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
-from merging.adapter_sums import Term, collect_layers, mix_layers_dense
+from merging.adapter_sums import Term, collect_layers, layers_by_key, mix_layers_dense
 from merging.commands import ReadOptions
 from merging.factor_sums import cosine_similarity
 from merging.ties_dare import ties
@@ -45,9 +47,13 @@ def made(model, layout, tmp_path_factory):
     pipe = pipeline()
     noise = torch.Generator().manual_seed(9)
     states = {
-        "a": random_state(pipe, rank=2, seed=1), "b": random_state(pipe, mixed=True, seed=2), "d": random_state(pipe, rank=2, dora=True, seed=4),
-        "c": random_state(pipe, rank=3, seed=3, unet=("*attn?.to_*", "*ff.net.0.proj"), text=("*self_attn*proj",)),
-    }  # fmt: skip
+        "a": random_state(pipe, rank=2, seed=1),
+        "b": random_state(pipe, mixed=True, seed=2),
+        "d": random_state(pipe, rank=2, dora=True, seed=4),
+        "c": random_state(
+            pipe, rank=3, seed=3, unet=("*attn?.to_*", "*ff.net.0.proj"), text=("*self_attn*proj",)
+        ),
+    }
     for name, format in (
         ("a", "diffusers"),
         ("b", "kohya"),
@@ -88,11 +94,7 @@ def call(*words, status=0, lora_add=False):
 
 
 def deltas(state):
-    return {
-        (name, path): scaled_product(lr).double()
-        for name, rows in state.components.items()
-        for path, lr in rows.items()
-    }
+    return {key: scaled_product(lr).double() for key, lr in layers_by_key(state).items()}
 
 
 def summed(terms):
@@ -185,18 +187,15 @@ def test_what_is_kept_is_what_was_asked_for(here, made, layout, flag, capsys):
     assert printed == pytest.approx(
         (total / sum(float(v.square().sum()) for v in exact.values())) ** 0.5, rel=5e-3
     )
-    ranks = [lr.rank for rows in state.components.values() for lr in rows.values()]
+    layers = layers_by_key(state).values()
+    ranks = [lr.rank for lr in layers]
     if flag[0] == "--rank":
         assert max(ranks) == 2
         for key, value in exact.items():  # Eckart and Young
             best = torch.linalg.svdvals(value.flatten(1))[2:].norm() / value.norm()
             assert errors[key] == pytest.approx(float(best), rel=1e-3, abs=1e-6)
     elif flag[0] == "--budget":
-        size = sum(
-            lr.down.numel() + lr.up.numel()
-            for rows in state.components.values()
-            for lr in rows.values()
-        )
+        size = sum(lr.down.numel() + lr.up.numel() for lr in layers)
         assert sum(ranks) == 60 if flag[1] == "60" else 2000 < size <= 2250
     else:
         assert (
@@ -327,12 +326,26 @@ def test_a_dora_needs_its_model(here, made, layout, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ("mix", "0.7*a.safetensors + 0.3*c.safetensors@attn", "--rank", "3", "--out"), ("resize", "b.safetensors", "--energy", "0.9"),
-        ("mix", "a.safetensors - b.safetensors", "--method", "dare", "--rank", "2", "--seed", "5", "--dtype", "fp16", "--out"),
-        ("add", "a.safetensors", "a.safetensors", "--mode", "lpl"), ("fold", "base", "0.5*a.safetensors"),
+        ("mix", "0.7*a.safetensors + 0.3*c.safetensors@attn", "--rank", "3", "--out"),
+        ("resize", "b.safetensors", "--energy", "0.9"),
+        (
+            "mix",
+            "a.safetensors - b.safetensors",
+            "--method",
+            "dare",
+            "--rank",
+            "2",
+            "--seed",
+            "5",
+            "--dtype",
+            "fp16",
+            "--out",
+        ),
+        ("add", "a.safetensors", "a.safetensors", "--mode", "lpl"),
+        ("fold", "base", "0.5*a.safetensors"),
         ("convert", "c.safetensors", "--to", "kohya"),
     ],
-)  # fmt: skip
+)
 def test_redo_gives_the_same_bytes(here, words, capsys):
     command = (
         [*words, "m.safetensors"]
@@ -541,12 +554,37 @@ def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, made, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ("--path_1=c.safetensors", "--path_2", "c.safetensors", "--output_path", "o.safetensors", "--alpha_1", "0.5", "--alpha_2=0.5"),
-        ("c.safetensors", "c.safetensors", "--output-path=o.safetensors", "0.5", "--alpha-2", "0.5"),
-        ("--alpha", "0.5", "c.safetensors", "--with_text_lora=True", "c.safetensors", "--mode", "lpl", "o.safetensors"),
+        (
+            "--path_1=c.safetensors",
+            "--path_2",
+            "c.safetensors",
+            "--output_path",
+            "o.safetensors",
+            "--alpha_1",
+            "0.5",
+            "--alpha_2=0.5",
+        ),
+        (
+            "c.safetensors",
+            "c.safetensors",
+            "--output-path=o.safetensors",
+            "0.5",
+            "--alpha-2",
+            "0.5",
+        ),
+        (
+            "--alpha",
+            "0.5",
+            "c.safetensors",
+            "--with_text_lora=True",
+            "c.safetensors",
+            "--mode",
+            "lpl",
+            "o.safetensors",
+        ),
         ("c.safetensors", "c.safetensors", "o.safetensors", "--with_text_lora", "0.5", "0.5"),
     ],
-)  # fmt: skip
+)
 def test_flags_of_python_fire_are_understood(here, made, layout, words):
     call(*words, "--model", "base", lora_add=True)
     assert_equal(deltas(formats.load("o.safetensors", layout)), deltas(made[1]["c"]), 1e-5)
@@ -687,11 +725,8 @@ def test_explain_finds_the_coefficients(here, capsys):
 def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
     call("resize", "run", "small.safetensors", "--rank", "1", "--model", "base", "--dtype", "fp16")
     small = formats.load("small.safetensors", layout)
-    assert all(
-        lr.rank == 1 and lr.down.dtype == torch.float16
-        for rows in small.components.values()
-        for lr in rows.values()
-    )
+    for lr in layers_by_key(small).values():
+        assert lr.rank == 1 and lr.down.dtype == torch.float16
     assert formats.load("small_emb.safetensors", layout).token_names == ("<s1>", "<s2>")
     call("resize", "small.safetensors", "one.safetensors", "--energy", "1", "--model", "base")
     call("mix", "small.safetensors", "--out", "wide.safetensors", "--model", "base")
@@ -772,7 +807,10 @@ BAD = [
     (("mix", "0.7*a.safetensors + ", "--out", "o.safetensors"), "ends too early"),
     (("mix", "a.safetensors", "--out", ""), "no output"),
     (("mix", "nowhere.safetensors", "--out", "o.safetensors"), "nowhere.safetensors is not there"),
-    (("mix", "a.safetensors@nowhere", "--out", "o.safetensors"), "a.safetensors: @nowhere means none"),
+    (
+        ("mix", "a.safetensors@nowhere", "--out", "o.safetensors"),
+        "a.safetensors: @nowhere means none",
+    ),
     (("mix", "a.safetensors", "--out", "taken.safetensors"), "--overwrite"),
     (("mix", "a.safetensors", "--out", "run"), "is a folder"),
     (("mix", "a.safetensors", "--out", "o.txt"), "should end in .safetensors"),
@@ -781,13 +819,25 @@ BAD = [
     (("mix", "nan.safetensors", "--out", "o.safetensors"), "NaN or Inf"),
     (("mix", "cut.safetensors", "--out", "o.safetensors"), "cannot be read|truncated"),
     (("mix", "empty.safetensors", "--out", "o.safetensors"), "is empty"),
-    (("mix", "other.safetensors", "--out", "o.safetensors", "--model", "base"), "other.safetensors"),
+    (
+        ("mix", "other.safetensors", "--out", "o.safetensors", "--model", "base"),
+        "other.safetensors",
+    ),
     (("mix", "1e30*a.safetensors", "--out", "o.safetensors", "--dtype", "fp16"), "overflow"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "2", "--energy", "0.5"), "exclude each other"),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "2", "--energy", "0.5"),
+        "exclude each other",
+    ),
     (("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "0"), "a rank is at least 1"),
     (("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"), "no number of ranks"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--density", "0.1"), "--density has no effect"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--residual", "r.safetensors"), "--residual has no effect"),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--density", "0.1"),
+        "--density has no effect",
+    ),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--residual", "r.safetensors"),
+        "--residual has no effect",
+    ),
     (("mix", "0.5*base + 0.5*base@attn", "--out", "o"), "layers can be chosen of adapters only"),
     (("fold", "a.safetensors", "a.safetensors", "o"), "is no whole model"),
     (("fold", "base", "base", "o"), "is a whole model"),
@@ -809,9 +859,11 @@ BAD = [
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
     (("add", "base", "a.safetensors", "o.safetensors"), "choose --mode upl"),
-    (("mix",), "required"), (("mix", "a", "--rank", "x"), "invalid int"), (("nothing",), "there is no command"),
+    (("mix",), "required"),
+    (("mix", "a", "--rank", "x"), "invalid int"),
+    (("nothing",), "there is no command"),
     (("mix", "a", "--outt", "b"), "nearest flag is --out;"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -870,11 +922,13 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     "words",
     [
-        ("mix", "a.safetensors", "--out", "taken.safetensors", "--overwrite"), ("fold", "base", "a.safetensors", "taken.safetensors", "--overwrite"),
-        ("fold", "base", "a.safetensors", "run", "--overwrite"), ("add", "c.safetensors", "c.safetensors", "taken.safetensors", "--overwrite"),
+        ("mix", "a.safetensors", "--out", "taken.safetensors", "--overwrite"),
+        ("fold", "base", "a.safetensors", "taken.safetensors", "--overwrite"),
+        ("fold", "base", "a.safetensors", "run", "--overwrite"),
+        ("add", "c.safetensors", "c.safetensors", "taken.safetensors", "--overwrite"),
         ("fold", "base", "a.safetensors", "o.ckpt"),
     ],
-)  # fmt: skip
+)
 def test_a_full_disk_leaves_everything_as_it_was(spoiled, words, monkeypatch, capsys):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -889,12 +943,16 @@ def test_a_full_disk_leaves_everything_as_it_was(spoiled, words, monkeypatch, ca
 @pytest.mark.parametrize(
     "words",
     [
-        ("mix", "a.safetensors", "--out", "taken.safetensors"), ("fold", "base", "run", "o"), ("fold", "base", "run", "o.ckpt"),
-        ("distill", "base", "tuned", "o.safetensors", "--rank", "2"), ("resize", "a.safetensors", "o.safetensors", "--rank", "1"),
-        ("convert", "a.safetensors", "o.safetensors", "--to", "kohya"), ("add", "a.safetensors", "a.safetensors", "o.safetensors"),
+        ("mix", "a.safetensors", "--out", "taken.safetensors"),
+        ("fold", "base", "run", "o"),
+        ("fold", "base", "run", "o.ckpt"),
+        ("distill", "base", "tuned", "o.safetensors", "--rank", "2"),
+        ("resize", "a.safetensors", "o.safetensors", "--rank", "1"),
+        ("convert", "a.safetensors", "o.safetensors", "--to", "kohya"),
+        ("add", "a.safetensors", "a.safetensors", "o.safetensors"),
         ("add", "base", "c.safetensors", "o.ckpt", "--mode", "upl-ckpt-v2"),
     ],
-)  # fmt: skip
+)
 def test_dry_runs_report_and_write_nothing(spoiled, words, capsys):
     if "tuned" in words:
         call("fold", "base", "a.safetensors", "tuned")
@@ -956,11 +1014,10 @@ def test_keys_that_mean_nothing_can_be_allowed(here, capsys):
 def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
     noise = torch.Generator().manual_seed(3)
     name = f"lora_unet_{SQUARE.replace('.', '_')}"
-    parts = {
-        f"{name}.hada_w{i}_{x}": torch.randn((8, 2) if x == "a" else (2, 8), generator=noise)
-        for i in "12"
-        for x in "ab"
-    }
+    parts = {}
+    for i in "12":
+        parts[f"{name}.hada_w{i}_a"] = torch.randn(8, 2, generator=noise)
+        parts[f"{name}.hada_w{i}_b"] = torch.randn(2, 8, generator=noise)
     save_file(parts | {f"{name}.alpha": torch.tensor(2.0)}, "hada.safetensors")
     exact = (parts[f"{name}.hada_w1_a"] @ parts[f"{name}.hada_w1_b"]) * (
         parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
