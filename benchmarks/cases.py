@@ -138,7 +138,7 @@ def make_cases(
         return [loss_case(name, setting) for name in ([model] if model else LATENTS)]
     example = kernels.OPS[op].example
     args = example(0, setting.dtype, setting.device)
-    if is_plain(args):
+    if has_plain_arguments(args):
         return [Case(op, "its example", mark_trained(kernels.OPS[op].reference, args))]
     return [Case(op, "its example", example(0, wide_dtype(setting.dtype), setting.device))]
 
@@ -199,7 +199,7 @@ def trained_tensors(args: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def is_plain(args: Any) -> bool:
+def has_plain_arguments(args: Any) -> bool:
     """Whether the arguments are tensors, numbers and names, in tuples.
 
     Not so where an op has objects of its own: an optimizer's flat parameters.

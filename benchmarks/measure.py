@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import laws, timing
-from benchmarks.cases import Case, Setting, copy_arguments, is_plain, trained_tensors
+from benchmarks.cases import Case, Setting, copy_arguments, has_plain_arguments, trained_tensors
 from benchmarks.counting import Counter, saved_activations, touched_bytes
 from lora_core import kernels
 from lora_core.errors import UserError
@@ -135,7 +135,7 @@ def check_implementations(
     The errors are the largest of results and the largest of gradients.
     """
     reference = OPS[case.op].reference
-    if not is_plain(case.args):
+    if not has_plain_arguments(case.args):
         # An optimizer's state cannot be cast; benchmarks.optimizer and the tests of the
         # implementations measure its error.
         if "candidate" in functions:
@@ -236,7 +236,7 @@ def measure_call(
         row["memory"] = kept.bytes
         del out
     # a dispatch mode would take compiled kernels apart, and does not see loops over pointers
-    if name == "compile" or not is_plain(case.args):
+    if name == "compile" or not has_plain_arguments(case.args):
         return row | {"bytes": None}
     with Counter() as counter:
         step()
@@ -249,7 +249,7 @@ def minimum_cost(case: Case, rates: DeviceRates) -> dict[str, float]:
     Every argument and result once forward, and again with their gradients backward; FLOP of the
     reference. Empty for arguments that hold objects, whose tensors are not known.
     """
-    if not is_plain(case.args):
+    if not has_plain_arguments(case.args):
         return {}
     tensors = result_tensors(case.args)
     trains = trained_tensors(case.args)

@@ -28,7 +28,7 @@ from benchmarks.counting import (
 )
 from benchmarks.step_cost import NetworkStep, count_cost
 from lora_core import kernels
-from lora_core.kernels import OPS, reference
+from lora_core.kernels import OPS, norms, reference
 from lora_core.kernels.reference import Drop
 from tests import tiny_sdxl
 
@@ -563,7 +563,7 @@ def _watch(mode: str, name: str, args: tuple[Any, ...]) -> Watch:
         with kernels.use_kernels(mode), as_cuda(), Watch() as watch:
             out = kernels.call(name, *args)
             outs = [one for one in _tensors(out) if one.requires_grad]
-            if outs:
+            if outs and trained:
                 torch.autograd.grad(
                     outs, trained, [one.detach() for one in outs], allow_unused=True
                 )
@@ -591,15 +591,19 @@ def test_each_declaration_is_what_happens(title: str, counted_launches: None) ->
 
 
 def test_the_factored_norm_declares_what_it_calls() -> None:
-    weight, down, up, scale = OPS["dora_norm"].example()
-    ((_, launches, declared, _),) = _watch(
-        "fused", "dora_norm", (weight, down, 0.01 * up, scale)
-    ).inside  # no row of which is computed twice
-    assert launches == declared.launches
+    for args in (_trained_norm(11), _trained_norm(2 * norms.BLOCK // 7)):
+        ((_, launches, declared, _),) = _watch("fused", "dora_norm", args).inside
+        assert launches == declared.launches
+
+
+def _trained_norm(rows: int) -> tuple[Any, ...]:
+    """Arguments of dora_norm with factors that train: a registered op only then."""
+    weight, down, up = torch.ones(rows, 7), torch.ones(3, 7), torch.ones(rows, 3)
+    return weight, down.requires_grad_(), up.requires_grad_(), 0.5
 
 
 def test_every_declared_op_is_watched() -> None:
-    ours = {"lora_core::only_in_a_test", *_watch("fused", *_arguments("dora_norm", "cpu")).names}
+    ours = {"lora_core::only_in_a_test", *_watch("fused", "dora_norm", _trained_norm(11)).names}
     for title in CASES:
         ours |= set(_watch("triton", *_arguments(title, "meta")).names)
     assert set(kernels.COSTS) <= ours

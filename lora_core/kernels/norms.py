@@ -136,8 +136,15 @@ _tiled.register_autograd(norm_backward, setup_context=save_norm)
 
 
 def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
-    """Three calls a block; its fp32 elements are written twice and read twice."""
+    """Three calls a block, whose fp32 elements are written twice and read twice.
+
+    A single block is written and read once, and its weight is copied only to cast it.
+    """
     blocks = -(-len(weight) // _block(len(weight), weight[0].numel()))
+    if blocks == 1:
+        passes = 1 + (weight.dtype != wide_dtype(weight.dtype))
+        moved = weight.nbytes + 2 * 4 * passes * weight.numel() + down.nbytes + up.nbytes
+        return Cost(1 + passes, moved, True)
     moved = weight.nbytes + 4 * 4 * weight.numel() + down.nbytes * blocks + up.nbytes
     return Cost(3 * blocks, moved, True)
 
