@@ -20,7 +20,7 @@ import torch
 
 from lora_core import tokens
 from lora_core.config import GROUPS, Config, Stage
-from lora_core.diffusion import losses
+from lora_core.diffusion import losses, noise
 from lora_core.errors import UserError
 from lora_core.optim import building, schedules
 from lora_core.runs import card, destination, lock, reports
@@ -187,6 +187,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     _check_known_words(c)
     _check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
+    noise.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
