@@ -947,7 +947,7 @@ def test_a_broken_or_doubled_strength_in_the_header_is_refused(pipe, layout, tmp
         (
             json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.rank_pattern": {"to_q": 2}}),
             {},
-            "to_q in .* of rank 3, its settings say r = 2",
+            "to_q in .* of rank 3, its settings have r = 2",
         ),
         (
             json.dumps({"unet.r": 3, "unet.lora_alpha": 1, "unet.use_dora": True}),

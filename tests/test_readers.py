@@ -417,7 +417,7 @@ def test_peft_finds_its_network_by_paths_then_shapes_then_the_folders_name(tmp_p
         ("[]", "expected a JSON object"),
         ({"peft_type": "LOHA"}, "LOHA adapter, expected LORA"),
         ({"r": "a"}, "a rank of 'a'"),
-        ({"r": 3}, "tensors of rank 2, its settings say r = 3"),
+        ({"r": 3}, "tensors of rank 2, its settings have r = 3"),
         ({"r": 2, "use_dora": True}, "no magnitude for conv"),
         ({"r": 2, "lora_alpha": None}, "an alpha of None"),
         ({"r": 2, "rank_pattern": [1]}, r"rank_pattern \[1\]"),

@@ -23,7 +23,7 @@ from lora_core.formats.unpickler import DAMAGE, Inert, Name, RestrictedUnpickler
 MAGIC = 0x1950A86A20F9469CFC6C  # how torch < 1.6 begins a file
 PROTOCOL = 1001  # its second pickle; then come the system, the object and its storages
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: mark, lengths of name and extra field
-DTYPES = {  # storage class -> what it stores
+DTYPES = {  # storage class -> dtype of its elements
     "Float": torch.float32,
     "Double": torch.float64,
     "Half": torch.float16,
@@ -175,7 +175,7 @@ def _read_sequence(view: mmap.mmap) -> Any:
         found[storage.key] = storage
         return Storage(storage.dtype, 0, None)
 
-    _load(view, note_storage)  # lists the storages; their bytes lie behind the list of their keys
+    _load(view, note_storage)  # lists the storages; their bytes follow the list of their keys
     keys = _load(view, _refuse_storage)
     data = {key: _read_storage(view, found[key]) for key in keys}
 
@@ -213,7 +213,7 @@ def _read_storage(view: mmap.mmap, storage: StorageId) -> bytearray:
 
 
 def _parse_storage(pid: Any) -> StorageId:
-    """A persistent id; ValueError where it names no storage."""
+    """The storage that a persistent id names. Raises ValueError where it names none."""
     kind, name, key, _, numel, *rest = pid
     path = getattr(name, "path", name)
     dtype = _storage_dtype(name)
