@@ -20,7 +20,7 @@ import tyro
 
 from lora_core.errors import UserError
 from lora_core.text import check_unicode, nearest_names
-from merging.commands import COMMANDS, flatten, run_command
+from merging.commands import COMMANDS, flatten, run_merge_command
 
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -50,7 +50,7 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
     """
     try:
         check_unicode(words, "the argument")
-        run_command(command, parse_options(command, words, prog or f"merge.py {command}"))
+        run_merge_command(command, parse_options(command, words, prog or f"merge.py {command}"))
     except SystemExit:  # tyro has printed the help
         return 0
     except UserError as error:

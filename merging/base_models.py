@@ -15,7 +15,7 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.opening import is_whole_model, open_layout
 from models import hub_models, single_file
 
@@ -31,7 +31,7 @@ class BaseModel:
     locations: tuple[NetworkLocation, ...] = ()  # of the networks in a single file
 
 
-def open_base_model(path: str, reading: ReadOptions) -> BaseModel:
+def open_base_model(path: str, reading: FileReadOptions) -> BaseModel:
     """A whole model: folder in the diffusers layout, single file or hub id.
 
     Raises UserError for an adapter.
@@ -57,7 +57,7 @@ def network_locations(base: BaseModel) -> tuple[NetworkLocation, ...]:
 
 
 @contextlib.contextmanager
-def model_configs(base: BaseModel, reading: ReadOptions) -> Iterator[Path]:
+def model_configs(base: BaseModel, reading: FileReadOptions) -> Iterator[Path]:
     """A folder with everything of a model but its weights.
 
     That is its own, the one of --model-config, or published configs with CLIP's tokenizers.

@@ -168,7 +168,7 @@ class AdapterModel:
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class FileReadOptions:
     """How files are read."""
 
     model_config: Annotated[str, text("DIR")] = ""
@@ -180,7 +180,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class OpenOptions(ReadOptions, AdapterModel):
+class OpenOptions(FileReadOptions, AdapterModel):
     """How adapter files are read, and of which model they are."""
 
 
@@ -215,7 +215,7 @@ class AdapterFileOptions(WriteOptions, AdapterFormat, OpenOptions):
 
 
 @dataclass(frozen=True)
-class DistillFileOptions(WriteOptions, AdapterFormat, ReadOptions):
+class DistillFileOptions(WriteOptions, AdapterFormat, FileReadOptions):
     """How models are read, which say themselves what they are, and an adapter is written."""
 
 
@@ -360,7 +360,7 @@ class Explain:
     """the model that it was made from"""
     loras: Positional[Annotated[tuple[str, ...], text("LORA")]] = ()
     """LoRA files that may be in it"""
-    files: OmitArgPrefixes[Annotated[ReadOptions, GROUP]] = ReadOptions()
+    files: OmitArgPrefixes[Annotated[FileReadOptions, GROUP]] = FileReadOptions()
 
 
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ COMMANDS = {
 }
 
 
-def run_command(name: str, options: Any) -> None:
+def run_merge_command(name: str, options: Any) -> None:
     """Carries out a command with its options. Raises UserError."""
     module = importlib.import_module(f"merging.{name}")
     getattr(module, f"run_{name}")(options)

@@ -18,7 +18,7 @@ from merging.base_models import (
     open_base_model,
     with_progress,
 )
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
@@ -54,7 +54,7 @@ class FoldOptions:
 def write_model_sum(
     files: Sequence[WeightedFile],
     output: Output,
-    reading: ReadOptions,
+    reading: FileReadOptions,
     fold: FoldOptions = FoldOptions(),
 ) -> FoldStatistics:
     """Writes a sum in which at least one file is a whole model.

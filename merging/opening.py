@@ -20,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import WRITABLE
 from lora_core.formats.layout import Layout
-from merging.commands import OpenOptions, ReadOptions
+from merging.commands import FileReadOptions, OpenOptions
 from models import known
 from models.published import PUBLISHED_MODELS
 
@@ -82,7 +82,7 @@ def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
     return None
 
 
-def open_layout(path: str, reading: ReadOptions) -> Layout:
+def open_layout(path: str, reading: FileReadOptions) -> Layout:
     """The layers of a model that can be adapted, from its configs or the keys of a single file.
 
     `path` may be the name of a published model, such as sdxl. No weight is read.
@@ -94,7 +94,7 @@ def open_layout(path: str, reading: ReadOptions) -> Layout:
 
 
 def open_adapter(
-    path: str, layout: Layout | None, reading: ReadOptions, *, merging: bool = False
+    path: str, layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
 ) -> AdapterState:
     """The adapter in a file or a run's folder.
 

@@ -43,7 +43,7 @@ def write_sidecar(recipe: Mapping[str, Any], folder: Path) -> None:
     (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_merge_recipe(path: str) -> dict[str, Any]:
     """The recipe in a file's header or a model's folder. Raises UserError where there is none."""
     place = Path(path)
     if not place.exists():

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from merging.commands import COMMANDS, Redo, flatten, run_command, unflatten
-from merging.recipe import LEFT_OUT, describe_recipe, read_recipe, sha256_digest
+from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
+from merging.recipe import LEFT_OUT, describe_recipe, read_merge_recipe, sha256_digest
 
 REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")
 
@@ -24,7 +24,7 @@ def run_redo(options: Redo) -> None:
     (without --overwrite).
     """
     path, out = options.file, options.out
-    recipe = read_recipe(path)
+    recipe = read_merge_recipe(path)
     print(describe_recipe(recipe))
     target = Path(os.path.abspath(out or path))
     if out and target.exists() and not options.overwrite and not options.dry_run:
@@ -60,7 +60,7 @@ def repeat_recipe(recipe: dict[str, Any], out: str) -> None:
             "by another version?"
         )
     try:
-        run_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
+        run_merge_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
     except (TypeError, AttributeError) as error:  # values that no command line gives
         raise UserError(f"the recipe is broken ({error}); make the file anew by hand") from None
 

@@ -25,7 +25,7 @@ from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, layers_by_key, mix_layers_dense
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.factor_sums import cosine_similarity
 from merging.ties_dare import ties
 from merging.truncation import Keep
@@ -597,7 +597,7 @@ def test_flags_of_python_fire_are_understood(here, made, layout, words):
 def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
     folded = base_models.open_base_model(
-        out, ReadOptions(model_config="" if out == "merged" else "base")
+        out, FileReadOptions(model_config="" if out == "merged" else "base")
     )
     before = open_model_folder("base")
     wished = summed(
@@ -669,7 +669,7 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     assert re.search(r"(?s)add up to 1.2.*distill makes.*no rank", capsys.readouterr().err)
     call("convert", "tuned.safetensors", "tuned", "--model-config", "base")
     single = base_models.open_base_model(
-        "tuned.safetensors", ReadOptions(model_config="base")
+        "tuned.safetensors", FileReadOptions(model_config="base")
     ).model
     for name, weights in open_model_folder("tuned").items():
         assert all(torch.equal(weights.read(key), single[name].read(key)) for key in weights.infos)
@@ -981,7 +981,7 @@ def test_examples_of_the_help_are_commands(monkeypatch):
     import shlex
 
     seen = []
-    monkeypatch.setattr(merge, "run_command", lambda name, options: seen.append(name))
+    monkeypatch.setattr(merge, "run_merge_command", lambda name, options: seen.append(name))
     for name, command in merge.COMMANDS.items():
         call(name, *shlex.split(command.example))
     assert seen == list(merge.COMMANDS)
@@ -991,7 +991,7 @@ def test_an_interruption_is_said(here, monkeypatch, capsys):
     def stop(name, options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "run_command", stop)
+    monkeypatch.setattr(merge, "run_merge_command", stop)
     call("info", "a.safetensors", status=130)
     assert "interrupted" in capsys.readouterr().err
 
