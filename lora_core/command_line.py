@@ -1,4 +1,4 @@
-"""The command line of the scripts: a config from flags, and the status that a script ends with.
+"""The command line of the scripts: parse flags into a config, and set the exit status.
 
 Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
 """

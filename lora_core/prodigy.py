@@ -5,20 +5,21 @@ are prodigyopt's (the authors' package), and with one group so are the numbers; 
 itself is kernels/steps.py. Differences from prodigyopt, on purpose:
 
 - A group with lr = 0, or none of whose parameters has a gradient, is frozen: parameters, moments,
-  `s`, numerator and count keep their bits, and the distance is measured on the groups that move.
-  (prodigyopt goes on along stale momentum, and divides the numerator of all by the `s` of some.)
+  `s`, numerator and count keep their bits, and the distance is measured on the other groups.
+  (prodigyopt keeps moving by stale momentum, and divides the numerator of all groups by the `s` of
+  some.)
 - Groups may differ in lr, betas, eps and weight decay; each has its own count `k`. (prodigyopt
-  reads group 0 for all, and refuses two learning rates.)
+  uses group 0's for all, and refuses two learning rates.)
 - `distance="group"` gives every group its own d, for text encoders that one shared d over-trains
   (konstmish/prodigy#20, #34).
 - d, d_max, k and the sums are 0-dim float64 tensors on the parameters' device: nothing in a step
   waits for the device.
-- Coupled weight decay leaves `.grad` alone; p0 is always a whole copy (prodigyopt checks whether a
-  parameter is zero); state is fp32 or better.
+- Coupled weight decay does not change `.grad`; p0 is always a full copy (prodigyopt checks whether
+  a parameter is zero); state is fp32 or better.
 
-Parameters and state of a group lie in a few flat tensors (kernels/flat.py), of which p.data and
-`state[p]` hold views, and d and the other scalars are updated in place: a step is two kernels (the
-op prodigy_step), and a CUDA graph may hold it. Read `group["d"]` with .clone() to keep a value.
+Parameters and state of a group are in a few flat tensors (kernels/flat.py), of which p.data and
+`state[p]` are views, and d and the other scalars are updated in place: a step is two kernels (the
+op prodigy_step), and a CUDA graph can capture it. Read `group["d"]` with .clone() to keep a value.
 """
 
 import math
@@ -40,12 +41,12 @@ SHARED_SETTINGS = ("d0", "d_coef", "growth_rate", "beta3")  # equal in groups th
 
 
 class Prodigy(torch.optim.Optimizer):
-    """Prodigy. `param_groups[i]["d"]` is a group's estimate, a 0-dim tensor.
+    """The Prodigy optimizer; `param_groups[i]["d"]` is a group's estimate, a 0-dim tensor.
 
-    d * lr is the learning rate worth logging. `lr` multiplies d: leave it at 1. A group's own lr is
-    its share of the common step; a 0-dim tensor may change within a CUDA graph.
-    `slice_p` estimates on every p-th element only. `growth_rate` bounds the growth of d a step, but
-    not its first jump away from d0, as in prodigyopt (1.0 stops d where it is). `fsdp_in_use` sums
+    The effective learning rate, for logs, is d * lr. `lr` multiplies d: leave it at 1. A group's
+    own lr is its share of the common step; as a 0-dim tensor it may change within a CUDA graph.
+    `slice_p` estimates on every p-th element only. `growth_rate` bounds the growth of d per step,
+    but not its first jump away from d0, as in prodigyopt (1.0 keeps d constant). `fsdp_in_use` sums
     the estimate over the ranks of torch.distributed, each of which holds a shard; a group pauses on
     all ranks or on none.
     Follows torch's protocol for loss scalers (attributes `found_inf`, `grad_scale`): a step with
@@ -129,7 +130,7 @@ class Prodigy(torch.optim.Optimizer):
                 group[name] = self.param_groups[0][name].clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state bit for bit.
+        """Loads a state bit for bit.
 
         torch's own method would cast fp32 state to the dtype of a half-precision parameter. d and
         the other scalars stay where they are in memory; the flat state is laid out anew.
@@ -179,7 +180,7 @@ class Prodigy(torch.optim.Optimizer):
         return loss
 
     def _moving_groups(self, index: int, group: dict[str, Any]) -> list[MovingGroup]:
-        """A group's parameters that move, by dtype: none where lr is the number 0."""
+        """A group's parameters that are updated, by dtype; none where lr is the number 0."""
         lr = group["lr"]
         if not (isinstance(lr, Tensor) or lr > 0):
             return []
@@ -241,7 +242,7 @@ def _initial_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_group(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
-    """Raises UserError for settings out of range, or not those of the first group."""
+    """Raises UserError for settings out of range, or different from the first group's."""
     ranges = {
         "lr": group["lr"] >= 0,
         "weight_decay": group["weight_decay"] >= 0,

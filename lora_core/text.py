@@ -70,22 +70,20 @@ def nearest_names(
 
 
 def print_escaped(text: str) -> None:
-    r"""Prints a text; characters that the encoding of the terminal or file lacks are written as
-    \xe9.
-    """
+    r"""Prints a text; characters that the output's encoding lacks are written as \xe9."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def normalize_unicode(text: str) -> str:
-    """The text in the normal form C: one character for é, where macOS writes e and an accent."""
+    """The text in Unicode's normal form C: é is one character (macOS writes e and an accent)."""
     return unicodedata.normalize("NFC", text)
 
 
 def check_unicode(value: Any, name: str) -> None:
-    """Raises UserError for a text, in any depth of tables and lists, with bytes that are not UTF-8.
+    """Raises UserError for a text with bytes that are not UTF-8, also inside tables and lists.
 
-    `name` is the option's, as the error writes it.
+    `name` is the option's name in the error.
     """
     if isinstance(value, dict):
         for key, inner in value.items():

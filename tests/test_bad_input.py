@@ -398,7 +398,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "handed over": (
         {"loss": "<lambda of a.py>"},
-        "--loss is <lambda of a.py>, which was handed over in Python",
+        "--loss is <lambda of a.py>, which was passed in Python",
     ),
 }
 
