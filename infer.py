@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, exit_status, parse_command_line
+from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import ModelConfig
 from lora_core.settings import AtLeast, SamplerSettings
 
@@ -79,7 +79,7 @@ from PIL import Image
 from lora_core.adapters.patch import Patch
 from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.start_images import StartImages, read_start_images
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.runs.destination import check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_axes, parse_axis
