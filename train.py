@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from lora_core.command_line import answer_help, exit_status, parse_command_line
+from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
 
 EXAMPLE = (
@@ -38,7 +38,7 @@ from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.runs import destination
 from training import results, setup
 from training.checkpoints import Checkpoints

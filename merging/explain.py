@@ -29,7 +29,8 @@ def run_explain(options: Explain) -> None:
     for state, path in zip(states, options.loras):
         if has_magnitude(state):
             raise UserError(
-                f"{path} is a DoRA, whose update grows with no factor; explain takes plain LoRAs"
+                f"{path} is a DoRA, whose update is not linear in its weight; "
+                "explain takes plain LoRAs"
             )
     sums = _sums_by_component(base, tuned, states)
     layers = list(itertools.chain.from_iterable(sums.values()))

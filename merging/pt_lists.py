@@ -68,7 +68,7 @@ def _read_pt_list(path: Path) -> list[Tensor]:
     is_pairs = isinstance(data, list) and data and len(data) % 2 == 0
     if not is_pairs or not all(map(_is_factor, data)):
         raise UserError(
-            f"{path} is no list of up and down factors; give a LoRA saved by cloneofsimo's tools"
+            f"{path} is not a list of up and down factors; give a LoRA saved by cloneofsimo's tools"
         )
     check_finite({str(i): part for i, part in enumerate(data)}, str(path))
     return data

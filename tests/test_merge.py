@@ -248,7 +248,7 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
         status=2,
     )
     call(*words, "--out", "x.safetensors", "--method", "ties", status=2)
-    assert re.search(r"(?s)add up to 1.*say how much", capsys.readouterr().err)
+    assert re.search(r"(?s)add up to 1.*choose how much", capsys.readouterr().err)
 
 
 def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
@@ -386,7 +386,7 @@ def test_redo_wants_the_same_inputs(here, capsys, monkeypatch):
     call("redo", "m.safetensors", status=2)
     call("redo", "b.safetensors", status=2)
     assert re.search(
-        r"(?s)its sha256 differs.*neither below.*carries no recipe", capsys.readouterr().err
+        r"(?s)its sha256 differs.*neither below.*has no recipe", capsys.readouterr().err
     )
 
 
@@ -735,7 +735,7 @@ def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
         and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
     )
     call("resize", "run", "x.safetensors", "--model", "base", status=2)
-    assert "say how much" in capsys.readouterr().err
+    assert "choose how much" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
@@ -798,7 +798,7 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
     assert "x.safetensors" in capsys.readouterr().err
     call("info", "k.safetensors", "--model", "sd1")
     call("mix", "2*k.safetensors@OUT03", "--out", "p.safetensors", status=2)
-    assert "means none of the 1 layers" in capsys.readouterr().err
+    assert "matches none of the 1 layers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes
@@ -839,13 +839,13 @@ BAD = [
         "--residual has no effect",
     ),
     (("mix", "0.5*base + 0.5*base@attn", "--out", "o"), "layers can be chosen of adapters only"),
-    (("fold", "a.safetensors", "a.safetensors", "o"), "is no whole model"),
+    (("fold", "a.safetensors", "a.safetensors", "o"), "is not a whole model"),
     (("fold", "base", "base", "o"), "is a whole model"),
     (("fold", "base", "a.safetensors", "run"), "is there already"),
     (("fold", "base", "a.safetensors", "a.safetensors"), "is there already"),
     (("fold", "nowhere/none", "a.safetensors", "o"), "the hub gave no model"),
-    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is no whole model"),
-    (("distill", "base", "base", "o.safetensors"), "say how much"),
+    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is not a whole model"),
+    (("distill", "base", "base", "o.safetensors"), "choose how much"),
     (("convert", "base", "o.safetensors", "--to", "kohya"), "drop --to"),
     (("convert", "d.safetensors", "o.safetensors", "--to", "cloneofsimo"), "DoRA"),
     (("info", "nowhere.safetensors"), "is not there"),
@@ -854,7 +854,7 @@ BAD = [
     (("explain", "base", "base", "a.safetensors"), "nothing to explain"),
     (("redo", "nowhere"), "is not there"),
     (("add", "a.safetensors", "b.safetensors"), "one of these is missing"),
-    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is no number"),
+    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is not a number"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "in addition"),
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
