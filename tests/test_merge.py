@@ -809,7 +809,7 @@ BAD = [
     (("mix", "nowhere.safetensors", "--out", "o.safetensors"), "nowhere.safetensors is not there"),
     (
         ("mix", "a.safetensors@nowhere", "--out", "o.safetensors"),
-        "a.safetensors: @nowhere means none",
+        "a.safetensors: @nowhere matches none",
     ),
     (("mix", "a.safetensors", "--out", "taken.safetensors"), "--overwrite"),
     (("mix", "a.safetensors", "--out", "run"), "is a folder"),
@@ -829,7 +829,10 @@ BAD = [
         "exclude each other",
     ),
     (("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "0"), "a rank is at least 1"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"), "no number of ranks"),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"),
+        "not a number of ranks",
+    ),
     (
         ("mix", "a.safetensors", "--out", "o.safetensors", "--density", "0.1"),
         "--density has no effect",

@@ -1,4 +1,4 @@
-"""Axes of a grid of images: a setting of sampling and the values that it takes."""
+"""Axes of a grid of images: each is a sampling setting and its values."""
 
 from __future__ import annotations
 
