@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     if b"\0" in content:
         place = content.index(0)
         raise UserError(
-            f"{path} is no text: it has a zero byte at byte {place}; save it as UTF-8 text"
+            f"{path} is not text: it has a zero byte at byte {place}; save it as UTF-8 text"
         )
     try:
         text = content.decode("utf-8-sig")
@@ -95,6 +95,6 @@ def check_unicode(value: Any, name: str) -> None:
     elif isinstance(value, str) and printable(value) != value:
         option = name.replace("_", "-")
         raise UserError(
-            f"{option} '{printable(value)}' has bytes that are no UTF-8; "
+            f"{option} '{printable(value)}' has bytes that are not UTF-8; "
             "rename the file or folder, or write the text as UTF-8"
         )

@@ -60,7 +60,7 @@ def _spectra_by_layer(path: str, layout: Layout | None, reading: OpenOptions) ->
     for layer in layer_spectra(open_adapter(path, layout, reading), path):
         if isinstance(layer.adapter, DenseUpdate):
             raise UserError(
-                f"{'.'.join(layer.key)} is a {layer.adapter.kind} update, no product of two "
+                f"{'.'.join(layer.key)} is a {layer.adapter.kind} update, not a product of two "
                 "factors; resize makes a LoRA of it"
             )
         spectra[layer.key] = layer

@@ -212,7 +212,7 @@ def _merge_layers(
     criterion = keep.per_layer()
     if whole and (method.method != "sum" or criterion is None):
         raise UserError(
-            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, no product of two factors; "
+            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, not a product of two factors; "
             f"choose how much to keep {TO_KEEP} (and no --method), or fold it into a model"
         )
     if method.method == "sum":
@@ -256,7 +256,7 @@ def _ranks_or_share(
 
 
 def _dense_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
-    """Layers for which a file holds an update that is no product of two factors."""
+    """Layers for which a file holds an update that is not a product of two factors."""
     found: dict[LayerKey, WeightedAdapters] = {}
     for key, weighted in weighted_layers(terms).items():
         for _, update in weighted:

@@ -50,7 +50,7 @@ def is_whole_model(path: str) -> bool:
     if not place.is_file():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
-        raise UserError(f"{path} is not there; give a file, a folder, or a model's id on the hub")
+        raise UserError(f"{path} does not exist; give a file, a folder, or a model's id on the hub")
     if place.suffix == ".ckpt":
         return True
     try:
@@ -98,7 +98,7 @@ def open_adapter(
 ) -> AdapterState:
     """The adapter in a file or a run's folder.
 
-    `merging` also reads updates that are no product of two factors, as `DenseUpdate` among the
+    `merging` also reads updates that are not a product of two factors, as `DenseUpdate` among the
     components. Raises UserError for a whole model, and as `formats.load` does.
     """
     if is_whole_model(path):

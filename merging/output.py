@@ -91,7 +91,7 @@ def check_output(output: Output, *, folder: bool = False) -> None:
     parent = next(place for place in path.absolute().parents if place.exists())
     if not parent.is_dir():
         raise UserError(
-            f"the output {path} lies below {parent}, which is no folder; choose another place"
+            f"the output {path} lies below {parent}, which is not a folder; choose another place"
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(

@@ -47,7 +47,7 @@ def read_merge_recipe(path: str) -> dict[str, Any]:
     """The recipe in a file's header or a model's folder. Raises UserError where there is none."""
     place = Path(path)
     if not place.exists():
-        raise UserError(f"{path} is not there; give a file that merge.py made")
+        raise UserError(f"{path} does not exist; give a file that merge.py made")
     try:
         text = _recipe_text(place)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:

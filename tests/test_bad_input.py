@@ -446,7 +446,7 @@ def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config
         ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
     ):
-        with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
+        with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are not UTF-8"):
             config_checks.check_config(merged(config, change))
 
 

@@ -806,7 +806,10 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
 BAD = [
     (("mix", "0.7*a.safetensors + ", "--out", "o.safetensors"), "ends too early"),
     (("mix", "a.safetensors", "--out", ""), "no output"),
-    (("mix", "nowhere.safetensors", "--out", "o.safetensors"), "nowhere.safetensors is not there"),
+    (
+        ("mix", "nowhere.safetensors", "--out", "o.safetensors"),
+        "nowhere.safetensors does not exist",
+    ),
     (
         ("mix", "a.safetensors@nowhere", "--out", "o.safetensors"),
         "a.safetensors: @nowhere matches none",
@@ -851,11 +854,11 @@ BAD = [
     (("distill", "base", "base", "o.safetensors"), "choose how much"),
     (("convert", "base", "o.safetensors", "--to", "kohya"), "drop --to"),
     (("convert", "d.safetensors", "o.safetensors", "--to", "cloneofsimo"), "DoRA"),
-    (("info", "nowhere.safetensors"), "is not there"),
+    (("info", "nowhere.safetensors"), "does not exist"),
     (("info", "base", "--plot", "s.png"), "whole model"),
     (("diff", "a.safetensors", "base"), "whole model"),
     (("explain", "base", "base", "a.safetensors"), "nothing to explain"),
-    (("redo", "nowhere"), "is not there"),
+    (("redo", "nowhere"), "does not exist"),
     (("add", "a.safetensors", "b.safetensors"), "one of these is missing"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is not a number"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "in addition"),
@@ -1026,7 +1029,7 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
         parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
     )
     call("mix", "0.5*hada.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
-    assert "no product of two factors" in capsys.readouterr().err
+    assert "not a product of two factors" in capsys.readouterr().err
     call(
         "mix",
         "0.5*hada.safetensors + a.safetensors@to_k",

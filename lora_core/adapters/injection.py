@@ -253,7 +253,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     adapted = adapted_layers(model)
     if any(layer.folded for layer in adapted):
         raise UserError(
-            "an adapter is folded into the weights, so the base model is not there; unfold it first"
+            "an adapter is folded into the weights, so there is no base model; unfold it first"
         )
     before = [layer.enabled for layer in adapted]
     try:

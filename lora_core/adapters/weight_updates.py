@@ -5,7 +5,7 @@ LoRA (arXiv 2106.09685), where `scale` is alpha / rank, resolved when a file is 
 DoRA (arXiv 2402.09353; rows as in peft), where n is the row norm of (W + scale * up @ down):
     delta W = m / n * (W + scale * up @ down) - W
 
-Norms of columns (older LyCORIS) and updates that are no product of two factors (LoHa, LoKr) can
+Norms of columns (older LyCORIS) and updates that are not a product of two factors (LoHa, LoKr) can
 only be merged: see `DenseUpdate`.
 """
 

@@ -302,7 +302,7 @@ def _check_words(words: str, path: Path) -> str:
     """The words of a file's or folder's name; raises UserError where they are no Unicode."""
     if printable(words) != words:
         raise UserError(
-            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; "
+            f"the name of {path} has bytes that are not UTF-8 and cannot be a caption; "
             "rename it, or choose other --data.captions"
         )
     return words

@@ -81,7 +81,7 @@ def format_problem(path: Path) -> str | None:
     if suffix in RAW_SUFFIXES:
         return "it is a camera's raw file; export it as JPEG, PNG or TIFF"
     if suffix not in IMAGE_SUFFIXES:
-        return f"{suffix or 'a name without a suffix'} is no image format that is read"
+        return f"{suffix or 'a name without a suffix'} is not a supported image format"
     return None
 
 

@@ -113,7 +113,7 @@ def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     if file.is_file() and is_pickle(file):
         return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
     if not file.is_file():
-        raise UserError(f"{file} is not there; give a file or a run's folder")
+        raise UserError(f"{file} does not exist; give a file or a run's folder")
     return read_shapes(file)
 
 
@@ -161,7 +161,7 @@ def _unknown_file_error(keys: list[str], source: str) -> str:
             "or put them on again with lora_core.adapters.custom_files.load_adapters"
         )
     return (
-        f"{source} is no adapter file: none of its {len(keys)} keys "
+        f"{source} is not an adapter file: none of its {len(keys)} keys "
         f"({', '.join(keys[:3])} ...) is known to {', '.join(READABLE)}"
     )
 
@@ -206,14 +206,14 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
     if any(state.dense.values()):
         raise UserError(
-            f"{source} cannot be put on a model as it is: {_describe_first_dense(state)}; "
+            f"{source} cannot be used on a model unmerged: {_describe_first_dense(state)}; "
             f"{HOW_TO_DISTILL}"
         )
     for name, modules in state.components.items():
         for path, lr in modules.items():
             if lr.magnitude is not None and lr.magnitude.ndim > 1:
                 raise UserError(
-                    f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by "
+                    f"{source} cannot be used on a model unmerged: {name}.{path} is a DoRA by "
                     "columns; merge.py fold puts it into a model"
                 )
 
@@ -221,7 +221,7 @@ def _refuse_merge_only(state: AdapterState, source: str) -> None:
 def _describe_first_dense(state: AdapterState) -> str:
     name, modules = next((name, own) for name, own in state.dense.items() if own)
     path, update = next(iter(modules.items()))
-    return f"{name}.{path} is a {update.kind} update, no product of two factors"
+    return f"{name}.{path} is a {update.kind} update, not a product of two factors"
 
 
 # ---------------------------------------------------------------- files of a folder

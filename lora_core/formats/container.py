@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 def is_pickle(path: Path) -> bool:
     """Whether a file was written by torch.save. Raises UserError for a missing or empty file."""
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a file or a run's folder")
+        raise UserError(f"{path} does not exist; give a file or a run's folder")
     with path.open("rb") as file:
         start = file.read(len(ZIP))
     if not start:

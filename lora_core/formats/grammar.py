@@ -391,4 +391,4 @@ def pad_shape(shape: Iterable[int]) -> Shape:
 
 def _describe_unknown(keys: list[str], source: str) -> str:
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    return f"{source} has {len(keys)} key(s) that mean nothing here: {shown}"
+    return f"{source} has {len(keys)} unknown key(s): {shown}"

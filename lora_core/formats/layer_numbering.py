@@ -123,7 +123,7 @@ def list_pairs(
     numbering = _numbering(layout, component, "the adapter")
     part = layout.component(component)
     for path, lr in modules.items():
-        layout.module_path(component, path)  # refuses a path that is not there
+        layout.module_path(component, path)  # raises for a path that does not exist
         _check_writable(lr, part.shapes[path], f"{component}.{path}")
     for classes in numbering.targets:
         walk = _in_order(_layers_of(part, numbering, classes), numbering.orders[0])

@@ -80,7 +80,7 @@ def _read_factors(
             continue
         if not key.endswith(DOWN) or not isinstance(up, Tensor) or not isinstance(down, Tensor):
             raise UserError(
-                f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; "
+                f"{component}.{key} in {source} is not a factor of a pair {DOWN[1:]}, {UP[1:]}; "
                 "is the file damaged?"
             )
         if known is not None and path not in known:

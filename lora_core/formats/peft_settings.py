@@ -147,7 +147,7 @@ def _parse_settings(values: Mapping[str, Any], broken: str) -> PeftSettings:
             re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"{broken} (the pattern {pattern!r:.60} is no regular expression: {error}); "
+                f"{broken} (the pattern {pattern!r:.60} is not a regular expression: {error}); "
                 "remove or fix it"
             ) from None
     return PeftSettings(

@@ -58,7 +58,7 @@ def read_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a file written by torch.save")
+        raise UserError(f"{path} does not exist; give a file written by torch.save")
     if not path.stat().st_size:
         raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
     with path.open("rb") as file:
@@ -70,7 +70,7 @@ def read_pickle(path: str | Path) -> Any:
     except (*DAMAGE, zipfile.BadZipFile, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(
-            f"{path} is truncated, damaged or no file of torch.save ({reason}); "
+            f"{path} is truncated, damaged or not a file of torch.save ({reason}); "
             "fetch or write it again"
         ) from None
 

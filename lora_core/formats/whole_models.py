@@ -474,7 +474,7 @@ def _report_unused(left: list[str], spare: set[str], used: Iterable[str], single
             odd.append(key)
     if odd:
         raise UserError(
-            f"{single.source} has {len(odd)} key(s) that mean nothing here: {_list_first(odd)}; "
+            f"{single.source} has {len(odd)} unknown key(s): {_list_first(odd)}; "
             f"nearest known: {nearest_name(odd[0], sorted(used))}; is it of another family?"
         )
     if passed:
