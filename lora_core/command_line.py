@@ -81,8 +81,9 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.struct_rule
 def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The options of a dataclass as tyro reads them itself, but with each help text in one
-    paragraph: tyro keeps the line ends of an indented docstring.
+    """The options of a dataclass, with each help text joined into one paragraph.
+
+    tyro itself keeps the line ends of an indented docstring.
     """
     if not is_dataclass(info.type):
         return None

@@ -133,7 +133,7 @@ class Prodigy(torch.optim.Optimizer):
         """Loads a state bit for bit.
 
         torch's own method would cast fp32 state to the dtype of a half-precision parameter. d and
-        the other scalars stay where they are in memory; the flat state is laid out anew.
+        the other scalars keep their addresses; the flat state is laid out again.
         """
         saved = {group.get("distance") for group in state_dict["param_groups"]}
         if saved != {self.distance}:

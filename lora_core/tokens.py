@@ -361,7 +361,7 @@ def first_eos(ids: Tensor, eos_id: int) -> Tensor:
 
 @torch.no_grad()
 def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
-    """For each learned token its k nearest vocabulary entries by cosine, its norm and its drift."""
+    """The k nearest vocabulary entries (cosine), norm and drift of each learned token."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     count = min(embedding.num_embeddings, embedding.first_id)
     known = [index for index in range(count) if index in words]

@@ -91,7 +91,7 @@ def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
 
 
 def with_progress(model: Model, title: str) -> dict[str, Weights]:
-    """The same model with a progress bar over the tensors that are read, on a terminal only."""
+    """The model with a progress bar over the tensors that are read, on a terminal only."""
     count = sum(len(weights.infos) for weights in model.values())
     bar = tqdm(total=count, desc=title, unit="tensor", disable=None, leave=False)
 

@@ -115,7 +115,7 @@ class KeepShare:
         return [flag for flag, value in values.items() if value is not None]
 
     def per_layer(self) -> Keep | None:
-        """The same criterion for every layer; None for all of the update, and for a budget."""
+        """The criterion for every layer; None for all of the update, and for a budget."""
         if self.rank is None and self.max_error is None and self.energy is None:
             return None
         return Keep(self.rank, self.max_error, self.energy)
@@ -365,12 +365,12 @@ class Explain:
 
 @dataclass(frozen=True)
 class Redo:
-    """The same merge again, by the recipe in its result."""
+    """Repeat a merge from the recipe in its result."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a file or model folder that merge.py made"""
     out: Annotated[str, text("FILE")] = ""
-    """where to (FILE itself: left alone if it comes out the same)"""
+    """the output (FILE itself: not written if identical)"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace an output that differs"""
     dry_run: Annotated[bool, PLAIN] = False

@@ -117,5 +117,5 @@ def _angle_table(
 
 
 def _smallest_and_median(angles: Sequence[float]) -> str:
-    """Of ascending angles in radians, in degrees."""
+    """The smallest and the median of ascending angles [rad], as text in degrees."""
     return f"{math.degrees(angles[0]):.1f} {math.degrees(angles[len(angles) // 2]):.1f}"

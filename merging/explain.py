@@ -21,8 +21,7 @@ from merging.svd import one_thread
 
 
 def run_explain(options: Explain) -> None:
-    """Prints the sum of adapters that is nearest to checkpoint - base, and the share of the
-    difference that none of them explains."""
+    """Prints the sum of adapters nearest to checkpoint - base, and the unexplained share."""
     tuned = open_base_model(options.checkpoint, options.files)
     base = open_base_model(options.base, options.files)
     states = [open_adapter(path, base.layout, options.files) for path in options.loras]

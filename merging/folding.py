@@ -65,7 +65,7 @@ class FoldStatistics:
             self.residual_reports[key] = report
 
     def layer_reports(self) -> dict[LayerKey, ApproximationReport]:
-        """By layer: the update's norm and the part of it that the rounded weights lack."""
+        """Layer -> the update's norm and the part of it that rounding lost."""
         found = {}
         for key, rounding in self.roundings.items():
             square = rounding.square - 2 * rounding.product + rounding.effective
@@ -137,7 +137,7 @@ def fold_adapters(
 
 
 def with_embedding_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights:
-    """The same network with some rows of its embedding table `key` replaced.
+    """The network with some rows of its embedding table `key` replaced.
 
     The table grows if an index is beyond its end, with zeros where indices leave gaps.
     """

@@ -58,9 +58,10 @@ def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Te
     folded - result is the rounding loss.
     """
     result = folded.to(dtype)
-    wished, effective = folded.double() - weight.double(), result.double() - weight.double()
+    exact = folded.double() - weight.double()
+    effective = result.double() - weight.double()
     return result, Rounding(
-        square=float((wished * wished).sum()),
-        product=float((wished * effective).sum()),
+        square=float((exact * exact).sum()),
+        product=float((exact * effective).sum()),
         effective=float((effective * effective).sum()),
     )

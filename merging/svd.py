@@ -153,13 +153,13 @@ def _randomized_svd(
 
 
 def _estimate_excess(square: float, kept: list[float]) -> float:
-    """Estimated lost / optimum - 1, from the energy kept after each iteration, which grows toward
-    the optimum.
+    """Estimated lost / optimum - 1, from the energy kept after each iteration.
 
-    Where the spectrum has a gap the gains shrink geometrically, by a ratio that grows toward its
-    limit (so its square root is taken); where it has none the energy still missing after j
-    iterations is of order 1 / j (arXiv 1504.05477), hence about j times the last gain. The first
-    gains come from the leading triples and carry no information about the rest.
+    The energy grows toward the optimum. Where the spectrum has a gap the gains shrink
+    geometrically, by a ratio that grows toward its limit (so its square root is taken); where it
+    has none the energy still missing after j iterations is of order 1 / j (arXiv 1504.05477), hence
+    about j times the last gain. The first gains come from the leading triples and carry no
+    information about the rest.
     """
     lost = square - kept[-1]
     if lost <= 1e-13 * square:  # nothing but rounding is lost

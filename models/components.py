@@ -168,7 +168,7 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
 def recorded_outputs(
     layers: Mapping[str, nn.Module], members: Sequence[str]
 ) -> Iterator[dict[tuple[str, str], Tensor]]:
-    """Within it, (layer's name, member) -> the latest output of that member of the layer."""
+    """A context that records outputs: (layer's name, member) -> latest output of that member."""
     outputs: dict[tuple[str, str], Tensor] = {}
 
     def record(module: nn.Module, key: tuple[str, str]) -> Any:

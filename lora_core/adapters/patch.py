@@ -280,7 +280,7 @@ def _unexpected_facts(
     return tuple(facts)
 
 
-def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
+def _unused_adapter_name(networks: Mapping[str, nn.Module], wanted: str) -> str:
     """A name that no adapter on these networks has: the file's, numbered where needed.
 
     A module's name cannot have dots.
@@ -289,7 +289,7 @@ def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
     for network in networks.values():
         for layer in adapted_layers(network):
             taken.update(layer.adapters)
-    first = name = f"patch_{wish.replace('.', '_')}"
+    first = name = f"patch_{wanted.replace('.', '_')}"
     number = 1
     while name in taken:
         number += 1

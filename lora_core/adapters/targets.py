@@ -198,8 +198,11 @@ def _format_ranges(numbers: Iterable[int]) -> str:
 
 
 def _format_braces(names: Sequence[str]) -> list[str]:
-    """["attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "proj"]
-    -> ["{attn1,attn2}.{to_q,to_k}", "proj"]"""
+    """The names in shell's brace notation.
+
+    ["attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "proj"]
+    -> ["{attn1,attn2}.{to_q,to_k}", "proj"]
+    """
     tails: dict[str, list[str]] = {}
     for name in names:
         head, _, tail = name.partition(".")

@@ -140,7 +140,7 @@ def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
 
 
 def _list_again(folder: Path | str, records: Sequence[Record]) -> Listing:
-    """The folder's listing, as it was for these records."""
+    """The folder's listing, with the options that gave these records."""
     files = {record.source.name for record in records if isinstance(record.source, Path)}
     return list_folder(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
 

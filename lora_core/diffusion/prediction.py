@@ -167,7 +167,7 @@ def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
 def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
     """The network's input c_in x_t, computed in fp32 or better, in x_t's dtype.
 
-    x_t itself for rows of PREDICTIONS without a c_in.
+    x_t itself for prediction types without a c_in.
     """
     c_in = PREDICTIONS[prediction].c_in
     if c_in is _one:

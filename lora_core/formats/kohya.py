@@ -153,7 +153,7 @@ def write_kohya(
 
 
 def _equalize_alpha(state: AdapterState) -> AdapterState:
-    """The same update with scale * rank equal in all modules.
+    """The state with scale * rank equal in all modules, and the same updates.
 
     The most frequent alpha is kept, and other modules' `up` is rescaled to match. diffusers 0.42.1
     does not find alphas of attention layers that differ from the rest, and uses the most frequent

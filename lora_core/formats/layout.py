@@ -62,7 +62,7 @@ class Component:
     names: Mapping[str, str] = field(default_factory=dict)
     # such a name -> the paths whose outputs it stacks, in row order
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # paths whose halves of the output such files store the other way round
+    # paths whose output halves such files store in the opposite order
     swapped: frozenset[str] = frozenset()
     numbering: Numbering | None = None  # None: no numbered file exists for this network
     # path -> its block, an index into the 26 of `block_weights.BLOCKS`
@@ -88,7 +88,7 @@ class Layout:
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network.
 
-        Raises UserError for a module that is no Linear or Conv2d of it.
+        Raises UserError for a module that is not one of its Linear or Conv2d layers.
         """
         part = self.component(component)
         return _require_known(part.module_prefix + module_path, part.shapes, component)

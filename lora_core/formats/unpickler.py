@@ -143,7 +143,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         self.append(to_set(items))
 
     def load_bytearray8(self) -> None:
-        """Without allocating as many bytes as the file announces."""
+        """Append a bytearray of the bytes in the file, not of the size that it announces."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 

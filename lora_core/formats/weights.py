@@ -53,7 +53,7 @@ def weights_in_memory(tensors: Mapping[str, Tensor], source: str) -> Weights:
 
 
 def cast_weights(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """The same with floating-point tensors in `dtype`.
+    """The weights with floating-point tensors in `dtype`.
 
     Reading raises UserError for a number that overflows it.
     """

@@ -60,7 +60,7 @@ EXTRAS = {
     "scale_factor": "the noise schedule",
     "denoiser.*": "the noise schedule",
 }
-# Empty tensors that tell ComfyUI the prediction.
+# Empty tensors from which ComfyUI knows the prediction type.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # Files with a network's weights, not copied when the network is written anew.
 WEIGHT_PATTERNS = (
@@ -78,7 +78,7 @@ WEIGHT_PATTERNS = (
 
 @dataclass(frozen=True)
 class NetworkLocation:
-    """Where one network lies in a single file."""
+    """The prefix and the naming scheme of one network in a single file."""
 
     component: str  # its folder in the diffusers layout
     prefix: str  # of its keys, the last dot included

@@ -87,7 +87,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGN
     """Uploads a run folder to a hub repository, created if missing; returns its address.
 
     `ignore`: globs on paths relative to the folder. Raises UserError when the hub refuses or cannot
-    be reached; the folder stays as it was.
+    be reached; the folder is not changed.
     """
     try:
         api = HfApi()

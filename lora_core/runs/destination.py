@@ -86,8 +86,9 @@ def check_writable(out: Path | str) -> None:
 
 
 def check_file_names(out: Path | str) -> None:
-    """Raises UserError where a file of the run in `out`, temporary names included, has a name or a
-    path too long for the file system.
+    """Raises UserError if a file name or path of the run in `out` is too long for the file system.
+
+    Temporary names are included.
     """
     folder = Path(os.path.abspath(out))
     files = [temporary_name(folder / name) for name in run_file_names(folder.name)]
@@ -147,9 +148,7 @@ def _is_same(a: Path, b: Path) -> bool:
 
 
 def _limit(folder: Path, name: str) -> int | None:
-    """A limit in bytes of the file system at `folder`; None where there is none, or where it cannot
-    be read (Windows).
-    """
+    """A limit in bytes of the file system at `folder`; None if there is none or on Windows."""
     try:
         limit = os.pathconf(folder, name)
     except (AttributeError, OSError, ValueError):

@@ -19,6 +19,8 @@ WHOLE = ("seed", "steps")  # settings that are whole numbers
 
 
 class Axis(NamedTuple):
+    """One axis of a grid of images."""
+
     setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ...
     values: list[float]
 

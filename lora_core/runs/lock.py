@@ -83,7 +83,7 @@ class FolderLock:
         self.file.close()
 
     def _write_holder(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk: the lock holds anyway
             self.file.truncate(0)
             holder = {"process": os.getpid(), "machine": socket.gethostname()}
             self.file.write(json.dumps(holder).encode())

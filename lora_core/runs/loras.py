@@ -28,8 +28,9 @@ class LoraSource(NamedTuple):
 
 
 def parse_lora(text: str) -> LoraSource:
-    """PATH, PATH:0.8 or PATH:unet=0.6,text=0.9. Raises UserError for a strength that is not a
-    number.
+    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9.
+
+    Raises UserError for a strength that is not a number.
     """
     path, colon, tail = text.rpartition(":")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():

@@ -134,10 +134,10 @@ def check_login(report: str) -> None:
 
 
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
-    """OUT/loss.png, OUT/val.png and, for an optimizer that estimates a distance, OUT/d.png, from
-    metrics.jsonl. Returns the files that were written.
+    """Plots metrics.jsonl as OUT/loss.png and OUT/val.png; returns the files that were written.
 
-    `scored` names the validation loss in the title of val.png, e.g. "held-out loss".
+    An optimizer that estimates a distance gets OUT/d.png too. `scored` names the validation loss in
+    the title of val.png, e.g. "held-out loss".
     """
     columns = _read_columns(folder / "metrics.jsonl")
     written = []

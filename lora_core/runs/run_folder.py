@@ -182,10 +182,10 @@ class Run:
                 raise
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
-        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not
-        at all, and returns that folder; then removes the checkpoints beyond `keep`.
+        """Writes checkpoints/<step>/ atomically, removes those beyond `keep`; returns the folder.
 
-        `meta`: anything that JSON can hold. `flatten_state` makes both from nested state.
+        It holds state.safetensors, state.json and their checksums. `meta`: anything that JSON can
+        hold. `flatten_state` makes both from nested state.
         """
         folder = self.folder / "checkpoints" / str(step)
         folder.parent.mkdir(exist_ok=True)
