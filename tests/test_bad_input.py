@@ -288,7 +288,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
     "lora plus of full": (
         {"adapter": {"kind": "full", "rank": 16}, "optimizer": {"lora_plus": 4.0}},
-        r"has no up and down, which LoRA\+ tells",
+        r"has no up and down, to which LoRA\+ gives",
     ),
     "ema": ({"ema": 1.0}, r"--ema is 1; expected a number in \[0, 1\)"),
     "class prompt": (

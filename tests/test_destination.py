@@ -187,7 +187,7 @@ def test_a_place_where_no_folder_can_be_is_named(
     for name, told in (
         ("file", "file is a file"),
         ("file/run", "file is a file"),
-        ("link", "link to .*away, which is not"),
+        ("link", "link to .*away, which does not exist"),
         ("link/a", "link to"),
     ):
         with pytest.raises(UserError, match=rf"{told}.*name another --out"):

@@ -799,7 +799,7 @@ def bad_tensors(tensors):
         (
             "leftovers",
             tensors | {f"odd{i}": tensors[up] for i in range(5)},
-            "5 key.s. .* odd0, odd1, odd2 and 2 more",
+            "5 unknown key.s. .* odd0, odd1, odd2 and 2 more",
         ),
         (
             "no up",
@@ -913,7 +913,7 @@ def test_bad_files_are_refused(pipe, layout, tmp_path):
         ("emb_params", "embedding"),
         ("unet.down.attn1.processor.to_q_lora.down.weight", "old attention processors"),
         ("model.diffusion_model.out.2.weight", "checkpoint"),
-        ("down_blocks.0.weight", "no adapter file"),
+        ("down_blocks.0.weight", "not an adapter file"),
     ],
 )
 def test_foreign_files_are_refused_by_their_name(tmp_path, key, what):

@@ -216,7 +216,7 @@ def test_a_full_update_has_no_factors():
     ],
 )
 def test_what_has_no_part_in_a_full_update_is_refused(settings, option):
-    with pytest.raises(UserError, match=f"--adapter.{option}.*no part in --adapter.kind full"):
+    with pytest.raises(UserError, match=f"--adapter.{option}.*no effect on --adapter.kind full"):
         AdapterSpec(targets=("*",), kind="full", **settings)
 
 

@@ -400,7 +400,7 @@ def test_files_folders_and_pickles(tmp_path):
     assert known.recognize_path(tmp_path / "k.pt") is known.published_layout("sd1")
     (tmp_path / "none").mkdir()
     assert "no .safetensors file" in sentence(known.recognize_path, tmp_path / "none")
-    assert "not there" in sentence(known.recognize_path, tmp_path / "nowhere.safetensors")
+    assert "does not exist" in sentence(known.recognize_path, tmp_path / "nowhere.safetensors")
     data = (tmp_path / "xl.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-9])
     assert "cut.safetensors" in sentence(known.recognize_path, tmp_path / "cut.safetensors")

@@ -451,7 +451,7 @@ def test_a_table_that_names_a_mask_as_an_image_is_refused(tmp_path: Path, name: 
         save(tmp_path / image)
     rows = [{"file_name": image, "text": "x"} for image in ("a.png", "below/b.png", name)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="makes a mask and not an image; take its row out"):
+    with pytest.raises(UserError, match="is a mask and not an image; take its row out"):
         scan_folder(tmp_path)
 
 

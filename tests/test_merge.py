@@ -818,7 +818,7 @@ BAD = [
     (("mix", "a.safetensors", "--out", "run"), "is a folder"),
     (("mix", "a.safetensors", "--out", "o.txt"), "should end in .safetensors"),
     (("mix", "a.safetensors", "--out", "locked/o.safetensors"), "not writable"),
-    (("mix", "a.safetensors", "--out", "a.safetensors/o.safetensors"), "no folder"),
+    (("mix", "a.safetensors", "--out", "a.safetensors/o.safetensors"), "not a folder"),
     (("mix", "nan.safetensors", "--out", "o.safetensors"), "NaN or Inf"),
     (("mix", "cut.safetensors", "--out", "o.safetensors"), "cannot be read|truncated"),
     (("mix", "empty.safetensors", "--out", "o.safetensors"), "is empty"),

@@ -340,7 +340,7 @@ def test_bombs_are_refused_quickly(tmp_path):
 
 def test_damage_is_one_sentence(tmp_path):
     path = tmp_path / "a.ckpt"
-    assert "not there" in sentence(path)
+    assert "does not exist" in sentence(path)
     path.write_bytes(b"")
     assert "empty" in sentence(path)
     for data in (

@@ -17,5 +17,5 @@ def test_a_mask_that_paints_nothing_is_refused(
     if white:
         mask.paste(255, white)
     mask.save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="nothing white where the image is"):
+    with pytest.raises(UserError, match="no white pixel inside the image"):
         read_start_images("", str(tmp_path / "mask.png"), 16, 16)

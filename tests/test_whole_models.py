@@ -484,7 +484,7 @@ def test_extras_of_real_checkpoints_are_named_once_and_unknown_keys_refused(
         shapes_of(pipe, "first"),
     )
     assert (
-        "1 key(s)" in text
+        "1 unknown key(s)" in text
         and odd in text
         and "model.diffusion_model.input_blocks.0.0.weight" in text
     )
@@ -607,7 +607,7 @@ def test_bad_files_are_one_sentence(tmp_path, models):
         )
     torch.save([torch.ones(2)], path.with_suffix(".ckpt"))
     assert "no named tensors" in sentence(open_weights, path.with_suffix(".ckpt"))
-    assert "not there" in sentence(open_weights, tmp_path / "nowhere.safetensors")
+    assert "does not exist" in sentence(open_weights, tmp_path / "nowhere.safetensors")
     save_file({}, path)
     assert "no tensors" in sentence(open_weights, path)
 
