@@ -1,6 +1,5 @@
-"""The first steps of an optimizer on two small matrices, before any weight is read.
-
-They show whether the training loop can use the optimizer: steer it by groups, save and resume it.
+"""Trial of an optimizer on two small matrices, before any weight is read: whether the training loop
+can step it, set learning rates by group, save it and resume it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Parameters = Mapping[str, nn.Parameter]  # group -> its only parameter
 def try_optimizer(
     name: str, settings: Settings, args: Mapping[str, Any], device: torch.device
 ) -> list[str]:
-    """Warnings about an optimizer that works with these settings, as sentences.
+    """Try an optimizer's first steps; returns warnings, as sentences, if it works.
 
     `settings` are those of building.group_settings, `args` further arguments of the class. Raises
     UserError for a class or package that does not exist, for settings it refuses, for one whose
