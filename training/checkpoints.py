@@ -149,7 +149,7 @@ class Checkpoints:
         optimizer, o = self.optimization.optimizer, self.config.optimizer
         try:
             optimizer.load_state_dict(state)
-        except Exception as error:  # of a class that may be anybody's
+        except Exception as error:  # of any type: the class may be a user's
             raise UserError(
                 f"{o.name} cannot take up the state it saved ({type(error).__name__}: {error}), "
                 "so that this run cannot be resumed; begin anew in another --out"

@@ -43,7 +43,7 @@ def try_optimizer(
         _check_groups(name, optimizer, settings)
         try:
             _run_steps(optimizer, params)
-        except Exception as error:  # of a class that may be anybody's
+        except Exception as error:  # of any type: the class may be a user's
             raise UserError(
                 f"optimizer {name} fails in its first steps: {_one_sentence(error)}; "
                 "choose another or correct its arguments"
@@ -133,7 +133,7 @@ def _check_resume(
     try:
         again.load_state_dict(saved)
         _run_steps(again, copies)
-    except Exception as error:  # of a class that may be anybody's
+    except Exception as error:  # of any type: the class may be a user's
         return [
             f"optimizer {name} cannot take up a state it saved ({_one_sentence(error)}), "
             "so that this run cannot be resumed"
