@@ -1,4 +1,4 @@
-"""Merging, folding, distilling, resizing, converting and inspecting adapter files; sums of models.
+"""Merge, fold, distill, resize, convert and inspect adapter files; sum whole models.
 
 python merge.py mix "0.7*a.safetensors + 0.3*b.safetensors@attn" --out c.safetensors --rank 16
 python merge.py fold toy/model "0.8*runs/demo" merged.safetensors
@@ -115,7 +115,7 @@ def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:
 
 
 def _escape_word(word: str, following: str) -> str:
-    """A word as the parser takes it for what it is.
+    """A word, escaped so that the parser does not take it for a flag.
 
     --with-text-lora without a value is True, as in python-fire. A sum may begin with a minus, and
     then has spaces: one more in front keeps it from being a flag.

@@ -1,4 +1,4 @@
-"""The command line of the scripts: a config from flags, and the status that a script ends with.
+"""The command line of the scripts: parse flags into a config, and set the exit status.
 
 Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
 """
@@ -81,8 +81,9 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.struct_rule
 def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The options of a dataclass as tyro reads them itself, but with each help text in one
-    paragraph: tyro keeps the line ends of an indented docstring.
+    """The options of a dataclass, with each help text joined into one paragraph.
+
+    tyro itself keeps the line ends of an indented docstring.
     """
     if not is_dataclass(info.type):
         return None

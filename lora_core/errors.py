@@ -1,4 +1,4 @@
-"""Errors that a user can fix, how a script ends with them, and text that every terminal takes."""
+"""Errors that a user can fix, the exit status for them, and text that any output can encode."""
 
 import signal
 import sys
@@ -17,8 +17,9 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error without its full stop, to be quoted in a UserError; the
-    name of its class where it has no text.
+    """The first line of a library's error, without its full stop, for quoting in a UserError.
+
+    The name of its class where it has no text.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
@@ -35,8 +36,9 @@ def printable(text: object) -> str:
 
 
 def _escape_surrogate(character: str) -> str:
-    r"""A lone surrogate as the byte behind it (PEP 383), else as \ud800; other characters as they
-    are.
+    r"""A lone surrogate as the byte that it encodes (PEP 383), else as \ud800.
+
+    Other characters are returned unchanged.
     """
     code = ord(character)
     if not 0xD800 <= code <= 0xDFFF:

@@ -263,7 +263,7 @@ def _check_group(group: dict[str, Any], first: dict[str, Any], *, shared: bool) 
         devices.add(str(first["params"][0].device))
     if len(devices) > 1:
         raise UserError(
-            f"the parameters lie on {sorted(devices)}; a distance is measured on one device, "
+            f"the parameters are on {sorted(devices)}; a distance is measured on one device, "
             "move them together or use distance='group'"
         )
     if shared:

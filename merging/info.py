@@ -63,7 +63,7 @@ def run_info(options: Info) -> None:
 
 
 def _describe_file(path: str, state: AdapterState, layout: Layout | None) -> str:
-    """Format, family, dtype and size."""
+    """A file's format, family, dtype and size as text."""
     dtype, family = widest_dtype([state]), "family unknown"
     if layout:
         version = layout.base_model_version

@@ -248,7 +248,7 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
         status=2,
     )
     call(*words, "--out", "x.safetensors", "--method", "ties", status=2)
-    assert re.search(r"(?s)add up to 1.*say how much", capsys.readouterr().err)
+    assert re.search(r"(?s)add up to 1.*choose how much", capsys.readouterr().err)
 
 
 def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
@@ -386,7 +386,7 @@ def test_redo_wants_the_same_inputs(here, capsys, monkeypatch):
     call("redo", "m.safetensors", status=2)
     call("redo", "b.safetensors", status=2)
     assert re.search(
-        r"(?s)its sha256 differs.*neither below.*carries no recipe", capsys.readouterr().err
+        r"(?s)its sha256 differs.*neither below.*has no recipe", capsys.readouterr().err
     )
 
 
@@ -735,7 +735,7 @@ def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
         and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
     )
     call("resize", "run", "x.safetensors", "--model", "base", status=2)
-    assert "say how much" in capsys.readouterr().err
+    assert "choose how much" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
@@ -798,7 +798,7 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
     assert "x.safetensors" in capsys.readouterr().err
     call("info", "k.safetensors", "--model", "sd1")
     call("mix", "2*k.safetensors@OUT03", "--out", "p.safetensors", status=2)
-    assert "means none of the 1 layers" in capsys.readouterr().err
+    assert "matches none of the 1 layers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes
@@ -806,10 +806,13 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
 BAD = [
     (("mix", "0.7*a.safetensors + ", "--out", "o.safetensors"), "ends too early"),
     (("mix", "a.safetensors", "--out", ""), "no output"),
-    (("mix", "nowhere.safetensors", "--out", "o.safetensors"), "nowhere.safetensors is not there"),
+    (
+        ("mix", "nowhere.safetensors", "--out", "o.safetensors"),
+        "nowhere.safetensors does not exist",
+    ),
     (
         ("mix", "a.safetensors@nowhere", "--out", "o.safetensors"),
-        "a.safetensors: @nowhere means none",
+        "a.safetensors: @nowhere matches none",
     ),
     (("mix", "a.safetensors", "--out", "taken.safetensors"), "--overwrite"),
     (("mix", "a.safetensors", "--out", "run"), "is a folder"),
@@ -829,7 +832,10 @@ BAD = [
         "exclude each other",
     ),
     (("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "0"), "a rank is at least 1"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"), "no number of ranks"),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"),
+        "not a number of ranks",
+    ),
     (
         ("mix", "a.safetensors", "--out", "o.safetensors", "--density", "0.1"),
         "--density has no effect",
@@ -839,22 +845,22 @@ BAD = [
         "--residual has no effect",
     ),
     (("mix", "0.5*base + 0.5*base@attn", "--out", "o"), "layers can be chosen of adapters only"),
-    (("fold", "a.safetensors", "a.safetensors", "o"), "is no whole model"),
+    (("fold", "a.safetensors", "a.safetensors", "o"), "is not a whole model"),
     (("fold", "base", "base", "o"), "is a whole model"),
     (("fold", "base", "a.safetensors", "run"), "is there already"),
     (("fold", "base", "a.safetensors", "a.safetensors"), "is there already"),
     (("fold", "nowhere/none", "a.safetensors", "o"), "the hub gave no model"),
-    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is no whole model"),
-    (("distill", "base", "base", "o.safetensors"), "say how much"),
+    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is not a whole model"),
+    (("distill", "base", "base", "o.safetensors"), "choose how much"),
     (("convert", "base", "o.safetensors", "--to", "kohya"), "drop --to"),
     (("convert", "d.safetensors", "o.safetensors", "--to", "cloneofsimo"), "DoRA"),
-    (("info", "nowhere.safetensors"), "is not there"),
+    (("info", "nowhere.safetensors"), "does not exist"),
     (("info", "base", "--plot", "s.png"), "whole model"),
     (("diff", "a.safetensors", "base"), "whole model"),
     (("explain", "base", "base", "a.safetensors"), "nothing to explain"),
-    (("redo", "nowhere"), "is not there"),
+    (("redo", "nowhere"), "does not exist"),
     (("add", "a.safetensors", "b.safetensors"), "one of these is missing"),
-    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is no number"),
+    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is not a number"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "in addition"),
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
@@ -1023,7 +1029,7 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
         parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
     )
     call("mix", "0.5*hada.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
-    assert "no product of two factors" in capsys.readouterr().err
+    assert "not a product of two factors" in capsys.readouterr().err
     call(
         "mix",
         "0.5*hada.safetensors + a.safetensors@to_k",
