@@ -1,6 +1,6 @@
 """The masked, weighted squared error in torch with the fewest passes over memory.
 
-The difference is kept for the backward, and its gradient is one product.
+The difference is saved for the backward, which is one product.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from lora_core.kernels import reference
 def snr_weighted_mse(
     out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
 ) -> Tensor:
-    """reference.snr_weighted_mse in three passes over the output (four with a mask).
-
-    One more in the backward.
+    """reference.snr_weighted_mse in three passes over the output (four with a mask), and one in the
+    backward.
     """
     mask_learns = mask is not None and mask.requires_grad
     if mask_learns or (weight is not None and weight.requires_grad):
