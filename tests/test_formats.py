@@ -799,7 +799,7 @@ def bad_tensors(tensors):
         (
             "leftovers",
             tensors | {f"odd{i}": tensors[up] for i in range(5)},
-            "5 unknown key.s. .* odd0, odd1, odd2 and 2 more",
+            "5 unknown key.s.: odd0, odd1, odd2 and 2 more",
         ),
         (
             "no up",
