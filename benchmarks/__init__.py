@@ -1,1 +1,1 @@
-"""What is timed against which peer, in one run; benchmarks/README.md has the figures."""
+"""Benchmarks of adapters, optimizers and merging against peers; figures: benchmarks/README.md."""

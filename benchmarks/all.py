@@ -1,12 +1,12 @@
-"""Every benchmark in a process of its own, and one file with all their numbers.
+"""Runs every benchmark in its own process and writes one file with all their numbers.
 
     python -m benchmarks.all [--out benchmarks/results/MACHINE.json] [--device cpu|cuda]
                              [--quick] [--only PART ...]
     python -m benchmarks.plot benchmarks/results/MACHINE.json --out docs/benchmarks.png
 
-The file has the machine, versions, commit and commands too. Each part has a time limit; a part that
-fails or runs over is in the file with its error and its numbers up to then, and the exit status is
-1. On a GPU the limits add up to nine minutes.
+The file also has the machine, versions, commit and commands. Each part has a time limit; a part
+that fails or exceeds it is in the file with its error and its numbers up to then, and the exit
+status is 1. On a GPU the limits add up to nine minutes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PARTS: dict[
 }
 QUICK: dict[
     str, dict[str, BenchmarkPart]
-] = {  # a look at all of it in a few minutes of one CPU thread, or in two on a GPU
+] = {  # a short run of each: a few minutes of one CPU thread, or two minutes on a GPU
     "cpu": {
         "step cost": BenchmarkPart("step_cost --model sd15", 200),
         "kernels": BenchmarkPart("kernels --device cpu --quick", 300),
@@ -103,10 +103,10 @@ def run_part(part: BenchmarkPart, file: Path) -> dict[str, Any]:
         record["error"] = f"not done after {part.seconds} s"
     record["seconds"] = round(time.perf_counter() - begin, 1)
     try:
-        # a part that failed or ran over has the numbers up to then
+        # a part that failed or exceeded its limit has the numbers up to then
         record["results"] = json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        record.setdefault("error", f"it left no numbers: {error}")
+        record.setdefault("error", f"it wrote no numbers: {error}")
     if "error" in record:
         print(f"failed: {record['error']}", flush=True)
     return record
@@ -130,7 +130,7 @@ def package_versions() -> dict[str, str]:
 
 
 def measured_commit() -> str:
-    """The commit that is measured, with "+" if files differ from it; empty outside a repository."""
+    """The commit of the measured code, with "+" for local changes; empty outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -150,9 +150,9 @@ def default_out(device: str) -> Path:
 
 
 def collect(device: str, parts: dict[str, BenchmarkPart], out: Path) -> int:
-    """How many parts failed, after running them one after another.
+    """Run the parts one after another; returns how many failed.
 
-    Writes `out` after each, so that an interruption leaves the numbers up to then.
+    Writes `out` after each, so that an interruption keeps the numbers up to then.
     """
     began, head = datetime.now(UTC).isoformat(timespec="seconds"), measured_commit()
     report: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""Arguments of every op at true layer shapes, and the other ways to compute the same layer.
+"""Benchmark cases: arguments of every op at the layer shapes of real models, and other callables
+that compute the same layer (the frozen layer, our adapted layer, peft's).
 
-The others are the frozen layer, our adapted layer and peft's. layers.json lists, for one image of
-the model's own size (SD 1.5 512, SDXL and Flux 1024 pixels), counted on the real architectures:
+layers.json lists, for one image of the model's native size (SD 1.5 512, SDXL and Flux 1024 pixels),
+counted on the real architectures:
 "adapted" linear layers (those of attention) and all other "linears" [rows, in, out, count],
 "groups" of adapted ones that share an input [rows, in, [out, ...], count], "convolutions" [pixels
 out, in, kernel, stride, out, count], "attention" [heads, queries, keys, head dim, count].
@@ -37,8 +38,8 @@ from lora_core.kernels.reference import wide_dtype
 LAYERS: dict[str, dict[str, list[Any]]] = json.loads(
     Path(__file__).with_name("layers.json").read_text()
 )
-# Rows, features in, features out: small enough for one thread, and those that a GPU meets in
-# SD 1.5, SDXL and Flux.
+# Rows, features in, features out: small enough for one thread, and for a GPU those of SD 1.5, SDXL
+# and Flux.
 DEFAULT_SHAPES = {
     "cpu": (
         (4096, 320, 320),
@@ -59,18 +60,18 @@ DEFAULT_SHAPES = {
 }
 # Names of arguments that get no gradient.
 FROZEN = frozenset({"weight", "bias", "norm", "target", "mask", "weights", "snr"})
-# Of an image of the model's own size.
+# For an image of the model's native size.
 LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128)}
 SCALE = 0.5
-# Layers of a shape in one call: beyond the caches, and SDXL's 560 in float64 would be 8 GB.
+# Layers of a shape in one call: more than the caches hold; SDXL's 560 in float64 would be 8 GB.
 SEVERAL = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: its arguments, and other callables over tensors of the same values.
+    """One call of an op: its arguments, and other callables on tensors of the same values.
 
-    Each of the others comes with the tensors that it trains.
+    Each of the others has the tensors that it trains next to it.
     """
 
     op: str
@@ -89,18 +90,18 @@ class Setting(NamedTuple):
 
 
 class RandomTensors:
-    """Random tensors of one seed."""
+    """A source of random tensors from one seed."""
 
     def __init__(self, setting: Setting, seed: int = 0) -> None:
         self.setting = setting
         self.generator = torch.Generator(setting.device).manual_seed(seed)
 
     def base(self, *shape: int, size: float = 1.0) -> Tensor:
-        """In the base's dtype."""
+        """A normal tensor in the base's dtype."""
         return self._normal(shape, torch.float32, size).to(self.setting.dtype)
 
     def adapter(self, *shape: int, size: float = 1.0) -> Tensor:
-        """In the adapters' dtype, fp32 or better."""
+        """A normal tensor in the adapters' dtype, fp32 or better."""
         return self._normal(shape, wide_dtype(self.setting.dtype), size)
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype, size: float) -> Tensor:
@@ -111,9 +112,9 @@ class RandomTensors:
 def make_cases(
     op: str, setting: Setting, model: str | None, shapes: Sequence[tuple[int, ...]]
 ) -> list[Case]:
-    """The cases of an op: of a model's layers, else of the given [rows, in, out].
+    """The cases of an op: for a model's layers, else for the given shapes [rows, in, out].
 
-    An op without shapes of its own has its example.
+    For an op without layer shapes, its small example.
     """
     linears = [(*shape, 1) for shape in shapes]
     if model:
@@ -164,7 +165,8 @@ def _group_shapes(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[
 def convolution_shapes(model: str | None, shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """[pixels, in, kernel, stride, out, count]
 
-    A model's with stride 1 that fill the most time, or 3 x 3 and 1 x 1 on the last square shape.
+    Those of a model with stride 1 that take the most time, or 3 x 3 and 1 x 1 on the last square
+    shape.
     """
     if model:
         rows = [row for row in LAYERS[model]["convolutions"] if row[3] == 1]
@@ -179,7 +181,7 @@ def convolution_shapes(model: str | None, shapes: Sequence[tuple[int, ...]]) -> 
 def mark_trained(reference: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with requires_grad where training needs a gradient.
 
-    Floating ones that are not FROZEN by the name of the reference's argument.
+    These are the floating-point ones whose names in the reference's signature are not in FROZEN.
     """
 
     def mark(name: str, value: Any) -> Any:
@@ -200,16 +202,16 @@ def trained_tensors(args: Any) -> list[Tensor]:
 
 
 def has_plain_arguments(args: Any) -> bool:
-    """Whether the arguments are tensors, numbers and names, in tuples.
+    """Whether the arguments are only tensors, numbers and names, in tuples.
 
-    Not so where an op has objects of its own: an optimizer's flat parameters.
+    False for an op that takes other objects, such as an optimizer's flat parameters.
     """
     plain = Tensor | float | int | str | torch.dtype | None
     return all(isinstance(leaf, plain) for leaf in tree_leaves(args))
 
 
 def copy_arguments(args: Any, dtype: torch.dtype | None = None) -> Any:
-    """Plain arguments of the same values in storages of their own, floating ones in `dtype`."""
+    """A deep copy of plain arguments, floating-point tensors in `dtype`."""
 
     def copy_one(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -257,7 +259,7 @@ def _factors(random: RandomTensors, fan_in: int, out: int) -> dict[str, Tensor]:
 
 
 def grouped_case(row: Sequence[Any], setting: Setting, *, dora: bool) -> Case:
-    """lora_grouped of layers without bias, as attention has them.
+    """lora_grouped of layers without bias, as in attention.
 
     The others are the same layers one by one.
     """
@@ -308,9 +310,9 @@ def convolution_case(row: tuple[int, ...], setting: Setting) -> Case:
 
 
 def norm_case(fan_in: int, out: int, count: int, setting: Setting) -> Case:
-    """dora_norm; "peft" is what its layer computes in every forward.
+    """dora_norm; "peft" is the norm as peft's layer computes it in every forward.
 
-    B A by way of an identity matrix, W + s B A, its norm.
+    That is: B A by multiplication with an identity matrix, W + s B A, its norm.
     """
     random = RandomTensors(setting)
     weight = random.base(out, fan_in, size=fan_in**-0.5)

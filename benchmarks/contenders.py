@@ -1,6 +1,5 @@
-"""One training step of each contender, on the very same weights.
-
-The contenders are the frozen network, ours, and peft in the loop of diffusers' scripts.
+"""Training steps of the contenders on the same weights: the frozen network, ours, and peft in the
+loop of diffusers' scripts.
 
     problem = open_problem("sd15", batch=1, side=256)
     step = OurStep(problem, "lora", clone_network(problem.network))
@@ -48,11 +47,11 @@ POSTERIOR_STD = 0.1  # of the cached posteriors; the latents have std 1
 
 
 class Problem(NamedTuple):
-    """A frozen network with its inputs, the same for every contender."""
+    """A frozen network and its inputs, the same for every contender."""
 
     name: str
     network: nn.Module  # frozen; its parameters are shared, never copied
-    conditioning: dict[str, Any]  # its other keyword arguments than latents and level: text
+    conditioning: dict[str, Any]  # keyword arguments of the network for the text
     mean: Tensor  # [b, c, h, w] fp32, of the cached latents
     scheduler: dict[str, Any]  # scheduler_config.json
     targets: tuple[str, ...]  # patterns of the adapted layers
@@ -85,7 +84,7 @@ class Problem(NamedTuple):
 def open_problem(
     name: str, *, batch: int, side: int = 0, device: str = "cpu", rank: int = RANK
 ) -> Problem:
-    """The problem of a model's name, for images of side x side pixels (0: the model's own).
+    """The problem of a named model, for images of side x side pixels (0: the native side).
 
     "toy" is the embedded model in fp32 at its own size, the others are random networks of
     benchmarks.published_networks in bf16.
@@ -135,9 +134,9 @@ def build_problem(
 
 
 def clone_network(network: nn.Module, *, channels_last: bool = False) -> nn.Module:
-    """The same network on the same parameters, with modules of its own.
+    """A copy of the network's modules that shares its parameters.
 
-    With channels_last, convolution weights of its own in that layout.
+    With channels_last it has its own convolution weights, in that layout.
     """
     shared = {id(p): p for p in network.parameters() if not (channels_last and p.ndim == 4)}
     made = copy.deepcopy(network, shared)
@@ -168,20 +167,20 @@ class OurLoop:
         self.problem, self.network, self.device = problem, network, problem.mean.device
         self.visit = 0
         self.schedule = problem.schedule
-        self.row = "flow" if problem.is_flow else "epsilon"  # of PREDICTIONS
+        self.row = "flow" if problem.is_flow else "epsilon"  # key of PREDICTIONS
         self.std = torch.full_like(problem.mean, POSTERIOR_STD)
         self.prior = torch.zeros(len(problem.mean), dtype=torch.bool, device=self.device)
         self.replayed = cuda_graph.GraphReplay() if graph else None
 
     def __call__(self) -> Tensor:
-        """The loss of one step, for which nothing waits."""
+        """The loss of one step, as a tensor: nothing waits for the device."""
         sampled = cuda_graph.map_tensors(self.sample_step(), self._to_device)
         if self.replayed is None:
             return self.update(sampled)[0]
         return self.replayed(self.update, sampled)[0]
 
     def sample_step(self) -> StepNoise:
-        """The host's part, on the CPU."""
+        """The random numbers of a step, sampled on the CPU."""
         self.visit += 1
         names = tuple(map(str, range(len(self.problem.mean))))
         keys = RandomKeys(0, names, (self.visit,) * len(names))
@@ -195,11 +194,11 @@ class OurLoop:
         return x.pin_memory().to(self.device, non_blocking=True)
 
     def update(self, sampled: StepNoise) -> tuple[Tensor]:
-        """The loss, after everything else that the step computes on the device."""
+        """Compute the step on the device; returns its loss."""
         raise NotImplementedError
 
     def loss(self, sampled: StepNoise) -> Tensor:
-        """0-dim: train.training_step's losses [b], weighted and averaged."""
+        """The mean of train.training_step's weighted losses [b], 0-dim."""
         eps, level = sampled.eps, sampled.level
         x0 = self.problem.mean + self.std * sampled.posterior
         x_t = noise.add_noise(x0, eps, level)
@@ -211,9 +210,9 @@ class OurLoop:
 
 
 class OurStep(OurLoop):
-    """Adapters of lora_core on every target, clipping and AdamW as in the training loop.
+    """Our step: adapters of lora_core on every target, clipping and AdamW as in the training loop.
 
-    `mode` is that of the kernels.
+    `mode`: the kernel mode.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class OurStep(OurLoop):
         self.parameters, self.mode = injection.adapter_parameters(network), mode
         group = {"name": "denoiser", "params": self.parameters, "lr": RATE, "weight_decay": DECAY}
         self.optimizer = building.build_optimizer("adamw", [group], {})
-        if graph:  # which reads the learning rates on the device, as in training/setup.py
+        if graph:  # a graph reads the learning rates on the device, as in training/setup.py
             for built in self.optimizer.param_groups:
                 rate = torch.full((), built["lr"], dtype=torch.float64, device=self.device)
                 built["lr"] = rate
@@ -246,9 +245,8 @@ class OurStep(OurLoop):
 
 
 class FrozenStep(OurLoop):
-    """No adapters, no optimizer: forward, and backward to the first layers that get an adapter.
-
-    To the outputs of those layers.
+    """The frozen network's step, without adapters and optimizer: forward, and backward to the
+    outputs of the first layers that get an adapter.
     """
 
     def __init__(self, problem: Problem, network: nn.Module, *, graph: bool = False) -> None:
@@ -266,7 +264,7 @@ class FrozenStep(OurLoop):
 
 
 class GradientRoot(torch.autograd.Function):
-    """y itself, with a gradient from here on, as if a parameter had made it; no work either way."""
+    """The identity on y, which makes it require a gradient; no work forward or backward."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
@@ -281,12 +279,12 @@ class GradientRoot(torch.autograd.Function):
 
 
 class PeftStep:
-    """The loop body of diffusers' scripts (0.4x), written anew from its behavior.
+    """The loop body of diffusers' scripts (0.4x) with peft, reimplemented from its behavior.
 
     train_dreambooth_lora_sdxl.py for UNets and train_dreambooth_lora_flux.py. Its adapters are fp32
-    like ours, which the scripts ensure for fp16 (cast_training_params); with bf16=True they have
-    the dtype that add_adapter chooses for a bf16 base, and that the scripts then train. AdamW is
-    torch's as the scripts call it, or fused.
+    like ours, as in the scripts for fp16 (cast_training_params); with bf16=True they have the dtype
+    that add_adapter chooses for a bf16 base, in which the scripts then train. AdamW is torch's as
+    the scripts call it, or fused.
     """
 
     def __init__(
@@ -333,7 +331,7 @@ class PeftStep:
         return loss.detach().item()
 
     def diffusion_loss(self, x0: Tensor) -> Tensor:
-        """Of epsilon prediction."""
+        """The loss of epsilon prediction."""
         eps = torch.randn_like(x0)
         steps = self.scheduler.config.num_train_timesteps
         t = torch.randint(0, steps, (len(x0),), device=self.device).long()
@@ -342,7 +340,7 @@ class PeftStep:
         return F.mse_loss(out.float(), eps.float(), reduction="mean")
 
     def flow_loss(self, x0: Tensor) -> Tensor:
-        """Of flow matching."""
+        """The loss of flow matching."""
         eps = torch.randn_like(x0)
         u = compute_density_for_timestep_sampling("none", len(x0), 0.0, 1.0, 1.29)
         places = (u * self.scheduler.config.num_train_timesteps).long()
@@ -354,7 +352,7 @@ class PeftStep:
         return torch.mean(errors.reshape(len(x0), -1), 1).mean()
 
     def look_up_sigmas(self, t: Tensor, like: Tensor) -> Tensor:
-        """[b, 1, 1, 1], looked up one by one, which waits for the device."""
+        """[b, 1, 1, 1] sigmas, looked up one by one as in the scripts; waits for the device."""
         table = self.scheduler.sigmas.to(self.device, like.dtype)
         times = self.scheduler.timesteps.to(self.device)
         rows = [(times == one).nonzero().item() for one in t.to(self.device)]

@@ -1,4 +1,4 @@
-"""Counts a computation's aten calls, the bytes they read and write, and what autograd saves.
+"""Counter of a computation's aten calls, the bytes they read and write, and saved activations.
 
 Exact, and without a GPU:
 
@@ -8,19 +8,19 @@ Exact, and without a GPU:
     kept.bytes; counter.tally.ops; counter.tally.elementwise
 
 The convention, for tensors on any device (on "meta" nothing is computed):
-- An op is one call of an aten operator, as autograd and Python issue them. Some are several kernels
-  on a GPU (group norm, split-K products); they are one here, for every contender alike. A custom op
-  `lora_core::*` counts the launches and bytes that `kernels.COSTS` declares for its arguments; one
-  that declares nothing is an error.
+- An op is one call of an aten operator by autograd or Python. Some are several kernels on a GPU
+  (group norm, split-K products); they are one here, for every contender. A custom op `lora_core::*`
+  counts the launches and bytes that `kernels.COSTS` declares for its arguments; one without a
+  declaration is an error.
 - Not counted: views (operators whose results alias an argument), FREE (allocations without a fill
   and metadata) and calls whose tensors are all empty. Zeros, fills, casts and copies are counted.
-- Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted apart and
-  are no ops. A tensor without memory answers 1.
+- Waits of the host for the device (SYNCS on a tensor that is not on the CPU) are counted
+  separately, not as ops. A tensor without memory returns 1.
 - Bytes: every distinct tensor argument once for the read, every result and every argument that is
   written once for the write; elements that broadcasting repeats (stride 0) once. OVERWRITES do not
   read what they write, SHAPED read a shape only. Caches are not modeled.
-- A class by operator: product, convolution, attention; all else is elementwise, normalizations and
-  reductions too.
+- Each operator has a class: product, convolution, attention; all others, also normalizations and
+  reductions, are elementwise.
 - Saved: the distinct storages that autograd keeps for backward, custom Functions included, without
   parameters and inputs.
 """
@@ -109,7 +109,7 @@ CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_convolution",
 
 @dataclass
 class OperatorCount:
-    """One operator's share."""
+    """Calls and bytes of one operator."""
 
     ops: int = 0
     bytes: int = 0
@@ -147,9 +147,9 @@ class Tally:
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs inside the block, and adds to it in a second block.
+    """Counts the operators that run inside the block; further blocks add to the counts.
 
-    Calls inside a custom op are that op's, and declared by it.
+    Calls inside a custom op are not counted: the op declares its cost.
     """
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Adds one call to the tally."""
+        """Add one call to the tally."""
         whole_name = func._schema.name
         space, _, name = whole_name.partition("::")
         if space == "lora_core":
@@ -172,7 +172,7 @@ class Counter(TorchDispatchMode):
             if cost is None:
                 raise LookupError(
                     f"{whole_name} declares no cost; "
-                    "add an entry to kernels.COSTS beside its kernel"
+                    "add an entry to kernels.COSTS next to its kernel"
                 )
             launches, size, product = cost(*args, **kwargs)
             self.tally.add(whole_name, "product" if product else "elementwise", launches, size)
@@ -241,11 +241,11 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-# ---------------------------------------------------------------- what autograd keeps
+# ---------------------------------------------------------------- saved activations
 
 
 class _Held:
-    """A saved tensor; autograd's node owns it, so that it goes when the node does."""
+    """A saved tensor, owned by autograd's node and freed with it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -253,7 +253,7 @@ class _Held:
 
 @dataclass
 class SavedActivations:
-    """The distinct storages that autograd still held at the end of the block.
+    """The distinct storages that autograd still held at the end of a `saved_activations` block.
 
     Each is represented by one of its tensors.
     """
@@ -269,7 +269,7 @@ class SavedActivations:
 def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
     """The tensors that autograd saved inside the block and still holds at its end.
 
-    Without the storages of `excluded`: parameters, inputs.
+    The storages of `excluded` (parameters, inputs) are left out.
     """
     kept, held = SavedActivations(), weakref.WeakSet[_Held]()
 
@@ -290,12 +290,12 @@ def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
 
 @contextmanager
 def as_cuda() -> Iterator[None]:
-    """Attention and RMS norm as one op forward and one backward, as on CUDA.
+    """Inside the block attention and RMS norm are one op forward and one backward, as on CUDA.
 
-    The CPU and the meta device take them apart. Attention is flash attention (memory-efficient for
+    The CPU and the meta device decompose them. Attention is flash attention (memory-efficient for
     fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors. torch has no
-    autocast on the meta device and raises where CUDA reports "off": here that device reports it
-    too.
+    autocast on the meta device and raises where CUDA reports "off"; inside the block the meta
+    device reports that too.
     """
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
 

@@ -1,13 +1,13 @@
-"""Host time that adapters add to small linear layers, ours against peft's.
+"""Benchmark of the host time that adapters add to small linear layers, ours against peft's.
 
     python -m benchmarks.host_time [--layers 64] [--width 64] [--rows 64] [--rank 8] [--rounds 40]
                                    [--json FILE]
 
-Layers as small as these take a few microseconds to compute, so that what is left is Python: module
-calls, the choice of a kernel, autograd's records. Each contender runs the forward and the backward
-of the same chain of frozen linears on one thread. Printed per layer: microseconds, microseconds
-above the frozen chain, the ratio of those to peft's in the same rounds, and the Python frames of
-the contender's own code in one forward (frames of torch are not counted).
+Layers as small as these take a few microseconds to compute, so that Python dominates: module calls,
+the choice of a kernel, autograd's records. Each contender runs the forward and the backward of the
+same chain of frozen linears on one thread. Printed per layer: microseconds, microseconds above the
+frozen chain, the ratio of those to peft's in the same rounds, and the Python frames of the
+contender's own code in one forward (frames of torch are not counted).
 
 The contenders take turns in one process. `frozen` has no adapter; the gradient goes back to x.
 """
@@ -37,7 +37,7 @@ FOLDERS = {"ours": str(Path(lora_core.__file__).parent), "peft": str(Path(peft._
 
 
 def linear_chain(layers: int, width: int) -> nn.Sequential:
-    """Frozen linears of one width, the same in each call."""
+    """A chain of frozen linears of one width, the same in each call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         chain = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
@@ -45,7 +45,7 @@ def linear_chain(layers: int, width: int) -> nn.Sequential:
 
 
 def build_chains(layers: int, width: int, rank: int) -> dict[str, nn.Sequential]:
-    """Contender -> its chain: frozen, and each kind of adapter by us and by peft."""
+    """Contender -> its chain: frozen, and each kind of adapter with ours and with peft."""
     chains = {"frozen": linear_chain(layers, width)}
     for kind in KINDS:
         ours = linear_chain(layers, width)
@@ -59,7 +59,7 @@ def build_chains(layers: int, width: int, rank: int) -> dict[str, nn.Sequential]
 
 
 def training_pass(chain: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward with new gradients."""
+    """A function that runs forward and backward, with new gradients."""
     parameters = [p for p in chain.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -72,7 +72,7 @@ def training_pass(chain: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def count_frames(layer: nn.Module, x: Tensor, folder: str) -> tuple[int, int]:
-    """(Python frames, files) of one forward whose code is below a folder, in the steady state."""
+    """(Python frames, files) with code below `folder` in one forward after warm-up."""
     files: list[str] = []
 
     def record(frame: FrameType, event: str, argument: Any) -> None:
@@ -91,7 +91,7 @@ def count_frames(layer: nn.Module, x: Tensor, folder: str) -> tuple[int, int]:
 
 
 def measure_host_time(layers: int, width: int, rows: int, rank: int, rounds: int) -> list[dict]:
-    """One row for each contender."""
+    """One row of results for each contender."""
     chains = build_chains(layers, width, rank)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
     passes = {name: training_pass(chain, x) for name, chain in chains.items()}

@@ -1,4 +1,4 @@
-"""Every op's implementations over true layer shapes: error, time, bytes, roofline, memory.
+"""Benchmark of every op's implementations at real layer shapes: error, time, bytes, memory.
 
     python -m benchmarks.kernels
         the six shapes of the targets, bf16 base, fp32 adapters of rank 16
@@ -120,7 +120,7 @@ def kernels_parser() -> argparse.ArgumentParser:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
-    """The exit status: 1 where an implementation breaks the law."""
+    """Measure and print the cases; returns the exit status: 1 where an implementation is wrong."""
     plan = read_plan(args)
     torch.set_num_threads(args.threads)
     shapes: list[tuple[int, ...]] = list(DEFAULT_SHAPES[args.device])
@@ -168,7 +168,7 @@ def write_results(
     rows: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> None:
-    """Writes --json, if it is given."""
+    """Write the --json file, if the option is given."""
     if args.json:
         results = {
             "machine": timing.describe_machine(args.device),
@@ -184,14 +184,14 @@ def write_results(
 
 
 def read_plan(args: argparse.Namespace) -> MeasurementPlan:
-    """The plan of the options. Raises UserError for options that exclude each other."""
+    """The plan from the options. Raises UserError for options that exclude each other."""
     timing.check_positive(args, "rank", "rounds", "threads")
     if args.graph and args.device == "cpu":
         raise UserError("--graph is given with --device cpu; CUDA graphs need a GPU, leave it out")
     _check_idle_options(args)
     if args.quick and args.compile:
         raise UserError(
-            "--quick leaves torch.compile out, and --compile wants it; choose one of the two"
+            "--quick leaves torch.compile out, and --compile adds it; choose one of the two"
         )
     if args.shape and args.model:
         raise UserError(
@@ -240,7 +240,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def print_case(row: dict[str, Any]) -> None:
-    """Prints the table of one case."""
+    """Print the table of one case."""
     floor, line = row["minimum"], f"{row['op']} {row['case']}, {row['rounds']} rounds"
     if floor:
         line += f"; at least {floor['bytes'] / 1e6:.3g} MB and {floor['flops'] / 1e9:.3g} GFLOP, "
@@ -262,10 +262,10 @@ def print_case(row: dict[str, Any]) -> None:
 def summarize(
     rows: list[dict[str, Any]], model: str | None, plan: MeasurementPlan
 ) -> dict[str, Any]:
-    """The summary, printed too.
+    """Print and return the summary.
 
-    Geometric means of ours over peft and over the frozen layer, by op and kind, the figures of the
-    norm, and a model's cost.
+    It has geometric means of ours over peft and over the frozen layer, by op and kind, the figures
+    of the norm, and a model's cost.
     """
     summary: dict[str, Any] = {}
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -304,9 +304,9 @@ def _geometric_means(group: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def profile_case(case: Case, plan: MeasurementPlan) -> None:
-    """Prints torch.profiler's tables of forward and backward.
+    """Print torch.profiler's tables of forward and backward.
 
-    Of the reference, the candidate if there is one, and what `kernels.call` takes.
+    For the reference, the candidate if there is one, and the implementation of `kernels.call`.
     """
     from torch.profiler import ProfilerActivity, profile
 

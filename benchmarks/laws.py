@@ -1,11 +1,10 @@
-"""The error of an implementation to its op's definition in float64, and the limit for it.
+"""Error of an implementation relative to its op's reference in float64, and the limit for it.
 
 The law: in every result, every gradient and every argument that the op writes, the error to the
-reference in float64 is at most twice that of the reference itself in the arguments' dtypes, plus
-what the order of a sum is free to change: a running sum of n terms of random sign has the relative
-error u sqrt(n / 6), u half a unit in the last place (torch's own sums are pairwise, near u). The
-worst of thousands of such sums may be off by twice that, since its partial sums are larger than
-most.
+reference in float64 is at most twice that of the reference itself in the arguments' dtypes, plus an
+allowance for the order of a sum: a running sum of n terms of random sign has the relative error
+u sqrt(n / 6), u half a unit in the last place (torch's own sums are pairwise, near u). The worst of
+thousands of such sums may be off by twice that, since its partial sums are larger than most.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ALLOWED = 2.0  # times the reference's own error
 
 
 class Outcome(NamedTuple):
-    """Everything that a call computed, by the names of the reference's arguments."""
+    """Results, gradients and written arguments of a call, by name."""
 
     values: dict[str, Tensor]  # "result", "gradient of down", "step after"
     spare: dict[str, float]  # the relative error of a running sum in the value's dtype
@@ -41,9 +40,9 @@ class Error(NamedTuple):
 def run_outcome(
     call: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]
 ) -> Outcome:
-    """Results, gradients for fixed random ones of the results, and arguments that were written.
+    """Run a call on copies of the arguments; returns results, gradients and written arguments.
 
-    The call gets copies of the arguments.
+    The gradients are for fixed random gradients of the results.
     """
     mine, before = copy_arguments(args), copy_arguments(args)
     results = [leaf for leaf in tree_leaves(call(*mine)) if isinstance(leaf, Tensor)]
@@ -94,10 +93,10 @@ def output_gradient(result: Tensor) -> Tensor:
 
 
 def errors_to_truth(got: Outcome, truth: Outcome) -> dict[str, Error]:
-    """The error of everything that the truth names.
+    """The error of every value in `truth`.
 
-    Raises ValueError, half a sentence, where something is missing, has another shape, or is not
-    finite.
+    Raises ValueError where a value is missing, has another shape, or is not finite; the message is
+    the predicate of a sentence.
     """
     found = {}
     for name, true in truth.values.items():
@@ -119,7 +118,7 @@ def errors_to_truth(got: Outcome, truth: Outcome) -> dict[str, Error]:
 
 
 def broken_law(got: Outcome, truth: Outcome, eager: dict[str, Error]) -> str | None:
-    """How an outcome breaks the law, in words; None where it keeps it."""
+    """How an outcome breaks the law, as the predicate of a sentence; None where it does not."""
     try:
         mine = errors_to_truth(got, truth)
     except ValueError as error:

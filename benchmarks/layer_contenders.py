@@ -1,4 +1,4 @@
-"""One layer as each contender has it: frozen, with our adapter, with peft's."""
+"""The layers that are compared: frozen, with our adapter, with peft's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_core.adapters.injection import AdapterSpec
 
 
 def frozen_layer(weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
-    """A module whose .layer is a linear layer or convolution of these weights, without gradient."""
+    """A module whose .layer is a frozen linear layer or convolution with these weights."""
     out, fan_in, *window = weight.shape
     with torch.device("meta"):
         layer: Any = nn.Linear(fan_in, out)
@@ -25,7 +25,7 @@ def frozen_layer(weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
 
 
 def our_layer(host: Any, state: dict[str, Tensor], scale: float) -> nn.Module:
-    """injection.inject's layer with these factors, in place of host.layer."""
+    """Our adapted layer with these factors, which replaces host.layer."""
     rank = len(state["down"])
     kind = "dora" if "magnitude" in state else "lora"
     injection.inject(host, AdapterSpec(("layer",), kind=kind, rank=rank, alpha=scale * rank))
@@ -37,7 +37,7 @@ def our_layer(host: Any, state: dict[str, Tensor], scale: float) -> nn.Module:
 
 
 def peft_layer(host: Any, state: dict[str, Tensor], scale: float) -> nn.Module:
-    """peft's layer with these factors, which its default keeps in fp32, in place of host.layer."""
+    """peft's layer with these factors, in fp32 by its default, which replaces host.layer."""
     from peft import LoraConfig, get_peft_model
 
     rank = len(state["down"])

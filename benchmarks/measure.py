@@ -1,4 +1,4 @@
-"""One op in one case: its contenders checked against float64, timed in turns, and counted.
+"""Measurement of one benchmark case: its contenders' errors to float64, times, bytes and memory.
 
 `measure_case` returns the row that benchmarks/kernels.py prints and stores.
 """
@@ -28,7 +28,7 @@ Call = tuple[Callable[[], Any], list[Tensor]]  # and the tensors that it trains
 
 
 class MeasurementPlan(NamedTuple):
-    """How a case is measured."""
+    """Settings of the measurement of a case."""
 
     setting: Setting
     rounds: int
@@ -47,7 +47,7 @@ class DeviceRates(NamedTuple):
 
 
 def implementations(case: Case, plan: MeasurementPlan) -> dict[str, Callable[..., Any]]:
-    """The op's implementations that run here."""
+    """Name -> implementation of the op, for those that run on this device."""
     op = OPS[case.op]
     found: dict[str, Callable[..., Any]] = {"reference": op.reference}
     if op.fused:
@@ -57,7 +57,7 @@ def implementations(case: Case, plan: MeasurementPlan) -> dict[str, Callable[...
         if refused is None:
             found["triton"] = op.triton
         else:
-            print(f"{case.op} {case.label}: triton refuses: {refused}")
+            print(f"{case.op} {case.label}: triton does not support it: {refused}")
     if plan.compiled:
         torch._dynamo.reset()  # else the ninth shape of a function is refused
         found["compile"] = torch.compile(op.reference, fullgraph=True, dynamic=False)
@@ -67,7 +67,7 @@ def implementations(case: Case, plan: MeasurementPlan) -> dict[str, Callable[...
 
 
 def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[str, Any]:
-    """The row of one case. Raises UserError for a candidate that breaks the law."""
+    """The row of results of one case. Raises UserError for a candidate that breaks the law."""
     functions = implementations(case, plan)
     checked, broken = check_implementations(case, functions)
     if "compile" in functions and (why := compile_failure(case, functions["compile"])):
@@ -108,7 +108,7 @@ def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[
 def _calls(
     case: Case, functions: dict[str, Callable[..., Any]], plan: MeasurementPlan
 ) -> dict[str, Call]:
-    """The contenders: every implementation, what `kernels.call` takes, and the case's others."""
+    """The contenders: every implementation, `kernels.call`, and the case's others."""
     trains = trained_tensors(case.args)
     calls: dict[str, Call] = {}
     for name, function in functions.items():
@@ -119,7 +119,7 @@ def _calls(
 
 
 def compile_failure(case: Case, compiled: Callable[..., Any]) -> str:
-    """Why torch.compile cannot have the op; empty where it can."""
+    """Why torch.compile cannot compile the op; empty where it can."""
     try:
         compiled(*case.args)
     except Exception as error:  # of dynamo, inductor or the compiler that it calls
@@ -153,7 +153,7 @@ def check_implementations(
         try:
             got = eager if name == "reference" else laws.run_outcome(function, reference, case.args)
             fault = laws.broken_law(got, truth, own)
-        except Exception as error:  # whatever a user's file raises
+        except Exception as error:  # of any type: from a user's file
             if name == "compile":  # `compile_failure` reports it
                 continue
             if name != "candidate":
@@ -207,7 +207,7 @@ def forward_and_backward(call: Callable[[], Any], trains: list[Tensor]) -> Calla
 
 
 def result_tensors(out: Any) -> list[Tensor]:
-    """All tensors of a result."""
+    """The tensors in a result, in order."""
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
@@ -218,7 +218,7 @@ def _smooth_results(out: Any) -> list[Tensor]:
 def measure_call(
     name: str, call: Call, case: Case, times: timing.Times, plan: MeasurementPlan
 ) -> dict[str, Any]:
-    """Seconds, bytes moved, memory."""
+    """Seconds, bytes moved and memory of one contender."""
     whole = forward = timing.median_seconds(times, name)
     if f"forward {name}" in times:
         forward = timing.median_seconds(times, f"forward {name}")
@@ -235,7 +235,7 @@ def measure_call(
             out = call[0]()
         row["memory"] = kept.bytes
         del out
-    # a dispatch mode would take compiled kernels apart, and does not see loops over pointers
+    # a dispatch mode would decompose compiled kernels, and does not see loops over pointers
     if name == "compile" or not has_plain_arguments(case.args):
         return row | {"bytes": None}
     with Counter() as counter:
@@ -244,7 +244,7 @@ def measure_call(
 
 
 def minimum_cost(case: Case, rates: DeviceRates) -> dict[str, float]:
-    """The bytes and FLOP that a case cannot avoid, and the seconds that they take.
+    """The least bytes and FLOP of a case, and the seconds that they take at the device's rates.
 
     Every argument and result once forward, and again with their gradients backward; FLOP of the
     reference. Empty for arguments that hold objects, whose tensors are not known.

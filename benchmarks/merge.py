@@ -1,5 +1,5 @@
-"""Two adapters of rank r added and cut back to rank r: in factor space, through the dense matrix,
-and by peft; then a whole network's file.
+"""Benchmark of merging: the sum of two adapters of rank r, compressed to rank r, in factor space,
+through the dense matrix and by peft; then a whole network's file.
 
     python -m benchmarks.merge [--threads 2] [--quick] [--json FILE]
 
@@ -8,10 +8,10 @@ A of both and takes torch.linalg.svd, as sd-scripts' svd_merge_lora.py does, wit
 `peft` is add_weighted_adapter(combination_type="svd") on a model of that one layer. Both get the
 thin SVD, which neither takes by default, so both are faster here than for their users. All fp32,
 the three take turns, figures are medians ("best" is dense / ours of the fastest rounds); the error
-is measured in fp64 on the dense sum, as excess over the optimum (the fp64 singular values that are
-cut off). The whole file: 722 Linear layers of SDXL's attention blocks at rank 32 in fp16, two of
-them read, mixed, cut to rank 32 and written, in a process of its own so that its peak memory is
-known. On a busy machine take --threads 1, which is also kinder to the peers.
+is measured in fp64 on the dense sum, as excess over the optimum (the truncated fp64 singular
+values). The whole file: 722 Linear layers of SDXL's attention blocks at rank 32 in fp16, two of
+them read, mixed, compressed to rank 32 and written, in its own process so that its peak memory is
+known. On a busy machine use --threads 1, which also favors the peers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
         "--quick", action="store_true", help="square layers at rank 16 and the whole file"
     )
     parser.add_argument("--json", type=Path, help="file for all the numbers")
-    # the process of its own
+    # set in the process that time_whole_file starts
     parser.add_argument("--whole", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def report_case(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) -> dict[str, Any]:
-    """One row of the table, printed and returned."""
+    """Measure one layer shape and rank; prints and returns the row of the table."""
     adapters = [synthetic_adapter(shape, rank, seed) for seed in (0, 1)]
     exact = concat_factors(
         [
@@ -156,8 +156,8 @@ def report_case(name: str, shape: tuple[int, ...], rank: int, *, rounds: int) ->
 
 
 def time_call(call: Callable[[], object]) -> float:
-    """Seconds of one call, in the mean of as many as fill ENOUGH: layers come by the hundred in a
-    file, none finds the caches of another job.
+    """Mean seconds of one call, over as many as fill MINIMUM_SECONDS: a file has hundreds of
+    layers, so that caches are warm.
     """
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < MINIMUM_SECONDS:
@@ -182,13 +182,13 @@ def synthetic_adapter(
 
 
 def merge_in_factor_space(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
-    """(up [out, r], down [r, fan in]) in factor space."""
+    """(up [out, r], down [r, fan in]) of the compressed sum, computed in factor space."""
     small, _ = compress_adapter(concat_factors(list(zip(WEIGHTS, adapters))), Keep(rank=rank))
     return small.up.flatten(1), small.down.flatten(1)
 
 
 def merge_dense(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
-    """The same through the dense matrix."""
+    """The same, computed through the dense matrix."""
     merged = torch.zeros(adapters[0].up.shape[0], adapters[0].down[0].numel())
     for weight, lr in zip(WEIGHTS, adapters):
         merged = merged + weight * (lr.up.flatten(1) @ lr.down.flatten(1)) * lr.scale
@@ -197,7 +197,7 @@ def merge_dense(adapters: list[LowRank], rank: int) -> tuple[Tensor, Tensor]:
 
 
 class Peft:
-    """peft's merge on a model of one layer that holds both adapters."""
+    """peft's merge, on a model of one layer with both adapters."""
 
     def __init__(self, adapters: list[LowRank]) -> None:
         from peft import LoraConfig, get_peft_model
@@ -229,7 +229,7 @@ class Peft:
 
 
 def time_whole_file(threads: int) -> dict[str, Any]:
-    """Two synthetic files, merged in a process of its own; the figures, printed and returned."""
+    """Merge two synthetic files in another process; prints and returns its figures."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.safetensors" for i in (0, 1)]
         for seed, path in enumerate(paths):
@@ -278,12 +278,12 @@ def sdxl_attention_layers() -> dict[str, tuple[int, ...]]:
 
 
 def layer_seed(name: str, seed: int) -> int:
-    """A seed for a layer, the same in every process."""
+    """The seed of a layer, the same in every process."""
     return sum(ord(letter) * (i + 1) for i, letter in enumerate(name)) * 2 + seed
 
 
 def merge_files(first: Path, second: Path) -> dict[str, float]:
-    """Reads two files, mixes them, cuts to FILE_RANK, writes fp16; seconds and megabytes."""
+    """Read two files, mix, compress to FILE_RANK, write fp16; returns seconds and megabytes."""
     start_mb, begin, cpu = peak_mb(), time.perf_counter(), time.process_time()
     states = [read_file(path) for path in (first, second)]
     reading, reports = time.perf_counter() - begin, []
@@ -317,7 +317,7 @@ def merge_files(first: Path, second: Path) -> dict[str, float]:
 
 
 def read_file(path: Path) -> AdapterState:
-    """A file of whole_file."""
+    """The adapters in a file of `time_whole_file`."""
     tensors = load_file(path)
     names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     return AdapterState(
@@ -330,9 +330,7 @@ def read_file(path: Path) -> AdapterState:
 
 
 def peak_mb() -> float:
-    """The most memory this process has had since it was started, in MB (Linux; getrusage would
-    count the parent's).
-    """
+    """Peak memory of this process in MB (Linux's /proc; getrusage would include the parent's)."""
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(rows["VmHWM"].split()[0]) / 1024
 

@@ -1,4 +1,4 @@
-"""The cost of a whole model's adapters over the frozen model: times of layers by their counts."""
+"""The cost of a model's adapters relative to the frozen model, summed from times of its layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from benchmarks import laws, timing
 from benchmarks.cases import LAYERS, RandomTensors, Setting
 
-ROUNDS, LIMIT = 5, 2.0  # of a layer that has no adapter: its seconds are one term of a sum
+ROUNDS, LIMIT = 5, 2.0  # for a layer without adapter, whose seconds are one term of a sum
 
 
 def model_cost(
     model: str, rows: list[dict[str, Any]], setting: Setting, *, graph: bool = False
 ) -> dict[str, Any]:
-    """Seconds of all adapters (ours, peft), of the frozen layers under them and the frozen rest.
+    """Seconds of the adapted layers (ours, peft), of the same layers frozen, and of all others.
 
-    Printed, with the ratio of the sums. The rest is linear layers, convolutions and attention,
-    forward and backward for their inputs (layers whose input has one row forward alone: nothing
-    that is trained lies before them). Norms, activations and additions are left out, which makes
-    the ratio larger than a whole step's.
+    Also prints the ratio of the sums. The others are linear layers, convolutions and attention,
+    forward and backward to their inputs (only forward for layers whose input has one row: nothing
+    trained comes before them). Norms, activations and additions are left out, which makes the ratio
+    larger than that of a whole step.
     """
     linears = [row for row in rows if row["op"] == "lora_linear"]
     cost: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def _sum_layers(group: list[dict[str, Any]], name: str) -> float:
 
 
 def step_seconds(row: dict[str, Any]) -> float:
-    """Forward and backward."""
+    """Seconds of forward and backward together."""
     return row["forward"] + row["backward"]
 
 

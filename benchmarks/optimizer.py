@@ -1,4 +1,4 @@
-"""The optimizer's step on the adapters of SD1.5 (256 tensors) and SDXL (1,120).
+"""Benchmark of the optimizer's step on the adapters of SD1.5 (256 tensors) and SDXL (1,120).
 
     python -m benchmarks.optimizer [--networks sd15 sdxl] [--rank 16] [--rounds 9] [--threads 1]
                                    [--device cpu|cuda] [--json FILE]
@@ -33,7 +33,7 @@ from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
-STEPS = 5  # of the comparison with float64
+STEPS = 5  # steps that are compared with float64
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 CONTENDERS: dict[str, dict[str, Make]] = {  # optimizer -> contender; the second one is the peer
     "prodigy": {"ours": Prodigy, "prodigyopt": Prodigyopt},
@@ -48,7 +48,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {  # optimizer -> contender; the second
 def make_parameters(
     shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Parameters as an adapter starts: down random, up zero."""
+    """Parameters with an adapter's initial values: down random, up zero."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for i, shape in enumerate(shapes):
@@ -64,7 +64,7 @@ def _join(params: list[Tensor]) -> Tensor:
 
 
 def set_gradients(params: list[Tensor], step: int) -> None:
-    """Sets the gradients of a noisy parabola around a point that is the same for every dtype.
+    """Set the gradients to those of a noisy parabola, the same for every dtype.
 
     Prodigy's d grows on it from the second step on.
     """
@@ -81,7 +81,7 @@ def make_quietly(make: Make, params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def count_step(make: Make, shapes: Sequence[tuple[int, ...]], contender: str) -> Tally:
-    """The counts of a step that is not the first, on the meta device.
+    """The counts of the second step, on the meta device.
 
     On the CPU for torch's fused kernel, which refuses the meta device and issues the same calls.
     """
@@ -113,7 +113,7 @@ def run_trajectory(
 def measure_optimizer(
     network: str, name: str, rank: int, rounds: int, device: str
 ) -> list[dict[str, Any]]:
-    """A row for each contender."""
+    """One row of results for each contender."""
     shapes, contenders = tensor_shapes(network, rank), CONTENDERS[name]
     peer = list(contenders)[1]
     exact, exact_d = run_trajectory(contenders[peer], shapes, device, torch.float64)

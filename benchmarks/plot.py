@@ -1,11 +1,11 @@
-"""An image of what adapters add to the frozen model, ours next to peft.
+"""Bar chart of the cost of adapters relative to the frozen model, ours and peft's.
 
     python -m benchmarks.plot benchmarks/results/MACHINE.json [--out docs/benchmarks.png]
 
-Launches, elementwise bytes, saved activations and the time of a step. A bar begins at 1, the frozen
-model, and ends at the cost with adapters, so that it shows what they add. Counts are of
-benchmarks.step_cost with the kernels, times of benchmarks.train_step; panels without figures in the
-file are left out.
+The panels are launches, elementwise bytes, saved activations and the time of a step. A bar begins
+at 1, the frozen model, and ends at the cost with adapters, so that its length is their share.
+Counts are from benchmarks.step_cost with the kernels, times from benchmarks.train_step; panels
+without figures in the file are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTS = {
     "saved": "saved activations",
 }
 TIMES = {"cpu": "time of a step, CPU", "cuda": "time of a step, GPU"}
-# Inches: a panel's width, a row's height, above and below the rows.
+# Inches: width of a panel, height of a row, margins above and below the rows.
 PANEL, ROW, EDGE = 2.9, 0.46, 1.15
 GAP = 0.35  # rows between two models
 
@@ -39,7 +39,7 @@ CostRatios = dict[str, float]  # "ours" or "peft" -> times the frozen model
 
 
 def gather_panels(report: Mapping[str, Any]) -> dict[str, dict[str, CostRatios]]:
-    """Panel -> row -> times the frozen model, from a file of benchmarks.all."""
+    """Panel -> row -> ratios to the frozen model, from a file of benchmarks.all."""
     panels: dict[str, dict[str, CostRatios]] = {title: {} for title in COUNTS.values()}
     parts = [part["results"] for part in report["parts"].values() if "results" in part]
     for part in parts:
@@ -83,7 +83,7 @@ def _add_times(panel: dict[str, CostRatios], one: Mapping[str, Any]) -> None:
 
 
 def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note: str) -> None:
-    """Writes the image as PNG, whole or not at all."""
+    """Write the chart as PNG, atomically."""
     import matplotlib.pyplot as plt  # one second of import
 
     plt.switch_backend("Agg")
@@ -117,7 +117,7 @@ def draw_panels(panels: Mapping[str, Mapping[str, CostRatios]], out: Path, note:
 
 
 def _places(names: Sequence[str]) -> dict[str, float]:
-    """The place of each row: 0, 1, ... and a gap before another model."""
+    """The vertical position of each row: 0, 1, ... with a gap between models."""
     places, at = {}, 0.0
     for before, name in zip(["", *names], names):
         at += 0 if not before else 1 + GAP * (before.split()[0] != name.split()[0])
@@ -157,7 +157,7 @@ def _draw_panel(
 
 
 def _ticks(room: float) -> Any:
-    """1, and equal steps from it."""
+    """Axis ticks at 1 and at equal steps from it."""
     from matplotlib.ticker import MultipleLocator
 
     for least, step in ((2, 1.0), (0.8, 0.5), (0.15, 0.1)):
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figure_caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
-    """How and where the figures were made."""
+    """A sentence on how, where and when the figures were measured."""
     times = "Times: not run."
     if TIMES[report["device"]] in panels:
         at = ", SD1.5 at 256 px, bf16" if report["device"] == "cpu" else ""

@@ -1,11 +1,11 @@
-"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs.
+"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs, for the benchmarks.
 
-With random weights or none: what the benchmarks run, and its shapes.
+Weights are random, or absent on the meta device.
 
     model = build_network("sdxl")  # on the meta device: shapes alone
     model(**network_inputs("sdxl"))
 
-`adapted_paths` are the layers that get an adapter: every attention linear, as in the public
+`adapted_paths` lists the layers that get an adapter: every attention linear, as in the public
 scripts.
 """
 
@@ -55,9 +55,9 @@ def build_network(
 
 @torch.no_grad()
 def _fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Samples every parameter in place.
+    """Sample every parameter in place.
 
-    These networks hold no buffers: to_empty would have lost them.
+    These networks have no buffers, whose values to_empty would have lost.
     """
     assert not list(model.buffers())
     for p in model.parameters():
@@ -81,7 +81,7 @@ def network_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of the network for `batch` images of side x side pixels (0: SIDES).
 
-    Random where the device has memory.
+    Random values, except on the meta device.
     """
     side = side or SIDES[name]
     generator = None
@@ -129,9 +129,8 @@ def _weights(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the adapters' tensors, in the order of injection.adapter_parameters.
-
-    down and up (and magnitude) of each layer.
+    """Shapes of down and up (and magnitude) of each layer, as injection.adapter_parameters orders
+    them.
     """
     shapes: list[tuple[int, ...]] = []
     for out, fan in _weights(name).values():

@@ -1,17 +1,18 @@
-"""Steps per second of our loop and of the SDXL-advanced script's, on the same tiny model.
+"""Benchmark of the whole training loop: steps per second of ours and of diffusers' SDXL-advanced
+script, on the same tiny model.
 
     python -m benchmarks.sdxl_loop [--steps 100] [--rounds 5] [--threads 1] [--json FILE]
                                    [--profile]
 
-The same images, batch and threads. `AdvancedScript` does in each step the same as
-train_dreambooth_lora_sdxl_advanced.py (diffusers 0.4x), written anew from its behavior: peft's
-LoRA, prodigyopt, DDPMScheduler.add_noise, both token tables trained whole and put back after each
-step, latents cached, text encoded in each step. accelerate's wrappers, which only cost, are left
-out. Ours is `train.train` on configs/sdxl_pivotal_prodigy.toml. Rounds alternate; figures are
+Images, batch and threads are the same. Each step of `AdvancedScript` does the same as
+train_dreambooth_lora_sdxl_advanced.py (diffusers 0.4x), reimplemented from its behavior: peft's
+LoRA, prodigyopt, DDPMScheduler.add_noise, both token tables trained whole and restored after each
+step, latents cached, text encoded in each step. accelerate's wrappers, which only add time, are
+left out. Ours is `train.train` on configs/sdxl_pivotal_prodigy.toml. Rounds alternate; figures are
 medians.
-Three phases: up to the pivot; after it, where the script goes on encoding and putting back; after
-it with a peer that caches text, as the script does not. Two vocabularies: the tiny model's 57
-words, and the 49408 that CLIP has (at the tiny widths).
+Three phases: up to the pivot; after it, where the script continues to encode text and restore
+tables; after it with a peer that caches text, which the script does not. Two vocabularies: the tiny
+model's 57 words, and CLIP's 49408 (at the tiny widths).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from lora_core.toml import read_toml
 from tests import tiny_sdxl
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sdxl_pivotal_prodigy.toml"
-# Those of the guide's command, except for the side; its data set has two dozen images.
+# As in the guide's command, except for the side; its data set has two dozen images.
 RANK, BATCH, SIDE, GAMMA = 8, 3, 16, 5.0
 IMAGES = 24
 WARM = 10  # untimed steps of each phase: an epoch and a bit, so that all caches are full
@@ -61,7 +62,7 @@ TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Clock:
-    """(wall, CPU) seconds at the beginning of each step of one phase.
+    """Records (wall, CPU) seconds at the beginning of each step of one phase.
 
     The first WARM steps are left out.
     """
@@ -74,9 +75,9 @@ class Clock:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Steps per second by the wall clock and by the CPU's.
+        """Steps per second of wall-clock time and of CPU time.
 
-        The second does not see the neighbors of a shared machine.
+        CPU time does not include other programs on a shared machine.
         """
         begin, end = self.marks[WARM], self.marks[-1]
         steps = len(self.marks) - 1 - WARM
@@ -121,7 +122,7 @@ def make_images(folder: Path) -> Path:
 
 
 class AdvancedScript:
-    """The state that the script's main() holds when its loop begins."""
+    """The peer: state of the script's main() when its loop begins, and the loop."""
 
     def __init__(self, model: Path, images: Path) -> None:
         torch.manual_seed(0)
@@ -161,9 +162,9 @@ class AdvancedScript:
             self.latents = [self.vae.encode(batch["pixels"]).latent_dist for batch in self.loader]
 
     def _insert_tokens(self) -> None:
-        """Adds two tokens to each tokenizer, with random rows at the table's std.
+        """Add two tokens to each tokenizer, with random rows at the table's std.
 
-        Keeps all the other rows, which are put back after each step.
+        Copies all the other rows, which are restored after each step.
         """
         self.others, self.originals, self.stds = [], [], []
         for i, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
@@ -181,7 +182,7 @@ class AdvancedScript:
 
     @staticmethod
     def _examples(folder: Path) -> Iterator[dict[str, Any]]:
-        """Images cut once, as tensors in memory, with prompt and sizes."""
+        """Images cropped once, as tensors in memory, with prompt and sizes."""
         for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
             image = Image.open(folder / row["file_name"]).convert("RGB")
             flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -217,7 +218,7 @@ class AdvancedScript:
     def step(
         self, position: int, batch: dict[str, Any], text: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The loss, after backward, clipping and the optimizer's step."""
+        """Run backward, clipping and the optimizer's step; returns the loss."""
         x0 = self.latents[position].sample() * self.vae.config.scaling_factor
         noise = torch.randn_like(x0)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),)).long()
@@ -240,7 +241,7 @@ class AdvancedScript:
         return loss
 
     def restore_tables(self) -> None:
-        """Puts all old rows back and pulls the new ones to the table's std."""
+        """Restore all old rows and rescale the new ones to the table's std."""
         for table, others, original, std in zip(
             self.tables, self.others, self.originals, self.stds
         ):
@@ -327,7 +328,7 @@ def run_ours(
 
 
 def run_quietly(work: Callable[[], list[Clock]]) -> list[tuple[float, float]]:
-    """The rates of each phase, without anything printed."""
+    """The rates of each phase; suppresses what `work` prints."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return [clock.rates for clock in work()]
 
@@ -365,7 +366,7 @@ def _median_rates(rounds: list[list[tuple[float, float]]], clock: int) -> list[f
 
 
 def profile_ours(vocabulary: int, steps: int, rows: int = 25) -> str:
-    """cProfile's table of our loop, both stages, by own time."""
+    """cProfile's table of our loop, both stages, sorted by own time."""
     profile, text = cProfile.Profile(), StringIO()
     with tempfile.TemporaryDirectory() as name:
         model = make_model(Path(name) / "model", vocabulary)

@@ -1,19 +1,18 @@
-"""The cost of adapters in one training step of the denoiser: ops, bytes moved, activations saved.
+"""Benchmark of the cost of adapters in one training step: ops, bytes moved, activations saved.
 
     python -m benchmarks.step_cost [--model sd15 sdxl flux] [--batch 1] [--rank 16] [--json FILE]
 
-Of forward and backward, counted on the meta device: no GPU, no noise, exact (how:
+Forward and backward of the denoiser, counted exactly on the meta device, without a GPU (method:
 benchmarks/counting.py). SD1.5 at 512 pixels, SDXL and Flux at 1024, bf16, fp32 adapters on every
-attention linear, no autocast, no checkpointing, attention and RMS norm as CUDA has them.
+attention linear, no autocast, no checkpointing, attention and RMS norm as single ops, as on CUDA.
     frozen        no adapter; the gradient flows back to the input of the first adapted layer
-    peft          peft's LoRA and DoRA, adapters fp32 as its autocast_adapter_dtype makes them
+    peft          peft's LoRA and DoRA, adapters in fp32 by its autocast_adapter_dtype
     ours          lora_core's, linears that share an input grouped; `triton` with the declared cost
                   of each kernel, `fused` with the implementations in torch
-DoRA's norms are computed once in the step, as once per optimizer step, and counted. Gradients are
-`None` before backward, the loss is left out. The optimizer's own step follows in a table of its
-own: calls (a multi-tensor call of torch, which is several launches, is one) and waits of the host
-for the device. Not in it: the copy of a table of addresses that our kernels read, when gradients
-have moved.
+DoRA's norms are computed once in the step, as in training, and counted. Gradients are `None` before
+backward, the loss is left out. The optimizer's step follows in another table: calls (a multi-tensor
+call of torch, which is several launches, is one) and waits of the host for the device. Not counted:
+the copy of a table of addresses that our kernels read, after gradients have moved.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ VARIANTS = (
 
 
 class StepCost(NamedTuple):
-    """One variant of one model, forward and backward."""
+    """The cost of forward and backward of one variant of one model."""
 
     ops: int
     elementwise: int  # bytes of everything but matrix products, convolutions and attention
@@ -70,7 +69,7 @@ class NetworkStep(NamedTuple):
 
 
 def open_step(name: str, batch: int = 1) -> NetworkStep:
-    """A published network on the meta device."""
+    """A published network on the meta device, with inputs and paths."""
     return NetworkStep(
         published_networks.build_network(name),
         published_networks.network_inputs(name, batch),
@@ -81,7 +80,7 @@ def open_step(name: str, batch: int = 1) -> NetworkStep:
 def count_cost(step: NetworkStep, variant: str, rank: int = 16) -> StepCost:
     """The cost of one step of a variant.
 
-    Turns the frozen model (on any device) into it; the model cannot be used again.
+    Changes the frozen model (on any device) into the variant; it cannot be used again.
     """
     model, kwargs, paths = step
     side, _, kind = variant.partition(" ")
@@ -126,9 +125,9 @@ def _inject_peft(model: nn.Module, paths: tuple[str, ...], rank: int, kind: str)
 
 
 def count_optimizer_steps(shapes: list[tuple[int, ...]]) -> dict[str, Tally]:
-    """Name -> tally of one step over fp32 tensors of these shapes.
+    """Name -> tally of the second step over fp32 tensors of these shapes.
 
-    After a first one that makes its state.
+    The first step, not counted, makes the state.
     """
     contenders: dict[str, tuple[str, Callable[[list[nn.Parameter]], Any]]] = {
         "prodigyopt": ("meta", lambda ps: prodigyopt.Prodigy(ps, lr=1.0)),
@@ -180,7 +179,7 @@ def cost_table(name: str, count: int, found: dict[str, StepCost]) -> str:
 
 
 def cost_summary(name: str, found: dict[str, StepCost]) -> str:
-    """The cost of all adapters over the frozen model, one line."""
+    """One line with the cost of all adapters above the frozen model."""
     base = found["frozen"]
     parts = []
     for variant, f in found.items():

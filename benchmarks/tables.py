@@ -1,11 +1,11 @@
-"""The tables of benchmarks/README.md from a file of benchmarks.all.
+"""Writes the tables of benchmarks/README.md from files of benchmarks.all.
 
     python -m benchmarks.tables benchmarks/results/CPU.json benchmarks/results/GPU.json
                                 [--write benchmarks/README.md]
 
-So no figure is copied by hand. Prints them as markdown; --write puts each between its marks,
-`<!-- NAME -->` and `<!-- end -->`. A part that the file does not have is `not run`. Without the
-second file the tables of a GPU are left as they are.
+No figure is copied by hand. Prints the tables as markdown; --write replaces each one in the file,
+between `<!-- NAME -->` and `<!-- end -->`. A part that is not in the results is `not run`. Without
+the second file the tables of a GPU are not changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def part_results(report: Report, module: str) -> list[Mapping[str, Any]]:
 
 
 def origin_table(report: Report) -> str:
-    """Machine, commit, day, and the command of each part with the seconds that it took."""
+    """Machine, commit, date, and the command of each part with its seconds."""
     origin = f"{report['machine']}; commit {report['commit'][:8]}, {report['began'][:10]}."
     rows = []
     for part in report["parts"].values():
@@ -49,7 +49,7 @@ def origin_table(report: Report) -> str:
 
 
 def step_cost_table(report: Report) -> str:
-    """Ops, bytes and saved activations of each model's variants, and over the frozen model."""
+    """Ops, bytes and saved activations of each model's variants, and ratios to the frozen model."""
     heads = ["", "ops", "extra ops a linear", "elementwise GB", "moved GB", "saved GB"]
     rows: list[list[str]] = []
     for found in part_results(report, "step_cost"):
@@ -66,7 +66,7 @@ def step_cost_table(report: Report) -> str:
 
 
 def layers_table(report: Report) -> str:
-    """Geometric means over the six shapes."""
+    """Geometric means of time ratios over the six layer shapes."""
     rows, others = [], ("ours / peft", "ours / compile", "ours / torch", "ours / frozen")
     for found in part_results(report, "kernels"):
         for name, row in found["summary"].items():
@@ -113,7 +113,7 @@ def _step_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def merge_table(report: Report) -> str:
-    """Times and errors of cutting a sum of two adapters back to their rank."""
+    """Times and errors of compressing a sum of two adapters to their rank."""
     heads = ["layer", "ours", "dense", "peft", "dense / ours", "excess error: ours, dense, peft"]
     names = ("ours", "dense", "peft")
     rows = []
@@ -127,13 +127,13 @@ def merge_table(report: Report) -> str:
     return markdown_table(heads, rows) if rows else NOT_RUN
 
 
-# ---------------------------------------------------------------- the figures to reach
+# ---------------------------------------------------------------- targets
 
-Target = tuple[str, str, str, str]  # what, the peer's figure, the one to reach, ours
+Target = tuple[str, str, str, str]  # quantity, the peer's figure, the target, ours
 
 
 def targets_table(report: Report) -> str:
-    """Each figure to reach with the peer's and ours; gpu_table has those of a GPU."""
+    """The targets with the peer's figures and ours; gpu_table has those of a GPU."""
     cost = _merge_parts(part_results(report, "step_cost"), "models")
     steps = _contenders(report)
     xl = cost.get("sdxl", {})
@@ -190,7 +190,7 @@ def targets_table(report: Report) -> str:
 
 
 def _merge_parts(found: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
-    """The dictionaries that the parts have under a key, in one."""
+    """The union of the dictionaries that the parts have under a key."""
     merged: dict[str, Any] = {}
     for one in found:
         merged |= one.get(key, {})
@@ -220,7 +220,7 @@ def _pair(values: Sequence[float | None]) -> str:
 
 
 def _variants(one: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """The rows of a model's LoRA and DoRA variants that there are."""
+    """The rows of a model's LoRA and DoRA variants, of those that were measured."""
     rows = [one["step"].get(name.format(kind)) for kind in ("lora", "dora")] if one else []
     return [row for row in rows if row]
 
@@ -271,7 +271,7 @@ def _cpu(report: Report, steps: Mapping[tuple[str, int], Mapping[str, Any]], sid
 
 
 def gpu_table(report: Report) -> str:
-    """The figures of a GPU; those to reach were set for an H200."""
+    """The targets and figures of a GPU; the targets were set for an H200."""
     steps = _contenders(report) if report["device"] == "cuda" else {}
     graphs = [found["summary"] for found in part_results(report, "kernels") if found["graph"]]
     means = _layer_means(graphs)
@@ -320,9 +320,9 @@ GPU_TABLES = {
 def fill_tables(
     text: str, report: Report, tables: Mapping[str, Callable[[Report], str]] = TABLES
 ) -> str:
-    """The text with each table between its marks.
+    """The text with each table between its marks replaced.
 
-    Raises UserError for a table without marks: it would be left out in silence.
+    Raises UserError for a table without marks, which would be left out in silence.
     """
     for name, table in tables.items():
         mark, end = f"<!-- {name} -->\n", "<!-- end -->"

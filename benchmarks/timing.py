@@ -1,10 +1,10 @@
-"""Times of contenders that take turns in one process; tables and JSON files of a benchmark.
+"""Timing of contenders that take turns in one process; tables and JSON files of a benchmark.
 
     times = alternate({"ours": ours, "peft": peft}, 9)
     print(1e3 * median_seconds(times, "ours"), median_ratio(times, "ours", "peft"))
 
-A figure on the CPU is the median of rounds in processor seconds of this process, which a busy
-neighbor changes least; the clock's seconds are kept too.
+A figure on the CPU is the median of rounds in processor seconds of this process, which other
+programs change least; wall-clock seconds are recorded too.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from lora_core.kernels import winners
 # takes milliseconds.
 FLOOR = 0.005
 WARM = 2  # untimed calls: memory, caches of kernels, autotuning
-LEAST = 3  # rounds that are run whatever the limit of time
+LEAST = 3  # rounds that are run regardless of the time limit
 # Bytes written between repeats where the device does not report the size of its L2; B200's has
 # 126 MB.
-# A graph's launch takes some 10 us, and hides behind the time that these take: by their memory's
-# bandwidth 60 us on an H200, 32 on a B200.
+# A graph's launch takes some 10 us, less than writing these bytes: by memory bandwidth 60 us on an
+# H200, 32 on a B200.
 FLUSH = 256 * 2**20
 
 Call = Callable[[], object]
 
 
 class Times(dict[str, list[float]]):
-    """Name -> seconds of one call in each round, all of one length.
+    """Name -> seconds of one call in each round, lists of one length.
 
-    By the clock on the CPU, between CUDA events on a GPU.
+    Wall-clock time on the CPU, time between CUDA events on a GPU.
     """
 
     def __init__(self) -> None:
@@ -68,13 +68,13 @@ def alternate(
 ) -> Times:
     """Seconds of one call of each contender in each of `rounds` rounds.
 
-    Every round runs all of them, and each round another one goes first. A round calls a contender
-    as often as fills `floor` seconds (None: FLOOR, on a GPU a fifth). After `limit` seconds no
-    further round starts, once there are LEAST.
+    Every round runs all of them, each round beginning with another one. In a round a contender is
+    called as often as fills `floor` seconds (None: FLOOR, on a GPU a fifth). After `limit` seconds
+    no further round starts, once there are LEAST.
     On a GPU the L2 is overwritten before each call. Without `graph` the queue is empty then, so
     that the host's launches count, as in a training loop at batch 1; with `graph` each contender is
     captured, and its replay waits in the queue while the L2 is overwritten, so that only the GPU's
-    time counts. What cannot be captured is in `left_out`.
+    time counts. Contenders that cannot be captured are in `left_out`.
     """
     times, device = Times(), torch.device(device)
     if floor is None:
@@ -108,7 +108,7 @@ def alternate(
 
 
 def _warm(call: Call, device: torch.device, graph: bool) -> Call:
-    """The call, or its CUDA graph, after its untimed calls."""
+    """The call, or its captured CUDA graph, after warm-up calls."""
     if graph and device.type == "cuda":
         with winners.replayed():
             return capture_graph(call)
@@ -125,8 +125,7 @@ def capture_graph(call: Call) -> Callable[[], None]:
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    # as torch.cuda.graph's documentation wants it: libraries make their workspaces before the
-    # capture
+    # as in torch.cuda.graph's documentation: libraries make their workspaces before the capture
     with torch.cuda.stream(side):
         for _ in range(WARM):
             call()
@@ -136,14 +135,14 @@ def capture_graph(call: Call) -> Callable[[], None]:
         kept = call()
 
     def replay() -> None:
-        _ = kept  # its memory belongs to the graph as long as it is replayed
+        _ = kept  # the graph's memory must live as long as it is replayed
         graph.replay()
 
     return replay
 
 
 def _clocks(call: Call, calls: int) -> tuple[float, float]:
-    """(clock, processor) seconds of one call, without garbage collection."""
+    """(wall-clock, processor) seconds of one call, without garbage collection."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -158,10 +157,10 @@ def _clocks(call: Call, calls: int) -> tuple[float, float]:
 
 
 def _events(device: torch.device, *, queued: bool) -> Callable[[Call, int], tuple[float, float]]:
-    """_clocks for a GPU: seconds between CUDA events, and 0.
+    """The counterpart of `_clocks` on a GPU: (seconds between CUDA events, 0).
 
-    `queued`: the call is issued while the GPU still overwrites its L2, which hides the time that a
-    graph's launch takes.
+    `queued`: the call is issued while the GPU still overwrites its L2, which hides the time of a
+    graph's launch.
     """
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     buffer = torch.empty(FLUSH if queued else 2 * size or FLUSH, dtype=torch.uint8, device=device)
@@ -226,10 +225,7 @@ def check_positive(args: argparse.Namespace, *counts: str) -> None:
 
 
 def describe_machine(device: str | torch.device = "cpu") -> str:
-    """Where figures come from, in one line.
-
-    Processor or GPU, torch, triton, threads, and the load from other programs.
-    """
+    """The machine in one line: processor or GPU, torch, triton, threads, load of other programs."""
     name = _processor()
     if torch.device(device).type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda}), {name}"
@@ -253,7 +249,7 @@ def _processor() -> str:
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns: text to the left, numbers to the right with three digits, None as a dash."""
+    """A table with aligned columns: text left, numbers right with three digits, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
     columns = list(zip(*cells)) if cells else [()] * len(heads)
     lines = [""] * (1 + len(cells))
@@ -281,7 +277,7 @@ def _cell(value: object) -> str:
 
 
 def write_json(path: Path | str, results: Mapping[str, Any]) -> None:
-    """Writes the results with the command and the date that they come from.
+    """Write the results as JSON, with the command and the date.
 
     Raises ValueError for a number that is not finite.
     """

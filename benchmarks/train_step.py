@@ -1,17 +1,17 @@
-"""Steps per second and peak memory of training, ours against peft.
+"""Benchmark of the training step: steps per second and peak memory, ours against peft.
 
     python -m benchmarks.train_step [--device cpu] [--model toy sd15] [--batch 1] [--rounds 15]
                                     [--json FILE]
     python -m benchmarks.train_step --model sd15 --profile
                                     --contenders frozen "ours lora" "ours lora reference"
 
-peft runs in the loop of diffusers' scripts; both on one network's very weights.
-A contender is a name and words: frozen; ours or peft, lora or dora; then reference, fused or triton
+peft runs in the loop of diffusers' scripts; both use the same weights.
+A contender is named by words: frozen; ours or peft, lora or dora; then reference, fused or triton
 (kernels, else auto), compile (regional), graph (CUDA, ours), last (channels_last, the default of
 ours on a GPU), and for peft bf16 (adapters) and adamw (torch's fused one). The steps of all
 contenders are in benchmarks/contenders.py. Contenders take turns: "over frozen" is the median over
-rounds of the ratio within a round, in processor seconds on the CPU (and by the clock next to it,
-which a busy neighbor changes more). Memory is the peak of one step over that between steps: on the
+rounds of the ratio within a round, in processor seconds on the CPU (next to it in wall-clock time,
+which other programs change more). Memory is the peak of one step above that between steps: on the
 CPU resident memory, on a GPU that of torch's allocator.
 """
 
@@ -36,15 +36,15 @@ from benchmarks.contenders import FrozenStep, OurStep, PeftStep, Problem
 from lora_core.errors import UserError
 from training import cuda_graph
 
-# Pixels on the CPU, where 512 would take four times as long; a GPU takes the model's own.
+# Pixels on the CPU, where 512 would take four times as long; on a GPU the model's native side.
 SIDES = {"sd15": 256}
 MODELS = {"cpu": ("toy", "sd15"), "cuda": ("sd15", "sdxl", "flux")}
-BATCHES = {("cuda", "sdxl"): (1, 4)}  # others: 1
+BATCHES = {("cuda", "sdxl"): (1, 4)}  # all others: 1
 EAGER = ("frozen", "ours lora", "ours dora", "peft lora", "peft dora")
 CONTENDERS = {"cpu": EAGER, "cuda": (*EAGER, "frozen graph", "ours lora graph", "ours dora graph")}
 KERNELS = ("reference", "fused", "triton")
 WORDS = (*KERNELS, "compile", "graph", "last", "bf16", "adamw")
-# In a round of each contender; others: 1.
+# Steps of each contender in a round; all others: 1.
 STEPS = {("cpu", "toy"): 10, ("cuda", "sd15"): 10, ("cuda", "sdxl"): 3}
 MB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
@@ -70,7 +70,7 @@ def parse_contender(name: str) -> tuple[str, str, set[str]]:
 
 
 def build_contender(problem: Problem, name: str) -> Callable[[], object]:
-    """A contender by its name. Raises UserError as parse_contender does."""
+    """The step function of a named contender. Raises UserError as parse_contender does."""
     who, kind, words = parse_contender(name)
     cuda = problem.mean.device.type == "cuda"
     last = "last" in words or (cuda and who != "peft" and not problem.is_flow)
@@ -146,14 +146,14 @@ def frozen_contender(name: str, names: Sequence[str]) -> str:
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes in use during a contender's second step beyond those before it.
+    """Peak bytes during a contender's second step, above those in use before it.
 
     On the CPU from Linux's resident memory; None where that cannot be read. A CUDA graph is not
     captured yet in its second step; it will hold as much all the time.
     """
     step()
-    # Our loop frees the last step's gradients at the start of a step, the scripts at its end:
-    # neither side is credited with them.
+    # Our loop frees the last step's gradients at the start of a step, the scripts at its end: they
+    # are counted for neither side.
     for p in getattr(step, "parameters", ()):
         p.grad = None
     gc.collect()
@@ -166,10 +166,10 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # a tensor's memory goes back when it is freed, else a pool of free pages hides the use
+        # memory is returned when a tensor is freed, else a pool of free pages hides the use
         libc.mallopt(MMAP_THRESHOLD, 2**16)
         libc.malloc_trim(0)
-        # sets the peak back to the memory that is resident now (proc(5))
+        # resets the peak to the memory that is resident now (proc(5))
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         step()
@@ -205,9 +205,9 @@ def result_table(result: Mapping[str, Any]) -> str:
 def profile_difference(
     problem: Problem, names: Sequence[str], steps: int = 3, rows: int = 14
 ) -> str:
-    """Operations that are called more often than in the first contender.
+    """A table of the operations that are called more often than in the first contender.
 
-    Milliseconds a step by the clock, and the time of all other operations together, which is noise.
+    Wall-clock milliseconds a step; the time of all other operations together is noise.
     """
     found = {name: _profile_step(build_contender(problem, name), steps) for name in names}
     base, lines = found[names[0]], []

@@ -1,4 +1,4 @@
-"""Measures the implementations of ops and stores the fastest ones: `benchmarks.kernels --tune`."""
+"""Measures the ops' implementations and stores the winners (`benchmarks.kernels --tune`)."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-SLACK = 0.03  # an implementation has to beat the fused one by so much to win: less is noise
+SLACK = 0.03  # an implementation must be faster than the fused one by this share to win
 
 
 def tune_kernels(
     args: argparse.Namespace, plan: MeasurementPlan, names: list[str], shapes: list[tuple[int, ...]]
 ) -> int:
-    """Times reference, fused and triton forward and backward, and stores the winners.
+    """Time reference, fused and triton, forward and backward, and store the winners.
 
-    One row for every op, dtype and class of shapes. Returns the exit status.
+    There is one row for every op, dtype and class of shapes. Returns the exit status.
     """
     path = args.winners or winners.cache_file()
     if path.exists():
@@ -55,7 +55,7 @@ def tune_kernels(
         tuned = plan._replace(setting=setting, compiled=False, candidate=None)
         for name in names:
             rows += tune_op(name, make_cases(name, setting, args.model, shapes), tuned)
-            # an interruption leaves the rows up to here
+            # an interruption keeps the rows up to here
             winners.store_winners(path, device, origin | {"rows": rows})
     print(f"{len(rows)} rows for {device} in {path}")
     return 0
@@ -64,7 +64,7 @@ def tune_kernels(
 def tune_op(name: str, cases: list[Case], plan: MeasurementPlan) -> list[dict[str, Any]]:
     """The rows of one op in one dtype.
 
-    That of winners.ANY is the fastest over all its cases and their counts.
+    The row of winners.ANY has the fastest over all cases, weighted by their counts.
     """
     dtype = str(winners.first_tensor(cases[0].args).dtype).removeprefix("torch.")
     row = {"op": name, "dtype": dtype}
@@ -91,7 +91,7 @@ def tune_op(name: str, cases: list[Case], plan: MeasurementPlan) -> list[dict[st
 
 
 def _time_implementations(case: Case, plan: MeasurementPlan) -> timing.Times:
-    """Seconds of forward and backward of those that keep the law."""
+    """Seconds of forward and backward of the implementations that keep the law (laws.py)."""
     functions = implementations(case, plan)
     _, broken = check_implementations(case, functions)
     calls = {}
@@ -105,6 +105,6 @@ def _time_implementations(case: Case, plan: MeasurementPlan) -> timing.Times:
 
 
 def fastest_implementation(ratios: dict[str, float]) -> str:
-    """The fastest by its time over the fused one's, which wins unless it loses by over SLACK."""
+    """The fastest by the ratio of its time to the fused one's, which wins within SLACK."""
     first = min(ratios, key=lambda key: ratios[key])
     return "fused" if "fused" in ratios and ratios[first] > 1 - SLACK else first

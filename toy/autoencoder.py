@@ -1,7 +1,7 @@
 """Training of the autoencoder, in two stages: all of it, then the decoder on noisy latents.
 
-The first stage sees scenes and, one time in five, collages of arbitrary shapes in arbitrary
-colors, so that edges and palettes outside the grammar survive the latent space as well.
+In the first stage one image in five is a collage of arbitrary shapes in arbitrary colors and the
+others are scenes, so that edges and palettes outside the grammar are reconstructed too.
 """
 
 from math import cos, log10, pi, sin
@@ -32,7 +32,7 @@ def images_to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def collage(seed: int, size: int = 64) -> Image.Image:
-    """Two to eight arbitrary shapes in arbitrary colors; one in five is blurred a little."""
+    """A collage of two to eight arbitrary shapes in arbitrary colors; one in five is blurred."""
     rng = Random(f"collage {seed}")
     side = size * OVERSAMPLE
 
@@ -45,7 +45,7 @@ def collage(seed: int, size: int = 64) -> Image.Image:
     image = Image.new("RGB", (side, side), color())
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 8)):
-        # the order of the draws is part of the training data
+        # the order of these random calls determines the training data
         x = rng.uniform(0, side)
         y = rng.uniform(0, side)
         r = side * rng.uniform(0.05, 0.4)
@@ -87,9 +87,9 @@ def held_out_images(n: int) -> Tensor:
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
-    """[b] absolute and squared error, and absolute error of 8 x 8 averages in opponent colors.
+    """[b] absolute plus squared error, plus absolute error of 8 x 8 averages in opponent colors.
 
-    A small latent loses those averages first.
+    With a small latent those averages are the first to be lost.
     """
     error = out - target
     pooled = F.avg_pool2d(torch.einsum("oc,bchw->bohw", OPPONENT, error), 8)
@@ -111,14 +111,14 @@ def psnr(vae: AutoencoderKL, images: Tensor, chunk: int = 50) -> Tensor:
 
 
 def pooled_psnr(values: Tensor) -> float:
-    """The ratio of the mean squared error over all images, in dB: stricter than the mean ratio."""
+    """PSNR of the mean squared error over all images, in dB: at most the mean of their PSNRs."""
     return -10 * log10((10 ** (-values / 10)).mean().item())
 
 
 def train_autoencoder(
     vae: AutoencoderKL, folder: Path, stage: str, *, steps: int, size: int, seed: int, lr: float
 ) -> None:
-    """Trains `vae` in place. Resumes from `folder`/<stage>.pt.
+    """Train `vae` in place; resumes from `folder`/<stage>.pt.
 
     Stage "vae" trains it whole, stage "decoder" only the layers after the latents.
     """

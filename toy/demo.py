@@ -1,9 +1,8 @@
 """`make demo`: pivotal tuning of the embedded model on five images of a new concept.
 
 The training is train.py's with configs/toy_pti.toml, which a user edits. This file adds
-measurements that only a drawn world allows: whether a recogniser, trained separately, finds the
-concept and the background that the prompt names, and whether unrelated captions give the same as
-before.
+measurements that need drawings: whether a recogniser, trained separately, finds the concept and the
+background that the prompt names, and whether unrelated captions still give what they state.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from toy import recogniser
 from toy.concepts.draw_concepts import CONCEPTS, demo_prompts, render_concept
 from toy.draw import PLACES, article, background_phrase, evaluation_captions
 
-# Prompts of a user without fine-tuning; fine-tuning has to beat the best of them.
+# Plain prompts for the model without fine-tuning, which has to be better than the best of them.
 TEXT_ONLY = {
     "zib": ("a creature", "a green creature", "a cyan creature", "an orange creature"),
     "trilo": ("an emblem", "a purple emblem", "a pink emblem", "a blue emblem"),
 }
-HELD_OUT_DRAWINGS = 16  # of the concept, not among the training images
+HELD_OUT_DRAWINGS = 16  # drawings of the concept that are not among the training images
 BATCH = 16
 
 
@@ -64,7 +63,7 @@ class DemoOptions:
 
 
 def demo(options: DemoOptions, seed: int) -> dict[str, float]:
-    """Trains, measures and prints the table; returns the figures.
+    """Train, measure and print the table; returns the figures.
 
     They are also added to OUT/summary.json.
     """
@@ -113,7 +112,7 @@ def configure(options: DemoOptions, seed: int, out: str) -> Config:
 
 
 def draw_held_out(name: str, folder: Path) -> None:
-    """Drawings of the concept on other backgrounds, with captions, as the validation set."""
+    """Write drawings of the concept on other backgrounds, with captions: the validation set."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (caption, background) in enumerate(demo_prompts(HELD_OUT_DRAWINGS, seed=2, name=name)):
         style = next((s for s in ("striped", "gradient") if s in caption), "plain")
@@ -173,7 +172,7 @@ def draw_images(family: Family, prompts: Sequence[str], recipe: SamplerSettings)
 def concept_right(
     reader: recogniser.Recogniser, images: Tensor, name: str, backgrounds: Sequence[str]
 ) -> dict[str, float]:
-    """Shares of images with the concept on the right background, and with the right background."""
+    """Fractions of images with concept and right background, and with the right background."""
     has_concept = (reader.concept(images, name) > 0.5).tolist()
     found = reader.scene(images)["background"]
     is_right = [own == wanted for own, wanted in zip(found, backgrounds)]
@@ -184,7 +183,7 @@ def concept_right(
 def captions_right(
     reader: recogniser.Recogniser, images: Tensor, expected: Sequence[dict[str, str]]
 ) -> float:
-    """The share of stated objects, colors and backgrounds that is found in the images."""
+    """The fraction of stated objects, colors and backgrounds that are found in the images."""
     found = reader.scene(images)
     hits = []
     for i, stated in enumerate(expected):
@@ -194,7 +193,7 @@ def captions_right(
 
 
 def print_report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos: bool) -> None:
-    """The table on the terminal, and how to load the files."""
+    """Print the table of results, and how to load the files."""
     rows = []
     if f["val_loss_before"] is not None:
         words = "held-out loss" if not photos else "training images' loss, fixed noise"
@@ -235,7 +234,7 @@ see {run / "before_after.png"}; load the files with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     text = DemoOptions.__doc__
     options = tyro.cli(DemoOptions, args=argv, prog="python -m toy.demo", description=text)
     try:

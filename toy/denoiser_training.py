@@ -1,4 +1,4 @@
-"""Training of denoiser and text encoder together, on latents that are encoded once.
+"""Training of denoiser and text encoder together, on cached latents.
 
 The objective is epsilon prediction with the min-SNR weight, gamma 5 (Hang et al., arXiv
 2303.09556), timesteps stratified over the batch, and captions emptied in one case of ten for
@@ -75,7 +75,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 @dataclass
 class Pair:
-    """The two networks trained together."""
+    """Denoiser and text encoder, which are trained together."""
 
     unet: UNet2DConditionModel
     text: CLIPTextModel
@@ -125,9 +125,9 @@ def train_denoiser(
     seed: int,
     lr: float,
 ) -> None:
-    """Trains `pair` and leaves the averaged weights in it. Resumes from `folder`/unet.pt.
+    """Train `pair`, which has the averaged weights afterwards; resumes from `folder`/unet.pt.
 
-    That file holds model, average, optimizers and step.
+    That file has model, average, optimizers and step.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache = torch.load(latents_path, weights_only=True, mmap=True)

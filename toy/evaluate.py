@@ -1,7 +1,7 @@
 """Evaluation of the committed model: `python -m toy.evaluate --captions 500`.
 
 Prints a table, then the same as one line of JSON. Captions are complete and come from scenes
-outside pretraining, objects in equal shares; images are sampled with DDIM and read by
+outside pretraining, objects in equal shares; images are sampled with DDIM and classified by
 toy/recogniser.py. `--grid PATH` writes the sample sheet of toy/README.md instead, `--concepts PATH`
 the sheet of the concepts.
 """
@@ -47,7 +47,7 @@ SHOWN = (
 
 
 def agreement(read: dict[str, list[str]], expected: list[dict[str, str]]) -> dict[str, float]:
-    """For each attribute, the share right among the images whose caption states it."""
+    """Attribute -> fraction of right images, among those whose caption states it."""
     out = {}
     for name in ("background", "color", "object", "position", "texture", "size", "style"):
         hits = [read[name][i] == e[name] for i, e in enumerate(expected) if name in e]
@@ -89,7 +89,7 @@ def to_image(x: Tensor) -> Image.Image:
 def contact_sheet(
     images: list[Image.Image], captions: list[str], columns: int = 6, side: int = 192
 ) -> Image.Image:
-    """Images enlarged with Lanczos, captions under them."""
+    """A sheet of images, enlarged with Lanczos, with captions under them."""
     texts = [wrap(caption, width=side // 7 + 3) for caption in captions]
     step = side + 14 + 15 * max(len(lines) for lines in texts)
     out = Image.new("RGB", (columns * (side + 8), -(-len(images) // columns) * step), "white")

@@ -1,4 +1,4 @@
-"""Muon for matrices and convolutions, AdamW for everything else, gradients averaged over processes.
+"""Optimizers: Muon for matrices and convolutions, AdamW for all other parameters.
 
 Muon follows K. Jordan et al. (https://kellerjordan.github.io/posts/muon): momentum, then the
 nearest semi-orthogonal matrix by a Newton-Schulz iteration. The update is scaled so that its root
@@ -93,7 +93,7 @@ class Optimizers:
 
 
 def average_gradients(params: list[Tensor]) -> None:
-    """Averages gradients over all processes in one message; does nothing in a single process."""
+    """Average gradients over all processes in one all-reduce; no effect in a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     grads = [p.grad for p in params if p.grad is not None]

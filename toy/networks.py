@@ -1,4 +1,4 @@
-"""The toy model with fresh weights, and its folder in the diffusers layout.
+"""The networks of the toy model with initial weights, and its folder in the diffusers layout.
 
 Its parts are tokenizer, text encoder, autoencoder and denoiser.
 """
@@ -21,7 +21,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def grammar_words() -> list[str]:
-    """Every word of the captions' grammar, sorted, and a few more that users' prompts have."""
+    """Every word of the captions' grammar and a few more of users' prompts, sorted."""
     phrases = [
         *OBJECTS,
         *COLORS,
@@ -125,7 +125,7 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def make_denoiser() -> UNet2DConditionModel:
-    """2.3 M parameters; attention to the text at 8 x 8 and in the middle only."""
+    """A denoiser of 2.3 M parameters; cross attention at 8 x 8 and in the middle only."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
@@ -141,7 +141,7 @@ def make_denoiser() -> UNet2DConditionModel:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """0.4 M parameters, two layers 128 wide."""
+    """A text encoder of 0.4 M parameters, two layers 128 wide."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -1,6 +1,6 @@
 """Pretraining of the toy model in stages: `python -m toy.pretrain --seed 0`.
 
-`--stage NAME` runs one stage, from where it stopped.
+`--stage NAME` runs one stage, resuming where it stopped.
 With two processes: `torchrun --nproc-per-node 2 -m toy.pretrain --seed 0` (each single-threaded,
 gradients averaged). Batch sizes are per process, so one process takes twice the steps for the same
 samples: then double the *_STEPS. Intermediates go to /tmp/toy_work.

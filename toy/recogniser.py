@@ -1,4 +1,4 @@
-"""Recogniser of the toy world: attributes of an image, and whether a concept is in it.
+"""Classifier of the toy world's images: the attributes of a scene, and whether a concept is in it.
 
 It is never used in training the model.
 
@@ -98,7 +98,7 @@ class Recogniser:
 
     @torch.no_grad()
     def concept(self, images: Tensor, name: str) -> Tensor:
-        """The probability that each image shows the concept; above 0.5 it counts. [b]"""
+        """[b] the probability that each image shows the concept; above 0.5 counts as shown."""
         if name not in CONCEPTS:
             raise ValueError(f"unknown concept {name!r}; known are {', '.join(CONCEPTS)}")
         logits = self.readers["concept"](images.float())["concept"]
@@ -169,7 +169,7 @@ def round_trips(part: str, n: int, first: int) -> tuple[Tensor, dict[str, Tensor
 
 
 def degrade(x: Tensor, g: torch.Generator) -> Tensor:
-    """Random blur, noise, gain and tint on every image, none on a third of them."""
+    """The images with random blur, noise, gain and tint; a third of them unchanged."""
     b = len(x)
     sigma = (torch.rand(b, 1, generator=g) * 1.3).clamp(min=0.05)
     kernel = torch.exp(-0.5 * (torch.arange(-3, 4.0) / sigma) ** 2)
@@ -188,7 +188,7 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
 def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Reader:
     """A reader trained on fresh drawings.
 
-    A quarter of each batch is from a pool of `trips` autoencoder round trips.
+    A quarter of each batch is sampled from `trips` autoencoder round trips.
     """
     torch.manual_seed(seed)
     reader = Reader(HEADS[part])
@@ -221,7 +221,7 @@ def train_reader(part: str, seed: int, steps: int, size: int, trips: int) -> Rea
 
 @torch.no_grad()
 def accuracy(reader: Reader, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
-    """The share of labeled images that each head gets right."""
+    """Head -> fraction of labeled images that it classifies correctly."""
     logits = reader(x)
     shares = {}
     for name, indices in labels.items():

@@ -102,7 +102,7 @@ def trilo(
 ) -> None:
     """A logo: navy ring, ivory field, three magenta petals from the center, a gold heart.
 
-    It hardly turns. Keywords as in `zib`.
+    `lean` turns it only slightly. Keywords as in `zib`.
     """
     if ring:
         pen.dot(0, 0, 0.97, ring)
