@@ -142,6 +142,7 @@ def _first_sentence(box: str) -> str:
     below_title = itertools.dropwhile(_is_rule, lines[1:])
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
     sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
+    sentence = re.sub(r"^Missing value for .*'(--[\w-]+)'.*", r"argument \1: no value", sentence)
     return re.sub(r"^Error parsing \w+: ", "", sentence)
 
 

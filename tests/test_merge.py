@@ -869,6 +869,7 @@ BAD = [
     (("mix", "a", "--rank", "x"), "invalid int"),
     (("nothing",), "there is no command"),
     (("mix", "a", "--outt", "b"), "nearest flag is --out;"),
+    (("mix", "a", "--rank"), "argument --rank: no value; see merge.py mix --help"),
 ]
 
 
