@@ -239,7 +239,8 @@ def read_distance(
     None where "d" is a setting or absent.
     """
     d = group.get("d")
-    if _has_setting_d(type(optimizer)):  # torch's Adafactor clips at a d
+    # torch's Adafactor clips at a d
+    if _has_setting_d(type(optimizer)):  # type: ignore[arg-type]
         return None
     if isinstance(d, Tensor):
         return d.detach().clone().reshape(()) if d.numel() == 1 else None

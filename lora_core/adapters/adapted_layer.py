@@ -237,7 +237,7 @@ def _run_adapter(base: BaseLayer, adapter: Any, strength: float) -> Forward:
     return run
 
 
-def _run_linear(base: nn.Linear, adapter: LoRA, strength: float) -> Forward:
+def _run_linear(base: nn.Linear, adapter: Any, strength: float) -> Forward:
     """Parameters are read in each call: casting the model replaces them."""
     own, frozen, hooks = adapter._parameters, base._parameters, _hook_tables(base, adapter)
     resolved: dict[Any, Callable[..., Tensor]] = {}  # shape, dtype and device of x -> kernel
@@ -259,7 +259,7 @@ def _run_linear(base: nn.Linear, adapter: LoRA, strength: float) -> Forward:
     return run
 
 
-def _run_convolution(base: nn.Conv2d, adapter: LoRA, strength: float) -> Forward:
+def _run_convolution(base: nn.Conv2d, adapter: Any, strength: float) -> Forward:
     """As `_run_linear`; padding other than with zeros is left to `adapter.forward`."""
     own, frozen, hooks = adapter._parameters, base._parameters, _hook_tables(base, adapter)
     resolved: dict[Any, Callable[..., Tensor]] = {}
