@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, exit_status, parse_command_line
+from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import ModelConfig
 from lora_core.settings import AtLeast, SamplerSettings
 
@@ -79,7 +79,7 @@ from PIL import Image
 from lora_core.adapters.patch import Patch
 from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.start_images import StartImages, read_start_images
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.runs.destination import check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_axes, parse_axis
@@ -102,7 +102,7 @@ from models import DTYPES, choose_device, load_family
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything that is opened once and draws all images of a call."""
+    """The models, start images and LoRAs that draw all images of a call."""
 
     family: Family
     refiner: Family | None
@@ -294,9 +294,7 @@ def _check_out(out: str, count: int) -> None:
 
 
 def parse_arguments(words: Sequence[str]) -> Infer:
-    """The options of a command line; with --from, those of the image's recipe where no flag is
-    given.
-    """
+    """The options of a command line; with --from, defaults are those of the image's recipe."""
     config = parse_command_line(Infer, words, prog="infer.py", example=EXAMPLE)
     if not config.source:
         return config
@@ -307,8 +305,9 @@ def parse_arguments(words: Sequence[str]) -> Infer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence
-    explains, 130 interrupted.
+    """Runs the command line and returns the exit status.
+
+    0: done; 2: a mistake, explained in one printed sentence; 130: interrupted.
     """
 
     def run() -> None:

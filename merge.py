@@ -1,4 +1,4 @@
-"""Merging, folding, distilling, resizing, converting and inspecting adapter files; sums of models.
+"""Merge, fold, distill, resize, convert and inspect adapter files; sum whole models.
 
 python merge.py mix "0.7*a.safetensors + 0.3*b.safetensors@attn" --out c.safetensors --rank 16
 python merge.py fold toy/model "0.8*runs/demo" merged.safetensors
@@ -18,9 +18,9 @@ from typing import Any
 
 import tyro
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.text import check_unicode, nearest_names
-from merging.commands import COMMANDS, flatten, run_command
+from merging.commands import COMMANDS, flatten, run_merge_command
 
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -48,18 +48,13 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
 
     0: done; 2: a mistake, which the printed sentence explains; 130: interrupted.
     """
-    try:
+
+    def carry_out() -> None:
         check_unicode(words, "the argument")
-        run_command(command, parse_options(command, words, prog or f"merge.py {command}"))
-    except SystemExit:  # tyro has printed the help
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        with contextlib.suppress(SystemExit):  # tyro has printed the help
+            run_merge_command(command, parse_options(command, words, prog or f"merge.py {command}"))
+
+    return exit_status(carry_out, undone="nothing was written")
 
 
 def overview() -> str:
@@ -120,7 +115,7 @@ def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:
 
 
 def _escape_word(word: str, following: str) -> str:
-    """A word as the parser takes it for what it is.
+    """A word, escaped so that the parser does not take it for a flag.
 
     --with-text-lora without a value is True, as in python-fire. A sum may begin with a minus, and
     then has spaces: one more in front keeps it from being a flag.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from lora_core.command_line import answer_help, exit_status, parse_command_line
+from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
 
 EXAMPLE = (
@@ -38,7 +38,7 @@ from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.runs import destination
 from training import results, setup
 from training.checkpoints import Checkpoints
@@ -56,8 +56,8 @@ COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
-    """[b] losses of one micro-batch, weighted by noise level. A function of its arguments that
-    reads nothing back from the device, so that a CUDA graph can hold it.
+    """[b] losses of one micro-batch, weighted by noise level. Depends on its arguments alone and
+    reads nothing back from the device, so that a CUDA graph can capture it.
     """
     prediction, space = model.family.prediction, config.noise.space
     x_t = add_noise(x.x0, x.eps_in, x.level)
@@ -77,8 +77,8 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
 
 
 def train(config: Config, *, loss: Loss | None = None, step: Step = training_step) -> Path:
-    """The folder of the finished run. Raises UserError, before heavy work where that is possible,
-    when the config cannot be carried out.
+    """Train as the config describes; returns the folder of the finished run. Raises UserError,
+    where possible before heavy work, for a config that cannot be carried out.
     """
     began = time.perf_counter()
     config, functions = resolve_functions(config, loss, step)
@@ -109,7 +109,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     optimizer_step, functions, stage, config, model, optimization
                 )
                 for number, batch in enumerate(data.batches(config, begin, last), begin):
-                    check = number == begin  # values of a stage's first step are looked at
+                    check = number == begin  # reads values back: in a stage's first step only
                     set_learning_rates(stage, number - first, config, optimization)
                     inputs = make_step_inputs(source, batch, stage, number, check=check)
                     total, norm = replay(functools.partial(advance, check), inputs, key=first)
@@ -129,9 +129,9 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
 def resolve_functions(
     config: Config, loss: Loss | None, step: Step
 ) -> tuple[Config, StepFunctions]:
-    """The config with the names of the loss and the step, so that it repeats the run where a file
-    has them, and the two functions. Those given here replace the config's; --loss-arg is bound to
-    either. Raises UserError for a name that nothing gives back.
+    """(config, functions): the loss and step of a run, and the config with their names, from which
+    they are found again if a file defines them. Arguments that are given replace the config's loss
+    and step; --loss-arg is bound to the loss. Raises UserError for a name that cannot be resolved.
     """
     if step is not training_step:
         config = replace(config, step=plugins.name_function(step))
@@ -149,21 +149,20 @@ def resolve_functions(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
+    """Whether an action that is due every `every` steps (0: never) is due after `step` steps."""
     return every > 0 and step % every == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 a mistake that the printed sentence
-    explains, 128 + the number of a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for
-    SIGHUP.
+    """Run the command line; returns the exit status: 0 done, 2 for a UserError, whose message is
+    printed, 128 + the number of the signal that ended it (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_status(functools.partial(run_train_command, words))
 
 
 def run_train_command(words: list[str]) -> None:
-    """Trains, compares two runs, or previews noise levels."""
+    """Train, compare two runs, or preview noise levels."""
     if words[:1] == [COMPARE_FLAG]:
         if len(words) != 3:
             example = "python train.py --compare runs/a runs/b"

@@ -1,15 +1,12 @@
-"""The command line of the scripts: a config from flags, and the status that a script ends with.
+"""The command line of the scripts: parse flags into a config, and set the exit status.
 
 Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
 """
 
 from __future__ import annotations
 
-import signal
-import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +23,6 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from lora_core.errors import UserError
 from lora_core.text import check_unicode
 from lora_core.toml import read_toml
 
@@ -85,8 +81,9 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.struct_rule
 def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The options of a dataclass as tyro reads them itself, but with each help text in one
-    paragraph: tyro keeps the line ends of an indented docstring.
+    """The options of a dataclass, with each help text joined into one paragraph.
+
+    tyro itself keeps the line ends of an indented docstring.
     """
     if not is_dataclass(info.type):
         return None
@@ -150,30 +147,3 @@ def answer_help(cls: type, words: Sequence[str], *, prog: str, example: str) -> 
     """
     if "-h" in words or "--help" in words:
         parse_command_line(cls, ["--help"], prog=prog, example=example)
-
-
-def exit_status(run: Callable[[], None]) -> int:
-    """Calls `run` and returns the status that the process ends with.
-
-    0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
-    ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
-    """
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stdout = None  # at exit Python would write to it once more
-        with suppress(OSError):
-            print(
-                "error: the program that this output was piped to has ended (| head?); "
-                "write the output to a file",
-                file=sys.stderr,
-            )
-        return 2
-    except KeyboardInterrupt as stop:
-        with suppress(OSError):  # SIGHUP: the terminal is gone
-            print(f"interrupted: {str(stop) or 'nothing was saved'}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    return 0

@@ -190,8 +190,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: which groups step, for how long. Options that are not set are those of
-    [optimizer], [noise] and [tokens].
+    """A stage of training: the groups that train, and for how many steps.
+
+    Options that are not set are those of [optimizer], [noise] and [tokens].
     """
 
     steps: int = 1000
@@ -245,7 +246,7 @@ class ValidationConfig:
     draws: Annotated[int, AtLeast(1)] = 1
     """Noise draws for each image and timestep."""
     seed: int = 0
-    """Its own seed, so that runs with different training seeds can be compared."""
+    """Seed of the validation noise; separate, so that runs with different seeds can be compared."""
 
 
 @dataclass(frozen=True)
@@ -348,8 +349,9 @@ class Config(ModelConfig):
 
     @property
     def recorded(self) -> Config:
-        """The config without the options on how this process was started, as files and headers
-        keep it: a resumed run writes the same as one that was never interrupted.
+        """The config as files and headers store it, without the options that start a process.
+
+        So a resumed run writes the same as one that was never interrupted.
         """
         return replace(self, resume=False, resume_anyway=False, overwrite=False)
 

@@ -1,4 +1,9 @@
-"""Errors that a user can fix, and text that every terminal and file takes."""
+"""Errors that a user can fix, the exit status for them, and text that any output can encode."""
+
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -12,8 +17,9 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error without its full stop, to be quoted in a UserError; the
-    name of its class where it has no text.
+    """The first line of a library's error, without its full stop, for quoting in a UserError.
+
+    The name of its class where it has no text.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
@@ -30,10 +36,38 @@ def printable(text: object) -> str:
 
 
 def _escape_surrogate(character: str) -> str:
-    r"""A lone surrogate as the byte behind it (PEP 383), else as \ud800; other characters as they
-    are.
+    r"""A lone surrogate as the byte that it encodes (PEP 383), else as \ud800.
+
+    Other characters are returned unchanged.
     """
     code = ord(character)
     if not 0xD800 <= code <= 0xDFFF:
         return character
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> int:
+    """Calls `run` and returns the status that the process ends with.
+
+    0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
+    ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    """
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stdout = None  # at exit Python would write to it once more
+        with suppress(OSError):
+            print(
+                "error: the program that this output was piped to has ended (| head?); "
+                "write the output to a file",
+                file=sys.stderr,
+            )
+        return 2
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # SIGHUP: the terminal is gone
+            print(f"interrupted: {str(stop) or undone}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    return 0

@@ -1,7 +1,7 @@
-"""A family of text-to-image models as the rest of the program sees it.
+"""The protocol of a family of text-to-image models, and the types of its methods.
 
-`Family` is the protocol of a loaded model: encode images and prompts, denoise, decode. A family
-connects the networks of a library; no law of noise, loss or sampling is part of it.
+A `Family` is a loaded model: it encodes images and prompts, denoises, decodes. It connects the
+networks of a library; noise, losses and sampling are not part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_core.formats.layout import Layout
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded."""
+    """Options of loading a model: dtypes, device, VAE, changes of its scheduler's config."""
 
     dtype: torch.dtype = torch.float32  # of the denoiser and the text encoders
     device: torch.device | str = "cpu"
@@ -83,9 +83,9 @@ class Conditioning:
         return Conditioning(torch.cat([part.prompt_embeds for part in parts]), extra)
 
     def zeroed(self, names: Sequence[str], kept: Tensor) -> Conditioning:
-        """The same with zeros in the members `names` of the rows whose `kept` [b] is 0.
+        """The conditioning with zeros in the members `names` of the rows whose `kept` [b] is 0.
 
-        Where `kept` is 1 they stay. Works on the device alone.
+        Rows with `kept` 1 are unchanged. Works on the device without a sync.
         """
         members = {"prompt_embeds": self.prompt_embeds, **self.extra}
         for name in names:
@@ -96,7 +96,7 @@ class Conditioning:
         return Conditioning(members.pop("prompt_embeds"), members)
 
     def with_extra(self, **rows: Tensor) -> Conditioning:
-        """The same with further members."""
+        """The conditioning with further members in `extra`."""
         return Conditioning(self.prompt_embeds, {**self.extra, **rows})
 
 
@@ -114,18 +114,18 @@ class Family(Protocol):
     tokenizers: dict[str, Any]  # text encoder's key in `modules` -> its tokenizer
     layout: Layout  # its presets name the components that can be adapted
     schedule: Schedule
-    prediction: str  # a row of PREDICTIONS
+    prediction: str  # a key of PREDICTIONS
     spacing: Spacing  # timestep spacing of samplers, from its scheduler_config.json
     offset: int  # steps_offset of the leading spacing
     latent_channels: int
-    factor: int  # pixels per latent, each way
+    factor: int  # pixels per latent pixel, in height and in width
     multiple: int  # sides of images are multiples of this, pixels
     resolution: int  # pixels that the model was trained at
     embeds_sizes: bool  # the denoiser reads the sizes and crops of the images
     inpainting: bool  # the denoiser takes a mask and a masked image in addition to x_t
     # The denoiser takes a guidance scale: sampling needs no second, unconditional call.
     distilled_guidance: bool
-    # Members of Conditioning that guidance takes as zeros for an empty prompt; none where the empty
+    # Members of Conditioning that are zeros for an empty prompt in guidance; none where the empty
     # prompt is encoded.
     zeros: tuple[str, ...]
 
@@ -152,13 +152,13 @@ class Family(Protocol):
         ...
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """The text encoders' conditioning, on the device alone: a CUDA graph can hold it."""
+        """The text encoders' conditioning, without a sync: a CUDA graph can capture it."""
         ...
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts as the unconditional half of guidance.
+        """The conditioning of the unconditional half of guidance.
 
-        Some models take zeros for the empty prompt.
+        Some models use zeros for the empty prompt.
         """
         ...
 
@@ -174,7 +174,7 @@ class Family(Protocol):
     def denoise(
         self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
     ) -> Tensor:
-        """The network's raw output, fp32 or better, for x_t that is scaled by c_in.
+        """The network's raw output, fp32 or better; x_t is already scaled by c_in.
 
         `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the masked image's latents.
         """
@@ -195,7 +195,7 @@ class Family(Protocol):
 
 
 class FamilyFunctions(NamedTuple):
-    """The functions of a family's file in models/, which that file names FAMILY."""
+    """The functions of a family; its file in models/ exports them as FAMILY."""
 
     load: Callable[[str, LoadOptions], Family]
     read_layout: Callable[[str], Layout]

@@ -50,8 +50,8 @@ def _run_file(path: str, content: bytes) -> ModuleType | None:
 def name_function(fn: Callable[..., Any], table: Mapping[str, Any] | None = None) -> str:
     """How a config names a function: its key in `table`, or "path/to/file.py:name".
 
-    The path is relative to the working folder where the file is inside it. Where no file gives the
-    function back by name, a description in "<...>", which `load_function` refuses.
+    The path is relative to the working folder where the file is inside it. A function that cannot
+    be loaded from a file by name gives a description in "<...>", which `load_function` refuses.
     """
     for key, value in (table or {}).items():
         if value is fn:
@@ -78,10 +78,10 @@ def load_function(spec: str, option: str) -> Any:
 
 
 def check_names_file(spec: str, option: str) -> None:
-    """Raises UserError for a description in "<...>" (see `name_function`): no file has it."""
+    """Raises UserError for a description in "<...>" (see `name_function`), which names no file."""
     if spec.startswith("<"):
         raise UserError(
-            f"--{option} is {spec}, which was handed over in Python and which no file gives back; "
+            f"--{option} is {spec}, which was passed in Python and is in no file; "
             f"call train(config, {option}=...) again, or put it into a file and give --{option} "
             "path/to/file.py:function"
         )

@@ -1,24 +1,25 @@
 """Prodigy (arXiv 2306.06101): Adam that estimates its own step size.
 
-The estimate d is the distance from the first weights to the solution. Names, order and defaults
-are prodigyopt's (the authors' package), and with one group so are the numbers; the algorithm
-itself is kernels/steps.py. Differences from prodigyopt, on purpose:
+d estimates the distance from the initial weights to the solution. Arguments, their order and
+defaults are prodigyopt's (the authors' package), and with one group so are the results; the
+algorithm itself is in kernels/steps.py. Intended differences from prodigyopt:
 
 - A group with lr = 0, or none of whose parameters has a gradient, is frozen: parameters, moments,
-  `s`, numerator and count keep their bits, and the distance is measured on the groups that move.
-  (prodigyopt goes on along stale momentum, and divides the numerator of all by the `s` of some.)
+  `s`, numerator and count keep their bits, and d is estimated from the groups that move.
+  (prodigyopt continues with stale momentum, and divides the numerator of all groups by the `s` of
+  some.)
 - Groups may differ in lr, betas, eps and weight decay; each has its own count `k`. (prodigyopt
   reads group 0 for all, and refuses two learning rates.)
-- `distance="group"` gives every group its own d, for text encoders that one shared d over-trains
+- `distance="group"` gives every group its own d, for text encoders that overfit with a shared d
   (konstmish/prodigy#20, #34).
 - d, d_max, k and the sums are 0-dim float64 tensors on the parameters' device: nothing in a step
   waits for the device.
-- Coupled weight decay leaves `.grad` alone; p0 is always a whole copy (prodigyopt checks whether a
-  parameter is zero); state is fp32 or better.
+- Coupled weight decay does not change `.grad`; p0 is always a whole copy (prodigyopt checks whether
+  a parameter is zero); state is fp32 or better.
 
-Parameters and state of a group lie in a few flat tensors (kernels/flat.py), of which p.data and
-`state[p]` hold views, and d and the other scalars are updated in place: a step is two kernels (the
-op prodigy_step), and a CUDA graph may hold it. Read `group["d"]` with .clone() to keep a value.
+Parameters and state of a group are in a few flat tensors (kernels/flat.py), of which p.data and
+`state[p]` are views, and d and the other scalars are updated in place: a step is two kernels (the
+op prodigy_step), and a CUDA graph may contain it. Use `group["d"].clone()` to keep a value.
 """
 
 import functools
@@ -36,23 +37,23 @@ from lora_core.errors import UserError
 from lora_core.kernels.flat import forget_layout, lay_out_flat, state_dtype
 from lora_core.kernels.steps import MovingGroup, ProdigySettings
 
-# In the order of the columns of kernels.steps.
+# In the order of the columns in kernels.steps.
 SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 SHARED_SETTINGS = ("d0", "d_coef", "growth_rate", "beta3")  # equal in groups that share a distance
 
 
 class Prodigy(torch.optim.Optimizer):
-    """Prodigy. `param_groups[i]["d"]` is a group's estimate, a 0-dim tensor.
+    """The Prodigy optimizer. `param_groups[i]["d"]` is a group's estimate d, a 0-dim tensor.
 
-    d * lr is the learning rate worth logging. `lr` multiplies d: leave it at 1. A group's own lr is
-    its share of the common step; a 0-dim tensor may change within a CUDA graph.
-    `slice_p` estimates on every p-th element only. `growth_rate` bounds the growth of d a step, but
-    not its first jump away from d0, as in prodigyopt (1.0 stops d where it is). `fsdp_in_use` sums
-    the estimate over the ranks of torch.distributed, each of which holds a shard; a group pauses on
-    all ranks or on none.
+    The effective learning rate, which is worth logging, is d * lr. `lr` multiplies d: leave it at
+    1. A group's lr scales its own step; as a 0-dim tensor it may change between replays of a CUDA
+    graph. With `slice_p` d is estimated from every p-th element only. `growth_rate` bounds the
+    growth of d in a step, but not its first jump from d0, as in prodigyopt (1.0 keeps d constant).
+    `fsdp_in_use` sums the estimate over the ranks of torch.distributed, each of which has a shard;
+    a group must be frozen on all ranks or on none.
     Follows torch's protocol for loss scalers (attributes `found_inf`, `grad_scale`): a step with
     found_inf = 1 changes nothing.
-    Raises UserError for values out of range, and for groups that share one distance and disagree on
+    Raises UserError for values out of range, and for groups that share one distance and differ in
     SHARED_SETTINGS.
     """
 
@@ -112,7 +113,7 @@ class Prodigy(torch.optim.Optimizer):
         return str(self.defaults["distance"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; under a shared distance it starts from the d reached so far."""
+        """Add a group; with a shared distance it starts from the current d."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         shared = self.distance == "shared"
@@ -131,10 +132,10 @@ class Prodigy(torch.optim.Optimizer):
                 group[name] = self.param_groups[0][name].clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state bit for bit.
+        """Load a state bit for bit.
 
         torch's own method would cast fp32 state to the dtype of a half-precision parameter. d and
-        the other scalars stay where they are in memory; the flat state is laid out anew.
+        the other scalars keep their addresses; the flat layout is made anew.
         """
         saved = {group.get("distance") for group in state_dict["param_groups"]}
         if saved != {self.distance}:
@@ -157,10 +158,7 @@ class Prodigy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every group that has lr > 0 and a gradient.
-
-        Returns the closure's loss, or None.
-        """
+        """Update every group with lr > 0 and a gradient; returns the closure's loss, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,7 +179,7 @@ class Prodigy(torch.optim.Optimizer):
         return loss
 
     def _moving_groups(self, index: int, group: dict[str, Any]) -> list[MovingGroup]:
-        """A group's parameters that move, by dtype: none where lr is the number 0."""
+        """A group's parameters with a gradient, by dtype; empty where lr is the number 0."""
         lr = group["lr"]
         if not (isinstance(lr, Tensor) or lr > 0):
             return []
@@ -234,12 +232,12 @@ class Prodigy(torch.optim.Optimizer):
 def read_distance(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
 ) -> Tensor | float | None:
-    """A copy of a group's distance estimate d, with Prodigy and its relatives.
+    """A copy of a group's distance estimate d, for Prodigy and its variants.
 
-    None where "d" is a setting or absent.
+    None where the group has no "d", or it is an argument of the class.
     """
     d = group.get("d")
-    # torch's Adafactor clips at a d
+    # in torch's Adafactor d is a clipping threshold
     if _has_setting_d(type(optimizer)):  # type: ignore[arg-type]
         return None
     if isinstance(d, Tensor):
@@ -264,7 +262,7 @@ def _initial_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_group(group: dict[str, Any], first: dict[str, Any], *, shared: bool) -> None:
-    """Raises UserError for settings out of range, or not those of the first group."""
+    """Raises UserError for settings out of range, or not those that all groups must share."""
     ranges = {
         "lr": group["lr"] >= 0,
         "weight_decay": group["weight_decay"] >= 0,
@@ -288,7 +286,7 @@ def _check_group(group: dict[str, Any], first: dict[str, Any], *, shared: bool) 
         devices.add(str(first["params"][0].device))
     if len(devices) > 1:
         raise UserError(
-            f"the parameters lie on {sorted(devices)}; a distance is measured on one device, "
+            f"the parameters are on {sorted(devices)}; a distance is measured on one device, "
             "move them together or use distance='group'"
         )
     if shared:

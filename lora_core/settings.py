@@ -1,9 +1,9 @@
 """Settings of adapters, images, noise and sampling: frozen dataclasses that need no torch.
 
 The sections of a config inherit from these classes, so an option's name, default, help text and
-range are written once. A range is part of the annotation, `Annotated[int, AtLeast(1)]`, and
-`check_options` holds the values to it: at once where Python code makes one of the core's classes,
-and for all sections of a config together once its flags have been read.
+range are written once. A range is part of the annotation, `Annotated[int, AtLeast(1)]`, which
+`check_options` enforces: immediately when Python code makes one of the core's classes, and for all
+sections of a config together once its flags have been read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Above(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The numbers between 0 and 1, of which 0 is in the range, or 1, or both."""
+    """The numbers between 0 and 1, with or without each of the two ends."""
 
     zero: bool = True
     one: bool = False
@@ -76,18 +76,18 @@ Range = AtLeast | WholeAtLeast | Above | Share
 
 
 class _Option(NamedTuple):
-    """An annotation, taken apart."""
+    """The parts of an option's annotation."""
 
     choices: tuple[Any, ...]  # of a Literal; () for other types
     range: Range | None  # None: any finite number
-    whole: bool  # an int, which Python code may give as a float all the same
+    whole: bool  # an int, which Python code may nevertheless give as a float
     checked: bool  # False: arguments of a function, which may be anything
 
 
 def check_options(settings: Any, flags: str) -> None:
     """Raises UserError for the first option that is not finite, out of range, or not a choice.
 
-    `flags` is how the names of these options begin on the command line, e.g. "--adapter.".
+    `flags` is the prefix of these options on the command line, e.g. "--adapter.".
     """
     for name, option in _options(settings.__class__).items():
         value, flag = getattr(settings, name), flags + name.replace("_", "-")
@@ -143,8 +143,8 @@ def _take_apart(hint: Any) -> _Option:
 class AdapterSpec:
     """Adapters of one network: their kind, rank, scale and target layers.
 
-    Patterns are globs as in targets.matches; in the two tables a later match overrides an earlier
-    one.
+    Patterns are globs as in targets.matches_pattern; in the two tables a later match overrides an
+    earlier one.
     """
 
     targets: tuple[str, ...]
@@ -187,28 +187,30 @@ class AdapterSpec:
             self.check_full()
         if self.norm_grad != "detach" and self.kind == "lora":
             raise UserError(
-                f"--adapter.norm-grad is {self.norm_grad}, which has no part in --adapter.kind "
+                f"--adapter.norm-grad is {self.norm_grad}, which has no effect on --adapter.kind "
                 "lora; leave it out, or use --adapter.kind dora"
             )
 
     def check_full(self) -> None:
-        """Raises UserError for options other than targets and exclude that are not the default: a
-        full update has no rank, scale or dropout.
+        """Raises UserError for changed options other than targets and exclude.
+
+        A full update has no rank, scale or dropout.
         """
         for option in fields(AdapterSpec):
             default = {} if option.default is MISSING else option.default
             value = getattr(self, option.name)
             if option.name not in ("targets", "exclude", "kind") and value != default:
                 raise UserError(
-                    f"--adapter.{option.name.replace('_', '-')} is {value}, which has no part in "
+                    f"--adapter.{option.name.replace('_', '-')} is {value}, which has no effect on "
                     f"--adapter.kind {self.kind}; leave it out"
                 )
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images become squares of `resolution` pixels, or with `buckets` rectangles of about that
-    area.
+    """Resizing, cropping and augmentation of training images.
+
+    Images become squares of `resolution` pixels, or with `buckets` rectangles of about that area.
     """
 
     resolution: Annotated[int, AtLeast(1)] = 512
@@ -285,12 +287,12 @@ class SamplingMethod:
     """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model the scale that
     it takes as an input, usually 3.5."""
     negative: str = ""
-    """Negative prompt: what guidance steers away from."""
+    """Negative prompt, from which guidance steers away."""
 
 
 @dataclass(frozen=True)
 class SamplerSettings(SamplingMethod):
-    """How images are sampled: method, size, and where sampling begins and changes networks."""
+    """Sampling of images: method, size, strength of image to image, start of the refiner."""
 
     width: Annotated[int, AtLeast(0)] = 0
     """Pixels; 0: the model's own resolution."""

@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     if b"\0" in content:
         place = content.index(0)
         raise UserError(
-            f"{path} is no text: it has a zero byte at byte {place}; save it as UTF-8 text"
+            f"{path} is not text: it has a zero byte at byte {place}; save it as UTF-8 text"
         )
     try:
         text = content.decode("utf-8-sig")
@@ -70,22 +70,20 @@ def nearest_names(
 
 
 def print_escaped(text: str) -> None:
-    r"""Prints a text; characters that the encoding of the terminal or file lacks are written as
-    \xe9.
-    """
+    r"""Prints a text; characters that the output's encoding lacks are written as \xe9."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def normalize_unicode(text: str) -> str:
-    """The text in the normal form C: one character for é, where macOS writes e and an accent."""
+    """The text in Unicode's normal form C: é is one character (macOS writes e and an accent)."""
     return unicodedata.normalize("NFC", text)
 
 
 def check_unicode(value: Any, name: str) -> None:
-    """Raises UserError for a text, in any depth of tables and lists, with bytes that are not UTF-8.
+    """Raises UserError for a text with bytes that are not UTF-8, also inside tables and lists.
 
-    `name` is the option's, as the error writes it.
+    `name` is the option's name in the error.
     """
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -97,6 +95,6 @@ def check_unicode(value: Any, name: str) -> None:
     elif isinstance(value, str) and printable(value) != value:
         option = name.replace("_", "-")
         raise UserError(
-            f"{option} '{printable(value)}' has bytes that are no UTF-8; "
+            f"{option} '{printable(value)}' has bytes that are not UTF-8; "
             "rename the file or folder, or write the text as UTF-8"
         )

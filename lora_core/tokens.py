@@ -22,8 +22,8 @@ from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 from lora_core.text import normalize_unicode
 
-# First words of Unicode's names of letters, of scripts without spaces between words or with
-# particles that are attached to any word.
+# First words of Unicode's letter names in scripts without spaces between words, or with particles
+# that are attached to words.
 UNSPACED = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
     "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ",
@@ -53,9 +53,9 @@ class TokenReport(NamedTuple):
 def make_placeholders(
     words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
 ) -> tuple[Placeholder, ...]:
-    """One placeholder per word, with `vectors` tokens each or one number per word.
+    """One placeholder per word; `vectors` is the number of tokens of each, or one number per word.
 
-    Tokens are named <s0> <s1> ... through all of them (diffusers' numbering). `words` maps a word
+    Tokens are numbered <s0> <s1> ... over all words, as in diffusers. `words` maps a word
     to its initializer, or lists words that start at random. Raises UserError for no words, an empty
     or repeated one, or vectors < 1.
     """
@@ -88,9 +88,9 @@ def make_placeholders(
 
 
 def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
-    """The number of an initializer's tokens, in the tokenizer that makes most of them.
+    """The number of an initializer's tokens, the largest over the tokenizers.
 
-    With so many rows all of it is used. Raises UserError for a random or zero start, which has no
+    With that many rows all of it is used. Raises UserError for a random or zero start, which has no
     tokens, and for words that a tokenizer does not know.
     """
     if is_random_init(init):
@@ -115,8 +115,7 @@ def bind_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
     "a photo of TOK" -> "a photo of <s0><s1>". One pass, longest word first, whole words only:
     neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced (successive
     `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are
-    compared in the normal form C, so that it does not matter whether an accent is a character of
-    its own.
+    compared in Unicode's normal form C, so that composed and decomposed accents are equal.
     """
     if not placeholders:
         return caption
@@ -214,11 +213,11 @@ def install_tokens(
 ) -> LearnedEmbedding:
     """Puts a LearnedEmbedding into the text encoder, with one row per token, and returns it.
 
-    The tokenizer knows the tokens, in the placeholders' order. The table is never resized: ids
-    follow the tokenizer's last one even where the table is longer. A further install stacks on the
-    first. Row k starts from the initializer's token k, from the first again after its last (the row
-    number modulo their number, as diffusers' Flux script). `stream` names the encoder where two of
-    one width are to start from different random rows. Raises UserError, changing nothing, for a
+    The tokens are added to the tokenizer in the placeholders' order. The table is never resized:
+    ids follow the tokenizer's last one even where the table is longer. A second install wraps the
+    first. Row k starts from the initializer's token k modulo their number, as in diffusers' Flux
+    script. `stream` names the encoder where two of one width are to start from different random
+    rows. Raises UserError, changing nothing, for a
     token that exists or repeats, or an initializer of unknown words or more tokens than rows.
     """
     names = list(itertools.chain.from_iterable(p.names for p in placeholders))
@@ -312,8 +311,8 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
     """The rows [n, d], in place, each with its L2 norm moved towards `target`.
 
     e <- e / |e| * (|e| + rate (target - |e|)): cloneofsimo's prior of stage 1, where
-    rate = min(1, 100 lr) after each optimizer step. A row of zeros has no direction and stays. At
-    rate 0 the bits stay.
+    rate = min(1, 100 lr) after each optimizer step. A row of zeros has no direction and is not
+    changed; at rate 0 no bit changes.
     """
     # a tensor is not read: it may be on a GPU
     if not isinstance(rate, Tensor) and not 0 <= rate <= 1:
@@ -327,7 +326,8 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
 def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) -> Tensor:
     """The rows [n, d], in place, times (std / std(rows)) ** exponent, one factor for all rows.
 
-    As in diffusers' pivotal scripts; `std` is usually `table_std`. Rows that are all equal stay.
+    As in diffusers' pivotal scripts; `std` is usually `table_std`. Rows without any deviation are
+    not changed.
     """
     own = rows.std()
     return rows.mul_(torch.where(own > 0, (std / own) ** exponent, torch.ones_like(own)))
@@ -345,8 +345,8 @@ def table_std(embedding: nn.Module) -> Tensor:
 def first_eos(ids: Tensor, eos_id: int) -> Tensor:
     """The position [b] of the first end-of-text token in ids [b, s].
 
-    Pooled embeddings are read there. transformers takes the largest id when a configuration says
-    eos_token_id 2, which with added tokens is a placeholder. Raises ValueError naming the rows
+    Pooled embeddings are read there. With eos_token_id 2 in a configuration transformers takes the
+    largest id instead, which with added tokens is a placeholder. Raises ValueError naming the rows
     without one.
     """
     found = ids == eos_id
@@ -361,7 +361,7 @@ def first_eos(ids: Tensor, eos_id: int) -> Tensor:
 
 @torch.no_grad()
 def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> list[TokenReport]:
-    """For each learned token its k nearest vocabulary entries by cosine, its norm and its drift."""
+    """The k nearest vocabulary entries (cosine), norm and drift of each learned token."""
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     count = min(embedding.num_embeddings, embedding.first_id)
     known = [index for index in range(count) if index in words]
@@ -408,7 +408,7 @@ def _is_whole_word(caption: str, start: int, end: int) -> bool:
 def _is_word_letter(character: str) -> bool:
     """Whether a letter next to this character belongs to the same word.
 
-    Not in scripts that write words without spaces, or attach particles to them: "TOK" is found in
+    False in scripts that write words without spaces, or attach particles to them: "TOK" is found in
     一张TOK的照片 and TOK은.
     """
     if character.isascii():
@@ -427,9 +427,9 @@ def _is_accent(character: str) -> bool:
 def _initial_rows(
     placeholder: Placeholder, table: Any, tokenizer: Any, *, seed: int, stream: str
 ) -> Tensor:
-    """Rows [n, d] fp32 by the initializer.
+    """The first values of the rows [n, d], fp32, from the initializer.
 
-    Random ones depend on (seed, token name, d, stream) only, whatever else is installed.
+    Random ones depend on (seed, token name, d, stream) only.
     """
     n, d = len(placeholder.names), table.weight.shape[1]
     sigma = _random_sigma(placeholder.init)
@@ -502,7 +502,7 @@ def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int
     if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
         _restore_tokenizer(tokenizer, before)
         raise UserError(
-            f"the tokenizer gave {names} the ids {ids} and reads them glued as {read}, expected "
+            f"the tokenizer gave {names} the ids {ids} and reads them joined as {read}, expected "
             "consecutive ids; choose plainer names"
         )
     return ids[0]

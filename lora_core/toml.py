@@ -85,7 +85,7 @@ def _is_schedule(value: Any) -> bool:
     return isinstance(value, str) and (value in SCHEDULE_NAMES or ".py:" in value)
 
 
-# type of an option -> (test of a TOML value, what the error says was expected)
+# type of an option -> (test of a TOML value, description of the expected value for errors)
 PLAIN_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (_is_integer, "an integer"),
@@ -96,7 +96,7 @@ PLAIN_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callable[[Any, Any], Any]:
-    """A cattrs hook that refuses what TOML wrote as another type, where cattrs would convert it."""
+    """A cattrs hook that refuses a TOML value of another type, which cattrs would convert."""
 
     def structure(value: Any, _: Any) -> Any:
         if not accepts(value):

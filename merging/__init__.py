@@ -1,1 +1,1 @@
-"""Commands of merge.py, one file each, and the algebra of adapters in factor space."""
+"""The commands of merge.py, one file each, and the algebra of adapters in factor space."""

@@ -1,10 +1,10 @@
 """Merges of whole adapter files, streamed layer by layer.
 
-No more than one layer is held in fp32 at a time, apart from the results that the caller keeps, so a
-caller that rounds and drops each layer keeps memory flat. Layers that only some of the files hold
-are kept. Tokens and headers are the caller's. Work in factor space runs on one thread
-(`one_thread`, which a caller puts around its own loop over the layers as well: casting a small
-tensor on two threads costs as much as merging the layer).
+Only one layer is in fp32 at a time, apart from the results that the caller keeps, so a caller that
+rounds and drops each layer keeps memory constant. Layers that only some of the files have are kept.
+The caller merges tokens and headers. Work in factor space runs on one thread (`one_thread`, in
+which a caller also runs its own loop over the layers: casting a small tensor on two threads costs
+as much as merging the layer).
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class MergedLayer(NamedTuple):
 
     component: str
     path: str
-    adapter: LowRank | None  # None where a budget leaves the layer nothing
+    adapter: LowRank | None  # None where a budget gives the layer rank 0
     report: ApproximationReport
 
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """How layers merge that only have a dense update."""
+    """Options of merging layers whose sum is a dense update."""
 
     base: BaseWeight | None = None  # needed for DoRA
-    # seed of the randomized SVD; None takes the exact one, which takes a second for 1280 x 1280
+    # seed of the randomized SVD; None: the exact SVD, which takes a second for 1280 x 1280
     sketch: int | None = None
 
 
@@ -101,10 +101,10 @@ def mix_layers(
     keep: Keep | Mapping[LayerKey, int] | None = None,
     dense: DenseOptions = DenseOptions(),
 ) -> Iterator[MergedLayer]:
-    """The weighted sum of files: exact of rank the sum of ranks, or the nearest adapter.
+    """The weighted sum of files, exact (its rank is the sum of ranks) or truncated by `keep`.
 
-    `keep` is one criterion for all layers, or a rank for each. A single DoRA of weight 1 passes as
-    it is. Any other sum with a DoRA in it is of full rank: with base weights its dense update is
+    `keep` is one criterion for all layers, or a rank for each. A single DoRA of weight 1 passes
+    unchanged. Any other sum with a DoRA is of full rank: with base weights its dense update is
     distilled.
 
     Raises UserError, with the layer's name, for a DoRA without a base weight or without a
@@ -173,10 +173,9 @@ def mix_layers_slerp(
 def lpl_layers(
     first: AdapterState, second: AdapterState, alpha_1: float = 0.5, alpha_2: float = 0.5
 ) -> AdapterState:
-    """`factor_sums.lpl` of every layer; tokens are the first file's, unscaled, as in cloneofsimo's
-    tool.
+    """`factor_sums.lpl` of every layer, with the first file's tokens, as in cloneofsimo's tool.
 
-    Raises UserError when the files do not hold the same layers with the same ranks; the sentence
+    Raises UserError when the files do not have the same layers with the same ranks; the message
     names mix, which takes any.
     """
     keys, others = layers_by_key(first), layers_by_key(second)
@@ -199,8 +198,7 @@ def lpl_layers(
 def collect_layers(
     merged: Iterable[MergedLayer],
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    """A merge as one record without tokens or header, and the reports of all layers, dropped ones
-    included."""
+    """(the merge without tokens or header, the reports of all layers, dropped ones included)."""
     state, reports = AdapterState(), {}
     for component, path, adapter, report in merged:
         reports[component, path] = report
@@ -210,13 +208,13 @@ def collect_layers(
 
 
 def sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:
-    """The generator of a layer's randomized SVD; None where the exact one is taken."""
+    """The generator of a layer's randomized SVD; None for the exact SVD."""
     return None if dense.sketch is None else layer_generator(dense.sketch, key, "sketch")
 
 
 def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
     """A generator for one layer, the same in every merge with that seed."""
-    # a sum of factors draws nothing, and loads no noise schedules
+    # imported here: a sum of factors needs no random numbers and no noise schedules
     from lora_core.diffusion.noise import keyed_generator
 
     return keyed_generator(seed, ".".join(key), 0, purpose)
@@ -225,7 +223,7 @@ def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
 def _merge_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
 ) -> tuple[LowRank | None, ApproximationReport]:
-    """The adapter of one layer and its report; `keep` is 0 where a budget leaves it nothing."""
+    """The adapter of one layer and its report; `keep` is 0 where a budget gives it rank 0."""
     for weight, lr in weighted:
         if lr.magnitude is not None:
             if len(weighted) == 1 and weight == 1 and keep is None:

@@ -1,7 +1,7 @@
 """merge.py add: cloneofsimo's lora_add, mode by mode.
 
 lpl          LoRA + LoRA by its lossy formula (a1 B1 + a2 B2)(a1 A1 + a2 A2), with a warning; .pt
-             lists go by position, as there
+             lists are added by position, as in that tool
 ljl          LoRA + LoRA joined exactly; tokens become <s0-0>, <s1-0> ..., the file's number first
 upl          model + alpha_1 * LoRA as a folder in the diffusers layout, tokens in its tokenizer and
              text encoder
@@ -108,8 +108,7 @@ def run_add(options: Add) -> None:
 
 
 def _place_words(options: Add) -> Add:
-    """The options with the words in the fields that no flag has given, in order, as python-fire
-    places them."""
+    """The options with the positional words in the fields without a flag, as python-fire does."""
     names = ("path_1", "path_2", "out", "alpha_1", "alpha_2")
     free = [name for name in names if not getattr(options, name)]
     if len(options.words) > len(free):
@@ -126,7 +125,7 @@ def _parse_alpha(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"the alpha {text!r} is no number; add takes {ADD_USAGE}") from None
+        raise UserError(f"the alpha {text!r} is not a number; add takes {ADD_USAGE}") from None
 
 
 def _check_arguments(job: LoraAddition) -> None:

@@ -1,4 +1,4 @@
-"""Whole models, opened and not read: folders in the diffusers layout, single files, hub ids."""
+"""Open whole models without reading weights: diffusers folders, single files, hub ids."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.weights import Weights
 from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.opening import is_whole_model, open_layout
 from models import hub_models, single_file
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A whole model, opened and not read."""
+    """A whole model that is opened; weights are read when they are needed."""
 
     path: str
     layout: Layout
@@ -31,14 +31,14 @@ class BaseModel:
     locations: tuple[NetworkLocation, ...] = ()  # of the networks in a single file
 
 
-def open_base_model(path: str, reading: ReadOptions) -> BaseModel:
-    """A whole model: folder in the diffusers layout, single file or hub id.
+def open_base_model(path: str, reading: FileReadOptions) -> BaseModel:
+    """Opens a whole model: a folder in the diffusers layout, a single file or a hub id.
 
     Raises UserError for an adapter.
     """
     if not is_whole_model(path):
         raise UserError(
-            f"{path} is no whole model; give a folder in the diffusers layout, a single-file "
+            f"{path} is not a whole model; give a folder in the diffusers layout, a single-file "
             "checkpoint or a hub id"
         )
     if Path(path).is_file():
@@ -49,7 +49,7 @@ def open_base_model(path: str, reading: ReadOptions) -> BaseModel:
 
 
 def network_locations(base: BaseModel) -> tuple[NetworkLocation, ...]:
-    """The places of a model's networks in a single file.
+    """The locations of a model's networks in a single file.
 
     Raises UserError for a family without such files.
     """
@@ -57,10 +57,10 @@ def network_locations(base: BaseModel) -> tuple[NetworkLocation, ...]:
 
 
 @contextlib.contextmanager
-def model_configs(base: BaseModel, reading: ReadOptions) -> Iterator[Path]:
-    """A folder with everything of a model but its weights.
+def model_configs(base: BaseModel, reading: FileReadOptions) -> Iterator[Path]:
+    """A folder with the configs and tokenizers of a model.
 
-    That is its own, the one of --model-config, or published configs with CLIP's tokenizers.
+    That is the model's own, the one of --model-config, or published configs with CLIP's tokenizers.
     """
     if base.folder:
         yield base.folder
@@ -91,7 +91,7 @@ def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
 
 
 def with_progress(model: Model, title: str) -> dict[str, Weights]:
-    """The same model with a progress bar over the tensors that are read, on a terminal only."""
+    """The model with a progress bar over the tensors that are read, on a terminal only."""
     count = sum(len(weights.infos) for weights in model.values())
     bar = tqdm(total=count, desc=title, unit="tensor", disable=None, leave=False)
 

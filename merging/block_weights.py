@@ -1,5 +1,4 @@
-"""Weights per block of a network: lists of 12, 17, 20 or 26 numbers, as kohya's and A1111's tools
-take them.
+"""Block weights of a network: lists of 12, 17, 20 or 26 numbers, as in kohya's and A1111's tools.
 
 The 26 blocks are BASE (the text encoders), IN00 to IN11, MID and OUT00 to OUT11. Shorter lists name
 the blocks that hold layers: 17 and 12 those with attention, 26 and 20 all of a family. The block of
@@ -31,8 +30,8 @@ def parse_block_weights(
 ) -> tuple[float, ...]:
     """The 26 weights of "1,0,0,0.5,..." or "[1, 0, ...]", with or without a leading "NAME:".
 
-    Blocks that a shorter list has no number for get 1. Raises UserError for anything that is not a
-    number, or for a length that is not among `lengths`, the family's.
+    Blocks for which a shorter list has no number get 1. Raises UserError for anything that is not a
+    number, and for a length that is not in `lengths`, those of the family.
     """
     body = re.sub(r"^\s*[^\W\d]\w*\s*:", "", text).strip().removeprefix("[").removesuffix("]")
     try:

@@ -110,12 +110,12 @@ class KeepShare:
         return bool(self.given_flags())
 
     def given_flags(self) -> list[str]:
-        """The flags that say how much to keep."""
+        """The given flags among those that set how much to keep."""
         values = {"--rank": self.rank, "--max-error": self.max_error, "--energy": self.energy}
         return [flag for flag, value in values.items() if value is not None]
 
     def per_layer(self) -> Keep | None:
-        """The same criterion for every layer; None for all of the update, and for a budget."""
+        """The criterion for every layer; None for all of the update, and for a budget."""
         if self.rank is None and self.max_error is None and self.energy is None:
             return None
         return Keep(self.rank, self.max_error, self.energy)
@@ -126,13 +126,13 @@ class KeepOptions(KeepShare):
     """How much of an update is kept: one of these, or all of it."""
 
     budget: Annotated[str, text("N")] = ""
-    """ranks of all layers together (1024), or size (20MB), spent where it counts"""
+    """total rank of all layers (1024) or size (20MB), spent on the largest singular values"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget and not BUDGET.fullmatch(self.budget):
             raise UserError(
-                f"--budget {self.budget} is no number of ranks and no size; write 1024, or 20MB"
+                f"--budget {self.budget} is not a number of ranks or a size; write 1024, or 20MB"
             )
 
     def given_flags(self) -> list[str]:
@@ -146,12 +146,12 @@ class SvdOptions:
     svd: Annotated[str, choice("S", SVD_METHODS), PLAIN] = "randomized"
     """randomized or exact, of dense updates; exact takes a second for 1280 x 1280 (randomized)"""
     seed: Annotated[int, number("N", int), PLAIN] = 0
-    """of what is drawn at random (0)"""
+    """seed of all random numbers (0)"""
 
 
 @dataclass(frozen=True)
 class MergeMethod(SvdOptions):
-    """How the updates of several files come together."""
+    """How the updates of several files are merged."""
 
     method: Annotated[str, choice("M", MERGE_METHODS), PLAIN] = "sum"
     """sum, slerp, ties, dare, dare_ties, magnitude (sum)"""
@@ -164,24 +164,24 @@ class AdapterModel:
     """The model that adapters were made for."""
 
     model: Annotated[str, text("M")] = ""
-    """whose adapters they are: a model, or sd1, sd2, sdxl, flux-dev (recognized by their keys)"""
+    """base model of the adapters, or sd1, sd2, sdxl, flux-dev (recognized by their keys)"""
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class FileReadOptions:
     """How files are read."""
 
     model_config: Annotated[str, text("DIR")] = ""
     """folder or hub id with the configs of a single-file model"""
     dora_axis: Annotated[str, choice("A", ("rows", "columns")), PLAIN] = ""
-    """rows or columns, of the magnitudes of kohya's DoRAs where the file does not tell"""
+    """rows or columns: axis of the magnitudes of kohya's DoRAs where the file leaves it open"""
     allow_extra: Annotated[bool, PLAIN] = False
-    """pass over keys that mean nothing, in one line"""
+    """ignore unknown keys, with one printed line"""
 
 
 @dataclass(frozen=True)
-class OpenOptions(ReadOptions, AdapterModel):
-    """How adapter files are read, and of which model they are."""
+class OpenOptions(FileReadOptions, AdapterModel):
+    """How adapter files are read, and the model that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class AdapterFileOptions(WriteOptions, AdapterFormat, OpenOptions):
 
 
 @dataclass(frozen=True)
-class DistillFileOptions(WriteOptions, AdapterFormat, ReadOptions):
-    """How models are read, which say themselves what they are, and an adapter is written."""
+class DistillFileOptions(WriteOptions, AdapterFormat, FileReadOptions):
+    """How models are read and an adapter is written."""
 
 
 # ---------------------------------------------------------------- the commands
@@ -231,7 +231,7 @@ class Mix:
     out: Annotated[str, text("FILE")] = ""
     """the result; a folder or a single file for whole models"""
     residual: Annotated[str, text("FILE")] = ""
-    """for whole models: what rounding lost, as a LoRA"""
+    """for whole models: write the rounding loss as a LoRA"""
     merge: OmitArgPrefixes[Annotated[MergeMethod, GROUP]] = MergeMethod()
     keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
     files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
@@ -248,7 +248,7 @@ class Fold:
     out: Positional[Annotated[str, text("OUT")]] = ""
     """a folder, or a single file by its ending .safetensors or .ckpt"""
     residual: Annotated[str, text("FILE")] = ""
-    """what rounding lost, as a LoRA"""
+    """write the rounding loss as a LoRA"""
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
     """its rank (that of the folded updates)"""
     files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
@@ -275,7 +275,7 @@ class Add:
     with_text_lora: Annotated[FlagConversionOff[bool], TRUTH, PLAIN] = False
     """merge x.text_encoder.pt too (.pt lists only)"""
     residual: Annotated[str, text("FILE")] = ""
-    """of upl: what rounding lost, as a LoRA"""
+    """of upl: write the rounding loss as a LoRA"""
     files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
 
 
@@ -360,17 +360,17 @@ class Explain:
     """the model that it was made from"""
     loras: Positional[Annotated[tuple[str, ...], text("LORA")]] = ()
     """LoRA files that may be in it"""
-    files: OmitArgPrefixes[Annotated[ReadOptions, GROUP]] = ReadOptions()
+    files: OmitArgPrefixes[Annotated[FileReadOptions, GROUP]] = FileReadOptions()
 
 
 @dataclass(frozen=True)
 class Redo:
-    """The same merge again, by the recipe in its result."""
+    """Repeat a merge from the recipe in its result."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a file or model folder that merge.py made"""
     out: Annotated[str, text("FILE")] = ""
-    """where to (FILE itself: left alone if it comes out the same)"""
+    """the output (FILE itself: not written if identical)"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace an output that differs"""
     dry_run: Annotated[bool, PLAIN] = False
@@ -406,7 +406,7 @@ COMMANDS = {
 }
 
 
-def run_command(name: str, options: Any) -> None:
+def run_merge_command(name: str, options: Any) -> None:
     """Carries out a command with its options. Raises UserError."""
     module = importlib.import_module(f"merging.{name}")
     getattr(module, f"run_{name}")(options)
@@ -424,7 +424,7 @@ def flatten(options: Any) -> dict[str, Any]:
 
 
 def unflatten(options: type, flat: Mapping[str, Any]) -> Any:
-    """The options with the values of a flat table, and defaults for what it leaves out."""
+    """The options with the values of a flat table, and defaults for missing ones."""
     values: dict[str, Any] = {}
     for name, default in vars(options()).items():
         if is_dataclass(default):

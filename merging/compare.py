@@ -1,5 +1,8 @@
-"""Comparisons of adapters from small matrices, in fp64: angles between their spaces, and the
-combination of adapters that is nearest to a given update."""
+"""Compare adapters in factor space, in fp64.
+
+Principal angles between their row and column spaces, and the least-squares combination of adapters
+for a given update.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from merging.svd import factor_svd
 class PrincipalAngles(NamedTuple):
     """Principal angles in radians, ascending; 0 where the spaces share a direction.
 
-    All groups of a grouped convolution together.
+    Those of a grouped convolution are over all its groups.
     """
 
     outputs: Tensor  # between the column spaces of the updates, [min of the two ranks] in fp64
@@ -29,7 +32,7 @@ class LeastSquaresFit(NamedTuple):
     """The least-squares combination of adapters that is nearest to an update."""
 
     coefficients: Tensor  # [k] in fp64; the shortest ones where adapters are linearly dependent
-    unexplained: float  # norm of the rest over that of the update; 0 for an update that is zero
+    unexplained: float  # relative norm of the residual; 0 for an update that is zero
 
 
 class GramSums(NamedTuple):
@@ -44,9 +47,9 @@ class GramSums(NamedTuple):
 
 
 def inner_product_with_dense(delta: Tensor, lr: LowRank) -> float:
-    """The inner product of a dense update, shaped like the base weight, and an adapter's.
+    """The inner product of a dense update, in the shape of the base weight, and an adapter's.
 
-    It takes one thin product. Raises UserError for a DoRA.
+    It costs one product with thin matrices. Raises UserError for a DoRA.
     """
     up, down = double_blocks(lr)
     dense = delta.double().reshape(*up.shape[:2], -1)
@@ -59,9 +62,9 @@ def principal_angles(
     """The angles between the output spaces of two updates, and between their input spaces.
 
     They are near pi / 2 where the updates do not interfere. Directions whose singular value is
-    below `tolerance` of the largest count as absent. Small angles are taken from their sines and
-    large ones from their cosines (Bjorck and Golub 1973), so both ends are accurate. Raises
-    UserError for a DoRA.
+    below `tolerance` of the largest are left out. Small angles are computed from their sines and
+    large ones from their cosines (Bjorck and Golub 1973), so both are accurate. Raises UserError
+    for a DoRA.
     """
     (out_1, in_1), (out_2, in_2) = _spaces(first, tolerance), _spaces(second, tolerance)
     outputs = [_angles_between(a, b) for a, b in zip(out_1, out_2)]
@@ -72,7 +75,7 @@ def principal_angles(
 def gram_sums(delta: Tensor, adapters: Sequence[LowRank | None]) -> GramSums:
     """The inner products of one layer: of a dense update and the adapters of several files.
 
-    None in place of an adapter: that file has none for the layer. Raises UserError for a DoRA.
+    An adapter is None if its file has none for the layer. Raises UserError for a DoRA.
     """
     k = len(adapters)
     gram = torch.zeros(k, k, dtype=torch.float64)
@@ -96,7 +99,7 @@ def fit_coefficients(layers: Iterable[GramSums]) -> LeastSquaresFit:
     gram = torch.stack([part.gram for part in parts]).sum(0)
     products = torch.stack([part.products for part in parts]).sum(0)
     square = sum(part.square for part in parts)
-    # divided by the norms, files of any strength count alike in the cut-off of the pseudo-inverse
+    # divided by the norms, so that the cut-off of the pseudo-inverse does not depend on strengths
     norms = gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     inverse = torch.linalg.pinv(gram / norms[:, None] / norms, rtol=1e-12, hermitian=True)
     coefficients = inverse @ (products / norms) / norms

@@ -30,8 +30,8 @@ def run_convert(options: Convert) -> None:
         return
     if options.to:
         raise UserError(
-            f"{options.file} is a whole model, whose form the output's ending says; drop --to "
-            f"{options.to}"
+            f"{options.file} is a whole model, whose format follows from the output's ending; "
+            f"drop --to {options.to}"
         )
     from merging.model_sums import write_model_sum  # imports the networks' libraries
 
@@ -39,7 +39,7 @@ def run_convert(options: Convert) -> None:
 
 
 def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
-    """Writes the same adapter in another format; factors stay as they are, but for the dtype."""
+    """Writes the same adapter in another format; only the dtype of factors may change."""
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading)

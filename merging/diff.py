@@ -60,7 +60,7 @@ def _spectra_by_layer(path: str, layout: Layout | None, reading: OpenOptions) ->
     for layer in layer_spectra(open_adapter(path, layout, reading), path):
         if isinstance(layer.adapter, DenseUpdate):
             raise UserError(
-                f"{'.'.join(layer.key)} is a {layer.adapter.kind} update, no product of two "
+                f"{'.'.join(layer.key)} is a {layer.adapter.kind} update, not a product of two "
                 "factors; resize makes a LoRA of it"
             )
         spectra[layer.key] = layer
@@ -117,5 +117,5 @@ def _angle_table(
 
 
 def _smallest_and_median(angles: Sequence[float]) -> str:
-    """Of ascending angles in radians, in degrees."""
+    """The smallest and the median of ascending angles [rad], as text in degrees."""
     return f"{math.degrees(angles[0]):.1f} {math.degrees(angles[len(angles) // 2]):.1f}"

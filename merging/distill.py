@@ -40,7 +40,7 @@ def run_distill(options: Distill) -> None:
     keep = options.keep.per_layer()
     if keep is None:
         raise UserError(
-            "say how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95"
+            "choose how much of the difference to keep: --rank 16, --max-error 0.1 or --energy 0.95"
         )
     base = open_base_model(options.base, options.files)
     tuned = open_base_model(options.tuned, options.files)
@@ -70,7 +70,7 @@ def _check_kinds(base: BaseModel, tuned: BaseModel) -> None:
 
 
 def _chosen_keys(base: BaseModel, choice: str) -> Iterator[LayerKey]:
-    """The layers of a model that a choice means; all of them without one."""
+    """The layers of a model that match a choice; all of them without one."""
     keys = layer_keys(base)
     factor = parse_layer_choice(choice, keys, base.layout) if choice else None
     for key in keys:
@@ -117,8 +117,7 @@ def _distill_pair(
 
 
 def _print_uncovered(base: BaseModel, tuned: BaseModel, covered: set[LayerKey]) -> None:
-    """How much of the difference lies in tensors that no adapter of linear and convolutional layers
-    holds."""
+    """Prints the share of the difference in tensors that adapters cannot change."""
     squares: dict[str, float] = {}
     count = 0
     for name in base.layout.components:

@@ -21,15 +21,15 @@ from merging.svd import one_thread
 
 
 def run_explain(options: Explain) -> None:
-    """Prints the sum of adapters that is nearest to checkpoint - base, and the share of the
-    difference that none of them explains."""
+    """Prints the sum of adapters nearest to checkpoint - base, and the unexplained share."""
     tuned = open_base_model(options.checkpoint, options.files)
     base = open_base_model(options.base, options.files)
     states = [open_adapter(path, base.layout, options.files) for path in options.loras]
     for state, path in zip(states, options.loras):
         if has_magnitude(state):
             raise UserError(
-                f"{path} is a DoRA, whose update grows with no factor; explain takes plain LoRAs"
+                f"{path} is a DoRA, whose update is not linear in its weight; "
+                "explain takes plain LoRAs"
             )
     sums = _sums_by_component(base, tuned, states)
     layers = list(itertools.chain.from_iterable(sums.values()))

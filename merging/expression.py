@@ -4,11 +4,11 @@
 
     sum    := [sign] term { sign term }
     term   := number ["*"] term | "(" sum ")" [choice] | file [choice]
-    choice := "@" layers                       the layers of it that count, see `layer_choice`
+    choice := "@" layers                       the layers that are used, see `layer_choice`
     file   := a word, or anything in quotes
 
-A "-" or "+" inside a word belongs to it where it does not follow a space, a parenthesis or a quote;
-spaces around operators make it plain.
+A "-" or "+" is part of a word unless it follows a space, a parenthesis or a quote; spaces around
+operators avoid doubt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WeightedFile:
 
     weight: float
     path: str
-    choices: tuple[str, ...] = ()  # of layers; several, from groups in groups, all count
+    choices: tuple[str, ...] = ()  # of layers; several, from nested groups, are multiplied
 
     def __str__(self) -> str:
         """The file with its weight, without the sign, as `parse_sum` reads it."""
@@ -47,10 +47,10 @@ class WeightedFile:
 
 
 def parse_sum(text: str) -> list[WeightedFile]:
-    """The files of a sum in order, parentheses multiplied out, equal ones added up.
+    """The files of a sum in order, with parentheses expanded and equal files combined.
 
-    Raises UserError, with a second and a third line that point at the place, for a text that is no
-    sum, and for weights that cancel.
+    Raises UserError for a text that is not a sum, with two more lines that point at the position,
+    and for weights that cancel.
     """
     parser = _SumParser(text)
     files = parser.read_sum()
@@ -84,7 +84,7 @@ def render_sum(files: Sequence[WeightedFile]) -> str:
 
 
 class _SumParser:
-    """A position in a text. Every method reads one rule of the grammar from there on."""
+    """A recursive-descent parser: every method reads one rule at the current position."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0

@@ -2,9 +2,9 @@
 
 sum_i w_i delta W_i = [w_1 s_1 up_1, w_2 s_2 up_2, ...] [down_1; down_2; ...]
 
-It is exact for any ranks, scales and signs. A DoRA has no place in such a sum, its update is
-neither low rank nor known without the base weight: `adapter_sums.mix_layers` and `add_updates` take
-it.
+It is exact for any ranks, scales and signs. A DoRA cannot be summed like this, because its update
+is neither low rank nor known without the base weight: `adapter_sums.mix_layers` and
+`rounding.add_updates` take it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LPL_WARNING = (
 
 
 def concat_factors(terms: WeightedAdapters) -> LowRank:
-    """The exact weighted sum, of rank the sum of ranks and scale 1, fp32 or better.
+    """The exact weighted sum by concatenation, with the sum of ranks and scale 1, fp32 or better.
 
-    Weight times scale goes into `up`. Then powers of two, which round nothing, bring the largest
-    entries of both factors of a term together: neither overflows or vanishes in fp16 where the
-    other would not. Raises UserError for a DoRA, and for adapters of different shapes.
+    Weight times scale is multiplied into `up`. Then powers of two, which do not round, balance the
+    largest entries of both factors of a term, so that neither overflows or underflows in fp16 where
+    the other would not. Raises UserError for a DoRA, and for adapters of different shapes.
     """
     ups, downs, shapes = [], [], set()
     for weight, lr in terms:
@@ -50,9 +50,9 @@ def concat_factors(terms: WeightedAdapters) -> LowRank:
 
 
 def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """up * t and down / t with the power of two t that brings their largest entries together.
+    """up * t and down / t with the power of two t that balances their largest entries.
 
-    Factors of which one is zero stay as they are.
+    Factors of which one is zero are unchanged.
     """
     largest_up, largest_down = float(up.abs().max()), float(down.abs().max())
     if not (0 < largest_up < math.inf and 0 < largest_down < math.inf):
@@ -64,8 +64,8 @@ def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 def lpl(first: LowRank, second: LowRank, alpha_1: float = 0.5, alpha_2: float = 0.5) -> LowRank:
     """cloneofsimo's lossy sum, (a1 up1 + a2 up2)(a1 down1 + a2 down2) with each scale in its `up`.
 
-    LPL_WARNING says what is wrong with it: a file with itself gives 4 delta W at (1, 1) and delta W
-    at (0.5, 0.5). Raises UserError for a DoRA and for different shapes or ranks.
+    LPL_WARNING describes its error: a file with itself gives 4 delta W at (1, 1) and delta W at
+    (0.5, 0.5). Raises UserError for a DoRA and for different shapes or ranks.
     """
     refuse_dora(first)
     refuse_dora(second)
@@ -124,7 +124,7 @@ def cosine_similarity(first: LowRank, second: LowRank) -> float:
 
 
 def describe_shapes(lr: LowRank) -> str:
-    """An adapter's shapes for an error sentence."""
+    """An adapter's shapes, for an error message."""
     return f"up {list(lr.up.shape)} x down {list(lr.down.shape)}"
 
 

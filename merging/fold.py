@@ -11,11 +11,11 @@ from merging.output import make_output
 
 
 def run_fold(options: Fold) -> None:
-    """Writes a model with adapters in it. Raises UserError for files in the wrong places."""
+    """Writes a model with adapters folded in. Raises UserError for swapped arguments."""
     files = parse_files(options.sum)
     if not is_whole_model(options.base):
         raise UserError(
-            f"{options.base} is no whole model; give a folder in the diffusers layout, a "
+            f"{options.base} is not a whole model; give a folder in the diffusers layout, a "
             "single-file checkpoint or a hub id first"
         )
     if wrong := [file.path for file in files if is_whole_model(file.path)]:

@@ -1,9 +1,9 @@
 """Sums of whole models with adapters folded in, streamed tensor by tensor.
 
-Each tensor is made when it is read, in fp32 or better, and rounded once.
+Each tensor is computed when it is read, in fp32 or better, and rounded once.
 
 A model is component -> `Weights` with the keys of the diffusers layout. The loss of the updates by
-rounding is measured while the tensors pass by.
+rounding is measured as the tensors are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Places = Mapping[str, tuple[LayerKey, WeightedAdapters]]
 class FoldStatistics:
     """The rounding losses of a fold, layer by layer; filled while its tensors are read."""
 
-    residual_rank: int = 0  # of the adapter of what rounding lost; 0 makes none
+    residual_rank: int = 0  # of the adapter of the rounding loss; 0: no such adapter
     roundings: dict[LayerKey, Rounding] = field(default_factory=dict)
     ranks: dict[LayerKey, int] = field(default_factory=dict)  # of the folded update
     residual: AdapterState = field(default_factory=AdapterState)
@@ -50,7 +50,7 @@ class FoldStatistics:
         rounding: Rounding,
         weighted: WeightedAdapters,
     ) -> None:
-        """Counts a layer, once, however often it is read."""
+        """Adds a layer's rounding loss; a layer that is read again is not counted twice."""
         if key in self.roundings:
             return
         self.roundings[key] = rounding
@@ -65,7 +65,7 @@ class FoldStatistics:
             self.residual_reports[key] = report
 
     def layer_reports(self) -> dict[LayerKey, ApproximationReport]:
-        """By layer: the update's norm and the part of it that the rounded weights lack."""
+        """Layer -> the update's norm and the part of it that rounding lost."""
         found = {}
         for key, rounding in self.roundings.items():
             square = rounding.square - 2 * rounding.product + rounding.effective
@@ -75,10 +75,10 @@ class FoldStatistics:
 
     @property
     def surviving_energy(self) -> float:
-        """The share of the update's energy that the rounded weights hold, of all layers together.
+        """The share of the update's energy in the rounded weights, over all layers.
 
-        It is 1 less the squared relative error, at least 0: 0 when nothing of the update is left,
-        and when rounding changed the weights as much as the update.
+        It is 1 minus the squared relative error, at least 0: 0 when nothing of the update is left,
+        or when rounding changed the weights as much as the update did.
         """
         return max(0.0, total_report(self.layer_reports().values()).energy)
 
@@ -103,9 +103,9 @@ def fold_adapters(
 ) -> dict[str, Weights]:
     """The weighted sum of models with the weighted updates of adapters added to it.
 
-    Its tensors are made when they are read; each is rounded once, to `dtype` or to the first
-    model's. A DoRA counts as the update it makes to the sum of the models. Tensors that are not
-    floating point are the first model's.
+    Its tensors are computed when they are read; each is rounded once, to `dtype` or to the first
+    model's. A DoRA contributes its update of the sum of the models. Tensors that are not floating
+    point are the first model's.
 
     Raises UserError for models that differ in keys or shapes, and for a layer or component that
     they do not have; reading raises it for numbers that overflow the dtype.
@@ -137,9 +137,9 @@ def fold_adapters(
 
 
 def with_embedding_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) -> Weights:
-    """The same network with some rows of its embedding table `key` replaced.
+    """The network with some rows of its embedding table `key` replaced.
 
-    The table grows where an index lies behind its end, by zeros where indices leave gaps.
+    The table grows if an index is beyond its end, with zeros where indices leave gaps.
     """
     shape, dtype = weights.infos[key]
     count = max(shape[0], *(index + 1 for index in rows))
@@ -208,7 +208,7 @@ def _sum_weights(parts: Sequence[tuple[float, Weights]], key: str) -> Tensor:
 def _align_keys(name: str, first: Weights, other: Weights) -> Weights:
     """`other` under the keys of `first`, which may have a level that the other lacks.
 
-    Position numbers, which only older files hold, are no difference. Raises UserError that names
+    Position ids, which only older files have, are ignored. Raises UserError that names
     the first difference in keys or shapes.
     """
     names = _corresponding_keys(first, other)

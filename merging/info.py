@@ -15,7 +15,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
-from merging.commands import Info, ReadOptions
+from merging.commands import FileReadOptions, Info
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.output import DTYPES, Output, align_columns, check_output
@@ -63,7 +63,7 @@ def run_info(options: Info) -> None:
 
 
 def _describe_file(path: str, state: AdapterState, layout: Layout | None) -> str:
-    """Format, family, dtype and size."""
+    """A file's format, family, dtype and size as text."""
     dtype, family = widest_dtype([state]), "family unknown"
     if layout:
         version = layout.base_model_version
@@ -173,7 +173,7 @@ def _median_values(spectra: Sequence[LayerSpectrum]) -> list[float]:
     return medians
 
 
-def _print_model_info(path: str, reading: ReadOptions) -> None:
+def _print_model_info(path: str, reading: FileReadOptions) -> None:
     # imports the networks' libraries
     from lora_core.formats.weights import open_weights
     from lora_core.formats.whole_models import describe_single_file

@@ -1,4 +1,4 @@
-"""The layers of a file that count in a sum, and their factors: the part of a sum after an @.
+"""The layers of a file that are used in a sum, and their factors: the part of a sum after an @.
 
 @attn   @text   @conv,ff=0.5   @~conv      groups, components, globs, blocks; a ~ takes away
 @down_blocks.*.attn2.*                     a glob over "component.path" or its end from a dot on
@@ -22,7 +22,7 @@ from merging.block_weights import BLOCKS, factor_by_block, parse_block_weights
 from merging.expression import WeightedFile
 
 LayerKeys = Collection[tuple[str, str]]  # (component, published path)
-LayerTest = Callable[[str, str], bool]  # (component, published path) -> whether it is meant
+LayerTest = Callable[[str, str], bool]  # (component, published path) -> whether it is chosen
 
 LAYER_GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
     "attn": ("*.attn.*", "*.attn?.*", "*.self_attn.*", "*.SelfAttention.*"),
@@ -47,7 +47,7 @@ BLOCK_PRESETS = {
 
 
 def choose_layers(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
-    """The factor of each layer of a file, from all choices behind its name in a sum."""
+    """The factor of each layer of a file, from all choices after its name in a sum."""
     keys = layers_by_key(state)
     try:
         factors = [parse_layer_choice(text, keys, layout) for text in file.choices]
@@ -116,7 +116,7 @@ def _require_blocks(text: str, layout: Layout | None) -> Layout:
 
 
 def _parse_part(part: str, keys: LayerKeys, layout: Layout | None) -> tuple[LayerTest, float]:
-    """(whether a layer is meant, its factor) of one part of a choice."""
+    """(test whether a layer is chosen, factor) of one part of a choice."""
     name, equals, number = part.removeprefix("~").partition("=")
     if part.startswith("~") and equals:
         raise UserError(
@@ -126,12 +126,12 @@ def _parse_part(part: str, keys: LayerKeys, layout: Layout | None) -> tuple[Laye
         value = float(number) if equals else 1.0
     except ValueError:
         raise UserError(
-            f"the weight {number!r} of {name} after the @ is no number; write {name}=0.5"
+            f"the weight {number!r} of {name} after the @ is not a number; write {name}=0.5"
         ) from None
     is_meant = _layer_test(name, layout)
     if not any(is_meant(component, path) for component, path in keys):
         raise UserError(
-            f"@{part} means none of the {len(keys)} layers of this file; nearest: "
+            f"@{part} matches none of the {len(keys)} layers of this file; nearest: "
             f"{_nearest_names(name, keys)}"
         )
     return is_meant, 0.0 if part.startswith("~") else value

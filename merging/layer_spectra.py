@@ -68,7 +68,7 @@ class LayerSpectrum:
 
 
 def layer_spectra(state: AdapterState, path: str) -> Iterator[LayerSpectrum]:
-    """The spectrum of every layer. `path` is for the progress bar and for error sentences."""
+    """The spectrum of every layer. `path` is for the progress bar and error messages."""
     layers = layers_by_key(state).items()
     with one_thread():
         for key, lr in tqdm(layers, desc=Path(path).name, unit="layer", disable=None, leave=False):

@@ -111,14 +111,14 @@ def _merge_files(
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
     """(the sum, its reports by layer, notes about renamed tokens).
 
-    A function of its own, so that the memory of the inputs is free when the sum is written.
+    A separate function, so that the inputs' memory is free when the sum is written.
     """
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
     terms = []
     for file, state in zip(files, states):
         terms.append(Term(state, file.weight, layer_factor(file, state, layout)))
     dtype = output.dtype
-    if keep and dtype is None:  # what is cut anyway is not written wider than it was
+    if keep and dtype is None:  # a truncated sum is not written wider than its inputs
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
     state, reports = merge_terms(terms, keep, method, dtype, dense)
@@ -134,7 +134,7 @@ def _merge_files(
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
-    """The factor of each layer of a file in a sum, by the choices behind its name."""
+    """The factor of each layer of a file in a sum, by the choices after its name."""
     if not file.choices:
         return every_layer
     from merging.layer_choice import choose_layers
@@ -212,8 +212,8 @@ def _merge_layers(
     criterion = keep.per_layer()
     if whole and (method.method != "sum" or criterion is None):
         raise UserError(
-            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, no product of two factors; "
-            f"say how much of it to keep {TO_KEEP} (and no --method), or fold it into a model"
+            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, not a product of two factors; "
+            f"choose how much to keep {TO_KEEP} (and no --method), or fold it into a model"
         )
     if method.method == "sum":
         factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
@@ -228,7 +228,7 @@ def _merge_layers(
         return _slerp_layers(terms, criterion)
     if criterion is None:
         raise UserError(
-            f"{method.method} gives updates of full rank; say how much of them to keep {TO_KEEP}"
+            f"{method.method} gives updates of full rank; choose how much to keep {TO_KEEP}"
         )
     from merging.ties_dare import MERGES
 
@@ -241,7 +241,7 @@ def _merge_layers(
 def _ranks_or_share(
     keep: KeepOptions, terms: Sequence[Term], dtype: torch.dtype | None
 ) -> Keep | Mapping[LayerKey, int] | None:
-    """A budget as a rank for each layer, spent where the update is largest; else one criterion."""
+    """The rank of each layer for a budget, by the largest singular values; else one criterion."""
     if not keep.budget:
         return keep.per_layer()
     from merging.rank_budget import allot_ranks, rank_steps
@@ -256,7 +256,7 @@ def _ranks_or_share(
 
 
 def _dense_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
-    """Layers for which a file holds an update that is no product of two factors."""
+    """Layers for which a file holds an update that is not a product of two factors."""
     found: dict[LayerKey, WeightedAdapters] = {}
     for key, weighted in weighted_layers(terms).items():
         for _, update in weighted:
@@ -272,7 +272,7 @@ def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
 def _distill_dense_layers(
     whole: Mapping[LayerKey, WeightedAdapters], criterion: Keep | None, dense: DenseOptions
 ) -> Iterator[MergedLayer]:
-    """The nearest adapters of such layers."""
+    """The nearest adapters of layers with an update that is not a product of two factors."""
     keep = criterion or Keep(energy=1.0)
     for key, weighted in whole.items():
         try:
@@ -286,7 +286,7 @@ def _distill_dense_layers(
 
 
 def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[MergedLayer]:
-    """The layers between two files, at the weight of the second."""
+    """Spherical interpolation of two files, at the weight of the second."""
     weights = [term.weight for term in terms]
     is_whole = all(term.factor is every_layer for term in terms)
     is_convex = min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6

@@ -18,7 +18,7 @@ from merging.base_models import (
     open_base_model,
     with_progress,
 )
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
@@ -43,18 +43,18 @@ SURVIVING_ENERGY_WARNING = 0.95  # below this share of the update's energy a war
 
 @dataclass(frozen=True)
 class FoldOptions:
-    """Options of a sum of models in addition to its output's."""
+    """Options of a sum of models: the rounding loss as a file, tokens, the form of the output."""
 
-    residual: str = ""  # file for the adapter of what rounding lost
+    residual: str = ""  # file for the adapter of the rounding loss
     residual_rank: int = 0  # 0: the largest rank of the folded updates
-    tokens: bool = True  # the adapters' tokens go along
+    tokens: bool = True  # the adapters' tokens are written too
     folder: bool = False  # the output is a folder, whatever its ending
 
 
 def write_model_sum(
     files: Sequence[WeightedFile],
     output: Output,
-    reading: ReadOptions,
+    reading: FileReadOptions,
     fold: FoldOptions = FoldOptions(),
 ) -> FoldStatistics:
     """Writes a sum in which at least one file is a whole model.
@@ -97,7 +97,7 @@ def write_model_file(
 ) -> list[Path]:
     """Writes a model as one file, .safetensors or .ckpt, and tokens as a file next to it.
 
-    On a dry run every tensor is made and dropped.
+    A dry run computes every tensor and drops it.
     """
     path, locations = Path(output.path), network_locations(base)
     token_output = replace(output, path=str(token_file_path(path)))
@@ -146,7 +146,7 @@ def is_single_file_name(path: str) -> bool:
 
 
 def _check_weights(models: Sequence[WeightedFile]) -> None:
-    """Raises UserError for models that make no model; warns where weights do not add up to 1."""
+    """Raises UserError for a sum that is not a model; warns if weights do not add up to 1."""
     for model in models:
         if model.choices:
             raise UserError(
@@ -181,7 +181,7 @@ def _residual_rank(terms: Sequence[Term], fold: FoldOptions) -> int:
 
 
 def _write_residual(statistics: FoldStatistics, output: Output, base: BaseModel) -> list[Path]:
-    print(f"what rounding lost, as an adapter of rank {statistics.residual_rank}:")
+    print(f"the rounding loss as an adapter of rank {statistics.residual_rank}:")
     print(report_table(statistics.residual_reports))
     own = replace(output, format="diffusers", dtype=None, recipe={})
     return write_adapter(statistics.residual, own, base.layout)
@@ -203,6 +203,6 @@ def _print_fold_table(statistics: FoldStatistics) -> None:
     if percent < 100 * SURVIVING_ENERGY_WARNING:
         print_warning(
             f"only {percent:.1f} % of the update survived rounding, less than "
-            f"{100 * SURVIVING_ENERGY_WARNING:g} %; choose --dtype fp32, or keep what was lost "
+            f"{100 * SURVIVING_ENERGY_WARNING:g} %; choose --dtype fp32, or keep the loss "
             "with --residual FILE"
         )

@@ -1,4 +1,4 @@
-"""New tokens in a whole model: rows of its embedding tables, words of its tokenizers."""
+"""Add tokens to a whole model: rows of its embedding tables, entries of its tokenizers."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def add_token_rows(
 def write_tokenizers(
     added: Mapping[str, tuple[str, ...]], model: Model, source: Path, folder: Path
 ) -> None:
-    """Writes the tokenizers of `source` with new tokens into a model's folder, and the new sizes of
-    their vocabularies into its configs."""
+    """Writes the tokenizers of the folder `source`, with new tokens, into a model's folder.
+
+    The model's configs get the new sizes of the vocabularies.
+    """
     for component, names in added.items():
         tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZERS[component])
         tokenizer.add_tokens(list(names))
@@ -70,7 +72,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def _rename_known(names: tuple[str, ...], tokenizer: Any) -> tuple[str, ...]:
-    """The names, with others for those that a tokenizer has already."""
+    """The names, with new ones for those that the tokenizer already has."""
     known = set(tokenizer.get_vocab())
     renamed = list(names)
     for i, name in enumerate(names):

@@ -1,7 +1,7 @@
-"""Adapter files opened with the layout of the model that they were made for.
+"""Open adapter files with the layout of the model that they were made for.
 
-Whole models are told from adapters here and opened in `base_models`, which imports the libraries of
-the networks.
+Whole models are recognized here and opened in `base_models`, which imports the libraries of the
+networks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import WRITABLE
 from lora_core.formats.layout import Layout
-from merging.commands import OpenOptions, ReadOptions
+from merging.commands import FileReadOptions, OpenOptions
 from models import known
 from models.published import PUBLISHED_MODELS
 
@@ -39,10 +39,10 @@ NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers
 
 
 def is_whole_model(path: str) -> bool:
-    """Whether a path is a whole model, not an adapter; the keys of a file decide.
+    """Whether a path is a whole model, not an adapter; for a file its keys decide.
 
-    A path that does not exist and looks like NAME/NAME without a file's ending is an id of the hub,
-    and so a model. Raises UserError for another path that is not there.
+    A path that does not exist and looks like NAME/NAME without a file's ending is a hub id, and so
+    a model. Raises UserError for another path that does not exist.
     """
     place = Path(path)
     if place.is_dir():
@@ -50,7 +50,7 @@ def is_whole_model(path: str) -> bool:
     if not place.is_file():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
-        raise UserError(f"{path} is not there; give a file, a folder, or a model's id on the hub")
+        raise UserError(f"{path} does not exist; give a file, a folder, or a model's id on the hub")
     if place.suffix == ".ckpt":
         return True
     try:
@@ -65,8 +65,8 @@ def is_whole_model(path: str) -> bool:
 def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
     """The layout that adapters belong to: of --model, else of the published model they fit.
 
-    None where their keys and shapes fit no model and they spell their layers out. Raises UserError
-    for other files that fit none.
+    None where their keys and shapes fit no model but contain the layers' paths. Raises UserError
+    for other files that fit no model.
     """
     if reading.model:
         return open_layout(reading.model, reading)
@@ -82,7 +82,7 @@ def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
     return None
 
 
-def open_layout(path: str, reading: ReadOptions) -> Layout:
+def open_layout(path: str, reading: FileReadOptions) -> Layout:
     """The layers of a model that can be adapted, from its configs or the keys of a single file.
 
     `path` may be the name of a published model, such as sdxl. No weight is read.
@@ -94,11 +94,11 @@ def open_layout(path: str, reading: ReadOptions) -> Layout:
 
 
 def open_adapter(
-    path: str, layout: Layout | None, reading: ReadOptions, *, merging: bool = False
+    path: str, layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
 ) -> AdapterState:
     """The adapter in a file or a run's folder.
 
-    `merging` also reads updates that are no product of two factors, as `DenseUpdate` among the
+    `merging` also reads updates that are not a product of two factors, as `DenseUpdate` among the
     components. Raises UserError for a whole model, and as `formats.load` does.
     """
     if is_whole_model(path):

@@ -33,7 +33,7 @@ FORMATS_WITH_TOKENS = ("cloneofsimo",)  # that hold token rows in the file of th
 
 @dataclass(frozen=True)
 class Output:
-    """A result: its place, its form, and the recipe for its header."""
+    """A result to write: its path, dtype and format, and the recipe for its header."""
 
     path: str
     overwrite: bool = False
@@ -50,8 +50,8 @@ class Output:
 def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
     """The output that a command's options describe, with the command's recipe.
 
-    Raises UserError for an input that is not there and, before gigabytes are hashed, for an output
-    that cannot be written.
+    Raises UserError for an input that does not exist and, before gigabytes are hashed, for an
+    output that cannot be written.
     """
     files: WriteOptions = options.files
     output = Output(
@@ -62,7 +62,7 @@ def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
         getattr(files, "format", ""),
     )
     for path in inputs:
-        is_whole_model(path)  # refuses a path that is not there
+        is_whole_model(path)  # raises for a path that does not exist
     if output.dry_run:
         return output
     if os.path.isfile(output.path):
@@ -73,8 +73,8 @@ def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
 def check_output(output: Output, *, folder: bool = False) -> None:
     """Raises UserError for an output that cannot be written, before any work.
 
-    That is: one that exists (without --overwrite), a file instead of a folder or the other way
-    round, a place that is not writable.
+    That is one that exists (without --overwrite), a file where a folder is needed or the converse,
+    or a path that is not writable.
     """
     path = Path(output.path)
     if path.is_dir() and not folder:
@@ -91,7 +91,7 @@ def check_output(output: Output, *, folder: bool = False) -> None:
     parent = next(place for place in path.absolute().parents if place.exists())
     if not parent.is_dir():
         raise UserError(
-            f"the output {path} lies below {parent}, which is no folder; choose another place"
+            f"the output {path} lies below {parent}, which is not a folder; choose another place"
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
@@ -100,7 +100,7 @@ def check_output(output: Output, *, folder: bool = False) -> None:
 
 
 def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
-    """`check_output` of an adapter's file, and of every file that will lie next to it.
+    """`check_output` of an adapter file and of every file that is written with it.
 
     `tokens`: the adapter has token rows, for which most formats need a file of their own.
     """
@@ -120,7 +120,7 @@ def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
 
 
 def token_file_path(path: str | Path) -> Path:
-    """The file for an adapter's token rows where its own format has no place for them."""
+    """The file for an adapter's token rows where its format cannot hold them."""
     path = Path(path)
     return path.with_name(path.stem + formats.EMBEDDINGS)
 
@@ -128,8 +128,8 @@ def token_file_path(path: str | Path) -> Path:
 def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:
     """Writes an adapter and returns the files written; none on a dry run.
 
-    Token rows lie in a file next to the factors' where the format has no place for them, and in the
-    file itself where there are no factors. Raises UserError as `formats.save` does.
+    Token rows get a file next to that of the factors if the format cannot hold both, and are the
+    file itself if there are no factors. Raises UserError as `formats.save` does.
     """
     path = Path(output.path)
     has_factors = any(state.components.values())
@@ -156,7 +156,7 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
 def round_adapter(
     adapter: LowRank, report: ApproximationReport, dtype: torch.dtype | None
 ) -> tuple[LowRank, ApproximationReport]:
-    """The factors in the dtype of the file, and the report with what that loses.
+    """The factors in the dtype of the file, and the report with the rounding loss added.
 
     Raises UserError for factors that overflow it.
     """
@@ -186,7 +186,7 @@ def _save_factors(state: AdapterState, output: Output, layout: Layout | None) ->
 
 
 def print_written(paths: Iterable[str | Path], output: Output) -> None:
-    """Prints which files there are now, or that it was a dry run."""
+    """Prints the paths that were written, or that it was a dry run."""
     if output.dry_run:
         print(f"dry run: {output.path} was not written")
     for path in paths:

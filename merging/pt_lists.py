@@ -63,12 +63,12 @@ def compare_with_sum(
 
 def _read_pt_list(path: Path) -> list[Tensor]:
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a LoRA file")
+        raise UserError(f"{path} does not exist; give a LoRA file")
     data = read_pickle(path)
     is_pairs = isinstance(data, list) and data and len(data) % 2 == 0
     if not is_pairs or not all(map(_is_factor, data)):
         raise UserError(
-            f"{path} is no list of up and down factors; give a LoRA saved by cloneofsimo's tools"
+            f"{path} is not a list of up and down factors; give a LoRA saved by cloneofsimo's tools"
         )
     check_finite({str(i): part for i, part in enumerate(data)}, str(path))
     return data

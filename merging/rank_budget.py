@@ -1,4 +1,4 @@
-"""A budget of ranks or parameters, allotted to the layers with the largest singular values."""
+"""Allot a budget of ranks or parameters to the layers with the largest singular values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RankSteps(NamedTuple):
 
     squares: Tensor  # [k] energy of each step, descending
     ranks: int  # rows of `down` in a step
-    parameters: int  # numbers of both factors in a step
+    parameters: int  # entries of both factors in a step
 
 
 def rank_steps(terms: Sequence[Term]) -> dict[LayerKey, RankSteps]:
@@ -47,13 +47,13 @@ def allot_ranks(
     unit: Literal["ranks", "parameters"] = "ranks",
     at_least: int = 0,
 ) -> dict[LayerKey, int]:
-    """The rank of each layer: the largest squared singular values of all layers first, per unit of
-    cost, until a total or an error is reached.
+    """The rank of each layer for a total budget or a total error.
 
-    A total in ranks gives the smallest sum of squared errors there is; a total in parameters the
+    Steps are taken in the order of squared singular value per unit of cost, over all layers. A
+    total in ranks gives the smallest possible sum of squared errors; a total in parameters the
     smallest but for the gain of the last step that no longer fits. An error, relative to the norm
-    of all layers together, is met with the fewest units. Layers may come out at rank 0; `at_least`
-    steps of each go first.
+    of all layers together, is met with the fewest units. Layers may get rank 0; `at_least` steps of
+    each layer are taken first.
 
     Raises UserError when not one of total and max_error is given, or when the total is too small
     for `at_least`.

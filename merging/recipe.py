@@ -1,4 +1,4 @@
-"""The recipe that a result carries: the command, its options, and the sha256 of its inputs."""
+"""The recipe in a result's header: the command, its options, and the sha256 of its inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
 TYPED_WITHOUT_FLAG = ("sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2")
 CHUNK = 1 << 22  # bytes hashed at a time
-LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # options that make no difference
+LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change the result
 
 
 def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, Any]:
@@ -43,11 +43,11 @@ def write_sidecar(recipe: Mapping[str, Any], folder: Path) -> None:
     (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_merge_recipe(path: str) -> dict[str, Any]:
     """The recipe in a file's header or a model's folder. Raises UserError where there is none."""
     place = Path(path)
     if not place.exists():
-        raise UserError(f"{path} is not there; give a file that merge.py made")
+        raise UserError(f"{path} does not exist; give a file that merge.py made")
     try:
         text = _recipe_text(place)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -57,7 +57,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         ) from None
     if not text:
         raise UserError(
-            f"{path} carries no recipe; only .safetensors files and model folders that merge.py "
+            f"{path} has no recipe; only .safetensors files and model folders that merge.py "
             "made have one"
         )
     return parse_recipe(text, path)
@@ -75,7 +75,7 @@ def parse_recipe(text: str, source: str) -> dict[str, Any]:
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:
-    """The command of a recipe, as it may be typed again, and how its inputs' digests begin."""
+    """The command line of a recipe, and the first digits of its inputs' digests."""
     words = [f"merge.py {recipe['command']}"]
     for name, value in recipe["options"].items():
         if name not in TYPED_WITHOUT_FLAG:
@@ -89,7 +89,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 def sha256_digest(path: str) -> str:
     """sha256 of a file; of a folder, over the names and digests of its files that are not hidden.
 
-    An id of the hub counts as the folder that it is downloaded to.
+    A hub id gives the digest of the folder that it is downloaded to.
     """
     place = Path(path)
     if place.is_file():

@@ -1,4 +1,4 @@
-"""merge.py redo: a merge carried out again from the recipe that its result carries."""
+"""merge.py redo: repeat a merge from the recipe in its result."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from merging.commands import COMMANDS, Redo, flatten, run_command, unflatten
-from merging.recipe import LEFT_OUT, describe_recipe, read_recipe, sha256_digest
+from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
+from merging.recipe import LEFT_OUT, describe_recipe, read_merge_recipe, sha256_digest
 
 REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")
 
 
 def run_redo(options: Redo) -> None:
-    """Makes a file again, in its place or at --out; what comes out the same is left alone.
+    """Makes a file again, in its place or at --out; identical files are not written.
 
     Raises UserError for inputs that are gone or have changed, and for an output that differs
     (without --overwrite).
     """
     path, out = options.file, options.out
-    recipe = read_recipe(path)
+    recipe = read_merge_recipe(path)
     print(describe_recipe(recipe))
     target = Path(os.path.abspath(out or path))
     if out and target.exists() and not options.overwrite and not options.dry_run:
@@ -36,12 +36,12 @@ def run_redo(options: Redo) -> None:
         workshop = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             workshop.mkdir(parents=True)
-            with contextlib.redirect_stdout(io.StringIO()):  # it names a place that is soon gone
+            with contextlib.redirect_stdout(io.StringIO()):  # it would name the temporary folder
                 repeat_recipe(recipe, str(workshop / target.name))
             _move_results(workshop, target, Path(out or path), options)
         except OSError as error:
             raise UserError(
-                f"{target} cannot be written ({error.strerror or error}); what was there is "
+                f"{target} cannot be written ({error.strerror or error}); existing files are "
                 "untouched"
             ) from None
         finally:
@@ -60,8 +60,8 @@ def repeat_recipe(recipe: dict[str, Any], out: str) -> None:
             "by another version?"
         )
     try:
-        run_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
-    except (TypeError, AttributeError) as error:  # values that no command line gives
+        run_merge_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
+    except (TypeError, AttributeError) as error:  # values that no command line can give
         raise UserError(f"the recipe is broken ({error}); make the file anew by hand") from None
 
 
@@ -69,13 +69,13 @@ def _check_inputs(recipe: dict[str, Any], path: str) -> None:
     for name, known in recipe["inputs"].items():
         if sha256_digest(name) != known:
             raise UserError(
-                f"{name} is not what it was when {path} was made (its sha256 differs); the same "
-                "result cannot come out of it"
+                f"{name} has changed since {path} was made (its sha256 differs), so the result "
+                "cannot be the same"
             )
 
 
 def _move_results(workshop: Path, target: Path, shown: Path, options: Redo) -> None:
-    """Moves what was made to its place, file by file, where it differs from what is there."""
+    """Moves the new files to their place, except those that are identical to existing ones."""
     changed = []
     for file in sorted(workshop.iterdir()):
         place = target.with_name(file.name)
@@ -117,5 +117,5 @@ def _input_folder(recipe: dict[str, Any], path: str) -> Path:
 
 
 def _is_path(name: str) -> bool:
-    """Whether an input is a path for certain; NAME/NAME may be an id of the hub."""
+    """Whether an input is certainly a path; NAME/NAME may be a hub id."""
     return "/" not in name or name.startswith((".", "/")) or bool(Path(name).suffix)

@@ -1,4 +1,4 @@
-"""merge.py resize: the nearest adapter of smaller rank; tokens and header stay."""
+"""merge.py resize: the nearest adapter of smaller rank, with the same tokens and header."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from merging.output import make_output
 
 
 def run_resize(options: Resize) -> None:
-    """Writes the nearest adapter with as much of the update as is kept."""
+    """Writes the nearest adapter of the rank, error, energy or budget of the options."""
     output = make_output("resize", options, [options.file])
     if not options.keep:
         raise UserError(
-            "say how much to keep: --rank 16, --max-error 0.05, --energy 0.99 or --budget 20MB"
+            "choose how much to keep: --rank 16, --max-error 0.05, --energy 0.99 or --budget 20MB"
         )
     method = MergeMethod(svd=options.svd.svd, seed=options.svd.seed)
     files = [WeightedFile(1.0, options.file)]

@@ -1,4 +1,4 @@
-"""Updates added to a base weight, and how much of them survives the rounding to a narrow dtype."""
+"""Add updates to a base weight, and measure how much of them survives rounding."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from merging.factor_sums import WeightedAdapters
 
 
 class Rounding(NamedTuple):
-    """How much of an update a rounded weight holds. Those of several layers add up by field."""
+    """How much of an update a rounded weight contains; layers are summed field by field."""
 
-    square: float  # squared norm of the wished update
+    square: float  # squared norm of the exact update
     product: float  # its inner product with the effective one, rounded - base
     effective: float  # squared norm of the effective update
 
     @property
     def kept(self) -> float:
-        """The effective update's share along the wished one, 1 when all survived.
+        """The effective update's component along the exact one, 1 when all survived.
 
         1 for an update that is zero.
         """
@@ -43,8 +43,8 @@ class Rounding(NamedTuple):
 def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
     """The base weight plus the weighted updates, in fp32 or better, for the caller to round once.
 
-    Each DoRA counts as the update it makes to the base weight alone, W + t (W_dora - W), so the
-    order does not matter. Raises ValueError when shapes do not fit.
+    Each DoRA contributes its update of the base weight alone, W + t (W_dora - W), so the order does
+    not matter. Raises ValueError when shapes do not fit.
     """
     folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for strength, lr in weighted:
@@ -53,14 +53,15 @@ def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
 
 
 def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
-    """`folded` in the output dtype, and how much of folded - weight is left in it.
+    """`folded` in the output dtype, and how much of the update folded - weight it contains.
 
-    folded - result is the loss by rounding.
+    folded - result is the rounding loss.
     """
     result = folded.to(dtype)
-    wished, effective = folded.double() - weight.double(), result.double() - weight.double()
+    exact = folded.double() - weight.double()
+    effective = result.double() - weight.double()
     return result, Rounding(
-        square=float((wished * wished).sum()),
-        product=float((wished * effective).sum()),
+        square=float((exact * exact).sum()),
+        product=float((exact * effective).sum()),
         effective=float((effective * effective).sum()),
     )

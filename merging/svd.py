@@ -7,8 +7,8 @@ are flattened over (in, kh, kw); the groups of a grouped convolution are decompo
 a rank counts the rows of `down` over all groups.
 
 Factors in fp32 are decomposed in fp32, the core in fp64: sigma is within 1e-6 of the largest one.
-Layers go one at a time: batching equal shapes gains nothing on a CPU, where LAPACK takes them in
-turn (2-core EPYC, 64 columns: 1.4 ms a layer 1280 wide alone, 3.1 ms in a batch of eight).
+Layers are decomposed one at a time: batching equal shapes gains nothing on a CPU, where LAPACK runs
+them in turn (2-core EPYC, 64 columns: 1.4 ms a layer 1280 wide alone, 3.1 ms in a batch of eight).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def singular_values(lr: LowRank) -> Tensor:
 
 
 def compress_adapter(lr: LowRank, keep: Keep) -> tuple[LowRank, ApproximationReport]:
-    """The nearest adapter of the wished rank or error, and its report.
+    """The nearest adapter of the given rank or error, and its report.
 
-    It has scale 1, sqrt(sigma) in either factor, fp32 or better. Raises UserError for a DoRA.
+    It has scale 1 and sqrt(sigma) in each factor, fp32 or better. Raises UserError for a DoRA.
     """
     u, sigma, vh = factor_svd(lr)
     steps = keep.steps(sigma.square().sum(0), len(sigma))
@@ -153,13 +153,13 @@ def _randomized_svd(
 
 
 def _estimate_excess(square: float, kept: list[float]) -> float:
-    """Estimated lost / optimum - 1, from the energy kept after each iteration, which grows toward
-    the optimum.
+    """Estimated lost / optimum - 1, from the energy kept after each iteration.
 
-    Where the spectrum has a gap the gains shrink geometrically, by a ratio that grows toward its
-    limit (so its square root is taken); where it has none the energy still missing after j
-    iterations is of order 1 / j (arXiv 1504.05477), hence about j times the last gain. The first
-    gains are the leading triples falling into place and tell nothing about the rest.
+    The energy grows toward the optimum. Where the spectrum has a gap the gains shrink
+    geometrically, by a ratio that grows toward its limit (so its square root is taken); where it
+    has none the energy still missing after j iterations is of order 1 / j (arXiv 1504.05477), hence
+    about j times the last gain. The first gains come from the leading triples and carry no
+    information about the rest.
     """
     lost = square - kept[-1]
     if lost <= 1e-13 * square:  # nothing but rounding is lost

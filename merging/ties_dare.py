@@ -1,7 +1,7 @@
-"""TIES, DARE and magnitude pruning: merges that look at single entries of dense updates.
+"""TIES, DARE and magnitude pruning: elementwise merges of dense updates.
 
-They work on the products, not on the factors, whose entries mean nothing by themselves: up M and
-M^-1 down give the same update for any invertible M. Updates of one layer come weighted,
+They work on the products, not on the factors, whose entries are arbitrary: up M and M^-1 down give
+the same update for any invertible M. Updates of one layer come weighted,
 w_i * delta W_i, in fp32 or better and of one shape; the result is the merged dense update.
 """
 
@@ -19,7 +19,7 @@ DenseMerge = Callable[[Sequence[Tensor], float, torch.Generator], Tensor]
 def trim_to_density(update: Tensor, density: float) -> Tensor:
     """The update with all but its `density` share of largest magnitudes set to 0.
 
-    All entries that equal the threshold stay.
+    All entries that equal the threshold are kept.
     """
     count = count_kept_entries(update.numel(), density)
     threshold = update.abs().flatten().kthvalue(update.numel() - count + 1).values
@@ -29,7 +29,7 @@ def trim_to_density(update: Tensor, density: float) -> Tensor:
 def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """DARE's drop and rescale (arXiv 2311.03099, equation 3).
 
-    Each entry stays with probability `density` = 1 - p and is divided by it, else it is 0. The
+    Each entry is kept with probability `density` = 1 - p and is divided by it, else it is 0. The
     expectation over the generator is the update.
     """
     count_kept_entries(update.numel(), density)  # checks the density
@@ -41,8 +41,8 @@ def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator)
 def elect_and_average(updates: Sequence[Tensor]) -> Tensor:
     """The sign election and disjoint mean of TIES (arXiv 2306.01708, section 3, steps 2 and 3).
 
-    The sign of an entry is that of its sum; the mean runs over the updates that have that sign
-    there. Where the sum is 0 so is the result. Weighted updates have weighted votes, as in mergekit
+    The elected sign of an entry is that of the sum; the mean is over the updates with that sign.
+    Where the sum is 0 so is the result. Weighted updates have weighted votes, as in mergekit
     (peft elects without weights).
     """
     stack = torch.stack(tuple(updates))
@@ -64,8 +64,7 @@ def dare(updates: Sequence[Tensor], density: float, generator: torch.Generator) 
 
 
 def dare_ties(updates: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
-    """Drop and rescale in place of the trimming, then the election and mean of TIES
-    (arXiv 2311.03099, section 4.3)."""
+    """TIES with drop and rescale instead of trimming (arXiv 2311.03099, section 4.3)."""
     return elect_and_average([drop_and_rescale(update, density, generator) for update in updates])
 
 
@@ -77,7 +76,7 @@ def prune_by_magnitude(
 
 
 def count_kept_entries(entries: int, density: float) -> int:
-    """How many of so many entries a density keeps, at least 1.
+    """The number of entries that a density keeps, at least 1.
 
     Raises ValueError for a density outside (0, 1].
     """

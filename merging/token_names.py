@@ -1,4 +1,4 @@
-"""Token rows of several adapter files in one: names that clash are changed, and said so."""
+"""Join the token rows of several adapter files; tokens whose names clash are renamed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def free_name(name: str, taken: set[str]) -> str:
         other = f"{name[:-1]}-{n}>" if name.endswith(">") else f"{name}{n}"
         if other not in taken:
             return other
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable")
 
 
 @dataclass

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Keep:
-    """The part of an update that is kept: a rank, or the smallest rank with at most this relative
-    Frobenius error, or with at least this share of the energy."""
+    """A criterion of truncation: a rank, a largest relative Frobenius error, or a share of energy.
+
+    For error and energy the smallest rank that meets them is kept.
+    """
 
     rank: int | None = None
     max_error: float | None = None  # relative to the norm of the update
@@ -56,12 +58,14 @@ class Keep:
 
 
 class ApproximationReport(NamedTuple):
-    """The rank and the error of an approximation. A rank above the update's own keeps all of it,
-    and `rank` is then the update's."""
+    """The rank and the error of an approximation.
+
+    A rank above the update's own keeps all of it, and `rank` is then the update's.
+    """
 
     rank: int
     full: int  # rank before
-    norm: float  # Frobenius norm of what was approximated
+    norm: float  # Frobenius norm of the update that was approximated
     lost: float  # Frobenius norm of the difference
     excess: float = 0.0  # estimate of lost / optimum - 1; 0 where the decomposition is exact
 
@@ -77,8 +81,7 @@ class ApproximationReport(NamedTuple):
 
 
 def total_report(reports: Iterable[ApproximationReport]) -> ApproximationReport:
-    """The report of all layers together: ranks add up, norms and losses add up in squares, the
-    excess is the largest."""
+    """The report over all layers: sums of ranks, root sums of squared norms, the largest excess."""
     ranks = ranks_before = 0
     norm = lost = excess = 0.0
     for report in reports:
@@ -91,7 +94,6 @@ def total_report(reports: Iterable[ApproximationReport]) -> ApproximationReport:
 
 
 def steps_within(squares: Tensor, allowance: float) -> int:
-    """The smallest number of leading entries of a descending [k] whose remainder sums to at most
-    `allowance`."""
-    tails = squares.flip(0).cumsum(0).flip(0)  # what is lost when the entries from i on are
+    """The smallest n for which the entries [n:] of descending squares [k] sum to <= `allowance`."""
+    tails = squares.flip(0).cumsum(0).flip(0)  # lost energy when the entries from i on are
     return int((tails > allowance).sum())

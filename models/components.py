@@ -19,7 +19,7 @@ from lora_core.errors import UserError, first_line
 def read_json(path: str, name: str) -> dict[str, Any]:
     """`name` (say "scheduler/scheduler_config.json") of a model in a folder or on the hub.
 
-    Raises UserError when it is not there.
+    Raises UserError when it does not exist.
     """
     file = Path(path) / name
     if not Path(path).is_dir():
@@ -29,7 +29,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             # The hub's client raises a dozen classes: no network, no such repository or file ...
             reason = first_line(error)
             raise UserError(
-                f"--model {path} is no folder here, and the hub gave no {name} for it: {reason}"
+                f"--model {path} is not a local folder, and the hub gave no {name} for it: {reason}"
             ) from None
     try:
         return json.loads(file.read_text())
@@ -168,7 +168,7 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
 def recorded_outputs(
     layers: Mapping[str, nn.Module], members: Sequence[str]
 ) -> Iterator[dict[tuple[str, str], Tensor]]:
-    """Within it, (layer's name, member) -> the latest output of that member of the layer."""
+    """A context that records outputs: (layer's name, member) -> latest output of that member."""
     outputs: dict[tuple[str, str], Tensor] = {}
 
     def record(module: nn.Module, key: tuple[str, str]) -> Any:

@@ -44,7 +44,7 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     """The model at `path`, frozen and in eval mode.
 
     `path` is a folder in the diffusers layout, a hub id, or a single file. Raises UserError for a
-    path that is not there, another family, a missing or broken part, and a `config` for a model
+    path that does not exist, another family, a missing or broken part, and a `config` for a model
     that has its own.
     """
     if is_single_file(path):
@@ -53,7 +53,7 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
 
 
 def read_layout(path: str, config: str = "") -> Layout:
-    """The adaptable layers of the model at `path`, and their names in files.
+    """The layout of the model at `path`: its adaptable layers and their names in files.
 
     Reads its configs, not its weights. `config` is that of `LoadOptions`. Raises UserError like
     `load_family`.
@@ -66,9 +66,9 @@ def read_layout(path: str, config: str = "") -> Layout:
 def read_schedule(
     path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) that the model at `path` trains with, from its configs.
+    """(noise schedule, prediction type) that the model at `path` trains with, from its configs.
 
-    With a resolution (pixels), in the shift of its scheduler for that resolution. `changes` and
+    With a `resolution` (pixels), the schedule has the scheduler's shift for it. `changes` and
     `config` are `scheduler` and `config` of `LoadOptions`. Raises UserError like `load_family`.
     """
     if is_single_file(path):
@@ -123,9 +123,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes a network of the same kind with other weights, in its library's layout.
+    """Writes a network's config with other weights, in its library's layout.
 
-    save_pretrained of diffusers takes no state dict.
+    diffusers' save_pretrained takes no state dict.
     """
     with torch.device("meta"):
         if hasattr(network, "from_config"):

@@ -47,7 +47,7 @@ logging.disable_progress_bar()
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 # Components that adapter files may name.
 ADAPTABLE = ("transformer", "text_encoder", "text_encoder_2")
-PATCH = 2  # latents per token, each way
+PATCH = 2  # latent pixels per token, in height and in width
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -127,7 +127,7 @@ BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
 class Flux:
     """The `Family` of Flux.1.
 
-    The VAE stays in fp32 or better; transformer and text encoders take the base precision.
+    The VAE stays in fp32 or better; transformer and text encoders are in the base precision.
     """
 
     name = "flux"
@@ -187,7 +187,7 @@ class Flux:
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids of CLIP and T5, and the position of CLIP's first end-of-text token.
 
-        The position is searched on the CPU, so that nothing waits for the device.
+        The position is found on the CPU, so that nothing waits for the device.
         """
         first, second = self.tokenizers["text_encoder"], self.tokenizers["text_encoder_2"]
         checked = self.checked_prompts
@@ -203,10 +203,10 @@ class Flux:
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d] and CLIP's vector at the first end-of-text token.
 
-        T5's padding is included and unmasked. transformers' pooler looks for the largest id where a
-        config says eos_token_id 2, and finds a learned token there. Every encoder reads the same
-        string; one that has not learned the tokens reads their names as plain text, as in
-        diffusers.
+        T5's padding is included and unmasked. With eos_token_id 2 in the config,
+        transformers' pooler takes the largest id, which would be a learned token. Every encoder
+        reads the same string; one that has not learned the tokens reads their names as plain text,
+        as in diffusers.
         """
         hidden = self.clip(tokens["clip"]).last_hidden_state
         end = tokens["end"]
@@ -284,9 +284,9 @@ class Flux:
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w].
+    """Image tokens [b, (h / 2) (w / 2), 4 c] of latents [b, c, h, w].
 
-    One for each 2 x 2 patch, channels outermost.
+    One token for each 2 x 2 patch, channels outermost.
     """
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
@@ -314,7 +314,7 @@ def image_position_ids(height: int, width: int, device: torch.device | str = "cp
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [b, heads, s, d] (arXiv 2104.09864 eq. 34).
 
-    Each pair of neighbors turns by its angle, cos and sin [s, d].
+    Each pair of adjacent channels is rotated by its angle, given as cos and sin [s, d].
     """
     even, odd = x[..., ::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
@@ -373,9 +373,9 @@ def read_flux_layout(path: str) -> Layout:
 def read_flux_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`, from its configs.
+    """(noise schedule, prediction type) of the model at `path`, from its configs.
 
-    With a resolution (pixels) in the shift for it.
+    With a `resolution` (pixels), the schedule has the shift for it.
     """
     levels = len(read_json(path, "vae/config.json")["block_out_channels"])
     side = resolution // (PATCH * 2 ** (levels - 1))
@@ -386,7 +386,7 @@ FAMILY = FamilyFunctions(load, read_flux_layout, read_flux_schedule)
 
 
 def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
-    """The flow of a scheduler_config.json.
+    """The rectified-flow schedule of a scheduler_config.json.
 
     With use_dynamic_shifting its shift grows with the number of tokens (0: no shift), else it is
     constant.
@@ -406,9 +406,9 @@ def flux_schedule(scheduler: dict[str, Any], tokens: int = 0) -> Schedule:
 
 
 def check_channels(takes: int, latent_channels: int) -> None:
-    """Raises UserError for a transformer with more inputs than packed latents.
+    """Raises UserError for a transformer with more input channels than packed latents.
 
-    Those of Fill, Depth and Canny are such.
+    Flux Fill, Depth and Canny have such transformers.
     """
     expected = PATCH * PATCH * latent_channels
     if takes != expected:
@@ -421,7 +421,7 @@ def check_channels(takes: int, latent_channels: int) -> None:
 def _read_scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with changes.
 
-    Raises UserError for a change without effect on a flow, and for a layout of levels that is not
+    Raises UserError for a change without effect on a flow, and for a spacing of sigmas that is not
     supported.
     """
     for key in changes:
@@ -445,7 +445,7 @@ def _read_scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_length(length: int, guidance: bool) -> int:
-    """The tokens of a T5 prompt; 0 is the model's own number."""
+    """The number of tokens of a T5 prompt; a `length` of 0 gives the model's own."""
     if not 0 <= length <= LONGEST:
         raise UserError(
             f"--max-sequence-length is {length}; expected 1 to {LONGEST} tokens, or 0 for the "
@@ -460,7 +460,7 @@ def _prompt_length(length: int, guidance: bool) -> int:
 def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     """Names and presets of a Flux model.
 
-    The T5 is in it for its token rows and for reading; nothing of it is adapted.
+    T5 is included for its token rows and for reading files; it is never adapted.
     """
     guidance = modules["transformer"].config.guidance_embeds  # type: ignore[union-attr]
     plain = layout_of(

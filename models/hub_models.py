@@ -1,4 +1,4 @@
-"""Models of the hub: their configs, and their weights in the form that is read here."""
+"""Download models from the Hugging Face hub: their configs, or configs and weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from lora_core.errors import UserError, first_line
 
-CONFIG_FILES = (".json", ".txt", ".model")  # endings; of tokenizers, too
+CONFIG_FILES = (".json", ".txt", ".model")  # endings of configs and tokenizers
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # names of files of weights
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors", ".fp16.bin")
 
@@ -18,7 +18,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors
 def download_configs(model: str) -> Path:
     """A model's folder, or a copy of its configs and tokenizers from the hub.
 
-    Raises UserError where there is none.
+    Raises UserError when there is no such model.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -26,7 +26,7 @@ def download_configs(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=[f"*{end}" for end in CONFIG_FILES]))
     except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
         raise UserError(
-            f"{model} is no folder here, and the hub gave no model of that name: "
+            f"{model} is not a local folder, and the hub gave no model of that name: "
             f"{first_line(error)}"
         ) from None
 
@@ -47,7 +47,7 @@ def download_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
         raise UserError(
-            f"{model} is no file or folder here, and the hub gave no model of that name: "
+            f"{model} is not a local file or folder, and the hub gave no model of that name: "
             f"{first_line(error)}"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Which published model an adapter's file belongs to, by its own keys and shapes.
+"""Recognize the published model that an adapter file belongs to, from its keys and shapes.
 
 The names and shapes of the models' layers come from the table of published layouts.
 """
@@ -20,18 +20,18 @@ from lora_core.formats.layout import COMPONENTS, Component, Layout, Shape
 from models.published import PUBLISHED_MODELS
 from models.published_layouts import published_layout
 
-# Name of a layer, then that of a tensor in it; the attention processors of old files stand between.
+# Name of a layer, then of a tensor in it; old files have the attention processor between them.
 LEAF = re.compile(
     r"(?P<name>.+?)(?:[._]lora(?:_linear_layer)?\d?)?[._]"
     r"(?P<role>lora_(?:down|up|mid|A|B)|down|up"
     r"|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|diff)"
     r"(?:\.\w+)?(?:\.weight)?"
 )
-# cloneofsimo's keys: component, place in a walk through the network.
+# cloneofsimo's keys: component, number of the layer, factor.
 NUMBERED = re.compile(r"([^:.]+):(\d+):(up|down)")
 HALVES = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora_mid": "mid"}
 COMFYUI_ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
-# Heads that tell no component: peft's, LyCORIS', none.
+# Beginnings of keys that name no component: peft's, LyCORIS', none.
 NAMELESS_HEADS = ("base_model_model_", "lycoris_", "")
 # Header entry -> field of a Layout.
 HEADER_FIELDS = {
@@ -39,17 +39,17 @@ HEADER_FIELDS = {
     "modelspec.architecture": "architecture",
 }
 
-Test = Callable[[str], bool]  # of a published model
+Test = Callable[[str], bool]  # name of a published model -> whether the file may belong to it
 
 
 @dataclass
 class LayerInFile:
-    """An adapted weight as far as a file tells."""
+    """An adapted weight, as far as the tensors of a file determine it."""
 
     name: str  # dots as underscores
-    out: int | None  # None where the file does not tell
-    fan: int | None  # in, times the kernel's sides
-    axes: int  # of the down factor; 0 where there is none
+    out: int | None  # None where it is unknown
+    fan: int | None  # fan-in: inputs times the kernel's height and width
+    axes: int  # of the down factor; 0 without one
 
 
 def published_layouts() -> dict[str, Layout]:
@@ -86,8 +86,8 @@ def recognize_adapter(
 ) -> Layout:
     """The layout of the published model that an adapter file of any format was made for.
 
-    `tensors` holds tensors or shapes. Layers that several models have are told apart by other signs
-    in the file: its header, whether its projections are convolutions, the prefix of its text
+    `tensors` holds tensors or shapes. Where several models have the layers, other features of the
+    file decide: its header, whether its projections are convolutions, the prefix of its text
     encoder's keys. Raises UserError when no model or more than one fits.
     """
     return published_layout(recognize_kind(tensors, header, source))
@@ -96,7 +96,7 @@ def recognize_adapter(
 def recognize_kind(
     tensors: Mapping[str, Any], header: Mapping[str, str] | None = None, source: str = "the file"
 ) -> str:
-    """The name in PUBLISHED_MODELS of the model behind `recognize_adapter`."""
+    """Like `recognize_adapter`, but returns the model's name in PUBLISHED_MODELS."""
     shapes = {key: tuple(getattr(value, "shape", value)) for key, value in tensors.items()}
     fitting, signs = _fitting_kinds(shapes)
     for test in [*_header_tests(header or {}), *signs]:  # each narrows the choice, or is ignored
@@ -170,10 +170,9 @@ def _layers_in_file(shapes: Mapping[str, Shape]) -> list[LayerInFile]:
 
 
 def _weight_size(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
-    """(out, in times the kernel's sides) of the weight that a layer's tensors make.
+    """(out, fan-in) of the weight that a layer's tensors update; None where it is unknown.
 
-    They are those of LoRA with or without a middle, LoHa, LoKr, or a whole difference. None where
-    they do not tell.
+    The tensors are those of a LoRA with or without a core, a LoHa, a LoKr, or a full difference.
     """
     if "up" in parts or "down" in parts:
         out = parts["up"][0] if "up" in parts else None
@@ -190,7 +189,7 @@ def _weight_size(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
 
 
 def _product_size(parts: Mapping[str, Shape], name: str) -> tuple[int | None, int | None]:
-    """(out, in times the kernel's sides) of a factor that is whole or a product."""
+    """(out, fan-in) of a Kronecker or Hadamard factor, stored whole or as a product."""
     if whole := parts.get(name):
         return whole[0], prod(whole[1:])
     a, b = parts.get(f"{name}_a"), parts.get(f"{name}_b")
@@ -202,7 +201,7 @@ def _product_size(parts: Mapping[str, Shape], name: str) -> tuple[int | None, in
 
 
 def _shapes_by_layer(kind: str, layers: Iterable[LayerInFile]) -> dict[str, list[Shape]]:
-    """Name of a layer that the model knows -> the shapes of its modules of that name."""
+    """Name of a layer in the file -> shapes of the model's modules of that name."""
     found: dict[str, list[Shape]] = {}
     for heads, names in _names_by_component(kind):
         for layer in layers:
@@ -226,7 +225,7 @@ def _all_fit(layers: Iterable[LayerInFile], found: Mapping[str, list[Shape]]) ->
 
 
 def _have_same_axes(layers: Iterable[LayerInFile], found: Mapping[str, list[Shape]]) -> bool:
-    """Whether layers that are projections here are no 1x1 convolutions there, and the converse."""
+    """Whether linear layers and 1x1 convolutions in the file are the same in the model."""
     for layer in layers:
         if layer.axes and layer.axes not in map(len, found[layer.name]):
             return False
@@ -234,9 +233,9 @@ def _have_same_axes(layers: Iterable[LayerInFile], found: Mapping[str, list[Shap
 
 
 def _has_written_prefixes(kind: str, layers: Iterable[LayerInFile]) -> bool:
-    """Whether kohya's prefixes of text encoders are those written for this model.
+    """Whether the text encoders' prefixes are those that kohya's scripts write for this model.
 
-    Others are only read.
+    Other prefixes are only read.
     """
     written = tuple(heads[0] for heads, _ in _names_by_component(kind))
     encoders = [layer.name for layer in layers if layer.name.startswith("lora_te")]
@@ -245,9 +244,9 @@ def _has_written_prefixes(kind: str, layers: Iterable[LayerInFile]) -> bool:
 
 @cache
 def _names_by_component(kind: str) -> list[tuple[tuple[str, ...], dict[str, Shape]]]:
-    """(beginnings of keys, shape by layer name) of each network of a model.
+    """(beginnings of keys, layer name -> shape) of each network of a model.
 
-    Layers have every name that files have for them.
+    A layer is listed under every name that files use for it.
     """
     layout = published_layout(kind)
     tables = []
@@ -282,7 +281,7 @@ def _shapes_by_name(component: Component) -> dict[str, Shape]:
 
 
 def _numbered_layers(shapes: Mapping[str, Shape]) -> dict[str, dict[Shape, int]]:
-    """Component -> (out, in times the kernel's sides) -> how many layers of a nameless file."""
+    """Component -> (out, fan-in) -> number of such layers in a file with numbered layers."""
     parts: dict[tuple[str, str], dict[str, Shape]] = {}
     for key, shape in shapes.items():
         if match := NUMBERED.fullmatch(key):
@@ -298,7 +297,7 @@ def _numbered_layers(shapes: Mapping[str, Shape]) -> dict[str, dict[Shape, int]]
 
 
 def _has_numbered_layers(kind: str, numbered: Mapping[str, Mapping[Shape, int]]) -> bool:
-    """Whether a model's networks have so many layers of these sizes, and such files exist."""
+    """Whether a model has that many layers of these sizes, and a numbering for them."""
     parts = published_layout(kind).components
     for name, sizes in numbered.items():
         if name not in parts or not parts[name].numbering:
@@ -313,9 +312,9 @@ def _has_numbered_layers(kind: str, numbered: Mapping[str, Mapping[Shape, int]])
 
 
 def _has_encoders(kind: str, rows: Mapping[str, int]) -> bool:
-    """Whether a model has the encoders of some token rows, given as key -> width.
+    """Whether a model has the text encoders of token rows, given as key -> width.
 
-    By name where they are named, else by their width.
+    Compared by name where the key names the encoder, else by width.
     """
     layout = published_layout(kind)
     widths = {key: layout.components[name].width for name, key in layout.encoders.items()}

@@ -1,6 +1,6 @@
-"""Published models: their configs as literal tables, and folders made of them.
+"""Configs of the published models as literal tables, and folders in the diffusers layout of them.
 
-Facts of the config.json files of runwayml/stable-diffusion-v1-5 and -inpainting, of
+Values are from the config.json files of runwayml/stable-diffusion-v1-5 and -inpainting, of
 stabilityai/stable-diffusion-2-base, -2, -2-inpainting, -xl-base-1.0 and -xl-refiner-1.0, of
 diffusers/stable-diffusion-xl-1.0-inpainting-0.1, and of black-forest-labs/FLUX.1-dev and -schnell.
 """
@@ -20,7 +20,7 @@ Config = dict[str, Any]
 class PublishedModel(NamedTuple):
     """One published model."""
 
-    title: str  # for sentences
+    title: str  # for messages
     files: Mapping[str, Config]  # of a folder in the diffusers layout: path -> its JSON
     like: str = ""  # the model with the same adapters, where it is a variant
 

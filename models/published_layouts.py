@@ -31,7 +31,7 @@ def published_layout(kind: str) -> Layout:
 def encode_layouts(layouts: Mapping[str, Layout]) -> Json:
     """The table of some layouts: {"layouts": {kind: ...}, "components": [...]}.
 
-    Networks that several models share stand in it once.
+    Networks that several models share are stored once.
     """
     components: list[Json] = []
     rows = {}
@@ -47,7 +47,7 @@ def encode_layouts(layouts: Mapping[str, Layout]) -> Json:
 
 
 def decode_layout(row: Json, components: list[Json]) -> Layout:
-    """A layout of the table."""
+    """The layout of one entry of the table."""
     parts = {name: _decode_component(components[i]) for name, i in row["components"].items()}
     presets = {name: _with_tuples(own) for name, own in row["presets"].items()}
     lists = tuple(row["block_lists"])

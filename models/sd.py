@@ -67,11 +67,11 @@ CLASSES = {
     "ResnetBlock2D": (*RESNETS, "*.conv_shortcut"),
     "CLIPAttention": ("*.self_attn.*_proj",),
 }
-# The middle is registered last, attentions before residual blocks.
+# Order of registration: the middle block last, attentions before residual blocks.
 AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")
 WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
-# The order of layers in cloneofsimo's files. diffusers registered feed-forward layers between the
-# attentions when they were made, and now does after them.
+# The order of layers in cloneofsimo's files. When they were made, diffusers registered feed-forward
+# layers between the attentions; now it registers them last.
 NUMBERINGS = {
     "unet": Numbering(
         CLASSES,
@@ -93,7 +93,7 @@ NUMBERINGS = {
 class StableDiffusion:
     """The `Family` of Stable Diffusion 1.x and 2.x.
 
-    The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder take the base
+    The VAE stays in fp32 (its fp16 overflows on some images); UNet and text encoder are in the base
     precision.
     """
 
@@ -244,7 +244,7 @@ def read_sd_layout(path: str) -> Layout:
 def read_sd_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`.
+    """(noise schedule, prediction type) of the model at `path`.
 
     From its scheduler_config.json with some keys changed.
     """
@@ -284,7 +284,7 @@ def sd_layout(
 def block_indices(paths: Iterable[str]) -> dict[str, int]:
     """Path of a layer in one of the UNet's blocks -> its index into `block_weights.BLOCKS`.
 
-    1 (conv_in) and up on the way down, 13 in the middle, 14 and up on the way up.
+    From 1 (conv_in) in the down blocks, 13 in the middle block, from 14 in the up blocks.
     """
     found = {}
     for path, name in unet_module_names(paths).items():
@@ -301,7 +301,7 @@ def block_indices(paths: Iterable[str]) -> dict[str, int]:
 def unet_presets(unet: UNet2DConditionModel) -> dict[str, tuple[str, ...]]:
     """The UNet's presets, with all-linear.
 
-    Around transformers Stable Diffusion 1.x has convolutions, later models have linear layers.
+    proj_in and proj_out of transformers are convolutions in 1.x and linear layers in later models.
     """
     around = PROJECTIONS if unet.config.use_linear_projection else ()
     embeddings = ("*.time_emb_proj", "*_embedding.linear_?")
@@ -332,7 +332,7 @@ def final_norm(text_encoder: nn.Module) -> nn.Module:
 
 
 def check_clip_skip(clip_skip: int, encoders: Sequence[Any]) -> int:
-    """clip_skip, if every encoder has so many layers to leave out. Raises UserError otherwise."""
+    """clip_skip, checked against the number of layers of every encoder. Raises UserError."""
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
     if not 0 <= clip_skip < layers:
         raise UserError(

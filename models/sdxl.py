@@ -1,8 +1,8 @@
 """Stable Diffusion XL: UNet, VAE, CLIP-L and OpenCLIP bigG.
 
-Image sizes and pooled prompts are further conditioning of the UNet. Base models, inpainting (9
-channels), refiners (bigG alone, an aesthetic score in place of the target size), and models in the
-style of Playground v2.5 (EDM).
+The UNet is also conditioned on image sizes and pooled prompts. There are base models, inpainting (9
+channels), refiners (bigG alone, an aesthetic score instead of the target size), and EDM models like
+Playground v2.5.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
-# A refiner has the second only.
+# A refiner has only the second.
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 # Aesthetic scores of a prompt and of the negative one for a refiner (diffusers' defaults).
 SCORES = (6.0, 2.5)
@@ -57,10 +57,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class SDXLParts:
-    """The components of a checkpoint.
-
-    Entries of one name in `encoders` and `tokenizers` belong together.
-    """
+    """The components of a checkpoint; `encoders` and `tokenizers` have the same keys."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -111,7 +108,7 @@ class StableDiffusionXL(StableDiffusion):
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids by encoder, and the position of the first EOS, where bigG is pooled.
 
-        The position is searched on the CPU, so that nothing waits for the device.
+        The position is found on the CPU, so that nothing waits for the device.
         """
         tokens = {}
         for name, tokenizer in self.tokenizers.items():
@@ -124,10 +121,10 @@ class StableDiffusionXL(StableDiffusion):
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """The encoders' second last hidden states, concatenated, and bigG's pooled prompt.
 
-        The hidden states are without final norm; the pooled prompt is the projected last state at
-        the first EOS. clip_skip k takes the states k layers earlier; the pooled state stays.
-        diffusers pools at the largest token id where the encoder's config says eos_token_id 2,
-        which is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
+        The hidden states are before the final norm; the pooled prompt is the projected last state
+        at the first EOS. clip_skip k takes the hidden states k layers earlier, not the pooled one.
+        With eos_token_id 2 in the encoder's config, diffusers pools at the largest token id, which
+        is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
         """
         states, extra = [], {}
         for name, encoder in self.encoders.items():
@@ -140,10 +137,10 @@ class StableDiffusionXL(StableDiffusion):
         return self._add_score(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts encoded, and zeros for empty ones.
+        """The encoded prompts, with zeros for empty ones.
 
-        Empty prompts are encoded like others where model_index.json has
-        force_zeros_for_empty_prompt = false. clip_skip applies here too; diffusers encodes negative
+        With force_zeros_for_empty_prompt = false in model_index.json, empty prompts are encoded
+        like others. clip_skip applies here too; diffusers encodes negative
         prompts without it.
         """
         cond = self.encode_prompts(prompts)
@@ -153,10 +150,10 @@ class StableDiffusionXL(StableDiffusion):
     def add_size_embeddings(
         self, cond: Conditioning, sizes: Sizes, guidance: float
     ) -> Conditioning:
-        """The conditioning with time_ids.
+        """The conditioning with time_ids [b, 6], or [b, 5] for a refiner.
 
-        They are original height and width, top and left of the crop, then target height and width
-        or the aesthetic score.
+        They are original height and width, top and left of the crop, then target height and width,
+        or a refiner's aesthetic score.
         """
         extra = dict(cond.extra)
         time_ids = sizes.to_tensor(self.device)
@@ -239,11 +236,11 @@ def present_encoders(path: str, index: Mapping[str, Any]) -> list[str]:
 
 
 def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of a scheduler_config.json with some keys changed.
+    """(noise schedule, prediction type) of a scheduler_config.json with some keys changed.
 
-    vp, or edm for schedulers whose class name has EDM. Their training tables are Karras' sigmas
-    too; EDMEulerScheduler's has one row more between the same ends. Raises UserError for another
-    scheduler, and for changes that an edm scheduler does not take.
+    The schedule is edm for schedulers with EDM in their class name, else vp. Training tables of EDM
+    schedulers are also Karras' sigmas; EDMEulerScheduler's has one more between the same ends.
+    Raises UserError for another scheduler, and for changes that an edm scheduler does not take.
     """
     name = config.get("_class_name", "")
     merged = {**config, **changes}
@@ -276,7 +273,7 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
 def read_sdxl_schedule(
     path: str, changes: Mapping[str, Any], resolution: int
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model at `path`.
+    """(noise schedule, prediction type) of the model at `path`.
 
     From its scheduler_config.json with some keys changed.
     """

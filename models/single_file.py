@@ -1,9 +1,9 @@
 """Whole models in one file (.safetensors or .ckpt, with CompVis' or Stability's names).
 
-They are opened as a family, written, and turned into a folder. The weights are the file's. The
-networks' shapes come from a folder of configs in the diffusers layout: the one that --model-config
-names, or that of the published model that the file's keys and shapes tell. So do the tokenizers;
-without --model-config they are CLIP's, from the hub or its cache.
+They are opened as a family, written, and converted to a folder. The weights are the file's; the
+networks' shapes come from configs in the diffusers layout: the folder of --model-config, or the
+published model that the file's keys and shapes identify. Tokenizers come from the folder of
+--model-config, else they are CLIP's, from the hub or its cache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Locations = tuple[NetworkLocation, ...]
 
 UNET = NetworkLocation("unet", "model.diffusion_model.", "unet")
 VAE = NetworkLocation("vae", "first_stage_model.", "vae")
-# Where the networks of a model lie.
+# Where single files of a model hold its networks.
 NETWORK_LOCATIONS: dict[str, Locations] = {
     "sd1": (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.transformer.", "clip")),
     "sd2": (
@@ -66,19 +66,19 @@ NETWORK_LOCATIONS: dict[str, Locations] = {
         NetworkLocation("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
     ),
 }
-# Empty tensor that ComfyUI looks for -> keys of scheduler_config.json.
+# Empty tensor that ComfyUI looks for (a marker) -> keys of scheduler_config.json that it sets.
 SCHEDULER_MARKERS: dict[str, dict[str, Any]] = {
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
-# CLIP and OpenCLIP have one vocabulary.
+# CLIP and OpenCLIP have the same vocabulary.
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
 PAD_TOKENS = {"clip": "<|endoftext|>", "open_clip": "!"}
 
 
 @dataclass(frozen=True)
 class OpenedSingleFile:
-    """A single file, opened; no weight is read yet."""
+    """A single-file model that is opened, with no weight read yet."""
 
     weights: Weights
     facts: SingleFileFacts
@@ -90,9 +90,9 @@ class OpenedSingleFile:
 def open_single_file(
     path: str | Path, config: str = "", changes: Mapping[str, Any] | None = None
 ) -> OpenedSingleFile:
-    """A single file with its configs.
+    """Opens a single file and finds its configs.
 
-    `changes` are `LoadOptions.scheduler`, for files that do not tell epsilon from v. Raises
+    `changes` are `LoadOptions.scheduler`, for files that leave epsilon or v open. Raises
     UserError for a damaged file, one that is no model, and a model that is not known where no
     configs are given.
     """
@@ -103,7 +103,7 @@ def open_single_file(
         if any("double_blocks." in key for key in weights.infos):
             other = "; Flux is read from a folder in the diffusers layout"
         raise UserError(
-            f"{path} is no checkpoint of Stable Diffusion: its keys tell of {facts}{other}; "
+            f"{path} is not a checkpoint of Stable Diffusion: its keys give {facts}{other}; "
             "adapters go with --lora, models with --model"
         )
     edm = [name for name in facts.markers if name.startswith("edm")]
@@ -124,9 +124,10 @@ def open_single_file(
 
 
 def recognize_checkpoint(facts: SingleFileFacts, source: str, *, v: bool = False) -> str:
-    """The published model that a single-file checkpoint is of.
+    """The name of the published model that a single-file checkpoint belongs to.
 
-    `v` tells Stable Diffusion 2's v model, which keys do not. Raises UserError for other models.
+    `v` selects Stable Diffusion 2's v model, which has the same keys. Raises UserError for other
+    models.
     """
     unets = {}
     for kind, row in PUBLISHED_MODELS.items():
@@ -197,7 +198,7 @@ def read_single_file_layout(path: str, config: str = "") -> Layout:
 def read_single_file_schedule(
     path: str, changes: Mapping[str, Any], resolution: int, config: str = ""
 ) -> tuple[Schedule, str]:
-    """(schedule, row of PREDICTIONS) of the model in a single file.
+    """(noise schedule, prediction type) of the model in a single file.
 
     From its configs, then the markers in the file, then `changes`.
     """
@@ -213,9 +214,9 @@ def read_single_file_schedule(
 
 
 def locate_networks(model: str | Path) -> Locations:
-    """Where the networks of a model lie in a single file, from its configs.
+    """The locations of a model's networks in a single file, from its configs.
 
-    `model` is a folder or a hub id. OpenCLIP's encoders are known by their activation, gelu;
+    `model` is a folder or a hub id. OpenCLIP's encoders are recognized by their activation, gelu;
     OpenAI's has quick_gelu. Raises UserError for other families.
     """
     index = read_json(str(model), "model_index.json")
@@ -233,7 +234,7 @@ def locate_networks(model: str | Path) -> Locations:
 
 
 def open_parts(model: str, config: str = "") -> tuple[dict[str, Weights], Locations]:
-    """The weights of a model's networks, not read yet, and where they lie in a single file.
+    """The weights of a model's networks, not read yet, and their locations in a single file.
 
     The model is a folder, a hub id, or a single file. Raises UserError.
     """
@@ -258,7 +259,7 @@ def save_single_file(
 ) -> None:
     """Writes a model (a folder, a hub id, a single file) as one .safetensors or .ckpt.
 
-    As `whole_models.write_checkpoint_file` does.
+    Options and errors are those of `whole_models.write_checkpoint_file`.
     """
     weights, locations = open_parts(model, config)
     write_checkpoint_file(weights, locations, path, dtype=dtype, header=header, overwrite=overwrite)
@@ -288,10 +289,10 @@ def convert_to_folder(
 
 @contextlib.contextmanager
 def config_folder(opened: OpenedSingleFile, path: str) -> Iterator[Path]:
-    """A folder with all of a single file's model that is no weight.
+    """A folder with the configs and tokenizers of a single file's model.
 
     It is that of --model-config, or published configs with CLIP's tokenizers. Raises UserError
-    where no tokenizer is to be had.
+    when no tokenizer can be found.
     """
     if not opened.kind:
         yield opened.folder
@@ -309,7 +310,7 @@ def config_folder(opened: OpenedSingleFile, path: str) -> Iterator[Path]:
 
 
 def build_meta_networks(folder: Path, locations: Sequence[NetworkLocation]) -> dict[str, nn.Module]:
-    """The located networks, on the meta device, from the configs in a folder."""
+    """The networks of `locations`, built on the meta device from the configs in a folder."""
     found: dict[str, nn.Module] = {}
     with torch.device("meta"):
         for location in locations:
@@ -331,7 +332,7 @@ def split_single_file(
     Raises UserError as `whole_models.split_networks` does.
     """
     _check_present(opened, locations)
-    # Others' keys are skipped, not unknown.
+    # Keys of networks that are not built are skipped, not refused.
     others = [own for own in locate_networks(opened.folder) if own not in locations]
     return split_networks(opened.weights, (*locations, *others), _shapes_of_modules(modules))
 
@@ -341,7 +342,7 @@ def load_tokenizers(
 ) -> dict[str, CLIPTokenizer]:
     """Text encoder -> its tokenizer: the folder's, else CLIP's from the hub's cache or the hub.
 
-    Raises UserError where none is to be had.
+    Raises UserError when none can be found.
     """
     found = {}
     for location in locations:
@@ -377,7 +378,7 @@ def _load_clip_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
 def _fill_network(
     network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Puts weights in the place of those on the meta device."""
+    """Replaces a network's weights on the meta device by `weights`."""
     exact = cast_weights(weights, dtype)
     copies = {}  # files are mapped into memory, and parts of a joined layer are views of it
     for key in exact.infos:
@@ -398,7 +399,7 @@ def _shapes_of_modules(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, 
 
 
 def _check_present(opened: OpenedSingleFile, locations: Sequence[NetworkLocation]) -> None:
-    """Raises UserError for a part that is not in the file at all."""
+    """Raises UserError for a network of which the file has no tensor."""
     for location in locations:
         if not any(key.startswith(location.prefix) for key in opened.weights.infos):
             advice = "is it of another family, or only a part of a model?"
@@ -413,17 +414,17 @@ def _check_present(opened: OpenedSingleFile, locations: Sequence[NetworkLocation
 def _scheduler_changes(
     opened: OpenedSingleFile, changes: Mapping[str, Any], path: str
 ) -> dict[str, Any]:
-    """Changes of the scheduler's config, the file's own markers before the user's.
+    """Changes of the scheduler's config: the file's markers, overridden by the user's changes.
 
-    Reports what markers set, and what a file cannot tell.
+    Prints the keys that markers set, and a warning where epsilon or v is left open.
     """
     if opened.marks:
         listed = ", ".join(f"{key} = {value}" for key, value in opened.marks.items())
         print(f"{path} sets {listed} by its markers", file=sys.stderr)
     elif opened.kind == "sd2" and "prediction_type" not in changes:
         print(
-            f"{path} does not tell a 512 model (epsilon) from a 768-v one (v); read as epsilon, "
-            "unless --model-config or --noise.prediction tell",
+            f"{path} may be a 512 model (epsilon) or a 768-v one (v); it is read as epsilon; "
+            "choose with --model-config or --noise.prediction",
             file=sys.stderr,
         )
     return {**opened.marks, **changes}

@@ -135,7 +135,9 @@ def test_spills_missing_tensor_cores_and_too_much_memory_are_found(tmp_path: Pat
     spills, cores, memory = done.stdout.splitlines()
     assert spills.startswith("spills ") and int(spills.split()[1]) > 100
     assert cores == "has no tensor core instruction"
-    assert memory == f"asks for {100 * 1024} bytes of shared memory, {99 * 1024} are there / fits"
+    needed, available = 100 * 1024, 99 * 1024
+    fault = f"needs {needed} bytes of shared memory, {available} are available"
+    assert memory == f"{fault} / fits"
 
 
 def test_under_the_interpreter_it_says_what_to_unset(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
     "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is no multiple of 2"),
     "model": ({"model": ""}, "--model"),
-    "no model": ({"model": "/no/such/model"}, "--model /no/such/model is no folder here"),
+    "no model": ({"model": "/no/such/model"}, "--model /no/such/model is not a local folder"),
     "no placeholder": (
         ONLY | {"data": {"captions": "one", "caption": "a photo"}},
         "no caption has the placeholder word TOK",
@@ -398,7 +398,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "handed over": (
         {"loss": "<lambda of a.py>"},
-        "--loss is <lambda of a.py>, which was handed over in Python",
+        "--loss is <lambda of a.py>, which was passed in Python",
     ),
 }
 
@@ -446,7 +446,7 @@ def test_texts_that_no_file_of_a_run_could_hold_are_refused_first(config: Config
         ({"samples": {"prompts": ("TOK", "caf\udce9")}}, "--samples.prompts 'caf"),
         ({"prior": {"swap": {"caf\udce9": "cat"}}}, "--prior.swap 'caf"),
     ):
-        with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are no UTF-8"):
+        with pytest.raises(UserError, match=rf"^{option}\\xe9' has bytes that are not UTF-8"):
             config_checks.check_config(merged(config, change))
 
 

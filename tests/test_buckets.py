@@ -113,7 +113,7 @@ def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
 
 def test_a_step_beyond_the_resolution_is_refused():
     for resolution, step in ((63, 64), (64, 0)):
-        with pytest.raises(UserError, match="--data.bucket-step is"):
+        with pytest.raises(UserError, match=r"--data\.bucket-step is"):
             ImageSettings(resolution, buckets=True, bucket_step=step)
     ImageSettings(63, bucket_step=64)  # not used
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.command_line import exit_status
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy")

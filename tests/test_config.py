@@ -175,7 +175,7 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path)
 def test_words_that_are_no_utf8_are_refused_escaped() -> None:
     for words in (["--out", "caf\udce9"], ["--data.caption", "caf\udce9"], ["caf\udce9.toml"]):
         with pytest.raises(
-            UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are no UTF-8"
+            UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are not UTF-8"
         ):
             parse_command_line(Config, words, prog="train.py", example="")
 

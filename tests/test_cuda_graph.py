@@ -44,7 +44,7 @@ FROM_HOST = (
 
 
 class Tape:
-    """A graphs.Recording on the CPU. A capture does not run what it records; the tape does, so its
+    """A Recording on the CPU. A capture does not run what it records; the tape does, so its
     first replay has happened already.
     """
 

@@ -208,7 +208,7 @@ def test_a_kind_that_is_wrong_is_refused_before_any_weight(
 ) -> None:
     monkeypatch.setattr(setup, "load_family", lambda *_: pytest.fail("weights were read"))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"kind": IA3, "rank": 4}, "--adapter.rank is 4, which has no part in"),
+        ({"kind": IA3, "rank": 4}, "--adapter.rank is 4, which has no effect on"),
         ({"kind": IA3, "rank": 16, "dropout": 0.1}, "--adapter.dropout is 0.1"),
         ({"kind": "examples/my_adapter.py:IA4"}, "has no class 'IA4'"),
         ({"kind": "nothing.py:IA3"}, "names no Python file"),

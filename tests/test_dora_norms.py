@@ -84,11 +84,11 @@ def test_norm_grad_is_doras_and_one_of_two():
     with pytest.raises(UserError, match="norm-grad is 'half'; expected one of detach, full"):
         AdapterSpec(targets=("*",), kind="dora", norm_grad="half")
     with pytest.raises(
-        UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind lora"
+        UserError, match=r"norm-grad is full, which has no effect on --adapter\.kind lora"
     ):
         AdapterSpec(targets=("*",), norm_grad="full")
     with pytest.raises(
-        UserError, match=r"--adapter\.norm-grad is full, which has no part in --adapter\.kind full"
+        UserError, match=r"norm-grad is full, which has no effect on --adapter\.kind full"
     ):
         AdapterSpec(targets=("*",), kind="full", norm_grad="full")
 

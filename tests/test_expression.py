@@ -192,7 +192,7 @@ def test_choices_multiply():
         ("IN09", LAYOUT, "none of the 10 layers"),
         ("MID", None, "name it with --model"),
         ("OUTD", None, "name it with --model"),
-        ("attn=x", LAYOUT, "is no number"),
+        ("attn=x", LAYOUT, "is not a number"),
         ("~attn=0.5", LAYOUT, "drop the ~ or the ="),
         ("1,0,1", LAYOUT, "takes a list of 17 or 26"),
         ("MID", Layout("flow", "", {}, {}), "no blocks"),

@@ -582,7 +582,7 @@ def test_what_cannot_be_read_has_its_reason(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     assert "raw file; export it as" in str(
         format_problem(Path("x.NEF"))
-    ) and ".mp4 is no image format" in str(format_problem(Path("x.mp4")))
+    ) and ".mp4 is not a supported image format" in str(format_problem(Path("x.mp4")))
     monkeypatch.setattr(images.features, "check", lambda name: False)
     assert (
         "lacks avif" in str(format_problem(Path("x.avif")))

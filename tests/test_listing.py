@@ -395,7 +395,7 @@ def test_names_that_are_no_utf8_are_no_captions_and_can_be_printed(tmp_path: Pat
     os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/caf\xe9 TOK.png")
     for how in ({}, {"captions": "filename"}):
         with pytest.raises(
-            UserError, match=r"caf\\xe9 TOK\.png has bytes that are no UTF-8 .*rename"
+            UserError, match=r"caf\\xe9 TOK\.png has bytes that are not UTF-8 .*rename"
         ):
             scan_folder(tmp_path, **how)  # type: ignore[arg-type]
     [record] = scan_folder(tmp_path, caption="a TOK")

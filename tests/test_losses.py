@@ -348,7 +348,7 @@ def test_lazy_members_are_computed_once_when_touched() -> None:
     step = make(base_out=lambda: calls.append(1) or torch.zeros(4))
     assert not calls
     assert step.base_out is step.base_out and calls == [1]
-    with pytest.raises(UserError, match=r"step\.attention.*offers base_out"):
+    with pytest.raises(UserError, match=r"step\.attention.*it has base_out"):
         _ = step.attention
 
 

@@ -242,10 +242,7 @@ def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_
             {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 3), "lokr_w2": (4, 4), "alpha": (2,)},
             r"an alpha of shape \[2\]",
         ),
-        (
-            {"diff": (8, 12), "diff_b": (8,)},
-            r"1 key\(s\) that mean nothing here: lora_unet_a.diff_b",
-        ),
+        ({"diff": (8, 12), "diff_b": (8,)}, r"1 unknown key\(s\): lora_unet_a.diff_b"),
     ],
 )
 def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expected):
@@ -257,10 +254,10 @@ def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expe
 def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
     state = read(loha((8, 12), False), layout, tmp_path)
     advice = (
-        r"unet.a is a LoHa update, no product of two factors; "
+        r"unet.a is a LoHa update, not a product of two factors; "
         r"merge\.py resize --rank R makes a LoRA of it, merge\.py fold puts it into a model"
     )
-    with pytest.raises(UserError, match=f"cannot be put on a model as it is: {advice}"):
+    with pytest.raises(UserError, match=f"cannot be used on a model unmerged: {advice}"):
         formats.load(tmp_path / "a.safetensors", layout)
     for format in ("kohya", "diffusers"):
         with pytest.raises(UserError, match=f"cannot be written: {advice}"):

@@ -25,7 +25,7 @@ from lora_core.formats.whole_models import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, layers_by_key, mix_layers_dense
-from merging.commands import ReadOptions
+from merging.commands import FileReadOptions
 from merging.factor_sums import cosine_similarity
 from merging.ties_dare import ties
 from merging.truncation import Keep
@@ -248,7 +248,7 @@ def test_methods_beside_the_sum(here, made, layout, capsys):
         status=2,
     )
     call(*words, "--out", "x.safetensors", "--method", "ties", status=2)
-    assert re.search(r"(?s)add up to 1.*say how much", capsys.readouterr().err)
+    assert re.search(r"(?s)add up to 1.*choose how much", capsys.readouterr().err)
 
 
 def test_tokens_that_clash_are_renamed_and_reported(here, made, layout, capsys):
@@ -386,7 +386,7 @@ def test_redo_wants_the_same_inputs(here, capsys, monkeypatch):
     call("redo", "m.safetensors", status=2)
     call("redo", "b.safetensors", status=2)
     assert re.search(
-        r"(?s)its sha256 differs.*neither below.*carries no recipe", capsys.readouterr().err
+        r"(?s)its sha256 differs.*neither below.*has no recipe", capsys.readouterr().err
     )
 
 
@@ -597,7 +597,7 @@ def test_flags_of_python_fire_are_understood(here, made, layout, words):
 def test_a_fold_is_the_sum_of_weights(here, made, layout, out):
     call("fold", "base", "0.7*a.safetensors - 0.2*b.safetensors@unet", out)
     folded = base_models.open_base_model(
-        out, ReadOptions(model_config="" if out == "merged" else "base")
+        out, FileReadOptions(model_config="" if out == "merged" else "base")
     )
     before = open_model_folder("base")
     wished = summed(
@@ -669,7 +669,7 @@ def test_models_add_up_with_adapters_on_top(here, made, layout, capsys):
     assert re.search(r"(?s)add up to 1.2.*distill makes.*no rank", capsys.readouterr().err)
     call("convert", "tuned.safetensors", "tuned", "--model-config", "base")
     single = base_models.open_base_model(
-        "tuned.safetensors", ReadOptions(model_config="base")
+        "tuned.safetensors", FileReadOptions(model_config="base")
     ).model
     for name, weights in open_model_folder("tuned").items():
         assert all(torch.equal(weights.read(key), single[name].read(key)) for key in weights.infos)
@@ -735,7 +735,7 @@ def test_resize_keeps_dtype_tokens_and_layers(here, made, layout, capsys):
         and load_file("wide.safetensors").popitem()[1].dtype == torch.float32
     )
     call("resize", "run", "x.safetensors", "--model", "base", status=2)
-    assert "say how much" in capsys.readouterr().err
+    assert "choose how much" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
@@ -798,7 +798,7 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
     assert "x.safetensors" in capsys.readouterr().err
     call("info", "k.safetensors", "--model", "sd1")
     call("mix", "2*k.safetensors@OUT03", "--out", "p.safetensors", status=2)
-    assert "means none of the 1 layers" in capsys.readouterr().err
+    assert "matches none of the 1 layers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes
@@ -806,10 +806,13 @@ def test_the_family_is_told_by_the_file(tmp_path, monkeypatch, capsys):
 BAD = [
     (("mix", "0.7*a.safetensors + ", "--out", "o.safetensors"), "ends too early"),
     (("mix", "a.safetensors", "--out", ""), "no output"),
-    (("mix", "nowhere.safetensors", "--out", "o.safetensors"), "nowhere.safetensors is not there"),
+    (
+        ("mix", "nowhere.safetensors", "--out", "o.safetensors"),
+        "nowhere.safetensors does not exist",
+    ),
     (
         ("mix", "a.safetensors@nowhere", "--out", "o.safetensors"),
-        "a.safetensors: @nowhere means none",
+        "a.safetensors: @nowhere matches none",
     ),
     (("mix", "a.safetensors", "--out", "taken.safetensors"), "--overwrite"),
     (("mix", "a.safetensors", "--out", "run"), "is a folder"),
@@ -829,7 +832,10 @@ BAD = [
         "exclude each other",
     ),
     (("mix", "a.safetensors", "--out", "o.safetensors", "--rank", "0"), "a rank is at least 1"),
-    (("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"), "no number of ranks"),
+    (
+        ("mix", "a.safetensors", "--out", "o.safetensors", "--budget", "many"),
+        "not a number of ranks",
+    ),
     (
         ("mix", "a.safetensors", "--out", "o.safetensors", "--density", "0.1"),
         "--density has no effect",
@@ -839,22 +845,22 @@ BAD = [
         "--residual has no effect",
     ),
     (("mix", "0.5*base + 0.5*base@attn", "--out", "o"), "layers can be chosen of adapters only"),
-    (("fold", "a.safetensors", "a.safetensors", "o"), "is no whole model"),
+    (("fold", "a.safetensors", "a.safetensors", "o"), "is not a whole model"),
     (("fold", "base", "base", "o"), "is a whole model"),
     (("fold", "base", "a.safetensors", "run"), "is there already"),
     (("fold", "base", "a.safetensors", "a.safetensors"), "is there already"),
     (("fold", "nowhere/none", "a.safetensors", "o"), "the hub gave no model"),
-    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is no whole model"),
-    (("distill", "base", "base", "o.safetensors"), "say how much"),
+    (("distill", "base", "a.safetensors", "o.safetensors", "--rank", "2"), "is not a whole model"),
+    (("distill", "base", "base", "o.safetensors"), "choose how much"),
     (("convert", "base", "o.safetensors", "--to", "kohya"), "drop --to"),
     (("convert", "d.safetensors", "o.safetensors", "--to", "cloneofsimo"), "DoRA"),
-    (("info", "nowhere.safetensors"), "is not there"),
+    (("info", "nowhere.safetensors"), "does not exist"),
     (("info", "base", "--plot", "s.png"), "whole model"),
     (("diff", "a.safetensors", "base"), "whole model"),
     (("explain", "base", "base", "a.safetensors"), "nothing to explain"),
-    (("redo", "nowhere"), "is not there"),
+    (("redo", "nowhere"), "does not exist"),
     (("add", "a.safetensors", "b.safetensors"), "one of these is missing"),
-    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is no number"),
+    (("add", "a.safetensors", "b.safetensors", "o.safetensors", "x"), "is not a number"),
     (("add", "a.safetensors", "b.safetensors", "o.safetensors", "1", "1", "1"), "in addition"),
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
@@ -981,7 +987,7 @@ def test_examples_of_the_help_are_commands(monkeypatch):
     import shlex
 
     seen = []
-    monkeypatch.setattr(merge, "run_command", lambda name, options: seen.append(name))
+    monkeypatch.setattr(merge, "run_merge_command", lambda name, options: seen.append(name))
     for name, command in merge.COMMANDS.items():
         call(name, *shlex.split(command.example))
     assert seen == list(merge.COMMANDS)
@@ -991,7 +997,7 @@ def test_an_interruption_is_said(here, monkeypatch, capsys):
     def stop(name, options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "run_command", stop)
+    monkeypatch.setattr(merge, "run_merge_command", stop)
     call("info", "a.safetensors", status=130)
     assert "interrupted" in capsys.readouterr().err
 
@@ -1023,7 +1029,7 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
         parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
     )
     call("mix", "0.5*hada.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
-    assert "no product of two factors" in capsys.readouterr().err
+    assert "not a product of two factors" in capsys.readouterr().err
     call(
         "mix",
         "0.5*hada.safetensors + a.safetensors@to_k",

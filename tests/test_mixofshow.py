@@ -73,7 +73,7 @@ def test_it_acts_and_says_that_rows_belong_to_layers(tmp_path):
             ),
             "nearest known",
         ),
-        (lambda p: p["unet"].popitem(), "is no factor of a pair"),
+        (lambda p: p["unet"].popitem(), "is not a factor of a pair"),
         (lambda p: p["new_concept_embedding"].update({"<a>": torch.ones(3)}), "has no rows"),
         (
             lambda p: p["new_concept_embedding"].update(

@@ -279,7 +279,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"
     ):
         load_family(str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.safetensors is not there"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         load_family("model.safetensors")
     with pytest.raises(UserError, match="--model"):
         load_family("")

@@ -81,9 +81,7 @@ HERE = "tests/test_plugins.py"
 def test_a_loss_is_recorded_by_file_and_name(loss: Any, name: str, args: dict[str, Any]) -> None:
     assert losses.name_and_arguments(loss) == (name, args)
     if name.startswith("<"):
-        with pytest.raises(
-            UserError, match="was handed over in Python and which no file gives back"
-        ):
+        with pytest.raises(UserError, match="was passed in Python and is in no file"):
             losses.find_function(name, losses.LOSSES, args)
     else:
         assert losses.find_function(name, losses.LOSSES, args) is not None

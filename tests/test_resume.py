@@ -33,12 +33,12 @@ from lora_core.toml import read_toml
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def dying_step(at):
-    whole = step.name_dropout_rows
+    whole = step.set_step_dropout_keys
     def set_keys(adapted, keys, number):
         if number == at:
             die()
         return whole(adapted, keys, number)
-    step.name_dropout_rows = set_keys
+    step.set_step_dropout_keys = set_keys
 
 def half_a_file(path):  # the file of the checkpoint of step 6, not that of step 3
     whole = lora_core.runs.run_folder.save_file

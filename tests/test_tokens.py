@@ -265,7 +265,7 @@ def test_an_existing_token_is_refused_and_nothing_changes(tokenizer):
 
 def test_names_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
     model = encoder(tokenizer)
-    with pytest.raises(UserError, match="reads them glued"):
+    with pytest.raises(UserError, match="reads them joined"):
         install_tokens(
             model, tokenizer, (Placeholder("TOK", ("<x>", "<X>")),), seed=0
         )  # this tokenizer lower-cases

@@ -131,7 +131,8 @@ def measure_run(config: Config, run: Path, options: DemoOptions) -> dict[str, fl
     reader = recogniser.load_recogniser()
     recipe = SamplerSettings(config.samples.sampler, config.samples.steps, config.samples.guidance)
     modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
-    captions, expected = [], []
+    captions: list[str] = []
+    expected: list[dict[str, str]] = []
     for caption, attributes in evaluation_captions(2 * count, seed=5):
         if attributes["object"] not in ("creature", "emblem") and len(captions) < count:
             captions.append(caption)

@@ -1,5 +1,5 @@
-"""Checkpoints, from which a killed run goes on, and the learned factors and token rows as an
-AdapterState.
+"""Checkpoints of a run: writing them, resuming from the newest, and the learned adapters and token
+rows as an AdapterState.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from training.signals import Stopped
 class Checkpoints:
     """Writes and restores OUT/checkpoints/STEP of one run.
 
-    `began` is time.perf_counter() at the start of this process; `restore` takes the seconds of the
-    processes before it off.
+    `began` is time.perf_counter() at the start of the run: `restore` subtracts from it the seconds
+    that earlier processes of a resumed run took.
     """
 
     def __init__(
@@ -43,12 +43,13 @@ class Checkpoints:
         prior = data.class_images.records if data.class_images else ()
         records = data.training.records
         self.identity = run_identity(to_table(config), records, prior, model.identity)
-        self.changes: list[str] = []  # what the run was resumed with that it did not begin with
+        self.changes: list[str] = []  # options that differ from those the run began with
         self.began = time.perf_counter()
 
     def restore(self, began: float) -> int:
-        """The number of steps done; 0 for a new run. Raises UserError when the checkpoint is of
-        another run, naming in what, and for parameters that are not finite.
+        """Restore the newest checkpoint; returns the number of steps done, 0 for a new run. Raises
+        UserError for a checkpoint of another run, naming the differences, and for parameters that
+        are not finite.
         """
         self.began = began
         done = self._load()
@@ -81,8 +82,8 @@ class Checkpoints:
         return found.step
 
     def write(self, done: int, log: Log) -> None:
-        """Writes checkpoints/<done>/: everything that `restore` needs, and next to it the files
-        that can be used elsewhere.
+        """Write checkpoints/<done>/: the state that `restore` needs, and the LoRA and token files
+        for other programs.
         """
         log.flush()
         nonfinite.check_finite_state(self.model, self.optimization, done, self.run)
@@ -102,8 +103,8 @@ class Checkpoints:
             formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)
 
     def learned_state(self, done: int) -> AdapterState:
-        """What the run has learned after `done` steps, under published names; a full fine-tune has
-        no factors (results.py writes it).
+        """Adapter factors and token rows after `done` steps, under published names. Without factors
+        for a full fine-tune, which results.py writes.
         """
         model, layout = self.model, self.model.family.layout
         components: dict[str, dict[str, Any]] = {}
@@ -125,7 +126,7 @@ class Checkpoints:
 
     @contextmanager
     def advice_on_interrupt(self) -> Iterator[None]:
-        """Adds to an interruption how to go on with the run."""
+        """Add the command that resumes the run to the message of an interruption inside."""
         try:
             yield
         except KeyboardInterrupt as stop:
@@ -144,11 +145,11 @@ class Checkpoints:
         return f"{kept}, go on with: {shlex.join(['python', 'train.py', file, '--resume'])}"
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state, with the settings of this config."""
+        """Load a saved optimizer state, keeping the settings of this config."""
         optimizer, o = self.optimization.optimizer, self.config.optimizer
         try:
             optimizer.load_state_dict(state)
-        except Exception as error:  # of a class that may be anybody's
+        except Exception as error:  # of any type: the class may be a user's
             raise UserError(
                 f"{o.name} cannot take up the state it saved ({type(error).__name__}: {error}), "
                 "so that this run cannot be resumed; begin anew in another --out"
@@ -159,7 +160,7 @@ class Checkpoints:
 
     def _accept_changes(self, tree: dict[str, Any], step: int) -> list[str]:
         """The changes that --resume-anyway accepts, each printed in a line. Raises UserError for
-        changes without it, and for state that cannot be taken.
+        changes without it, and for a state that does not fit this run.
         """
         refusal, found = self._refusal(tree, step), []
         if "identity" in tree:
@@ -206,8 +207,8 @@ class Checkpoints:
         return ""
 
     def _write_missing_files(self, step: int) -> None:
-        """The files next to the state of a checkpoint, where the process that wrote it was killed
-        in between.
+        """Write the LoRA and token files of a checkpoint whose process was killed after its state
+        was saved and before they were.
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
         files = formats.run_file_paths(self.learned_state(step), folder, layout)

@@ -18,7 +18,7 @@ from lora_core.runs.pictures import save_png
 
 
 def check_class_folder(given: str, images: str) -> None:
-    """Raises UserError for a folder of class images that cannot be read, or that holds the training
+    """Raises UserError for a folder of class images that is a file, or the folder of the training
     `images`; needs no model.
     """
     if not given or not Path(given).exists():
@@ -38,8 +38,9 @@ def check_class_folder(given: str, images: str) -> None:
 def open_class_images(
     prior: PriorConfig, run_folder: Path, training: ImageDataset, draw: Callable[[int], Image.Image]
 ) -> ImageDataset | None:
-    """The class images, cut like those of `training`; None without a class prompt. Missing ones
-    are drawn: `draw` takes a seed and gives the base model's image for the class prompt.
+    """The class images, cropped like those of `training`; None without a class prompt. Missing
+    images are generated: `draw` takes a seed and returns the base model's image for the class
+    prompt.
     """
     if not prior.prompt:
         return None
@@ -49,7 +50,7 @@ def open_class_images(
     if there > prior.count:
         print(
             f"class images: all {there} of {folder}; "
-            f"--prior.count {prior.count} is how many there are to be at least"
+            f"--prior.count {prior.count} is the least number"
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
     missing = missing[: max(0, prior.count - there)]

@@ -1,6 +1,5 @@
-"""Checks of a config before anything is read: ranges, options without effect, the run's folder.
-
-Also the machine: device, optimizer, CUDA graph. model_checks.py looks at the data and the model.
+"""Checks of a config before data and model are read: ranges, options without effect, the run's
+folder, and the machine: device, optimizer, CUDA graph. model_checks.py checks data and model.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lora_core.text import check_unicode
 from lora_core.toml import to_table
 from training.optimizer_check import try_optimizer
 
-# Options that name files and folders which are not the run's.
+# Options that name input files and folders, which the run must not overwrite.
 INPUT_PATHS = (
     "model",
     "model_config",
@@ -66,7 +65,7 @@ VALIDATION = (lambda c: c.validation.every >= 0, "--validation.every 0 or more")
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
 
-# section or option -> (whether anything reads it, what it needs to be read)
+# section or option -> (whether this config uses it, the setting that it needs to have an effect)
 EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "adapter": ADAPTERS,
     "adapter.targets": (lambda c: c.trains("denoiser"), "a stage that trains denoiser"),
@@ -128,7 +127,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
 
 
 def _check_effects(c: Config) -> None:
-    """Raises UserError for the first option that differs from its default and that nothing reads.
+    """Raises UserError for the first option that is not at its default and has no effect.
 
     Prints a warning for an interval that is longer than the run.
     """
@@ -154,8 +153,8 @@ def _check_effects(c: Config) -> None:
 
 
 def check_startup(c: Config) -> None:
-    """Raises UserError for what can be found before data and weights are read: several processes
-    for one run, options, the run's folder, logins.
+    """All checks that need neither data nor weights: several processes for one run, options, the
+    run's folder, logins. Raises UserError.
     """
     lock.check_single_process(os.environ)
     check_config(c)
@@ -193,7 +192,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
 
 
 def _check_ranges(c: Config) -> None:
-    """Raises UserError for the first number out of its option's range, as config.py has it."""
+    """Raises UserError for the first number outside its option's range (declared in config.py)."""
     check_options(c, "--")
     for name, section in vars(c).items():
         if is_dataclass(section):
@@ -245,7 +244,9 @@ def _check_groups(c: Config) -> None:
 
 
 def _check_known_words(c: Config) -> None:
-    """Raises UserError for a placeholder word in a text for a model that does not know it yet."""
+    """Raises UserError for a placeholder word in a prompt for the base model, which has not learned
+    it.
+    """
     placeholders = [*(c.tokens.words if c.trains("tokens") else ()), *c.prior.swap]
     texts = {"--prior.prompt": c.prior.prompt, "--samples.base-word": c.samples.base_word}
     texts |= {f"--prior.swap {word}": name for word, name in c.prior.swap.items()}
@@ -292,8 +293,8 @@ def _flag(name: str) -> str:
 
 
 def check_run_folder(c: Config) -> None:
-    """Raises UserError where the run cannot be written to OUT, or where that would touch files that
-    are not the run's; changes nothing.
+    """Raises UserError where the run cannot be written to OUT, or where writing would change files
+    that do not belong to a run; changes nothing itself.
     """
     table = to_table(c)
     given = {_flag(name): _look_up(table, name) for name in INPUT_PATHS}
@@ -313,9 +314,7 @@ def check_run_folder(c: Config) -> None:
 
 
 def check_services(c: Config) -> None:
-    """Raises UserError where --report or --push-to-hub would fail at the end, after all the
-    work.
-    """
+    """Raises UserError where --report or --push-to-hub could not log in."""
     reports.check_login(c.report)
     if c.push_to_hub:
         card.check_push_target(c.push_to_hub)
@@ -345,7 +344,7 @@ def check_device(c: Config, device: torch.device) -> None:
 
 
 def check_optimizer(c: Config, device: torch.device) -> None:
-    """Raises UserError for an optimizer that this run could not step, steer or keep.
+    """Raises UserError for an optimizer that this run could not step, control by groups, or save.
 
     Prints a warning for one that it could not resume.
     """
@@ -365,9 +364,8 @@ def check_optimizer(c: Config, device: torch.device) -> None:
 
 
 def check_capturable(loss: Callable[..., Any], name: str, step: Callable[..., Any] | None) -> None:
-    """Raises UserError where a CUDA graph would repeat what the loss or the step did once.
-
-    `step` is the caller's own, if there is one.
+    """Raises UserError for a loss or step function that is not declared safe to capture in a CUDA
+    graph, which replays the operations of one call. `step` is the caller's own, if there is one.
     """
     if not losses.is_capturable(loss):
         raise UserError(
@@ -382,7 +380,7 @@ def check_capturable(loss: Callable[..., Any], name: str, step: Callable[..., An
 
 
 def rerun_reason(c: Config) -> str:
-    """Why a config alone does not repeat its run; empty where it does."""
+    """Why config.toml alone cannot repeat its run, as a sentence; empty where it can."""
     functions = {"loss": c.loss, "step": c.step}
     options = [option for option, value in functions.items() if value.startswith("<")]
     if not options:

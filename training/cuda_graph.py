@@ -1,5 +1,5 @@
-"""A training step with fewer kernel launches: captured as one CUDA graph and replayed on new
-inputs, or with the repeated blocks of the network compiled.
+"""CUDA-graph capture and replay of a training step, and torch.compile of a network's repeated
+blocks.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WARMUP_CALLS = 3
 
 
 class Recording(Protocol):
-    """One captured call."""
+    """One captured call, as CudaGraph below; tests replace it on machines without a GPU."""
 
     def record(self) -> AbstractContextManager[None]:
-        """Inside the block work is recorded, not done."""
+        """Inside the block, device work is recorded and not executed."""
         ...
 
     def replay(self) -> None:
-        """Does the recorded work again, on the same addresses."""
+        """Execute the recorded work, on the same addresses."""
         ...
 
 
@@ -64,17 +64,16 @@ class _Capture:
 
 
 class GraphReplay:
-    """Calls of fn(inputs) -> tensors: the first WARMUP_CALLS of each kind run eagerly, the
-    following ones are replays of a graph.
+    """Calls fn(inputs) -> tensors: the first WARMUP_CALLS calls of each kind run eagerly, the
+    following ones replay a CUDA graph.
 
     A kind is `key` and the shapes and dtypes of the tensors in `inputs`. fn must do all its work
-    on the device, the same for every call of a kind, and keep what outlives it (parameters,
-    optimizer state) at its addresses; Python values that it reads stay what they were at the
-    capture.
+    on the device, the same for every call of a kind, and keep tensors that outlive it (parameters,
+    optimizer state) at their addresses; Python values that it reads are frozen at the capture.
 
-    Between two captures lies an eager call: it prepares what a capture uses up (the optimizers'
-    pinned tables of addresses). Our kernels count arrivals in memory that all graphs share: one
-    graph replays at a time, on one stream.
+    Before each capture one call runs eagerly, which makes the optimizers' pinned tables of
+    addresses that a capture uses up. Our kernels count arrivals in memory that all graphs share:
+    one graph replays at a time, on one stream.
     """
 
     def __init__(self) -> None:
@@ -85,7 +84,7 @@ class GraphReplay:
     def __call__(
         self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
     ) -> tuple[Tensor, ...]:
-        """fn's result for these inputs; copies, which the next call leaves alone."""
+        """fn(inputs), as copies that the next call does not overwrite."""
         kind = (key, tuple((tuple(t.shape), t.dtype) for t in tree_tensors(inputs)))
         self.calls[kind] = self.calls.get(kind, 0) + 1
         if self.calls[kind] <= WARMUP_CALLS or (kind not in self.captures and not self.ready):
@@ -112,7 +111,7 @@ class GraphReplay:
 def call_eagerly(
     fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
 ) -> tuple[Tensor, ...]:
-    """fn(inputs): what GraphReplay does where there is no graph."""
+    """fn(inputs): the replacement of a GraphReplay without --cuda-graph."""
     return fn(inputs)
 
 

@@ -26,7 +26,7 @@ from training.step_inputs import StepInputs
 
 
 class Log:
-    """Rows wait on the device until `flush` reads them all at once, every --log-every steps."""
+    """Log of a run. Rows stay on the device until `flush` reads them, every --log-every steps."""
 
     def __init__(self, run: Run, config: Config, model: Model, optimization: Optimization) -> None:
         self.run, self.config, self.model = run, config, model
@@ -43,7 +43,7 @@ class Log:
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
-        """The progress bar, from step `done` on; writes what waits when it ends."""
+        """The progress bar, from step `done` on; flushes the log when it ends."""
         settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
         hidden = not sys.stderr.isatty()
         with tqdm(total=self.config.steps, initial=done, disable=hidden, **settings) as self.bar:
@@ -53,7 +53,7 @@ class Log:
     def add_step(
         self, done: int, stage: Stage, loss: Tensor, norm: Tensor, inputs: Sequence[StepInputs]
     ) -> None:
-        """The row of a step: loss, norm of the gradient, learning rates, Prodigy's distances."""
+        """Add the row of a step: loss, gradient norm, learning rates, Prodigy's distances d."""
         self.inputs = inputs
         values: dict[str, Any] = {"loss": loss, "grad_norm": norm}
         groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
@@ -71,8 +71,8 @@ class Log:
             self._show(self.flush())
 
     def validate(self, done: int, scorer: Scorer) -> None:
-        """Scores the validation images after `done` steps: rows of val.jsonl, and their mean
-        relative to that of the first validation.
+        """Score the validation images after `done` steps: rows of val.jsonl, and their mean loss,
+        absolute and relative to the first validation, in metrics.jsonl.
         """
         if self.config.validation.every < 0 or done in self.scores:
             return
@@ -88,8 +88,8 @@ class Log:
         self.flush()
 
     def flush(self) -> list[dict[str, Any]]:
-        """Writes and returns the rows that wait. Raises UserError where one of them is not finite,
-        before a checkpoint could hold the damage.
+        """Write and return the pending rows. Raises UserError for a value that is not finite,
+        before a checkpoint could contain it.
         """
         rows = self.book.flush()
         nonfinite.check_logged_values(

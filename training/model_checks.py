@@ -26,7 +26,7 @@ from models import Family, Layout
 
 
 def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
-    """Component -> its adapters, as far as the names of a model's layers tell; needs no weights.
+    """Component -> spec of its adapters, from the names of the model's layers; needs no weights.
 
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a
     target that matches nothing.
@@ -49,7 +49,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
 
 
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Component that trains -> (globs, paths of the layers that they mean)."""
+    """Component that trains -> (globs, paths of the layers that they match)."""
     texts = [name for name in layout.presets if name in layout.encoders]
     denoisers = [name for name in layout.presets if name not in layout.encoders]
     wanted: dict[str, tuple[str, ...]] = {}
@@ -63,7 +63,7 @@ def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...
 def _match_targets(
     layout: Layout, component: str, names: Sequence[str]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """(globs, layers) that the targets mean in a component."""
+    """(globs, layers) that the targets match in a component."""
     presets, part = layout.presets[component], layout.component(component)
     paths = [path.removeprefix(part.module_prefix) for path in part.shapes]
     globs: list[str] = []
@@ -95,8 +95,8 @@ def _component_spec(a: AdapterConfig, globs: tuple[str, ...], paths: Sequence[st
 def report_adapters(
     c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]
 ) -> bool:
-    """Whether the adapters have a low-rank form; prints their layers and numbers of parameters,
-    and the files that are written where they have none.
+    """Print the adapters' layers and numbers of parameters; returns whether they have a low-rank
+    form. For those without one, prints which files are written instead.
 
     Raises UserError for adapters that could not be written in any form.
     """
@@ -116,14 +116,14 @@ def report_adapters(
 
 
 def check_model(c: Config, family: Family) -> None:
-    """Raises UserError for options that this model cannot follow or that do nothing on it.
+    """Raises UserError for options that this model does not support or that have no effect on it.
 
     Prints how dropped captions are encoded.
     """
     _check_sizes(c, family)
     if c.noise.zero_terminal_snr and family.prediction == "epsilon":
         raise UserError(
-            "--noise.zero-terminal-snr: at pure noise an epsilon says nothing about the image; "
+            "--noise.zero-terminal-snr: at pure noise epsilon carries no information on the image; "
             "add --noise.prediction v_prediction"
         )
     if family.schedule.kind != "flow" and (c.noise.dynamic_shift or c.noise.shift != 1):
@@ -151,7 +151,9 @@ def check_model(c: Config, family: Family) -> None:
 
 
 def _check_sizes(c: Config, family: Family) -> None:
-    """Raises UserError for sides of images and numbers of bins that this model does not have."""
+    """Raises UserError for image sides that are no multiple of the model's, and for more validation
+    bins than it has timesteps.
+    """
     sides = {"resolution": c.data.resolution}
     if c.data.buckets:
         sides["bucket-step"] = c.data.bucket_step
@@ -170,7 +172,7 @@ def _check_sizes(c: Config, family: Family) -> None:
 
 
 def drops_to_zeros(c: Config, family: Family) -> bool:
-    """Whether dropped captions get a conditioning of zeros."""
+    """Whether dropped captions are encoded as zeros."""
     return c.data.caption_dropout > 0 and bool(family.zeros) and c.data.dropped != "empty"
 
 
@@ -178,7 +180,7 @@ def drops_to_zeros(c: Config, family: Family) -> bool:
 
 
 def check_masks(c: Config, images: dataset.ImageDataset) -> None:
-    """Raises UserError where masks that some images may lack are absent everywhere."""
+    """Raises UserError where --data.masks finds no mask for any image."""
     if c.data.masks in ("auto", "any") and not images.has_masks:
         raise UserError(
             f"--data.masks {c.data.masks} finds no mask for any image; "
@@ -195,7 +197,7 @@ def swap_words(caption: str, swap: Mapping[str, str]) -> str:
 def token_initializers(c: Config) -> dict[str, str]:
     """Placeholder word -> its initializer.
 
-    Raises UserError for a word given twice, or as many initializers as fit neither one nor all.
+    Raises UserError for a repeated word, and unless there is one initializer for all or one each.
     """
     words, inits = c.tokens.words, c.tokens.init
     if len(set(words)) != len(words):
@@ -233,8 +235,8 @@ def check_token_limit(
     placeholders: Sequence[tokens.Placeholder],
     records: Sequence[dataset.Record],
 ) -> None:
-    """Raises UserError for a learned token that every caption loses to the text encoder's limit;
-    prints a warning where some do.
+    """Raises UserError for a learned token that is truncated in every caption, beyond the text
+    encoder's token limit; prints a warning where it is truncated in some.
 
     `embeddings`: the text encoders that learn token rows, by name.
     """

@@ -1,5 +1,5 @@
-"""Losses, gradients, weights and latents that are NaN or infinite: in which step, which group,
-which part of the model, and what to do.
+"""Detection of NaN and infinity in losses, gradients, weights and latents; the errors name the
+step, the parameter group or part of the model, and a remedy.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from training import cuda_graph
 from training.setup import Model, Optimization, TokenIds
 from training.step_inputs import StepInputs
 
-# Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and a
-# gradient that still overflows comes of activations.
+# Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and if
+# gradients still overflow then, the activations do.
 MAX_SKIPPED_IN_A_ROW = 25
 LOWER_RATE = "lower the learning rate (--optimizer.lr)"
 
 
 @dataclass
 class SkippedSteps:
-    """Steps that changed nothing, for their gradients overflowed in fp16."""
+    """Counter of steps that were skipped because their gradients overflowed in fp16."""
 
     total: int = 0
     in_a_row: int = 0  # up to the last row of the log
 
     def count(self, total: int) -> None:
-        """Takes the total after one more step."""
+        """Update the counts with the total after one more step."""
         self.in_a_row = self.in_a_row + 1 if total > self.total else 0
         self.total = total
 
@@ -50,8 +50,7 @@ def check_logged_values(
     """Raises UserError for the first row of the log with a loss or a gradient that is NaN or
     infinite, and for too many skipped steps in a row. `inputs` are those of the newest step.
 
-    In fp16 a step whose gradient overflows is skipped, which is no fault as long as it happens now
-    and then.
+    In fp16 a step whose gradient overflows is skipped; occasional skipped steps are normal.
     """
     for row in rows:
         if "skipped" in row:
@@ -106,7 +105,7 @@ def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> 
 
 
 def last_checkpoint_note(run: Run) -> str:
-    """Which checkpoint there is to go back to."""
+    """The newest checkpoint, as the last clause of an error message."""
     saved = run.newest_step()
     if saved is None:
         return "there is no checkpoint"
@@ -146,7 +145,7 @@ def check_finite_state(model: Model, optimization: Optimization, done: int, run:
 
 
 def check_steps_taken(skipped: SkippedSteps, steps: int) -> None:
-    """Raises UserError where no step of the run changed anything: all overflowed in fp16."""
+    """Raises UserError where every step of the run was skipped: all overflowed in fp16."""
     if skipped.total >= steps:
         raise UserError(
             f"all {steps} steps were skipped, for their gradients overflow in fp16, "
@@ -156,8 +155,8 @@ def check_steps_taken(skipped: SkippedSteps, steps: int) -> None:
 
 @torch.no_grad()
 def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Config) -> str:
-    """The part of the model that gives NaN or infinity, as a sentence with what to do; "" where
-    none is found. Looks at everything, for a run that ends here.
+    """A sentence that names the first part of the model with NaN or infinity and a remedy; "" where
+    none is found. Slow, with forward passes of each part: for a run that is about to fail.
     """
     family = model.family
     cure = (
@@ -185,7 +184,7 @@ def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Conf
 
 
 def _parameter_path(model: Model, parameter: Tensor) -> str:
-    """` (its path in the model)`, of a parameter that trains."""
+    """A trainable parameter's path in the model, as `" (PATH)"` for error messages."""
     for name, module in model.family.modules.items():
         for path, other in module.named_parameters():
             if other is parameter:

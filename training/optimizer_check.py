@@ -1,6 +1,5 @@
-"""The first steps of an optimizer on two small matrices, before any weight is read.
-
-They show whether the training loop can use the optimizer: steer it by groups, save and resume it.
+"""Trial of an optimizer on two small matrices, before any weight is read: whether the training loop
+can step it, set learning rates by group, save it and resume it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Parameters = Mapping[str, nn.Parameter]  # group -> its only parameter
 def try_optimizer(
     name: str, settings: Settings, args: Mapping[str, Any], device: torch.device
 ) -> list[str]:
-    """Warnings about an optimizer that works with these settings, as sentences.
+    """Try an optimizer's first steps; returns warnings, as sentences, if it works.
 
     `settings` are those of building.group_settings, `args` further arguments of the class. Raises
     UserError for a class or package that does not exist, for settings it refuses, for one whose
@@ -44,7 +43,7 @@ def try_optimizer(
         _check_groups(name, optimizer, settings)
         try:
             _run_steps(optimizer, params)
-        except Exception as error:  # of a class that may be anybody's
+        except Exception as error:  # of any type: the class may be a user's
             raise UserError(
                 f"optimizer {name} fails in its first steps: {_one_sentence(error)}; "
                 "choose another or correct its arguments"
@@ -134,7 +133,7 @@ def _check_resume(
     try:
         again.load_state_dict(saved)
         _run_steps(again, copies)
-    except Exception as error:  # of a class that may be anybody's
+    except Exception as error:  # of any type: the class may be a user's
         return [
             f"optimizer {name} cannot take up a state it saved ({_one_sentence(error)}), "
             "so that this run cannot be resumed"

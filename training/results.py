@@ -1,5 +1,5 @@
-"""What a run leaves behind: its files, images, plots, summary.json and README.md; the comparison
-of two runs, and the preview of a config's noise levels.
+"""Results of a run: its files, images, plots, summary.json and README.md; the comparison of two
+runs, and the preview of a config's noise levels.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Before = tuple[Sequence[Score], Sequence[Score]]  # scores before and after
 
 
 def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: SampleImages) -> Path:
-    """Writes the run's files, images, plots, summary.json and README.md, prints what it learned,
-    and returns its folder.
+    """Write the run's files, images, plots, summary.json and README.md, print losses and learned
+    tokens, and return the run's folder.
     """
     run, config, model = log.run, log.config, log.model
     done = config.steps
@@ -90,8 +90,8 @@ def _save_files(
 
 
 def save_trained_model(model: Model, config: Config, folder: Path) -> None:
-    """The whole model in the diffusers layout, trained parts with what they have learned; token
-    rows are in their own file.
+    """Write the whole model in the diffusers layout, adapters folded into its weights; token rows
+    are in their own file.
     """
     states = {name: injection.merged_state_dict(part) for name, part in model.adapted.items()}
     for name in states.keys() & model.embeddings.keys():
@@ -101,7 +101,7 @@ def save_trained_model(model: Model, config: Config, folder: Path) -> None:
 
 
 def _report_tokens(model: Model) -> list[dict[str, Any]]:
-    """For each learned token its encoder, norm, drift and nearest words."""
+    """Each learned token's text encoder, norm, distance from its start, and nearest words."""
     found = []
     for name, embedding in model.embeddings.items():
         encoder = model.family.layout.encoders[name]
@@ -126,7 +126,7 @@ def _print_tokens(learned: Sequence[Mapping[str, Any]], *, several: bool) -> Non
 
 
 def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, Any]:
-    """Members of summary.json that only some runs have: changes, skipped steps, a remark."""
+    """Optional entries of summary.json: changes on resuming, skipped steps, a remark."""
     notes: dict[str, Any] = {}
     if checkpoints.changes:
         notes["changes"] = checkpoints.changes
@@ -143,7 +143,7 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 def _make_card(
     log: Log, checkpoints: Checkpoints, samples: SampleImages, scores: Before | None
 ) -> ModelCard:
-    """What the run's README.md states; `scores` before and after, where there are any."""
+    """The model card that becomes the run's README.md; `scores`: before and after, if any."""
     config, model, family = log.config, log.model, log.model.family
     look, data = config.samples, samples.data
     ends = {}
@@ -225,8 +225,8 @@ def print_comparison(run_a: Path, run_b: Path) -> None:
 
 
 def preview_noise_levels(config: Config) -> Path:
-    """Prints which noise levels a config trains on and how much they count, and draws them next to
-    its OUT. Reads the model's scheduler, no weights.
+    """Print and plot the density and weights of the noise levels that a config trains on; returns
+    the plot's path, next to OUT. Reads the model's scheduler, no weights.
     """
     config_checks.check_config(config, needs_images=False)
     n = config.noise

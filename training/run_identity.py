@@ -1,4 +1,6 @@
-"""Options, images and weights that a run was made from, as checkpoints keep them; changes."""
+"""Identity of a run, kept in its checkpoints: options, images and weights that it was made from;
+the differences between two identities.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
 
 WHERE_WRITTEN = "where the run is written, not its result"
-WHEN_LOOKED_AT = "when and how the run is looked at"
+WHEN_LOOKED_AT = "when and how the run is observed"
 COMPUTED_BY = "the threads and files that compute it"
 ROUNDING = "the same formulas, rounded as that device or graph rounds"
 WEIGHTS_PATH = "a path: the weights behind it are compared"

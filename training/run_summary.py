@@ -31,7 +31,7 @@ def describe_run(
     length: RunLength,
     left_out: Mapping[str, Sequence[Path]],
 ) -> str:
-    """The lines that are printed before training.
+    """The summary that is printed before training, one line for each subject.
 
     `left_out`: reason -> files that nothing reads (`records.find_unused_files`).
     """
@@ -96,7 +96,7 @@ def _describe_source(source: Path | str) -> str:
 
 
 def _example_caption(record: Record, placeholders: Sequence[Placeholder]) -> str:
-    """The first caption of an image as it is trained on, and the file's name."""
+    """The first caption of an image, with its placeholder replaced by tokens, and the file name."""
     caption = bind_placeholders(record.captions[0], placeholders)
     short = caption if len(caption) <= LONGEST_CAPTION else caption[:LONGEST_CAPTION] + "..."
     more = f", one of {len(record.captions)}" if len(record.captions) > 1 else ""

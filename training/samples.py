@@ -1,5 +1,5 @@
-"""Images that a run draws: samples on the way, before_after.png at the end, class images of prior
-preservation before the first step.
+"""Images that a run generates: samples during training, before_after.png at the end, class images
+of prior preservation before the first step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COLUMNS = 5  # images in a row
 
 
 class SampleImages:
-    """Draws images with the model of a run: sampler and prompts of its config, size of its
-    training images.
+    """Generates images with the model of a run, with the sampler and prompts of its config, in the
+    size of its training images.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class SampleImages:
     def draw(
         self, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False
     ) -> list[Image.Image]:
-        """One image for each prompt, seeds 0, 1, 2 ...: of the base model, of the learned tokens
-        alone, or of the model as it is. An inpainting model paints the middle of the validation
-        images anew.
+        """One image for each prompt, seeds 0, 1, 2 ...: by the base model, with the learned tokens
+        alone, or with all that is trained. An inpainting model repaints the middle of the
+        validation images.
         """
         model = self.model
         if base:
             bound = [self.ordinary_prompt(prompt) for prompt in prompts]
         else:
             bound = [tokens.bind_placeholders(prompt, model.placeholders) for prompt in prompts]
-        # what fits in training fits here
+        # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
         images: list[Image.Image] = []
         with ExitStack() as stack:
@@ -97,8 +97,8 @@ class SampleImages:
         return list(self.config.samples.prompts) or list(dict.fromkeys(captions))[:COLUMNS]
 
     def ordinary_prompt(self, prompt: str) -> str:
-        """The prompt for a model that knows no placeholder: --samples.base-word in its place, else
-        the words that its tokens started from.
+        """The prompt for the base model: each placeholder replaced by --samples.base-word, else by
+        the words that its tokens were initialized from.
         """
         word = self.config.samples.base_word
         for p in self.model.placeholders:
@@ -111,7 +111,7 @@ class SampleImages:
 def save_sample_grid(
     samples: SampleImages, run: Run, done: int, drawn: Sequence[Image.Image] = ()
 ) -> None:
-    """OUT/samples/step_NNNNNN.png; of `drawn`, where the images are there already."""
+    """Write OUT/samples/step_NNNNNN.png, of `drawn` where the images exist already."""
     prompts = samples.prompts
     row = ImageRow("", drawn or samples.draw(prompts), prompts)
     sheet = pictures.draw_grid(list(wrap_row(row)), title=f"after {done} steps")
@@ -121,11 +121,11 @@ def save_sample_grid(
 def before_after_grid(
     samples: SampleImages, drawn: Sequence[Image.Image], title: str
 ) -> Image.Image:
-    """Training images, base model, tokens alone, everything (`drawn`), and everything in new
-    places: one row each.
+    """A grid with one row each for: training images, base model, tokens alone, everything trained
+    (`drawn`), and everything trained on further prompts.
 
-    More than COLUMNS prompts go on below, where before and after of one prompt are again one above
-    the other.
+    More than COLUMNS prompts continue in further rows below, before and after of one prompt one
+    above the other.
     """
     model, config, prompts = samples.model, samples.config, samples.prompts
     ordinary = [samples.ordinary_prompt(prompt) for prompt in prompts]
@@ -149,7 +149,7 @@ def before_after_grid(
 
 
 def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
-    """The row cut into rows of at most COLUMNS images, each with its captions and the label."""
+    """The row split into rows of at most COLUMNS images, with their captions and the same label."""
     for i in range(0, len(row.images), COLUMNS):
         yield ImageRow(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
 

@@ -1,5 +1,5 @@
-"""Validation of a run: images scored at fixed timesteps and fixed noise, and the losses before and
-after it as a table.
+"""Validation of a run: losses on its images at fixed timesteps and noise, and a table of the losses
+before and after training.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from training.setup import Data, Model, Optimization
 
 
 class Scorer:
-    """Scores the validation images, as many at once as in training."""
+    """Scores the validation images, in batches of the training's size."""
 
     def __init__(
         self, config: Config, data: Data, model: Model, optimization: Optimization
     ) -> None:
         self.config, self.images = config, data.validation
         self.model, self.optimization = model, optimization
-        self.latents: dict[int, Example] = {}  # number of an image -> it, latents as its pixels
+        self.latents: dict[int, Example] = {}  # image index -> its example, latents as pixels
 
     def score(self) -> list[Score]:
-        """One score of each image, timestep and noise draw, by the moving average if there is one;
-        sorted by draw and timestep, the images in order within each.
+        """One score for each image, timestep and noise draw, with the moving average if there is
+        one; sorted by draw and timestep, the images in order within each.
         """
         found: list[Score] = []
         count, size = len(self.images), self.config.batch_size
         size = min(size, count)
         with self.model.evaluating(), self.optimization.averaged():
             for first in range(0, count, size):
-                # The last batch is as large as the others: a GEMM's bits depend on its rows.
+                # The last batch is as large as the others: a GEMM's bits depend on its row count.
                 start = min(first, count - size)
                 scores = self._score_batch(range(start, start + size))
                 for i, score in enumerate(scores):

@@ -1,6 +1,6 @@
-"""What a run opens before its first step: its data, its model with adapters and learned tokens, and
-its optimizer, three functions that return three frozen records; then the folder it writes to.
-Nothing on the disk changes before `open_run`.
+"""Setup of a run: `open_data`, `open_model` (with adapters and learned tokens) and `open_optimizer`
+return one frozen dataclass each; `open_run` opens the output folder. Nothing on the disk changes
+before `open_run`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Data:
     """The images of a run."""
 
     training: ImageDataset  # trained on, cropped and augmented as the config says
-    validation: ImageDataset  # scored by the validation, center-cropped, without masks
-    scored: ValidationSet  # the records of `validation`, and what the loss on them is called
+    validation: ImageDataset  # center-cropped, without masks
+    scored: ValidationSet  # the records of `validation`, and the name of their loss
     unused: Mapping[str, Sequence[Path]]  # reason -> files next to the images that nothing reads
     class_images: ImageDataset | None = None  # of prior preservation
 
     def batches(self, config: Config, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start .. stop - 1, each a function of the seed and its number."""
+        """The batches of steps start .. stop - 1, each determined by the seed and its number."""
         return dataset.iterate_batches(
             self.training,
             self.class_images,
@@ -71,20 +71,20 @@ class Data:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Captions as the text encoders read them, where something in the text encoders trains."""
+    """Token ids of captions, encoded in each step where a text encoder or tokens train."""
 
     ids: dict[str, Tensor]  # tokenizer's output -> [b, ...], as family.encode takes it
     kept: Tensor | None  # [b] 0 in the rows of dropped captions that zeros replace, else 1
 
     def encode(self, family: Family) -> Conditioning:
-        """The conditioning of these captions, computed on the device alone."""
+        """The conditioning of these captions; reads nothing back from the device."""
         cond = family.encode(self.ids)
         return cond if self.kept is None else cond.zeroed(family.zeros, self.kept)
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model that trains: frozen networks with adapters and learned token rows in them."""
+    """The model of a run: frozen networks with trainable adapters and token rows in them."""
 
     family: Family
     device: torch.device
@@ -97,14 +97,14 @@ class Model:
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
     norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms that the rows are pulled to
     table_stds: dict[str, Tensor]  # text encoder -> 0-dim, spread of its vocabulary
-    groups: dict[str, list[nn.Parameter]]  # what trains: denoiser, text_encoder, tokens
-    up_factors: dict[str, list[Tensor]]  # group -> up of its adapters, with LoRA+ only
+    groups: dict[str, list[nn.Parameter]]  # trainable parameters of denoiser, text_encoder, tokens
+    up_factors: dict[str, list[Tensor]]  # group -> up factors of its adapters, with LoRA+ only
     identity: dict[str, str]  # component -> hash of its weights as they were loaded
     guidance: float  # scale that a guidance-distilled denoiser reads
     autocast: torch.autocast  # matrix products in bf16 with --autocast
 
     def conditioning(self, text: Conditioning | TokenIds, sizes: Sizes) -> Conditioning:
-        """What the denoiser reads in addition to the latents: encoded captions, image sizes."""
+        """The denoiser's conditioning: encoded captions and image sizes."""
         with self.autocast:
             cond = text.encode(self.family) if isinstance(text, TokenIds) else text
         return self.family.add_size_embeddings(cond, sizes, self.guidance)
@@ -146,7 +146,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimization:
-    """The optimizer and what steers it."""
+    """The optimizer, its settings by group, schedules, loss scaling and moving average."""
 
     optimizer: torch.optim.Optimizer
     settings: dict[str, dict[str, Any]]  # group -> name, lr ... that it was built with
@@ -156,14 +156,14 @@ class Optimization:
     average: ParameterAverage | None  # with --ema
 
     def update_average_(self) -> None:
-        """Brings the moving average up to date, where there is one."""
+        """Update the moving average after a step, where there is one."""
         if self.average is not None:
             self.average.update_()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The parameters to look at and to write: the moving average of --ema, or that of a
-        schedule-free optimizer; without either, those that train.
+        """Inside, the parameters have the values to evaluate and save: the moving average of --ema
+        or of a schedule-free optimizer; without either, the trained values.
         """
         with ExitStack() as stack:
             stack.enter_context(building.use_evaluation_parameters(self.optimizer))
@@ -178,8 +178,8 @@ class Optimization:
 def check_before_opening(
     config: Config, loss: Callable[..., Tensor], own_step: Callable[..., Tensor] | None
 ) -> None:
-    """Raises UserError for what is known to be wrong before data and weights are read; prints the
-    device, which becomes torch's current one. `own_step` replaces train.training_step.
+    """All checks that need neither data nor weights; prints the device and makes it torch's current
+    one. Raises UserError. `own_step`: the function that replaces train.training_step, if any.
     """
     config_checks.check_startup(config)
     if config.threads:
@@ -202,8 +202,8 @@ def function_name(function: Callable[..., Any]) -> str:
 
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    """The run's folder, which no other process can open inside the block. Raises UserError where
-    another process has it, or where it cannot be made.
+    """The run's folder, locked against other processes inside the block. Raises UserError where
+    another process holds it, or where it cannot be made.
     """
     lock = lock_folder(Path(os.path.abspath(config.out)))
     try:
@@ -217,7 +217,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
-    """Prints what the run is about to do, and writes OUT/config.toml, from which it resumes."""
+    """Print the summary of the run, and write OUT/config.toml, from which it resumes."""
     length = RunLength(config.steps, config.batch_size, config.accumulation)
     words = describe_run(data.training, data.class_images, model.placeholders, length, data.unused)
     print_escaped(words)
@@ -228,8 +228,8 @@ def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
 
 
 def open_data(config: Config) -> Data:
-    """Finds images, captions and masks, and prints what is doubtful about them. Raises UserError
-    for a folder without images, and for captions and masks that the config cannot train on.
+    """Find images, captions and masks, and print warnings about them. Raises UserError for a folder
+    without images, and for captions and masks that the config cannot train on.
     """
     d, v = config.data, config.validation
     images = _images_folder(config)
@@ -255,7 +255,7 @@ def open_data(config: Config) -> Data:
 
 
 def _images_folder(config: Config) -> str:
-    """The folder of the training images; a data set of the hub is written to one."""
+    """The folder of the training images; a data set from the hub is written to one first."""
     d = config.data
     if not d.dataset:
         return d.images
@@ -272,7 +272,7 @@ def _images_folder(config: Config) -> str:
 
 
 def _caption_options(config: Config) -> dict[str, Any]:
-    """How captions are read, by the training images and the validation alike."""
+    """Arguments of caption reading, the same for training and validation images."""
     d = config.data
     column = None if d.dataset else d.caption_column or None
     return {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
@@ -300,15 +300,15 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
 def add_class_images(
     config: Config, data: Data, run: Run, draw: Callable[[int], Image.Image]
 ) -> Data:
-    """The data with the class images of prior preservation, if the config asks for them; `draw`
-    gives the base model's image for a seed, for those that are missing.
+    """The data with the class images of prior preservation, if the config has a class prompt.
+    Missing images are generated: `draw` takes a seed and returns the base model's image.
     """
     found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
     return replace(data, class_images=found)
 
 
 def check_captions(data: Data, model: Model) -> None:
-    """Raises UserError for a learned token that every caption loses to a text encoder's limit."""
+    """Raises UserError for a learned token that a text encoder's limit cuts off every caption."""
     model_checks.check_token_limit(
         model.family, model.embeddings, model.placeholders, data.training.records
     )
@@ -318,8 +318,8 @@ def check_captions(data: Data, model: Model) -> None:
 
 
 def open_model(config: Config) -> Model:
-    """Loads the model and puts adapters and learned tokens into it, on the config's device. Prints
-    the loss and the adapters. Raises UserError for options that this model does not support.
+    """Load the model onto the config's device and inject adapters and learned tokens. Prints the
+    loss and the adapters. Raises UserError for options that this model does not support.
     """
     plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
     device = choose_device(config.device)
@@ -364,7 +364,7 @@ def open_model(config: Config) -> Model:
 
 
 def _open_family(config: Config, device: torch.device) -> Family:
-    """The frozen model. Raises UserError for options that it does not take."""
+    """The frozen model. Raises UserError for options that it does not support."""
     n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
@@ -378,7 +378,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
     )
     family = load_family(config.model, options)
     model_checks.check_model(config, family)
-    sampling.sampler_levels(  # refuses a sampler or a number of steps that this schedule has not
+    sampling.sampler_levels(  # raises for a sampler or number of steps that the schedule lacks
         config.samples.sampler,
         family.schedule,
         config.samples.steps,
@@ -398,8 +398,8 @@ def _describe_loss(config: Config, family: Family) -> str:
 def _install_tokens(
     config: Config, family: Family, encoders: Mapping[str, nn.Module]
 ) -> tuple[tuple[tokens.Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
-    """The placeholders, and the learned rows of each text encoder that learns; neither without a
-    stage that trains tokens.
+    """The placeholders, and the learned token rows of each text encoder that learns them; both
+    empty without a stage that trains tokens.
     """
     if not config.trains("tokens"):
         return (), {}
@@ -428,8 +428,8 @@ def _install_tokens(
 
 
 def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> Tensor:
-    """[n, 1] norms that the prior pulls to: those the rows started with, unless one is given (0.4
-    in lora_pti: SD 1.5's usual norm). Rows that start at zero take the vocabulary's mean norm.
+    """[n, 1] target norms of the norm prior: the rows' initial norms, unless one is given (0.4 in
+    lora_pti: SD 1.5's usual norm). Rows that start at zero take the vocabulary's mean norm.
     """
     start = embedding.initial.norm(dim=-1, keepdim=True)
     if wanted:
@@ -443,7 +443,7 @@ def _parameter_groups(
     adapted: Mapping[str, nn.Module],
     embeddings: Mapping[str, tokens.LearnedEmbedding],
 ) -> dict[str, list[nn.Parameter]]:
-    """Group -> its parameters; groups of which nothing trains are left out."""
+    """Group -> its trainable parameters; groups without any are left out."""
     groups: dict[str, list[nn.Parameter]] = {"denoiser": [], "text_encoder": [], "tokens": []}
     for name in [family.denoiser, *family.tokenizers]:
         if name in adapted:
@@ -456,7 +456,7 @@ def _parameter_groups(
 def _up_factors(
     config: Config, family: Family, adapted: Mapping[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
-    """Group -> the up of its adapters, which LoRA+ gives a learning rate of their own."""
+    """Group -> the up factors of its adapters, which have their own learning rate in LoRA+."""
     found: dict[str, list[Tensor]] = {}
     if config.optimizer.lora_plus != 1:
         for name, module in adapted.items():
@@ -494,7 +494,7 @@ def open_optimizer(
     up_factors: Mapping[str, Sequence[Tensor]],
 ) -> Optimization:
     """The optimizer over the groups of parameters; those in `up_factors` have the learning rate of
-    LoRA+ (arXiv 2402.12354). Raises UserError for what its class does not take.
+    LoRA+ (arXiv 2402.12354). Raises UserError for arguments that its class does not take.
     """
     o = config.optimizer
     settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
@@ -519,7 +519,9 @@ def open_optimizer(
 
 
 def _resolve_schedules(config: Config) -> dict[str, RateSchedule]:
-    """The schedules that the stages name; --optimizer.schedule-args are those of the config's."""
+    """Name -> learning-rate schedule, for the stages; --optimizer.schedule-args belong to
+    --optimizer.schedule.
+    """
     o = config.optimizer
     found: dict[str, RateSchedule] = {}
     for name in {stage.schedule or o.schedule for stage in config.stages}:

@@ -29,10 +29,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside the block each of the signals raises Stopped at once; inside `deferred` the first one
-    only makes this object true.
+    """Context manager in which each of the signals raises Stopped at once; inside `deferred` the
+    first one only makes this object true.
 
-    What comes within a second of the first signal is the same request, and changes nothing. A
+    Further signals within a second of the first are the same request, and change nothing. A
     signal that the process was started to ignore (nohup) stays ignored, and outside of the main
     thread nothing changes.
     """
@@ -61,8 +61,8 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[Signals]:
-        """For the training loop, which looks between two steps whether a signal came; a second one
-        ends the run at once.
+        """Inside the block the first signal waits until the training loop checks for it between two
+        steps; a second one ends the run at once.
         """
         self.waits = True
         try:

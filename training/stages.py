@@ -29,8 +29,8 @@ def remaining_stages(stages: Sequence[Stage], done: int) -> Iterator[tuple[Stage
 
 
 def begin_stage(stage: Stage, config: Config, model: Model, optimization: Optimization) -> None:
-    """Lets the stage's groups step and freezes the others: no gradient, no update, the optimizer's
-    state as it is.
+    """Make the stage's groups trainable and freeze the others: no gradient, no update, unchanged
+    optimizer state.
     """
     for name, params in model.groups.items():
         for p in params:
@@ -47,7 +47,7 @@ def begin_stage(stage: Stage, config: Config, model: Model, optimization: Optimi
 
 
 def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Optimization) -> None:
-    """Learning rates of step number `step` of the stage; 0 for the groups that pause. With
+    """Set the learning rates of step number `step` of the stage; 0 for frozen groups. With
     --cuda-graph they are tensors, which a captured step reads.
     """
     o = config.optimizer

@@ -1,6 +1,4 @@
-"""One step of the optimizer over the micro-batches of a batch; train.training_step gives the losses
-of each.
-"""
+"""One optimizer step over the micro-batches of a batch; train.training_step gives their losses."""
 
 from __future__ import annotations
 
@@ -33,22 +31,22 @@ Step = Callable[[Model, StepInputs, Config, Loss], Tensor]  # -> [b]
 
 @dataclass(frozen=True)
 class StepFunctions:
-    """The step of a run, and the loss that it is called with."""
+    """The step function of a run, and the loss that it is called with."""
 
     step: Step
     loss: Loss
-    own_step: Step | None = None  # `step`, where it replaces train.training_step
+    own_step: Step | None = None  # equal to `step` where that is not train.training_step
 
     @property
     def name(self) -> str:
-        """The function that errors name: the loss, or a step of one's own."""
+        """The function that errors name: the loss, or the caller's own step."""
         return function_name(self.own_step or self.loss)
 
 
 def lazy_members(
     model: Model, x: StepInputs, x_t: Tensor, cond: Conditioning
 ) -> dict[str, Callable[..., Any]]:
-    """Members of StepOutput that cost a forward pass, for losses that read them."""
+    """Members of StepOutput that need another forward pass, computed when a loss reads them."""
 
     @torch.no_grad()
     def base_out(other: Conditioning = cond) -> Tensor:
@@ -63,7 +61,7 @@ def lazy_members(
     def attention() -> list[Tensor]:
         family = model.family
         scaled = scale_input(family.prediction, x_t, x.level)
-        # a compiled block does not see the hooks that look at its layers
+        # a compiled block does not run the hooks that record attention
         with torch.compiler.set_stance("force_eager"):
             return family.attention_maps(scaled, x.level, cond, x.inpaint)
 
@@ -85,8 +83,8 @@ def optimizer_step(
     inputs: Sequence[StepInputs],
 ) -> tuple[Tensor, Tensor]:
     """(loss, norm of the gradient before clipping) of one step over the micro-batches. A CUDA graph
-    captures this function. `check` waits for the device, to refuse losses that are not finite and
-    groups without gradient.
+    captures this function. With `check`, which waits for the device, raises UserError for losses
+    that are not finite and for groups without a gradient.
     """
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
@@ -96,7 +94,7 @@ def optimizer_step(
             stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:
-                name_dropout_rows(model.adapted, x.dropout_keys, x.step)
+                set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
             rows = functions.step(model, x, config, functions.loss)
             if check:
                 nonfinite.check_loss_values(rows, functions.name, inputs, model, config)
@@ -135,8 +133,8 @@ def update_parameters(
 def control_token_norms(
     model: Model, optimization: Optimization, stage: Stage, config: Config
 ) -> None:
-    """The norm prior of the learned token rows, after each optimizer step: pulls each row's norm to
-    its target, at a rate of 100 times its learning rate, or rescales all rows to the table's std.
+    """Apply the norm prior to the learned token rows after an optimizer step: pull each row's norm
+    to its target at 100 times its learning rate, or rescale all rows to the table's std.
     """
     how = stage.norm or config.tokens.norm
     for group in optimization.optimizer.param_groups:
@@ -153,7 +151,7 @@ def control_token_norms(
 
 
 def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
-    """Raises UserError for a group that trains and has no gradient."""
+    """Raises UserError for a trainable group without a gradient."""
     for name, params in groups.items():
         if params[0].requires_grad and all(p.grad is None for p in params):
             raise UserError(
@@ -161,7 +159,7 @@ def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
             )
 
 
-def name_dropout_rows(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:
-    """Names the examples [b] of the next forward pass for the dropout of the adapters."""
+def set_step_dropout_keys(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:
+    """Set the keys [b] of the examples in the next forward pass for the adapters' dropout."""
     for module in adapted.values():
         injection.set_dropout_keys(module, keys, step)

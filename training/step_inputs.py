@@ -1,6 +1,5 @@
 """Inputs of a training step: latents, noise and its level, captions, image sizes. They are made on
-the host, keyed by image and visit, and are on the device before the step begins, which then works
-on the device alone.
+the host, keyed by image and visit, and copied to the device before the step begins.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ class StepInputs:
     """Inputs of one micro-batch, all tensors on the device."""
 
     x0: Tensor  # [b, c, h, w] sampled from the VAE's posterior
-    eps: Tensor  # [b, c, h, w] the noise that the target is made of
-    eps_in: Tensor  # [b, c, h, w] the noise that x_t is made with
+    eps: Tensor  # [b, c, h, w] the noise in the target
+    eps_in: Tensor  # [b, c, h, w] the noise in x_t (with input perturbation other than eps)
     level: NoiseLevel  # [b] each
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     inpaint: Tensor | None  # [b, 1 + c, h, w] mask and masked latents, for an inpainting model
-    text: Conditioning | TokenIds  # encoded, where nothing in the text encoders trains
+    text: Conditioning | TokenIds  # encoded, unless a text encoder or tokens train
     sizes: Sizes  # with `values` on the device where the denoiser embeds them
     is_prior: Tensor  # [b] bool, class images of prior preservation
     dropout_keys: Tensor | None  # [b] int64, keys of the adapters' dropout
@@ -53,8 +52,8 @@ class StepInputs:
 
 
 class InputSource:
-    """Where the inputs of a run's steps come from, with what is computed once: latents of images
-    whose pixels come again, captions that are encoded or tokenized already.
+    """Source of the inputs of a run's steps, with caches: latents of images whose pixels repeat,
+    and captions that were encoded or tokenized before.
     """
 
     def __init__(self, config: Config, data: Data, model: Model) -> None:
@@ -82,7 +81,7 @@ class InputSource:
             self.stream = torch.cuda.Stream(model.device)
 
     def begin_stage(self) -> None:
-        """Forgets the encodings that the parameters of the stage before made."""
+        """Drop the encodings that were made with the parameters before this stage."""
         self.encoded.clear()
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
@@ -92,12 +91,14 @@ def make_step_inputs(
     source: InputSource, batch: Batch, stage: Stage, number: int, *, check: bool
 ) -> list[StepInputs]:
     """The inputs of each micro-batch of step `number`. On a GPU they are made on a stream of their
-    own, while the steps before are still computed. `check` looks at latents that are encoded anew,
-    which waits for the device.
+    own, while earlier steps are still computed. With `check`, which waits for the device, new
+    latents must be finite.
     """
     with on_side_stream(source.stream, source.model.device) as made:
-        parts = source.config.accumulation
-        for micro in micro_batches(batch, parts) if parts > 1 else [batch]:
+        parts = [batch]
+        if source.config.accumulation > 1:
+            parts = list(micro_batches(batch, source.config.accumulation))
+        for micro in parts:
             made.append(_make_inputs(source, micro, stage, number, check=check))
     return made
 
@@ -106,7 +107,7 @@ def make_step_inputs(
 def on_side_stream(
     stream: torch.cuda.Stream | None, device: torch.device
 ) -> Iterator[list[StepInputs]]:
-    """A list to fill on another stream of a GPU, which the current one waits for afterwards."""
+    """A list to fill inside the block, on `stream`; the current stream waits for it afterwards."""
     made: list[StepInputs] = []
     if stream is None:
         yield made
@@ -122,7 +123,9 @@ def on_side_stream(
 def _make_inputs(
     source: InputSource, batch: Batch, stage: Stage, number: int, *, check: bool
 ) -> StepInputs:
-    """Randomness is keyed by image and visit: a row does not depend on the batch around it."""
+    """Inputs of one micro-batch. Randomness is keyed by image and visit, so that an example does
+    not depend on the others in its batch.
+    """
     config, device = source.config, source.model.device
     keys = RandomKeys(config.seed, batch.keys, batch.visits)
     mean, std = _posterior(source, batch, check=check)
@@ -194,7 +197,7 @@ def _sample_levels(source: InputSource, keys: RandomKeys, stage: Stage, x0: Tens
 
 @torch.no_grad()
 def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
-    """Mean and std [b, c, h, w] of the latents, which are kept where pixels come again."""
+    """Mean and std [b, c, h, w] of the latents; from the cache for pixels that repeat."""
     period, device = source.visits_until_repeat, source.model.device
     if not period:
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
@@ -245,7 +248,7 @@ def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[T
 
 
 def _loss_mask(mask: Tensor, stage: Stage, x0: Tensor) -> Tensor:
-    """[b, 1, h, w] the loss mask on the grid of the latents, as the stage sharpens it."""
+    """[b, 1, h, w] the loss mask on the grid of the latents, at the stage's mask temperature."""
     small = F.interpolate(mask, x0.shape[-2:], mode="area")
     return sharpen_mask(to_device(small, x0.device, x0.dtype), stage.mask_temperature)
 
@@ -253,15 +256,15 @@ def _loss_mask(mask: Tensor, stage: Stage, x0: Tensor) -> Tensor:
 def sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
     """The mask [b, 1, h, w] to the power of the temperature.
 
-    Where this dtype would leave nothing of a row, relative to its brightest place; a loss that
-    divides by the mask's sum is the same for both.
+    Where a mask would underflow to zero in this dtype, it is divided by its maximum first, which
+    leaves a loss that divides by the mask's sum unchanged.
     """
     raised, brightest = mask**temperature, mask.amax((1, 2, 3), keepdim=True)
     return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
 
 
 def _inpainting_input(source: InputSource, batch: Batch, keys: RandomKeys) -> Tensor:
-    """[b, 1 + c, h, w] random holes and the latents around them."""
+    """[b, 1 + c, h, w] random inpainting masks and the masked latents."""
     model = source.model
     holes = generation.random_hole_masks(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
     pixels = to_device(batch.pixels, model.device)
@@ -273,8 +276,8 @@ def _inpainting_input(source: InputSource, batch: Batch, keys: RandomKeys) -> Te
 
 
 def _make_text(source: InputSource, batch: Batch, stage: Stage) -> Conditioning | TokenIds:
-    """The captions with their placeholders bound: encoded, unless something in the text encoders
-    trains in this stage.
+    """The captions with their placeholders replaced by tokens: encoded, or as token ids where a
+    text encoder or tokens train in this stage.
     """
     kept = _kept_captions(source, batch) if source.zeroes_dropped else None
     if "text_encoder" in stage.groups or "tokens" in stage.groups:
@@ -286,8 +289,8 @@ def _make_text(source: InputSource, batch: Batch, stage: Stage) -> Conditioning 
 def _swapped_text(
     source: InputSource, batch: Batch, stage: Stage
 ) -> tuple[Conditioning | TokenIds, Conditioning]:
-    """The captions with classes in place of the placeholder words: for the model with adapters as
-    `_make_text`, and encoded by the base model.
+    """The captions with classes in place of the placeholder words: as `_make_text` for the model
+    with adapters, and encoded by the base model.
     """
     swap = source.config.prior.swap
     captions = [model_checks.swap_words(caption, swap) for caption in batch.captions]
@@ -308,7 +311,7 @@ def _encode_without_adapters(source: InputSource, batch: Batch) -> Conditioning:
 
 
 def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
-    """[b] 0 in the rows whose caption was dropped, else 1."""
+    """[b] 0 for examples whose caption was dropped, else 1."""
     kept = torch.tensor([float(not dropped) for dropped in batch.dropped])
     return to_device(kept, source.model.device)
 
@@ -332,7 +335,7 @@ def _encode(
     known: dict[str, Conditioning],
     placeholders: Sequence[tokens.Placeholder],
 ) -> Conditioning:
-    """The encodings of the captions, those in `known` from there. Raises UserError for NaN."""
+    """The encodings of the captions, cached in `known`. Raises UserError for NaN."""
     model = source.model
     for caption in captions:
         if caption not in known:

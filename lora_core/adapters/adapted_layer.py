@@ -1,7 +1,7 @@
-"""Adapted: a Linear or Conv2d with its adapters, in the layer's place; and the search for them.
+"""Adapted: the module that replaces a Linear or Conv2d and holds its adapters; finding such layers.
 
-What the forward computes (the base alone, one adapter, a group of layers, a sum of updates) is
-chosen when adapters, strengths or kernels change, and kept as a function of x.
+The form of the forward (the base alone, one adapter, a group of layers, a sum of updates) is chosen
+when adapters, strengths or kernels change, and kept as a function of x.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_core.kernels import dispatch
 from lora_core.kernels.reference import wide_dtype
 
 Forward = Callable[[Tensor], Tensor]
-UNRESOLVED = -1  # no generation of the kernels' choices
+UNRESOLVED = -1  # less than every generation of the kernels' choices
 
 
 class Group(Protocol):
@@ -38,13 +38,13 @@ class Group(Protocol):
         """The output of one member, or None where it has to be computed alone."""
 
     def dissolve(self) -> None:
-        """Every member is without a group afterwards."""
+        """Remove the group from all its members."""
 
 
 class Adapted(nn.Module):
-    """A layer and its adapters, in the layer's place; any other attribute is the layer's own.
+    """A layer and its adapters, in place of the layer; other attributes are those of the layer.
 
-    `strengths` and `folded` are for reading: the methods change them and resolve the forward anew.
+    `strengths` and `folded` are read-only: the methods change them and resolve the forward again.
     """
 
     def __init__(self, base: BaseLayer) -> None:
@@ -73,7 +73,7 @@ class Adapted(nn.Module):
         return self.run(x)  # type: ignore[misc]
 
     def resolve(self) -> None:
-        """Choose the forward for the adapters, strengths and kernels of now.
+        """Choose the forward for the current adapters, strengths and kernels.
 
         The functions hold the base and the adapters but not this module: a removed adapter is
         freed at once, without a pass of the garbage collector.
@@ -109,7 +109,7 @@ class Adapted(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which resolve functions of their own."""
+        """State for copies and pickles, which resolve their own functions."""
         return self.__dict__ | {"run": None, "generation": UNRESOLVED}
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -118,7 +118,7 @@ class Adapted(nn.Module):
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moving to another device can change the kernels, and whether a group acts."""
+        """Resolve again: on another device kernels and the use of groups can change."""
         super()._apply(fn, recurse)
         self.resolve()
         return self
@@ -137,11 +137,11 @@ class Adapted(nn.Module):
         self.resolve()
 
     def adapter(self, name: str) -> Any:
-        """The module of that name; kinds.py lists what it provides."""
+        """The adapter of that name; kinds.py lists its methods."""
         return self.adapters[name]
 
     def active(self) -> list[tuple[Any, float]]:
-        """(adapter, strength) of those that act while the layer is enabled."""
+        """(adapter, strength) of those that act: none while the layer is disabled."""
         found = []
         for name, strength in self._strengths.items():
             if strength != 0 and name not in self.folded:
@@ -152,8 +152,8 @@ class Adapted(nn.Module):
     def refold(self, folded: dict[str, float], path: str) -> None:
         """Write original + sum of strength * delta into the base's weight and bias.
 
-        Summed in fp32 or better and rounded once; with nothing folded, the original's very bits.
-        Raises UserError, with the layer as it was, when the weight is not floating point or the
+        Summed in fp32 or better and rounded once; with nothing folded, the original bits are back.
+        Raises UserError, leaving the layer unchanged, when the weight is not floating point or the
         result overflows its dtype.
         """
         current = {name: p.detach().clone() for name, p in self.base.named_parameters()}
@@ -180,7 +180,7 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged_parameters(self, strengths: Mapping[str, float], path: str) -> dict[str, Tensor]:
-        """New "weight", and "bias" where an adapter moves it: base + sum of strength * delta.
+        """New "weight", and "bias" if an adapter changes it: base + sum of strength * delta.
 
         Summed in fp32 or better, rounded once. Raises UserError when the weight is not floating
         point or the result overflows its dtype.
@@ -322,9 +322,9 @@ def _refuse(folded: list[str]) -> Forward:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, BaseLayer | Adapted]:
-    """Every Linear and Conv2d, adapted or not, by the path it has without adapters.
+    """Path without adapters -> every Linear and Conv2d, adapted or not.
 
-    A layer used in two places has its first path.
+    A layer that is used in two places is listed under its first path.
     """
     found: dict[str, BaseLayer | Adapted] = {}
     seen: set[int] = set()
@@ -354,7 +354,7 @@ def adapted_layers(model: nn.Module) -> list[Adapted]:
 
 
 def forget_adapted_layers() -> None:
-    """For every model: adapters were put on or taken off, maybe on a part of another model."""
+    """Clear the cache of `adapted_layers`, for all models: one may be a part of another."""
     _known_layers.clear()
 
 

@@ -2,7 +2,7 @@
 
 A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any
 other. Its run writes RUN_adapter.safetensors, with the state dict of each layer's adapter under
-"component.path.name", and model/ with every update folded in. To load the former in Python:
+"component.path.name", and model/ with every update folded in. To load the adapters in Python:
 
     inject(unet, AdapterSpec(targets, kind="my_adapter.py:Class"))
     load_adapters({"unet": unet}, "RUN_adapter.safetensors")
@@ -29,9 +29,9 @@ NO_FACTORS = (UserError, AttributeError, NotImplementedError)
 
 
 def has_factors(model: nn.Module, name: str = "default") -> bool:
-    """Whether a model's adapters have a low-rank form, in which LoRA files are written.
+    """Whether a model's adapters have a low-rank form, which LoRA files need.
 
-    The first adapter answers for all.
+    Decided by the first adapter of the model.
     """
     adapter = next(layer.adapter(name) for layer in _custom_layers(model, name).values())
     if not is_low_rank(type(adapter)):
@@ -93,7 +93,7 @@ def save_adapters(
 
 
 def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str = "default") -> None:
-    """Put the parameters of a file on adapters that were injected as in the run that wrote it.
+    """Load a file into adapters that were injected with the settings of the run that wrote it.
 
     All or nothing: raises UserError before any change for a tensor that is missing, left over or of
     another shape.
@@ -120,7 +120,7 @@ def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str =
 
 
 def _custom_layers(model: nn.Module, name: str) -> dict[str, Adapted]:
-    """Path -> layer of those that have the adapter."""
+    """Path -> layer, of the layers that have the adapter."""
     found: dict[str, Adapted] = {}
     for path, layer in adaptable_layers(model).items():
         if isinstance(layer, Adapted) and name in layer.adapters:

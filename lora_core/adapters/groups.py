@@ -1,9 +1,9 @@
-"""Groups of adapted layers that share one input, computed by one lora_grouped.
+"""Groups of adapted layers that share one input, computed by one call of the op lora_grouped.
 
-Groups are found by the paths in SHARED_INPUTS when adapters are put on or taken off. A group acts
+Groups are found by the paths in SHARED_INPUTS when adapters are injected or removed. A group acts
 inside a forward of the module that holds its layers, and only where lora_grouped runs as Triton
-kernels: torch's own products gain nothing from it. On a CPU no group acts, so no module has hooks
-and every layer computes its own output.
+kernels: in plain torch it is not faster. On a CPU no group acts, so no module has hooks and every
+layer computes its own output.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lora_core.adapters.kinds import DoRA, LoRA
 from lora_core.kernels import OPS, call, current_mode, winners
 from lora_core.kernels.reference import Member
 
-# Paths below one module whose layers are called with one and the same tensor. A row is for modules
-# that have its first path.
+# Paths below one module whose layers are called with the same tensor. An entry is for modules that
+# have its first path.
 SHARED_INPUTS = (
     ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),  # one stream: attention next to the MLP
     ("to_q", "to_k", "to_v"),  # in cross-attention the text goes to the last two only
@@ -30,7 +30,7 @@ CROSS_ATTENTION_QUERY = "to_q"
 
 
 class WaitingOutputs(NamedTuple):
-    """Outputs that the first member's call computed for the others, and the input they are of."""
+    """Outputs that the first member's call computed for the others, and their input x."""
 
     outputs: dict[int, Tensor]  # index of the member -> its output
     x: Tensor
@@ -39,10 +39,10 @@ class WaitingOutputs(NamedTuple):
 
 
 class LayerGroup:
-    """Layers of one module that see the same x.
+    """Layers of one module that get the same input x.
 
-    Their outputs wait here from the first member's call to the others', and no longer than the
-    forward of the module.
+    The first member's call computes all outputs; the others are kept here until they are taken, at
+    most to the end of the module's forward.
     """
 
     def __init__(self, parent: nn.Module, members: list[Adapted]) -> None:
@@ -61,7 +61,7 @@ class LayerGroup:
         return self.always_open or bool(self.handles)
 
     def watch_parent(self) -> None:
-        """Act where the members' outputs can be computed together, and only there.
+        """Start or stop acting, by whether the members' outputs can be computed together.
 
         Called whenever a member resolves its forward; a change makes the others resolve theirs.
         """
@@ -80,7 +80,7 @@ class LayerGroup:
             layer.resolve()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, without waiting outputs."""
+        """State for copies and pickles, without waiting outputs."""
         return vars(self) | {"is_open": False, "waiting": None}
 
     def enter_forward(self, *_: Any) -> None:
@@ -90,7 +90,7 @@ class LayerGroup:
         self.is_open, self.waiting = False, None
 
     def act_without_hooks(self) -> None:
-        """Be open always, for compiled modules.
+        """Stay open always, without hooks, for compiled modules.
 
         Hooks have numbers that differ from one module to the next, and torch.compile would compile
         every module for itself.
@@ -113,10 +113,10 @@ class LayerGroup:
         self.handles = []
 
     def compute(self, index: int, x: Tensor) -> Tensor | None:
-        """A member's output for this very tensor, computed with the others' now or before.
+        """A member's output for this very tensor, computed together with the others'.
 
-        None where it has to be computed alone. A change of the tensor in place between two of the
-        calls is noticed, except under torch.compile, which cannot count changes.
+        None where it has to be computed alone. An in-place change of the tensor between two calls
+        is detected, except under torch.compile, which has no version counter.
         """
         tracing = torch.compiler.is_compiling()
         if not self.is_open or (not tracing and x.is_inference()):
@@ -149,7 +149,8 @@ class LayerGroup:
     def grouped_arguments(self, x: Tensor) -> tuple[Member, ...] | None:
         """The arguments of lora_grouped after x.
 
-        None where it is no faster, or a layer is more than one plain adapter of the group's kind.
+        None where it is not faster, or where a layer has more than one plain adapter of the group's
+        kind.
         """
         found = []
         for layer in self.members:
@@ -189,7 +190,7 @@ def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
 
 
 def build_groups(model: nn.Module) -> None:
-    """Group the model's adapted layers anew."""
+    """Find the groups of the model's adapted layers again."""
     modules = list(model.modules())
     for module in modules:
         if isinstance(module, Adapted) and module.group is not None:
@@ -202,9 +203,9 @@ def build_groups(model: nn.Module) -> None:
 
 
 def remove_group_hooks(model: nn.Module) -> None:
-    """For compiled modules: their groups act without hooks.
+    """Make the groups of compiled modules act without hooks.
 
-    A traced forward calls all members of a group, so that nothing keeps waiting.
+    A traced forward calls all members of a group, so that no output is left over.
     """
     for module in model.modules():
         if isinstance(module, Adapted) and isinstance(module.group, LayerGroup):

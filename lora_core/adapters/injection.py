@@ -1,6 +1,6 @@
-"""Put LoRA, DoRA or full updates on a model's Linear and Conv2d layers, train, and take them off.
+"""Inject LoRA, DoRA or full updates into a model's Linear and Conv2d layers, and remove them.
 
-An adapter replaces its layer by `Adapted`, which holds the very same layer as `.base` and any
+An adapted layer is replaced by `Adapted`, which holds the same layer object as `.base` and any
 number of named adapters:
 
     inject(unet, AdapterSpec(targets=("to_q", "to_v"), rank=8))
@@ -49,7 +49,7 @@ from lora_core.settings import AdapterSpec
 
 
 def layer_spec(spec: AdapterSpec, path: str, seed: int = 0) -> LayerSpec:
-    """The settings of one layer; of two patterns that match it, the later one counts."""
+    """The adapter settings of one layer; a later matching pattern overrides an earlier one."""
     rank = int(last_match(path, spec.rank_pattern, None) or spec.rank)
     alpha = last_match(path, spec.alpha_pattern, None) or spec.alpha or rank
     return LayerSpec(
@@ -80,8 +80,8 @@ def inject(
 ) -> list[str]:
     """Put an adapter on every target and return the targets' paths.
 
-    The model computes what it did before: every update is zero at first. Each layer's down is drawn
-    from (seed, path), whatever else is injected. The base's requires_grad is left as it is.
+    The model's output is unchanged, because every update is zero at first. Each layer's initial
+    down depends on (seed, path) alone. The base's requires_grad is left as it is.
 
     All or nothing: raises UserError before any change for a pattern without a match, a rank that a
     layer cannot have, a name that is taken, a layer whose forward would not be called.
@@ -106,9 +106,9 @@ def inject(
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter (or all) out.
+    """Remove one adapter (or all).
 
-    Where none is left the very same base module is in its place again. Folded ones are refused.
+    A layer without adapters is the same base module object as before. Folded adapters are refused.
     """
     adapted = _layers_with_adapter(model, name)
     folded: set[str] = set()
@@ -139,8 +139,8 @@ def fold_adapter(model: nn.Module, name: str = "default", strength: float = 1.0)
     copy of its weight and bias, so that `unfold_adapter` restores the bits; several folded adapters
     add up against that copy.
 
-    Raises UserError, with the model as it was, when the name is folded already, a weight is shared
-    with another module, or the result overflows.
+    Raises UserError, leaving the model unchanged, when the name is folded already, a weight is
+    shared with another module, or the result overflows.
     """
     adapted = _layers_with_adapter(model, name)
     _check_strength(strength)
@@ -165,7 +165,7 @@ def fold_adapter(model: nn.Module, name: str = "default", strength: float = 1.0)
 def unfold_adapter(model: nn.Module, name: str = "default") -> None:
     """Undo `fold_adapter`: the adapter acts in forward again, at its run-time strength.
 
-    With none folded the weights have their very bits back.
+    When none is folded any more, the weights have their original bits.
     """
     for path, layer in _layers_with_adapter(model, name).items():
         if name not in layer.folded:
@@ -180,12 +180,12 @@ def _without(folded: Mapping[str, float], name: str) -> dict[str, float]:
 def merged_state_dict(
     model: nn.Module, name: str = "default", strength: float = 1.0
 ) -> dict[str, Tensor]:
-    """The state dict with strength * this adapter folded in; the model stays as it is.
+    """The state dict with strength * this adapter folded in; the model is not changed.
 
     Keys are those of the model without adapters. Adapted weights (and the biases of a full update)
-    are new tensors in the base's dtype, rounded once, the very numbers that `fold_adapter` writes;
+    are new tensors in the base's dtype, rounded once, bit for bit those that `fold_adapter` writes;
     the rest are the model's own tensors, not copies. Other adapters are left out. Norm layers and
-    embeddings take no adapter and are the base's.
+    embeddings have no adapters and are the base's.
 
     Raises UserError, as `fold_adapter` does, for a shared weight or an overflow, and while any
     adapter is folded.
@@ -245,15 +245,15 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model inside the block (a loss's base_out): no adapter acts.
+    """Run the base model inside the block (a loss's base_out): no adapter acts.
 
-    For forwards without gradients: gradient checkpointing recomputes after the block, with
-    adapters. Raises UserError while an adapter is folded.
+    Only for forwards without gradients: gradient checkpointing would recompute after the block,
+    with adapters. Raises UserError while an adapter is folded.
     """
     adapted = adapted_layers(model)
     if any(layer.folded for layer in adapted):
         raise UserError(
-            "an adapter is folded into the weights, so the base model is not there; unfold it first"
+            "an adapter is folded into the weights, so there is no base model; unfold it first"
         )
     before = [layer.enabled for layer in adapted]
     try:
@@ -277,12 +277,11 @@ def has_dora(model: nn.Module) -> bool:
 def cache_dora_norms(model: nn.Module) -> Iterator[None]:
     """Compute the row norms of every DoRA once, on entry, and not in each forward of the block.
 
-    Inside, factors and base weights must not change. A training step's forwards and backwards
-    belong inside, with whatever checkpointing recomputes; the optimizer's step does not. A block
-    inside a block does nothing more. At the end of the outermost one, also by an exception, every
-    norm is forgotten. Not cached are the norms of DoRAs with norm_grad "full" (which need the
-    norms' graph), folded ones, and those injected, loaded into or moved to another dtype or device
-    inside.
+    Factors and base weights must not change inside the block. It encloses the forward and backward
+    passes of a training step, but not the optimizer's step. A nested block has no effect. The norms
+    are dropped at the end of the outermost block, also after an exception. Norms are not cached for
+    DoRAs with norm_grad "full" (which need the norms' graph), folded ones, and those that are
+    injected, loaded into or moved to another dtype or device inside the block.
     """
     cached: list[tuple[BaseLayer, DoRA]] = []
     for layer in adapted_layers(model):
@@ -320,9 +319,9 @@ def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """The trained parameters, in the model's order, fp32 or better.
+    """The trained parameters in the model's order: down and up, or full updates; fp32 or better.
 
-    down and up (and magnitude) of every layer, or its full update.
+    A DoRA has its magnitude in addition.
     """
     found: list[nn.Parameter] = []
     for layer in _layers_with_adapter(model, name).values():
@@ -333,15 +332,15 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
 def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     """The up of every layer, in the model's order: LoRA+ gives them a higher learning rate.
 
-    The paper (arXiv 2402.12354) speaks of down and up only: a DoRA's magnitude stays at the plain
-    rate here (peft moves it with up). Raises UserError for a full update.
+    The paper (arXiv 2402.12354) is about down and up only: a DoRA's magnitude has the plain rate
+    here (in peft that of up). Raises UserError for a full update.
     """
     found = []
     for path, layer in _layers_with_adapter(model, name).items():
         up = getattr(layer.adapter(name), "up", None)
         if not isinstance(up, nn.Parameter):
             raise UserError(
-                f"the adapter of {path} has no up and down, which LoRA+ tells apart; "
+                f"the adapter of {path} has no up and down, to which LoRA+ gives different rates; "
                 "leave --optimizer.lora-plus out"
             )
         found.append(up)
@@ -357,11 +356,11 @@ def adapter_factors(model: nn.Module, name: str = "default") -> dict[str, LowRan
 def load_factors(
     model: nn.Module, factors: Mapping[str, LowRank], name: str = "default", strength: float = 1.0
 ) -> None:
-    """Put factors from a file on the model.
+    """Load factors, such as those of a file, into the model.
 
     Layers that have the adapter are overwritten in place; the others get a LoRA or (with a
-    magnitude) a DoRA of the file's own rank. Ranks may differ by layer and exceed min(in, out) (a
-    concatenation does).
+    magnitude) a DoRA of the factors' rank. Ranks may differ by layer and exceed min(in, out), as
+    those of concatenated factors do.
 
     All or nothing: raises UserError before any change for an unknown path (with the nearest),
     shapes that do not fit, an existing adapter of another rank or kind, or one on layers that the
@@ -393,7 +392,10 @@ def load_factors(
 def _check_paths(
     found: Mapping[str, BaseLayer | Adapted], factors: Mapping[str, LowRank], name: str
 ) -> dict[str, Adapted]:
-    """The layers that have the adapter; UserError unless the factors name them all, and layers."""
+    """The layers that have the adapter.
+
+    Raises UserError for factors that leave one of them out, and for paths that are no layer.
+    """
     if not factors:
         raise UserError(
             "there are no factors to load; the file holds nothing for this part of the model"
@@ -416,9 +418,9 @@ def _check_paths(
 
 
 def _layers_with_adapter(model: nn.Module, name: str | None) -> dict[str, Adapted]:
-    """Path -> layer of those that have the adapter (any adapter for None).
+    """Path -> layer, of the layers that have the adapter (any adapter for None).
 
-    Raises UserError, with the names there are, when none has it.
+    Raises UserError, with the existing names, when none has it.
     """
     every: dict[str, Adapted] = {}
     for path, layer in adaptable_layers(model).items():
@@ -455,7 +457,7 @@ def _install_adapters(
 def _adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:
     """The layer that an adapter is built for.
 
-    Raises UserError where the adapter would not act, or not see the base weight.
+    Raises UserError where the adapter would not act, or where the base weight is folded.
     """
     base = layer.base if isinstance(layer, Adapted) else layer
     if isinstance(layer, Adapted) and layer.folded:
@@ -494,7 +496,7 @@ def _check_strength(strength: float) -> None:
 
 
 def _check_sharing(model: nn.Module, adapted: Mapping[str, Adapted], name: str) -> None:
-    """UserError when a weight (or a bias that the adapter moves) is also another module's."""
+    """Raises UserError for a weight (or changed bias) that another module shares."""
     users: Counter[int] = Counter()
     for module in model.modules():
         users.update(id(p) for p in module._parameters.values() if p is not None)
@@ -532,9 +534,9 @@ def _trim_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
-    """UserError when an existing adapter has another rank or kind than the factors, or is folded.
+    """Raises UserError for an existing adapter of another rank or kind, or a folded one.
 
-    A folded copy would not follow the factors.
+    The folded copy in the weights would not follow new factors.
     """
     if name in layer.folded:
         raise UserError(

@@ -1,6 +1,6 @@
 """The kinds of adapter (LoRA, DoRA, full update) of a Linear or Conv2d, and how to add one.
 
-A kind is a row of KINDS, or `--adapter.kind my_adapter.py:Class`: an nn.Module class with
+A kind is an entry of KINDS, or `--adapter.kind my_adapter.py:Class`: an nn.Module class with
 
     Class(base, spec: LayerSpec)          builds its parameters, with an update of zero; `base` is
                                           a Linear or Conv2d and is not kept
@@ -87,8 +87,8 @@ class LoRA(FullPrecisionModule):
     Three dropouts act in training only, each decided per example by a counter hash of (seed, path,
     purpose, step, row key): `dropout` of the input's elements (peft), `rank_dropout` of ranks
     between down and up, `module_dropout` of the whole adapter (both kohya's). The first two divide
-    what is kept by 1 - p, the third does not. kohya draws it once for a batch, which would make a
-    result depend on how a batch is cut.
+    the kept values by 1 - p, the third does not. kohya draws it once for a batch, which would make
+    a result depend on the division into micro-batches.
     """
 
     def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
@@ -122,7 +122,7 @@ class LoRA(FullPrecisionModule):
         return isinstance(base, nn.Linear) and is_plain_layer(base)
 
     def linear_arguments(self, base: BaseLayer, x: Tensor, strength: float) -> Member:
-        """The arguments of that lora_linear after x, without the norm, which takes time."""
+        """The arguments of lora_linear after x, without the norm, which takes time."""
         drop = self._input_dropout(x)
         return Member(base.weight, base.bias, self.down, self.up, self.scale * strength, drop=drop)
 
@@ -209,11 +209,11 @@ class LoRA(FullPrecisionModule):
 class DoRA(LoRA):
     """W' = m / n (W + scale * up @ down), n the row norms of the bracket (arXiv 2402.09353).
 
-    Rows as in peft. norm_grad "detach" treats n as a constant in the gradient, as the paper's
-    section 4.3 and peft do; "full" differentiates it, as LyCORIS does. At init m = n by the op
-    that computes n, so the layer is the base layer to the bit. Strength t means W + t (W' - W).
+    Norms are by rows, as in peft. norm_grad "detach" treats n as a constant in the gradient, as the
+    paper's section 4.3 and peft do; "full" differentiates it, as LyCORIS does. At init m = n by the
+    op that computes n, so the layer is the base layer to the bit. Strength t gives W + t (W' - W).
     Cast the base to its dtype before injecting: afterwards n is that of the rounded weights.
-    Dropout and rank dropout thin up @ down only (peft drops the base term's input too); module
+    Dropout and rank dropout act on up @ down only (peft also drops the base term's input); module
     dropout leaves the base layer, without the magnitude.
     """
 
@@ -284,7 +284,7 @@ class DoRA(LoRA):
 
 
 class FullUpdate(FullPrecisionModule):
-    """delta W and, where the layer has a bias, delta b themselves: full fine-tuning as a kind.
+    """delta W and, if the layer has a bias, delta b as parameters: full fine-tuning as an adapter.
 
     Both start at 0 and stay fp32 or better next to a base of any dtype. This is the fp32 master
     copy of mixed-precision training: W + delta W is summed in fp32 and rounded to the base's dtype
@@ -352,7 +352,7 @@ KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": FullUpdate}
 
 
 def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
-    """The class of a kind: a row of KINDS, or Class in the file of "path/my_adapter.py:Class".
+    """The class of a kind: an entry of KINDS, or Class in the file of "path/my_adapter.py:Class".
 
     Raises UserError for any other name.
     """
@@ -378,7 +378,7 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
 def is_low_rank(kind: Any) -> bool:
     """Whether rank, alpha, init and dropout apply to a kind.
 
-    Its class attribute `low_rank`, or else whether it has factors, a `state`.
+    That is its class attribute `low_rank`, else whether the class has a `state` (factors).
     """
     return getattr(kind, "low_rank", hasattr(kind, "state") or not isinstance(kind, type))
 
@@ -390,7 +390,7 @@ def has_dropout(spec: LayerSpec) -> bool:
 def is_plain_layer(base: nn.Module) -> bool:
     """Whether base(x) is its weight and bias applied and nothing more.
 
-    Hooks, or a forward of one's own on the class or the object, would be skipped by a fused op.
+    A fused op would skip hooks, and a forward that the class or the object overrides.
     """
     if type(base) not in (nn.Linear, nn.Conv2d) or "forward" in base.__dict__:
         return False

@@ -1,4 +1,4 @@
-"""A LoRA file on live networks in one call, and off again.
+"""Put a LoRA file on networks in memory in one call, and take it off again.
 
 modules = {"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
 with patch(modules, "runs/dog", 0.8) as p:
@@ -31,12 +31,12 @@ TOKENIZERS = {  # text encoder -> the key of its tokenizer
 
 
 class Patch:
-    """A file that acts on networks, until `undo` or the end of a `with` block.
+    """A LoRA or embedding file that acts on networks, until `undo` or the end of a `with` block.
 
-    They give back the very same modules, embedding tables and tokenizer contents. `placeholders`
-    are the placeholder words and learned tokens of the file, for `tokens.bind_placeholders`;
-    `report` has one sentence for everything that a user would not expect (tokens renamed, rows that
-    are not in the file).
+    Afterwards modules, embedding tables and tokenizer contents are the same as before.
+    `placeholders` are the placeholder words and learned tokens of the file, for
+    `tokens.bind_placeholders`; `report` has one sentence for each unexpected fact (renamed tokens,
+    rows that are not in the file).
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Patch:
         self.placeholders = placeholders
         self.report = report
         self.adapted: list[str] = []  # components with this patch's adapters
-        self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> what was installed
+        self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> its learned rows
 
     def __enter__(self) -> Patch:
         return self
@@ -64,7 +64,7 @@ class Patch:
         return tokens.bind_placeholders(prompt, self.placeholders)
 
     def set_strength(self, strength: float | Mapping[str, float]) -> None:
-        """Change the strength, to a number or one per adapted component.
+        """Change the strength, to one number or one per adapted component.
 
         Learned tokens have no strength.
         """
@@ -280,7 +280,7 @@ def _unexpected_facts(
     return tuple(facts)
 
 
-def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
+def _unused_adapter_name(networks: Mapping[str, nn.Module], wanted: str) -> str:
     """A name that no adapter on these networks has: the file's, numbered where needed.
 
     A module's name cannot have dots.
@@ -289,7 +289,7 @@ def _unused_adapter_name(networks: Mapping[str, nn.Module], wish: str) -> str:
     for network in networks.values():
         for layer in adapted_layers(network):
             taken.update(layer.adapters)
-    first = name = f"patch_{wish.replace('.', '_')}"
+    first = name = f"patch_{wanted.replace('.', '_')}"
     number = 1
     while name in taken:
         number += 1

@@ -1,4 +1,4 @@
-"""Globs over the dotted paths of layers: the layers that a pattern chooses, and tables of them."""
+"""Choose layers by globs over their dotted paths, and print tables of the chosen layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYER_ROLES = (  # for target_summary: the first pattern found in a path names i
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Whether the shell glob names the whole path or the end of it from a "." on.
+    """Whether the shell glob matches the whole path or the end of it after a ".".
 
     "to_q", "attn1.to_q", "*.attn?.to_*", "mid_block.*". A star also crosses dots. "blocks.3.to_q"
     does not match "single_blocks.3.to_q": the boundary is the dot (as peft matches its lists).
@@ -84,7 +84,7 @@ def last_match(path: str, table: Mapping[str, float], default: float | None) -> 
 
 
 def nearest_paths(pattern: str, paths: Sequence[str], n: int = 3) -> list[str]:
-    """Up to n paths that resemble the pattern most, as a whole or by an end of as many parts.
+    """Up to n paths that resemble the pattern most, compared whole or by their last parts.
 
     Paths below the pattern come first.
     """
@@ -111,7 +111,7 @@ def target_summary(paths: Sequence[str]) -> str:
 
 
 def layer_role(path: str) -> str:
-    """The name of the first row of LAYER_ROLES that is found in the path."""
+    """The name of the first entry of LAYER_ROLES whose pattern occurs in the path."""
     for name, pattern in LAYER_ROLES:
         if pattern.search(path):
             return name
@@ -126,9 +126,9 @@ def target_table(paths: Sequence[str]) -> str:
         228 = 38 x 6   single_transformer_blocks.0-37: norm.linear, proj_mlp, attn.{to_q,to_k,to_v}
           1            proj_out
 
-    A number that has one value belongs to the layer's name (to_out.0). Ranges hold the numbers that
-    occur; of two in a path not each need meet each, so the count is right where they differ. Beyond
-    15 lines the smallest are summed in the last.
+    A number with a single value is part of the layer's name (to_out.0). Ranges list the numbers
+    that occur; with two ranges in a path not every combination need exist, and the count is that of
+    the existing ones. Beyond 15 lines the smallest are summed in the last.
     """
     rows = _table_rows(paths)
     count = len(rows) if len(rows) < MAX_TABLE_LINES else MAX_TABLE_LINES - 2
@@ -198,8 +198,11 @@ def _format_ranges(numbers: Iterable[int]) -> str:
 
 
 def _format_braces(names: Sequence[str]) -> list[str]:
-    """["attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "proj"]
-    -> ["{attn1,attn2}.{to_q,to_k}", "proj"]"""
+    """The names in shell's brace notation.
+
+    ["attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "proj"]
+    -> ["{attn1,attn2}.{to_q,to_k}", "proj"]
+    """
     tails: dict[str, list[str]] = {}
     for name in names:
         head, _, tail = name.partition(".")

@@ -1,11 +1,11 @@
-"""Adapters as records of tensors, and the weight update of each.
+"""Records of an adapter's tensors, and the weight update delta W of each.
 
 LoRA (arXiv 2106.09685), where `scale` is alpha / rank, resolved when a file is read:
     delta W = scale * up @ down
 DoRA (arXiv 2402.09353; rows as in peft), where n is the row norm of (W + scale * up @ down):
     delta W = m / n * (W + scale * up @ down) - W
 
-Norms of columns (older LyCORIS) and updates that are no product of two factors (LoHa, LoKr) can
+Norms of columns (older LyCORIS) and updates that are not a product of two factors (LoHa, LoKr) can
 only be merged: see `DenseUpdate`.
 """
 
@@ -37,7 +37,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """One layer's update that a file keeps in another form than two factors.
+    """One layer's update that a file stores in another form than two factors.
 
     It can be merged into its weight, or distilled to factors.
     """
@@ -60,7 +60,7 @@ class DenseUpdate:
         return DenseUpdate(self.kind, shape, lambda: self.build()[start:stop], part)
 
     def rolled(self, shift: int) -> DenseUpdate:
-        """The update with its outputs moved on by `shift`, the last ones to the front."""
+        """The update with its outputs rotated by `shift`, as torch.roll does."""
         magnitude = self.magnitude
         if magnitude is not None and magnitude.ndim == 1:
             magnitude = magnitude.roll(shift)
@@ -130,7 +130,7 @@ def from_blocks(
 
 
 def refuse_dora(lr: LowRank) -> None:
-    """UserError for a DoRA: its update is not low rank, and is known only with its base weight."""
+    """Raises UserError for a DoRA: its update is not low rank and depends on the base weight."""
     if lr.magnitude is not None:
         raise UserError(
             "a DoRA has no sum, product or rank of its own, its update depends on the base weight; "

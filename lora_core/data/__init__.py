@@ -1,1 +1,1 @@
-"""Image folders and hub datasets as batches of pixels, captions and masks."""
+"""Read image folders and hub datasets as batches of pixels, captions and masks."""

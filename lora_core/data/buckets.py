@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes that images are cut to so that their proportions stay."""
+"""Aspect-ratio buckets: sizes that images are cropped to, near their own aspect ratios."""
 
 import math
 from collections import Counter

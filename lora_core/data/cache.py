@@ -20,9 +20,9 @@ class TensorCache:
     """Rows of named tensors on the CPU, in memory and, with a folder, on disk.
 
     On disk a row is one safetensors file. Its name is a hash of `settings` (everything that the
-    tensors depend on: model, dtype, length ...) and its key (an image's content and cut, a prompt),
-    never a position: a cache read in another order than it was filled in pairs captions with the
-    wrong images (a public defect, diffusers #14430).
+    tensors depend on: model, dtype, length ...) and its key (an image's content and crop, a
+    prompt), never a position: a cache that is read in another order than it was filled pairs
+    captions with the wrong images (a public defect, diffusers #14430).
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | str | None = None) -> None:

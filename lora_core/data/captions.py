@@ -25,7 +25,7 @@ from lora_core.text import normalize_unicode, parse_json, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table, the first found is taken
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table; the first that exists is used
 OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # may hold captions, but are not read
 ONE_FOR_ALL = ("one", "object", "style")  # modes that need --data.caption
 # Sources of captions, as messages name them.
@@ -92,7 +92,7 @@ def read_captions(
 
     `mode` is one of CAPTION_MODES:
 
-    txt        every line of 001.txt next to 001.png that is not empty
+    txt        every line of 001.txt, next to 001.png, that is not empty
     metadata   rows {"file_name": ..., "text": ...} of metadata.jsonl, or metadata.csv with such a
                head; `column` names another column than text, caption or prompt; in JSON a text may
                be a list; a file may have several rows
@@ -106,8 +106,8 @@ def read_captions(
 
     An image without a text in its file or table takes `caption` where that is given, else the words
     of such a folder. All texts are in Unicode's normal form C. Raises UserError for an image
-    without a caption, an unknown mode, a `caption` or `column` that is missing, and, if it
-    `must_use` them, for one that no image takes.
+    without a caption, an unknown mode, a `caption` or `column` that is missing, and, with
+    `must_use`, for one that no image takes.
     """
     if mode not in CAPTION_MODES:
         raise UserError(
@@ -151,9 +151,9 @@ def read_metadata(
 ) -> dict[Path, tuple[str, ...]]:
     """Image -> captions, from metadata.jsonl or metadata.csv.
 
-    File names are relative to the table's folder. A file is found in whichever normal form of
-    Unicode the table and the disk write its name. Raises UserError for a bad row, a column that is
-    not there, an image that is not there and, unless it `may_be_empty`, an empty caption.
+    File names are relative to the table's folder; table and disk may use different Unicode normal
+    forms. Raises UserError for a bad row, a missing column, a missing image and, unless
+    `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(
@@ -206,7 +206,7 @@ def _detect_mode(part: FolderContents, caption: str | None) -> str:
         unread = _unread_texts(part)
         raise UserError(
             f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a "
-            f"name that says nothing, first {first.name}{unread}; "
+            f"name without meaning, first {first.name}{unread}; "
             f"write captions in files such as {first.stem}.txt, "
             "give one for all with --data.caption, "
             "or take the names with --data.captions filename"
@@ -220,7 +220,7 @@ def _text_files(part: FolderContents) -> Iterator[Path]:
 
 
 def _unread_texts(part: FolderContents) -> str:
-    """The folder's files that may be meant as captions and are not read, in brackets."""
+    """The folder's unread files that look like captions, as text in brackets."""
     found = []
     jsons = [path for path in _text_files(part) if path.suffix.lower() == ".json"]
     without = [path.name for path in jsons if path.read_bytes().strip()]
@@ -272,7 +272,7 @@ def _read_one_folder(
 def _complete(
     own: Mapping[Path, Captions], part: FolderContents, needed: str, caption: str | None
 ) -> dict[Path, Captions]:
-    """The captions of a folder in the images' order, where some have none of their own.
+    """The captions of a folder in the images' order; images without one get the common caption.
 
     Raises UserError with a count and the first name when some image has none at all.
     """
@@ -302,7 +302,7 @@ def _check_words(words: str, path: Path) -> str:
     """The words of a file's or folder's name; raises UserError where they are no Unicode."""
     if printable(words) != words:
         raise UserError(
-            f"the name of {path} has bytes that are no UTF-8 and cannot be a caption; "
+            f"the name of {path} has bytes that are not UTF-8 and cannot be a caption; "
             "rename it, or choose other --data.captions"
         )
     return words
@@ -311,8 +311,8 @@ def _check_words(words: str, path: Path) -> str:
 def _read_text_file(path: Path) -> tuple[str, ...]:
     """The captions in a file next to an image.
 
-    None in an empty one and in JSON without text, caption or prompt. A .json of one line that is no
-    JSON is read as its text.
+    There are none in an empty file and in JSON without text, caption or prompt. A .json of one line
+    that is no JSON is read as its text.
     """
     lines = read_lines(path)
     if path.suffix.lower() != ".json" or (len(lines) == 1 and lines[0][0] not in '{["'):
@@ -339,7 +339,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file and line for errors, row) of a CSV table.
 
-    Quoted texts may go over several lines, of which the last is named.
+    For a quoted text over several lines the last one is named.
     """
     reader = csv.DictReader(
         io.StringIO(read_text(path), newline=""), restkey="(columns without a name)", strict=True
@@ -390,7 +390,7 @@ CAMERAS = (
     "kimg", "hpim", "sam", "sany", "gopr", "dji", "vid", "mov", "pano", "wp", "wa", "signal",
     "telegram", "snapchat", "received", "mmexport",
 )  # fmt: skip
-# Prefixes of programs, before a date with words of theirs between.
+# Prefixes of programs, before a date, with other words of the program between them.
 PROGRAMS = (
     "screenshot", "screen shot", "screen_shot", "bildschirmfoto", "capture d", "captura de",
     "schermafbeelding", "schermata", "zrzut ekranu", "skjermbilde", "снимок экрана",
@@ -423,17 +423,17 @@ CAMERA_FILE = re.compile(r"[A-Z0-9_]{4}[0-9]{4}")
 # UUID, hash
 CODE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)
 WORD = re.compile(r"([^\W\d_]+)\d{0,3}")
-# From here on scripts of China, Japan and Korea, where one letter can be a word.
+# First code point of the scripts of China, Japan and Korea, where one letter can be a word.
 EAST_ASIAN = 0x2E80
 
 
 def looks_like_caption(name: str) -> bool:
     """Whether a file's name, without its suffix, can be a caption that somebody wrote.
 
-    It cannot if it begins like file names of a camera or a program (IMG_4711, P1010023, Screenshot
-    2024-05-01). Without numbers, dates, hashes, strings that mix letters and digits, and words such
-    as "photo" or "copy", a word of at least two letters must be left, or a letter that can be a
-    word.
+    False for names that begin like those of a camera or a program (IMG_4711, P1010023, Screenshot
+    2024-05-01). After numbers, dates, hashes, strings that mix letters and digits, and words such
+    as "photo" or "copy" are left out, there must be a word of at least two letters, or a letter
+    that can be a word.
     """
     name = normalize_unicode(name).strip()
     if CAMERA.match(name) or PROGRAM.match(name) or CAMERA_FILE.fullmatch(name):

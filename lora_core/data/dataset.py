@@ -1,7 +1,7 @@
 """Training images: Record -> Example -> Batch.
 
-Every random choice is keyed by (seed, key, visit, purpose). So an example is the same for any batch
-size, worker count or resume point, and whatever is cached from it is keyed by its content.
+Every random choice is keyed by (seed, key, visit, purpose), so an example is the same for any batch
+size, worker count or resume point. Caches are keyed by an example's content.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_ji
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One visit to one image."""
+    """A training image as it is used in one visit: cropped, augmented, with its caption."""
 
     pixels: Tensor  # [3, h, w] in [-1, 1]
     mask: Tensor | None  # [1, h, w] in [0, 1]
@@ -97,16 +97,16 @@ class Batch:
 class ImageDataset:
     """Images with captions and masks, as examples.
 
-    `sizes` are the (h, w) that the records are cut to. Decoded images stay in memory up to
-    `keep_bytes`. A visit has the empty caption with
-    probability `caption_dropout` (for guidance without a classifier, arXiv 2207.12598); prior
-    records keep theirs. Raises UserError for no records and a probability outside [0, 1).
+    `sizes` are the (h, w) that the records are cropped to. Decoded images stay in memory up to
+    `keep_bytes`. A visit has the empty caption with probability `caption_dropout` (for
+    classifier-free guidance, arXiv 2207.12598); prior records keep theirs. Raises UserError for no
+    records and a probability outside [0, 1).
 
-    Where some records have a mask, the others have ones, so that a loss does not depend on what
-    else is in the batch. No visit has a mask of zeros, which would train nothing (kohya takes such
-    a step with the loss 0): a crop without any of the mask moves to one of the mask's pixels, at
-    random where crops are random. Raises UserError for masks that vanish when they are scaled, and
-    for masks that are one grey in every crop.
+    If some records have a mask, the others get masks of ones, so that a loss does not depend on the
+    other images in the batch. No visit has a mask of zeros, which would train nothing (kohya takes
+    such a step with the loss 0): a crop without any of the mask is moved to one of the mask's
+    pixels, at random where crops are random. Raises UserError for masks that vanish when they are
+    scaled, and for masks that have one value in every crop.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ class ImageDataset:
         return len(self.records)
 
     def visit(self, index: int, times: int) -> int:
-        """The number of the visit to its content that record `index` makes.
+        """The visit number of record `index`, counted over all records of the same content.
 
-        `times` counts the record's own visits before (without buckets: one per epoch). Copies
+        `times` counts the record's own earlier visits (without buckets: one per epoch). Copies
         (repeats, identical files) take turns, so each gets its own noise.
         """
         return times * self._copies[self.records[index].key] + self._copy[index]
@@ -195,10 +195,10 @@ class ImageDataset:
         )
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
-        """The cache key of what is computed from this visit's pixels, cut to `size`.
+        """The cache key of tensors computed from this visit's pixels, cropped to `size`.
 
         None is the record's own size. The key depends on the content and every setting that
-        changes pixels, not on captions. Raises UserError when pixels are fresh at every visit,
+        changes pixels, not on captions. Raises UserError when pixels are new at every visit,
         because then nothing would be read twice.
         """
         s = self.settings
@@ -233,10 +233,10 @@ class ImageDataset:
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
     def _check_masks(self) -> list[str]:
-        """Names of the images of which a center crop shows nothing of the mask.
+        """Names of the images whose mask is entirely outside the center crop.
 
-        Raises UserError for a mask that scaling leaves nothing of, and where every visit shows one
-        grey of every mask.
+        Raises UserError for a mask that vanishes when it is scaled, and where every mask has one
+        value in every crop.
         """
         pairs = zip(self.records, self.sizes, strict=True)
         masked = {record.path: (record, size) for record, size in pairs if _has_mask(record)}
@@ -314,9 +314,9 @@ def _corner_on_mask(
 ) -> tuple[int, int]:
     """The corner (top, left) of a crop that shows some of the mask.
 
-    With `draw` it is a random one of those with a random pixel of the mask, so the more likely the
-    more of the mask it shows. Without, the mask's pixel nearest to the image's middle comes to the
-    middle of the crop, as far as the image reaches.
+    With `draw` it is a random crop that contains a random pixel of the mask, so crops with more of
+    the mask are more likely. Without, the crop is centered on the mask's pixel nearest to the
+    middle of the image, as far as the image allows.
     """
     pixels = image_to_tensor(mask)[0].nonzero()  # [n, 2] rows and columns
     if draw is None:
@@ -352,9 +352,9 @@ def describe_moved_crops(folder: ImageDataset) -> str:
 
 
 def describe_upscaled(folder: ImageDataset) -> str:
-    """One sentence that counts the images smaller than the size they are cut to, or "".
+    """One sentence that counts the images smaller than the size they are cropped to, or "".
 
-    The zoom does not count.
+    The zoom is ignored.
     """
     small = {}
     for record, size in zip(folder.records, folder.sizes, strict=True):
@@ -441,7 +441,7 @@ def iterate_batches(
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch in `parts` strides, so that each has its part of instances and of the prior."""
+    """The batch in `parts` strided parts, each with its share of instances and prior examples."""
     for i in range(parts):
         yield batch.rows(slice(i, None, parts))
 

@@ -1,4 +1,4 @@
-"""Export of a hub dataset to a folder of images that `scan_folder` reads.
+"""Export a hub dataset to a folder of images that `scan_folder` reads.
 
 Anything that `datasets.load_dataset` takes can be exported.
 """
@@ -37,7 +37,7 @@ def export_dataset(
     caption_column: str = "",
     caption: str = "",
 ) -> Path:
-    """The folder with the images of one split of a dataset, exported unless it is there already.
+    """The folder with the images of one split of a dataset, exported unless it exists already.
 
     It has a metadata.jsonl if there are captions. `name` is a dataset of the hub or a folder
     (ImageFolder, parquet ...); without `folder` it gets one of its own in the hub's cache of
@@ -106,7 +106,7 @@ def _load_split(
     usual = next((column for column in CAPTION_COLUMNS if column in columns), "")
     if not caption_column and one_for_all and usual:
         print(
-            f"the column {usual!r} of {name} is not read, for one caption is given for all; "
+            f"the column {usual!r} of {name} is not read, because one caption is given for all; "
             f"--data.caption-column {usual} reads it"
         )
     if not caption_column and not one_for_all:

@@ -1,8 +1,8 @@
-"""Image and mask files: reading, checking, scaling, cropping, conversion to tensors.
+"""Read, check, scale and crop image and mask files, and convert them to tensors.
 
-Pillow does it all: its results are integers and the same on every machine. Images become sRGB with
-8 bits; ICC profiles are applied by littleCMS, through Pillow. Nothing else in the product opens an
-image file.
+Everything is done by Pillow, whose results are integers and the same on every machine. Images
+become sRGB with 8 bits; ICC profiles are applied by littleCMS, through Pillow. No other module
+opens image files.
 """
 
 import io
@@ -41,7 +41,7 @@ JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
-# Goes up when the same file gives other pixels: a cache must not return what an older version read.
+# Incremented when a file gives other pixels: a cache must not return an older version's pixels.
 READER_VERSION = 2
 MASK_SUFFIX = ".mask.png"
 READ_ERRORS = (  # exceptions of Pillow's readers for damaged files
@@ -81,7 +81,7 @@ def format_problem(path: Path) -> str | None:
     if suffix in RAW_SUFFIXES:
         return "it is a camera's raw file; export it as JPEG, PNG or TIFF"
     if suffix not in IMAGE_SUFFIXES:
-        return f"{suffix or 'a name without a suffix'} is no image format that is read"
+        return f"{suffix or 'a name without a suffix'} is not a supported image format"
     return None
 
 
@@ -135,7 +135,7 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
 def read_mask(path: Path) -> Image.Image:
     """A mask file's luminance in mode L, upright.
 
-    Transparent parts are black. An ICC profile is not applied, because weights are no colors.
+    Transparent parts are black. An ICC profile is not applied, because weights are not colors.
     """
     opened = _open(path)
     opened.info.pop("icc_profile", None)
@@ -215,9 +215,9 @@ def image_to_pixels(image: Image.Image) -> Tensor:
 
 
 class RecentImages:
-    """Decoded images by key, the latest used ones up to a number of bytes.
+    """A thread-safe LRU cache of decoded images, limited in bytes.
 
-    So a small data set is read from disk once. Safe with threads.
+    So a small data set is read from disk once.
     """
 
     def __init__(self, limit_bytes: int = 2**29) -> None:
@@ -297,8 +297,8 @@ def to_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
 
     An ICC profile is applied with the perceptual intent, Pillow's own default. Where it moves no
     color by more than 1 of 255 it is sRGB, and the numbers stay as they are, as they do without a
-    profile: gAMA, cHRM and nclx entries and EXIF's color space are not applied. A profile that is
-    damaged, or for another kind of image, is left out with a warning. By mode:
+    profile: gAMA, cHRM and nclx entries and EXIF's color space are ignored. A profile that is
+    damaged, or for another kind of image, is ignored with a warning. By mode:
 
     1, L, P, RGB, RGBX, YCbCr, HSV   as Pillow converts them
     LA, La, PA, RGBA, RGBa           the same and alpha; premultiplied colors are divided by it

@@ -1,7 +1,6 @@
-"""Listing of a folder of images: its images, masks, captions and tables, and other files.
+"""List the contents of a folder: images, masks, captions, tables, and files that nothing reads.
 
-Folders are read as they are, as the parent of kohya's N_name folders, or as ImageFolder's train
-folder.
+A folder has images itself, or kohya's N_name folders, or ImageFolder's folder train.
 """
 
 import itertools
@@ -16,10 +15,10 @@ from lora_core.errors import UserError
 from lora_core.text import normalize_unicode
 
 METADATA_TABLES = ("metadata.jsonl", "metadata.csv")  # the datasets library's names for ImageFolder
-# Suffixes of a caption file next to an image: the first that is there and has a text counts.
+# Suffixes of a caption file next to an image; the first one with a text is used.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 MASK_ENDS = (".mask", "-masklabel")  # always a mask: our own end, OneTrainer's
-PAIRED_MASK_ENDS = (  # a mask if the image without this end is there
+PAIRED_MASK_ENDS = (  # a mask if the image without this end exists
     "_masklabel", "_mask", "-mask", " mask", " (mask)", "(mask)", "_matte", "-matte", "_seg",
     "-seg", "_segmentation", "-segmentation",
 )  # fmt: skip
@@ -69,9 +68,9 @@ class Listing:
 def list_folder(root: Path, *, tabled: bool = True) -> Listing:
     """The contents of a folder of images.
 
-    `tabled`: a metadata table may name images below it. Of a folder without images of its own its
-    N_name folders are read (kohya: N repeats, the name is the caption of images that have none), or
-    its folder `train` (ImageFolder of the datasets library). Raises UserError, with the folder's
+    `tabled`: a metadata table may name images below it. In a folder without images of its own, the
+    N_name folders are read (kohya: N repeats; the name is the caption of images that have none), or
+    the folder `train` (ImageFolder of the datasets library). Raises UserError, with the folder's
     contents, when there are no images.
     """
     own = list_one_folder(root)
@@ -166,10 +165,10 @@ def count_images(folder: Path, taken: Iterable[Path] = ()) -> int:
 
 
 def folder_for_new_images(root: Path) -> tuple[Path, int]:
-    """(folder for further images, number of images that there are).
+    """(folder for new images, number of existing images).
 
-    Of N_name folders it is the first, else the folder itself. Raises UserError for a folder without
-    images of its own that has sub-folders of images which are not read.
+    The folder is the first of N_name folders, else the folder itself. Raises UserError for a folder
+    without images of its own that has sub-folders of images which are not read.
     """
     if not count_images(root):
         return root, 0
@@ -178,7 +177,7 @@ def folder_for_new_images(root: Path) -> tuple[Path, int]:
 
 
 def is_junk(path: Path) -> bool:
-    """Whether a file is of the operating system (.DS_Store, ._001.jpg), or a folder hidden."""
+    """Whether a path is a file of the operating system (.DS_Store) or a hidden folder."""
     name = path.name.lower()
     if path.is_dir():
         return name in JUNK_FOLDERS or name.startswith(".")
@@ -232,7 +231,7 @@ def _numbered_part(folder: Path) -> FolderContents | None:
 
 
 def _no_images(own: FolderContents) -> str:
-    """The sentence for a folder without images, with what it has instead."""
+    """The error for a folder without images, with the files that it has."""
     formats = ", ".join(IMAGE_SUFFIXES)
     folders = [path for path in own.others if path.is_dir() and count_images(path)]
     if folders:

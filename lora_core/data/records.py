@@ -51,15 +51,15 @@ def scan_folder(
 ) -> list[Record]:
     """The images of a folder with their captions and masks.
 
-    With a metadata table they include images below the folder that it names. The list has every
-    image `repeats` times, and those of kohya's folder N_name (`list_folder`) N times as often; in a
-    `held_out` set each comes once, and a caption that none of its images takes is no mistake.
+    They include images below the folder that a metadata table names. The list has every image
+    `repeats` times, and those of kohya's folder N_name (`list_folder`) N times as often; in a
+    `held_out` set each is listed once, and a caption that none of its images uses is no error.
 
     Masks: "file" demands a mask for each image (001.mask.png, or other tools' names:
-    `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes mask files where they are and
+    `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes existing mask files and
     ignores alpha, "any" takes mask files, else an alpha channel that is not the same everywhere,
     "none" ignores both. Caption modes and the caption's column in the table: `read_captions`.
-    Raises UserError for what is missing or damaged.
+    Raises UserError for missing or damaged files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -104,8 +104,8 @@ def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str
 def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) -> str:
     """One sentence about N_name folders (kohya) whose name is no caption, or "".
 
-    --data.caption or file names replace the name. Files with captions replace it too, as in kohya's
-    scripts, which is no news.
+    It is for names that --data.caption or file names replace; caption files replace them as well,
+    but as in kohya's scripts, which needs no message.
     """
     named = set()
     for record in records:
@@ -140,7 +140,7 @@ def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
 
 
 def _list_again(folder: Path | str, records: Sequence[Record]) -> Listing:
-    """The folder's listing, as it was for these records."""
+    """The folder's listing, with the options that gave these records."""
     files = {record.source.name for record in records if isinstance(record.source, Path)}
     return list_folder(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
 
@@ -163,7 +163,7 @@ def _add_tabled_images(
         no_images |= {*below.masks.values(), *below.unclaimed}
     if wrong := sorted(named & no_images):
         raise UserError(
-            f"{part.table} names {wrong[0]}, which its name makes a mask and not an image; "
+            f"{part.table} names {wrong[0]}, which by its name is a mask and not an image; "
             "take its row out or rename the file"
         )
     return replace(part, images=(*part.images, *further), masks=masks, texts=texts)

@@ -24,11 +24,11 @@ def epoch_permutation(n: int, epoch: int, seed: int, stream: str) -> list[int]:
 
 
 class BucketOrder:
-    """Steps of `batch` records of one group (the size they are cut to).
+    """The order of batches in which all records belong to one group (size after cropping).
 
-    In an epoch every record comes at least once: each group is shuffled, its last batch filled with
-    further visits to its own records, and the batches of all groups are shuffled. The records that
-    fill batches are taken in turn, round after round, so that none is preferred in the long run.
+    In an epoch every record is used at least once: each group is shuffled, its last batch filled
+    with further visits to its own records, and the batches of all groups are shuffled. The records
+    that fill batches take turns, so that none is preferred in the long run.
     """
 
     def __init__(self, groups: Sequence[Hashable], batch: int, seed: int) -> None:

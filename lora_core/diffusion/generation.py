@@ -42,7 +42,7 @@ def generate_images(
 ) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed).
 
-    Prompts are for the text encoder: placeholder words are bound. `init` [1 or b, 3, h, w] is the
+    In prompts, placeholder words are already replaced by tokens. `init` [1 or b, 3, h, w] is the
     image to start from (strength < 1) or, for an inpainting model, to paint in; `mask`
     [1 or b, 1, h, w] is 1 where it is to be painted. `refiner` is a second family on the same
     latents, which runs the last steps (image to image without new noise). Raises UserError for
@@ -111,7 +111,7 @@ def _prompted_denoiser(
     size: tuple[int, int],
     inpaint: Tensor | None,
 ) -> sampling.Denoise:
-    """A denoiser for the prompts: (x_t, level) -> x0, guided in the way that the model takes."""
+    """A denoiser (x_t, level) -> x0 for the prompts, with the model's kind of guidance."""
     sizes = Sizes.uncropped(*size, len(prompts))
     scale = 1.0 if family.distilled_guidance else settings.guidance
     cond = family.add_size_embeddings(family.encode_prompts(prompts), sizes, settings.guidance)
@@ -138,8 +138,8 @@ def _check_inputs(
 ) -> None:
     if size[0] % family.multiple or size[1] % family.multiple:
         raise UserError(
-            f"{size[1]} x {size[0]} pixels is no multiple of {family.multiple}, which the sides of "
-            "this model's images must be"
+            f"{size[1]} x {size[0]} pixels: the sides of this model's images must be multiples of "
+            f"{family.multiple}"
         )
     if init is None and (settings.strength < 1 or family.inpainting):
         raise UserError(
@@ -169,7 +169,7 @@ def encode_masked_image(family: Family, pixels: Tensor, mask: Tensor) -> Tensor:
 def random_hole_masks(keys: RandomKeys, height: int, width: int) -> Tensor:
     """[b, 1, h, w] random masks for training an inpainting model, 1 = hole.
 
-    8 to 32 rectangles with sides of 1/32 to 1/4 of the image's, or everything once in four times.
+    8 to 32 rectangles with sides of 1/32 to 1/4 of the image's, or (probability 1/4) everything.
     The distribution of cloneofsimo's lora_pti (16 to 128 of 512 pixels), keyed by example and
     visit.
     """
@@ -193,7 +193,7 @@ def _hole_side(side: int, fraction: float) -> int:
 
 
 def _step_noise(seeds: Sequence[int], shape: tuple[int, ...], device: Any) -> sampling.StepNoise:
-    """Noise of a sampler's step for each seed, from other generators than the start noise."""
+    """Noise of each sampler step, per seed, from other generators than the start noise."""
     generators = [torch.Generator().manual_seed(seed + 2**31) for seed in seeds]
 
     def step_noise(_step: int) -> Tensor:

@@ -33,44 +33,44 @@ from lora_core.text import nearest_names
 
 @dataclass
 class StepOutput:
-    """Everything a loss may read of one training step.
+    """Output, target, latents, noise and noise levels of one training step: the input of a loss.
 
-    Members that cost another forward pass are computed when first touched.
+    Members that cost another forward pass are computed at first access.
     """
 
     out: Tensor  # [b, c, h, w] the network's output
-    target: Tensor  # [b, c, h, w] the value that it should have had
+    target: Tensor  # [b, c, h, w] the training target, in the same parameterization
     x0: Tensor  # [b, c, h, w] clean latents
-    eps: Tensor  # [b, c, h, w] their noise
+    eps: Tensor  # [b, c, h, w] the noise added to them
     x_t: Tensor  # [b, c, h, w] noised latents, the network's input before c_in
     level: NoiseLevel  # [b] each
-    prediction: str  # a row of PREDICTIONS
+    prediction: str  # a key of PREDICTIONS: the parameterization of out and target
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, examples of prior preservation
     step: int
     # base_out(), preserved(), attention(), and decode(latents) for pixels
     lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
-    # The row of PREDICTIONS that base_out() and preserved() are in, where `prediction` is "sample"
-    # because the loss compares x0.
+    # The network's own prediction type, for base_out() and preserved(), where `prediction` is
+    # "sample" because the loss compares x0.
     network: str = ""
 
     @cached_property
     def x0_pred(self) -> Tensor:
-        """[b, c, h, w] the clean latents that the output means."""
+        """[b, c, h, w] the clean latents predicted by the output."""
         return PREDICTIONS[self.prediction].x0(self.x_t, self.out, self.level)
 
     @cached_property
     def base_out(self) -> Tensor:
-        """[b, c, h, w] the output without adapters and gradient, parameterized as `out` is."""
+        """[b, c, h, w] the base model's output, without gradient, parameterized like `out`."""
         return self._to_loss_space(self._compute("base_out"))
 
     @cached_property
     def preserved(self) -> tuple[Tensor, Tensor]:
         """Outputs [b, c, h, w] with and without adapters on captions without placeholder words.
 
-        The captions have the classes in place of the placeholder words. The base model's output is
-        without gradient; both are parameterized as `out` is.
+        In the captions, classes replace the placeholder words. The base model's output has no
+        gradient; both are parameterized like `out`.
         """
         now, before = self._compute("preserved")
         return self._to_loss_space(now), self._to_loss_space(before.detach())
@@ -95,7 +95,7 @@ class StepOutput:
         if name not in self.lazy:
             offered = ", ".join(self.lazy) or "no lazy member"
             raise UserError(
-                f"this loss reads step.{name}, which the caller does not offer; it offers {offered}"
+                f"this loss reads step.{name}, which the caller does not provide; it has {offered}"
             )
         return self.lazy[name](*args)
 
@@ -149,9 +149,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def is_capturable(loss: Callable[..., Tensor]) -> bool:
     """Whether a CUDA graph can hold a loss.
 
-    It can if the loss does the same operations in every step and reads nothing back to the host:
-    the rows of LOSSES do, and functions with the attribute `capturable = True`, with arguments
-    bound to them or without.
+    It can if the loss does the same operations in every step and reads nothing back to the host.
+    That holds for the entries of LOSSES and for functions with the attribute `capturable = True`,
+    also with bound arguments.
     """
     while isinstance(loss, functools.partial):
         loss = loss.func
@@ -191,9 +191,9 @@ def add_preservation(
     """The loss plus `weight` times the preservation loss [b] (ai-toolkit's differential output).
 
     The preservation loss is the mean squared difference between the outputs with and without
-    adapters, both on the caption with the class in place of the placeholder word. The mask does not
-    count in it, because everything is to be preserved. The sum is weighted by noise level like any
-    loss. Costs two more forward passes, one of them with gradient.
+    adapters, both on the caption with the class in place of the placeholder word. It ignores the
+    mask, because everything is to be preserved. The sum is weighted by noise level like any loss.
+    Costs two more forward passes, one of them with gradient.
     """
 
     def preserving_loss(step: StepOutput) -> Tensor:
@@ -288,7 +288,7 @@ def _find_weighting(name: str, *args: tuple[str, Any]) -> Callable[..., Tensor] 
     return find_function(name, WEIGHTINGS, dict(args))
 
 
-WEIGHTING_FORMULAS = {  # a row of WEIGHTINGS -> W as users read it
+WEIGHTING_FORMULAS = {  # key of WEIGHTINGS -> W as text
     "min_snr": "min(snr, {gamma:g})",
     "soft_min_snr": "{gamma:g} snr / (snr + {gamma:g})",
     "debiased": "sqrt(snr)",
@@ -297,8 +297,8 @@ WEIGHTING_FORMULAS = {  # a row of WEIGHTINGS -> W as users read it
     "sigma_sqrt": "(1 + sqrt(snr))^4",
     "cosmap": "2/pi (1 + sqrt(snr))^4 / (1 + snr)",
 }
-# A row of PREDICTIONS -> the output's name, and the squared Jacobian on the schedule that the row
-# was published for.
+# Key of PREDICTIONS -> the output's name, and the squared Jacobian on the schedule for which that
+# prediction type was published.
 OUTPUT_NAMES = {
     "epsilon": ("epsilon", " / snr"),
     "v_prediction": ("v", " / (snr + 1)"),
@@ -339,7 +339,7 @@ def describe_loss(
 def find_function(
     spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None
 ) -> Any:
-    """A row of a table, or function `fn` of a file for "path/to/file.py:fn", with `args` bound.
+    """The entry `spec` of a table, or function `fn` of "path/to/file.py:fn", with `args` bound.
 
     Raises UserError for an unknown name (naming the nearest), a missing file or function, and an
     argument the function does not take.
@@ -363,8 +363,8 @@ def find_function(
 def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     """`function` with `args` bound to it.
 
-    Raises UserError, which calls it `name`, for an argument that it does not take, or for a text
-    where its default is a number.
+    Raises UserError (with `name` for the function) for an argument that it does not take, and for a
+    text where its default is a number.
     """
     if not args:
         return function
@@ -385,8 +385,8 @@ def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
 def name_and_arguments(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
     """(name, arguments) with which `find_function` finds a function again.
 
-    The name is in "<...>", which `find_function` refuses, where no file gives the function back.
-    Arguments that functools.partial has bound by name are included, where a config can hold them.
+    For a function that is in no file the name is in "<...>", which `find_function` refuses.
+    Arguments bound by name with functools.partial are included, if a config can hold them.
     """
     inner: Any = loss
     if isinstance(loss, functools.partial):
@@ -413,7 +413,7 @@ def check_weighting(name: str, args: Mapping[str, Any]) -> None:
 
 
 def check_loss_shape(losses: Any, name: str, b: int) -> None:
-    """Raises UserError unless loss `name` returned a tensor [b]. Waits for no device.
+    """Raises UserError unless loss `name` returned a tensor [b]. Does not sync with the device.
 
     Check before weighting: a scalar times the weights [b] is [b] again.
     """
@@ -431,7 +431,7 @@ def check_loss_shape(losses: Any, name: str, b: int) -> None:
 
 
 def check_loss_finite(losses: Tensor, name: str) -> None:
-    """Raises UserError unless all of [b] are finite. Reads the values, so it waits for a GPU."""
+    """Raises UserError unless all losses [b] are finite. Syncs with the device."""
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
     if bad:
         first, b = bad[0], len(losses)
@@ -445,7 +445,7 @@ def sum_losses(losses: Tensor, is_prior: Tensor, *, prior_weight: float, instanc
     """0-dim sum of the weighted losses [b] / instances, the prior's times prior_weight.
 
     With as many prior examples as instances this is mean(instances) + prior_weight * mean(prior)
-    (DreamBooth, arXiv 2208.12242 eq. 2). `instances` counts those of the whole step, so that the
-    sums of its micro-batches add up to the step's own.
+    (DreamBooth, arXiv 2208.12242 eq. 2). `instances` is the number in the whole step, so that the
+    sums of its micro-batches add up to that of the step.
     """
     return torch.where(is_prior, prior_weight * losses, losses).sum() / instances

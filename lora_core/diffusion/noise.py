@@ -1,6 +1,6 @@
 """Noise of diffusion training: schedules, timestep densities, keyed random numbers, noised latents.
 
-Every schedule is a table of levels (t, alpha, sigma) of one law, x_t = alpha x0 + sigma eps:
+Every schedule is a table of levels (t, alpha, sigma) with x_t = alpha x0 + sigma eps:
 vp (alpha^2 + sigma^2 = 1, arXiv 2006.11239), flow (alpha = 1 - sigma, arXiv 2210.02747) and
 edm (alpha = 1, arXiv 2206.00364).
 """
@@ -227,7 +227,7 @@ def edm_schedule(
 
 
 def keyed_hash(seed: int, name: str, visit: int, purpose: str) -> int:
-    """64 bits, signed, that depend on nothing but the four arguments (blake2b)."""
+    """A signed 64-bit hash of the four arguments (blake2b)."""
     words = json.dumps([seed, name, visit, purpose])  # json: "a" + "bc" must not equal "ab" + "c"
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -236,8 +236,8 @@ def keyed_hash(seed: int, name: str, visit: int, purpose: str) -> int:
 def keyed_generator(seed: int, name: str, visit: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded with `keyed_hash` of the same arguments.
 
-    torch's Mersenne twister takes 32 of those 64 bits: among 100,000 draws expect one pair to be
-    equal, which harms nothing.
+    torch's Mersenne twister uses 32 of those 64 bits: among 100,000 generators one pair is expected
+    to be equal, which is harmless.
     """
     return torch.Generator().manual_seed(keyed_hash(seed, name, visit, purpose))
 
@@ -302,12 +302,13 @@ DENSITIES: dict[str, Callable[..., Tensor]] = {
 
 
 def bind_density(name: str, **args: float) -> Density:
-    """A row of DENSITIES with its arguments bound: u [b] in [0, 1) -> fraction of the schedule [b].
+    """The density of that name with its arguments bound: u [b] in [0, 1) -> fraction [b].
 
-    logit_normal's mean above 0 is more noise, as in arXiv 2403.03206. The logit_mean of diffusers'
-    and kohya's flow scripts has the opposite sign, because they look the fraction up in a table
-    that descends; their +1 is our -1. The other densities are symmetric. Raises UserError for an
-    unknown name or argument, and for values that lead out of 0..1 (mode: scale below -1).
+    Fractions are of the schedule. A mean of logit_normal above 0 is more noise, as in arXiv
+    2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the opposite sign, because
+    they look the fraction up in a table that descends; their +1 is our -1. The other densities are
+    symmetric. Raises UserError for an unknown name or argument, and for values that lead out of
+    0..1 (mode: scale below -1).
     """
     if name not in DENSITIES:
         near = nearest_names(name, DENSITIES)[0]
@@ -390,7 +391,7 @@ def check_shift(schedule: Schedule, shift: float) -> None:
     """Raises UserError for a shift that is not above 0, and for one other than 1 without a flow."""
     if not (shift > 0 and math.isfinite(shift)):
         raise UserError(
-            f"a shift of {shift:g} is none; expected a number above 0, where 1 changes nothing"
+            f"a shift of {shift:g} is impossible; expected a number above 0 (1: no change)"
         )
     if shift != 1 and schedule.kind != "flow":
         raise UserError(

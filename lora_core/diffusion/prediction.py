@@ -1,6 +1,6 @@
-"""Prediction types: what a network is trained to output, and the clean image that its output means.
+"""Prediction types: the training target of a network, and the x0 that its output predicts.
 
-Each row of PREDICTIONS is a few lines of algebra on x_t = alpha x0 + sigma eps:
+Each entry of PREDICTIONS is a few lines of algebra on x_t = alpha x0 + sigma eps:
 
     row           out                             x0
     epsilon       eps                             (x_t - sigma out) / alpha
@@ -10,9 +10,9 @@ Each row of PREDICTIONS is a few lines of algebra on x_t = alpha x0 + sigma eps:
     edm           (sigma/s x0 - alpha s eps) / N  c_skip x_t + c_out out
 
 with s = sigma_data and N^2 = alpha^2 s^2 + sigma^2. The Jacobian |d x0 / d out| is the factor of
-`out` in the last column, without its sign. The denominators are 1 on the schedule a row was
-published for (vp for v, flow for flow, alpha = 1 for edm); written out, every row holds on every
-schedule, and the tests demand it. All in fp32 or better.
+`out` in the last column, without its sign. The denominators are 1 on the schedule for which a type
+was published (vp for v, flow for flow, alpha = 1 for edm); with them every type is valid on every
+schedule, as the tests check. All in fp32 or better.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, add_noise
 
-# Where a loss compares outputs: in the network's own parameterization, or as the x0 they mean.
+# Where a loss compares outputs: in the network's own parameterization, or as predictions of x0.
 LossSpace = Literal["model", "edm"]
 
 # Standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1).
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
     # (x0, eps, level) -> the target of `out` [b, c, h, w]
     target: Callable[[Tensor, Tensor, NoiseLevel], Tensor]
-    # (x_t, out, level) -> the clean image that `out` means [b, c, h, w]
+    # (x_t, out, level) -> the prediction of x0 [b, c, h, w]
     x0: Callable[[Tensor, Tensor, NoiseLevel], Tensor]
     # level -> |d x0 / d out| [b]: an error e in `out` is an error jacobian * e in x0
     jacobian: Callable[[NoiseLevel], Tensor]
@@ -167,7 +167,7 @@ def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
 def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
     """The network's input c_in x_t, computed in fp32 or better, in x_t's dtype.
 
-    x_t itself for rows of PREDICTIONS without a c_in.
+    x_t itself for prediction types without a c_in.
     """
     c_in = PREDICTIONS[prediction].c_in
     if c_in is _one:
@@ -178,11 +178,11 @@ def scale_input(prediction: str, x_t: Tensor, level: NoiseLevel) -> Tensor:
 def to_loss_space(
     prediction: str, space: str, out: Tensor, x0: Tensor, eps: Tensor, level: NoiseLevel
 ) -> tuple[Tensor, Tensor, str]:
-    """(out, target, row): the pair that a loss compares, and the row of PREDICTIONS both are in.
+    """(out, target, prediction type of both): the pair that a loss compares.
 
-    Both are [b, c, h, w]. "model": the network's output and its target. "edm": the x0 that the
-    output means, and x0 (arXiv 2206.00364 eq. 2). Under input perturbation the output is read as if
-    x_t held eps alone: then an error in it is the same error in both spaces, times the Jacobian.
+    Both are [b, c, h, w]. "model": the network's output and its target. "edm": the predicted x0,
+    and x0 (arXiv 2206.00364 eq. 2). Under input perturbation x0 is computed as if x_t had eps
+    alone: then an error of the output is the same error in both spaces, times the Jacobian.
     """
     if space == "edm":
         x0_pred = PREDICTIONS[prediction].x0(add_noise(x0, eps, level), out, level)

@@ -167,7 +167,7 @@ def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
 
 
 class Sampler(NamedTuple):
-    """A sampler, and how its diffusers counterpart chooses the timesteps."""
+    """A sampler, and the rules by which its diffusers counterpart chooses timesteps."""
 
     run: Callable[..., Tensor]
     stochastic: bool = False  # needs `noise=`
@@ -197,8 +197,8 @@ def sampler_timesteps(
     """The n timesteps of a sampler from noisy to clean.
 
     For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) applies to leading
-    only. flow and edm have one layout each and no spacing: sigma 1 ... 1/n, shifted (arXiv
-    2403.03206), and Karras' steps (arXiv 2206.00364 eq. 5).
+    only. flow and edm have a fixed spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206), and
+    Karras' steps (arXiv 2206.00364 eq. 5).
     """
     count = len(schedule)
     if steps < 1:
@@ -236,9 +236,10 @@ def sampler_levels(
 ) -> NoiseLevel:
     """The n + 1 levels of a sampler's steps from noisy to clean, [n + 1] float64 on the CPU.
 
-    The last is the one it ends at. strength below 1 keeps the last int(strength * steps) steps, for
-    image to image: x starts as an image with that much noise. Raises UserError for an unknown
-    sampler or spacing, a number of steps that does not fit, and a strength that leaves no step.
+    The last is the level at which it ends. strength below 1 keeps the last int(strength * steps)
+    steps, for image to image: x starts as an image with that much noise. Raises UserError for an
+    unknown sampler or spacing, a number of steps that does not fit, and a strength that leaves no
+    step.
     """
     if sampler not in SAMPLERS:
         near = nearest_names(sampler, SAMPLERS)[0]

@@ -13,7 +13,7 @@ from lora_core.errors import UserError
 
 
 class StartImages(NamedTuple):
-    """What is given to `generate_images` in addition to prompts and seeds."""
+    """The initial image and the inpainting mask of `generate_images`."""
 
     pixels: Tensor | None  # [1, 3, h, w] in [-1, 1]
     mask: Tensor | None  # [1, 1, h, w], 1 where the image is to be painted
@@ -30,8 +30,8 @@ def read_start_images(image: str, mask: str, height: int, width: int) -> StartIm
     painted = image_to_tensor(fit_image(mask, height, width, is_mask=True))[None] > 127
     if not painted.any():
         raise UserError(
-            f"--mask {mask} has nothing white where the image is, {width} x {height} pixels; "
-            "paint white what is to be drawn"
+            f"--mask {mask} has no white pixel inside the image, {width} x {height} pixels; "
+            "paint the area to be drawn white"
         )
     return StartImages(pixels, painted.float())
 

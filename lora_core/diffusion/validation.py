@@ -1,8 +1,8 @@
-"""Validation loss: the same images, timesteps and noise for every run, so that runs compare.
+"""Validation loss with the same images, timesteps and noise for every run, for comparison.
 
 The training loss of one step depends mostly on the timestep that was drawn. Here every image is
 scored at the midpoints of equal timestep bins with noise keyed by (seed, image, draw), by the plain
-squared error of the network's output, and next to the score of the model before training.
+squared error of the network's output. The model before training is scored in the same way.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def choose_images(
 ) -> ValidationSet:
     """At most `count` images (0: all), evenly chosen: those at i n / count of the n in order.
 
-    They are held-out images or, without any, those that are trained on. `training` may hold an
-    image several times, and with its mask, which does not count here. Held-out images that are
-    trained on as well, by path or content, are counted and not called held-out.
+    They are held-out images or, without any, the training images. `training` may have an image
+    several times, and its mask, which is ignored here. Held-out images that are also training
+    images, by path or content, are counted and not called held-out.
     """
     given = training if held_out is None else held_out
     images = list({record.path.resolve(): record for record in given}.values())
@@ -77,7 +77,7 @@ def choose_images(
 
 
 def bin_midpoints(schedule: Schedule, bins: int) -> Tensor:
-    """[bins] the timesteps in the middle of equal stretches of the schedule."""
+    """[bins] the midpoints of equal intervals of the schedule's timesteps."""
     rows = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins * len(schedule)).long()
     return schedule.ts[rows.to(schedule.ts.device)]
 
@@ -155,9 +155,9 @@ class PairedDifference(NamedTuple):
 def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
     """The paired difference of two runs' last validations, per timestep and over all of them.
 
-    The last one is over all timesteps. The pairs of one image at one timestep share their noise, so
-    what differs is the model; the standard error is taken over images and draws (for the total:
-    over the images' means). Raises UserError when the runs were not scored on the same images,
+    The last entry is over all timesteps. Both scores of a pair have the same noise, so only the
+    models differ; the standard error is over images and draws (for the total: over the images'
+    means). Raises UserError when the runs were not scored on the same images,
     timesteps and draws.
     """
     a, b = _last_losses(run_a), _last_losses(run_b)

@@ -1,4 +1,4 @@
-"""Reading and writing adapter files of any format, and the files of a run's folder."""
+"""Read and write adapter files of any format, and the adapter files of a run's folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lora_core.formats.known_formats import (
 from lora_core.formats.layout import Layout, nearest_name
 
 HOW_TO_DISTILL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
-FOREIGN = {  # pattern of a key -> kind of file; known in order to be refused by name
+FOREIGN = {  # pattern of a key -> kind of file that is recognized only to be refused by name
     r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": (
         "a control LoRA, which also changes norms and adds input channels"
     ),
@@ -60,18 +60,18 @@ def load(
     dora_axis: str = "",
     merging: bool = False,
 ) -> AdapterState:
-    """The content of an adapter's file, of a run's folder, or of a folder of peft's.
+    """The content of an adapter file, of a run's folder, or of an adapter folder written by peft.
 
-    A run's folder has its LoRA and the token rows next to it. Nothing in a file is executed.
+    A run's folder gives its LoRA and its token rows. Nothing in a file is executed.
 
     allow_extra: leave out unknown keys, named in one line on stderr, instead of refusing the file.
-    dora_axis: "rows" or "columns", for the DoRA magnitudes of files in kohya's names whose shapes
-    and header do not tell.
-    merging: also read updates that can only be merged into a model or distilled: LyCORIS'
+    dora_axis: "rows" or "columns", the axis of the DoRA magnitudes in files with kohya's names
+    whose shapes and header leave it open.
+    merging: also read updates that can only be merged into a model or distilled: those of LyCORIS
     (`AdapterState.dense`) and DoRAs by columns.
 
-    Raises UserError for anything but a whole, finite file whose every key is known; with a layout,
-    shapes must fit it too.
+    Raises UserError for an incomplete file, NaN or Inf, and an unknown key; with a layout, also for
+    shapes that do not fit it.
     """
     if dora_axis not in ("", "rows", "columns"):
         raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
@@ -88,7 +88,7 @@ def load(
 
 
 def detect_format(path: str | Path) -> str:
-    """The row of FORMATS that reads an adapter's file, or the first file of a folder.
+    """The name in FORMATS of the format of an adapter file, or of a folder's first file.
 
     "diffusers" for files that no format knows: its reader names the odd keys.
     """
@@ -113,7 +113,7 @@ def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     if file.is_file() and is_pickle(file):
         return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
     if not file.is_file():
-        raise UserError(f"{file} is not there; give a file or a run's folder")
+        raise UserError(f"{file} does not exist; give a file or a run's folder")
     return read_shapes(file)
 
 
@@ -161,7 +161,7 @@ def _unknown_file_error(keys: list[str], source: str) -> str:
             "or put them on again with lora_core.adapters.custom_files.load_adapters"
         )
     return (
-        f"{source} is no adapter file: none of its {len(keys)} keys "
+        f"{source} is not an adapter file: none of its {len(keys)} keys "
         f"({', '.join(keys[:3])} ...) is known to {', '.join(READABLE)}"
     )
 
@@ -206,14 +206,14 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
     if any(state.dense.values()):
         raise UserError(
-            f"{source} cannot be put on a model as it is: {_describe_first_dense(state)}; "
+            f"{source} cannot be used on a model unmerged: {_describe_first_dense(state)}; "
             f"{HOW_TO_DISTILL}"
         )
     for name, modules in state.components.items():
         for path, lr in modules.items():
             if lr.magnitude is not None and lr.magnitude.ndim > 1:
                 raise UserError(
-                    f"{source} cannot be put on a model as it is: {name}.{path} is a DoRA by "
+                    f"{source} cannot be used on a model unmerged: {name}.{path} is a DoRA by "
                     "columns; merge.py fold puts it into a model"
                 )
 
@@ -221,7 +221,7 @@ def _refuse_merge_only(state: AdapterState, source: str) -> None:
 def _describe_first_dense(state: AdapterState) -> str:
     name, modules = next((name, own) for name, own in state.dense.items() if own)
     path, update = next(iter(modules.items()))
-    return f"{name}.{path} is a {update.kind} update, no product of two factors"
+    return f"{name}.{path} is a {update.kind} update, not a product of two factors"
 
 
 # ---------------------------------------------------------------- files of a folder
@@ -241,7 +241,7 @@ def _find_files(path: Path) -> list[Path]:
 def _find_run_files(folder: Path) -> list[Path]:
     """The LoRA of a run's folder, if any, then its token rows, if any.
 
-    Raises UserError for neither, or a choice.
+    Raises UserError when there is neither, or more than one of a kind.
     """
     files = sorted(folder.glob("[!.]*.safetensors"))  # a dot: left by a writer that was killed
     rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
@@ -283,8 +283,8 @@ def save(
 
     Atomic; the same state gives the same bytes. The header has the state's metadata (without what
     described the file it came from), then `metadata`, the tokens' names, then the format's own.
-    Factors and rows are cast to `dtype` where given; magnitudes are not, because a DoRA lives off
-    the small difference to a norm.
+    Factors and rows are cast to `dtype` where given; magnitudes are not, because the effect of a
+    DoRA is the small difference between its magnitude and the norm of the weight.
 
     Raises UserError when the state has nothing for this format, the layout lacks a module, or a
     number overflows `dtype`.
@@ -322,11 +322,11 @@ def save_run(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Writes the files that a run ends with, those that the state has content for.
+    """Writes the adapter files of a finished run, as far as the state has content for them.
 
-    They are NATIVE and <run>.safetensors (kohya's names), <run>_emb.safetensors; <run> is the
-    folder's name. Token rows stay fp32. A state that kohya's names cannot hold is reported in one
-    line, and that file left out.
+    They are NATIVE (diffusers' names), <run>.safetensors (kohya's names) and
+    <run>_emb.safetensors (token rows, always fp32); <run> is the folder's name. For a state that
+    kohya's format cannot hold, that file is left out and one line printed.
     """
     folder = Path(folder).resolve()
     native, kohya, rows = (folder / name for name in run_file_names(folder.name))

@@ -1,4 +1,4 @@
-"""cloneofsimo's format: `unet:{i}:up`, `unet:{i}:down`, tokens inside under their own names.
+"""cloneofsimo's format: `unet:{i}:up`, `unet:{i}:down`, and token rows under the tokens' names.
 
 Layers have numbers (see layer_numbering.py). The header lists the classes of each network as JSON,
 the rank of each number, and `<embed>` for each token. There is no alpha, a scale is multiplied into
@@ -24,8 +24,8 @@ from lora_core.formats.layout import Layout
 
 KEY = re.compile(r"([^:]+):(\d{1,9}):(up|down)")
 RANK = re.compile(r"[^:]+:\d+:rank")
-EMBED = "<embed>"  # the header's value for a token
-ENCODER = "text_encoder"  # the one whose tokens these files hold
+EMBED = "<embed>"  # value of the header entry that marks a token
+ENCODER = "text_encoder"  # the only encoder whose token rows these files hold
 
 
 def read_cloneofsimo(
@@ -37,9 +37,9 @@ def read_cloneofsimo(
 ) -> AdapterState:
     """The file's state; tokens in the order of their names, or of the header's list of names.
 
-    The ranks are the tensors', whatever the header has. Raises UserError without a layout, for a
-    network without numbers, gaps in them, unknown keys (always) and classes, and shapes that fit no
-    order or several.
+    Ranks are those of the tensors; the header's are ignored. Raises UserError without a layout, for
+    a network whose layers have no numbering, gaps in the numbers, unknown keys (even with
+    allow_extra) and classes, and shapes that fit no order or several.
     """
     layout = require_layout(layout, source)
     numbered: dict[str, dict[int, dict[str, Tensor]]] = {}
@@ -76,7 +76,8 @@ def write_cloneofsimo(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and cloneofsimo's header entries.
 
-    Raises UserError without a layout, and for a layer, DoRA, rank or token that has no place there.
+    Raises UserError without a layout, and for a layer, DoRA, rank or token that the format cannot
+    hold.
     """
     layout = require_layout(layout, title)
     tensors: dict[str, Tensor] = {}
@@ -142,9 +143,9 @@ def _to_pairs(
 def with_tokens(
     state: AdapterState, tokens: Mapping[str, Tensor], layout: Layout, source: str
 ) -> AdapterState:
-    """The state with one row a token.
+    """The state with the given token rows added, one row [d] for each token.
 
-    Raises UserError for anything but rows [d] of the text encoder's width.
+    Raises UserError for another shape or width than the text encoder's.
     """
     if not tokens:
         return state
@@ -174,10 +175,10 @@ def with_tokens(
 
 
 def token_tensors(state: AdapterState, layout: Layout) -> dict[str, Tensor]:
-    """Token -> row.
+    """Token -> its row [d], as the format stores it.
 
-    Raises UserError for rows of another encoder, and for a name that readers of the format take for
-    a factor's.
+    Raises UserError for rows of another encoder, and for a token whose name looks like a factor's
+    key.
     """
     own = layout.encoders.get(ENCODER)
     for key in state.tokens:

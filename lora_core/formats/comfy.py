@@ -1,11 +1,11 @@
-"""ComfyUI's own names, and those of XLabs' trainer. Only read: kohya's format holds the same.
+"""ComfyUI's key names and XLabs' trainer's: read only, because kohya's format holds the same.
 
-ComfyUI's are `diffusion_model.{path in the original code}.lora_A.weight` and
-`text_encoders.clip_l.transformer.{path}.lora_up.weight`, as its model patches are keyed. The scale
-is alpha / rank, without alpha 1. ai-toolkit writes the same prefix before diffusers' paths, which
-are read alike.
-XLabs' are `{block}.processor.qkv_lora1.down.weight`, without alpha; their q, k and v are joined, in
-single blocks without the way into the MLP.
+ComfyUI: `diffusion_model.{path in the original code}.lora_A.weight` and
+`text_encoders.clip_l.transformer.{path}.lora_up.weight`, the keys of its model patches. The scale
+is alpha / rank, or 1 without an alpha. ai-toolkit writes the same prefix before diffusers' paths;
+both are read.
+XLabs: `{block}.processor.qkv_lora1.down.weight`, without alpha. q, k and v are one layer; in single
+blocks it does not contain the MLP's input projection.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def read_comfyui(
     source: str,
     options: DecodeOptions = STRICT,
 ) -> AdapterState:
-    """The file's state.
+    """The adapter state of a file with ComfyUI's names.
 
-    Raises UserError, also without a layout: the original code's names are known from a model's
-    paths only.
+    Raises UserError, also without a layout: the original code's names follow only from a model's
+    paths.
     """
     if layout is None:
         raise UserError(
@@ -74,7 +74,7 @@ def read_xlabs(
     source: str,
     options: DecodeOptions = STRICT,
 ) -> AdapterState:
-    """The state of a file of XLabs' trainer.
+    """The adapter state of a file from XLabs' trainer.
 
     Raises UserError, also without a layout, and for a model without such blocks.
     """

@@ -1,8 +1,8 @@
-"""Names of tensors in single-file checkpoints of CompVis' latent-diffusion code and its kin.
+"""Tensor names in single-file checkpoints of CompVis' latent-diffusion code and its descendants.
 
 Each `name_*` function maps the shapes of a network in the diffusers layout to a table: key in the
-single file -> `StoredTensor`. Tables are made from the network's own blocks, so any depth and width
-will do, and reading is the same table the other way round. Keys are relative to a prefix.
+single file -> `StoredTensor`. Tables are made from the network's own blocks, so that any depth and
+width works; reading uses the same table in reverse. Keys are relative to a prefix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from lora_core.errors import UserError
 
 Shape = tuple[int, ...]
-# How a tensor lies in the single file: as it is; [o, i] as a 1x1 convolution [o, i, 1, 1]; [i, o].
+# How a tensor is stored in the single file: unchanged, [o, i] as a 1x1 convolution [o, i, 1, 1], or
+# transposed [i, o].
 Form = Literal["same", "conv", "transposed"]
 TEXT_MODEL_LEVEL = "text_model."  # of published names; transformers 5 dropped it (CLIPTextModel)
 UNET_EDGES = {  # modules outside of the UNet's blocks
@@ -70,7 +71,7 @@ class StoredTensor:
     keys: tuple[str, ...]  # in the diffusers layout; several are stacked by rows
     shape: Shape  # in the single file
     form: Form = "same"
-    also: tuple[str, ...] = ()  # other names under which files have it; only read
+    also: tuple[str, ...] = ()  # other names under which files have it; read, never written
     spare: bool = False  # a copy for readers that expect it and never use it; not read
 
     def join_parts(self, parts: list[Tensor]) -> Tensor:
@@ -100,7 +101,7 @@ class NetworkNames(NamedTuple):
 
 
 def name_unet(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """UNet2DConditionModel. Raises UserError for a tensor that this grammar has no name for."""
+    """The table of a UNet2DConditionModel. Raises UserError for a tensor without a name here."""
     return _name_tensors(shapes, name_unet_blocks(shapes))
 
 
@@ -154,7 +155,7 @@ def name_unet_blocks(keys: Iterable[str]) -> dict[str, str]:
 
 
 def name_vae(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """AutoencoderKL. Linear layers of attention are 1x1 convolutions in single files.
+    """The table of an AutoencoderKL. Attention's linear layers are 1x1 convolutions in the file.
 
     Blocks of the decoder are numbered from the finest. diffusers' older names of attention layers
     (query, key, value, proj_attn) are known. Raises UserError for a tensor without a name here.
@@ -191,9 +192,9 @@ def _name_vae_half(
 
 
 def name_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """CLIPTextModel as transformers 4 published it, with the level text_model.
+    """The table of a CLIPTextModel as transformers 4 published it, with the level text_model.
 
-    Files without that level are read, too.
+    Files without that level are also read.
     """
     entries = {}
     for key, shape in shapes.items():
@@ -206,7 +207,7 @@ def name_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
 
 
 def name_open_clip(shapes: Mapping[str, Shape]) -> dict[str, StoredTensor]:
-    """OpenCLIP's text tower: q, k and v are one in_proj, the projection is transposed.
+    """The table of OpenCLIP's text tower: q, k, v are one in_proj, the projection is transposed.
 
     Raises UserError for a tensor without a name here.
     """
@@ -268,7 +269,7 @@ def count_text_layers(keys: Iterable[str]) -> int:
 
 
 def count_numbered(keys: Iterable[str]) -> Mapping[str, int]:
-    """List of modules, such as `down_blocks.0.resnets` -> one more than its highest number.
+    """Path of a module list, such as `down_blocks.0.resnets` -> its length (highest index + 1).
 
     0 for a list that no key has.
     """
@@ -288,7 +289,7 @@ def count_numbered(keys: Iterable[str]) -> Mapping[str, int]:
 def _name_tensors(
     shapes: Mapping[str, Shape], modules: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
-    """One entry a tensor, named by the innermost known module around it."""
+    """The table of a network: each tensor is named after the innermost known module around it."""
     entries: dict[str, StoredTensor] = {}
     for key, name in _rename_all(shapes, modules).items():
         if not name:
@@ -317,5 +318,5 @@ def _rename_all(keys: Iterable[str], modules: Mapping[str, str]) -> dict[str, st
 
 
 def _inner(here: str, there: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The modules inside of one, in both spellings."""
+    """Paths of the modules inside a module: diffusers' -> CompVis', each with its parent's path."""
     return {f"{here}.{name}": f"{there}.{other}" for name, other in names.items()}

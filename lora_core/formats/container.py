@@ -1,4 +1,4 @@
-"""Safetensors files of adapters: checked when they are read, written atomically."""
+"""Safetensors files of adapters: checked on reading, written atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST_HEADER = 100_000_000  # bytes of a header that safetensors reads
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LEGACY_HASHED = slice(0x100000, 0x110000)  # the bytes that sd-webui-additional-networks once hashed
-# safetensors' names of dtypes, in the order in which its files have them, backwards.
+# safetensors' names of dtypes, in the reverse of the order in which it writes them.
 DTYPE_CODES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -41,9 +41,9 @@ Shape = tuple[int, ...]
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as torch.save's do. Raises UserError for a missing or empty file."""
+    """Whether a file was written by torch.save. Raises UserError for a missing or empty file."""
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a file or a run's folder")
+        raise UserError(f"{path} does not exist; give a file or a run's folder")
     with path.open("rb") as file:
         start = file.read(len(ZIP))
     if not start:
@@ -118,9 +118,9 @@ def write_tensors(
 ) -> None:
     """Writes the file whole or not at all. The same input gives the same bytes.
 
-    Tensors lie as safetensors writes them; the header is sorted, which safetensors 0.8.0 shuffles.
-    With `hashes` it gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for NaN or
-    Inf (an overflow in a narrow dtype), ValueError for a header value that is not a string.
+    Tensors are in safetensors' order; the header is sorted, because safetensors 0.8.0 shuffles it.
+    With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for
+    NaN or Inf (an overflow in a narrow dtype), ValueError for a header value that is not a string.
     """
     for key, value in header.items():
         if not isinstance(value, str):
@@ -168,7 +168,7 @@ def encode_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> by
 
 @contextlib.contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
-    """Turns errors of safetensors into one sentence."""
+    """Turns safetensors' errors into a UserError of one sentence."""
     try:
         yield
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
@@ -185,7 +185,8 @@ def _kohya_hashes(
 ) -> dict[str, str]:
     """kohya's hash of the tensors' bytes, and the first 8 digits of its older hash.
 
-    The older one is of a stretch of the file as it were with the ss_ entries alone in its header.
+    The older hash is over a range of bytes of the file as it would be with only the ss_ entries in
+    its header.
     """
     head = encode_header(entries, training)
     start = max(0, LEGACY_HASHED.start - len(head))
@@ -199,9 +200,9 @@ def _kohya_hashes(
 
 
 def _refuse_repeated_names(path: Path) -> None:
-    """Raises UserError for a name that occurs twice in the header, of which safetensors takes one.
+    """Raises UserError for a name that occurs twice in the header: safetensors would keep one.
 
-    Everything else that may be wrong is left to safetensors.
+    All other errors are left to safetensors.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

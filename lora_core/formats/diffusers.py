@@ -4,11 +4,11 @@ Text encoders have `text_encoder.text_model.{path}.lora_B.weight`. Every module 
 one style that reloads exactly everywhere: a file that mixes `lora.down` with `lora_A` loses its
 attention layers in diffusers 0.42.1 when a `lora_A` key comes first. The scale is multiplied into
 lora_B, because readers without the `lora_adapter_metadata` header take scale 1. A DoRA magnitude is
-`lora_magnitude_vector`, [out], for convolutions [1, out, 1, 1]; in text encoders with `.weight` at
-the end, without which transformers 5.23 drops it (a warning, then m = |W + delta W|).
+`lora_magnitude_vector`, [out], for convolutions [1, out, 1, 1]. In text encoders the key ends in
+`.weight`; otherwise transformers 5.23 drops it (a warning, then m = |W + delta W|).
 
-Read are all spellings that diffusers and peft have written, down to the attention processors of
-2023, and strengths from alphas or that header.
+All spellings that diffusers and peft have ever written are read, including the attention processors
+of 2023; the scale comes from alphas or from that header.
 """
 
 from __future__ import annotations

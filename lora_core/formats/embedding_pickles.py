@@ -1,6 +1,6 @@
 """Token rows in .pt, .bin and .pti files of torch.save: A1111's dictionary and others.
 
-Nothing in them is executed.
+Nothing in the files is executed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_pickled_embedding(data: Any) -> bool:
 
 
 def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> AdapterState:
-    """The rows in a file: A1111's dictionary, {token: row or rows}, or encoders' keys.
+    """The token rows of a file: A1111's dictionary, {token: row or rows}, or {encoder: rows}.
 
     Raises UserError for anything else.
     """
@@ -76,7 +76,7 @@ def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> A
 def write_pickled_embedding(
     state: AdapterState, path: str | Path, layout: Layout | None = None
 ) -> None:
-    """A1111's older dictionary, as torch.save writes it, with the tokens' names; atomic.
+    """Writes A1111's older dictionary with torch.save, with the tokens' names; atomic.
 
     Raises UserError as `write_a1111`.
     """

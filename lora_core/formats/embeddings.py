@@ -5,9 +5,9 @@ tensor for one encoder, `emb_params` (kohya, A1111) or under its token (diffuser
 A1111's `.pt` dictionaries (embedding_pickles.py), cog's `text_encoders_0/1`, and rows bundled in a
 LoRA file. The encoder of a single tensor is known by its width.
 
-Readers elsewhere know the rows by the file's name or by tokens given by hand; ours finds the
-tokens' names and the placeholder words in the header. Where a file has a word for its rows (its own
-name, in A1111), that is a placeholder word, "dog" for the tokens <dog>, <dog>_1 ...
+Other readers name the tokens after the file or let the user name them; ours finds the tokens' names
+and the placeholder words in the header. A file with one word for its rows (in A1111 the file's
+name) makes that word a placeholder word: "dog" for the tokens <dog>, <dog>_1 ...
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_core.formats.grammar import STRICT, DecodeOptions
 from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE
 from lora_core.formats.layout import Layout, nearest_name
 
-# Width of rows -> encoder, where no layout tells; 1024 is the one encoder of its models.
+# Width of rows -> encoder, used without a layout; models with width 1024 have one encoder.
 WIDTHS = {768: "clip_l", 1024: "clip_l", 1280: "clip_g", 4096: "t5"}
 A1111_ROWS = "string_to_param"  # A1111's dictionary of such tensors
 # Rows inside of a LoRA file: name, key.
@@ -50,7 +50,7 @@ class WordRows(NamedTuple):
 
 
 def placeholder_header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The header entry of a word's tokens in prompts: {"TOK": ("<s0>", "<s1>")}."""
+    """The header entry for placeholder words and their tokens: {"TOK": ("<s0>", "<s1>")}."""
     if not words:
         return {}
     listed = {word: list(names) for word, names in words.items()}
@@ -102,11 +102,12 @@ def read_embeddings(
     source: str,
     options: DecodeOptions = STRICT,
 ) -> AdapterState:
-    """Token rows and names, for every kind of .safetensors there is. Raises UserError.
+    """Token rows and token names of a .safetensors file of any known kind. Raises UserError.
 
-    A pair of encoders without names in the header has those of diffusers' scripts, <s0>, <s1> ...;
-    a single tensor those of its word, which is the token that is its key, or the file's name. A
-    layout tells which encoders exist; widths of a pair are checked where the rows are installed.
+    Without names in the header, the tokens of a pair of encoders are named as in diffusers'
+    scripts, <s0>, <s1> ...; those of a single tensor after its word, which is its key or the file's
+    name. The layout decides which encoders exist; widths of a pair are checked where the rows are
+    installed.
     """
     if any(key in ENCODER_SPELLINGS for key in tensors):
         rows = _rows_by_encoder(tensors, layout, source)
@@ -131,7 +132,7 @@ def read_embeddings(
 
 
 def check_token_rows(data: Any, source: str) -> dict[str, Tensor]:
-    """{token: row or rows}, unchanged, once it is sure to be that.
+    """`data` unchanged, checked to be {token: row [d] or rows [n, d]}.
 
     Raises UserError for other values and keys, NaN, Inf, and rows per layer.
     """
@@ -163,8 +164,8 @@ def split_bundled_tokens(
 ) -> tuple[dict[str, Tensor], AdapterState | None]:
     """(a LoRA file's tensors without the rows bundled with it, those rows or None).
 
-    Keys are `bundle_emb.NAME.KEY`, as A1111 and ComfyUI read them: KEY is an encoder's, emb_params
-    or string_to_param.*. Words are the bundles' names. The rows' metadata has their names and
+    Keys are `bundle_emb.NAME.KEY`, as A1111 and ComfyUI read them: NAME is the placeholder word,
+    KEY an encoder's key, emb_params or string_to_param.*. The rows' metadata has their tokens and
     words, which replace those of the file's header. Raises UserError.
     """
     rest: dict[str, Tensor] = {}
@@ -222,7 +223,7 @@ def write_embeddings(
 def write_a1111(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One tensor `emb_params` [n, d], whose word is the file's name: A1111, ComfyUI, kohya.
+    """The tensor `emb_params` [n, d] of A1111, ComfyUI and kohya; its word is the file's name.
 
     Raises UserError for several encoders or words.
     """
@@ -242,7 +243,7 @@ def write_textual_inversion(
 
 
 def only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
-    """(word, rows [n, d]) of a state that can go into a file of one word for one encoder."""
+    """(word, rows [n, d]) for a file that holds one word for one encoder. Raises UserError."""
     if len(state.tokens) != 1:
         has = " and ".join(state.tokens) or "no encoder"
         raise UserError(
@@ -319,11 +320,10 @@ def rows_of_tensor(word: str, tensor: Tensor, layout: Layout | None, source: str
 def state_of_words(
     entries: Iterable[WordRows], metadata: Mapping[str, str], source: str, *, named: bool = False
 ) -> AdapterState:
-    """The rows of some words one after the other, with the header's names.
+    """The state of several words: their rows stacked, with the token names of the header.
 
     Without names in the header, tokens are named after the words, which become placeholders. With
-    `named` the file itself has the words, and the names go into the metadata as if its header had
-    them.
+    `named` the words come from the file itself, and the names are written into the metadata.
     """
     entries = list(entries)
     encoders = {tuple(sorted((key, t.shape[1]) for key, t in own.rows.items())) for own in entries}

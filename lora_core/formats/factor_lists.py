@@ -1,7 +1,7 @@
 """cloneofsimo's older `.pt` files: lists [up 0, down 0, up 1, ...], one file a network.
 
 They are x.pt for the UNet, x.text_encoder.pt, and x.ti.pt with {token: row}. Layers have numbers
-(see layer_numbering.py); their classes are found by how many there are.
+(see layer_numbering.py); the classes of layers follow from the length of the list.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def is_factor_list(data: Any) -> bool:
 
 
 def read_factor_lists(path: str | Path, layout: Layout | None = None) -> AdapterState:
-    """A LoRA's file and, next to an x.pt, x.text_encoder.pt and x.ti.pt where they exist.
+    """The state of a list file; for x.pt also of x.text_encoder.pt and x.ti.pt where they exist.
 
-    Nothing in them is executed. Raises UserError as `read_cloneofsimo` does, and for anything but
-    lists of tensors.
+    Nothing in the files is executed. Raises UserError as `read_cloneofsimo` does, and for anything
+    but lists of tensors.
     """
     path = Path(path)
     layout = require_layout(layout, str(path))
@@ -71,7 +71,7 @@ def read_list_shapes(path: Path, data: list[Any]) -> dict[str, tuple[int, ...]]:
 def write_factor_lists(
     state: AdapterState, path: str | Path, layout: Layout | None = None
 ) -> list[Path]:
-    """The files written, those that the state has content for; each is whole or as it was.
+    """Writes the list files that the state has content for, each atomically; returns their paths.
 
     Raises UserError as `write_cloneofsimo` does, before any file is written, and for a name that
     does not end in .pt.
@@ -109,8 +109,8 @@ def _read_list(file: Path) -> list[Tensor]:
     is_pairs = isinstance(data, list) and data and not len(data) % 2
     if not is_pairs or not all(isinstance(t, Tensor) and t.is_floating_point() for t in data):
         raise UserError(
-            f"{file} holds no list of up and down factors, two for each layer, "
-            "which such a file is expected to be"
+            f"{file} holds something else than a list of up and down factors, two for each layer; "
+            "is it another format?"
         )
     check_finite({f"factor {i}": tensor for i, tensor in enumerate(data)}, str(file))
     return data

@@ -1,8 +1,8 @@
-"""Keys of adapter files: written by a grammar, and read through the table of all keys it can write.
+"""Keys of adapter files: a grammar writes them; files are read through the table of all its keys.
 
-A key is a head, a module's path in the format's spelling, and a leaf. Writers use one spelling of
-each; readers know all leaves under every head, because files mix them. Formats differ in their
-`Grammar`, families in their `Layout`. No key is ever taken apart.
+A key is a head (a prefix), a module's path in the format's spelling, and a leaf (a suffix). Writers
+use one spelling of each; readers accept all leaves under every head, because files mix them. A
+format is a `Grammar`, a family a `Layout`. Keys are looked up, never parsed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Grammar:
 
     # (name, component) -> beginnings of its keys; the first is written, all are read; "" is none
     heads: Callable[[str, Component], tuple[str, ...]]
-    # (component, published path) -> the dotted names of a module; likewise
+    # (component, published path) -> the dotted names of a module; the first is written
     names: Callable[[Component, str], Sequence[str]]
     leaves: Mapping[str, str]  # role -> leaf that is written
-    scale: Literal["folded", "alpha"]  # multiplied into up, or a tensor alpha = scale * rank
+    scale: Literal["folded", "alpha"]  # multiplied into up, or stored as alpha = scale * rank
     # (out, ndim of the weight) -> shape of a DoRA magnitude by rows
     magnitude: Callable[[int, int], tuple[int, ...]]
     separator: str = "."  # between the words of a module's name
@@ -48,10 +48,10 @@ class Grammar:
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Choices of a caller for reading a file."""
+    """Options for reading a file."""
 
     allow_extra: bool = False  # unknown keys are left out and named in one line
-    dora_axis: str = ""  # "rows" or "columns" of magnitudes whose shape does not tell
+    dora_axis: str = ""  # "rows" or "columns": axis of magnitudes with an ambiguous shape
     header_axis: str = ""  # the same, from the file's header
 
 
@@ -91,7 +91,7 @@ def list_known_keys(
 def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
     """The leaves that occur in a file -> their roles.
 
-    An adapter's name, where peft left it in the keys, is part of a leaf. Raises UserError for two
+    Where peft left an adapter's name in the keys, it is part of the leaf. Raises UserError for two
     adapters in a file.
     """
     keys = list(keys)
@@ -116,9 +116,9 @@ def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
 
 
 def spell_module(grammar: Grammar, name: str, component: Component, path: str) -> list[str]:
-    """The spellings of a module, first the one that is written.
+    """The spellings of a module; the first is written.
 
-    Others are only read: older heads, names without a published level that some files lack.
+    The others are only read: older heads, and names without a level that some files leave out.
     """
     heads = _spell_heads(grammar, name, component)
     spellings = []
@@ -149,8 +149,8 @@ def _spell_path(grammar: Grammar, component: Component, path: str) -> list[str]:
 def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
     """Tensors under this grammar's keys. A folded scale is multiplied in fp32 or better.
 
-    Raises UserError for a module the layout lacks, and for a DoRA by columns where the format has
-    none.
+    Raises UserError for a module the layout lacks, and for a DoRA by columns in a format without
+    them.
     """
     tensors: dict[str, Tensor] = {}
     for name, modules in state.components.items():
@@ -251,9 +251,9 @@ def to_adapter_state(
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The known key most like this one, out of those that share the most words with it.
+    """The known key most similar to this one, among those that share the most words with it.
 
-    "" when nothing is known.
+    "" when no key is known.
     """
     words = set(re.split(r"[._]", key))
 
@@ -344,9 +344,9 @@ def _add_magnitude(
 def _magnitude_axis(
     magnitude: Tensor, weight: Shape, role: str, options: DecodeOptions, where: str
 ) -> str:
-    """Whether a magnitude goes by "rows" or "columns": by its shape, where both fit by `options`.
+    """The axis of a magnitude, "rows" or "columns": from its shape, or `options` if both fit.
 
-    Raises UserError where neither tells; it never guesses.
+    Raises UserError when that leaves it open; it never guesses.
     """
     out, inner = weight[:2]
     got = tuple(magnitude.shape)
@@ -391,4 +391,4 @@ def pad_shape(shape: Iterable[int]) -> Shape:
 
 def _describe_unknown(keys: list[str], source: str) -> str:
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    return f"{source} has {len(keys)} key(s) that mean nothing here: {shown}"
+    return f"{source} has {len(keys)} unknown key(s): {shown}"

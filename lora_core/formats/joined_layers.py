@@ -1,11 +1,10 @@
-"""Layers that files store as one, because the original code computes them in one.
+"""Layers that files store as one, because the original code computes them as one.
 
-Such are q, k and v, or these and the way into an MLP. Their outputs are stacked, so the joined
-update is delta W = [delta W_1; delta W_2 ...]. With down = [down_1; down_2 ...],
-up = diag(up_1, up_2 ...) and one scale for all it is exact; alpha = scale * rank grows with the
-number of parts. Files from elsewhere may have one dense up instead, of which every part gets its
-rows and the whole down. Halves of an output that a file stores the other way round are swapped
-here, too.
+Examples are q, k and v, or these and an MLP's input projection. Their outputs are stacked, so the
+joined update is delta W = [delta W_1; delta W_2 ...]. down = [down_1; down_2 ...],
+up = diag(up_1, up_2 ...) and one scale for all give it exactly; alpha = scale * rank grows with the
+number of parts. Files from elsewhere may have one dense up instead: every part then gets its rows
+of up and all of down. Output halves that a file stores in the other order are swapped here too.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ Update = LowRank | DenseUpdate
 
 
 def join_layout(layout: Layout) -> Layout:
-    """The layout of the layers in files: joined and swapped ones under their own names.
+    """The layout of the layers in files, with joined and swapped layers under their stored names.
 
-    Our own names stay in it, which some files have.
+    Our own names stay in it, because some files use them.
     """
     components = {name: _join_component(part) for name, part in layout.components.items()}
     return replace(layout, components=components)
@@ -36,7 +35,7 @@ def join_layout(layout: Layout) -> Layout:
 def why_not_joined(state: AdapterState, layout: Layout) -> str:
     """The reason why the state's DoRAs cannot be joined, or "".
 
-    The rows of a part without a DoRA would need its base weight's norms as their magnitude.
+    A part without a DoRA would need the norms of its base weight as its magnitude.
     """
     for name, modules in state.components.items():
         for joined, parts in layout.component(name).fused.items():
@@ -57,10 +56,10 @@ def why_not_joined(state: AdapterState, layout: Layout) -> str:
 
 
 def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
-    """The state as files hold it.
+    """The state as files store it, with joined layers.
 
-    Parts that differ in scale get the first part's, exactly: their `up` takes up the rest, in fp32
-    or better. Raises UserError for the reason that `why_not_joined` gives.
+    Parts that differ in scale get the first part's; their `up` is rescaled to match, in fp32 or
+    better. Raises UserError for the reason that `why_not_joined` gives.
     """
     if reason := why_not_joined(state, layout):
         raise UserError(reason)
@@ -75,9 +74,9 @@ def separate_layers(
 ) -> dict[str, dict[str, Update]]:
     """Undoes `join_layers`: bit for bit where the scales agreed.
 
-    A part that has no column of a block-diagonal `up` for itself was not adapted, and is left out.
-    Raises UserError for a file that has a layer whole and in parts, and for a DoRA by columns of a
-    joined layer.
+    A part without a column of its own in a block-diagonal `up` was not adapted and is left out.
+    Raises UserError for a file that has a layer both whole and in parts, and for a DoRA by columns
+    of a joined layer.
     """
     separated = {}
     for name, modules in components.items():
@@ -157,7 +156,7 @@ def _by_columns(update: Update) -> bool:
 
 
 def _swap_halves(lr: LowRank) -> LowRank:
-    """With the halves of the output in the other order."""
+    """The factors with the two halves of the output swapped."""
     half = lr.up.shape[0] // 2
     magnitude = lr.magnitude
     if magnitude is not None and magnitude.ndim == 1:
@@ -172,7 +171,7 @@ def _swap_update(update: Update) -> Update:
 
 
 def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
-    """One layer of parts with `outs` outputs; None is a part that is not adapted.
+    """The joined layer of parts with `outs` outputs each; None is a part that is not adapted.
 
     All parts are DoRAs or none is.
     """
@@ -223,9 +222,9 @@ def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update |
 
 
 def _columns_by_part(blocks: Sequence[Tensor]) -> list[list[int]] | None:
-    """The columns that each part alone uses; None when up is not block-diagonal.
+    """The columns of up that belong to each part; None when up is not block-diagonal.
 
-    Columns of zeros: equal shares if that fits, else they go to the part on their left.
+    Columns of zeros: equal shares if that fits, else they belong to the part on their left.
     """
     uses = torch.stack([block.bool().any(dim=0) for block in blocks])  # [parts, r]
     rank = uses.shape[1]

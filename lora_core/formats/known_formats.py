@@ -1,6 +1,6 @@
-"""The formats of adapter files as a table: which keys tell each one, and who reads and writes it.
+"""The table of adapter file formats: the keys that identify each, its reader and its writer.
 
-A row names the module of its reader and writer, which is imported when one of them is first called.
+An entry names the module of its reader and writer, which is imported when one is first called.
 Nothing here needs torch, so that a command line can list the formats.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-EMBEDDINGS = "_emb.safetensors"  # how the name of a run's file of token rows ends
-# How the name of a run's adapters of a user's own kind ends (adapters.custom_files).
+EMBEDDINGS = "_emb.safetensors"  # ending of a run's file of token rows
+# Ending of a run's file of adapters of a kind that the user defined (adapters.custom_files).
 CUSTOM = "_adapter.safetensors"
 
 # Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
@@ -89,7 +89,7 @@ class Format:
     """One format of adapter files.
 
     The reader has the signature read(tensors, header, layout, source, options) -> AdapterState,
-    the writer write(state, layout, title) -> (tensors, header). Raised are UserErrors.
+    the writer write(state, layout, title) -> (tensors, header). Both raise UserError.
     """
 
     module: str  # in lora_core.formats
@@ -101,7 +101,7 @@ class Format:
     has_hashes: bool = False  # whether the header gets kohya's hashes of the file
 
     def detect(self, shapes: Shapes) -> bool:
-        """Whether a file is of the format. One matching key is enough: readers name odd ones."""
+        """Whether a file is of the format. One matching key is enough: readers refuse others."""
         if self.is_token_rows:
             return is_embedding(shapes)
         if self.pattern:
@@ -147,7 +147,7 @@ TOKEN_FORMATS = tuple(name for name, row in FORMATS.items() if row.is_token_rows
 
 
 def find_format(shapes: Shapes) -> str | None:
-    """The name of the format that a file's keys tell; None where no format knows one of them."""
+    """The name of the first format that a file's keys match; None when there is none."""
     return next((name for name, row in FORMATS.items() if row.detect(shapes)), None)
 
 
@@ -157,7 +157,7 @@ def is_adapter_key(key: str) -> bool:
 
 
 def is_embedding(shapes: Shapes) -> bool:
-    """Whether any key is an encoder's, or all may be tokens: ask other formats first."""
+    """Whether any key is an encoder's, or all may be tokens. Try the other formats first."""
     if SINGLE in shapes or not ENCODER_SPELLINGS.keys().isdisjoint(shapes):
         return True
     return all(
@@ -180,5 +180,5 @@ def run_file_names(name: str) -> tuple[str, str, str]:
 
 
 def is_single_file(path: str) -> bool:
-    """Whether a model's path means a file, which may be missing."""
+    """Whether the path of a model names a single file (which need not exist)."""
     return Path(path).is_file() or Path(path).suffix in (".safetensors", *PICKLED)

@@ -3,17 +3,17 @@
 Keys are `lora_unet_{path_with_underscores}.lora_down.weight`, `.lora_up.weight`, `.alpha`. The
 scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with
 one alpha for all modules, except where layers are joined: these files have the original code's
-names and an alpha of their own in every module (see `joined_layers`). Of those, diffusers 0.42.1
-reads the modules of the blocks only and drops the others (embedders, final layer) without a word;
-give it the native file.
+names, and each module has its own alpha (see `joined_layers`). From such files diffusers 0.42.1
+reads only the modules of the blocks and silently drops the others (embedders, final layer); give it
+the native file.
 
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of
 W + delta W. Other readers differ: ComfyUI divides by the norm of W, A1111 by columns, and diffusers
 0.42.1 leaves dora_scale out with a warning; give it the native file.
 
-Read, too: a magnitude by columns, [1, in (, 1, 1)] (older LyCORIS), a text encoder's names under
-its numbered prefix (lora_te1, as diffusers exports it) and without the text_model level, a UNet's
-under the original code's names or ours, and the prefixes of OneTrainer and SimpleTuner.
+Also read: a magnitude by columns, [1, in (, 1, 1)] (older LyCORIS); a text encoder's names under
+its numbered prefix (lora_te1, as diffusers exports it) and without the text_model level; a UNet's
+under the original code's names or ours; and the prefixes of OneTrainer and SimpleTuner.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def read_kohya(
     source: str,
     options: DecodeOptions = STRICT,
 ) -> AdapterState:
-    """The file's state.
+    """The adapter state of a file with kohya's names.
 
-    Raises UserError, also without a layout: which underscores were dots is known from a model's
-    paths only.
+    Raises UserError, also without a layout: only a model's paths determine which underscores were
+    dots.
     """
     if layout is None:
         raise UserError(
@@ -88,7 +88,7 @@ def read_kohya(
 def original_names(component: Component) -> Mapping[str, str]:
     """Published path -> the dotted name in the original code.
 
-    Empty for a network that does not come from there.
+    Empty for a network that the original code does not have.
     """
     is_unet = any(map(UNET_PATH.match, component.shapes))
     if component.names or not is_unet:
@@ -125,7 +125,7 @@ def _reading_grammar(layout: Layout) -> Grammar:
 
 
 def _header_axis(header: Mapping[str, str]) -> str:
-    """ "rows" or "columns" by LyCORIS' arguments in the header; "" where they do not tell."""
+    """ "rows" or "columns" by LyCORIS' arguments in the header; "" without them."""
     try:
         args = json.loads(header.get("ss_network_args", "{}"))
     except (ValueError, RecursionError):
@@ -153,11 +153,11 @@ def write_kohya(
 
 
 def _equalize_alpha(state: AdapterState) -> AdapterState:
-    """The same update with scale * rank equal in all modules.
+    """The state with scale * rank equal in all modules, and the same updates.
 
-    The most frequent alpha stays, other modules' `up` takes up the difference. diffusers 0.42.1
-    does not find the alphas of attention layers that differ from the rest and takes the most
-    frequent one for them.
+    The most frequent alpha is kept, and other modules' `up` is rescaled to match. diffusers 0.42.1
+    does not find alphas of attention layers that differ from the rest, and uses the most frequent
+    one for them.
     """
     alphas = [lr.scale * lr.rank for lr in _all_factors(state) if lr.scale]
     if not alphas:

@@ -1,10 +1,10 @@
-"""Layers by number instead of by name, as cloneofsimo's files have them.
+"""Numbers of layers in cloneofsimo's files, which have no names for them.
 
-A number is the place of a layer in a walk through the modules of a few classes. The walk depends on
-the library's version at the time of writing, which the file does not tell: a `Numbering` has the
-orders there are, and the shapes decide. Written is the older one, in which the published files are.
-Every layer of the classes has a number: layers without an adapter are written as zeros of the
-others' rank, and layers whose two factors are zero are left out on reading.
+A number is the position of a layer in a walk through the modules of a few classes. The order of the
+walk depends on the library's version at the time of writing, which the file does not record: a
+`Numbering` lists the known orders, and the shapes decide. The older order is written, because
+published files have it. Every layer of the classes has a number: layers without an adapter are
+written as zeros of the others' rank, and layers whose two factors are zero are left out on reading.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def place_pairs(
     component: str,
     source: str,
 ) -> dict[str, LowRank]:
-    """Published path -> factors: the one way to number the network's layers that all shapes fit.
+    """Published path -> factors, by the only numbering of the layers that fits all shapes.
 
-    `classes` are those of the file; None where it does not list them. Raises UserError for no way
-    that fits, or several.
+    `classes` are those of the file; None where it does not list them. Raises UserError when no
+    numbering fits, or several do.
     """
     walks = _possible_walks(layout, component, classes, source)
     shapes = layout.component(component).shapes
@@ -74,7 +74,7 @@ def place_pairs(
 
 
 def _first_misfit(pairs: Sequence[Pair], walk: Sequence[str], shapes: Mapping[str, Shape]) -> int:
-    """The number of the first pair that does not fit its layer; how many there are if all fit."""
+    """The number of the first pair that does not fit its layer; len(pairs) if all fit."""
     for i, (up, down) in enumerate(pairs):
         out, *inner = shapes[walk[i]]
         rank = down.shape[0] if down.ndim else 0
@@ -87,10 +87,10 @@ def _first_misfit(pairs: Sequence[Pair], walk: Sequence[str], shapes: Mapping[st
 def _possible_walks(
     layout: Layout, component: str, classes: tuple[str, ...] | None, source: str
 ) -> list[list[str]]:
-    """All different ways to number the layers.
+    """All distinct numberings of the layers, each as a list of paths.
 
-    By classes where they are not known, by order, and with linear layers only, as older files have
-    it.
+    They differ in the classes where the file does not list them, in the order, and in whether only
+    linear layers are counted, as in older files.
     """
     numbering = _numbering(layout, component, source)
     part = layout.component(component)
@@ -118,12 +118,12 @@ def list_pairs(
 ) -> tuple[tuple[str, ...], list[Pair]]:
     """The smallest set of classes that holds the layers, and (up, down) of all layers in it.
 
-    Raises UserError for a layer that has no place there.
+    Raises UserError for a layer that no set of classes contains.
     """
     numbering = _numbering(layout, component, "the adapter")
     part = layout.component(component)
     for path, lr in modules.items():
-        layout.module_path(component, path)  # refuses a path that is not there
+        layout.module_path(component, path)  # raises for a path that does not exist
         _check_writable(lr, part.shapes[path], f"{component}.{path}")
     for classes in numbering.targets:
         walk = _in_order(_layers_of(part, numbering, classes), numbering.orders[0])
@@ -152,7 +152,7 @@ def numbered_components(state: AdapterState) -> list[tuple[str, dict[str, LowRan
         for path, update in updates.items():
             raise UserError(
                 f"{component}.{path} is a {update.kind} update, "
-                "for which cloneofsimo's format has no place; distill it to factors first"
+                "which cloneofsimo's format cannot hold; distill it to factors first"
             )
     return [(component, modules) for component, modules in state.components.items() if modules]
 
@@ -160,8 +160,7 @@ def numbered_components(state: AdapterState) -> list[tuple[str, dict[str, LowRan
 def _check_writable(lr: LowRank, shape: Shape, name: str) -> None:
     if lr.magnitude is not None:
         raise UserError(
-            f"{name} is a DoRA, for which cloneofsimo's format has no place; "
-            "write diffusers' or kohya's"
+            f"{name} is a DoRA, which cloneofsimo's format cannot hold; write diffusers' or kohya's"
         )
     if lr.rank > min(shape[:2]):
         raise UserError(
@@ -200,7 +199,7 @@ def _layers_of(component: Component, numbering: Numbering, classes: Iterable[str
     """The published paths of all layers of these classes."""
     globs: dict[str, None] = {}
     for name in classes:
-        for glob in numbering.classes[name]:  # of a whole path, or of its end from a dot on
+        for glob in numbering.classes[name]:  # matches a whole path, or its end after a dot
             own = (glob,) if glob.startswith("*.") else (glob, f"*.{glob}")
             globs |= dict.fromkeys(own)
     pattern = "|".join(map(fnmatch.translate, globs))

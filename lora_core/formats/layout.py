@@ -26,7 +26,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "clip_g": ("lora_te2",),
     "t5": ("lora_te3",),
 }
-# Those of the first text encoder in a model with two.
+# Prefixes of the first text encoder in a model with two.
 NUMBERED_PREFIXES = ("lora_te1", "lora_te")
 # Start of a text encoder's module paths -> published level before it, which transformers 5 dropped.
 MISSING_LEVELS = {"encoder.layers.": "text_model."}
@@ -36,7 +36,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Numbering:
-    """How files number a network's layers where they do not name them.
+    """The order in which files number a network's layers where they do not name them.
 
     Layers are counted class by class, in the order in which a walk through the modules meets them.
     """
@@ -62,7 +62,7 @@ class Component:
     names: Mapping[str, str] = field(default_factory=dict)
     # such a name -> the paths whose outputs it stacks, in row order
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # paths whose halves of the output such files store the other way round
+    # paths whose output halves such files store in the opposite order
     swapped: frozenset[str] = frozenset()
     numbering: Numbering | None = None  # None: no numbered file exists for this network
     # path -> its block, an index into the 26 of `block_weights.BLOCKS`
@@ -72,7 +72,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family as the file formats see it."""
+    """Names and shapes of a family's networks, as the file formats need them."""
 
     family: str
     base_model_version: str  # kohya's ss_base_model_version
@@ -88,7 +88,7 @@ class Layout:
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network.
 
-        Raises UserError for a module that is no Linear or Conv2d of it.
+        Raises UserError for a module that is not one of its Linear or Conv2d layers.
         """
         part = self.component(component)
         return _require_known(part.module_prefix + module_path, part.shapes, component)
@@ -109,7 +109,7 @@ class Layout:
         return 0 if component in self.encoders else self.component(component).blocks.get(path)
 
     def component(self, name: str) -> Component:
-        """Raises UserError for a component the family does not have."""
+        """The component of that name. Raises UserError when the family does not have it."""
         if name not in self.components:
             known = ", ".join(self.components) or "nothing"
             raise UserError(f"there is no {name} here, only {known}")
@@ -125,9 +125,9 @@ def layout_of(
     encoders: Mapping[str, str] | None = None,
     architecture: str = "",
 ) -> Layout:
-    """The layout of live networks: all their Linear and Conv2d modules under published names.
+    """The layout of networks in memory: all their Linear and Conv2d modules, published names.
 
-    An adapted module counts as its base.
+    An adapted module is listed as its base layer.
     """
     encoders = ENCODERS if encoders is None else encoders
     components = {}
@@ -167,7 +167,7 @@ def missing_level(component: str, paths: Collection[str]) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, for error sentences; "" when nothing is known."""
+    """The known name most similar to `name`, for error messages; "" when `known` is empty."""
     return next(iter(nearest_names(name, known)), "")
 
 

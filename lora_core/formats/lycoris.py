@@ -1,14 +1,14 @@
-"""LyCORIS' updates other than LoRA, kept as a file's small tensors and built one layer at a time.
+"""LyCORIS updates other than LoRA: kept as the file's small tensors, built one layer at a time.
 
-LoHa (arXiv 2108.06098): delta W = scale * (w1_a w1_b) o (w2_a w2_b), o the product by entries; with
-t1, t2 (Tucker form, convolutions) each bracket is the sum over i, j of
+LoHa (arXiv 2108.06098): delta W = scale * (w1_a w1_b) o (w2_a w2_b), o the elementwise product;
+with t1, t2 (Tucker form, convolutions) each bracket is the sum over i, j of
 t[i, j, ...] a[i, out] b[j, in].
 LoKr: delta W = scale * kron(w1, w2), each factor whole or as a product; a convolution's kernel is
 all in w2. With both whole the scale is 1.
 full: delta W itself, `diff`; it has no scale.
-LoCon with a core (`lora_mid`): down and core multiply to one down, so it is a LoRA.
-The scale is alpha / rank (LyCORIS writes an alpha that makes it so with rs_lora, too), without
-alpha 1. A `scalar` of older files multiplies all.
+LoCon with a core (`lora_mid`): down and core are multiplied into one down, so it is a LoRA.
+The scale is alpha / rank (with rs_lora LyCORIS writes an alpha for which this holds too), or 1
+without an alpha. A `scalar` in older files multiplies the update.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Parts = Mapping[str, Tensor]  # role -> tensor of one layer
 
 
 def is_lycoris(parts: Parts) -> bool:
-    """Whether a module's tensors are one of these updates."""
+    """Whether a module's tensors are a LyCORIS update of one of these kinds."""
     return not ROLES.isdisjoint(parts)
 
 
@@ -42,8 +42,8 @@ def to_dense_update(parts: Parts, shape: Shape | None, where: str) -> DenseUpdat
     """The module's update, without a magnitude; nothing is computed yet.
 
     `shape` is the base weight's. Raises UserError for tensors that are missing, of several kinds,
-    or do not make up the shape, and without a shape: which of a flat tensor's columns are a kernel
-    is known from a model only.
+    or do not give the shape, and without a shape: only the model determines which columns of a flat
+    tensor are a kernel.
     """
     if shape is None:
         raise UserError(

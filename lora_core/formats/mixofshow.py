@@ -1,10 +1,10 @@
 """Mix-of-Show's ED-LoRA files of torch.save (arXiv 2305.18292); read only.
 
 They hold {"params": {"new_concept_embedding", "text_encoder", "unet"}}. Factors are under module
-paths, their scale is outside of the file (alpha without / rank, 1 by default there and here). A
-concept has a row for each cross-attention layer (P+): sixteen tokens <new0> ... <new15>, the next
-concept's go on from there, as Mix-of-Show numbers them. Nothing here conditions by layer, so each
-row is a token of its own and no word is a placeholder for them.
+paths; the scale is not in the file (an alpha that is not divided by the rank, 1 by default there
+and here). A concept has a row for each cross-attention layer (P+): sixteen tokens <new0> ...
+<new15>, the next concept's follow, as Mix-of-Show numbers them. Nothing here conditions by layer,
+so each row is a token of its own, and no word is a placeholder for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PER_LAYER = "per_layer_rows"
 
 
 def is_mixofshow(data: Any) -> bool:
-    """Whether the result of `read_pickle` is such a file."""
+    """Whether the result of `read_pickle` is an ED-LoRA file."""
     params = data.get("params") if isinstance(data, dict) else None
     return isinstance(params, dict) and "new_concept_embedding" in params
 
@@ -80,7 +80,7 @@ def _read_factors(
             continue
         if not key.endswith(DOWN) or not isinstance(up, Tensor) or not isinstance(down, Tensor):
             raise UserError(
-                f"{component}.{key} in {source} is no factor of a pair {DOWN[1:]}, {UP[1:]}; "
+                f"{component}.{key} in {source} is not a factor of a pair {DOWN[1:]}, {UP[1:]}; "
                 "is the file damaged?"
             )
         if known is not None and path not in known:
@@ -95,7 +95,7 @@ def _read_factors(
 
 
 def _fit_factors(down: Tensor, up: Tensor, shape: Shape, where: str) -> LowRank:
-    """The factors in the shape of the base weight's. Raises UserError where they do not fit."""
+    """The factors, checked and reshaped for a base weight of `shape`. Raises UserError."""
     out, *inner = shape
     rank = down.shape[0]
     if down.numel() != rank * torch.Size(inner).numel() or up.numel() != out * rank or not rank:

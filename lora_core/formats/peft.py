@@ -1,9 +1,8 @@
-"""Files without any component's name before their paths: peft's own, and those of one network.
+"""Adapter files whose keys name no component: peft's own, and other files of a single network.
 
-peft's lie in a folder with adapter_config.json; keys are `base_model.model.{path}.lora_A.weight`.
-Others are those of a UNet's attention processors or of one transformer. The component is the one
-whose layers the paths name; where several have them (two CLIP text encoders) the shapes decide, or
-a folder that is called like one.
+peft's are in a folder with adapter_config.json; keys are `base_model.model.{path}.lora_A.weight`.
+Others are of a UNet's attention processors or of one transformer. The component is the one that has
+the layers; where several do (two CLIP text encoders), the shapes decide, or the folder's name.
 """
 
 from __future__ import annotations

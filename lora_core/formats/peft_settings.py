@@ -1,9 +1,9 @@
-"""The strength of peft's adapters, from the LoraConfig in a header or in a folder.
+"""The scale of peft's adapters, from the LoraConfig in a header or in a folder.
 
-It is alpha / r, with use_rslora alpha / sqrt(r): r and alpha by layer in rank_pattern and
-alpha_pattern, where the first pattern wins that matches the end of a path from a dot on. peft
-writes the fields into adapter_config.json, diffusers into a file's header, with the component
-before each name.
+It is alpha / r, or alpha / sqrt(r) with use_rslora. rank_pattern and alpha_pattern have r and alpha
+by layer: the first pattern that matches the end of a path, after a dot, wins. peft writes the
+fields into adapter_config.json, diffusers into a file's header, with the component before each
+name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PeftSettings:
         alpha = _value_by_pattern(self.alphas, path, self.alpha)
         if expected != rank:
             raise UserError(
-                f"{where} has tensors of rank {rank}, its settings say r = {expected}; "
+                f"{where} has tensors of rank {rank}, its settings have r = {expected}; "
                 "one of them is from another file"
             )
         return alpha / rank ** (0.5 if self.rslora else 1)
@@ -52,7 +52,7 @@ class PeftSettings:
         for path, update in modules.items():
             if self.dora and update.magnitude is None:
                 raise UserError(
-                    f"{where} has no magnitude for {path}, but its settings say use_dora; "
+                    f"{where} has no magnitude for {path}, but its settings have use_dora; "
                     "the file is incomplete"
                 )
 
@@ -147,7 +147,7 @@ def _parse_settings(values: Mapping[str, Any], broken: str) -> PeftSettings:
             re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"{broken} (the pattern {pattern!r:.60} is no regular expression: {error}); "
+                f"{broken} (the pattern {pattern!r:.60} is not a regular expression: {error}); "
                 "remove or fix it"
             ) from None
     return PeftSettings(

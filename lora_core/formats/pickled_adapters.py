@@ -1,4 +1,4 @@
-"""Adapters in files of torch.save, whichever of their formats it is."""
+"""Adapters in files of torch.save, of any format that uses them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, 
 
 
 def detect_pickled(path: Path) -> str:
-    """The row of FORMATS next to a file's format."""
+    """The name in FORMATS that corresponds to the format of a file of torch.save."""
     return "cloneofsimo" if is_factor_list(read_pickle(path)) else "embeddings"
 
 

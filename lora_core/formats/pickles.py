@@ -23,7 +23,7 @@ from lora_core.formats.unpickler import DAMAGE, Inert, Name, RestrictedUnpickler
 MAGIC = 0x1950A86A20F9469CFC6C  # how torch < 1.6 begins a file
 PROTOCOL = 1001  # its second pickle; then come the system, the object and its storages
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: mark, lengths of name and extra field
-DTYPES = {  # storage class -> what it stores
+DTYPES = {  # storage class -> dtype of its elements
     "Float": torch.float32,
     "Double": torch.float64,
     "Half": torch.float16,
@@ -58,7 +58,7 @@ def read_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a file written by torch.save")
+        raise UserError(f"{path} does not exist; give a file written by torch.save")
     if not path.stat().st_size:
         raise UserError(f"{path} is empty; it was probably cut off while being written or copied")
     with path.open("rb") as file:
@@ -70,7 +70,7 @@ def read_pickle(path: str | Path) -> Any:
     except (*DAMAGE, zipfile.BadZipFile, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(
-            f"{path} is truncated, damaged or no file of torch.save ({reason}); "
+            f"{path} is truncated, damaged or not a file of torch.save ({reason}); "
             "fetch or write it again"
         ) from None
 
@@ -175,7 +175,7 @@ def _read_sequence(view: mmap.mmap) -> Any:
         found[storage.key] = storage
         return Storage(storage.dtype, 0, None)
 
-    _load(view, note_storage)  # lists the storages; their bytes lie behind the list of their keys
+    _load(view, note_storage)  # lists the storages; their bytes follow the list of their keys
     keys = _load(view, _refuse_storage)
     data = {key: _read_storage(view, found[key]) for key in keys}
 
@@ -213,7 +213,7 @@ def _read_storage(view: mmap.mmap, storage: StorageId) -> bytearray:
 
 
 def _parse_storage(pid: Any) -> StorageId:
-    """A persistent id; ValueError where it names no storage."""
+    """The storage that a persistent id names. Raises ValueError where it names none."""
     kind, name, key, _, numel, *rest = pid
     path = getattr(name, "path", name)
     dtype = _storage_dtype(name)

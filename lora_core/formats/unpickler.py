@@ -2,8 +2,8 @@
 
 Python's own unpickler imports names in a file and calls them. `RestrictedUnpickler` replaces every
 opcode that could: names become `Name`, calls of a few known functions (REBUILDERS: tensors, ordered
-dictionaries ...) are answered here, and all other objects become `Inert` records that keep their
-arguments. Objects of training frameworks load as such records.
+dictionaries ...) are replaced by functions of this file, and all other objects become `Inert`
+records that keep their arguments. Objects of training frameworks load as such records.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Inert:
 
 
 class Storage(NamedTuple):
-    """The numbers that tensors are views of."""
+    """The block of memory that tensors are views of."""
 
     dtype: torch.dtype
     numel: int
@@ -70,7 +70,7 @@ class Storage(NamedTuple):
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Reads one pickle as plain values; afterwards the file's position is behind the pickle.
+    """Reads one pickle as plain values; the file's position is then at the end of the pickle.
 
     It is the standard library's unpickler in its Python form: the C form allocates memory for
     whatever index of its memo a file names, and hashes whatever key a file builds.
@@ -139,11 +139,11 @@ class RestrictedUnpickler(pickle._Unpickler):
         self._set_items(items)
 
     def load_frozenset(self) -> None:
-        items = self.pop_mark()  # first: it replaces the stack that `append` means
+        items = self.pop_mark()  # first: it replaces the stack that `append` appends to
         self.append(to_set(items))
 
     def load_bytearray8(self) -> None:
-        """Without allocating as many bytes as the file announces."""
+        """Append a bytearray of the bytes in the file, not of the size that it announces."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 

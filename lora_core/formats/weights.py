@@ -26,7 +26,7 @@ LENGTH_BYTES = 8  # of the header's length, in front of it
 
 
 class TensorInfo(NamedTuple):
-    """A tensor without its numbers."""
+    """Shape and dtype of a tensor that is not read yet."""
 
     shape: Shape
     dtype: torch.dtype
@@ -53,7 +53,7 @@ def weights_in_memory(tensors: Mapping[str, Tensor], source: str) -> Weights:
 
 
 def cast_weights(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """The same with floating-point tensors in `dtype`.
+    """The weights with floating-point tensors in `dtype`.
 
     Reading raises UserError for a number that overflows it.
     """
@@ -92,7 +92,7 @@ def open_weights(path: str | Path) -> Weights:
     if is_pickle(path) or path.suffix in PICKLED:
         return weights_in_memory(_named_tensors(read_pickle(path), path), str(path))
     try:
-        # The header alone; "pt" maps the file writable, refused for more than the machine's memory.
+        # The header alone; "pt" maps the file writable, which fails above the machine's memory.
         opened = safe_open(path, "np")
         infos = {}
         for key in opened.keys():  # noqa: SIM118 - not a dictionary

@@ -2,9 +2,9 @@
 
 A model is component -> `Weights` with the keys of the diffusers layout, each tensor read when it is
 needed. Both forms are opened and written here, one tensor at a time. A family's
-`NetworkLocation`s tell where its networks lie in single files. Shapes of networks come from the
-folder's own weights when a single file is written, and from the caller's networks (built on the
-meta device from their configs) when one is read.
+`NetworkLocation`s give the prefixes of its networks in single files. The shapes of the networks
+come from the folder's weights when a single file is written, and from the caller's networks (built
+on the meta device from their configs) when one is read.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ EXTRAS = {
     "scale_factor": "the noise schedule",
     "denoiser.*": "the noise schedule",
 }
-# Empty tensors that tell ComfyUI the prediction.
+# Empty tensors from which ComfyUI knows the prediction type.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-# Files with a network's weights, which a rewritten network leaves behind.
+# Files with a network's weights, not copied when the network is written anew.
 WEIGHT_PATTERNS = (
     "*.safetensors",
     "*.bin",
@@ -78,7 +78,7 @@ WEIGHT_PATTERNS = (
 
 @dataclass(frozen=True)
 class NetworkLocation:
-    """Where one network lies in a single file."""
+    """The prefix and the naming scheme of one network in a single file."""
 
     component: str  # its folder in the diffusers layout
     prefix: str  # of its keys, the last dot included
@@ -89,14 +89,14 @@ class NetworkLocation:
 
 @dataclass(frozen=True)
 class SingleFileFacts:
-    """The kind of model in a single file, as far as keys and shapes tell.
+    """The kind of model in a single file, as far as keys and shapes determine it.
 
-    They do not tell epsilon from v, unless a marker does: that must come from a config.
+    Without a marker they do not distinguish epsilon from v; that must come from a config.
     """
 
     channels: int | None  # of the UNet's input: 4; 9 for inpainting; 8 for editing; None: no UNet
     context: int | None  # width of the text it attends to: 768, 1024, 2048, 1280 ...
-    label: int | None  # width of its further conditioning: 2816, 2560; None without
+    label: int | None  # width of its added conditioning: 2816, 2560; None without
     linear: bool  # whether proj_in and proj_out are linear layers, not convolutions
     encoders: Mapping[str, tuple[str, int]]  # prefix -> ("clip" | "open_clip", width)
     vae: bool
@@ -118,10 +118,10 @@ def describe_single_file(
     unet: str = "model.diffusion_model.",
     vae: str = "first_stage_model.",
 ) -> SingleFileFacts:
-    """The kind of model in a single file, for the caller to name the family.
+    """The kind of model in a single file, from which the caller determines the family.
 
-    Never raises; a foreign file has no channels and no encoders. `unet` and `vae` are the networks'
-    prefixes.
+    Never raises; a foreign file gives no channels and no encoders. `unet` and `vae` are the
+    networks' prefixes.
     """
 
     def first(leaf: str) -> str:
@@ -171,7 +171,7 @@ def open_model_folder(folder: str | Path) -> dict[str, Weights]:
 def open_located_networks(
     folder: str | Path, locations: Iterable[NetworkLocation]
 ) -> dict[str, Weights]:
-    """The networks of a folder that have a place in a single file.
+    """The networks of a folder that single files also hold.
 
     Raises UserError for a component without weights.
     """
@@ -185,10 +185,10 @@ def network_stem(component: str) -> str:
 
 
 def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
-    """The key of a layer's weight.
+    """The key of a layer's weight in a network's weights.
 
-    With or without a level that one library version publishes and another drops. Raises UserError
-    for a layer that is not there.
+    It is with or without a level that one library version publishes and another drops. Raises
+    UserError for a layer that does not exist.
     """
     for name in (path, layout.module_path(component, path)):
         if f"{name}.weight" in weights.infos:
@@ -244,7 +244,7 @@ def write_model_folder(
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises UserError for an output that is there, unless it may be replaced."""
+    """Raises UserError for an output that exists, unless `overwrite`."""
     if path.exists() and not overwrite:
         raise UserError(
             f"{path} is there already; pass --overwrite to replace it, or name another output"
@@ -266,14 +266,14 @@ def _left_behind(place: Path, names: list[str], source: Path, model: Model) -> s
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns an error of the disk into one sentence."""
+    """Turns an OSError of writing into a UserError of one sentence."""
     try:
         yield
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
         raise UserError(
             f"{path} cannot be written ({reason}); "
-            "what was there is untouched, free some space or choose another place"
+            "existing files are untouched; free some space or choose another place"
         ) from error
 
 
@@ -474,7 +474,7 @@ def _report_unused(left: list[str], spare: set[str], used: Iterable[str], single
             odd.append(key)
     if odd:
         raise UserError(
-            f"{single.source} has {len(odd)} key(s) that mean nothing here: {_list_first(odd)}; "
+            f"{single.source} has {len(odd)} unknown key(s): {_list_first(odd)}; "
             f"nearest known: {nearest_name(odd[0], sorted(used))}; is it of another family?"
         )
     if passed:

@@ -1,7 +1,7 @@
-"""OPS: every adapter operation with its implementations, and `call`, which chooses between them.
+"""Adapter operations: OPS, the table of each with its implementations, and `call`, which runs one.
 
 An op's `reference` is its definition in plain torch. `fused` (torch, for any device) and `triton`
-are faster implementations that must equal it. Edit one row to try a kernel:
+are faster implementations of the same function. Edit one entry to try a kernel:
 
     OPS["lora_linear"] = replace(OPS["lora_linear"], triton=my_kernel, supports=my_supports)
 
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Op:
-    """One operation.
+    """One operation: its implementations, and functions that help to choose between them.
 
     Implementations, `supports` and `shape_class` take the reference's arguments.
     """
@@ -49,12 +49,12 @@ class Op:
     example: Callable[..., tuple[Any, ...]]  # (seed, dtype, device) -> arguments
     fused: Callable[..., Any] | None = None
     triton: Callable[..., Any] | None = None
-    supports: Callable[..., str | None] | None = None  # why `triton` refuses them, or None
-    shape_class: Callable[..., str] | None = None  # by which the table of winners is searched
+    supports: Callable[..., str | None] | None = None  # why `triton` cannot run on them, or None
+    shape_class: Callable[..., str] | None = None  # key in the table of winners
 
 
 class OpTable(dict[str, Op]):
-    """Name -> op. A row that is set or removed makes every resolved function stale."""
+    """Name -> op. Setting or removing an entry invalidates every function that was resolved."""
 
     def __setitem__(self, name: str, op: Op) -> None:
         super().__setitem__(name, op)
@@ -66,9 +66,9 @@ class OpTable(dict[str, Op]):
 
 
 def lazy_function(module: str, name: str) -> Callable[..., Any]:
-    """lora_core.kernels.<module>.<name>, imported when it is first called.
+    """The function lora_core.kernels.<module>.<name>, imported when it is first called.
 
-    For the functions that need Triton, or that only tests and benchmarks call.
+    For functions that need Triton, or that only tests and benchmarks call.
     """
 
     def run(*args: Any) -> Any:
@@ -80,7 +80,7 @@ def lazy_function(module: str, name: str) -> Callable[..., Any]:
 
 
 def import_backends() -> None:
-    """Imports every Triton implementation, where Triton is there.
+    """Import every Triton implementation, if Triton is installed.
 
     To be called before torch.compile, which cannot trace an import.
     """
@@ -185,11 +185,11 @@ def call(name: str, *args: Any) -> Any:
 def resolve(name: str, *args: Any) -> Callable[..., Any]:
     """The implementation of an op for arguments of these shapes, dtype and device.
 
-    Mode auto takes the winner of the table (winners.choose_winner). Another mode takes its
-    implementation, or the next plainer one where the op has none (fused: reference; triton: fused).
-    A Triton implementation is wrapped: where it refuses the arguments the fused one runs, and one
-    warning says why. The function may be kept for such arguments while `dispatch.generation` stays
-    the same.
+    Mode auto takes the fastest by measurement (winners.choose_winner). Another mode takes its own
+    implementation, or the next simpler one if the op has none (triton: fused; fused: reference).
+    A Triton implementation is wrapped: for arguments that it does not support, the fused one runs
+    and one warning gives the reason. The function may be cached for such arguments as long as
+    `dispatch.generation` is unchanged.
     """
     op, chosen = OPS[name], dispatch.mode or current_mode()
     if chosen == "auto":
@@ -200,7 +200,7 @@ def resolve(name: str, *args: Any) -> Callable[..., Any]:
 
 
 def _run_triton(name: str, op: Op, *args: Any) -> Any:
-    """The result of the op's Triton kernels, or of the fused implementation where they refuse."""
+    """The result of the op's Triton kernels; of the fused implementation if they do not apply."""
     if op.triton is None:
         reason: str | None = "there is none"
     elif not HAS_TRITON:

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels without a GPU and prints the resources that each takes.
+"""Ahead-of-time compilation of the Triton kernels, without a GPU, and the resources of each.
 
     python -m lora_core.kernels.ahead --arch 80 89 90 100 [--full] [--only NAME] [--json FILE]
 
@@ -41,10 +41,10 @@ BUILD_LISTS = {
 # capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-# Bytes a thread may keep in local memory: four registers. ptxas guesses how many registers pay and,
-# by release and chip, parks up to so many for one more block on the chip (Triton 3.7.1: in 22 of
-# 1,508 compilations, none of which spills when it may take more; Triton 3.9.0: in none). A kernel
-# that is too large for its registers spills ten times as much.
+# Bytes a thread may spill to local memory: four registers. ptxas limits the registers by a
+# heuristic and, depending on release and chip, spills up to so many to fit one more block on the
+# chip (Triton 3.7.1: in 22 of 1,508 compilations, none of which spills under a higher limit; Triton
+# 3.9.0: in none). A kernel that is too large for its registers spills ten times as much.
 SPILL_ALLOWANCE = 16
 
 # Patterns of instructions in PTX. Matrix products: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100;
@@ -67,7 +67,7 @@ TYPES = {
 
 # "*fp32", "*bf16", "*i64", "i32", "fp32" ... or "constexpr"; of a table, a tuple of such.
 Signature = str | tuple[Any, ...]
-ArgumentPath = tuple[int, ...]  # place of an argument, and of an entry inside a table
+ArgumentPath = tuple[int, ...]  # index of an argument, then of an entry inside a table
 
 
 class Build(NamedTuple):
@@ -75,7 +75,7 @@ class Build(NamedTuple):
 
     kernel: Any  # the @triton.jit function
     signature: Mapping[str, Signature]  # of every argument, in order
-    # Values of the constexpr arguments by name or path (None too, for a pointer that is not there).
+    # Values of the constexpr arguments by name or path (and None for a pointer that is not passed).
     constants: Mapping[Any, Any]
     warps: int = 4
     stages: int = 2
@@ -96,10 +96,10 @@ class Resources(NamedTuple):
 
 
 def describe_launch(kernel: Any, arguments: Mapping[str, Any], **build: Any) -> Build:
-    """The build that Triton's launcher would make of these arguments (tensors may be on meta).
+    """The build that Triton's launcher would compile for these arguments (tensors may be on meta).
 
-    1 and None are constants, multiples of 16 are known as such, inside tables too. `build`: the
-    other fields of Build.
+    Like the launcher it treats 1 and None as constants and marks multiples of 16, inside tables
+    too. `build`: the other fields of Build.
     """
     signature, multiples = {}, []
     constants: dict[str | ArgumentPath, Any] = {}
@@ -158,11 +158,12 @@ def compile_build(build: Build, arch: int) -> Resources:
 
 
 def find_fault(build: Build, arch: int, found: Resources) -> str:
-    """Why the kernel is refused on sm_<arch>, or nothing."""
+    """Why the compiled kernel fails the check on sm_<arch>; empty where it passes."""
     if found.spills > SPILL_ALLOWANCE:
         return f"spills {found.spills} bytes"
     if found.shared > SHARED_MEMORY[arch]:
-        return f"asks for {found.shared} bytes of shared memory, {SHARED_MEMORY[arch]} are there"
+        available = SHARED_MEMORY[arch]
+        return f"needs {found.shared} bytes of shared memory, {available} are available"
     if build.tensor_cores and not set(TENSOR_CORES) & set(found.kinds):
         return "has no tensor core instruction"
     return ""

@@ -1,4 +1,4 @@
-"""DoRA's gain and sum in Triton: one launch forward, one backward.
+"""Triton kernels of dora_compose, DoRA's gain and sum: one launch forward, one backward.
 
 compose_kernel           y0 + strength ((gain - 1) (y0 - bias) + gain lora)
 compose_backward_kernel  d_y0, d_lora and, in parts that are added in a fixed order, d_gain
@@ -56,7 +56,9 @@ def compose_backward_kernel(
     dy, y0, bias, lora, gain, d_y0, d_lora, parts, strength, rows, channels, area, PER,
     dy_at, y0_at, lora_at, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) does PER rows of BN channels and leaves its part of d_gain in parts[i]."""
+    """d_y0, d_lora and d_gain. Program (i, j) computes PER row tiles of BN channels; its part of
+    d_gain goes to parts[i].
+    """
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     begin = tl.program_id(0) * PER
     g = tl.load(gain + n, mask=n < channels, other=1.0).to(tl.float32)[None, :]
@@ -103,7 +105,7 @@ def compose_refusal(
     dense = all(x.is_contiguous() for x in vectors)
     if not dense or _find_strides(y0, gain) is None or _find_strides(lora, gain) is None:
         return "an argument is neither contiguous nor channels_last"
-    return "the bias wants a gradient" if bias is not None and bias.requires_grad else None
+    return "the bias requires a gradient" if bias is not None and bias.requires_grad else None
 
 
 def _fits(y: Tensor, gain: Tensor) -> bool:
@@ -114,7 +116,7 @@ def _fits(y: Tensor, gain: Tensor) -> bool:
 
 
 def _find_strides(y: Tensor, gain: Tensor) -> Strides | None:
-    """The strides of y's rows and channels; None where that takes more than three numbers."""
+    """The strides of y's rows and channels; None for a layout that needs more than three."""
     channels = len(gain)
     if gain.ndim == 1:
         return Strides(channels, channels, 1) if y.is_contiguous() else None
@@ -128,13 +130,13 @@ def _find_strides(y: Tensor, gain: Tensor) -> Strides | None:
 class _Tiling(NamedTuple):
     rows: int
     channels: int
-    area: int  # rows of an image, 1 where rows lie at one stride
+    area: int  # rows of an image, 1 where rows have one stride
     bm: int
     bn: int
 
 
 def _choose_tiling(y: Tensor, gain: Tensor) -> _Tiling:
-    """Tiles that are long where memory is contiguous."""
+    """Tiles that are long along the contiguous dimension."""
     strides = _find_strides(y, gain)
     assert strides is not None
     bm, bn = (16, 128) if strides.feature == 1 else (128, 16)
@@ -148,10 +150,7 @@ def _choose_tiling(y: Tensor, gain: Tensor) -> _Tiling:
 def dora_compose(
     y0: Tensor, bias: Tensor | None, lora: Tensor, gain: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """reference.dora_compose in one launch.
-
-    One more, and the sum of its parts, in the backward.
-    """
+    """reference.dora_compose in one launch; backward in one launch and a sum over its parts."""
     return _compose(y0, bias, lora, gain, float(strength))
 
 
@@ -193,7 +192,7 @@ def _compose_back(
 def _compose_gradients(
     y0: Tensor, lora: Tensor, gain: Tensor, base: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for d_y0 (empty without `base`), d_lora and the parts of d_gain."""
+    """Uninitialized d_y0 (empty without `base`), d_lora and parts of d_gain."""
     tiling = _choose_tiling(y0, gain)
     count = triton.cdiv(tiling.rows, PER * tiling.bm)
     parts = gain.new_empty(count, tiling.channels, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """COSTS: the launches and bytes of every torch op that a kernel module defines.
 
-Each module declares its ops' costs next to its kernels. Tests hold the declarations to what really
-runs; benchmarks add them up.
+Each module declares its ops' costs next to its kernels. Tests compare the declarations with the
+launches and bytes that are observed; benchmarks add them up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where Triton kernels can run."""
+"""Devices and dtypes that Triton kernels can run on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kerne
 
 
 def interpreted() -> bool:
-    """True when kernels run in Triton's interpreter.
-
-    TRITON_INTERPRET=1 was set before the first one was imported.
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before the first one
+    was imported.
     """
     from triton import knobs
 
@@ -28,7 +27,7 @@ interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def device_refusal(x: Tensor) -> str | None:
     """Why no Triton kernel can run on x, or None.
 
-    The meta device takes every kernel: nothing runs there.
+    Every kernel is accepted on the meta device, where nothing is executed.
     """
     if not HAS_TRITON:
         return "triton is not installed (it exists for Linux)"

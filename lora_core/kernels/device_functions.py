@@ -2,7 +2,7 @@
 
 Rounding and products (`round_to`, `dot`), addressing (`row_offsets`), the columns of a group's
 table (`select_member`, `find_column_tile`), the hash of keyed dropout (`row_keys`, `keep_elements`)
-and sums that are cut into parts (`arrived_last`, `add_parts`, `store_sum`).
+and sums that are split over programs (`arrived_last`, `add_parts`, `store_sum`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Strides(NamedTuple):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, to the nearest, ties to even.
+    """fp32 x in another dtype, rounded to nearest, ties to even.
 
-    By hand in Triton's interpreter, which truncates where it casts to bf16 (3.6.0, 3.7.1, 3.9.0).
+    Written out for Triton's interpreter, whose cast to bf16 truncates (3.6.0, 3.7.1, 3.9.0).
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -44,10 +44,10 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, total):
-    """total + a b, with fp32 sums; the products of fp32 operands are IEEE.
+    """total + a b, with fp32 sums; products of fp32 operands are IEEE, not tf32.
 
     Triton's interpreter (3.6.0, 3.7.1, 3.9.0) multiplies the bits of bf16 as integers. There,
-    products are taken in fp32, which holds those of bf16 exactly.
+    products are computed in fp32, which represents products of bf16 exactly.
     """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -60,10 +60,10 @@ def dot(a, b, total):
 
 @triton.jit
 def row_offsets(m, area, image, row):
-    """int64 offsets of rows m: `area` rows of an image lie `row` apart, images `image` apart.
+    """int64 offsets of rows m: the `area` rows of an image have stride `row`, images have `image`.
 
-    Where rows lie at one stride, area is 1, which the launcher makes a constant: the division and
-    the second term disappear when the kernel is compiled.
+    Where all rows have one stride, area is 1, which the launcher makes a constant: the division and
+    the second term are optimized away.
     """
     return (m // area).to(tl.int64) * image + (m % area).to(tl.int64) * row
 
@@ -73,7 +73,7 @@ def row_offsets(m, area, image, row):
 
 @triton.jit
 def select_member(member, column):
-    """The entry of this member in a column of the group's table (pointers or numbers)."""
+    """The entry of a member in a column (pointers or numbers) of the group's table."""
     value = column[0]
     for i in tl.static_range(1, len(column)):
         value = tl.where(member == i, column[i], value)
@@ -121,18 +121,18 @@ def row_keys(state, step, row):
 
 @triton.jit
 def keep_elements(element, key, second, threshold):
-    """Whether elements are kept, bool; element is the row-major index inside the example."""
+    """Whether dropout keeps elements, bool; element: row-major index inside the example."""
     return mix_bits(mix_bits(element.to(tl.uint32) ^ key) ^ second) >= threshold.to(tl.uint32)
 
 
-# ---------------------------------------------------------------- sums that are cut into parts
+# ---------------------------------------------------------------- sums split over programs
 
 
 @triton.jit
 def arrived_last(counter, parts):
-    """True for the last of the programs that call this with one counter, which it leaves at 0.
+    """True in the last of the `parts` programs that call this with one counter; resets it to 0.
 
-    That program sees what the others have stored.
+    Stores that the other programs made before their call are visible to that program.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
@@ -143,9 +143,9 @@ def arrived_last(counter, parts):
 
 @triton.jit
 def add_parts(at, stride, parts, mask, A: tl.constexpr, B: tl.constexpr):
-    """The sum of the parts in their order [A, B].
+    """The sum [A, B] of the parts, in their order.
 
-    They are read from the L2 cache, where other programs have put them.
+    They are read from the L2 cache, where the other programs' stores are.
     """
     total = tl.full((A, B), 0.0, tl.float32)
     for i in range(parts):
@@ -157,9 +157,9 @@ def add_parts(at, stride, parts, mask, A: tl.constexpr, B: tl.constexpr):
 def store_sum(
     total, to, mask, pile, at, stride, piece, parts, counter, A: tl.constexpr, B: tl.constexpr
 ):
-    """Stores a sum [A, B] at the pointers `to`. Returns True in the program that stores it.
+    """Store a sum [A, B] at the pointers `to`; returns True in the program that stores it.
 
-    With `pile` (None where the sum is whole) total is one part of `parts`: it goes to
+    With `pile` (None where the sum is not split) total is one of `parts` parts: it is stored at
     pile + at + piece * stride, and the last program to arrive adds the parts and stores their sum.
     """
     if pile is not None:

@@ -1,13 +1,13 @@
-"""DoRA's row norms in Triton: the tiled form, one launch for a layer or for all layers of a model.
+"""Triton kernels of DoRA's row norms, one launch for a layer or for all layers of a model.
 
-    norm_kernel   ||W_j + s B_j A|| of one layer; W is read once, B A lives in registers only (its
-                  accuracy next to the other forms': norms.py)
+    norm_kernel   ||W_j + s B_j A|| of one layer; W is read once, B A is only in registers (the
+                  tiled form of norms.py, where its accuracy is compared)
     norms_kernel  the same for all layers that share a weight dtype and a kind of layout, through a
                   table of addresses
 
-The table of norms_kernel is made and copied to the device when a set of layers is met for the first
-time, and kept for good: a CUDA graph captured after one plain step finds it, copies nothing, and
-replays. Its content follows from its key (addresses, shapes, scales) and cannot go stale.
+The table of norms_kernel is made and copied to the device at the first call with a set of layers,
+and kept: a CUDA graph captured after one eager step uses it without a copy. Its content follows
+from its key (addresses, shapes, scales), so that it cannot go stale.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lora_core.kernels.norms import (
 )
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-FIELDS = 12  # int64 numbers of a layer in the table
+FIELDS = 12  # int64 entries of a layer in the table
 ROWS, COLUMNS = 16, 128  # the tile of W; with ranks up to 16 it takes 94 registers
 
 
@@ -46,11 +46,11 @@ def _row_norms(
     w, down, up, first, rows, columns, rank, scale, inner, inner_stride, outer_stride,
     PLAIN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """(rows first ... first + BN, their norms).
+    """(indices of the rows first ... first + BN - 1, their norms).
 
-    Column c of W lies in memory at c, of down at c too or, not PLAIN, where W is channels_last and
-    down is not or the reverse, at (c % inner) * inner_stride + (c // inner) * outer_stride.
-    ONCE: the ranks fit in one block of BR.
+    Column c of W has offset c. In down it has offset c too if PLAIN; otherwise one of them is
+    channels_last and the other not, and it is (c % inner) * inner_stride +
+    (c // inner) * outer_stride. ONCE: the ranks fit in one block of BR.
     """
     n, r = first + tl.arange(0, BN), tl.arange(0, BR)
     real = (n < rows)[:, None]
@@ -98,10 +98,11 @@ def norms_kernel(
     table, tiles, out, W: tl.constexpr, ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONCE: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Program i does rows tiles[i, 1] ... of the layer at row tiles[i, 0] of the table.
+    """Norms of several layers. Program i computes rows tiles[i, 1] ... of the layer in row
+    tiles[i, 0] of the table.
 
-    W: the weights' dtype. ALIGNED: every weight, down-factor and number of columns is a multiple
-    of 16.
+    W: the weights' dtype. ALIGNED: the addresses of weights and down-factors and the numbers of
+    columns are multiples of 16.
     """
     tile = tiles + tl.program_id(0) * 2
     first = tl.load(tile + 1)
@@ -117,7 +118,7 @@ def norms_kernel(
     inner = tl.load(entry + 8).to(tl.int32)
     inner_stride = tl.load(entry + 9).to(tl.int32)
     outer_stride = tl.load(entry + 10).to(tl.int32)
-    if ALIGNED:  # a hint to the compiler, which only a value of this very function keeps
+    if ALIGNED:  # a compiler hint, which is lost when a value is passed to another function
         w, down = tl.multiple_of(w, 16), tl.multiple_of(down, 16)
         columns = tl.multiple_of(columns, 16)
     n, norm = _row_norms(
@@ -141,7 +142,7 @@ def norm_refusal(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> str 
     if count_groups(down, up) != 1:
         return "the convolution has groups"
     if weight.requires_grad:
-        return "the weight wants a gradient"
+        return "the weight requires a gradient"
     if _column_strides(weight) is None or _column_strides(down) is None or not up.is_contiguous():
         return "the weight or a factor is neither contiguous nor channels_last"
     return "there are no rows" if not weight.numel() else None
@@ -159,9 +160,9 @@ def norms_refusal(layers: tuple[NormLayer, ...]) -> str | None:
 
 
 def _column_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(channels, their stride, the stride of the window's places) of the columns of x.
+    """(channels, their stride, stride of the kernel window's positions) of the columns of x.
 
-    None unless the rows of x are dense blocks one behind the other.
+    None unless the rows of x are dense, contiguous blocks.
     """
     channels, places = x.shape[1], x[0, 0].numel()
     if x.is_contiguous():
@@ -172,9 +173,9 @@ def _column_strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 class _ColumnMap(NamedTuple):
-    """Place in a row of down of the column at c in a row of W, as in `_row_norms`."""
+    """Offset in a row of down of the column with offset c in a row of W, as in `_row_norms`."""
 
-    plain: bool  # it is at c
+    plain: bool  # it is c
     inner: int
     inner_stride: int
     outer_stride: int
@@ -191,7 +192,7 @@ def _map_columns(weight: Tensor, down: Tensor) -> _ColumnMap:
 
 
 class _Tile(NamedTuple):
-    """Columns and ranks of a tile, and how it is compiled."""
+    """Columns and ranks of a tile, and compile options."""
 
     columns: int
     ranks: int
@@ -200,7 +201,7 @@ class _Tile(NamedTuple):
 
 
 def _choose_tile(rank: int) -> _Tile:
-    """Of fewer columns where a second block of ranks takes registers.
+    """The tile for a rank: fewer columns where a second block of ranks takes registers.
 
     128 columns would then spill 200 bytes on sm_90, and 3 stages 8 bytes on sm_80.
     """
@@ -233,7 +234,7 @@ def dora_norms(layers: tuple[NormLayer, ...]) -> tuple[Tensor, ...]:
 
 
 class _Kind(NamedTuple):
-    """What the layers of one launch have in common."""
+    """Properties that the layers of one launch share."""
 
     dtype: torch.dtype
     aligned: bool
@@ -291,7 +292,7 @@ _tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 def _find_table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
     """(addresses [layers, FIELDS] int64, tiles [programs, 2] int32) on the layers' device.
 
-    Raises UserError in a CUDA graph that meets these layers first.
+    Raises UserError where the first call with these layers is inside a CUDA graph capture.
     """
     device = layers[0][0].device
     starts = accumulate((len(layer[0]) for layer in layers), initial=0)
@@ -300,7 +301,7 @@ def _find_table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
     if key not in _tables:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UserError(
-                "dora_norms met its layers for the first time inside a CUDA graph; "
+                "the first call of dora_norms with these layers is inside a CUDA graph capture; "
                 "run one step before the capture"
             )
         tiles = []
@@ -312,7 +313,7 @@ def _find_table(layers: list[NormLayer]) -> tuple[Tensor, Tensor]:
 
 
 def _table_entry(layer: NormLayer, start: int) -> tuple[int, ...]:
-    """The layer's numbers, FIELDS of them; start: where its norms begin."""
+    """The layer's FIELDS entries; start: index of its first norm in the output."""
     weight, down, up, scale = layer
     addresses = weight.data_ptr(), down.data_ptr(), up.data_ptr()
     scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
@@ -377,7 +378,7 @@ COSTS["lora_core::dora_norms"] = _norms_cost
 
 
 def list_norm_builds(full: bool) -> list[Build]:
-    """A few of each kernel, or every dtype of weights, layout and block of ranks."""
+    """Builds of both kernels: a few, or with `full` every weight dtype, layout and rank block."""
     if not full:
         found = []
         for rank in (16, 128):

@@ -1,15 +1,15 @@
-"""Keyed dropout in Triton: the hash of reference.keyed_dropout, computed in registers.
+"""Triton kernel of keyed dropout: the hash of reference.keyed_dropout, computed in registers.
 
-The mask is computed again in the backward and never stored. Another kernel can drop the elements of
-its own tile instead of a launch of this one:
+The mask is recomputed in the backward and never stored. Another kernel can apply dropout to its own
+tile instead of a launch of this one:
 
     key, second = row_keys(state, step, tl.load(rows + i))  # uint32, of row i
     kept = keep_elements(element, key, second, threshold)   # element: row-major index inside row i
     x = tl.where(kept, x / (1 - p), 0.0)
 
 with state = `hash_stream(seed, layer)`, threshold = `keep_threshold(p)`, int64 step and rows, and
-row_keys and keep_elements of device_functions. state and threshold are uint32 that travel as int32,
-excepted from specialization.
+row_keys and keep_elements of device_functions. state and threshold are uint32 passed as int32,
+without specialization.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK = 1024
 
 @triton.jit(do_not_specialize=["state", "threshold"])
 def dropout_kernel(x, out, step, rows, size, state, threshold, kept, BLOCK: tl.constexpr):
-    """Program (i, j) does BLOCK elements of row j of x [b, size]; kept is 1 - p."""
+    """Dropout of x [b, size]. Program (i, j) does BLOCK elements of row j; kept is 1 - p."""
     row = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key, second = row_keys(state, tl.load(step), tl.load(rows + row))
@@ -50,7 +50,7 @@ def hash_stream(seed: int, layer: int) -> int:
 
 
 def keep_threshold(p: float) -> int:
-    """The least uint32 that is kept, as int32."""
+    """The smallest hash (uint32) whose element is kept, as int32."""
     return _to_int32(int(p * 2**32))
 
 
@@ -69,9 +69,9 @@ def dropout_refusal(
 
 
 def keyed_dropout(x: Tensor, p: float, seed: int, layer: int, step: Tensor, rows: Tensor) -> Tensor:
-    """reference.keyed_dropout in one launch, bit for bit on the CPU.
+    """reference.keyed_dropout in one launch, bit for bit equal to the reference on the CPU.
 
-    torch on CUDA multiplies by the reciprocal of 1 - p, up to one rounding away.
+    On CUDA the reference multiplies by the reciprocal of 1 - p, up to one rounding away.
     """
     return _dropout(x.contiguous(), step, rows, hash_stream(seed, layer), p)
 

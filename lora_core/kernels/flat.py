@@ -15,7 +15,7 @@ from lora_core.errors import UserError
 # Bytes. What a CPU allocation of torch is aligned to, and more than cuBLAS needs: products of a
 # view have the same bits as those of a tensor of its own.
 ALIGNED = 64
-SLICED = ("p0", "s")  # states that Prodigy keeps of every slice_p-th element only
+SLICED = ("p0", "s")  # states that Prodigy has for every slice_p-th element only
 
 
 class FlatParameters:
@@ -23,16 +23,16 @@ class FlatParameters:
 
     p.data and the given states become views of them. Every parameter keeps its name, hooks,
     gradient, values, strides, alignment and version counter. Code that rebinds p.data (module.to,
-    swapping) takes the parameter out of the flat tensor, which GroupLayout.is_current finds; a new
-    FlatParameters then takes over the current values. A parameter that is not row-major (channels
-    last) stays where it is and is copied in and out at each step. Between the parameters lie zeros,
-    up to the next aligned place.
+    swapping) takes the parameter out of the flat tensor, which GroupLayout.is_current detects; a
+    new FlatParameters then copies the current values. A parameter that is not row-major (channels
+    last) keeps its own memory and is copied in and out at each step. Parameters are padded with
+    zeros to the alignment.
     """
 
     def __init__(
         self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slice_p: int = 1
     ) -> None:
-        """States are shaped as their parameter, but for "step" (one number) and SLICED."""
+        """States have their parameter's shape, except "step" (one number) and SLICED."""
         self.params = list(params)
         self.slice_p = slice_p
         device = params[0].device
@@ -67,9 +67,9 @@ class FlatParameters:
         return self.bounds[i][2 if name in SLICED else 0]
 
     def read_gradients(self) -> list[Tensor | None]:
-        """The gradient of each parameter, row-major, or None; [] where there is none at all.
+        """The gradient of each parameter, row-major, or None; [] if no parameter has one.
 
-        The beginning of a step. Raises UserError for a sparse gradient.
+        Called first in a step. Raises UserError for a sparse gradient.
         """
         grads = []
         found = False
@@ -109,7 +109,7 @@ class FlatParameters:
             yield self.param[start : start + count], g.reshape(-1), state
 
     def finish_step(self, grads: Sequence[Tensor | None]) -> None:
-        """Tells autograd that the parameters with a gradient have changed."""
+        """Mark the parameters with a gradient as changed in autograd's version counters."""
         moved = []
         for p, g in zip(self.params, grads):
             if g is not None:
@@ -133,9 +133,9 @@ def _place(params: Sequence[Tensor], slice_p: int) -> tuple[list[tuple[int, int,
 class DeviceTable:
     """A table of 64-bit words on a device: settings (doubles), then whole numbers and addresses.
 
-    It is sent when it differs from the last one, from pinned memory, without waiting. Within the
-    capture of a CUDA graph each table gets a tensor of its own, which stays alive for the replays;
-    the pinned memory for it must already exist, so a step outside of any graph has to come first.
+    It is sent when it differs from the last one, from pinned memory, without waiting. During the
+    capture of a CUDA graph each table gets its own tensor, which is kept alive for the replays; the
+    pinned memory for it must already exist, so that an eager step has to come first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -185,14 +185,16 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 
 class GroupLayout(NamedTuple):
-    """A group's parameters, where each one lies, and their flat tensors."""
+    """A group's parameters, their addresses and their flat tensors."""
 
     params: list[Tensor]
     addresses: dict[int, int]  # id -> address, of those that have had a gradient
     flats: tuple[FlatParameters, ...]  # one for each dtype
 
     def is_current(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters, each where it was placed, those with a gradient too."""
+        """Whether these are still the group's parameters, at the same addresses, and those with a
+        gradient are among the flat ones.
+        """
         if len(params) != len(self.params):
             return False
         for p, known in zip(params, self.params):
@@ -212,9 +214,9 @@ def lay_out_flat(
 ) -> tuple[FlatParameters, ...]:
     """The group's parameters that have had a gradient, one FlatParameters for each dtype.
 
-    The same ones from step to step while they fit. `initial_state` makes the state of a parameter
-    of the group at its first gradient. The layout is no part of an optimizer's state: copies and
-    pickles of the optimizer do not have it.
+    Reused from step to step while current. `initial_state` makes the state of a parameter of the
+    group at its first gradient. The layout is not part of the optimizer's state: copies and pickles
+    of the optimizer do not have it.
     """
     layouts: dict[int, GroupLayout] = optimizer.__dict__.setdefault("_layouts", {})
     params = group["params"]
@@ -239,5 +241,5 @@ def lay_out_flat(
 
 
 def forget_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the next step lay everything out anew, from the optimizer's state."""
+    """Discard the layout, so that the next step makes a new one from the optimizer's state."""
     optimizer.__dict__.pop("_layouts", None)

@@ -1,7 +1,7 @@
 """Prodigy's step in torch operations on whole flat tensors, for any device.
 
-The same step as steps.prodigy_step with a few calls for all the parameters of a group: what runs
-where there is neither a compiled loop (loops.py) nor a Triton kernel (optimizers.py). No value is
+The same step as steps.prodigy_step with a few calls for all the parameters of a group. It runs
+where neither the compiled loops (loops.py) nor the Triton kernels (optimizers.py) do. No value is
 read from the device.
 """
 
@@ -26,7 +26,7 @@ def flat_prodigy_step(
     grad_scale: Tensor | None,
     groups: Sequence[MovingGroup],
 ) -> tuple[Tensor, ...]:
-    """steps.prodigy_step, each group's parameters together."""
+    """steps.prodigy_step with each group's parameters updated together."""
     first, settings = groups[0].row, groups[0].settings
     updates = [GroupUpdate(scalars[g.row], g, found_inf, grad_scale) for g in groups]
     sums = torch.stack([torch.stack(update.update_state()) for update in updates])  # [groups, 2]
@@ -78,7 +78,7 @@ def _zero_unless(live: Tensor | None, value: Tensor) -> Tensor:
 
 
 class ParameterRun(NamedTuple):
-    """Consecutive parameters that all have a gradient."""
+    """Consecutive parameters of a flat tensor that all have a gradient."""
 
     grad: Tensor  # [n] in the state's dtype, overwritten by the update
     before: Tensor  # [n] the parameters in the state's dtype
@@ -119,7 +119,9 @@ class GroupUpdate:
         ]
 
     def _run(self, begin: int, end: int, grad_scale: Tensor | None) -> ParameterRun:
-        """Parameters begin ... end - 1; gradients unscaled, with coupled decay, 0 if still."""
+        """Parameters begin ... end - 1; gradients unscaled, with coupled decay, 0 if the group is
+        frozen.
+        """
         flat, settings = self.group.flat, self.settings
         bounds = flat.bounds[begin:end]
         start, _, first = bounds[0]
@@ -168,7 +170,7 @@ class GroupUpdate:
         return gain, _zero_unless(self.live, torch.stack(size).sum())
 
     def update_parameters(self, new_d: Tensor, moves: Tensor) -> None:
-        """p <- p - dlr decay p - dlr m / (sqrt(v) + new_d eps); bit for bit p unless `moves`."""
+        """p <- p - dlr decay p - dlr m / (sqrt(v) + new_d eps); p unchanged unless `moves`."""
         settings, has_m = self.settings, self.settings.beta1 > 0
         inverse_d = (1 / new_d).to(self.dtype)
         back = -torch.where(moves, self.dlr, torch.zeros_like(self.dlr))
@@ -186,7 +188,7 @@ class GroupUpdate:
                 q.add_(change)
 
     def _decay(self, beta: float) -> Any:
-        """beta, or exactly 1 (a 0-dim tensor) where the group stands still."""
+        """beta, or exactly 1 (a 0-dim tensor) where the group is frozen."""
         if self.still is None:
             return beta
         return torch.where(self.still, torch.ones_like(self.d), torch.full_like(self.d, beta))
@@ -208,7 +210,7 @@ def _gradient_runs(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:
 def _join_gradients(
     grads: Sequence[Tensor | None], bounds: Sequence[tuple[int, int, int]]
 ) -> Tensor:
-    """Gradients end to end in one call, with zeros between them as in FlatParameters."""
+    """The gradients concatenated in one call, with the padding of FlatParameters between them."""
     found: list[Tensor] = []
     zeros: Tensor | None = None
     end = bounds[0][0]

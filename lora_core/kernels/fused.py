@@ -1,9 +1,9 @@
-"""Faster implementations of the reference in torch, with their gradients written out.
+"""Faster implementations of the adapter operations in torch, with hand-written gradients.
 
-They make fewer passes over memory and run wherever there is no kernel. Factors and hidden states
-are held as [r, ...] here: of the layouts, both factors' products read x and dy fastest that way
-(bf16, rank 16, one x86 thread: 0.6-0.9 of the time of the products in the order in which the
-reference writes them).
+They make fewer passes over memory than the reference and run wherever there is no kernel. Factors
+and hidden states are laid out as [r, ...] here, with which both factors' products read x and dy
+fastest (bf16, rank 16, one x86 thread: 0.6-0.9 of the time of the products in the reference's
+order).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MERGE_LIMIT = 128 * 128
 WIDE_DTYPES = (torch.float32, torch.float64)
 ONE_BY_ONE = (1, 1), (0, 0), (1, 1)  # stride, padding and dilation of a 1x1 convolution
 
-Grads = tuple[Any, ...]  # one for each argument of forward, None where none is wanted
+Grads = tuple[Any, ...]  # one for each argument of forward, None where none is needed
 
 
 def lora_linear(
@@ -42,9 +42,9 @@ def lora_linear(
 ) -> Tensor:
     """reference.lora_linear with the update added in place and x read once for it.
 
-    A small weight is merged with its update instead. Saved for the backward: x, x down^T and, for a
-    DoRA, its output before the gain; a dropout's mask is drawn again. A half-precision DoRA is
-    rounded once more than the reference's, before the gain.
+    A small weight is merged with its update instead. Saved for the backward: x, x down^T and, for
+    DoRA, the output before the gain; a dropout mask is recomputed. DoRA in half precision is
+    rounded once more than in the reference, before the gain.
     """
     if weight is not None and drop is None and _merges(x, weight, down):
         merged = torch.addmm(weight, up, down, alpha=scale)
@@ -62,7 +62,7 @@ def lora_linear(
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
     """reference.lora_grouped, member by member.
 
-    On a CPU reading x once for all of them gains nothing.
+    Reading x once for all of them is no faster on a CPU.
     """
     return tuple(lora_linear(x, *member) for member in members)
 
@@ -147,7 +147,7 @@ class _Linear(torch.autograd.Function):
         if weight is None:
             y = (hidden.t() @ up).mul_(scale).view(*x.shape[:-1], up.shape[1])
         else:
-            # The very call of the base layer, for its very bits.
+            # The same call as the base layer's, so that the bits are the same.
             y = F.linear(x, weight, bias).contiguous()
             y.view(-1, up.shape[1]).addmm_(hidden.t(), up, alpha=scale)
         z, gain = None, None
@@ -350,8 +350,8 @@ class _SquaredError(torch.autograd.Function):
 def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
     """rows * factor + offset with one number for each channel (dimension 1).
 
-    In their fp32, rounded once to rows' dtype. It is batch normalisation by statistics that do
-    nothing: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
+    In fp32, rounded once to rows' dtype. It is computed as batch normalization with mean 0 and
+    variance 1: the one torch op that reads bf16, multiplies by fp32 and writes bf16 in one pass
     (4096 x 320: 0.2 ms; `rows * factor` and its rounding 2.4 ms).
     """
     mean, deviation = torch.zeros_like(factor), torch.ones_like(factor)
@@ -361,10 +361,10 @@ def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
 def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tensor:
     """Sum of rows * (z - mean) over all but the channels (dimension 1), in one pass.
 
-    It is the weight's gradient of the same normalisation. The mean and the deviation of 1 are given
-    twice: on a CPU torch reads the running ones, on a GPU the saved ones.
+    It is the weight's gradient of the same normalization. The mean and the deviation of 1 are
+    passed twice: on a CPU torch reads the running ones, on a GPU the saved ones.
     """
-    if not rows.numel():  # which torch divides by there
+    if not rows.numel():  # torch divides by the number of elements
         return torch.zeros_like(like)
     ones = torch.ones_like(like)
     center = torch.zeros_like(like) if mean is None else mean.flatten().to(like.dtype)
@@ -376,7 +376,7 @@ def _moment(rows: Tensor, z: Tensor, mean: Tensor | None, like: Tensor) -> Tenso
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """scale * gradient, contiguous, in dtype; in place where it is that already."""
+    """scale * gradient, contiguous, in dtype; in place where it has that layout and dtype."""
     out = gradient
     if gradient.dtype != dtype or not gradient.is_contiguous():
         out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
@@ -384,15 +384,12 @@ def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 
 def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    """reference.keyed_dropout of x for the choice `keep`."""
+    """reference.keyed_dropout of x with the mask `keep`."""
     return torch.where(keep, x / (1 - p), 0)
 
 
 def _add_1x1(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
-    """y += scale * (1x1 convolution of hidden with up [out, r]), in place.
-
-    In y's own memory format.
-    """
+    """y += scale * (1x1 convolution of hidden with up [out, r]), in place, in y's memory format."""
     if y.is_contiguous():
         y.flatten(2).baddbmm_(up.expand(len(y), *up.shape), hidden.flatten(2), alpha=scale)
     elif y.is_contiguous(memory_format=torch.channels_last):
@@ -421,7 +418,7 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _autocast(t: Any) -> Any:
-    """t in the dtype that a product under torch.autocast takes it in; fp64 is left alone there."""
+    """t in the dtype to which torch.autocast casts operands of a product; fp64 is not cast."""
     return (
         t
         if t is None or t.dtype == torch.float64
@@ -432,18 +429,18 @@ def _autocast(t: Any) -> Any:
 def _autocasts(t: Tensor) -> bool:
     return not t.is_meta and torch.is_autocast_enabled(
         t.device.type
-    )  # torch knows no autocast on the meta device
+    )  # torch has no autocast on the meta device
 
 
 def _exactly(t: Tensor) -> Any:
-    """No autocast inside: in a backward inside torch.autocast the forward's dtypes hold."""
+    """A context without autocast, so that a backward uses the dtypes of its forward."""
     return torch.autocast(t.device.type, enabled=False) if _autocasts(t) else nullcontext()
 
 
 def _merges(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether the weight and its update are added up first: it is small, and nothing is cast.
+    """Whether W + scale up down is formed first: W is small and nothing is cast.
 
-    In a half-precision weight the sum would lose a small update.
+    In a half-precision weight the sum would round a small update away.
     """
     dtype = x.dtype
     if weight.numel() > MERGE_LIMIT or dtype not in WIDE_DTYPES:

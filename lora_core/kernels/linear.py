@@ -3,16 +3,16 @@
 Four launches in addition to the frozen layers' products, forward and backward together. Forward:
 shrink reads x once for all members, the frozen products run in cuBLAS, expand_ adds the
 up-projections in place (DoRA: and applies gain and bias in the same pass). Backward: back_up reads
-dy, the frozen products make dx, back_down_ reads x and adds to dx in place. t = x' down^T is saved,
-never x' or a mask.
+dy, the frozen products give dx, back_down_ reads x and adds to dx in place. t = x' down^T is saved,
+never x' (x after dropout) or a mask.
 
 DoRA saves its output y, which attention keeps anyway, and not z = (y - bias) / gain: where |gain|
-is at most the machine epsilon of y's dtype (the smallest normal number, without a bias), y no
-longer tells z from the bias, and that channel's magnitude and norm get a gradient of 0. The
-reference, which keeps z, gives one.
+is at most the machine epsilon of y's dtype (the smallest normal number, without a bias), z cannot
+be recovered from y, and that channel's magnitude and norm get a gradient of 0. The reference, which
+keeps z, gives a nonzero one.
 
 A weight is never differentiated. Activations are rounded to x's dtype where torch rounds them too:
-t, dS, dz, and each sum that dx takes up.
+t, dS, dz, and each partial sum of dx.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NO_DROPOUT: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
 
 
 class GroupSettings(NamedTuple):
-    """The numbers of a group, in addition to its tensors."""
+    """Settings of a group of linear layers, in addition to its tensors."""
 
     scales: tuple[float, ...]
     gain: bool  # DoRA
@@ -74,7 +74,7 @@ def lora_linear(
 
 
 def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
-    """reference.lora_grouped: neighbors that are alike share their launches, at most four each."""
+    """reference.lora_grouped: up to four adjacent members of one kind share their launches."""
     outputs: list[Tensor] = []
     bundle: list[Member] = []
     for member in members:
@@ -86,7 +86,7 @@ def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
 
 
 def _kind(member: Member) -> tuple[Any, ...]:
-    """What the members of one launch have in common."""
+    """Properties that the members of one launch share."""
     gain, drop = _has_gain(member), member.drop
     keys = drop and (id(drop.step), id(drop.rows))
     return gain, gain and member.bias is None, member.weight is None, keys
@@ -113,7 +113,7 @@ def _run_group(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
 
 
 def _dropout_words(drop: Drop) -> tuple[int, int]:
-    """The hash of seed and layer, and the least hash of an element that is kept, as int32."""
+    """The hash of seed and layer, and the smallest hash of a kept element, as int32."""
     return dropout.hash_stream(drop.seed, drop.layer), dropout.keep_threshold(drop.p)
 
 
@@ -207,14 +207,14 @@ def _member_columns(given: Any) -> tuple[list[Any], ...]:
 
 
 def _frozen_output(x: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
-    """The frozen product of x [m, in], or room for what expand_ writes."""
+    """The frozen product of x [m, in]; uninitialized without a weight, for expand_ to write."""
     if weight is None:
         return x.new_empty(len(x), width)
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def _frozen_gradient(x: Tensor, outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:
-    """dx [m, in] of the frozen products, or room for what back_down_ writes."""
+    """dx [m, in] of the frozen products; uninitialized without any, for back_down_ to write."""
     dx: Tensor | None = None
     for out, weight in zip(outs, weights):
         if weight is not None:
@@ -223,13 +223,13 @@ def _frozen_gradient(x: Tensor, outs: list[Tensor], weights: list[Tensor | None]
 
 
 def _flat_rows(dy: Any) -> Tensor:
-    """dy as [m, out], whose features are next to each other in memory."""
+    """dy as [m, out], with contiguous features."""
     rows = dy.reshape(-1, dy.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _gain_guard(dtype: torch.dtype, bias: bool) -> float:
-    """The |gain| up to which y does not tell z."""
+    """The |gain| up to which z cannot be recovered from y."""
     return torch.finfo(dtype).eps if bias else torch.finfo(dtype).tiny
 
 
@@ -245,7 +245,7 @@ class ConvSettings(NamedTuple):
     dilation: tuple[int, ...]
 
     def is_pointwise(self, down: Tensor) -> bool:
-        """Whether it is a linear layer of the pixels."""
+        """Whether it is a linear layer applied to each pixel."""
         one_pixel = tuple(down.shape[2:]) == (1, 1)
         return one_pixel and set(self.stride) == {1} and set(self.padding) == {0}
 
@@ -264,10 +264,10 @@ def lora_conv(
 ) -> Tensor:
     """reference.lora_conv of one group, in any memory format.
 
-    The up-projection by expand_, and a 1x1 convolution wholly by the linear kernels.
+    The up-projection runs in expand_, a 1x1 convolution entirely in the linear kernels.
     """
     sides = resolve_padding(padding, down.shape[2:], dilation)
-    assert groups == 1 and sides is not None  # linear_shapes.conv_supports has seen to it
+    assert groups == 1 and sides is not None  # linear_shapes.conv_supports checks both
     settings = ConvSettings(float(scale), tuple(stride), sides, tuple(dilation))
     return AdaptedConv.apply(settings, x, weight, bias, down, up)
 
@@ -275,7 +275,7 @@ def lora_conv(
 class AdaptedConv(torch.autograd.Function):
     """(settings, x, weight, bias, down, up) -> y.
 
-    Of a larger kernel the down-convolution and its two gradients are torch's.
+    For kernels larger than 1x1 the down-convolution and its two gradients are torch's.
     """
 
     @staticmethod
@@ -337,12 +337,12 @@ class AdaptedConv(torch.autograd.Function):
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x [b, c, h, w], copied where the kernels could not address its pixels as rows."""
+    """x [b, c, h, w], copied where the kernels cannot address its pixels as rows."""
     return x if is_plane(x) else x.contiguous()
 
 
 def _empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Room for images of this shape in x's memory format."""
+    """Uninitialized images of this shape in x's memory format."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

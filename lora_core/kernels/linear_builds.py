@@ -1,4 +1,4 @@
-"""The launches of linear_kernels to compile ahead of time, recorded on the meta device."""
+"""Ahead-of-time builds of linear_kernels, from launches that are recorded on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HALVES_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def list_linear_builds(full: bool) -> list[Build]:
-    """A few configurations, or all that are dispatched.
+    """Builds of a few configurations, or with `full` of all that are dispatched.
 
     dtypes x ranks x LoRA and DoRA x dropout x few and many rows, groups of one to four, and 1x1
     convolutions of contiguous images.
@@ -105,7 +105,7 @@ def _linear(
 def _pointwise(m: int, c: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> list[Build]:
     """The four launches of a 1x1 convolution of two contiguous images [c, m / 16, 16].
 
-    There the features of a row are far apart.
+    The features of a row, here a pixel, have a large stride.
     """
     x = _empty(2, c, m // 16, 16, dtype=dtype)
     t = _empty(2 * m, rank, dtype=dtype)

@@ -1,25 +1,25 @@
 """The Triton kernels of adapted linear layers: four launches for up to four layers with one input.
 
-    shrink_kernel     t = x' downs^T                      [m, R], R = all ranks next to each other
+    shrink_kernel     t = x' downs^T                      [m, R], R: sum of the members' ranks
     expand_kernel     y = y + scale t up^T, or gain (y + scale t up^T) + bias       in place
     back_up_kernel    dS = scale dz up, d_up = scale dz^T t;
                       with a gain dz = gain dy and the sums over rows of dy z
     back_down_kernel  dx = dx + dS downs, masked as x' was, in place; d_down = dS^T x'
 
-x' is x after the member's dropout. The members of a group travel as one argument, a table
-(linear_tables.py). Triton passes it by value with the launch: it costs no copy to the device, a
-CUDA graph keeps it, and of every pointer the compiler knows whether it is aligned, which an
-address read from memory would hide. (The table of dora.norms_kernel does lie in memory: it has
-hundreds of rows, of weights that stay where they are from step to step. The addresses of
-activations change in every call.)
+x' is x after the member's dropout. The members of a group are passed as one argument, a table
+(linear_tables.py). Triton passes it by value with the launch: it needs no copy to the device, a
+CUDA graph records it, and the compiler knows of every pointer whether it is aligned, which it would
+not of an address read from memory. (The table of dora.norms_kernel is in memory: it has hundreds of
+rows, of weights whose addresses are the same in every step. Those of activations change in every
+call.)
 
 The backward launches have two kinds of programs, interleaved by rows so that both find their
-operand in the L2 cache. A sum that is cut into parts is finished by the last program to arrive,
+operand in the L2 cache. A sum that is split into parts is finished by the last program to arrive,
 which adds the parts in their order: no float atomics, no second launch, the same bits in every run
 (the scheme of Inductor's cooperative reductions).
 
-Addressing: where rows are the pixels of [b, c, h, w], area = h w and element (m, k) lies at
-(m // area) * image + (m % area) * row + k * feature; else area = 1, and it lies at
+Addressing: where rows are the pixels of [b, c, h, w], area = h w and element (m, k) has the offset
+(m // area) * image + (m % area) * row + k * feature; else area = 1, and its offset is
 m * row + k * feature. Factors are contiguous fp32, cast to the activations' dtype here; sums are
 fp32.
 """
@@ -50,7 +50,7 @@ def unpack_word(packed):
 
 @triton.jit
 def down_rows(c, factors, ends, K):
-    """Pointers to rows c of the members' [r, K] matrices, laid one below the other."""
+    """Pointers to rows c of the members' [r, K] matrices, stacked."""
     rows = factors[0] + c * K
     for i in tl.static_range(1, len(factors)):
         rows = tl.where(c < ends[i - 1], rows, factors[i] + (c - ends[i - 1]) * K)
@@ -61,7 +61,7 @@ def down_rows(c, factors, ends, K):
 def rank_span(block, ends, drop, R, PER, BR: tl.constexpr):
     """(member, first rank, end) of a block of ranks.
 
-    With dropout every member has its own x', so no block may cross from one to the next.
+    With dropout every member has its own x', so that no block may span two members.
     """
     if drop is not None:
         member = block // PER
@@ -82,9 +82,9 @@ def example_keys(drop, member, m, mask):
 
 @triton.jit
 def kept_mask(drop, member, key, second, m, k, K):
-    """reference.keyed_dropout's mask of rows m (down) and features k (across).
+    """reference.keyed_dropout's mask [rows m, features k].
 
-    An example's elements are counted row by row.
+    An example's elements are numbered in row-major order.
     """
     element = ((m % drop.length) * K)[:, None] + k[None, :]
     threshold = unpack_word(select_member(member, drop.threshold))
@@ -102,7 +102,7 @@ def shrink_kernel(
     """t[m, c] = sum over k of x'[m, k] downs[c, k].
 
     Grid: row tiles, blocks of ranks (PER of a member, with dropout), parts of CHUNK features.
-    part [PARTS, M, R] fp32, or None where the sums are whole.
+    part [PARTS, M, R] fp32, or None where the sums are not split.
     """
     tile, block, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     member, first, end = rank_span(block, members.end, drop, R, PER, BR)
@@ -185,7 +185,7 @@ def contract_features(
     members, ds, part, counter, member, tile, block, piece, M, area, feature, ds_at, work,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dS = scale dz up, or its part over one piece of the features, and dz itself."""
+    """A tile of dS = scale dz up, or its part over one piece of the features; writes dz too."""
     width, rank = select_member(member, members.width), select_member(member, members.rank)
     m = tile * BM + tl.arange(0, BM)
     c = block * BR + tl.arange(0, BR)
@@ -225,7 +225,7 @@ def contract_features(
 
 @triton.jit
 def load_product(members, member, n, m, plain, inside, width):
-    """gain z = y - bias of channels n (down) and rows m (across), where both count; else 0."""
+    """gain z = y - bias  [channels n, rows m]; 0 outside the matrix."""
     mask = plain[:, None] & inside[None, :]
     y = select_member(member, members.y) + n[:, None]
     z = tl.load(y + m[None, :].to(tl.int64) * width, mask=mask, other=0.0).to(tl.float32)
@@ -242,7 +242,7 @@ def contract_rows(
 ):  # fmt: skip
     """A tile of d_up = scale dz^T t, or its part over the rows of a group.
 
-    The first block of ranks takes the sums over rows of dy z too, for d_magnitude and d_norm.
+    The first block of ranks also computes the sums over rows of dy z, for d_magnitude and d_norm.
     """
     width, rank = select_member(member, members.width), select_member(member, members.rank)
     c = block * BR + tl.arange(0, BR)
@@ -279,7 +279,7 @@ def contract_rows(
     )
     mask = wanted[:, None] & ranked[None, :]
     mine = store_sum(total, to, mask, piled, at, work.stack, group, work.parts, counter, BN, BR)
-    if len(members.norm) > 0:  # known when it is compiled, `mine` is not
+    if len(members.norm) > 0:  # known at compile time, `mine` is not
         if mine:
             store_gain_gradients(
                 members, piled, member, moment, gain, norm, n, plain, guard, work, BN
@@ -292,7 +292,7 @@ def store_gain_gradients(
 ):
     """d_magnitude and d_norm of channels n, from the sum over rows of dy z or its parts.
 
-    With moment = sum dy (y - bias) = gain sum dy z; where |gain| is at most guard they are 0.
+    moment = sum dy (y - bias) = gain sum dy z; the gradients are 0 where |gain| <= guard.
     """
     if piled is not None:
         at = piled + work.elements + select_member(member, members.channel)
@@ -314,8 +314,8 @@ def back_up_kernel(
 ):  # fmt: skip
     """dS, dz, d_up, d_magnitude and d_norm. Grid: work.parts times work.each programs.
 
-    feature: dy's stride. part [pieces, M, ranks] and piled [parts, stack] take the parts of the
-    sums over features and over rows, None where these are whole. z = (y - bias) / gain where
+    feature: dy's stride. part [pieces, M, ranks] and piled [parts, stack] hold the parts of the
+    sums over features and over rows, None where these are not split. z = (y - bias) / gain where
     |gain| > guard, else 0.
     """
     group, local = tl.program_id(0) // work.each, tl.program_id(0) % work.each
@@ -409,10 +409,10 @@ def back_down_kernel(
     x, dx, ds, piled, counter, members, drop, M, K, R, area, x_at, dx_at, work,
     FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dx (None where it is not wanted) and d_down. Grid: work.parts times work.each programs.
+    """dx (None where it is not needed) and d_down. Grid: work.parts times work.each programs.
 
-    FRESH: dx is written, not added to. dS [M, R] lies dense; piled [parts, K, R] takes the parts of
-    d_down, None where these sums are whole.
+    FRESH: dx is written, not added to. dS [M, R] is contiguous; piled [parts, K, R] holds the parts
+    of d_down, None where these sums are not split.
     """
     group, local = tl.program_id(0) // work.each, tl.program_id(0) % work.each
     if local < work.first:

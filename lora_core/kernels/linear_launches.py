@@ -1,9 +1,8 @@
-"""The launches of linear_kernels: arguments, workspaces, and the grid of each.
+"""Launches of linear_kernels: arguments, workspaces, and the grid of each.
 
 Matrices are [m, k] tensors of any strides, or [b, c, h, w] whose rows are the pixels. A launch
-takes the tensors of all members of a group as lists, factors contiguous fp32, `drop` as [] or
-[step, rows] with, for every member, (hash of seed and layer, threshold) in `words` and 1 - p in
-`kept`.
+takes the tensors of all members of a group as lists; factors are contiguous fp32. `drop` is [] or
+[step, rows]; then `words` has (hash of seed and layer, threshold) and `kept` 1 - p of each member.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from lora_core.kernels.linear_tiles import (
     sums_through,
 )
 
-COUNTERS = 1 << 16  # int32 arrival counters; a grid with more tiles has no need to cut its sums
+COUNTERS = 1 << 16  # int32 arrival counters; a grid with more tiles need not split its sums
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel, as `record_launches` notes it."""
+    """One launch of a kernel, as `record_launches` records it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -60,7 +59,7 @@ _counters: dict[tuple[torch.device, int | None], Tensor] = {}
 
 
 def record_launches(run: Callable[[], Any]) -> list[Launch]:
-    """The launches that `run` would make, with its tensors on the meta device; none is made."""
+    """The launches that `run` makes, recorded and not executed; its tensors are on meta."""
     global _recorded
     _recorded = []
     try:
@@ -89,7 +88,7 @@ def _dropout(drop: list[Tensor], words: list[int], kept: list[float], rows: int)
 
 
 def arrival_counters(x: Tensor) -> Tensor:
-    """Zeros that kernels count arrivals in and leave at zero.
+    """Counters of program arrivals, zero before and after each kernel.
 
     One set a stream, and one for captured graphs, of which one replays at a time.
     """
@@ -149,7 +148,7 @@ def launch_shrink(
 
 
 def _blocks(plane: Plane, tile: Tile, ranks: list[int], drop: bool) -> tuple[int, int, int]:
-    """(row tiles, blocks of ranks of a member, of all members): with dropout none crosses over."""
+    """(row tiles, rank blocks of a member, of all members); with dropout none spans two members."""
     per_member = ceil_divide(max(ranks), tile.ranks)
     blocks = per_member * len(ranks) if drop else ceil_divide(sum(ranks), tile.ranks)
     return ceil_divide(plane.rows, tile.rows), per_member, blocks
@@ -165,7 +164,7 @@ def launch_expand(
     biases: list[Tensor],
     fresh: bool,
 ) -> None:
-    """Adds the up-projections to ys in place, with norms DoRA's gain and bias too.
+    """Add the up-projections to ys in place; with norms apply DoRA's gain and bias too.
 
     fresh: ys are written, not added to.
     """
@@ -203,7 +202,7 @@ def launch_expand(
 
 
 def _shared_feature(planes: list[Plane]) -> int:
-    """The stride of features; the one feature of a narrow matrix may lie at any."""
+    """The common stride of features: a matrix with one feature may have any stride."""
     return max(planes, key=lambda plane: plane.width).feature
 
 
@@ -223,9 +222,9 @@ def launch_back_up(
     guard: float,
     need_dz: bool,
 ) -> list[Tensor]:
-    """[dS, d_up ..., dz ..., (d_magnitude, d_norm) ...], as `back_up_outputs` lays them out.
+    """[dS, d_up ..., dz ..., (d_magnitude, d_norm) ...], the tensors of `back_up_outputs`.
 
-    starts: the members' first columns in t. guard: the |gain| up to which y does not tell z.
+    starts: the members' first columns in t. guard: |gain| up to which z is not recovered from y.
     """
     gain = ys, magnitudes, norms, biases
     outputs = back_up_outputs(dys, t, starts, ups, scales, *gain, guard, need_dz)
@@ -293,7 +292,7 @@ def _back_up_numbers(
 
 
 def _back_up_work(rows: int, widths: list[int], ranks: list[int], tile: Tile) -> BackUpWork:
-    """How the programs share the sums over `widths` features and over `rows`."""
+    """The division of the sums over `widths` features and over `rows` among programs."""
     members, widest = len(ranks), max(widths)
     blocks, tiles = ceil_divide(max(ranks), tile.ranks), ceil_divide(rows, tile.rows)
     columns = sum(ceil_divide(width, tile.features) for width in widths)
@@ -333,7 +332,7 @@ def back_up_outputs(
     guard: float,
     need_dz: bool,
 ) -> list[Tensor]:
-    """Room for dS, d_up ..., dz ... and, for each member, d_magnitude above d_norm [2, out]."""
+    """Uninitialized dS, d_up ..., dz ... and, for each member, [d_magnitude, d_norm] [2, out]."""
     ranks = sum(up.shape[1] for up in ups)
     ds = torch.empty_like(t) if t.ndim == 4 else t.new_empty(len(t), ranks)
     d_ups = [torch.empty_like(up) for up in ups]
@@ -346,7 +345,7 @@ def back_up_outputs(
 def _split_outputs(
     outputs: list[Tensor], members: int, norms: int, need_dz: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """(dS, d_up ..., dz ..., gain gradients ...) of what `back_up_outputs` gives."""
+    """(dS, [d_up ...], [dz ...], [gain gradients ...]) from the list of `back_up_outputs`."""
     ds, d_ups, rest = outputs[0], outputs[1 : 1 + members], outputs[1 + members :]
     dzs = members if norms and need_dz else 0
     return ds, d_ups, rest[:dzs], rest[dzs:]
@@ -363,7 +362,7 @@ def launch_back_down(
     kept: list[float],
     fresh: bool,
 ) -> None:
-    """Writes d_downs and adds to dx (`fresh`: writes it), None where it is not wanted."""
+    """Write d_downs and add to dx (`fresh`: write it); dx is None where it is not needed."""
     plane, ranks = find_plane(x), [len(down) for down in downs]
     if not plane.rows:
         for out in d_downs:
@@ -399,7 +398,7 @@ def launch_back_down(
 def _back_down_work(
     plane: Plane, tile: Tile, ranks: list[int], drop: bool, wants_dx: bool
 ) -> BackDownWork:
-    """How the programs share dx and the sums over rows."""
+    """The division of dx and the sums over rows among programs."""
     tiles, per_member, blocks = _blocks(plane, tile, ranks, drop)
     columns = ceil_divide(plane.width, tile.features)
     parts, rows = cut_sum(plane.rows, 2 * tile.rows, tile.rows, columns * blocks, 2 * PROGRAMS)

@@ -1,4 +1,4 @@
-"""The launches of linear_kernels as torch ops of one launch each, and what each costs.
+"""Torch ops of one launch of linear_kernels each, and their costs.
 
     lora_core::shrink      t [m, R]
     lora_core::expand_     the outputs of a group, in place
@@ -25,8 +25,8 @@ from lora_core.kernels.linear_launches import (
     launch_shrink,
 )
 
-# The most members that one launch serves. A table takes any number, but the registers and the
-# configurations that are compiled ahead of time are known up to four.
+# Most members of one launch. A table takes any number, but registers are checked, and builds made
+# ahead of time, for up to four.
 MEMBERS = 4
 
 
@@ -59,9 +59,9 @@ LAUNCHERS: dict[Any, Callable[..., Any]] = {
 def run_op(op: Any, x: Tensor, *args: Any) -> Any:
     """op(*args) inside an autograd.Function, on tensors like x.
 
-    Past torch's dispatcher where nothing traces, fakes or counts the op: with it the host is busy
-    with a LoRA layer for 286 microseconds a step, without it for 154 (one Zen 4 thread, Triton's
-    own launch not in either).
+    Bypasses torch's dispatcher where nothing traces, fakes or counts the op: with it the host needs
+    286 microseconds for a LoRA layer's step, without it 154 (one Zen 4 thread, without Triton's own
+    launch).
     """
     observed = (
         torch.compiler.is_compiling()
@@ -132,7 +132,7 @@ def _back_down_cost(
     return Cost(1, _bytes(dx) * (1 if fresh else 2) + _bytes(ds, x, *d_downs, *downs, *drop), True)
 
 
-# Every operand once, but dy twice: its two uses read it in programs of their own, the second time
-# mostly from the L2 cache.
+# Every operand once, but dy twice: two kinds of programs read it, the second mostly from the L2
+# cache.
 COSTS |= {"lora_core::shrink": _shrink_cost, "lora_core::expand_": _expand_cost}
 COSTS |= {"lora_core::back_up": _back_up_cost, "lora_core::back_down_": _back_down_cost}

@@ -1,6 +1,6 @@
-"""Arguments that the Triton kernels of lora_linear, lora_grouped and lora_conv take.
+"""Which arguments the Triton kernels of lora_linear, lora_grouped and lora_conv support.
 
-Needs no Triton.
+Imports no Triton.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def conv_supports(
 ) -> str | None:
     """Why lora_conv has no Triton kernel for these arguments, or None."""
     if groups != 1:
-        return f"the convolution has {groups} groups; the kernels know one"
+        return f"the convolution has {groups} groups; the kernels support one"
     if resolve_padding(padding, down.shape[2:], dilation) is None:
         kernel = f"{down.shape[2]} x {down.shape[3]}"
         return f'padding="same" of a {kernel} kernel is not the same on both sides'
@@ -80,7 +80,7 @@ def _refusal(
     if reason:
         return reason
     if x.dtype not in FLOATS:
-        return f"x is {_dtype_name(x.dtype)}; the kernels know float32, bfloat16 and float16"
+        return f"x is {_dtype_name(x.dtype)}; the kernels support float32, bfloat16 and float16"
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         target = _dtype_name(torch.get_autocast_dtype(kind))
@@ -90,7 +90,7 @@ def _refusal(
             frozen = _dtype_name(tensor.dtype)
             return f"x is {_dtype_name(x.dtype)} and the frozen layer {frozen}"
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            return "the layer wants a gradient itself; the kernels know frozen ones"
+            return "the layer requires a gradient; the kernels support frozen layers"
     for factor in factors:
         if factor.dtype != torch.float32:
             found = _dtype_name(factor.dtype)

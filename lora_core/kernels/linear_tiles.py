@@ -1,4 +1,4 @@
-"""How launches of linear_kernels are cut: tiles, parts of long sums, and strides of matrices."""
+"""Tile sizes, splits of long sums and matrix strides for the launches of linear_kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lora_core.kernels.device_functions import Strides
 
-# Multiprocessors of an H100 or H200: sums are cut until about so many programs, twice so many over
-# rows, are in flight.
+# Multiprocessors of an H100 or H200: sums are split until there are about so many programs, twice
+# as many for sums over rows.
 PROGRAMS = 132
 
 
 class Tile(NamedTuple):
-    """Rows, features and ranks of a tile, and how it is compiled."""
+    """Rows, features and ranks of a tile, and compile options."""
 
     rows: int
     features: int
@@ -25,22 +25,22 @@ class Tile(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """How linear_kernels finds the rows of a matrix."""
+    """Addressing of a matrix's rows in linear_kernels."""
 
     rows: int
     width: int
-    area: int  # rows of one image, 1 where rows lie at one stride
+    area: int  # rows of one image, 1 where all rows have one stride
     image: int  # strides of an image, a row and a feature
     row: int
     feature: int
 
 
 def choose_tile(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
-    """The tile for a class of shapes. Estimates: no GPU was there to measure them.
+    """The tile for a class of shapes: an estimate, not measured on a GPU.
 
-    Few rows make few tiles, so these are low and deep. fp32 has no IEEE tensor cores: small tiles
-    keep the operands of its FMAs in registers. Warps, stages and back_up's tiles are those with
-    which ptxas parks nothing in local memory (Triton 3.9.0) or at most 16 bytes in 22 of 1,508
+    Few rows make few tiles, so that these have fewer rows and more features. fp32 has no IEEE
+    tensor cores: small tiles keep the operands of its FMAs in registers. With these warps, stages
+    and back_up tiles ptxas spills nothing (Triton 3.9.0) or at most 16 bytes in 22 of 1,508
     configurations (3.7.1); with others more of them spill.
     """
     block = min(max(16, 1 << max(ranks - 1, 0).bit_length()), 64)
@@ -58,7 +58,7 @@ def choose_tile(kernel: str, rows: int, ranks: int, dtype: torch.dtype) -> Tile:
 
 
 def find_plane(x: Tensor) -> Plane:
-    """x [m, k], or x [b, c, h, w] as the matrix of its pixels; needs `is_plane(x)`."""
+    """The addressing of x [m, k], or of the pixels of x [b, c, h, w]; needs `is_plane(x)`."""
     if x.ndim == 2:
         return Plane(x.shape[0], x.shape[1], 1, x.stride(0), x.stride(0), x.stride(1))
     b, c, h, w = x.shape
@@ -69,16 +69,16 @@ def find_plane(x: Tensor) -> Plane:
 
 
 def is_plane(x: Tensor) -> bool:
-    """Whether the pixels of x [b, c, h, w] lie at one stride inside an image.
+    """Whether the pixels of x [b, c, h, w] have one stride inside an image.
 
-    Contiguous and channels_last images and slices of their channels do.
+    True for contiguous and channels_last images and slices of their channels.
     """
     h, w = x.shape[-2:]
     return x.ndim == 2 or h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
 
 
 def find_strides(plane: Plane, area: int) -> Strides:
-    """The plane's strides, image by image where another matrix of the launch has images."""
+    """The plane's strides, with one for images where another matrix of the launch has images."""
     image = plane.image if plane.area == area else area * plane.row
     return Strides(image, plane.row, plane.feature)
 
@@ -94,7 +94,8 @@ def ceil_divide(length: int, each: int) -> int:
 def cut_sum(length: int, least: int, step: int, programs: int, wanted: int) -> tuple[int, int]:
     """(parts, length of each) of a sum over `length`.
 
-    Parts are multiples of `step`, about `least` or more, and bring `programs` up to about `wanted`.
+    Parts are multiples of `step`, about `least` or longer, and as many as bring `programs` up to
+    about `wanted`.
     """
     parts = max(1, min(ceil_divide(length, least), wanted // max(programs, 1)))
     each = ceil_divide(ceil_divide(length, step), parts) * step
@@ -102,7 +103,7 @@ def cut_sum(length: int, least: int, step: int, programs: int, wanted: int) -> t
 
 
 def sums_before(values: list[int]) -> tuple[int, ...]:
-    """For each value the sum of those before it."""
+    """Exclusive prefix sums."""
     before, total = [], 0
     for value in values:
         before.append(total)
@@ -111,5 +112,5 @@ def sums_before(values: list[int]) -> tuple[int, ...]:
 
 
 def sums_through(values: list[int]) -> tuple[int, ...]:
-    """For each value the sum up to and with it."""
+    """Inclusive prefix sums."""
     return tuple(before + value for before, value in zip(sums_before(values), values))

@@ -1,7 +1,7 @@
 /* The passes of Prodigy and AdamW over flat parameters, called by kernels/loops.py.
 
-   Numerics of kernels/steps.py; gradients are read where they lie. The part below is compiled
-   twice, for float and for double.
+   Numerics of kernels/steps.py; gradients are read at autograd's addresses. The part below is
+   compiled twice, for float and for double.
    gradients   an address for each parameter, 0 where it has none
    geometry    three numbers for each parameter: start in the flat arrays, elements, start in the
                arrays of every stride-th element (p0 and s) */
@@ -23,7 +23,7 @@
 #include "loops.c"
 #else
 
-/* s of n elements, and to the lanes of the two sums <g, p0 - p> and |s|_1. */
+/* Updates s of n elements and adds to the lanes of the two sums <g, p0 - p> and |s|_1. */
 static inline void NAMED(estimate)(int64_t n, int64_t stride, const REAL *restrict g,
                                    const REAL *restrict p, const REAL *restrict p0,
                                    REAL *restrict s, REAL unscale, REAL coupled, REAL keep,
@@ -47,7 +47,7 @@ static inline void NAMED(estimate)(int64_t n, int64_t stride, const REAL *restri
     }
 }
 
-/* Prodigy's moments and s, and to `sums` <g, p0 - p> and |s|_1. m may be NULL.
+/* Updates Prodigy's moments and s, and adds <g, p0 - p> and |s|_1 to `sums`. m may be NULL.
    numbers: 1 / grad_scale, coupled decay, beta3, weight of g in s, d, beta1, beta2 */
 void NAMED(prodigy_reduce)(int64_t parameters, const int64_t *gradients, const int64_t *geometry,
                            const REAL *restrict p, const REAL *restrict p0, REAL *restrict m,
@@ -84,7 +84,7 @@ void NAMED(prodigy_reduce)(int64_t parameters, const int64_t *gradients, const i
     }
 }
 
-/* Prodigy's parameters; without m the gradient takes its place.
+/* Updates Prodigy's parameters; without m from the gradient.
    numbers: 1 / grad_scale, coupled decay, -rate * decoupled decay, -rate / d, 1 / d, eps */
 void NAMED(prodigy_update)(int64_t parameters, const int64_t *gradients, const int64_t *geometry,
                            REAL *restrict p, const REAL *restrict m, const REAL *restrict v,
@@ -105,7 +105,7 @@ void NAMED(prodigy_update)(int64_t parameters, const int64_t *gradients, const i
     }
 }
 
-/* AdamW, whole; a parameter's step counts up where it has a gradient.
+/* AdamW's step; the step count of each parameter with a gradient grows by 1.
    numbers: 1 / grad_scale, lr, beta1, beta2, eps, weight decay */
 void NAMED(adamw)(int64_t parameters, const int64_t *gradients, const int64_t *geometry,
                   REAL *restrict p, REAL *restrict m, REAL *restrict v, float *steps,

@@ -1,8 +1,8 @@
-"""Prodigy's and AdamW's steps on the CPU in compiled C, with one pass over the memory each.
+"""Prodigy's and AdamW's steps on the CPU, in compiled C.
 
-Torch operations read and write the state some twelve times a step, whatever the size of their
-pieces; the loops of loops.c do it twice. On one Zen 4 thread and SDXL's 23.2 M parameters at rank
-16 that is 32 ms a step against prodigyopt's 100 (benchmarks/optimizer.py).
+Torch operations read and write Prodigy's state some twelve times a step, in pieces of any size; the
+loops of loops.c do it twice. On one Zen 4 thread and SDXL's 23.2 M parameters at rank 16 that is
+32 ms a step against prodigyopt's 100 (benchmarks/optimizer.py).
 
 The C compiler runs once per machine: the library stays in ~/.cache/lora_core (XDG_CACHE_HOME),
 named after its source, its flags and the processor. Without a compiler the same steps run in torch
@@ -34,11 +34,11 @@ from lora_core.kernels.steps import AdamWSettings, MovingGroup, ProdigySettings
 from lora_core.kernels.winners import cache_file
 
 SOURCE = Path(__file__).with_name("loops.c")
-# Errors of sqrt and traps are not needed; otherwise the loops keep to IEEE arithmetic, NaN and
-# infinity included, and their sums to one order.
+# Without sqrt's errno and floating-point traps; otherwise IEEE arithmetic, NaN and infinity
+# included, and sums in one order.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-COLUMNS = 6  # of Prodigy's scalars
+COLUMNS = 6  # columns of Prodigy's scalars
 
 INTEGER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
 ARGUMENTS = {  # of loops.c; the first three are parameters, gradients, geometry
@@ -89,7 +89,7 @@ def _find_loops(library: ctypes.CDLL) -> Loops:
 
 
 def _library_file() -> Path:
-    """Where the library for this processor is kept; a shared home serves several processors."""
+    """The cached library of this processor; a shared home may serve several processors."""
     parts = [SOURCE.read_text(), *FLAGS, platform.system(), platform.machine(), _processor()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_file().with_name(f"loops-{key}.so")
@@ -142,7 +142,7 @@ def fused_prodigy_step(
     if found_inf is not None and _read_scalar(found_inf):
         return params
     unscale = 1.0 if grad_scale is None else 1 / _read_scalar(grad_scale)
-    # The scalars are read and written where they lie.
+    # The scalars are read and written in place.
     table = (ctypes.c_double * scalars.numel()).from_address(scalars.data_ptr())
     numerators: dict[int, float] = {}
     denominator = 0.0
@@ -206,7 +206,7 @@ def _update_moments(
 def _update_distance(
     table: ctypes.Array[ctypes.c_double], group: MovingGroup, numerator: float, denominator: float
 ) -> float:
-    """The new d, written to every group; a NaN moves nothing here and shows in the weights."""
+    """The new d, written to every group; unchanged for a NaN, which then shows in the weights."""
     settings, start = group.settings, COLUMNS * group.row
     d, d_max = table[start + steps.D], table[start + steps.D_MAX]
     d_hat = settings.d_coef * numerator / denominator
@@ -257,7 +257,7 @@ def fused_adamw_step(
 ) -> tuple[Tensor, ...]:
     """steps.adamw_step in C.
 
-    By torch's fused kernel, if it takes them, where the tensors are not fp32 or fp64 on the CPU,
+    By torch's fused kernel, if it supports them, where the tensors are not fp32 or fp64 on the CPU,
     the learning rate is a tensor, or there is no compiler.
     """
     supported = param.is_cpu and param.dtype in DTYPES and not isinstance(settings.lr, Tensor)
@@ -293,7 +293,7 @@ def _torch_fused_adamw(
     grads: Sequence[Tensor | None],
     settings: AdamWSettings,
 ) -> tuple[Tensor, ...]:
-    """torch._fused_adamw_, which wants state in the parameters' dtype; else steps.adamw_step."""
+    """torch._fused_adamw_, if the state has the parameters' dtype; else steps.adamw_step."""
     device_type = flat.param.device.type
     same_dtype = flat.param.dtype == flat.state["exp_avg"].dtype
     if not same_dtype or device_type not in ("cpu", "cuda", "mps", "xpu"):

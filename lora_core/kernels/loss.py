@@ -1,7 +1,7 @@
-"""The masked, weighted squared error in Triton: one launch forward, one backward.
+"""Triton kernels of the masked, weighted squared error: one launch forward, one backward.
 
-One program does an example: fixed order, no atomics. A latent of SDXL has 65,536 elements, 16 turns
-of its loop.
+The forward has one program for each example: fixed order, no atomics. A latent of SDXL has 65,536
+elements, 16 iterations of its loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import FLOATS, device_refusal
 from lora_core.kernels.device_functions import round_to
 
-ROW, BLOCK = 4096, 1024  # elements of a turn of the forward, of a program of the backward
+ROW, BLOCK = 4096, 1024  # elements of a forward iteration, of a backward program
 TINY = torch.finfo(torch.float32).tiny  # area of an empty mask, as in reference.masked_mean
 
 
@@ -98,7 +98,7 @@ def mse_refusal(
         found = f"the output is {out.dtype} and the target {target.dtype}"
         return f"{found}; there is a kernel for fp32, bf16 and fp16"
     if any(x.requires_grad for x in given):
-        return "the mask or the weight wants a gradient"
+        return "the mask or the weight requires a gradient"
     one_channel = mask is None or mask.shape == (len(out), 1, *out.shape[2:])
     if out.shape != target.shape or not out.numel() or not one_channel:
         shapes = f"{list(out.shape)} and {list(target.shape)}"
@@ -140,7 +140,7 @@ def _mse_back(
     area: Tensor,
     both: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d_out, d_target), the second empty unless both are wanted."""
+    """(d_out, d_target), the second empty without `both`."""
     d_out, d_target = _empty_slopes(out, target, both)
     size, plane = out[0].numel(), out[0, 0].numel()
     grid = triton.cdiv(size, BLOCK), len(out)
@@ -216,7 +216,7 @@ COSTS["lora_core::snr_weighted_mse_backward"] = _cost_back
 
 
 def _choose_warps(is_fp32: bool) -> int:
-    """Of the forward kernel: the number with which ptxas spills nothing on sm_80 to sm_100."""
+    """Warps of the forward kernel with which ptxas spills nothing on sm_80 to sm_100."""
     return 4 if is_fp32 else 8
 
 

@@ -1,4 +1,4 @@
-"""The kernel mode: read once from LORA_KERNELS, or set by `set_mode` and `use_kernels`."""
+"""The kernel mode: which implementations run, from LORA_KERNELS, `set_mode` or `use_kernels`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MODES = ("auto", "reference", "fused", "triton")
 
 
 class Dispatch:
-    """What the choice of an implementation depends on, beyond the op and its arguments.
+    """State that the choice of an implementation depends on, beyond the op and its arguments.
 
     A plain object: a context variable would not reach autograd's threads, where checkpointing
     recomputes.
     """
 
     mode: str | None  # one of MODES; None until LORA_KERNELS is read, at the first use
-    generation: int  # grows when the mode, a row of OPS or the winners in force change
+    generation: int  # grows when the mode, an entry of OPS or the winners change
 
     def __init__(self) -> None:
         vars(self).update(mode=None, generation=0)
@@ -35,9 +35,10 @@ dispatch = Dispatch()
 
 
 def current_mode() -> str:
-    """The mode in force: of the innermost `use_kernels`, `set_mode`, LORA_KERNELS, or auto.
+    """The current mode: that of the innermost `use_kernels`, else of `set_mode`, else LORA_KERNELS,
+    else auto.
 
-    Raises UserError for a LORA_KERNELS that is none of MODES.
+    Raises UserError for a LORA_KERNELS that is not one of MODES.
     """
     if dispatch.mode is None:
         named = os.environ.get("LORA_KERNELS", "auto")
@@ -47,7 +48,7 @@ def current_mode() -> str:
 
 
 def set_mode(mode: str | None) -> None:
-    """Runs every op in this mode from now on; None: LORA_KERNELS is read again at the next use."""
+    """Run every op in this mode from now on; None: LORA_KERNELS is read again at the next use."""
     if mode is not None:
         _check_mode(mode, "set_mode(...)")
     dispatch.mode = mode
@@ -55,7 +56,7 @@ def set_mode(mode: str | None) -> None:
 
 @contextmanager
 def use_kernels(mode: str) -> Iterator[None]:
-    """Runs every op in one mode inside the block; blocks nest."""
+    """Run every op in one mode inside the block; blocks nest."""
     _check_mode(mode, "use_kernels(...)")
     before = dispatch.mode
     dispatch.mode = mode

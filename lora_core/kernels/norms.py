@@ -26,8 +26,8 @@ turns:
     10240, 1280,  16       112.90              9.93               7.71
      3072, 3072, 128       106.05             35.46              32.49
 
-So the tiled form, exact and without a branch on the values, is taken everywhere. Both cast W by
-blocks; U costs what B A does. On GPUs the factored form lost already where it was published (0.256
+So the tiled form, exact and without a branch on the values, is used everywhere. Both cast W by
+blocks; U is as expensive as B A. On GPUs the factored form was slower in its own publication (0.256
 against the dense form's 0.096 ms at 4096 x 4096 on an H200, from that paper's files). ||W||^2 is
 never cached: a frozen weight can still be moved, cast or folded into in place.
 """
@@ -53,7 +53,7 @@ NormLayer = tuple[Tensor, Tensor, Tensor, float]  # weight, down, up, scale
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """reference.dora_norm by blocks of rows on the CPU, differentiable in down and up.
 
-    The reference itself elsewhere, for groups and for a weight that wants a gradient.
+    The reference itself elsewhere, for groups and for a weight that requires a gradient.
     """
     grouped = count_groups(down, up) != 1
     if weight.device.type != "cpu" or grouped or weight.requires_grad or not weight.numel():
@@ -107,8 +107,8 @@ def norm_gradients(
     """Gradients of down and up for the gradient g [out] of the norms.
 
     With V = W + s B A and c = s g / n they are dB = c V A^T and dA = (c B)^T V. V is formed: a base
-    in half precision needs the fp32 copy anyway, and V's products from W's and G's cancel as the
-    norm's terms do. A row of norm 0 gets no gradient, as in torch.
+    in half precision needs the fp32 copy anyway, and computing V's products from W's and G's would
+    cancel as the factored norm does. A row of norm 0 gets no gradient, as in torch.
     """
     dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
@@ -121,7 +121,7 @@ def norm_gradients(
 
 
 def save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Saves for `norm_backward`; both serve any op (weight, down, up, scale) -> norm."""
+    """Save tensors for `norm_backward`; both work for any op (weight, down, up, scale) -> norm."""
     weight, down, up, ctx.scale = inputs
     ctx.save_for_backward(weight, down, up, output)
 
@@ -136,7 +136,7 @@ _tiled.register_autograd(norm_backward, setup_context=save_norm)
 
 
 def _cost(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Cost:
-    """Three calls a block, whose fp32 elements are written twice and read twice.
+    """The cost of dora_norm: three calls a block, whose fp32 elements are written and read twice.
 
     A single block is written and read once, and its weight is copied only to cast it.
     """

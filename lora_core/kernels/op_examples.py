@@ -1,6 +1,7 @@
-"""Small arguments of every op, (seed, dtype, device) -> arguments, for tests and benchmarks.
+"""Small example arguments of every op, for tests and benchmarks.
 
-Sizes are odd or prime, so that no kernel gets away with reading whole tiles only.
+Each function takes (seed, dtype, device).
+Sizes are odd or prime, so that a kernel that assumes whole tiles fails.
 """
 
 from __future__ import annotations

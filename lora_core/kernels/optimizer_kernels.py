@@ -1,17 +1,17 @@
-"""The Triton kernels of Prodigy's and AdamW's steps; optimizers.py launches them.
+"""Triton kernels of Prodigy's and AdamW's steps; optimizers.py launches them.
 
-    prodigy_reduce_kernel   m, v, s and the two sums that d is made of; the last program to end adds
-                            the sums up and updates d
+    prodigy_reduce_kernel   m, v, s and the two sums of the distance d; the last program to finish
+                            adds the sums up and updates d
     prodigy_update_kernel   the parameters
-    adamw_kernel            everything; the last program to end counts the step
+    adamw_kernel            moments and parameters; the last program to finish counts the step
 
-A program works on BLOCK elements of one parameter. Gradients are read where autograd put them,
-through a table of addresses. A sum is taken in fp64, first inside a program and then over the
-programs in their order, so it has the same bits in every run; the only atomic is a counter that
-finds the last program, which sets it back to zero.
+A program works on BLOCK elements of one parameter. Gradients are read at autograd's addresses,
+through a table. A sum is taken in fp64, first inside a program and then over the programs in their
+order, so that it has the same bits in every run; the only atomic is a counter that identifies the
+last program, which resets it to zero.
 
 The table of a launch (int64; flat.py, DeviceTable) begins with the group's settings, as doubles.
-Then come, for Prodigy, four whole numbers: the group's row of the scalars, the number of rows, the
+Then come, for Prodigy, four integers: the group's row of the scalars, the number of rows, the
 launch's slot of the scratch, the number of slots. Then the address of each parameter's gradient, 0
 where it has none.
 """
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from lora_core.kernels.device_functions import arrived_last
 
-# Places in the table.
+# Indices in the table.
 LR = tl.constexpr(0)
 BETA1 = tl.constexpr(1)
 BETA2 = tl.constexpr(2)
@@ -59,13 +59,13 @@ SLOT_RATE = tl.constexpr(3)
 
 @triton.jit
 def _load_setting(table, place):
-    """The double at a place of the table."""
+    """The double at an index of the table."""
     return tl.load(table + place).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _load_lr(table, lr):
-    """The learning rate: the tensor lr where there is one, else that of the table."""
+    """The learning rate: the tensor lr if given, else that of the table."""
     if lr is not None:
         return tl.load(lr).to(tl.float64)
     else:
@@ -74,11 +74,11 @@ def _load_lr(table, lr):
 
 @triton.jit
 def _locate_block(addresses, blocks, geometry, BLOCK: tl.constexpr):
-    """This program's parameter, the address of its gradient, its start in the flat tensors, the
-    elements, and the first one that is not there.
+    """(parameter of this program, address of its gradient, its start in the flat tensors, indices
+    of the elements, their end).
 
-    Masks are made of limits: a scalar bool that is spread over a block becomes a number in Triton's
-    interpreter.
+    Masks compare with the end: a scalar bool that is broadcast over a block becomes a number in
+    Triton's interpreter.
     """
     block = blocks + 2 * tl.program_id(0)
     parameter, chunk = tl.load(block), tl.load(block + 1)
@@ -92,7 +92,7 @@ def _locate_block(addresses, blocks, geometry, BLOCK: tl.constexpr):
 @triton.jit
 def _load_gradient(address, element, there, param, grad_scale, WIDE: tl.constexpr,
                    ALIGNED: tl.constexpr):  # fmt: skip
-    """The unscaled gradient; ALIGNED: every gradient lies at a multiple of 16 bytes."""
+    """The unscaled gradient; ALIGNED: addresses of gradients are multiples of 16 bytes."""
     pointer = address.to(tl.pointer_type(param.dtype.element_ty))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -122,17 +122,17 @@ def _add_partials(partials, ADDED: tl.constexpr):
 
 @triton.jit
 def _count_step(row, numerator):
-    """A group that moves takes its new numerator and counts the step."""
+    """Write the new numerator of a group that moves and count its step."""
     tl.store(row + NUMERATOR, numerator)
     tl.store(row + K, tl.load(row + K) + 1.0)
 
 
 @triton.jit
 def _update_distance(table, scalars, scratch, rate, numerator, denominator, found_inf):
-    """Writes the new d and its sums to every group, and numerator and count to those that move.
+    """Write the new d and its sums to every group, and numerator and count to those that move.
 
-    The sums are those of the earlier slots of the scratch, and of this, the last one. The place
-    behind the slots is set to 1 where the parameters move, else to 0.
+    The sums are over the earlier slots of the scratch and this, the last one. The element after the
+    slots is set to 1 if the parameters move, else to 0.
     """
     slots = tl.load(table + SLOTS)
     all_n, all_d = numerator, denominator
@@ -185,7 +185,7 @@ def prodigy_reduce_kernel(table, blocks, geometry, param, p0, exp_avg, exp_avg_s
                           MOMENTUM: tl.constexpr, COUPLED: tl.constexpr, BIAS: tl.constexpr,
                           SAFEGUARD: tl.constexpr, SLICE: tl.constexpr, ALIGNED: tl.constexpr,
                           BLOCK: tl.constexpr, ADDED: tl.constexpr):  # fmt: skip
-    """m, v and s of a group, and its slot of the scratch: numerator, denominator, group, rate."""
+    """Update m, v and s of a group, and its scratch slot: numerator, denominator, group, rate."""
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
     parameter, address, start, element, limit = _locate_block(
         table + ADDRESSES, blocks, geometry, BLOCK
@@ -247,7 +247,7 @@ def prodigy_update_kernel(table, blocks, geometry, param, exp_avg, exp_avg_sq, s
                           grad_scale, MOMENTUM: tl.constexpr, COUPLED: tl.constexpr,
                           DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
                           BLOCK: tl.constexpr):  # fmt: skip
-    """The parameters of a group, with the new d and the rate in the group's slot."""
+    """Update the parameters of a group, with the new d and the rate in the group's slot."""
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
     _, address, start, element, limit = _locate_block(table + ADDRESSES, blocks, geometry, BLOCK)
     there = element < limit
@@ -277,7 +277,7 @@ def prodigy_update_kernel(table, blocks, geometry, param, exp_avg, exp_avg_sq, s
 def adamw_kernel(table, blocks, geometry, param, exp_avg, exp_avg_sq, step, counter, found_inf,
                  grad_scale, lr, parameters,
                  ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr):  # fmt: skip
-    """Moments and parameters of a group, and the step of each parameter with a gradient."""
+    """Update moments and parameters of a group, and count the step of each with a gradient."""
     WIDE: tl.constexpr = exp_avg_sq.dtype.element_ty
     addresses = table + ADAMW_ADDRESSES
     parameter, address, start, element, limit = _locate_block(addresses, blocks, geometry, BLOCK)

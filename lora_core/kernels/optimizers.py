@@ -1,6 +1,6 @@
-"""Prodigy's step in two launches per group and AdamW's in one, for any number of parameters.
+"""Prodigy's step in two Triton launches per group and AdamW's in one, for any number of parameters.
 
-The kernels are in optimizer_kernels.py. Bytes of a parameter and step, in fp32: 36 + 16 for
+The kernels are in optimizer_kernels.py. Bytes moved per parameter and step, in fp32: 36 + 16 for
 Prodigy, 28 for AdamW.
 """
 
@@ -24,9 +24,8 @@ from lora_core.kernels.optimizer_kernels import (
 from lora_core.kernels.steps import AdamWSettings, MovingGroup
 
 BLOCK, WARPS = 1024, 4  # elements of a program; a LoRA factor of rank 16 has 5,120 and more
-# Left to itself, ptxas guesses a limit of registers for prodigy_reduce_kernel, and it depends on
-# the release and the chip whether the guess spills 8 to 24 bytes. With this limit it takes 55 to
-# 110.
+# Without a limit, ptxas chooses one for prodigy_reduce_kernel by a heuristic, which on some
+# releases and chips spills 8 to 24 bytes. With this limit it takes 55 to 110.
 REDUCE_WARPS, REDUCE_REGISTERS = 8, 128
 ADDED = 1024  # partial sums that the last program reads at once
 
@@ -229,7 +228,7 @@ def triton_adamw_step(
 def _prodigy_table(
     group: MovingGroup, groups: int, slot: int, slots: int
 ) -> tuple[Tensor | None, Tensor, bool]:
-    """(a tensor lr or None, the table of a launch, whether its gradients are aligned)."""
+    """(lr if it is a tensor, else None; the table of a launch; whether gradients are aligned)."""
     lr, number = _split_lr(group.settings.lr)
     settings = [number, *group.settings[1:9]]  # lr, beta1 ... growth_rate
     table = group.flat.send_table(settings, group.grads, group.row, groups, slot, slots)
@@ -237,7 +236,7 @@ def _prodigy_table(
 
 
 def _split_lr(lr: float | Tensor) -> tuple[Tensor | None, float]:
-    """lr as a tensor or a number."""
+    """(lr, 0.0) for a tensor lr, else (None, lr)."""
     return (lr, 0.0) if isinstance(lr, Tensor) else (None, float(lr))
 
 
@@ -247,7 +246,7 @@ def _are_aligned(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _block_table(flat: FlatParameters) -> Tensor:
-    """[programs, 2] int32: the parameter of a program, and which BLOCK of it."""
+    """[programs, 2] int32: the parameter of a program, and the index of its BLOCK."""
     if "blocks" not in flat.workspace:
         listed = []
         for i, (_, count, _) in enumerate(flat.bounds):
@@ -257,7 +256,7 @@ def _block_table(flat: FlatParameters) -> Tensor:
 
 
 def _workspace(flat: FlatParameters, name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros the first time; kept, because a CUDA graph remembers the address."""
+    """A tensor of zeros, kept from step to step: a CUDA graph records its address."""
     if name not in flat.workspace:
         flat.workspace[name] = torch.zeros(count, dtype=dtype, device=flat.param.device)
     return flat.workspace[name]
@@ -306,9 +305,9 @@ def _refuse(flat: FlatParameters, lr: float | Tensor) -> str | None:
 
 
 def list_optimizer_builds(full: bool) -> list[Build]:
-    """fp32 parameters with the defaults, and with every option.
+    """Builds for fp32 parameters, with the defaults and with every option.
 
-    With full=True bf16 parameters, and each option alone, too.
+    With `full` also for bf16 parameters, and with each option alone.
     """
     names = ("MOMENTUM", "COUPLED", "BIAS", "SAFEGUARD", "ALIGNED")
     everything = dict.fromkeys(names, True)

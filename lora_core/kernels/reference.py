@@ -1,4 +1,4 @@
-"""The adapter operations in plain differentiable torch: their definitions.
+"""Reference implementations of the adapter operations, in plain differentiable torch.
 
 Every other implementation is tested against these functions. Dtypes: adapter factors are fp32 (fp64
 on an fp64 base). They are cast to x's dtype for the matrix products, so a bf16 base gives a bf16
@@ -21,26 +21,22 @@ GOLDEN = 0x9E3779B9
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, else fp32: the dtype of adapters, norms and sums.
-
-    Whatever the base is stored in (bf16, fp16, fp8, int8).
+    """The dtype of adapters, norms and sums on a base of some dtype (bf16, fp16, fp8, int8): fp64
+    for fp64, else fp32.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Outside autocast of x's device.
+    """A context in which autocast is off on x's device.
 
-    The meta device has none, and torch 2.13 raises for it.
+    The meta device has no autocast, and torch 2.13 raises for it.
     """
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Drop(NamedTuple):
-    """Dropout of an adapter's input, decided by the hash of `keyed_dropout`.
-
-    The base layer sees x as it is.
-    """
+    """Dropout of an adapter's input, by the hash of `keyed_dropout`. The base layer has none."""
 
     p: float
     seed: int
@@ -121,10 +117,10 @@ def lora_conv(
 
 
 def dora_norm(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Norm of every output row of W + scale * up @ down  [out], in fp32 or better.
+    """L2 norm of every output row of W + scale * up @ down  [out], in fp32 or better.
 
-    Outside autocast (arXiv 2402.09353; rows as in peft). Forms the dense update: one weight-sized
-    matrix in fp32. Shapes as in lora_linear or lora_conv (groups are read off up).
+    arXiv 2402.09353; rows as in peft; without autocast. Forms the dense update: one weight-sized
+    matrix in fp32. Shapes as in lora_linear or lora_conv (groups follow from up's shape).
     """
     dtype = wide_dtype(weight.dtype)
     with without_autocast(weight):
@@ -171,10 +167,10 @@ def snr_weighted_mse(
 
 
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over c, h, w of error [b, c, h, w]  [b]; with a mask m sum(m e) / (c sum(m)).
+    """Mean over c, h, w of the error e [b, c, h, w]  [b]; with a mask m, sum(m e) / (c sum(m)).
 
-    m [b, 1, h, w]. So a small mask counts as much as a big one (kohya divides by the whole area;
-    cloneofsimo weights with m^2). An empty mask gives 0.
+    m [b, 1, h, w]. An example with a small mask counts as much as one with a large mask (kohya
+    divides by the whole area; cloneofsimo weights with m^2). An empty mask gives 0.
     """
     if mask is None:
         return error.flatten(1).mean(1)
@@ -183,7 +179,7 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_area(error: Tensor, mask: Tensor) -> Tensor:
-    """c sum(m)  [b], and not 0.
+    """c sum(m)  [b], at least the smallest normal number.
 
     Raises ValueError for a mask of another shape than [b, 1, h, w].
     """

@@ -1,6 +1,6 @@
-"""One step of Prodigy and of AdamW as their papers write it, one tensor after another.
+"""Reference steps of Prodigy and AdamW as in their papers, one tensor after another.
 
-These are the definitions. Faster implementations of the same steps, each tested against them:
+Faster implementations of the same steps, each tested against these:
 
     flat_steps.py   torch operations on whole flat tensors, on any device (Prodigy)
     loops.py        C, on the CPU
@@ -50,7 +50,7 @@ class MovingGroup(NamedTuple):
     flat: (
         FlatParameters  # state: p0, s (every slice_p-th element), exp_avg if beta1 > 0, exp_avg_sq
     )
-    grads: Sequence[Tensor | None]  # of each parameter, row-major; None: it keeps its bits
+    grads: Sequence[Tensor | None]  # of each parameter, row-major; None: it is not updated
 
 
 class AdamWSettings(NamedTuple):
@@ -121,7 +121,7 @@ def _learning_rate(d: Tensor, k: Tensor, a: ProdigySettings) -> Tensor:
 def _update_state(
     group: MovingGroup, d: Tensor, gamma_d: Tensor, active: Tensor, grad_scale: Tensor | None
 ) -> Tensor:
-    """[2] what <g, x0 - x> adds to r, and the norm |s|_1, after updating s, m and v."""
+    """Update s, m and v; returns [2]: the term <g, x0 - x> of r, weighted, and the norm |s|_1."""
     a = group.settings
     weight = d / a.d0 * (d if a.safeguard else gamma_d)
     gain = torch.zeros_like(d)
@@ -191,7 +191,7 @@ def adamw_step(
 ) -> tuple[Tensor, ...]:
     """(flat.param,) after a step of AdamW (arXiv 1711.05101, algorithm 2).
 
-    As torch.optim.AdamW has it: the decay is lr * weight_decay. `param` is flat.param; the state is
+    As in torch.optim.AdamW the decay is lr * weight_decay. `param` is flat.param; the state is
     exp_avg, exp_avg_sq [n] and step [parameters] fp32, each parameter's own count. found_inf and
     grad_scale as in prodigy_step.
     """

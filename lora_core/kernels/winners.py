@@ -1,11 +1,11 @@
-"""The fastest implementation of each op, per device, dtype and class of shapes, from measurements.
+"""The winners: the fastest implementation of each op by measurement, per device, dtype and shapes.
 
 Two tables: the user's, ~/.cache/lora_core/winners.json (XDG_CACHE_HOME), which
 `python -m benchmarks.kernels --tune` writes, precedes winners.json next to this module. A device is
-"cpu", a GPU's name, or a GPU's name and ", replayed": inside a CUDA graph (`replayed`, measured by
-`--tune --graph`) a launch costs nothing, outside of one it costs more than a small kernel does. A
-device that neither table names takes the estimated winners of its type, and one warning says so.
-A choice costs about a microsecond.
+"cpu", a GPU's name, or a GPU's name and ", replayed" for its CUDA graphs (measured by `--tune
+--graph`), in which a launch costs nothing; outside of one it costs more than a small kernel. For a
+device that is in neither table the estimated winners of its type are used, with one warning.
+A choice takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lora_core.kernels.modes import dispatch
 FORMAT = "lora_core winners 1"
 BACKENDS = ("reference", "fused", "triton")
 REPLAYED = ", replayed"  # after a GPU's name: its winners inside a CUDA graph
-ANY = "*"  # a class or dtype that was not measured by itself
+ANY = "*"  # stands for any class or dtype that was not measured
 COMMITTED = Path(__file__).with_name("winners.json")
 COMMAND = "python -m benchmarks.kernels --tune"
 # Shapes remembered per op, device and dtype, some 1 MB; a run has as many as layers times buckets.
 ENTRIES = 4096
-FIELDS = {"op", "dtype", "class", "winner"}  # of a row; its "seconds" are for people
+FIELDS = {"op", "dtype", "class", "winner"}  # required in a row; its "seconds" are not read
 
 WinnersByOp = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> class -> winner
 
 
 class Winners(NamedTuple):
-    """A device's rows and where they come from."""
+    """A device's rows of the table, and whether they are estimates."""
 
     rows: WinnersByOp
     estimated: bool
@@ -51,17 +51,17 @@ class _Choices:
         self.op = op
         self.rows = rows
         winners = set(rows.values())
-        self.only = winners.pop() if len(winners) == 1 else None  # wins whatever the shapes
+        self.only = winners.pop() if len(winners) == 1 else None  # the winner for all shapes
         self.by_shapes: dict[Any, str] = {}
 
 
 def choose_winner(name: str, op: Any, args: tuple[Any, ...]) -> str:
     """ "reference", "fused" or "triton": the fastest for arguments like these.
 
-    Device and dtype are those of the first tensor; shapes count by their class. A class that was
-    not measured takes the winner over all that were; an op or dtype that was not takes the device
-    type's estimate. "triton" only for an op that has it. Under torch.compile the answer is a
-    constant of the graph.
+    Looked up by the first tensor's device and dtype, and the class of the shapes. For a class that
+    was not measured it is the winner over all measured classes; for an op or dtype that was not,
+    the device type's estimate. "triton" only for an op that has it. Under torch.compile the result
+    is a constant of the graph.
     """
     x = args[0] if isinstance(args[0], Tensor) else first_tensor(args)
     if torch.compiler.is_compiling():
@@ -87,9 +87,9 @@ def choose_winner(name: str, op: Any, args: tuple[Any, ...]) -> str:
 
 @contextmanager
 def replayed() -> Iterator[None]:
-    """Inside it a GPU's winners are those of a CUDA graph.
+    """Inside the block a GPU's winners are those of its CUDA graphs.
 
-    For the calls that a graph captures, and those that warm it up.
+    For the calls that a graph captures, and the warm-up calls before.
     """
     _replayed.append(True)
     dispatch.generation += 1
@@ -101,7 +101,7 @@ def replayed() -> Iterator[None]:
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:
-    """The tensor whose device and dtype decide which rows of the table count."""
+    """The tensor whose device and dtype select the rows of the table."""
     return args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
 
 
@@ -182,14 +182,14 @@ def cache_file() -> Path:
 
 
 def read_winners(path: Path) -> dict[str, Winners]:
-    """Device -> its winners. Raises ValueError, a sentence, for a file that is no such table."""
+    """Device -> its winners. Raises ValueError for a file that is not a table of winners."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
     is_table = isinstance(content, dict) and content.get("format") == FORMAT
     if not is_table or not isinstance(content.get("devices"), dict):
-        raise ValueError(f"{path} is no table of kernels' winners (expected the format {FORMAT!r})")
+        raise ValueError(f"{path} is not a table of winners (expected the format {FORMAT!r})")
     tables = {}
     for device, part in content["devices"].items():
         rows: WinnersByOp = {}
@@ -198,7 +198,7 @@ def read_winners(path: Path) -> dict[str, Winners]:
             if not _is_winner_row(row):
                 expected = f"{', '.join(sorted(FIELDS))}, winner of {BACKENDS}"
                 raise ValueError(
-                    f"{path} has a row for {device} that is none: {row!r} (expected {expected})"
+                    f"{path} has an invalid row for {device}: {row!r} (expected {expected})"
                 )
             rows.setdefault((row["op"], row["dtype"]), {})[row["class"]] = row["winner"]
         tables[device] = Winners(rows, bool(part.get("estimated")))
@@ -210,7 +210,7 @@ def _is_winner_row(row: Any) -> bool:
 
 
 def store_winners(path: Path, device: str, part: dict[str, Any]) -> None:
-    """Puts a device's measurements (command, date, machine, rows) into the table.
+    """Write a device's measurements (command, date, machine, rows) into the table.
 
     A row replaces the one of its op, dtype and class.
     """
@@ -230,9 +230,9 @@ def store_winners(path: Path, device: str, part: dict[str, Any]) -> None:
 
 
 def reload_winners() -> None:
-    """Reads both tables again.
+    """Read both tables again.
 
-    At import, so that no traced function opens a file, and after `store_winners`.
+    Called at import, so that no traced function opens a file, and after `store_winners`.
     """
     _memo.clear()
     _warned_devices.clear()
@@ -248,7 +248,7 @@ def reload_winners() -> None:
 
 
 def _to_json(devices: dict[str, Any]) -> str:
-    """The table as JSON with a row on a line, so that a diff of it can be read."""
+    """The table as JSON with one row on each line, so that diffs are readable."""
     parts = []
     for device, part in devices.items():
         rows = ",\n   ".join(json.dumps(row) for row in part["rows"])
@@ -290,7 +290,7 @@ def _find_rows(
 
 
 def _estimated_winner(name: str, kind: str) -> str:
-    """The winner of an op on a type of device that nobody measured."""
+    """The winner of an op on a type of device that was not measured."""
     part = _tables[-1].get(kind + (REPLAYED if _replayed and kind == "cuda" else ""))
     if part is None:
         return "fused"

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) with torch.optim.AdamW's names, numbers and state.
+"""AdamW (arXiv 1711.05101) with torch.optim.AdamW's arguments, results and state.
 
 One call updates all the parameters of a group.
 """
@@ -16,16 +16,17 @@ from lora_core.errors import UserError
 from lora_core.kernels.flat import forget_layout, lay_out_flat, state_dtype
 from lora_core.kernels.steps import AdamWSettings
 
-UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # options of torch's class, not of this
+UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # options of torch's class only
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW without UNSUPPORTED (which "torch.optim.AdamW" as optimizer name offers).
+    """AdamW as torch.optim.AdamW, without the UNSUPPORTED options (for which torch's class can be
+    chosen by the optimizer name "torch.optim.AdamW").
 
-    Parameters and state lie in flat tensors (kernels/flat.py). `state[p]` has exp_avg, exp_avg_sq
+    Parameters and state are in flat tensors (kernels/flat.py). `state[p]` has exp_avg, exp_avg_sq
     and step, as in torch's class, so that either class loads the other's state; for half-precision
     parameters the state is fp32, where torch keeps it in their dtype. `lr` may be a 0-dim tensor,
-    which a CUDA graph reads at each replay. Nothing waits for the device; loss scalers hand over
+    which a CUDA graph reads at each replay. Nothing waits for the device; loss scalers set
     `found_inf` and `grad_scale`. Raises UserError for values out of range.
     """
 
@@ -42,7 +43,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group. Raises UserError for values out of range."""
+        """Add a group. Raises UserError for values out of range."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -51,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state bit for bit, torch.optim.AdamW's too.
+        """Load a state bit for bit, also one of torch.optim.AdamW.
 
         Raises UserError for a state that was made with one of UNSUPPORTED.
         """
@@ -72,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter with a gradient, and returns the closure's loss (or None)."""
+        """Update every parameter with a gradient; returns the closure's loss, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -126,5 +127,5 @@ def _check_group(group: dict[str, Any]) -> None:
     if any(not p.is_floating_point() for p in group["params"]):
         raise UserError(
             "AdamW got a parameter that is not of floating point; "
-            "torch.optim.AdamW takes complex ones"
+            "torch.optim.AdamW supports complex ones"
         )

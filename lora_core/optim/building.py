@@ -1,4 +1,4 @@
-"""Choosing an optimizer class by name, its parameter groups and settings, and building it."""
+"""Optimizers by name: finding the class, its parameter groups and settings, and building it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_RATES = {
     "prodigy": {"denoiser": 1.0, "text_encoder": 1.0, "tokens": 1.0},
 }
 DEFAULT_WEIGHT_DECAYS = {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.0}
-OWN_OPTIONS = ("params", "lr", "weight_decay", "betas")  # arguments with options of their own
+OWN_OPTIONS = ("params", "lr", "weight_decay", "betas")  # not settable with --optimizer.args
 
 
 # ---------------------------------------------------------------- the class
@@ -35,8 +35,8 @@ OWN_OPTIONS = ("params", "lr", "weight_decay", "betas")  # arguments with option
 def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The optimizer class of a name.
 
-    An entry of OPTIMIZERS, a dotted path such as "torch.optim.Adagrad", or "path/to/file.py:Class".
-    Raises UserError if there is none.
+    `name` is a key of OPTIMIZERS, a dotted path such as "torch.optim.Adagrad", or
+    "path/to/file.py:Class". Raises UserError if there is no such class.
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -89,9 +89,9 @@ def _class_arguments(cls: type[torch.optim.Optimizer]) -> Mapping[str, inspect.P
 
 
 def default_rates(name: str, groups: Iterable[str]) -> dict[str, float]:
-    """The learning rate of each group: of DEFAULT_RATES, else the default of the class.
+    """The default learning rate of each group: from DEFAULT_RATES, else the class's default.
 
-    Raises UserError where there is none.
+    Raises UserError where there is neither.
     """
     own, names = _default_rate(name), list(groups)
     if own is None and names and name not in DEFAULT_RATES:
@@ -119,9 +119,9 @@ def group_settings(
     decay: Mapping[str, float],
     betas: Mapping[str, Sequence[float]],
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each group: name and lr; weight_decay and betas where they are given.
+    """Group -> its settings: name and lr, and weight_decay and betas where these are given.
 
-    Learning rates that are not given are those of `default_rates`, weight decays those of
+    Learning rates that are not given come from `default_rates`, weight decays from
     DEFAULT_WEIGHT_DECAYS; a class without weight decay gets none if none is given.
     """
     names = list(groups)
@@ -142,8 +142,8 @@ def split_lora_plus(
 ) -> list[dict[str, Any]]:
     """The parameter groups of LoRA+ (arXiv 2402.12354): `ups` train at lr * ratio.
 
-    Every group named in `ups` becomes two of its name, the other parameters and its ups. Each group
-    has its factor in "ratio" (1.0 except for the ups), so that a schedule may set
+    Every group named in `ups` is split into two groups of that name: its other parameters, and its
+    up factors. Each group has "ratio" (1.0 except for the up factors), so that a schedule may set
     lr = rate * factor * group["ratio"] later; with ratio 1 nothing is split. `groups` have "name",
     "params" and "lr". Raises UserError for a ratio that is not a positive number.
     """
@@ -181,10 +181,10 @@ def build_optimizer(
     check_known_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
     rate = {}
     if "lr" in optimizer_arguments(name) and _default_rate(name) is None:
-        rate["lr"] = groups[0]["lr"]  # a class may insist on one; the groups have their own
+        rate["lr"] = groups[0]["lr"]  # a class may require one; the groups have their own
     try:
         return resolve_optimizer(name)(groups, **rate, **args)
-    except Exception as error:  # TypeError, ValueError, AssertionError ... of anybody's class
+    except Exception as error:  # of any type: the class may be a user's
         given = " ".join(f"{key}={value!r}" for key, value in args.items())
         settings = f" (--optimizer.args are {given})" if given else ""
         raise UserError(f"{name} refuses its settings: {error}{settings}") from None
@@ -195,12 +195,12 @@ def build_optimizer(
 
 @contextmanager
 def use_evaluation_parameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside the block a schedule-free optimizer's parameters are those meant for use.
+    """Inside the block a schedule-free optimizer's parameters are those for evaluation.
 
     Such an optimizer (arXiv 2405.15682) trains at one point and evaluates at another; its methods
-    train() and eval() move the parameters between them, with rounding. They are put back bit for
-    bit, so that looking at a model does not change its training. Any other optimizer's parameters
-    stay as they are.
+    train() and eval() move the parameters between them, with rounding. They are restored bit for
+    bit, so that evaluating a model does not change its training. Any other optimizer's parameters
+    are not changed.
     """
     if not is_schedule_free(optimizer):
         yield

@@ -1,4 +1,4 @@
-"""An exponential moving average of the parameters that train.
+"""Exponential moving average of the trained parameters.
 
 Diffusion models since arXiv 2006.11239 sample from such an average.
 """
@@ -16,15 +16,16 @@ from lora_core.errors import UserError
 
 
 class ParameterAverage:
-    """a <- d_n a + (1 - d_n) p after the n-th step, with d_n = min(decay, (1 + n) / (10 + n)).
+    """Moving average a of parameters p: a <- d_n a + (1 - d_n) p after the n-th step, with
+    d_n = min(decay, (1 + n) / (10 + n)).
 
-    n = 1, 2, ...; fp32 or better, started from the parameters. The warm-up of the decay
-    (TensorFlow's ExponentialMovingAverage, the LDM code's LitEma) lets the average forget its
-    start, where an adapter does nothing: without it 0.9999 would still hold 90 % of it after 1000
-    steps. Each parameter is averaged, down and up separately, not their product: musubi's post-hoc
-    EMA does the same and was 8 % off the average of the products in a toy run. A parameter that
-    pauses is averaged towards its resting value. The count is a Python number and no value is read
-    from the device.
+    n = 1, 2, ...; fp32 or better, initialized with the parameters. The warm-up of the decay
+    (TensorFlow's ExponentialMovingAverage, the LDM code's LitEma) reduces the weight of the initial
+    values, with which an adapter does nothing: without it they would still have 90 % after 1000
+    steps at 0.9999. down and up are averaged separately, not their product: musubi's post-hoc EMA
+    does the same and was 8 % off the average of the products in a toy run. The average of a frozen
+    parameter approaches its value. The count is a Python number and no value is read from the
+    device.
     """
 
     def __init__(self, params: Iterable[Tensor], decay: float) -> None:
@@ -39,7 +40,7 @@ class ParameterAverage:
 
     @torch.no_grad()
     def update_(self) -> None:
-        """Updates the averages, once after each optimizer step.
+        """Update the averages; to be called once after each optimizer step.
 
         Raises ValueError inside `swapped`, where the parameters are the averages.
         """
@@ -54,9 +55,9 @@ class ParameterAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the block the parameters hold the averages.
+        """Inside the block the parameters have the averages as values.
 
-        Afterwards, or on an error, they hold the trained values again, bit for bit. Nests.
+        Afterwards, or on an error, they have the trained values again, bit for bit. Blocks nest.
         """
         trained, inside = [p.detach().clone() for p in self.params], self._inside
         try:
@@ -73,7 +74,7 @@ class ParameterAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state bit for bit, on the parameters' devices.
+        """Load a state bit for bit, onto the parameters' devices.
 
         Raises UserError when its shapes are not those of the parameters.
         """

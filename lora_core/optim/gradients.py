@@ -11,17 +11,18 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 
-SMALL = 2**18  # elements whose copy end to end is cheaper on a CPU than a norm of each tensor
+SMALL = 2**18  # elements up to which concatenation is cheaper on a CPU than a norm of each tensor
 
 
 @torch.no_grad()
 def clip_gradients_(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """The global L2 norm of the gradients before clipping, a 0-dim fp64 tensor on their device.
+    """Scale the gradients to global L2 norm `max_norm` if theirs is larger; returns their norm
+    before clipping, a 0-dim fp64 tensor on their device.
 
-    Scales the gradients to norm `max_norm` if it is larger. torch's clip_grad_norm_ with the norm
-    in float64 (its fp32 norm of a long tensor on the CPU is off by 3e-5); waits for nothing. A norm
-    that is not finite makes the gradients NaN, as there; unscale fp16 gradients first. Raises
-    UserError when no parameter has a gradient.
+    As torch's clip_grad_norm_, but with the norm in float64 (its fp32 norm of a long tensor on the
+    CPU is off by 3e-5) and without waiting for the device. A norm that is not finite makes the
+    gradients NaN, as in torch; unscale fp16 gradients first. Raises UserError when no parameter has
+    a gradient.
     """
     grads = []
     elements = 0
@@ -54,8 +55,8 @@ def clip_gradients_(params: Iterable[Tensor], max_norm: float) -> Tensor:
 class LossScaler:
     """Dynamic loss scale for fp16 by torch.amp.GradScaler's rule (arXiv 1710.03740).
 
-    On any device, in device tensors that stay where they are in memory, so that a CUDA graph may
-    hold a whole step:
+    On any device, in device tensors that keep their addresses, so that a CUDA graph may contain a
+    whole step:
 
         scaler.scale(loss).backward()
         scaler.unscale_(params)
@@ -64,8 +65,9 @@ class LossScaler:
         scaler.update()
 
     A step that overflowed changes no parameter and no optimizer state. Our optimizers and torch's
-    fused ones take `found_inf` as a tensor and never wait for the device; any other may count on
-    the host, so it is skipped as GradScaler does it, by reading from the device once.
+    fused ones take `found_inf` as a tensor and never wait for the device. Any other optimizer may
+    count its steps on the host, so that its step is skipped as in GradScaler, by reading one value
+    from the device.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class LossScaler:
 
     @torch.no_grad()
     def unscale_(self, params: Iterable[Tensor]) -> Tensor:
-        """Divides the gradients by the scale, once before each step; returns found_inf.
+        """Divide the gradients by the scale, once before each step; returns found_inf.
 
         found_inf is 0-dim, 1.0 if any gradient is not finite.
         """
@@ -112,7 +114,7 @@ class LossScaler:
         return self.found_inf.copy_(torch.maximum(self.found_inf, overflow))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """optimizer.step(), or nothing at all where unscale_ met an overflow."""
+        """Call optimizer.step(), without effect if unscale_ found an overflow."""
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
@@ -124,9 +126,9 @@ class LossScaler:
             optimizer.step()
 
     def update(self) -> None:
-        """Backs off after an overflow, grows after `interval` clean steps in a row.
+        """Reduce the scale after an overflow; raise it after `interval` steps without one.
 
-        Never grows to infinity; forgets the overflow.
+        Never grows to infinity; resets found_inf.
         """
         overflow = self.found_inf != 0
         due = (self.clean + 1 >= self.interval) & ~overflow
@@ -139,7 +141,7 @@ class LossScaler:
         self.found_inf.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale, clean and skipped steps as tensors, and the settings."""
+        """Scale, numbers of steps without overflow and skipped as tensors, and the settings."""
         return {
             "current": self.current,
             "clean": self.clean,
@@ -150,7 +152,7 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state bit for bit, on this scaler's device."""
+        """Load a state bit for bit, onto this scaler's device."""
         self.current.copy_(state["current"])
         self.clean.copy_(state["clean"])
         # checkpoints of earlier versions did not count the skipped steps
@@ -160,6 +162,6 @@ class LossScaler:
 
 
 def _scale_(tensors: list[Tensor], factor: Tensor) -> None:
-    """tensors *= factor, a 0-dim tensor, with fp32 factors for half-precision tensors."""
+    """tensors *= factor, in place; factor: 0-dim, in fp32 for half-precision tensors."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     torch._foreach_mul_(tensors, factor.to(wide))

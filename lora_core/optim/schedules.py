@@ -18,14 +18,14 @@ def constant_schedule(step: int, total: int, warmup: int) -> float:
 
 
 def linear_schedule(step: int, total: int, warmup: int) -> float:
-    """Falls from 1 to 0 on a straight line."""
+    """Linear from 1 to 0 after the warm-up."""
     if step < warmup:
         return _warmup_factor(step, warmup)
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
 def cosine_schedule(step: int, total: int, warmup: int, *, cycles: float = 0.5) -> float:
-    """(1 + cos(2 pi cycles progress)) / 2; half a cycle ends at 0.
+    """(1 + cos(2 pi cycles progress)) / 2; the default of half a cycle ends at 0.
 
     arXiv 1608.03983 without restarts.
     """
@@ -36,7 +36,7 @@ def cosine_schedule(step: int, total: int, warmup: int, *, cycles: float = 0.5) 
 
 
 def cosine_restarts_schedule(step: int, total: int, warmup: int, *, cycles: int = 1) -> float:
-    """`cycles` half cosines from 1 to 0, each starting again at 1 (arXiv 1608.03983)."""
+    """`cycles` half cosines from 1 to 0, one after another (arXiv 1608.03983)."""
     if step < warmup:
         return _warmup_factor(step, warmup)
     progress = _progress(step, total, warmup)
@@ -48,7 +48,7 @@ def cosine_restarts_schedule(step: int, total: int, warmup: int, *, cycles: int 
 def polynomial_schedule(
     step: int, total: int, warmup: int, *, power: float = 1.0, end: float = 0.0
 ) -> float:
-    """Falls from 1 to `end` as (1 - progress)^power.
+    """Polynomial from 1 to `end`: (1 - progress)^power (1 - end) + end.
 
     `end` is a fraction of the learning rate (diffusers: lr_end / lr).
     """
@@ -140,5 +140,5 @@ def _warmup_factor(step: int, warmup: int) -> float:
 
 
 def _progress(step: int, total: int, warmup: int) -> float:
-    """The part of the steps after the warm-up that is done."""
+    """The completed fraction of the steps after the warm-up."""
     return (step - warmup) / max(1, total - warmup)

@@ -1,6 +1,6 @@
-"""The README.md of a run folder: a model card for the hub, filled into card_template.md.
+"""Write the README.md of a run folder, a model card for the hub, from card_template.md; upload.
 
-It describes the files that are in the folder and has code that loads them. Also its upload.
+The card describes the files of the folder and has code that loads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The facts of a card that the folder's files do not show.
+    """The content of a model card that does not follow from the folder's files.
 
     Prompts have the placeholder words, not the tokens.
     """
@@ -67,9 +67,9 @@ def write_card(card: ModelCard, folder: str | Path) -> Path:
 
 
 def check_push_target(repo_id: str) -> None:
-    """Makes the hub repository where it is missing and checks that this login may write to it.
+    """Creates the hub repository if it is missing and checks that this login may write to it.
 
-    Raises UserError where it may not.
+    Raises UserError if not.
     """
     try:
         api = HfApi()
@@ -84,10 +84,10 @@ def check_push_target(repo_id: str) -> None:
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
-    """Uploads a run folder to a hub repository, which is made where it is missing; its address.
+    """Uploads a run folder to a hub repository, created if missing; returns its address.
 
     `ignore`: globs on paths relative to the folder. Raises UserError when the hub refuses or cannot
-    be reached; the folder stays as it was.
+    be reached; the folder is not changed.
     """
     try:
         api = HfApi()
@@ -133,7 +133,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
 def _prompts(card: ModelCard, folder: Path) -> dict[str, object]:
     """The variables of the template that are prompts.
 
-    A1111 and ComfyUI call a file of tokens by its name, which stands for all of its rows.
+    In A1111 and ComfyUI a token file's name in the prompt inserts all of its rows.
     """
     stem = f"{folder.name}{EMBEDDINGS}".removesuffix(".safetensors")
     return {
@@ -186,7 +186,7 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
         f"{folder.name}{EMBEDDINGS}": f"rows of the learned tokens: {', '.join(rows)}",
         f"{folder.name}{CUSTOM_ADAPTER_ENDING}": f"{own}: "
         "lora_core.adapters.custom_files.load_adapters reads them",
-        "model": "the whole model, what was learned folded in, in the diffusers layout",
+        "model": "the whole model with all updates folded in, in the diffusers layout",
         "config.toml": card.rerun or "the run's settings: `python train.py config.toml` repeats it",
     }
     return {name: description for name, description in known.items() if (folder / name).exists()}
@@ -207,7 +207,7 @@ def _has_whole_model(folder: Path) -> bool:
 
 
 def _token_rows(folder: Path) -> list[str]:
-    """The keys of the file of token rows, none where there is no such file."""
+    """The keys of the token file; none where it does not exist."""
     file = folder / f"{folder.name}{EMBEDDINGS}"
     if not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Checks of --out: folders that a run must not be mixed with, and names that are too long."""
+"""Checks of --out: apart from the inputs, a run that may be moved, writable, names that fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
 
 def check_apart_from_inputs(out: Path | str, inputs: Mapping[str, str], *, overwrite: bool) -> None:
-    """Raises UserError naming the option whose file or folder a run in `out` would be mixed with
-    or, by `overwrite`, would move away.
+    """Raises UserError for an input that a run in `out` would mix with, or --overwrite would move.
 
-    `inputs` is option -> path; "" and paths that do not exist (hub ids) are passed over.
+    `inputs` is option -> path; "" and paths that do not exist (hub ids) are skipped.
     """
     folder = Path(os.path.abspath(out))
     harm = "the run's files would be mixed with it"
@@ -55,7 +54,7 @@ def check_overwritten(out: Path | str) -> None:
         )
     if not is_run(folder):
         raise UserError(
-            f"--overwrite moves runs only, and {out} is none: it holds {first_names(folder)} "
+            f"--overwrite moves runs only, and {out} is not a run: it holds {first_names(folder)} "
             f"and none of {', '.join(MARKS[:3])}; name another --out"
         )
     runs = sorted(name for name in held if name != MARKS[2] and is_run(folder / name))
@@ -72,11 +71,13 @@ def check_writable(out: Path | str) -> None:
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.exists():
         raise UserError(
-            f"--out {out} is no place for a run: {there} is a link to {os.readlink(there)}, "
-            "which is not there; make it or name another --out"
+            f"--out {out} cannot be a run folder: {there} is a link to {os.readlink(there)}, "
+            "which does not exist; create it or name another --out"
         )
     if not there.is_dir():
-        raise UserError(f"--out {out} is no place for a run: {there} is a file; name another --out")
+        raise UserError(
+            f"--out {out} cannot be a run folder: {there} is a file; name another --out"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
             f"--out {out} cannot be written: {there} is read-only or another user's; "
@@ -85,8 +86,9 @@ def check_writable(out: Path | str) -> None:
 
 
 def check_file_names(out: Path | str) -> None:
-    """Raises UserError where a file of the run in `out`, temporary names included, has a name or a
-    path too long for the file system.
+    """Raises UserError if a file name or path of the run in `out` is too long for the file system.
+
+    Temporary names are included.
     """
     folder = Path(os.path.abspath(out))
     files = [temporary_name(folder / name) for name in run_file_names(folder.name)]
@@ -146,9 +148,7 @@ def _is_same(a: Path, b: Path) -> bool:
 
 
 def _limit(folder: Path, name: str) -> int | None:
-    """A limit in bytes of the file system at `folder`; None where there is none, or where it cannot
-    be read (Windows).
-    """
+    """A limit in bytes of the file system at `folder`; None if there is none or on Windows."""
     try:
         limit = os.pathconf(folder, name)
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Axes of a grid of images: a setting of sampling and the values that it takes."""
+"""Axes of a grid of images: each is a sampling setting and its values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ WHOLE = ("seed", "steps")  # settings that are whole numbers
 
 
 class Axis(NamedTuple):
+    """One axis of a grid of images."""
+
     setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ...
     values: list[float]
 

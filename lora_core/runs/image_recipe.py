@@ -15,13 +15,14 @@ from lora_core.text import parse_json
 from lora_core.toml import from_table, to_table
 
 CHUNK = "lora_core"  # the PNG text chunk with the recipe
-UNRECORDED = ("source", "out", "batch", "device", "threads")  # options that change no pixel
+UNRECORDED = ("source", "out", "batch", "device", "threads")  # options that do not change pixels
 C = TypeVar("C")
 
 
 def save_with_recipe(image: Image.Image, path: Path, config: Any) -> None:
-    """Writes a PNG with its options, as JSON to repeat it and as the `parameters` text that other
-    programs show.
+    """Writes a PNG with its options in text chunks.
+
+    They are there as JSON, for --from, and as the `parameters` text that other programs show.
     """
     c = config
     shown = (

@@ -1,4 +1,4 @@
-"""One process per run folder: the operating system's lock on OUT/.lock, which ends with it."""
+"""A lock on a run folder, so that one process writes to it: the system's lock on OUT/.lock."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ LAUNCHERS = {  # variable with the number of processes -> the launchers that set
 class FolderLock:
     """The lock on a run folder, held from `hold` to `release` or to the end of the process.
 
-    A killed run leaves a file that locks nothing. On NFS the lock is as good as the server's: Linux
-    turns flock into a lock of the server, which other machines see, unless the file system is
-    mounted with nolock or local_lock. There, and on file systems without locks, two machines can
-    write to one folder.
+    A killed run leaves a file without a lock. On NFS Linux turns flock into a lock of the server,
+    which other machines see, unless the file system is mounted with nolock or local_lock. With
+    these, and on file systems without locks, two machines can write to one folder.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -43,7 +42,7 @@ class FolderLock:
 
     @classmethod
     def hold(cls, folder: Path) -> FolderLock:
-        """The lock on a folder, which is made where it is missing.
+        """Locks a folder, which is created if missing.
 
         Raises UserError, naming process and machine, where another process has it.
         """
@@ -61,8 +60,9 @@ class FolderLock:
         return lock
 
     def follow(self, folder: Path) -> FolderLock:
-        """The lock on the folder that is at `folder` now: this one, or a new one after --overwrite
-        has moved the old folder away with its lock.
+        """The lock on the current folder at `folder`.
+
+        That is this lock, or a new one after --overwrite has moved the old folder with its lock.
         """
         path = folder / LOCK
         if _is_at(self.file, path):
@@ -73,7 +73,7 @@ class FolderLock:
         return lock
 
     def release(self) -> None:
-        """Removes the file and lets the lock go; nothing where that is done already."""
+        """Removes the file and releases the lock; a second call does nothing."""
         if self.file.closed:
             return
         # Windows removes no open file: it stays, and locks nothing.
@@ -83,7 +83,7 @@ class FolderLock:
         self.file.close()
 
     def _write_holder(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk: the lock holds anyway
             self.file.truncate(0)
             holder = {"process": os.getpid(), "machine": socket.gethostname()}
             self.file.write(json.dumps(holder).encode())
@@ -91,8 +91,9 @@ class FolderLock:
 
 
 def check_single_process(environment: Mapping[str, str]) -> None:
-    """Raises UserError where this process is one of several: each would train the same run and
-    write to the same folder.
+    """Raises UserError if a launcher started several processes.
+
+    Each would train the same run and write to the same folder.
     """
     counts = {name: environment.get(name, "") for name in LAUNCHERS}
     # A batch script sees the number of its job's tasks, and is one process: only a step counts.

@@ -1,4 +1,4 @@
-"""LoRA files and run folders on a model: strengths, learned tokens, the settings of their runs."""
+"""Apply LoRA files and run folders to a model: strengths, tokens, and the runs' settings."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class LoraSource(NamedTuple):
 
 
 def parse_lora(text: str) -> LoraSource:
-    """PATH, PATH:0.8 or PATH:unet=0.6,text=0.9. Raises UserError for a strength that is not a
-    number.
+    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9.
+
+    Raises UserError for a strength that is not a number.
     """
     path, colon, tail = text.rpartition(":")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
@@ -47,10 +48,10 @@ def parse_lora(text: str) -> LoraSource:
 
 
 def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -> list[Patch]:
-    """Puts every LoRA on the model, in order, until the stack closes; then the tokens that lie in
-    the folders of LoRAs given as single files.
+    """Patches the model with every LoRA, in order, until the stack closes.
 
-    Words and tokens that an earlier file has already taken are renamed and reported.
+    Then come the tokens in the folders of LoRAs that are given as single files. Words and tokens
+    that an earlier file has already taken are renamed and reported.
     """
     modules = dict(family.modules)
     del modules["vae"]
@@ -134,7 +135,7 @@ class RunSettings(NamedTuple):
 
 
 def read_run_settings(paths: Sequence[str]) -> RunSettings:
-    """The settings that the runs behind some LoRA files were trained with; later files win."""
+    """The settings of the runs that trained the LoRA files; later files override earlier ones."""
     scheduler: dict[str, Any] = {}
     text: dict[str, int] = {}
     for path in paths:
@@ -151,9 +152,9 @@ def read_run_settings(paths: Sequence[str]) -> RunSettings:
 
 
 def warn_of_whole_model(model: str, run: Path) -> None:
-    """Prints a warning for a run that trained its networks whole, if another model is given.
+    """Prints a warning for a run of full fine-tuning, if another model than its own is given.
 
-    The run's folder alone adds its tokens and nothing else.
+    On another model the run's folder adds only its tokens.
     """
     own = run / "model"
     if own.is_dir() and Path(model).resolve() != own.resolve():

@@ -153,7 +153,7 @@ def plot_steps_and_lines(
     title: str = "",
     log: bool = False,
 ) -> None:
-    """As PNG: histograms `filled` on the left axis, and lines of `series` on the right axis.
+    """A PNG plot: histograms `filled` on the left axis, lines of `series` on the right axis.
 
     The left axis begins at 0, the right one is logarithmic with `log`. `axes` names x, left and
     right. x are the middles of equal bins.

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard or W&B, plots, and a preview of the noise levels.
+"""Log and plot the metrics of a run (JSON lines, TensorBoard, W&B); preview its noise levels.
 
 Values on the device are read many steps at a time, not at every step.
 """
@@ -25,15 +25,13 @@ from lora_core.runs.run_folder import Run
 
 
 class Sink(Protocol):
-    """A logger that gets the scalars in addition to metrics.jsonl."""
+    """A logger (TensorBoard, W&B) for the scalars, in addition to metrics.jsonl."""
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
 
 class LogBook:
-    """Collects metrics, some of them still on the device, and writes them out together: one host
-    sync for all.
-    """
+    """Collects metrics, also as tensors on the device, and writes them with one host sync."""
 
     def __init__(self, run: Run, report: str, config: dict[str, Any]) -> None:
         self.run = run
@@ -136,10 +134,10 @@ def check_login(report: str) -> None:
 
 
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
-    """OUT/loss.png, OUT/val.png and, for an optimizer that estimates a distance, OUT/d.png, from
-    metrics.jsonl. Returns the files that were written.
+    """Plots metrics.jsonl as OUT/loss.png and OUT/val.png; returns the files that were written.
 
-    `scored` names the validation loss in the title of val.png, e.g. "held-out loss".
+    An optimizer that estimates a distance gets OUT/d.png too. `scored` names the validation loss in
+    the title of val.png, e.g. "held-out loss".
     """
     columns = _read_columns(folder / "metrics.jsonl")
     written = []
@@ -150,7 +148,7 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
             {"every step": (steps, loss), "mean of 50": (steps, pictures.running_mean(loss, 50))},
             written[-1],
             axes=("step", "training loss"),
-            title="training loss (mostly says which timesteps were drawn)",
+            title="training loss (depends mostly on the sampled timesteps)",
         )
     distances = {name: xy for name, xy in columns.items() if name == "d" or name[:2] == "d_"}
     if distances:
@@ -188,7 +186,7 @@ DRAWS = 100_000  # enough to be exact to 1e-5 of all draws
 
 @dataclass(frozen=True)
 class Objective:
-    """The settings that decide how often a noise level is trained on and how much it counts."""
+    """The settings that determine the sampling and the loss weight of noise levels."""
 
     schedule: Schedule
     prediction: str  # a key of PREDICTIONS
@@ -197,7 +195,7 @@ class Objective:
     high: float = 1.0
     shift: float = 1.0
     space: str = "model"  # of prediction.to_loss_space
-    loss: str = "mse"  # only named
+    loss: str = "mse"  # only for the title
     weighting: str = "none"
     args: Mapping[str, float] = field(default_factory=dict)  # of the weighting
 
@@ -209,7 +207,7 @@ class Objective:
 
 
 class TimestepBins(NamedTuple):
-    """Equal stretches of the timesteps, from clean to pure noise; [n] each, float64."""
+    """Equal intervals of the timesteps, from clean to pure noise; [n] each, float64."""
 
     t: Tensor  # the middle
     level: NoiseLevel  # at the middle
@@ -219,8 +217,9 @@ class TimestepBins(NamedTuple):
 
 
 def timestep_bins(objective: Objective, count: int) -> TimestepBins:
-    """The distribution of draws and weights over `count` equal stretches of the timesteps, with
-    evenly spaced numbers in place of random ones.
+    """The distribution of draws and weights over `count` equal intervals of the timesteps.
+
+    Computed from evenly spaced quantiles instead of random numbers.
     """
     o, schedule = objective, objective.schedule.to("cpu")
     low, high = 0.0, schedule.t_max
@@ -241,9 +240,7 @@ def timestep_bins(objective: Objective, count: int) -> TimestepBins:
 
 
 def preview_table(objective: Objective) -> str:
-    """Ten stretches of the timesteps with their noise level, the share of the draws, the weight,
-    and the share of draws x weight.
-    """
+    """A table of ten timestep intervals: noise level, draws, loss weight, and draws x weight."""
     b = timestep_bins(objective, 10)
     titles = f"{'timestep':>9} {'sigma':>8} {'log snr':>8} {'draws':>7} {'weight':>10}"
     lines = [f"{titles} {'draws x weight':>15}   from clean to pure noise"]
@@ -255,9 +252,7 @@ def preview_table(objective: Objective) -> str:
 
 
 def preview_density(objective: Objective, path: Path) -> Path:
-    """Prints `preview_table` and writes the same as a plot to `path`, which is returned: draws,
-    weight, and draws x weight over the timesteps.
-    """
+    """Prints `preview_table`, plots draws, weight and their product to `path`; returns `path`."""
     o, b = objective, timestep_bins(objective, BINS)
     words = losses.describe_loss(o.weighting, o.prediction, o.space, loss=o.loss, **o.args)
     print(f"{words}\n{preview_table(o)}")

@@ -1,6 +1,6 @@
 """The folder of a run: atomic files, logs in JSON lines, checkpoints without pickle.
 
-Resuming from it loses and repeats nothing.
+A resumed run loses no step and repeats none in the logs.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """A name in `path`'s folder to write to; renamed to `path` once whole and on the disk.
+    """A temporary name in `path`'s folder, renamed to `path` once it is complete and on the disk.
 
-    Any error removes it and leaves an old `path` as it was. The name keeps the suffix, by which
-    image writers choose their format. Raises UserError in one sentence when the disk is full.
+    After an error it is removed, and an old `path` is unchanged. The name keeps the suffix, by
+    which image writers choose their format. Raises UserError in one sentence when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, if only the beginning of one."""
+    """Whether a folder holds a run, possibly one that has only begun."""
     return any((folder / mark).exists() for mark in MARKS)
 
 
@@ -78,7 +78,7 @@ def first_names(folder: Path) -> str:
 
 
 def lock_folder(folder: Path) -> FolderLock:
-    """The lock on the folder of a run, which is made where it is missing.
+    """Locks the folder of a run, which is created if missing.
 
     Raises UserError where another process has the lock, or the disk refuses.
     """
@@ -87,8 +87,10 @@ def lock_folder(folder: Path) -> FolderLock:
 
 
 class Run:
-    """An open run folder. `step` is always the number of steps done: a checkpoint or a line of a
-    log with step n is the state after n steps.
+    """An open run folder.
+
+    `step` is always the number of completed steps: a checkpoint or log line with step n is the
+    state after n steps.
     """
 
     def __init__(self, folder: Path, *, keep: int | None) -> None:
@@ -104,7 +106,7 @@ class Run:
         overwrite: bool = False,
         keep: int | None = None,
     ) -> "Run":
-        """The run in `out`, a new one unless `resume`.
+        """Opens the run in `out`: a new one, or with `resume` the existing one.
 
         `keep`: the number of newest checkpoints that are kept (None: all). A folder with anything
         in it is refused without `resume` or `overwrite`, which moves it to OUT.bak (an older
@@ -160,7 +162,7 @@ class Run:
     def log(self, entry: dict[str, Any], *, to: str = "metrics") -> None:
         """Appends a line, which has a "step", to OUT/<to>.jsonl and flushes it.
 
-        A line that does not fit on the disk leaves no trace.
+        A line that does not fit on the disk is removed again.
         """
         if type(entry.get("step")) is not int:
             raise ValueError(
@@ -180,10 +182,10 @@ class Run:
                 raise
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], meta: Any) -> Path:
-        """Writes checkpoints/<step>/ (state.safetensors, state.json, their checksums), whole or not
-        at all, and returns that folder; then removes the checkpoints beyond `keep`.
+        """Writes checkpoints/<step>/ atomically, removes those beyond `keep`; returns the folder.
 
-        `meta`: anything that JSON can hold. `flatten_state` makes both from nested state.
+        It holds state.safetensors, state.json and their checksums. `meta`: anything that JSON can
+        hold. `flatten_state` makes both from nested state.
         """
         folder = self.folder / "checkpoints" / str(step)
         folder.parent.mkdir(exist_ok=True)
@@ -211,7 +213,7 @@ class Run:
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None if there is none.
 
-        Prints a line for each damaged one that is passed over. Raises UserError where all of them
+        Prints a line for each damaged one that is skipped. Raises UserError where all of them
         are damaged, and for one that cannot be read now: it may be whole.
         """
         folders = self._checkpoints()
@@ -244,9 +246,7 @@ class Run:
         return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def _rewind(self) -> None:
-        """Brings the folder back to the state in which the newest whole checkpoint was written:
-        later log lines and checkpoints go, and so do temporary files.
-        """
+        """Removes everything after the newest whole checkpoint, and temporary files."""
         for path in [path for path in self.folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -268,7 +268,7 @@ class Run:
 
 
 def nonfinite_names(tensors: Mapping[K, Tensor]) -> list[K]:
-    """The names of the tensors that hold NaN or infinity. Waits for a GPU once."""
+    """The names of the tensors that hold NaN or infinity. One sync with the device."""
     floating = {
         name: tensor.detach()
         for name, tensor in tensors.items()
@@ -320,7 +320,7 @@ def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
-    """The tree that `flatten_state` took apart."""
+    """The inverse of `flatten_state`."""
     if isinstance(meta, list):
         return [unflatten_state(tensors, item) for item in meta]
     if not isinstance(meta, dict):
@@ -351,8 +351,9 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, which safetensors would refuse: the d of
-    Prodigy is one tensor in the state of every group.
+    """The tensors as contiguous CPU tensors without shared memory, which safetensors refuses.
+
+    Prodigy's d, for example, is one tensor in the state of every group.
     """
     apart: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -375,9 +376,7 @@ def _checksums(folder: Path) -> str:
 
 
 def _is_done_by(line: bytes, step: int) -> bool:
-    """Whether a line of a log was written at or before `step`; the last line of a killed process
-    may be half written.
-    """
+    """Whether a log line was written at or before `step`; False for an incomplete last line."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
@@ -406,9 +405,7 @@ def _back_up(folder: Path) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Removes a folder, first renamed: a kill in between leaves the rest under a name that nothing
-    reads.
-    """
+    """Renames a folder, then removes it: if killed in between, the rest has an unused name."""
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         folder.rename(gone)
@@ -426,7 +423,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence; every other error passes."""
+    """Turns errors of a full or read-only disk into a UserError; others are raised unchanged."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -434,7 +431,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         code = getattr(error, "errno", errno.ENOSPC if is_full else None)
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk is full: {path} was not written, what was there is untouched; "
+                f"the disk is full: {path} was not written, existing files are untouched; "
                 "free some space and try again"
             ) from error
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
