@@ -121,6 +121,7 @@ class Family(Protocol):
     factor: int  # pixels per latent pixel, in height and in width
     multiple: int  # sides of images are multiples of this, pixels
     resolution: int  # pixels that the model was trained at
+    embeds_sizes: bool  # the denoiser reads the sizes and crops of the images
     inpainting: bool  # the denoiser takes a mask and a masked image in addition to x_t
     # The denoiser takes a guidance scale: sampling needs no second, unconditional call.
     distilled_guidance: bool

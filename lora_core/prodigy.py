@@ -22,9 +22,11 @@ Parameters and state of a group are in a few flat tensors (kernels/flat.py), of 
 op prodigy_step), and a CUDA graph may contain it. Use `group["d"].clone()` to keep a value.
 """
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -225,6 +227,27 @@ class Prodigy(torch.optim.Optimizer):
             group.update(zip(SCALARS, views[i * len(SCALARS) :]))
         blocks[key] = block, views
         return block
+
+
+def read_distance(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> Tensor | float | None:
+    """A copy of a group's distance estimate d, for Prodigy and its variants.
+
+    None where the group has no "d", or it is an argument of the class.
+    """
+    d = group.get("d")
+    # in torch's Adafactor d is a clipping threshold
+    if _has_setting_d(type(optimizer)):  # type: ignore[arg-type]
+        return None
+    if isinstance(d, Tensor):
+        return d.detach().clone().reshape(()) if d.numel() == 1 else None
+    return float(d) if isinstance(d, int | float) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _has_setting_d(cls: type[torch.optim.Optimizer]) -> bool:
+    return "d" in inspect.signature(cls).parameters
 
 
 def _initial_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

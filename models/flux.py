@@ -134,6 +134,7 @@ class Flux:
     denoiser = "transformer"
     prediction = "flow"
     inpainting = False
+    embeds_sizes = False
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
 

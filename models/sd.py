@@ -100,6 +100,7 @@ class StableDiffusion:
     name = "sd"
     denoiser = "unet"
     distilled_guidance = False
+    embeds_sizes = False
     zeros: tuple[str, ...] = ()
 
     def __init__(

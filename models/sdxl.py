@@ -75,6 +75,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     name = "sdxl"
+    embeds_sizes = True
 
     def __init__(self, parts: SDXLParts, scheduler: Mapping[str, Any], how: LoadOptions):
         unet, vae = parts.unet, parts.vae

@@ -14,6 +14,7 @@ import train
 from lora_core.config import Config, OptimizerConfig, Stage, ValidationConfig
 from lora_core.errors import UserError
 from lora_core.optim import building
+from lora_core.prodigy import read_distance
 from tests.conftest import final, learned, rows, same
 from tests.opened_run import open_parts
 from training import setup
@@ -253,18 +254,18 @@ def test_no_weight_is_read_before(
 def test_d_is_logged_whatever_holds_it_and_a_setting_of_that_name_is_none(own: str) -> None:
     p = nn.Parameter(torch.ones(2, 2))
     ours = building.build_optimizer("prodigy", [{"params": [p], "lr": 1.0}], {"d0": 1e-4})
-    assert isinstance(building.read_distance(ours, ours.param_groups[0]), Tensor)
+    assert isinstance(read_distance(ours, ours.param_groups[0]), Tensor)
     theirs = prodigyopt.Prodigy([p], d0=1e-4)
-    assert building.read_distance(theirs, theirs.param_groups[0]) == 1e-4
+    assert read_distance(theirs, theirs.param_groups[0]) == 1e-4
     clipping = torch.optim.Adafactor([p], d=2.0)  # torch: the threshold of its clipping
     assert (
         clipping.param_groups[0]["d"] == 2.0
-        and building.read_distance(clipping, clipping.param_groups[0]) is None
+        and read_distance(clipping, clipping.param_groups[0]) is None
     )
     assert (
-        building.read_distance(theirs, {"d": None}) is None
-        and building.read_distance(theirs, {}) is None
-        and building.read_distance(theirs, {"d": "d"}) is None
+        read_distance(theirs, {"d": None}) is None
+        and read_distance(theirs, {}) is None
+        and read_distance(theirs, {"d": "d"}) is None
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.kernels import COSTS, OPS, call, reference, squares, use_kernels
+from lora_core.kernels import COSTS, OPS, call, fused, reference, use_kernels
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -108,7 +108,7 @@ def learned(op: Callable[..., Tensor], args: tuple[Any, ...], both: bool = True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", ["none", "hard", "soft", "empty"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, squares.snr_weighted_mse])
+@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, fused.snr_weighted_mse])
 def test_the_error_and_its_gradients_are_the_references(
     fast: Callable[..., Tensor], weighted: bool, mask: str, dtype: torch.dtype
 ) -> None:
@@ -122,7 +122,7 @@ def test_the_error_and_its_gradients_are_the_references(
         close(got, eager, want)
 
 
-@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, squares.snr_weighted_mse])
+@pytest.mark.parametrize("fast", [loss.snr_weighted_mse, fused.snr_weighted_mse])
 def test_error_of_odd_shapes_layouts_and_mixed_dtypes(fast: Callable[..., Tensor]) -> None:
     for shape in (
         (1, 1, 1, 1),
@@ -250,7 +250,7 @@ def cases() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
     out.requires_grad_()
     return [
         (loss.snr_weighted_mse, (out, target, mask, weight)),
-        (squares.snr_weighted_mse, (out, target, mask, weight)),
+        (fused.snr_weighted_mse, (out, target, mask, weight)),
         (loss.snr_weighted_mse, (out, target, None, None)),
         (dropout.keyed_dropout, (out, *key)),
     ]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
-from lora_core.optim import building
+from lora_core.prodigy import read_distance
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
@@ -60,7 +60,7 @@ class Log:
         for group in reversed(groups):  # the last one counts: with LoRA+ that of down
             values[f"lr_{group['name']}"] = group["rate"]
         for group in groups:
-            d = building.read_distance(self.optimizer, group)
+            d = read_distance(self.optimizer, group)
             if d is not None:
                 values[f"d_{group['name']}"] = d
         if self.scaler is not None:

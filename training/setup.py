@@ -91,6 +91,7 @@ class Model:
     denoiser: nn.Module
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
+    with_dora: tuple[nn.Module, ...]  # those of them with DoRA, whose row norms a step caches
     has_factors: bool  # whether the adapters have a low-rank form; else a whole model is written
     placeholders: tuple[tokens.Placeholder, ...]  # words of the captions and their tokens
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
@@ -340,6 +341,7 @@ def open_model(config: Config) -> Model:
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,
+        with_dora=tuple(filter(injection.has_dora, adapted.values())),
         has_factors=has_factors,
         placeholders=placeholders,
         embeddings=embeddings,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
 from lora_core.family import Conditioning
-from lora_core.optim import building, gradients
+from lora_core.optim import gradients
+from lora_core.prodigy import read_distance
 from training import nonfinite
 from training.setup import Model, Optimization, function_name
 from training.step_inputs import StepInputs
@@ -88,7 +89,9 @@ def optimizer_step(
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     images = config.batch_size * config.accumulation
-    with cached_dora_norms(model.adapted):
+    with ExitStack() as stack:
+        for network in model.with_dora:  # no adapter changes before the optimizer's step
+            stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:
                 set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
@@ -137,7 +140,7 @@ def control_token_norms(
     for group in optimization.optimizer.param_groups:
         if group["name"] != "tokens" or group["name"] not in stage.groups or how == "none":
             continue
-        lr, d = group["lr"], building.read_distance(optimization.optimizer, group)
+        lr, d = group["lr"], read_distance(optimization.optimizer, group)
         rate = torch.as_tensor(100 * lr * (1.0 if d is None else d), dtype=torch.float64)
         for name, embedding in model.embeddings.items():
             if how == "rescale":
@@ -154,15 +157,6 @@ def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
             raise UserError(
                 f"the group {name} gets no gradient from this loss; take it out of the stage"
             )
-
-
-@contextmanager
-def cached_dora_norms(adapted: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Compute the norms of DoRA once inside the block, in which no adapter may change."""
-    with ExitStack() as stack:
-        for module in adapted.values():
-            stack.enter_context(injection.cache_dora_norms(module))
-        yield
 
 
 def set_step_dropout_keys(adapted: Mapping[str, nn.Module], keys: Tensor, step: Tensor) -> None:

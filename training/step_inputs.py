@@ -27,6 +27,8 @@ from training import model_checks
 from training.cuda_graph import tree_tensors
 from training.setup import Data, Model, TokenIds
 
+PixelKey = tuple[str, int, torch.Size]  # image, visit up to repetition, (h, w)
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -39,7 +41,7 @@ class StepInputs:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     inpaint: Tensor | None  # [b, 1 + c, h, w] mask and masked latents, for an inpainting model
     text: Conditioning | TokenIds  # encoded, unless a text encoder or tokens train
-    sizes: Sizes  # with its `values` on the device
+    sizes: Sizes  # with `values` on the device where the denoiser embeds them
     is_prior: Tensor  # [b] bool, class images of prior preservation
     dropout_keys: Tensor | None  # [b] int64, keys of the adapters' dropout
     step: Tensor  # [] int64, for the adapters' dropout
@@ -62,13 +64,15 @@ class InputSource:
         n = config.noise
         self.density = noise.bind_density(n.density, **n.density_args)
         settings = data.training.settings
-        self.pixels_come_again = not settings.is_random or settings.variants > 0
+        # Visits after which an image has the same pixels again; 0: never.
+        self.visits_until_repeat = settings.variants if settings.is_random else 1
         a = config.adapter
         self.has_dropout = bool(a.dropout or a.rank_dropout or a.module_dropout)
         cache = config.data.cache
         made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
         self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
         self.latents = TensorCache(made_by, cache or None)
+        self.posteriors: dict[PixelKey, dict[str, Tensor]] = {}  # rows of `latents`
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[str, dict[str, Tensor]] = {}  # caption -> token ids [1, ...]
@@ -91,7 +95,10 @@ def make_step_inputs(
     latents must be finite.
     """
     with on_side_stream(source.stream, source.model.device) as made:
-        for micro in micro_batches(batch, source.config.accumulation):
+        parts = [batch]
+        if source.config.accumulation > 1:
+            parts = list(micro_batches(batch, source.config.accumulation))
+        for micro in parts:
             made.append(_make_inputs(source, micro, stage, number, check=check))
     return made
 
@@ -129,6 +136,8 @@ def _make_inputs(
     level = _sample_levels(source, keys, stage, x0)
     height, width = batch.pixels.shape[-2:]
     sizes = Sizes(batch.original_sizes, batch.crops, (height, width))
+    if source.model.family.embeds_sizes:
+        sizes = sizes._replace(values=to_device(sizes.to_tensor("cpu"), device))
     mask = inpaint = dropout_keys = swapped = None
     if batch.mask is not None:
         mask = _loss_mask(batch.mask, stage, x0)
@@ -142,11 +151,15 @@ def _make_inputs(
         x0=x0,
         eps=eps_on_device,
         eps_in=eps_on_device if eps_in is eps else to_device(eps_in, device, x0.dtype),
-        level=NoiseLevel(*[to_device(values, device) for values in level]),
+        level=NoiseLevel(
+            t=to_device(level.t, device),
+            alpha=to_device(level.alpha, device),
+            sigma=to_device(level.sigma, device),
+        ),
         mask=mask,
         inpaint=inpaint,
         text=_make_text(source, batch, stage),
-        sizes=sizes._replace(values=to_device(sizes.to_tensor("cpu"), device)),
+        sizes=sizes,
         is_prior=to_device(batch.is_prior, device),
         dropout_keys=dropout_keys,
         step=torch.full((), number, dtype=torch.int64, device=device),
@@ -185,23 +198,32 @@ def _sample_levels(source: InputSource, keys: RandomKeys, stage: Stage, x0: Tens
 @torch.no_grad()
 def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
     """Mean and std [b, c, h, w] of the latents; from the cache for pixels that repeat."""
-    folder, model = source.data.training, source.model
-    if not source.pixels_come_again:
+    period, device = source.visits_until_repeat, source.model.device
+    if not period:
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
-    height, width = batch.pixels.shape[-2:]
-    names = [
-        folder.cache_key(source.records[key], visit, (height, width))
-        for key, visit in zip(batch.keys, batch.visits)
-    ]
-    factor = model.family.factor
-    shape = (model.family.latent_channels, height // factor, width // factor)
+    means, stds = [], []
+    for i, (image, visit) in enumerate(zip(batch.keys, batch.visits)):
+        key = image, visit % period, batch.pixels.shape[-2:]
+        if key not in source.posteriors:
+            source.posteriors[key] = _cached_posterior(source, batch, i)
+        means.append(source.posteriors[key]["mean"])
+        stds.append(source.posteriors[key]["std"])
+    return to_device(torch.stack(means), device), to_device(torch.stack(stds), device)
 
-    def encode_one(i: int) -> dict[str, Tensor]:
+
+def _cached_posterior(source: InputSource, batch: Batch, i: int) -> dict[str, Tensor]:
+    """The mean and std [c, h, w] of image i of the batch, from the cache or by the VAE."""
+    family = source.model.family
+    height, width = batch.pixels.shape[-2:]
+    record, visit = source.records[batch.keys[i]], batch.visits[i]
+    name = source.data.training.cache_key(record, visit, (height, width))
+    shape = (family.latent_channels, height // family.factor, width // family.factor)
+
+    def encode() -> dict[str, Tensor]:
         mean, std = _encode_images(source, batch.rows(slice(i, i + 1)), check=True)
         return {"mean": mean[0], "std": std[0]}
 
-    rows = source.latents.get(names, encode_one, {"mean": shape, "std": shape})
-    return to_device(rows["mean"], model.device), to_device(rows["std"], model.device)
+    return source.latents.row(name, encode, {"mean": shape, "std": shape})
 
 
 def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
@@ -297,15 +319,14 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
 def _tokenize(source: InputSource, captions: Sequence[str]) -> dict[str, Tensor]:
     """The token ids of the captions, one row each; every caption is tokenized once."""
     known = source.tokenized
+    rows: dict[str, list[Tensor]] = {}  # tokenizer's output -> a row for each caption
     for caption in captions:
         if caption not in known:
             prompt = tokens.bind_placeholders(caption, source.model.placeholders)
             known[caption] = source.model.family.tokenize([prompt])
-    rows = [known[caption] for caption in captions]
-    ids = {}
-    for name in rows[0]:
-        ids[name] = torch.cat([row[name] for row in rows])
-    return ids
+        for name, row in known[caption].items():
+            rows.setdefault(name, []).append(row)
+    return dict(zip(rows, map(torch.cat, rows.values())))
 
 
 def _encode(

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import BaseLayer, resolve_forward
+from lora_core import kernels
+from lora_core.adapters.kinds import BaseLayer, DoRA, LoRA, has_dropout
 from lora_core.errors import UserError
 from lora_core.kernels import dispatch
 from lora_core.kernels.reference import wide_dtype
@@ -91,7 +92,7 @@ class Adapted(nn.Module):
         if len(active) > 1:
             return _run_sum(self.base, active)
         adapter, strength = active[0]
-        alone = resolve_forward(adapter, self.base, strength)
+        alone = _run_adapter(self.base, adapter, strength)
         if self.group is None or not self.group.acts:
             return alone
         return _run_grouped(self.group, self.index, alone)
@@ -214,6 +215,79 @@ def _run_base(base: BaseLayer) -> Forward:
         return base(x)
 
     return run
+
+
+def _run_adapter(base: BaseLayer, adapter: Any, strength: float) -> Forward:
+    """The layer with one adapter: `adapter.forward` with its choices made once.
+
+    Without dropout a LoRA, or a DoRA of a Linear at strength 1, calls its kernel directly. The
+    rest (other kinds and subclasses, dropout, a DoRA of a convolution) takes `adapter.forward`, and
+    so does any layer while it has hooks or is compiled.
+    """
+    if type(adapter) in (LoRA, DoRA) and not has_dropout(adapter.spec):
+        is_lora = type(adapter) is LoRA
+        if type(base) is nn.Linear and (is_lora or strength == 1):
+            return _run_linear(base, adapter, strength)
+        if type(base) is nn.Conv2d and is_lora:
+            return _run_convolution(base, adapter, strength)
+
+    def run(x: Tensor) -> Tensor:
+        return adapter(base, x, strength)
+
+    return run
+
+
+def _run_linear(base: nn.Linear, adapter: Any, strength: float) -> Forward:
+    """Parameters are read in each call: casting the model replaces them."""
+    own, frozen, hooks = adapter._parameters, base._parameters, _hook_tables(base, adapter)
+    resolved: dict[Any, Callable[..., Tensor]] = {}  # shape, dtype and device of x -> kernel
+
+    def run(x: Tensor) -> Tensor:
+        is_plain = type(base) is nn.Linear and "forward" not in base.__dict__
+        if torch.compiler.is_compiling() or not is_plain or any(hooks):
+            return adapter(base, x, strength)
+        magnitude = own.get("magnitude")
+        norm = None if magnitude is None else adapter.norm(base)
+        factors = own["down"], own["up"], adapter.scale * strength, magnitude, norm
+        key = x.shape, x.dtype, x.device
+        kernel = resolved.get(key)
+        if kernel is None:
+            weights = frozen["weight"], frozen["bias"]
+            kernel = resolved[key] = kernels.resolve("lora_linear", x, *weights, *factors)
+        return kernel(x, frozen["weight"], frozen["bias"], *factors)
+
+    return run
+
+
+def _run_convolution(base: nn.Conv2d, adapter: Any, strength: float) -> Forward:
+    """As `_run_linear`; padding other than with zeros is left to `adapter.forward`."""
+    own, frozen, hooks = adapter._parameters, base._parameters, _hook_tables(base, adapter)
+    resolved: dict[Any, Callable[..., Tensor]] = {}
+
+    def run(x: Tensor) -> Tensor:
+        is_plain = type(base) is nn.Conv2d and "forward" not in base.__dict__
+        is_plain = is_plain and base.padding_mode == "zeros"
+        if torch.compiler.is_compiling() or not is_plain or any(hooks):
+            return adapter(base, x, strength)
+        factors = own["down"], own["up"], adapter.scale * strength
+        window = base.stride, base.padding, base.dilation, base.groups
+        arguments = frozen["weight"], frozen["bias"], *factors, *window
+        key = x.shape, x.dtype, x.device, base.stride
+        kernel = resolved.get(key)
+        if kernel is None:
+            kernel = resolved[key] = kernels.resolve("lora_conv", x, *arguments)
+        return kernel(x, *arguments)
+
+    return run
+
+
+def _hook_tables(*modules: nn.Module) -> list[Mapping[int, Any]]:
+    """The modules' hooks, which torch puts into these tables in place; a kernel runs none."""
+    tables: list[Mapping[int, Any]] = []
+    for module in modules:
+        tables += [module._forward_hooks, module._forward_pre_hooks]
+        tables += [module._backward_hooks, module._backward_pre_hooks]
+    return tables
 
 
 def _run_sum(base: BaseLayer, active: list[tuple[Any, float]]) -> Forward:

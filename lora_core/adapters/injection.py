@@ -265,6 +265,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+def has_dora(model: nn.Module) -> bool:
+    """Whether any adapter of the model is a DoRA."""
+    for layer in adapted_layers(model):
+        if any(isinstance(adapter, DoRA) for adapter in layer.adapters.values()):
+            return True
+    return False
+
+
 @contextmanager
 def cache_dora_norms(model: nn.Module) -> Iterator[None]:
     """Compute the row norms of every DoRA once, on entry, and not in each forward of the block.

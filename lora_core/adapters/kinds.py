@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core import kernels
 from lora_core.adapters import weight_updates
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
@@ -382,41 +381,6 @@ def is_low_rank(kind: Any) -> bool:
     That is its class attribute `low_rank`, else whether the class has a `state` (factors).
     """
     return getattr(kind, "low_rank", hasattr(kind, "state") or not isinstance(kind, type))
-
-
-def resolve_forward(adapter: Any, base: BaseLayer, strength: float) -> Callable[[Tensor], Tensor]:
-    """The layer with one adapter as a function of x, with `adapter.forward`'s choices made once.
-
-    A LoRA or DoRA of a Linear without dropout calls its kernel directly. All others (subclasses,
-    convolutions, dropout, a DoRA at a strength other than 1) call `adapter.forward`, and so does
-    any layer while it has hooks or is compiled. Parameters are read in each call, because casting
-    the model replaces them.
-    """
-
-    def general(x: Tensor) -> Tensor:
-        return adapter(base, x, strength)
-
-    if type(adapter) not in (LoRA, DoRA) or type(base) is not nn.Linear:
-        return general
-    if has_dropout(adapter.spec) or (type(adapter) is DoRA and strength != 1):
-        return general
-    own, frozen = adapter._parameters, base._parameters
-    resolved: dict[Any, Callable[..., Tensor]] = {}  # shape, dtype and device of x -> kernel
-
-    def run(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not is_plain_layer(base) or _has_hooks(adapter):
-            return adapter(base, x, strength)
-        magnitude = own.get("magnitude")
-        norm = None if magnitude is None else adapter.norm(base)
-        factors = own["down"], own["up"], adapter.scale * strength, magnitude, norm
-        key = x.shape, x.dtype, x.device
-        kernel = resolved.get(key)
-        if kernel is None:
-            weights = frozen["weight"], frozen["bias"]
-            kernel = resolved[key] = kernels.resolve("lora_linear", x, *weights, *factors)
-        return kernel(x, frozen["weight"], frozen["bias"], *factors)
-
-    return run
 
 
 def has_dropout(spec: LayerSpec) -> bool:

@@ -1,5 +1,6 @@
 """Cache of computed tensors (latent mean and std, text embeddings) by key and settings."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -46,9 +47,7 @@ class TensorCache:
         """
         rows = []
         for i, key in enumerate(keys):
-            if key not in self._rows:
-                self._rows[key] = self._read_or_compute(key, i, compute_one, shapes)
-            rows.append(self._rows[key])
+            rows.append(self.row(key, functools.partial(compute_one, i), shapes))
             if rows[i].keys() != rows[0].keys():
                 raise _disagreement(keys, rows, i)
         if not rows:
@@ -61,6 +60,17 @@ class TensorCache:
             batch[name] = torch.stack([row[name] for row in rows])
         return batch
 
+    def row(
+        self,
+        key: str,
+        compute: Callable[[], Mapping[str, Tensor]],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The row of one key, the tensors that the cache holds; raises UserError as `get` does."""
+        if key not in self._rows:
+            self._rows[key] = self._read_or_compute(key, compute, shapes)
+        return self._rows[key]
+
     def __len__(self) -> int:
         """The number of rows in memory."""
         return len(self._rows)
@@ -68,18 +78,17 @@ class TensorCache:
     def _read_or_compute(
         self,
         key: str,
-        i: int,
-        compute_one: Callable[[int], Mapping[str, Tensor]],
+        compute: Callable[[], Mapping[str, Tensor]],
         shapes: Mapping[str, tuple[int, ...]] | None,
     ) -> dict[str, Tensor]:
         """A row from the disk, else computed and, with a folder, written."""
         if self.folder is None:
-            return _on_cpu(compute_one(i))
+            return _on_cpu(compute())
         content = json.dumps([self.settings, key]).encode()
         path = self.folder / f"{hashlib.blake2b(content, digest_size=20).hexdigest()}.safetensors"
         if path.is_file():
             return _load_row(path, shapes)
-        row = _on_cpu(compute_one(i))
+        row = _on_cpu(compute())
         with atomic_write(path) as partial:
             save_file(row, partial)
         return row

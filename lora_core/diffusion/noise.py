@@ -76,7 +76,7 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.sigmas)
 
-    @property
+    @functools.cached_property
     def t_max(self) -> float | None:
         """The t of pure noise if t counts noise up from 0: T for vp, 1 for flow; else None."""
         return {"vp": float(len(self.ts)), "flow": 1.0, "edm": None}[self.kind]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lora_core.kernels import fused, loops, norms, reference, squares, steps, winners
+from lora_core.kernels import fused, loops, norms, reference, steps, winners
 from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import HAS_TRITON
 from lora_core.kernels.modes import current_mode, dispatch, set_mode, use_kernels
@@ -156,7 +156,7 @@ OPS = OpTable(
     snr_weighted_mse=Op(
         reference.snr_weighted_mse,
         lazy_function("op_examples", "mse_example"),
-        squares.snr_weighted_mse,
+        fused.snr_weighted_mse,
         lazy_function("loss", "snr_weighted_mse"),
         lazy_function("loss", "mse_refusal"),
     ),

@@ -105,6 +105,19 @@ def dora_compose(
     return _Compose.apply(y0, bias, lora, gain, strength)
 
 
+def snr_weighted_mse(
+    out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Tensor:
+    """reference.snr_weighted_mse in three passes over the output (four with a mask).
+
+    One more in the backward, for which the difference is kept.
+    """
+    mask_learns = mask is not None and mask.requires_grad
+    if mask_learns or (weight is not None and weight.requires_grad):
+        return reference.snr_weighted_mse(out, target, mask, weight)
+    return _SquaredError.apply(out, target, mask, weight)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -179,7 +192,8 @@ class _Linear(torch.autograd.Function):
             if wants_x or wants_down:
                 back = F.linear(up, dy)  # [r, m]
                 if wants_down:
-                    d_down = back @ _flat(_dropped(x, keep, p))
+                    dropped = x if keep is None else _dropped(x, keep, p)
+                    d_down = back @ _flat(dropped)
                     d_down = _scaled(d_down, ctx.up_dtype, ctx.scale)
                 if wants_x:
                     kept = None if keep is None else _flat(keep)
@@ -199,7 +213,8 @@ def _input_gradient(
 ) -> Tensor:
     """dy W + scale keep (back^T down) / (1 - p)  [m, in]"""
     if weight is None or keep is not None:
-        update = _dropped((back.t() @ down).mul_(scale), keep, p)
+        update = (back.t() @ down).mul_(scale)
+        update = update if keep is None else _dropped(update, keep, p)
         return update if weight is None else (dy @ weight).add_(update)
     return (dy @ weight).addmm_(back.t(), down, alpha=scale)
 
@@ -303,6 +318,35 @@ class _Compose(torch.autograd.Function):
         return d_y0, d_bias, d_lora, d_gain, None
 
 
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        difference = out.to(dtype) - target.to(dtype)
+        if mask is None:
+            losses = (difference * difference).flatten(1).mean(1)
+            factor = torch.full_like(losses, 2 / max(1, out[0].numel()))
+        else:
+            area = reference.masked_area(difference, mask)
+            losses = (mask * (difference * difference)).sum((1, 2, 3)) / area
+            factor = 2 / area
+        ctx.save_for_backward(difference, mask, factor if weight is None else factor * weight)
+        ctx.dtypes = out.dtype, target.dtype
+        return losses if weight is None else losses * weight
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        difference, mask, factor = ctx.saved_tensors
+        factor = (g * factor).view(-1, *[1] * (difference.ndim - 1))
+        slope = difference * (factor if mask is None else factor * mask)
+        wants_out, wants_target, *_ = ctx.needs_input_grad
+        d_out = slope.to(ctx.dtypes[0]) if wants_out else None
+        d_target = (-slope).to(ctx.dtypes[1]) if wants_target else None
+        return d_out, d_target, None, None
+
+
 def _affine(rows: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
     """rows * factor + offset with one number for each channel (dimension 1).
 
@@ -339,9 +383,9 @@ def _scaled(gradient: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return out if scale == 1 else out.mul_(scale)
 
 
-def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
     """reference.keyed_dropout of x with the mask `keep`."""
-    return x if keep is None else torch.where(keep, x / (1 - p), 0)
+    return torch.where(keep, x / (1 - p), 0)
 
 
 def _add_1x1(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:

@@ -190,7 +190,7 @@ def build_optimizer(
         raise UserError(f"{name} refuses its settings: {error}{settings}") from None
 
 
-# ---------------------------------------------------------------- schedule-free, distance
+# ---------------------------------------------------------------- schedule-free
 
 
 @contextmanager
@@ -223,19 +223,3 @@ def is_schedule_free(optimizer: torch.optim.Optimizer | type[torch.optim.Optimiz
     """Whether an optimizer or its class has train() and eval(), as in the package schedulefree."""
     methods = [getattr(optimizer, name, None) for name in ("train", "eval")]
     return all(map(callable, methods))
-
-
-def read_distance(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
-) -> Tensor | float | None:
-    """A copy of a group's distance estimate d, for Prodigy (arXiv 2306.06101) and its variants.
-
-    None where the group has no "d", or it is an argument of the class.
-    """
-    d = group.get("d")
-    # in torch's Adafactor d is a clipping threshold
-    if "d" in _class_arguments(type(optimizer)):  # type: ignore[arg-type]
-        return None
-    if isinstance(d, Tensor):
-        return d.detach().clone().reshape(()) if d.numel() == 1 else None
-    return float(d) if isinstance(d, int | float) else None
