@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 import infer
 import merge
 import train
+from lora_core.command_line import parse_command_line
 from lora_core.config import Config
-from lora_core.toml import parse_command_line, read_toml
+from lora_core.toml import read_toml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
