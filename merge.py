@@ -76,6 +76,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
     nearest flag, for a mistake.
     """
     command, advice = COMMANDS[name], f"see {prog} --help"
+    _refuse_switch_values(command.options, words, advice)
     description = f"{command.options.__doc__}\n\nexample: {prog} {command.example}"
     box = io.StringIO()
     try:
@@ -107,6 +108,16 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         if not getattr(options, field):
             raise UserError(f"{field} is required; {advice}")
     return options
+
+
+def _refuse_switch_values(options: type, words: Sequence[str], advice: str) -> None:
+    """Raises UserError for --overwrite=yes: the parser would take `yes` for the next argument."""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        is_switch = flatten(options()).get(name) is False and name != "with_text_lora"
+        if word.startswith("--") and equals and is_switch:
+            raise UserError(f"argument {flag} takes no value, got {value!r}; {advice}")
 
 
 def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:

@@ -93,7 +93,7 @@ def run_command(command: str) -> None:
             return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
-            train.train(shorten(config))
+            train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
     elif words[:2] == ["python", "infer.py"]:
         assert infer.main([*words[2:], "--steps", "1", "--device", "cpu"]) == 0
     elif words[:2] == ["python", "merge.py"]:

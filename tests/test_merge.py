@@ -870,6 +870,7 @@ BAD = [
     (("nothing",), "there is no command"),
     (("mix", "a", "--outt", "b"), "nearest flag is --out;"),
     (("mix", "a", "--rank"), "argument --rank: no value; see merge.py mix --help"),
+    (("resize", "a", "b", "--overwrite=yes"), "argument --overwrite takes no value, got 'yes'"),
 ]
 
 
