@@ -34,6 +34,9 @@ EXAMPLE = (
 class Infer(SamplerSettings, ModelConfig):
     """Draw images with a text-to-image model and LoRA files."""
 
+    clip_skip: Annotated[int, AtLeast(0)] = 0
+    """Last layers of the CLIP text encoders that are left out; a LoRA that records its own
+    clip-skip has precedence."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the networks."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
