@@ -208,7 +208,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "--adapter.rank-pattern: 'ff.net.0.proj' matches none",
     ),
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
-    "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is no multiple of 2"),
+    "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is not a multiple of 2"),
     "model": ({"model": ""}, "--model"),
     "no model": ({"model": "/no/such/model"}, "--model /no/such/model is not a local folder"),
     "no placeholder": (
@@ -330,7 +330,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "odd buckets": (
         {"data": {"buckets": True, "bucket_step": 3}},
-        "--data.bucket-step 3 is no multiple of 2",
+        "--data.bucket-step 3 is not a multiple of 2",
     ),
     "caption column": (
         {"data": {"caption_column": "words", "captions": "txt"}},

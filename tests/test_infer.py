@@ -232,7 +232,7 @@ def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
         (["--prompt", "a", "--lora", "nowhere"], "nowhere"),
         (["--prompt", "a", "--out", "x.jpg"], "png"),
         (["--prompt", "a", "--sampler", "eulr"], "euler"),
-        (["--prompt", "a", "--width", "33"], "multiple of 4"),
+        (["--prompt", "a", "--width", "33"], "multiples of 4"),
         (["--prompt", "a", "--width", "-64"], "--width is -64"),
         (["--prompt", "a", "--strength", "nan"], "--strength is nan"),
         (["--prompt", "a", "--guidance", "inf"], "--guidance is inf"),

@@ -160,7 +160,7 @@ def _check_sizes(c: Config, family: Family) -> None:
     for option, side in sides.items():
         if side % family.multiple:
             raise UserError(
-                f"--data.{option} {side} is no multiple of {family.multiple}, "
+                f"--data.{option} {side} is not a multiple of {family.multiple}, "
                 "which the sides of this model's images must be"
             )
     timesteps = len(family.schedule)
