@@ -193,14 +193,14 @@ def test_files_and_functions_stay_readable() -> None:
     offenders = []
     for path in PRODUCT:
         count = path.read_text(encoding="utf-8").count("\n")
-        if count > 600:
+        if count > 560:
             offenders.append(f"{short(path)}: {count} lines")
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno:
                 size = node.end_lineno - node.lineno + 1
                 # one launch is one function, whatever it takes
                 is_kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
-                if size > (150 if is_kernel else 80):
+                if size > (120 if is_kernel else 64):
                     offenders.append(f"{short(path)}: {node.name}, {size} lines")
     assert not offenders
 
