@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from lora_core.errors import UserError
-from lora_core.kernels import winners
+from lora_core.kernels import choice
 
 # Seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice
 # takes milliseconds.
@@ -110,7 +110,7 @@ def alternate(
 def _warm(call: Call, device: torch.device, graph: bool) -> Call:
     """The call, or its captured CUDA graph, after warm-up calls."""
     if graph and device.type == "cuda":
-        with winners.replayed():
+        with choice.replayed():
             return capture_graph(call)
     for _ in range(WARM):
         call()

@@ -19,7 +19,7 @@ from benchmarks.measure import (
     implementations,
 )
 from lora_core.errors import UserError
-from lora_core.kernels import OPS, winners
+from lora_core.kernels import OPS, choice, winners
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -56,7 +56,7 @@ def tune_kernels(
         for name in names:
             rows += tune_op(name, make_cases(name, setting, args.model, shapes), tuned)
             # an interruption keeps the rows up to here
-            winners.store_winners(path, device, origin | {"rows": rows})
+            choice.store_winners(path, device, origin | {"rows": rows})
     print(f"{len(rows)} rows for {device} in {path}")
     return 0
 

@@ -20,7 +20,7 @@ from benchmarks import kernels as program
 from benchmarks import laws, timing
 from benchmarks.cases import LAYERS, Setting, copy_arguments, make_cases
 from benchmarks.measure import DeviceRates
-from lora_core.kernels import OPS, reference, steps, winners
+from lora_core.kernels import OPS, choice, reference, steps, winners
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--shape", "16,24,24", "--rank", "4", "--rounds", "3"]
@@ -55,7 +55,7 @@ def main(capsys, monkeypatch, tmp_path):
 
     yield run
     monkeypatch.undo()
-    winners.reload_winners()
+    choice.reload_winners()
 
 
 def test_the_command_prints_ratios_to_peft_and_stores_them(tmp_path):
@@ -192,8 +192,8 @@ def test_tuning_writes_the_rows_that_choose_reads(main, tmp_path):
     for winner in ("reference", "fused"):
         part = json.loads(winners.cache_file().read_text())["devices"]["cpu"]
         part["rows"] = [row | {"winner": winner} for row in part["rows"]]
-        winners.store_winners(winners.cache_file(), "cpu", part)
-        assert winners.choose_winner("lora_linear", OPS["lora_linear"], case.args) == winner
+        choice.store_winners(winners.cache_file(), "cpu", part)
+        assert choice.choose_winner("lora_linear", OPS["lora_linear"], case.args) == winner
     winners.cache_file().write_text("{")
     assert (
         main(*TINY, "--tune", "--op", "lora_linear")[0] == 2

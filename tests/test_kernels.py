@@ -13,7 +13,7 @@ import torch
 
 from lora_core import kernels
 from lora_core.errors import UserError
-from lora_core.kernels import OPS, call, reference, use_kernels
+from lora_core.kernels import OPS, call, choice, reference, use_kernels
 
 
 def dense(down, up, scale, groups=1):
@@ -228,7 +228,7 @@ def test_fused_keeps_small_updates_of_a_half_precision_weight():
 
 def test_a_mode_without_an_implementation_takes_the_next_plainer_one_and_warns(monkeypatch):
     monkeypatch.setitem(OPS, "dora_norm", replace(OPS["dora_norm"], fused=None, triton=None))
-    monkeypatch.setattr(kernels, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     args = OPS["dora_norm"].example()
     expected = OPS["dora_norm"].reference(*args)
     with use_kernels("fused"):
@@ -272,9 +272,9 @@ def test_a_resolved_function_is_the_implementation_until_the_generation_changes(
     found.append(kernels.dispatch.generation)
     monkeypatch.setitem(OPS, "lora_linear", replace(OPS["lora_linear"], triton=None))
     found.append(kernels.dispatch.generation)
-    with kernels.winners.replayed():
+    with choice.replayed():
         found.append(kernels.dispatch.generation)
-    kernels.winners.reload_winners()
+    choice.reload_winners()
     found.append(kernels.dispatch.generation)
     kernels.resolve("lora_linear", *args)
     assert kernels.dispatch.generation == found[-1] and found == sorted(set(found))
@@ -291,7 +291,7 @@ def test_auto_takes_fused_and_triton_only_for_cuda(monkeypatch):
     monkeypatch.setitem(OPS, "lora_linear", op)
     args = op.example()
     assert call("lora_linear", *args) == 1
-    monkeypatch.setattr(kernels, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     with (
         use_kernels("triton"),
         pytest.warns(UserWarning, match="lora_linear runs without its triton kernel: in is odd"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_core import kernels
-from lora_core.kernels import OPS, winners
+from lora_core.kernels import OPS, choice, winners
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def cache(tmp_path, monkeypatch):
     """The path of an empty user's cache; both tables are read anew before and after."""
     with monkeypatch.context() as inside:
         inside.setenv("XDG_CACHE_HOME", str(tmp_path))
-        winners.reload_winners()
+        choice.reload_winners()
         yield tmp_path / "lora_core" / "winners.json"
-    winners.reload_winners()
+    choice.reload_winners()
 
 
 def part(*rows: tuple[str, str, str, str]) -> dict:
@@ -34,7 +34,7 @@ def linear(dtype: torch.dtype = torch.float32) -> tuple:
 
 
 def chosen(args: tuple | None = None) -> str:
-    return winners.choose_winner("lora_linear", OPS["lora_linear"], args or linear())
+    return choice.choose_winner("lora_linear", OPS["lora_linear"], args or linear())
 
 
 def test_the_users_rows_precede_the_committed_ones(cache, tmp_path, monkeypatch):
@@ -42,19 +42,19 @@ def test_the_users_rows_precede_the_committed_ones(cache, tmp_path, monkeypatch)
     monkeypatch.setattr(winners, "COMMITTED", committed)
     rows = [("lora_linear", "float32", "*", "fused"), ("lora_conv", "float32", "*", "reference")]
     committed.write_text(json.dumps({"format": winners.FORMAT, "devices": {"cpu": part(*rows)}}))
-    winners.reload_winners()
+    choice.reload_winners()
     assert chosen() == "fused"
-    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
+    choice.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
     assert chosen() == "reference"
     assert (
-        winners.choose_winner("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example())
+        choice.choose_winner("lora_conv", OPS["lora_conv"], OPS["lora_conv"].example())
         == "reference"
     )  # the committed row stays where there is no other
 
 
 def test_a_class_has_its_own_winner_and_others_take_the_overall_one(cache):
     op, args = OPS["lora_linear"], linear()
-    winners.store_winners(
+    choice.store_winners(
         cache,
         "cpu",
         part(
@@ -73,11 +73,11 @@ def test_a_class_has_its_own_winner_and_others_take_the_overall_one(cache):
 
 
 def test_stored_rows_replace_those_of_their_class_and_keep_the_others(cache):
-    winners.store_winners(
+    choice.store_winners(
         cache, "cpu", part(("a", "float32", "x", "fused"), ("a", "float32", "y", "fused"))
     )
-    winners.store_winners(cache, "cpu", part(("a", "float32", "x", "reference")))
-    winners.store_winners(cache, "A GPU", part(("a", "float32", "x", "triton")))
+    choice.store_winners(cache, "cpu", part(("a", "float32", "x", "reference")))
+    choice.store_winners(cache, "A GPU", part(("a", "float32", "x", "triton")))
     tables = winners.read_winners(cache)
     assert tables["cpu"].rows == {("a", "float32"): {"x": "reference", "y": "fused"}}
     assert tables["A GPU"].rows == {("a", "float32"): {"x": "triton"}}
@@ -89,25 +89,23 @@ def test_a_gpu_that_nobody_measured_takes_the_estimate_and_it_is_said_once(cache
     with pytest.warns(
         UserWarning, match=r"NVIDIA Z9: .* python -m benchmarks.kernels --tune measures"
     ):
-        rows = winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
+        rows = choice._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)
     assert rows == {"*": "fused"}
-    assert winners._find_rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
+    assert choice._find_rows("dora_norms", "cuda", 0, "torch.bfloat16", True) == {"*": "triton"}
     with (
-        winners.replayed(),
+        choice.replayed(),
         pytest.warns(UserWarning, match=r"NVIDIA Z9, replayed: .* --tune --graph measures"),
     ):
-        assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
+        assert choice._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
             "*": "triton"
         }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        without = winners._find_rows("lora_conv", "cuda", 0, "torch.bfloat16", False)
+        without = choice._find_rows("lora_conv", "cuda", 0, "torch.bfloat16", False)
         assert without == {"*": "fused"}  # an op without Triton kernels
-        winners.store_winners(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
-        assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {
-            "*": "fused"
-        }
-        winners._find_rows("lora_linear", "meta", None, "torch.bfloat16", True)
+        choice.store_winners(cache, "NVIDIA Z9", part(("lora_linear", "bfloat16", "*", "fused")))
+        assert choice._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True) == {"*": "fused"}
+        choice._find_rows("lora_linear", "meta", None, "torch.bfloat16", True)
 
 
 def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
@@ -117,22 +115,22 @@ def test_a_graph_has_winners_of_its_own(cache, monkeypatch):
     """
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     op, class_ = OPS["lora_linear"], "lora 4096,512,512 rank 16"
-    assert winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
-    with winners.replayed():
+    assert choice._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "fused"
+    with choice.replayed():
         assert (
-            winners._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
+            choice._find_rows("lora_linear", "cuda", 0, "torch.bfloat16", True)[class_] == "triton"
         )
     monkeypatch.setattr(
         winners, "device_name", lambda kind, index, *, graph: f"{kind}, replayed" if graph else kind
     )
-    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
-    winners.store_winners(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
-    monkeypatch.setattr(winners, "_replayed", [])
+    choice.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "reference")))
+    choice.store_winners(cache, "cpu, replayed", part(("lora_linear", "float32", "*", "fused")))
+    monkeypatch.setattr(choice, "_replayed", [])
     found = []
     for _ in range(2):  # the second time from what is remembered
-        found.append(winners.choose_winner("lora_linear", op, linear()))
-        with winners.replayed():
-            found.append(winners.choose_winner("lora_linear", op, linear()))
+        found.append(choice.choose_winner("lora_linear", op, linear()))
+        with choice.replayed():
+            found.append(choice.choose_winner("lora_linear", op, linear()))
     assert found == ["reference", "fused"] * 2
 
 
@@ -163,11 +161,11 @@ def test_a_damaged_or_foreign_cache_is_ignored_in_one_sentence_and_never_written
     cache.parent.mkdir()
     cache.write_text(content)
     with pytest.warns(UserWarning, match="winners.json") as said:
-        winners.reload_winners()
+        choice.reload_winners()
     assert len(said) == 1 and "delete it" in str(said[0].message)
     assert chosen() in winners.BACKENDS
     with pytest.raises(ValueError, match=r"winners.json"):
-        winners.store_winners(cache, "cpu", part())
+        choice.store_winners(cache, "cpu", part())
     assert cache.read_text() == content
 
 
@@ -179,18 +177,18 @@ def test_a_choice_costs_microseconds_and_asks_for_the_class_once(cache):
         return "one"
 
     op, args = replace(OPS["lora_linear"], shape_class=slow), linear()
-    winners.store_winners(
+    choice.store_winners(
         cache,
         "cpu",
         part(
             ("lora_linear", "float32", "one", "reference"), ("lora_linear", "float32", "*", "fused")
         ),
     )
-    assert [winners.choose_winner("lora_linear", op, args) for _ in range(3)] == ["reference"] * 3
+    assert [choice.choose_winner("lora_linear", op, args) for _ in range(3)] == ["reference"] * 3
     assert len(asked) == 1
     start = time.process_time()
     for _ in range(2000):
-        winners.choose_winner("lora_linear", op, args)
+        choice.choose_winner("lora_linear", op, args)
     assert (
         time.process_time() - start
     ) / 2000 < 20e-6  # 1.3 us measured; the rest is for a busy machine
@@ -198,19 +196,19 @@ def test_a_choice_costs_microseconds_and_asks_for_the_class_once(cache):
 
 def test_a_replaced_row_of_ops_is_asked_anew(cache):
     args = linear()
-    winners.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "triton")))
+    choice.store_winners(cache, "cpu", part(("lora_linear", "float32", "*", "triton")))
     with_triton, without = (
         replace(OPS["lora_linear"], triton=print),
         replace(OPS["lora_linear"], triton=None),
     )
     assert [
-        winners.choose_winner("lora_linear", op, args) for op in (with_triton, without, with_triton)
+        choice.choose_winner("lora_linear", op, args) for op in (with_triton, without, with_triton)
     ] == ["triton", "fused", "triton"]
 
 
 def test_the_choice_compiles_without_a_graph_break(cache):
     args = linear()
-    winners.store_winners(
+    choice.store_winners(
         cache,
         "cpu",
         part(
@@ -219,12 +217,12 @@ def test_the_choice_compiles_without_a_graph_break(cache):
         ),
     )
 
-    def choice(x, *rest):
+    def add_choice(x, *rest):
         return x + winners.BACKENDS.index(
-            winners.choose_winner("lora_linear", OPS["lora_linear"], (x, *rest))
+            choice.choose_winner("lora_linear", OPS["lora_linear"], (x, *rest))
         )
 
-    compiled = torch.compile(choice, fullgraph=True, backend="eager")
+    compiled = torch.compile(add_choice, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*args), args[0])  # the reference is number 0
     layer = torch.compile(
         lambda *args: kernels.call("lora_linear", *args), fullgraph=True, backend="eager"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_core import kernels
 from lora_core.adapters import groups
 from lora_core.errors import UserError
-from lora_core.kernels import winners
+from lora_core.kernels import choice
 
 # Eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialize
 # themselves, kernels are compiled.
@@ -89,7 +89,7 @@ class GraphReplay:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         if self.calls[kind] <= WARMUP_CALLS or (kind not in self.captures and not self.ready):
             self.ready = True
-            with winners.replayed():  # compiles the kernels that the capture will take
+            with choice.replayed():  # compiles the kernels that the capture will take
                 return fn(inputs)
         if kind not in self.captures:
             self.ready = False
@@ -98,7 +98,7 @@ class GraphReplay:
             gc.collect()
             static = map_tensors(inputs, torch.clone)
             recording: Recording = CudaGraph()
-            with winners.replayed(), recording.record():
+            with choice.replayed(), recording.record():
                 outputs = fn(static)
             self.captures[kind] = _Capture(static, recording, outputs)
         capture = self.captures[kind]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import Adapted
 from lora_core.adapters.kinds import DoRA, LoRA
-from lora_core.kernels import OPS, call, current_mode, winners
+from lora_core.kernels import OPS, call, choice, current_mode
 from lora_core.kernels.reference import Member
 
 # Paths below one module whose layers are called with the same tensor. An entry is for modules that
@@ -186,7 +186,7 @@ def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
     mode = current_mode()
     if mode != "auto":
         return mode == "triton"
-    return winners.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
+    return choice.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"
 
 
 def build_groups(model: nn.Module) -> None:

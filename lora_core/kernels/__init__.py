@@ -5,23 +5,28 @@ are faster implementations of the same function. Edit one entry to try a kernel:
 
     OPS["lora_linear"] = replace(OPS["lora_linear"], triton=my_kernel, supports=my_supports)
 
-The mode (auto, reference, fused or triton) is read once from LORA_KERNELS; `set_mode` and
-`with use_kernels("reference"):` change it.
+choice.py says which implementation runs.
 """
 
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lora_core.kernels import fused, loops, norms, reference, steps, winners
+from lora_core.kernels.choice import (
+    OPS,
+    Op,
+    call,
+    current_mode,
+    dispatch,
+    resolve,
+    set_mode,
+    use_kernels,
+)
 from lora_core.kernels.costs import COSTS, Cost
 from lora_core.kernels.device import HAS_TRITON
-from lora_core.kernels.modes import current_mode, dispatch, set_mode, use_kernels
 from lora_core.kernels.reference import Member
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "OPS",
     "Cost",
     "Member",
+    "Op",
     "call",
     "current_mode",
     "dispatch",
@@ -36,33 +42,6 @@ __all__ = [
     "set_mode",
     "use_kernels",
 ]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation: its implementations, and functions that help to choose between them.
-
-    Implementations, `supports` and `shape_class` take the reference's arguments.
-    """
-
-    reference: Callable[..., Any]
-    example: Callable[..., tuple[Any, ...]]  # (seed, dtype, device) -> arguments
-    fused: Callable[..., Any] | None = None
-    triton: Callable[..., Any] | None = None
-    supports: Callable[..., str | None] | None = None  # why `triton` cannot run on them, or None
-    shape_class: Callable[..., str] | None = None  # key in the table of winners
-
-
-class OpTable(dict[str, Op]):
-    """Name -> op. Setting or removing an entry invalidates every function that was resolved."""
-
-    def __setitem__(self, name: str, op: Op) -> None:
-        super().__setitem__(name, op)
-        dispatch.generation += 1
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        dispatch.generation += 1
 
 
 def lazy_function(module: str, name: str) -> Callable[..., Any]:
@@ -98,9 +77,8 @@ def _import_function(module: str, name: str) -> Callable[..., Any]:
 
 
 _imported: dict[tuple[str, str], Callable[..., Any] | None] = {}
-_warned: set[str] = set()
 
-OPS = OpTable(
+OPS.update(
     lora_linear=Op(
         reference.lora_linear,
         lazy_function("op_examples", "linear_example"),
@@ -175,41 +153,3 @@ OPS = OpTable(
         lazy_function("optimizers", "adamw_refusal"),
     ),
 )
-
-
-def call(name: str, *args: Any) -> Any:
-    """The op's result, by the implementation that `resolve` chooses."""
-    return resolve(name, *args)(*args)
-
-
-def resolve(name: str, *args: Any) -> Callable[..., Any]:
-    """The implementation of an op for arguments of these shapes, dtype and device.
-
-    Mode auto takes the fastest by measurement (winners.choose_winner). Another mode takes its own
-    implementation, or the next simpler one if the op has none (triton: fused; fused: reference).
-    A Triton implementation is wrapped: for arguments that it does not support, the fused one runs
-    and one warning gives the reason. The function may be cached for such arguments as long as
-    `dispatch.generation` is unchanged.
-    """
-    op, chosen = OPS[name], dispatch.mode or current_mode()
-    if chosen == "auto":
-        chosen = winners.choose_winner(name, op, args)
-    if chosen == "triton":
-        return partial(_run_triton, name, op)
-    return op.fused if chosen == "fused" and op.fused is not None else op.reference
-
-
-def _run_triton(name: str, op: Op, *args: Any) -> Any:
-    """The result of the op's Triton kernels; of the fused implementation if they do not apply."""
-    if op.triton is None:
-        reason: str | None = "there is none"
-    elif not HAS_TRITON:
-        reason = "triton is not installed (it exists for Linux)"
-    else:
-        reason = op.supports(*args) if op.supports else None
-    if reason is None and op.triton is not None:
-        return op.triton(*args)
-    if f"{name}: {reason}" not in _warned:
-        _warned.add(f"{name}: {reason}")
-        warnings.warn(f"op {name} runs without its triton kernel: {reason}", stacklevel=3)
-    return (op.fused or op.reference)(*args)
