@@ -46,10 +46,18 @@ from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
 from training.samples import SampleImages, save_sample_grid
 from training.scores import Scorer
-from training.setup import Model, function_name
+from training.setup import Model
 from training.signals import Signals
 from training.stages import begin_stage, remaining_stages, set_learning_rates
-from training.step import Loss, Step, StepFunctions, lazy_members, optimizer_step
+from training.step import (
+    Loss,
+    Step,
+    StepFunctions,
+    denoise,
+    encode_conditioning,
+    lazy_members,
+    optimizer_step,
+)
 from training.step_inputs import InputSource, StepInputs, make_step_inputs
 
 COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
@@ -61,8 +69,8 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
     """
     prediction, space = model.family.prediction, config.noise.space
     x_t = add_noise(x.x0, x.eps_in, x.level)
-    cond = model.conditioning(x.text, x.sizes)
-    out = model.denoise(x_t, x.level, cond, x.inpaint)
+    cond = encode_conditioning(model, x.text, x.sizes)
+    out = denoise(model, x_t, x.level, cond, x.inpaint)
     out, target, form = to_loss_space(prediction, space, out, x.x0, x.eps, x.level)
     output = StepOutput(
         out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
@@ -70,7 +78,7 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
         network=prediction,
     )  # fmt: skip
     rows = loss(output)
-    losses.check_loss_shape(rows, function_name(loss), len(x.is_prior))
+    losses.check_loss_shape(rows, loss, len(x.is_prior))
     return rows * losses.loss_weights(
         config.weighting, x.level, prediction, space=space, **config.weighting_arg
     )
@@ -140,7 +148,7 @@ def resolve_functions(
     if loss is None:
         loss = losses.find_function(config.loss, losses.LOSSES, config.loss_arg)
     else:
-        loss = losses.bind_arguments(loss, function_name(loss), config.loss_arg)
+        loss = losses.bind_arguments(loss, plugins.function_name(loss), config.loss_arg)
         name, arguments = losses.name_and_arguments(loss)
         config = replace(config, loss=name, loss_arg=arguments)
     if config.prior.swap:

@@ -67,6 +67,13 @@ def name_function(fn: Callable[..., Any], table: Mapping[str, Any] | None = None
     return f"<{what} of {_short_path(file) if file else module}>"
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a loss or a step in error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def load_function(spec: str, option: str) -> Any:
     """The function of a "path/to/file.py:name".
 

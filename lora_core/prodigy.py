@@ -26,7 +26,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -164,9 +164,9 @@ class Prodigy(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        sharing = [self.param_groups]
+        sharing: Iterable[Sequence[dict[str, Any]]] = [self.param_groups]
         if self.defaults["distance"] == "group":
-            sharing = [[group] for group in self.param_groups]
+            sharing = zip(self.param_groups)  # each group alone
         for groups in sharing:
             moving: list[MovingGroup] = []
             for index, group in enumerate(groups):
@@ -206,7 +206,7 @@ class Prodigy(torch.optim.Optimizer):
                 found.append(MovingGroup(index, settings, flat, grads))
         return found
 
-    def _share_scalars(self, groups: list[dict[str, Any]]) -> Tensor:
+    def _share_scalars(self, groups: Sequence[dict[str, Any]]) -> Tensor:
         """[groups, 6] SCALARS of groups that share a distance, written in place by the steps.
 
         group["d"] and the others become views of it.

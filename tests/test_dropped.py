@@ -21,7 +21,8 @@ from tests import tiny_sdxl
 from tests.conftest import learned, same
 from tests.opened_run import OpenedRun, open_parts
 from training import step_inputs
-from training.setup import TokenIds
+from training.step import encode_conditioning
+from training.step_inputs import TokenIds
 
 SIDE = 16
 TEXT, NO_TEXT = Stage(1, ("denoiser", "text_encoder")), Stage(1, ("denoiser",))
@@ -84,7 +85,10 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
     sizes = Sizes(batch.original_sizes, batch.crops, batch.pixels.shape[-2:])
     family = s.model.family
     with torch.no_grad():
-        cond, plain = s.model.conditioning(text, sizes), family.encode_prompts(["a cat", "", ""])
+        cond, plain = (
+            encode_conditioning(s.model, text, sizes),
+            family.encode_prompts(["a cat", "", ""]),
+        )
         negative = family.add_size_embeddings(
             family.encode_negative([""]),
             sizes._replace(original=sizes.original[1:2], crop=sizes.crop[1:2]),
@@ -119,7 +123,7 @@ def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> Non
     family = load_family(str(sdxl))
     ids = TokenIds(family.tokenize(["a cat", "a dog"]), kept=torch.tensor([1.0, 0.0]))
     weight = family.modules["text_encoder"].get_input_embeddings().weight.requires_grad_()
-    cond = ids.encode(family)
+    cond = family.encode(ids.ids).zeroed(family.zeros, ids.kept)
     cond.prompt_embeds[1].sum().backward(retain_graph=True)
     assert weight.grad is not None and not weight.grad.any()
     cond.prompt_embeds[0].square().sum().backward()

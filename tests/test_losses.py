@@ -391,6 +391,11 @@ def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
         loss_weights(name, SD.level(torch.tensor([1])), "epsilon", gama=5.0)
 
 
+def mine(step: StepOutput) -> Tensor:
+    """A loss, for error messages that name it."""
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -404,11 +409,11 @@ def test_a_wrong_weighting_or_argument_is_refused(name: str) -> None:
 )
 def test_what_is_not_a_row_per_example_is_refused_by_name(rows: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_loss_shape(rows, "mine", 2)
-        check_loss_finite(rows, "mine")
+        check_loss_shape(rows, mine, 2)
+        check_loss_finite(rows, mine)
     good = torch.ones(2, requires_grad=True)
-    check_loss_shape(good, "mine", 2)
-    check_loss_finite(good, "mine")
+    check_loss_shape(good, mine, 2)
+    check_loss_finite(good, mine)
 
 
 def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:

@@ -232,8 +232,8 @@ def ours(
         law.row,
     )
     rows = losses.LOSSES["mse"](record)
-    losses.check_loss_shape(rows, "mse", len(data.x))
-    losses.check_loss_finite(rows, "mse")
+    losses.check_loss_shape(rows, losses.mse, len(data.x))
+    losses.check_loss_finite(rows, losses.mse)
     rows = rows * losses.loss_weights(
         law.weighting,
         level,

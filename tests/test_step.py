@@ -24,10 +24,10 @@ from lora_core.toml import read_toml
 from tests.conftest import distance, learned, rows
 from tests.opened_run import open_parts
 from training import config_checks, cuda_graph
-from training.setup import Model, TokenIds
+from training.setup import Model
 from training.stages import begin_stage
 from training.step import Loss, optimizer_step
-from training.step_inputs import InputSource, StepInputs, make_step_inputs
+from training.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
 
 ALL = ("denoiser", "text_encoder", "tokens")
 ROOT = Path(__file__).parent.parent

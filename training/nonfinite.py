@@ -5,7 +5,7 @@ step, the parameter group or part of the model, and a remedy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise
+from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run, nonfinite_names
 from training import cuda_graph
-from training.setup import Model, Optimization, TokenIds
-from training.step_inputs import StepInputs
+from training.setup import Model, Optimization
+from training.step_inputs import StepInputs, TokenIds
 
 # Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and if
 # gradients still overflow then, the activations do.
@@ -76,17 +77,21 @@ def check_logged_values(
 
 
 def check_loss_values(
-    rows: Tensor, name: str, inputs: Sequence[StepInputs], model: Model, config: Config
+    rows: Tensor,
+    loss: Callable[..., Tensor],
+    inputs: Sequence[StepInputs],
+    model: Model,
+    config: Config,
 ) -> None:
     """Raises UserError for losses that are not one finite number per example, naming the part of
-    the model that gives NaN, or else the function `name` that returned them.
+    the model that gives NaN, or else the function `loss` that returned them.
     """
     finite = not isinstance(rows, Tensor) or bool(rows.isfinite().all())
     sentence = "" if finite else find_nonfinite_part(inputs, model, config)
     if sentence:
         raise UserError(sentence)
-    losses.check_loss_shape(rows, name, len(inputs[0].is_prior))
-    losses.check_loss_finite(rows, name)
+    losses.check_loss_shape(rows, loss, len(inputs[0].is_prior))
+    losses.check_loss_finite(rows, loss)
 
 
 def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> str:
@@ -173,12 +178,18 @@ def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Conf
                 "the VAE's latents of the images are not finite; "
                 "leave --vae-precision at fp32 or give another --vae"
             )
-        cond = x.text.encode(family) if isinstance(x.text, TokenIds) else x.text
+        cond = x.text
+        if isinstance(cond, TokenIds):
+            with model.autocast:
+                cond = family.encode(cond.ids)
         if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
             return f"the text encoder's output is not finite, though its weights are; {cure}"
-        cond = model.conditioning(cond, x.sizes)
+        cond = family.add_size_embeddings(cond, x.sizes, model.guidance)
         x_t = noise.add_noise(x.x0, x.eps_in, x.level)
-        if nonfinite_names({"out": model.denoise(x_t, x.level, cond, x.inpaint)}):
+        with model.autocast:
+            scaled = scale_input(family.prediction, x_t, x.level)
+            out = family.denoise(scaled, x.level, cond, x.inpaint)
+        if nonfinite_names({"out": out}):
             return f"the output of {family.denoiser} is not finite, though its weights are; {cure}"
     return ""
 

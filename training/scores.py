@@ -17,6 +17,7 @@ from lora_core.diffusion import generation, validation
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
 from lora_core.family import Sizes
+from training import step
 from training.setup import Data, Model, Optimization
 
 
@@ -63,7 +64,7 @@ class Scorer:
             inpaint = generation.encode_masked_image(family, gray, torch.ones_like(gray[:, :1]))
 
         def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
-            return model.denoise(x_t, level, cond, inpaint)
+            return step.denoise(model, x_t, level, cond, inpaint)
 
         v = self.config.validation
         return validation.score_latents(

@@ -20,16 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import tokens
+from lora_core import plugins, tokens
 from lora_core.adapters import injection
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
-from lora_core.diffusion import losses, prediction, sampling, validation
-from lora_core.diffusion.noise import NoiseLevel
+from lora_core.diffusion import losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.errors import UserError
-from lora_core.family import Conditioning, Family, LoadOptions, Sizes
+from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.runs.run_folder import Run, lock_folder
@@ -70,19 +69,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """Token ids of captions, encoded in each step where a text encoder or tokens train."""
-
-    ids: dict[str, Tensor]  # tokenizer's output -> [b, ...], as family.encode takes it
-    kept: Tensor | None  # [b] 0 in the rows of dropped captions that zeros replace, else 1
-
-    def encode(self, family: Family) -> Conditioning:
-        """The conditioning of these captions; reads nothing back from the device."""
-        cond = family.encode(self.ids)
-        return cond if self.kept is None else cond.zeroed(family.zeros, self.kept)
-
-
-@dataclass(frozen=True)
 class Model:
     """The model of a run: frozen networks with trainable adapters and token rows in them."""
 
@@ -102,20 +88,6 @@ class Model:
     identity: dict[str, str]  # component -> hash of its weights as they were loaded
     guidance: float  # scale that a guidance-distilled denoiser reads
     autocast: torch.autocast  # matrix products in bf16 with --autocast
-
-    def conditioning(self, text: Conditioning | TokenIds, sizes: Sizes) -> Conditioning:
-        """The denoiser's conditioning: encoded captions and image sizes."""
-        with self.autocast:
-            cond = text.encode(self.family) if isinstance(text, TokenIds) else text
-        return self.family.add_size_embeddings(cond, sizes, self.guidance)
-
-    def denoise(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
-    ) -> Tensor:
-        """The network's raw output [b, c, h, w] for x_t."""
-        scaled = prediction.scale_input(self.family.prediction, x_t, level)
-        with self.autocast:
-            return self.family.denoise(scaled, level, cond, inpaint)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -190,14 +162,7 @@ def check_before_opening(
     config_checks.check_device(config, device)
     config_checks.check_optimizer(config, device)
     if config.cuda_graph:
-        config_checks.check_capturable(loss, function_name(loss), own_step)
-
-
-def function_name(function: Callable[..., Any]) -> str:
-    """The name of a loss or a step in error messages."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
+        config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
 
 @contextmanager

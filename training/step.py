@@ -1,4 +1,6 @@
-"""One optimizer step over the micro-batches of a batch; train.training_step gives their losses."""
+"""The networks' forward passes in a training step, and the optimizer step over the micro-batches of
+a batch. train.training_step gives their losses.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,15 @@ from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
+from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
-from lora_core.family import Conditioning
+from lora_core.family import Conditioning, Sizes
 from lora_core.optim import gradients
 from lora_core.prodigy import read_distance
 from training import nonfinite
-from training.setup import Model, Optimization, function_name
-from training.step_inputs import StepInputs
+from training.setup import Model, Optimization
+from training.step_inputs import StepInputs, TokenIds
 
 Loss = Callable[[StepOutput], Tensor]  # -> [b]
 Step = Callable[[Model, StepInputs, Config, Loss], Tensor]  # -> [b]
@@ -37,10 +40,30 @@ class StepFunctions:
     loss: Loss
     own_step: Step | None = None  # equal to `step` where that is not train.training_step
 
-    @property
-    def name(self) -> str:
-        """The function that errors name: the loss, or the caller's own step."""
-        return function_name(self.own_step or self.loss)
+
+# ---------------------------------------------------------------- the networks' forward passes
+
+
+def encode_conditioning(model: Model, text: Conditioning | TokenIds, sizes: Sizes) -> Conditioning:
+    """The denoiser's conditioning: encoded captions and image sizes."""
+    family = model.family
+    if isinstance(text, TokenIds):
+        with model.autocast:
+            cond = family.encode(text.ids)
+        if text.kept is not None:
+            cond = cond.zeroed(family.zeros, text.kept)
+    else:
+        cond = text
+    return family.add_size_embeddings(cond, sizes, model.guidance)
+
+
+def denoise(
+    model: Model, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
+) -> Tensor:
+    """The denoiser's raw output [b, c, h, w] for x_t."""
+    scaled = scale_input(model.family.prediction, x_t, level)
+    with model.autocast:
+        return model.family.denoise(scaled, level, cond, inpaint)
 
 
 def lazy_members(
@@ -51,12 +74,12 @@ def lazy_members(
     @torch.no_grad()
     def base_out(other: Conditioning = cond) -> Tensor:
         with injection.disable_adapters(model.denoiser):
-            return model.denoise(x_t, x.level, other, x.inpaint)
+            return denoise(model, x_t, x.level, other, x.inpaint)
 
     def preserved() -> tuple[Tensor, Tensor]:
         assert x.swapped is not None
-        ours, base = (model.conditioning(text, x.sizes) for text in x.swapped)
-        return model.denoise(x_t, x.level, ours, x.inpaint), base_out(base)
+        ours, base = (encode_conditioning(model, text, x.sizes) for text in x.swapped)
+        return denoise(model, x_t, x.level, ours, x.inpaint), base_out(base)
 
     def attention() -> list[Tensor]:
         family = model.family
@@ -97,7 +120,8 @@ def optimizer_step(
                 set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
             rows = functions.step(model, x, config, functions.loss)
             if check:
-                nonfinite.check_loss_values(rows, functions.name, inputs, model, config)
+                returned_by = functions.own_step or functions.loss
+                nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
             loss = losses.sum_losses(
                 rows, x.is_prior, prior_weight=config.prior.weight, instances=images
             )

@@ -25,9 +25,17 @@ from lora_core.family import Conditioning, Sizes
 from lora_core.runs.run_folder import nonfinite_names
 from training import model_checks
 from training.cuda_graph import tree_tensors
-from training.setup import Data, Model, TokenIds
+from training.setup import Data, Model
 
 PixelKey = tuple[str, int, torch.Size]  # image, visit up to repetition, (h, w)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids of captions, encoded in each step where a text encoder or tokens train."""
+
+    ids: dict[str, Tensor]  # tokenizer's output -> [b, ...], as family.encode takes it
+    kept: Tensor | None  # [b] 0 in the rows of dropped captions that zeros replace, else 1
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide_dtype
-from lora_core.plugins import check_names_file, load_from_file, name_function
+from lora_core.plugins import check_names_file, function_name, load_from_file, name_function
 from lora_core.text import nearest_names
 
 
@@ -412,31 +412,32 @@ def check_weighting(name: str, args: Mapping[str, Any]) -> None:
         )
 
 
-def check_loss_shape(losses: Any, name: str, b: int) -> None:
-    """Raises UserError unless loss `name` returned a tensor [b]. Does not sync with the device.
+def check_loss_shape(losses: Any, loss: Callable[..., Any], b: int) -> None:
+    """Raises UserError unless `loss` returned a tensor [b]. Does not sync with the device.
 
     Check before weighting: a scalar times the weights [b] is [b] again.
     """
     if not isinstance(losses, Tensor):
         kind = type(losses).__name__
         raise UserError(
-            f"loss {name} returned {kind}, expected a tensor [{b}], one number per example"
+            f"loss {function_name(loss)} returned {kind}, expected a tensor [{b}], "
+            "one number per example"
         )
     if losses.shape != (b,):
         got = "a scalar" if losses.ndim == 0 else f"shape {list(losses.shape)}"
         raise UserError(
-            f"loss {name} returned {got}, expected [{b}], one number per example; "
+            f"loss {function_name(loss)} returned {got}, expected [{b}], one number per example; "
             "take the mean over c, h, w only"
         )
 
 
-def check_loss_finite(losses: Tensor, name: str) -> None:
-    """Raises UserError unless all losses [b] are finite. Syncs with the device."""
+def check_loss_finite(losses: Tensor, loss: Callable[..., Any]) -> None:
+    """Raises UserError unless all losses [b] of `loss` are finite. Syncs with the device."""
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
     if bad:
         first, b = bad[0], len(losses)
         raise UserError(
-            f"loss {name} returned {losses[first].item():g} for row {first} of {b}; "
+            f"loss {function_name(loss)} returned {losses[first].item():g} for row {first} of {b}; "
             "lower the learning rate or look at that example"
         )
 

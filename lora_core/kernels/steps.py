@@ -7,6 +7,11 @@ Faster implementations of the same steps, each tested against these:
     optimizers.py   Triton, on a GPU
 
 A step works in place, on the parameters and their state; no value is read from the device.
+
+Prodigy is arXiv 2306.06101, algorithm 4, in the paper's letters: the state names x0 "p0", m
+"exp_avg", v "exp_avg_sq" and r "d_numerator"; gamma_d is gamma_k d_k. Like the authors' package and
+unlike the paper, r and s are sums without the factor 1 - beta3, divided by d0; d_hat has the factor
+d_coef; d grows by at most growth_rate a step; eps is multiplied by the new d.
 """
 
 from __future__ import annotations
@@ -69,90 +74,69 @@ def prodigy_step(
     grad_scale: Tensor | None,
     groups: Sequence[MovingGroup],
 ) -> tuple[Tensor, ...]:
-    """The flat parameters after a step of the groups that share a distance d.
-
-    Prodigy (arXiv 2306.06101, algorithm 4) in the paper's letters: the state names x0 "p0", m
-    "exp_avg", v "exp_avg_sq" and r "d_numerator"; gamma_d is gamma_k d_k. Like the authors' package
-    and unlike the paper, r and s are sums without the factor 1 - beta3, divided by d0; d_hat has
-    the factor d_coef; d grows by at most growth_rate a step; eps is multiplied by the new d.
+    """The flat parameters after a step of Prodigy's groups that share a distance d.
 
     scalars [groups, 6] float64 has the columns above; paused groups take the new d, nothing else.
     found_inf [] = 1: nothing changes. Gradients are divided by grad_scale [].
     """
-    first, a = groups[0].row, groups[0].settings
-    d = scalars[first, D].clone()
-    gamma_d, active, r = {}, {}, {}
-    for index, settings, *_ in groups:
-        gamma_d[index] = _learning_rate(d, scalars[index, K] + 1, settings)
-        active[index] = gamma_d[index] != 0
-        if found_inf is not None:
-            active[index] = active[index] & (found_inf.reshape(()) == 0)
-        r[index] = settings.beta3 * scalars[index, NUMERATOR]
+    first, shared = groups[0].row, groups[0].settings
+    d, d_max = scalars[first, D].clone(), scalars[first, D_MAX].clone()
+    zero = torch.zeros_like(d)
+    overflow = zero if found_inf is None else found_inf.reshape(())
+    gamma_d, active, r, gain, norm = {}, {}, {}, {}, {}
+    for i, a, _, _ in groups:
+        gamma_d[i] = learning_rate(d, scalars[i, K] + 1, a)
+        active[i] = (gamma_d[i] != 0) & (overflow == 0)
+        r[i], gain[i], norm[i] = a.beta3 * scalars[i, NUMERATOR], zero, zero
 
-    sums = [_update_state(g, d, gamma_d[g.row], active[g.row], grad_scale) for g in groups]
-    gains, norms = _sum_over_ranks(torch.stack(sums), groups).unbind(1)
-    for group, gain in zip(groups, gains):
-        r[group.row] = r[group.row] + gain
-    numerator = torch.stack([torch.where(active[i], r[i], 0.0) for i in r]).sum()
-    denominator = norms.sum()
-    moves = denominator != 0  # the authors' code returns here if not
-
-    d_hat = a.d_coef * numerator / denominator
-    d_max = torch.fmax(scalars[first, D_MAX], d_hat)
-    new_d = torch.fmin(d_max, torch.where(d == a.d0, torch.fmax(d, d_hat), d) * a.growth_rate)
     for group in groups:
-        walks = moves & active[group.row]
-        _update_parameters(group, new_d, gamma_d[group.row], walks, grad_scale)
+        i, a = group.row, group.settings
+        for x, g, state in _iterate_tensors(group, grad_scale):
+            x0, s, v, every = state["p0"], state["s"], state["exp_avg_sq"], a.slice_p
+            inner = (g[::every] * (x0 - x[::every])).sum(dtype=d.dtype)
+            gain[i] = gain[i] + d / a.d0 * gamma_d[i] * inner
+            weight = d / a.d0 * (d if a.safeguard else gamma_d[i])
+            _write(s, a.beta3 * s + weight * g[::every], active[i])
+            norm[i] = norm[i] + s.abs().sum(dtype=d.dtype)
+            if a.beta1 > 0:
+                m = state["exp_avg"]
+                _write(m, a.beta1 * m + (1 - a.beta1) * d * g, active[i])
+            _write(v, a.beta2 * v + (1 - a.beta2) * (d * g) ** 2, active[i])
 
-    for index, value in r.items():
-        _write(scalars[index, NUMERATOR], value, moves & active[index])
-        scalars[index, K].add_(moves & active[index])
-    for column, value in ((D, new_d), (D_MAX, d_max), (DENOMINATOR, denominator), (D_HAT, d_hat)):
+    numerator = denominator = zero
+    for i, (new_gain, new_norm) in _sum_over_ranks(gain, norm, groups).items():
+        r[i] = r[i] + new_gain
+        numerator = numerator + torch.where(active[i], r[i], zero)
+        denominator = denominator + torch.where(active[i], new_norm, zero)
+    moves = denominator != 0  # the authors' code returns here if not
+    d_hat = shared.d_coef * numerator / denominator
+    d_max = torch.fmax(d_max, d_hat)
+    grown = torch.where(d == shared.d0, torch.fmax(d, d_hat), d) * shared.growth_rate
+    d = torch.fmin(d_max, grown)
+
+    for group in groups:
+        i, a = group.row, group.settings
+        for x, g, state in _iterate_tensors(group, grad_scale):
+            m = state["exp_avg"] if a.beta1 > 0 else d * g
+            wide, decay = x.to(g.dtype), a.weight_decay if a.decouple else 0.0
+            update = m / (state["exp_avg_sq"].sqrt() + d * a.eps) + decay * wide
+            _write(x, wide - gamma_d[i] * update, moves & active[i])
+    for i in r:
+        _write(scalars[i, NUMERATOR], r[i], moves & active[i])
+        scalars[i, K].add_(moves & active[i])
+    for column, value in ((D, d), (D_MAX, d_max), (DENOMINATOR, denominator), (D_HAT, d_hat)):
         _write(scalars[:, column], value, moves)
     return tuple(group.flat.param for group in groups)
 
 
-def _learning_rate(d: Tensor, k: Tensor, a: ProdigySettings) -> Tensor:
-    """gamma_k d_k, with the bias correction of step k."""
-    correction = (1 - a.beta2**k) ** 0.5 / (1 - a.beta1**k) if a.bias_correction else 1.0
-    return d * a.lr * correction
+def learning_rate(d: Any, k: Any, a: ProdigySettings) -> Any:
+    """gamma_k d_k = d lr, with the bias correction of step k; d and k are tensors or numbers."""
+    if not a.bias_correction:
+        return d * a.lr
+    return d * a.lr * (1 - a.beta2**k) ** 0.5 / (1 - a.beta1**k)
 
 
-def _update_state(
-    group: MovingGroup, d: Tensor, gamma_d: Tensor, active: Tensor, grad_scale: Tensor | None
-) -> Tensor:
-    """Update s, m and v; returns [2]: the term <g, x0 - x> of r, weighted, and the norm |s|_1."""
-    a = group.settings
-    weight = d / a.d0 * (d if a.safeguard else gamma_d)
-    gain = torch.zeros_like(d)
-    norm = torch.zeros_like(d)
-    for x, g, state in _tensors(group, grad_scale):
-        x0, s, v = state["p0"], state["s"], state["exp_avg_sq"]
-        inner = (g[:: a.slice_p] * (x0 - x[:: a.slice_p])).sum(dtype=d.dtype)
-        gain = gain + d / a.d0 * gamma_d * inner
-        _write(s, a.beta3 * s + weight * g[:: a.slice_p], active)
-        norm = norm + s.abs().sum(dtype=d.dtype)
-        if a.beta1 > 0:
-            m = state["exp_avg"]
-            _write(m, a.beta1 * m + (1 - a.beta1) * d * g, active)
-        _write(v, a.beta2 * v + (1 - a.beta2) * (d * g) ** 2, active)
-    return torch.where(active, torch.stack([gain, norm]), 0.0)
-
-
-def _update_parameters(
-    group: MovingGroup, d: Tensor, gamma_d: Tensor, moves: Tensor, grad_scale: Tensor | None
-) -> None:
-    """x <- x - gamma_d m / (sqrt(v) + d eps), with decoupled decay; without beta1, m is d g."""
-    a = group.settings
-    for x, g, state in _tensors(group, grad_scale):
-        wide = x.to(g.dtype)
-        m = state["exp_avg"] if a.beta1 > 0 else d * g
-        decay = a.weight_decay if a.decouple else 0.0
-        update = m / (state["exp_avg_sq"].sqrt() + d * a.eps) + decay * wide
-        _write(x, wide - gamma_d * update, moves)
-
-
-def _tensors(
+def _iterate_tensors(
     group: MovingGroup, grad_scale: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """x [n], g [n] and the state of each parameter; g unscaled, with coupled decay."""
@@ -166,11 +150,16 @@ def _tensors(
         yield x, g, state
 
 
-def _sum_over_ranks(sums: Tensor, groups: Sequence[MovingGroup]) -> Tensor:
-    """The sums of all ranks of torch.distributed, where each holds a shard of the parameters."""
+def _sum_over_ranks(
+    gain: dict[int, Tensor], norm: dict[int, Tensor], groups: Sequence[MovingGroup]
+) -> dict[int, Tensor]:
+    """Group -> [2] its gain and norm, summed over the ranks of torch.distributed where each of them
+    holds a shard of the parameters.
+    """
+    sums = torch.stack([torch.stack([gain[i], norm[i]]) for i in gain])
     if any(group.settings.sharded for group in groups):
         torch.distributed.all_reduce(sums)
-    return sums
+    return dict(zip(gain, sums))
 
 
 def _write(target: Tensor, value: Tensor, where: Tensor) -> None:
