@@ -3,6 +3,7 @@
 The public names are loaded when they are first used: `import lora_core` imports no torch.
 """
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -20,13 +21,23 @@ PUBLIC = {  # name -> its module
 __all__ = ["__version__", *PUBLIC]  # noqa: PLE0604 (the names are strings)
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported now. Python calls this for names that the module does not have."""
-    if name not in PUBLIC:
-        raise AttributeError(f"module 'lora_core' has no attribute {name!r}")
-    value = getattr(import_module(PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+def load_names_lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package: it imports a public name from its module at the first use.
+
+    `modules`: name -> its module. Python calls `__getattr__` for names that a module lacks.
+    """
+
+    def load_name(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(modules[name]), name)
+        setattr(import_module(package), name, value)
+        return value
+
+    return load_name
+
+
+__getattr__ = load_names_lazily(__name__, PUBLIC)
 
 
 def __dir__() -> list[str]:

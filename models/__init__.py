@@ -5,8 +5,9 @@ The public names are loaded when they are first used: `import models.known` impo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_core import load_names_lazily
 
 if TYPE_CHECKING:
     from lora_core.family import Conditioning, Family, LoadOptions, Sizes
@@ -43,11 +44,4 @@ MODULES = {  # public name -> its module
     "Layout": "lora_core.formats.layout",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported now. Python calls this for names that the module does not have."""
-    if name not in MODULES:
-        raise AttributeError(f"module 'models' has no attribute {name!r}")
-    value = getattr(import_module(MODULES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = load_names_lazily(__name__, MODULES)

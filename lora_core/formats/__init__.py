@@ -7,8 +7,9 @@ starts without torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_core import load_names_lazily
 
 if TYPE_CHECKING:
     from lora_core.formats.adapter_files import (
@@ -49,19 +50,12 @@ __all__ = [
     "save_run",
 ]
 
+KNOWN = ("CUSTOM", "EMBEDDINGS", "FORMATS", "NATIVE", "Format", "run_file_names")
 MODULES = {  # public name -> its module
-    **dict.fromkeys(("CUSTOM", "EMBEDDINGS", "FORMATS", "NATIVE", "Format"), "known_formats"),
-    "placeholder_header": "embeddings",
-    "run_file_names": "known_formats",
-    **dict.fromkeys(("Component", "Layout", "layout_of"), "layout"),
-    **dict.fromkeys(("load", "save", "save_run", "run_file_paths"), "adapter_files"),
-    **dict.fromkeys(("detect_format", "read_key_shapes"), "adapter_files"),
+    **dict.fromkeys(__all__, "lora_core.formats.adapter_files"),
+    **dict.fromkeys(KNOWN, "lora_core.formats.known_formats"),
+    **dict.fromkeys(("Component", "Layout", "layout_of"), "lora_core.formats.layout"),
+    "placeholder_header": "lora_core.formats.embeddings",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = load_names_lazily(__name__, MODULES)
