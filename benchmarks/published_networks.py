@@ -11,7 +11,6 @@ scripts.
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -138,26 +137,3 @@ def tensor_shapes(name: str, rank: int = 16, *, dora: bool = False) -> list[tupl
         if dora:
             shapes.append((out,))
     return shapes
-
-
-@cache
-def count_linear_shapes(
-    name: str, batch: int = 1, side: int = 0, *, every: bool = False
-) -> Counter[tuple[int, int, int]]:
-    """(m, k, n) of x [m, k] and W [n, k] -> how many adapted linears have it in one forward.
-
-    With `every`, all linears of the network.
-    """
-    model, found = build_network(name), Counter[tuple[int, int, int]]()
-
-    def count(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        found[args[0].numel() // module.in_features, module.in_features, module.out_features] += 1
-
-    chosen = [model.get_submodule(path) for path in adapted_paths(name)]
-    if every:
-        chosen = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for module in chosen:
-        module.register_forward_pre_hook(count)
-    with torch.no_grad():
-        model(**network_inputs(name, batch, side))
-    return found

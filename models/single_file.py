@@ -34,7 +34,6 @@ from lora_core.formats.whole_models import (
     describe_single_file,
     open_located_networks,
     split_networks,
-    write_checkpoint_file,
     write_folder_from_single_file,
 )
 from models import sd, sdxl
@@ -246,23 +245,6 @@ def open_parts(model: str, config: str = "") -> tuple[dict[str, Weights], Locati
     folder = Path(model) if Path(model).is_dir() else download_model(model)
     locations = locate_networks(folder)
     return open_located_networks(folder, locations), locations
-
-
-def save_single_file(
-    model: str,
-    path: str | Path,
-    *,
-    config: str = "",
-    dtype: torch.dtype | None = None,
-    header: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes a model (a folder, a hub id, a single file) as one .safetensors or .ckpt.
-
-    Options and errors are those of `whole_models.write_checkpoint_file`.
-    """
-    weights, locations = open_parts(model, config)
-    write_checkpoint_file(weights, locations, path, dtype=dtype, header=header, overwrite=overwrite)
 
 
 def convert_to_folder(

@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from lora_core.errors import UserError
 from lora_core.family import Sizes
 from lora_core.formats.weights import open_weights, weights_in_memory
-from lora_core.formats.whole_models import describe_single_file, join_networks, split_networks
+from lora_core.formats.whole_models import (
+    describe_single_file,
+    join_networks,
+    split_networks,
+    write_checkpoint_file,
+)
 from models import (
     LoadOptions,
     hub_models,
@@ -26,7 +31,7 @@ from models import (
     single_file,
 )
 from models.published import PUBLISHED_MODELS, published_configs
-from models.single_file import convert_to_folder, locate_networks, save_single_file
+from models.single_file import convert_to_folder, locate_networks, open_parts
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
 from tests.test_whole_models import second_pipeline
@@ -52,6 +57,12 @@ def models(tmp_path_factory):
     for name in NAMES:
         save_single_file(str(root / name), root / f"{name}.safetensors")
     return {name: root / name for name in NAMES}
+
+
+def save_single_file(model, path, config="", **options):
+    """Writes a model (a folder, a hub id, a single file) as one .safetensors or .ckpt."""
+    weights, locations = open_parts(model, config)
+    write_checkpoint_file(weights, locations, path, **options)
 
 
 def file(folder):

@@ -324,8 +324,6 @@ def test_the_published_sizes() -> None:
         len(published_networks.tensor_shapes("sdxl")) == 1120
         and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
     )
-    assert sum(published_networks.count_linear_shapes("sd15").values()) == 128
-    assert published_networks.count_linear_shapes("sd15", 3)[3 * 4096, 320, 320] == 30
 
 
 def test_the_network_on_the_cpu_is_finite() -> None:

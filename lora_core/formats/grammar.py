@@ -115,18 +115,6 @@ def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
     return {leaf: role for leaf, role in every.items() if leaf in found}
 
 
-def spell_module(grammar: Grammar, name: str, component: Component, path: str) -> list[str]:
-    """The spellings of a module; the first is written.
-
-    The others are only read: older heads, and names without a level that some files leave out.
-    """
-    heads = _spell_heads(grammar, name, component)
-    spellings = []
-    for words in _spell_path(grammar, component, path):
-        spellings += [head + words for head in heads]
-    return spellings
-
-
 def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]:
     heads = [f"{head}." if head else "" for head in grammar.heads(name, component)]
     return [head.replace(".", grammar.separator) for head in heads]
