@@ -258,7 +258,7 @@ def loss_weights(
 ) -> Tensor:
     """[b] weights of the squared errors in a loss space: W(snr) |d x0 / d out|^2.
 
-    `space` is a LossSpace; weights are finite at zero terminal SNR. min_snr gives min(snr, g) / snr
+    `space` is "model" or "edm" (see `to_loss_space`); weights are finite at zero terminal SNR. min_snr gives min(snr, g) / snr
     for epsilon, min(snr, g) / (snr + 1) for v (several public scripts take min(snr, g) / snr + 1,
     which is neither the paper nor this law) and min(snr, g) sigma^2 for flow. Instances and prior
     examples are weighted alike; diffusers' scripts leave the prior unweighted. kohya's debiased

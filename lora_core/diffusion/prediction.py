@@ -16,15 +16,12 @@ schedule, as the tests check. All in fp32 or better.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, add_noise
-
-# Where a loss compares outputs: in the network's own parameterization, or as predictions of x0.
-LossSpace = Literal["model", "edm"]
 
 # Standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1).
 SIGMA_DATA = 0.5

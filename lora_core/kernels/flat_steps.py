@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.flat import ALIGNED
-from lora_core.kernels.steps import (
-    D_HAT,
-    D_MAX,
-    DENOMINATOR,
-    NUMERATOR,
-    D,
-    K,
-    MovingGroup,
-    learning_rate,
-)
+from lora_core.kernels.steps import D_HAT, D_MAX, DENOMINATOR, NUMERATOR, D, K, MovingGroup
 
 PIECE = 32768  # elements whose arrays stay in a CPU's second-level cache
 
@@ -119,7 +110,10 @@ class GroupUpdate:
         if self.live is not None:
             self.still = ~self.live if self.still is None else self.still | ~self.live
         self.dtype = group.flat.state["s"].dtype
-        self.dlr = learning_rate(self.d, scalars[K] + 1, settings)
+        self.dlr = self.d * settings.lr
+        if settings.bias_correction:
+            k = scalars[K] + 1
+            self.dlr = self.dlr * (1 - settings.beta2**k) ** 0.5 / (1 - settings.beta1**k)
         self.runs = [
             self._run(begin, end, grad_scale) for begin, end in _gradient_runs(group.grads)
         ]

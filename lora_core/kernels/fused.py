@@ -419,17 +419,14 @@ def _flat(t: Tensor) -> Tensor:
 
 def _autocast(t: Any) -> Any:
     """t in the dtype to which torch.autocast casts operands of a product; fp64 is not cast."""
-    return (
-        t
-        if t is None or t.dtype == torch.float64
-        else t.to(torch.get_autocast_dtype(t.device.type))
-    )
+    if t is None or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _autocasts(t: Tensor) -> bool:
-    return not t.is_meta and torch.is_autocast_enabled(
-        t.device.type
-    )  # torch has no autocast on the meta device
+    # torch has no autocast on the meta device
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
 
 def _exactly(t: Tensor) -> Any:
@@ -447,4 +444,4 @@ def _merges(x: Tensor, weight: Tensor, down: Tensor) -> bool:
         return False
     if dtype != weight.dtype or dtype != down.dtype:
         return False
-    return x.is_meta or not torch.is_autocast_enabled(x.device.type)
+    return not _autocasts(x)

@@ -30,7 +30,7 @@ from torch import Tensor
 from lora_core.kernels import steps
 from lora_core.kernels.flat import FlatParameters
 from lora_core.kernels.flat_steps import flat_prodigy_step
-from lora_core.kernels.steps import AdamWSettings, MovingGroup
+from lora_core.kernels.steps import AdamWSettings, MovingGroup, ProdigySettings
 from lora_core.kernels.winners import cache_file
 
 SOURCE = Path(__file__).with_name("loops.c")
@@ -150,7 +150,7 @@ def fused_prodigy_step(
     for group in groups:
         settings, start = group.settings, COLUMNS * group.row
         d = table[start + steps.D]
-        rate = steps.learning_rate(d, table[start + steps.K] + 1, settings)
+        rate = _learning_rate(d, table[start + steps.K] + 1, settings)
         gradients = group.flat.send_table([], group.grads).data_ptr()
         inner, size = _update_moments(loops, group, gradients, d, rate, unscale)
         before = numerators.get(group.row, table[start + steps.NUMERATOR] * settings.beta3)
@@ -166,6 +166,14 @@ def fused_prodigy_step(
         table[COLUMNS * index + steps.NUMERATOR] = numerator
         table[COLUMNS * index + steps.K] += 1
     return params
+
+
+def _learning_rate(d: float, k: float, settings: ProdigySettings) -> float:
+    """d * lr * bias correction of step k, with the d from before the step."""
+    rate = d * float(settings.lr)
+    if settings.bias_correction:
+        return rate * (1 - settings.beta2**k) ** 0.5 / (1 - settings.beta1**k)
+    return rate
 
 
 def _update_moments(

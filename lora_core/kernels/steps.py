@@ -85,7 +85,7 @@ def prodigy_step(
     overflow = zero if found_inf is None else found_inf.reshape(())
     gamma_d, active, r, gain, norm = {}, {}, {}, {}, {}
     for i, a, _, _ in groups:
-        gamma_d[i] = learning_rate(d, scalars[i, K] + 1, a)
+        gamma_d[i] = _learning_rate(d, scalars[i, K] + 1, a)
         active[i] = (gamma_d[i] != 0) & (overflow == 0)
         r[i], gain[i], norm[i] = a.beta3 * scalars[i, NUMERATOR], zero, zero
 
@@ -129,8 +129,8 @@ def prodigy_step(
     return tuple(group.flat.param for group in groups)
 
 
-def learning_rate(d: Any, k: Any, a: ProdigySettings) -> Any:
-    """gamma_k d_k = d lr, with the bias correction of step k; d and k are tensors or numbers."""
+def _learning_rate(d: Tensor, k: Tensor, a: ProdigySettings) -> Tensor:
+    """gamma_k d_k = d lr, with the bias correction of step k."""
     if not a.bias_correction:
         return d * a.lr
     return d * a.lr * (1 - a.beta2**k) ** 0.5 / (1 - a.beta1**k)
