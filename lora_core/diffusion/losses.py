@@ -258,11 +258,12 @@ def loss_weights(
 ) -> Tensor:
     """[b] weights of the squared errors in a loss space: W(snr) |d x0 / d out|^2.
 
-    `space` is "model" or "edm" (see `to_loss_space`); weights are finite at zero terminal SNR. min_snr gives min(snr, g) / snr
-    for epsilon, min(snr, g) / (snr + 1) for v (several public scripts take min(snr, g) / snr + 1,
-    which is neither the paper nor this law) and min(snr, g) sigma^2 for flow. Instances and prior
-    examples are weighted alike; diffusers' scripts leave the prior unweighted. kohya's debiased
-    differs: it caps snr at 1000 and takes 1 / (snr + 1) for v, which is not this law.
+    `space` is "model" or "edm" (see `to_loss_space`); weights are finite at zero terminal SNR.
+    min_snr gives min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v (several public
+    scripts take min(snr, g) / snr + 1, which is neither the paper nor this law) and
+    min(snr, g) sigma^2 for flow. Instances and prior examples are weighted alike; diffusers'
+    scripts leave the prior unweighted. kohya's debiased differs: it caps snr at 1000 and takes
+    1 / (snr + 1) for v, which is not this law.
 
     In "edm" space the error is x0's own and its weight W(snr); none is snr there, diffusers'
     1 / sigma^2, except for networks of the edm row, which diffusers leaves unweighted. diffusers
