@@ -80,7 +80,7 @@ def prodigy_step(
     found_inf [] = 1: nothing changes. Gradients are divided by grad_scale [].
     """
     first, shared = groups[0].row, groups[0].settings
-    d, d_max = scalars[first, D].clone(), scalars[first, D_MAX].clone()
+    d = scalars[first, D].clone()
     zero = torch.zeros_like(d)
     overflow = zero if found_inf is None else found_inf.reshape(())
     gamma_d, active, r, gain, norm = {}, {}, {}, {}, {}
@@ -92,11 +92,11 @@ def prodigy_step(
     for group in groups:
         i, a = group.row, group.settings
         for x, g, state in _iterate_tensors(group, grad_scale):
-            x0, s, v, every = state["p0"], state["s"], state["exp_avg_sq"], a.slice_p
-            inner = (g[::every] * (x0 - x[::every])).sum(dtype=d.dtype)
+            x0, s, v = state["p0"], state["s"], state["exp_avg_sq"]
+            inner = (g[:: a.slice_p] * (x0 - x[:: a.slice_p])).sum(dtype=d.dtype)
             gain[i] = gain[i] + d / a.d0 * gamma_d[i] * inner
             weight = d / a.d0 * (d if a.safeguard else gamma_d[i])
-            _write(s, a.beta3 * s + weight * g[::every], active[i])
+            _write(s, a.beta3 * s + weight * g[:: a.slice_p], active[i])
             norm[i] = norm[i] + s.abs().sum(dtype=d.dtype)
             if a.beta1 > 0:
                 m = state["exp_avg"]
@@ -110,7 +110,7 @@ def prodigy_step(
         denominator = denominator + torch.where(active[i], new_norm, zero)
     moves = denominator != 0  # the authors' code returns here if not
     d_hat = shared.d_coef * numerator / denominator
-    d_max = torch.fmax(d_max, d_hat)
+    d_max = torch.fmax(scalars[first, D_MAX], d_hat)
     grown = torch.where(d == shared.d0, torch.fmax(d, d_hat), d) * shared.growth_rate
     d = torch.fmin(d_max, grown)
 
@@ -118,9 +118,9 @@ def prodigy_step(
         i, a = group.row, group.settings
         for x, g, state in _iterate_tensors(group, grad_scale):
             m = state["exp_avg"] if a.beta1 > 0 else d * g
-            wide, decay = x.to(g.dtype), a.weight_decay if a.decouple else 0.0
-            update = m / (state["exp_avg_sq"].sqrt() + d * a.eps) + decay * wide
-            _write(x, wide - gamma_d[i] * update, moves & active[i])
+            decay = a.weight_decay * x.to(g.dtype) if a.decouple else 0.0
+            update = m / (state["exp_avg_sq"].sqrt() + d * a.eps) + decay
+            _write(x, x.to(g.dtype) - gamma_d[i] * update, moves & active[i])
     for i in r:
         _write(scalars[i, NUMERATOR], r[i], moves & active[i])
         scalars[i, K].add_(moves & active[i])
