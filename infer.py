@@ -22,6 +22,7 @@ import tyro
 
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import ModelConfig
+from lora_core.placeholders import bind_placeholders
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -99,7 +100,6 @@ from lora_core.runs.pictures import to_images
 from lora_core.runs.run_folder import temporary_name
 from lora_core.settings import check_options
 from lora_core.text import read_lines
-from lora_core.tokens import bind_placeholders
 from models import DTYPES, choose_device, load_family
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
@@ -22,6 +21,7 @@ from lora_core.diffusion import generation, noise
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
+from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import nonfinite_names
 from training import model_checks
 from training.cuda_graph import tree_tensors
@@ -322,7 +322,7 @@ def _tokenize(source: InputSource, captions: Sequence[str]) -> dict[str, Tensor]
     rows: dict[str, list[Tensor]] = {}  # tokenizer's output -> a row for each caption
     for caption in captions:
         if caption not in known:
-            prompt = tokens.bind_placeholders(caption, source.model.placeholders)
+            prompt = bind_placeholders(caption, source.model.placeholders)
             known[caption] = source.model.family.tokenize([prompt])
         for name, row in known[caption].items():
             rows.setdefault(name, []).append(row)
@@ -333,13 +333,13 @@ def _encode(
     source: InputSource,
     captions: Sequence[str],
     known: dict[str, Conditioning],
-    placeholders: Sequence[tokens.Placeholder],
+    placeholders: Sequence[Placeholder],
 ) -> Conditioning:
     """The encodings of the captions, cached in `known`. Raises UserError for NaN."""
     model = source.model
     for caption in captions:
         if caption not in known:
-            prompt = tokens.bind_placeholders(caption, placeholders)
+            prompt = bind_placeholders(caption, placeholders)
             with model.evaluating():
                 cond = model.family.encode_prompts([prompt])
             if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
