@@ -71,8 +71,7 @@ class InputSource:
         cache = config.data.cache
         made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
         self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
-        self.latents = TensorCache(made_by, cache or None)
-        self.posteriors: dict[PixelKey, dict[str, Tensor]] = {}  # rows of `latents`
+        self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[str, dict[str, Tensor]] = {}  # caption -> token ids [1, ...]
@@ -201,18 +200,21 @@ def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tenso
     period, device = source.visits_until_repeat, source.model.device
     if not period:
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
+    rows = source.latents.rows
     means, stds = [], []
     for i, (image, visit) in enumerate(zip(batch.keys, batch.visits)):
         key = image, visit % period, batch.pixels.shape[-2:]
-        if key not in source.posteriors:
-            source.posteriors[key] = _cached_posterior(source, batch, i)
-        means.append(source.posteriors[key]["mean"])
-        stds.append(source.posteriors[key]["std"])
+        if key not in rows:
+            _cache_posterior(source, batch, i, key)
+        means.append(rows[key]["mean"])
+        stds.append(rows[key]["std"])
     return to_device(torch.stack(means), device), to_device(torch.stack(stds), device)
 
 
-def _cached_posterior(source: InputSource, batch: Batch, i: int) -> dict[str, Tensor]:
-    """The mean and std [c, h, w] of image i of the batch, from the cache or by the VAE."""
+def _cache_posterior(source: InputSource, batch: Batch, i: int, key: PixelKey) -> None:
+    """Put the mean and std [c, h, w] of image i of the batch, from the disk or by the VAE, into the
+    cache.
+    """
     family = source.model.family
     height, width = batch.pixels.shape[-2:]
     record, visit = source.records[batch.keys[i]], batch.visits[i]
@@ -223,7 +225,7 @@ def _cached_posterior(source: InputSource, batch: Batch, i: int) -> dict[str, Te
         mean, std = _encode_images(source, batch.rows(slice(i, i + 1)), check=True)
         return {"mean": mean[0], "std": std[0]}
 
-    return source.latents.row(name, encode, {"mean": shape, "std": shape})
+    source.latents.row(key, encode, {"mean": shape, "std": shape}, disk_key=name)
 
 
 def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
