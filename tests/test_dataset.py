@@ -795,7 +795,10 @@ def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
         "ids": torch.arange(3, dtype=torch.int32),
         "half": torch.randn(2).bfloat16(),
     }
-    cache = lambda model: TensorCache({"model": model, "dtype": torch.float16}, tmp_path / "c")  # noqa: E731
+
+    def cache(model: str) -> TensorCache:
+        return TensorCache({"model": model, "dtype": torch.float16}, tmp_path / "c")
+
     first = cache("a")
     first.row("k/1: odd", lambda: rows)
     first.row("k2", lambda: rows)
