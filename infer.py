@@ -22,6 +22,7 @@ import tyro
 
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import ModelConfig
+from lora_core.placeholders import bind_placeholders
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -31,43 +32,53 @@ EXAMPLE = (
 
 
 @dataclass(frozen=True)
-class Infer(SamplerSettings, ModelConfig):
-    """Draw images with a text-to-image model and LoRA files."""
+class ImageRequest:
+    """The images that are asked for; these options are the first of the help."""
 
-    clip_skip: Annotated[int, AtLeast(0)] = 0
-    """Last layers of the CLIP text encoders that are left out; a LoRA that records its own
-    clip-skip has precedence."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the networks."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file or run folder: PATH, PATH:0.8, or PATH:unet=0.6,text=0.9. Repeat the flag for
-    several; tokens next to a LoRA file are loaded with it."""
+    """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
+    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
+    loaded with it."""
     prompt: str = ""
-    """Text to draw; placeholder words of the LoRAs are understood."""
+    """Text to draw; it may hold the placeholder words of the LoRAs."""
     prompts: str = ""
-    """File with one prompt a line, instead of --prompt."""
+    """Text file with one prompt a line, instead of --prompt."""
     out: str = "out.png"
     """PNG to write; several images get _000, _001 ... before the ending."""
     seed: int = 0
-    """Seed of the first image; the next ones count up. Start noise is diffusers' for
-    torch.Generator("cpu").manual_seed(seed)."""
+    """Seed of the first image; each further one adds 1. The noise at the start is that of diffusers
+    with torch.Generator("cpu").manual_seed(seed)."""
     count: Annotated[int, AtLeast(1)] = 1
     """Images for each prompt."""
+
+
+@dataclass(frozen=True)
+class Infer(SamplerSettings, ModelConfig, ImageRequest):
+    """Draw images with a text-to-image model and LoRA files."""
+
+    clip_skip: Annotated[int, AtLeast(0)] = 0
+    """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
+    left out, else none."""
+    max_sequence_length: Annotated[int, AtLeast(0)] = 0
+    """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
+    guidance embedding."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the networks."""
     batch: Annotated[int, AtLeast(1)] = 4
-    """Images sampled together."""
-    refiner: str = ""
-    """Folder or hub id of a refiner, which runs the last steps as image to image."""
+    """Images sampled together; fewer need less memory."""
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
+    flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
+    of all LoRAs, lora0.strength, lora1.unet ..."""
+    source: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """PNG made by this program, whose recipe is repeated; flags win over it."""
     init_image: str = ""
     """Image to start from (with --strength), or to paint in (with --mask and an inpainting
     model)."""
     mask: str = ""
     """Inpainting: image that is white where it is to be painted."""
-    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """One or two axes SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C. Settings: seed
-    (stop excluded), guidance, steps, strength, unet or text of all LoRAs, lora0.strength,
-    lora1.unet ..."""
-    source: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """PNG made by this program, whose recipe is repeated; flags win over it."""
+    refiner: str = ""
+    """Folder or hub id of a refiner model, which runs the last steps as image to image."""
 
 
 if __name__ == "__main__":
@@ -99,7 +110,6 @@ from lora_core.runs.pictures import to_images
 from lora_core.runs.run_folder import temporary_name
 from lora_core.settings import check_options
 from lora_core.text import read_lines
-from lora_core.tokens import bind_placeholders
 from models import DTYPES, choose_device, load_family
 
 

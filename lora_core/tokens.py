@@ -1,4 +1,4 @@
-"""Textual inversion: learned token rows next to a frozen vocabulary, and placeholder words.
+"""Textual inversion: learned token rows next to a frozen vocabulary.
 
 Only the new rows are a parameter [n, d]. The embedding table has no gradient and no optimizer
 state, so its bits cannot move (the public scripts train the whole table and put the old rows back
@@ -9,9 +9,7 @@ import copy
 import itertools
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,25 +18,7 @@ from torch import Tensor, nn
 
 from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
-from lora_core.text import normalize_unicode
-
-# First words of Unicode's letter names in scripts without spaces between words, or with particles
-# that are attached to words.
-UNSPACED = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
-    "HALFWIDTH HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Placeholder:
-    """One concept: its word in captions, its learned tokens and their initializer."""
-
-    word: str  # "TOK"
-    names: tuple[str, ...]  # ("<s0>", "<s1>")
-    # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"),
-    # or words of the vocabulary
-    init: str = "random"
+from lora_core.placeholders import Placeholder
 
 
 class TokenReport(NamedTuple):
@@ -48,43 +28,6 @@ class TokenReport(NamedTuple):
     nearest: tuple[tuple[str, float], ...]  # (vocabulary entry, cosine), best first
     norm: float
     drift: float  # L2 distance from the row's start
-
-
-def make_placeholders(
-    words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
-) -> tuple[Placeholder, ...]:
-    """One placeholder per word; `vectors` is the number of tokens of each, or one number per word.
-
-    Tokens are numbered <s0> <s1> ... over all words, as in diffusers. `words` maps a word
-    to its initializer, or lists words that start at random. Raises UserError for no words, an empty
-    or repeated one, or vectors < 1.
-    """
-    if isinstance(words, str):
-        words = (words,)
-    given = words.items() if isinstance(words, Mapping) else ((word, "random") for word in words)
-    inits = {normalize_unicode(word): init for word, init in given}
-    if not inits or len(inits) != len(words):
-        raise UserError(f"expected one or more different placeholder words, got {list(words)}")
-    counts = [vectors] * len(inits) if isinstance(vectors, int) else list(vectors)
-    if len(counts) != len(inits):
-        raise UserError(
-            f"got {len(counts)} numbers of vectors for {len(inits)} words; "
-            "give one for all or one each"
-        )
-    if min(counts) < 1:
-        raise UserError(f"a placeholder word needs at least 1 token, got {min(counts)}")
-    for word in inits:
-        if not word or word != word.strip():
-            raise UserError(
-                f"the placeholder word {word!r} is empty or has spaces around it; "
-                "use something like 'TOK'"
-            )
-    placeholders, first = [], 0
-    for (word, init), count in zip(inits.items(), counts):
-        names = tuple(f"<s{number}>" for number in range(first, first + count))
-        placeholders.append(Placeholder(word, names, init))
-        first += count
-    return tuple(placeholders)
 
 
 def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
@@ -107,47 +50,6 @@ def is_random_init(init: str) -> bool:
     Raises UserError for a random one without a usable standard deviation.
     """
     return _random_sigma(init) is not None
-
-
-def bind_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
-    """The caption with every placeholder word replaced by its tokens, without spaces between them.
-
-    "a photo of TOK" -> "a photo of <s0><s1>". One pass, longest word first, whole words only:
-    neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced (successive
-    `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are
-    compared in Unicode's normal form C, so that composed and decomposed accents are equal.
-    """
-    if not placeholders:
-        return caption
-    caption = normalize_unicode(caption)
-    joined = {normalize_unicode(p.word): "".join(p.names) for p in placeholders}
-    parts, end = [], 0
-    for start, word in _find_words(caption, tuple(joined)):
-        parts += [caption[end:start], joined[word]]
-        end = start + len(word)
-    return "".join([*parts, caption[end:]])
-
-
-def has_placeholder(caption: str, word: str) -> bool:
-    """Whether `bind_placeholders` would find the word in the caption."""
-    found = _find_words(normalize_unicode(caption), (normalize_unicode(word),))
-    return next(found, None) is not None
-
-
-def truncated_tokens(
-    caption: str, placeholders: Sequence[Placeholder], tokenizer: Any, length: int
-) -> dict[str, bool]:
-    """Learned token in a caption -> whether the tokenizer, cutting at `length`, cuts it off."""
-    bound = bind_placeholders(caption, placeholders)
-    whole = tokenizer(bound, verbose=False).input_ids
-    kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
-    is_cut = {}
-    for placeholder in placeholders:
-        for name in placeholder.names:
-            index = tokenizer.convert_tokens_to_ids(name)
-            if index in whole:
-                is_cut[name] = whole.count(index) > kept.count(index)
-    return is_cut
 
 
 class LearnedEmbedding(nn.Module):
@@ -375,52 +277,6 @@ def report_tokens(embedding: LearnedEmbedding, tokenizer: Any, k: int = 5) -> li
         nearest = tuple(zip(entries, cosines[i].tolist(), strict=True))
         reports.append(TokenReport(name, nearest, norms[i], drifts[i]))
     return reports
-
-
-def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(position, word) of the whole words in a caption, from left to right.
-
-    Of several at one position the longest.
-    """
-    ordered = sorted(words, key=len, reverse=True)
-    start = 0
-    while start < len(caption):
-        length = 1
-        for word in ordered:
-            if caption.startswith(word, start) and _is_whole_word(
-                caption, start, start + len(word)
-            ):
-                yield start, word
-                length = len(word)
-                break
-        start += length
-
-
-def _is_whole_word(caption: str, start: int, end: int) -> bool:
-    """Whether caption[start:end] is not a part of a longer word."""
-    if start > 0 and _is_word_letter(caption[start]) and _is_word_letter(caption[start - 1]):
-        return False
-    if end == len(caption) or not _is_word_letter(caption[end - 1]):
-        return True
-    return not (_is_word_letter(caption[end]) or _is_accent(caption[end]))
-
-
-def _is_word_letter(character: str) -> bool:
-    """Whether a letter next to this character belongs to the same word.
-
-    False in scripts that write words without spaces, or attach particles to them: "TOK" is found in
-    一张TOK的照片 and TOK은.
-    """
-    if character.isascii():
-        return character.isalnum() or character == "_"
-    is_letter = character.isalnum() or _is_accent(character)
-    return is_letter and not unicodedata.name(character, "").startswith(UNSPACED)
-
-
-def _is_accent(character: str) -> bool:
-    """Whether the character is a combining mark, which changes the one before it."""
-    is_mark = unicodedata.category(character).startswith("M")
-    return is_mark and not unicodedata.name(character, "").startswith("VARIATION")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import train
 from lora_core import formats
 from lora_core.adapters import custom_files, injection
+from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.config import Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
@@ -132,7 +133,7 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(
     assert not torch.equal(model[0](x), other[0](x))
     custom_files.load_adapters({"unet": other}, file)
     assert torch.equal(model[0](x), other[0](x))
-    folded = injection.merged_state_dict(model)
+    folded = merged_state_dict(model)
     assert torch.allclose(
         torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"]), model[0](x), atol=1e-6
     )
@@ -195,7 +196,7 @@ def test_a_run_writes_its_own_form_and_the_whole_model(
     modules = {name: plain.modules[name] for name in ("unet", "text_encoder")}
     custom_files.load_adapters(modules, run / "run_adapter.safetensors")
     for name, module in modules.items():
-        folded, written = injection.merged_state_dict(module), tuned.modules[name].state_dict()
+        folded, written = merged_state_dict(module), tuned.modules[name].state_dict()
         assert all(torch.allclose(folded[key], written[key], atol=1e-6) for key in written)
     train.train(
         replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser", "text_encoder")),))

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from lora_core.data.dataset import (
     ImageSettings,
     images_missing_word,
     iterate_batches,
-    sample_position,
     scan_folder,
 )
 from lora_core.errors import UserError
@@ -508,19 +508,6 @@ def assert_same(left, right):
 WILD = ImageSettings(8, crop="random", zoom=1.5, flip=True, jitter=True)
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
-    epochs = [[sample_position(7, 7 * e + i, seed=1) for i in range(7)] for e in range(4)]
-    assert all(
-        sorted(r for r, _ in epoch) == list(range(7)) and {v for _, v in epoch} == {e}
-        for e, epoch in enumerate(epochs)
-    )
-    assert len({tuple(r for r, _ in epoch) for epoch in epochs}) > 1
-    assert [sample_position(7, i, seed=1) for i in range(20)] != [
-        sample_position(7, i, seed=2) for i in range(20)
-    ]
-    assert sample_position(7, 17, seed=1) == sample_position(7, 17, seed=1)
-
-
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_change_no_bit(folder, workers):
     save(noise_image(12, 10, 3, "L"), folder / "0.mask.png")
@@ -715,15 +702,12 @@ def test_cached_rows_stay_with_their_images_when_the_order_changes(folder, tmp_p
                 computed += 1
                 return {"mean": batch.pixels[i].mean(dim=0), "std": batch.pixels[i].std(dim=0)}
 
-            keys = [
-                made.cache_key(made.records[places[k]], v)
-                for k, v in zip(batch.keys, batch.visits, strict=True)
-            ]
-            rows = cache.get(keys, compute)
-            assert torch.equal(rows["mean"], batch.pixels.mean(dim=1)) and torch.equal(
-                rows["std"], batch.pixels.std(dim=1)
-            )
-        assert computed == len(cache) == 10  # five images, two variants
+            for i, (k, v) in enumerate(zip(batch.keys, batch.visits, strict=True)):
+                key = made.cache_key(made.records[places[k]], v)
+                row = cache.row(key, partial(compute, i))
+                assert torch.equal(row["mean"], batch.pixels[i].mean(dim=0))
+                assert torch.equal(row["std"], batch.pixels[i].std(dim=0))
+        assert computed == len(cache.rows) == 10  # five images, two variants
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
@@ -740,14 +724,12 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
     cache, by_step, wrong, sizes = TensorCache({}), [], 0, set()
 
     def rows(batch):
-        size = tuple(batch.pixels.shape[-2:])
-        keys = [
-            made.cache_key(records[k], v, size)
-            for k, v in zip(batch.keys, batch.visits, strict=True)
-        ]
-        return cache.get(
-            keys, lambda i: {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])}
-        )
+        found = []
+        for i, (k, v) in enumerate(zip(batch.keys, batch.visits, strict=True)):
+            key = made.cache_key(records[k], v, tuple(batch.pixels.shape[-2:]))
+            own = {"pixels": batch.pixels[i], "crop": torch.tensor(batch.crops[i])}
+            found.append(cache.row(key, lambda own=own: own))
+        return {name: torch.stack([row[name] for row in found]) for name in ("pixels", "crop")}
 
     for batch in iterate_batches(made, batch=2, seed=0, stop=10):
         by_step.append(rows(batch)["pixels"])
@@ -763,7 +745,7 @@ def test_trap_18_cached_latents_stay_with_their_captions_and_sizes(folder, wide)
             by_step[step], batch.pixels
         )
         sizes.add(tuple(batch.pixels.shape[-2:]))
-    assert wrong > 5 and len(cache) == 10 and (len(sizes) > 1) == wide
+    assert wrong > 5 and len(cache.rows) == 10 and (len(sizes) > 1) == wide
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["squares", "buckets"])
@@ -813,21 +795,24 @@ def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
         "ids": torch.arange(3, dtype=torch.int32),
         "half": torch.randn(2).bfloat16(),
     }
-    first = TensorCache({"model": "a", "dtype": torch.float16}, tmp_path / "c").get(
-        ["k/1: odd", "k2"], lambda i: rows
-    )
-    refuse = lambda i: pytest.fail("computed again")  # noqa: E731
-    again = TensorCache({"dtype": torch.float16, "model": "a"}, tmp_path / "c").get(
-        ["k2", "k/1: odd"], refuse
-    )
-    assert all(
-        torch.equal(first[n], again[n]) and first[n].dtype == rows[n].dtype for n in rows
-    ) and first["mean"].shape == (2, 3, 2)
+
+    def cache(model: str) -> TensorCache:
+        return TensorCache({"model": model, "dtype": torch.float16}, tmp_path / "c")
+
+    first = cache("a")
+    first.row("k/1: odd", lambda: rows)
+    first.row("k2", lambda: rows)
+    refuse = lambda: pytest.fail("computed again")  # noqa: E731
+    again = TensorCache({"dtype": torch.float16, "model": "a"}, tmp_path / "c")
+    for key in ("k2", "k/1: odd"):
+        row = again.row(key, refuse)
+        assert all(torch.equal(rows[n], row[n]) and row[n].dtype == rows[n].dtype for n in rows)
+    here = cache("a")
+    assert torch.equal(here.row((7, "k2"), refuse, disk_key="k2")["ids"], rows["ids"])
+    assert here.row((7, "k2"), refuse) is here.rows[7, "k2"]  # in memory
     asked = []
-    TensorCache({"model": "b", "dtype": torch.float16}, tmp_path / "c").get(
-        ["k2"], lambda i: asked.append(i) or rows
-    )
-    assert asked == [0]
+    cache("b").row("k2", lambda: asked.append("k2") or rows)
+    assert asked == ["k2"]
     files = list((tmp_path / "c").iterdir())
     assert len(files) == 3 and all(
         f.suffix == ".safetensors" and not f.name.startswith(".") for f in files
@@ -838,22 +823,21 @@ def test_a_cache_on_disk_is_read_again_for_the_same_settings_only(tmp_path):
 def test_a_cache_keeps_its_own_copies_and_refuses_what_does_not_fit(tmp_path):
     row = torch.zeros(3)
     cache = TensorCache({}, tmp_path)
-    cache.get(["a"], lambda i: {"x": row})
+    cache.row("a", lambda: {"x": row})
     row.add_(1)
-    assert torch.equal(cache.get(["a"], lambda i: {"x": row})["x"], torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"'a' has .*3.*'b' has .*4"):
-        cache.get(["a", "b"], lambda i: {"x": torch.zeros(4)})
+    assert torch.equal(cache.row("a", lambda: {"x": row})["x"], torch.zeros(3))
+    cache.row("b", lambda: {"x": torch.zeros(4)})
     path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="damaged"):
         for key in ("a", "b"):
-            TensorCache({}, tmp_path).get([key], lambda i: {"x": torch.zeros(4)})
+            TensorCache({}, tmp_path).row(key, lambda: {"x": torch.zeros(4)})
 
-    def fail(i):
+    def fail():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError):
-        cache.get(["c"], fail)
+        cache.row("c", fail)
     assert len(list(tmp_path.iterdir())) == 2
 
 

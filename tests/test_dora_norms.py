@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from lora_core.adapters import injection
+from lora_core.adapters.folded_weights import fold_adapter, unfold_adapter
 from lora_core.adapters.injection import (
     AdapterSpec,
     adapter_factors,
-    fold_adapter,
     inject,
     load_factors,
     remove,
     set_strength,
-    unfold_adapter,
 )
 from lora_core.errors import UserError
 from lora_core.kernels import OPS, use_kernels

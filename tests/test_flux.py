@@ -22,6 +22,7 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, joined_layers
+from lora_core.placeholders import make_placeholders
 from models import LoadOptions, Sizes, flux, load_family, read_layout, read_schedule
 from tests import tiny_flux
 
@@ -353,7 +354,7 @@ def test_trap_12_the_pooled_vector_is_read_at_the_first_end_of_text(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 2}))
     family = load_family(str(tmp_path), LoadOptions(max_sequence_length=8))
     tokenizer = family.tokenizers["text_encoder"]
-    tokens.install_tokens(family.clip, tokenizer, tokens.make_placeholders(["TOK"], 2), seed=0)
+    tokens.install_tokens(family.clip, tokenizer, make_placeholders(["TOK"], 2), seed=0)
     ids = tokenizer(
         "a <s0><s1> cat", padding="max_length", max_length=16, return_tensors="pt"
     ).input_ids
@@ -369,9 +370,7 @@ def test_the_tied_table_of_t5_learns_rows_and_comes_back(dev):
     tokenizer, before = family.tokenizers["text_encoder_2"], family.encode_prompts(["a <s0><s1>"])
     table = family.t5.shared
     assert family.t5.encoder.embed_tokens.weight is table.weight
-    embedding = tokens.install_tokens(
-        family.t5, tokenizer, tokens.make_placeholders(["TOK"], 2), seed=0
-    )
+    embedding = tokens.install_tokens(family.t5, tokenizer, make_placeholders(["TOK"], 2), seed=0)
     assert family.t5.shared is family.t5.encoder.embed_tokens is embedding
     learned = family.encode_prompts(["a <s0><s1>"])
     assert not torch.allclose(learned.prompt_embeds, before.prompt_embeds)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import groups, injection
 from lora_core.adapters.adapted_layer import adaptable_layers
+from lora_core.adapters.folded_weights import fold_adapter
 from lora_core.adapters.injection import AdapterSpec, inject
 from lora_core.adapters.kinds import KINDS, LoRA
 from lora_core.kernels import OPS, use_kernels
@@ -258,7 +259,7 @@ def disturbed():
     )
     yield "another kind", "lora", mix_kinds
     yield "hook", "lora", lambda m: m.own.to_v.base.register_forward_hook(lambda *_: None)
-    yield "folded", "lora", lambda m: injection.fold_adapter(m)
+    yield "folded", "lora", fold_adapter
     yield (
         "rank dropout",
         {"rank_dropout": 0.5},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import infer
 from lora_core import formats, patch
 from lora_core.formats import embeddings
+from lora_core.runs.loras import RunSettings
 from models import load_family
 from tests.test_models import saved
 from tests.tiny_pipeline import random_state
@@ -328,3 +329,15 @@ def test_a_refiner_draws_the_last_steps(tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "late.png").tobytes()
     )
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 1), (2, 2)])
+def test_a_clip_skip_that_is_given_wins_over_that_of_the_loras_run(
+    monkeypatch: pytest.MonkeyPatch, given: int, used: int
+) -> None:
+    opened = []
+    settings = RunSettings(scheduler={}, text={"clip_skip": 1, "max_sequence_length": 77})
+    monkeypatch.setattr(infer, "read_run_settings", lambda paths: settings)
+    monkeypatch.setattr(infer, "load_family", lambda path, options: opened.append(options))
+    infer.open_models(infer.Infer(clip_skip=given), [])
+    assert opened[0].clip_skip == used and opened[0].max_sequence_length == 77

@@ -16,16 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
+from lora_core.adapters.folded_weights import fold_adapter, merged_state_dict, unfold_adapter
 from lora_core.adapters.injection import (
     AdapterSpec,
     adapter_factors,
-    fold_adapter,
     inject,
     load_factors,
     remove,
     set_dropout_keys,
     set_strength,
-    unfold_adapter,
 )
 from lora_core.adapters.weight_updates import delta_weight
 from lora_core.errors import UserError
@@ -144,7 +143,7 @@ def test_adamw_on_the_delta_is_adamw_on_the_weight(decay):
             optimizer.zero_grad()
             (model(x) - 1).square().mean().backward()
             optimizer.step()
-    found = injection.merged_state_dict(ours)
+    found = merged_state_dict(ours)
     same = all(
         torch.allclose(found[k], v, rtol=0, atol=1e-13) for k, v in plain.state_dict().items()
     )
@@ -255,9 +254,7 @@ def test_trap_24_an_update_of_1e_4_on_a_bf16_base_is_kept(kind):
     torch.testing.assert_close(start[0] - ours, torch.full_like(ours, 20e-4), rtol=1e-3, atol=0)
     assert torch.equal(wrong, start[1])
     if kind == "full":  # and the base sees the sum of the small steps
-        moved = (
-            injection.merged_state_dict(model)["0.weight"].float() - model[0].base.weight.float()
-        )
+        moved = merged_state_dict(model)["0.weight"].float() - model[0].base.weight.float()
         torch.testing.assert_close(moved, ours.detach(), rtol=0, atol=2.0**-9)
 
 

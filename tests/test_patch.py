@@ -17,6 +17,7 @@ from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import Adapted
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
+from lora_core.placeholders import bind_placeholders
 from lora_core.tokens import LearnedEmbedding
 from tests.tiny_pipeline import outputs, pipeline, random_state
 
@@ -216,7 +217,7 @@ def test_several_patches_add_up_and_keep_their_own_tokens(pipe, modules, run, tm
         torch.testing.assert_close(
             pipe.unet.get_submodule(layer)(x), expected, rtol=1e-5, atol=1e-5
         )
-        prompt = tokens.bind_placeholders("TOK and CAT", [*dog.placeholders, *cat.placeholders])
+        prompt = bind_placeholders("TOK and CAT", [*dog.placeholders, *cat.placeholders])
         assert prompt == "<s0><s1> and <c0>"
         ids = pipe.tokenizer(
             "<s0><s1><c0>", add_special_tokens=False, return_tensors="pt"

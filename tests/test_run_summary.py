@@ -9,8 +9,8 @@ import pytest
 
 from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset, ImageSettings, scan_folder
+from lora_core.placeholders import make_placeholders
 from lora_core.text import print_escaped
-from lora_core.tokens import make_placeholders
 from tests.test_listing import kohya, save
 from training.run_summary import RunLength, describe_run
 

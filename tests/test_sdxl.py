@@ -27,7 +27,8 @@ from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import layout_of
-from lora_core.tokens import Placeholder, first_eos
+from lora_core.placeholders import Placeholder
+from lora_core.tokens import first_eos
 from models import Conditioning, LoadOptions, Sizes, load_family, read_layout
 from models.sd import unet_presets
 from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from lora_core import tokens
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.diffusion import losses, noise
 from lora_core.errors import UserError
 from lora_core.optim import building, schedules
+from lora_core.placeholders import has_placeholder
 from lora_core.runs import card, destination, lock, reports
 from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
@@ -254,7 +254,7 @@ def _check_known_words(c: Config) -> None:
         texts["--tokens.init"] = " ".join(c.tokens.init)
     for option, text in texts.items():
         for word in filter(None, placeholders):
-            if tokens.has_placeholder(text, word):
+            if has_placeholder(text, word):
                 raise UserError(
                     f"{option} is {text!r} and holds the placeholder word {word}, "
                     "which is still to be learned; write an ordinary word there"

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from lora_core import tokens
 from lora_core.adapters import custom_files, injection, targets
 from lora_core.adapters.kinds import is_low_rank, kind_class
 from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.config import AdapterConfig, Config
 from lora_core.data import dataset
 from lora_core.errors import UserError
+from lora_core.placeholders import Placeholder, bind_placeholders, has_placeholder, truncated_tokens
 from lora_core.settings import AdapterSpec
 from models import Family, Layout
 
@@ -190,8 +190,8 @@ def check_masks(c: Config, images: dataset.ImageDataset) -> None:
 
 def swap_words(caption: str, swap: Mapping[str, str]) -> str:
     """The caption with each placeholder word replaced by its class."""
-    classes = [tokens.Placeholder(word, (name,)) for word, name in swap.items()]
-    return tokens.bind_placeholders(caption, classes)
+    classes = [Placeholder(word, (name,)) for word, name in swap.items()]
+    return bind_placeholders(caption, classes)
 
 
 def token_initializers(c: Config) -> dict[str, str]:
@@ -215,7 +215,7 @@ def check_placeholder(records: Sequence[dataset.Record], word: str) -> None:
     of images when some lack it.
     """
     captions = chain.from_iterable(record.captions for record in records)
-    if not any(tokens.has_placeholder(caption, word) for caption in captions):
+    if not any(has_placeholder(caption, word) for caption in captions):
         raise UserError(
             f"no caption has the placeholder word {word}, so its tokens would learn nothing; "
             "write it into the captions or set --tokens.words"
@@ -232,7 +232,7 @@ def check_placeholder(records: Sequence[dataset.Record], word: str) -> None:
 def check_token_limit(
     family: Family,
     embeddings: Mapping[str, Any],
-    placeholders: Sequence[tokens.Placeholder],
+    placeholders: Sequence[Placeholder],
     records: Sequence[dataset.Record],
 ) -> None:
     """Raises UserError for a learned token that is truncated in every caption, beyond the text
@@ -240,15 +240,16 @@ def check_token_limit(
 
     `embeddings`: the text encoders that learn token rows, by name.
     """
-    image_of: dict[str, str] = {}  # caption -> name of its image
+    image_of: dict[str, str] = {}  # caption -> name of the first image that has it
     for record in records:
-        image_of |= dict.fromkeys(record.captions, record.path.name)
+        for caption in record.captions:
+            image_of.setdefault(caption, record.path.name)
     limits = _token_limits(family)
     for name in embeddings:
         tokenizer, limit = family.tokenizers[name], limits[name]
         # caption -> token -> whether it is cut off
         found = {
-            caption: tokens.truncated_tokens(caption, placeholders, tokenizer, limit)
+            caption: truncated_tokens(caption, placeholders, tokenizer, limit)
             for caption in image_of
         }
         reader = f"the {limit} tokens that {name} reads"

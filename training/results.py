@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import formats, tokens
-from lora_core.adapters import custom_files, injection
+from lora_core.adapters import custom_files
+from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise, validation
@@ -93,7 +94,7 @@ def save_trained_model(model: Model, config: Config, folder: Path) -> None:
     """Write the whole model in the diffusers layout, adapters folded into its weights; token rows
     are in their own file.
     """
-    states = {name: injection.merged_state_dict(part) for name, part in model.adapted.items()}
+    states = {name: merged_state_dict(part) for name, part in model.adapted.items()}
     for name in states.keys() & model.embeddings.keys():
         encoder = model.encoders[name]
         states[name] = tokens.strip_token_rows(states[name], model.embeddings[name], encoder)

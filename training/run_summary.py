@@ -10,7 +10,7 @@ from lora_core.data.listing import METADATA_TABLES, count_images
 from lora_core.data.records import Record
 from lora_core.data.sample_order import BucketOrder
 from lora_core.errors import printable
-from lora_core.tokens import Placeholder, bind_placeholders
+from lora_core.placeholders import Placeholder, bind_placeholders
 
 MOST_NAMES = 3  # files of a kind that are named
 LONGEST_CAPTION = 160  # characters of the example

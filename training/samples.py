@@ -17,6 +17,7 @@ from lora_core.config import Config
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation
+from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
 from lora_core.runs.run_folder import Run
@@ -52,7 +53,7 @@ class SampleImages:
         if base:
             bound = [self.ordinary_prompt(prompt) for prompt in prompts]
         else:
-            bound = [tokens.bind_placeholders(prompt, model.placeholders) for prompt in prompts]
+            bound = [bind_placeholders(prompt, model.placeholders) for prompt in prompts]
         # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
         images: list[Image.Image] = []
@@ -103,8 +104,8 @@ class SampleImages:
         word = self.config.samples.base_word
         for p in self.model.placeholders:
             ordinary = "" if tokens.is_random_init(p.init) else p.init
-            plain = tokens.Placeholder(p.word, (word or ordinary,), "zero")
-            prompt = tokens.bind_placeholders(prompt, [plain])
+            plain = Placeholder(p.word, (word or ordinary,), "zero")
+            prompt = bind_placeholders(prompt, [plain])
         return " ".join(prompt.split())
 
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core import tokens
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.diffusion import generation, validation
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
 from lora_core.family import Sizes
+from lora_core.placeholders import bind_placeholders
 from training import step
 from training.setup import Data, Model, Optimization
 
@@ -51,9 +51,7 @@ class Scorer:
     def _score_batch(self, images: range) -> list[Score]:
         model, family = self.model, self.model.family
         batch, side = collate([self._encoded(i) for i in images]), self.images.settings.resolution
-        prompts = [
-            tokens.bind_placeholders(caption, model.placeholders) for caption in batch.captions
-        ]
+        prompts = [bind_placeholders(caption, model.placeholders) for caption in batch.captions]
         sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
         cond = family.add_size_embeddings(
             family.encode_prompts(prompts), sizes, self.config.noise.guidance

@@ -31,6 +31,7 @@ from lora_core.errors import UserError
 from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
+from lora_core.placeholders import Placeholder, make_placeholders
 from lora_core.runs.run_folder import Run, lock_folder
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
@@ -79,7 +80,7 @@ class Model:
     adapted: dict[str, nn.Module]  # component -> network with adapters
     with_dora: tuple[nn.Module, ...]  # those of them with DoRA, whose row norms a step caches
     has_factors: bool  # whether the adapters have a low-rank form; else a whole model is written
-    placeholders: tuple[tokens.Placeholder, ...]  # words of the captions and their tokens
+    placeholders: tuple[Placeholder, ...]  # words of the captions and their tokens
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
     norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms that the rows are pulled to
     table_stds: dict[str, Tensor]  # text encoder -> 0-dim, spread of its vocabulary
@@ -362,7 +363,7 @@ def _describe_loss(config: Config, family: Family) -> str:
 
 def _install_tokens(
     config: Config, family: Family, encoders: Mapping[str, nn.Module]
-) -> tuple[tuple[tokens.Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
+) -> tuple[tuple[Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
     """The placeholders, and the learned token rows of each text encoder that learns them; both
     empty without a stage that trains tokens.
     """
@@ -382,7 +383,7 @@ def _install_tokens(
         config.tokens.vectors or tokens.count_initializer_tokens(initializer, tokenizers)
         for initializer in initializers.values()
     ]
-    placeholders = tokens.make_placeholders(initializers, vectors)
+    placeholders = make_placeholders(initializers, vectors)
     embeddings = {}
     for name in chosen:
         stream = "" if name == "text_encoder" else keys[name]

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
@@ -22,6 +21,7 @@ from lora_core.diffusion import generation, noise
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
+from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import nonfinite_names
 from training import model_checks
 from training.cuda_graph import tree_tensors
@@ -79,8 +79,7 @@ class InputSource:
         cache = config.data.cache
         made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
         self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
-        self.latents = TensorCache(made_by, cache or None)
-        self.posteriors: dict[PixelKey, dict[str, Tensor]] = {}  # rows of `latents`
+        self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[str, dict[str, Tensor]] = {}  # caption -> token ids [1, ...]
@@ -209,18 +208,21 @@ def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tenso
     period, device = source.visits_until_repeat, source.model.device
     if not period:
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
+    rows = source.latents.rows
     means, stds = [], []
     for i, (image, visit) in enumerate(zip(batch.keys, batch.visits)):
         key = image, visit % period, batch.pixels.shape[-2:]
-        if key not in source.posteriors:
-            source.posteriors[key] = _cached_posterior(source, batch, i)
-        means.append(source.posteriors[key]["mean"])
-        stds.append(source.posteriors[key]["std"])
+        if key not in rows:
+            _cache_posterior(source, batch, i, key)
+        means.append(rows[key]["mean"])
+        stds.append(rows[key]["std"])
     return to_device(torch.stack(means), device), to_device(torch.stack(stds), device)
 
 
-def _cached_posterior(source: InputSource, batch: Batch, i: int) -> dict[str, Tensor]:
-    """The mean and std [c, h, w] of image i of the batch, from the cache or by the VAE."""
+def _cache_posterior(source: InputSource, batch: Batch, i: int, key: PixelKey) -> None:
+    """Put the mean and std [c, h, w] of image i of the batch, from the disk or by the VAE, into the
+    cache.
+    """
     family = source.model.family
     height, width = batch.pixels.shape[-2:]
     record, visit = source.records[batch.keys[i]], batch.visits[i]
@@ -231,7 +233,7 @@ def _cached_posterior(source: InputSource, batch: Batch, i: int) -> dict[str, Te
         mean, std = _encode_images(source, batch.rows(slice(i, i + 1)), check=True)
         return {"mean": mean[0], "std": std[0]}
 
-    return source.latents.row(name, encode, {"mean": shape, "std": shape})
+    source.latents.row(key, encode, {"mean": shape, "std": shape}, disk_key=name)
 
 
 def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tensor, Tensor]:
@@ -330,7 +332,7 @@ def _tokenize(source: InputSource, captions: Sequence[str]) -> dict[str, Tensor]
     rows: dict[str, list[Tensor]] = {}  # tokenizer's output -> a row for each caption
     for caption in captions:
         if caption not in known:
-            prompt = tokens.bind_placeholders(caption, source.model.placeholders)
+            prompt = bind_placeholders(caption, source.model.placeholders)
             known[caption] = source.model.family.tokenize([prompt])
         for name, row in known[caption].items():
             rows.setdefault(name, []).append(row)
@@ -341,13 +343,13 @@ def _encode(
     source: InputSource,
     captions: Sequence[str],
     known: dict[str, Conditioning],
-    placeholders: Sequence[tokens.Placeholder],
+    placeholders: Sequence[Placeholder],
 ) -> Conditioning:
     """The encodings of the captions, cached in `known`. Raises UserError for NaN."""
     model = source.model
     for caption in captions:
         if caption not in known:
-            prompt = tokens.bind_placeholders(caption, placeholders)
+            prompt = bind_placeholders(caption, placeholders)
             with model.evaluating():
                 cond = model.family.encode_prompts([prompt])
             if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):

@@ -1,6 +1,7 @@
 """LoRA, DoRA and full updates of Linear and Conv2d layers.
 
-injection.py       put adapters on a model and take them off; strengths, factors, folding
+injection.py       put adapters on a model and take them off; strengths and factors
+folded_weights.py  fold adapters into the base weights, in place or into a state dict
 kinds.py           the kinds of adapter, and how to write one
 adapted_layer.py   the module that replaces a layer, and the choice of its forward
 groups.py          layers that share an input, computed by one kernel

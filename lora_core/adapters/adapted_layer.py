@@ -6,6 +6,7 @@ when adapters, strengths or kernels change, and kept as a function of x.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -343,6 +344,27 @@ def adaptable_layers(model: nn.Module) -> dict[str, BaseLayer | Adapted]:
     return found
 
 
+def layers_with_adapter(model: nn.Module, name: str | None) -> dict[str, Adapted]:
+    """Path -> layer, of the layers that have the adapter (any adapter for None).
+
+    Raises UserError, with the existing names, when none has it.
+    """
+    every: dict[str, Adapted] = {}
+    for path, layer in adaptable_layers(model).items():
+        if isinstance(layer, Adapted):
+            every[path] = layer
+    chosen = {path: layer for path, layer in every.items() if name in (None, *layer.adapters)}
+    if not chosen:
+        names: dict[str, None] = {}
+        for layer in every.values():
+            names |= dict.fromkeys(layer.adapters)
+        wanted = "" if name is None else f" {name!r}"
+        raise UserError(
+            f"the model has no adapter{wanted}; it has {', '.join(names) or 'none at all'}"
+        )
+    return chosen
+
+
 def adapted_layers(model: nn.Module) -> list[Adapted]:
     """The adapted layers of a model, in its order; searched for once after each change."""
     known = _known_layers.get(model)
@@ -369,3 +391,9 @@ def module_parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
         for attribute, child in parent._modules.items():
             parents.setdefault(id(child), []).append((parent, attribute))
     return parents
+
+
+def check_strength(strength: float) -> None:
+    """Raises UserError for a strength that is not finite."""
+    if not math.isfinite(strength):
+        raise UserError(f"strength is {strength}; expected a finite number")

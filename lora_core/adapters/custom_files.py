@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
+from lora_core.adapters.adapted_layer import layers_with_adapter
 from lora_core.adapters.kinds import KINDS, is_low_rank
 from lora_core.errors import UserError
 from lora_core.formats import CUSTOM
@@ -33,7 +33,7 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
 
     Decided by the first adapter of the model.
     """
-    adapter = next(layer.adapter(name) for layer in _custom_layers(model, name).values())
+    adapter = next(layer.adapter(name) for layer in layers_with_adapter(model, name).values())
     if not is_low_rank(type(adapter)):
         return False
     try:
@@ -51,7 +51,7 @@ def check_custom_kind(
     Raises UserError where an adapter cannot be folded, so that nothing could be written.
     """
     for component, model in models.items():
-        path, layer = next(iter(_custom_layers(model, name).items()))
+        path, layer = next(iter(layers_with_adapter(model, name).items()))
         try:
             shape = layer.adapter(name).delta_weight(layer.base).shape
         except NO_FACTORS as error:
@@ -76,7 +76,7 @@ def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> d
     """The parameters and buffers of every adapter, as "component.path.name", on the CPU."""
     found = {}
     for component, model in models.items():
-        for path, layer in _custom_layers(model, name).items():
+        for path, layer in layers_with_adapter(model, name).items():
             for key, value in layer.adapter(name).state_dict().items():
                 tensor = value.detach().to("cpu", copy=True)
                 found[f"{component}.{path}.{key}"] = tensor.contiguous()
@@ -113,16 +113,7 @@ def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str =
             )
     with torch.no_grad():
         for component, model in models.items():
-            for path, layer in _custom_layers(model, name).items():
+            for path, layer in layers_with_adapter(model, name).items():
                 adapter = layer.adapter(name)
                 keys = adapter.state_dict()
                 adapter.load_state_dict({key: saved[f"{component}.{path}.{key}"] for key in keys})
-
-
-def _custom_layers(model: nn.Module, name: str) -> dict[str, Adapted]:
-    """Path -> layer, of the layers that have the adapter."""
-    found: dict[str, Adapted] = {}
-    for path, layer in adaptable_layers(model).items():
-        if isinstance(layer, Adapted) and name in layer.adapters:
-            found[path] = layer
-    return found

@@ -15,7 +15,6 @@ of adapter is a class in kinds.py or in a file of yours, `--adapter.kind my_adap
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -26,7 +25,9 @@ from lora_core.adapters.adapted_layer import (
     Adapted,
     adaptable_layers,
     adapted_layers,
+    check_strength,
     forget_adapted_layers,
+    layers_with_adapter,
     module_parents,
 )
 from lora_core.adapters.groups import build_groups
@@ -110,7 +111,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
     A layer without adapters is the same base module object as before. Folded adapters are refused.
     """
-    adapted = _layers_with_adapter(model, name)
+    adapted = layers_with_adapter(model, name)
     folded: set[str] = set()
     for layer in adapted.values():
         folded.update(key for key in layer.folded if name in (None, key))
@@ -132,108 +133,13 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     build_groups(model)
 
 
-def fold_adapter(model: nn.Module, name: str = "default", strength: float = 1.0) -> None:
-    """Write W + strength * delta W into the base, in place with one rounding.
-
-    The bias of a full update is written too. The adapter's own forward stops. Each layer keeps a
-    copy of its weight and bias, so that `unfold_adapter` restores the bits; several folded adapters
-    add up against that copy.
-
-    Raises UserError, leaving the model unchanged, when the name is folded already, a weight is
-    shared with another module, or the result overflows.
-    """
-    adapted = _layers_with_adapter(model, name)
-    _check_strength(strength)
-    for layer in adapted.values():
-        if name in layer.folded:
-            raise UserError(
-                f"adapter {name!r} is folded already; unfold it before folding it at another "
-                "strength"
-            )
-    _check_sharing(model, adapted, name)
-    done: list[tuple[str, Adapted]] = []
-    try:
-        for path, layer in adapted.items():
-            layer.refold({**layer.folded, name: strength}, path)
-            done.append((path, layer))
-    except BaseException:
-        for path, layer in done:
-            layer.refold(_without(layer.folded, name), path)
-        raise
-
-
-def unfold_adapter(model: nn.Module, name: str = "default") -> None:
-    """Undo `fold_adapter`: the adapter acts in forward again, at its run-time strength.
-
-    When none is folded any more, the weights have their original bits.
-    """
-    for path, layer in _layers_with_adapter(model, name).items():
-        if name not in layer.folded:
-            raise UserError(f"adapter {name!r} is not folded; there is nothing to unfold")
-        layer.refold(_without(layer.folded, name), path)
-
-
-def _without(folded: Mapping[str, float], name: str) -> dict[str, float]:
-    return {key: strength for key, strength in folded.items() if key != name}
-
-
-def merged_state_dict(
-    model: nn.Module, name: str = "default", strength: float = 1.0
-) -> dict[str, Tensor]:
-    """The state dict with strength * this adapter folded in; the model is not changed.
-
-    Keys are those of the model without adapters. Adapted weights (and the biases of a full update)
-    are new tensors in the base's dtype, rounded once, bit for bit those that `fold_adapter` writes;
-    the rest are the model's own tensors, not copies. Other adapters are left out. Norm layers and
-    embeddings have no adapters and are the base's.
-
-    Raises UserError, as `fold_adapter` does, for a shared weight or an overflow, and while any
-    adapter is folded.
-    """
-    chosen = _layers_with_adapter(model, name)
-    _check_strength(strength)
-    _check_sharing(model, chosen, name)
-    wrapped: dict[str, Adapted] = {}
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, Adapted):
-            wrapped[f"{path}."] = layer
-            if layer.folded:
-                raise UserError(
-                    f"adapter {', '.join(layer.folded)} is folded into the weights; "
-                    "unfold it before merging"
-                )
-    moved = {
-        id(layer): layer.merged_parameters({name: strength}, path) for path, layer in chosen.items()
-    }
-    found = {}
-    for key, value in model.state_dict().items():
-        prefix = _adapted_prefix(key, wrapped)
-        if not prefix:
-            found[key] = value
-        elif key.startswith(f"{prefix}base."):
-            parameter = key.removeprefix(f"{prefix}base.")  # weight or bias
-            own = moved.get(id(wrapped[prefix]), {})
-            found[prefix + parameter] = own.get(parameter, value)
-    return found
-
-
-def _adapted_prefix(key: str, wrapped: Mapping[str, Adapted]) -> str:
-    """The path, with its dot, of the adapted layer that a key of the state dict belongs to."""
-    parts = key.split(".")
-    for end in range(1, len(parts)):
-        prefix = ".".join(parts[:end]) + "."
-        if prefix in wrapped:
-            return prefix
-    return ""
-
-
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
     """Make the adapter act as W + strength * delta W from now on; 0 is exactly the base.
 
     Raises UserError for a folded adapter, whose copy in the weights cannot change.
     """
-    adapted = _layers_with_adapter(model, name)
-    _check_strength(strength)
+    adapted = layers_with_adapter(model, name)
+    check_strength(strength)
     if any(name in layer.folded for layer in adapted.values()):
         raise UserError(
             f"adapter {name!r} is folded into the weights; unfold it, "
@@ -324,7 +230,7 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
     A DoRA has its magnitude in addition.
     """
     found: list[nn.Parameter] = []
-    for layer in _layers_with_adapter(model, name).values():
+    for layer in layers_with_adapter(model, name).values():
         found += layer.adapter(name).parameters()
     return found
 
@@ -336,7 +242,7 @@ def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]
     here (in peft that of up). Raises UserError for a full update.
     """
     found = []
-    for path, layer in _layers_with_adapter(model, name).items():
+    for path, layer in layers_with_adapter(model, name).items():
         up = getattr(layer.adapter(name), "up", None)
         if not isinstance(up, nn.Parameter):
             raise UserError(
@@ -349,7 +255,7 @@ def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]
 
 def adapter_factors(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
     """Copies of the factors by layer path, at strength 1."""
-    adapted = _layers_with_adapter(model, name)
+    adapted = layers_with_adapter(model, name)
     return {path: layer.adapter(name).state() for path, layer in adapted.items()}
 
 
@@ -367,7 +273,7 @@ def load_factors(
     factors leave out.
     """
     found = adaptable_layers(model)
-    _check_strength(strength)
+    check_strength(strength)
     existing = _check_paths(found, factors, name)
     _check_name(name, {})
     fitted: dict[str, LowRank] = {}
@@ -384,7 +290,7 @@ def load_factors(
             spec = LayerSpec(path, lr.rank, lr.scale, init="zero")
             built[path] = kind(_adaptable_base(path, found[path]), spec)
     _install_adapters(model, built, name, strength)
-    for path, adapted in _layers_with_adapter(model, name).items():
+    for path, adapted in layers_with_adapter(model, name).items():
         adapted.adapter(name).load(fitted[path])
         adapted.set_strength(name, strength)
 
@@ -415,27 +321,6 @@ def _check_paths(
             "remove it or load under another name"
         )
     return existing
-
-
-def _layers_with_adapter(model: nn.Module, name: str | None) -> dict[str, Adapted]:
-    """Path -> layer, of the layers that have the adapter (any adapter for None).
-
-    Raises UserError, with the existing names, when none has it.
-    """
-    every: dict[str, Adapted] = {}
-    for path, layer in adaptable_layers(model).items():
-        if isinstance(layer, Adapted):
-            every[path] = layer
-    chosen = {path: layer for path, layer in every.items() if name in (None, *layer.adapters)}
-    if not chosen:
-        names: dict[str, None] = {}
-        for layer in every.values():
-            names |= dict.fromkeys(layer.adapters)
-        wanted = "" if name is None else f" {name!r}"
-        raise UserError(
-            f"the model has no adapter{wanted}; it has {', '.join(names) or 'none at all'}"
-        )
-    return chosen
 
 
 def _install_adapters(
@@ -488,25 +373,6 @@ def _check_name(name: str, found: Mapping[str, BaseLayer | Adapted]) -> None:
             f"adapter {name!r} is already on {len(taken)} layers, e.g. {taken[0]}; "
             "remove it or choose another name"
         )
-
-
-def _check_strength(strength: float) -> None:
-    if not math.isfinite(strength):
-        raise UserError(f"strength is {strength}; expected a finite number")
-
-
-def _check_sharing(model: nn.Module, adapted: Mapping[str, Adapted], name: str) -> None:
-    """Raises UserError for a weight (or changed bias) that another module shares."""
-    users: Counter[int] = Counter()
-    for module in model.modules():
-        users.update(id(p) for p in module._parameters.values() if p is not None)
-    for path, layer in adapted.items():
-        bias = layer.base.bias if hasattr(layer.adapter(name), "delta_bias") else None
-        if users[id(layer.base.weight)] > 1 or users[id(bias)] > 1:
-            raise UserError(
-                f"the weight of {path} is shared with another module, which would change too; "
-                "keep the adapter unfolded"
-            )
 
 
 def _fit_to_layer(path: str, base: BaseLayer, lr: LowRank) -> LowRank:

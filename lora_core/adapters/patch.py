@@ -21,7 +21,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, mixofshow
 from lora_core.formats.layout import Layout, layout_of
-from lora_core.tokens import Placeholder
+from lora_core.placeholders import Placeholder, bind_placeholders
 
 TOKENIZERS = {  # text encoder -> the key of its tokenizer
     "text_encoder": "tokenizer",
@@ -35,7 +35,7 @@ class Patch:
 
     Afterwards modules, embedding tables and tokenizer contents are the same as before.
     `placeholders` are the placeholder words and learned tokens of the file, for
-    `tokens.bind_placeholders`; `report` has one sentence for each unexpected fact (renamed tokens,
+    `bind_placeholders`; `report` has one sentence for each unexpected fact (renamed tokens,
     rows that are not in the file).
     """
 
@@ -61,7 +61,7 @@ class Patch:
 
     def bind(self, prompt: str) -> str:
         """The prompt with the file's placeholder words replaced by its learned tokens."""
-        return tokens.bind_placeholders(prompt, self.placeholders)
+        return bind_placeholders(prompt, self.placeholders)
 
     def set_strength(self, strength: float | Mapping[str, float]) -> None:
         """Change the strength, to one number or one per adapted component.

@@ -1,13 +1,11 @@
 """Cache of computed tensors (latent mean and std, text embeddings) by key and settings."""
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +17,7 @@ from lora_core.runs.run_folder import atomic_write, nonfinite_names
 class TensorCache:
     """Rows of named tensors on the CPU, in memory and, with a folder, on disk.
 
+    A row is computed by itself, so its bits do not depend on the batch that it is first read in.
     On disk a row is one safetensors file. Its name is a hash of `settings` (everything that the
     tensors depend on: model, dtype, length ...) and its key (an image's content and crop, a
     prompt), never a position: a cache that is read in another order than it was filled pairs
@@ -28,52 +27,29 @@ class TensorCache:
     def __init__(self, settings: Mapping[str, Any], folder: Path | str | None = None) -> None:
         self.settings = json.dumps(settings, sort_keys=True, default=str)
         self.folder = None if folder is None else Path(folder)
-        self._rows: dict[str, dict[str, Tensor]] = {}
+        self.rows: dict[Hashable, dict[str, Tensor]] = {}  # in memory
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(
-        self,
-        keys: Sequence[str],
-        compute_one: Callable[[int], Mapping[str, Tensor]],
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Name -> [b, ...], row i of keys[i].
-
-        `compute_one(i)` computes one row without its batch axis, and is called for missing ones
-        only. Rows are computed one at a time, so their bits do not depend on the batch. `shapes`
-        are those of a row. Raises UserError naming the file of a row on disk that is damaged, not
-        finite or of other names or shapes, ValueError when rows differ in names or shapes.
-        """
-        rows = []
-        for i, key in enumerate(keys):
-            rows.append(self.row(key, functools.partial(compute_one, i), shapes))
-            if rows[i].keys() != rows[0].keys():
-                raise _disagreement(keys, rows, i)
-        if not rows:
-            return {}
-        batch = {}
-        for name, first in rows[0].items():
-            for i, row in enumerate(rows):
-                if row[name].shape != first.shape:
-                    raise _disagreement(keys, rows, i)
-            batch[name] = torch.stack([row[name] for row in rows])
-        return batch
-
     def row(
         self,
-        key: str,
+        key: Hashable,
         compute: Callable[[], Mapping[str, Tensor]],
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        disk_key: str | None = None,
     ) -> dict[str, Tensor]:
-        """The row of one key, the tensors that the cache holds; raises UserError as `get` does."""
-        if key not in self._rows:
-            self._rows[key] = self._read_or_compute(key, compute, shapes)
-        return self._rows[key]
+        """The row of one key; from now on it is in `rows`.
 
-    def __len__(self) -> int:
-        """The number of rows in memory."""
-        return len(self._rows)
+        `compute()` makes a row that is neither in memory nor on disk. `shapes` are those of its
+        tensors. `disk_key` is the row's key on disk, where `key` has a meaning in this process
+        only. Raises UserError naming the file of a row on disk that is damaged, not finite or of
+        other names or shapes.
+        """
+        if key not in self.rows:
+            name = str(key) if disk_key is None else disk_key
+            self.rows[key] = self._read_or_compute(name, compute, shapes)
+        return self.rows[key]
 
     def _read_or_compute(
         self,
@@ -96,13 +72,6 @@ class TensorCache:
 
 def _on_cpu(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in row.items()}
-
-
-def _disagreement(keys: Sequence[str], rows: Sequence[dict[str, Tensor]], i: int) -> ValueError:
-    first, other = _shapes(rows[0]), _shapes(rows[i])
-    return ValueError(
-        f"cached rows of one batch must agree: {keys[0]!r} has {first}, {keys[i]!r} has {other}"
-    )
 
 
 def _shapes(row: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

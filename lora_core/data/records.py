@@ -21,7 +21,7 @@ from lora_core.data.listing import (
     list_one_folder,
 )
 from lora_core.errors import UserError
-from lora_core.tokens import has_placeholder
+from lora_core.placeholders import has_placeholder
 
 
 @dataclass(frozen=True)

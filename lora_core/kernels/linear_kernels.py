@@ -279,7 +279,8 @@ def contract_rows(
     )
     mask = wanted[:, None] & ranked[None, :]
     mine = store_sum(total, to, mask, piled, at, work.stack, group, work.parts, counter, BN, BR)
-    if len(members.norm) > 0:  # known at compile time, `mine` is not
+    # Only the outer condition is known at compile time: without norms `gain` does not exist.
+    if len(members.norm) > 0:  # noqa: SIM102
         if mine:
             store_gain_gradients(
                 members, piled, member, moment, gain, norm, n, plain, guard, work, BN

@@ -251,11 +251,7 @@ def launch_back_up(
         gains=tuple(gains),
         dz=tuple(dzs),
     )
-    part, piled = None, None
-    if work.pieces > 1:
-        part = t.new_empty(work.pieces * hidden.rows * work.ranks, dtype=torch.float32)
-    if work.parts > 1:
-        piled = t.new_empty(work.parts * work.stack, dtype=torch.float32)
+    part, piled = _partial_sums(t, hidden.rows, work)
     arguments = {
         "members": members,
         "t": t,
@@ -273,6 +269,16 @@ def launch_back_up(
     }
     _launch(back_up_kernel, (work.parts * work.each,), tile, arguments)
     return outputs
+
+
+def _partial_sums(t: Tensor, rows: int, work: BackUpWork) -> tuple[Tensor | None, Tensor | None]:
+    """Workspaces for the parts of the sums over features and over rows; None where unsplit."""
+    part, piled = None, None
+    if work.pieces > 1:
+        part = t.new_empty(work.pieces * rows * work.ranks, dtype=torch.float32)
+    if work.parts > 1:
+        piled = t.new_empty(work.parts * work.stack, dtype=torch.float32)
+    return part, piled
 
 
 def _back_up_numbers(

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from lora_core.adapters.custom_files import CUSTOM_ADAPTER_ENDING
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
+from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import atomic_write
-from lora_core.tokens import Placeholder, bind_placeholders
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*")  # files that `push_to_hub` leaves out
