@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
-from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagConversionOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lora_core.errors import UserError
@@ -55,13 +55,7 @@ def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorS
 
 def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
     """A flag with one of some names as its value."""
-
-    def read(words: list[str]) -> str:
-        if words[0] not in names:
-            raise ValueError(f"invalid choice: {words[0]!r} (choose from {', '.join(names)})")
-        return words[0]
-
-    return _one_word(metavar, read)
+    return replace(_one_word(metavar, lambda words: words[0]), choices=names)
 
 
 def _read_truth(words: list[str]) -> bool:
@@ -232,9 +226,9 @@ class Mix:
     """the result; a folder or a single file for whole models"""
     residual: Annotated[str, text("FILE")] = ""
     """for whole models: write the rounding loss as a LoRA"""
-    merge: OmitArgPrefixes[Annotated[MergeMethod, GROUP]] = MergeMethod()
-    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    merge: Annotated[MergeMethod, GROUP] = MergeMethod()
+    keep: Annotated[KeepOptions, GROUP] = KeepOptions()
+    files: Annotated[AdapterFileOptions, GROUP] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
@@ -251,7 +245,7 @@ class Fold:
     """write the rounding loss as a LoRA"""
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
     """its rank (that of the folded updates)"""
-    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+    files: Annotated[FileOptions, GROUP] = FileOptions()
 
 
 @dataclass(frozen=True)
@@ -276,7 +270,7 @@ class Add:
     """merge x.text_encoder.pt too (.pt lists only)"""
     residual: Annotated[str, text("FILE")] = ""
     """of upl: write the rounding loss as a LoRA"""
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    files: Annotated[AdapterFileOptions, GROUP] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
@@ -291,9 +285,9 @@ class Distill:
     """the adapter"""
     layers: Annotated[str, text("CHOICE")] = ""
     """which layers, as after @ in mix: attn, unet, ~conv, a glob (all)"""
-    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
-    keep: OmitArgPrefixes[Annotated[KeepShare, GROUP]] = KeepShare()
-    files: OmitArgPrefixes[Annotated[DistillFileOptions, GROUP]] = DistillFileOptions()
+    svd: Annotated[SvdOptions, GROUP] = SvdOptions()
+    keep: Annotated[KeepShare, GROUP] = KeepShare()
+    files: Annotated[DistillFileOptions, GROUP] = DistillFileOptions()
 
 
 @dataclass(frozen=True)
@@ -304,9 +298,9 @@ class Resize:
     """a LoRA file or run folder"""
     out: Positional[Annotated[str, text("OUT")]] = ""
     """the smaller one"""
-    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
-    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    svd: Annotated[SvdOptions, GROUP] = SvdOptions()
+    keep: Annotated[KeepOptions, GROUP] = KeepOptions()
+    files: Annotated[AdapterFileOptions, GROUP] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
@@ -319,7 +313,7 @@ class Convert:
     """for a whole model: a folder, or a file that ends in .safetensors or .ckpt"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """of an adapter: diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion"""
-    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+    files: Annotated[FileOptions, GROUP] = FileOptions()
 
 
 @dataclass(frozen=True)
@@ -334,7 +328,7 @@ class Info:
     """draw the spectra of singular values"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace a plot that exists"""
-    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+    files: Annotated[OpenOptions, GROUP] = OpenOptions()
 
 
 @dataclass(frozen=True)
@@ -347,7 +341,7 @@ class Diff:
     """another one of the same model"""
     top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
-    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+    files: Annotated[OpenOptions, GROUP] = OpenOptions()
 
 
 @dataclass(frozen=True)
@@ -360,7 +354,7 @@ class Explain:
     """the model that it was made from"""
     loras: Positional[Annotated[tuple[str, ...], text("LORA")]] = ()
     """LoRA files that may be in it"""
-    files: OmitArgPrefixes[Annotated[FileReadOptions, GROUP]] = FileReadOptions()
+    files: Annotated[FileReadOptions, GROUP] = FileReadOptions()
 
 
 @dataclass(frozen=True)
