@@ -167,9 +167,10 @@ def _equalize_alpha(state: AdapterState) -> AdapterState:
     for name, modules in state.components.items():
         components[name] = {}
         for path, lr in modules.items():
-            factor = lr.scale * lr.rank / alpha
+            rank = lr.rank
+            factor = lr.scale * rank / alpha
             up = lr.up if factor == 1 else scale_tensor(lr.up, factor)
-            components[name][path] = LowRank(lr.down, up, alpha / lr.rank, lr.magnitude)
+            components[name][path] = LowRank(lr.down, up, alpha / rank, lr.magnitude)
     return replace(state, components=components)
 
 
@@ -186,8 +187,8 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
     "Dynamic" is kohya's word for mixed ranks or alphas.
     """
     factors = _all_factors(state)
-    ranks = {lr.rank for lr in factors}
-    alphas = {lr.scale * lr.rank for lr in factors}
+    ranks = [lr.rank for lr in factors]
+    alphas = {lr.scale * rank for lr, rank in zip(factors, ranks)}
     magnitudes = [lr.magnitude for lr in factors if lr.magnitude is not None]
     on_output = {"False" if magnitude.ndim > 1 else "True" for magnitude in magnitudes}
     args = {}
@@ -199,7 +200,7 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
         "ss_v2": str("_v2" in layout.base_model_version),
         "ss_base_model_version": layout.base_model_version,
         "ss_network_module": "lycoris.kohya" if magnitudes else layout.network_module,
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_dim": str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,
