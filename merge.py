@@ -61,7 +61,7 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
 
 def overview() -> str:
     """The help text of merge.py itself: every command in a line."""
-    lines = ["usage: merge.py COMMAND ...", ""]
+    lines = ["usage: merge.py COMMAND ...", "", *(__doc__ or "").splitlines()[:1], ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:9}{command.options.__doc__}")
     example = f"example: merge.py mix {COMMANDS['mix'].example}"
@@ -107,10 +107,16 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         near = nearest_names(flags[0], _flags(command.options)) if flags else []
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
-    for field in command.required:
-        if not getattr(options, field):
-            raise UserError(f"{field} is required; {advice}")
+    if missing := [name.upper() for name in command.required if not getattr(options, name)]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{_join_words(missing)} {verb} required; {advice}")
     return options
+
+
+def _join_words(words: Sequence[str]) -> str:
+    """The words as a list in a sentence: A, B and C."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _refuse_switch_values(options: type, words: Sequence[str], advice: str) -> None:
