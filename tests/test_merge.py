@@ -21,7 +21,7 @@ from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
 from lora_core.formats import embeddings
 from lora_core.formats.factor_lists import write_factor_lists
-from lora_core.formats.whole_models import open_model_folder, weight_key
+from lora_core.formats.model_folders import open_model_folder, weight_key
 from lora_core.runs import run_folder
 from merging import base_models
 from merging.adapter_sums import Term, collect_layers, layers_by_key, mix_layers_dense

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.errors import UserError
 from lora_core.family import Sizes
+from lora_core.formats.model_files import describe_single_file, join_networks, split_networks
 from lora_core.formats.weights import open_weights, weights_in_memory
-from lora_core.formats.whole_models import describe_single_file, join_networks, split_networks
 from models import (
     LoadOptions,
     hub_models,
@@ -29,7 +29,7 @@ from models.published import PUBLISHED_MODELS, published_configs
 from models.single_file import convert_to_folder, locate_networks, save_single_file
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
-from tests.test_whole_models import second_pipeline
+from tests.test_model_files import second_pipeline
 
 NAMES = ("first", "inpainting", "second", "xl", "refiner")
 
