@@ -1,4 +1,4 @@
-"""Safetensors files of adapters: checked on reading, written atomically."""
+"""Safetensors files of adapters: checked when they are read, written whole or not at all."""
 
 from __future__ import annotations
 

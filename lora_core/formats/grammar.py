@@ -1,4 +1,4 @@
-"""Keys of adapter files: a grammar writes them; files are read through the table of all its keys.
+"""Keys of adapter files: a grammar spells them, and files are read with the table of all spellings.
 
 A key is a head (a prefix), a module's path in the format's spelling, and a leaf (a suffix). Writers
 use one spelling of each; readers accept all leaves under every head, because files mix them. A

@@ -5,7 +5,7 @@ scale is alpha / rank; a module without alpha has scale 1 in every reader. Files
 one alpha for all modules, except where layers are joined: these files have the original code's
 names, and each module has its own alpha (see `joined_layers`). From such files diffusers 0.42.1
 reads only the modules of the blocks and silently drops the others (embedders, final layer); give it
-the native file.
+the native file, `pytorch_lora_weights.safetensors`.
 
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of
 W + delta W. Other readers differ: ComfyUI divides by the norm of W, A1111 by columns, and diffusers
