@@ -107,7 +107,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         near = nearest_names(flags[0], _flags(command.options)) if flags else []
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
-    if missing := [name.upper() for name in command.required if not getattr(options, name)]:
+    if missing := [field.upper() for field in command.required if not getattr(options, field)]:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(f"{_join_words(missing)} {verb} required; {advice}")
     return options

@@ -36,7 +36,7 @@ PLAIN = arg(help_behavior_hint="")  # the help text itself names the default
 
 
 def group(title: str) -> Any:
-    """Several flags under one title in the help, after which it says "options".
+    """A group of flags under a title in the help, which adds the word "options" to it.
 
     The docstring of the group's class is for readers of the code.
     """
