@@ -19,10 +19,12 @@ from typing import Any
 import tyro
 
 from lora_core.errors import UserError, exit_status
+from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode, nearest_names
 from merging.commands import COMMANDS, flatten, run_merge_command
 
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
+CHOICE_ERROR = re.compile(r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +61,7 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
 
 def overview() -> str:
     """The help text of merge.py itself: every command in a line."""
-    lines = ["usage: merge.py COMMAND ...", ""]
+    lines = ["usage: merge.py COMMAND ...", "", *(__doc__ or "").splitlines()[:1], ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:9}{command.options.__doc__}")
     example = f"example: merge.py mix {COMMANDS['mix'].example}"
@@ -86,7 +88,8 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
                 args=[_escape_word(word, following) for word, following in _pairs(words)],
                 prog=prog,
                 description=description,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+                registry=REGISTRY,
                 return_unknown_args=True,
             )
     except SystemExit as end:
@@ -104,18 +107,25 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         near = nearest_names(flags[0], _flags(command.options)) if flags else []
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
-    for field in command.required:
-        if not getattr(options, field):
-            raise UserError(f"{field} is required; {advice}")
+    if missing := [field.upper() for field in command.required if not getattr(options, field)]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{_join_words(missing)} {verb} required; {advice}")
     return options
+
+
+def _join_words(words: Sequence[str]) -> str:
+    """The words as a list in a sentence: A, B and C."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _refuse_switch_values(options: type, words: Sequence[str], advice: str) -> None:
     """Raises UserError for --overwrite=yes: the parser would take `yes` for the next argument."""
+    defaults = flatten(options())
     for word in words:
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        is_switch = flatten(options()).get(name) is False and name != "with_text_lora"
+        is_switch = defaults.get(name) is False and name != "with_text_lora"
         if word.startswith("--") and equals and is_switch:
             raise UserError(f"argument {flag} takes no value, got {value!r}; {advice}")
 
@@ -152,6 +162,10 @@ def _first_sentence(box: str) -> str:
     lines = [COLOR.sub("", line).strip(" │") for line in box.splitlines()]
     below_title = itertools.dropwhile(_is_rule, lines[1:])
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
+    if match := CHOICE_ERROR.fullmatch(sentence):
+        value, flag, names = match.groups()
+        known = names.replace("'", "")
+        return f"argument {flag}: invalid choice: {value} (choose from {known})"
     sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
     sentence = re.sub(r"^Missing value for .*'(--[\w-]+)'.*", r"argument \1: no value", sentence)
     return re.sub(r"^Error parsing \w+: ", "", sentence)

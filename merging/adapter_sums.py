@@ -2,9 +2,8 @@
 
 Only one layer is in fp32 at a time, apart from the results that the caller keeps, so a caller that
 rounds and drops each layer keeps memory constant. Layers that only some of the files have are kept.
-The caller merges tokens and headers. Work in factor space runs on one thread (`one_thread`, in
-which a caller also runs its own loop over the layers: casting a small tensor on two threads costs
-as much as merging the layer).
+The caller merges tokens and headers, and runs its loop over the layers on one thread
+(`svd.one_thread`): casting a small tensor on two threads costs as much as merging the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
 from lora_core.errors import UserError
 from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp
-from merging.svd import compress_adapter, distill_update, one_thread
+from merging.svd import compress_adapter, distill_update
 from merging.truncation import ApproximationReport, Keep
 
 if TYPE_CHECKING:
@@ -229,11 +228,10 @@ def _merge_layer(
             if len(weighted) == 1 and weight == 1 and keep is None:
                 return lr, _exact_report(lr._replace(magnitude=None))
             return _distill_layer(key, weighted, keep, dense)
-    with one_thread():
-        lr = concat_factors(weighted)
-        if isinstance(keep, Keep):
-            return compress_adapter(lr, keep)
-        exact = _exact_report(lr)
+    lr = concat_factors(weighted)
+    if isinstance(keep, Keep):
+        return compress_adapter(lr, keep)
+    exact = _exact_report(lr)
     if keep is None:
         return lr, exact
     return None, exact._replace(rank=0, lost=exact.norm)

@@ -13,8 +13,9 @@ from tqdm import tqdm
 import models
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
+from lora_core.formats.model_files import NetworkLocation
+from lora_core.formats.model_folders import Model, open_model_folder, weight_key
 from lora_core.formats.weights import Weights
-from lora_core.formats.whole_models import Model, NetworkLocation, open_model_folder, weight_key
 from merging.commands import FileReadOptions
 from merging.opening import is_whole_model, open_layout
 from models import hub_models, single_file

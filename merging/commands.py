@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
-from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagConversionOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lora_core.errors import UserError
@@ -33,7 +33,19 @@ UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
 # ---------------------------------------------------------------- types of flags
 
 PLAIN = arg(help_behavior_hint="")  # the help text itself names the default
-GROUP = arg(help="")  # the group's name is its title, its docstring is for readers of the code
+
+
+def group(title: str) -> Any:
+    """A group of flags under a title in the help, which adds the word "options" to it.
+
+    The docstring of the group's class is for readers of the code.
+    """
+    return arg(name=title, help="")
+
+
+KEEP = group("how much to keep: at most one of these")
+SVD = group("SVD")
+FILES = group("file")
 
 
 def text(metavar: str, **more: Any) -> Any:
@@ -55,13 +67,7 @@ def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorS
 
 def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
     """A flag with one of some names as its value."""
-
-    def read(words: list[str]) -> str:
-        if words[0] not in names:
-            raise ValueError(f"invalid choice: {words[0]!r} (choose from {', '.join(names)})")
-        return words[0]
-
-    return _one_word(metavar, read)
+    return replace(_one_word(metavar, lambda words: words[0]), choices=names)
 
 
 def _read_truth(words: list[str]) -> bool:
@@ -91,11 +97,11 @@ class KeepShare:
     """How much of each layer's update is kept: one of these, or all of it."""
 
     rank: Annotated[int | None, number("R", int), PLAIN] = None
-    """rank of every layer"""
+    """the same rank in every layer"""
     max_error: Annotated[float | None, number("E", float), PLAIN] = None
-    """smallest rank of each layer with this relative error"""
+    """the smallest rank of each layer with at most this relative error, such as 0.1"""
     energy: Annotated[float | None, number("E", float), PLAIN] = None
-    """smallest rank of each layer with this share of the squared norm"""
+    """the smallest rank of each layer with this share of its squared norm, such as 0.95"""
 
     def __post_init__(self) -> None:
         given = self.given_flags()
@@ -126,7 +132,7 @@ class KeepOptions(KeepShare):
     """How much of an update is kept: one of these, or all of it."""
 
     budget: Annotated[str, text("N")] = ""
-    """total rank of all layers (1024) or size (20MB), spent on the largest singular values"""
+    """a total rank, such as 1024, or a size, such as 20MB, spent on the largest singular values"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,7 +150,7 @@ class SvdOptions:
     """How dense updates are decomposed."""
 
     svd: Annotated[str, choice("S", SVD_METHODS), PLAIN] = "randomized"
-    """randomized or exact, of dense updates; exact takes a second for 1280 x 1280 (randomized)"""
+    """SVD of dense updates: randomized, or exact, a second for 1280 x 1280 (randomized)"""
     seed: Annotated[int, number("N", int), PLAIN] = 0
     """seed of all random numbers (0)"""
 
@@ -154,9 +160,9 @@ class MergeMethod(SvdOptions):
     """How the updates of several files are merged."""
 
     method: Annotated[str, choice("M", MERGE_METHODS), PLAIN] = "sum"
-    """sum, slerp, ties, dare, dare_ties, magnitude (sum)"""
+    """how files are merged: sum, slerp, ties, dare, dare_ties or magnitude (sum)"""
     density: Annotated[float, number("D", float), PLAIN] = 0.5
-    """share of entries that ties, dare, magnitude keep (0.5)"""
+    """share of each update that ties, dare, dare_ties and magnitude keep (0.5)"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class AdapterModel:
     """The model that adapters were made for."""
 
     model: Annotated[str, text("M")] = ""
-    """base model of the adapters, or sd1, sd2, sdxl, flux-dev (recognized by their keys)"""
+    """base model of the LoRA files: path, hub id, sd1, sd2, sdxl, flux-dev (found by their keys)"""
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,9 @@ class FileReadOptions:
     model_config: Annotated[str, text("DIR")] = ""
     """folder or hub id with the configs of a single-file model"""
     dora_axis: Annotated[str, choice("A", ("rows", "columns")), PLAIN] = ""
-    """rows or columns: axis of the magnitudes of kohya's DoRAs where the file leaves it open"""
+    """rows or columns: axis of a kohya file's DoRA magnitudes where it does not tell"""
     allow_extra: Annotated[bool, PLAIN] = False
-    """ignore unknown keys, with one printed line"""
+    """ignore unknown keys; one line names them"""
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class WriteOptions:
     """How a result is written."""
 
     dtype: Annotated[str, choice("D", DTYPE_NAMES), PLAIN] = ""
-    """fp32, fp16, bf16, fp64 (sums of adapters: fp32; models and cut ranks: the input's)"""
+    """fp32, fp16, bf16, fp64 (sums of LoRA files: fp32; models and cut ranks: the input's)"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace an output that exists"""
     dry_run: Annotated[bool, PLAIN] = False
@@ -224,39 +230,39 @@ class DistillFileOptions(WriteOptions, AdapterFormat, FileReadOptions):
 
 @dataclass(frozen=True)
 class Mix:
-    """The exact sum of LoRA files, or of models."""
+    """Add up LoRA files, or whole models, with weights."""
 
     sum: Positional[Annotated[str, text("SUM")]] = ""
     """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)\""""
     out: Annotated[str, text("FILE")] = ""
-    """the result; a folder or a single file for whole models"""
+    """the result; of whole models a folder or a single file"""
     residual: Annotated[str, text("FILE")] = ""
-    """for whole models: write the rounding loss as a LoRA"""
-    merge: OmitArgPrefixes[Annotated[MergeMethod, GROUP]] = MergeMethod()
-    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    """for whole models: also write the rounding loss, as a LoRA"""
+    merge: Annotated[MergeMethod, group("merging")] = MergeMethod()
+    keep: Annotated[KeepOptions, KEEP] = KeepOptions()
+    files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Adapters added to a model's weights, each rounded once."""
+    """Add LoRA files to a model's weights, each weight rounded once."""
 
-    base: Positional[Annotated[str, text("MODEL")]] = ""
-    """folder in the diffusers layout, single file, or hub id"""
+    base: Positional[Annotated[str, text("BASE")]] = ""
+    """the model: folder in the diffusers layout, single file, or hub id"""
     sum: Positional[Annotated[str, text("SUM")]] = ""
-    """adapters: "0.7*a.safetensors + 0.3*b.safetensors@attn\""""
+    """LoRA files: "0.7*a.safetensors + 0.3*b.safetensors@attn\""""
     out: Positional[Annotated[str, text("OUT")]] = ""
-    """a folder, or a single file by its ending .safetensors or .ckpt"""
+    """the result: a folder, or a single file that ends in .safetensors or .ckpt"""
     residual: Annotated[str, text("FILE")] = ""
-    """write the rounding loss as a LoRA"""
+    """also write the rounding loss, as a LoRA"""
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
-    """its rank (that of the folded updates)"""
-    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+    """rank of the --residual file (that of the folded updates)"""
+    files: Annotated[FileOptions, FILES] = FileOptions()
 
 
 @dataclass(frozen=True)
 class Add:
-    """cloneofsimo's lora_add: its modes, argument order and defaults."""
+    """Merge as cloneofsimo's lora_add does: its modes, argument order and defaults."""
 
     words: Positional[Annotated[tuple[str, ...], text(ADD_USAGE)]] = ()
     """PATH_1 may be a model, as a folder or hub id"""
@@ -267,100 +273,100 @@ class Add:
     alpha_2: Annotated[str, text("A")] = ""
     """weight of the second (0.5)"""
     path_1: Annotated[str, text("PATH")] = ""
-    """the first file by name"""
+    """PATH_1 as a flag"""
     path_2: Annotated[str, text("PATH")] = ""
-    """the second file by name"""
+    """PATH_2 as a flag"""
     out: Annotated[str, text("PATH", name="output-path")] = ""
-    """the output by name"""
+    """OUTPUT as a flag"""
     with_text_lora: Annotated[FlagConversionOff[bool], TRUTH, PLAIN] = False
-    """merge x.text_encoder.pt too (.pt lists only)"""
+    """for .pt lists: also merge x.text_encoder.pt next to x.pt"""
     residual: Annotated[str, text("FILE")] = ""
-    """of upl: write the rounding loss as a LoRA"""
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    """for upl: also write the rounding loss, as a LoRA"""
+    files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
 class Distill:
-    """The difference of two models as a LoRA."""
+    """Make a LoRA of the difference of two models."""
 
     base: Positional[Annotated[str, text("BASE")]] = ""
     """model before training: folder, single file or hub id"""
     tuned: Positional[Annotated[str, text("TUNED")]] = ""
     """model after training"""
     out: Positional[Annotated[str, text("OUT")]] = ""
-    """the adapter"""
+    """the LoRA file to write"""
     layers: Annotated[str, text("CHOICE")] = ""
     """which layers, as after @ in mix: attn, unet, ~conv, a glob (all)"""
-    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
-    keep: OmitArgPrefixes[Annotated[KeepShare, GROUP]] = KeepShare()
-    files: OmitArgPrefixes[Annotated[DistillFileOptions, GROUP]] = DistillFileOptions()
+    svd: Annotated[SvdOptions, SVD] = SvdOptions()
+    keep: Annotated[KeepShare, KEEP] = KeepShare()
+    files: Annotated[DistillFileOptions, FILES] = DistillFileOptions()
 
 
 @dataclass(frozen=True)
 class Resize:
-    """The nearest LoRA of smaller rank."""
+    """Write the nearest LoRA of smaller rank."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder"""
     out: Positional[Annotated[str, text("OUT")]] = ""
-    """the smaller one"""
-    svd: OmitArgPrefixes[Annotated[SvdOptions, GROUP]] = SvdOptions()
-    keep: OmitArgPrefixes[Annotated[KeepOptions, GROUP]] = KeepOptions()
-    files: OmitArgPrefixes[Annotated[AdapterFileOptions, GROUP]] = AdapterFileOptions()
+    """the smaller file to write"""
+    svd: Annotated[SvdOptions, SVD] = SvdOptions()
+    keep: Annotated[KeepOptions, KEEP] = KeepOptions()
+    files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
 
 
 @dataclass(frozen=True)
 class Convert:
-    """An adapter or a model in another format."""
+    """Write a LoRA file, or a whole model, in another format."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
-    """an adapter file or run folder, or a whole model"""
+    """a LoRA file or run folder, or a whole model"""
     out: Positional[Annotated[str, text("OUT")]] = ""
-    """for a whole model: a folder, or a file that ends in .safetensors or .ckpt"""
+    """the result; of a whole model a folder, or a file that ends in .safetensors or .ckpt"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
-    """of an adapter: diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion"""
-    files: OmitArgPrefixes[Annotated[FileOptions, GROUP]] = FileOptions()
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
+    files: Annotated[FileOptions, FILES] = FileOptions()
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a file holds: ranks, norms and spectra of its layers, tokens, header."""
+    """Show the ranks, norms and spectra of a file's layers, its tokens and its header."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
-    """an adapter file or run folder, or a whole model"""
+    """a LoRA file or run folder, or a whole model"""
     top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
     plot: Annotated[str, text("PNG")] = ""
-    """draw the spectra of singular values"""
+    """draw the singular values into this file"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace a plot that exists"""
-    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+    files: Annotated[OpenOptions, FILES] = OpenOptions()
 
 
 @dataclass(frozen=True)
 class Diff:
-    """How two LoRA files differ, layer by layer."""
+    """Compare two LoRA files, layer by layer."""
 
-    first: Positional[Annotated[str, text("FILE")]] = ""
+    first: Positional[Annotated[str, text("FIRST")]] = ""
     """a LoRA file or run folder"""
-    second: Positional[Annotated[str, text("FILE")]] = ""
-    """another one of the same model"""
+    second: Positional[Annotated[str, text("SECOND")]] = ""
+    """another one for the same model"""
     top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
-    files: OmitArgPrefixes[Annotated[OpenOptions, GROUP]] = OpenOptions()
+    files: Annotated[OpenOptions, FILES] = OpenOptions()
 
 
 @dataclass(frozen=True)
 class Explain:
-    """Which mixture of LoRAs a checkpoint is."""
+    """Find the mixture of LoRA files that a tuned model is nearest to."""
 
-    checkpoint: Positional[Annotated[str, text("TUNED")]] = ""
-    """model: folder in the diffusers layout, single file, or hub id"""
+    checkpoint: Positional[Annotated[str, text("CHECKPOINT")]] = ""
+    """the tuned model: folder in the diffusers layout, single file, or hub id"""
     base: Positional[Annotated[str, text("BASE")]] = ""
     """the model that it was made from"""
-    loras: Positional[Annotated[tuple[str, ...], text("LORA")]] = ()
-    """LoRA files that may be in it"""
-    files: OmitArgPrefixes[Annotated[FileReadOptions, GROUP]] = FileReadOptions()
+    loras: Positional[Annotated[tuple[str, ...], text("LORAS")]] = ()
+    """one or more LoRA files that may be in it"""
+    files: Annotated[FileReadOptions, FILES] = FileReadOptions()
 
 
 @dataclass(frozen=True)
@@ -370,7 +376,7 @@ class Redo:
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a file or model folder that merge.py made"""
     out: Annotated[str, text("FILE")] = ""
-    """the output (FILE itself: not written if identical)"""
+    """the output (FILE, which is written only if it comes out differently)"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace an output that differs"""
     dry_run: Annotated[bool, PLAIN] = False
@@ -384,7 +390,7 @@ class Command(NamedTuple):
     """A command of merge.py. The file merging/NAME.py carries it out, by its function run_NAME."""
 
     options: type  # the dataclass of its flags
-    required: tuple[str, ...]  # fields that a command line has to give
+    required: tuple[str, ...]  # fields without a flag that a command line has to give
     example: str  # words after its name
     words: str = ""  # the field that takes any number of words
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats.whole_models import weight_key
+from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, LayerKey, MergedLayer, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Distill

@@ -175,8 +175,8 @@ def _median_values(spectra: Sequence[LayerSpectrum]) -> list[float]:
 
 def _print_model_info(path: str, reading: FileReadOptions) -> None:
     # imports the networks' libraries
+    from lora_core.formats.model_files import describe_single_file
     from lora_core.formats.weights import open_weights
-    from lora_core.formats.whole_models import describe_single_file
     from merging.base_models import open_base_model
 
     if Path(path).is_file():

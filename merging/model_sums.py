@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.formats.model_files import write_checkpoint_file
+from lora_core.formats.model_folders import Model, write_model_folder
 from lora_core.formats.weights import PICKLED
-from lora_core.formats.whole_models import Model, write_checkpoint_file, write_model_folder
 from merging.adapter_sums import Term, every_layer, weighted_layers
 from merging.base_models import (
     BaseModel,

@@ -13,8 +13,8 @@ from lora_core.adapters.patch import TOKENIZERS
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
+from lora_core.formats.model_folders import Model
 from lora_core.formats.weights import Weights
-from lora_core.formats.whole_models import Model
 from merging.folding import with_embedding_rows
 from merging.output import print_note
 from merging.token_names import free_name

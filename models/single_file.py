@@ -27,8 +27,7 @@ from lora_core.errors import UserError, first_line
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.known_formats import is_single_file
 from lora_core.formats.layout import Layout
-from lora_core.formats.weights import Weights, cast_weights, open_weights
-from lora_core.formats.whole_models import (
+from lora_core.formats.model_files import (
     NetworkLocation,
     SingleFileFacts,
     describe_single_file,
@@ -36,6 +35,7 @@ from lora_core.formats.whole_models import (
     split_networks,
     write_folder_from_single_file,
 )
+from lora_core.formats.weights import Weights, cast_weights, open_weights
 from models import sd, sdxl
 from models.components import load_network, load_part, read_encoder_config, read_json
 from models.hub_models import download_configs, download_model
@@ -311,7 +311,7 @@ def split_single_file(
 ) -> dict[str, Weights]:
     """The networks in a single file under the keys of `modules`.
 
-    Raises UserError as `whole_models.split_networks` does.
+    Raises UserError as `model_files.split_networks` does.
     """
     _check_present(opened, locations)
     # Keys of networks that are not built are skipped, not refused.

@@ -1,9 +1,10 @@
-"""A tiny model and a few pictures on disk, and runs of two steps on them."""
+"""A tiny model, LoRA files for it and a few pictures on disk, and runs of two steps on them."""
 
 import contextlib
 import copy
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora_core.adapters.weight_updates import AdapterState
 from lora_core.config import (
     AdapterConfig,
     Config,
@@ -25,6 +27,7 @@ from lora_core.config import (
     Stage,
     ValidationConfig,
 )
+from lora_core.formats import Layout
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
@@ -93,6 +96,70 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def layout(model: Path) -> Layout:
+    """The layout of the tiny model."""
+    from models import read_layout
+
+    return read_layout(str(model))
+
+
+@pytest.fixture(scope="session")
+def lora_files(
+    layout: Layout, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, AdapterState]]:
+    """(a folder of LoRA files for the tiny model, name -> the content of each)."""
+    from tests.merge_commands import save_loras
+
+    folder = tmp_path_factory.mktemp("loras")
+    return folder, save_loras(folder, layout)
+
+
+@pytest.fixture
+def states(lora_files: tuple[Path, dict[str, AdapterState]]) -> dict[str, AdapterState]:
+    """Name -> the content of each LoRA file in `here`."""
+    return lora_files[1]
+
+
+@pytest.fixture
+def here(
+    lora_files: tuple[Path, dict[str, AdapterState]],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The working folder, with the LoRA files in it and the model as "base"."""
+    for file in lora_files[0].iterdir():
+        (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
+    (tmp_path / "base").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def spoiled(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`here`, with files that are no good, an output that exists and no way to the hub."""
+    tensors = load_file("a.safetensors")
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, "nan.safetensors")
+    Path("cut.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:1000])
+    Path("empty.safetensors").write_bytes(b"")
+    foreign = {f"unet.elsewhere.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(foreign, "other.safetensors")
+    Path("taken.safetensors").write_bytes(b"precious")
+    os.mkdir("locked")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda place, mode: "locked" not in str(place) and access(place, mode)
+    )  # root may write anywhere
+
+    def refuse(self: object, name: str) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", refuse)
+    return here
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ from safetensors.torch import save_file
 
 import merge
 from merging.commands import COMMANDS, MERGE_METHODS, Keep, KeepOptions, Mix, flatten, unflatten
-from merging.mix import run_mix
 from merging.ties_dare import MERGES
 from models.known import published_layout
 
 ROOT = Path(__file__).parent.parent
-MOST_FILES = 35
+MOST_FILES = 36
 MOST_CALLS = 20_000
 HEAVY = {"torch", "diffusers", "transformers", "numpy"}
 LIST_MODULES = """
@@ -81,15 +80,10 @@ def is_ours(file: str) -> bool:
 
 
 def test_a_mix_of_two_files_takes_few_python_calls(pair: list[str], tmp_path: Path) -> None:
-    """All Python calls from the parsed options to the written file, once its modules are there."""
-    words = [
-        f"0.7*{pair[0]} + 0.3*{pair[1]}",
-        "--overwrite",
-        "--out",
-        str(tmp_path / "c.safetensors"),
-    ]
-    options = merge.parse_options("mix", words, "merge.py mix")
-    run_mix(options)
+    """All Python calls from the command line to the written file, once its modules are there."""
+    out = str(tmp_path / "c.safetensors")
+    words = ["mix", f"0.7*{pair[0]} + 0.3*{pair[1]}", "--overwrite", "--out", out]
+    assert merge.main(words) == 0
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
@@ -98,7 +92,7 @@ def test_a_mix_of_two_files_takes_few_python_calls(pair: list[str], tmp_path: Pa
 
     sys.setprofile(count)
     try:
-        run_mix(options)
+        merge.main(words)
     finally:
         sys.setprofile(None)
     assert calls < MOST_CALLS

@@ -20,8 +20,8 @@ from lora_core.adapters.weight_updates import (
 )
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
+from lora_core.formats.model_folders import open_model_folder, weight_key, write_model_folder
 from lora_core.formats.weights import Weights, weights_in_memory
-from lora_core.formats.whole_models import open_model_folder, weight_key, write_model_folder
 from merging.adapter_sums import Term, layers_by_key
 from merging.folding import FoldStatistics, fold_adapters, with_embedding_rows
 from tests.conftest import save_pipeline

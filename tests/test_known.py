@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.whole_models import SingleFileFacts
+from lora_core.formats.model_files import SingleFileFacts
 from models import known, read_layout
 from models.published import PUBLISHED_MODELS, published_configs
 from models.single_file import recognize_checkpoint

@@ -100,6 +100,7 @@ def test_recognizing_and_reading_a_file_needs_no_model_library(tmp_path):
     found = modules_after(code)
     assert "lora_core.formats.kohya" in found
     assert not found & {"diffusers", "transformers", "huggingface_hub"}
-    others = ("cloneofsimo", "comfy", "peft", "mixofshow", "pickles", "weights", "whole_models")
+    others = ("cloneofsimo", "comfy", "peft", "mixofshow", "pickles", "weights")
+    others += ("model_files", "model_folders")
     assert not found & {f"lora_core.formats.{name}" for name in others}
     assert not found & {"models.families", "models.sd", "models.single_file"}

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.errors import UserError
 from lora_core.family import Sizes
-from lora_core.formats.weights import open_weights, weights_in_memory
-from lora_core.formats.whole_models import (
+from lora_core.formats.model_files import (
     describe_single_file,
     join_networks,
     split_networks,
     write_checkpoint_file,
 )
+from lora_core.formats.weights import open_weights, weights_in_memory
 from models import (
     LoadOptions,
     hub_models,
@@ -34,7 +34,7 @@ from models.published import PUBLISHED_MODELS, published_configs
 from models.single_file import convert_to_folder, locate_networks, open_parts
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
-from tests.test_whole_models import second_pipeline
+from tests.test_model_files import second_pipeline
 
 NAMES = ("first", "inpainting", "second", "xl", "refiner")
 

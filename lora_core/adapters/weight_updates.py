@@ -102,10 +102,10 @@ def factor_blocks(lr: LowRank) -> tuple[Tensor, Tensor]:
     up [g, out / g, r / g] and down [g, r / g, in / g * kh * kw]. Raises ValueError when up does not
     fit down.
     """
-    out, per_group = lr.up.shape[:2]
-    groups = lr.rank // per_group
-    if groups * per_group != lr.rank or out % groups:
-        expected = f"[out, {lr.rank} / groups] with out a multiple of groups"
+    rank, (out, per_group) = lr.down.shape[0], lr.up.shape[:2]
+    groups = rank // per_group
+    if groups * per_group != rank or out % groups:
+        expected = f"[out, {rank} / groups] with out a multiple of groups"
         raise ValueError(
             f"up {list(lr.up.shape)} does not fit down {list(lr.down.shape)}: expected {expected}"
         )

@@ -1,8 +1,8 @@
 """cloneofsimo's format: `unet:{i}:up`, `unet:{i}:down`, and token rows under the tokens' names.
 
-Layers have numbers (see layer_numbering.py). The header lists the classes of each network as JSON,
-the rank of each number, and `<embed>` for each token. There is no alpha, a scale is multiplied into
-`up`. The older `.pt` lists are in factor_lists.py.
+Layers have numbers (see layer_numbering.py). The header has, for each network, the classes of its
+adapted modules as JSON, for each number the rank, and for each token the word `<embed>`. There is
+no alpha: the scale is multiplied into `up`. The older `.pt` lists are in factor_lists.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""ComfyUI's key names and XLabs' trainer's: read only, because kohya's format holds the same.
+"""ComfyUI's key names and XLabs' trainer's: read only, because kohya's format holds as much.
 
 ComfyUI: `diffusion_model.{path in the original code}.lora_A.weight` and
 `text_encoders.clip_l.transformer.{path}.lora_up.weight`, the keys of its model patches. The scale
 is alpha / rank, or 1 without an alpha. ai-toolkit writes the same prefix before diffusers' paths;
 both are read.
-XLabs: `{block}.processor.qkv_lora1.down.weight`, without alpha. q, k and v are one layer; in single
-blocks it does not contain the MLP's input projection.
+XLabs: `{block}.processor.qkv_lora1.down.weight`, without alpha. q, k and v are one layer. In single
+blocks, where the original code computes the MLP's input with them, the file has q, k and v alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tensor names in single-file checkpoints of CompVis' latent-diffusion code and its descendants.
 
 Each `name_*` function maps the shapes of a network in the diffusers layout to a table: key in the
-single file -> `StoredTensor`. Tables are made from the network's own blocks, so that any depth and
-width works; reading uses the same table in reverse. Keys are relative to a prefix.
+single file -> `StoredTensor`. A table is made from the blocks that the network has, so that any
+depth and width works; reading uses the same table in reverse. Its keys lack the network's prefix.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 Text encoders have `text_encoder.text_model.{path}.lora_B.weight`. Every module is written in the
 one style that reloads exactly everywhere: a file that mixes `lora.down` with `lora_A` loses its
 attention layers in diffusers 0.42.1 when a `lora_A` key comes first. The scale is multiplied into
-lora_B, because readers without the `lora_adapter_metadata` header take scale 1. A DoRA magnitude is
-`lora_magnitude_vector`, [out], for convolutions [1, out, 1, 1]. In text encoders the key ends in
-`.weight`; otherwise transformers 5.23 drops it (a warning, then m = |W + delta W|).
+lora_B, because readers take scale 1 where the header has no `lora_adapter_metadata`. A DoRA
+magnitude is `lora_magnitude_vector`, [out], for convolutions [1, out, 1, 1]. In text encoders the
+key ends in `.weight`: without that ending transformers 5.23 drops the magnitude with a warning, and
+the layer acts as a plain LoRA.
 
 All spellings that diffusers and peft have ever written are read, including the attention processors
-of 2023; the scale comes from alphas or from that header.
+of 2023; the scale comes from alphas or from that header entry.
 """
 
 from __future__ import annotations

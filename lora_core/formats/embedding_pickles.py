@@ -1,4 +1,4 @@
-"""Token rows in .pt, .bin and .pti files of torch.save: A1111's dictionary and others.
+"""Token rows (see embeddings.py) in files of torch.save: A1111's `.pt`, and `.bin` and `.pti`.
 
 Nothing in the files is executed.
 """

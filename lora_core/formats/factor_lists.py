@@ -1,7 +1,7 @@
 """cloneofsimo's older `.pt` files: lists [up 0, down 0, up 1, ...], one file a network.
 
 They are x.pt for the UNet, x.text_encoder.pt, and x.ti.pt with {token: row}. Layers have numbers
-(see layer_numbering.py); the classes of layers follow from the length of the list.
+(see layer_numbering.py); which classes of modules are adapted follows from the length of the list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys of adapter files: a grammar writes them; files are read through the table of all its keys.
+"""Keys of adapter files: a grammar spells them, and files are read with the table of all spellings.
 
 A key is a head (a prefix), a module's path in the format's spelling, and a leaf (a suffix). Writers
 use one spelling of each; readers accept all leaves under every head, because files mix them. A
@@ -73,8 +73,8 @@ def list_known_keys(
     known: dict[str, TensorRole] = {}
     for name, component in layout.components.items():
         heads = _spell_heads(grammar, name, component)
-        for path in component.shapes:
-            for words in _spell_path(grammar, component, path):
+        for path, spellings in _spell_paths(grammar, component, component.shapes).items():
+            for words in spellings:
                 for head in heads:
                     module = head + words
                     for leaf, role in leaves.items():
@@ -120,15 +120,20 @@ def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]
     return [head.replace(".", grammar.separator) for head in heads]
 
 
-def _spell_path(grammar: Grammar, component: Component, path: str) -> list[str]:
-    """The names of a module, each with and without the level that installed modules lack."""
-    spellings: list[str] = []
-    for name in grammar.names(component, path):
-        for dotted in (name, name.removeprefix(component.module_prefix)):
-            words = dotted.replace(".", grammar.separator)
-            if words not in spellings:
-                spellings.append(words)
-    return spellings
+def _spell_paths(
+    grammar: Grammar, component: Component, paths: Iterable[str]
+) -> dict[str, list[str]]:
+    """Path -> the names of the module, each with and without the level that installed ones lack."""
+    table = {}
+    for path in paths:
+        spellings: list[str] = []
+        for name in grammar.names(component, path):
+            for dotted in (name, name.removeprefix(component.module_prefix)):
+                words = dotted.replace(".", grammar.separator)
+                if words not in spellings:
+                    spellings.append(words)
+        table[path] = spellings
+    return table
 
 
 # ---------------------------------------------------------------- writing
@@ -147,6 +152,7 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
             role: grammar.written.get((name, role), leaf) for role, leaf in grammar.leaves.items()
         }
         head = _spell_heads(grammar, name, component)[0]
+        spellings = _spell_paths(grammar, component, modules)
         for path, lr in modules.items():
             if path not in component.shapes:
                 layout.module_path(name, path)  # raises the error that names the nearest path
@@ -155,7 +161,7 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
                     f"{name}.{path} is a DoRA by columns, which only kohya's format holds; "
                     "fold it into a model, or write that"
                 )
-            module = head + _spell_path(grammar, component, path)[0]
+            module = head + spellings[path][0]
             for role, tensor in _tensors_to_write(lr, grammar).items():
                 tensors[module + leaves[role]] = tensor
     return tensors
@@ -211,7 +217,8 @@ def decode_adapter(
     for (component, path), parts in sorted(_group_by_module(tensors, known, source).items()):
         shape = layout.components[component].shapes[path] if layout else None
         where = f"{component}.{path} in {source}"
-        if lycoris.is_lycoris(parts):
+        is_lycoris = not lycoris.ROLES.isdisjoint(parts)
+        if is_lycoris:
             update: Update = lycoris.to_dense_update(parts, shape, where)
         else:
             update = _to_low_rank(parts, shape, where)

@@ -4,7 +4,8 @@ Examples are q, k and v, or these and an MLP's input projection. Their outputs a
 joined update is delta W = [delta W_1; delta W_2 ...]. down = [down_1; down_2 ...],
 up = diag(up_1, up_2 ...) and one scale for all give it exactly; alpha = scale * rank grows with the
 number of parts. Files from elsewhere may have one dense up instead: every part then gets its rows
-of up and all of down. Output halves that a file stores in the other order are swapped here too.
+of up and all of down. The last modulation, whose halves (scale and shift) the original code has in
+the other order, is swapped here too.
 """
 
 from __future__ import annotations

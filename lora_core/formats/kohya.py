@@ -5,7 +5,7 @@ scale is alpha / rank; a module without alpha has scale 1 in every reader. Files
 one alpha for all modules, except where layers are joined: these files have the original code's
 names, and each module has its own alpha (see `joined_layers`). From such files diffusers 0.42.1
 reads only the modules of the blocks and silently drops the others (embedders, final layer); give it
-the native file.
+the native file, `pytorch_lora_weights.safetensors`.
 
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of
 W + delta W. Other readers differ: ComfyUI divides by the norm of W, A1111 by columns, and diffusers
@@ -167,9 +167,10 @@ def _equalize_alpha(state: AdapterState) -> AdapterState:
     for name, modules in state.components.items():
         components[name] = {}
         for path, lr in modules.items():
-            factor = lr.scale * lr.rank / alpha
+            rank = lr.rank
+            factor = lr.scale * rank / alpha
             up = lr.up if factor == 1 else scale_tensor(lr.up, factor)
-            components[name][path] = LowRank(lr.down, up, alpha / lr.rank, lr.magnitude)
+            components[name][path] = LowRank(lr.down, up, alpha / rank, lr.magnitude)
     return replace(state, components=components)
 
 
@@ -186,8 +187,8 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
     "Dynamic" is kohya's word for mixed ranks or alphas.
     """
     factors = _all_factors(state)
-    ranks = {lr.rank for lr in factors}
-    alphas = {lr.scale * lr.rank for lr in factors}
+    ranks = [lr.rank for lr in factors]
+    alphas = {lr.scale * rank for lr, rank in zip(factors, ranks)}
     magnitudes = [lr.magnitude for lr in factors if lr.magnitude is not None]
     on_output = {"False" if magnitude.ndim > 1 else "True" for magnitude in magnitudes}
     args = {}
@@ -199,7 +200,7 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
         "ss_v2": str("_v2" in layout.base_model_version),
         "ss_base_model_version": layout.base_model_version,
         "ss_network_module": "lycoris.kohya" if magnitudes else layout.network_module,
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_dim": str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,

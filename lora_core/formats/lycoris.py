@@ -33,11 +33,6 @@ COMMON_ROLES = {"alpha", "magnitude", "dora_scale"}
 Parts = Mapping[str, Tensor]  # role -> tensor of one layer
 
 
-def is_lycoris(parts: Parts) -> bool:
-    """Whether a module's tensors are a LyCORIS update of one of these kinds."""
-    return not ROLES.isdisjoint(parts)
-
-
 def to_dense_update(parts: Parts, shape: Shape | None, where: str) -> DenseUpdate:
     """The module's update, without a magnitude; nothing is computed yet.
 

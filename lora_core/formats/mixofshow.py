@@ -2,9 +2,9 @@
 
 They hold {"params": {"new_concept_embedding", "text_encoder", "unet"}}. Factors are under module
 paths; the scale is not in the file (an alpha that is not divided by the rank, 1 by default there
-and here). A concept has a row for each cross-attention layer (P+): sixteen tokens <new0> ...
-<new15>, the next concept's follow, as Mix-of-Show numbers them. Nothing here conditions by layer,
-so each row is a token of its own, and no word is a placeholder for them.
+and here). A concept has one token for each of the sixteen cross-attention layers (P+, arXiv
+2303.09522): <new0> ... <new15>, then the next concept's, as Mix-of-Show numbers them. Here a prompt
+is the same for all layers, so each is a token like others, and no word is a placeholder for them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The scale of peft's adapters, from the LoraConfig in a header or in a folder.
 
 It is alpha / r, or alpha / sqrt(r) with use_rslora. rank_pattern and alpha_pattern have r and alpha
-by layer: the first pattern that matches the end of a path, after a dot, wins. peft writes the
-fields into adapter_config.json, diffusers into a file's header, with the component before each
-name.
+by layer: the first pattern that matches the end of a path, after a dot, wins. peft writes these
+fields into adapter_config.json, diffusers into a file's header with the component in front, as in
+"unet.r".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters in files of torch.save, of any format that uses them."""
+"""Adapters in files of torch.save: factor lists, Mix-of-Show's, token rows or named tensors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tensors of a model on the disk, read and written one at a time.
 
-A file larger than memory passes through.
+Only one tensor has to fit into memory, not the file.
 """
 
 from __future__ import annotations

@@ -1,21 +1,16 @@
-"""Whole models: folders in the diffusers layout and single files with CompVis' names.
+"""Whole models in a single file with CompVis' names, written and read one tensor at a time.
 
-A model is component -> `Weights` with the keys of the diffusers layout, each tensor read when it is
-needed. Both forms are opened and written here, one tensor at a time. A family's
-`NetworkLocation`s give the prefixes of its networks in single files. The shapes of the networks
-come from the folder's weights when a single file is written, and from the caller's networks (built
-on the meta device from their configs) when one is read.
+A model is component -> `Weights` with the keys of the diffusers layout, as in `model_folders`. A
+family's `NetworkLocation`s give the prefixes of its networks in the file. When a file is written,
+the networks' shapes are those of their weights; when one is read, the caller gives them, from
+networks built on the meta device with the family's configs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import os
-import secrets
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +21,14 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.formats.compvis import NETWORK_NAMES, Shape, StoredTensor, spare_layers
 from lora_core.formats.known_formats import PICKLED
-from lora_core.formats.layout import ENCODERS, Layout, nearest_name
+from lora_core.formats.layout import nearest_name
+from lora_core.formats.model_folders import (
+    Model,
+    explain_disk_errors,
+    network_stem,
+    refuse_existing,
+    write_model_folder,
+)
 from lora_core.formats.weights import (
     TensorInfo,
     Weights,
@@ -37,7 +39,6 @@ from lora_core.formats.weights import (
 )
 from lora_core.runs.run_folder import atomic_write
 
-Model = Mapping[str, Weights]  # component -> its tensors, keys of the diffusers layout
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> key in the diffusers layout -> shape
 
 # Patterns of keys that real checkpoints have in addition to their networks -> their contents.
@@ -62,18 +63,6 @@ EXTRAS = {
 }
 # Empty tensors from which ComfyUI knows the prediction type.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-# Files with a network's weights, not copied when the network is written anew.
-WEIGHT_PATTERNS = (
-    "*.safetensors",
-    "*.bin",
-    "*.ckpt",
-    "*.pt",
-    "*.pth",
-    "*.msgpack",
-    "*.h5",
-    "*.onnx",
-    "*.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -151,21 +140,7 @@ def describe_single_file(
     )
 
 
-# ---------------------------------------------------------------- folders
-
-
-def open_model_folder(folder: str | Path) -> dict[str, Weights]:
-    """The networks of a folder in the diffusers layout that have weights, opened but not read.
-
-    They are the denoiser, text encoders and the VAE. Raises UserError for a folder without
-    model_index.json or a network without weights.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json; give a model in the diffusers layout")
-    names = ("unet", "transformer", *ENCODERS, "vae")
-    present = [name for name in names if (folder / name / "config.json").is_file()]
-    return {name: open_network_weights(folder / name, network_stem(name)) for name in present}
+# ---------------------------------------------------------------- writing
 
 
 def open_located_networks(
@@ -177,107 +152,6 @@ def open_located_networks(
     """
     names = [location.component for location in locations]
     return {name: open_network_weights(Path(folder) / name, network_stem(name)) for name in names}
-
-
-def network_stem(component: str) -> str:
-    """The name of a network's file of weights in its folder, without its ending."""
-    return "model" if component in ENCODERS else "diffusion_pytorch_model"
-
-
-def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
-    """The key of a layer's weight in a network's weights.
-
-    It is with or without a level that one library version publishes and another drops. Raises
-    UserError for a layer that does not exist.
-    """
-    for name in (path, layout.module_path(component, path)):
-        if f"{name}.weight" in weights.infos:
-            return f"{name}.weight"
-    near = nearest_name(f"{path}.weight", weights.infos)
-    raise UserError(f"{weights.source} has no {component} layer {path}; nearest: {near}")
-
-
-def write_model_folder(
-    model: Model,
-    source: str | Path,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    finish: Callable[[Path], None] | None = None,
-) -> None:
-    """Writes a model in the diffusers layout, whole or not at all, one tensor at a time.
-
-    The networks of `model` are written, everything else is copied from the folder `source`.
-    `finish` may change the new folder before it gets its name. Raises UserError for an output that
-    exists (unless `overwrite`) and a full disk.
-    """
-    source = Path(source)
-    out = Path(os.path.abspath(out))
-    refuse_existing(out, overwrite)
-    mark = secrets.token_hex(4)
-    temporary = out.with_name(f".{out.name}.{mark}.tmp")
-    old = out.with_name(f".{out.name}.{mark}.old")
-
-    def left_behind(place: str, names: list[str]) -> set[str]:
-        return _left_behind(Path(place), names, source, model)
-
-    try:
-        with _disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, temporary, ignore=left_behind)
-            for name, weights in model.items():
-                file = temporary / name / f"{network_stem(name)}.safetensors"
-                write_weights(file, weights, {"format": "pt"})
-            if finish:
-                finish(temporary)
-            if out.exists():
-                out.rename(old)
-            temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises UserError for an output that exists, unless `overwrite`."""
-    if path.exists() and not overwrite:
-        raise UserError(
-            f"{path} is there already; pass --overwrite to replace it, or name another output"
-        )
-
-
-def _left_behind(place: Path, names: list[str], source: Path, model: Model) -> set[str]:
-    """Files of a folder that are not copied.
-
-    They are hidden files, weights of networks that are written anew, and single files next to the
-    networks' folders.
-    """
-    left = {name for name in names if name.startswith(".")}
-    if place == source or place.relative_to(source).parts[0] in model:
-        for pattern in WEIGHT_PATTERNS:
-            left.update(fnmatch.filter(names, pattern))
-    return left
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of writing into a UserError of one sentence."""
-    try:
-        yield
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise UserError(
-            f"{path} cannot be written ({reason}); "
-            "existing files are untouched; free some space or choose another place"
-        ) from error
-
-
-# ---------------------------------------------------------------- a single file written
 
 
 def write_checkpoint_file(
@@ -302,7 +176,7 @@ def write_checkpoint_file(
         raise UserError(f"{path} has the suffix {suffix}; expected .safetensors or .ckpt")
     refuse_existing(path, overwrite)
     single = cast_weights(join_networks(model, locations), dtype)
-    with _disk_errors(path):
+    with explain_disk_errors(path):
         if path.suffix == ".safetensors":
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
@@ -342,7 +216,7 @@ def _names_table(location: NetworkLocation, shapes: Mapping[str, Shape]) -> dict
     return entries | spare_layers(entries, location.spare)
 
 
-# ---------------------------------------------------------------- a single file read
+# ---------------------------------------------------------------- reading
 
 
 def split_networks(

@@ -1,0 +1,139 @@
+"""How tyro reads a dataclass of options: one flag for each field, KEY=VALUE words for a table.
+
+A script passes `REGISTRY` to `tyro.cli`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from functools import lru_cache, partial
+from typing import Annotated, Any, get_type_hints
+
+import docstring_parser
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+REGISTRY = ConstructorRegistry()
+
+# ---------------------------------------------------------------- options of a dataclass
+
+
+@REGISTRY.struct_rule
+def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The options of a dataclass, with each help text joined into one paragraph.
+
+    tyro itself keeps the line ends of an indented docstring. A help text is read when it is shown.
+    """
+    if not is_dataclass(info.type):
+        return None
+    default = info.default if isinstance(info.default, info.type) else info.type()
+    options = []
+    for name, hint in _option_types(info.type).items():
+        help_text = partial(_help_text, info.type, name)
+        options.append(StructFieldSpec(name, hint, getattr(default, name), help_text))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(options))
+
+
+@lru_cache(maxsize=32)
+def _option_types(cls: type) -> dict[str, Any]:
+    """Option -> its type; `object` for one that has its own PrimitiveConstructorSpec.
+
+    tyro 1.0.17 would test the default of such an option against `int | None` with typeguard, whose
+    import takes 0.1 s.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    types = {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        extras = getattr(hint, "__metadata__", ())  # of Annotated[...]
+        has_own_spec = any([isinstance(extra, PrimitiveConstructorSpec) for extra in extras])
+        types[field.name] = Annotated[(object, *extras)] if has_own_spec else hint
+    return types
+
+
+def _help_text(cls: type, option: str) -> str | None:
+    return _help_texts(cls).get(option)
+
+
+@lru_cache(maxsize=32)
+def _help_texts(cls: type) -> dict[str, str]:
+    """Option -> the text below it in a settings class or the classes that it inherits from."""
+    texts: dict[str, str] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        for option in docstring_parser.parse_from_object(parent).params:
+            texts[option.arg_name] = " ".join((option.description or "").split())
+    return texts
+
+
+# ---------------------------------------------------------------- tables: KEY=VALUE ...
+
+
+def parse_value(text: str) -> Any:
+    """A number, a boolean or a list as TOML or Python writes it (false, False, .5), else text."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        pass
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _two_numbers(text: str) -> tuple[float, ...]:
+    numbers = tuple(map(float, text.split(",")))
+    if len(numbers) != 2:
+        raise ValueError(f"expected two numbers B1,B2, got {text}")
+    return numbers
+
+
+# type of an option -> (how one value is read, how the help writes the option)
+TABLE_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {
+    dict[str, float]: (float, "KEY=NUMBER ..."),
+    dict[str, str]: (str, "WORD=CLASS ..."),
+    dict[str, tuple[float, float]]: (_two_numbers, "GROUP=B1,B2 ..."),
+    dict[str, Any]: (parse_value, "KEY=VALUE ..."),
+}
+
+
+@REGISTRY.primitive_rule
+def _table_option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Reads `--option a=1 b=2` for the types above; None leaves other types to tyro."""
+    for kind, (read, metavar) in TABLE_TYPES.items():
+        if kind == info.type:
+            return _table_spec(read, metavar)
+    return None
+
+
+def _table_spec(read: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: _parse_pairs(words, read),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda table: [f"{key}={value}" for key, value in table.items()],
+    )
+
+
+def _parse_pairs(words: Sequence[str], read: Callable[[str], Any]) -> dict[str, Any]:
+    """{KEY: VALUE} of KEY=VALUE words. Raises ValueError, which tyro prints with the flag."""
+    table: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected KEY=VALUE, got {word}")
+        if key in table:
+            times = sum(other.startswith(f"{key}=") for other in words)
+            raise ValueError(f"{key} is given {times} times, expected once")
+        table[key] = read(value)
+    return table

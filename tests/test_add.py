@@ -1,0 +1,208 @@
+"""merge.py add and lora_add: cloneofsimo's modes, formulas and flags."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from lora_core import formats
+from lora_core.adapters.weight_updates import scaled_product
+from lora_core.formats.factor_lists import write_factor_lists
+from lora_core.formats.model_folders import open_model_folder, weight_key
+from tests.merge_commands import SQUARE, assert_equal, call, deltas, summed
+from tests.tiny_pipeline import pipeline, random_state
+
+
+@pytest.mark.parametrize(("alpha", "times"), [(1.0, 4.0), (0.5, 1.0)])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_lpl_of_a_file_with_itself(here, states, layout, alpha, times, suffix, capsys):
+    if suffix == "pt":
+        plain = replace(states["c"], tokens={}, token_names=())
+        write_factor_lists(plain, "c.pt", layout)
+        exact = summed([(times, plain)])
+    else:
+        exact = summed([(times, states["c"])])
+    words = (
+        f"c.{suffix}",
+        f"c.{suffix}",
+        f"o.{suffix}",
+        *((str(alpha), str(alpha)) if alpha != 0.5 else ()),
+    )
+    call(*words, *(("--with_text_lora",) if suffix == "pt" else ("--model", "base")), lora_add=True)
+    said = capsys.readouterr()
+    assert "warning: lpl adds factors" in said.err and "mix" in said.err
+    if suffix == "safetensors":
+        assert f"lpl gives {times:g} times" in said.err
+    assert_equal(deltas(formats.load(f"o.{suffix}", layout)), exact, 1e-5)
+
+
+def test_lpl_is_the_seeds_formula(here, states, layout):
+    """As cloneofsimo's tool does on the tensors of its files."""
+    other = random_state(
+        pipeline(),
+        rank=3,
+        seed=7,
+        unet=("*attn?.to_*", "*ff.net.0.proj"),
+        text=("*self_attn*proj",),
+    )
+    formats.save(other, "e.safetensors", format="cloneofsimo", layout=layout)
+    call(
+        "c.safetensors",
+        "e.safetensors",
+        "o.safetensors",
+        "2.0",
+        "0.7",
+        "--model",
+        "base",
+        lora_add=True,
+    )
+    first, second, ours = (load_file(f"{name}.safetensors") for name in "ceo")
+    for key in second:
+        torch.testing.assert_close(ours[key], 2.0 * first[key] + 0.7 * second[key])
+    assert torch.equal(ours["<s1>"], first["<s1>"])
+
+
+def test_lpl_of_unlike_files_is_refused(here, states, layout, capsys):
+    call(
+        "a.safetensors",
+        "b.safetensors",
+        "o.safetensors",
+        "--model",
+        "base",
+        lora_add=True,
+        status=2,
+    )
+    call(
+        "a.safetensors",
+        "c.safetensors",
+        "o.safetensors",
+        "--model",
+        "base",
+        lora_add=True,
+        status=2,
+    )
+    for name, rank in (("p", 2), ("q", 3)):
+        write_factor_lists(
+            random_state(pipeline(), rank=rank, unet=("*attn?.to_*", "*ff.net.0.proj"), text=()),
+            f"{name}.pt",
+            layout,
+        )
+    call("p.pt", "q.pt", "o.pt", lora_add=True, status=2)
+    torch.save(torch.load("p.pt")[:-2], "short.pt")
+    call("p.pt", "short.pt", "o.pt", lora_add=True, status=2)
+    sentences = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(sentences) == 4 and all("mix" in line for line in sentences)
+    assert not Path("o.safetensors").exists() and not Path("o.pt").exists()
+
+
+def test_ljl_joins_exactly(here, states, layout, capsys):
+    call(
+        "--mode=ljl",
+        "c.safetensors",
+        "run",
+        "o.safetensors",
+        "--model",
+        "base",
+        "--format",
+        "diffusers",
+        lora_add=True,
+    )
+    assert_equal(
+        deltas(formats.load("o.safetensors", layout)), summed([(1, states["a"]), (1, states["c"])])
+    )
+    assert formats.load("o_emb.safetensors", layout).token_names == (
+        "<s0-0>",
+        "<s0-1>",
+        "<s1-0>",
+        "<s1-1>",
+    )
+    call("c.safetensors", "run", "p.safetensors", "0.5", "--mode", "ljl", lora_add=True, status=2)
+    assert "takes no alphas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["base", "runwayml/stable-diffusion-v1-5"])
+def test_upl_writes_the_model_with_its_tokens(
+    here, states, layout, model, name, monkeypatch, capsys
+):
+    monkeypatch.setattr("models.hub_models.download_model", lambda _: model)
+    call(name, "./c.safetensors", "./output_merged", "0.8", "--mode", "upl", lora_add=True)
+    assert "100.00 % of the update's energy survived" in capsys.readouterr().out
+    pipe = StableDiffusionPipeline.from_pretrained("output_merged", safety_checker=None)
+    ids = pipe.tokenizer("a<s1><s2>", add_special_tokens=False).input_ids[1:]
+    assert ids == pipe.tokenizer.convert_tokens_to_ids(
+        ["<s1>", "<s2>"]
+    ) and pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
+    assert torch.equal(
+        pipe.text_encoder.get_input_embeddings().weight[ids], states["c"].tokens["clip_l"]
+    )
+    before = open_model_folder("base")
+    for (component, path), update in deltas(states["c"]).items():
+        weight = getattr(pipe, component).get_submodule(layout.module_path(component, path)).weight
+        expected = (
+            before[component].read(weight_key(before[component], layout, component, path))
+            + 0.8 * update
+        )
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, states, capsys):
+    call(
+        "base", "c.safetensors", "./krk.ckpt", "--alpha", "0.7", "--mode=upl-ckpt-v2", lora_add=True
+    )
+    state = torch.load("krk.ckpt")["state_dict"]
+    key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    expected = open_model_folder("base")["unet"].read(f"{SQUARE}.weight") + 0.7 * scaled_product(
+        states["c"].components["unet"][SQUARE]
+    )
+    assert torch.equal(state[f"model.diffusion_model.{key}"], expected.half())
+    rows = torch.load("krk.pt")
+    assert (
+        torch.equal(rows["string_to_param"]["*"], states["c"].tokens["clip_l"])
+        and rows["string_to_token"] == {"*": 265}
+        and rows["name"] == "krk"
+    )
+    assert "<s1>" not in capsys.readouterr().err
+    call("base", "c.safetensors", "krk.safetensors", "--mode=upl-ckpt-v2", lora_add=True, status=2)
+    assert "should end in .ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (
+            "--path_1=c.safetensors",
+            "--path_2",
+            "c.safetensors",
+            "--output_path",
+            "o.safetensors",
+            "--alpha_1",
+            "0.5",
+            "--alpha_2=0.5",
+        ),
+        (
+            "c.safetensors",
+            "c.safetensors",
+            "--output-path=o.safetensors",
+            "0.5",
+            "--alpha-2",
+            "0.5",
+        ),
+        (
+            "--alpha",
+            "0.5",
+            "c.safetensors",
+            "--with_text_lora=True",
+            "c.safetensors",
+            "--mode",
+            "lpl",
+            "o.safetensors",
+        ),
+        ("c.safetensors", "c.safetensors", "o.safetensors", "--with_text_lora", "0.5", "0.5"),
+    ],
+)
+def test_flags_of_python_fire_are_understood(here, states, layout, words):
+    call(*words, "--model", "base", lora_add=True)
+    assert_equal(deltas(formats.load("o.safetensors", layout)), deltas(states["c"]), 1e-5)
