@@ -14,11 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import tyro
 
-from lora_core.errors import UserError, exit_status
+from lora_core.errors import UserError, exit_status, print_help
 from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode, nearest_names
 from merging.commands import COMMANDS, flatten, run_merge_command
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of merge.py; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(overview())
+        print_help(lambda: print(overview()))
         return 0 if words else 2
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
@@ -53,8 +54,11 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
 
     def carry_out() -> None:
         check_unicode(words, "the argument")
-        with contextlib.suppress(SystemExit):  # tyro has printed the help
-            run_merge_command(command, parse_options(command, words, prog or f"merge.py {command}"))
+        read_options = partial(parse_options, command, words, prog or f"merge.py {command}")
+        if "-h" in words or "--help" in words:
+            print_help(read_options)
+        else:
+            run_merge_command(command, read_options())
 
     return exit_status(carry_out, undone="nothing was written")
 

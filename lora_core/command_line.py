@@ -5,12 +5,15 @@ Nothing here imports torch, so that `--help` and a wrong flag are answered at on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
+from lora_core.errors import print_help
 from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode
 from lora_core.toml import read_toml
@@ -40,4 +43,5 @@ def answer_help(cls: type, words: Sequence[str], *, prog: str, example: str) -> 
     A script calls it before it imports torch, which takes seconds.
     """
     if "-h" in words or "--help" in words:
-        parse_command_line(cls, ["--help"], prog=prog, example=example)
+        print_help(partial(parse_command_line, cls, ["--help"], prog=prog, example=example))
+        sys.exit(0)

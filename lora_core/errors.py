@@ -46,6 +46,21 @@ def _escape_surrogate(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
+def print_help(show: Callable[[], object]) -> None:
+    """Calls `show`, which prints a help page; quiet where the reader ends before it (| head)."""
+    try:
+        with suppress(SystemExit):  # tyro prints its help and ends the process
+            show()
+        _flush_output()
+    except BrokenPipeError:
+        sys.stdout = None  # at exit Python would write to it once more
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> int:
     """Calls `run` and returns the status that the process ends with.
 
@@ -54,6 +69,7 @@ def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> i
     """
     try:
         run()
+        _flush_output()  # here, and not at exit, where an error could not be caught
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
