@@ -209,3 +209,21 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether they agree to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def winners_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The path of an empty user's table of winners; both tables are read anew before and after."""
+    from lora_core.kernels import choice
+
+    with monkeypatch.context() as inside:
+        inside.setenv("XDG_CACHE_HOME", str(tmp_path))
+        choice.reload_winners()
+        yield tmp_path / "lora_core" / "winners.json"
+    choice.reload_winners()
+
+
+def measured_rows(*rows: tuple[str, str, str, str]) -> dict:
+    """The part of a table of winners that one device has."""
+    named = [dict(zip(("op", "dtype", "class", "winner"), row)) for row in rows]
+    return {"command": "a test", "date": "2026-11-21", "machine": "here", "rows": named}
