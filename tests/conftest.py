@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
 )  # a developer's own measurements are not what is tested
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
+# words of benchmarks.kernels: one small layer
+TINY_LAYER = ["--device", "cpu", "--shape", "16,24,24", "--rank", "4", "--rounds", "3"]
 
 
 def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
@@ -227,3 +229,26 @@ def measured_rows(*rows: tuple[str, str, str, str]) -> dict:
     """The part of a table of winners that one device has."""
     named = [dict(zip(("op", "dtype", "class", "winner"), row)) for row in rows]
     return {"command": "a test", "date": "2026-11-21", "machine": "here", "rows": named}
+
+
+@pytest.fixture
+def kernels_benchmark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """benchmarks.kernels in this process, few repeats: words -> (exit status, stdout, stderr)."""
+    from benchmarks import kernels, timing
+    from benchmarks.measure import DeviceRates
+    from lora_core.kernels import choice
+
+    monkeypatch.setattr(timing, "FLOOR", 0.0)
+    monkeypatch.setattr(kernels, "measure_device_rates", lambda setting: DeviceRates(1e10, 1e11))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = kernels.main(list(argv))
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    yield run
+    monkeypatch.undo()
+    choice.reload_winners()
