@@ -6,7 +6,9 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,18 @@ def config(model: Path, photos: Path, tmp_path: Path) -> Config:
         stages=(Stage(steps=2),),
         samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)),
         validation=ValidationConfig(bins=1),
+    )
+
+
+def merged(config: Config, change: dict[str, Any]) -> Config:
+    """The config with some of its fields replaced, section by section."""
+    tables = ("loss_arg", "weighting_arg")
+    return replace(
+        config,
+        **{
+            k: replace(getattr(config, k), **v) if isinstance(v, dict) and k not in tables else v
+            for k, v in change.items()
+        },
     )
 
 

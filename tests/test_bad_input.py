@@ -28,8 +28,7 @@ from lora_core.errors import UserError
 from lora_core.runs import run_folder as run_module
 from lora_core.toml import read_toml, to_toml
 from models import load_family
-from tests.conftest import final, learned, same, save_photos
-from tests.test_train import merged
+from tests.conftest import final, learned, merged, same, save_photos
 from training import config_checks, setup, signals
 from training.setup import Model
 
