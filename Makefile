@@ -48,7 +48,9 @@ test-all: ready      ## and every kernel configuration compiled for every GPU ge
 
 # Without AVX, and with other orders of sums, as on another processor: a tolerance that only fits one machine is found.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
-SUMS := $(foreach stem,train resume fused injection sampling trained_files flux,tests/test_$(stem).py)
+SUMMED := train step step_inputs stages setup checkpoints scores results resume fused injection sampling \
+	trained_files flux
+SUMS := $(foreach stem,$(SUMMED),tests/test_$(stem).py)
 test-other-cpu: ready
 	$(OTHER_CPU) $(PY) -m pytest -n 2 --dist loadfile $(SUMS) $(ARGS)
 

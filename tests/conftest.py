@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
 )  # a developer's own measurements are not what is tested
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
+# words of benchmarks.kernels: one small layer
+TINY_LAYER = ["--device", "cpu", "--shape", "16,24,24", "--rank", "4", "--rounds", "3"]
 
 
 def save_pipeline(folder: Path, *, channels: int = 4) -> Path:
@@ -180,6 +184,18 @@ def config(model: Path, photos: Path, tmp_path: Path) -> Config:
     )
 
 
+def merged(config: Config, change: dict[str, Any]) -> Config:
+    """The config with some of its fields replaced, section by section."""
+    tables = ("loss_arg", "weighting_arg")
+    return replace(
+        config,
+        **{
+            k: replace(getattr(config, k), **v) if isinstance(v, dict) and k not in tables else v
+            for k, v in change.items()
+        },
+    )
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures and plots at their end."""
@@ -276,3 +292,44 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether they agree to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def winners_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The path of an empty user's table of winners; both tables are read anew before and after."""
+    from lora_core.kernels import choice
+
+    with monkeypatch.context() as inside:
+        inside.setenv("XDG_CACHE_HOME", str(tmp_path))
+        choice.reload_winners()
+        yield tmp_path / "lora_core" / "winners.json"
+    choice.reload_winners()
+
+
+def measured_rows(*rows: tuple[str, str, str, str]) -> dict:
+    """The part of a table of winners that one device has."""
+    named = [dict(zip(("op", "dtype", "class", "winner"), row)) for row in rows]
+    return {"command": "a test", "date": "2026-11-21", "machine": "here", "rows": named}
+
+
+@pytest.fixture
+def kernels_benchmark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """benchmarks.kernels in this process, few repeats: words -> (exit status, stdout, stderr)."""
+    from benchmarks import kernels, timing
+    from benchmarks.measure import DeviceRates
+    from lora_core.kernels import choice
+
+    monkeypatch.setattr(timing, "FLOOR", 0.0)
+    monkeypatch.setattr(kernels, "measure_device_rates", lambda setting: DeviceRates(1e10, 1e11))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = kernels.main(list(argv))
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    yield run
+    monkeypatch.undo()
+    choice.reload_winners()

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from lora_core import kernels
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
 from lora_core.runs.run_folder import flatten_state, unflatten_state
+from tests.adamw_runs import error, parameters, train
 
-SHAPES = (7, 3), (130,), (1,), (2, 3, 5), ()
 OPTIONS = [
     {},
     dict(lr=0.1, weight_decay=0.5),
@@ -20,36 +19,6 @@ OPTIONS = [
     dict(betas=(0.5, 0.0), eps=1e-3),
     dict(weight_decay=0.0),
 ]
-
-
-def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in SHAPES
-    ]
-
-
-def train(
-    optimizer: torch.optim.Optimizer,
-    params: list[torch.Tensor],
-    steps: range,
-    skip: int | None = None,
-) -> list[torch.Tensor]:
-    for step in steps:
-        generator = torch.Generator().manual_seed(1000 + step)
-        for i, p in enumerate(params):
-            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-            p.grad = None if i == skip and step % 3 else grad
-        optimizer.step()
-    return [p.detach().clone() for p in params]
-
-
-def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    return max(
-        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-        for a, b in zip(found, exact)
-    )
 
 
 @pytest.mark.parametrize("mode", ["reference", "fused"])
@@ -169,53 +138,6 @@ def test_a_tensor_lr_a_scale_and_an_overflow(
                 for a, b in zip(kept, [*params, *flatten_state(optimizer.state_dict())[0].values()])
             )
     assert error([p.detach() for p in params], expected) < 1e-12
-
-
-def test_without_a_compiler_one_sentence_says_so_and_with_one_nothing_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """And torch's fused kernel takes over, for fp64 to the same 1e-12."""
-    found = []
-    for compiler in ("", "/no/such/compiler"):
-        kernels.loops.load_library.cache_clear()
-        monkeypatch.setenv("CC", compiler)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / (compiler.replace("/", "_") or "cc")))
-        params = parameters()
-        found.append(train(AdamW(params), params, range(4), skip=1))
-        said = capsys.readouterr().err
-        assert said.count("\n") == bool(compiler)
-        assert ("no compiled loops (" in said) == bool(compiler)
-    kernels.loops.load_library.cache_clear()
-    assert error(*found) < 1e-12
-
-
-def test_the_loops_are_compiled_once_and_kept_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Found there without a compiler, and compiled again where the file is damaged."""
-    load_library = kernels.loops.load_library
-
-    def load_in(folder: Path, compiler: str) -> bool:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setenv("CC", compiler)
-        load_library.cache_clear()
-        return load_library() is not None
-
-    assert load_in(tmp_path / "first", "")
-    (library,) = (tmp_path / "first" / "lora_core").iterdir()
-    for case, content, compiler, loaded in (
-        ("moved", library.read_bytes(), "/no/such/compiler", True),
-        ("damaged", b"damaged", "", True),
-        ("damaged, no compiler", b"damaged", "/no/such/compiler", False),
-    ):
-        kept = tmp_path / case / "lora_core" / library.name
-        kept.parent.mkdir(parents=True)
-        kept.write_bytes(content)
-        assert load_in(tmp_path / case, compiler) == loaded
-        assert [path.name for path in kept.parent.iterdir()] == [library.name]
-        assert (kept.read_bytes() == b"damaged") != loaded
-    load_library.cache_clear()
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

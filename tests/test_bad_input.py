@@ -28,10 +28,8 @@ from lora_core.errors import UserError
 from lora_core.runs import run_folder as run_module
 from lora_core.toml import read_toml, to_toml
 from models import load_family
-from tests.conftest import final, learned, same, save_photos
-from tests.test_train import merged
+from tests.conftest import final, learned, merged, same, save_photos
 from training import config_checks, setup, signals
-from training.setup import Model
 
 TOKENS = (Stage(2, ("tokens",)),)
 ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}
@@ -808,7 +806,7 @@ def test_the_second_ctrl_c_ends_at_once(
 ) -> None:
     monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
     interrupt_in(monkeypatch, train, "make_step_inputs", 2)
-    interrupt_in(monkeypatch, Model, "conditioning", 2)
+    interrupt_in(monkeypatch, train, "encode_conditioning", 2)
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
         train.train(config)
 

@@ -89,7 +89,7 @@ def test_a_mix_of_two_files_imports_few_files_of_ours(pair: list[str], tmp_path:
 
 
 def is_ours(file: str) -> bool:
-    """Whether a file is of this project and has code: an __init__.py may have its docstring only."""
+    """Whether a file is of this project and has code: an __init__.py may be a docstring only."""
     if not file.startswith(f"{ROOT}/") or ".venv" in file:
         return False
     return len(ast.parse(Path(file).read_text()).body) > 1

@@ -1,21 +1,16 @@
-"""Defaults < TOML < flags; a config survives its own TOML; errors name the nearest option."""
+"""Defaults < TOML < flags; errors name the nearest option."""
 
 import math
-import re
-import tomllib
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from infer import Infer
 from lora_core.command_line import parse_command_line
-from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage
+from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.toml import from_table, read_toml, to_table, to_toml
-
-ROOT = Path(__file__).parent.parent
 
 
 def parse(*words: str) -> Config:
@@ -106,83 +101,12 @@ def test_pairs_that_say_too_much_or_too_little_are_named(
     assert said in capsys.readouterr().err
 
 
-def test_a_config_survives_its_own_toml() -> None:
-    stages = (
-        Stage(steps=3, lr={"denoiser": 1e-4}, schedule="cosine", low=0.1),
-        Stage(groups=("tokens", "denoiser")),
-    )
-    config = replace(
-        Config(),
-        stages=stages,
-        loss_arg={"delta": 0.5},
-        optimizer=OptimizerConfig(betas={"tokens": (0.9, 0.99)}, args={"d_coef": 2.0}),
-        adapter=AdapterConfig(rank_pattern={"*.to_q": 4}, targets=("a", "b")),
-    )
-    assert from_table(tomllib.loads(to_toml(config))) == config
-    assert from_table({}) == Config() and from_table(
-        to_table(Infer(lora=("a:1", "b"))), Infer
-    ) == Infer(lora=("a:1", "b"))
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
-def test_committed_configs_are_read(file: Path) -> None:
-    config = read_toml(file)
-    assert config.model and config.steps > 0
-    assert from_table(tomllib.loads(to_toml(config))) == config
-
-
-@pytest.mark.parametrize(
-    "text, sentence",
-    [
-        ("resoluton = 3", r"resoluton.*did you mean data\.resolution"),
-        ("xyzzy = 3", "xyzzy.*known are"),
-        ("[data]\nresoluton = 3", r"data\.resoluton.*data\.resolution"),
-        ("[[stages]]\nstep = 3", r"stages\.0\.step.*stages\.0\.steps"),
-        ("seed = 'x'", "seed|int"),
-        ("seed = 1.5", "1.5"),
-        ("[data]\nflip = 1", "true or false"),
-        ("[data]\ncrop = 'middle'", "middle"),
-        ("[[stages]]\ngroups = ['unet']", "unet"),
-        ("seed = ", "not a TOML"),
-        ("[stages]\nsteps = 3", r"\[\[stages\]\] in double brackets"),
-        ("stages = 3", r"stages is 3, expected a list of tables"),
-        ("stages = [3]", r"\[\[stages\]\] in double brackets"),
-        ("data = 3", r"data is 3, expected a table; write \[data\]"),
-        ("seed = " + "[" * 5000, "not a TOML"),
-    ],
-)
-def test_wrong_toml_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
-    (tmp_path / "bad.toml").write_text(text)
-    with pytest.raises(UserError, match=r"bad\.toml") as error:
-        read_toml(tmp_path / "bad.toml")
-    assert re.search(sentence, str(error.value)) and "\n" not in str(error.value)
-
-
-def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "notepad.toml"
-    file.write_bytes("\ufeff# été\r\nseed = 3\r\n".encode())
-    assert read_toml(file).seed == 3
-    for encoding in ("utf-16", "utf-16-le", "latin-1"):
-        mark = "\ufeff" if encoding == "utf-16-le" else ""
-        file.write_bytes(f"{mark}# été".encode(encoding))
-        with pytest.raises(UserError, match=r"notepad\.toml is not UTF-8 text") as error:
-            read_toml(file)
-        assert ("UTF-16" in str(error.value)) == (encoding != "latin-1") and str(error.value).count(
-            "notepad.toml"
-        ) == 1
-
-
 def test_words_that_are_no_utf8_are_refused_escaped() -> None:
     for words in (["--out", "caf\udce9"], ["--data.caption", "caf\udce9"], ["caf\udce9.toml"]):
         with pytest.raises(
             UserError, match=r"the argument 'caf\\xe9(\.toml)?' has bytes that are not UTF-8"
         ):
             parse_command_line(Config, words, prog="train.py", example="")
-
-
-def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.toml"):
-        read_toml(tmp_path / "nowhere.toml")
 
 
 def test_wrong_flag_names_the_nearest_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -905,7 +905,7 @@ def test_forward_gradients_and_folded_weights_equal_peft(kind, dtype):
     outs = []
     for network in (model, other):
         x = image(dtype).requires_grad_()
-        with use_kernels("reference"):  # the fused twins' own rounding is held in test_kernels.py
+        with use_kernels("reference"):  # the fused twins' own rounding is held in test_fused.py
             y = network(x)
         (y - 1).square().mean().backward()
         outs.append((y.detach(), x.grad))

@@ -2,8 +2,10 @@
 the plot.
 """
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from lora_core.diffusion import noise, validation
 from lora_core.diffusion.noise import RandomKeys
+from lora_core.runs import pictures, reports
 from lora_core.runs.reports import Objective, preview_density, preview_table, timestep_bins
 
 VP = noise.vp_schedule_from_config(
@@ -132,3 +135,22 @@ def test_timesteps_are_written_as_their_schedule_counts_them() -> None:
         "1.096",
         "all",
     ]
+
+
+def test_the_plot_says_which_images_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "val_loss": 0.5 - i / 10}) + "\n" for i in range(3))
+    )
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        pictures,
+        "plot_lines",
+        lambda series, path, *, axes, title: seen.update(series=list(series), title=title),
+    )
+    reports.plot_metrics(tmp_path, "loss on the training images")
+    assert seen == {
+        "series": ["loss on the training images"],
+        "title": "loss on the training images, at fixed timesteps and noise",
+    }

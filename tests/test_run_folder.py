@@ -8,7 +8,10 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -265,6 +268,55 @@ def test_without_a_whole_checkpoint_nothing_is_done_again_in_silence(tmp_path):
     ):
         Run.open(tmp_path / "out", resume=True)
     assert listing(run.folder) == before
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.b2"])
+def test_every_flipped_bit_is_noticed(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.open(tmp_path / "run")
+    for step in (1, 2):
+        run.save_checkpoint(step, {"a": torch.full((8,), float(step))}, {"x": [1.5, "text"]})
+    path = run.folder / "checkpoints" / "2" / file
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        loaded = run.load_checkpoint()
+        assert (
+            loaded is not None and loaded.step == 1 and "is damaged" in capsys.readouterr().out
+        ), bit
+    path.write_bytes(whole)
+    assert run.load_checkpoint().step == 2  # type: ignore[union-attr]
+
+
+def test_the_checksums_are_b2sums(tmp_path: Path) -> None:
+    import subprocess
+
+    if not shutil.which("b2sum"):
+        pytest.skip("there is no b2sum on this machine")
+    folder = Run.open(tmp_path / "run").save_checkpoint(1, {"a": torch.ones(5)}, {})
+    assert (
+        subprocess.run(
+            ["b2sum", "--strict", "-c", "checksums.b2"], cwd=folder, capture_output=True, text=True
+        ).returncode
+        == 0
+    )
+
+
+def test_older_checkpoints_go_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = Run.open(tmp_path / "run", keep=1), []
+    run.save_checkpoint(1, {"a": torch.zeros(2)}, {})
+    rename = Path.rename
+
+    def dying(self: Path, target: Any) -> Any:
+        seen.append((self.name, sorted(p.name for p in self.parent.iterdir())))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    run.save_checkpoint(2, {"a": torch.ones(2)}, {})
+    assert seen == [("1", ["1", "2"])]
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])

@@ -243,63 +243,6 @@ def test_a_run_that_goes_on_with_other_images_ends_without_a_comparison(
     assert [r for r in rows(run) if r["step"] == 3 and "val_loss" in r and "val_change" not in r]
 
 
-def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(
-    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = replace(config, stages=(Stage(4, ("denoiser", "tokens")),), save_every=2, keep=9)
-    run = train.train(config)
-
-    def content() -> dict[str, object]:
-        files = {
-            file.relative_to(run).as_posix(): file.read_bytes()
-            for file in run.rglob("*")
-            if file.is_file()
-        }
-        kept = {
-            name: data
-            for name, data in files.items()
-            if "/state." not in name and "checksums" not in name
-        }
-        return kept | {
-            "summary.json": json.loads(files["summary.json"]) | {"seconds": 0},
-            "names": sorted(files),
-        }
-
-    whole = content()
-    for file in (
-        "checkpoints/4",
-        "samples",
-        "run.safetensors",
-        "checkpoints/2/2.safetensors",
-        "checkpoints/2/2_emb.safetensors",
-    ):
-        shutil.rmtree(run / file) if (run / file).is_dir() else (
-            run / file
-        ).unlink()  # as if killed between the state and the files of step 2
-    train.train(replace(config, resume=True))
-    assert "wrote the files that were missing" in capsys.readouterr().out
-    assert content() == whole
-    (run / "pytorch_lora_weights.safetensors").write_bytes(b"old")
-    (run / "summary.json").unlink()
-    train.train(replace(config, resume=True))  # all steps done, files missing or stale
-    assert content() == whole
-
-
-def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
-    config: Config, quick: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train.train(config)
-    (folder,) = (run / "checkpoints").iterdir()
-    state = json.loads((folder / "state.json").read_text())
-    del state["meta"]["identity"], state["meta"]["changes"]
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "checksums.b2").unlink()
-    train.train(replace(config, stages=(Stage(3),), resume=True, seed=3))
-    assert (
-        "is of an earlier version and does not say what it was made from" in capsys.readouterr().out
-    )
-
-
 def test_resume_anyway_needs_resume(config: Config) -> None:
     with pytest.raises(UserError, match="--resume-anyway has no effect without --resume"):
         train.train(replace(config, resume_anyway=True))

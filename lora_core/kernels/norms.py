@@ -9,7 +9,7 @@ Three ways to ||W_j + s B_j A|| in fp32:
               peft's pull request 3387): its terms cancel
 
 Largest relative error of a row by ||W + s B A|| / ||W||, 64 x 1280 at rank 16, fp32 W
-(`cancelling` of tests/test_triton_dora.py):
+(`cancelling` of tests/test_norms.py):
     residual                                         1.4     0.1     0.01    0.001
     dense                                            1.2e-7  1.4e-7  4.8e-7  4.6e-6
     tiled, Triton                                    8.4e-8  1.0e-7  5.7e-7  5.4e-6

@@ -8,47 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from lora_core import kernels
-from lora_core.kernels import COSTS, OPS, linear, linear_launches, reference, use_kernels
-from lora_core.kernels import linear_ops as ops
+from lora_core.kernels import linear, reference
 from lora_core.kernels.reference import Drop, Member
+from tests.linear_cases import CASES, DTYPES, Case, given, one, outcome
 
 pytestmark = pytest.mark.usefixtures("patched_once")
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, *HALVES)
-
-
-class Case(NamedTuple):
-    shape: tuple[int, ...]  # of x
-    members: tuple[tuple[int, int], ...]  # (out, rank)
-    gain: str = ""  # or "detached", "full"
-    bias: bool = True
-    drop: float = 0.0
-
-
-CASES = {
-    "one row": Case((1, 33), ((11, 1),)),
-    "a prime of rows": Case((13, 70), ((65, 3), (33, 20)), bias=False),
-    "rows in parts": Case((3, 50, 33), ((17, 16), (40, 3), (9, 20), (33, 1))),
-    "features in parts": Case((5, 600), ((600, 3), (40, 16)), bias=False),
-    "ranks in blocks": Case((20, 40), ((40, 70), (24, 40))),
-    "many rows": Case((1061, 20), ((24, 3),)),
-    "DoRA": Case((2, 65, 33), ((32, 16), (48, 3), (32, 20)), "detached"),
-    "DoRA, norm in the graph": Case((40, 33), ((270, 40), (32, 4)), "full", bias=False),
-    "DoRA, features in parts": Case((9, 40), ((600, 5),), "full"),
-    "dropout": Case((3, 43, 32), ((32, 16), (20, 40)), drop=0.3),
-    "dropout and DoRA": Case((2, 7, 33), ((64, 5),), "full", drop=0.5),
-}
 
 
 class Convolution(NamedTuple):
@@ -76,79 +49,6 @@ CONVOLUTIONS = {
     "3x3 channels last": Convolution((3, 3), padding="same", last=True),
     "3x2 alone": Convolution((3, 2), frozen=False),
 }
-
-
-def given(
-    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
-) -> tuple[Tensor, list[Member], list[Tensor]]:
-    """x, members and output gradients in float64.
-
-    dtype holds them exactly, the adapters fp32.
-    """
-    make = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, of: torch.dtype = dtype, size: float = 1.0) -> Tensor:
-        return (
-            (torch.randn(shape, generator=make, dtype=torch.float64) * size).to(device, of).double()
-        )
-
-    x, width = draw(*case.shape), case.shape[-1]
-    step, rows = torch.tensor(3, device=device), torch.arange(len(x), device=device) * 2**33 - 5
-    members = []
-    for i, (out, rank) in enumerate(case.members):
-        weight, wide = draw(out, width, size=width**-0.5), torch.float32
-        norm = weight.norm(dim=1).float().double() if case.gain else None
-        magnitude = None if norm is None else (norm * (1 + 0.2 * draw(out))).float().double()
-        drop = Drop(case.drop, 2**40 + 77, 2**32 - 1 - i, step, rows) if case.drop else None
-        down, up = (
-            draw(rank, width, of=wide, size=width**-0.5),
-            draw(out, rank, of=wide, size=rank**-0.5),
-        )
-        members.append(
-            Member(
-                weight, draw(out) if case.bias else None, down, up, 0.7 + i, magnitude, norm, drop
-            )
-        )
-    return x, members, [draw(*case.shape[:-1], out) for out, _ in case.members]
-
-
-def outcome(
-    op: Callable[..., Any],
-    case: Case,
-    dtype: torch.dtype,
-    data: tuple[Tensor, list[Member], list[Tensor]],
-) -> dict[str, Tensor]:
-    """Outputs and gradients, computed in dtype."""
-    wide, (x, members, dys) = reference.wide_dtype(dtype), data
-    x, leaves, cast = x.to(dtype, copy=True).requires_grad_(), {}, []
-    for i, m in enumerate(members):
-        mine = {"down": m.down, "up": m.up} | (
-            {"magnitude": m.magnitude, "norm": m.norm} if case.gain else {}
-        )
-        mine = {
-            k: v.to(wide, copy=True).requires_grad_(k != "norm" or case.gain == "full")
-            for k, v in mine.items()
-            if v is not None
-        }
-        cast.append(
-            m._replace(
-                weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **mine
-            )
-        )
-        leaves |= {f"{k} {i}": v for k, v in mine.items() if v.requires_grad}
-    ys = op(x, tuple(cast))
-    torch.autograd.backward(ys, [dy.to(dtype) for dy in dys])
-    assert all(
-        leaf.grad.dtype == leaf.dtype
-        and leaf.grad.is_contiguous()
-        and leaf.grad.shape == leaf.shape
-        for leaf in leaves.values()
-    )
-    return (
-        {f"y {i}": y.detach() for i, y in enumerate(ys)}
-        | {"dx": x.grad}
-        | {f"d_{k}": leaf.grad for k, leaf in leaves.items()}
-    )
 
 
 def hold(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -249,15 +149,6 @@ def test_the_mask_is_the_references_to_the_bit() -> None:
         assert torch.equal(dx != 0, expected != 0) and torch.allclose(
             dx[dx != 0], torch.tensor(1 / (1 - drop.p))
         )
-
-
-def one(dtype: torch.dtype = torch.float32, rows: int = 12) -> tuple[Tensor, Member]:
-    x, members, _ = given(Case((rows, 33), ((20, 5),)), dtype)
-    m = members[0]
-    factors = {"down": m.down.float().requires_grad_(), "up": m.up.float().requires_grad_()}
-    return x.to(dtype), m._replace(
-        weight=m.weight.to(dtype), bias=None if m.bias is None else m.bias.to(dtype), **factors
-    )
 
 
 def test_any_strides_of_x_and_of_its_outputs_gradient() -> None:
@@ -399,119 +290,6 @@ def test_a_gain_that_hides_the_product_gives_its_row_no_gradient() -> None:
         assert bool(found["d_magnitude 0"][7] != 0) == gets and found["d_magnitude 0"][6] != 0
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that the interpreter runs, in order."""
-    from triton.runtime import interpreter
-
-    seen: list[str] = []
-    run = interpreter.GridExecutor.__call__
-    monkeypatch.setattr(
-        interpreter.GridExecutor,
-        "__call__",
-        lambda self, *a, **k: (seen.append(self.fn.__name__), run(self, *a, **k))[1],
-    )
-    return seen
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="reverses the interpreter's order of programs"
-)
-@pytest.mark.parametrize("name", ["DoRA", "features in parts", "dropout"])
-def test_the_bits_do_not_depend_on_who_arrives_last(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from triton.runtime import interpreter
-
-    builder, case = interpreter.interpreter_builder, CASES[name]
-    data, place = given(case, torch.float32), builder.set_grid_idx
-    parts: list[int] = []
-    cut_sum = linear_launches.cut_sum
-
-    def count_parts(*sizes: int) -> tuple[int, int]:
-        parts.append(cut_sum(*sizes)[0])
-        return cut_sum(*sizes)
-
-    monkeypatch.setattr(linear_launches, "cut_sum", count_parts)
-    first = outcome(linear.lora_grouped, case, torch.float32, data)
-    monkeypatch.setattr(
-        builder,
-        "set_grid_idx",
-        lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at))),
-    )
-    again = outcome(linear.lora_grouped, case, torch.float32, data)
-    assert max(parts) >= 3
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    counters = linear_launches._counters.values()
-    assert all(not count.any() for count in counters if count.device.type == "cpu")
-
-
-class Seen(TorchDispatchMode):
-    """The ops that run, but for views and empty allocations, and the launches that ours declare."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-        self.declared = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out, name = func(*args, **(kwargs or {})), func.name().split(".")[0]
-        if name in COSTS:
-            cost = COSTS[name](*args, **(kwargs or {}))
-            assert cost.bytes > 0
-            self.declared += cost.launches
-        if not any(word in name for word in ("view", "::t", "empty", "detach", "unbind", "alias")):
-            self.ops.append(name.split("::")[1])
-        return out
-
-
-def grouped_ops(device: str, gain: str, drop: float, needs_x: bool) -> Seen:
-    case = Case((2, 16, 64), ((48, 4), (32, 16), (48, 16)), gain, drop=drop)
-    x, members, dys = given(case, torch.bfloat16)
-    place = {"weight": torch.bfloat16, "bias": torch.bfloat16}
-
-    def leaf(name: str, value: Any) -> Any:
-        return (
-            value.to(device, place.get(name, torch.float32)).requires_grad_(name not in place)
-            if isinstance(value, Tensor)
-            else value
-        )
-
-    leaves = [Member(*(leaf(*item) for item in m._asdict().items())) for m in members]
-    if drop:
-        step, rows = (
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros(2, dtype=torch.int64, device=device),
-        )
-        leaves = [m._replace(drop=Drop(drop, 1, i, step, rows)) for i, m in enumerate(leaves)]
-    x, dys = (
-        x.to(device, torch.bfloat16).requires_grad_(needs_x),
-        [dy.to(device, torch.bfloat16) for dy in dys],
-    )
-    with Seen() as seen:
-        torch.autograd.backward(linear.lora_grouped(x, tuple(leaves)), dys)
-    return seen
-
-
-@pytest.mark.parametrize(("gain", "drop"), [("", 0.0), ("full", 0.0), ("", 0.3), ("full", 0.3)])
-def test_four_launches_with_the_frozen_products_and_nothing_else(
-    gain: str, drop: float, launches: list[str]
-) -> None:
-    product = "mm" if gain else "addmm"
-    forward, backward = (
-        ["shrink", *[product] * 3, "expand_", "back_up"],
-        ["mm", "addmm_", "addmm_", "back_down_"],
-    )
-    for device in ("meta", "cpu"):
-        assert grouped_ops(device, gain, drop, True).ops == [*forward, *backward]
-        launches.clear()
-        seen = grouped_ops(device, gain, drop, False)
-        assert seen.ops == [*forward, "back_down_"]
-        assert seen.declared == 4
-    if not torch.cuda.is_available():
-        assert launches == ["shrink_kernel", "expand_kernel", "back_up_kernel", "back_down_kernel"]
-
-
 def test_what_is_saved_is_x_and_t() -> None:
     x, m = one(torch.bfloat16)
     y = linear.lora_linear(x, *m)
@@ -552,26 +330,6 @@ def test_checkpointing_recomputes_the_same_bits() -> None:
         for y in (run(x), checkpoint(run, x, use_reentrant=False))
     ]
     assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_the_ops_pass_torchs_own_checks() -> None:
-    x, m = one()
-    down, up, t, y, vector = (
-        m.down.detach(),
-        m.up.detach(),
-        torch.randn(12, 5),
-        torch.randn(12, 20),
-        torch.rand(20) + 1,
-    )
-    drop = ([torch.tensor(3), torch.arange(12)], [7, 9], [0.5])
-    given: dict[Any, tuple[Any, ...]] = {
-        ops.shrink: (x, [down], *drop),
-        ops.expand_: ([y], t, [up], [0.5], [vector], [vector], [vector], False),
-        ops.back_up: ([y], t, [0], [up], [0.5], [y.clone()], [vector], [vector], [], 0.0, True),
-        ops.back_down_: (x.clone(), [torch.empty_like(down)], t, x, [down], *drop, False),
-    }
-    for op, args in given.items():
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def hold_conv(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -629,56 +387,3 @@ def test_convolutions_round_no_worse_than_twice_the_reference(
     name: str, dtype: torch.dtype
 ) -> None:
     hold_conv(name, dtype)
-
-
-def test_a_pointwise_convolution_is_four_launches_in_any_layout() -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = (
-            torch.randn(2, 7, 4, 4, device="meta", dtype=torch.bfloat16)
-            .to(memory_format=layout)
-            .requires_grad_()
-        )
-        down, up = (
-            torch.randn(5, 7, 1, 1, device="meta", requires_grad=True),
-            torch.randn(12, 5, 1, 1, device="meta", requires_grad=True),
-        )
-        weight, dy = (
-            x.new_empty(12, 7, 1, 1),
-            torch.empty(2, 12, 4, 4, device="meta", dtype=torch.bfloat16).to(memory_format=layout),
-        )
-        with Seen() as seen:
-            linear.lora_conv(x, weight, None, down, up, 0.5, (1, 1), (0, 0), (1, 1), 1).backward(dy)
-        assert seen.ops == [
-            "shrink",
-            "convolution",
-            "expand_",
-            "back_up",
-            "convolution_backward",
-            "back_down_",
-        ]
-
-
-def test_dispatch_takes_them_and_refusals_say_why() -> None:
-    x, m = one()
-    with use_kernels("triton"):
-        torch.testing.assert_close(
-            kernels.call("lora_linear", x, *m), reference.lora_linear(x, *m), rtol=1e-5, atol=1e-5
-        )
-    supports = OPS["lora_linear"].supports
-    assert supports is not None and supports(x, *m) is None
-    assert "float64" in str(supports(x.double(), *m))
-    assert "bfloat16" in str(supports(x, m.weight.bfloat16(), *m[1:]))
-    trained = m.weight.detach().requires_grad_()
-    assert "requires a gradient" in str(supports(x, trained, *m[1:]))
-    with torch.no_grad():
-        assert supports(x, trained, *m[1:]) is None
-    assert "factor is bfloat16" in str(supports(x, *m[:2], m.down.bfloat16(), *m[3:]))
-    assert "p = 1.0" in str(
-        supports(x, *m[:-1], Drop(1.0, 1, 2, torch.tensor(3), torch.arange(12)))
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in str(supports(x, *m))
-    arguments = list(OPS["lora_conv"].example())
-    assert "2 groups" in str(OPS["lora_conv"].supports(*arguments))  # type: ignore[misc]
-    arguments[-3:] = "same", (1, 1), 1
-    assert "same" in str(OPS["lora_conv"].supports(*arguments))  # type: ignore[misc]

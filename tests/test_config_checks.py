@@ -1,0 +1,127 @@
+"""What is refused before data and model are read: machines, ranks, services and CUDA graphs that
+cannot be had.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from lora_core.config import AdapterConfig, Config, DataConfig
+from lora_core.errors import UserError
+from lora_core.runs import lock
+from training import config_checks, cuda_graph
+
+
+def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_checks.check_device(replace(config, autocast=True), torch.device("cpu"))
+    assert "device: cpu, 1 thread, weights in fp32, products in bf16" in capsys.readouterr().out
+    monkeypatch.setattr(config_checks.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        config_checks.check_device(replace(config, compile=True), torch.device("cpu"))
+    with pytest.raises(UserError, match="--autocast has no effect"):
+        config_checks.check_config(replace(config, autocast=True, precision="bf16"))
+    with pytest.raises(UserError, match=r"--adapter\.norm-grad has no effect"):
+        config_checks.check_config(replace(config, adapter=AdapterConfig(norm_grad="full")))
+    with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
+        cuda_graph.compile_blocks(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "environment, starter",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"PMI_SIZE": "3"}, "mpiexec"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"),
+    ],
+)
+def test_several_ranks_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], starter: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
+        train.train(config)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {"WORLD_SIZE": ""},
+    ],
+)
+def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
+    lock.check_single_process(environment)
+
+
+def test_push_targets_and_logins_are_tried_before_data_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import types
+
+    from lora_core.runs import card
+
+    asked: list[str] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, **_: object) -> None:
+            asked.append(repo_id)
+
+        def auth_check(self, repo_id: str, *, write: bool) -> None:
+            if repo_id != "me/mine":
+                raise PermissionError(f"no right to write to {repo_id}\nmore")
+
+    monkeypatch.setattr(card, "HfApi", Api)
+    nowhere = replace(config, data=DataConfig(images="nowhere"), adapter=AdapterConfig(rank=2))
+    with pytest.raises(
+        UserError,
+        match=r"--push-to-hub you/yours cannot be written to: no right to write to you/yours; log",
+    ):
+        train.train(replace(nowhere, push_to_hub="you/yours"))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        train.train(replace(nowhere, push_to_hub="me/mine"))
+    assert asked == ["you/yours", "me/mine"] and not os.path.exists(config.out)
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    wandb.login = lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="--report wandb: there is no login; run `wandb login`"):
+        train.train(replace(nowhere, report="wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        train.train(replace(nowhere, report="wandb"))
+
+
+def test_a_graph_needs_a_gpu_and_a_loss_that_is_the_same_each_step(
+    config: Config, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--cuda-graph needs an NVIDIA GPU"):
+        train.train(replace(config, cuda_graph=True, device="cpu"))
+    monkeypatch.setattr(config_checks, "check_device", lambda *_: None)
+
+    def fickle(step: Any) -> Tensor:
+        return (step.out - step.target).square().mean((1, 2, 3))
+
+    with pytest.raises(UserError, match=r"fickle\.capturable = True"):
+        train.train(replace(config, cuda_graph=True), loss=fickle)
+    with pytest.raises(UserError, match=r"step\.capturable = True"):
+        train.train(replace(config, cuda_graph=True), step=lambda *a: train.training_step(*a))
+    assert not Path(config.out).exists()

@@ -1,0 +1,27 @@
+"""The denoisers of the published models: sizes, and finite random weights."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import published_networks
+from tests import tiny_sdxl
+
+
+def test_the_published_sizes() -> None:
+    assert [len(published_networks.adapted_paths(name)) for name in published_networks.NAMES] == [
+        128,
+        560,
+        266,
+    ]
+    assert (
+        len(published_networks.tensor_shapes("sdxl")) == 1120
+        and len(published_networks.tensor_shapes("sd15", dora=True)) == 3 * 128
+    )
+
+
+def test_the_network_on_the_cpu_is_finite() -> None:
+    model = tiny_sdxl.unet()
+    published_networks._fill(model, torch.Generator().manual_seed(0))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert bool((model.conv_norm_out.weight == 1).all()) and not bool(model.conv_in.bias.any())

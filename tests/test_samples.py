@@ -1,0 +1,94 @@
+"""Which prompts a run draws, and that a model for inpainting draws too."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from lora_core.config import Config, PriorConfig, SamplesConfig
+from lora_core.runs import pictures
+from lora_core.runs.pictures import ImageRow
+from tests.conftest import save_photos, save_pipeline
+from tests.opened_run import open_parts
+from training.samples import before_after_grid, save_sample_grid, wrap_row
+
+
+def test_an_inpainting_model_trains_and_draws(
+    config: Config, plain: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()  # draws for real
+    run = train.train(
+        replace(
+            config,
+            model=str(save_pipeline(tmp_path / "inpaint", channels=9)),
+            prior=PriorConfig("a cat", count=1),
+        )
+    )
+    assert Image.open(run / "before_after.png").size[0] > 300
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 11])
+def test_prompts_beyond_five_go_on_below(count: int) -> None:
+    row = ImageRow(
+        "label",
+        [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)],
+        [f"prompt {i}" for i in range(count)],
+    )
+    cut = list(wrap_row(row))
+    assert [len(r.images) for r in cut] == [5] * (count // 5) + ([count % 5] if count % 5 else [])
+    assert list(itertools.chain.from_iterable(r.captions for r in cut)) == row.captions
+    assert list(itertools.chain.from_iterable(r.images for r in cut)) == row.images
+
+
+def test_all_prompts_of_the_config_are_drawn_before_and_after(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    prompts, new = (
+        tuple(f"a TOK {i}" for i in range(7)),
+        tuple(f"TOK on mars {i}" for i in range(6)),
+    )
+    s = open_parts(
+        replace(
+            config, samples=SamplesConfig(steps=1, guidance=1.0, prompts=prompts, new_prompts=new)
+        )
+    )
+    sheets: list[list[ImageRow]] = []
+    monkeypatch.setattr(
+        pictures,
+        "draw_grid",
+        lambda rows, **_: (sheets.append(list(rows)), Image.new("RGB", (1, 1)))[1],
+    )
+    before_after_grid(s.samples, s.samples.draw(s.samples.prompts), "")
+    labels = [(row.label.split(":")[0], len(row.images)) for row in sheets[0]]
+    assert labels == [
+        ("what it learned from", 5),
+        ("before", 5),
+        ("after", 5),
+        ("before", 2),
+        ("after", 2),
+        ("after", 5),
+        ("after", 1),
+    ]
+    assert [*sheets[0][-2].captions, *sheets[0][-1].captions] == list(new)
+    save_sample_grid(s.samples, s.run, 1)
+    shown = itertools.chain.from_iterable(row.captions for row in sheets[1])
+    assert list(shown) == list(prompts)
+
+
+def test_captions_stand_for_prompts_up_to_five(config: Config, quick: None, tmp_path: Path) -> None:
+    folder = save_photos(tmp_path / "many")
+    for i in range(7):
+        Image.new("RGB", (16, 16), (30 * i, 9, 9)).save(folder / f"x{i}.png")
+        (folder / f"x{i}.txt").write_text(f"a photo {i}")
+    s = open_parts(
+        replace(
+            config,
+            data=replace(config.data, images=str(folder)),
+            samples=SamplesConfig(steps=1, guidance=1.0),
+        )
+    )
+    assert len(s.samples.prompts) == 5

@@ -1,0 +1,59 @@
+"""Groups that pause for a stage."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from lora_core.config import Config, OptimizerConfig, Stage
+from tests.conftest import learned
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [OptimizerConfig(), OptimizerConfig("prodigy", args={"d0": 1e-3})],
+    ids=["adamw", "prodigy"],
+)
+def test_a_paused_group_is_frozen_and_takes_its_state_up_again(
+    config: Config, quick: None, optimizer: OptimizerConfig
+) -> None:
+    stages = (Stage(2, ("tokens", "denoiser")), Stage(2, ("denoiser",)), Stage(1, ("tokens",)))
+    run = train.train(replace(config, stages=stages, optimizer=optimizer, save_every=1, keep=9))
+    folders = {n: run / f"checkpoints/{n}" for n in range(1, 6)}
+    state = {
+        n: (load_file(f / "state.safetensors"), json.loads((f / "state.json").read_text()))
+        for n, f in folders.items()
+    }
+    index = {
+        n: state[2][1]["meta"]["optimizer"]["param_groups"][g]["params"]
+        for g, n in enumerate(("denoiser", "tokens"))
+    }
+    tokens = [
+        k
+        for k in state[2][0]
+        if k.startswith("groups/tokens")
+        or any(k.startswith(f"optimizer/state/{i}/") for i in index["tokens"])
+    ]
+    assert len(tokens) >= 3
+    for k in tokens:
+        assert torch.equal(state[2][0][k], state[4][0][k]), k
+    assert not torch.equal(state[2][0]["groups/denoiser/0"], state[4][0]["groups/denoiser/0"])
+    moment = next(k for k in tokens if k.endswith("exp_avg_sq"))
+    after, before = state[5][0][moment], state[4][0][moment]
+    assert not torch.equal(after, before) and bool(
+        (after >= 0.99 * before).all()
+    )  # decayed by beta2, not begun anew at zero
+    assert all(
+        torch.equal(state[4][0][k], state[5][0][k])
+        for k in state[4][0]
+        if k.startswith("groups/denoiser")
+    )
+
+
+def test_a_text_adapter_that_pauses_needs_no_row_keys(config: Config, quick: None) -> None:
+    stages = (Stage(1, ("denoiser", "text_encoder")), Stage(2, ("denoiser",)))
+    run = train.train(replace(config, stages=stages, adapter=replace(config.adapter, dropout=0.5)))
+    assert all(bool(p.isfinite().all()) for p in learned(run).values())
