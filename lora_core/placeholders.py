@@ -56,7 +56,8 @@ def make_placeholders(
                 f"the placeholder word {word!r} is empty or has spaces around it; "
                 "use something like 'TOK'"
             )
-    placeholders, first = [], 0
+    placeholders = []
+    first = 0
     for (word, init), count in zip(inits.items(), counts):
         names = tuple(f"<s{number}>" for number in range(first, first + count))
         placeholders.append(Placeholder(word, names, init))
@@ -76,7 +77,8 @@ def bind_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
         return caption
     caption = normalize_unicode(caption)
     joined = {normalize_unicode(p.word): "".join(p.names) for p in placeholders}
-    parts, end = [], 0
+    parts = []
+    end = 0
     for start, word in _find_words(caption, tuple(joined)):
         parts += [caption[end:start], joined[word]]
         end = start + len(word)

@@ -90,7 +90,8 @@ def check_options(settings: Any, flags: str) -> None:
     `flags` is the prefix of these options on the command line, e.g. "--adapter.".
     """
     for name, option in _options(settings.__class__).items():
-        value, flag = getattr(settings, name), flags + name.replace("_", "-")
+        value = getattr(settings, name)
+        flag = flags + name.replace("_", "-")
         if option.choices and value is not None and value not in option.choices:
             choices = ", ".join(map(str, option.choices))
             raise UserError(f"{flag} is {value!r}; expected one of {choices}")

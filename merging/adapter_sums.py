@@ -198,7 +198,8 @@ def collect_layers(
     merged: Iterable[MergedLayer],
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """(the merge without tokens or header, the reports of all layers, dropped ones included)."""
-    state, reports = AdapterState(), {}
+    state = AdapterState()
+    reports = {}
     for component, path, adapter, report in merged:
         reports[component, path] = report
         if adapter is not None:

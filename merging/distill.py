@@ -87,7 +87,8 @@ def _distill_layers(
     dtype: torch.dtype | None,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     before, after = base_weight_reader(base), base_weight_reader(tuned)
-    state, reports = AdapterState(), {}
+    state = AdapterState()
+    reports = {}
     with one_thread():
         for key in tqdm(keys, desc="distil", unit="layer", disable=None, leave=False):
             layer = _distill_pair(key, after(*key), before(*key), keep, dense)

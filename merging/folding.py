@@ -69,7 +69,8 @@ class FoldStatistics:
         found = {}
         for key, rounding in self.roundings.items():
             square = rounding.square - 2 * rounding.product + rounding.effective
-            rank, norm = self.ranks[key], math.sqrt(rounding.square)
+            rank = self.ranks[key]
+            norm = math.sqrt(rounding.square)
             found[key] = ApproximationReport(rank, rank, norm, math.sqrt(max(0.0, square)))
         return found
 

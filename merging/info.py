@@ -64,7 +64,8 @@ def run_info(options: Info) -> None:
 
 def _describe_file(path: str, state: AdapterState, layout: Layout | None) -> str:
     """A file's format, family, dtype and size as text."""
-    dtype, family = widest_dtype([state]), "family unknown"
+    dtype = widest_dtype([state])
+    family = "family unknown"
     if layout:
         version = layout.base_model_version
         family = f"{layout.family} ({version})" if version else layout.family

@@ -69,7 +69,8 @@ def allot_ranks(
         )
         needed = steps_within(squares, max_error**2 * float(squares.sum()))
         order = order[: max(floor, needed)]
-    taken, left = dict.fromkeys(steps, 0), total
+    taken = dict.fromkeys(steps, 0)
+    left = total
     for is_optional, _, key in order:
         cost = getattr(steps[key], unit)
         if left is not None:

@@ -140,7 +140,8 @@ def _randomized_svd(
     shape, device = (a.shape[0], a.shape[2], width), generator.device
     start = torch.randn(shape, generator=generator, dtype=a.dtype, device=device).to(a.device)
     q = torch.linalg.qr(a @ start).Q
-    square, kept = float(a.square().sum()), []
+    square = float(a.square().sum())
+    kept = []
     for _ in range(ITERATIONS):
         y = a.mT @ q  # [g, n, width]
         kept.append(float(torch.linalg.eigvalsh(y.mT @ y)[:, -steps:].sum()))

@@ -126,7 +126,8 @@ class StableDiffusionXL(StableDiffusion):
         With eos_token_id 2 in the encoder's config, diffusers pools at the largest token id, which
         is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
         """
-        states, extra = [], {}
+        states = []
+        extra = {}
         for name, encoder in self.encoders.items():
             out = encoder(tokens[name], output_hidden_states=True)
             states.append(out.hidden_states[-(self.clip_skip + 2)])

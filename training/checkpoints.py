@@ -134,7 +134,8 @@ class Checkpoints:
             raise Stopped(self._resume_advice(), number) from None
 
     def _resume_advice(self) -> str:
-        saved, name = self.run.newest_step(), self.run.folder.name
+        saved = self.run.newest_step()
+        name = self.run.folder.name
         if saved is None:
             again = f"start again with --overwrite, which moves {name} to {name}.bak"
             return f"no step is saved; {again}"
@@ -162,7 +163,8 @@ class Checkpoints:
         """The changes that --resume-anyway accepts, each printed in a line. Raises UserError for
         changes without it, and for a state that does not fit this run.
         """
-        refusal, found = self._refusal(tree, step), []
+        refusal = self._refusal(tree, step)
+        found = []
         if "identity" in tree:
             found = identity_changes(tree["identity"], self.identity, step)
         elif not refusal:

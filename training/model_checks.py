@@ -64,7 +64,8 @@ def _match_targets(
     layout: Layout, component: str, names: Sequence[str]
 ) -> tuple[tuple[str, ...], list[str]]:
     """(globs, layers) that the targets match in a component."""
-    presets, part = layout.presets[component], layout.component(component)
+    presets = layout.presets[component]
+    part = layout.component(component)
     paths = [path.removeprefix(part.module_prefix) for path in part.shapes]
     globs: list[str] = []
     for name in names:

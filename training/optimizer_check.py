@@ -153,5 +153,6 @@ def _check_resume(
 
 def _one_sentence(error: Exception) -> str:
     """The error's class and the first line of its text."""
-    kind, text = type(error).__name__, first_line(error)
+    kind = type(error).__name__
+    text = first_line(error)
     return kind if text == kind else f"{kind}: {text}"

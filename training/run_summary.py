@@ -45,7 +45,8 @@ def describe_run(
     if masked:
         lines.append(f"masks: {len(masked)} of {len(_paths(records))} images have one")
     if prior is not None:
-        count, caption = len(_paths(prior.records)), prior.records[0].captions[0]
+        count = len(_paths(prior.records))
+        caption = prior.records[0].captions[0]
         lines.append(f"class images: {count} in {_common_folder(prior.records)}, {caption!r}")
     if placeholders:
         words = [f"{p.word} is {''.join(p.names)}" for p in placeholders]
@@ -120,7 +121,8 @@ def _list_files(paths: Sequence[Path], root: Path, records: Sequence[Record]) ->
     """The first names, sub-folders with the number of their images, and the number of the other
     files.
     """
-    taken, names = _paths(records), []
+    taken = _paths(records)
+    names = []
     for path in paths[:MOST_NAMES]:
         # A path can be the root itself: a table there names only some of its images.
         is_inside = path.is_relative_to(root) and path != root

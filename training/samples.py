@@ -86,7 +86,8 @@ class SampleImages:
         """
         images = self.data.validation
         pixels = images.example(i % len(images), 0).pixels[None].to(self.model.device)
-        mask, side = torch.zeros_like(pixels[:, :1]), self.settings.width
+        mask = torch.zeros_like(pixels[:, :1])
+        side = self.settings.width
         middle = slice(side // 4, side - side // 4)
         mask[..., middle, middle] = 1
         return pixels, mask

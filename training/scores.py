@@ -36,7 +36,8 @@ class Scorer:
         one; sorted by draw and timestep, the images in order within each.
         """
         found: list[Score] = []
-        count, size = len(self.images), self.config.batch_size
+        count = len(self.images)
+        size = self.config.batch_size
         size = min(size, count)
         with self.model.evaluating(), self.optimization.averaged():
             for first in range(0, count, size):
@@ -50,7 +51,8 @@ class Scorer:
 
     def _score_batch(self, images: range) -> list[Score]:
         model, family = self.model, self.model.family
-        batch, side = collate([self._encoded(i) for i in images]), self.images.settings.resolution
+        batch = collate([self._encoded(i) for i in images])
+        side = self.images.settings.resolution
         prompts = [bind_placeholders(caption, model.placeholders) for caption in batch.captions]
         sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
         cond = family.add_size_embeddings(

@@ -164,7 +164,8 @@ def control_token_norms(
     for group in optimization.optimizer.param_groups:
         if group["name"] != "tokens" or group["name"] not in stage.groups or how == "none":
             continue
-        lr, d = group["lr"], read_distance(optimization.optimizer, group)
+        lr = group["lr"]
+        d = read_distance(optimization.optimizer, group)
         rate = torch.as_tensor(100 * lr * (1.0 if d is None else d), dtype=torch.float64)
         for name, embedding in model.embeddings.items():
             if how == "rescale":

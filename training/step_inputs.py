@@ -269,7 +269,8 @@ def sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
     Where a mask would underflow to zero in this dtype, it is divided by its maximum first, which
     leaves a loss that divides by the mask's sum unchanged.
     """
-    raised, brightest = mask**temperature, mask.amax((1, 2, 3), keepdim=True)
+    raised = mask**temperature
+    brightest = mask.amax((1, 2, 3), keepdim=True)
     return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
 
 

@@ -122,7 +122,8 @@ def patch(
     or shape that does not fit, a component the file needs and `modules` lacks, a strength that
     would have no effect, a token that is taken.
     """
-    source, rename = str(file), rename or {}
+    source = str(file)
+    rename = rename or {}
     networks = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
     layout = layout or layout_of(networks)
     state = formats.load(file, layout)

@@ -241,7 +241,8 @@ def _no_images(own: FolderContents) -> str:
         below = f"{count_images(folders[0])} below {folders[0]}{more}"
         return f"no images in {own.folder} itself, but {below}; give the folder {where} itself"
     if own.unclaimed:
-        count, first = len(own.unclaimed), own.unclaimed[0].name
+        count = len(own.unclaimed)
+        first = own.unclaimed[0].name
         return (
             f"no images in {own.folder}, but {count} mask{'s' * (count > 1)}, first {first}; "
             "put the images that they belong to there, or rename them"

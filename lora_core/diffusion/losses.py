@@ -436,7 +436,8 @@ def check_loss_finite(losses: Tensor, loss: Callable[..., Any]) -> None:
     """Raises UserError unless all losses [b] of `loss` are finite. Syncs with the device."""
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
     if bad:
-        first, b = bad[0], len(losses)
+        first = bad[0]
+        b = len(losses)
         raise UserError(
             f"loss {function_name(loss)} returned {losses[first].item():g} for row {first} of {b}; "
             "lower the learning rate or look at that example"

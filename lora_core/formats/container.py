@@ -150,7 +150,9 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], bytes
     """
     widest_first = {dtype: place for place, dtype in enumerate(reversed(DTYPE_CODES))}
     order = sorted([(widest_first[tensor.dtype], key) for key, tensor in tensors.items()])
-    entries, pieces, end = {}, [], 0
+    entries = {}
+    pieces = []
+    end = 0
     for _, key in order:
         tensor = tensors[key].detach().cpu().contiguous()
         data = tensor.reshape(-1).view(torch.uint8).numpy()

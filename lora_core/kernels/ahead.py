@@ -101,7 +101,8 @@ def describe_launch(kernel: Any, arguments: Mapping[str, Any], **build: Any) -> 
     Like the launcher it treats 1 and None as constants and marks multiples of 16, inside tables
     too. `build`: the other fields of Build.
     """
-    signature, multiples = {}, []
+    signature = {}
+    multiples = []
     constants: dict[str | ArgumentPath, Any] = {}
 
     def describe(value: Any, path: ArgumentPath, parameter: Any) -> Signature:
@@ -138,7 +139,8 @@ def compile_build(build: Build, arch: int) -> Resources:
         raise UserError(
             "got a kernel of Triton's interpreter, expected one to compile; unset TRITON_INTERPRET"
         )
-    names, signature = build.kernel.arg_names, dict(build.signature)
+    names = build.kernel.arg_names
+    signature = dict(build.signature)
     if list(signature) != names:
         raise UserError(
             f"the build {build.name!r} lists the arguments {', '.join(signature)}; "

@@ -297,7 +297,8 @@ class _Compose(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         y0, bias, lora, gain = ctx.saved_tensors
-        strength, channels = ctx.strength, gain.flatten().to(wide_dtype(dy.dtype))
+        strength = ctx.strength
+        channels = gain.flatten().to(wide_dtype(dy.dtype))
         wants_y0, wants_bias, wants_lora, wants_gain, _ = ctx.needs_input_grad
         d_y0 = d_bias = d_lora = d_gain = None
         rows = _channels(dy, gain)

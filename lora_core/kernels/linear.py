@@ -87,7 +87,8 @@ def lora_grouped(x: Tensor, members: tuple[Member, ...]) -> tuple[Tensor, ...]:
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """Properties that the members of one launch share."""
-    gain, drop = _has_gain(member), member.drop
+    gain = _has_gain(member)
+    drop = member.drop
     keys = drop and (id(drop.step), id(drop.rows))
     return gain, gain and member.bias is None, member.weight is None, keys
 

@@ -116,7 +116,8 @@ def launch_shrink(
     x: Tensor, downs: list[Tensor], drop: list[Tensor], words: list[int], kept: list[float]
 ) -> Tensor:
     """t [m, R], the down-projections of a group's inputs after dropout."""
-    plane, ranks = find_plane(x), [len(down) for down in downs]
+    plane = find_plane(x)
+    ranks = [len(down) for down in downs]
     t = x.new_empty(plane.rows, sum(ranks))
     if not plane.rows:
         return t
@@ -168,7 +169,8 @@ def launch_expand(
 
     fresh: ys are written, not added to.
     """
-    planes, hidden = [find_plane(y) for y in ys], find_plane(t)
+    planes = [find_plane(y) for y in ys]
+    hidden = find_plane(t)
     if not hidden.rows:
         return
     widths, ranks = [len(up) for up in ups], [up.shape[1] for up in ups]
@@ -369,7 +371,8 @@ def launch_back_down(
     fresh: bool,
 ) -> None:
     """Write d_downs and add to dx (`fresh`: write it); dx is None where it is not needed."""
-    plane, ranks = find_plane(x), [len(down) for down in downs]
+    plane = find_plane(x)
+    ranks = [len(down) for down in downs]
     if not plane.rows:
         for out in d_downs:
             out.zero_()

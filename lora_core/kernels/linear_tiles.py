@@ -104,7 +104,8 @@ def cut_sum(length: int, least: int, step: int, programs: int, wanted: int) -> t
 
 def sums_before(values: list[int]) -> tuple[int, ...]:
     """Exclusive prefix sums."""
-    before, total = [], 0
+    before = []
+    total = 0
     for value in values:
         before.append(total)
         total += value

@@ -218,7 +218,8 @@ def triton_adamw_step(
     lr, number = _split_lr(settings.lr)
     aligned = _are_aligned(grads)
     table = flat.send_table([number, *settings[1:]], grads)
-    state, counter = flat.state, _workspace(flat, "counter", 1, torch.int32)
+    state = flat.state
+    counter = _workspace(flat, "counter", 1, torch.int32)
     moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
     where = table, _block_table(flat), flat.geometry
     _launch_adamw(*where, param, *moments, counter, found_inf, grad_scale, lr, aligned)

@@ -31,7 +31,9 @@ class ParameterAverage:
     def __init__(self, params: Iterable[Tensor], decay: float) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"--ema is {decay}; expected a decay in [0, 1), e.g. 0.999")
-        self.params, self.decay, self.count = list(params), decay, 0
+        self.params = list(params)
+        self.decay = decay
+        self.count = 0
         self.averages = []
         for p in self.params:
             wide = torch.promote_types(p.dtype, torch.float32)
@@ -59,7 +61,8 @@ class ParameterAverage:
 
         Afterwards, or on an error, they have the trained values again, bit for bit. Blocks nest.
         """
-        trained, inside = [p.detach().clone() for p in self.params], self._inside
+        trained = [p.detach().clone() for p in self.params]
+        inside = self._inside
         try:
             self._copy_to_parameters(self.averages)
             self._inside = True

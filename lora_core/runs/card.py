@@ -113,7 +113,8 @@ def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGN
 
 def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
     """The variables of the template that depend on the files in the folder."""
-    name, rows = folder.name, _token_rows(folder)
+    name = folder.name
+    rows = _token_rows(folder)
     images = _image_files(folder)
     return {
         "name": name,

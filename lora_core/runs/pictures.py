@@ -201,7 +201,8 @@ def _figure(path: Path) -> Iterator[Any]:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean over the last `window` values, at each value."""
-    total, means = 0.0, []
+    total = 0.0
+    means = []
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)
         means.append(total / min(i + 1, window))

@@ -45,7 +45,8 @@ class LogBook:
     def flush(self) -> list[dict[str, Any]]:
         """Writes the waiting metrics to metrics.jsonl and returns them as plain numbers."""
         _read_tensors(self.waiting)
-        entries, self.waiting = self.waiting, []
+        entries = self.waiting
+        self.waiting = []
         for entry in entries:
             self.run.log(entry)
             if self.sink is not None:
@@ -221,7 +222,8 @@ def timestep_bins(objective: Objective, count: int) -> TimestepBins:
 
     Computed from evenly spaced quantiles instead of random numbers.
     """
-    o, schedule = objective, objective.schedule.to("cpu")
+    o = objective
+    schedule = objective.schedule.to("cpu")
     low, high = 0.0, schedule.t_max
     if high is None:
         low, high = schedule.ts[0].item(), schedule.ts[-1].item()
@@ -253,7 +255,8 @@ def preview_table(objective: Objective) -> str:
 
 def preview_density(objective: Objective, path: Path) -> Path:
     """Prints `preview_table`, plots draws, weight and their product to `path`; returns `path`."""
-    o, b = objective, timestep_bins(objective, BINS)
+    o = objective
+    b = timestep_bins(objective, BINS)
     words = losses.describe_loss(o.weighting, o.prediction, o.space, loss=o.loss, **o.args)
     print(f"{words}\n{preview_table(o)}")
     t, weights = b.t.tolist(), b.weight.tolist()
