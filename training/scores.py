@@ -37,8 +37,7 @@ class Scorer:
         """
         found: list[Score] = []
         count = len(self.images)
-        size = self.config.batch_size
-        size = min(size, count)
+        size = min(self.config.batch_size, count)
         with self.model.evaluating(), self.optimization.averaged():
             for first in range(0, count, size):
                 # The last batch is as large as the others: a GEMM's bits depend on its row count.
