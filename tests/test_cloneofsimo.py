@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, diffusers, factor_lists, kohya, layout_of
@@ -581,3 +582,10 @@ def test_mutated_files_are_read_or_refused_in_a_sentence(pipe, layout):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 150
+
+
+def test_the_real_cloneofsimo_file_is_refused_for_a_model_without_its_numbers(pipe_layout):
+    if not DISNEY.exists():
+        pytest.skip(f"{DISNEY} is not on this machine")
+    with pytest.raises(UserError, match="cloneofsimo's index-keyed format"):
+        formats.load(DISNEY, pipe_layout)

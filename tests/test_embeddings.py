@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embedding_pickles, embeddings, known_formats, layout_of
@@ -16,6 +17,8 @@ from lora_core.formats.container import read_tensors, write_tensors
 from lora_core.formats.layout import Component, Layout
 from lora_core.formats.pickles import read_pickle
 from models import sd
+from tests.adapter_checks import header
+from tests.adapter_examples import save_file
 from tests.tiny_pipeline import pipeline
 
 
@@ -406,3 +409,73 @@ def test_mutated_files_are_read_or_refused_in_a_sentence():
             refused += 1
             assert "\n" not in str(error)
     assert 200 < refused < 400
+
+
+def test_diffusers_loads_the_token_rows(tmp_path, pipe_layout):
+    pipe, rows = pipeline(), torch.randn(2, 16, dtype=torch.float64).float()
+    words = embeddings.placeholder_header({"TOK": ("<s0>", "<s1>")})
+    state = AdapterState(tokens={"clip_l": rows}, token_names=("<s0>", "<s1>"))
+    (file,) = formats.save_run(state, tmp_path / "dog", layout=pipe_layout, metadata=words)
+    assert file.name == "dog_emb.safetensors"
+    assert json.loads(header(file)["token_names"]) == ["<s0>", "<s1>"] and json.loads(
+        header(file)["placeholders"]
+    ) == {"TOK": ["<s0>", "<s1>"]}
+    pipe.load_textual_inversion(
+        load_file(file)["clip_l"],
+        token=["<s0>", "<s1>"],
+        text_encoder=pipe.text_encoder,
+        tokenizer=pipe.tokenizer,
+    )
+    ids = pipe.tokenizer("<s0><s1>", add_special_tokens=False).input_ids
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
+    read = formats.load(tmp_path / "dog", pipe_layout)
+    assert (
+        torch.equal(read.tokens["clip_l"], rows)
+        and read.token_names == ("<s0>", "<s1>")
+        and embeddings.placeholder_words(read) == {"TOK": ("<s0>", "<s1>")}
+    )
+
+
+def test_t5_rows_are_found_under_both_names_and_must_agree(tmp_path):
+    rows = torch.randn(1, 6)
+    formats.save(
+        AdapterState(tokens={"clip_l": rows, "t5": rows + 1}, token_names=("<x>",)),
+        tmp_path / "a.safetensors",
+        format="embeddings",
+    )
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert set(tensors) == {"clip_l", "t5", "t5xxl"} and torch.equal(
+        formats.load(tmp_path / "a.safetensors").tokens["t5"], rows + 1
+    )
+    save_file(tensors | {"t5": rows}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="different rows under t5 and t5xxl"):
+        formats.load(tmp_path / "b.safetensors")
+
+
+def test_broken_token_files_are_refused(pipe_layout, tmp_path):
+    rows = torch.randn(2, 16)
+    for tensors, meta, expected in (
+        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x in addition to its token rows"),
+        ({"clip_l": rows[0]}, {}, r"expected token rows \[n, d\]"),
+        (
+            {"clip_l": rows, "clip_g": rows},
+            {},
+            "token rows for clip_g; this model's encoders are clip_l",
+        ),
+        ({"clip_l": rows}, {"token_names": '["<a>"]'}, "2 rows of clip_l for 1 tokens"),
+        ({"clip_l": rows}, {"token_names": '["<a>", "<a>"]'}, "different names"),
+        ({"clip_l": rows}, {"token_names": "["}, "not JSON"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors", meta)
+        with pytest.raises(UserError, match=expected):
+            formats.load(tmp_path / "a.safetensors", pipe_layout)
+    save_file({"clip_l": rows}, tmp_path / "a.safetensors")
+    assert formats.load(tmp_path / "a.safetensors", pipe_layout).token_names == (
+        "<s0>",
+        "<s1>",
+    )  # diffusers' scripts do not write names
+    for entry in ('{"TOK": ["<s7>"]}', '{"TOK": []}', "[1]"):
+        with pytest.raises(UserError, match="expected words and their tokens"):
+            embeddings.placeholder_words(
+                AdapterState(token_names=("<s0>",), metadata={"placeholders": entry})
+            )
