@@ -73,3 +73,15 @@ def assert_equal_updates(read, written):
                 rtol=1e-6,
                 atol=1e-6,
             )
+
+
+def assert_equal_factors(read, written):
+    assert {c: set(m) for c, m in read.components.items()} == {
+        c: set(m) for c, m in written.components.items()
+    }
+    for component, modules in written.components.items():
+        for path, lr in modules.items():
+            got = read.components[component][path]
+            assert (
+                torch.equal(got.down, lr.down) and torch.equal(got.up, lr.up) and got.scale == 1.0
+            )

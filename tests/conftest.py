@@ -113,6 +113,17 @@ def layout(model: Path) -> Layout:
     return read_layout(str(model))
 
 
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Five noise images of several sizes with captions in text files."""
+    from tests.image_examples import noise_image, save_image
+
+    for i, size in enumerate([(12, 10), (9, 17), (8, 8), (23, 11), (10, 13)]):
+        save_image(noise_image(*size, seed=i), tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"a photo of TOK {i}\n")
+    return tmp_path / "images"
+
+
 @pytest.fixture(scope="session")
 def pipe() -> "StableDiffusionPipeline":
     """The tiny pipeline of tests/tiny_pipeline.py, to be read only."""

@@ -1,4 +1,4 @@
-"""layout: the blocks of layers that lists of weights name."""
+"""Layouts: blocks that lists of weights name, published names and prefixes of encoders."""
 
 import pytest
 import torch
