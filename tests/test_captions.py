@@ -1,6 +1,7 @@
 """Captions: from text files, tables and file names that somebody wrote; what is none is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from lora_core.data.captions import looks_like_caption
 from lora_core.data.dataset import ImageDataset, ImageSettings
 from lora_core.data.records import scan_folder
 from lora_core.errors import UserError
-from tests.image_examples import noise_image, save_image
+from tests.image_examples import noise_image, save_gray_square, save_image
 
 UNWRITTEN = [
     "IMG_4711", "IMG_E4711", "img_4711 (2)", "IMG-20240501-WA0001", "IMG_20240501_123456_HDR",
@@ -168,3 +169,21 @@ def test_missing_or_useless_captions_are_refused(image_folder):
     (image_folder / "4.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         scan_folder(image_folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ('{"file_name": "' + "a" * 5000 + '.png", "text": "x"}', "which is not an image"),
+        ("[" * 100_000, "line 1 is JSON in too many brackets"),
+        ('{"image": "a.png", "text": "x"}', 'no "file_name", but image, text'),
+        ('{"file_name": "a.png", "text": "x \\ud83d TOK"}', r"half a character: 'x \\ud83d TOK'"),
+        ('{"file_name": "a.png", "text": ["x", "TOK\\u0000"]}', r"zero byte .*'TOK\\x00'"),
+    ],
+    ids=["long name", "brackets", "columns", "half a character", "zero byte"],
+)
+def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str) -> None:
+    save_gray_square(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(row)
+    with pytest.raises(UserError, match=sentence):
+        scan_folder(tmp_path)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -32,75 +31,9 @@ from lora_core.formats.model_files import (
 )
 from lora_core.formats.weights import open_weights, weights_in_memory
 from tests import tiny_pipeline, tiny_sdxl
+from tests.network_locations import FIRST, REFINER, ROWS, SECOND, UNET, VAE, XL, tensors_of
 from tests.refusals import sentence
-
-UNET, VAE = (
-    NetworkLocation("unet", "model.diffusion_model.", "unet"),
-    NetworkLocation("vae", "first_stage_model.", "vae"),
-)
-FIRST = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.transformer.", "clip"))
-SECOND = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.model.", "open_clip"))
-XL = (
-    UNET, VAE, NetworkLocation("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
-    NetworkLocation("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
-)  # fmt: skip
-REFINER = (
-    UNET,
-    VAE,
-    NetworkLocation("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
-)
-ROWS = {"first": FIRST, "second": SECOND, "xl": XL, "refiner": REFINER}
-
-
-def second_pipeline():
-    """Shaped as Stable Diffusion 2: linear projections, v, a text tower of 23 layers."""
-    torch.manual_seed(3)
-    tok = tiny_pipeline.tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=2,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=[2, 4],
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        use_linear_projection=True,
-    )
-    kinds = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-    }
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=4,
-        **kinds,
-    )
-    config = CLIPTextConfig(
-        vocab_size=len(tok),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=23,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
-        hidden_act="gelu",
-        initializer_range=0.2,
-    )
-    scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
-    return StableDiffusionPipeline(
-        vae,
-        CLIPTextModel(config),
-        tok,
-        unet,
-        scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+from tests.tiny_sd2 import second_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +66,6 @@ def shapes_of(pipe, kind):
         name: {key: tuple(t.shape) for key, t in network.state_dict().items()}
         for name, network in networks(pipe, kind).items()
     }
-
-
-def tensors_of(single):
-    return {key: single.read(key).clone() for key in single.infos}
 
 
 def files(folder):

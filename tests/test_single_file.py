@@ -35,7 +35,7 @@ from models.single_file import convert_to_folder, locate_networks, open_parts, r
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
 from tests.refusals import sentence
-from tests.test_model_files import second_pipeline
+from tests.tiny_sd2 import second_pipeline
 
 NAMES = ("first", "inpainting", "second", "xl", "refiner")
 
