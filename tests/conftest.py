@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -29,7 +29,10 @@ from lora_core.config import (
     Stage,
     ValidationConfig,
 )
-from lora_core.formats import Layout
+from lora_core.formats import Layout, layout_of
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
@@ -108,6 +111,46 @@ def layout(model: Path) -> Layout:
     from models import read_layout
 
     return read_layout(str(model))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Five noise images of several sizes with captions in text files."""
+    from tests.image_examples import noise_image, save_image
+
+    for i, size in enumerate([(12, 10), (9, 17), (8, 8), (23, 11), (10, 13)]):
+        save_image(noise_image(*size, seed=i), tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"a photo of TOK {i}\n")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def pipe() -> "StableDiffusionPipeline":
+    """The tiny pipeline of tests/tiny_pipeline.py, to be read only."""
+    from tests.tiny_pipeline import pipeline
+
+    return pipeline()
+
+
+@pytest.fixture(scope="session")
+def pipe_layout() -> Layout:
+    """The layout of the tiny pipeline with diffusers' names alone."""
+    from tests.tiny_pipeline import pipeline
+
+    pipe = pipeline()
+    modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    return layout_of(modules, base_model_version="sd_v1", architecture="arch/lora")
+
+
+@pytest.fixture(scope="session")
+def flow_layout() -> Layout:
+    """The layout of a tiny Flux, whose files store some layers as one."""
+    from models import flux
+    from tests import tiny_flux
+
+    flow = tiny_flux.pipeline()
+    modules = {"transformer": flow.transformer, "text_encoder": flow.text_encoder}
+    return flux.flux_layout({**modules, "text_encoder_2": flow.text_encoder_2})
 
 
 @pytest.fixture(scope="session")

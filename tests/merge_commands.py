@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from safetensors import safe_open
 
 import merge
 from lora_core import formats
@@ -70,11 +69,6 @@ def assert_equal(ours, theirs, tolerance=1e-6):
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
         assert float((ours[key] - value).norm()) <= tolerance * max(float(value.norm()), 1e-12), key
-
-
-def header(path):
-    with safe_open(path, "pt") as opened:
-        return opened.metadata()
 
 
 def snapshot(folder):

@@ -1,8 +1,15 @@
-"""Captions from file names: names that somebody wrote, and those of cameras and programs."""
+"""Captions: from text files, tables and file names that somebody wrote; what is none is refused."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from lora_core.data.captions import looks_like_caption
+from lora_core.data.dataset import ImageDataset, ImageSettings
+from lora_core.data.records import scan_folder
+from lora_core.errors import UserError
+from tests.image_examples import noise_image, save_gray_square, save_image
 
 UNWRITTEN = [
     "IMG_4711", "IMG_E4711", "img_4711 (2)", "IMG-20240501-WA0001", "IMG_20240501_123456_HDR",
@@ -35,3 +42,148 @@ def test_names_of_cameras_and_programs_are_no_captions(name: str) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_words_are_captions(name: str) -> None:
     assert looks_like_caption(name)
+
+
+def test_text_files_may_hold_several_captions(image_folder):
+    (image_folder / "1.txt").write_text("a TOK\n\n  the TOK  \n")
+    records = scan_folder(image_folder)
+    assert [r.path.name for r in records] == [f"{i}.png" for i in range(5)]
+    assert records[1].captions == ("a TOK", "the TOK") and records[2].captions == (
+        "a photo of TOK 2",
+    )
+    drawn = [
+        ImageDataset(records, ImageSettings(8)).example(1, visit).caption for visit in range(40)
+    ]
+    assert set(drawn) == {"a TOK", "the TOK"}
+
+
+def test_a_metadata_table_pairs_files_with_their_own_text_whatever_its_order(image_folder):
+    save_image(noise_image(8, 8, 9), image_folder / "more" / "x.png")
+    rows = [{"file_name": f"{i}.png", "text": f"row {i}"} for i in (3, 0, 4, 2, 1)]
+    rows += [{"file_name": "more/x.png", "text": ["one", "two"]}]
+    (image_folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    found = {
+        r.path.relative_to(image_folder).as_posix(): r.captions for r in scan_folder(image_folder)
+    }
+    assert found == {**{f"{i}.png": (f"row {i}",) for i in range(5)}, "more/x.png": ("one", "two")}
+
+
+def test_captions_in_file_names_one_for_all_and_templates(tmp_path):
+    save_image(noise_image(8, 8), tmp_path / "a photo of TOK.src.jpg")
+    assert (
+        scan_folder(tmp_path)[0].captions
+        == scan_folder(tmp_path, captions="filename")[0].captions
+        == ("a photo of TOK",)
+    )
+    assert (
+        scan_folder(tmp_path, caption="the TOK")[0].captions
+        == scan_folder(tmp_path, captions="one", caption="the TOK")[0].captions
+        == ("the TOK",)
+    )
+    for kind in ("object", "style"):
+        captions = scan_folder(tmp_path, captions=kind, caption="TOK")[0].captions
+        assert len(set(captions)) == len(captions) >= 10 and all(
+            c.split().count("TOK") == 1 and "{" not in c for c in captions
+        )
+        assert "style of TOK" in " ".join(captions) or kind == "object"
+
+
+def test_a_named_column_and_a_csv_table(image_folder):
+    rows = [
+        {"file_name": f"{i}.png", "text": f"row {i}", "tags": [f"tag {i}", "zwei\u2028drei"]}
+        for i in range(5)
+    ]
+    (image_folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert [r.captions for r in scan_folder(image_folder, caption_column="tags")] == [
+        (f"tag {i}", "zwei\u2028drei") for i in range(5)
+    ]
+    with pytest.raises(
+        UserError,
+        match="line 1 has the columns file_name, text, tags; expected the caption under 'label'",
+    ):
+        scan_folder(image_folder, caption_column="label")
+    (image_folder / "metadata.csv").write_text(
+        '\ufefffile_name,text,note\r\n4.png,"a, ""quoted""\r\ntext",x\r\n', encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"both metadata\.jsonl and metadata\.csv; keep one"):
+        scan_folder(image_folder)
+    (image_folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"4 of 5 images lack a row in metadata\.csv"):
+        scan_folder(image_folder)
+    with open(image_folder / "metadata.csv", "a") as table:
+        table.write("".join(f"{i}.png,row {i},note {i}\n" for i in range(4)))
+    assert [r.captions for r in scan_folder(image_folder)] == [
+        *((f"row {i}",) for i in range(4)),
+        ('a, "quoted"\ntext',),
+    ]
+    assert scan_folder(image_folder, caption_column="note")[4].captions == ("x",)
+    for bad, match in (
+        ("0.png\n", "line 2 has the text None"),
+        ('0.png,"a', r"metadata\.csv is not CSV \(unexpected end"),
+        (",a", "names , which is not"),
+        ("9.png,a", "names 9"),
+    ):
+        (image_folder / "metadata.csv").write_text("file_name,text\n" + bad)
+        with pytest.raises(UserError, match=match):
+            scan_folder(image_folder)
+    (image_folder / "metadata.csv").unlink()
+    with pytest.raises(
+        UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"
+    ):
+        scan_folder(image_folder, caption_column="note")
+
+
+@pytest.mark.parametrize(
+    "table, match",
+    [
+        ("{not json}", "line 1 is not JSON"),
+        ('{"text": "a"}', 'no "file_name"'),
+        ('{"file_name": "0.png", "label": "a"}', "columns file_name, label"),
+        ('{"file_name": "0.png", "text": ""}', "the text ''"),
+        ('{"file_name": "gone.png", "text": "a"}', "names gone.png"),
+        ('{"file_name": "0.png", "text": "a"}', "4 of 5 images lack a row"),
+    ],
+)
+def test_a_bad_metadata_table_is_refused(image_folder, table, match):
+    (image_folder / "metadata.jsonl").write_text(table)
+    with pytest.raises(UserError, match=match):
+        scan_folder(image_folder)
+
+
+def test_missing_or_useless_captions_are_refused(image_folder):
+    with pytest.raises(UserError, match="'a TOK' has no use"):
+        scan_folder(image_folder, caption="a TOK")
+    for mode in ("one", "object", "style"):
+        with pytest.raises(UserError, match="need the caption"):
+            scan_folder(image_folder, captions=mode)
+    with pytest.raises(UserError, match=r"metadata\.jsonl, which is missing"):
+        scan_folder(image_folder, captions="metadata")
+    with pytest.raises(UserError, match="unknown caption mode 'tags'"):
+        scan_folder(image_folder, captions="tags")
+    (image_folder / "3.txt").write_text("  \n")
+    (image_folder / "4.txt").unlink()
+    with pytest.raises(UserError, match=r"2 of 5 images lack a \.txt .*3\.png"):
+        scan_folder(image_folder)
+    (image_folder / "4.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        scan_folder(image_folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ('{"file_name": "' + "a" * 5000 + '.png", "text": "x"}', "which is not an image"),
+        ("[" * 100_000, "line 1 is JSON in too many brackets"),
+        ('{"image": "a.png", "text": "x"}', 'no "file_name", but image, text'),
+        ('{"file_name": "a.png", "text": "x \\ud83d TOK"}', r"half a character: 'x \\ud83d TOK'"),
+        ('{"file_name": "a.png", "text": ["x", "TOK\\u0000"]}', r"zero byte .*'TOK\\x00'"),
+    ],
+    ids=["long name", "brackets", "columns", "half a character", "zero byte"],
+)
+def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str) -> None:
+    save_gray_square(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(row)
+    with pytest.raises(UserError, match=sentence):
+        scan_folder(tmp_path)

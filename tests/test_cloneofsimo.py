@@ -1,6 +1,6 @@
-"""cloneofsimo's index-keyed files: numbers against a walk through live modules.
+"""cloneofsimo's index-keyed files: written and read back, damaged, and the one real file.
 
-Also the one real file, and diffusers' loaders on the files made of it.
+diffusers' loaders run on the files made of it.
 """
 
 import json
@@ -14,111 +14,22 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
 from lora_core.errors import UserError
 from lora_core.formats import cloneofsimo, diffusers, factor_lists, kohya, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
-from lora_core.formats.known_formats import find_format
-from lora_core.formats.layout import Numbering
 from models import sd
+from tests.adapter_checks import assert_equal_factors
+from tests.numbered_files import EXTENDED, PLAIN, TEXT, old_order, walk, with_tokens
 from tests.tiny_pipeline import pipeline, random_state
 
 DISNEY = (
     Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"
 )  # next to the checkout, where there is one
-PLAIN = ("*attn?.to_*", "*ff.net.0.proj")
-EXTENDED = (*PLAIN, "*resnets*conv*", "*time_emb_proj")
-TEXT = ("*self_attn*proj",)
 
 
-def old_order(unet):
-    """The UNet as older diffusers registered it: feed-forward layers between the two attentions."""
-    for block in unet.modules():
-        if type(block).__name__ == "BasicTransformerBlock":
-            order = sorted(
-                block._modules, key=lambda name: {"attn1": 0, "ff": 1, "attn2": 2}.get(name, 3)
-            )
-            block._modules = {name: block._modules[name] for name in order}
-    return unet
-
-
-def walk(network, classes, layers=(nn.Linear,)):
-    """The layers in the order of cloneofsimo's search: below a module of the classes."""
-    names = {module: name for name, module in network.named_modules()}
-    found = []
-    for module in network.modules():
-        if type(module).__name__ in classes:
-            found += [names[m] for m in module.modules() if isinstance(m, layers)]
-    return found
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return pipeline()
-
-
-@pytest.fixture(scope="module")
-def layout(pipe):
-    return sd.sd_layout(pipe.unet, pipe.text_encoder, {})
-
-
-def same(read, written):
-    assert {c: set(m) for c, m in read.components.items()} == {
-        c: set(m) for c, m in written.components.items()
-    }
-    for component, modules in written.components.items():
-        for path, lr in modules.items():
-            got = read.components[component][path]
-            assert (
-                torch.equal(got.down, lr.down) and torch.equal(got.up, lr.up) and got.scale == 1.0
-            )
-
-
-def file_of(state, walks, classes):
-    """(tensors, header) as cloneofsimo's writer makes them.
-
-    `walks` are live ones: component -> module paths within the network.
-    """
-    tensors, header = {}, {}
-    for component, paths in walks.items():
-        header[component] = json.dumps(classes[component])
-        for i, path in enumerate(paths):
-            lr = state.components[component][path]
-            tensors |= {f"{component}:{i}:up": lr.up, f"{component}:{i}:down": lr.down}
-            header[f"{component}:{i}:rank"] = str(lr.rank)
-    return tensors, header
-
-
-# ---------------------------------------------------------------- numbers
-
-
-@pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("extended", [True, False])
-@pytest.mark.parametrize("said", [True, False])
-def test_files_of_either_order_are_read_by_a_live_walk(layout, old, extended, said):
-    pipe = pipeline()
-    state = random_state(pipe, mixed=True, unet=EXTENDED if extended else PLAIN, text=TEXT)
-    state = AdapterState(
-        {c: {p: lr._replace(scale=1.0) for p, lr in m.items()} for c, m in state.components.items()}
-    )
-    unet = old_order(pipe.unet) if old else pipe.unet
-    classes = ["Attention", "GEGLU", "CrossAttention"] + [
-        "ResnetBlock2D"
-    ] * extended  # a set: in any order
-    walks = {
-        "unet": walk(unet, classes, (nn.Linear, nn.Conv2d) if extended else nn.Linear),
-        "text_encoder": [
-            "text_model." + path for path in walk(pipe.text_encoder, ["CLIPAttention"])
-        ],
-    }
-    tensors, header = file_of(state, walks, {"unet": classes, "text_encoder": ["CLIPAttention"]})
-    assert find_format({key: t.shape for key, t in tensors.items()}) == "cloneofsimo"
-    same(
-        cloneofsimo.read_cloneofsimo(
-            dict(reversed(tensors.items())), header if said else {}, layout, "x"
-        ),
-        state,
-    )
+# ---------------------------------------------------------------- written and read back
 
 
 @pytest.mark.parametrize(
@@ -144,7 +55,7 @@ def test_written_files_have_the_older_order_and_read_back_bit_for_bit(
     )
     tensors, header = cloneofsimo.write_cloneofsimo(state, layout, "x")
     write_tensors(tmp_path / "x.safetensors", tensors, header)
-    same(
+    assert_equal_factors(
         cloneofsimo.read_cloneofsimo(*read_tensors(tmp_path / "x.safetensors"), layout, "x"), folded
     )
     layers = nn.Linear if "ResnetBlock2D" not in header["unet"] else (nn.Linear, nn.Conv2d)
@@ -164,29 +75,6 @@ def test_written_files_have_the_older_order_and_read_back_bit_for_bit(
             assert torch.equal(up, folded.components["unet"][path].up) and up.dtype == dtype
         else:
             assert not up.any() and not down.any()
-
-
-def test_a_file_for_linear_layers_of_all_classes_is_read(layout):
-    """Early extended files: the search below residual blocks found linear layers only."""
-    pipe = pipeline()
-    state = random_state(pipe, unet=(*PLAIN, "*time_emb_proj"), text=(), scale=1.0)
-    classes = ["CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"]
-    tensors, header = file_of(
-        state, {"unet": walk(old_order(pipe.unet), classes)}, {"unet": classes}
-    )
-    same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
-
-
-def test_shapes_that_tell_no_order_are_refused():
-    layout = layout_of({"unet": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})})
-    numbering = Numbering({"X": ("*",)}, (("X",),), (("a", "b"), ("b", "a")))
-    layout = replace(
-        layout, components={"unet": replace(layout.components["unet"], numbering=numbering)}
-    )
-    keys = ("unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down")
-    tensors = {key: torch.ones(2, 2) for key in keys}
-    with pytest.raises(UserError, match="may mean a or b by unet:0, both fit"):
-        cloneofsimo.read_cloneofsimo(tensors, {"unet": '["X"]'}, layout, "x")
 
 
 # ---------------------------------------------------------------- the real file
@@ -278,7 +166,7 @@ def test_the_real_file_is_written_back_bit_for_bit(full, disney, tmp_path):
     assert set(json.loads(own["unet"])) == set(json.loads(header["unet"]))
     factor_lists.write_factor_lists(state, tmp_path / "disney.pt", full[2])
     read = factor_lists.read_factor_lists(tmp_path / "disney.pt", full[2])
-    same(read, state)
+    assert_equal_factors(read, state)
     assert (
         torch.equal(read.tokens["clip_l"], state.tokens["clip_l"])
         and read.token_names == state.token_names
@@ -333,11 +221,7 @@ def test_diffusers_loads_the_converted_real_file_to_the_same_updates(
         )
 
 
-# ---------------------------------------------------------------- tokens, .pt
-
-
-def with_tokens(state, names=("<s2>", "<s10>", "<dog>")):
-    return replace(state, tokens={"clip_l": torch.randn(len(names), 16)}, token_names=names)
+# ---------------------------------------------------------------- tokens
 
 
 def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe, layout):
@@ -359,60 +243,6 @@ def test_tokens_keep_names_and_rows_and_their_order_where_the_header_has_it(pipe
     assert read.token_names == state.token_names and torch.equal(
         read.tokens["clip_l"], state.tokens["clip_l"]
     )
-
-
-def test_lists_are_written_and_read_beside_each_other(pipe, layout, tmp_path):
-    state = with_tokens(random_state(pipe, unet=EXTENDED, text=TEXT, scale=1.0, mixed=False))
-    written = factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
-    assert [file.name for file in written] == [
-        "my.lora.pt",
-        "my.lora.text_encoder.pt",
-        "my.lora.ti.pt",
-    ]
-    data = torch.load(written[0], weights_only=True)
-    assert (
-        type(data) is list
-        and factor_lists.is_factor_list(data)
-        and data[0].shape == (8, 3)
-        and data[1].shape == (3, 8)
-    )
-    assert set(torch.load(written[2], weights_only=True)) == {"<s2>", "<s10>", "<dog>"}
-    read = factor_lists.read_factor_lists(written[0], layout)
-    same(read, state)
-    assert read.token_names == ("<dog>", "<s10>", "<s2>") and torch.equal(
-        read.tokens["clip_l"], state.tokens["clip_l"][[2, 1, 0]]
-    )
-    alone = factor_lists.read_factor_lists(written[1], layout)
-    assert set(alone.components) == {"text_encoder"} and not alone.tokens
-    tensors, header = cloneofsimo.write_cloneofsimo(
-        read, layout, "x"
-    )  # cloneofsimo's own convert, with the ranks that the factors have
-    same(cloneofsimo.read_cloneofsimo(tensors, header, layout, "x"), state)
-    first = written[0].read_bytes()
-    factor_lists.write_factor_lists(state, tmp_path / "my.lora.pt", layout)
-    assert written[0].read_bytes() == first
-
-
-class Danger:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('executed')",))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [],
-        [torch.ones(8, 1)],
-        {"a": 1},
-        [Danger(), Danger()],
-        [torch.ones(2).int()] * 2,
-        [torch.full((8, 1), float("nan"))] * 2,
-    ],
-)
-def test_what_is_no_list_of_factors_is_refused_unexecuted(layout, tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt"):
-        factor_lists.read_factor_lists(tmp_path / "x.pt", layout)
 
 
 # ---------------------------------------------------------------- refusals
@@ -581,3 +411,10 @@ def test_mutated_files_are_read_or_refused_in_a_sentence(pipe, layout):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 150
+
+
+def test_the_real_cloneofsimo_file_is_refused_for_a_model_without_its_numbers(pipe_layout):
+    if not DISNEY.exists():
+        pytest.skip(f"{DISNEY} is not on this machine")
+    with pytest.raises(UserError, match="cloneofsimo's index-keyed format"):
+        formats.load(DISNEY, pipe_layout)

@@ -10,7 +10,7 @@ import torch
 from lora_core.adapters.weight_updates import LowRank, scaled_product
 from merging.compare import fit_coefficients, gram_sums, inner_product_with_dense, principal_angles
 from merging.factor_sums import cosine_similarity, frobenius_norm, inner_product
-from tests.test_svd import SHAPES, adapter, randn
+from tests.random_adapters import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)

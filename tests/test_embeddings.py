@@ -9,43 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embedding_pickles, embeddings, known_formats, layout_of
 from lora_core.formats.container import read_tensors, write_tensors
-from lora_core.formats.layout import Component, Layout
 from lora_core.formats.pickles import read_pickle
 from models import sd
+from tests.adapter_checks import header
+from tests.adapter_examples import save_file
 from tests.tiny_pipeline import pipeline
+from tests.token_examples import ONE, PAIR, ROWS, WIDE, layout_of_widths
 
 
 def is_embedding(tensors):
     return known_formats.is_embedding({key: t.shape for key, t in tensors.items()})
-
-
-def layout(**widths):
-    """Encoders with these widths: clip_l=4, clip_g=6."""
-    names = ("text_encoder", "text_encoder_2")[: len(widths)]
-    parts = {name: Component((), {}, width=width) for name, width in zip(names, widths.values())}
-    return Layout("f", "v1", parts, dict(zip(names, widths)))
-
-
-ONE, PAIR = layout(clip_l=4), layout(clip_l=4, clip_g=6)
-ROWS, WIDE = torch.randn(2, 4), torch.randn(2, 6)
-
-
-def parameters(rows):
-    return nn.ParameterDict({"*": nn.Parameter(rows)})
-
-
-A1111 = {
-    "string_to_token": {"*": 265},
-    "string_to_param": {"*": ROWS},
-    "name": "dog",
-    "step": 7,
-    "sd_checkpoint": None,
-    "sd_checkpoint_name": "x",
-}
 
 
 # ---------------------------------------------------------------- reading
@@ -79,19 +57,6 @@ def test_a_single_tensor_is_for_the_encoder_of_its_width(
     rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in sorted(tensors.items())])
     assert list(state.tokens) == [encoder] and torch.equal(state.tokens[encoder], rows)
     assert state.token_names == names and embeddings.placeholder_words(state) == words
-
-
-@pytest.mark.parametrize(
-    "change", [{}, {"string_to_param": parameters(ROWS)}, {"name": None}, {"name": ""}]
-)
-@pytest.mark.parametrize("older", [False, True])
-def test_a1111_dictionaries(tmp_path, change, older):
-    torch.save(A1111 | change, tmp_path / "cat.pt", _use_new_zipfile_serialization=not older)
-    state = embedding_pickles.read_pickled_embeddings(tmp_path / "cat.pt", ONE)
-    word = "dog" if "name" not in change else "cat"
-    assert torch.equal(state.tokens["clip_l"], ROWS) and embeddings.placeholder_words(state) == {
-        word: (f"<{word}>", f"<{word}>_1")
-    }
 
 
 @pytest.mark.parametrize(
@@ -311,48 +276,57 @@ def test_what_a_single_file_cannot_hold_is_refused(tmp_path, write):
     assert not list(tmp_path.iterdir())
 
 
+def test_diffusers_loads_the_token_rows(tmp_path, pipe_layout):
+    pipe, rows = pipeline(), torch.randn(2, 16, dtype=torch.float64).float()
+    words = embeddings.placeholder_header({"TOK": ("<s0>", "<s1>")})
+    state = AdapterState(tokens={"clip_l": rows}, token_names=("<s0>", "<s1>"))
+    (file,) = formats.save_run(state, tmp_path / "dog", layout=pipe_layout, metadata=words)
+    assert file.name == "dog_emb.safetensors"
+    assert json.loads(header(file)["token_names"]) == ["<s0>", "<s1>"] and json.loads(
+        header(file)["placeholders"]
+    ) == {"TOK": ["<s0>", "<s1>"]}
+    pipe.load_textual_inversion(
+        load_file(file)["clip_l"],
+        token=["<s0>", "<s1>"],
+        text_encoder=pipe.text_encoder,
+        tokenizer=pipe.tokenizer,
+    )
+    ids = pipe.tokenizer("<s0><s1>", add_special_tokens=False).input_ids
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
+    read = formats.load(tmp_path / "dog", pipe_layout)
+    assert (
+        torch.equal(read.tokens["clip_l"], rows)
+        and read.token_names == ("<s0>", "<s1>")
+        and embeddings.placeholder_words(read) == {"TOK": ("<s0>", "<s1>")}
+    )
+
+
+def test_t5_rows_are_found_under_both_names_and_must_agree(tmp_path):
+    rows = torch.randn(1, 6)
+    formats.save(
+        AdapterState(tokens={"clip_l": rows, "t5": rows + 1}, token_names=("<x>",)),
+        tmp_path / "a.safetensors",
+        format="embeddings",
+    )
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert set(tensors) == {"clip_l", "t5", "t5xxl"} and torch.equal(
+        formats.load(tmp_path / "a.safetensors").tokens["t5"], rows + 1
+    )
+    save_file(tensors | {"t5": rows}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="different rows under t5 and t5xxl"):
+        formats.load(tmp_path / "b.safetensors")
+
+
 # ---------------------------------------------------------------- refusals
-
-
-class Danger:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('executed')",))
-
-
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        ({"IN01": ROWS, "MID": ROWS, "OUT03": ROWS}, "per-layer token rows"),
-        (A1111 | {"string_to_param": {}}, "holds 0 entries"),
-        (A1111 | {"string_to_param": {"*": ROWS, "+": ROWS}}, "holds 2 entries"),
-        (A1111 | {"string_to_param": Danger()}, "holds 0 entries"),
-        (A1111 | {"string_to_param": {"*": ROWS * float("nan")}}, "NaN or Inf"),
-        (A1111 | {"string_to_param": {"*": torch.ones(2, 2, 4)}}, r"shape \[2, 2, 4\]"),
-        (
-            A1111 | {"string_to_param": {"*": torch.ones(2, 5)}},
-            r"width 5 and fit no encoder, their widths are 4 \(clip_l\), 6 \(clip_g\)",
-        ),
-        ({"<a>": Danger()}, "'<a>' in .* has type Inert"),
-        ({"<a>": torch.ones(2, 4).int()}, "torch.int32; expected an embedding"),
-        ({"<a>": ROWS, "<b>": WIDE}, "rows for clip_g and for clip_l"),
-        ({}, "no token rows"),
-        ({3: ROWS}, "3 in .* floating-point token rows"),
-        ([ROWS], "holds a list, no embedding"),
-        ({"a b": ROWS, "a-b": ROWS}, "different names"),
-    ],
-)
-def test_pickles_that_are_no_plain_rows_are_refused_unexecuted(tmp_path, content, expected):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=expected) as error:
-        embedding_pickles.read_pickled_embeddings(tmp_path / "x.pt", PAIR)
-    assert "\n" not in str(error.value)
 
 
 def test_a_width_that_two_encoders_have_is_refused():
     with pytest.raises(
         UserError, match="width 4 and may be for clip_l or clip_g; name the encoder"
     ):
-        embeddings.read_embeddings({"emb_params": ROWS}, {}, layout(clip_l=4, clip_g=4), "x")
+        embeddings.read_embeddings(
+            {"emb_params": ROWS}, {}, layout_of_widths(clip_l=4, clip_g=4), "x"
+        )
     with pytest.raises(UserError, match="width 4 and fit no encoder, their widths are 768"):
         embeddings.read_embeddings({"emb_params": ROWS}, {}, None, "x")
     with pytest.raises(UserError, match="the key more in addition to emb_params"):
@@ -406,3 +380,32 @@ def test_mutated_files_are_read_or_refused_in_a_sentence():
             refused += 1
             assert "\n" not in str(error)
     assert 200 < refused < 400
+
+
+def test_broken_token_files_are_refused(pipe_layout, tmp_path):
+    rows = torch.randn(2, 16)
+    for tensors, meta, expected in (
+        ({"clip_l": rows, "clip_x": rows}, {}, "clip_x in addition to its token rows"),
+        ({"clip_l": rows[0]}, {}, r"expected token rows \[n, d\]"),
+        (
+            {"clip_l": rows, "clip_g": rows},
+            {},
+            "token rows for clip_g; this model's encoders are clip_l",
+        ),
+        ({"clip_l": rows}, {"token_names": '["<a>"]'}, "2 rows of clip_l for 1 tokens"),
+        ({"clip_l": rows}, {"token_names": '["<a>", "<a>"]'}, "different names"),
+        ({"clip_l": rows}, {"token_names": "["}, "not JSON"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors", meta)
+        with pytest.raises(UserError, match=expected):
+            formats.load(tmp_path / "a.safetensors", pipe_layout)
+    save_file({"clip_l": rows}, tmp_path / "a.safetensors")
+    assert formats.load(tmp_path / "a.safetensors", pipe_layout).token_names == (
+        "<s0>",
+        "<s1>",
+    )  # diffusers' scripts do not write names
+    for entry in ('{"TOK": ["<s7>"]}', '{"TOK": []}', "[1]"):
+        with pytest.raises(UserError, match="expected words and their tokens"):
+            embeddings.placeholder_words(
+                AdapterState(token_names=("<s0>",), metadata={"placeholders": entry})
+            )

@@ -17,7 +17,7 @@ from lora_core.errors import UserError
 from merging.factor_sums import LPL_WARNING, concat_factors, lpl, slerp
 from merging.svd import compress_adapter
 from merging.truncation import Keep
-from tests.test_svd import SHAPES, adapter, randn
+from tests.random_adapters import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)

@@ -8,7 +8,8 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.formats.model_folders import open_model_folder, weight_key
 from merging import base_models
 from merging.commands import FileReadOptions
-from tests.merge_commands import SQUARE, call, header, summed
+from tests.adapter_checks import header
+from tests.merge_commands import SQUARE, call, summed
 
 
 @pytest.mark.parametrize("out", ["merged", "merged.safetensors", "merged.ckpt"])

@@ -19,7 +19,7 @@ from lora_core.adapters.injection import (
 )
 from lora_core.adapters.weight_updates import delta_weight
 from lora_core.errors import UserError
-from tests.test_injection import KINDS, TARGETS, adapted_layers, image, injected, net, seeded, shake
+from tests.injected_nets import KINDS, TARGETS, adapted_layers, image, injected, net, seeded, shake
 
 
 @pytest.mark.parametrize(("kind", "strength"), itertools.product(KINDS, (1.0, 0.37, -1.5)))

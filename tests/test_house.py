@@ -20,6 +20,21 @@ OTHERS = []
 for folder in ("toy", "benchmarks", "examples"):
     OTHERS += sorted((ROOT / folder).rglob("*.py"))
 FAMILIES = re.compile(r"\b(sd|sd1|sd15|sdxl|sd3|flux)\b", re.IGNORECASE)
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+# A reader looks for the tests of a file in tests/test_NAME.py, except for those here.
+TESTED_BY = {
+    "benchmarks/layer_contenders.py": "test_contenders.py",
+    "lora_core/kernels/flat_steps.py": "test_steps.py",
+    "lora_core/kernels/linear_builds.py": "test_ahead.py",
+    "lora_core/kernels/linear_kernels.py": "test_linear.py",
+    "lora_core/kernels/linear_tables.py": "test_linear.py",
+    "lora_core/kernels/linear_tiles.py": "test_linear.py",
+    "lora_core/kernels/optimizer_kernels.py": "test_optimizers.py",
+}
+THEMES = {  # test files that are named after what cuts across many modules
+    "advice", "bad_input", "configs", "damage", "docs", "dropped", "families_load", "files_load",
+    "house", "installation", "objectives", "resume", "toy", "trained_files", "traps",
+}  # fmt: skip
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 
 
@@ -183,6 +198,22 @@ def test_a_file_name_occurs_once() -> None:
     allowed = {"merge": ["merge.py", "benchmarks/merge.py"]}
     twice = {stem: paths for stem, paths in files.items() if len(paths) > 1}
     assert {stem: paths for stem, paths in twice.items() if allowed.get(stem) != paths} == {}
+
+
+def test_tests_mirror_the_source_by_name() -> None:
+    folder = ROOT / "tests"
+    mirrored = [path for path in [*PRODUCT, *BENCHMARKS] if path.name != "__init__.py"]
+    offenders = []
+    for path in mirrored:
+        wanted = TESTED_BY.get(short(path), f"test_{path.name}")
+        if not (folder / wanted).is_file():
+            offenders.append(f"{short(path)}: no tests/{wanted}")
+    offenders += [f"{name} is no file" for name in TESTED_BY if not (ROOT / name).is_file()]
+    known = {path.stem for path in mirrored} | THEMES
+    for path in sorted(folder.glob("test_*.py")):
+        if path.stem.removeprefix("test_") not in known:
+            offenders.append(f"{short(path)} is named after no file and no theme")
+    assert not offenders
 
 
 def test_the_loop_is_a_page() -> None:

@@ -15,15 +15,14 @@ from lora_core import formats, patch
 from lora_core.formats import embeddings
 from lora_core.runs.loras import RunSettings
 from models import load_family
-from tests.test_models import saved
-from tests.tiny_pipeline import random_state
+from tests.tiny_pipeline import random_state, save_sd_pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/ and two run folders a/ and b/ with LoRA and tokens, strong enough to see."""
     folder = tmp_path_factory.mktemp("infer")
-    pipe = saved(folder / "model")
+    pipe = save_sd_pipeline(folder / "model")
     family = load_family(str(folder / "model"))
     for i, name in enumerate("ab"):
         state = random_state(pipe, seed=i + 1)

@@ -15,7 +15,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
@@ -28,77 +27,12 @@ from lora_core.adapters.injection import (
     remove,
     set_strength,
 )
-from lora_core.adapters.targets import select_paths, target_summary, target_table
 from lora_core.adapters.weight_updates import LowRank, delta_weight
 from lora_core.errors import UserError
 from lora_core.kernels import OPS, use_kernels
+from tests.injected_nets import KINDS, TARGETS, adapted_layers, image, injected, net, seeded, shake
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["lora", "dora"]
-
-
-class Net(nn.Module):
-    """Linear with and without bias, several convolutions, inside ModuleList and Sequential."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
-        self.mid = nn.ModuleList(
-            [
-                nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0)),
-                nn.Conv2d(12, 8, 1, bias=False),
-            ]
-        )
-        self.norm = nn.GroupNorm(2, 8)
-        self.to_q = nn.Linear(8, 8)
-        self.to_k = nn.Linear(8, 10, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(10, 6), nn.Identity())
-        self.recompute = False
-
-    def tail(self, x):
-        return self.to_out(torch.tanh(self.to_k(torch.nn.functional.silu(self.to_q(x)))))
-
-    def forward(self, x):
-        x = torch.nn.functional.silu(self.conv_in(x))
-        x = self.norm(self.mid[1](torch.tanh(self.mid[0](x)))).flatten(2).transpose(1, 2)
-        return checkpoint(self.tail, x, use_reentrant=False) if self.recompute else self.tail(x)
-
-
-TARGETS = ("conv_in", "mid.*", "to_q", "to_k", "to_out.0")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def net(dtype=torch.float64, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net().to(dtype)
-
-
-def image(dtype=torch.float64, b=3, seed=1):
-    return torch.randn(b, 4, 6, 5, generator=seeded(seed), dtype=torch.float64).to(dtype)
-
-
-def shake(model, name="default", size=0.3, seed=5):
-    """Moves every parameter of the adapter off its start, so that no branch is zero."""
-    generator = seeded(seed)
-    with torch.no_grad():
-        for p in injection.adapter_parameters(model, name):
-            p.add_(
-                size
-                * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-                * (p.abs().mean() if p.ndim == 1 else 1)
-            )
-
-
-def injected(kind="lora", dtype=torch.float64, **settings):
-    model = net(dtype)
-    inject(
-        model, AdapterSpec(**{"kind": kind, "rank": 2, "alpha": 3.0, "targets": TARGETS} | settings)
-    )
-    return model
 
 
 # --- init, dtype, autocast ---
@@ -187,14 +121,6 @@ def test_down_depends_on_seed_and_path_only_and_has_the_documented_spread():
 
 
 # --- strength, several adapters ---
-
-
-def adapted_layers(model):
-    return [
-        (path, layer)
-        for path, layer in adaptable_layers(model).items()
-        if isinstance(layer, Adapted)
-    ]
 
 
 def two_adapters():
@@ -589,97 +515,6 @@ def test_globs_respect_the_dot_and_exclude():
         UserError, match=r"'blocks' matches none.*nearest: blocks.0.to_q, blocks.0.proj"
     ):
         injection.target_paths(model, ("blocks",))
-
-
-def test_trap_11_suffixes_respect_the_dot():
-    """endswith and substring search, the usual mistakes, hit single blocks, and "q" every to_q."""
-    blocks = [f"transformer_blocks.{i}.attn.to_q" for i in (3, 13)]
-    blocks += [f"single_{path}" for path in blocks]
-    paths = [
-        *blocks,
-        "proj_out",
-        "single_transformer_blocks.3.proj_out",
-        "transformer_blocks.3.ff.net.2",
-        "transformer_blocks.3.ff.net.12",
-    ]
-    expected = {
-        "transformer_blocks.3.attn.to_q": ["transformer_blocks.3.attn.to_q"],
-        "attn.to_q": blocks,  # the published lists mean both kinds of block
-        "proj_out": ["proj_out", "single_transformer_blocks.3.proj_out"],  # and the head
-        "single_*.proj_out": ["single_transformer_blocks.3.proj_out"],
-        "ff.net.2": ["transformer_blocks.3.ff.net.2"],
-        "net.?": ["transformer_blocks.3.ff.net.2"],
-    }
-    for pattern, chosen in expected.items():
-        assert select_paths(paths, [pattern]) == chosen
-    wrong = [path for path in paths if path.endswith("transformer_blocks.3.attn.to_q")]
-    assert wrong == ["transformer_blocks.3.attn.to_q", "single_transformer_blocks.3.attn.to_q"]
-    assert [path for path in paths if path.endswith("2")] == [
-        "transformer_blocks.3.ff.net.2",
-        "transformer_blocks.3.ff.net.12",
-    ]
-    with pytest.raises(UserError, match="'q' matches none of the 8"):
-        select_paths(paths, ["q"])
-
-
-def large_transformer():
-    """Paths of 191 layers in 19 double and 38 single blocks."""
-    double = ["attn.to_q", "attn.to_k", "ff.net.0.proj", "ff.net.2"]
-    double += ["ff_context.net.0.proj", "ff_context.net.2"]
-    paths = []
-    for i in range(19):
-        paths += [f"transformer_blocks.{i}.{name}" for name in double]
-    for i in range(38):
-        paths += [f"single_transformer_blocks.{i}.{name}" for name in ("attn.to_q", "proj_out")]
-    return [*paths, "proj_out"]
-
-
-def test_the_summary_of_targets_counts_every_layer_once():
-    expected = "191 layers: attention 76, feed-forward 76, projections 39"
-    assert target_summary(large_transformer()) == expected
-    resnet = ["a.resnets.0.conv1", "a.resnets.0.time_emb_proj", "a.downsamplers.0.conv", "conv_in"]
-    assert target_summary(resnet) == "4 layers: resnets 2, samplers 1, others 1"
-    text = ["layers.0.self_attn.q_proj", "layers.0.self_attn.out_proj", "layers.0.mlp.fc1"]
-    assert target_summary(text) == "3 layers: attention 2, feed-forward 1"
-    assert target_summary(["norm1.linear"]) == "1 layer: norms 1"
-
-
-def test_the_table_of_targets_counts_every_layer_once():
-    """One line for each kind of block; the numbers are those of published target lists."""
-    paths = large_transformer()
-    assert target_table(paths).splitlines() == [
-        "191 layers",
-        "114 = 19 x 6  transformer_blocks.0-18: attn.{to_q,to_k}, {ff,ff_context}.net.{0.proj,2}",
-        " 76 = 38 x 2  single_transformer_blocks.0-37: attn.to_q, proj_out",
-        "  1           proj_out",
-    ]
-    some = [
-        "mid.0.attn1.to_out.0",
-        "up.1.a.0.to_q",
-        "up.2.a.0.to_q",
-        "up.2.a.1.to_q",
-        "up.4.a.0.to_q",
-        "conv_in",
-    ]
-    assert target_table(some).splitlines() == [
-        "6 layers",
-        "  2          mid.0.attn1.to_out.0, conv_in",
-        "  4 = 4 x 1  up.1-2,4.a.0-1: to_q",
-    ]
-    assert target_table(["conv"]) == "1 layer\n  1  conv"
-
-
-def test_a_long_table_sums_the_smallest_kinds():
-    kinds = []
-    for n, letter in enumerate("abcdefghijklmnopqrst"):
-        kinds += [f"{letter}.{i}.{letter}x" for i in range(2 + n)]
-    lines = target_table(kinds).splitlines()
-    assert len(lines) == 15 and lines[0].split() == [str(len(kinds)), "layers"]
-    assert sum(int(line.split()[0]) for line in lines[1:]) == len(kinds)
-    assert (
-        lines[-1] == f" {sum(range(2, 9))} more, of 7 other kinds"
-        and lines[1] == "  9 = 9 x 1   h.0-8: hx"
-    )
 
 
 def refusals():

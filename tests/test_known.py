@@ -12,12 +12,10 @@ from safetensors.torch import save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
-from lora_core.errors import UserError
-from lora_core.formats.model_files import SingleFileFacts
-from models import known, read_layout
-from models.published import PUBLISHED_MODELS, published_configs
-from models.single_file import recognize_checkpoint
-from tests import tiny_pipeline, tiny_sdxl
+from models import known
+from models.published import PUBLISHED_MODELS
+from tests import tiny_pipeline
+from tests.refusals import sentence
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
 ORIGINALS = [kind for kind, row in PUBLISHED_MODELS.items() if not row.like]
@@ -56,13 +54,6 @@ def state_of(kind, component="", pattern=""):
 def written(state, format, layout):
     tensors, header = formats.FORMATS[format].write(state, layout, "a")
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}, header
-
-
-def sentence(function, *args):
-    with pytest.raises(UserError) as info:
-        function(*args)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
@@ -404,63 +395,3 @@ def test_files_folders_and_pickles(tmp_path):
     data = (tmp_path / "xl.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-9])
     assert "cut.safetensors" in sentence(known.recognize_path, tmp_path / "cut.safetensors")
-
-
-def test_configs_are_those_of_the_published_models():
-    """The numbers of modules that public trainers adapt, and other tests' full-size networks."""
-    layouts = known.published_layouts()
-    unet, clip, big = tiny_sdxl.full_size()
-    expected = formats.layout_of(
-        {"text_encoder": clip, "text_encoder_2": big, "unet": unet}
-    ).components
-    assert {name: part.shapes for name, part in layouts["sdxl"].components.items()} == {
-        name: part.shapes for name, part in expected.items()
-    }
-    count = {
-        kind: sum(
-            bool(re.search(r"transformer_blocks|proj_in|proj_out", path))
-            for path in found.components["unet"].shapes
-        )
-        for kind, found in layouts.items()
-        if "unet" in found.components
-    }
-    assert count["sd1"] == count["sd2"] == 192 and count["sdxl"] == 722
-    assert {kind: found.base_model_version for kind, found in layouts.items()} == {
-        "sd1": "sd_v1",
-        "sd1-inpainting": "sd_v1",
-        "sd2": "sd_v2",
-        "sd2-v": "sd_v2_v",
-        "sd2-inpainting": "sd_v2",
-        "sdxl": "sdxl_base_v1-0",
-        "sdxl-inpainting": "sdxl_base_v1-0",
-        "sdxl-refiner": "sdxl_refiner_v1-0",
-        "flux-dev": "flux1",
-        "flux-schnell": "flux1",
-    }
-    assert layouts["sd2"].components["text_encoder"].width == 1024
-    for kind in PUBLISHED_MODELS:
-        # the table against the networks; after a change run python -m models.published_tables
-        assert read_layout(str(published_configs(kind))) == layouts[kind]
-
-
-def test_checkpoints_are_told_by_their_widths():
-    def facts(channels, context, label=None):
-        return SingleFileFacts(channels, context, label, True, {}, True, ())
-
-    expected = {
-        (4, 768, None): "sd1",
-        (9, 768, None): "sd1-inpainting",
-        (4, 1024, None): "sd2",
-        (9, 1024, None): "sd2-inpainting",
-        (4, 2048, 2816): "sdxl",
-        (9, 2048, 2816): "sdxl-inpainting",
-        (4, 1280, 2560): "sdxl-refiner",
-    }
-    assert {key: recognize_checkpoint(facts(*key), "a") for key in expected} == expected
-    assert (
-        recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
-        and recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
-    )
-    for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
-        text = sentence(recognize_checkpoint, facts(*key), "a.ckpt")
-        assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

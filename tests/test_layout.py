@@ -1,11 +1,15 @@
-"""layout: the blocks of layers that lists of weights name."""
+"""Layouts: blocks that lists of weights name, published names and prefixes of encoders."""
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_core.adapters import injection
 from lora_core.adapters.targets import matches_pattern
+from lora_core.errors import UserError
+from lora_core.formats import layout_of
 from merging.block_weights import BLOCK_LISTS, BLOCKS, factor_by_block, parse_block_weights
 from models import sd, sdxl
 from tests.tiny_pipeline import pipeline
@@ -124,3 +128,56 @@ def test_tables_tell_the_width_of_rows(layouts):
         .width
         == 16
     )
+
+
+def test_layout_finds_published_names_in_both_clip_classes_and_back():
+    config = CLIPTextConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=9,
+    )
+    plain, projected = CLIPTextModel(config), CLIPTextModelWithProjection(config)
+    layout = layout_of({"text_encoder": plain, "text_encoder_2": projected})
+    name = "text_model.encoder.layers.0.mlp.fc1"
+    assert layout.published("text_encoder", layout.module_path("text_encoder", name)) == name
+    assert layout.published("text_encoder_2", layout.module_path("text_encoder_2", name)) == name
+    assert (
+        plain.get_submodule(layout.module_path("text_encoder", name)).weight.shape
+        == layout.components["text_encoder"].shapes[name]
+    )
+    assert projected.get_submodule(layout.module_path("text_encoder_2", name)).weight.shape == (
+        16,
+        8,
+    )
+    assert [c.prefixes[0] for c in layout.components.values()] == ["lora_te1", "lora_te2"]
+    with pytest.raises(
+        UserError,
+        match=r"no Linear or Conv2d named text_model.encoder.layers.0.mlp.fc3; "
+        r"the nearest is \S*mlp.fc",
+    ):
+        layout.module_path("text_encoder", "text_model.encoder.layers.0.mlp.fc3")
+
+
+def test_an_adapted_module_counts_as_its_base(pipe):
+    modules = {"unet": pipeline().unet}
+    before = layout_of(modules)
+    injection.inject(modules["unet"], injection.AdapterSpec(targets=("*.to_q", "*.conv1"), rank=2))
+    assert layout_of(modules) == before
+
+
+def test_prefixes_and_token_keys_follow_what_an_encoder_is():
+    net = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    modules = {"transformer": net, "text_encoder": net, "text_encoder_2": net}
+    layout = layout_of(modules, encoders={"text_encoder": "clip_l", "text_encoder_2": "t5"})
+    assert [c.prefixes[0] for c in layout.components.values()] == [
+        "lora_unet",
+        "lora_te1",
+        "lora_te3",
+    ] and layout.encoders["text_encoder_2"] == "t5"
+    assert [c.prefixes[0] for c in layout_of(modules).components.values()] == [
+        "lora_unet",
+        "lora_te1",
+        "lora_te2",
+    ]

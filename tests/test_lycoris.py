@@ -16,7 +16,7 @@ from lora_core.adapters.weight_updates import (
 )
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
-from tests.test_formats import fused_layout
+from tests.adapter_examples import fused_layout
 
 LAYERS = {"a": nn.Linear(12, 8), "c": nn.Conv2d(6, 4, (3, 2)), "o": nn.Conv2d(6, 4, 1)}
 R = 3

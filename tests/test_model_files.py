@@ -3,9 +3,7 @@
 Nothing is lost, diffusers reads ours, damage is one sentence.
 """
 
-import json
 import os
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -22,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.errors import UserError
 from lora_core.formats.model_files import (
     NetworkLocation,
     SingleFileFacts,
@@ -33,83 +29,11 @@ from lora_core.formats.model_files import (
     write_checkpoint_file,
     write_folder_from_single_file,
 )
-from lora_core.formats.weights import (
-    TensorInfo,
-    Weights,
-    cast_weights,
-    open_weights,
-    weights_in_memory,
-    write_weights,
-)
+from lora_core.formats.weights import open_weights, weights_in_memory
 from tests import tiny_pipeline, tiny_sdxl
-
-UNET, VAE = (
-    NetworkLocation("unet", "model.diffusion_model.", "unet"),
-    NetworkLocation("vae", "first_stage_model.", "vae"),
-)
-FIRST = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.transformer.", "clip"))
-SECOND = (UNET, VAE, NetworkLocation("text_encoder", "cond_stage_model.model.", "open_clip"))
-XL = (
-    UNET, VAE, NetworkLocation("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
-    NetworkLocation("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
-)  # fmt: skip
-REFINER = (
-    UNET,
-    VAE,
-    NetworkLocation("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),
-)
-ROWS = {"first": FIRST, "second": SECOND, "xl": XL, "refiner": REFINER}
-
-
-def second_pipeline():
-    """Shaped as Stable Diffusion 2: linear projections, v, a text tower of 23 layers."""
-    torch.manual_seed(3)
-    tok = tiny_pipeline.tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=2,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=[2, 4],
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        use_linear_projection=True,
-    )
-    kinds = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-    }
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=4,
-        **kinds,
-    )
-    config = CLIPTextConfig(
-        vocab_size=len(tok),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=23,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
-        hidden_act="gelu",
-        initializer_range=0.2,
-    )
-    scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
-    return StableDiffusionPipeline(
-        vae,
-        CLIPTextModel(config),
-        tok,
-        unet,
-        scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+from tests.network_locations import FIRST, REFINER, ROWS, SECOND, UNET, VAE, XL, tensors_of
+from tests.refusals import sentence
+from tests.tiny_sd2 import second_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +66,6 @@ def shapes_of(pipe, kind):
         name: {key: tuple(t.shape) for key, t in network.state_dict().items()}
         for name, network in networks(pipe, kind).items()
     }
-
-
-def tensors_of(single):
-    return {key: single.read(key).clone() for key in single.infos}
-
-
-def sentence(function, *args, **settings):
-    with pytest.raises(UserError) as info:
-        function(*args, **settings)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 def files(folder):
@@ -341,60 +254,6 @@ def test_a_changed_model_is_written_through_its_reader(tmp_path, models):
     assert torch.equal(
         after["model.diffusion_model.input_blocks.0.0.weight"], pipe.unet.conv_in.weight + 1
     )
-
-
-def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
-    alive, most = [], []
-
-    def read(key):
-        most.append(sum(ref() is not None for ref in alive))
-        alive.append(weakref.ref(tensor := torch.full((1000,), float(key[1:]))))
-        return tensor
-
-    weights = cast_weights(
-        Weights("made up", {f"t{i}": TensorInfo((1000,), torch.float32) for i in range(50)}, read),
-        torch.float16,
-    )
-    write_weights(tmp_path / "a.safetensors", weights, {"format": "pt"})
-    assert max(most) <= 1
-    assert all(
-        bool((t == float(key[1:])).all()) and t.dtype == torch.float16
-        for key, t in load_file(tmp_path / "a.safetensors").items()
-    )
-
-
-def test_what_is_written_is_what_the_library_reads_and_always_the_same(tmp_path):
-    tensors = {
-        "b": torch.arange(6.0).reshape(2, 3),
-        "a": torch.arange(3).to(torch.bfloat16),
-        "é": torch.tensor(1.5),
-        "i": torch.tensor([[1, 2]]),
-        "turned": torch.arange(6.0).reshape(2, 3).T,
-        "f8": torch.ones(3).to(torch.float8_e4m3fn),
-        "none": torch.empty(0, 3),
-        "yes": torch.tensor([True]),
-    }
-    path = tmp_path / "a.safetensors"
-    write_weights(path, weights_in_memory(tensors, "here"), {"b": "1", "a": "ü"})
-    first = path.read_bytes()
-    for key, tensor in load_file(path).items():
-        assert tensor.dtype == tensors[key].dtype and torch.equal(
-            tensor.float(), tensors[key].float()
-        )
-    assert set(load_file(path)) == set(tensors) and int.from_bytes(first[:8], "little") % 8 == 0
-    with safe_open(path, "pt") as opened:
-        assert opened.metadata() == {"a": "ü", "b": "1"}
-    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
-    assert all(
-        header[key]["data_offsets"][0] % tensor.element_size() == 0
-        for key, tensor in tensors.items()
-    )
-    write_weights(
-        path, weights_in_memory(dict(reversed(tensors.items())), "here"), {"a": "ü", "b": "1"}
-    )
-    assert path.read_bytes() == first
-    opened = open_weights(path)
-    assert opened.infos == weights_in_memory(tensors, "here").infos
 
 
 def test_half_precision_and_its_overflow(tmp_path, models):
@@ -640,33 +499,3 @@ def test_inpainting_is_seen_in_the_shapes(models):
     assert dict(describe_single_file(refiner.shapes).encoders) == {
         "conditioner.embedders.0.model.": ("open_clip", 24)
     }
-
-
-def test_a_file_larger_than_memory_is_read(tmp_path):
-    """A terabyte that takes no place on disk: its tensors are read one by one.
-
-    A tensor that was read is not a view of the file.
-    """
-    path, names, size = tmp_path / "large.safetensors", [f"t{i}" for i in range(1024)], 2**30
-    text = {
-        name: {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(names)
-    }
-    last = 1024 * size
-    text["end"] = {"dtype": "BF16", "shape": [2, 1], "data_offsets": [last, last + 4]}
-    header = json.dumps(text).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + last + 4)
-        file.seek(8 + len(header) + last)
-        file.write(
-            torch.tensor([1.5, -2.0], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-        )
-    opened = open_weights(path)
-    found = opened.read("end")
-    path.unlink()
-    assert (
-        len(opened.infos) == 1025
-        and found.dtype == torch.bfloat16
-        and found.tolist() == [[1.5], [-2.0]]
-    )

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.formats.model_files import join_networks, open_located_networks
-from tests.test_model_files import FIRST, sentence, tensors_of
+from tests.network_locations import FIRST, tensors_of
+from tests.refusals import sentence
 
 
 def test_folders_of_every_age_are_read(tmp_path, model):

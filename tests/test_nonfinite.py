@@ -1,6 +1,4 @@
-"""Numbers that are none are refused where they enter, and no checkpoint, file or image is made of
-them.
-"""
+"""Numbers that are none are refused where they enter, and no checkpoint or file is made of them."""
 
 import json
 import math
@@ -18,7 +16,6 @@ from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
-from lora_core.runs import pictures
 from lora_core.runs.run_folder import Run, nonfinite_names
 from tests.conftest import learned, rows
 from training import nonfinite
@@ -250,16 +247,6 @@ def test_the_first_validation_says_so_too(
         match=r"the validation loss is nan after 0 steps: unet has NaN .* first in conv_out\.bias",
     ):
         train.train(config)
-
-
-# ---------------------------------------------------------------- images
-
-
-def test_pixels_of_nan_are_refused() -> None:
-    pixels = torch.zeros(2, 3, 4, 4)
-    pixels[1, 0, 0, 0] = NAN
-    with pytest.raises(UserError, match="NaN"):
-        pictures.to_images(pixels)
 
 
 # ---------------------------------------------------------------- losses

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.merge_commands import call, header
+from tests.adapter_checks import header
+from tests.merge_commands import call
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset, ImageSettings, scan_folder
 from lora_core.placeholders import make_placeholders
 from lora_core.text import print_escaped
-from tests.test_listing import kohya, save
+from tests.image_examples import save_gray_square, save_kohya_folders
 from training.run_summary import RunLength, describe_run
 
 
@@ -38,15 +38,15 @@ def told(
 
 def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
     for i in range(4):
-        save(tmp_path / f"{i}.png", i)
-    save(tmp_path / "2.mask.png")
+        save_gray_square(tmp_path / f"{i}.png", i)
+    save_gray_square(tmp_path / "2.mask.png")
     for i, text in enumerate(["a TOK", "", "the TOK\nmy TOK"]):
         (tmp_path / f"{i}.txt").write_text(text)
     for name in "abcde":
         (tmp_path / f"{name}.svg").write_bytes(b"x")
     prior = ImageDataset(
         scan_folder(
-            save(tmp_path / "class" / "c.png").parent,
+            save_gray_square(tmp_path / "class" / "c.png").parent,
             captions="one",
             caption="a dog",
             is_prior=True,
@@ -70,9 +70,9 @@ def test_everything_that_was_read_is_said_with_numbers(tmp_path: Path) -> None:
 
 
 def test_repeats_of_folders_and_names_that_are_no_utf8_are_said(tmp_path: Path) -> None:
-    root = kohya(tmp_path / "img")
+    root = save_kohya_folders(tmp_path / "img")
     os.mkdir(os.fsencode(root) + b"/caf\xe9")
-    save(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9")) / "0.png")
+    save_gray_square(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9")) / "0.png")
     lines = told(root)
     assert (
         lines[0]
@@ -99,7 +99,7 @@ def test_it_is_printed_whatever_the_terminal_can_show(monkeypatch: pytest.Monkey
 
 def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
     for i in range(3):
-        save(tmp_path / f"{i}.png", i)
+        save_gray_square(tmp_path / f"{i}.png", i)
     records = scan_folder(tmp_path, caption="x")
     folder = ImageDataset(records, ImageSettings(64, buckets=True))
     assert "20 steps of 2 images, 10 epochs of 3" in describe_run(
@@ -109,6 +109,6 @@ def test_an_epoch_of_buckets_is_all_of_their_batches(tmp_path: Path) -> None:
 
 def test_images_that_a_table_leaves_out_are_counted_in_their_folder(tmp_path: Path) -> None:
     for name in ("in/a.png", "in/b.png", "in/c.png"):
-        save(tmp_path / name)
+        save_gray_square(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "in/a.png", "text": "x"}')
     assert told(tmp_path)[-1] == f"left out, sub-folders: {tmp_path / 'in'}/ (2 images)"

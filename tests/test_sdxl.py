@@ -25,15 +25,13 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.diffusion import sampling
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
-from lora_core.formats.compvis import unet_module_names
-from lora_core.formats.layout import layout_of
 from lora_core.placeholders import Placeholder
 from lora_core.tokens import first_eos
 from models import Conditioning, LoadOptions, Sizes, load_family, read_layout
 from models.sd import unet_presets
 from models.sdxl import PRESETS, sdxl_layout, sdxl_schedule
 from tests import tiny_sdxl
-from tests.tiny_sdxl import FULL_UNET, save
+from tests.tiny_sdxl import save
 
 Tiny = Callable[..., tuple]
 SIZES = Sizes([(30, 44), (30, 44)], [(3, 5), (3, 5)], (16, 18))  # nothing square, nothing equal
@@ -274,6 +272,7 @@ def test_the_empty_negative_prompt_is_zeros_where_the_model_says_so(tmp_path: Pa
 
 
 # ---------------------------------------------------------------- whole pictures
+
 
 PICTURES = [
     ("euler", "euler", ""),
@@ -631,42 +630,6 @@ def test_kohya_names_are_stabilitys(full: tuple) -> None:
     assert shape.encoders == {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-def test_names_follow_the_unets_own_blocks() -> None:
-    """The refiner's four blocks, of which the first and last have no attention: an upsampler then
-    stands one place earlier.
-    """
-    kinds = dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
-        "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(384, 768, 1536, 1536),
-        transformer_layers_per_block=4, attention_head_dim=[6, 12, 24, 24],
-        cross_attention_dim=1280, projection_class_embeddings_input_dim=2560,
-    )  # fmt: skip
-    with torch.device("meta"):
-        unet = tiny_sdxl.UNet2DConditionModel(**(FULL_UNET | kinds))
-    names = sdxl_layout(unet, {"text_encoder_2": tiny_sdxl.full_size()[2]}).components["unet"].names
-    others = {
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
-        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "down_blocks.2.downsamplers.0.conv": "input_blocks.9.0.op",
-        "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
-        "up_blocks.3.resnets.0.conv1": "output_blocks.9.0.in_layers.2",
-    }  # fmt: skip
-    assert {path: names[path] for path in others} == others and len(set(names.values())) == len(
-        names
-    )
-    shallow = tiny_sdxl.UNet2DConditionModel(
-        **(dict(tiny_sdxl.unet().config) | {"layers_per_block": 1})
-    )
-    names = unet_module_names(layout_of({"unet": shallow}).components["unet"].shapes)
-    assert (
-        names["down_blocks.0.downsamplers.0.conv"] == "input_blocks.2.0.op"
-        and names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.2.conv"
-    )
-    assert names["down_blocks.1.attentions.0.proj_in"] == "input_blocks.3.1.proj_in"
-
-
 def test_the_outline_is_the_loaded_models(tiny: Tiny) -> None:
     (base, _, first), (refiner, _, second) = (
         tiny(scheduler="euler"),
@@ -680,6 +643,7 @@ def test_the_outline_is_the_loaded_models(tiny: Tiny) -> None:
 
 
 # ---------------------------------------------------------------- files
+
 
 TEXT_TARGETS = ("*self_attn*proj", "*mlp.fc?")
 UNET_TARGETS = (

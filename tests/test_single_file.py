@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lora_core.errors import UserError
 from lora_core.family import Sizes
 from lora_core.formats.model_files import (
+    SingleFileFacts,
     describe_single_file,
     join_networks,
     split_networks,
@@ -30,11 +30,12 @@ from models import (
     save_family,
     single_file,
 )
-from models.published import PUBLISHED_MODELS, published_configs
-from models.single_file import convert_to_folder, locate_networks, open_parts
+from models.published import published_configs
+from models.single_file import convert_to_folder, locate_networks, open_parts, recognize_checkpoint
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline
-from tests.test_model_files import second_pipeline
+from tests.refusals import sentence
+from tests.tiny_sd2 import second_pipeline
 
 NAMES = ("first", "inpainting", "second", "xl", "refiner")
 
@@ -89,13 +90,6 @@ def outputs(family):
             *family.encode_images(pixels),
             family.decode(x.float()),
         ]
-
-
-def sentence(function, *args, **settings):
-    with pytest.raises(UserError) as info:
-        function(*args, **settings)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -368,27 +362,6 @@ def test_without_a_tokenizer_it_is_said(tmp_path, monkeypatch, models):
     assert "openai/clip-vit-large-patch14 (offline)" in text and "--model-config" in text
 
 
-def test_known_schedulers():
-    expected = {
-        "sd1": "epsilon",
-        "sd2": "epsilon",
-        "sd2-v": "v_prediction",
-        "sdxl": "epsilon",
-        "sdxl-refiner": "epsilon",
-        "flux-dev": "flow",
-    }
-    assert {
-        kind: read_schedule(str(published_configs(kind)), {}, 1024)[1] for kind in expected
-    } == expected
-    sigma = read_schedule(str(published_configs("sdxl")), {})[0].level(torch.tensor([999]))
-    assert (sigma.sigma / sigma.alpha).item() == pytest.approx(
-        14.6146, abs=1e-3
-    )  # the largest of the scaled linear schedule
-    assert all(
-        (published_configs(kind) / "model_index.json").is_file() for kind in PUBLISHED_MODELS
-    )
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -515,3 +488,26 @@ def test_configs_and_models_of_the_hub(tmp_path, models, monkeypatch):
     assert "no such repository" in sentence(
         load_family, file(models["first"]), LoadOptions(config="someone/other")
     )
+
+
+def test_checkpoints_are_told_by_their_widths():
+    def facts(channels, context, label=None):
+        return SingleFileFacts(channels, context, label, True, {}, True, ())
+
+    expected = {
+        (4, 768, None): "sd1",
+        (9, 768, None): "sd1-inpainting",
+        (4, 1024, None): "sd2",
+        (9, 1024, None): "sd2-inpainting",
+        (4, 2048, 2816): "sdxl",
+        (9, 2048, 2816): "sdxl-inpainting",
+        (4, 1280, 2560): "sdxl-refiner",
+    }
+    assert {key: recognize_checkpoint(facts(*key), "a") for key in expected} == expected
+    assert (
+        recognize_checkpoint(facts(4, 1024), "a", v=True) == "sd2-v"
+        and recognize_checkpoint(facts(4, 768), "a", v=True) == "sd1"
+    )
+    for key in ((8, 768), (5, 1024), (4, 1024, 1024), (4, 40, 60), (None, None)):
+        text = sentence(recognize_checkpoint, facts(*key), "a.ckpt")
+        assert "a.ckpt" in text and "--model-config" in text and "Flux" not in text

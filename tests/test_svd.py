@@ -9,31 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.adapters.weight_updates import LowRank, delta_weight, scaled_product
+from lora_core.adapters.weight_updates import delta_weight, scaled_product
 from lora_core.errors import UserError
 from merging import svd
 from merging.svd import compress_adapter, distill_update, singular_values
-from merging.truncation import ApproximationReport, Keep, total_report
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
-
-
-def adapter(shape, rank, groups=1, scale=0.5, seed=0, dtype=torch.float64):
-    """A layer of weight shape [out, in / groups, ...]."""
-    ones = [1] * (len(shape) - 2)
-    down = randn(rank, *shape[1:], seed=seed) * torch.logspace(
-        0, -2, rank, dtype=torch.float64
-    ).view(-1, 1, *ones)
-    return LowRank(
-        down.to(dtype), randn(shape[0], rank // groups, *ones, seed=seed + 1, dtype=dtype), scale
-    )
-
-
-SHAPES = [((13, 7), 1), ((7, 13), 1), ((12, 5, 3, 3), 1), ((12, 4, 3, 2), 3), ((6, 1, 3, 3), 6)]
+from merging.truncation import ApproximationReport, Keep
+from tests.random_adapters import SHAPES, adapter, randn
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)
@@ -123,23 +104,6 @@ def test_rank_beyond_the_update_keeps_all_and_zero_stays_zero():
     )
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {},
-        {"rank": 4, "energy": 0.9},
-        {"rank": 0},
-        {"max_error": 1.5},
-        {"max_error": -0.1},
-        {"energy": -0.2},
-        {"energy": 1.1},
-    ],
-)
-def test_keep_refuses_what_means_nothing(wrong):
-    with pytest.raises(ValueError):
-        Keep(**wrong)
-
-
 def test_groups_share_a_rank_evenly_or_not_at_all():
     with pytest.raises(ValueError, match="rank 4 cannot be shared by the 3 groups"):
         compress_adapter(adapter((12, 4, 3, 2), 6, 3), Keep(rank=4))
@@ -165,18 +129,6 @@ def test_a_dora_is_refused():
     for refused in (lambda: compress_adapter(lr, Keep(rank=1)), lambda: singular_values(lr)):
         with pytest.raises(UserError, match="give the base model"):
             refused()
-
-
-def test_reports_of_layers_add_up_in_squares():
-    both = total_report(
-        [ApproximationReport(2, 4, 3.0, 0.3, 1e-4), ApproximationReport(1, 4, 4.0, 0.4)]
-    )
-    assert (
-        both == ApproximationReport(3, 8, 5.0, pytest.approx(0.5), 1e-4)
-        and both.error == pytest.approx(0.1)
-        and both.energy == pytest.approx(0.99)
-    )
-    assert total_report([]) == ApproximationReport(0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES)

@@ -15,7 +15,7 @@ from merging.ties_dare import (
     ties,
     trim_to_density,
 )
-from tests.test_svd import randn
+from tests.random_adapters import randn
 
 
 def keyed(seed=0):

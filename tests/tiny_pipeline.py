@@ -3,9 +3,16 @@ loaders.
 """
 
 import fnmatch
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -115,3 +122,45 @@ def random_state(
                 down, up, scale * (1 + i % 2) if mixed else scale, magnitude
             )
     return AdapterState({name: modules for name, modules in components.items() if modules})
+
+
+SCALED = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    timestep_spacing="leading",
+)
+
+
+def save_sd_pipeline(
+    folder: Path, *, prediction: str = "epsilon", channels: int = 4
+) -> StableDiffusionPipeline:
+    """A pipeline with factor-4 VAE and `channels` input channels, saved in the diffusers layout."""
+    pipe = pipeline()
+    torch.manual_seed(1)
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {
+        "in_channels": channels
+    }
+    pipe.unet = UNet2DConditionModel.from_config(config).eval()
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.3,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    ).eval()  # fmt: skip
+    scheduler = DDIMScheduler(**SCALED, prediction_type=prediction)
+    make = StableDiffusionPipeline if channels == 4 else StableDiffusionInpaintPipeline
+    pipe = make(
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        pipe.unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe

@@ -1,10 +1,8 @@
-"""models/sd.py against diffusers' own pipelines, on tiny random networks; module counts on the true
-architectures without weights.
+"""Stable Diffusion against diffusers' own pipelines, on tiny random networks.
+
+Module counts are those of the true architectures, without weights.
 """
 
-import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,66 +13,17 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters import injection
-from lora_core.diffusion.generation import (
-    SamplerSettings,
-    generate_images,
-    random_hole_masks,
-    start_noise,
-)
-from lora_core.diffusion.noise import RandomKeys
+from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
-from models import FAMILIES, LoadOptions, load_family
+from models import LoadOptions, load_family
 from models.sd import PRESETS, unet_presets
-from tests.tiny_pipeline import pipeline
-
-SCALED = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    timestep_spacing="leading",
-)
-
-
-def saved(
-    folder: Path, *, prediction: str = "epsilon", channels: int = 4
-) -> StableDiffusionPipeline:
-    """A pipeline with factor-4 VAE and `channels` input channels, saved in the diffusers layout."""
-    pipe = pipeline()
-    torch.manual_seed(1)
-    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {
-        "in_channels": channels
-    }
-    pipe.unet = UNet2DConditionModel.from_config(config).eval()
-    pipe.vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.3,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    ).eval()  # fmt: skip
-    scheduler = DDIMScheduler(**SCALED, prediction_type=prediction)
-    make = StableDiffusionPipeline if channels == 4 else StableDiffusionInpaintPipeline
-    pipe = make(
-        pipe.vae,
-        pipe.text_encoder,
-        pipe.tokenizer,
-        pipe.unet,
-        scheduler,
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    return pipe
+from tests.tiny_pipeline import save_sd_pipeline
 
 
 def levels(x: torch.Tensor) -> int:
@@ -93,7 +42,7 @@ def levels(x: torch.Tensor) -> int:
 def test_pictures_equal_the_pipelines(
     tmp_path: Path, prediction: str, sampler: str, scheduler: type
 ) -> None:
-    pipe, prompts = saved(tmp_path, prediction=prediction), ["a cat", "dog"]
+    pipe, prompts = save_sd_pipeline(tmp_path, prediction=prediction), ["a cat", "dog"]
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     theirs = pipe(
@@ -120,7 +69,7 @@ def test_pictures_equal_the_pipelines(
 
 def test_image_to_image_equals_the_pipeline(tmp_path: Path) -> None:
     pipe = StableDiffusionImg2ImgPipeline(
-        **saved(tmp_path).components, requires_safety_checker=False
+        **save_sd_pipeline(tmp_path).components, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     family = load_family(str(tmp_path))
@@ -151,7 +100,7 @@ def test_image_to_image_equals_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_inpainting_equals_the_pipeline(tmp_path: Path) -> None:
-    pipe = saved(tmp_path, channels=9)
+    pipe = save_sd_pipeline(tmp_path, channels=9)
     family = load_family(str(tmp_path))
     assert family.inpainting
     init = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -186,7 +135,7 @@ def test_inpainting_equals_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_latents_are_the_scaled_posterior_and_decode_inverts_the_scale(tmp_path: Path) -> None:
-    pipe, family = saved(tmp_path), load_family(str(tmp_path))
+    pipe, family = save_sd_pipeline(tmp_path), load_family(str(tmp_path))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = family.encode_images(x)
     posterior = pipe.vae.encode(x).latent_dist
@@ -200,7 +149,7 @@ def test_latents_are_the_scaled_posterior_and_decode_inverts_the_scale(tmp_path:
 
 
 def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path) -> None:
-    saved(tmp_path)
+    save_sd_pipeline(tmp_path)
     family = load_family(str(tmp_path))
     x, cond, level = (
         torch.randn(2, 4, 8, 8),
@@ -227,7 +176,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path)
 
 
 def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
-    pipe = saved(tmp_path / "model")
+    pipe = save_sd_pipeline(tmp_path / "model")
     torch.manual_seed(9)
     other = AutoencoderKL.from_config(pipe.vae.config)
     other.save_pretrained(tmp_path / "vae")
@@ -241,7 +190,7 @@ def test_another_vae_and_changed_scheduler_settings(tmp_path: Path) -> None:
 
 
 def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
-    saved(tmp_path)
+    save_sd_pipeline(tmp_path)
     family = load_family(str(tmp_path), LoadOptions(torch.bfloat16))
     assert (
         family.unet.dtype == family.text_encoder.dtype == torch.bfloat16
@@ -256,54 +205,6 @@ def test_precision_leaves_the_vae_in_fp32(tmp_path: Path) -> None:
     )
     for module in family.modules.values():
         assert not any(p.requires_grad for p in module.parameters())
-
-
-@pytest.mark.parametrize(
-    "missing", ["vae", "unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"]
-)
-def test_a_missing_part_is_named(tmp_path: Path, missing: str) -> None:
-    saved(tmp_path)
-    path = tmp_path / missing
-    path.unlink() if path.is_file() else path.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=missing):
-        load_family(str(tmp_path))
-
-
-def test_other_models_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path)
-    index = tmp_path / "model_index.json"
-    index.write_text(
-        index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline")
-    )
-    with pytest.raises(
-        UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"
-    ):
-        load_family(str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
-        load_family("model.safetensors")
-    with pytest.raises(UserError, match="--model"):
-        load_family("")
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
-    index.write_text(
-        index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusionPipeline")
-    )
-    with pytest.raises(UserError, match="unet"):
-        load_family(str(tmp_path))
-
-
-def test_start_noise_is_what_diffusers_draws() -> None:
-    theirs = torch.cat(
-        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (7, 8)]
-    )
-    assert torch.equal(start_noise([7, 8], (4, 8, 8)), theirs)
-
-
-def test_holes_are_keyed_by_example() -> None:
-    masks = random_hole_masks(RandomKeys(0, ("a", "b", "c"), (0, 1, 2)), 64, 64)
-    assert torch.equal(masks[1:2], random_hole_masks(RandomKeys(0, ("b",), (1,)), 64, 64))
-    assert masks.shape == (3, 1, 64, 64) and set(masks.unique().tolist()) <= {0.0, 1.0}
-    many = random_hole_masks(RandomKeys(0, tuple(map(str, range(200))), (0,) * 200), 32, 32)
-    assert 0.15 < (many.flatten(1).min(1).values == 1).float().mean() < 0.35
 
 
 SD15 = dict(cross_attention_dim=768, attention_head_dim=8)
@@ -333,19 +234,3 @@ def test_presets_match_as_many_modules_as_the_peers_do(config: dict) -> None:
     assert (
         "text_model.encoder.layers.0.self_attn.q_proj" in layout.components["text_encoder"].shapes
     )
-
-
-def test_every_pipeline_of_a_family_is_found_by_its_name() -> None:
-    by_file: dict[str, list[str]] = {}
-    for name, file in FAMILIES.items():
-        by_file.setdefault(file, []).append(name)
-    for file, names in by_file.items():
-        assert tuple(names) == importlib.import_module(file).PIPELINES
-
-
-def test_a_family_is_imported_when_a_model_of_it_is_opened() -> None:
-    code = "import sys, models; print([name for name in sys.modules if name.startswith(PREFIXES)])"
-    prefixes = ("diffusers", "transformers", "models.sd", "models.flux", "models.single_file")
-    code = f"PREFIXES = {prefixes}; {code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
