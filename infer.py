@@ -4,7 +4,7 @@
         --prompt "a photo of TOK on a yellow background"
     python infer.py --model toy/model --lora runs/demo --prompt "a photo of TOK" \
         --grid strength=0:1.2:0.3 --grid seed=0:4 --out grid.png
-    python infer.py --from toy.png --seed 7 --out again.png    # its recipe, with one change
+    python infer.py --from toy_000.png --seed 7 --out again.png    # its recipe, with one change
 """
 
 # ruff: noqa: E402 (the options come first, so that --help is answered without torch)

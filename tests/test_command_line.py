@@ -1,10 +1,15 @@
-"""The scripts' command line: help without torch, and the names of the package."""
+"""The scripts' command line: help without torch, arguments of a replaced choice, and the names of
+the package.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lora_core.command_line import parse_command_line
+from lora_core.config import Config
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
@@ -46,3 +51,78 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'pach'"):
         lora_core.pach  # noqa: B018
+
+
+FILE = """
+loss = "huber"
+loss_arg = { delta = 0.2 }
+weighting = "min_snr"
+weighting_arg = { gamma = 3.0 }
+[noise]
+density = "logit_normal"
+density_args = { mean = 1.0 }
+[optimizer]
+name = "prodigy"
+lr = { denoiser = 3.0 }
+args = { d0 = 1e-4 }
+schedule = "polynomial"
+schedule_args = { power = 2 }
+[[stages]]
+lr = { denoiser = 2.0 }
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text(FILE)
+    return str(path)
+
+
+def parse(*words: str) -> Config:
+    return parse_command_line(Config, words, prog="train.py", example="")
+
+
+@pytest.mark.parametrize(
+    ("words", "left_out"),
+    [
+        (("--loss", "l1"), ["loss_arg"]),
+        (("--weighting", "none"), ["weighting_arg"]),
+        (("--noise.density", "uniform"), ["noise.density_args"]),
+        (("--optimizer.schedule", "constant"), ["optimizer.schedule_args"]),
+        (("--optimizer.name=adamw",), ["optimizer.args", "optimizer.lr", "stages.0.lr"]),
+        (("--optimizer.name", "schedulefree.ProdigyScheduleFree"), ["optimizer.args"]),
+        (("--optimizer.name", "prodigy", "--loss", "huber"), []),  # as in the file
+        (("--seed", "3"), []),
+    ],
+)
+def test_arguments_go_with_the_choice_that_a_flag_replaces(
+    toml: str, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], left_out: list[str]
+) -> None:
+    before, config = parse(toml), parse(toml, *words)
+    said = capsys.readouterr().err
+    options = {
+        "loss_arg": lambda c: c.loss_arg,
+        "weighting_arg": lambda c: c.weighting_arg,
+        "noise.density_args": lambda c: c.noise.density_args,
+        "optimizer.args": lambda c: c.optimizer.args,
+        "optimizer.lr": lambda c: c.optimizer.lr,
+        "optimizer.schedule_args": lambda c: c.optimizer.schedule_args,
+        "stages.0.lr": lambda c: c.stages[0].lr,
+    }
+    for option, read in options.items():
+        assert read(config) == ({} if option in left_out else read(before)), option
+        assert (option in said) == (option in left_out)
+
+
+def test_arguments_that_are_given_stay(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(
+        toml, "--optimizer.name", "adamw", "--optimizer.args", "eps=1e-6",
+        "--optimizer.lr", "denoiser=1e-3", "--stages.0.lr=denoiser=1e-4", "--loss", "smooth_l1",
+        "--loss_arg", "delta=0.5",
+    )  # fmt: skip
+    assert config.optimizer.args == {"eps": 1e-6} and config.optimizer.lr == {"denoiser": 1e-3}
+    assert config.stages[0].lr == {"denoiser": 1e-4} and config.loss_arg == {"delta": 0.5}
+    assert not capsys.readouterr().err
+    without_file = parse("--optimizer.name", "prodigy", "--optimizer.args", "d0=1e-4")
+    assert without_file.optimizer.args == {"d0": 1e-4}

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 FEW = ["--rounds", "1", "--shape", "32,16,16", "--threads", "1"]  # of a benchmark
+PLACEHOLDER = re.compile(r"\b[A-Z]{4,}|\bRUN_A\b")  # a word for what a user has
 HUB = re.compile(r"stable-diffusion-v1-5/")  # models that are downloaded
 
 
@@ -126,6 +128,19 @@ def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPa
         elif language == "bash":
             for command in commands(code):
                 run_command(command)
+
+
+@pytest.mark.parametrize("script", [train, infer, merge], ids=lambda script: script.__name__)
+def test_examples_of_the_scripts_run(
+    script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    text = (script.__doc__ or "") + "\n" + getattr(script, "EXAMPLE", "")
+    lines = re.findall(r"^ *(python .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    runnable = [line for line in lines if not PLACEHOLDER.search(line)]
+    assert len(runnable) >= 2, lines
+    for command in commands("\n".join(runnable)):
+        run_command(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
