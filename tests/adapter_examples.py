@@ -36,6 +36,21 @@ def fused_layout():
     return replace(layout, components={**layout.components, "transformer": part})
 
 
+def meta_sd15():
+    """Stable Diffusion 1.5's UNet and text encoder on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
+        )
+    return unet, text
+
+
 def save_good_file(tmp_path, pipe, layout, format="kohya"):
     formats.save(random_state(pipe), tmp_path / "good.safetensors", format=format, layout=layout)
     return load_file(tmp_path / "good.safetensors")

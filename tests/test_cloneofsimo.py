@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, scaled_product
@@ -21,6 +20,7 @@ from lora_core.formats import cloneofsimo, diffusers, factor_lists, kohya, layou
 from lora_core.formats.container import read_tensors, write_tensors
 from models import sd
 from tests.adapter_checks import assert_equal_factors
+from tests.adapter_examples import meta_sd15
 from tests.numbered_files import EXTENDED, PLAIN, TEXT, old_order, walk, with_tokens
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -86,16 +86,7 @@ def full():
 
     Loaders see shapes, memory stays empty.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-            )
-        )
+    unet, text = meta_sd15()
     for module in (*unet.modules(), *text.modules()):
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():

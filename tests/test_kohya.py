@@ -8,10 +8,8 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, scaled_product
@@ -19,7 +17,7 @@ from lora_core.errors import UserError
 from lora_core.formats import Layout, kohya, layout_of
 from lora_core.formats.grammar import list_known_keys
 from tests.adapter_checks import apply_state, assert_equal_states, assert_same, header
-from tests.adapter_examples import dora_file, save_file
+from tests.adapter_examples import dora_file, meta_sd15, save_file
 from tests.tiny_pipeline import pipeline, random_state
 
 
@@ -144,16 +142,7 @@ def test_the_real_architecture_has_kohyas_module_counts():
 
     With conv_dim 86 more.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-            )
-        )
+    unet, text = meta_sd15()
     layout = layout_of({"unet": unet, "text_encoder": text})
     names = {
         key.split(".")[0] for key in list_known_keys(kohya.GRAMMAR, layout, {".alpha": "alpha"})
