@@ -71,8 +71,8 @@ def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) 
                 config = _replace_option(config, each, {})
         if left_out:
             print(
-                f"warning: {' and '.join(left_out)} of {file} are for {before} and left out, "
-                f"because --{choice} is {now}",
+                f"warning: {file} has {' and '.join(left_out)} for {before}; left out, because "
+                f"--{choice} is {now}",
                 file=sys.stderr,
             )
     return config
