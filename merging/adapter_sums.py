@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight
+from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, refuse_dora
 from lora_core.errors import UserError
-from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp
+from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp_weights
+from merging.stored_layers import OWN_LAYERS, LayerKey, StoredLayers
 from merging.svd import compress_adapter, distill_update
 from merging.truncation import ApproximationReport, Keep
 
 if TYPE_CHECKING:
     from merging.ties_dare import DenseMerge
 
-LayerKey = tuple[str, str]  # component, published path
 LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
 BaseWeight = Callable[[str, str], Tensor]  # (component, published path) -> weight of the base model
 
@@ -95,6 +95,32 @@ def weighted_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
     return {key: weighted for key, weighted in found.items() if weighted}
 
 
+def join_terms(terms: Sequence[Term], stored: StoredLayers) -> list[Term]:
+    """The terms in stored layers, with the factors of their parts; DoRAs stay in our layers."""
+    return [_join_term(term, stored) for term in terms]
+
+
+def _join_term(term: Term, stored: StoredLayers) -> Term:
+    if stored.layout is None:
+        return term
+    layers = layers_by_key(term.state)
+    joined: dict[LayerKey, tuple[float, LowRank]] = {}
+    for key, parts in stored.group_parts(layers).items():
+        given = {}
+        for part in parts:
+            factor = term.factor(*part)
+            if factor != 0:
+                given[part] = (factor, layers[part])
+        if any(lr.magnitude is not None for _, lr in given.values()):
+            joined |= given
+        elif given:
+            joined[key] = stored.stack_weighted(key, given)
+    state = AdapterState()
+    for (component, path), (_, lr) in joined.items():
+        state.components.setdefault(component, {})[path] = lr
+    return Term(state, term.weight, lambda *key: joined[key][0])
+
+
 def mix_layers(
     terms: Sequence[Term],
     keep: Keep | Mapping[LayerKey, int] | None = None,
@@ -127,21 +153,26 @@ def mix_layers_dense(
     density: float,
     seed: int,
     dense: DenseOptions = DenseOptions(),
+    stored: StoredLayers = OWN_LAYERS,
 ) -> Iterator[MergedLayer]:
     """A merge of `ties_dare.MERGES` by layer, on dense updates, then the nearest adapter.
 
-    Random numbers depend on (seed, layer) alone. Raises UserError, with the layer's name, for a
-    DoRA without a base weight and for shapes that do not fit.
+    Our layers are merged one by one, then stacked to stored ones. Random numbers depend on
+    (seed, layer) alone. Raises UserError, with the layer's name, for a DoRA without a base weight
+    and for shapes that do not fit.
     """
-    for key, weighted in weighted_layers(terms).items():
+    layers = weighted_layers(terms)
+    for key, parts in stored.group_parts(layers).items():
+        merged = {}
         try:
-            base = dense.base(*key) if dense.base else None
-            updates = [weight * delta_weight(lr, base) for weight, lr in weighted]
-            merged = merge(updates, density, layer_generator(seed, key, "merge"))
+            for part in parts:
+                base = dense.base(*part) if dense.base else None
+                updates = [weight * delta_weight(lr, base) for weight, lr in layers[part]]
+                merged[part] = merge(updates, density, layer_generator(seed, part, "merge"))
             distilled = distill_update(
-                merged,
+                stored.stack_dense(key, merged),
                 keep,
-                groups=_group_count(weighted[0][1]),
+                groups=_group_count(layers[parts[0]][0][1]),
                 generator=sketch_generator(key, dense),
             )
         except (ValueError, RuntimeError) as error:
@@ -150,23 +181,31 @@ def mix_layers_dense(
 
 
 def mix_layers_slerp(
-    first: AdapterState, second: AdapterState, t: float, keep: Keep | None = None
+    first: AdapterState,
+    second: AdapterState,
+    t: float,
+    keep: Keep | None = None,
+    stored: StoredLayers = OWN_LAYERS,
 ) -> Iterator[MergedLayer]:
     """`factor_sums.slerp` of every layer; a layer of a single file is scaled by its 1 - t or t.
 
     Raises UserError, with the layer's name, for a DoRA and for shapes that do not fit.
     """
-    terms = [Term(first, 1 - t), Term(second, t)]
-    for key, weighted in weighted_layers(terms).items():
+    weights: dict[LayerKey, tuple[float, float]] = {}
+    ours, others = layers_by_key(first), layers_by_key(second)
+    for key, lr in (ours | others).items():
+        weights[key] = (1 - t, t)
         try:
-            if len(weighted) == 2:
-                lr = slerp(weighted[0][1], weighted[1][1], t)
-            else:
-                lr = concat_factors(weighted)
-            merged = _merge_layer(key, [(1.0, lr)], keep, DenseOptions())
+            refuse_dora(lr)
+            if key in ours and key in others:
+                weights[key] = slerp_weights(ours[key], others[key], t)
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *merged)
+    terms = [
+        Term(first, 1.0, lambda *key: weights[key][0]),
+        Term(second, 1.0, lambda *key: weights[key][1]),
+    ]
+    return mix_layers(join_terms(terms, stored), keep)
 
 
 def lpl_layers(

@@ -48,6 +48,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
+from merging.stored_layers import stored_layers
 from merging.token_names import join_tokens
 from merging.truncation import ApproximationReport
 
@@ -186,13 +187,14 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             "ljl joins plain LoRAs and one of these files is a DoRA; mix takes it, with the base "
             "model's weights: --model MODEL"
         )
+    output = replace(output, format=output.format or choose_output_format(job.paths))
     terms = [Term(state) for state in states]
-    state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, DenseOptions())
+    own = DenseOptions(), stored_layers(output.format, layout)
+    state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, *own)
     order = [sorted(own.token_names) for own in states]
     _set_tokens(
         state, *join_tokens(states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>")
     )
-    output = replace(output, format=output.format or choose_output_format(job.paths))
     check_adapter_output(output, tokens=bool(state.tokens))
     print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)

@@ -18,6 +18,7 @@ from merging.output import (
     round_adapter,
     write_adapter,
 )
+from merging.stored_layers import stored_layers
 from merging.truncation import ApproximationReport
 
 
@@ -44,12 +45,15 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading)
     check_adapter_output(output, tokens=bool(state.tokens))
+    stored = stored_layers(output.format, layout)
+    state = stored.join_layers(state)
     reports = {}
     for component, adapters in state.components.items():
         for name, lr in adapters.items():
             size = frobenius_norm(lr._replace(magnitude=None))
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
+    state = stored.separate_layers(state)
     if reports:
         print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)

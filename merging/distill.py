@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.model_folders import weight_key
-from merging.adapter_sums import DenseOptions, LayerKey, MergedLayer, sketch_generator
+from merging.adapter_sums import DenseOptions, layers_by_key, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Distill
 from merging.layer_choice import parse_layer_choice
@@ -26,6 +26,7 @@ from merging.output import (
     round_adapter,
     write_adapter,
 )
+from merging.stored_layers import LayerKey, StoredLayers, stored_layers
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
@@ -45,18 +46,21 @@ def run_distill(options: Distill) -> None:
     base = open_base_model(options.base, options.files)
     tuned = open_base_model(options.tuned, options.files)
     _check_kinds(base, tuned)
-    keys = list(_chosen_keys(base, options.layers))
+    output = replace(output, format=output.format or "diffusers")
+    stored = stored_layers(output.format, base.layout)
+    layers = stored.group_parts(_chosen_keys(base, options.layers))
     is_random = options.svd.svd == "randomized" and keep.rank is not None
     dense = DenseOptions(sketch=options.svd.seed if is_random else None)
-    state, reports = _distill_layers(base, tuned, keys, keep, dense, output.dtype)
+    pair = ModelPair(base, tuned, stored)
+    state, reports = _distill_layers(pair, layers, keep, dense, output.dtype)
     if not reports:
         raise UserError(
-            f"{tuned.path} and {base.path} do not differ in any of {len(keys)} layers; there is "
+            f"{tuned.path} and {base.path} do not differ in any of {len(layers)} layers; there is "
             "nothing to distil"
         )
     print(report_table(reports))
-    _print_uncovered(base, tuned, set(reports))
-    output = replace(output, format=output.format or "diffusers")
+    state = stored.separate_layers(state)
+    _print_uncovered(base, tuned, set(layers_by_key(state)))
     print_written(write_adapter(state, output, base.layout), output)
 
 
@@ -78,43 +82,59 @@ def _chosen_keys(base: BaseModel, choice: str) -> Iterator[LayerKey]:
             yield key
 
 
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models whose difference is distilled, and the layers that the output stores."""
+
+    base: BaseModel
+    tuned: BaseModel
+    stored: StoredLayers
+
+    def read_difference(self, key: LayerKey) -> Tensor:
+        """tuned - base of one of our layers, in fp32 or better."""
+        before = base_weight_reader(self.base)(*key)
+        after = base_weight_reader(self.tuned)(*key)
+        name = ".".join(key)
+        if after.shape != before.shape:
+            raise UserError(
+                f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned "
+                "model; give two models of one kind"
+            )
+        exact = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
+        delta = after.to(exact) - before.to(exact)
+        if not torch.isfinite(delta).all():
+            raise UserError(f"{name} holds NaN or Inf in one of the models; fix it first")
+        return delta
+
+    def stack_differences(self, key: LayerKey, parts: Collection[LayerKey]) -> Tensor | None:
+        """tuned - base of a stored layer; None where no part differs."""
+        deltas = {}
+        for part in parts:
+            delta = self.read_difference(part)
+            if delta.any():
+                deltas[part] = delta
+        return self.stored.stack_dense(key, deltas) if deltas else None
+
+
 def _distill_layers(
-    base: BaseModel,
-    tuned: BaseModel,
-    keys: Collection[LayerKey],
+    pair: ModelPair,
+    layers: Mapping[LayerKey, Collection[LayerKey]],
     keep: Keep,
     dense: DenseOptions,
     dtype: torch.dtype | None,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    before, after = base_weight_reader(base), base_weight_reader(tuned)
+    """The adapter of every stored layer that differs, and its report."""
     state = AdapterState()
     reports = {}
     with one_thread():
-        for key in tqdm(keys, desc="distil", unit="layer", disable=None, leave=False):
-            layer = _distill_pair(key, after(*key), before(*key), keep, dense)
-            if layer and layer.adapter:
-                adapter, reports[key] = round_adapter(layer.adapter, layer.report, dtype)
-                state.components.setdefault(layer.component, {})[layer.path] = adapter
+        for key in tqdm(layers, desc="distil", unit="layer", disable=None, leave=False):
+            delta = pair.stack_differences(key, layers[key])
+            if delta is None:
+                continue
+            found, report = distill_update(delta, keep, generator=sketch_generator(key, dense))
+            adapter, reports[key] = round_adapter(found, report, dtype)
+            state.components.setdefault(key[0], {})[key[1]] = adapter
     return state, reports
-
-
-def _distill_pair(
-    key: LayerKey, after: Tensor, before: Tensor, keep: Keep, dense: DenseOptions
-) -> MergedLayer | None:
-    """The adapter of one layer's difference; None for a layer that does not differ."""
-    name = ".".join(key)
-    if after.shape != before.shape:
-        raise UserError(
-            f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned "
-            "model; give two models of one kind"
-        )
-    exact = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
-    delta = after.to(exact) - before.to(exact)
-    if not torch.isfinite(delta).all():
-        raise UserError(f"{name} holds NaN or Inf in one of the models; fix it first")
-    if not delta.any():
-        return None
-    return MergedLayer(*key, *distill_update(delta, keep, generator=sketch_generator(key, dense)))
 
 
 def _print_uncovered(base: BaseModel, tuned: BaseModel, covered: set[LayerKey]) -> None:

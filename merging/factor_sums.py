@@ -83,22 +83,25 @@ def lpl(first: LowRank, second: LowRank, alpha_1: float = 0.5, alpha_2: float = 
 def slerp(first: LowRank, second: LowRank, t: float) -> LowRank:
     """The point at t in [0, 1] of the great circle from one update to the other (Shoemake 1985).
 
-    Exact, of rank the sum of ranks: sin((1 - t) w) / sin w of the first plus sin(t w) / sin w of
-    the second, w the angle between the updates as vectors; linear where w is 0 or pi or one of them
-    is zero. Raises UserError for a DoRA.
+    Exact, of rank the sum of ranks; see `slerp_weights`. Raises UserError for a DoRA.
+    """
+    return concat_factors(list(zip(slerp_weights(first, second, t), (first, second))))
+
+
+def slerp_weights(first: LowRank, second: LowRank, t: float) -> tuple[float, float]:
+    """The weights of both updates at the point t of the great circle between them.
+
+    sin((1 - t) w) / sin w and sin(t w) / sin w, w the angle between the updates as vectors; linear
+    where w is 0 or pi or one of them is zero. Raises UserError for a DoRA.
     """
     refuse_dora(first)
     refuse_dora(second)
     angle = 0.0
     if frobenius_norm(first) and frobenius_norm(second):
         angle = math.acos(max(-1.0, min(1.0, cosine_similarity(first, second))))
-    weights = (1 - t, t)
-    if math.sin(angle) > 1e-4:
-        weights = (
-            math.sin((1 - t) * angle) / math.sin(angle),
-            math.sin(t * angle) / math.sin(angle),
-        )
-    return concat_factors(list(zip(weights, (first, second))))
+    if math.sin(angle) <= 1e-4:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 def inner_product(first: LowRank, second: LowRank) -> float:

@@ -20,6 +20,7 @@ from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.output import DTYPES, Output, align_columns, check_output
 from merging.recipe import RECIPE, describe_recipe, parse_recipe
+from merging.stored_layers import layers_in_file
 
 LONGEST_ENTRY = 60  # characters of a header entry that is printed in full
 PLOTTED_LAYERS = 5
@@ -44,7 +45,8 @@ def run_info(options: Info) -> None:
     layout = find_layout([path], options.files)
     state = open_adapter(path, layout, options.files, merging=True)
     print(f"{path}: {_describe_file(path, state, layout)}")
-    spectra = list(layer_spectra(state, path))
+    joined = layers_in_file(path, layout).join_layers(state)
+    spectra = list(layer_spectra(joined, path))
     if spectra:
         listed = min(options.top, len(spectra))
         print("\n".join(align_columns(_component_table(spectra))))

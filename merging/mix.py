@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
@@ -52,6 +53,7 @@ from merging.output import (
     round_adapter,
     write_adapter,
 )
+from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
@@ -121,7 +123,8 @@ def _merge_files(
     if keep and dtype is None:  # a truncated sum is not written wider than its inputs
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
-    state, reports = merge_terms(terms, keep, method, dtype, dense)
+    stored = stored_layers(output.format, layout)
+    state, reports = merge_terms(terms, keep, method, dtype, dense, stored)
     state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
     if not any(own.tokens for own in states):
         return state, reports, []
@@ -166,15 +169,17 @@ def merge_terms(
     method: MergeMethod,
     dtype: torch.dtype | None,
     dense: DenseOptions,
+    stored: StoredLayers = OWN_LAYERS,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    """The merge as one record, in the output's dtype, and its reports by layer."""
-    count = len(weighted_layers(terms))
+    """The merge as one record, in the output's dtype, and its reports by stored layer."""
+    count = len(stored.group_parts(weighted_layers(terms)))
     title = f"{method.method} of {len(terms)}"
     with one_thread():
-        layers = _merge_layers(terms, keep, method, dtype, dense)
+        layers = _merge_layers(terms, keep, method, dtype, dense, stored)
         bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
         rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
-        return adapter_sums.collect_layers(rounded)
+        state, reports = adapter_sums.collect_layers(rounded)
+        return stored.separate_layers(state), reports
 
 
 def dense_options(
@@ -186,8 +191,7 @@ def dense_options(
     """
     has_dora = any(has_magnitude(term.state) for term in terms)
     sketch = method.seed if method.svd == "randomized" and keep.rank is not None else None
-    is_copy = len(terms) == 1 and terms[0].weight == 1 and not keep
-    if not has_dora or is_copy:
+    if not has_dora or _is_copy(terms, keep):
         return DenseOptions(sketch=sketch)
     if not reading.model:
         raise UserError(
@@ -200,32 +204,36 @@ def dense_options(
     return DenseOptions(base_weight_reader(open_base_model(reading.model, reading)), sketch)
 
 
+def _is_copy(terms: Sequence[Term], keep: KeepOptions) -> bool:
+    """Whether a sum is one file as it is, or some of its layers."""
+    return len(terms) == 1 and terms[0].weight == 1 and not keep
+
+
 def _merge_layers(
     terms: Sequence[Term],
     keep: KeepOptions,
     method: MergeMethod,
     dtype: torch.dtype | None,
     dense: DenseOptions,
+    stored: StoredLayers,
 ) -> Iterator[MergedLayer]:
     """The layers of a merge, one by one. Raises UserError for options that do not go together."""
-    whole = _dense_layers(terms)
+    joins_doras = method.method == "sum" and not _is_copy(terms, keep)
+    whole = _dense_layers(terms, stored, joins_doras=joins_doras)
     criterion = keep.per_layer()
     if whole and (method.method != "sum" or criterion is None):
-        raise UserError(
-            f"{'.'.join(next(iter(whole)))} is an update of LyCORIS, not a product of two factors; "
-            f"choose how much to keep {TO_KEEP} (and no --method), or fold it into a model"
-        )
+        _refuse_dense_layers(whole)
     if method.method == "sum":
         factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
-        terms = factors if whole else terms
+        terms = adapter_sums.join_terms(factors if whole else terms, stored)
         sums = adapter_sums.mix_layers(terms, _ranks_or_share(keep, terms, dtype), dense)
-        return itertools.chain(sums, _distill_dense_layers(whole, criterion, dense))
+        return itertools.chain(sums, _distill_dense_layers(whole, criterion, dense, stored))
     if keep.budget:
         raise UserError(
             f"--budget is for --method sum; {method.method} takes --rank, --max-error or --energy"
         )
     if method.method == "slerp":
-        return _slerp_layers(terms, criterion)
+        return _slerp_layers(terms, criterion, stored)
     if criterion is None:
         raise UserError(
             f"{method.method} gives updates of full rank; choose how much to keep {TO_KEEP}"
@@ -234,7 +242,7 @@ def _merge_layers(
 
     merge, density = MERGES[method.method], method.density
     return adapter_sums.mix_layers_dense(
-        terms, merge, criterion, density=density, seed=method.seed, dense=dense
+        terms, merge, criterion, density=density, seed=method.seed, dense=dense, stored=stored
     )
 
 
@@ -255,14 +263,35 @@ def _ranks_or_share(
     return allot_ranks(steps, total=total, unit="parameters")
 
 
-def _dense_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
-    """Layers for which a file holds an update that is not a product of two factors."""
+def _dense_layers(
+    terms: Sequence[Term], stored: StoredLayers, *, joins_doras: bool
+) -> dict[LayerKey, WeightedAdapters]:
+    """Our layers whose sum is only known as a dense update.
+
+    Those are the parts of stored layers for which a file holds an update that is not a product of
+    two factors, and with `joins_doras` a DoRA of a part of a joined layer.
+    """
+    layers = weighted_layers(terms)
     found: dict[LayerKey, WeightedAdapters] = {}
-    for key, weighted in weighted_layers(terms).items():
-        for _, update in weighted:
-            if isinstance(update, DenseUpdate):
-                found[key] = weighted
+    for key, parts in stored.group_parts(layers).items():
+        updates: list[LowRank | DenseUpdate] = []
+        for part in parts:
+            updates += [update for _, update in layers[part]]
+        is_dense = any(isinstance(update, DenseUpdate) for update in updates)
+        has_dora = any(update.magnitude is not None for update in updates)
+        if is_dense or (joins_doras and has_dora and stored.holds(key, parts)):
+            found |= {part: layers[part] for part in parts}
     return found
+
+
+def _refuse_dense_layers(whole: Mapping[LayerKey, WeightedAdapters]) -> NoReturn:
+    key, weighted = next(iter(whole.items()))
+    is_dense = any(isinstance(update, DenseUpdate) for _, update in weighted)
+    kind = "an update of LyCORIS" if is_dense else "a DoRA"
+    raise UserError(
+        f"{'.'.join(key)} is {kind}, not a product of two factors; "
+        f"choose how much to keep {TO_KEEP} (and no --method), or fold it into a model"
+    )
 
 
 def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
@@ -270,22 +299,30 @@ def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
 
 
 def _distill_dense_layers(
-    whole: Mapping[LayerKey, WeightedAdapters], criterion: Keep | None, dense: DenseOptions
+    whole: Mapping[LayerKey, WeightedAdapters],
+    criterion: Keep | None,
+    dense: DenseOptions,
+    stored: StoredLayers,
 ) -> Iterator[MergedLayer]:
     """The nearest adapters of layers with an update that is not a product of two factors."""
     keep = criterion or Keep(energy=1.0)
-    for key, weighted in whole.items():
+    for key, parts in stored.group_parts(whole).items():
+        updates = {}
         try:
-            weight = dense.base(*key) if dense.base else None
-            parts = [strength * delta_weight(lr, weight) for strength, lr in weighted]
-            update = torch.stack(parts).sum(0)
+            for part in parts:
+                weight = dense.base(*part) if dense.base else None
+                scaled = [strength * delta_weight(lr, weight) for strength, lr in whole[part]]
+                updates[part] = torch.stack(scaled).sum(0)
+            update = stored.stack_dense(key, updates)
             distilled = distill_update(update, keep, generator=sketch_generator(key, dense))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
         yield MergedLayer(*key, *distilled)
 
 
-def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[MergedLayer]:
+def _slerp_layers(
+    terms: Sequence[Term], criterion: Keep | None, stored: StoredLayers
+) -> Iterator[MergedLayer]:
     """Spherical interpolation of two files, at the weight of the second."""
     weights = [term.weight for term in terms]
     is_whole = all(term.factor is every_layer for term in terms)
@@ -297,7 +334,7 @@ def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[Mer
             f"{len(terms)} with {shown}"
         )
     first, second = terms
-    return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion)
+    return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion, stored)
 
 
 def _round_layer(layer: MergedLayer, dtype: torch.dtype | None) -> MergedLayer:

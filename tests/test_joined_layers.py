@@ -64,7 +64,7 @@ def test_trap_7_a_fused_layer_is_the_stack_of_its_parts(tmp_path):
         dense(tensors, "lora_unet_n"), torch.cat(scaled_product(parts["n"]).chunk(2)[::-1])
     )
     meta = header(tmp_path / "a.safetensors")
-    assert (meta["ss_network_dim"], meta["ss_network_alpha"]) == ("2", "1.0")
+    assert (meta["ss_network_dim"], meta["ss_network_alpha"]) == ("Dynamic", "Dynamic")
 
 
 def test_parts_of_other_scales_are_brought_to_one_and_modules_keep_their_alphas(tmp_path):

@@ -3,13 +3,15 @@
 Examples are q, k and v, or these and an MLP's input projection. Their outputs are stacked, so the
 joined update is delta W = [delta W_1; delta W_2 ...]. down = [down_1; down_2 ...],
 up = diag(up_1, up_2 ...) and one scale for all give it exactly; alpha = scale * rank grows with the
-number of parts. Files from elsewhere may have one dense up instead: every part then gets its rows
-of up and all of down. The last modulation, whose halves (scale and shift) the original code has in
+number of parts. sd-scripts and ai-toolkit train one down for all parts instead, with a dense up:
+read apart, every part gets its rows of up and all of down, and parts that have the same down are
+stored with one again. The last modulation, whose halves (scale and shift) the original code has in
 the other order, is swapped here too.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -70,6 +72,43 @@ def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     return replace(state, components=components)
 
 
+def stored_names(component: Component) -> dict[str, str]:
+    """Path -> the name of its layer in files, for joined and swapped layers."""
+    names = _swapped_names(component)
+    for joined, parts in component.fused.items():
+        names |= dict.fromkeys(parts, joined)
+    return names
+
+
+def stack_dense(updates: Mapping[str, Tensor], name: str, component: Component) -> Tensor:
+    """delta W of the layer that files call `name`, from those of its parts by path.
+
+    Parts that are missing have an update of zero.
+    """
+    if name not in component.fused:
+        (update,) = updates.values()
+        return update.roll(update.shape[0] // 2, 0)
+    first = next(iter(updates.values()))
+    blocks = []
+    for path in component.fused[name]:
+        empty = first.new_zeros(component.shapes[path])
+        blocks.append(updates.get(path, empty))
+    return torch.cat(blocks)
+
+
+def stack_factors(parts: Mapping[str, LowRank], name: str, component: Component) -> LowRank:
+    """The layer that files call `name`, from its parts by path.
+
+    All given parts are DoRAs by rows, and then none is missing, or none is.
+    """
+    if name not in component.fused:
+        (lr,) = parts.values()
+        return _swap_halves(lr)
+    paths = component.fused[name]
+    outs = [component.shapes[path][0] for path in paths]
+    return _stack_parts([parts.get(path) for path in paths], outs)
+
+
 def separate_layers(
     components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str
 ) -> dict[str, dict[str, Update]]:
@@ -113,13 +152,12 @@ def _swapped_names(component: Component) -> dict[str, str]:
 
 def _join_modules(modules: Modules, component: Component) -> dict[str, LowRank]:
     stored = dict(modules)
-    for path, name in _swapped_names(component).items():
-        if path in stored:
-            stored[name] = _swap_halves(stored.pop(path))
-    for joined, parts in component.fused.items():
-        if any(path in stored for path in parts):
-            outs = [component.shapes[path][0] for path in parts]
-            stored[joined] = _stack_parts([stored.pop(path, None) for path in parts], outs)
+    parts: dict[str, dict[str, LowRank]] = {}
+    for path, name in stored_names(component).items():
+        if isinstance(stored.get(path), LowRank):  # LyCORIS' updates stay apart
+            parts.setdefault(name, {})[path] = stored.pop(path)
+    for name, own in parts.items():
+        stored[name] = stack_factors(own, name, component)
     return stored
 
 
@@ -174,22 +212,32 @@ def _swap_update(update: Update) -> Update:
 def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     """The joined layer of parts with `outs` outputs each; None is a part that is not adapted.
 
-    All parts are DoRAs or none is.
+    Parts with the same down have it once. All parts are DoRAs or none is.
     """
     given = [lr for lr in parts if lr is not None]
     scale = next((lr.scale for lr in given if lr.scale), 0.0)
-    rank = sum(lr.rank for lr in given)
-    up = given[0].up.new_zeros(sum(outs), rank)
+    is_shared = all(_is_same(lr.down, given[0].down) for lr in given)
+    downs = [given[0].down] if is_shared else [lr.down for lr in given]
+    dtype = functools.reduce(torch.promote_types, [lr.up.dtype for lr in given])
+    up = given[0].up.new_zeros(sum(outs), sum(map(len, downs)), dtype=dtype)
     row = column = 0
     for lr, out in zip(parts, outs, strict=True):
         if lr is not None:
             block = lr.up if lr.scale == scale else _scale_up(lr.up, lr.scale / scale)
             up[row : row + out, column : column + lr.rank] = block
-            column += lr.rank
+            column += 0 if is_shared else lr.rank
         row += out
-    down = torch.cat([lr.down for lr in given])
     magnitudes = [lr.magnitude for lr in given if lr.magnitude is not None]
-    return LowRank(down, up, scale, torch.cat(magnitudes) if magnitudes else None)
+    magnitude = torch.cat(magnitudes) if magnitudes else None
+    return LowRank(torch.cat(downs), up, scale, magnitude)
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    if first is second:
+        return True
+    is_alike = first.dtype == second.dtype and first.shape == second.shape
+    return is_alike and torch.equal(first, second)
 
 
 def _scale_up(up: Tensor, factor: float) -> Tensor:
@@ -217,9 +265,17 @@ def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update |
         columns = [list(range(lr.rank))] * len(outs)
     found: list[Update | None] = []
     for own, block, magnitude in zip(columns, blocks, magnitudes, strict=True):
-        part = LowRank(lr.down[own], block[:, own], lr.scale, magnitude) if own else None
-        found.append(part)
+        found.append(_take_columns(lr.down, block, own, lr.scale, magnitude) if own else None)
     return found
+
+
+def _take_columns(
+    down: Tensor, up: Tensor, columns: list[int], scale: float, magnitude: Tensor | None
+) -> LowRank:
+    """The part with some columns of up; with all of them it has the same down, not a copy."""
+    if len(columns) == len(down):
+        return LowRank(down, up, scale, magnitude)
+    return LowRank(down[columns], up[:, columns], scale, magnitude)
 
 
 def _columns_by_part(blocks: Sequence[Tensor]) -> list[list[int]] | None:

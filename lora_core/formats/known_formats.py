@@ -99,6 +99,7 @@ class Format:
     pattern: str = ""  # or a pattern of whole keys
     is_token_rows: bool = False  # rows of an embedding table, no factors
     has_hashes: bool = False  # whether the header gets kohya's hashes of the file
+    joins_layers: bool = False  # whether some layers are stored as one (joined_layers.py)
 
     def detect(self, shapes: Shapes) -> bool:
         """Whether a file is of the format. One matching key is enough: readers refuse others."""
@@ -125,7 +126,12 @@ FORMATS = {  # in the order in which they are tried
         starts=("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
     ),
     "kohya": Format(
-        "kohya", "read_kohya", "write_kohya", starts=("lora_", "lycoris_"), has_hashes=True
+        "kohya",
+        "read_kohya",
+        "write_kohya",
+        starts=("lora_", "lycoris_"),
+        has_hashes=True,
+        joins_layers=True,
     ),
     "cloneofsimo": Format(
         "cloneofsimo", "read_cloneofsimo", "write_cloneofsimo", pattern=r"[^:]+:\d{1,9}:(up|down)"

@@ -3,9 +3,9 @@
 Keys are `lora_unet_{path_with_underscores}.lora_down.weight`, `.lora_up.weight`, `.alpha`. The
 scale is alpha / rank; a module without alpha has scale 1 in every reader. Files are written with
 one alpha for all modules, except where layers are joined: these files have the original code's
-names, and each module has its own alpha (see `joined_layers`). From such files diffusers 0.42.1
-reads only the modules of the blocks and silently drops the others (embedders, final layer); give it
-the native file, `pytorch_lora_weights.safetensors`.
+names, and each module has its own rank and alpha (see `joined_layers`). From such files diffusers
+0.42.1 reads only the modules of the blocks and silently drops the others (embedders, final layer);
+give it the native file, `pytorch_lora_weights.safetensors`.
 
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of
 W + delta W. Other readers differ: ComfyUI divides by the norm of W, A1111 by columns, and diffusers
@@ -149,7 +149,7 @@ def write_kohya(
         state = _equalize_alpha(state)
     joined = joined_layers.join_layers(state, layout)
     tensors = encode_adapter(joined, GRAMMAR, joined_layers.join_layout(layout))
-    return tensors, _kohya_header(state, layout, title)
+    return tensors, _kohya_header(joined, layout, title)
 
 
 def _equalize_alpha(state: AdapterState) -> AdapterState:
