@@ -158,7 +158,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _flags(options: type) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in flatten(options())]
+    return [f"--{name.strip('_').replace('_', '-')}" for name in flatten(options())]
 
 
 def _first_sentence(box: str) -> str:

@@ -325,6 +325,10 @@ class Convert:
     """the result; of a whole model a folder, or a file that ends in .safetensors or .ckpt"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
+    as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
+    """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
+    svd: Annotated[SvdOptions, SVD] = SvdOptions()
+    keep: Annotated[KeepShare, KEEP] = KeepShare()
     files: Annotated[FileOptions, FILES] = FileOptions()
 
 

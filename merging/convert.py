@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate
 from lora_core.errors import UserError
-from merging.commands import Convert, OpenOptions
+from lora_core.formats.joined_layers import why_not_joined
+from lora_core.formats.layout import Layout
+from merging.adapter_sums import Term, layers_by_key
+from merging.commands import Convert, KeepOptions, MergeMethod, OpenOptions
+from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile
 from merging.factor_sums import frobenius_norm
-from merging.opening import find_layout, is_whole_model, open_adapter
+from merging.mix import dense_options, merge_terms
+from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.output import (
     Output,
     check_adapter_output,
@@ -21,30 +27,58 @@ from merging.output import (
 from merging.stored_layers import stored_layers
 from merging.truncation import ApproximationReport
 
+AS_LORA = "--as lora --model BASE makes a plain LoRA of it, fold puts it into a model"
+
 
 def run_convert(options: Convert) -> None:
     """Writes an adapter in the format --to, or a model in the form of the output's name."""
     output = make_output("convert", options, [options.file])
-    if not is_whole_model(options.file):
-        output = replace(output, format=options.to or "diffusers")
-        convert_adapter(options.file, output, options.files)
+    is_model = is_whole_model(options.file)
+    _refuse_idle(options, is_model)
+    if is_model:
+        from merging.model_sums import write_model_sum  # imports the networks' libraries
+
+        write_model_sum([WeightedFile(1.0, options.file)], output, options.files)
         return
-    if options.to:
+    output = replace(output, format=options.to or "diffusers")
+    if options.as_:
+        keep = KeepOptions(options.keep.rank, options.keep.max_error, options.keep.energy)
+        method = MergeMethod(svd=options.svd.svd, seed=options.svd.seed)
+        convert_to_lora(options.file, output, options.files, keep, method)
+    else:
+        convert_adapter(options.file, output, options.files)
+
+
+def _refuse_idle(options: Convert, is_model: bool) -> None:
+    """Raises UserError for an option that has no effect."""
+    if is_model and (options.to or options.as_):
+        flag = f"--to {options.to}" if options.to else f"--as {options.as_}"
         raise UserError(
             f"{options.file} is a whole model, whose format follows from the output's ending; "
-            f"drop --to {options.to}"
+            f"drop {flag}"
         )
-    from merging.model_sums import write_model_sum  # imports the networks' libraries
-
-    write_model_sum([WeightedFile(1.0, options.file)], output, options.files)
+    flags = options.keep.given_flags()
+    for name, value in vars(options.svd).items():
+        if value != getattr(type(options.svd), name):
+            flags.append(f"--{name}")
+    if flags and not options.as_:
+        raise UserError(
+            f"{flags[0]} has no effect on convert without --as lora; resize changes the rank of a "
+            "LoRA"
+        )
 
 
 def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
-    """Writes the same adapter in another format; only the dtype of factors may change."""
+    """Writes the same adapter in another format; only the dtype of factors may change.
+
+    Raises UserError for updates that the format cannot hold.
+    """
     check_adapter_output(output)
     layout = find_layout([path], reading)
-    state = open_adapter(path, layout, reading)
+    state = open_adapter(path, layout, reading, merging=True)
     check_adapter_output(output, tokens=bool(state.tokens))
+    _refuse_unheld(state, output, layout)
+    warn_of_dora_readers(state, output, reading)
     stored = stored_layers(output.format, layout)
     state = stored.join_layers(state)
     reports = {}
@@ -57,3 +91,54 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     if reports:
         print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
+
+
+def convert_to_lora(
+    path: str, output: Output, reading: OpenOptions, keep: KeepOptions, method: MergeMethod
+) -> None:
+    """Writes the updates of DoRAs, and of LyCORIS, as the nearest plain LoRA.
+
+    Without a criterion every layer gets the file's largest rank. Raises UserError for a plain LoRA.
+    """
+    check_adapter_output(output)
+    layout = find_layout([path], reading)
+    state = open_adapter(path, layout, reading, merging=True)
+    check_adapter_output(output, tokens=bool(state.tokens))
+    layers = layers_by_key(state).values()
+    is_dense = any(isinstance(lr, DenseUpdate) for lr in layers)
+    if not is_dense and all(lr.magnitude is None for lr in layers):
+        raise UserError(f"{path} has no DoRA and is a plain LoRA already; leave --as lora out")
+    if is_dense and not keep:
+        raise UserError(
+            f"{path} has updates of LyCORIS, which have no rank of their own; choose --rank or "
+            "--max-error"
+        )
+    keep = keep or KeepOptions(rank=max(lr.rank for lr in layers))
+    terms = [Term(state)]
+    dense = dense_options(terms, reading, method, keep)
+    stored = stored_layers(output.format, layout)
+    dtype = output.dtype or widest_dtype([state])
+    found, reports = merge_terms(terms, keep, method, dtype, dense, stored)
+    print(report_table(reports))
+    state = replace(state, components=found.components)
+    print_written(write_adapter(state, output, layout), output)
+
+
+def _refuse_unheld(state: AdapterState, output: Output, layout: Layout | None) -> None:
+    """Raises UserError for an update that the output's format cannot hold."""
+    start = f"{output.path} cannot be written under {output.format}'s names:"
+    for (component, path), lr in layers_by_key(state).items():
+        name = f"{component}.{path}"
+        if isinstance(lr, DenseUpdate):
+            raise UserError(
+                f"{start} {name} is a {lr.kind} update, not a product of two factors; {AS_LORA}"
+            )
+        if lr.magnitude is not None and lr.magnitude.ndim > 1 and output.format != "kohya":
+            raise UserError(
+                f"{start} {name} is a DoRA by columns, which only kohya's format holds (--to "
+                f"kohya); {AS_LORA}"
+            )
+    stored = stored_layers(output.format, layout)
+    reason = why_not_joined(state, stored.layout) if stored.layout else ""
+    if reason:
+        raise UserError(f"{start} {reason}; {AS_LORA}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,7 @@ from merging.commands import (
     Mix,
     OpenOptions,
 )
+from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.opening import (
@@ -56,6 +58,7 @@ from merging.output import (
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
+from models.published import PUBLISHED_MODELS
 
 TO_KEEP = "with --rank, --max-error or --energy"
 
@@ -96,6 +99,7 @@ def mix_adapters(
     output = replace(output, format=output.format or choose_output_format(paths))
     state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
     check_adapter_output(output, tokens=bool(state.tokens))
+    warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
     if reports:
@@ -195,8 +199,13 @@ def dense_options(
         return DenseOptions(sketch=sketch)
     if not reading.model:
         raise UserError(
-            "a sum with a DoRA in it depends on the weights of the base model; name it with "
-            "--model, or fold the files into it"
+            "the update of a DoRA depends on the weights of the base model; name it with --model, "
+            "or fold the files into it"
+        )
+    if reading.model in PUBLISHED_MODELS and not Path(reading.model).exists():
+        raise UserError(
+            f"--model {reading.model} is the name of a model's layers, without weights; the update "
+            "of a DoRA depends on them: give the model's folder, file or hub id"
         )
     # imports the networks' libraries
     from merging.base_models import base_weight_reader, open_base_model

@@ -109,8 +109,7 @@ def open_adapter(
     state = formats.load(
         path, layout, allow_extra=reading.allow_extra, dora_axis=reading.dora_axis, merging=merging
     )
-    for component, updates in state.dense.items():
-        state.components.setdefault(component, {}).update(updates)  # type: ignore[arg-type]
+    state.components = state.updates()  # type: ignore[assignment]
     state.dense = {}
     return state
 

@@ -79,7 +79,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
     words = [f"merge.py {recipe['command']}"]
     for name, value in recipe["options"].items():
         if name not in TYPED_WITHOUT_FLAG:
-            words.append(f"--{name.replace('_', '-')}")
+            words.append(f"--{name.strip('_').replace('_', '-')}")
         if value is not True:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
     inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())

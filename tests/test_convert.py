@@ -1,10 +1,19 @@
 """merge.py convert: other names, the same updates and tokens."""
 
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_core import formats
-from tests.merge_commands import assert_equal, call, deltas
+from lora_core.adapters.weight_updates import scaled_product
+from lora_core.formats.model_folders import open_model_folder
+from tests.adapter_checks import header
+from tests.merge_commands import SQUARE, assert_equal, call, deltas
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
@@ -15,3 +24,169 @@ def test_convert_changes_names_only(here, states, layout, format):
         "o.safetensors" if format == "cloneofsimo" else "o_emb.safetensors", layout
     )
     assert torch.equal(tokens.tokens["clip_l"], states["c"].tokens["clip_l"])
+
+
+def dora_on(folder, *, columns=False, path=SQUARE, factor=1.2):
+    """(a DoRA of one layer of the model as a kohya file, its update in fp64)."""
+    weight = open_model_folder(folder)["unet"].read(f"{path}.weight").double()
+    noise = torch.Generator().manual_seed(3)
+    down = 0.05 * torch.randn(2, weight.shape[1], generator=noise)
+    up = torch.randn(weight.shape[0], 2, generator=noise)
+    tuned = weight + up.double() @ down.double()
+    norm = tuned.norm(dim=0 if columns else 1, keepdim=True)
+    magnitude = factor * norm + 0.05 * torch.rand(norm.shape, generator=noise)
+    update = tuned * magnitude.float() / norm - weight
+    module = "lora_unet_" + path.replace(".", "_")
+    tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    return tensors | {f"{module}.dora_scale": magnitude.float()}, update
+
+
+def save_dora(name, *, columns=False, folder="base", **more):
+    tensors, update = dora_on(folder, columns=columns, **more)
+    header = {"ss_network_args": json.dumps({"wd_on_output": str(not columns)})}
+    save_file(tensors, name, header)
+    return update
+
+
+@pytest.mark.parametrize("words", [("--rank", "5"), ("--max-error", "0.05"), ()])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_as_lora_writes_the_nearest_lora_of_the_dora(here, layout, words, columns, format, capsys):
+    update = save_dora("e.safetensors", columns=columns)
+    common = ("--as", "lora", "--model", "base", "--svd", "exact", "--to", format)
+    call("convert", "e.safetensors", "o.safetensors", *common, *words)
+    lr = formats.load("o.safetensors", layout).components["unet"][SQUARE]
+    assert lr.magnitude is None
+    sigma = torch.linalg.svdvals(update)
+    lost = float((scaled_product(lr).double() - update).norm())
+    assert lost == pytest.approx(float(sigma[lr.rank :].norm()), rel=1e-3)
+    if words[:1] == ("--max-error",):
+        assert lost <= 0.05 * update.norm() < sigma[lr.rank - 1 :].norm()
+    else:
+        assert lr.rank == (5 if words else 2)
+    shown = capsys.readouterr()
+    assert f"{lost / float(update.norm()):.2e}" in shown.out
+    assert "warning" not in shown.err
+
+
+def test_as_lora_takes_updates_of_lycoris_and_plain_layers_beside(here, layout):
+    tensors, update = dora_on("base")
+    other = SQUARE.replace("to_q", "to_k")
+    module = "lora_unet_" + other.replace(".", "_")
+    width = len(update)
+    diff = torch.randn(width, width)
+    plain = SQUARE.replace("to_q", "to_v")
+    down, up = torch.randn(1, width), torch.randn(width, 1)
+    module_v = "lora_unet_" + plain.replace(".", "_")
+    tensors |= {f"{module}.diff": diff, f"{module_v}.lora_down.weight": down}
+    save_file(
+        tensors | {f"{module_v}.lora_up.weight": up},
+        "e.safetensors",
+        {"ss_network_args": '{"wd_on_output": "True"}'},
+    )
+    words = ("--as", "lora", "--model", "base")
+    call("convert", "e.safetensors", "x.safetensors", *words, status=2)
+    call("convert", "e.safetensors", "o.safetensors", *words, "--max-error", "1e-6")
+    found = deltas(formats.load("o.safetensors", layout))
+    assert_equal(
+        found,
+        {
+            ("unet", SQUARE): update,
+            ("unet", other): diff.double(),
+            ("unet", plain): up.double() @ down.double(),
+        },
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (("a.safetensors", "--as", "lora", "--model", "base"), "is a plain LoRA already"),
+        (("a.safetensors", "--rank", "4"), "--rank has no effect on convert without --as lora"),
+        (("e.safetensors", "--max-error", "0.1"), "--max-error has no effect on convert without"),
+        (("a.safetensors", "--svd", "exact"), "--svd has no effect on convert without"),
+        (("a.safetensors", "--seed", "7"), "--seed has no effect on convert without"),
+        (("d.safetensors", "--as", "lora"), "name it with --model"),
+        (("base", "--as", "lora"), "is a whole model, .* drop --as lora"),
+        (("c.safetensors", "--as", "dora"), "lora"),
+    ],
+)
+def test_as_lora_has_an_effect_or_is_refused(here, words, expected, capsys):
+    save_dora("e.safetensors")
+    call("convert", words[0], "o.safetensors", *words[1:], status=2)
+    assert re.search(expected, capsys.readouterr().err)
+    assert not Path("o.safetensors").exists()
+
+
+def test_as_lora_needs_weights_and_not_only_names(here, capsys):
+    names = {"lora_A.weight": (2, 320), "lora_B.weight": (320, 2), "lora_magnitude_vector": (320,)}
+    save_file({f"unet.{SQUARE}.{leaf}": torch.ones(names[leaf]) for leaf in names}, "e.safetensors")
+    words = ("--as", "lora", "--model", "sd1")
+    call("convert", "e.safetensors", "o.safetensors", *words, status=2)
+    assert "--model sd1 is the name of a model's layers, without weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["convert", "mix"])
+def test_a_dora_under_kohyas_names_is_warned_of(here, command, capsys):
+    """With A1111's and ComfyUI's own errors where the base model is there."""
+    update = save_dora("e.safetensors")
+    words = ("e.safetensors", "o.safetensors", "--to", "kohya")
+    if command == "mix":
+        words = ("e.safetensors", "--out", "o.safetensors", "--format", "kohya")
+    call(command, *words, "--model", "base")
+    said = capsys.readouterr().err
+    saved = load_file("o.safetensors")
+    down, up, scale = (
+        next(tensor.double() for key, tensor in saved.items() if key.endswith(end))
+        for end in ("down.weight", "up.weight", "dora_scale")
+    )
+    weight = open_model_folder("base")["unet"].read(f"{SQUARE}.weight").double()
+    tuned = weight + up @ down
+    readers = {
+        "A1111": tuned * (scale / tuned.norm(dim=0, keepdim=True)) - weight,
+        "ComfyUI": tuned * (scale / weight.norm(dim=1, keepdim=True)) - weight,
+    }
+    for name, wrong in readers.items():
+        error = float((wrong - update).norm() / update.norm())
+        assert f"{100 * error:.3g} % in {name}" in said
+    assert said.startswith("warning: A1111 and ComfyUI apply a DoRA")
+    Path("configs").mkdir()
+    for part in ("unet", "text_encoder", "vae", "scheduler", "tokenizer"):
+        if (Path("base") / part).is_dir():
+            shutil.copytree(Path("base") / part, Path("configs") / part,
+                            ignore=shutil.ignore_patterns("*.safetensors"))  # fmt: skip
+    shutil.copy("base/model_index.json", "configs")
+    call(command, *words, "--model", "configs", "--overwrite")
+    assert "was wrong by 187 to 543 % in A1111" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns, format", [(True, "kohya"), (False, "diffusers")])
+def test_a_dora_that_is_applied_alike_is_not_warned_of(here, columns, format, capsys):
+    save_dora("e.safetensors", columns=columns)
+    call("convert", "e.safetensors", "o.safetensors", "--to", format, "--model", "base")
+    assert not capsys.readouterr().err
+
+
+def test_a_dora_by_columns_stays_in_kohyas_format_and_nowhere_else(here, capsys):
+    save_dora("e.safetensors", columns=True)
+    call("convert", "e.safetensors", "o.safetensors", "--to", "kohya", "--model", "base")
+    first, again = load_file("e.safetensors"), load_file("o.safetensors")
+    for key, tensor in first.items():
+        assert torch.equal(again[key], tensor)
+    assert '"wd_on_output": "False"' in header("o.safetensors")["ss_network_args"]
+    for format in ("diffusers", "cloneofsimo"):
+        capsys.readouterr()
+        call("convert", "e.safetensors", "x.safetensors", "--to", format, "--model", "base",
+             status=2)  # fmt: skip
+        said = capsys.readouterr().err
+        assert "is a DoRA by columns" in said and "--as lora --model BASE" in said
+        assert said.count("\n") == 1 and not Path("x.safetensors").exists()
+
+
+def test_a_lycoris_update_cannot_be_renamed_and_what_to_do_is_said(here, capsys):
+    module = "lora_unet_" + SQUARE.replace(".", "_")
+    save_file({f"{module}.diff": torch.randn(8, 8)}, "l.safetensors")
+    call("convert", "l.safetensors", "x.safetensors", "--to", "kohya", "--model", "base", status=2)
+    said = capsys.readouterr().err
+    assert "is a full update, not a product of two factors; --as lora" in said

@@ -221,7 +221,7 @@ def test_a_dora_by_columns_is_lycoris_formula(tmp_path, layer):
     layout = layout_of({"unet": nn.ModuleDict({"a": layer})})
     magnitude = torch.rand(1, weight.shape[1], *[1] * (weight.ndim - 2)) + 0.5
     file = dora_file(tmp_path, weight.shape, magnitude)
-    with pytest.raises(UserError, match=r"is a DoRA by columns; merge\.py fold"):
+    with pytest.raises(UserError, match=r"is a DoRA by columns; merge\.py convert --as lora"):
         formats.load(file, layout)
     state = formats.load(file, layout, merging=True)
     lr = state.components["unet"]["a"]

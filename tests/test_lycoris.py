@@ -255,9 +255,10 @@ def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
     state = read(loha((8, 12), False), layout, tmp_path)
     advice = (
         r"unet.a is a LoHa update, not a product of two factors; "
-        r"merge\.py resize --rank R makes a LoRA of it, merge\.py fold puts it into a model"
+        r"merge\.py convert --as lora --model BASE makes a LoRA of it, "
+        r"merge\.py fold puts it into a model"
     )
-    with pytest.raises(UserError, match=f"cannot be used on a model unmerged: {advice}"):
+    with pytest.raises(UserError, match=f"holds other updates than LoRA and DoRA: {advice}"):
         formats.load(tmp_path / "a.safetensors", layout)
     for format in ("kohya", "diffusers"):
         with pytest.raises(UserError, match=f"cannot be written: {advice}"):

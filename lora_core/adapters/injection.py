@@ -15,8 +15,9 @@ of adapter is a class in kinds.py or in a file of yours, `--adapter.kind my_adap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,12 @@ from lora_core.adapters.adapted_layer import (
     layers_with_adapter,
     module_parents,
 )
+from lora_core.adapters.file_kinds import ColumnDoRA, LycorisUpdate, kind_of_update
 from lora_core.adapters.groups import build_groups
 from lora_core.adapters.kinds import (
     BaseLayer,
     DoRA,
     LayerSpec,
-    LoRA,
     check_rank,
     convolution_groups,
     factor_shapes,
@@ -43,7 +44,7 @@ from lora_core.adapters.kinds import (
     kind_class,
 )
 from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
-from lora_core.adapters.weight_updates import LowRank
+from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.settings import AdapterSpec
@@ -260,13 +261,17 @@ def adapter_factors(model: nn.Module, name: str = "default") -> dict[str, LowRan
 
 
 def load_factors(
-    model: nn.Module, factors: Mapping[str, LowRank], name: str = "default", strength: float = 1.0
+    model: nn.Module,
+    factors: Mapping[str, LowRank | DenseUpdate],
+    name: str = "default",
+    strength: float = 1.0,
 ) -> None:
     """Load factors, such as those of a file, into the model.
 
     Layers that have the adapter are overwritten in place; the others get a LoRA or (with a
     magnitude) a DoRA of the factors' rank. Ranks may differ by layer and exceed min(in, out), as
-    those of concatenated factors do.
+    those of concatenated factors do. Updates that are not a product of two factors are computed
+    here, and keep their size in memory.
 
     All or nothing: raises UserError before any change for an unknown path (with the nearest),
     shapes that do not fit, an existing adapter of another rank or kind, or one on layers that the
@@ -276,27 +281,32 @@ def load_factors(
     check_strength(strength)
     existing = _check_paths(found, factors, name)
     _check_name(name, {})
-    fitted: dict[str, LowRank] = {}
-    for path, lr in factors.items():
+    fitted: dict[str, LowRank | DenseUpdate] = {}
+    for path, update in factors.items():
         layer = existing.get(path)
         base = _adaptable_base(path, found[path]) if layer is None else layer.base
-        fitted[path] = _fit_to_layer(path, base, lr)
+        fitted[path] = _fit_to_layer(path, base, update)
     for path, layer in existing.items():
         _check_same_kind(path, layer, name, fitted[path])
     built: dict[str, nn.Module] = {}
-    for path, lr in fitted.items():
+    for path, update in fitted.items():
         if path not in existing:
-            kind = LoRA if lr.magnitude is None else DoRA
-            spec = LayerSpec(path, lr.rank, lr.scale, init="zero")
-            built[path] = kind(_adaptable_base(path, found[path]), spec)
+            spec = LayerSpec(path, 1, 1.0, init="zero")
+            if isinstance(update, LowRank):
+                spec = replace(spec, rank=update.rank, scale=update.scale)
+            built[path] = kind_of_update(update)(_adaptable_base(path, found[path]), spec)
     _install_adapters(model, built, name, strength)
     for path, adapted in layers_with_adapter(model, name).items():
-        adapted.adapter(name).load(fitted[path])
+        adapter = adapted.adapter(name)
+        if isinstance(adapter, ColumnDoRA | LycorisUpdate):
+            adapter.load_onto(adapted.base, fitted[path])  # type: ignore[arg-type]
+        else:
+            adapter.load(fitted[path])
         adapted.set_strength(name, strength)
 
 
 def _check_paths(
-    found: Mapping[str, BaseLayer | Adapted], factors: Mapping[str, LowRank], name: str
+    found: Mapping[str, BaseLayer | Adapted], factors: Collection[str], name: str
 ) -> dict[str, Adapted]:
     """The layers that have the adapter.
 
@@ -375,19 +385,30 @@ def _check_name(name: str, found: Mapping[str, BaseLayer | Adapted]) -> None:
         )
 
 
-def _fit_to_layer(path: str, base: BaseLayer, lr: LowRank) -> LowRank:
+def _fit_to_layer(path: str, base: BaseLayer, lr: LowRank | DenseUpdate) -> LowRank | DenseUpdate:
     """The factors in the layer's shapes; [r, in] and [r, in, 1, 1] are interchangeable.
 
     Raises UserError, naming the layer, when they do not fit.
     """
+    if isinstance(lr, DenseUpdate):
+        if _trim_ones(lr.shape) != _trim_ones(base.weight.shape):
+            raise UserError(
+                f"the {lr.kind} update of {path} has the shape {list(lr.shape)}, its weight "
+                f"{list(base.weight.shape)}; is it for another model?"
+            )
+        return lr
     down, up = factor_shapes(base, lr.rank)
     fits = _trim_ones(lr.down.shape) == _trim_ones(down)
     fits = fits and _trim_ones(lr.up.shape) == _trim_ones(up)
     fits = fits and lr.rank % convolution_groups(base) == 0
-    if not fits or (lr.magnitude is not None and lr.magnitude.shape != (up[0],)):
+    magnitude: tuple[int, ...] = (up[0],)
+    if lr.magnitude is not None and lr.magnitude.ndim > 1:
+        magnitude = (1, base.weight.shape[1])
+    fits_magnitude = lr.magnitude is None or _trim_ones(lr.magnitude.shape) == magnitude
+    if not fits or not fits_magnitude:
         tensors = {key: t for key, t in lr._asdict().items() if isinstance(t, Tensor)}
         got = ", ".join(f"{key} {list(t.shape)}" for key, t in tensors.items())
-        expected = f"down {list(down)}, up {list(up)}, magnitude [{up[0]}]"
+        expected = f"down {list(down)}, up {list(up)}, magnitude {list(magnitude)}"
         raise UserError(
             f"the factors of {path} do not fit its weight {list(base.weight.shape)}: "
             f"got {got}, expected {expected}"
@@ -399,7 +420,7 @@ def _trim_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
-def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
+def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank | DenseUpdate) -> None:
     """Raises UserError for an existing adapter of another rank or kind, or a folded one.
 
     The folded copy in the weights would not follow new factors.
@@ -408,6 +429,12 @@ def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank) -> None:
         raise UserError(
             f"adapter {name!r} is folded into the weights; "
             "unfold it before loading other factors into it"
+        )
+    kind = kind_of_update(lr)
+    if isinstance(lr, DenseUpdate) or kind is ColumnDoRA:
+        raise UserError(
+            f"adapter {name!r} is on {path} already, and an update of LyCORIS cannot be loaded "
+            "into it; remove it first or load under another name"
         )
     own = layer.adapter(name).state()
     if own.rank != lr.rank or (own.magnitude is None) != (lr.magnitude is None):

@@ -311,9 +311,9 @@ class FullUpdate(FullPrecisionModule):
         if not is_plain_layer(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
-        bias = None
-        if self.bias is not None and base.bias is not None:
-            bias = _add_update(base.bias, self.bias, strength)
+        bias = base.bias
+        if self.bias is not None and bias is not None:
+            bias = _add_update(bias, self.bias, strength)
         return apply_layer(base, x, _add_update(base.weight, self.weight, strength), bias)
 
     def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:

@@ -126,20 +126,21 @@ def patch(
     rename = rename or {}
     networks = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
     layout = layout or layout_of(networks)
-    state = formats.load(file, layout)
-    for name in state.components:
+    state = formats.load(file, layout, merging=True)
+    updates = state.updates()
+    for name in updates:
         if name not in networks:
             given = ", ".join(networks) or "nothing"
             raise UserError(
                 f"{file} adapts {name}, but only {given} was given; pass its module too"
             )
-    strengths = _component_strengths(strength, state.components, source)
+    strengths = _component_strengths(strength, updates, source)
     names, placeholders = _rename_tokens(state, rename, source)
     encoders = _token_rows_by_encoder(state, modules, layout, names, source)
     adapter = _unused_adapter_name(networks, Path(file).stem)
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
     try:
-        for name, adapted in state.components.items():
+        for name, adapted in updates.items():
             factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
             injection.load_factors(networks[name], factors, result.name, strengths[name])
             result.adapted.append(name)

@@ -5,8 +5,8 @@ LoRA (arXiv 2106.09685), where `scale` is alpha / rank, resolved when a file is 
 DoRA (arXiv 2402.09353; rows as in peft), where n is the row norm of (W + scale * up @ down):
     delta W = m / n * (W + scale * up @ down) - W
 
-Norms of columns (older LyCORIS) and updates that are not a product of two factors (LoHa, LoKr) can
-only be merged: see `DenseUpdate`.
+Norms of columns (older LyCORIS) and updates that are not a product of two factors (LoHa, LoKr) are
+read but not trained: see `DenseUpdate`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LowRank(NamedTuple):
     down: Tensor  # [r, in] or [r, in / groups, kh, kw]
     up: Tensor  # [out, r] or [out, r, 1, 1]
     scale: float
-    # DoRA only: [out]. By columns, [1, in] or [1, in, 1, 1], it can only be merged into its weight.
+    # DoRA only: [out], or by columns [1, in] or [1, in, 1, 1].
     magnitude: Tensor | None = None
 
     @property
@@ -76,8 +76,16 @@ class AdapterState:
     tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5": [n, d]
     token_names: tuple[str, ...] = ()  # n names, in the order of rows
     metadata: dict[str, str] = field(default_factory=dict)
-    # Like components, in states that are read to be merged only.
+    # Like components, in states that are read to be merged or applied only.
     dense: dict[str, dict[str, DenseUpdate]] = field(default_factory=dict)
+
+    def updates(self) -> dict[str, dict[str, LowRank | DenseUpdate]]:
+        """Component -> path -> update, of `components` and `dense`."""
+        found: dict[str, dict[str, LowRank | DenseUpdate]] = {}
+        for modules in (self.components, self.dense):
+            for name, own in modules.items():
+                found.setdefault(name, {}).update(own)
+        return found
 
 
 def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
@@ -160,8 +168,22 @@ def delta_weight(lr: LowRank | DenseUpdate, weight: Tensor | None = None) -> Ten
         raise ValueError("the update of a DoRA depends on the base weight; pass it")
     dtype = torch.promote_types(weight.dtype, update.dtype)
     base, update = weight.to(dtype), update.to(dtype)
-    axis = 0 if lr.magnitude.ndim == 1 else 1  # the one that keeps its own norms
-    others = [d for d in range(base.ndim) if d != axis]
-    norm = torch.linalg.vector_norm(base + update, dim=others, keepdim=True)
-    gain = lr.magnitude.to(dtype).reshape(norm.shape) / norm
+    gain = _dora_gain(base + update, lr.magnitude)
     return (gain - 1) * base + gain * update
+
+
+def column_gain(lr: LowRank, weight: Tensor) -> Tensor:
+    """m / n of a DoRA by columns, [1, in] or [1, in, 1, 1], in fp32 or better."""
+    assert lr.magnitude is not None and lr.magnitude.ndim > 1
+    update = scaled_product(lr)
+    return _dora_gain(
+        weight.to(torch.promote_types(weight.dtype, update.dtype)) + update, lr.magnitude
+    )
+
+
+def _dora_gain(tuned: Tensor, magnitude: Tensor) -> Tensor:
+    """m / n, n the norms of W + P over all axes but the one that the magnitude goes by."""
+    axis = 0 if magnitude.ndim == 1 else 1
+    others = [d for d in range(tuned.ndim) if d != axis]
+    norm = torch.linalg.vector_norm(tuned, dim=others, keepdim=True)
+    return magnitude.to(tuned.dtype).reshape(norm.shape) / norm

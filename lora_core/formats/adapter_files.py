@@ -31,7 +31,9 @@ from lora_core.formats.known_formats import (
 )
 from lora_core.formats.layout import Layout, nearest_name
 
-HOW_TO_DISTILL = "merge.py resize --rank R makes a LoRA of it, merge.py fold puts it into a model"
+HOW_TO_DISTILL = (
+    "merge.py convert --as lora --model BASE makes a LoRA of it, merge.py fold puts it into a model"
+)
 FOREIGN = {  # pattern of a key -> kind of file that is recognized only to be refused by name
     r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": (
         "a control LoRA, which also changes norms and adds input channels"
@@ -67,8 +69,8 @@ def load(
     allow_extra: leave out unknown keys, named in one line on stderr, instead of refusing the file.
     dora_axis: "rows" or "columns", the axis of the DoRA magnitudes in files with kohya's names
     whose shapes and header leave it open.
-    merging: also read updates that can only be merged into a model or distilled: those of LyCORIS
-    (`AdapterState.dense`) and DoRAs by columns.
+    merging: also read updates that no run trains, to be merged or applied: those of LyCORIS that
+    are no product of two factors (`AdapterState.dense`), and DoRAs by columns.
 
     Raises UserError for an incomplete file, NaN or Inf, and an unknown key; with a layout, also for
     shapes that do not fit it.
@@ -206,15 +208,15 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
     if any(state.dense.values()):
         raise UserError(
-            f"{source} cannot be used on a model unmerged: {_describe_first_dense(state)}; "
+            f"{source} holds other updates than LoRA and DoRA: {_describe_first_dense(state)}; "
             f"{HOW_TO_DISTILL}"
         )
     for name, modules in state.components.items():
         for path, lr in modules.items():
             if lr.magnitude is not None and lr.magnitude.ndim > 1:
                 raise UserError(
-                    f"{source} cannot be used on a model unmerged: {name}.{path} is a DoRA by "
-                    "columns; merge.py fold puts it into a model"
+                    f"{source} holds other updates than LoRA and DoRA: {name}.{path} is a DoRA by "
+                    f"columns; {HOW_TO_DISTILL}"
                 )
 
 

@@ -158,8 +158,8 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
                 layout.module_path(name, path)  # raises the error that names the nearest path
             if lr.magnitude is not None and lr.magnitude.ndim > 1 and not grammar.columns:
                 raise UserError(
-                    f"{name}.{path} is a DoRA by columns, which only kohya's format holds; "
-                    "fold it into a model, or write that"
+                    f"{name}.{path} is a DoRA by columns, which only kohya's format holds; write "
+                    "that, or make a LoRA of it: merge.py convert --as lora --model BASE"
                 )
             module = head + spellings[path][0]
             for role, tensor in _tensors_to_write(lr, grammar).items():

@@ -249,7 +249,7 @@ def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update |
     if _by_columns(lr):
         raise UserError(
             f"{where} is a DoRA by columns, whose parts have other norms than the whole; "
-            "it cannot be read apart"
+            "it cannot be read apart, merge it with the tool that trained it"
         )
     if isinstance(lr, DenseUpdate):
         starts = [sum(outs[:i]) for i in range(len(outs))]

@@ -60,10 +60,10 @@ def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -
     token_files = [file for lora in loras if (file := find_token_file(lora.path))]
     patches: list[Patch] = []
     for lora in (*loras, *(LoraSource(file, 1.0) for file in token_files)):
-        state = formats.load(lora.path, family.layout)
+        state = formats.load(lora.path, family.layout, merging=True)
         strength = lora.strength
         if isinstance(strength, dict):
-            strength = _by_component(strength, state.components, lora.path)
+            strength = _by_component(strength, state.updates(), lora.path)
         names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
         applied = patch(
             modules, lora.path, strength, layout=family.layout, rename=_free_names(names, patches)
