@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.dora_readers import (
+    HOW_TO_CONVERT,
     describe_reader_errors,
     has_row_dora,
     is_row_dora,
@@ -30,7 +31,7 @@ def warn_of_dora_readers(state: AdapterState, output: Output, reading: OpenOptio
     if Path(reading.model).exists() and is_whole_model(reading.model):
         with contextlib.suppress(UserError):  # a folder of configs has no weights
             errors = _reader_errors_on_model(state, reading)
-    print_warning(describe_reader_errors(errors))
+    print_warning(f"{describe_reader_errors(errors)}; {HOW_TO_CONVERT}")
 
 
 def _reader_errors_on_model(state: AdapterState, reading: OpenOptions) -> dict[str, float]:

@@ -348,3 +348,22 @@ def test_a_refused_push_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPat
     ):  # the client's own check of the id
         monkeypatch.undo()
         push_to_hub(run, "a/b/c")
+
+
+def test_a_dora_says_what_a1111_and_comfyui_make_of_it(
+    card: ModelCard, run: Path, model: Path
+) -> None:
+    """In its own numbers where they are known, else in measured ones; a LoRA says nothing."""
+    title = "DoRA in A1111 and ComfyUI"
+    assert title not in write_card(card, run).read_text()
+    state = AdapterState({"unet": factors(read_layout(str(model)), "unet")})
+    for path, lr in state.components["unet"].items():
+        state.components["unet"][path] = lr._replace(magnitude=torch.ones(len(lr.up)))
+    save_run(state, run, layout=read_layout(str(model)))
+    measured = section(write_card(card, run).read_text(), title)
+    assert "187 to 543 % in A1111 and 10 to 12 % in ComfyUI" in measured
+    command = "convert pytorch_lora_weights.safetensors lora.safetensors --as lora --to kohya"
+    assert f"{command} --model {model}" in measured
+    own = replace(card, dora_errors={"A1111": 5.26, "ComfyUI": 0.108})
+    text = section(write_card(own, run).read_text(), title)
+    assert "of this one the update is wrong by 526 % in A1111 and 10.8 % in ComfyUI" in text

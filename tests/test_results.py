@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 import infer
 import train
@@ -26,7 +28,9 @@ from lora_core.config import (
     ValidationConfig,
 )
 from lora_core.diffusion import validation
+from lora_core.formats.model_folders import open_model_folder
 from lora_core.toml import from_table, to_toml
+from models import read_layout
 from tests.conftest import rows, same, save_photos
 
 
@@ -122,6 +126,43 @@ def finished(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
     )
     train.train(config)
     return config
+
+
+def test_a_dora_run_says_what_a1111_and_comfyui_make_of_it(finished: Config) -> None:
+    """With the errors of its own file, here from the file and the model's weights."""
+    run = Path(finished.out)
+    tensors = load_file(run / "run.safetensors")
+    weights = open_model_folder(finished.model)["unet"]
+    squares, total = {"A1111": 0.0, "ComfyUI": 0.0}, 0.0
+    layout = read_layout(finished.model)
+    for path in layout.components["unet"].shapes:
+        module = "lora_unet_" + path.replace(".", "_")
+        if f"{module}.dora_scale" not in tensors:
+            continue
+        parts = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+        down, up, alpha, scale = (tensors[f"{module}.{part}"].double() for part in parts)
+        base = weights.read(f"{path}.weight").double()
+        tuned = base + alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(base.shape)
+        columns = tuned.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *scale.shape[2:])
+        rows = [norm.flatten(1).norm(dim=1).reshape(scale.shape) for norm in (tuned, base)]
+        wanted = tuned * scale / rows[0]
+        total += float((wanted - base).square().sum())
+        squares["A1111"] += float((tuned * (scale / columns) - wanted).square().sum())
+        squares["ComfyUI"] += float((tuned * (scale / rows[1]) - wanted).square().sum())
+    text = (run / "README.md").read_text()
+    for name, square in squares.items():
+        (shown,) = re.findall(rf"([\d.e+]+) % in {name}", text)
+        assert float(shown) == pytest.approx(100 * (square / total) ** 0.5, rel=0.02)
+    assert "## DoRA in A1111 and ComfyUI" in text
+    assert f"--as lora --to kohya --model {finished.model}" in text
+
+
+@pytest.mark.parametrize("kind, is_said", [("dora", True), ("lora", False)])
+def test_a_dora_run_ends_with_a_note(config: Config, capsys, kind: str, is_said: bool) -> None:
+    train.train(replace(config, adapter=replace(config.adapter, kind=kind)))
+    said = capsys.readouterr().err
+    assert ("note: A1111 and ComfyUI apply a DoRA under kohya's names" in said) is is_said
+    assert ("--as lora --model BASE makes a plain LoRA" in said) is is_said
 
 
 def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:

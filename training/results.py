@@ -5,18 +5,22 @@ runs, and the preview of a config's noise levels.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_core import formats, tokens
 from lora_core.adapters import custom_files
+from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.folded_weights import merged_state_dict
-from lora_core.adapters.kinds import KINDS
+from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
+from lora_core.formats import dora_readers
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
@@ -46,6 +50,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     with checkpoints.optimization.averaged():
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
+        dora_errors = _reader_errors(model, files)
     drawn = samples.draw(samples.prompts)
     save_sample_grid(samples, run, done, drawn)
     title = f"{run.folder.name}: before and after {done} steps"
@@ -69,7 +74,11 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         why = "their gradients overflowed in fp16"
         print(f"{log.skipped.total} of {done} steps were skipped: {why}")
     _print_tokens(learned, several=len(model.embeddings) > 1)
-    card.write_card(_make_card(log, checkpoints, samples, scores), run.folder)
+    if dora_errors:
+        described = dora_readers.describe_reader_errors(dora_errors)
+        print(f"note: {described}; {dora_readers.HOW_TO_CONVERT}", file=sys.stderr)
+    own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
+    card.write_card(own, run.folder)
     if config.push_to_hub:
         print(f"uploaded: {card.push_to_hub(run.folder, config.push_to_hub)}")
     return run.folder
@@ -88,6 +97,20 @@ def _save_files(
         return files
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     return [*files, custom_files.save_adapters(model.adapted, own, learned.metadata)]
+
+
+def _reader_errors(model: Model, files: Sequence[Path]) -> dict[str, float]:
+    """Tool -> its error of the run's DoRAs, where a file under kohya's names has any."""
+    layers = []
+    kohya = [file for file in files if file.name == formats.run_file_names(file.parent.name)[1]]
+    if not kohya:
+        return {}
+    for module in model.adapted.values():
+        for layer in adapted_layers(module):
+            for adapter in layer.adapters.values():
+                if isinstance(adapter, DoRA):
+                    layers.append((adapter.state(), layer.base.weight.detach()))
+    return dora_readers.reader_errors(layers) if layers else {}
 
 
 def save_trained_model(model: Model, config: Config, folder: Path) -> None:

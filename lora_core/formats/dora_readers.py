@@ -22,7 +22,9 @@ from lora_core.adapters.weight_updates import (
 
 # Errors of the update, in percent, of the DoRAs that were measured.
 MEASURED = {"A1111": (187, 543), "ComfyUI": (10, 12)}
-HOW_TO_CONVERT = "convert --as lora --model BASE makes a plain LoRA, which every tool applies alike"
+HOW_TO_CONVERT = (
+    "merge.py convert --as lora --model BASE makes a plain LoRA, which every tool applies alike"
+)
 
 
 def has_row_dora(state: AdapterState) -> bool:
@@ -87,7 +89,7 @@ def describe_reader_errors(errors: Mapping[str, float] | None = None) -> str:
         size = f"of those that were measured the update was wrong by {' and '.join(shown)}"
     return (
         "A1111 and ComfyUI apply a DoRA under kohya's names by other norms than it was trained "
-        f"with; {size}; {HOW_TO_CONVERT}"
+        f"with; {size}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from lora_core.adapters.custom_files import CUSTOM_ADAPTER_ENDING
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
+from lora_core.formats.dora_readers import describe_reader_errors
 from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import atomic_write
 
@@ -49,6 +51,8 @@ class ModelCard:
     validation: Sequence[tuple[str, float, float]] = ()  # (timestep, loss before, loss after)
     scored: str = "loss"  # that loss in words: held-out loss, loss on the training images
     repo: str = ""  # hub repository that the card is for; empty: this disk
+    # Tool -> relative error of its update of a DoRA under kohya's names (formats.dora_readers)
+    dora_errors: Mapping[str, float] = field(default_factory=dict)
     rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
@@ -127,6 +131,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
         "lora": (folder / NATIVE).is_file(),
         "lora_file": NATIVE,
         "kohya_lora": (folder / f"{name}.safetensors").is_file(),
+        "dora_note": _dora_note(card, folder),
         "whole_model": _has_whole_model(folder),
     }
 
@@ -201,6 +206,23 @@ def _image_files(folder: Path) -> list[str]:
     sheets = sorted((folder / "samples").glob("*.png"))[-1:]
     paths = (*sheets, folder / "before_after.png")
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+
+
+def _dora_note(card: ModelCard, folder: Path) -> str:
+    """What A1111 and ComfyUI make of a DoRA under kohya's names; "" without one."""
+    file = folder / f"{folder.name}.safetensors"
+    if not file.is_file():
+        return ""
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    if not any(name.endswith(".dora_scale") for name in names):
+        return ""
+    command = (
+        f"python merge.py convert {NATIVE} lora.safetensors --as lora --to kohya "
+        f"--model {shlex.quote(card.base_model)}"
+    )
+    advice = f"{_code(command)} makes a plain LoRA, which every tool applies alike"
+    return f"{describe_reader_errors(card.dora_errors)}. {advice}."
 
 
 def _has_whole_model(folder: Path) -> bool:
