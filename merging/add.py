@@ -45,10 +45,11 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
-from merging.token_names import join_tokens
+from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
 
 
@@ -169,9 +170,11 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             pair = first.components[component][path], second.components[component][path]
             report = compare_with_sum(lr, pair, job.alphas)
             adapters[path], reports[component, path] = round_adapter(lr, report, output.dtype)
-    _set_tokens(state, *join_tokens([first, second], job.paths))
-    output = replace(output, format=output.format or choose_output_format(job.paths))
-    check_adapter_output(output, tokens=bool(state.tokens))
+    tokens, notes = join_tokens([first, second], job.paths)
+    _set_tokens(state, tokens, notes + describe_whole_rows([first, second], job.paths, job.alphas))
+    output = settle_format(
+        output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
+    )
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
     print(report_table(reports, extra=f"the error is against {exact}"))
     print_written(write_adapter(state, output, layout), output)
@@ -192,8 +195,9 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     _set_tokens(
         state, *join_tokens(states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>")
     )
-    output = replace(output, format=output.format or choose_output_format(job.paths))
-    check_adapter_output(output, tokens=bool(state.tokens))
+    output = settle_format(
+        output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
+    )
     print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 

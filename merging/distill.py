@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.svd import distill_update, one_thread
@@ -37,6 +37,7 @@ def run_distill(options: Distill) -> None:
     """
     output = make_output("distill", options, [options.base, options.tuned])
     check_adapter_output(output)
+    output = settle_format(output, layers=True, tokens=False)
     keep = options.keep.per_layer()
     if keep is None:
         raise UserError(
@@ -56,7 +57,6 @@ def run_distill(options: Distill) -> None:
         )
     print(report_table(reports))
     _print_uncovered(base, tuned, set(reports))
-    output = replace(output, format=output.format or "diffusers")
     print_written(write_adapter(state, output, base.layout), output)
 
 

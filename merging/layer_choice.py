@@ -49,6 +49,11 @@ BLOCK_PRESETS = {
 def choose_layers(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
     """The factor of each layer of a file, from all choices after its name in a sum."""
     keys = layers_by_key(state)
+    if not keys:
+        raise UserError(
+            f"{file.path} holds token rows only, of which @{file.choices[0]} can choose nothing; "
+            "drop it"
+        )
     try:
         factors = [parse_layer_choice(text, keys, layout) for text in file.choices]
     except UserError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
 from merging.adapter_sums import (
@@ -50,12 +50,14 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
 TO_KEEP = "with --rank, --max-error or --energy"
+METHOD_DEFAULTS = vars(MergeMethod())
 
 
 def run_mix(options: Mix) -> None:
@@ -91,12 +93,16 @@ def mix_adapters(
     check_adapter_output(output)
     paths = [file.path for file in files]
     layout = find_layout(paths, reading)
-    output = replace(output, format=output.format or choose_output_format(paths))
     state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
-    check_adapter_output(output, tokens=bool(state.tokens))
+    output = settle_format(
+        output,
+        layers=any(state.components.values()),
+        tokens=bool(state.tokens),
+        default=choose_output_format(paths),
+    )
     for note in notes:
         print_note(note)
-    if reports:
+    if reports and output.format not in TOKEN_FORMATS:
         print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 
@@ -109,11 +115,13 @@ def _merge_files(
     keep: KeepOptions,
     method: MergeMethod,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
-    """(the sum, its reports by layer, notes about renamed tokens).
+    """(the sum, its reports by layer, notes about its tokens).
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
+    if not any(any(state.components.values()) for state in states):
+        _refuse_idle_on_tokens(keep, method)
     terms = []
     for file, state in zip(files, states):
         terms.append(Term(state, file.weight, layer_factor(file, state, layout)))
@@ -125,12 +133,13 @@ def _merge_files(
     state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
     if not any(own.tokens for own in states):
         return state, reports, []
-    from merging.token_names import join_tokens
+    from merging.token_names import describe_whole_rows, join_tokens
 
-    joined, notes = join_tokens(states, [file.path for file in files])
+    paths, weights = [file.path for file in files], [file.weight for file in files]
+    joined, notes = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes
+    return state, reports, notes + describe_whole_rows(states, paths, weights)
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
@@ -155,6 +164,17 @@ def _refuse_idle(options: Mix, has_model: bool) -> None:
     for flag, is_idle in idle.items():
         if is_idle:
             raise UserError(f"{flag} has no effect on {target}; leave it out")
+
+
+def _refuse_idle_on_tokens(keep: KeepOptions, method: MergeMethod) -> None:
+    """Raises UserError for an option of layers where all files hold token rows only."""
+    flags = keep.given_flags()
+    flags += [f"--{name}" for name, value in vars(method).items() if value != METHOD_DEFAULTS[name]]
+    if flags:
+        raise UserError(
+            f"leave out {' and '.join(flags)}: these files hold token rows only, which have no "
+            "rank and are taken whole"
+        )
 
 
 # ---------------------------------------------------------------- methods
