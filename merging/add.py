@@ -11,6 +11,7 @@ upl-ckpt-v2  the same as a CompVis .ckpt in half precision, and A1111's embeddin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from merging.adapter_sums import (
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
+from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
 from merging.output import (
@@ -171,7 +173,8 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             report = compare_with_sum(lr, pair, job.alphas)
             adapters[path], reports[component, path] = round_adapter(lr, report, output.dtype)
     tokens, notes = join_tokens([first, second], job.paths)
-    _set_tokens(state, tokens, notes + describe_whole_rows([first, second], job.paths, job.alphas))
+    notes += describe_whole_rows([first, second], job.paths, job.alphas)
+    _set_tokens(state, [first, second], job, tokens, notes)
     output = settle_format(
         output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
     )
@@ -192,9 +195,10 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     terms = [Term(state) for state in states]
     state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, DenseOptions())
     order = [sorted(own.token_names) for own in states]
-    _set_tokens(
-        state, *join_tokens(states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>")
+    tokens, notes = join_tokens(
+        states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"
     )
+    _set_tokens(state, states, job, tokens, notes)
     output = settle_format(
         output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
     )
@@ -234,10 +238,18 @@ def _add_pt_lists(job: LoraAddition, output: Output) -> None:
     print_written(sums, output)
 
 
-def _set_tokens(state: AdapterState, tokens: AdapterState, notes: list[str]) -> None:
+def _set_tokens(
+    state: AdapterState,
+    inputs: Sequence[AdapterState],
+    job: LoraAddition,
+    tokens: AdapterState,
+    notes: list[str],
+) -> None:
+    """Gives the sum its tokens and header, and prints the notes."""
     state.tokens, state.token_names = tokens.tokens, tokens.token_names
-    state.metadata = tokens.metadata
-    for note in notes:
+    metadata, left_out = join_metadata(inputs, job.paths)
+    state.metadata = metadata | tokens.metadata
+    for note in left_out + notes:
         print_note(note)
 
 

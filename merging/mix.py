@@ -35,6 +35,7 @@ from merging.commands import (
 )
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
+from merging.joint_metadata import join_metadata
 from merging.opening import (
     choose_output_format,
     find_layout,
@@ -115,7 +116,7 @@ def _merge_files(
     keep: KeepOptions,
     method: MergeMethod,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
-    """(the sum, its reports by layer, notes about its tokens).
+    """(the sum, its reports by layer, notes about its header and tokens).
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
@@ -130,16 +131,16 @@ def _merge_files(
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
     state, reports = merge_terms(terms, keep, method, dtype, dense)
-    state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
+    paths, weights = [file.path for file in files], [file.weight for file in files]
+    state.metadata, notes = join_metadata(states, paths)
     if not any(own.tokens for own in states):
-        return state, reports, []
+        return state, reports, notes
     from merging.token_names import describe_whole_rows, join_tokens
 
-    paths, weights = [file.path for file in files], [file.weight for file in files]
-    joined, notes = join_tokens(states, paths)
+    joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes + describe_whole_rows(states, paths, weights)
+    return state, reports, notes + renamed + describe_whole_rows(states, paths, weights)
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
