@@ -42,6 +42,8 @@ LAYER_GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
     "unet": ("unet.*", "transformer.*"),
     "text": tuple(f"{name}.*" for name in ENCODERS),
 }
+# both weights of a tag in a prompt
+TAG_WEIGHTS = re.compile(r"te=(?P<encoders>[^:,]+):unet=(?P<denoiser>[^:,]+)")
 ALL_BLOCKS = {*BLOCKS, *OTHER_NAMES, *STREAM_BLOCKS}
 
 
@@ -70,6 +72,8 @@ def parse_layer_choice(text: str, keys: LayerKeys, layout: Layout | None = None)
     numbers = re.fullmatch(r"\[.*\]|[-+\d.eE\s]+(,[-+\d.eE\s]+)+", text)
     if numbers or text in BLOCK_PRESETS:
         return _parse_block_list(text, layout)
+    if both := TAG_WEIGHTS.fullmatch(text):
+        return _factor_by_network(both["encoders"], both["denoiser"], text)
     parts = [part.strip() for part in text.split(",")]
     tests = [_parse_part(part, keys, layout) for part in parts]
     default = 1.0 if all(part.startswith("~") for part in parts) else 0.0
@@ -92,6 +96,15 @@ def multiply_factors(factors: Collection[LayerFactor]) -> LayerFactor:
         return result
 
     return product
+
+
+def _factor_by_network(encoders: str, denoiser: str, text: str) -> LayerFactor:
+    """One weight for the text encoders and one for the denoiser; a file may lack either."""
+    try:
+        weights = float(encoders), float(denoiser)
+    except ValueError:
+        raise UserError(f"{text!r} after the @ has no two numbers; write te=0.5:unet=0.7") from None
+    return lambda component, path: weights[component not in ENCODERS]
 
 
 def _parse_block_list(text: str, layout: Layout | None) -> LayerFactor:
